@@ -1,0 +1,86 @@
+"""The arithmetic that the format defines (spec/FORMAT.md, section 6), in NumPy.
+
+This is the reference: every other backend must give these bits.  Elements are handled as their bit
+patterns, unsigned integers of the dtype's size, so that NaN payloads and denormals survive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shiradelta.errors import DeltaError
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+Positions = npt.NDArray[np.int64]
+
+_QUIET_NAN = {"float32": 0x7FC00000, "bfloat16": 0x7FC0, "float16": 0x7E00}
+
+
+def bfloat16_bits(values: Float32) -> npt.NDArray[np.uint16]:
+    """float32 -> bf16 bits, to nearest, ties to even.  NaN becomes the quiet NaN 0x7FC0."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    # Adding half of the last kept place, less one where that place is even, makes truncation round to even.
+    rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def from_bfloat16(bits: Array) -> Float32:
+    """bf16 bits -> float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_float32(bits: Array, dtype: str) -> Float32:
+    """Elements' bits -> float32, exact; for float32, float16 and bfloat16 alone."""
+    if dtype == "bfloat16":
+        return from_bfloat16(bits)
+    if dtype == "float16":
+        return bits.view(np.float16).astype(np.float32)
+    if dtype == "float32":
+        return bits.view(np.float32)
+    raise DeltaError(f"{dtype} elements have no exact float32 values; use their bits")
+
+
+def from_float32(values: Float32, dtype: str) -> Array:
+    """float32 -> elements' bits, to nearest, ties to even; overflow to infinity, NaN to the quiet NaN."""
+    if dtype == "bfloat16":
+        return bfloat16_bits(values)
+    with np.errstate(over="ignore"):
+        if dtype == "float16":
+            bits: Array = values.astype(np.float16).view(np.uint16)
+        else:
+            bits = values.view(np.uint32)
+    return np.where(np.isnan(values), bits.dtype.type(_QUIET_NAN[dtype]), bits)
+
+
+def scaled(values: Float32, strength: float) -> Float32:
+    """s = fl32(alpha * v)."""
+    alpha = np.float32(strength)
+    if not np.isfinite(alpha):
+        raise DeltaError(f"strength {strength} is not a finite float32; give a finite number")
+    if alpha == 1:
+        return values
+    with np.errstate(over="ignore", under="ignore"):
+        return values * alpha
+
+
+def add(bits: Array, dtype: str, contribution: Float32) -> Array:
+    """ADD: bits of round(fl32(W + s)); W that is NaN is left as it is (section 6.1)."""
+    weight = to_float32(bits, dtype)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        result = from_float32(weight + contribution, dtype)
+    return np.where(np.isnan(weight), bits, result)
+
+
+def fingerprint(positions: Positions, bits: Array) -> int:
+    """Sum of mix(position, bits) modulo 2^64 (section 6.3)."""
+    with np.errstate(over="ignore"):
+        x = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x += (bits.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
+        x ^= x >> np.uint64(32)
+        x *= np.uint64(0xD6E8FEB86659FD93)
+        x ^= x >> np.uint64(32)
+        return int(x.sum(dtype=np.uint64))

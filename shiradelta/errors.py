@@ -1,0 +1,110 @@
+"""Every error the package raises on purpose.  Each is one plain line: what, where, what to do."""
+
+from __future__ import annotations
+
+#: Reason code of a refused file -> what it means (spec/REGISTRY.md, "reason codes").
+REASONS: dict[str, str] = {
+    "bad_magic": "it is not a shiradelta file",
+    "truncated": "it is shorter than it says",
+    "unsupported_version": "its major version is not 1",
+    "header_checksum": "the header's checksum is wrong",
+    "unknown_feature": "it needs a feature that the reader does not know",
+    "reserved_not_zero": "a field that must be zero is not",
+    "trailing_data": "it is longer than it says",
+    "limit_exceeded": "a count or size is over its limit",
+    "section_layout": "a section is not where it must be",
+    "section_checksum": "a section's checksum is wrong",
+    "padding_not_zero": "padding, slack or unused bits are not zero",
+    "bad_metadata": "the metadata are not ordered pairs of UTF-8 strings",
+    "name_layout": "the names do not fill their section",
+    "bad_name": "a name is empty, too long, not UTF-8 or has control characters",
+    "duplicate_name": "two tensors have the same name",
+    "name_order": "names are not in byte order",
+    "unknown_dtype": "a dtype id is unknown",
+    "unknown_op": "an operation id is unknown",
+    "unknown_index_codec": "an index codec id is unknown",
+    "unknown_value_codec": "a value codec id is unknown",
+    "bad_shape": "a shape is out of range",
+    "bad_count": "more nonzeros than elements",
+    "bad_combination": "operation, dtype, codecs, flags or count do not go together",
+    "zstd_ratio": "a zstd section decodes to too much",
+    "bad_size": "a section's size does not fit its codec",
+    "zstd_unavailable": "a section is zstd and the reader has none",
+    "bad_zstd": "a zstd section does not decode to its size",
+    "bad_index": "an index section contradicts itself or the count",
+    "position_order": "positions are not strictly increasing",
+    "position_range": "a position is outside the tensor",
+    "bad_directory": "a directory entry is wrong",
+    "bad_value": "a value or its parameters are not finite or not allowed",
+    "digest_mismatch": "the contents are not those that the header names",
+}
+
+_REMEDIES: dict[str, str] = {
+    "bad_magic": "give a .shd file; `shiradelta convert` makes one",
+    "truncated": "fetch or copy it again",
+    "unsupported_version": "upgrade shiradelta",
+    "unknown_feature": "upgrade shiradelta",
+    "unknown_dtype": "upgrade shiradelta",
+    "unknown_op": "upgrade shiradelta",
+    "unknown_index_codec": "upgrade shiradelta",
+    "unknown_value_codec": "upgrade shiradelta",
+    "zstd_unavailable": "install zstandard",
+}
+
+
+class ShiraDeltaError(Exception):
+    """Base of all errors of this package."""
+
+
+class FormatError(ShiraDeltaError):
+    """A `.shd` file that is refused.
+
+    Attributes:
+        reason: stable code, a key of `REASONS`.
+        detail: what exactly was found.
+        offset: bytes from the start of the file, where known.
+        tensor: the tensor concerned, where there is one.
+        file: the file's name, where it has one.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        detail: str = "",
+        *,
+        offset: int | None = None,
+        tensor: str | None = None,
+        file: str | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+        self.offset = offset
+        self.tensor = tensor
+        self.file = file
+
+    def __str__(self) -> str:
+        where = self.file or "delta"
+        if self.tensor is not None:
+            where += f", tensor {self.tensor!r}"
+        if self.offset is not None:
+            where += f", byte {self.offset}"
+        what = REASONS[self.reason] + (f" ({self.detail})" if self.detail else "")
+        remedy = _REMEDIES.get(self.reason, "the file is damaged or was not made to the format; get it again")
+        return f"{where}: refused, {what} [{self.reason}]; {remedy}"
+
+
+class DeltaError(ShiraDeltaError, ValueError):
+    """A tensor delta, a value or an argument that cannot be: wrong order, out of range, not finite."""
+
+
+class SourceError(ShiraDeltaError):
+    """Something that cannot be converted."""
+
+
+class BaseMismatchError(ShiraDeltaError):
+    """A base that the delta was not made for: names, shape, dtype or fingerprint differ."""
+
+
+class TargetError(ShiraDeltaError):
+    """A model directory or output that cannot be written: a lock, a link, a full disk, an unknown state."""

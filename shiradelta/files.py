@@ -1,0 +1,65 @@
+"""Writing files so that nothing is ever half-written: a temporary beside the target, then a rename."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from shiradelta.errors import TargetError
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames in a directory durable, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def os_errors(path: Path, what: str = "cannot be written") -> Iterator[None]:
+    """Turns the system's refusals (no space, no permission, ...) into one plain line."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise TargetError(f"{where}: {what} ({error.strerror or error}); nothing was changed") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` if the block ends well, and else leaves no trace.
+
+    Raises:
+        TargetError: it cannot be written.
+    """
+    with os_errors(path):
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with open(descriptor, "w+b") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, _mode(path))
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+        sync_directory(path.parent)
+
+
+def _mode(path: Path) -> int:
+    """The mode of the file to be replaced, or that of any new file (mkstemp's is private)."""
+    try:
+        return path.stat().st_mode & 0o777
+    except FileNotFoundError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask

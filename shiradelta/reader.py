@@ -1,0 +1,242 @@
+"""Files -> deltas.  The file is mapped, and one tensor is decoded at a time."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from shiradelta import header
+from shiradelta.arithmetic import Array, Positions
+from shiradelta.codecs import INDEX_CODECS, VALUE_CODECS
+from shiradelta.codecs.base import Bytes
+from shiradelta.delta import TensorDelta, matrix_shape
+from shiradelta.digest import content_digest, tensor_digest
+from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
+from shiradelta.header import Container, Record, Section
+
+Source = str | os.PathLike[str] | bytes | BinaryIO
+
+
+class StoredTensor(TensorDelta):
+    """A tensor delta in a file: decoded, and checked, each time that positions or values are asked for.
+
+    `record` is its entry in the table: codecs, sizes, fingerprints.
+    """
+
+    def __init__(self, delta: Delta, record: Record) -> None:
+        self._delta = delta
+        self.record = record
+        self._shape = record.shape
+        self._dtype = record.dtype.name
+        self._op = record.op.name.lower()
+        self.base_bits = None
+
+    @property
+    def nnz(self) -> int:
+        """Positions that are listed."""
+        return self.record.nnz
+
+    @property
+    def base_fingerprint(self) -> int | None:
+        """As the file has it."""
+        return self.record.base_fingerprint
+
+    @property
+    def result_fingerprint(self) -> int | None:
+        """As the file has it."""
+        return self.record.result_fingerprint
+
+    def positions(self) -> Positions:
+        """int64 [nnz].  Raises FormatError where the section is damaged."""
+        if not self.nnz:
+            return np.zeros(0, np.int64)
+        with self._delta.context(self.record, self.record.index):
+            data = self._delta.section(self.record.index)
+            return INDEX_CODECS[self.record.index_codec].decode(data, self.nnz, self.shape)
+
+    def bits(self) -> Array:
+        """Unsigned [nnz].  Raises FormatError where the section is damaged."""
+        size = self.record.element_size
+        if not self.nnz:
+            return np.zeros(0, "<u4" if self.op == "add" else f"<u{size or 4}")
+        with self._delta.context(self.record, self.record.values):
+            data = self._delta.section(self.record.values)
+            codec = VALUE_CODECS[self.record.value_codec]
+            codec.check(data, self.nnz, size)
+            values = codec.decode(data, self.nnz, size, 0, self.nnz)
+        return values.view(np.uint32) if self.op == "add" else values
+
+    def rows(self, start: int, stop: int) -> tuple[Positions, Array]:
+        """Positions (flat, in the whole tensor) and values of the rows start to stop - 1.
+
+        A row is an index of the first dimension.  Only the blocks that hold the range are read, so the
+        sections' checksums are not looked at.  Values are float32 for add, unsigned bits otherwise.
+        """
+        count, columns = matrix_shape(self.shape)
+        if not 0 <= start <= stop <= count:
+            raise DeltaError(f"rows {start} to {stop} of a tensor of {count} rows")
+        if not self.nnz or start == stop or not columns:
+            return np.zeros(0, np.int64), self.bits()[:0]
+        with self._delta.context(self.record, self.record.index):
+            data = self._delta.section(self.record.index, whole=False)
+            first, positions = INDEX_CODECS[self.record.index_codec].decode_between(
+                data, self.nnz, self.shape, start * columns, stop * columns
+            )
+        with self._delta.context(self.record, self.record.values):
+            data = self._delta.section(self.record.values, whole=False)
+            values = VALUE_CODECS[self.record.value_codec].decode(
+                data, self.nnz, self.record.element_size, first, first + positions.size
+            )
+            if self.op == "add" and not np.all(np.isfinite(values)):
+                raise FormatError("bad_value", "a value is not finite")
+        return positions, values
+
+
+class _Context:
+    """Adds file, tensor and offset to a FormatError that a codec raises."""
+
+    def __init__(self, file: str | None, record: Record, section: Section) -> None:
+        self.file, self.record, self.section = file, record, section
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if isinstance(error, FormatError):
+            error.file, error.tensor, error.offset = self.file, self.record.name, self.section.offset
+
+
+class Delta(Mapping[str, StoredTensor]):
+    """An open `.shd` file: a Mapping from tensor names, in byte order, to `StoredTensor`.
+
+    Attributes:
+        metadata: dict[str, str].
+        digest: the content digest, hexadecimal (FORMAT.md, section 7).
+        file: the file's name, or None.
+    """
+
+    def __init__(self, data: Bytes, container: Container, file: str | None, mapped: mmap.mmap | None) -> None:
+        self._data = data
+        self._mapped = mapped
+        self._records = {record.name: record for record in container.records}
+        self.file = file
+        self.metadata = dict(container.metadata)
+        self.digest = container.digest.hex()
+        self.version = f"1.{container.minor}"
+        self.sizes = container.sizes
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return StoredTensor(self, self._records[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __enter__(self) -> Delta:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the file go.  Arrays that were decoded stay valid."""
+        self._data = np.zeros(0, np.uint8)
+        self._records = {}
+        if self._mapped is not None:
+            # Where a view of BITS values is still in use, the map goes with it.
+            with suppress(BufferError):
+                self._mapped.close()
+            self._mapped = None
+
+    @property
+    def nnz(self) -> int:
+        """Nonzeros of all tensors."""
+        return sum(record.nnz for record in self._records.values())
+
+    def verify(self) -> None:
+        """Decodes and checks everything, the content digest too.  Raises FormatError."""
+        found = content_digest((name, tensor_digest(tensor)) for name, tensor in self.items())
+        if found.hex() != self.digest:
+            raise FormatError("digest_mismatch", offset=80, file=self.file)
+
+    def context(self, record: Record, section: Section) -> _Context:
+        """A context in which a codec's errors are completed."""
+        return _Context(self.file, record, section)
+
+    def section(self, section: Section, whole: bool = True) -> Bytes:
+        """The decoded bytes of a section; its checksum is looked at if `whole`."""
+        stored = self._data[section.offset : section.offset + section.stored]
+        if stored.size != section.stored:
+            raise ShiraDeltaError(f"{self.file or 'delta'} was closed; open it again to read from it")
+        if whole and header.crc32(stored) != section.crc:
+            raise FormatError("section_checksum")
+        return _unzstd(stored, section.decoded) if section.zstd else stored
+
+
+def _unzstd(stored: Bytes, decoded: int) -> Bytes:
+    try:
+        import zstandard
+    except ImportError:
+        raise FormatError("zstd_unavailable") from None
+    try:
+        # The frame's own claim decides how much zstandard allocates, so it is looked at first.
+        if zstandard.frame_content_size(stored.data) not in (-1, decoded):
+            raise FormatError("bad_zstd", "the frame's content size differs")
+        unpacker = zstandard.ZstdDecompressor().decompressobj()
+        parts, size = [], 0
+        for start in range(0, stored.size, 4096):
+            parts.append(unpacker.decompress(stored[start : start + 4096].tobytes()))
+            size += len(parts[-1])
+            if size > decoded:
+                break
+        if size != decoded or not unpacker.eof or unpacker.unused_data:
+            raise FormatError("bad_zstd", f"{size} bytes instead of {decoded}, or data behind the frame")
+    except zstandard.ZstdError as error:
+        raise FormatError("bad_zstd", str(error)) from None
+    return np.frombuffer(b"".join(parts), np.uint8)
+
+
+def open_delta(source: Source) -> Delta:
+    """Opens a `.shd` file and checks its header and tables; tensors are decoded when asked for.
+
+    Args:
+        source: a path (mapped into memory), bytes, or a binary file (read to its end).
+
+    Raises:
+        FormatError: the file is refused; its `reason` is a code of spec/REGISTRY.md.
+        ShiraDeltaError: there is no such file, or it cannot be read.
+    """
+    file: str | None = None
+    mapped: mmap.mmap | None = None
+    if isinstance(source, (str, os.PathLike)):
+        file = os.fspath(source)
+        data, mapped = _map(Path(file))
+    else:
+        data = np.frombuffer(source if isinstance(source, bytes) else source.read(), np.uint8)
+    try:
+        return Delta(data, header.parse(data), file, mapped)
+    except FormatError as error:
+        error.file = file
+        raise
+
+
+def _map(path: Path) -> tuple[Bytes, mmap.mmap | None]:
+    try:
+        with open(path, "rb") as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                return np.zeros(0, np.uint8), None
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(mapped, np.uint8), mapped
+    except OSError as error:
+        raise ShiraDeltaError(f"{path}: cannot be read ({error.strerror}); check the path") from None

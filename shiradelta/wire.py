@@ -1,0 +1,175 @@
+"""Every magic number, id, limit and struct layout of the format; spec/REGISTRY.md holds the same tables."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+MAGIC = b"\x89SHD\r\n\x1a\n"
+MAJOR = 1
+MINOR = 0
+SUFFIX = ".shd"
+
+SECTION_ALIGNMENT = 64
+SLACK = 8
+BLOCK_BITS = 2048
+GROUP = 128
+
+# spec/FORMAT.md, section 2.1; the CRC-32 of the header follows in the last four bytes.
+HEADER = struct.Struct("<8sHHIQQQQQQIIII32s12x")
+HEADER_SIZE = 128
+# Section 3: the record up to its dims, which are eight u64.
+RECORD = struct.Struct("<IHBBBBBBIQQQQQQQQQII8Q")
+RECORD_SIZE = 160
+METADATA_PAIR = struct.Struct("<II")
+RICE_HEAD = struct.Struct("<B7xQ")
+STRUCT_ENTRY = struct.Struct("<QqQQ")
+DIGEST_SEED = b"shiradelta 1"
+
+assert HEADER.size + 4 == HEADER_SIZE
+assert RECORD.size == RECORD_SIZE
+
+MAX_TENSORS = 1 << 20
+MAX_NAMES_SIZE = 64 << 20
+MAX_METADATA_SIZE = 16 << 20
+MAX_EXTENSION_SIZE = 64 << 20
+MAX_NAME_SIZE = 1024
+MAX_RANK = 8
+MAX_NUMEL = 1 << 56
+MAX_RICE_K = 31
+MAX_STRUCT_ENTRIES = 256
+MAX_ZSTD_RATIO = 64
+
+
+class Incompatible(IntFlag):
+    """Features without which a file cannot be read."""
+
+    ZSTD = 1 << 0
+
+
+class Flag(IntFlag):
+    """The flags of a record."""
+
+    BASE_FINGERPRINT = 1 << 0
+    RESULT_FINGERPRINT = 1 << 1
+    INDEX_ZSTD = 1 << 2
+    VALUES_ZSTD = 1 << 3
+
+
+class Op(IntEnum):
+    """What a delta does at its positions (section 6.1)."""
+
+    ADD = 0
+    SET = 1
+    ULP = 2
+    NEW = 3
+    DROP = 4
+
+
+class IndexCodec(IntEnum):
+    """How positions are stored (section 4)."""
+
+    NONE = 0
+    RICE = 1
+    RAW = 2
+    BITMAP = 3
+    STRUCT = 4
+    ALL = 5
+    RICE_PERMUTED = 6
+    RICE_TILED = 7
+    ELIAS_FANO = 8
+    RANS = 9
+    SEEDED = 10
+    FROM_BASE = 11
+
+
+class ValueCodec(IntEnum):
+    """How values are stored (section 5)."""
+
+    NONE = 0
+    F32 = 1
+    F16 = 2
+    BF16 = 3
+    I8 = 4
+    I4 = 5
+    SIGN = 6
+    BITS = 7
+    ULP = 8
+
+
+#: Ids that version 1.0 sets aside: a reader refuses them as unknown.
+RESERVED: dict[type[IntEnum], frozenset[int]] = {
+    Op: frozenset({Op.ULP}),
+    IndexCodec: frozenset(range(IndexCodec.RICE_PERMUTED, IndexCodec.FROM_BASE + 1)),
+    ValueCodec: frozenset({ValueCodec.ULP}),
+}
+
+
+def known(kind: type[IntEnum], number: int) -> bool:
+    """Whether `number` is an id of `kind` that this version defines."""
+    return number in kind._value2member_map_ and number not in RESERVED[kind]
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type: its id, torch's name, safetensors' name, bytes per element."""
+
+    id: int
+    name: str
+    safetensors: str
+    size: int
+
+    @property
+    def bits(self) -> str:
+        """NumPy's name of the unsigned integer that holds an element's bits."""
+        return f"<u{self.size}"
+
+
+UNSPECIFIED = DType(0, "unspecified", "-", 0)
+DTYPES: tuple[DType, ...] = (
+    UNSPECIFIED,
+    DType(1, "float32", "F32", 4),
+    DType(2, "float16", "F16", 2),
+    DType(3, "bfloat16", "BF16", 2),
+    DType(4, "float64", "F64", 8),
+    DType(5, "float8_e4m3fn", "F8_E4M3", 1),
+    DType(6, "float8_e5m2", "F8_E5M2", 1),
+    DType(7, "float8_e8m0fnu", "F8_E8M0", 1),
+    DType(8, "bool", "BOOL", 1),
+    DType(9, "uint8", "U8", 1),
+    DType(10, "int8", "I8", 1),
+    DType(11, "uint16", "U16", 2),
+    DType(12, "int16", "I16", 2),
+    DType(13, "uint32", "U32", 4),
+    DType(14, "int32", "I32", 4),
+    DType(15, "uint64", "U64", 8),
+    DType(16, "int64", "I64", 8),
+    DType(17, "float8_e4m3fnuz", "F8_E4M3FNUZ", 1),
+    DType(18, "float8_e5m2fnuz", "F8_E5M2FNUZ", 1),
+    DType(19, "complex64", "C64", 8),
+)
+DTYPE_OF_NAME = {dtype.name: dtype for dtype in DTYPES}
+DTYPE_OF_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES if dtype is not UNSPECIFIED}
+#: The dtypes that ADD is defined for.
+ADDABLE = frozenset({"unspecified", "float32", "float16", "bfloat16"})
+
+#: What a user types for values -> codec.
+VALUE_CODEC_OF_NAME = {
+    "f32": ValueCodec.F32,
+    "f16": ValueCodec.F16,
+    "bf16": ValueCodec.BF16,
+    "int8": ValueCodec.I8,
+    "int4": ValueCodec.I4,
+    "sign": ValueCodec.SIGN,
+}
+
+
+def align(size: int, unit: int) -> int:
+    """`size` rounded up to a multiple of `unit`."""
+    return -(-size // unit) * unit
+
+
+def word_size(numel: int) -> int:
+    """Bytes of a position in directories and RAW sections (section 3.2, W)."""
+    return 4 if numel <= 0xFFFF_FFFF else 8
