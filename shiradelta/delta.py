@@ -161,9 +161,7 @@ class TensorDelta:
 def _checked_positions(positions: npt.ArrayLike, numel: int) -> Positions:
     array = np.asarray(positions)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise DeltaError(
-            f"positions are {array.dtype} {list(array.shape)}; they must be integers in one dimension"
-        )
+        raise DeltaError(f"positions are {array.dtype} {list(array.shape)}; they must be integers in one dimension")
     result = np.array(array, dtype=np.int64)
     if result.size and (np.any(result[1:] <= result[:-1]) or result[0] < 0):
         raise DeltaError("positions are not strictly increasing from 0 upwards; sort them and drop repeats")
@@ -178,9 +176,7 @@ def _checked_values(values: npt.ArrayLike, count: int, dtype: str, op: str) -> A
         size = wire.DTYPE_OF_NAME[dtype].size
         result = np.array(values).reshape(-1)
         if result.itemsize != size:
-            raise DeltaError(
-                f"{op} stores the bits of {dtype}: give {size} bytes per element, not {result.dtype}"
-            )
+            raise DeltaError(f"{op} stores the bits of {dtype}: give {size} bytes per element, not {result.dtype}")
         result = result.view(f"<u{size}")
     else:
         with np.errstate(over="ignore"):

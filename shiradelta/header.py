@@ -91,9 +91,7 @@ def parse(data: Bytes) -> Container:
     if data[:8].tobytes() != wire.MAGIC:
         raise FormatError("bad_magic", offset=0)
     if data.size < wire.HEADER_SIZE:
-        raise FormatError(
-            "truncated", f"{data.size} bytes, a header has {wire.HEADER_SIZE}", offset=data.size
-        )
+        raise FormatError("truncated", f"{data.size} bytes, a header has {wire.HEADER_SIZE}", offset=data.size)
     (
         _,
         major,
@@ -352,12 +350,12 @@ def _check_section(section: Section, cursor: int, data: Bytes, zstd: bool, size_
         raise FormatError("section_layout", f"a section of {section.stored} bytes at {section.offset}")
     if not section.zstd and section.decoded != section.stored:
         raise FormatError("section_layout", "stored and decoded size differ", offset=section.offset)
-    if section.zstd and (not zstd or section.stored == 0):
+    if section.zstd and (not zstd or section.stored == 0 or section.decoded == 0):
         raise FormatError("bad_combination", "zstd without its feature bit, or empty")
+    if section.stored == 0 and section.crc:
+        raise FormatError("section_checksum", "of an empty section", offset=section.offset)
     if section.zstd and section.decoded > section.stored * wire.MAX_ZSTD_RATIO:
-        raise FormatError(
-            "zstd_ratio", f"{section.decoded} from {section.stored} bytes", offset=section.offset
-        )
+        raise FormatError("zstd_ratio", f"{section.decoded} from {section.stored} bytes", offset=section.offset)
     if not size_ok:
         raise FormatError("bad_size", f"{section.decoded} bytes", offset=section.offset)
     check_padding(data, section.offset + section.stored, section.end)
@@ -386,9 +384,7 @@ def build(records: Iterable[Record], metadata: Mapping[str, str], digest: bytes,
         *(crc32(section) for section in sections),
         digest,
     )
-    return b"".join(
-        (head, crc32(head).to_bytes(4, "little"), *(pad_section(section) for section in sections))
-    )
+    return b"".join((head, crc32(head).to_bytes(4, "little"), *(pad_section(section) for section in sections)))
 
 
 def pad_section(section: bytes) -> bytes:

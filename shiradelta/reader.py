@@ -108,9 +108,7 @@ class _Context:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, FormatError):
             error.file, error.tensor, error.offset = self.file, self.record.name, self.section.offset
 
@@ -191,7 +189,7 @@ def _unzstd(stored: Bytes, decoded: int) -> Bytes:
         raise FormatError("zstd_unavailable") from None
     try:
         # The frame's own claim decides how much zstandard allocates, so it is looked at first.
-        if zstandard.frame_content_size(stored.data) not in (-1, decoded):
+        if zstandard.frame_content_size(stored.data) != decoded:
             raise FormatError("bad_zstd", "the frame's content size differs")
         unpacker = zstandard.ZstdDecompressor().decompressobj()
         parts, size = [], 0

@@ -119,9 +119,7 @@ class DeltaWriter:
             raise DeltaError(f"{len(names)} tensors; a file holds at most {wire.MAX_TENSORS}")
         metadata_size = len(header.build_metadata(self.metadata))
         if metadata_size > wire.MAX_METADATA_SIZE or "" in self.metadata:
-            raise DeltaError(
-                f"metadata of {metadata_size} bytes (at most {wire.MAX_METADATA_SIZE}), or an empty key"
-            )
+            raise DeltaError(f"metadata of {metadata_size} bytes (at most {wire.MAX_METADATA_SIZE}), or an empty key")
         start = header.payload_start(len(names), sum(len(name.encode()) for name in names), self.metadata)
         cursor, records, moves = start, [], []
         for name in names:

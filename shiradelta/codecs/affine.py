@@ -140,9 +140,9 @@ class Sign:
         return wire.align(-(-nnz // GROUP) * 2, 4)
 
     def encode(self, values: Array) -> bytes:
-        """The mean is taken in binary64."""
+        """The mean is taken in binary64, summed in order."""
         counts = np.minimum(GROUP, values.size - np.arange(0, values.size, GROUP))
-        total = _grouped(np.abs(values), 0).astype(np.float64).sum(axis=1)
+        total = np.add.accumulate(_grouped(np.abs(values), 0).astype(np.float64), axis=1)[:, -1]
         bits, lo = _parameter((total / counts).astype(np.float32))
         _fits(lo, largest=lo)
         signs = pack_bitmap(np.flatnonzero(np.signbit(values)), values.size)

@@ -24,9 +24,7 @@ class Float:
         """Raises DeltaError where a value is too large for the dtype."""
         bits = from_float32(values, self.dtype.name)
         if not np.all(np.isfinite(to_float32(bits, self.dtype.name))):
-            raise DeltaError(
-                f"a value of {np.abs(values).max():.4g} does not fit {self.dtype.name}; take f32 or bf16"
-            )
+            raise DeltaError(f"a value of {np.abs(values).max():.4g} does not fit {self.dtype.name}; take f32 or bf16")
         return padded(bits.astype(self.dtype.bits).tobytes()) + SLACK
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:

@@ -128,9 +128,7 @@ class Struct:
                 raise FormatError("bad_index", f"lines {start} to {last} of {first} to {final}")
             if kind < before[0] or (kind == before[0] and start <= before[1]):
                 raise FormatError("position_order", "entries of STRUCT")
-            listed = (listed if kind == before[0] else 0) + self._listed(
-                (kind, start, step, count), rows, columns, nnz
-            )
+            listed = (listed if kind == before[0] else 0) + self._listed((kind, start, step, count), rows, columns, nnz)
             if listed > nnz:
                 raise FormatError("bad_index", f"more elements than the {nnz} nonzeros")
             before = kind, last

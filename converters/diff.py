@@ -1,0 +1,114 @@
+"""Files that hold differences: dense (`NAME.diff`, `NAME.diff_b`, or plain names), or sparse.
+
+Sparse layouts: PEFT's SHiRA (`MODULE.shira_weight`, `MODULE.shira_indices` [2, nnz]), and `NAME.values` with flat
+`NAME.positions`.  Sparse ones are taken whole; nothing is selected from them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shiradelta.arithmetic import Array, Float32, to_float32
+from shiradelta.checkpoint import Checkpoint, match_names
+from shiradelta.delta import TensorDelta, matrix_shape
+from shiradelta.errors import SourceError
+from shiradelta.select import Rows
+
+from .item import Item, Source
+
+_PEFT_PREFIX = "base_model.model."
+#: suffix of a file's key -> (suffix of the tensor's name, what the key holds)
+_SUFFIXES = {
+    ".shira_weight": (".weight", "values"),
+    ".shira_indices": (".weight", "indices"),
+    ".values": ("", "values"),
+    ".positions": ("", "positions"),
+    ".diff": (".weight", "dense"),
+    ".diff_b": (".bias", "dense"),
+}
+
+
+def parse_key(key: str) -> tuple[str, str] | None:
+    """(tensor's name, what the key holds), or None for a plain key."""
+    key = key.removesuffix(".default")
+    for suffix, (put, what) in _SUFFIXES.items():
+        if key.endswith(suffix):
+            return key.removesuffix(suffix).removeprefix(_PEFT_PREFIX) + put, what
+    return None
+
+
+def open_diff(source: Checkpoint, base: Checkpoint | None) -> Source:
+    """Every difference in a file."""
+    tensors: dict[str, dict[str, str]] = {}
+    for key in source:
+        name, what = parse_key(key) or (key, "dense")
+        tensors.setdefault(name, {})[what] = key
+    result = Source()
+    found = dict.fromkeys(tensors, "") if base is None else match_names(dict.fromkeys(tensors, ()), base)
+    for name, keys in tensors.items():
+        if name not in found:
+            result.skipped[name] = "the base has no such tensor"
+            continue
+        item = _item(source, keys, found[name] or name, base)
+        if isinstance(item, str):
+            result.skipped[name] = item
+        else:
+            result.items.append(item)
+    return result
+
+
+def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint | None) -> Item | str:
+    if "dense" in keys:
+        slot = source[keys["dense"]]
+        shape, dtype, base_bits = slot.shape, "unspecified", None
+        if base is not None:
+            shape, dtype, base_bits = base[name].shape, base[name].dtype.name, base.bits(name)
+        if shape != slot.shape:
+            return f"its shape is {list(slot.shape)}, the base's {list(shape)}"
+        rows = _dense(source.bits(keys["dense"]), slot.dtype.name, matrix_shape(shape)[1])
+        return Item(name, shape, dtype, rows=rows, base_bits=base_bits)
+    where = "positions" if "positions" in keys else "indices"
+    if where not in keys or "values" not in keys:
+        return f"only its {' '.join(keys)} is there"
+    if base is None:
+        return "a sparse diff does not tell the tensor's shape; give --base MODEL"
+    slot = base[name]
+    return Item(name, slot.shape, slot.dtype.name, exact=lambda: _sparse(source, keys, where, name, base))
+
+
+def _dense(bits: Array, dtype: str, columns: int) -> Rows:
+    def rows(start: int, stop: int) -> Float32:
+        return to_float32(bits[start * columns : stop * columns], dtype)
+
+    return rows
+
+
+def _integers(source: Checkpoint, key: str) -> Array:
+    """Indices, also those that were stored as float32 (PEFT does so on Windows)."""
+    slot = source[key]
+    bits = source.bits(key)
+    if slot.dtype.name.startswith("float"):
+        return to_float32(bits, slot.dtype.name).astype(np.int64)
+    return bits.view(np.dtype(slot.dtype.name).newbyteorder("<")).astype(np.int64)
+
+
+def _sparse(source: Checkpoint, keys: dict[str, str], where: str, name: str, base: Checkpoint) -> TensorDelta:
+    slot = base[name]
+    indices = _integers(source, keys[where])
+    values = to_float32(source.bits(keys["values"]), source[keys["values"]].dtype.name)
+    if where == "indices":
+        row, column = indices.reshape(2, -1)
+        if row.size and (row.min() < 0 or column.min() < 0 or column.max() >= matrix_shape(slot.shape)[1]):
+            raise SourceError(f"has an index outside of shape {list(slot.shape)}; give the right base")
+        indices = row * matrix_shape(slot.shape)[1] + column
+    if indices.size != values.size:
+        raise SourceError(f"has {indices.size} indices for {values.size} values; get the file again")
+    if indices.size and (indices.min() < 0 or indices.max() >= slot.numel):
+        raise SourceError(f"has an index outside of shape {list(slot.shape)}; give the right base")
+    if not np.all(np.isfinite(values)):
+        raise SourceError("has NaN or infinity in it; repair the source first")
+    order = np.argsort(indices, kind="stable")
+    indices, values = indices[order], values[order]
+    if np.any(indices[1:] == indices[:-1]):
+        raise SourceError("lists an index twice; get the file again")
+    return TensorDelta(slot.shape, indices, values, slot.dtype.name, base_bits=base.bits(name)[indices])

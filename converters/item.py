@@ -1,0 +1,70 @@
+"""What a source yields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shiradelta.arithmetic import Array, Float32, Positions
+from shiradelta.checkpoint import Checkpoint
+from shiradelta.delta import TensorDelta, check_shape, matrix_shape
+from shiradelta.select import Rows
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor to convert: a dense delta of which the largest elements are kept, or something exact.
+
+    Attributes:
+        name: in the base's coordinates.
+        shape, dtype: the base tensor's; dtype is "unspecified" where there is no base.
+        rows: the dense delta (see `shiradelta.select.Rows`), or None.
+        exact: makes the tensor delta as it is to be stored; called once.
+        base_bits: the base's elements, flat and mapped, where there is a base.
+        replacement: the fine-tune's elements, for a dtype to which nothing can be added: the selected ones are set.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rows: Rows | None = None
+    exact: Callable[[], TensorDelta] | None = None
+    base_bits: Array | None = None
+    replacement: Array | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return check_shape(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return matrix_shape(self.shape)
+
+    def delta(self, positions: Positions, values: Float32) -> TensorDelta:
+        """The tensor delta of selected elements."""
+        base = None if self.base_bits is None else self.base_bits[positions]
+        if self.replacement is not None:
+            return TensorDelta(self.shape, positions, self.replacement[positions], self.dtype, "set", base_bits=base)
+        return TensorDelta(self.shape, positions, values, self.dtype, base_bits=base)
+
+
+@dataclass
+class Source:
+    """A source that was opened: what can be converted, what cannot and why, and what the user should know."""
+
+    items: list[Item] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def whole_tensor(source: Checkpoint, key: str, name: str) -> Item:
+    """A tensor that the base lacks: added whole."""
+    slot = source[key]
+    return Item(
+        name,
+        slot.shape,
+        slot.dtype.name,
+        exact=lambda: TensorDelta(slot.shape, None, source.bits(key), slot.dtype.name, "new"),
+    )

@@ -1,0 +1,94 @@
+"""What a conversion kept."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shiradelta.delta import TensorDelta
+
+#: Below this share of the squared norm, plain top-k has thrown most of the fine-tune away.
+LITTLE = 0.5
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor.  `energy` is the squared norm of the whole delta, `lost` that of what is not in the file."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    nnz: int
+    numel: int
+    energy: float
+    lost: float
+
+    @classmethod
+    def of(cls, name: str, tensor: TensorDelta, stored: TensorDelta, energy: float) -> TensorReport:
+        """Of a selection and of what the file holds of it, after quantisation."""
+        lost = 0.0
+        if tensor.op == "add":
+            kept, held = tensor.values().astype(np.float64), stored.values().astype(np.float64)
+            lost = max(energy - 2 * float(kept @ held) + float(held @ held), 0.0)
+        return cls(name, tensor.op, tensor.shape, tensor.nnz, tensor.numel, energy, lost)
+
+    @property
+    def energy_kept(self) -> float:
+        """1 - |delta - stored|^2 / |delta|^2; 1 for what is stored exactly."""
+        return 1 - self.lost / self.energy if self.energy else 1.0
+
+
+@dataclass
+class Report:
+    """One conversion; `tensors` are the matched ones."""
+
+    source: str
+    out: str
+    sparsity: float
+    values: str
+    tensors: list[TensorReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    file_bytes: int = 0
+
+    @property
+    def nnz(self) -> int:
+        """Nonzeros in the file."""
+        return sum(tensor.nnz for tensor in self.tensors)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensors that are changed in part."""
+        return sum(tensor.numel for tensor in self.tensors if tensor.op != "new")
+
+    @property
+    def bits_per_nonzero(self) -> float:
+        """Of the whole file."""
+        return self.file_bytes * 8 / self.nnz if self.nnz else 0.0
+
+    @property
+    def energy_kept(self) -> float:
+        """The share of the fine-tune's squared norm that the file holds."""
+        energy = sum(tensor.energy for tensor in self.tensors)
+        return 1 - sum(tensor.lost for tensor in self.tensors) / energy if energy else 1.0
+
+    def complete(self) -> None:
+        """Adds the warnings that follow from the figures."""
+        if self.energy_kept < LITTLE:
+            self.warnings.append(
+                f"only {self.energy_kept:.0%} of the update's energy is kept: top-k alone loses most of this fine-tune;"
+                " a larger --sparsity keeps more"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self),
+            "tensors": [{**asdict(tensor), "energy_kept": tensor.energy_kept} for tensor in self.tensors],
+            "nnz": self.nnz,
+            "numel": self.numel,
+            "bits_per_nonzero": self.bits_per_nonzero,
+            "energy_kept": self.energy_kept,
+        }

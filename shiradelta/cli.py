@@ -1,0 +1,222 @@
+"""The command line: options, tables and exit codes; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import click
+
+from shiradelta import show
+from shiradelta.errors import ShiraDeltaError
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+class _Commands(click.Group):
+    """Commands in the order in which a user meets them; errors of the package become one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShiraDeltaError as error:
+            click.echo(f"error: {show.printable(str(error))}", err=True)
+        except MemoryError:
+            click.echo("error: out of memory; close other programs, or use a machine with more", err=True)
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing was changed", err=True)
+        return ctx.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="shiradelta")
+def main() -> None:
+    """Sparse weight deltas: small files that are patched into a model and taken out again bit for bit."""
+
+
+def _echo_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1))
+
+
+@main.command()
+@click.argument("source")
+@click.option("--sparsity", default=0.01, show_default=True, help="The share of the weights that change.")
+@click.option("--base", help="The base model's folder or file; a full fine-tune needs it.")
+@click.option(
+    "--values",
+    type=click.Choice(["f32", "f16", "bf16", "int8", "int4", "sign"]),
+    default="int4",
+    show_default=True,
+    help="How the changes are stored.",
+)
+@click.option("-o", "--out", help="The file to write.  [default: SOURCE with .shd]")
+@click.option(
+    "--scope",
+    type=click.Choice(["tensor", "model"]),
+    default="tensor",
+    show_default=True,
+    help="Keep the share in every tensor, or over the whole model.",
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "lora", "full", "diff"]),
+    default="auto",
+    show_default=True,
+    help="What SOURCE is.",
+)
+@click.option("--alpha", type=float, help="A LoRA's alpha, over what its files say.")
+@click.option("--zstd", is_flag=True, help="Compress further; slower to swap.")
+@_JSON
+def convert(as_json: bool, **arguments: Any) -> None:
+    """Convert a LoRA, a full fine-tune or a diff to a .shd file.
+
+    SOURCE is a safetensors file or a folder (PEFT adapter, fine-tuned model).
+    """
+    from shiradelta.converters import convert as run
+
+    with show.progress("converting") as progress:
+        report = run(**arguments, progress=progress)
+    if as_json:
+        _echo_json(report.as_dict())
+        return
+    rows = [["tensor", "op", "shape", "nonzeros", "density", "energy kept"]]
+    for t in report.tensors:
+        density = show.percent(t.nnz / t.numel)
+        rows.append([show.printable(t.name), t.op, show.shape(t.shape), f"{t.nnz:,}", density, f"{t.energy_kept:.1%}"])
+    click.echo(show.table(rows))
+    for name, why in report.skipped.items():
+        click.echo(f"skipped {show.printable(name)}: {show.printable(why)}")
+    for warning in report.warnings:
+        click.echo(f"warning: {show.printable(warning)}", err=True)
+    changed = sum(t.nnz for t in report.tensors if t.op != "new")
+    click.echo(
+        f"{len(report.tensors)} tensors converted, {len(report.skipped)} skipped; {changed:,} of {report.numel:,}"
+        f" weights change ({show.percent(changed / max(report.numel, 1))}); {report.energy_kept:.1%} of the update's"
+        f" energy kept\n{report.out}: {show.size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero"
+    )
+
+
+@main.command()
+@click.argument("model")
+@click.argument("delta")
+@click.option("--strength", default=1.0, show_default=True, help="What the changes are multiplied with.")
+@click.option("-o", "--out", help="Write a patched copy to this folder; MODEL stays as it is.")
+@click.option("--no-check", is_flag=True, help="Apply it to a base other than the one it was made against.")
+@click.option("--allow-dtype", is_flag=True, help="Apply it to a base stored in another dtype; not checked then.")
+@_JSON
+def apply(
+    model: str, delta: str, strength: float, out: str | None, no_check: bool, allow_dtype: bool, as_json: bool
+) -> None:
+    """Patch DELTA into the weights of the folder MODEL, so that it can be taken out again exactly."""
+    from shiradelta.engine import directory
+
+    with show.progress("applying") as progress:
+        report = directory.apply(
+            model,
+            delta,
+            out=out,
+            strength=strength,
+            check=not no_check,
+            allow_dtype=allow_dtype,
+            progress=progress,
+        )
+    if as_json:
+        _echo_json(dataclasses.asdict(report))
+        return
+    click.echo(
+        f"{report.folder}: {report.tensors} tensors patched, {report.changed:,} of {report.nonzeros:,} listed weights"
+        f" differ now"
+        + (f", {report.added} tensors added" if report.added else "")
+        + (f", {report.dropped} taken away" if report.dropped else "")
+    )
+    click.echo(f"take it out again with: shiradelta revert {report.folder}")
+
+
+@main.command()
+@click.argument("model")
+@_JSON
+def revert(model: str, as_json: bool) -> None:
+    """Take the last delta out of the folder MODEL, bit for bit; an interrupted action is rolled back instead."""
+    from shiradelta.engine import directory
+
+    with show.progress("reverting") as progress:
+        report = directory.revert(model, progress)
+    if as_json:
+        _echo_json(dataclasses.asdict(report))
+        return
+    did = "rolled back the interrupted action on" if report.interrupted else "took out"
+    rest = f"{report.left} more applied" if report.left else "the folder is its base again"
+    click.echo(f"{model}: {did} {show.printable(report.delta.file)}, bit for bit; {rest}")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("delta", required=False)
+@_JSON
+def verify(model: str, delta: str | None, as_json: bool) -> None:
+    """Say whether the folder MODEL is exactly its base, exactly patched, or neither (exit code 1).
+
+    With DELTA, a folder on which nothing was applied is compared with that file's fingerprints.
+    """
+    from shiradelta.engine import directory
+
+    report = directory.verify(model, delta)
+    if as_json:
+        _echo_json(dataclasses.asdict(report))
+    else:
+        if report.recovered:
+            click.echo(f"{model}: an interrupted action was rolled back")
+        click.echo(f"{model}: {report.state}: {show.printable(report.detail)}")
+    if report.state == "neither":
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("file")
+@click.option("--verify", "full", is_flag=True, help="Decode everything and check the content digest too.")
+@_JSON
+def info(file: str, full: bool, as_json: bool) -> None:
+    """Show what is in a .shd file."""
+    from shiradelta.describe import describe
+    from shiradelta.reader import open_delta
+
+    with open_delta(file) as delta:
+        if full:
+            delta.verify()
+        about = describe(delta)
+    if as_json:
+        _echo_json(about)
+        return
+    rows = [["tensor", "op", "dtype", "shape", "nonzeros", "density", "index", "values", "bits/nonzero"]]
+    for t in about["tensors"]:
+        rows.append(
+            [
+                show.printable(t["name"]),
+                t["op"],
+                t["dtype"],
+                show.shape(t["shape"]),
+                f"{t['nnz']:,}",
+                show.percent(t["density"]),
+                t["index_codec"],
+                t["value_codec"],
+                f"{t['bits_per_nonzero']:.2f}",
+            ]
+        )
+    click.echo(show.table(rows))
+    for key, value in about["metadata"].items():
+        click.echo(f"{show.printable(key)}: {show.printable(value)}")
+    checked = "checked in full" if full else "tables checked; --verify checks everything"
+    click.echo(
+        f"{file}: format {about['version']}, {len(about['tensors'])} tensors, {about['nnz']:,} nonzeros,"
+        f" {show.size(about['bytes']['file'])}, {about['bits_per_nonzero']:.2f} bits per nonzero"
+        f" (entropy of the positions {about['entropy']:.2f}); {checked}\ndigest {about['digest']}"
+    )
+
+
+if __name__ == "__main__":
+    main()

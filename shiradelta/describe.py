@@ -1,0 +1,59 @@
+"""What is in a `.shd` file, as plain data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from shiradelta.reader import Delta
+
+
+def entropy(nnz: int, numel: int) -> float:
+    """Bits per nonzero that positions drawn independently at this density carry at least."""
+    if not 0 < nnz < numel:
+        return 0.0
+    p = nnz / numel
+    return -(math.log2(p) + (1 - p) / p * math.log2(1 - p))
+
+
+def describe(delta: Delta) -> dict[str, Any]:
+    """Per tensor and in all; sizes in bytes, fingerprints as hexadecimal."""
+    tensors: list[dict[str, Any]] = []
+    for name, tensor in delta.items():
+        record = tensor.record
+        stored = record.index.stored + record.values.stored
+        tensors.append(
+            {
+                "name": name,
+                "op": tensor.op,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "nnz": tensor.nnz,
+                "density": tensor.nnz / max(tensor.numel, 1),
+                "index_codec": record.index_codec.name,
+                "value_codec": record.value_codec.name,
+                "zstd": record.index.zstd or record.values.zstd,
+                "index_bytes": record.index.stored,
+                "value_bytes": record.values.stored,
+                "bits_per_nonzero": stored * 8 / max(tensor.nnz, 1),
+                "base_fingerprint": _hex(tensor.base_fingerprint),
+                "result_fingerprint": _hex(tensor.result_fingerprint),
+            }
+        )
+    nnz = delta.nnz
+    bound = sum(entropy(t["nnz"], max(math.prod(t["shape"]), 1)) * t["nnz"] for t in tensors)
+    return {
+        "file": delta.file,
+        "version": delta.version,
+        "digest": delta.digest,
+        "metadata": delta.metadata,
+        "nnz": nnz,
+        "bytes": dict(delta.sizes),
+        "bits_per_nonzero": delta.sizes["file"] * 8 / max(nnz, 1),
+        "entropy": bound / max(nnz, 1),
+        "tensors": tensors,
+    }
+
+
+def _hex(fingerprint: int | None) -> str | None:
+    return None if fingerprint is None else f"{fingerprint:016x}"

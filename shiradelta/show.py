@@ -1,0 +1,64 @@
+"""What people get to see: tables, sizes, progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+
+
+def printable(text: str) -> str:
+    """Text from a file, with everything escaped that a terminal would act on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows as aligned columns, the first `left` of them to the left; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes, for people."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def shape(dimensions: Sequence[int]) -> str:
+    """4096x11008."""
+    return "x".join(map(str, dimensions)) or "scalar"
+
+
+def percent(share: float) -> str:
+    """Three digits that count: 1.00%, 0.0125%."""
+    return f"{share * 100:.3g}%"
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, done, total) that draws a bar on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    with click.progressbar(
+        length=1000, label=label, file=sys.stderr, item_show_func=lambda what: what and printable(str(what))[:48]
+    ) as bar:
+
+        def step(what: str, done: int, total: int) -> None:
+            bar.update(max(0, round(1000 * done / max(total, 1)) - bar.pos), what)
+
+        yield step
+        bar.update(1000 - bar.pos)

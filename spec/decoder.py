@@ -1,0 +1,772 @@
+"""A reference reader of the shiradelta format, version 1.0, written from FORMAT.md and REGISTRY.md.
+
+It follows FORMAT.md section by section and prefers clarity to speed. It reads and checks a whole
+file in memory; time and memory are linear in the decoded size of the file (STRUCT sorts once).
+
+    python spec/decoder.py FILE        prints the delta as JSON, or "refused: ..." on stderr
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+Zstd = Callable[[bytes, int], bytes]
+
+# --- REGISTRY.md: only what is usable in version 1.0; every other id is refused as unknown ---
+
+# By id, from 0: the name and the bytes of an element.
+DTYPES = [
+    *[("unspecified", 0), ("float32", 4), ("float16", 2), ("bfloat16", 2), ("float64", 8)],
+    *[("float8_e4m3fn", 1), ("float8_e5m2", 1), ("float8_e8m0fnu", 1), ("bool", 1)],
+    *[("uint8", 1), ("int8", 1), ("uint16", 2), ("int16", 2), ("uint32", 4), ("int32", 4)],
+    *[("uint64", 8), ("int64", 8), ("float8_e4m3fnuz", 1), ("float8_e5m2fnuz", 1)],
+    ("complex64", 8),
+]
+OPS = {0: "ADD", 1: "SET", 3: "NEW", 4: "DROP"}
+INDEX_CODECS = {0: "NONE", 1: "RICE", 2: "RAW", 3: "BITMAP", 4: "STRUCT", 5: "ALL"}
+VALUE_CODECS = {0: "NONE", 1: "F32", 2: "F16", 3: "BF16", 4: "I8", 5: "I4", 6: "SIGN", 7: "BITS"}
+FEATURE_ZSTD = 1 << 0
+
+MAX_TENSORS = 1048576
+MAX_NAMES_SIZE = 67108864
+MAX_METADATA_SIZE = 16777216
+MAX_EXTENSION_SIZE = 67108864
+MAX_NAME_SIZE = 1024
+MAX_RANK = 8
+MAX_NUMEL = 1 << 56
+MAX_RICE_K = 31
+MAX_STRUCT_ENTRIES = 256
+MAX_ZSTD_RATIO = 64
+
+
+# --- what the reader gives back ---
+
+
+class Refused(Exception):
+    """The one error of this reader.
+
+    `offset` is the place in the file, for the content of an INDEX or VALUES the section's start.
+    """
+
+    def __init__(self, reason: str, offset: int | None = None, tensor: str | None = None) -> None:
+        super().__init__(reason, offset, tensor)
+        self.reason = reason
+        self.offset = offset
+        self.tensor = tensor
+
+    def __str__(self) -> str:
+        where = "" if self.offset is None else f" at byte {self.offset}"
+        return self.reason + where + ("" if self.tensor is None else f" in tensor {self.tensor!r}")
+
+
+@dataclass
+class Tensor:
+    """One tensor's delta; values are bit patterns: binary32 for ADD, the dtype's for SET, NEW."""
+
+    name: str
+    dtype: str
+    op: str
+    index_codec: str
+    value_codec: str
+    shape: tuple[int, ...]
+    positions: list[int]
+    values: list[int]
+    base_fingerprint: int | None
+    result_fingerprint: int | None
+
+
+@dataclass
+class Delta:
+    minor: int
+    digest: str
+    metadata: dict[str, str]
+    tensors: list[Tensor]
+
+
+# --- 1. Conventions ---
+# Python's integers do not overflow, so sizes are computed exactly whatever a file declares; what
+# matters is that nothing is allocated or looped over before a check has bounded it.
+
+
+def check(right: bool, reason: str, offset: int | None = None) -> None:
+    if not right:
+        raise Refused(reason, offset)
+
+
+@contextmanager
+def within(tensor: str, offset: int) -> Iterator[None]:
+    """Adds to a refusal where it happened."""
+    try:
+        yield
+    except Refused as refused:
+        refused.tensor = tensor
+        if refused.offset is None:
+            refused.offset = offset
+        raise
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def align4(n: int) -> int:
+    return ceil_div(n, 4) * 4
+
+
+def align64(n: int) -> int:
+    return ceil_div(n, 64) * 64
+
+
+def utf8(raw: bytes, reason: str, offset: int) -> str:
+    """Strict: Python refuses surrogates, overlong forms and anything above U+10FFFF."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Refused(reason, offset) from None
+
+
+def bits32(x: float) -> int:
+    """The bits of fl32(x). struct rounds binary64 to nearest even, but raises on overflow."""
+    try:
+        return int.from_bytes(struct.pack("<f", x), "little")
+    except OverflowError:
+        return 0x7F800000 if x > 0 else 0xFF800000
+
+
+def float32(bits: int) -> float:
+    """The number that 32 bits stand for; every binary32 is exact in Python's binary64."""
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def is_finite32(bits: int) -> bool:
+    return bits & 0x7F800000 != 0x7F800000
+
+
+def ones_of(bitmap: bytes) -> list[int]:
+    """The indices of the one bits of a bitmap of u32 words, increasing."""
+    ones = []
+    for at, (word,) in enumerate(struct.iter_unpack("<I", bitmap)):
+        while word:
+            lowest = word & -word
+            ones.append(32 * at + lowest.bit_length() - 1)
+            word ^= lowest
+    return ones
+
+
+# --- 2. The file ---
+
+HEADER = struct.Struct("<8sHHIQQQQQQIIII32s12sI")
+MAGIC = b"\x89SHD\r\n\x1a\n"
+
+
+@dataclass
+class Header:
+    minor: int
+    tensor_count: int
+    incompatible: int
+    file_size: int
+    sizes: list[int]  # of TABLE, NAMES, METADATA, EXTENSION
+    crcs: list[int]  # of the same
+    digest: bytes
+
+
+def read_header(data: bytes) -> Header:
+    """2.1, checks 1 to 7."""
+    check(data[:8] == MAGIC, "bad_magic", 0)
+    check(len(data) >= HEADER.size, "truncated", len(data))
+    fields = HEADER.unpack_from(data)
+    _, major, minor, count, incompatible, _compatible, file_size, names, metadata, ext = fields[:10]
+    check(major == 1, "unsupported_version", 8)
+    check(zlib.crc32(data[:124]) == fields[16], "header_checksum", 124)
+    check(incompatible & ~FEATURE_ZSTD == 0, "unknown_feature", 16)
+    check(not any(fields[15]), "reserved_not_zero", 112)
+    check(len(data) >= file_size, "truncated", len(data))
+    check(len(data) <= file_size, "trailing_data", file_size)
+    check(count <= MAX_TENSORS, "limit_exceeded", 12)
+    check(names <= MAX_NAMES_SIZE, "limit_exceeded", 40)
+    check(metadata <= MAX_METADATA_SIZE, "limit_exceeded", 48)
+    check(ext <= MAX_EXTENSION_SIZE, "limit_exceeded", 56)
+    sizes = [RECORD.size * count, names, metadata, ext]
+    return Header(minor, count, incompatible, file_size, sizes, list(fields[10:14]), fields[14])
+
+
+def check_padding(data: bytes, end: int) -> None:
+    """2: the bytes between the end of a section and the next multiple of 64 are zero."""
+    check(not any(data[end : align64(end)]), "padding_not_zero", end)
+
+
+def read_file_sections(data: bytes, header: Header) -> tuple[list[int], int]:
+    """2.2: the offsets of TABLE, NAMES, METADATA and EXTENSION, and the aligned end of the last."""
+    offsets = []
+    end = HEADER.size
+    for size in header.sizes:
+        offsets.append(end)
+        end = align64(end + size)
+    check(end <= header.file_size, "section_layout", offsets[-1])
+    for offset, size, crc in zip(offsets, header.sizes, header.crcs, strict=True):
+        check(zlib.crc32(data[offset : offset + size]) == crc, "section_checksum", offset)
+        check_padding(data, offset + size)
+    return offsets, end
+
+
+def read_metadata(data: bytes, at: int, size: int) -> dict[str, str]:
+    """2.2: pairs of strings, keys strictly increasing in byte order."""
+    metadata: dict[str, str] = {}
+    end = at + size
+    key_before = b""  # so that an empty key is refused too, even as the first
+    while at < end:
+        check(end - at >= 8, "bad_metadata", at)
+        key_size, value_size = struct.unpack_from("<II", data, at)
+        check(key_size + value_size <= end - at - 8, "bad_metadata", at)
+        value_at = at + 8 + key_size
+        key = data[at + 8 : value_at]
+        check(key > key_before, "bad_metadata", at)
+        value = data[value_at : value_at + value_size]
+        metadata[utf8(key, "bad_metadata", at)] = utf8(value, "bad_metadata", at)
+        key_before = key
+        at = value_at + value_size
+    return metadata
+
+
+# --- 3. The tensor table ---
+
+RECORD = struct.Struct("<IHBBBBBBIQQQQQQQQQII8Q")
+HAS_BASE_FINGERPRINT, HAS_RESULT_FINGERPRINT, ZSTD_INDEX, ZSTD_VALUES = 1, 2, 4, 8
+
+
+@dataclass
+class Section:
+    """Where an INDEX or VALUES section is."""
+
+    offset: int
+    stored: int
+    decoded: int
+    crc: int
+    zstd: bool
+
+
+@dataclass
+class Record:
+    """A record whose checks have passed."""
+
+    tensor: Tensor  # its positions and values come later
+    raw_name: bytes
+    dtype_id: int
+    op_id: int
+    nnz: int
+    numel: int
+    index: Section
+    values: Section
+
+    @property
+    def word_size(self) -> int:
+        """W of section 3.2."""
+        return 4 if self.numel <= 0xFFFFFFFF else 8
+
+    @property
+    def element_size(self) -> int:
+        return DTYPES[self.dtype_id][1]
+
+
+def read_table(data: bytes, header: Header, offsets: list[int], end: int) -> list[Record]:
+    """3: all records. `end` is where the section of the record before ended, aligned."""
+    names = data[offsets[1] : offsets[1] + header.sizes[1]]
+    records: list[Record] = []
+    names_end = 0
+    name_before = b""  # smaller than every name
+    for i in range(header.tensor_count):
+        at = offsets[0] + RECORD.size * i
+        fields = RECORD.unpack_from(data, at)
+        raw_name, name = read_name(names, fields[0], fields[1], names_end, name_before, at)
+        with within(name, at):
+            record = read_record(fields, raw_name, name)
+            end = check_section(data, header, record, "INDEX", end)
+            end = check_section(data, header, record, "VALUES", end)
+        records.append(record)
+        names_end += len(raw_name)
+        name_before = raw_name
+    check(names_end == header.sizes[1], "name_layout", offsets[1] + names_end)
+    check(end == header.file_size, "section_layout", end)
+    return records
+
+
+def read_name(
+    names: bytes, offset: int, size: int, names_end: int, before: bytes, at: int
+) -> tuple[bytes, str]:
+    """3, checks 1 to 3."""
+    check(offset == names_end and offset + size <= len(names), "name_layout", at)
+    check(0 < size <= MAX_NAME_SIZE, "bad_name", at)
+    raw = names[offset : offset + size]
+    name = utf8(raw, "bad_name", at)
+    check(all(byte >= 0x20 and byte != 0x7F for byte in raw), "bad_name", at)
+    check(raw != before, "duplicate_name", at)
+    check(raw > before, "name_order", at)
+    return raw, name
+
+
+def read_record(fields: tuple[int, ...], raw_name: bytes, name: str) -> Record:
+    """3, checks 4 to 9."""
+    rank, dtype, op, index_codec, value_codec, flags, zero, nnz, base, result = fields[2:12]
+    check(zero == 0 and flags <= 15, "reserved_not_zero")
+    check(dtype < len(DTYPES), "unknown_dtype")
+    check(op in OPS, "unknown_op")
+    check(index_codec in INDEX_CODECS, "unknown_index_codec")
+    check(value_codec in VALUE_CODECS, "unknown_value_codec")
+    shape, numel = read_shape(rank, fields[20:28])
+    check(nnz <= numel, "bad_count")
+    names = DTYPES[dtype][0], OPS[op], INDEX_CODECS[index_codec], VALUE_CODECS[value_codec]
+    base_is_there = bool(flags & HAS_BASE_FINGERPRINT)
+    result_is_there = bool(flags & HAS_RESULT_FINGERPRINT)
+    fingerprints = base if base_is_there else None, result if result_is_there else None
+    tensor = Tensor(name, *names, shape, [], [], *fingerprints)
+    check(goes_together(tensor, nnz, numel), "bad_combination")
+    check(base_is_there or base == 0, "reserved_not_zero")
+    check(result_is_there or result == 0, "reserved_not_zero")
+    index = Section(fields[12], fields[13], fields[14], fields[18], bool(flags & ZSTD_INDEX))
+    values = Section(fields[15], fields[16], fields[17], fields[19], bool(flags & ZSTD_VALUES))
+    return Record(tensor, raw_name, dtype, op, nnz, numel, index, values)
+
+
+def read_shape(rank: int, dims: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """3, check 6: the shape and numel. A 0 makes numel 0 whatever the other dimensions are."""
+    check(rank <= MAX_RANK and not any(dims[rank:]), "bad_shape")
+    shape = dims[:rank]
+    numel = 1
+    for dim in shape:
+        check(dim <= MAX_NUMEL, "bad_shape")
+        numel *= dim  # at most 2^448: eight factors of at most 2^56
+    check(numel <= MAX_NUMEL, "bad_shape")
+    return shape, numel
+
+
+def goes_together(t: Tensor, nnz: int, numel: int) -> bool:
+    """3.1"""
+    empty = nnz == 0
+    if (t.index_codec == "NONE") != empty or (t.value_codec == "NONE") != empty:
+        return False
+    if t.index_codec == "ALL" and nnz != numel:
+        return False
+    has_base, has_result = t.base_fingerprint is not None, t.result_fingerprint is not None
+    specified = t.dtype != "unspecified"
+    if not specified and (has_base or has_result):
+        return False
+    if t.op == "DROP":
+        return empty and not has_result
+    if t.op == "ADD":
+        adds = ("float32", "float16", "bfloat16", "unspecified")
+        return t.dtype in adds and t.value_codec != "BITS"
+    if not specified or t.value_codec not in ("BITS", "NONE"):
+        return False  # SET and NEW
+    if t.op == "NEW":  # the codecs are NONE where numel is 0 and only there, by the first rule
+        return nnz == numel and t.index_codec in ("ALL", "NONE") and not has_base
+    return True
+
+
+def check_section(data: bytes, header: Header, r: Record, which: str, place: int) -> int:
+    """3, check 10, for INDEX or VALUES: gives the aligned end."""
+    s = r.index if which == "INDEX" else r.values
+    check(s.offset == place, "section_layout")
+    end = align64(s.offset + s.stored)
+    check(end <= header.file_size, "section_layout")
+    if s.zstd:
+        allowed = bool(header.incompatible & FEATURE_ZSTD)
+        check(allowed and s.stored > 0 and s.decoded > 0, "bad_combination")
+        check(s.decoded <= s.stored * MAX_ZSTD_RATIO, "zstd_ratio")
+    else:
+        check(s.decoded == s.stored, "section_layout")
+    check(s.stored > 0 or s.crc == 0, "section_checksum")
+    right = index_size_fits(r) if which == "INDEX" else r.values.decoded == values_size(r)
+    check(right, "bad_size")
+    check_padding(data, s.offset + s.stored)
+    return end
+
+
+SLACK = 8
+
+
+def index_size_fits(r: Record) -> bool:
+    """3.2, the first table."""
+    codec, size = r.tensor.index_codec, r.index.decoded
+    if codec == "RICE":
+        return size >= 24
+    if codec == "RAW":
+        return size == r.nnz * r.word_size + SLACK
+    if codec == "BITMAP":
+        directory = ceil_div(r.numel, 2048) * r.word_size
+        return size == directory + 4 * ceil_div(r.numel, 32) + SLACK
+    if codec == "STRUCT":
+        entries, rest = divmod(size - SLACK, 32)
+        return rest == 0 and 1 <= entries <= MAX_STRUCT_ENTRIES
+    return size == 0  # NONE, ALL
+
+
+def values_size(r: Record) -> int:
+    """3.2, the second table. It bounds nnz by the file's size, for ALL and STRUCT too."""
+    if r.tensor.value_codec == "NONE":
+        return 0
+    n, groups = r.nnz, ceil_div(r.nnz, 128)
+    parts = {
+        "F32": 4 * n,
+        "F16": align4(2 * n),
+        "BF16": align4(2 * n),
+        "I8": align4(2 * groups) + align4(n),
+        "I4": 4 * groups + align4(ceil_div(n, 2)),
+        "SIGN": align4(2 * groups) + 4 * ceil_div(n, 32),
+        "BITS": align4(n * r.element_size),
+    }
+    return parts[r.tensor.value_codec] + SLACK
+
+
+# --- 4. Index codecs ---
+
+
+def read_section(data: bytes, s: Section, zstd: Zstd | None) -> bytes:
+    """4: checks the CRC and undoes zstd. Empty sections go through it too: their CRC is 0."""
+    stored = data[s.offset : s.offset + s.stored]
+    check(zlib.crc32(stored) == s.crc, "section_checksum")
+    if not s.zstd:
+        return stored
+    if zstd is None:
+        raise Refused("zstd_unavailable")
+    try:
+        decoded = zstd(stored, s.decoded)
+    except Exception as error:  # any failure of the library means that the frame is bad
+        raise Refused("bad_zstd") from error
+    check(len(decoded) == s.decoded, "bad_zstd")
+    return decoded
+
+
+class Parts:
+    """Takes the parts of a decoded section one after the other.
+
+    Every part is padded with zeros to a multiple of 4 bytes (3.2), so that all of them can be seen
+    as a number of bits in u32 words. What is unused is looked at by `finish`: it is the last check.
+    """
+
+    def __init__(self, section: bytes) -> None:
+        self.section = section
+        self.at = 0
+        self.padding_is_zero = True
+
+    def take(self, bits: int) -> bytes:
+        """The next part, with its padding."""
+        part = self.section[self.at : self.at + 4 * ceil_div(bits, 32)]
+        self.at += len(part)
+        unused = int.from_bytes(part[bits // 8 :], "little") >> (bits % 8)  # less than 32 bits
+        self.padding_is_zero &= unused == 0
+        return part
+
+    def words(self, count: int, word_size: int) -> tuple[int, ...]:
+        """A part of `count` unsigned integers of 1, 2, 4 or 8 bytes."""
+        part = self.take(8 * count * word_size)
+        return struct.unpack_from(f"<{count}{UNSIGNED[word_size]}", part)
+
+    def finish(self) -> None:
+        slack = self.section[self.at :]
+        check(self.padding_is_zero and not any(slack), "padding_not_zero")
+
+
+UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}  # for struct
+
+
+def decode_positions(r: Record, section: bytes) -> list[int]:
+    codec = r.tensor.index_codec
+    if codec in ("NONE", "ALL"):  # 4.1
+        return list(range(r.nnz))
+    decoders = {
+        "RICE": decode_rice,
+        "RAW": decode_raw,
+        "BITMAP": decode_bitmap,
+        "STRUCT": decode_struct,
+    }
+    parts = Parts(section)
+    positions = decoders[codec](r, parts)
+    parts.finish()
+    return positions
+
+
+def decode_rice(r: Record, parts: Parts) -> list[int]:
+    """4.2"""
+    k, *zeros = parts.words(8, 1)
+    check(k <= MAX_RICE_K and not any(zeros), "bad_index")
+    (unary_bits,) = parts.words(1, 8)
+    blocks = ceil_div(unary_bits, 2048)
+    words = ceil_div(r.nnz * k, 32) + ceil_div(unary_bits, 32)
+    size = 16 + blocks * 2 * r.word_size + 4 * words + SLACK
+    check(len(parts.section) == size, "bad_size")  # from here on the section bounds all loops
+
+    directory = parts.words(2 * blocks, r.word_size)
+    low = parts.take(r.nnz * k)
+    ones = [bit for bit in ones_of(parts.take(unary_bits)) if bit < unary_bits]
+    # nnz is at least 1 where the codec is RICE, so that ones[-1] exists after the first test.
+    check(len(ones) == r.nnz and ones[-1] == unary_bits - 1, "bad_index")
+
+    positions = []
+    position = bit_before = -1
+    for i, bit in enumerate(ones):
+        q = bit - bit_before - 1
+        position += 1 + (q << k) + low_bits(low, i * k, k)
+        positions.append(position)
+        bit_before = bit
+    check(positions[-1] < r.numel, "position_range")  # they increase: the last is the largest
+    check(directory == rice_directory(ones, positions, blocks, k), "bad_directory")
+    return positions
+
+
+def low_bits(low: bytes, at: int, k: int) -> int:
+    """k bits from bit `at` on: at most 7 + 31 bits, so that they lie in 5 bytes."""
+    byte = at // 8
+    return (int.from_bytes(low[byte : byte + 5], "little") >> (at % 8)) & ((1 << k) - 1)
+
+
+def rice_directory(ones: list[int], positions: list[int], blocks: int, k: int) -> tuple[int, ...]:
+    """4.2: `base` and `rank` of all blocks."""
+    directory = []
+    rank = 0
+    for block in range(blocks):
+        start = 2048 * block
+        while ones[rank] < start:  # ends: the last one is at the last bit, in the last block
+            rank += 1
+        bit_before, position_before = (ones[rank - 1], positions[rank - 1]) if rank else (-1, -1)
+        zeros = start - bit_before - 1
+        directory += [position_before + 1 + (zeros << k), rank]
+    return tuple(directory)
+
+
+def decode_raw(r: Record, parts: Parts) -> list[int]:
+    """4.3"""
+    positions = list(parts.words(r.nnz, r.word_size))
+    in_order = all(a < b for a, b in pairwise(positions))
+    check(in_order, "position_order")
+    check(positions[-1] < r.numel, "position_range")
+    return positions
+
+
+def decode_bitmap(r: Record, parts: Parts) -> list[int]:
+    """4.4"""
+    directory = parts.words(ceil_div(r.numel, 2048), r.word_size)
+    positions = [bit for bit in ones_of(parts.take(r.numel)) if bit < r.numel]
+    check(len(positions) == r.nnz, "bad_index")
+    rank = 0
+    for block, entry in enumerate(directory):
+        while rank < r.nnz and positions[rank] < 2048 * block:
+            rank += 1
+        check(entry == rank, "bad_directory")
+    return positions
+
+
+ROW, COLUMN, DIAGONAL = 0, 1, 2
+
+
+def decode_struct(r: Record, parts: Parts) -> list[int]:
+    """4.5. nnz is at least 1 here, so numel is too, and no dimension is 0."""
+    shape = r.tensor.shape
+    rows = shape[0] if len(shape) >= 2 else 1
+    columns = r.numel // rows
+    union: set[int] = set()
+    counted = [0, 0, 0]  # elements of each kind
+    kind_before, line_before = ROW, -1
+    for _ in range((len(parts.section) - SLACK) // 32):
+        kind, start, step, count = struct.unpack("<QqQQ", parts.take(8 * 32))
+        check(kind <= DIAGONAL and step >= 1 and count >= 1, "bad_index")
+        last = start + (count - 1) * step
+        lowest = -(rows - 1) if kind == DIAGONAL else 0
+        highest = rows - 1 if kind == ROW else columns - 1
+        check(lowest <= start and last <= highest, "bad_index")
+        in_order = kind > kind_before or (kind == kind_before and start > line_before)
+        check(in_order, "position_order")
+        # There may be 2^56 lines. Each has an element, hence no more than nnz are looked at; and a
+        # line may have 2^56 elements: it is a range until we know that it has no more than nnz.
+        for line in range(start, last + 1, step):
+            elements = line_elements(kind, line, rows, columns)
+            counted[kind] += len(elements)
+            check(counted[kind] <= r.nnz, "bad_index")
+            union.update(elements)
+        kind_before, line_before = kind, last
+    check(len(union) == r.nnz, "bad_index")
+    return sorted(union)
+
+
+def line_elements(kind: int, line: int, rows: int, columns: int) -> range:
+    """The positions on a line. All numbers are below 2^58, as len() of a range needs."""
+    if kind == ROW:
+        return range(line * columns, (line + 1) * columns)
+    if kind == COLUMN:
+        return range(line, rows * columns, columns)
+    first_row, end_row = max(0, -line), min(rows, columns - line)
+    step = columns + 1  # from (r, r + d) to (r + 1, r + 1 + d)
+    first = first_row * step + line
+    return range(first, first + (end_row - first_row) * step, step)
+
+
+# --- 5. Value codecs ---
+
+
+def decode_values(r: Record, section: bytes) -> list[int]:
+    """The bit patterns: binary32 for ADD, the dtype's for SET and NEW."""
+    codec = r.tensor.value_codec
+    if codec == "NONE":
+        return []
+    parts = Parts(section)
+    if codec == "BITS":
+        values = list(parts.words(r.nnz, r.element_size))  # may hold anything
+    elif codec == "I8":
+        values = decode_i8(r.nnz, parts)
+    elif codec == "I4":
+        values = decode_i4(r.nnz, parts)
+    elif codec == "SIGN":
+        values = decode_sign(r.nnz, parts)
+    else:
+        values = decode_floats(codec, r.nnz, parts)
+    parts.finish()
+    return values
+
+
+def decode_floats(codec: str, n: int, parts: Parts) -> list[int]:
+    if codec == "F32":
+        values = list(parts.words(n, 4))
+    elif codec == "BF16":
+        values = [half << 16 for half in parts.words(n, 2)]
+    else:  # a binary16 is exact in binary64 and in binary32; an infinity or a NaN stays one
+        values = [bits32(half) for half in struct.unpack_from(f"<{n}e", parts.take(16 * n))]
+    check(all(map(is_finite32, values)), "bad_value")
+    return values
+
+
+def parameter(bf16: int) -> float:
+    """A scale, lo or step: finite, and its sign bit clear. Positive infinity is 0x7F80; NaN and
+    everything with the sign bit set, -0 too, are larger when seen as integers."""
+    check(bf16 < 0x7F80, "bad_value")
+    return float32(bf16 << 16)
+
+
+def decode_i8(n: int, parts: Parts) -> list[int]:
+    """fl32(scale * q): 8 bits times 8 bits, exact in binary64, so that it is rounded once (and
+    needs no rounding: a product has 16 bits and is a multiple of the smallest bf16, 2^-133).
+    The sign is that of the IEEE product: scale = 0 gives -0 where q is negative."""
+    scales = [parameter(scale) for scale in parts.words(ceil_div(n, 128), 2)]
+    for scale in scales:
+        check(is_finite32(bits32(scale * 128)), "bad_value")
+    codes = struct.unpack_from(f"<{n}b", parts.take(8 * n))
+    return [bits32(scales[i // 128] * q) for i, q in enumerate(codes)]
+
+
+def decode_i4(n: int, parts: Parts) -> list[int]:
+    groups = ceil_div(n, 128)
+    numbers = parts.words(2 * groups, 2)
+    tables = [i4_values(numbers[2 * g], numbers[2 * g + 1]) for g in range(groups)]
+    nibbles = parts.take(4 * n)
+    return [tables[i // 128][(nibbles[i // 2] >> (4 * (i % 2))) & 15] for i in range(n)]
+
+
+def i4_values(lo_bits: int, step_bits: int) -> list[int]:
+    """The values of the 16 nibbles in one group: fl32(lo + fl32(step * code)) and their negatives.
+
+    The product has at most 8 + 3 bits: exact in binary64, then rounded once, by bits32.
+
+    The sum is rounded twice, to binary64 by Python and to binary32 by bits32, and yet correctly.
+    Let a >= b >= 0 be the two terms, both binary32, and 2^e <= a < 2^(e+1).
+    - Where a + b fits in the 53 bits of a binary64, the first rounding changes nothing.
+    - Otherwise b has a bit at or below 2^(e-52). b has 24 bits, so b < 2^(e-28), while a, a
+      multiple of 2^(e-23), is at least 2^(e-24) away from the next midpoint of two binary32 (e is
+      far above the denormals, as b's lowest bit is at least 2^-149). Thus a + b rounds to a, and so
+      does its binary64 rounding, which lies between a and a + 2^(e-28) as both of them are
+      binary64.
+    """
+    lo, step = parameter(lo_bits), parameter(step_bits)
+    sums = [bits32(lo + float32(bits32(step * code))) for code in range(8)]
+    check(is_finite32(sums[7]), "bad_value")  # the largest
+    return sums + [bits | 0x80000000 for bits in sums]
+
+
+def decode_sign(n: int, parts: Parts) -> list[int]:
+    los = parts.words(ceil_div(n, 128), 2)
+    for lo in los:
+        parameter(lo)
+    signs = parts.take(n)
+    return [los[i // 128] << 16 | (signs[i // 8] >> (i % 8) & 1) << 31 for i in range(n)]
+
+
+# --- 6.3 Fingerprints (a delta does not hold its base, so that decode() checks none) ---
+
+MASK64 = (1 << 64) - 1
+
+
+def mix(position: int, bits: int) -> int:
+    x = (position * 0x9E3779B97F4A7C15 + (bits + 1) * 0xD1B54A32D192ED03) & MASK64
+    x = ((x ^ (x >> 32)) * 0xD6E8FEB86659FD93) & MASK64
+    return x ^ (x >> 32)
+
+
+def fingerprint(pairs: Iterable[tuple[int, int]]) -> int:
+    """Of pairs of a position and the bits of its element."""
+    return sum(mix(position, bits) for position, bits in pairs) & MASK64
+
+
+# --- 7. Content digest ---
+
+
+def tensor_digest(r: Record) -> bytes:
+    """T of section 7."""
+    t = r.tensor
+    value_size = 4 if t.op == "ADD" else r.element_size
+    hashed = hashlib.sha256(bytes([r.op_id, r.dtype_id, len(t.shape)]))
+    hashed.update(struct.pack(f"<{len(t.shape)}Q", *t.shape))
+    hashed.update(struct.pack(f"<Q{r.nnz}Q", r.nnz, *t.positions))
+    if t.values:
+        hashed.update(struct.pack(f"<{r.nnz}{UNSIGNED[value_size]}", *t.values))
+    return hashed.digest()
+
+
+# --- the whole: container, every tensor in order, digest ---
+
+
+def decode_tensor(data: bytes, r: Record, zstd: Zstd | None) -> None:
+    with within(r.tensor.name, r.index.offset):
+        r.tensor.positions = decode_positions(r, read_section(data, r.index, zstd))
+    with within(r.tensor.name, r.values.offset):
+        r.tensor.values = decode_values(r, read_section(data, r.values, zstd))
+
+
+def decode(data: bytes, zstd: Zstd | None = None) -> Delta:
+    """Reads and checks everything; raises Refused and nothing else.
+
+    `zstd(stored, decoded_size)` decodes one frame with nothing behind it, or raises.
+    """
+    header = read_header(data)
+    offsets, end = read_file_sections(data, header)
+    metadata = read_metadata(data, offsets[2], header.sizes[2])
+    records = read_table(data, header, offsets, end)
+    digest = hashlib.sha256(b"shiradelta 1" + struct.pack("<I", header.tensor_count))
+    for record in records:
+        decode_tensor(data, record, zstd)
+        digest.update(struct.pack("<H", len(record.raw_name)) + record.raw_name)
+        digest.update(tensor_digest(record))
+    check(digest.digest() == header.digest, "digest_mismatch", 80)
+    return Delta(header.minor, header.digest.hex(), metadata, [r.tensor for r in records])
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python decoder.py FILE", file=sys.stderr)
+        return 2
+    try:
+        delta = decode(Path(arguments[0]).read_bytes())
+    except Refused as refused:
+        print(f"refused: {refused}", file=sys.stderr)
+        return 1
+    print(json.dumps(asdict(delta), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1555 @@
+"""Makes the conformance vectors of the shiradelta format, version 1.0.
+
+    python spec/make_vectors.py            writes vectors/valid and vectors/invalid
+    python spec/make_vectors.py --check    says whether the files there are those that it would write
+
+It needs the standard library alone and knows nothing of the package: the encoders below were written
+from FORMAT.md, and what a valid file is expected to hold is what was put into it.
+
+valid/NAME.shd     a file that every reader accepts, NAME.json what it holds, as `decoder.py` prints it:
+                   values are bits, of binary32 for ADD and of the dtype for SET and NEW
+invalid/NAME.shd   a file that every reader refuses, with the reason that invalid/reasons.json gives.
+                   Checksums are right unless they are what is wrong, so that the intended check decides.
+                   `zstd_unavailable` is the reason of a reader without zstd; others accept that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from math import fsum, prod
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+VECTORS = Path(__file__).parent / "vectors"
+
+# --- REGISTRY.md ---
+
+#: name -> (id, bytes of an element)
+DTYPES = {
+    "unspecified": (0, 0),
+    "float32": (1, 4),
+    "float16": (2, 2),
+    "bfloat16": (3, 2),
+    "float64": (4, 8),
+    "float8_e4m3fn": (5, 1),
+    "float8_e5m2": (6, 1),
+    "float8_e8m0fnu": (7, 1),
+    "bool": (8, 1),
+    "uint8": (9, 1),
+    "int8": (10, 1),
+    "uint16": (11, 2),
+    "int16": (12, 2),
+    "uint32": (13, 4),
+    "int32": (14, 4),
+    "uint64": (15, 8),
+    "int64": (16, 8),
+    "float8_e4m3fnuz": (17, 1),
+    "float8_e5m2fnuz": (18, 1),
+    "complex64": (19, 8),
+}
+OPS = {"ADD": 0, "SET": 1, "NEW": 3, "DROP": 4}
+INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5}
+VALUE_CODECS = {"NONE": 0, "F32": 1, "F16": 2, "BF16": 3, "I8": 4, "I4": 5, "SIGN": 6, "BITS": 7}
+MAX_NUMEL = 1 << 56
+ZSTD_MAGIC = bytes.fromhex("28b52ffd")
+#: What a zstd library made of a section: Huffman and sequences, with a checksum.
+ZSTD_COMPRESSED = "28b52ffd648801e50000a80000003f0000a0bf000040400000003f00000000000100e04c35979f51fe86"
+UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+# --- numbers and bits (FORMAT.md, section 1) ---
+
+SLACK = bytes(8)
+
+
+def align(size: int, unit: int) -> int:
+    """`size` rounded up to a multiple of `unit`."""
+    return -(-size // unit) * unit
+
+
+def padded(data: bytes, unit: int = 4) -> bytes:
+    """`data` with zeros up to a multiple of `unit` bytes."""
+    return data + bytes(-len(data) % unit)
+
+
+def patched(data: bytes, at: int, new: bytes) -> bytes:
+    """`data` with `new` from `at` on; a negative `at` counts from the end."""
+    at %= len(data)
+    return data[:at] + new + data[at + len(new) :]
+
+
+def unsigned(numbers: Sequence[int], size: int) -> bytes:
+    """Numbers of `size` bytes, little-endian."""
+    return struct.pack(f"<{len(numbers)}{UNSIGNED[size]}", *numbers)
+
+
+def bit_words(number: int, bits: int) -> bytes:
+    """The lowest `bits` bits of a long integer, in u32 words."""
+    return number.to_bytes(4 * -(-bits // 32), "little")
+
+
+def bitmap_of(ones: Sequence[int], bits: int) -> bytes:
+    """A bitmap with the bits `ones` set."""
+    return bit_words(sum(1 << one for one in ones), bits)
+
+
+def bits32(x: float) -> int:
+    """The bits of fl32(x); Python rounds a binary64 to nearest even."""
+    try:
+        return int.from_bytes(struct.pack("<f", x), "little")
+    except OverflowError:
+        return 0x7F800000 if x > 0 else 0xFF800000
+
+
+def float32(bits: int) -> float:
+    """The number whose binary32 bits these are."""
+    (number,) = struct.unpack("<f", struct.pack("<I", bits))
+    return float(number)
+
+
+def fl32(x: float) -> float:
+    """Rounded to binary32.
+
+    A sum, product or quotient of two binary32 that was taken in binary64 is rounded twice then, which
+    gives the same as once: 53 bits are at least 2 x 24 + 2.
+    """
+    return float32(bits32(x))
+
+
+def bf16(x: float) -> int:
+    """The bits of the bf16 nearest to fl32(x), ties to even; x is not NaN."""
+    bits = bits32(x)
+    upper, lower = bits >> 16, bits & 0xFFFF
+    return upper + (lower > 0x8000 or (lower == 0x8000 and upper & 1))
+
+
+def from_bf16(bits: int) -> float:
+    """The number whose bf16 bits these are."""
+    return float32(bits << 16)
+
+
+def f16(x: float) -> int:
+    """The bits of the binary16 nearest to x, ties to even."""
+    try:
+        return int.from_bytes(struct.pack("<e", x), "little")
+    except OverflowError:
+        return 0x7C00 if x > 0 else 0xFC00
+
+
+def from_f16(bits: int) -> float:
+    """The number whose binary16 bits these are."""
+    (number,) = struct.unpack("<e", struct.pack("<H", bits))
+    return float(number)
+
+
+FLOATS: Mapping[str, tuple[Callable[[int], float], Callable[[float], int], int]] = {
+    "float32": (float32, bits32, 0x7FC00000),
+    "float16": (from_f16, f16, 0x7E00),
+    "bfloat16": (from_bf16, bf16, 0x7FC0),
+}
+
+
+def added(base: int, value: float, dtype: str) -> int:
+    """Section 6.1, ADD at strength 1, on an element's bits."""
+    decode, encode, nan = FLOATS[dtype]
+    weight = decode(base)
+    if weight != weight:
+        return base
+    total = fl32(weight + value)
+    return nan if total != total else encode(total)
+
+
+def fingerprint(pairs: Iterator[tuple[int, int]]) -> int:
+    """Section 6.3, of (position, bits)."""
+    total, mask = 0, (1 << 64) - 1
+    for position, bits in pairs:
+        x = (position * 0x9E3779B97F4A7C15 + (bits + 1) * 0xD1B54A32D192ED03) & mask
+        x = ((x ^ (x >> 32)) * 0xD6E8FEB86659FD93) & mask
+        total += x ^ (x >> 32)
+    return total & mask
+
+
+# --- index codecs (section 4) ---
+
+
+@dataclass(frozen=True)
+class Index:
+    """An INDEX section, decoded, and what it lists; `frame` is what is stored instead, if zstd is."""
+
+    codec: str
+    positions: tuple[int, ...]
+    section: bytes
+    frame: bytes | None = None
+
+
+NO_INDEX = Index("NONE", (), b"")
+
+
+def word_size(numel: int) -> int:
+    """W of section 3.2."""
+    return 4 if numel <= 0xFFFFFFFF else 8
+
+
+def all_of(numel: int) -> Index:
+    """Every position."""
+    return Index("ALL", tuple(range(numel)), b"")
+
+
+def best_k(gaps: Sequence[int]) -> int:
+    """Section 8: the sum of q + n k is smallest; ties go to the smallest k."""
+    return min(range(32), key=lambda k: sum(gap >> k for gap in gaps) + len(gaps) * k)
+
+
+def rice(positions: Sequence[int], numel: int, k: int | None = None) -> Index:
+    """RICE, with any k; positions may be outside."""
+    gaps = [after - before - 1 for before, after in zip((-1, *positions), positions, strict=False)]
+    if k is None:
+        k = best_k(gaps)
+    ones, bit = [], -1
+    for gap in gaps:
+        bit += (gap >> k) + 1
+        ones.append(bit)
+    unary_bits = bit + 1
+    directory = []
+    for start in range(0, unary_bits, 2048):
+        rank = sum(one < start for one in ones)
+        one, position = (ones[rank - 1], positions[rank - 1]) if rank else (-1, -1)
+        directory += [position + 1 + ((start - one - 1) << k), rank]
+    word = word_size(numel)
+    low = sum((gap & ((1 << k) - 1)) << (i * k) for i, gap in enumerate(gaps))
+    section = b"".join(
+        (
+            struct.pack("<B7xQ", k, unary_bits),
+            unsigned([entry % (1 << 8 * word) for entry in directory], word),
+            bit_words(low, k * len(gaps)),
+            bitmap_of(ones, unary_bits),
+            SLACK,
+        )
+    )
+    return Index("RICE", tuple(positions), section)
+
+
+def raw(positions: Sequence[int], numel: int) -> Index:
+    """RAW."""
+    return Index("RAW", tuple(positions), unsigned(positions, word_size(numel)) + SLACK)
+
+
+def bitmap(positions: Sequence[int], numel: int) -> Index:
+    """BITMAP."""
+    ranks = [sum(position < start for position in positions) for start in range(0, numel, 2048)]
+    section = unsigned(ranks, word_size(numel)) + bitmap_of(positions, numel) + SLACK
+    return Index("BITMAP", tuple(positions), section)
+
+
+ROW, COLUMN, DIAGONAL = 0, 1, 2
+#: (kind, start, step, count)
+Entry = tuple[int, int, int, int]
+
+
+def struct_section(*entries: Entry) -> bytes:
+    """A STRUCT section, whatever its entries say."""
+    return b"".join(struct.pack("<QqQQ", *entry) for entry in entries) + SLACK
+
+
+def struct_of(shape: tuple[int, ...], *entries: Entry) -> Index:
+    """STRUCT; the positions by looking at each element of the matrix."""
+    rows = shape[0] if len(shape) > 1 else 1
+    columns = prod(shape) // rows
+    lines = [(kind, line) for kind, start, step, count in entries for line in range(start, start + step * count, step)]
+    found = [
+        r * columns + c
+        for r in range(rows)
+        for c in range(columns)
+        if any(line == (r, c, c - r)[kind] for kind, line in lines)
+    ]
+    return Index("STRUCT", tuple(found), struct_section(*entries))
+
+
+# --- value codecs (section 5) and the canonical choice of their parameters (section 8) ---
+
+
+@dataclass(frozen=True)
+class Values:
+    """A VALUES section, decoded, and the bits that it holds; `source` is what was quantised."""
+
+    codec: str
+    bits: tuple[int, ...]
+    section: bytes
+    frame: bytes | None = None
+    source: tuple[float, ...] = ()
+
+
+NO_VALUES = Values("NONE", (), b"")
+
+
+def grouped(numbers: Sequence[float]) -> list[Sequence[float]]:
+    """Groups of 128."""
+    return [numbers[start : start + 128] for start in range(0, len(numbers), 128)]
+
+
+def clip(number: int, low: int, high: int) -> int:
+    """Kept within low to high."""
+    return max(low, min(high, number))
+
+
+def f32_values(numbers: Sequence[float]) -> Values:
+    """F32."""
+    bits = tuple(map(bits32, numbers))
+    return Values("F32", bits, unsigned(bits, 4) + SLACK, source=tuple(numbers))
+
+
+def f16_values(numbers: Sequence[float]) -> Values:
+    """F16."""
+    halves = [f16(fl32(number)) for number in numbers]
+    bits = tuple(bits32(from_f16(half)) for half in halves)
+    return Values("F16", bits, padded(unsigned(halves, 2)) + SLACK, source=tuple(numbers))
+
+
+def bf16_values(numbers: Sequence[float]) -> Values:
+    """BF16."""
+    halves = [bf16(number) for number in numbers]
+    bits = tuple(half << 16 for half in halves)
+    return Values("BF16", bits, padded(unsigned(halves, 2)) + SLACK, source=tuple(numbers))
+
+
+def i8_stored(scales: Sequence[int], codes: Sequence[int]) -> Values:
+    """I8 with these parameters."""
+    bits = tuple(bits32(from_bf16(scales[i // 128]) * code) for i, code in enumerate(codes))
+    section = padded(unsigned(scales, 2)) + padded(struct.pack(f"<{len(codes)}b", *codes)) + SLACK
+    return Values("I8", bits, section)
+
+
+def i8_values(numbers: Sequence[float]) -> Values:
+    """I8, canonical."""
+    scales, codes = [], []
+    for group in grouped([fl32(number) for number in numbers]):
+        scales.append(bf16(max(map(abs, group)) / 127))
+        scale = from_bf16(scales[-1])
+        codes += [clip(round(fl32(v / scale)), -127, 127) if scale else 0 for v in group]
+    return replace(i8_stored(scales, codes), source=tuple(numbers))
+
+
+def i4_stored(parameters: Sequence[tuple[int, int]], nibbles: Sequence[int]) -> Values:
+    """I4 with these parameters."""
+    bits = []
+    for i, nibble in enumerate(nibbles):
+        lo, step = map(from_bf16, parameters[i // 128])
+        bits.append(bits32(lo + fl32(step * (nibble & 7))) | (nibble >> 3) << 31)
+    packed = bytes(low | high << 4 for low, high in zip(nibbles[::2], (*nibbles[1::2], 0), strict=False))
+    section = unsigned([*chain(*parameters)], 2) + padded(packed) + SLACK
+    return Values("I4", tuple(bits), section)
+
+
+def i4_values(numbers: Sequence[float]) -> Values:
+    """I4, canonical."""
+    parameters, nibbles = [], []
+    for group in grouped([fl32(number) for number in numbers]):
+        lo_bits = bf16(min(map(abs, group)))
+        lo = from_bf16(lo_bits)
+        step_bits = bf16(max(fl32(max(map(abs, group)) - lo), 0.0) / 7)
+        step = from_bf16(step_bits)
+        parameters.append((lo_bits, step_bits))
+        for v in group:
+            code = clip(round(fl32(fl32(abs(v) - lo) / step)), 0, 7) if step else 0
+            nibbles.append(code | bits32(v) >> 31 << 3)
+    return replace(i4_stored(parameters, nibbles), source=tuple(numbers))
+
+
+def sign_stored(magnitudes: Sequence[int], signs: Sequence[int]) -> Values:
+    """SIGN with these parameters."""
+    bits = tuple(magnitudes[i // 128] << 16 | sign << 31 for i, sign in enumerate(signs))
+    ones = [i for i, sign in enumerate(signs) if sign]
+    return Values("SIGN", bits, padded(unsigned(magnitudes, 2)) + bitmap_of(ones, len(signs)) + SLACK)
+
+
+def sign_values(numbers: Sequence[float]) -> Values:
+    """SIGN, canonical; for numbers whose sum binary64 holds exactly."""
+    numbers = [fl32(number) for number in numbers]
+    magnitudes = [bf16(fl32(fsum(map(abs, group)) / len(group))) for group in grouped(numbers)]
+    signs = [bits32(number) >> 31 for number in numbers]
+    return replace(sign_stored(magnitudes, signs), source=tuple(numbers))
+
+
+def bits_values(elements: Sequence[int], dtype: str) -> Values:
+    """BITS."""
+    return Values("BITS", tuple(elements), padded(unsigned(elements, DTYPES[dtype][1])) + SLACK)
+
+
+# --- zstd frames, put together by hand, so that no version of a library decides their bytes ---
+
+
+def zstd_frame(content: bytes, states_size: bool = True) -> bytes:
+    """A frame of raw blocks and, for zeros, of runs of one byte (RFC 8878, 3.1.1)."""
+    blocks = [
+        (1, len(part), part[:1]) if part.startswith(bytes(8)) else (0, len(part), part)
+        for part in re.split(rb"(\0{8,})", content)
+        if part
+    ] or [(0, 0, b"")]
+    # A single segment with a size of four bytes, or no size and a window of 128 KiB.
+    head = b"\xa0" + struct.pack("<I", len(content)) if states_size else b"\x00\x38"
+    body = b"".join(
+        ((i == len(blocks) - 1) | kind << 1 | size << 3).to_bytes(3, "little") + data
+        for i, (kind, size, data) in enumerate(blocks)
+    )
+    return ZSTD_MAGIC + head + body
+
+
+def zstd_index(index: Index, frame: bytes | None = None) -> Index:
+    """Stored as a frame."""
+    return replace(index, frame=zstd_frame(index.section) if frame is None else frame)
+
+
+def zstd_values(values: Values, frame: bytes | None = None) -> Values:
+    """Stored as a frame."""
+    return replace(values, frame=zstd_frame(values.section) if frame is None else frame)
+
+
+# --- the file (sections 2, 3 and 7) ---
+
+HEADER = struct.Struct("<8sHHIQQQQQQIIII32s12s")
+HEADER_FIELDS = (
+    *("magic", "major", "minor", "tensor_count", "incompatible", "compatible", "file_size"),
+    *("names_size", "metadata_size", "extension_size"),
+    *("table_crc", "names_crc", "metadata_crc", "extension_crc", "digest", "zero"),
+)
+RECORD = struct.Struct("<IHBBBBBBIQQQQQQQQQII8Q")
+RECORD_FIELDS = (
+    *("name_offset", "name_size", "rank", "dtype", "op", "index_codec", "value_codec", "flags", "zero"),
+    *("nnz", "base_fingerprint", "result_fingerprint"),
+    *("index_offset", "index_stored", "index_decoded", "values_offset", "values_stored", "values_decoded"),
+    *("index_crc", "values_crc", *(f"dim{i}" for i in range(8))),
+)
+Fields = Mapping[str, int | bytes]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor's delta.  `record` replaces fields of its record, for files that are to be refused."""
+
+    shape: tuple[int, ...]
+    index: Index = NO_INDEX
+    values: Values = NO_VALUES
+    name: str | bytes = "w"
+    dtype: str = "bfloat16"
+    op: str = "ADD"
+    base_fingerprint: int | None = None
+    result_fingerprint: int | None = None
+    base: tuple[int, ...] | None = None
+    record: Fields = field(default_factory=dict)
+
+    @property
+    def raw_name(self) -> bytes:
+        """The name's bytes."""
+        return self.name if isinstance(self.name, bytes) else self.name.encode()
+
+    @property
+    def digest(self) -> bytes:
+        """T of section 7."""
+        size = 4 if self.op == "ADD" else DTYPES[self.dtype][1]
+        head = bytes((OPS[self.op], DTYPES[self.dtype][0], len(self.shape)))
+        numbers = (*self.shape, len(self.index.positions), *self.index.positions)
+        values = unsigned(self.values.bits, size) if self.values.bits else b""
+        return hashlib.sha256(head + unsigned(numbers, 8) + values).digest()
+
+    def expected(self) -> dict[str, object]:
+        """What a reader finds."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "op": self.op,
+            "index_codec": self.index.codec,
+            "value_codec": self.values.codec,
+            "shape": self.shape,
+            "positions": self.index.positions,
+            "values": self.values.bits,
+            "base_fingerprint": self.base_fingerprint,
+            "result_fingerprint": self.result_fingerprint,
+        }
+
+
+def fingerprinted(tensor: Tensor, base: Sequence[int]) -> Tensor:
+    """With both fingerprints, over a base that has these elements, as bits, at the positions."""
+    positions, result = tensor.index.positions, tensor.values.bits
+    if tensor.op == "ADD":
+        pairs = zip(base, tensor.values.bits, strict=True)
+        result = tuple(added(bits, float32(value), tensor.dtype) for bits, value in pairs)
+    return replace(
+        tensor,
+        base=tuple(base),
+        base_fingerprint=fingerprint(zip(positions, base, strict=True)),
+        result_fingerprint=fingerprint(zip(positions, result, strict=True)),
+    )
+
+
+@dataclass(frozen=True)
+class File:
+    """A whole file.  `names`, `metadata` as bytes and `header` are for files that are to be refused.
+
+    `canonical` says that a writer, given the same contents, makes the same bytes.
+    """
+
+    tensors: tuple[Tensor, ...] = ()
+    metadata: Mapping[str, str] | bytes = field(default_factory=dict)
+    extension: bytes = b""
+    minor: int = 0
+    compatible: int = 0
+    canonical: bool = True
+    names: bytes | None = None
+    tail: bytes = b""
+    header: Fields = field(default_factory=dict)
+
+    @property
+    def digest(self) -> bytes:
+        """Section 7."""
+        parts = [struct.pack("<H", len(t.raw_name)) + t.raw_name + t.digest for t in self.tensors]
+        head = b"shiradelta 1" + struct.pack("<I", len(parts))
+        return hashlib.sha256(head + b"".join(parts)).digest()
+
+    def expected(self) -> dict[str, object]:
+        """What a reader finds."""
+        return {
+            "minor": self.minor,
+            "digest": self.digest.hex(),
+            "metadata": self.metadata,
+            "tensors": [tensor.expected() for tensor in self.tensors],
+        }
+
+
+def metadata_section(pairs: Mapping[str, str]) -> bytes:
+    """Pairs in byte order of the keys."""
+    encoded = sorted((key.encode(), value.encode()) for key, value in pairs.items())
+    return b"".join(metadata_pair(key, value) for key, value in encoded)
+
+
+def metadata_pair(key: bytes, value: bytes) -> bytes:
+    """One pair."""
+    return struct.pack("<II", len(key), len(value)) + key + value
+
+
+@dataclass(frozen=True)
+class Built:
+    """A file's bytes and where its sections are: name -> (start, end without padding)."""
+
+    data: bytes
+    places: Mapping[str, tuple[int, int]]
+
+
+def build(file: File) -> Built:
+    """Lays the file out; all checksums are right, unless a field is replaced."""
+    names = b"".join(tensor.raw_name for tensor in file.tensors) if file.names is None else file.names
+    metadata = file.metadata if isinstance(file.metadata, bytes) else metadata_section(file.metadata)
+    sizes = (len(file.tensors) * RECORD.size, len(names), len(metadata), len(file.extension))
+    at = 128 + sum(align(size, 64) for size in sizes)
+    table, payload, name_offset = [], b"", 0
+    for tensor in file.tensors:
+        record, stored = _record(tensor, name_offset, at + len(payload))
+        table.append(record)
+        payload += stored
+        name_offset += len(tensor.raw_name)
+    payload += file.tail
+    sections = {"TABLE": b"".join(table), "NAMES": names, "METADATA": metadata, "EXTENSION": file.extension}
+    zstd = any(t.index.frame is not None or t.values.frame is not None for t in file.tensors)
+    head = _packed(
+        HEADER,
+        HEADER_FIELDS,
+        {
+            "magic": b"\x89SHD\r\n\x1a\n",
+            "major": 1,
+            "minor": file.minor,
+            "tensor_count": len(file.tensors),
+            "incompatible": int(zstd),
+            "compatible": file.compatible,
+            "file_size": at + len(payload),
+            **{f"{name.lower()}_size": len(section) for name, section in sections.items() if name != "TABLE"},
+            **{f"{name.lower()}_crc": zlib.crc32(section) for name, section in sections.items()},
+            "digest": file.digest,
+            "zero": bytes(12),
+        }
+        | file.header,
+    )
+    data = head + struct.pack("<I", zlib.crc32(head))
+    places = {}
+    for name, section in sections.items():
+        places[name] = len(data), len(data) + len(section)
+        data += padded(section, 64)
+    for i, tensor in enumerate(file.tensors):
+        for name, stored in ("INDEX", _stored(tensor.index)), ("VALUES", _stored(tensor.values)):
+            places[f"{name} {i}"] = at, at + len(stored)
+            at += align(len(stored), 64)
+    return Built(data + payload, places)
+
+
+def _stored(part: Index | Values) -> bytes:
+    return part.section if part.frame is None else part.frame
+
+
+def _packed(layout: struct.Struct, names: Sequence[str], fields: Fields) -> bytes:
+    assert fields.keys() <= {*names}, f"no such field: {fields.keys() - {*names}}"
+    return layout.pack(*(fields.get(name, 0) for name in names))
+
+
+def _record(tensor: Tensor, name_offset: int, at: int) -> tuple[bytes, bytes]:
+    """(the record, both sections with their padding)."""
+    index, values = _stored(tensor.index), _stored(tensor.values)
+    flags = (
+        tensor.base_fingerprint is not None,
+        tensor.result_fingerprint is not None,
+        tensor.index.frame is not None,
+        tensor.values.frame is not None,
+    )
+    fields: Fields = {
+        "name_offset": name_offset,
+        "name_size": len(tensor.raw_name),
+        "rank": len(tensor.shape),
+        "dtype": DTYPES[tensor.dtype][0],
+        "op": OPS[tensor.op],
+        "index_codec": INDEX_CODECS[tensor.index.codec],
+        "value_codec": VALUE_CODECS[tensor.values.codec],
+        "flags": sum(flag << i for i, flag in enumerate(flags)),
+        "nnz": len(tensor.index.positions),
+        "base_fingerprint": tensor.base_fingerprint or 0,
+        "result_fingerprint": tensor.result_fingerprint or 0,
+        "index_offset": at,
+        "index_stored": len(index),
+        "index_decoded": len(tensor.index.section),
+        "values_offset": at + align(len(index), 64),
+        "values_stored": len(values),
+        "values_decoded": len(tensor.values.section),
+        "index_crc": zlib.crc32(index),
+        "values_crc": zlib.crc32(values),
+        **{f"dim{i}": size for i, size in enumerate(tensor.shape)},
+    }
+    return _packed(RECORD, RECORD_FIELDS, {**fields, **tensor.record}), padded(index, 64) + padded(values, 64)
+
+
+# --- valid files ---
+
+Valid = Iterator[tuple[str, File]]
+
+
+def halves(count: int) -> list[float]:
+    """0.5, -1, 1.5, ...: exact in every float codec."""
+    return [(i + 1) * (-0.5 if i % 2 else 0.5) for i in range(count)]
+
+
+def change(
+    shape: tuple[int, ...],
+    index: Index,
+    values: Callable[[Sequence[float]], Values] = bf16_values,
+    name: str = "w",
+    dtype: str = "bfloat16",
+) -> Tensor:
+    """ADD of some values at the positions of `index`."""
+    return Tensor(shape, index, values(halves(len(index.positions))), name, dtype)
+
+
+def one(tensor: Tensor, canonical: bool = True) -> File:
+    """A file of one tensor."""
+    return File((tensor,), canonical=canonical)
+
+
+def spread(count: int, step: int, first: int = 3) -> list[int]:
+    """Positions at about `step` from each other."""
+    return [first + i * step + i * i * 7 % max(step - 1, 1) for i in range(count)]
+
+
+EXAMPLE = Tensor((16,), rice([3, 4, 9], 16, k=1), i4_values([0.5, -1.0, 2.25]))
+EXAMPLE_BASE = (0x3F80, 0xBF80, 0x7FC0)
+
+
+def valid_rice() -> Valid:
+    """Section 4.2."""
+    yield "example", one(fingerprinted(EXAMPLE, EXAMPLE_BASE), canonical=False)
+    positions = spread(40, 90)
+    yield "rice", one(change((64, 64), rice(positions, 4096)))
+    for k in (0, 3, 9, 31):
+        yield f"rice_k{k}", one(change((64, 64), rice(positions, 4096, k)), canonical=False)
+    yield "rice_one_element", one(change((1,), rice([0], 1)), canonical=False)
+    yield "rice_rank_0", one(change((), rice([0], 1, 7)), canonical=False)
+    yield "rice_last_element", one(change((100, 100), rice([9999], 10000)))
+    yield "rice_first_element", one(change((100, 100), rice([0], 10000)))
+    # 32 fields of 3 bits are 3 words and U = 64 is 2: no bit is unused.
+    yield "rice_no_unused_bits", one(change((300,), rice([8 * i + 15 for i in range(32)], 300, 3)), False)
+    for unary_bits in 2047, 2048, 2049, 4096:
+        positions = [5, 6, unary_bits - 1]
+        yield f"rice_unary_{unary_bits}", one(change((5000,), rice(positions, 5000, 0)), canonical=False)
+    blocks = [0, 2046, 2047, 2048, 2049, 5000, 10239, 10240, 20000]
+    yield "rice_blocks", one(change((20001,), rice(blocks, 20001, 0)), canonical=False)
+    yield "rice_empty_blocks", one(change((20001,), rice([20000], 20001, 1)), canonical=False)
+    yield "rice_blocks_with_low_bits", one(change((150, 150), rice(spread(300, 70), 22500, 2)), canonical=False)
+    yield "rice_blocks_canonical", one(change((60, 1000), rice(spread(600, 95), 60000)))
+    narrow = (1 << 32) - 1
+    positions = [0, 1, 1 << 31, narrow - 2, narrow - 1]
+    yield "rice_narrow_limit", one(change((narrow,), rice(positions, narrow, 21)), canonical=False)
+    for power in 32, 33, 40:
+        numel = 1 << power
+        positions = [7, numel // 2, numel // 2 + 1, numel - 2, numel - 1]
+        yield f"rice_wide_{power}", one(change((4, numel // 4), rice(positions, numel, power - 12)), False)
+
+
+def valid_other_positions() -> Valid:
+    """Sections 4.1, 4.3, 4.4 and 4.5."""
+    yield "raw", one(change((64, 64), raw(spread(40, 90), 4096)), canonical=False)
+    yield "raw_canonical", one(change((4096,), raw([1, 4095], 4096)))
+    for numel in (1, 0xFFFFFFFF, 0x100000000, MAX_NUMEL):
+        positions = sorted({0, numel // 2, numel - 1})
+        yield f"raw_{numel}", one(change((numel,), raw(positions, numel)), canonical=False)
+    yield "bitmap", one(change((40,), bitmap([i for i in range(40) if i % 3], 40)))
+    for numel in (1, 31, 32, 33, 2048, 2049, 6000):
+        positions = sorted({0, numel - 1, *range(100, numel, 17)})
+        yield f"bitmap_{numel}", one(change((numel,), bitmap(positions, numel)), canonical=False)
+    for name, shape, canonical, entries in (
+        ("row", (20, 30), True, [(ROW, 4, 1, 1)]),
+        ("last_row", (20, 30), True, [(ROW, 19, 1, 1)]),
+        ("rows", (24, 10), True, [(ROW, 1, 1, 2), (ROW, 6, 4, 3)]),
+        ("column", (30, 20), True, [(COLUMN, 19, 1, 1)]),
+        ("columns", (16, 40), True, [(COLUMN, 0, 13, 4)]),
+        ("diagonals", (20, 30), True, [(DIAGONAL, -3, 7, 3)]),
+        ("diagonals_wide", (3, 50), False, [(DIAGONAL, -2, 1, 1), (DIAGONAL, 49, 1, 1)]),
+        ("diagonals_tall", (50, 3), False, [(DIAGONAL, -49, 1, 1), (DIAGONAL, -20, 22, 2)]),
+        ("mixed", (20, 30), False, [(ROW, 0, 2, 3), (COLUMN, 29, 1, 1), (DIAGONAL, -19, 1, 1), (DIAGONAL, 0, 1, 2)]),
+        ("all_kinds", (20, 30), True, [(ROW, 7, 1, 1), (COLUMN, 11, 1, 1), (DIAGONAL, 0, 1, 1)]),
+        ("step_of_one_line", (20, 30), False, [(ROW, 4, 1 << 63, 1)]),
+        ("rank_0", (), False, [(DIAGONAL, 0, 1, 1)]),
+        ("rank_1", (9,), False, [(COLUMN, 2, 3, 3)]),
+        ("rank_3", (6, 5, 4), True, [(ROW, 2, 1, 2)]),
+        ("one_column", (9, 1), False, [(ROW, 0, 4, 3)]),
+        ("covers_all", (4, 6), False, [(ROW, 0, 1, 4), (COLUMN, 0, 1, 6)]),
+    ):
+        yield f"struct_{name}", one(change(shape, struct_of(shape, *entries)), canonical)
+    many = [(ROW, 2 * i + i % 2, 1, 1) for i in range(256)]
+    yield "struct_256_entries", one(change((512, 1), struct_of((512, 1), *many)), canonical=False)
+    for shape in (), (1,), (7, 11), (1, 2, 1, 3, 1, 2, 1, 2):
+        yield f"all_rank_{len(shape)}", one(change(shape, all_of(prod(shape))))
+    for shape in (0,), (3, 0, 2), (0, MAX_NUMEL, MAX_NUMEL), (MAX_NUMEL,), (2,) * 8, ():
+        name = "x".join(str(size) if size < MAX_NUMEL else "max" for size in shape) or "scalar"
+        yield f"none_{name}", one(Tensor(shape))
+
+
+def valid_values() -> Valid:
+    """Section 5, for ADD."""
+    codecs = (f32_values, f16_values, bf16_values, i8_values, i4_values, sign_values)
+    for codec in codecs:
+        name = codec.__name__.removesuffix("_values")
+        for count in 1, 2, 127, 128, 129, 259:
+            yield f"values_{name}_{count}", one(change((count,), all_of(count), codec))
+    odd = [0.0, -0.0, 1e-3, -3.14159, 2.5e-8, -1.17e-38, 1e-41, 65504.0]
+    for codec in codecs:
+        name = codec.__name__.removesuffix("_values")
+        # fsum is exact and NumPy's sum is not: no canonical bytes for SIGN of numbers like these.
+        yield f"values_{name}_odd", one(Tensor((8,), all_of(8), codec(odd)), codec is not sign_values)
+    largest = float32(0x7F7FFFFF)
+    yield "values_f32_extremes", one(Tensor((4,), all_of(4), f32_values([largest, -largest, 2**-149, -(2**-149)])))
+    yield "values_f16_extremes", one(Tensor((4,), all_of(4), f16_values([65519.0, -65504.0, 2**-24, 2**-25])))
+    yield (
+        "values_bf16_extremes",
+        one(Tensor((4,), all_of(4), bf16_values([from_bf16(0x7F7F), -from_bf16(0x7F7F), 2**-133, 1.00390625]))),
+    )
+    codes = [-128, -127, -1, 0, 1, 127, 64]
+    for name, scale in ("zero", 0), ("smallest", 1), ("one", 0x3F80), ("largest", 0x7BFF):
+        yield f"values_i8_scale_{name}", one(Tensor((7,), all_of(7), i8_stored([scale], codes)), canonical=False)
+    pairs = {"zero": (0, 0), "step_zero": (0x4049, 0), "lo_zero": (0, 0x3DCD), "denormal": (1, 3)}
+    pairs |= {"rounded": (0x3F81, 0x3AAB), "far": (0x4B80, 0x3F81), "largest": (0x7F7F, 0x7A00)}
+    for name, pair in pairs.items():
+        tensor = Tensor((16,), all_of(16), i4_stored([pair], range(16)))
+        yield f"values_i4_{name}", one(tensor, canonical=False)
+    for name, lo in ("zero", 0), ("denormal", 1), ("largest", 0x7F7F):
+        yield f"values_sign_{name}", one(Tensor((5,), all_of(5), sign_stored([lo], (0, 1, 1, 0, 1))), False)
+
+
+def elements(dtype: str, count: int) -> list[int]:
+    """Bits that a careless reader changes: all ones, all zeros, NaN with a payload, and others."""
+    size = DTYPES[dtype][1]
+    top = (1 << 8 * size) - 1
+    return [(top, 0, top - 1, top >> 1, top // 3 * 2, 1)[i % 6] for i in range(count)]
+
+
+def valid_operations() -> Valid:
+    """Section 6.1 and what goes together (3.1), fingerprints."""
+    dtypes = [dtype for dtype in DTYPES if dtype != "unspecified"]
+    sets = [
+        Tensor((4, 8), raw([5, 30], 32), bits_values(elements(dtype, 2), dtype), dtype, dtype, "SET")
+        for dtype in dtypes
+    ]
+    yield "set_every_dtype", File(tuple(sorted(sets, key=lambda t: t.raw_name)), canonical=False)
+    news = [Tensor((3,), all_of(3), bits_values(elements(dtype, 3), dtype), dtype, dtype, "NEW") for dtype in dtypes]
+    yield (
+        "new_every_dtype",
+        File(
+            tuple(
+                replace(t, result_fingerprint=fingerprint(zip(range(3), t.values.bits, strict=True)))
+                for t in sorted(news, key=lambda t: t.raw_name)
+            )
+        ),
+    )
+    yield "new_empty", one(Tensor((2, 0), dtype="int64", op="NEW", result_fingerprint=0))
+    yield "new_scalar", one(Tensor((), all_of(1), bits_values([7], "int64"), "steps", "int64", "NEW"), False)
+    yield "drop", one(Tensor((4, 8), op="DROP", dtype="uint8"))
+    yield "drop_unspecified", one(Tensor((4, 8), op="DROP", dtype="unspecified"))
+    yield "drop_fingerprint", one(Tensor((4, 8), op="DROP", base_fingerprint=0x0123456789ABCDEF), canonical=False)
+    yield "set_nothing", one(Tensor((4, 8), op="SET", dtype="bool", result_fingerprint=0))
+    yield "add_unspecified", one(change((4, 8), raw([5], 32), dtype="unspecified"))
+    edge = {
+        "float32": (0x00000001, 0x7F7FFFFF, 0xFF800000, 0x7FC12345, 0x80000000, 0x3F800000),
+        "float16": (0x0001, 0x7BFF, 0xFC00, 0x7E55, 0x8000, 0x3C00),
+        "bfloat16": (0x0001, 0x7F7F, 0xFF80, 0x7FD5, 0x8000, 0x3F80),
+    }
+    numbers = [2**-130, 1e38, -1.0, 5.0, 0.0, 2**-11]
+    tensors = [
+        fingerprinted(Tensor((6,), all_of(6), f32_values(numbers), dtype, dtype), edge[dtype]) for dtype in sorted(edge)
+    ]
+    yield "add_fingerprints", File(tuple(tensors))
+    both = fingerprinted(change((4, 8), raw([5], 32)), [0x3F80])
+    yield "base_fingerprint_alone", one(replace(both, result_fingerprint=None), canonical=False)
+    yield "result_fingerprint_alone", one(replace(both, base_fingerprint=None), canonical=False)
+    yield "fingerprint_of_zero", one(replace(both, base_fingerprint=0, result_fingerprint=0), canonical=False)
+    values = bits_values(elements("float16", 3), "float16")
+    tensor = Tensor((8,), raw([1, 2, 7], 8), values, dtype="float16", op="SET")
+    yield "set_fingerprints", one(fingerprinted(tensor, [0x3C00, 0, 0xFFFF]), canonical=False)
+
+
+def valid_container() -> Valid:
+    """Sections 2, 3 and zstd."""
+    tensor = change((64, 64), rice(spread(40, 90), 4096))
+    yield "no_tensors", File()
+    pairs = {
+        "base": "a/b",
+        "license": "",
+        "sparsity": "0.01",
+        "\u00e9": "\U0001f600\nsecond line\0",
+        "z" * 200: "x" * 300,
+    }
+    yield "metadata", File((tensor,), pairs)
+    yield "metadata_alone", File(metadata={"k": "v"})
+    yield "metadata_byte_order", File(metadata={"\uffff": "first", "\U00010000": "last"})
+    yield "extension", File((tensor,), extension=b"whatever comes", canonical=False)
+    yield "extension_of_64_bytes", File((tensor,), extension=bytes(range(64)), canonical=False)
+    yield "compatible_bits", File((tensor,), compatible=1 << 63 | 1, canonical=False)
+    yield "minor_65535", File((tensor,), minor=0xFFFF, canonical=False)
+    yield "zstd_bit_without_use", File((tensor,), header={"incompatible": 1}, canonical=False)
+    names = (
+        "a",
+        "a.b",
+        "a/b",
+        "ab",
+        "b" * 1024,
+        "unet/conv_in.weight",
+        "~",
+        "\u0080",
+        "\u00e9",
+        "\uffff",
+        "\U00010000",
+    )
+    tensors = tuple(change((4, 8), raw([i], 32), name=name) for i, name in enumerate(names))
+    yield "names", File(tensors)
+    yield "name_of_64_bytes", one(replace(tensor, name="n" * 64))
+    yield (
+        "twenty_tensors",
+        File(tuple(change((30, i + 1), all_of(30 * i + 30), i4_values, f"layers.{i:02}.weight") for i in range(20))),
+    )
+    same = spread(40, 3)
+    lines = struct_of((20, 30), (ROW, 4, 5, 2))
+    for codec in rice, raw, bitmap:
+        yield f"same_{codec.__name__}", one(change((20, 30), codec(lines.positions, 600), f32_values), canonical=False)
+        yield f"same_dense_{codec.__name__}", one(change((128,), codec(same, 128), f32_values), codec is bitmap)
+    yield "same_struct", one(change((20, 30), lines, f32_values))
+    yield "same_bf16", one(change((20, 30), lines, bf16_values))
+
+    rle = change((128, 128), rice([16000], 16384, 2), f32_values)
+    index = zstd_index(rle.index)
+    zeros = f32_values([0.0] * 206)
+    yield "zstd_index", one(replace(rle, index=index), canonical=False)
+    yield "zstd_values", one(replace(tensor, values=zstd_values(tensor.values)), canonical=False)
+    yield (
+        "zstd_both",
+        one(replace(tensor, index=zstd_index(tensor.index), values=zstd_values(tensor.values)), canonical=False),
+    )
+    yield (
+        "zstd_without_size",
+        one(replace(rle, index=replace(index, frame=zstd_frame(index.section, states_size=False))), canonical=False),
+    )
+    # 13 bytes for 832: exactly the largest ratio.
+    yield "zstd_ratio_64", one(Tensor((206,), all_of(206), zstd_values(zeros)), canonical=False)
+    repeated = f32_values([0.5, -1.25, 3.0, 0.5] * 40)
+    frame = replace(repeated, frame=bytes.fromhex(ZSTD_COMPRESSED))
+    yield "zstd_compressed", one(Tensor((160,), all_of(160), frame), canonical=False)
+    yield "zstd_some", File((change((8,), all_of(8), name="a"), replace(rle, index=index, name="b")), canonical=False)
+
+
+# --- invalid files ---
+
+Invalid = Iterator[tuple[str, str, bytes]]
+
+SAMPLE = change((4, 4), EXAMPLE.index)
+SET_SAMPLE = Tensor((4, 4), EXAMPLE.index, bits_values((1, 2, 3), "int32"), dtype="int32", op="SET")
+NEW_SAMPLE = Tensor((3,), all_of(3), bits_values((1, 2, 3), "int32"), dtype="int32", op="NEW")
+NOTHING = Tensor((4, 4))
+U64 = (1 << 64) - 1
+
+
+def bytes_of(*tensors: Tensor, **header: int | bytes) -> bytes:
+    """A file with these fields in its header."""
+    return build(File(tensors, header=header)).data
+
+
+def recorded(tensor: Tensor = SAMPLE, /, **record: int) -> bytes:
+    """A file of one tensor with these fields in its record."""
+    return bytes_of(replace(tensor, record=record))
+
+
+def indexed(index: Index, *, at: int = 0, new: bytes = b"", shape: tuple[int, ...] = (4, 4)) -> bytes:
+    """A file of one tensor with these positions, the section changed at `at`."""
+    changed = replace(index, section=patched(index.section, at, new))
+    return bytes_of(change(shape, changed))
+
+
+def valued(values: Values, at: int = 0, new: bytes = b"") -> bytes:
+    """A file of one tensor with these values, the section changed at `at`."""
+    count = len(values.bits)
+    op, dtype = ("SET", "int8") if values.codec == "BITS" else ("ADD", "bfloat16")
+    changed = replace(values, section=patched(values.section, at, new))
+    return bytes_of(Tensor((count,), all_of(count), changed, op=op, dtype=dtype))
+
+
+def damaged(file: File, place: str, at: int = 0, behind: bool = False) -> bytes:
+    """The file with one bit changed in a section, or in the padding `behind` it; no checksum is made right."""
+    built = build(file)
+    start, end = built.places[place]
+    where = end + at if behind else start + at
+    return patched(built.data, where, bytes((built.data[where] ^ 1,)))
+
+
+def invalid_header() -> Invalid:
+    """Section 2.1."""
+    good = bytes_of(SAMPLE)
+    yield "empty", "bad_magic", b""
+    yield "magic_cut", "bad_magic", good[:7]
+    yield "magic_of_another_kind", "bad_magic", patched(good, 0, b"\x89PNG")
+    yield "magic_after_line_end_conversion", "bad_magic", good[:4] + b"\n" + good[6:]
+    yield "magic_alone", "truncated", good[:8]
+    yield "header_cut", "truncated", good[:127]
+    yield "major_0", "unsupported_version", bytes_of(SAMPLE, major=0)
+    yield "major_2", "unsupported_version", bytes_of(SAMPLE, major=2)
+    yield "major_2_before_checksum", "unsupported_version", patched(good, 8, b"\2")
+    yield "header_crc", "header_checksum", patched(good, 124, bytes((good[124] ^ 1,)))
+    yield "header_crc_minor", "header_checksum", patched(good, 10, b"\1")
+    yield "header_crc_before_feature", "header_checksum", patched(good, 16, b"\2")
+    yield "feature_bit_1", "unknown_feature", bytes_of(SAMPLE, incompatible=2)
+    yield "feature_bit_63", "unknown_feature", bytes_of(SAMPLE, incompatible=1 << 63 | 1)
+    yield "feature_before_reserved", "unknown_feature", bytes_of(SAMPLE, incompatible=2, zero=b"\1")
+    yield "header_reserved_first", "reserved_not_zero", bytes_of(SAMPLE, zero=b"\1")
+    yield "header_reserved_last", "reserved_not_zero", bytes_of(SAMPLE, zero=bytes(11) + b"\x80")
+    yield "file_cut_by_1", "truncated", good[:-1]
+    yield "file_cut_to_header", "truncated", good[:128]
+    yield "file_size_max", "truncated", bytes_of(SAMPLE, file_size=U64)
+    yield "file_longer_by_1", "trailing_data", good + b"\0"
+    yield "file_longer_by_64", "trailing_data", good + bytes(64)
+    yield "file_size_0", "trailing_data", bytes_of(SAMPLE, file_size=0)
+    yield "file_size_before_limits", "truncated", bytes_of(SAMPLE, file_size=U64, tensor_count=(1 << 20) + 1)
+    for name, limit in (
+        ("tensor_count", 1 << 20),
+        ("names_size", 64 << 20),
+        ("metadata_size", 16 << 20),
+        ("extension_size", 64 << 20),
+    ):
+        yield f"{name}_over_limit", "limit_exceeded", bytes_of(SAMPLE, **{name: limit + 1})
+        yield f"{name}_at_limit", "section_layout", bytes_of(SAMPLE, **{name: limit})
+        if name != "tensor_count":
+            yield f"{name}_max", "limit_exceeded", bytes_of(SAMPLE, **{name: U64})
+
+
+def invalid_file_sections() -> Invalid:
+    """Section 2.2."""
+    yield "file_size_without_sections", "section_layout", bytes_of(SAMPLE, file_size=128)[:128]
+    yield "one_tensor_too_many", "section_layout", bytes_of(Tensor((0,)), tensor_count=3)
+    file = File((SAMPLE,), {"key": "value"}, b"extension")
+    for place in "TABLE", "NAMES", "METADATA", "EXTENSION":
+        crc = f"{place.lower()}_crc"
+        yield crc, "section_checksum", damaged(file, place)
+        yield f"{place.lower()}_padding", "padding_not_zero", damaged(file, place, behind=True)
+        yield (
+            f"{place.lower()}_padding_last",
+            "padding_not_zero",
+            damaged(file, place, {"TABLE": 31, "NAMES": 62, "METADATA": 47, "EXTENSION": 54}[place], behind=True),
+        )
+        empty = build(replace(File(), header={crc: 1})).data
+        yield f"{crc}_of_nothing", "section_checksum", empty
+    yield (
+        "table_padding_before_names_crc",
+        "padding_not_zero",
+        patched(damaged(file, "TABLE", behind=True), build(file).places["NAMES"][0], b"W"),
+    )
+    yield (
+        "names_crc_before_metadata_order",
+        "section_checksum",
+        damaged(replace(file, metadata=metadata_pair(b"", b"")), "NAMES"),
+    )
+    pair = metadata_pair
+    for name, section in (
+        ("head_cut", pair(b"a", b"1") + b"\1\0\0\0\1\0\0"),
+        ("key_cut", struct.pack("<II", 2, 0) + b"a"),
+        ("value_cut", struct.pack("<II", 1, 2) + b"a1"),
+        ("key_size_max", struct.pack("<II", 0xFFFFFFFF, 1) + b"a1"),
+        ("sizes_wrap", struct.pack("<II", 0xFFFFFFFF, 3) + b"a1"),
+        ("key_empty", pair(b"", b"1")),
+        ("key_empty_last", pair(b"a", b"1") + pair(b"", b"1")),
+        ("keys_equal", pair(b"a", b"1") + pair(b"a", b"1")),
+        ("keys_swapped", pair(b"b", b"1") + pair(b"a", b"1")),
+        ("key_prefix_last", pair(b"ab", b"1") + pair(b"a", b"1")),
+        ("key_not_utf8", pair(b"\xff", b"1")),
+        ("value_not_utf8", pair(b"a", b"\xc3")),
+        ("value_overlong", pair(b"a", b"\xc0\x80")),
+        ("value_surrogate", pair(b"a", b"\xed\xa0\x80")),
+        ("value_above_unicode", pair(b"a", b"\xf4\x90\x80\x80")),
+        ("zeros_behind", pair(b"a", b"1") + bytes(8)),
+    ):
+        yield f"metadata_{name}", "bad_metadata", build(File((SAMPLE,), section)).data
+    yield "metadata_before_table", "bad_metadata", build(File((replace(SAMPLE, record={"dtype": 99}),), b"x")).data
+
+
+def invalid_names() -> Invalid:
+    """Section 3, checks 1 to 3, and the names' end."""
+    a, b = (replace(NOTHING, name=name) for name in "ab")
+    yield "name_offset_first", "name_layout", recorded(NOTHING, name_offset=1)
+    yield "name_offset_gap", "name_layout", build(File((a, replace(b, record={"name_offset": 2})), names=b"a-b")).data
+    yield "name_offset_overlap", "name_layout", bytes_of(a, replace(b, record={"name_offset": 0}))
+    yield "name_offset_max", "name_layout", bytes_of(a, replace(b, record={"name_offset": (1 << 32) - 1}))
+    yield "name_size_over_section", "name_layout", recorded(NOTHING, name_size=2)
+    yield "name_layout_before_bad_name", "name_layout", build(File((NOTHING,), names=b"", header={})).data
+    yield "names_left_over", "name_layout", build(File((NOTHING,), names=b"wx")).data
+    yield "names_without_tensors", "name_layout", build(File(names=b"w")).data
+    yield "names_left_over_before_layout", "name_layout", build(File((NOTHING,), names=b"wx", tail=bytes(64))).data
+    for name, raw_name in (
+        ("empty", b""),
+        ("of_1025_bytes", b"n" * 1025),
+        ("not_utf8", b"a\xff"),
+        ("utf8_cut", b"a\xe2\x82"),
+        ("overlong", b"a\xc1\xa1"),
+        ("overlong_of_three_bytes", b"a\xe0\x80\xaf"),
+        ("surrogate", b"\xed\xa0\x80"),
+        ("above_unicode", b"\xf4\x90\x80\x80"),
+        ("with_nul", b"a\0"),
+        ("with_newline", b"a\nb"),
+        ("with_0x1f", b"\x1f"),
+        ("with_0x7f", b"a\x7f"),
+    ):
+        yield f"name_{name}", "bad_name", bytes_of(replace(NOTHING, name=raw_name))
+    yield "name_twice", "duplicate_name", bytes_of(a, a)
+    yield "names_swapped", "name_order", bytes_of(b, a)
+    yield "names_not_in_byte_order", "name_order", bytes_of(replace(a, name="\U00010000"), replace(a, name="\uffff"))
+    yield "name_prefix_last", "name_order", bytes_of(replace(a, name="aa"), a)
+    yield "name_before_record", "bad_name", bytes_of(replace(NOTHING, name=b"\n", record={"zero": 1}))
+
+
+def invalid_ids_and_shapes() -> Invalid:
+    """Section 3, checks 4 to 7."""
+    yield "record_reserved", "reserved_not_zero", recorded(zero=1)
+    yield "record_reserved_high", "reserved_not_zero", recorded(zero=1 << 31)
+    for bit in 4, 7:
+        yield f"flag_{bit}", "reserved_not_zero", recorded(flags=1 << bit)
+    yield "record_reserved_before_dtype", "reserved_not_zero", recorded(flags=0x10, dtype=99)
+    for what, ids in (
+        ("dtype", (20, 255)),
+        ("op", (2, 5, 255)),
+        ("index_codec", (*range(6, 13), 255)),
+        ("value_codec", (8, 9, 255)),
+    ):
+        for id in ids:
+            yield f"{what}_{id}", f"unknown_{what}", recorded(**{what: id})
+    yield "dtype_before_op", "unknown_dtype", recorded(dtype=20, op=5, index_codec=12, value_codec=9)
+    yield "op_before_index_codec", "unknown_op", recorded(op=5, index_codec=12, value_codec=9)
+    yield "index_codec_before_value_codec", "unknown_index_codec", recorded(index_codec=12, value_codec=9)
+    yield "value_codec_before_shape", "unknown_value_codec", recorded(value_codec=9, rank=9)
+    yield "rank_9", "bad_shape", recorded(rank=9)
+    yield "rank_255", "bad_shape", recorded(rank=255)
+    yield "dim_behind_rank", "bad_shape", recorded(dim2=1)
+    yield "last_dim_behind_rank", "bad_shape", recorded(dim7=1)
+    yield "dim_over_limit", "bad_shape", recorded(dim0=MAX_NUMEL + 1, dim1=1)
+    yield "dim_over_limit_beside_zero", "bad_shape", recorded(NOTHING, dim0=0, dim1=MAX_NUMEL + 1)
+    yield "numel_over_limit", "bad_shape", recorded(dim0=1 << 28, dim1=(1 << 28) + 1)
+    yield "numel_wraps_to_zero", "bad_shape", recorded(NOTHING, dim0=1 << 32, dim1=1 << 32)
+    yield "numel_wraps_to_16", "bad_shape", bytes_of(change((1 << 32, 1 << 32, 16), EXAMPLE.index))
+    yield "shape_before_count", "bad_shape", recorded(rank=9, nnz=17)
+    yield "nnz_over_numel", "bad_count", recorded(nnz=17)
+    yield "nnz_max", "bad_count", recorded(nnz=U64)
+    yield "nnz_of_empty_tensor", "bad_count", recorded(dim0=0)
+    yield "count_before_combination", "bad_count", recorded(nnz=17, value_codec=0)
+
+
+def invalid_combinations() -> Invalid:
+    """Section 3, checks 8 and 9; 3.1."""
+    ids, reason = DTYPES, "bad_combination"
+    yield "nnz_0_with_index_codec", reason, recorded(NOTHING, index_codec=INDEX_CODECS["RAW"])
+    yield "nnz_0_with_all", reason, recorded(NOTHING, index_codec=INDEX_CODECS["ALL"])
+    yield "nnz_0_with_value_codec", reason, recorded(NOTHING, value_codec=VALUE_CODECS["F32"])
+    yield "nnz_without_index_codec", reason, bytes_of(replace(SAMPLE, index=replace(NO_INDEX, positions=(3, 4, 9))))
+    yield "nnz_without_value_codec", reason, bytes_of(replace(SAMPLE, values=NO_VALUES))
+    yield "all_of_too_few", reason, bytes_of(change((4,), all_of(3)))
+    for dtype in DTYPES:
+        if dtype not in ("float32", "float16", "bfloat16", "unspecified"):
+            yield f"add_to_{dtype}", reason, recorded(dtype=ids[dtype][0])
+    yield "add_nothing_to_int32", reason, recorded(NOTHING, dtype=ids["int32"][0])
+    yield "add_bits", reason, bytes_of(replace(SET_SAMPLE, op="ADD", dtype="float32"))
+    yield "set_unspecified", reason, recorded(SET_SAMPLE, dtype=0)
+    yield "set_nothing_unspecified", reason, recorded(NOTHING, op=OPS["SET"], dtype=0)
+    yield "new_unspecified", reason, recorded(NEW_SAMPLE, dtype=0)
+    for codec, id in VALUE_CODECS.items():
+        if codec not in ("NONE", "BITS"):
+            yield f"set_{codec.lower()}", reason, recorded(SET_SAMPLE, value_codec=id)
+            yield f"new_{codec.lower()}", reason, recorded(NEW_SAMPLE, value_codec=id)
+    yield "new_of_a_part", reason, bytes_of(replace(NEW_SAMPLE, shape=(4, 4), index=EXAMPLE.index))
+    yield "new_of_nothing", reason, bytes_of(Tensor((4,), op="NEW"))
+    yield "new_in_raw", reason, bytes_of(replace(NEW_SAMPLE, index=raw((0, 1, 2), 3)))
+    yield "drop_with_positions", reason, recorded(SET_SAMPLE, op=OPS["DROP"])
+    unspecified = replace(SAMPLE, dtype="unspecified")
+    for name, tensor in (
+        ("base_fingerprint_of_unspecified", replace(unspecified, base_fingerprint=1)),
+        ("result_fingerprint_of_unspecified", replace(unspecified, result_fingerprint=1)),
+        ("drop_base_fingerprint_of_unspecified", Tensor((4,), dtype="unspecified", op="DROP", base_fingerprint=1)),
+        ("base_fingerprint_of_new", replace(NEW_SAMPLE, base_fingerprint=1)),
+        ("result_fingerprint_of_drop", Tensor((4,), op="DROP", result_fingerprint=1)),
+        ("result_fingerprint_0_of_drop", Tensor((4,), op="DROP", result_fingerprint=0)),
+    ):
+        yield name, reason, bytes_of(tensor)
+    yield "base_fingerprint_without_flag", "reserved_not_zero", recorded(base_fingerprint=1)
+    yield "result_fingerprint_without_flag", "reserved_not_zero", recorded(result_fingerprint=1 << 63)
+    yield "combination_before_fingerprint", reason, recorded(value_codec=0, base_fingerprint=1)
+    yield "fingerprint_before_layout", "reserved_not_zero", recorded(base_fingerprint=1, index_offset=0)
+
+
+def invalid_layout() -> Invalid:
+    """Section 3, check 10, and the end of the last section; 3.2."""
+    good = build(one(SAMPLE))
+    index_at, values_at = good.places["INDEX 0"][0], good.places["VALUES 0"][0]
+    for which, at in ("index", index_at), ("values", values_at):
+        for name, offset in ("off_by_64", at + 64), ("unaligned", at + 4), ("max", U64 - 63), ("0", 0):
+            yield f"{which}_offset_{name}", "section_layout", recorded(**{f"{which}_offset": offset})
+        for name, size in ("beyond_file", len(good.data)), ("wraps", U64 - at + 1), ("max", U64):
+            fields = {f"{which}_stored": size, f"{which}_decoded": size}
+            yield f"{which}_size_{name}", "section_layout", recorded(**fields)
+        yield f"{which}_decoded_not_stored", "section_layout", recorded(**{f"{which}_decoded": 44})
+        yield f"{which}_padding", "padding_not_zero", damaged(one(SAMPLE), f"{which.upper()} 0", behind=True)
+        yield f"{which}_crc", "section_checksum", damaged(one(SAMPLE), f"{which.upper()} 0")
+        yield f"{which}_crc_of_nothing", "section_checksum", recorded(NOTHING, **{f"{which}_crc": 1})
+        yield (
+            f"{which}_zstd_without_feature",
+            "bad_combination",
+            bytes_of(
+                replace(
+                    SAMPLE,
+                    index=zstd_index(SAMPLE.index) if which == "index" else SAMPLE.index,
+                    values=zstd_values(SAMPLE.values) if which == "values" else SAMPLE.values,
+                ),
+                incompatible=0,
+            ),
+        )
+    yield "values_offset_of_nothing", "section_layout", recorded(NOTHING, values_offset=0)
+    yield "index_zstd_empty", "bad_combination", bytes_of(replace(SAMPLE, index=zstd_index(SAMPLE.index, b"")))
+    yield "values_zstd_empty", "bad_combination", bytes_of(replace(SAMPLE, values=zstd_values(SAMPLE.values, b"")))
+    yield "none_zstd_empty", "bad_combination", bytes_of(Tensor((0,), index=zstd_index(NO_INDEX, b"")))
+    zeros = f32_values([0.0] * 207)
+    packed = Tensor((207,), all_of(207), zstd_values(zeros))
+    yield "zstd_ratio", "zstd_ratio", bytes_of(packed)
+    yield "zstd_ratio_max", "zstd_ratio", bytes_of(replace(packed, record={"values_decoded": U64}))
+    yield (
+        "zstd_ratio_index",
+        "zstd_ratio",
+        bytes_of(replace(SAMPLE, index=zstd_index(replace(SAMPLE.index, section=bytes(1 << 20))))),
+    )
+    yield "sections_end_early", "section_layout", build(File((SAMPLE,), tail=bytes(64))).data
+    yield "sections_end_early_without_tensors", "section_layout", build(File(tail=bytes(64))).data
+    yield "layout_before_size", "section_layout", recorded(index_stored=44, values_offset=0, values_decoded=1)
+    yield (
+        "index_size_before_values_layout",
+        "bad_size",
+        bytes_of(replace(SAMPLE, index=replace(SAMPLE.index, section=bytes(20)), record={"values_offset": 0})),
+    )
+    yield (
+        "index_padding_before_values_layout",
+        "padding_not_zero",
+        damaged(one(replace(SAMPLE, record={"values_offset": 0})), "INDEX 0", behind=True),
+    )
+
+    entries = struct_section(*[(ROW, 2 * i + i % 2, 1, 1) for i in range(257)])
+    wide = 1 << 32
+    for name, shape, index in (
+        ("none", (4, 4), replace(NO_INDEX, section=bytes(8))),
+        ("all", (16,), replace(all_of(16), section=bytes(8))),
+        ("rice", (4, 4), replace(SAMPLE.index, section=bytes(20))),
+        ("rice_empty", (4, 4), replace(SAMPLE.index, section=b"")),
+        ("raw_short", (4, 4), replace(raw((1, 2), 16), section=bytes(12))),
+        ("raw_long", (4, 4), replace(raw((1, 2), 16), section=bytes(20))),
+        ("raw_narrow_words", (wide,), replace(raw((1, 2), 16))),
+        ("raw_wide_words", (wide - 1,), raw((1, 2), wide)),
+        ("bitmap_short", (64,), replace(bitmap((1, 2), 64), section=bytes(16))),
+        ("bitmap_long", (64,), replace(bitmap((1, 2), 64), section=bytes(24))),
+        ("bitmap_without_directory", (2049,), replace(bitmap((1, 2), 2049), section=bytes(4 + 260 + 8))),
+        ("struct_without_entries", (4, 4), Index("STRUCT", (0, 1, 2, 3), SLACK)),
+        ("struct_uneven", (4, 4), Index("STRUCT", (0, 1, 2, 3), bytes(44))),
+        ("struct_short", (4, 4), Index("STRUCT", (0, 1, 2, 3), bytes(4))),
+        ("struct_257_entries", (515, 1), Index("STRUCT", tuple(range(257)), entries)),
+    ):
+        values = change(shape, index).values if index.positions else NO_VALUES
+        yield f"size_{name}", "bad_size", bytes_of(Tensor(shape, index, values))
+    for codec in (f32_values, f16_values, bf16_values, i8_values, i4_values, sign_values):
+        for count in 1, 129:
+            values = codec(halves(count))
+            for name, section in ("short", values.section[:-4]), ("long", values.section + bytes(4)):
+                tensor = Tensor((count,), all_of(count), replace(values, section=section))
+                yield f"size_{values.codec.lower()}_{count}_{name}", "bad_size", bytes_of(tensor)
+    bits = replace(SET_SAMPLE, values=replace(SET_SAMPLE.values, section=bytes(24)))
+    yield "size_bits", "bad_size", bytes_of(bits)
+    yield "size_bits_of_another_dtype", "bad_size", recorded(SET_SAMPLE, dtype=DTYPES["int64"][0])
+    yield "size_no_values", "bad_size", bytes_of(replace(NOTHING, values=replace(NO_VALUES, section=bytes(8))))
+
+
+def invalid_zstd() -> Invalid:
+    """Section 4, zstd."""
+    section = EXAMPLE.index.section
+    frame = zstd_frame(section)
+    skippable = bytes.fromhex("502a4d18") + struct.pack("<I", 4) + bytes(4)
+    for name, stored in (
+        ("garbage", b"not a frame"),
+        ("cut", frame[:-1]),
+        ("head_alone", frame[:9]),
+        ("byte_behind", frame + b"\0"),
+        ("frame_behind", frame + zstd_frame(b"")),
+        ("skippable_frame_behind", frame + skippable),
+        ("skippable_frame_first", skippable + frame),
+        ("skippable_frame_alone", skippable),
+        ("too_short", zstd_frame(section[:-4])),
+        ("too_long", zstd_frame(section + bytes(4))),
+        ("too_short_without_size", zstd_frame(section[:-4], states_size=False)),
+        ("too_long_without_size", zstd_frame(section + bytes(4), states_size=False)),
+        ("states_other_size", patched(frame, 5, b"\x29")),
+        ("reserved_block_type", patched(frame, 9, bytes((frame[9] | 6,)))),
+        ("of_another_dictionary", ZSTD_MAGIC + b"\xa1\7" + frame[5:]),
+    ):
+        yield f"zstd_{name}", "bad_zstd", bytes_of(replace(SAMPLE, index=zstd_index(SAMPLE.index, stored)))
+    repeated = f32_values([0.5, -1.25, 3.0, 0.5] * 40)
+    wrong = patched(bytes.fromhex(ZSTD_COMPRESSED), -1, b"\0")
+    yield "zstd_values_checksum", "bad_zstd", bytes_of(Tensor((160,), all_of(160), replace(repeated, frame=wrong)))
+    file = one(replace(SAMPLE, index=zstd_index(SAMPLE.index, b"not a frame")))
+    yield "zstd_crc_before_frame", "section_checksum", damaged(file, "INDEX 0")
+    yield (
+        "zstd_frame_before_codec",
+        "bad_zstd",
+        bytes_of(
+            replace(SAMPLE, index=zstd_index(replace(SAMPLE.index, section=patched(section, 0, b"\x20")), frame[:-1]))
+        ),
+    )
+    yield "zstd_unavailable", "zstd_unavailable", bytes_of(replace(SAMPLE, index=zstd_index(SAMPLE.index)))
+
+
+def invalid_rice() -> Invalid:
+    """Section 4.2.  In EXAMPLE.index, low is at 24, unary at 28 and slack at 32."""
+    index = EXAMPLE.index
+
+    def outside(*positions: int, k: int = 1, numel: int = 16) -> Index:
+        return rice(positions, numel, k)
+
+    for k in 32, 64, 255:
+        yield f"rice_k_{k}", "bad_index", indexed(index, at=0, new=bytes((k,)))
+    for at in 1, 7:
+        yield f"rice_head_byte_{at}", "bad_index", indexed(index, at=at, new=b"\1")
+    for name, unary_bits in ("0", 0), ("33", 33), ("2049", 2049), ("max", U64), ("2_to_the_63", 1 << 63):
+        yield f"rice_unary_bits_{name}", "bad_size", indexed(index, at=8, new=unsigned([unary_bits], 8))
+    yield "rice_k_does_not_fit_size", "bad_size", indexed(index, at=0, new=b"\x0b")
+    yield "rice_k_before_size", "bad_index", indexed(index, at=0, new=b"\x20\0\0\0\0\0\0\0\xff")
+    nothing = Index("RICE", (3,), struct.pack("<B7xQ", 0, 0) + SLACK)
+    yield "rice_without_unary_bits", "bad_index", indexed(nothing)
+    yield "rice_too_few_ones", "bad_index", indexed(index, at=28, new=b"\x24")
+    yield "rice_too_many_ones", "bad_index", indexed(index, at=28, new=b"\x27")
+    yield "rice_zero_behind_last", "bad_index", indexed(index, at=8, new=b"\7")
+    yield "rice_one_behind_last", "bad_index", indexed(index, at=28, new=b"\x46")
+    yield "rice_ones_before_range", "bad_index", indexed(replace(outside(3, 4, 16), positions=(3, 4)))
+    yield "rice_position_by_low_bits", "position_range", indexed(outside(3, 4, 16))
+    yield "rice_position_by_quotients", "position_range", indexed(outside(3, 4, 40))
+    yield "rice_position_at_numel", "position_range", indexed(outside(16, k=0))
+    yield "rice_position_of_scalar", "position_range", indexed(outside(1, k=0, numel=1), shape=())
+    far = rice((3, 4, 1 << 40), 16, 31)
+    yield "rice_position_past_32_bits", "position_range", indexed(far)
+    yield "rice_range_before_directory", "position_range", indexed(outside(3, 4, 16), at=16, new=b"\1")
+    yield "rice_base", "bad_directory", indexed(index, at=16, new=b"\1")
+    yield "rice_rank", "bad_directory", indexed(index, at=20, new=b"\1")
+    yield "rice_directory_before_padding", "bad_directory", indexed(index, at=16, new=b"\1" + bytes(8) + b"\x40")
+    blocks = rice((5, 5000, 9999), 10000, 0)
+    for block in 1, 4:
+        for at, name in (0, "base"), (4, "rank"):
+            where = 16 + 8 * block + at
+            new = bytes((blocks.section[where] ^ 1,))
+            yield f"rice_{name}_of_block_{block}", "bad_directory", indexed(blocks, at=where, new=new, shape=(10000,))
+    wide = rice((5, 1 << 33), 1 << 34, 22)
+    for at, name in (7, "base"), (15, "rank"):
+        changed = indexed(wide, at=16 + 16 + at, new=b"\x80", shape=(1 << 34,))
+        yield f"rice_wide_{name}_high_bit", "bad_directory", changed
+    yield "rice_unused_low_bit", "padding_not_zero", indexed(index, at=24, new=b"\x09")
+    yield "rice_unused_low_bit_31", "padding_not_zero", indexed(index, at=27, new=b"\x80")
+    yield "rice_unused_unary_bit", "padding_not_zero", indexed(index, at=28, new=b"\x66")
+    yield "rice_unused_unary_bit_31", "padding_not_zero", indexed(index, at=31, new=b"\x80")
+    yield "rice_slack_first", "padding_not_zero", indexed(index, at=32, new=b"\1")
+    yield "rice_slack_last", "padding_not_zero", indexed(index, at=-1, new=b"\x80")
+
+
+def invalid_raw_and_bitmap() -> Invalid:
+    """Sections 4.3 and 4.4."""
+    for name, positions in ("equal", (3, 3, 9)), ("decreasing", (3, 9, 4)), ("decreasing_first", (9, 3, 4)):
+        yield f"raw_{name}", "position_order", indexed(raw(positions, 16))
+    yield "raw_order_before_range", "position_order", indexed(raw((3, 99, 4), 16))
+    yield "raw_at_numel", "position_range", indexed(raw((3, 4, 16), 16))
+    yield "raw_max", "position_range", indexed(raw((3, 4, (1 << 32) - 1), 16))
+    wide = 1 << 33
+    for name, position in ("at_numel", wide), ("sign_bit", 1 << 63), ("max", U64):
+        yield f"raw_wide_{name}", "position_range", indexed(raw((3, position), wide), shape=(wide,))
+    yield "raw_wide_order_by_high_half", "position_order", indexed(raw((wide // 2, 5), wide), shape=(wide,))
+    yield "raw_range_before_slack", "position_range", indexed(raw((3, 4, 16), 16), at=-1, new=b"\1")
+    yield "raw_slack_first", "padding_not_zero", indexed(raw((3, 4, 9), 16), at=-8, new=b"\1")
+    yield "raw_slack_last", "padding_not_zero", indexed(raw((3, 4, 9), 16), at=-1, new=b"\x80")
+
+    index = bitmap((3, 4, 9), 16)
+    yield "bitmap_too_few_ones", "bad_index", indexed(index, at=4, new=b"\x08")
+    yield "bitmap_too_many_ones", "bad_index", indexed(index, at=4, new=b"\x19")
+    yield "bitmap_one_behind_numel_counts_not", "bad_index", indexed(index, at=4, new=b"\x08\2\1")
+    yield "bitmap_rank", "bad_directory", indexed(index, at=0, new=b"\1")
+    yield "bitmap_ones_before_rank", "bad_index", indexed(index, at=0, new=b"\1\0\0\0\x19")
+    blocks = bitmap((3, 2047, 2048, 4099), 4100)
+    for block in 1, 2:
+        new = bytes((blocks.section[4 * block] ^ 1,))
+        changed = indexed(blocks, at=4 * block, new=new, shape=(4100,))
+        yield f"bitmap_rank_of_block_{block}", "bad_directory", changed
+    yield "bitmap_rank_before_bits", "bad_directory", indexed(index, at=0, new=b"\1\0\0\0\x18\2\1")
+    yield "bitmap_bit_at_numel", "padding_not_zero", indexed(index, at=6, new=b"\1")
+    yield "bitmap_last_unused_bit", "padding_not_zero", indexed(index, at=7, new=b"\x80")
+    yield "bitmap_slack_first", "padding_not_zero", indexed(index, at=-8, new=b"\1")
+    yield "bitmap_slack_last", "padding_not_zero", indexed(index, at=-1, new=b"\x80")
+
+
+def invalid_struct() -> Invalid:
+    """Section 4.5."""
+    shape = (4, 6)
+    row = struct_of(shape, (ROW, 1, 1, 1))
+    huge = 1 << 63
+
+    def lines(count: int, *entries: Entry, shape: tuple[int, ...] = shape) -> bytes:
+        return indexed(Index("STRUCT", tuple(range(count)), struct_section(*entries)), shape=shape)
+
+    for name, entry in (
+        ("kind_3", (3, 1, 1, 1)),
+        ("kind_max", (U64, 1, 1, 1)),
+        ("kind_past_32_bits", (1 << 32, 1, 1, 1)),
+        ("step_0", (ROW, 1, 0, 1)),
+        ("count_0", (ROW, 1, 1, 0)),
+        ("row_negative", (ROW, -1, 1, 1)),
+        ("row_beyond", (ROW, 4, 1, 1)),
+        ("last_row_beyond", (ROW, 1, 3, 2)),
+        ("column_negative", (COLUMN, -1, 1, 1)),
+        ("column_beyond", (COLUMN, 6, 1, 1)),
+        ("diagonal_below", (DIAGONAL, -4, 1, 1)),
+        ("diagonal_above", (DIAGONAL, 6, 1, 1)),
+        ("last_diagonal_above", (DIAGONAL, -3, 3, 4)),
+        ("start_least", (DIAGONAL, -huge, 1, 1)),
+        ("start_largest", (ROW, huge - 1, 1, 1)),
+        ("last_line_wraps", (ROW, 1, huge, 3)),
+        ("last_line_wraps_by_count", (ROW, 0, 1, U64)),
+        ("last_line_wraps_by_both", (ROW, 3, U64, U64)),
+        ("least_start_wraps", (DIAGONAL, -huge, huge, 2)),
+    ):
+        yield f"struct_{name}", "bad_index", lines(6, entry)
+    for name, entries in (
+        ("same_line_twice", [(ROW, 1, 1, 1), (ROW, 1, 1, 1)]),
+        ("lines_decrease", [(ROW, 2, 1, 1), (ROW, 1, 1, 1)]),
+        ("runs_interleave", [(ROW, 0, 2, 2), (ROW, 1, 2, 1)]),
+        ("kinds_decrease", [(COLUMN, 1, 1, 1), (ROW, 1, 1, 1)]),
+        ("diagonals_decrease", [(DIAGONAL, -1, 1, 1), (DIAGONAL, -2, 1, 1)]),
+    ):
+        yield f"struct_{name}", "position_order", lines(20, *entries)
+    yield "struct_entry_before_order", "bad_index", lines(20, (ROW, 2, 1, 1), (ROW, 1, 0, 1))
+    yield "struct_order_before_elements", "position_order", lines(6, (ROW, 1, 1, 1), (ROW, 1, 1, 1))
+    yield "struct_elements_before_next_entry", "bad_index", lines(6, (ROW, 1, 1, 2), (ROW, 0, 1, 1))
+    yield "struct_more_than_n_in_one_entry", "bad_index", lines(11, (ROW, 1, 1, 2))
+    yield "struct_more_than_n_in_one_kind", "bad_index", lines(11, (ROW, 1, 1, 1), (ROW, 3, 1, 1))
+    yield "struct_diagonals_more_than_n", "bad_index", lines(4, (DIAGONAL, 0, 1, 1), (DIAGONAL, 5, 1, 1))
+    yield "struct_union_larger", "bad_index", lines(8, (ROW, 1, 1, 1), (COLUMN, 0, 1, 1))
+    yield "struct_union_smaller", "bad_index", lines(10, (ROW, 1, 1, 1), (COLUMN, 0, 1, 1))
+    vast = (1 << 28, 1 << 28)
+    for name, kind in ("rows", ROW), ("columns", COLUMN), ("diagonals", DIAGONAL):
+        yield f"struct_vast_{name}", "bad_index", lines(6, (kind, 0, 1, 1 << 28), shape=vast)
+        yield f"struct_vast_line_of_{name}", "bad_index", lines(6, (kind, 0, 1, 1), shape=vast)
+    yield "struct_slack_first", "padding_not_zero", indexed(row, at=-8, new=b"\1", shape=shape)
+    yield "struct_slack_last", "padding_not_zero", indexed(row, at=-1, new=b"\x80", shape=shape)
+
+
+def invalid_values() -> Invalid:
+    """Section 5."""
+    numbers = halves(129)
+    codecs = {
+        "f32": f32_values(numbers),
+        "f16": f16_values(numbers),
+        "bf16": bf16_values(numbers),
+        "i8": i8_values(numbers),
+        "i4": i4_values(numbers),
+        "sign": sign_values(numbers),
+        "bits": bits_values([7] * 129, "int8"),
+    }
+    for name, values in codecs.items():
+        yield f"{name}_slack_first", "padding_not_zero", valued(values, -8, b"\1")
+        yield f"{name}_slack_last", "padding_not_zero", valued(values, -1, b"\x80")
+    bits = {name: len(values.section) - 9 for name, values in codecs.items()}
+    yield "f16_padding", "padding_not_zero", valued(codecs["f16"], bits["f16"], b"\1")
+    yield "bf16_padding", "padding_not_zero", valued(codecs["bf16"], bits["bf16"] - 1, b"\1")
+    yield "bits_padding", "padding_not_zero", valued(codecs["bits"], 129, b"\1")
+    yield "bits_padding_last", "padding_not_zero", valued(codecs["bits"], 131, b"\1")
+    yield "i8_padding", "padding_not_zero", valued(codecs["i8"], 4 + 129, b"\1")
+    yield "i4_padding", "padding_not_zero", valued(codecs["i4"], 8 + 65, b"\1")
+    yield (
+        "i4_unused_nibble",
+        "padding_not_zero",
+        valued(codecs["i4"], 8 + 64, bytes((codecs["i4"].section[72] | 0x10,))),
+    )
+    yield "sign_unused_bit", "padding_not_zero", valued(codecs["sign"], 4 + 16, b"\2")
+    yield "sign_last_unused_bit", "padding_not_zero", valued(codecs["sign"], 4 + 19, b"\x80")
+    for codec, values in ("i8", i8_values(halves(3))), ("sign", sign_values(halves(3))):
+        yield f"{codec}_padding_of_parameters", "padding_not_zero", valued(values, 2, b"\1")
+    infinite = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
+    for codec, infinity in infinite.items():
+        size = 4 if codec == "f32" else 2
+        for name, pattern in (
+            ("infinity", infinity),
+            ("minus_infinity", infinity | 1 << (8 * size - 1)),
+            ("nan", infinity + 1),
+            ("quiet_nan", (2 << (8 * size - 1)) - 1),
+        ):
+            yield f"{codec}_{name}", "bad_value", valued(codecs[codec], 128 * size, unsigned([pattern], size))
+    parameters = {
+        "infinite": 0x7F80,
+        "nan": 0x7F81,
+        "minus_nan": 0xFFC0,
+        "negative": 0xBF80,
+        "minus_zero": 0x8000,
+    }
+    for codec, at, name in ("i8", 2, "scale"), ("i4", 4, "lo"), ("i4", 6, "step"), ("sign", 2, "lo"):
+        for what, pattern in parameters.items():
+            yield f"{codec}_{name}_{what}", "bad_value", valued(codecs[codec], at, unsigned([pattern], 2))
+    yield "i8_scale_too_large", "bad_value", valued(codecs["i8"], 2, unsigned([0x7C00], 2))
+    yield "i4_step_too_large", "bad_value", valued(codecs["i4"], 4, unsigned([0, 0x7F00], 2))
+    yield "i4_sum_too_large", "bad_value", valued(codecs["i4"], 4, unsigned([0x7F7F, 0x7B00], 2))
+    yield "value_before_padding", "bad_value", valued(codecs["i8"], 2, b"\x80\xff" + bytes(129) + b"\1")
+
+
+def invalid_contents() -> Invalid:
+    """Section 7, and which of several faults decides."""
+    yield "digest", "digest_mismatch", bytes_of(SAMPLE, digest=bytes(32))
+    yield "digest_of_no_tensors", "digest_mismatch", bytes_of(digest=b"\1")
+    bad_index = replace(SAMPLE.index, section=patched(SAMPLE.index.section, 0, b"\x20"))
+    bad_values = replace(SAMPLE.values, section=patched(SAMPLE.values.section, 0, b"\x80\x7f"))
+    a, b = (replace(SAMPLE, name=name) for name in "ab")
+    yield "index_before_values", "bad_index", bytes_of(replace(SAMPLE, index=bad_index, values=bad_values))
+    yield "index_before_values_crc", "bad_index", bytes_of(replace(SAMPLE, index=bad_index, record={"values_crc": 0}))
+    yield (
+        "first_tensor_before_second",
+        "bad_value",
+        bytes_of(replace(a, values=bad_values), replace(b, index=bad_index)),
+    )
+    yield "second_tensor", "bad_index", bytes_of(a, replace(b, index=bad_index))
+    yield "table_before_contents", "unknown_op", bytes_of(replace(a, index=bad_index), replace(b, record={"op": 9}))
+    yield "contents_before_digest", "bad_value", bytes_of(replace(SAMPLE, values=bad_values), digest=bytes(32))
+
+
+# --- writing them ---
+
+VALID = (valid_rice, valid_other_positions, valid_values, valid_operations, valid_container)
+INVALID = (
+    *(invalid_header, invalid_file_sections, invalid_names, invalid_ids_and_shapes, invalid_combinations),
+    *(invalid_layout, invalid_zstd, invalid_rice, invalid_raw_and_bitmap, invalid_struct, invalid_values),
+    invalid_contents,
+)
+
+
+def valid_files() -> dict[str, File]:
+    """Name -> file."""
+    return _unique((name, file) for cases in VALID for name, file in cases())
+
+
+def invalid_files() -> dict[str, tuple[str, bytes]]:
+    """Name -> (reason, bytes)."""
+    return _unique((name, (reason, data)) for cases in INVALID for name, reason, data in cases())
+
+
+def _unique(pairs: Iterator[tuple[str, T]]) -> dict[str, T]:
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        assert name not in found, f"two vectors are called {name}"
+        found[name] = value
+    return found
+
+
+def to_json(value: object, indent: str = "") -> str:
+    """JSON with a line for each entry of an object; lists of numbers stay on one."""
+    deeper = indent + "  "
+    if isinstance(value, dict) and value:
+        lines = [f"{deeper}{json.dumps(key)}: {to_json(entry, deeper)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and value:
+        return "[" + ", ".join(to_json(entry, indent) for entry in value) + "]"
+    return json.dumps(value)
+
+
+def corpus() -> dict[str, bytes]:
+    """Path below `vectors` -> bytes."""
+    files: dict[str, bytes] = {}
+    for name, file in sorted(valid_files().items()):
+        files[f"valid/{name}.shd"] = build(file).data
+        files[f"valid/{name}.json"] = (to_json(file.expected()) + "\n").encode()
+    refused = dict(sorted(invalid_files().items()))
+    files |= {f"invalid/{name}.shd": data for name, (_, data) in refused.items()}
+    reasons = {name: reason for name, (reason, _) in refused.items()}
+    files["invalid/reasons.json"] = (to_json(reasons) + "\n").encode()
+    return files
+
+
+def differences(files: Mapping[str, bytes], folder: Path) -> list[str]:
+    """A line for each file that is not as it should be."""
+    there = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.glob("*/*")}
+    return [
+        *(f"{path}: missing" for path in files.keys() - there.keys()),
+        *(f"{path}: not made by this script" for path in there.keys() - files.keys()),
+        *(f"{path}: differs" for path in files.keys() & there.keys() if files[path] != there[path]),
+    ]
+
+
+def write(files: Mapping[str, bytes], folder: Path) -> None:
+    """Makes the folder's files these and no others."""
+    for path in folder.glob("*/*"):
+        if path.relative_to(folder).as_posix() not in files:
+            path.unlink()
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; the exit code."""
+    parser = argparse.ArgumentParser(description="Makes the conformance vectors.")
+    parser.add_argument("--check", action="store_true", help="compare with the files there; write nothing")
+    files = corpus()
+    if parser.parse_args(arguments).check:
+        problems = sorted(differences(files, VECTORS))
+        print("\n".join(problems) or f"{len(files)} files are as they should be")
+        return 1 if problems else 0
+    write(files, VECTORS)
+    print(f"{len(files)} files, {sum(map(len, files.values())):,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
