@@ -10,6 +10,8 @@ of a Llama-2-7B (random weights, independent positions, 224 tensors) for two fam
 Needs a GPU and Triton.  Run: ``python benchmarks/block_layout.py [--density 0.01] [--layers 32]``.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import argparse
@@ -225,16 +227,21 @@ def main() -> None:
 
     def launch(kernel, parts, blocks, column7, **meta):
         rows = [
-            [*(p.data_ptr() for p in parts[i]), values[i].data_ptr(), scales[i].data_ptr(),
-             weights[i].data_ptr(), saved[i].data_ptr(), column7[i], weights[i].numel()]
+            [
+                *(p.data_ptr() for p in parts[i]),
+                values[i].data_ptr(),
+                scales[i].data_ptr(),
+                weights[i].data_ptr(),
+                saved[i].data_ptr(),
+                column7[i],
+                weights[i].numel(),
+            ]
             for i in range(len(shapes))
         ]
         table = torch.tensor(rows, dtype=torch.int64, device=device)
         owner = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks)).int().to(device)
         first = (torch.cumsum(torch.tensor(blocks), 0) - torch.tensor(blocks)).int().to(device)
-        return lambda: kernel[(sum(blocks),)](
-            table, owner, first, enable_fp_fusion=False, **meta
-        )
+        return lambda: kernel[(sum(blocks),)](table, owner, first, enable_fp_fusion=False, **meta)
 
     def check(call) -> None:
         tensor = 0
@@ -250,26 +257,41 @@ def main() -> None:
 
     entropy = -(math.log2(options.density) + (1 / options.density - 1) * math.log2(1 - options.density))
     copy_ms = milliseconds(lambda: torch._foreach_copy_(copy, weights))
-    print(f"{torch.cuda.get_device_name()}, {len(shapes)} tensors, {nnz/1e6:.1f} M nonzeros of "
-          f"{sum(w.numel() for w in weights)/1e9:.2f} G ({options.density:.2%}), k={k}, "
-          f"entropy {entropy:.3f} bits")
+    print(
+        f"{torch.cuda.get_device_name()}, {len(shapes)} tensors, {nnz / 1e6:.1f} M nonzeros of "
+        f"{sum(w.numel() for w in weights) / 1e9:.2f} G ({options.density:.2%}), k={k}, "
+        f"entropy {entropy:.3f} bits"
+    )
     print(f"{'layout':>20} {'warps':>5} {'bits/nnz':>8} {'x entropy':>9} {'ms':>7} {'x copy':>7}")
     print(f"{'copy of the weights':>20} {'':>5} {'':>8} {'':>9} {copy_ms:7.2f} {1:7.2f}")
 
     def row(name, call, bits, warps):
         ms = milliseconds(call)
-        size = f"{bits/nnz:8.3f} {bits/nnz/entropy:9.4f}" if bits else f"{'':>8} {'':>9}"
-        print(f"{name:>20} {warps:>5} {size} {ms:7.2f} {ms/copy_ms:7.2f}", flush=True)
+        size = f"{bits / nnz:8.3f} {bits / nnz / entropy:9.4f}" if bits else f"{'':>8} {'':>9}"
+        print(f"{name:>20} {warps:>5} {size} {ms:7.2f} {ms / copy_ms:7.2f}", flush=True)
 
     blocks = [math.ceil(g.numel() / 512) for g in gaps]
-    call = launch(strided, [(w, w, w) for w in weights], blocks, [0] * len(shapes),
-                  LANES=512, STRIDE=int(1 / options.density), num_warps=4)
+    call = launch(
+        strided,
+        [(w, w, w) for w in weights],
+        blocks,
+        [0] * len(shapes),
+        LANES=512,
+        STRIDE=int(1 / options.density),
+        num_warps=4,
+    )
     row("stride, no decoding", call, 0, 4)
     for block_bits in (512, 1024, 2048, 4096):
         encoded = [encode_bits(g, k, block_bits) for g in gaps]
         for warps in (2, 4, 8):
-            call = launch(by_bits, [e[:3] for e in encoded], [e[3] for e in encoded], [k] * len(shapes),
-                          BITS=block_bits, num_warps=warps)
+            call = launch(
+                by_bits,
+                [e[:3] for e in encoded],
+                [e[3] for e in encoded],
+                [k] * len(shapes),
+                BITS=block_bits,
+                num_warps=warps,
+            )
             if warps == 4:
                 check(call)
             row(f"bits {block_bits}", call, sum(e[4] for e in encoded), warps)
@@ -277,8 +299,15 @@ def main() -> None:
     for count, lanes in ((448, 1024), (512, 1024), (512, 2048), (896, 2048), (1024, 2048), (1024, 4096)):
         encoded = [encode_count(g, k, count, lanes) for g in gaps]
         for warps in (4, 8):
-            call = launch(by_count, [e[:3] for e in encoded], [e[3] for e in encoded],
-                          [g.numel() for g in gaps], COUNT=count, LANES=lanes, num_warps=warps)
+            call = launch(
+                by_count,
+                [e[:3] for e in encoded],
+                [e[3] for e in encoded],
+                [g.numel() for g in gaps],
+                COUNT=count,
+                LANES=lanes,
+                num_warps=warps,
+            )
             if warps == 4:
                 check(call)
             row(f"count {count}/{lanes}", call, sum(e[4] for e in encoded), warps)

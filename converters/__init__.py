@@ -83,11 +83,11 @@ def convert(
     if not items:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(opened.skipped.items())[:3])
         raise SourceError(f"{source}: nothing in it can be converted ({why or 'no tensors'})")
-    dense = [item for item in items if item.rows is not None]
+    dense = [item for item in items if item.dense is not None]
     counts = {item.name: count_for(sparsity, item.numel) for item in dense}
     if scope == "model":
         total = count_for(sparsity, sum(item.numel for item in dense))
-        counts = allocate({item.name: (item.rows, item.matrix) for item in dense if item.rows}, total)
+        counts = allocate({item.name: (item.dense, item.matrix) for item in dense if item.dense}, total)
     with writing(target, values, zstd) as writer:
         for number, item in enumerate(items):
             if progress:
@@ -124,8 +124,8 @@ def _version() -> str:
 def _write(writer: DeltaWriter, item: Item, k: int) -> TensorReport | None:
     """Selects from one tensor and writes it; None if nothing changes."""
     try:
-        if item.rows is not None:
-            selection = top_k(item.rows, item.matrix, k)
+        if item.dense is not None:
+            selection = top_k(item.dense(), item.matrix, k)
             tensor = item.delta(selection.positions, selection.values)
             energy = selection.energy
         else:

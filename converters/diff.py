@@ -6,6 +6,8 @@ Sparse layouts: PEFT's SHiRA (`MODULE.shira_weight`, `MODULE.shira_indices` [2, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from shiradelta.arithmetic import Array, Float32, to_float32
@@ -60,23 +62,26 @@ def open_diff(source: Checkpoint, base: Checkpoint | None) -> Source:
 def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint | None) -> Item | str:
     if "dense" in keys:
         slot = source[keys["dense"]]
-        shape, dtype, base_bits = slot.shape, "unspecified", None
-        if base is not None:
-            shape, dtype, base_bits = base[name].shape, base[name].dtype.name, base.bits(name)
-        if shape != slot.shape:
-            return f"its shape is {list(slot.shape)}, the base's {list(shape)}"
-        rows = _dense(source.bits(keys["dense"]), slot.dtype.name, matrix_shape(shape)[1])
-        return Item(name, shape, dtype, rows=rows, base_bits=base_bits)
+        dense = partial(_rows, source, keys["dense"])
+        if base is None:
+            return Item(name, slot.shape, "unspecified", dense)
+        if base[name].shape != slot.shape:
+            return f"its shape is {list(slot.shape)}, the base's {list(base[name].shape)}"
+        return Item(name, slot.shape, base[name].dtype.name, dense, base_bits=partial(base.bits, name))
     where = "positions" if "positions" in keys else "indices"
     if where not in keys or "values" not in keys:
         return f"only its {' '.join(keys)} is there"
     if base is None:
         return "a sparse diff does not tell the tensor's shape; give --base MODEL"
     slot = base[name]
-    return Item(name, slot.shape, slot.dtype.name, exact=lambda: _sparse(source, keys, where, name, base))
+    return Item(name, slot.shape, slot.dtype.name, exact=partial(_sparse, source, keys, where, name, base))
 
 
-def _dense(bits: Array, dtype: str, columns: int) -> Rows:
+def _rows(source: Checkpoint, key: str) -> Rows:
+    """A dense difference as it stands in the file."""
+    slot = source[key]
+    bits, dtype, columns = source.bits(key), slot.dtype.name, matrix_shape(slot.shape)[1]
+
     def rows(start: int, stop: int) -> Float32:
         return to_float32(bits[start * columns : stop * columns], dtype)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from shiradelta.arithmetic import Array, Float32, to_float32
-from shiradelta.checkpoint import Checkpoint, match_names
+from shiradelta.checkpoint import Checkpoint, Slot, match_names
 from shiradelta.delta import TensorDelta, matrix_shape
 from shiradelta.select import Rows
 
@@ -45,23 +46,23 @@ def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Ite
     slot, tuned_slot = base[name], source[key]
     if slot.shape != tuned_slot.shape:
         return f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}"
-    base_bits, tuned = base.bits(name), source.bits(key)
+    base_bits, tuned = partial(base.bits, name), partial(source.bits, key)
+    dense = partial(_subtraction, source, key, base, name)
     dtype, tuned_dtype = slot.dtype.name, tuned_slot.dtype.name
     if dtype in _ADDED and tuned_dtype in _ADDED:
-        rows = _subtraction(tuned, tuned_dtype, base_bits, dtype, matrix_shape(slot.shape)[1])
-        return Item(name, slot.shape, dtype, rows=rows, base_bits=base_bits)
+        return Item(name, slot.shape, dtype, dense, base_bits=base_bits)
     if dtype != tuned_dtype:
         return f"it is {tuned_dtype}, the base's {dtype}, and nothing can be added to that exactly"
-    if _WIDEN.get(dtype) is not None:
-        rows = _subtraction(tuned, dtype, base_bits, dtype, matrix_shape(slot.shape)[1])
-        return Item(name, slot.shape, dtype, rows=rows, base_bits=base_bits, replacement=tuned)
-    return Item(name, slot.shape, dtype, exact=lambda: _all_changes(slot.shape, dtype, base_bits, tuned))
+    if dtype in _WIDEN:
+        return Item(name, slot.shape, dtype, dense, base_bits=base_bits, replacement=tuned)
+    return Item(name, slot.shape, dtype, exact=partial(_all_changes, slot, base_bits, tuned))
 
 
-def _all_changes(shape: tuple[int, ...], dtype: str, base_bits: Array, tuned: Array) -> TensorDelta:
+def _all_changes(slot: Slot, base_bits: Callable[[], Array], tuned_bits: Callable[[], Array]) -> TensorDelta:
     """Integers and the like have no magnitude to rank by: every change is set."""
-    changed = np.flatnonzero(base_bits != tuned)
-    return TensorDelta(shape, changed, tuned[changed], dtype, "set", base_bits=base_bits[changed])
+    base, tuned = base_bits(), tuned_bits()
+    changed = np.flatnonzero(base != tuned)
+    return TensorDelta(slot.shape, changed, tuned[changed], slot.dtype.name, "set", base_bits=base[changed])
 
 
 def _fp8_e4m3fn(bits: Array) -> Float32:
@@ -86,12 +87,15 @@ def _values(bits: Array, dtype: str) -> Float32:
     return to_float32(bits, dtype) if widen is None else widen(bits)
 
 
-def _subtraction(tuned: Array, tuned_dtype: str, base: Array, dtype: str, columns: int) -> Rows:
+def _subtraction(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Rows:
     """tuned - base in float32, a few rows at a time."""
+    tuned_bits, base_bits = source.bits(key), base.bits(name)
+    tuned_dtype, dtype = source[key].dtype.name, base[name].dtype.name
+    columns = matrix_shape(base[name].shape)[1]
 
     def rows(start: int, stop: int) -> Float32:
         part = slice(start * columns, stop * columns)
         with np.errstate(invalid="ignore", over="ignore"):
-            return _values(tuned[part], tuned_dtype) - _values(base[part], dtype)
+            return _values(tuned_bits[part], tuned_dtype) - _values(base_bits[part], dtype)
 
     return rows

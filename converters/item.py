@@ -18,19 +18,21 @@ class Item:
     Attributes:
         name: in the base's coordinates.
         shape, dtype: the base tensor's; dtype is "unspecified" where there is no base.
-        rows: the dense delta (see `shiradelta.select.Rows`), or None.
-        exact: makes the tensor delta as it is to be stored; called once.
-        base_bits: the base's elements, flat and mapped, where there is a base.
-        replacement: the fine-tune's elements, for a dtype to which nothing can be added: the selected ones are set.
+        dense: opens the dense delta (see `shiradelta.select.Rows`), or None.
+        exact: makes the tensor delta as it is to be stored, where nothing is to be selected.
+        base_bits: maps the base's elements, flat, where there is a base.
+        replacement: maps the fine-tune's elements, for a dtype to which nothing can be added: the selected are set.
+
+    All of them are called when the tensor's turn comes, so that one tensor is in memory at a time.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    rows: Rows | None = None
+    dense: Callable[[], Rows] | None = None
     exact: Callable[[], TensorDelta] | None = None
-    base_bits: Array | None = None
-    replacement: Array | None = None
+    base_bits: Callable[[], Array] | None = None
+    replacement: Callable[[], Array] | None = None
 
     @property
     def numel(self) -> int:
@@ -44,9 +46,9 @@ class Item:
 
     def delta(self, positions: Positions, values: Float32) -> TensorDelta:
         """The tensor delta of selected elements."""
-        base = None if self.base_bits is None else self.base_bits[positions]
+        base = None if self.base_bits is None else self.base_bits()[positions]
         if self.replacement is not None:
-            return TensorDelta(self.shape, positions, self.replacement[positions], self.dtype, "set", base_bits=base)
+            return TensorDelta(self.shape, positions, self.replacement()[positions], self.dtype, "set", base_bits=base)
         return TensorDelta(self.shape, positions, values, self.dtype, base_bits=base)
 
 

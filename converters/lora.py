@@ -11,6 +11,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,30 +210,34 @@ def _item(
 ) -> Item | str:
     """The dense delta of one module, or why there is none."""
     assert name is not None
-    a, b = _float32(source, parts.keys["A"]), _float32(source, parts.keys["B"])
-    if a.ndim != b.ndim or a.ndim not in (2, 4, 3, 5) or a.shape[0] != b.shape[1]:
-        return f"shapes {list(b.shape)} and {list(a.shape)} do not multiply"
-    if b.ndim > 2 and math.prod(b.shape[2:]) != 1:
-        return f"B of shape {list(b.shape)} is not a 1 x 1 convolution"
-    shape = (b.shape[0], *a.shape[1:])
-    left, right = b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
-    if parts.embedding or transposed:
-        # The base's rows are A's columns.
-        left, right, shape = right.T, left.T, (a.shape[1], b.shape[0])
+    a, b = source[parts.keys["A"]].shape, source[parts.keys["B"]].shape
+    if len(a) != len(b) or not 2 <= len(a) <= 5 or a[0] != b[1]:
+        return f"shapes {list(b)} and {list(a)} do not multiply"
+    if math.prod(b[2:]) != 1:
+        return f"B of shape {list(b)} is not a 1 x 1 convolution"
+    shape = (b[0], *a[1:])
+    swap = parts.embedding or transposed
+    if swap:  # the base's rows are A's columns
+        shape = (a[1], b[0])
     if base is None:
-        return Item(name, shape, "unspecified", rows=_product(left, right, factor))
+        return Item(name, shape, "unspecified", partial(_product, source, parts, factor, swap))
     slot = base[name]
     if slot.shape == shape[::-1] != shape and len(shape) == 2:
-        left, right, shape = right.T, left.T, slot.shape
+        swap, shape = not swap, slot.shape
     if slot.shape != shape:
         return f"it changes a tensor of shape {list(shape)}, the base's {name!r} has {list(slot.shape)}"
     if slot.dtype.name not in ("float32", "float16", "bfloat16"):
         return f"the base stores {name!r} as {slot.dtype.name}, to which nothing can be added exactly"
-    return Item(name, shape, slot.dtype.name, rows=_product(left, right, factor), base_bits=base.bits(name))
+    dense = partial(_product, source, parts, factor, swap)
+    return Item(name, shape, slot.dtype.name, dense, base_bits=partial(base.bits, name))
 
 
-def _product(left: Float32, right: Float32, factor: float) -> Rows:
-    """factor * left @ right, a few rows at a time."""
+def _product(source: Checkpoint, parts: _Module, factor: float, swap: bool) -> Rows:
+    """factor * B A (transposed if `swap`), a few rows at a time."""
+    a, b = _float32(source, parts.keys["A"]), _float32(source, parts.keys["B"])
+    left, right = b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
+    if swap:
+        left, right = right.T, left.T
     scaled: Float32 = np.ascontiguousarray(left) * np.float32(factor)
     right = np.ascontiguousarray(right)
 

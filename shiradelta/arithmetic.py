@@ -58,7 +58,8 @@ def from_float32(values: Float32, dtype: str) -> Array:
 
 def scaled(values: Float32, strength: float) -> Float32:
     """s = fl32(alpha * v)."""
-    alpha = np.float32(strength)
+    with np.errstate(over="ignore"):
+        alpha = np.float32(strength)
     if not np.isfinite(alpha):
         raise DeltaError(f"strength {strength} is not a finite float32; give a finite number")
     if alpha == 1:

@@ -119,7 +119,6 @@ class Checkpoint(Mapping[str, Slot]):
     def __init__(self, root: Path) -> None:
         self.root = root
         self.shards = tuple(read_shard(file) for file in weight_files(root))
-        self._maps: dict[Path, Array] = {}
         self._slots: dict[str, Slot] = {}
         for shard in self.shards:
             prefix = "" if shard.file.parent == root or root.is_file() else f"{shard.file.parent.name}/"
@@ -139,24 +138,24 @@ class Checkpoint(Mapping[str, Slot]):
         return len(self._slots)
 
     def bits(self, name: str) -> Array:
-        """The tensor's elements as a flat, read-only, mapped array of unsigned integers."""
+        """The tensor's elements as a flat, read-only, mapped array of unsigned integers.
+
+        Each call makes a map of its own, so that memory is one tensor's and not the model's.
+        """
         slot = self._slots[name]
-        if slot.file not in self._maps:
-            with open(slot.file, "rb") as stream:
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[slot.file] = np.frombuffer(mapped, np.uint8)
-        return elements(self._maps[slot.file], slot)
+        if slot.nbytes == 0:
+            return np.zeros(0, slot.dtype.bits)
+        start = slot.offset - slot.offset % mmap.ALLOCATIONGRANULARITY
+        length = slot.offset + slot.nbytes - start
+        with open(slot.file, "rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+        return np.frombuffer(mapped, np.uint8)[slot.offset - start :].view(slot.dtype.bits)
 
     def config(self, name: str) -> dict[str, Any]:
         """The config.json beside a tensor's file, or nothing."""
         path = self._slots[name].file.parent / "config.json"
         found = read_json(path) if path.exists() else {}
         return found if isinstance(found, dict) else {}
-
-
-def elements(data: Array, slot: Slot) -> Array:
-    """A slot's elements in the bytes of its file, as a flat view."""
-    return data[slot.offset : slot.offset + slot.nbytes].view(slot.dtype.bits)
 
 
 def index_file(folder: Path) -> Path | None:

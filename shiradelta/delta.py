@@ -177,7 +177,7 @@ def _checked_values(values: npt.ArrayLike, count: int, dtype: str, op: str) -> A
         result = np.array(values).reshape(-1)
         if result.itemsize != size:
             raise DeltaError(f"{op} stores the bits of {dtype}: give {size} bytes per element, not {result.dtype}")
-        result = result.view(f"<u{size}")
+        result = result.astype(result.dtype.newbyteorder("<"), copy=False).view(f"<u{size}")
     else:
         with np.errstate(over="ignore"):
             result = np.array(values, dtype=np.float32).reshape(-1)

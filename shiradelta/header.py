@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from shiradelta import wire
 from shiradelta.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.codecs.base import Bytes
-from shiradelta.errors import FormatError
+from shiradelta.errors import DeltaError, FormatError
 from shiradelta.wire import Flag, Incompatible, IndexCodec, Op, ValueCodec
 
 
@@ -176,7 +176,10 @@ def parse_metadata(data: bytes, offset: int) -> dict[str, str]:
 
 def build_metadata(pairs: Mapping[str, str]) -> bytes:
     """The inverse of `parse_metadata`."""
-    encoded = sorted((key.encode(), value.encode()) for key, value in pairs.items())
+    try:
+        encoded = sorted((key.encode(), value.encode()) for key, value in pairs.items())
+    except UnicodeEncodeError as error:
+        raise DeltaError(f"metadata {error.object!r} are not Unicode text") from None
     return b"".join(wire.METADATA_PAIR.pack(len(k), len(v)) + k + v for k, v in encoded)
 
 

@@ -91,9 +91,10 @@ class StoredTensor(TensorDelta):
             )
         with self._delta.context(self.record, self.record.values):
             data = self._delta.section(self.record.values, whole=False)
-            values = VALUE_CODECS[self.record.value_codec].decode(
-                data, self.nnz, self.record.element_size, first, first + positions.size
-            )
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = VALUE_CODECS[self.record.value_codec].decode(
+                    data, self.nnz, self.record.element_size, first, first + positions.size
+                )
             if self.op == "add" and not np.all(np.isfinite(values)):
                 raise FormatError("bad_value", "a value is not finite")
         return positions, values
@@ -150,7 +151,6 @@ class Delta(Mapping[str, StoredTensor]):
     def close(self) -> None:
         """Lets the file go.  Arrays that were decoded stay valid."""
         self._data = np.zeros(0, np.uint8)
-        self._records = {}
         if self._mapped is not None:
             # Where a view of BITS values is still in use, the map goes with it.
             with suppress(BufferError):
@@ -191,18 +191,10 @@ def _unzstd(stored: Bytes, decoded: int) -> Bytes:
         # The frame's own claim decides how much zstandard allocates, so it is looked at first.
         if zstandard.frame_content_size(stored.data) != decoded:
             raise FormatError("bad_zstd", "the frame's content size differs")
-        unpacker = zstandard.ZstdDecompressor().decompressobj()
-        parts, size = [], 0
-        for start in range(0, stored.size, 4096):
-            parts.append(unpacker.decompress(stored[start : start + 4096].tobytes()))
-            size += len(parts[-1])
-            if size > decoded:
-                break
-        if size != decoded or not unpacker.eof or unpacker.unused_data:
-            raise FormatError("bad_zstd", f"{size} bytes instead of {decoded}, or data behind the frame")
+        content = zstandard.ZstdDecompressor().decompress(stored.data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError("bad_zstd", str(error)) from None
-    return np.frombuffer(b"".join(parts), np.uint8)
+    return np.frombuffer(content, np.uint8)
 
 
 def open_delta(source: Source) -> Delta:

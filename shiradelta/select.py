@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -19,7 +16,6 @@ Rows = Callable[[int, int], Float32]
 #: Elements that are made at a time: small enough for a core's cache, large enough for NumPy's overhead.
 _BLOCK_ELEMENTS = 1 << 18
 _SAMPLE_BLOCKS = 48
-_THREADS = min(os.cpu_count() or 1, 8)
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,7 @@ def top_k(rows: Rows, shape: tuple[int, int], k: int) -> Selection:
         return Selection(np.zeros(0, np.int64), np.zeros(0, np.float32), 0.0)
     threshold = _sampled_threshold(rows, shape, k)
     while True:
-        reaching = partial(_reaching, rows, columns, threshold)
-        found = list(_map_blocks(reaching, shape))
+        found = [_reaching(rows, start, stop, columns, threshold) for start, stop in _blocks(shape)]
         if threshold == 0 or sum(part.positions.size for part in found) >= k:
             break
         threshold = np.float32(threshold / 2) if threshold > 1e-30 else np.float32(0)
@@ -74,17 +69,7 @@ def _blocks(shape: tuple[int, int]) -> list[tuple[int, int]]:
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _map_blocks(work: Callable[[int, int], Selection], shape: tuple[int, int]) -> Iterator[Selection]:
-    """`work` on every block, in order, on several threads: NumPy lets go of the interpreter's lock."""
-    blocks = _blocks(shape)
-    if len(blocks) == 1:
-        yield work(*blocks[0])
-        return
-    with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(lambda block: work(*block), blocks)
-
-
-def _reaching(rows: Rows, columns: int, threshold: np.float32, start: int, stop: int) -> Selection:
+def _reaching(rows: Rows, start: int, stop: int, columns: int, threshold: np.float32) -> Selection:
     """The elements of some rows whose magnitude reaches the threshold, and the energy of all."""
     flat = rows(start, stop).reshape(-1)
     energy = float(np.dot(flat, flat))
@@ -124,7 +109,7 @@ def _largest(magnitude: Float32, k: int) -> Positions:
     return np.flatnonzero(keep)
 
 
-def allocate(tensors: Mapping[str, tuple[Rows, tuple[int, int]]], k: int) -> dict[str, int]:
+def allocate(tensors: Mapping[str, tuple[Callable[[], Rows], tuple[int, int]]], k: int) -> dict[str, int]:
     """How many of the k largest elements of all tensors together lie in each.
 
     Magnitudes are told apart by 15 bits (exponent and 7 bits of mantissa, 0.8 %); where the limit falls into one
@@ -133,7 +118,8 @@ def allocate(tensors: Mapping[str, tuple[Rows, tuple[int, int]]], k: int) -> dic
     classes = 1 << 15
     histograms: dict[str, dict[int, int]] = {}
     total = np.zeros(classes, np.int64)
-    for name, (rows, shape) in tensors.items():
+    for name, (opened, shape) in tensors.items():
+        rows = opened()
         counts = np.zeros(classes, np.int64)
         for start, stop in _blocks(shape) if shape[0] * shape[1] else []:
             magnitude_class = (rows(start, stop).reshape(-1).view(np.uint32) >> 16) & 0x7FFF

@@ -115,12 +115,16 @@ class DeltaWriter:
     def finish(self, output: IO[bytes]) -> str:
         """Writes the file; returns its content digest, hexadecimal."""
         names = sorted(self._records, key=str.encode)
-        if len(names) > wire.MAX_TENSORS:
-            raise DeltaError(f"{len(names)} tensors; a file holds at most {wire.MAX_TENSORS}")
+        names_size = sum(len(name.encode()) for name in names)
+        if len(names) > wire.MAX_TENSORS or names_size > wire.MAX_NAMES_SIZE:
+            raise DeltaError(
+                f"{len(names)} tensors with {names_size} bytes of names; a file holds at most "
+                f"{wire.MAX_TENSORS} with {wire.MAX_NAMES_SIZE}"
+            )
         metadata_size = len(header.build_metadata(self.metadata))
         if metadata_size > wire.MAX_METADATA_SIZE or "" in self.metadata:
             raise DeltaError(f"metadata of {metadata_size} bytes (at most {wire.MAX_METADATA_SIZE}), or an empty key")
-        start = header.payload_start(len(names), sum(len(name.encode()) for name in names), self.metadata)
+        start = header.payload_start(len(names), names_size, self.metadata)
         cursor, records, moves = start, [], []
         for name in names:
             record = self._records[name]
@@ -151,8 +155,8 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta) -> tuple[int | None,
     positions, base = stored.positions(), tensor.base_bits
     if tensor.op in ("set", "new"):
         result = arithmetic.fingerprint(positions, stored.bits())
-        known = None if base is None else arithmetic.fingerprint(positions, base)
-        return (None if tensor.op == "new" else known or tensor.base_fingerprint), result
+        known = tensor.base_fingerprint if base is None else arithmetic.fingerprint(positions, base)
+        return (None if tensor.op == "new" else known), result
     if tensor.op == "drop" or base is None:
         return tensor.base_fingerprint, None
     after = arithmetic.add(base, tensor.dtype, stored.values())

@@ -299,9 +299,7 @@ def read_table(data: bytes, header: Header, offsets: list[int], end: int) -> lis
     return records
 
 
-def read_name(
-    names: bytes, offset: int, size: int, names_end: int, before: bytes, at: int
-) -> tuple[bytes, str]:
+def read_name(names: bytes, offset: int, size: int, names_end: int, before: bytes, at: int) -> tuple[bytes, str]:
     """3, checks 1 to 3."""
     check(offset == names_end and offset + size <= len(names), "name_layout", at)
     check(0 < size <= MAX_NAME_SIZE, "bad_name", at)

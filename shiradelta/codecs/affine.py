@@ -75,7 +75,7 @@ class Int8:
         """Scales, padding, slack."""
         groups = -(-nnz // GROUP)
         bits = part(data, 0, groups, "<u2")
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             _check_parameters(bits, from_bfloat16(bits) * np.float32(128))
         if data[2 * groups : self._codes(nnz)].any():
             raise FormatError("padding_not_zero", "behind the scales")

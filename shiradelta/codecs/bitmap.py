@@ -73,7 +73,7 @@ class Bitmap:
         positions = find_ones(bitmap[first * BLOCK // 8 : last * BLOCK // 8]) + first * BLOCK
         check_positions(positions, numel)
         skip, inside = between(positions, start, stop)
-        rank = int(directory[first]) if first < directory.size else nnz
-        if rank + positions.size > nnz:
+        rank, end = (int(directory[block]) if block < directory.size else nnz for block in (first, last))
+        if rank + positions.size != end or end > nnz:
             raise FormatError("bad_directory", f"rank of block {first}")
         return rank + skip, inside

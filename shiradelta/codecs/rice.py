@@ -159,15 +159,17 @@ class Rice:
         """Decodes the blocks that can hold the range, and no others."""
         numel = math.prod(shape)
         parts = _Parts.of(data, nnz, numel)
-        base, rank = parts.directory[:, 0].astype(np.int64), parts.directory[:, 1].astype(np.int64)
-        if not (base.size and base[0] == rank[0] == 0 and np.all(base[1:] >= base[:-1])):
-            raise FormatError("bad_directory", "bases do not increase from 0")
+        base, rank = parts.directory.T
+        if not base.size or base[0] or rank[0] or np.any(base[1:] < base[:-1]) or base[-1] >= numel:
+            raise FormatError("bad_directory", "bases do not increase from 0 to below the number of elements")
+        base = base.astype(np.int64)
         first = max(int(np.searchsorted(base, start, side="right")) - 1, 0)
         last = max(int(np.searchsorted(base, stop, side="left")), first + 1)
         begin = first * BLOCK
         ones = find_ones(parts.unary[begin // 8 : last * BLOCK // 8])
-        rank0, end = int(rank[first]), int(rank[first]) + ones.size
-        if rank0 < 0 or end > nnz or (last < rank.size and end != rank[last]):
+        rank0 = int(rank[first])
+        end = rank0 + ones.size
+        if end != (int(rank[last]) if last < rank.size else nnz) or end > nnz:
             raise FormatError("bad_directory", f"rank of block {first} or {last}")
         count = np.arange(ones.size, dtype=np.int64)
         if ones.size and int(ones[-1] - count[-1]) > (numel >> parts.k):

@@ -61,36 +61,68 @@ def runs(kind: int, lines: Positions) -> list[Entry]:
     return entries
 
 
-def _whole(candidates: Positions, lines: Positions, kind: int, rows: int, columns: int) -> Positions:
-    """Those of the sorted candidates of which every element occurs in `lines`."""
-    if not candidates.size:
-        return candidates
+def _count_on(candidates: Positions, lines: Positions) -> Positions:
+    """How many of `lines` are each of the sorted candidates."""
     slot = np.minimum(np.searchsorted(candidates, lines), candidates.size - 1)
-    counts = np.bincount(slot[candidates[slot] == lines], minlength=candidates.size)
-    lengths = [elements(kind, int(line), rows, columns) for line in candidates]
-    whole: Positions = candidates[counts == np.array(lengths)]
-    return whole
+    counts: Positions = np.bincount(slot[candidates[slot] == lines], minlength=candidates.size)
+    return counts
+
+
+def _whole_rows(positions: Positions, columns: int) -> Positions:
+    """Rows of which every element is listed: runs of consecutive positions that start a row."""
+    if positions.size < columns:
+        return np.zeros(0, np.int64)
+    starts = np.flatnonzero(positions[columns - 1 :] - positions[: positions.size - columns + 1] == columns - 1)
+    first = positions[starts]
+    rows: Positions = first[first % columns == 0] // columns
+    return rows
+
+
+def _columns_of(positions: Positions, row: int, columns: int) -> Positions:
+    """The columns that are listed in one row."""
+    first, last = np.searchsorted(positions, [row * columns, (row + 1) * columns])
+    return positions[first:last] - row * columns
+
+
+def _whole_columns(positions: Positions, rows: int, columns: int) -> Positions:
+    """Columns of which every element is listed; few survive a look at three rows."""
+    found = _columns_of(positions, 0, columns)
+    for row in (rows // 2, rows - 1):
+        found = np.intersect1d(found, _columns_of(positions, row, columns), assume_unique=True)
+    return found[_count_on(found, positions % columns) == rows] if found.size else found
+
+
+def _whole_diagonals(positions: Positions, rest: Positions, rows: int, columns: int) -> Positions | None:
+    """Wholly listed diagonals that hold all of `rest`; None where there are none such."""
+    # A look at a few elements spares the work where positions are scattered: both ends of their diagonals are listed.
+    sample = rest[:: max(1, rest.size // 64)]
+    d = sample % columns - sample // columns
+    length = np.minimum(rows, columns - d) - np.maximum(0, -d)
+    first = np.where(d >= 0, d, -d * columns)
+    for end in (first, first + (length - 1) * (columns + 1)):
+        slot = np.minimum(np.searchsorted(positions, end), positions.size - 1)
+        if np.any(positions[slot] != end):
+            return None
+    found = np.unique(rest % columns - rest // columns)
+    counts = _count_on(found, positions % columns - positions // columns)
+    lengths = np.minimum(rows, columns - found) - np.maximum(0, -found)
+    return found if np.array_equal(counts, lengths) else None
 
 
 def find_entries(positions: Positions, shape: tuple[int, ...]) -> list[Entry] | None:
     """The entries whose union is `positions`, by the rule of FORMAT.md, section 8; None if none is."""
     rows, columns = matrix_shape(shape)
     if positions.size < min(rows, columns):
-        # Shorter than every row and every column; a lone short diagonal is cheaper in RICE.
         return None
-    row, column = np.divmod(positions, columns)
-    whole_columns = _whole(column[row == 0], column, COLUMN, rows, columns)
-    row_starts = row[column == 0]
-    whole_rows = _whole(row_starts, row, ROW, rows, columns)
-    rest = ~(np.isin(row, whole_rows) | np.isin(column, whole_columns))
-    diagonals = np.zeros(0, np.int64)
-    if rest.any():
-        corner = np.union1d(column[row == 0], -row_starts)
-        diagonals = _whole(corner, column - row, DIAGONAL, rows, columns)
-        left = (column - row)[rest]
-        diagonals = np.intersect1d(diagonals, left)
-        if not np.all(np.isin(left, diagonals)):
-            return None
+    whole_rows = _whole_rows(positions, columns)
+    whole_columns = _whole_columns(positions, rows, columns)
+    rest = positions
+    if whole_rows.size or whole_columns.size:
+        in_lines = np.isin(positions // columns, whole_rows) | np.isin(positions % columns, whole_columns)
+        rest = positions[~in_lines]
+    diagonals = _whole_diagonals(positions, rest, rows, columns) if rest.size else rest
+    if diagonals is None:
+        return None
     entries = runs(ROW, whole_rows) + runs(COLUMN, whole_columns) + runs(DIAGONAL, diagonals)
     return entries if len(entries) <= wire.MAX_STRUCT_ENTRIES else None
 

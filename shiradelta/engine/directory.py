@@ -19,7 +19,7 @@ import numpy as np
 
 from shiradelta import arithmetic
 from shiradelta.arithmetic import Array, Positions
-from shiradelta.checkpoint import Checkpoint, Slot, elements, open_checkpoint
+from shiradelta.checkpoint import Checkpoint, Slot, open_checkpoint
 from shiradelta.delta import TensorDelta
 from shiradelta.engine import restructure
 from shiradelta.engine.plan import Plan, check_fingerprint, make_plan, new_elements
@@ -297,7 +297,8 @@ def _patch(edits: Iterable[tuple[Slot, TensorDelta]], strength: float, total: in
             if slot.file not in maps:
                 stream = stack.enter_context(open(slot.file, "r+b"))
                 maps[slot.file] = mmap.mmap(stream.fileno(), 0)
-            view = elements(np.frombuffer(maps[slot.file], np.uint8), slot)
+            data = np.frombuffer(maps[slot.file], np.uint8)
+            view = data[slot.offset : slot.offset + slot.nbytes].view(slot.dtype.bits)
             positions = tensor.positions()
             view[positions] = new_elements(tensor, slot.dtype.name, view[positions], strength)
         if progress:

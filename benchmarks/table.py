@@ -1,0 +1,38 @@
+"""Printing and timing, the same for all benchmarks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from shiradelta.show import table
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}"
+
+
+def seconds(work: Callable[[], object], repeats: int = 3, before: Callable[[], object] | None = None) -> float:
+    """Median wall time of `work`; `before` runs untimed before each."""
+    times = []
+    for _ in range(repeats):
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def print_table(title: str, rows: list[list[str]]) -> None:
+    """A titled table."""
+    print(f"\n{title}\n{machine()}\n\n{table(rows)}")

@@ -1,0 +1,460 @@
+"""A deterministic fuzzer of the format: mutated vectors, read by the package and by the reference decoder.
+
+    python tests/fuzz.py --count 100000 --seed 1          the full job
+    python tests/fuzz.py --seed 1 --only 4711 --keep DIR  one case again, its file kept
+
+Every file must be read completely or be refused with a reason, and both readers must say the same.  Anything
+else is a finding: another exception, contents that break an invariant, a file that takes seconds or much memory.
+Case i of a seed is the same file on every machine, as long as the vectors are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import signal
+import struct
+import sys
+import time
+import traceback
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `tests` is found, as under pytest
+
+import shiradelta as sd
+from shiradelta.delta import matrix_shape
+from shiradelta.errors import FormatError
+from tests.reference import INVALID, VALID, Outcome, by_decoder, contents, decoder, unzstd
+
+MEMORY_LIMIT = 256 << 20
+SECONDS_PER_FILE = 5.0
+
+# --- the mutations ---
+
+#: (offset, size) of the fields of FORMAT.md, 2.1: major to extension_size, digest, the zeros behind it.
+HEADER_FIELDS = [(8, 2), (10, 2), (12, 4), *((at, 8) for at in range(16, 64, 8)), (80, 4), (112, 4)]
+#: Those of a record (section 3), without its checksums.  First the small ones: rank, ids, flags.
+SMALL_FIELDS = [(at, 1) for at in range(6, 12)]
+LARGE_FIELDS = [(0, 4), (4, 2), (12, 4), *((at, 8) for at in (*range(16, 88, 8), *range(96, 160, 8)))]
+RECORD_SIZE = 160
+
+Random = random.Random
+
+
+@dataclass
+class Layout:
+    """Where the parts of a file seem to be: (start, end), within the file."""
+
+    table: tuple[int, int]
+    names: tuple[int, int]
+    metadata: tuple[int, int]
+    extension: tuple[int, int]
+    records: list[int]
+    sections: list[tuple[int, int]]  # INDEX 0, VALUES 0, INDEX 1, ...
+
+
+def number(data: bytes, at: int, size: int) -> int:
+    return int.from_bytes(data[at : at + size], "little")
+
+
+def layout(data: bytes) -> Layout | None:
+    """None where the header is too short; otherwise a guess that never leaves the file."""
+    if len(data) < 128:
+        return None
+    count = number(data, 12, 4)
+    parts, at = [], 128
+    for size in (RECORD_SIZE * count, *(number(data, 40 + 8 * i, 8) for i in range(3))):
+        parts.append((min(at, len(data)), min(at + size, len(data))))
+        at = -(-(at + size) // 64) * 64
+    records = list(range(128, parts[0][1] - RECORD_SIZE + 1, RECORD_SIZE))
+    sections = []
+    for record in records:
+        for place in 40, 64:
+            start, size = number(data, record + place, 8), number(data, record + place + 8, 8)
+            sections.append((min(start, len(data)), min(start + size, len(data))))
+    return Layout(*parts, records, sections)
+
+
+def repaired(data: bytes) -> bytes:
+    """The file with all checksums made right, and the digest too if the contents can be decoded."""
+    found = layout(data)
+    if found is None:
+        return data
+    fixed = bytearray(data)
+    for i, (start, end) in enumerate(found.sections):
+        place = found.records[i // 2] + 88 + 4 * (i % 2)
+        fixed[place : place + 4] = struct.pack("<I", zlib.crc32(data[start:end]))
+    for i, (start, end) in enumerate((found.table, found.names, found.metadata, found.extension)):
+        fixed[64 + 4 * i : 68 + 4 * i] = struct.pack("<I", zlib.crc32(fixed[start:end]))
+    with suppress(decoder.Refused):
+        fixed[80:112] = digest_of(with_header_crc(fixed))
+    return with_header_crc(fixed)
+
+
+def with_header_crc(data: bytes | bytearray) -> bytes:
+    return bytes(data[:124]) + struct.pack("<I", zlib.crc32(data[:124])) + bytes(data[128:])
+
+
+def digest_of(data: bytes) -> bytes:
+    """The content digest of a file whose own may be wrong."""
+    header = decoder.read_header(data)
+    offsets, end = decoder.read_file_sections(data, header)
+    decoder.read_metadata(data, offsets[2], header.sizes[2])
+    whole = decoder.hashlib.sha256(b"shiradelta 1" + struct.pack("<I", header.tensor_count))
+    for record in decoder.read_table(data, header, offsets, end):
+        decoder.decode_tensor(data, record, unzstd)
+        whole.update(struct.pack("<H", len(record.raw_name)) + record.raw_name + decoder.tensor_digest(record))
+    return whole.digest()
+
+
+INTERESTING = [
+    *(0, 1, 2, 3, 7, 8, 31, 32, 63, 64, 127, 128, 255, 256, 1024, 1025, 2047, 2048, 2049, 65535, 65536),
+    *((1 << power) + delta for power in (20, 24, 26, 31, 32, 33, 48, 53, 56, 62, 63) for delta in (-1, 0, 1)),
+    *((1 << 64) - 1, (1 << 64) - 8, (1 << 64) - 64),
+]
+
+
+def other_number(rng: Random, old: int, size: int) -> int:
+    """A number that is likely to be wrong in an interesting way."""
+    near = old + rng.choice((-64, -8, -4, -1, 1, 4, 8, 64))
+    new = rng.choice((near, rng.choice(INTERESTING), old ^ 1 << rng.randrange(8 * size), old * 2, old // 2))
+    return new % (1 << 8 * size)
+
+
+def put(data: bytes, at: int, size: int, new: int) -> bytes:
+    return data[:at] + new.to_bytes(size, "little") + data[at + size :]
+
+
+def change_number(rng: Random, data: bytes, at: int, size: int) -> bytes:
+    if at + size > len(data):
+        return data
+    return put(data, at, size, other_number(rng, number(data, at, size), size))
+
+
+def flip_bits(rng: Random, data: bytes) -> bytes:
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        at = rng.randrange(len(data))
+        data = put(data, at, 1, data[at] ^ 1 << rng.randrange(8))
+    return data
+
+
+def change_bytes(rng: Random, data: bytes) -> bytes:
+    at = rng.randrange(len(data))
+    size = min(rng.choice((1, 2, 4, 8, 16)), len(data) - at)
+    return data[:at] + rng.choice((bytes(size), b"\xff" * size, rng.randbytes(size))) + data[at + size :]
+
+
+def cut(rng: Random, data: bytes) -> bytes:
+    return data[: rng.choice((rng.randrange(len(data) + 1), len(data) - 1, len(data) - 64, len(data) // 128 * 64))]
+
+
+def resize(rng: Random, data: bytes) -> bytes:
+    """Bytes put in or taken out, the header's file_size made right."""
+    at = rng.randrange(len(data) + 1)
+    size = rng.choice((1, 4, 8, 64, 128))
+    data = data[:at] + rng.choice((b"", bytes(size))) + data[at + rng.choice((0, size)) :]
+    return put(data, 32, 8, len(data)) if len(data) >= 128 else data
+
+
+def change_header(rng: Random, data: bytes) -> bytes:
+    return change_number(rng, data, *rng.choice(HEADER_FIELDS))
+
+
+def change_record(rng: Random, data: bytes) -> bytes:
+    found = layout(data)
+    if found is None or not found.records:
+        return data
+    record = rng.choice(found.records)
+    for _ in range(rng.choice((1, 1, 2))):
+        at, size = rng.choice(SMALL_FIELDS + LARGE_FIELDS)
+        data = change_number(rng, data, record + at, size)
+    return data
+
+
+def change_record_id(rng: Random, data: bytes) -> bytes:
+    """Ids, flags, counts and dims among the values that mean something."""
+    found = layout(data)
+    if found is None or not found.records:
+        return data
+    at, size = rng.choice([*SMALL_FIELDS, (16, 8), (96, 8), (104, 8)])  # nnz, the first two dims
+    return put(data, rng.choice(found.records) + at, size, rng.randrange(21))
+
+
+def change_section(rng: Random, data: bytes) -> bytes:
+    """A word of an INDEX or VALUES section, or of names, metadata or extension."""
+    found = layout(data)
+    if found is None:
+        return data
+    parts = [*found.sections, *found.sections, found.names, found.metadata, found.extension]
+    start, end = rng.choice([part for part in parts if part[0] < part[1]] or [(0, len(data))])
+    size = rng.choice((1, 1, 2, 4, 8))
+    head = min(end, start + 64) if rng.random() < 0.5 else end
+    at = start + rng.randrange(max(1, (head - start) // size)) * size
+    return change_number(rng, data, at, size)
+
+
+def swap_sections(rng: Random, data: bytes) -> bytes:
+    """One section's bytes written over another's, as far as they fit."""
+    found = layout(data)
+    if found is None or len(found.sections) < 2:
+        return data
+    (a, b), (c, d) = rng.sample(found.sections, 2)
+    size = min(b - a, d - c)
+    return data[:c] + data[a : a + size] + data[c + size :]
+
+
+def splice(rng: Random, data: bytes, other: bytes) -> bytes:
+    """The start of one file and the end of another, at a multiple of 64."""
+    at = rng.randrange(1, max(2, min(len(data), len(other)) // 64)) * 64
+    joined = data[:at] + other[at:]
+    return put(joined, 32, 8, len(joined)) if rng.random() < 0.5 and len(joined) >= 128 else joined
+
+
+MUTATIONS: tuple[Callable[[Random, bytes], bytes], ...] = (
+    *(flip_bits, change_bytes, cut, resize, change_header, change_record, change_record, change_record_id),
+    *(change_record_id, change_section, change_section, change_section, change_section, swap_sections),
+)
+
+
+def corpus() -> list[bytes]:
+    """What is mutated: all vectors; the valid ones are taken more often."""
+    valid = [path.read_bytes() for path in sorted(VALID.glob("*.shd"))]
+    invalid = [path.read_bytes() for path in sorted(INVALID.glob("*.shd"))]
+    return 4 * valid + [data for data in invalid if len(data) >= 128]
+
+
+def case(files: Sequence[bytes], seed: int, i: int) -> bytes:
+    """File i of a seed."""
+    rng = Random(f"{seed} {i}")
+    data = rng.choice(files)
+    if rng.random() < 0.1:
+        data = splice(rng, data, rng.choice(files))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        if data:
+            data = rng.choice(MUTATIONS)(rng, data)
+    return repaired(data) if i % 2 else data
+
+
+# --- one file, read and judged ---
+
+
+class TooSlow(BaseException):
+    """Not an Exception, so that nobody catches it on the way."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TooSlow; does nothing where the system has no such timer."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_invariants(tensor: sd.TensorDelta) -> None:
+    """What every accepted tensor keeps."""
+    positions, bits = tensor.positions(), tensor.bits()
+    assert positions.size == bits.size == tensor.nnz <= tensor.numel
+    assert np.all(positions[1:] > positions[:-1])
+    assert not positions.size or 0 <= positions[0] <= positions[-1] < tensor.numel
+    assert tensor.op != "add" or np.all(np.isfinite(tensor.values()))
+
+
+def check_rows(tensor: sd.TensorDelta, rng: Random, accepted: bool) -> None:
+    """A part may be refused only where the whole is, and never leaves its range."""
+    count, columns = matrix_shape(tensor.shape)
+    start, stop = sorted(rng.randint(0, count) for _ in range(2))
+    try:
+        positions, values = tensor.rows(start, stop)
+    except FormatError:
+        assert not accepted, "rows() refused a valid file"
+        return
+    assert positions.size == values.size
+    assert np.all(positions[1:] > positions[:-1])
+    assert not positions.size or start * columns <= positions[0] <= positions[-1] < stop * columns
+    if accepted:
+        whole = tensor.positions()
+        inside = (whole >= start * columns) & (whole < stop * columns)
+        assert np.array_equal(positions, whole[inside])
+        assert np.array_equal(values.view(f"u{values.itemsize}"), tensor.bits()[inside])
+
+
+def by_package(data: bytes, rng: Random) -> Outcome:
+    """Contents or reason, after every check that the package's own results have to pass."""
+    try:
+        delta = sd.open_delta(data)
+    except FormatError as error:
+        return error.reason
+    outcome: Outcome
+    try:
+        delta.verify()
+        outcome = contents(delta)
+    except FormatError as error:
+        outcome = error.reason
+    for tensor in delta.values():
+        if not isinstance(outcome, str):
+            check_invariants(tensor)
+        check_rows(tensor, rng, not isinstance(outcome, str))
+    return outcome
+
+
+def problem_of(data: bytes, rng: Random) -> tuple[str, str | None]:
+    """(what the readers said, what is wrong with it)."""
+    try:
+        with time_limit(SECONDS_PER_FILE):
+            package, reference = by_package(data, rng), by_decoder(data)
+    except (Exception, TooSlow):
+        return "failure", traceback.format_exc()
+    said = package if isinstance(package, str) else "accepted"
+    if package == reference:
+        return said, None
+    other = reference if isinstance(reference, str) else "accepted"
+    return "difference", f"package: {said}, decoder: {other}" + (", other contents" if said == other else "")
+
+
+# --- many files ---
+
+
+@dataclass
+class Report:
+    """What came of a run."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    problems: list[tuple[int, str]] = field(default_factory=list)  # (case, what)
+    slowest: float = 0.0
+    done: int = 0
+
+    def add(self, other: Report) -> None:
+        """Takes up what came of some more cases."""
+        self.outcomes += other.outcomes
+        self.problems += other.problems
+        self.slowest = max(self.slowest, other.slowest)
+        self.done += other.done
+
+    def __str__(self) -> str:
+        rows = [f"{count:>9,}  {outcome}" for outcome, count in self.outcomes.most_common()]
+        head = f"{self.done:,} files, {len(self.problems)} problems, slowest {self.slowest * 1000:.0f} ms"
+        return "\n".join([head, *rows, *(f"case {i}: {what}" for i, what in self.problems)])
+
+
+def run_case(files: Sequence[bytes], seed: int, i: int) -> Report:
+    """One case, in this process."""
+    data = case(files, seed, i)
+    began = time.perf_counter()
+    outcome, problem = problem_of(data, Random(i))
+    problems = [] if problem is None else [(i, problem)]
+    return Report(Counter([outcome]), problems, time.perf_counter() - began, 1)
+
+
+CASES_PER_REPORT = 200
+
+
+def _child(seed: int, cases: range, current: Synchronized[int], pipe: Connection) -> None:
+    """Sends reports; `current` is the case at which it was if it dies."""
+    warnings.simplefilter("error")
+    files = corpus()
+    limit_memory()
+    for start in range(cases.start, cases.stop, CASES_PER_REPORT):
+        report = Report()
+        for i in range(start, min(start + CASES_PER_REPORT, cases.stop)):
+            current.value = i
+            report.add(run_case(files, seed, i))
+        pipe.send(report)
+
+
+def limit_memory() -> None:
+    """Lets this process have MEMORY_LIMIT more than it has now, where the system can."""
+    with suppress(ImportError, OSError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_LIMIT
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def run(seed: int, count: int, progress: Callable[[Report], None] = lambda report: None) -> Report:
+    """All cases in a child process, so that a crash or too much memory is a finding and not the end."""
+    context = multiprocessing.get_context("spawn")
+    total = Report()
+    while total.done < count:
+        current = context.Value("q", -1)
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(target=_child, args=(seed, range(total.done, count), current, sender), daemon=True)
+        child.start()
+        sender.close()
+        with suppress(EOFError), receiver:
+            while True:
+                total.add(receiver.recv())
+                progress(total)
+        child.join()
+        if child.exitcode:
+            if current.value < total.done:
+                raise RuntimeError(f"the child process could not start, exit code {child.exitcode}")
+            total.problems.append((current.value, f"the process died, exit code {child.exitcode}"))
+            total.done = current.value + 1
+    return total
+
+
+def show_progress(count: int) -> Callable[[Report], None]:
+    """A line that is written over, on a terminal; a line for every twentieth otherwise."""
+    began = time.monotonic()
+    shown = 0
+
+    def show(report: Report) -> None:
+        nonlocal shown
+        rate = report.done / (time.monotonic() - began)
+        line = f"{report.done:,} of {count:,} files, {rate:.0f}/s, {len(report.problems)} problems"
+        if sys.stderr.isatty():
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+        elif report.done * 20 // count > shown:
+            shown = report.done * 20 // count
+            print(line, file=sys.stderr, flush=True)
+
+    return show
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; the exit code is 1 where there are problems."""
+    parser = argparse.ArgumentParser(description="Reads mutated vectors with both readers.")
+    parser.add_argument("--count", type=int, default=100_000, help="number of files")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", type=int, metavar="CASE", help="one case, in this process")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where to write the files with problems, or --only's")
+    options = parser.parse_args(arguments)
+    if options.only is None:
+        report = run(options.seed, options.count, show_progress(options.count))
+    else:
+        report = run_case(corpus(), options.seed, options.only)
+    print(report)
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        for i in {i for i, _ in report.problems} if options.only is None else {options.only}:
+            (options.keep / f"{options.seed}-{i}.shd").write_bytes(case(corpus(), options.seed, i))
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
