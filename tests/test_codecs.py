@@ -60,7 +60,7 @@ def lines(draw: st.DrawFn, shape: Shape) -> np.ndarray:
     chosen = []
     for kind in draw(st.lists(st.sampled_from([struct.ROW, struct.COLUMN, struct.DIAGONAL]), min_size=1, max_size=5)):
         line = draw(st.integers(*struct.line_range(kind, rows, columns)))
-        chosen.append(struct.positions_on(kind, line, rows, columns))
+        chosen.append(struct.positions_on((kind, line, 1, 1), rows, columns))
     return np.unique(np.concatenate(chosen))
 
 
@@ -244,7 +244,7 @@ def test_bit_fields_come_back(k, data):
 )
 def test_entries_are_found_by_the_rule(shape, entries):
     rows, columns = struct.matrix_shape(shape)
-    found = [struct.positions_on(e[0], line, rows, columns) for e in entries for line in struct.lines_of(e)]
+    found = [struct.positions_on(entry, rows, columns) for entry in entries]
     assert struct.find_entries(np.unique(np.concatenate(found)), shape) == entries
 
 

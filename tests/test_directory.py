@@ -299,7 +299,7 @@ def test_a_full_disk_changes_nothing(model: Path, made: Path, monkeypatch: pytes
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_weights_are_named(model: Path, made: Path):
     (model / "model.safetensors").chmod(0o444)
-    with pytest.raises(TargetError, match="model.safetensors: cannot be written"):
+    with pytest.raises(TargetError, match=r"model\.safetensors: cannot be written"):
         shiradelta.apply(model, made / "a.shd")
 
 
@@ -342,7 +342,7 @@ def test_damaged_weights_are_one_plain_error(tmp_path: Path, made: Path, name: s
 _VICTIM = """
 import sys, shiradelta
 print("begun", flush=True)
-{"apply": lambda: shiradelta.apply(sys.argv[2], sys.argv[3]), "revert": lambda: shiradelta.revert(sys.argv[2])}[sys.argv[1]]()
+shiradelta.apply(*sys.argv[2:]) if sys.argv[1] == "apply" else shiradelta.revert(sys.argv[2])
 print("done", flush=True)
 """
 

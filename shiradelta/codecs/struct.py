@@ -20,28 +20,28 @@ def line_range(kind: int, rows: int, columns: int) -> tuple[int, int]:
     return ((0, rows - 1), (0, columns - 1), (1 - rows, columns - 1))[kind]
 
 
-def elements(kind: int, line: int, rows: int, columns: int) -> int:
-    """Elements on one line."""
+def elements(kind: int, lines: Positions, rows: int, columns: int) -> Positions | int:
+    """Elements on each line of a kind."""
     if kind == DIAGONAL:
-        return min(rows, columns - line) - max(0, -line)
+        return np.minimum(rows, columns - lines) - np.maximum(0, -lines)
     return columns if kind == ROW else rows
 
 
-def lines_of(entry: Entry) -> range:
-    """The lines that an entry lists."""
-    _, start, step, count = entry
-    return range(start, start + step * count, step)
+def positions_on(entry: Entry, rows: int, columns: int) -> Positions:
+    """The positions on an entry's lines, line after line."""
+    kind, start, step, count = entry
+    lines = start + step * np.arange(count, dtype=np.int64)
+    first, stride = ((lines * columns, 1), (lines, columns), (_corner(lines, columns), columns + 1))[kind]
+    lengths = np.broadcast_to(elements(kind, lines, rows, columns), lines.shape)
+    ends = np.cumsum(lengths)
+    steps = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    positions: Positions = np.repeat(first, lengths) + steps * stride
+    return positions
 
 
-def positions_on(kind: int, line: int, rows: int, columns: int) -> Positions:
-    """The positions on one line, increasing."""
-    count = elements(kind, line, rows, columns)
-    if kind == ROW:
-        return np.arange(line * columns, (line + 1) * columns, dtype=np.int64)
-    if kind == COLUMN:
-        return np.arange(rows, dtype=np.int64) * columns + line
-    first = line if line >= 0 else -line * columns
-    return first + np.arange(count, dtype=np.int64) * (columns + 1)
+def _corner(diagonals: Positions, columns: int) -> Positions:
+    """The first position of each diagonal: in the first row, or in the first column."""
+    return np.where(diagonals >= 0, diagonals, -diagonals * columns)
 
 
 def runs(kind: int, lines: Positions) -> list[Entry]:
@@ -97,16 +97,15 @@ def _whole_diagonals(positions: Positions, rest: Positions, rows: int, columns: 
     # A look at a few elements spares the work where positions are scattered: both ends of their diagonals are listed.
     sample = rest[:: max(1, rest.size // 64)]
     d = sample % columns - sample // columns
-    length = np.minimum(rows, columns - d) - np.maximum(0, -d)
-    first = np.where(d >= 0, d, -d * columns)
+    length = elements(DIAGONAL, d, rows, columns)
+    first = _corner(d, columns)
     for end in (first, first + (length - 1) * (columns + 1)):
         slot = np.minimum(np.searchsorted(positions, end), positions.size - 1)
         if np.any(positions[slot] != end):
             return None
     found = np.unique(rest % columns - rest // columns)
     counts = _count_on(found, positions % columns - positions // columns)
-    lengths = np.minimum(rows, columns - found) - np.maximum(0, -found)
-    return found if np.array_equal(counts, lengths) else None
+    return found if np.array_equal(counts, elements(DIAGONAL, found, rows, columns)) else None
 
 
 def find_entries(positions: Positions, shape: tuple[int, ...]) -> list[Entry] | None:
@@ -164,7 +163,7 @@ class Struct:
             if listed > nnz:
                 raise FormatError("bad_index", f"more elements than the {nnz} nonzeros")
             before = kind, last
-        found = [positions_on(entry[0], line, rows, columns) for entry in entries for line in lines_of(entry)]
+        found = [positions_on(entry, rows, columns) for entry in entries]
         positions = np.unique(np.concatenate(found))
         if positions.size != nnz:
             raise FormatError("bad_index", f"{positions.size} elements for {nnz} nonzeros")
@@ -174,11 +173,12 @@ class Struct:
     @staticmethod
     def _listed(entry: Entry, rows: int, columns: int, limit: int) -> int:
         """Elements on an entry's lines; may stop counting beyond `limit`."""
-        if entry[0] != DIAGONAL:
-            return entry[3] * elements(entry[0], entry[1], rows, columns)
-        if entry[3] > limit:  # every diagonal has an element
-            return entry[3]
-        return sum(elements(DIAGONAL, line, rows, columns) for line in lines_of(entry))
+        kind, start, step, count = entry
+        if kind != DIAGONAL:
+            return count * (columns if kind == ROW else rows)
+        if count > limit:  # every diagonal has an element
+            return count
+        return int(np.sum(elements(kind, start + step * np.arange(count, dtype=np.int64), rows, columns)))
 
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
