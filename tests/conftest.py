@@ -54,11 +54,6 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1)
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, to compare bit for bit; the state folder too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def write_lora(folder: Path, modules: dict[str, tuple[int, int]], config: dict[str, object], seed: int = 3) -> Path:
     """A PEFT adapter with random factors."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,8 @@ import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.engine import directory
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, SourceError, TargetError
-from tests.conftest import contents, random_tensors, read, write_model
+from tests.conftest import random_tensors, read, write_model
+from tests.killing import contents, kill_repeatedly, weights
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -339,65 +337,12 @@ def test_damaged_weights_are_one_plain_error(tmp_path: Path, made: Path, name: s
 
 # ---------------------------------------------------------------------------------------------- kill -9
 
-_VICTIM = """
-import sys, shiradelta
-print("begun", flush=True)
-shiradelta.apply(*sys.argv[2:]) if sys.argv[1] == "apply" else shiradelta.revert(sys.argv[2])
-print("done", flush=True)
-"""
-
-
-def killed_while(action: str, model: Path, delta: Path, delay: float) -> None:
-    """Starts an action in a process and kills it `delay` seconds after it began."""
-    child = subprocess.Popen([sys.executable, "-c", _VICTIM, action, str(model), str(delta)], stdout=subprocess.PIPE)
-    assert child.stdout is not None
-    child.stdout.readline()
-    time.sleep(delay)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
-
-
-def kill_at_random_moments(made: Path, tmp_path: Path, count: int, seed: int) -> dict[str, int]:
-    """After each kill the next command must find exactly base or exactly patched; returns how often which."""
-    generator = random.Random(seed)
-    base = weights(made / "bf16")
-    reference = Path(shutil.copytree(made / "bf16", tmp_path / "reference"))
-    started = time.perf_counter()
-    shiradelta.apply(reference, made / "a.shd")
-    spans = {"apply": time.perf_counter() - started}
-    patched = weights(reference)
-    started = time.perf_counter()
-    shiradelta.revert(reference)
-    spans["revert"] = time.perf_counter() - started
-    seen = {"base": 0, "patched": 0}
-    for number in range(count):
-        action = ("apply", "revert")[number % 2]
-        model = Path(shutil.copytree(made / "bf16", tmp_path / f"model{number}"))
-        if action == "revert":
-            shiradelta.apply(model, made / "a.shd")
-        # The first call in a process also imports, hence twice the span.
-        killed_while(action, model, made / "a.shd", generator.uniform(0, 2 * spans[action]))
-        state = shiradelta.verify(model, made / "a.shd").state
-        assert weights(model) == {"base": base, "patched": patched}[state]
-        seen[state] += 1
-        if state == "patched":
-            shiradelta.revert(model)
-        assert contents(model) == contents(made / "bf16")
-        shutil.rmtree(model)
-    return seen
-
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_kill_at_random_moments(made: Path, tmp_path: Path):
-    kill_at_random_moments(made, tmp_path, count=8, seed=0)
-
-
-class Stop(BaseException):
-    """Stands for a kill at one exact moment: nothing may be cleaned up after it."""
+    """`python -m tests.killing` does this a hundred times on a real model."""
+    seen = kill_repeatedly(made / "bf16", made / "a.shd", count=6, seed=0, work=tmp_path)
+    assert sum(seen.values()) == 6
 
 
 @pytest.mark.parametrize("action", ["apply", "revert"])
@@ -442,7 +387,7 @@ def test_a_stop_at_every_durable_step(
         state = shiradelta.verify(moment).state
         assert state in ("base", "patched")
         states.add(state)
-        assert weights(moment) == (patched if state == "patched" else base["model.safetensors"])
+        assert weights(moment) == (patched if state == "patched" else weights(made / "bf16"))
         if state == "patched":
             shiradelta.revert(moment)
         assert contents(moment) == base

@@ -27,10 +27,15 @@ def elements(kind: int, lines: Positions, rows: int, columns: int) -> Positions 
     return columns if kind == ROW else rows
 
 
+def lines_of(entry: Entry) -> Positions:
+    """The lines that an entry lists; the step of a single one may be any number."""
+    _, start, step, count = entry
+    return start + (step if count > 1 else 0) * np.arange(count, dtype=np.int64)
+
+
 def positions_on(entry: Entry, rows: int, columns: int) -> Positions:
     """The positions on an entry's lines, line after line."""
-    kind, start, step, count = entry
-    lines = start + step * np.arange(count, dtype=np.int64)
+    kind, lines = entry[0], lines_of(entry)
     first, stride = ((lines * columns, 1), (lines, columns), (_corner(lines, columns), columns + 1))[kind]
     lengths = np.broadcast_to(elements(kind, lines, rows, columns), lines.shape)
     ends = np.cumsum(lengths)
@@ -173,12 +178,12 @@ class Struct:
     @staticmethod
     def _listed(entry: Entry, rows: int, columns: int, limit: int) -> int:
         """Elements on an entry's lines; may stop counting beyond `limit`."""
-        kind, start, step, count = entry
+        kind, _, _, count = entry
         if kind != DIAGONAL:
             return count * (columns if kind == ROW else rows)
         if count > limit:  # every diagonal has an element
             return count
-        return int(np.sum(elements(kind, start + step * np.arange(count, dtype=np.int64), rows, columns)))
+        return int(np.sum(elements(kind, lines_of(entry), rows, columns)))
 
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
