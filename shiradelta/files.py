@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ def os_errors(path: Path, what: str = "cannot be written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, shutil.Error):  # a copy's: one entry (source, target, message) a file
+            raise TargetError(f"{path}: {what} ({error.args[0][0][2]}); nothing was changed") from error
         where = error.filename or path
         raise TargetError(f"{where}: {what} ({error.strerror or error}); nothing was changed") from error
 

@@ -25,7 +25,7 @@ from shiradelta.engine import restructure
 from shiradelta.engine.plan import Plan, check_fingerprint, make_plan, new_elements
 from shiradelta.engine.state import FOLDER, Applied, State, StateFolder, locked
 from shiradelta.errors import BaseMismatchError, TargetError
-from shiradelta.files import os_errors
+from shiradelta.files import os_errors, sync_directory
 from shiradelta.reader import Delta, open_delta
 from shiradelta.writer import writing
 
@@ -196,6 +196,7 @@ def _apply_in_place(
         _check_links(checkpoint, root)
         with os_errors(folder.path):
             (folder.path / "undo").mkdir(exist_ok=True)
+            sync_directory(folder.path)
         try:
             changed = _write_undo(folder, entry, checkpoint, plan, strength, check, delta, progress)
             if plan.restructures:

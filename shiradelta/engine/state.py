@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from shiradelta.checkpoint import read_json
 from shiradelta.errors import SourceError, TargetError
-from shiradelta.files import os_errors, replacing
+from shiradelta.files import os_errors, replacing, sync_directory
 
 FOLDER = ".shiradelta"
 
@@ -121,6 +121,7 @@ def locked(root: Path) -> Iterator[StateFolder]:
     folder = StateFolder(root)
     with os_errors(folder.path):
         folder.path.mkdir(exist_ok=True)
+        sync_directory(root)
         lock = FileLock(folder.path / "lock", timeout=0)
         try:
             lock.acquire()
