@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shiradelta import wire
+from shiradelta.arithmetic import Float32, Positions
+from shiradelta.backend import choose
 from shiradelta.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.errors import DeltaError, SourceError
 from shiradelta.select import allocate, count_for, top_k
@@ -45,6 +47,7 @@ def convert(
     alpha: float | None = None,
     zstd: bool = False,
     metadata: dict[str, str] | None = None,
+    backend: str = "auto",
     progress: Progress | None = None,
 ) -> Report:
     """Converts a fine-tune to a `.shd` file by keeping its largest changes.
@@ -61,6 +64,7 @@ def convert(
         alpha: a LoRA's alpha, over what its files say.
         zstd: compress sections where that helps; for archives.
         metadata: further pairs for the file.
+        backend: "libshd", "numpy", or "auto" for the best there is.
         progress: is told how far it is.
 
     Returns:
@@ -88,11 +92,12 @@ def convert(
     if scope == "model":
         total = count_for(sparsity, sum(item.numel for item in dense))
         counts = allocate({item.name: (item.dense, item.matrix) for item in dense if item.dense}, total)
-    with writing(target, values, zstd) as writer:
+    at_least = choose(backend).at_least
+    with writing(target, values, zstd, backend) as writer:
         for number, item in enumerate(items):
             if progress:
                 progress(item.name, number, len(items))
-            tensor_report = _write(writer, item, counts.get(item.name, 0))
+            tensor_report = _write(writer, item, counts.get(item.name, 0), at_least)
             if tensor_report is None:
                 report.skipped[item.name] = "nothing changes"
             else:
@@ -121,11 +126,13 @@ def _version() -> str:
     return version("shiradelta")
 
 
-def _write(writer: DeltaWriter, item: Item, k: int) -> TensorReport | None:
+def _write(
+    writer: DeltaWriter, item: Item, k: int, at_least: Callable[[Float32, float], Positions]
+) -> TensorReport | None:
     """Selects from one tensor and writes it; None if nothing changes."""
     try:
         if item.dense is not None:
-            selection = top_k(item.dense(), item.matrix, k)
+            selection = top_k(item.dense(), item.matrix, k, at_least)
             tensor = item.delta(selection.positions, selection.values)
             energy = selection.energy
         else:

@@ -76,6 +76,11 @@ def add(bits: Array, dtype: str, contribution: Float32) -> Array:
     return np.where(np.isnan(weight), bits, result)
 
 
+def result(adds: bool, payload: Array, old: Array, dtype: str, strength: float) -> Array:
+    """The elements' bits after a delta: ADD of float32 bits, or SET and NEW of the elements themselves."""
+    return add(old, dtype, scaled(payload.view(np.float32), strength)) if adds else payload
+
+
 def fingerprint(positions: Positions, bits: Array) -> int:
     """Sum of mix(position, bits) modulo 2^64 (section 6.3)."""
     with np.errstate(over="ignore"):

@@ -177,11 +177,23 @@ def verify(model: str, delta: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("file")
+@click.argument("file", required=False)
+@click.option("--system", is_flag=True, help="Show what this installation computes with instead, and why.")
 @click.option("--verify", "full", is_flag=True, help="Decode everything and check the content digest too.")
 @_JSON
-def info(file: str, full: bool, as_json: bool) -> None:
+def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
     """Show what is in a .shd file."""
+    if system:
+        from shiradelta.native import describe as describe_system
+
+        found = describe_system()
+        if as_json:
+            _echo_json(found)
+        else:
+            click.echo("\n".join(f"{key:>8}: {value}" for key, value in found.items()))
+        return
+    if file is None:
+        raise click.UsageError("Missing argument 'FILE'.")
     from shiradelta.describe import describe
     from shiradelta.reader import open_delta
 

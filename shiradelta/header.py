@@ -55,6 +55,11 @@ class Record:
         return math.prod(self.shape)
 
     @property
+    def adds(self) -> bool:
+        """Whether values are added; otherwise elements are replaced."""
+        return self.op is Op.ADD
+
+    @property
     def element_size(self) -> int:
         """Bytes of an element; 0 where the dtype is unspecified."""
         return self.dtype.size

@@ -7,19 +7,18 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 
 from shiradelta import header
 from shiradelta.arithmetic import Array, Positions
-from shiradelta.codecs import INDEX_CODECS, VALUE_CODECS
+from shiradelta.backend import Backend, Decoder, choose
 from shiradelta.codecs.base import Bytes
 from shiradelta.delta import TensorDelta, matrix_shape
 from shiradelta.digest import content_digest, tensor_digest
 from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
-from shiradelta.header import Container, Record, Section
+from shiradelta.header import Container, Record
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
 
@@ -55,23 +54,13 @@ class StoredTensor(TensorDelta):
 
     def positions(self) -> Positions:
         """int64 [nnz].  Raises FormatError where the section is damaged."""
-        if not self.nnz:
-            return np.zeros(0, np.int64)
-        with self._delta.context(self.record, self.record.index):
-            data = self._delta.section(self.record.index)
-            return INDEX_CODECS[self.record.index_codec].decode(data, self.nnz, self.shape)
+        return self._delta.decoder.positions(self.record) if self.nnz else np.zeros(0, np.int64)
 
     def bits(self) -> Array:
         """Unsigned [nnz].  Raises FormatError where the section is damaged."""
-        size = self.record.element_size
-        if not self.nnz:
-            return np.zeros(0, "<u4" if self.op == "add" else f"<u{size or 4}")
-        with self._delta.context(self.record, self.record.values):
-            data = self._delta.section(self.record.values)
-            codec = VALUE_CODECS[self.record.value_codec]
-            codec.check(data, self.nnz, size)
-            values = codec.decode(data, self.nnz, size, 0, self.nnz)
-        return values.view(np.uint32) if self.op == "add" else values
+        if self.nnz:
+            return self._delta.decoder.bits(self.record)
+        return np.zeros(0, "<u4" if self.op == "add" else f"<u{self.record.element_size or 4}")
 
     def rows(self, start: int, stop: int) -> tuple[Positions, Array]:
         """Positions (flat, in the whole tensor) and values of the rows start to stop - 1.
@@ -82,36 +71,15 @@ class StoredTensor(TensorDelta):
         count, columns = matrix_shape(self.shape)
         if not 0 <= start <= stop <= count:
             raise DeltaError(f"rows {start} to {stop} of a tensor of {count} rows")
-        if not self.nnz or start == stop or not columns:
-            return np.zeros(0, np.int64), self.bits()[:0]
-        with self._delta.context(self.record, self.record.index):
-            data = self._delta.section(self.record.index, whole=False)
-            first, positions = INDEX_CODECS[self.record.index_codec].decode_between(
-                data, self.nnz, self.shape, start * columns, stop * columns
-            )
-        with self._delta.context(self.record, self.record.values):
-            data = self._delta.section(self.record.values, whole=False)
-            with np.errstate(over="ignore", invalid="ignore"):
-                values = VALUE_CODECS[self.record.value_codec].decode(
-                    data, self.nnz, self.record.element_size, first, first + positions.size
-                )
-            if self.op == "add" and not np.all(np.isfinite(values)):
-                raise FormatError("bad_value", "a value is not finite")
-        return positions, values
+        if self.nnz and start < stop and columns:
+            positions, bits = self._delta.decoder.between(self.record, start * columns, stop * columns)
+        else:
+            positions, bits = np.zeros(0, np.int64), self.bits()[:0]
+        return positions, bits.view(np.float32) if self.op == "add" else bits
 
-
-class _Context:
-    """Adds file, tensor and offset to a FormatError that a codec raises."""
-
-    def __init__(self, file: str | None, record: Record, section: Section) -> None:
-        self.file, self.record, self.section = file, record, section
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, FormatError):
-            error.file, error.tensor, error.offset = self.file, self.record.name, self.section.offset
+    def patch(self, weight: Array, dtype: str, strength: float = 1.0) -> None:
+        """Applies the delta in place to the bits of a whole tensor, flat and writable; shapes and dtypes must fit."""
+        self._delta.decoder.patch(self.record, weight, dtype, strength)
 
 
 class Delta(Mapping[str, StoredTensor]):
@@ -123,8 +91,10 @@ class Delta(Mapping[str, StoredTensor]):
         file: the file's name, or None.
     """
 
-    def __init__(self, data: Bytes, container: Container, file: str | None, mapped: mmap.mmap | None) -> None:
-        self._data = data
+    def __init__(
+        self, data: Bytes, container: Container, file: str | None, mapped: mmap.mmap | None, backend: Backend
+    ) -> None:
+        self._decoder: Decoder | None = backend.decoder(data, file, container.records)
         self._mapped = mapped
         self._records = {record.name: record for record in container.records}
         self.file = file
@@ -150,12 +120,19 @@ class Delta(Mapping[str, StoredTensor]):
 
     def close(self) -> None:
         """Lets the file go.  Arrays that were decoded stay valid."""
-        self._data = np.zeros(0, np.uint8)
+        self._decoder = None
         if self._mapped is not None:
             # Where a view of BITS values is still in use, the map goes with it.
             with suppress(BufferError):
                 self._mapped.close()
             self._mapped = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """What decodes this file.  Raises ShiraDeltaError after `close`."""
+        if self._decoder is None:
+            raise ShiraDeltaError(f"{self.file or 'delta'} was closed; open it again to read from it")
+        return self._decoder
 
     @property
     def nnz(self) -> int:
@@ -168,40 +145,13 @@ class Delta(Mapping[str, StoredTensor]):
         if found.hex() != self.digest:
             raise FormatError("digest_mismatch", offset=80, file=self.file)
 
-    def context(self, record: Record, section: Section) -> _Context:
-        """A context in which a codec's errors are completed."""
-        return _Context(self.file, record, section)
 
-    def section(self, section: Section, whole: bool = True) -> Bytes:
-        """The decoded bytes of a section; its checksum is looked at if `whole`."""
-        stored = self._data[section.offset : section.offset + section.stored]
-        if stored.size != section.stored:
-            raise ShiraDeltaError(f"{self.file or 'delta'} was closed; open it again to read from it")
-        if whole and header.crc32(stored) != section.crc:
-            raise FormatError("section_checksum")
-        return _unzstd(stored, section.decoded) if section.zstd else stored
-
-
-def _unzstd(stored: Bytes, decoded: int) -> Bytes:
-    try:
-        import zstandard
-    except ImportError:
-        raise FormatError("zstd_unavailable") from None
-    try:
-        # The frame's own claim decides how much zstandard allocates, so it is looked at first.
-        if zstandard.frame_content_size(stored.data) != decoded:
-            raise FormatError("bad_zstd", "the frame's content size differs")
-        content = zstandard.ZstdDecompressor().decompress(stored.data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise FormatError("bad_zstd", str(error)) from None
-    return np.frombuffer(content, np.uint8)
-
-
-def open_delta(source: Source) -> Delta:
+def open_delta(source: Source, backend: str = "auto") -> Delta:
     """Opens a `.shd` file and checks its header and tables; tensors are decoded when asked for.
 
     Args:
         source: a path (mapped into memory), bytes, or a binary file (read to its end).
+        backend: "libshd", "numpy", or "auto" for the best there is; the bits are the same.
 
     Raises:
         FormatError: the file is refused; its `reason` is a code of spec/REGISTRY.md.
@@ -215,7 +165,7 @@ def open_delta(source: Source) -> Delta:
     else:
         data = np.frombuffer(source if isinstance(source, bytes) else source.read(), np.uint8)
     try:
-        return Delta(data, header.parse(data), file, mapped)
+        return Delta(data, header.parse(data), file, mapped, choose(backend))
     except FormatError as error:
         error.file = file
         raise

@@ -9,6 +9,7 @@ import numpy as np
 
 from shiradelta.arithmetic import Float32, Positions
 from shiradelta.errors import DeltaError, SourceError
+from shiradelta.reference import at_least
 
 #: rows(start, stop) -> float32 [stop - start, columns]: a dense delta made on demand, a few rows at a time.
 Rows = Callable[[int, int], Float32]
@@ -34,7 +35,9 @@ def count_for(sparsity: float, numel: int) -> int:
     return min(numel, max(1, round(sparsity * numel))) if numel else 0
 
 
-def top_k(rows: Rows, shape: tuple[int, int], k: int) -> Selection:
+def top_k(
+    rows: Rows, shape: tuple[int, int], k: int, at_least: Callable[[Float32, float], Positions] = at_least
+) -> Selection:
     """The k elements of largest magnitude; of equal ones those of lowest position.  Zeros are never selected.
 
     Two passes over the rows: a sample of them tells a magnitude that a little more than k elements reach, the
@@ -44,6 +47,7 @@ def top_k(rows: Rows, shape: tuple[int, int], k: int) -> Selection:
         rows: the dense delta.
         shape: (rows, columns) of it.
         k: how many.
+        at_least: a backend's: indices of |x| >= threshold.
 
     Raises:
         SourceError: NaN or infinity in the delta.
@@ -53,7 +57,7 @@ def top_k(rows: Rows, shape: tuple[int, int], k: int) -> Selection:
         return Selection(np.zeros(0, np.int64), np.zeros(0, np.float32), 0.0)
     threshold = _sampled_threshold(rows, shape, k)
     while True:
-        found = [_reaching(rows, start, stop, columns, threshold) for start, stop in _blocks(shape)]
+        found = [_reaching(rows, start, stop, columns, threshold, at_least) for start, stop in _blocks(shape)]
         if threshold == 0 or sum(part.positions.size for part in found) >= k:
             break
         threshold = np.float32(threshold / 2) if threshold > 1e-30 else np.float32(0)
@@ -69,7 +73,14 @@ def _blocks(shape: tuple[int, int]) -> list[tuple[int, int]]:
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _reaching(rows: Rows, start: int, stop: int, columns: int, threshold: np.float32) -> Selection:
+def _reaching(
+    rows: Rows,
+    start: int,
+    stop: int,
+    columns: int,
+    threshold: np.float32,
+    at_least: Callable[[Float32, float], Positions],
+) -> Selection:
     """The elements of some rows whose magnitude reaches the threshold, and the energy of all."""
     flat = rows(start, stop).reshape(-1)
     energy = float(np.dot(flat, flat))
@@ -77,8 +88,7 @@ def _reaching(rows: Rows, start: int, stop: int, columns: int, threshold: np.flo
         if not np.all(np.isfinite(flat)):
             raise SourceError("has NaN or infinity in it; repair the source first")
         energy = float(np.square(flat, dtype=np.float64).sum())
-    magnitude = np.abs(flat)
-    at = np.flatnonzero(magnitude >= threshold if threshold > 0 else magnitude > 0)
+    at = at_least(flat, float(threshold)) if threshold > 0 else np.flatnonzero(flat)
     return Selection(at + start * columns, flat[at], energy)
 
 

@@ -13,7 +13,8 @@ from typing import IO
 import numpy as np
 
 from shiradelta import arithmetic, header, wire
-from shiradelta.codecs import INDEX_CODECS, VALUE_CODECS, smallest_index_codec
+from shiradelta.backend import Backend, choose
+from shiradelta.codecs import smallest_index_codec
 from shiradelta.delta import TensorDelta
 from shiradelta.digest import content_digest, tensor_digest
 from shiradelta.errors import DeltaError, FormatError
@@ -30,12 +31,13 @@ class DeltaWriter:
     Made by `writing`, which puts the file in place.
     """
 
-    def __init__(self, spool: IO[bytes], values: str, zstd: bool) -> None:
+    def __init__(self, spool: IO[bytes], values: str, zstd: bool, backend: Backend) -> None:
         if values not in wire.VALUE_CODEC_OF_NAME:
             raise DeltaError(f"values {values!r} are unknown; take {', '.join(wire.VALUE_CODEC_OF_NAME)}")
         self._spool = spool
         self._codec = wire.VALUE_CODEC_OF_NAME[values]
         self._zstd = zstd
+        self._backend = backend
         self._records: dict[str, Record] = {}
         self._digests: dict[str, bytes] = {}
         self.metadata: dict[str, str] = {}
@@ -68,10 +70,10 @@ class DeltaWriter:
         stored = tensor
         if tensor.nnz:
             positions = tensor.positions()
-            index_id = smallest_index_codec(positions, tensor.shape)
-            index = self._store(INDEX_CODECS[index_id].encode(positions, tensor.shape))
+            index_id = smallest_index_codec(positions, tensor.shape, self._backend.index_codecs)
+            index = self._store(self._backend.index_codecs[index_id].encode(positions, tensor.shape))
             value_id = self._codec if tensor.op == "add" else wire.ValueCodec.BITS
-            codec = VALUE_CODECS[value_id]
+            codec = self._backend.value_codecs[value_id]
             payload = codec.encode(tensor.values() if tensor.op == "add" else tensor.bits())
             values = self._store(payload)
             decoded = codec.decode(np.frombuffer(payload, np.uint8), tensor.nnz, dtype.size, 0, tensor.nnz)
@@ -83,7 +85,7 @@ class DeltaWriter:
                 tensor.op,
                 tensor.base_bits,
             )
-        base_fingerprint, result_fingerprint = _fingerprints(tensor, stored)
+        base_fingerprint, result_fingerprint = _fingerprints(tensor, stored, self._backend)
         record = Record(
             name,
             tensor.shape,
@@ -148,23 +150,25 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
         size -= len(chunk)
 
 
-def _fingerprints(tensor: TensorDelta, stored: TensorDelta) -> tuple[int | None, int | None]:
+def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) -> tuple[int | None, int | None]:
     """Of the base and of the result at strength 1, as far as the base is known."""
     if tensor.dtype == "unspecified":
         return None, None
     positions, base = stored.positions(), tensor.base_bits
     if tensor.op in ("set", "new"):
-        result = arithmetic.fingerprint(positions, stored.bits())
-        known = tensor.base_fingerprint if base is None else arithmetic.fingerprint(positions, base)
+        result = backend.fingerprint(positions, stored.bits())
+        known = tensor.base_fingerprint if base is None else backend.fingerprint(positions, base)
         return (None if tensor.op == "new" else known), result
     if tensor.op == "drop" or base is None:
         return tensor.base_fingerprint, None
     after = arithmetic.add(base, tensor.dtype, stored.values())
-    return arithmetic.fingerprint(positions, base), arithmetic.fingerprint(positions, after)
+    return backend.fingerprint(positions, base), backend.fingerprint(positions, after)
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str], values: str = "int4", zstd: bool = False) -> Iterator[DeltaWriter]:
+def writing(
+    path: str | os.PathLike[str], values: str = "int4", zstd: bool = False, backend: str = "auto"
+) -> Iterator[DeltaWriter]:
     """A `DeltaWriter` whose file is put at `path`, atomically, when the block ends well.
 
     Raises:
@@ -175,7 +179,7 @@ def writing(path: str | os.PathLike[str], values: str = "int4", zstd: bool = Fal
         replacing(target) as output,
         tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(target.parent)) as spool,
     ):
-        writer = DeltaWriter(spool, values, zstd)
+        writer = DeltaWriter(spool, values, zstd, choose(backend))
         yield writer
         writer.finish(output)
 
@@ -186,6 +190,7 @@ def save_delta(
     metadata: Mapping[str, str] | None = None,
     values: str = "int4",
     zstd: bool = False,
+    backend: str = "auto",
 ) -> None:
     """Writes tensor deltas to a `.shd` file: canonical bytes, put in place atomically.
 
@@ -196,12 +201,13 @@ def save_delta(
         values: codec of what is added, "f32", "f16", "bf16", "int8", "int4" or "sign";
             set and new are always exact.
         zstd: compress sections where that helps.  For archives: such a file is slower to swap.
+        backend: "libshd", "numpy", or "auto" for the best there is; the bytes are the same.
 
     Raises:
         DeltaError: something that the format cannot hold.
         TargetError: the file cannot be written.
     """
-    with writing(path, values, zstd) as writer:
+    with writing(path, values, zstd, backend) as writer:
         writer.metadata.update(metadata or {})
         for name, tensor in tensors.items():
             writer.add(name, tensor)

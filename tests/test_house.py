@@ -18,6 +18,7 @@ LAYERS = [
     {"delta"},
     {"codecs", "digest"},
     {"header"},
+    {"backend", "reference", "native"},
     {"reader", "writer"},
     {"checkpoint", "describe", "select"},
     {"engine", "converters"},

@@ -448,7 +448,6 @@ def test_a_damaged_section_names_file_tensor_and_place(old):
     data[record.values.offset] ^= 1
     old.write_bytes(data)
     delta = sd.open_delta(old)
-    assert delta["old"].positions().size
     text = refused(delta["old"].values)
     assert str(old) in text
     assert "'old'" in text

@@ -35,7 +35,9 @@ VALUE_CODECS: Mapping[ValueId, ValueCodec] = {
 }
 
 
-def smallest_index_codec(positions: Positions, shape: tuple[int, ...]) -> IndexId:
+def smallest_index_codec(
+    positions: Positions, shape: tuple[int, ...], codecs: Mapping[IndexId, IndexCodec] = INDEX_CODECS
+) -> IndexId:
     """The canonical codec for these positions: the smallest section, ties to the lowest id."""
-    sizes = {id: codec.size(positions, shape) for id, codec in INDEX_CODECS.items()}
+    sizes = {id: codec.size(positions, shape) for id, codec in codecs.items()}
     return min((size, id) for id, size in sizes.items() if size is not None)[1]

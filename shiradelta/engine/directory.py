@@ -19,14 +19,15 @@ import numpy as np
 
 from shiradelta import arithmetic
 from shiradelta.arithmetic import Array, Positions
+from shiradelta.backend import choose
 from shiradelta.checkpoint import Checkpoint, Slot, open_checkpoint
 from shiradelta.delta import TensorDelta
 from shiradelta.engine import restructure
-from shiradelta.engine.plan import Plan, check_fingerprint, make_plan, new_elements
+from shiradelta.engine.plan import Plan, check_fingerprint, make_plan
 from shiradelta.engine.state import FOLDER, Applied, State, StateFolder, locked
 from shiradelta.errors import BaseMismatchError, TargetError
 from shiradelta.files import os_errors, sync_directory
-from shiradelta.reader import Delta, open_delta
+from shiradelta.reader import Delta, StoredTensor, open_delta
 from shiradelta.writer import writing
 
 Path_ = str | os.PathLike[str]
@@ -257,6 +258,7 @@ def _write_undo(
 ) -> int:
     """Checks every fingerprint and writes the delta that puts the originals back; returns elements that change."""
     undos = [open_delta(folder.undo_file(applied)) for applied in reversed(folder.state.applied)]
+    backend = choose()
     changed = 0
     with ExitStack() as stack:
         for undo in undos:
@@ -271,8 +273,8 @@ def _write_undo(
                 view = old
                 for undo in undos:
                     view = _overlaid(view, positions, undo.get(edit.name))
-                check_fingerprint(edit, positions, view, delta.file or "delta")
-            new = new_elements(edit.tensor, edit.slot.dtype.name, old, strength)
+                check_fingerprint(edit, backend.fingerprint(positions, view), delta.file or "delta")
+            new = arithmetic.result(edit.tensor.op == "add", edit.tensor.bits(), old, edit.slot.dtype.name, strength)
             changed += int(np.count_nonzero(new != old))
             undo_tensor = TensorDelta(edit.slot.shape, positions, old, edit.slot.dtype.name, "set", base_bits=new)
             writer.add(edit.name, undo_tensor)
@@ -288,7 +290,7 @@ def _overlaid(view: Array, positions: Positions, undo: TensorDelta | None) -> Ar
     return np.where(at[slot] == positions, undo.bits()[slot], view)
 
 
-def _patch(edits: Iterable[tuple[Slot, TensorDelta]], strength: float, total: int, progress: Progress | None) -> None:
+def _patch(edits: Iterable[tuple[Slot, StoredTensor]], strength: float, total: int, progress: Progress | None) -> None:
     """Writes the new elements into the files and makes them durable."""
     with ExitStack() as stack:
         maps: dict[Path, mmap.mmap] = {}
@@ -299,9 +301,8 @@ def _patch(edits: Iterable[tuple[Slot, TensorDelta]], strength: float, total: in
                 stream = stack.enter_context(open(slot.file, "r+b"))
                 maps[slot.file] = mmap.mmap(stream.fileno(), 0)
             data = np.frombuffer(maps[slot.file], np.uint8)
-            view = data[slot.offset : slot.offset + slot.nbytes].view(slot.dtype.bits)
-            positions = tensor.positions()
-            view[positions] = new_elements(tensor, slot.dtype.name, view[positions], strength)
+            weight = data[slot.offset : slot.offset + slot.nbytes].view(slot.dtype.bits)
+            tensor.patch(weight, slot.dtype.name, strength)
         if progress:
             progress("syncing", total, total)
         for mapped in maps.values():
@@ -356,7 +357,7 @@ def _first_difference(root: Path, folder: StateFolder) -> str | None:
                 view = checkpoint.bits(name)[positions]
                 for other in above:
                     view = _overlaid(view, positions, other.get(name))
-                if arithmetic.fingerprint(positions, view) != tensor.base_fingerprint:
+                if choose().fingerprint(positions, view) != tensor.base_fingerprint:
                     return f"tensor {name!r} is not as {entry.file} left it"
             above.append(undo)
     return None
@@ -378,7 +379,7 @@ def _verify_unmanaged(root: Path, delta: Delta | Path_ | None) -> VerifyReport:
                 continue
             known = True
             positions = edit.tensor.positions()
-            found = arithmetic.fingerprint(positions, checkpoint.bits(edit.name)[positions])
+            found = choose().fingerprint(positions, checkpoint.bits(edit.name)[positions])
             for state, attribute in candidates.items():
                 if found != getattr(edit.tensor, attribute):
                     first.setdefault(state, edit.name)

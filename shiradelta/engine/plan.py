@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shiradelta import arithmetic, wire
-from shiradelta.arithmetic import Array, Positions
+from shiradelta import wire
 from shiradelta.checkpoint import Checkpoint, Slot, match_names
-from shiradelta.delta import TensorDelta
 from shiradelta.digest import tensor_digest
 from shiradelta.errors import BaseMismatchError, DeltaError
-from shiradelta.reader import Delta
+from shiradelta.reader import Delta, StoredTensor
 
 
 @dataclass(frozen=True)
 class Edit:
     """One tensor delta and the tensor of the base that it changes."""
 
-    tensor: TensorDelta
+    tensor: StoredTensor
     slot: Slot
     name: str  # in the checkpoint: a slot's own name lacks the component
 
@@ -28,7 +26,7 @@ class Plan:
     """All that a delta does to a base."""
 
     edits: tuple[Edit, ...]
-    new: tuple[tuple[str, TensorDelta], ...]
+    new: tuple[tuple[str, StoredTensor], ...]
     drop: tuple[Edit, ...]
 
     @property
@@ -44,7 +42,7 @@ def make_plan(checkpoint: Checkpoint, delta: Delta, strength: float, allow_dtype
         BaseMismatchError: the delta does not fit this base.
         DeltaError: the strength is not allowed.
     """
-    tensors: dict[str, TensorDelta] = dict(delta.items())
+    tensors = dict(delta.items())
     if strength != 1 and any(tensor.op != "add" for tensor in tensors.values()):
         raise DeltaError(f"{_label(delta)} sets whole values, which have no strength; leave --strength at 1")
     new = {name: tensor for name, tensor in tensors.items() if tensor.op == "new"}
@@ -111,26 +109,17 @@ def _unique(edits: Iterable[Edit]) -> list[Edit]:
     return list(kept.values())
 
 
-def new_elements(tensor: TensorDelta, dtype: str, old: Array, strength: float) -> Array:
-    """The elements' bits after the delta, at its positions (FORMAT.md, 6.1)."""
-    if tensor.op == "set":
-        return tensor.bits()
-    return arithmetic.add(old, dtype, arithmetic.scaled(tensor.values(), strength))
-
-
-def check_fingerprint(edit: Edit, positions: Positions, view: Array, label: str) -> None:
+def check_fingerprint(edit: Edit, found: int, label: str) -> None:
     """Raises BaseMismatchError unless the base's elements are those that the delta was made against.
 
     Args:
         edit: what is to be applied.
-        positions: of the delta.
-        view: the base's elements there.
+        found: the fingerprint of the base at the delta's positions.
         label: the delta, for people.
     """
     expected = edit.tensor.base_fingerprint
     if expected is None or edit.tensor.dtype != edit.slot.dtype.name:
         return
-    found = arithmetic.fingerprint(positions, view)
     if found == expected:
         return
     if found == edit.tensor.result_fingerprint:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def _staged(originals: Path, relative: Path) -> Path:
     return path.with_name(path.name + _NEW)
 
 
-def _rewrite(shard: Shard, gone: set[str], come: dict[str, TensorDelta], target: Path) -> None:
+def _rewrite(shard: Shard, gone: set[str], come: Mapping[str, TensorDelta], target: Path) -> None:
     """A copy of a safetensors file without some tensors and with others behind them."""
     header: dict[str, Any] = {}
     if "__metadata__" in shard.header:
@@ -97,7 +98,7 @@ def _reindex(
     root: Path,
     shard: Shard,
     gone: set[str],
-    come: dict[str, TensorDelta],
+    come: Mapping[str, TensorDelta],
     originals: Path,
     replaced: list[str],
 ) -> list[str]:

@@ -1,0 +1,361 @@
+/* Section 6 of FORMAT.md: patching weights, taking it back, fingerprints. */
+#include "internal.h"
+
+/* Positions of elements in the caller's buffer are visited in runs of at most this many. */
+#define RUN 64u
+
+/* With each element that is read, the one so many nonzeros later is sent for: memory serves a steady stream of
+ * requests better than bursts of them, and it takes a few microseconds. */
+#define AHEAD 64u
+
+/* Elements with indices shift + offset[i] in the weight buffer, all of them inside; ranks rank + i. */
+typedef struct run {
+    uint64_t shift;
+    uint64_t rank;
+    const uint32_t *offset;
+    uint32_t count;
+} run;
+
+typedef struct work work;
+
+/* Does its work on the elements of `r`, and sends for those of `ahead`, which has as many. */
+typedef shdi_fault (*visit_fn)(work *w, const run *r, const run *ahead);
+
+/* What the visitors need. */
+struct work {
+    const shd_delta *delta;
+    uint8_t *weights;
+    uint8_t *saved;          /* what is overwritten goes here, or NULL */
+    const uint8_t *original; /* what is put back */
+    uint64_t end_rank;       /* ranks from here on are passed over */
+    uint64_t done_rank;      /* ranks below have been visited */
+    uint64_t sum;
+    uint64_t first_position; /* of the weight buffer */
+    float strength;
+    uint32_t size; /* of an element */
+    int dtype;
+    visit_fn visit;
+};
+
+/* ---- Elements ---- */
+
+#define GATHER(type)                                                                       \
+    do {                                                                                   \
+        const type *from = (const type *)(const void *)w->weights;                         \
+        for (uint32_t i = 0; i < r->count; i++) {                                          \
+            SHDI_PREFETCH(&from[ahead->shift + ahead->offset[i]]);                         \
+            memcpy(to + i * sizeof(type), &from[r->shift + r->offset[i]], sizeof(type));   \
+        }                                                                                  \
+    } while (0)
+
+#define SCATTER(type)                                                                      \
+    do {                                                                                   \
+        type *to = (type *)(void *)w->weights;                                             \
+        for (uint32_t i = 0; i < r->count; i++) {                                          \
+            memcpy(&to[r->shift + r->offset[i]], from + i * sizeof(type), sizeof(type));   \
+        }                                                                                  \
+    } while (0)
+
+static void gather(const work *w, const run *r, const run *ahead, uint8_t *to) {
+    switch (w->size) {
+    case 1: GATHER(uint8_t); break;
+    case 2: GATHER(uint16_t); break;
+    case 4: GATHER(uint32_t); break;
+    default: GATHER(uint64_t); break;
+    }
+}
+
+static void scatter(const work *w, const run *r, const uint8_t *from) {
+    switch (w->size) {
+    case 1: SCATTER(uint8_t); break;
+    case 2: SCATTER(uint16_t); break;
+    case 4: SCATTER(uint32_t); break;
+    default: SCATTER(uint64_t); break;
+    }
+}
+
+static void prefetch(const work *w, const run *r) {
+    for (uint32_t i = 0; i < r->count; i++) {
+        SHDI_PREFETCH(w->weights + (r->shift + r->offset[i]) * w->size);
+    }
+}
+
+/* ---- Visitors ---- */
+
+typedef union batch {
+    uint8_t bytes[RUN * 8];
+    uint16_t u16[RUN];
+    uint32_t u32[RUN];
+    uint64_t u64[RUN];
+} batch;
+
+static uint64_t element_bits(const uint8_t *from, uint32_t size, uint64_t i) {
+    switch (size) {
+    case 1: return from[i];
+    case 2: return shdi_load16(from + 2 * i);
+    case 4: return shdi_load32(from + 4 * i);
+    default: return shdi_load64(from + 8 * i);
+    }
+}
+
+static uint64_t mix(uint64_t position, uint64_t bits) {
+    uint64_t x = position * UINT64_C(0x9E3779B97F4A7C15) + (bits + 1) * UINT64_C(0xD1B54A32D192ED03);
+    x = (x ^ x >> 32) * UINT64_C(0xD6E8FEB86659FD93);
+    return x ^ x >> 32;
+}
+
+static void save(const work *w, const run *r, const run *ahead, batch *old) {
+    gather(w, r, ahead, old->bytes);
+    if (w->saved != NULL) {
+        memcpy(w->saved + r->rank * w->size, old->bytes, (size_t)r->count * w->size);
+    }
+}
+
+static shdi_fault visit_add(work *w, const run *r, const run *ahead) {
+    const shdi_kernels *kernels = shdi_kernels_of(w->delta);
+    float values[RUN];
+    batch old, new;
+    shdi_fault fault = shdi_values_decode(w->delta, r->rank, r->count, values);
+    if (fault.code != SHD_OK) {
+        return fault;
+    }
+    save(w, r, ahead, &old);
+    switch (w->dtype) {
+    case SHD_F32: kernels->add_f32(new.u32, old.u32, values, w->strength, r->count); break;
+    case SHD_F16: kernels->add_f16(new.u16, old.u16, values, w->strength, r->count); break;
+    default: kernels->add_bf16(new.u16, old.u16, values, w->strength, r->count); break;
+    }
+    scatter(w, r, new.bytes);
+    return shdi_ok();
+}
+
+static shdi_fault visit_set(work *w, const run *r, const run *ahead) {
+    batch old;
+    save(w, r, ahead, &old);
+    scatter(w, r, w->delta->values + r->rank * w->size);
+    return shdi_ok();
+}
+
+static shdi_fault visit_revert(work *w, const run *r, const run *ahead) {
+    prefetch(w, ahead);
+    scatter(w, r, w->original + r->rank * w->size);
+    return shdi_ok();
+}
+
+static shdi_fault visit_fingerprint(work *w, const run *r, const run *ahead) {
+    batch now;
+    gather(w, r, ahead, now.bytes);
+    for (uint32_t i = 0; i < r->count; i++) {
+        w->sum += mix(w->first_position + r->shift + r->offset[i], element_bits(now.bytes, w->size, i));
+    }
+    return shdi_ok();
+}
+
+/* ---- Walking ---- */
+
+/* The part of a piece that lies in the buffer, as a run: this is where positions are checked before they are used. */
+static run clip(const shdi_piece *piece, const shd_weights *weights, uint64_t end_rank) {
+    run r = {piece->base - weights->first_position, piece->rank, piece->offset, piece->count};
+    r.count = (uint32_t)shdi_min(r.count, end_rank - shdi_min(end_rank, r.rank));
+    /* Positions increase, so what lies outside is at the ends. */
+    while (r.count > 0 && piece->base + r.offset[0] < weights->first_position) {
+        r.offset++;
+        r.rank++;
+        r.count--;
+    }
+    while (r.count > 0 && r.shift + r.offset[r.count - 1] >= weights->count) {
+        r.count--;
+    }
+    return r;
+}
+
+/* Part of a run: up to `count` elements from number `first` on. */
+static run part_of(const run *r, uint32_t first, uint32_t count) {
+    uint32_t start = (uint32_t)shdi_min(first, r->count);
+    run part = {r->shift, r->rank + start, r->offset + start, (uint32_t)shdi_min(count, r->count - start)};
+    return part;
+}
+
+/* Visits all of a run in parts, sending for what comes later in it or in the next. */
+static shdi_fault visit_parts(work *w, const run *this, const run *next) {
+    run part;
+    for (uint32_t first = 0; first < this->count; first += part.count) {
+        uint32_t later = first + AHEAD;
+        run ahead = later < this->count ? part_of(this, later, RUN) : part_of(next, later - this->count, RUN);
+        part = part_of(this, first, ahead.count != 0 ? ahead.count : RUN);
+        if (ahead.count < part.count) {
+            ahead = part; /* nothing comes: sending for what is there costs nothing */
+        }
+        ahead.count = part.count;
+        shdi_fault fault = w->visit(w, &part, &ahead);
+        if (fault.code != SHD_OK) {
+            return fault;
+        }
+        w->done_rank = part.rank + part.count;
+    }
+    return shdi_ok();
+}
+
+/* Visits blocks [first_block, last_block), decoding one piece ahead. *section is where a fault belongs to. */
+static shdi_fault walk(work *w, const shd_weights *weights, uint64_t first_block, uint64_t last_block,
+                       const shd_section **section) {
+    shdi_cursor cursor;
+    shdi_piece pieces[2];
+    *section = &w->delta->tensor.index;
+    shdi_fault fault = shdi_cursor_open(&cursor, w->delta, first_block, last_block);
+    if (fault.code == SHD_OK) {
+        fault = shdi_cursor_next(&cursor, &pieces[0]);
+    }
+    if (fault.code != SHD_OK) {
+        return fault;
+    }
+    run this = clip(&pieces[0], weights, w->end_rank);
+    run start = part_of(&this, 0, AHEAD);
+    prefetch(w, &start);
+    for (uint32_t turn = 0; pieces[turn].count != 0; turn ^= 1) {
+        fault = shdi_cursor_next(&cursor, &pieces[turn ^ 1]);
+        if (fault.code != SHD_OK) {
+            return fault;
+        }
+        run next = clip(&pieces[turn ^ 1], weights, w->end_rank);
+        fault = visit_parts(w, &this, &next);
+        if (fault.code != SHD_OK) {
+            *section = &w->delta->tensor.values;
+            return fault;
+        }
+        this = next;
+    }
+    return shdi_ok();
+}
+
+/* ---- Calls ---- */
+
+static int is_addable(int dtype) { return dtype == SHD_F32 || dtype == SHD_F16 || dtype == SHD_BF16; }
+
+static int dtypes_go_together(const shd_tensor *tensor, const shd_weights *weights) {
+    if (tensor->dtype == SHD_UNSPECIFIED) {
+        return is_addable(weights->dtype);
+    }
+    return tensor->dtype == weights->dtype || (weights->any_dtype && tensor->op == SHD_OP_ADD &&
+                                               is_addable(tensor->dtype) && is_addable(weights->dtype));
+}
+
+static int is_aligned(const void *pointer, uint32_t size) { return (uintptr_t)pointer % size == 0; }
+
+/* The checks that all calls make; fills in what they have in common. */
+static int prepare(work *w, const shd_delta *delta, const shd_weights *weights, uint64_t first_block,
+                   uint64_t last_block) {
+    if (delta == NULL || weights == NULL || (weights->data == NULL && weights->count != 0) ||
+        first_block > last_block || last_block > delta->block_count) {
+        return SHD_INVALID_ARGUMENT;
+    }
+    const shd_tensor *tensor = &delta->tensor;
+    if (!dtypes_go_together(tensor, weights)) {
+        return SHD_WRONG_DTYPE;
+    }
+    if (weights->first_position > tensor->numel || weights->count > tensor->numel - weights->first_position) {
+        return SHD_WRONG_SHAPE;
+    }
+    memset(w, 0, sizeof *w);
+    w->delta = delta;
+    w->weights = weights->data;
+    w->first_position = weights->first_position;
+    w->dtype = weights->dtype;
+    w->size = shd_dtype_size(weights->dtype);
+    w->end_rank = tensor->nnz;
+    return is_aligned(weights->data, w->size) ? SHD_OK : SHD_MISALIGNED;
+}
+
+static int run_walk(work *w, const shd_weights *weights, uint64_t first_block, uint64_t last_block,
+                    shd_status *status) {
+    const shd_section *section;
+    shdi_fault fault = walk(w, weights, first_block, last_block, &section);
+    return shdi_fail_in(status, fault, &w->delta->tensor, section);
+}
+
+static int check_strength(const shd_tensor *tensor, double strength) {
+    if (tensor->op == SHD_OP_DROP) {
+        return SHD_WRONG_OPERATION;
+    }
+    int allowed = tensor->op == SHD_OP_ADD ? shdi_is_finite((float)strength) : strength == 1.0;
+    return allowed ? SHD_OK : SHD_BAD_STRENGTH;
+}
+
+static uint32_t number_of(const shd_delta *delta) { return delta == NULL ? SHD_NO_TENSOR : delta->tensor.number; }
+
+int shd_apply(const shd_delta *delta, const shd_weights *weights, double strength, uint64_t first_block,
+              uint64_t last_block, void *saved, shd_status *status) {
+    work w;
+    int code = prepare(&w, delta, weights, first_block, last_block);
+    if (code == SHD_OK && !is_aligned(saved, w.size)) {
+        code = SHD_MISALIGNED;
+    }
+    shdi_float_environment environment = shdi_float_enter();
+    if (code == SHD_OK) {
+        code = check_strength(&delta->tensor, strength);
+    }
+    if (code != SHD_OK) {
+        shdi_float_leave(environment);
+        return shdi_fail(status, code, number_of(delta), 0);
+    }
+    w.saved = saved;
+    w.strength = (float)strength;
+    w.visit = delta->tensor.op == SHD_OP_ADD ? visit_add : visit_set;
+    code = run_walk(&w, weights, first_block, last_block, status);
+    if (code != SHD_OK && saved != NULL) {
+        w.original = saved;
+        w.visit = visit_revert;
+        w.end_rank = w.done_rank;
+        (void)run_walk(&w, weights, first_block, last_block, NULL);
+    }
+    shdi_float_leave(environment);
+    return code;
+}
+
+int shd_revert(const shd_delta *delta, const shd_weights *weights, uint64_t first_block, uint64_t last_block,
+               const void *saved, shd_status *status) {
+    work w;
+    int code = saved == NULL ? SHD_INVALID_ARGUMENT : prepare(&w, delta, weights, first_block, last_block);
+    if (code == SHD_OK && !is_aligned(saved, w.size)) {
+        code = SHD_MISALIGNED;
+    }
+    if (code != SHD_OK) {
+        return shdi_fail(status, code, number_of(delta), 0);
+    }
+    w.original = saved;
+    w.visit = visit_revert;
+    return run_walk(&w, weights, first_block, last_block, status);
+}
+
+int shd_fingerprint(const shd_delta *delta, const shd_weights *weights, uint64_t first_block, uint64_t last_block,
+                    uint64_t *fingerprint, shd_status *status) {
+    work w;
+    int code = fingerprint == NULL ? SHD_INVALID_ARGUMENT : prepare(&w, delta, weights, first_block, last_block);
+    if (code != SHD_OK) {
+        return shdi_fail(status, code, number_of(delta), 0);
+    }
+    w.visit = visit_fingerprint;
+    code = run_walk(&w, weights, first_block, last_block, status);
+    *fingerprint = w.sum;
+    return code;
+}
+
+int shd_fingerprint_elements(const int64_t *positions, uint64_t first_position, const void *elements, uint64_t count,
+                             uint32_t element_size, uint64_t *fingerprint) {
+    if (fingerprint == NULL || (elements == NULL && count != 0)) {
+        return SHD_INVALID_ARGUMENT;
+    }
+    if (element_size != 1 && element_size != 2 && element_size != 4 && element_size != 8) {
+        return SHD_WRONG_DTYPE;
+    }
+    if (!is_aligned(elements, element_size)) {
+        return SHD_MISALIGNED;
+    }
+    uint64_t sum = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t position = positions == NULL ? first_position + i : (uint64_t)positions[i];
+        sum += mix(position, element_bits(elements, element_size, i));
+    }
+    *fingerprint = sum;
+    return SHD_OK;
+}

@@ -1,0 +1,325 @@
+/* AVX2 kernels, chosen at run time. Each computes what its namesake in kernels.c does, bit for bit. */
+#include "internal.h"
+
+#if SHDI_AVX2
+
+#include <immintrin.h>
+
+#define AVX2 __attribute__((target("avx2,bmi,popcnt")))
+
+
+#include "ones_table.h"
+
+/* Writes the indices of the ones of byte `byte` of a word that starts at bit `start`; returns how many. */
+AVX2 static inline uint32_t ones_in_byte(uint64_t word, uint32_t byte, __m256i start, uint32_t *index) {
+    uint32_t b = (uint32_t)(word >> (8 * byte)) & 0xFF;
+    __m128i packed = _mm_loadl_epi64((const __m128i *)(const void *)&ones_of_byte[b]);
+    __m256i first = _mm256_add_epi32(start, _mm256_set1_epi32((int)(8 * byte)));
+    _mm256_storeu_si256((__m256i *)(void *)index, _mm256_add_epi32(_mm256_cvtepu8_epi32(packed), first));
+    return (uint32_t)__builtin_popcount(b);
+}
+
+AVX2 static uint32_t ones(const uint8_t *bitmap, uint32_t bits, uint32_t *index) {
+    uint32_t *to = index;
+    for (uint32_t bit = 0; bit < bits; bit += 64) {
+        uint64_t word = shdi_load64(bitmap + bit / 8);
+        if (bits - bit < 64) {
+            word &= (UINT64_C(1) << (bits - bit)) - 1;
+        }
+        SHDI_PIN(word);
+        __m256i start = _mm256_set1_epi32((int)bit);
+        to += ones_in_byte(word, 0, start, to);
+        to += ones_in_byte(word, 1, start, to);
+        to += ones_in_byte(word, 2, start, to);
+        to += ones_in_byte(word, 3, start, to);
+        to += ones_in_byte(word, 4, start, to);
+        to += ones_in_byte(word, 5, start, to);
+        to += ones_in_byte(word, 6, start, to);
+        to += ones_in_byte(word, 7, start, to);
+    }
+    return (uint32_t)(to - index);
+}
+
+/* Sums of the lanes up to and with each, on top of *carry; the sum of all is added to every lane of *carry. */
+AVX2 static inline __m256i prefix_sum(__m256i v, __m256i *carry) {
+    v = _mm256_add_epi32(v, _mm256_slli_si256(v, 4));
+    v = _mm256_add_epi32(v, _mm256_slli_si256(v, 8)); /* within each half */
+    __m256i totals = _mm256_shuffle_epi32(v, 0xFF);   /* of each half */
+    __m256i low_to_high = _mm256_permute2x128_si256(totals, totals, 0x08);
+    __m256i swapped = _mm256_permute2x128_si256(totals, totals, 0x01);
+    v = _mm256_add_epi32(_mm256_add_epi32(v, low_to_high), *carry);
+    *carry = _mm256_add_epi32(*carry, _mm256_add_epi32(totals, swapped));
+    return v;
+}
+
+/* Eight fields of k bits are k bytes, so all groups of eight start at the same bit of a byte, and one shuffle does
+ * for all: it brings the four bytes that hold field j to lane j, a shift and a mask do the rest.
+ *
+ * The offset is written as (t << k) + sum - i (2^k - 1): what depends on i alone goes into the carry of the sum. */
+AVX2 static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
+                                  uint64_t low_bit) {
+    if (k == 0) {
+        return 0; /* the offset is (t - i) + i */
+    }
+    const uint32_t mask = (1u << k) - 1;
+    const uint32_t phase = (uint32_t)low_bit;
+    const uint32_t upper = (phase + 4 * k) / 8; /* where fields 4 to 7 are loaded from */
+    uint8_t shuffle[32];
+    uint32_t shift[8], start[8];
+    for (uint32_t j = 0; j < 8; j++) {
+        uint32_t bit = phase + j * k - (j < 4 ? 0 : 8 * upper);
+        start[j] = 0u - j * mask;
+        shift[j] = bit % 8;
+        for (uint32_t b = 0; b < 4; b++) {
+            shuffle[4 * j + b] = (uint8_t)(bit / 8 + b);
+        }
+    }
+    const __m256i to_lanes = _mm256_loadu_si256((const __m256i *)(const void *)shuffle);
+    const __m256i down = _mm256_loadu_si256((const __m256i *)(const void *)shift);
+    const __m256i masks = _mm256_set1_epi32((int)mask);
+    const __m256i step = _mm256_set1_epi32((int)(8 * mask));
+    const __m128i up = _mm_cvtsi32_si128((int)k);
+    __m256i carry = _mm256_loadu_si256((const __m256i *)(const void *)start);
+    /* Loads must not reach beyond the section. */
+    const uint64_t room = low_size >= upper + 16 ? (low_size - upper - 16) / k + 1 : 0;
+    const uint32_t grouped = 8 * (uint32_t)shdi_min(count / 8, room);
+    uint32_t i = 0;
+    for (; i < grouped; i += 8, low += k) {
+        __m256i bytes = _mm256_inserti128_si256(
+            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)low)),
+            _mm_loadu_si128((const __m128i *)(const void *)(low + upper)), 1);
+        __m256i r = _mm256_and_si256(_mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, to_lanes), down), masks);
+        __m256i sums = prefix_sum(r, &carry);
+        carry = _mm256_sub_epi32(carry, step);
+        __m256i bits = _mm256_sll_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(t + i)), up);
+        _mm256_storeu_si256((__m256i *)(void *)(t + i), _mm256_add_epi32(bits, sums));
+    }
+    uint32_t sum = (uint32_t)_mm256_cvtsi256_si32(carry) + i * mask;
+    for (uint64_t bit = phase; i < count; i++, bit += k) {
+        sum += (uint32_t)(shdi_load64(low + bit / 8) >> (bit % 8)) & mask;
+        t[i] = ((t[i] - i) << k) + sum + i;
+    }
+    return sum;
+}
+
+AVX2 static void widen(const uint32_t *offset, uint32_t count, uint64_t base, int64_t *positions) {
+    const __m256i start = _mm256_set1_epi64x((int64_t)base);
+    uint32_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        __m256i wide = _mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i *)(const void *)(offset + i)));
+        _mm256_storeu_si256((__m256i *)(void *)(positions + i), _mm256_add_epi64(wide, start));
+    }
+    for (; i < count; i++) {
+        positions[i] = (int64_t)(base + offset[i]);
+    }
+}
+
+AVX2 static void scale_i8(const uint8_t *q, uint32_t count, float scale, float *values) {
+    const __m256 by = _mm256_set1_ps(scale);
+    uint32_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(q + i)));
+        _mm256_storeu_ps(values + i, _mm256_mul_ps(by, _mm256_cvtepi32_ps(wide)));
+    }
+    for (; i < count; i++) {
+        values[i] = scale * (float)(int8_t)q[i];
+    }
+}
+
+AVX2 static void look_up_i4(const uint8_t *nibbles, uint64_t first, uint32_t count, const float magnitude[8],
+                            float *values) {
+    const __m256 table = _mm256_loadu_ps(magnitude);
+    const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i sign = _mm256_set1_epi32((int)0x80000000u);
+    uint32_t i = 0;
+    for (; first % 2 == 0 && i + 8 <= count; i += 8) {
+        __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32((int)shdi_load32(nibbles + (first + i) / 2)), shift);
+        __m256 size = _mm256_permutevar8x32_ps(table, codes); /* looks at the three lowest bits of a lane only */
+        __m256i minus = _mm256_and_si256(_mm256_slli_epi32(codes, 28), sign);
+        _mm256_storeu_ps(values + i, _mm256_or_ps(size, _mm256_castsi256_ps(minus)));
+    }
+    for (; i < count; i++) {
+        uint32_t nibble = (uint32_t)nibbles[(first + i) / 2] >> ((first + i) % 2 * 4) & 0xFu;
+        values[i] = shdi_float(shdi_bits(magnitude[nibble & 7]) | (nibble & 8) << 28);
+    }
+}
+
+/* ---- Adding. `w` and `y` are the weight and the sum as floats; what is returned are the result's bits. ---- */
+
+AVX2 static inline __m256 sum_of(__m256 w, const float *value, __m256 alpha) {
+    return _mm256_add_ps(w, _mm256_mul_ps(alpha, _mm256_loadu_ps(value)));
+}
+
+AVX2 static inline __m256i is_nan(__m256 v) { return _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
+
+AVX2 static inline __m256i choose(__m256i rounded, __m256i nan, __m256i weight, __m256 w, __m256 y) {
+    return _mm256_blendv_epi8(_mm256_blendv_epi8(rounded, nan, is_nan(y)), weight, is_nan(w));
+}
+
+AVX2 static inline __m256i load_u16(const uint16_t *p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+
+AVX2 static inline void store_u16(uint16_t *p, __m256i v) {
+    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
+    _mm_storeu_si128((__m128i *)(void *)p, _mm256_castsi256_si128(packed));
+}
+
+AVX2 static void add_f32(uint32_t *result, const uint32_t *weight, const float *value, float alpha, uint32_t count) {
+    const __m256 by = _mm256_set1_ps(alpha);
+    const __m256i nan = _mm256_set1_epi32(0x7FC00000);
+    uint32_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        __m256i bits = _mm256_loadu_si256((const __m256i *)(const void *)(weight + i));
+        __m256 w = _mm256_castsi256_ps(bits);
+        __m256 y = sum_of(w, value + i, by);
+        _mm256_storeu_si256((__m256i *)(void *)(result + i), choose(_mm256_castps_si256(y), nan, bits, w, y));
+    }
+    shdi_kernels_scalar.add_f32(result + i, weight + i, value + i, alpha, count - i);
+}
+
+AVX2 static void add_bf16(uint16_t *result, const uint16_t *weight, const float *value, float alpha, uint32_t count) {
+    const __m256 by = _mm256_set1_ps(alpha);
+    const __m256i nan = _mm256_set1_epi32(0x7FC0), one = _mm256_set1_epi32(1), bias = _mm256_set1_epi32(0x7FFF);
+    uint32_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        __m256i bits = load_u16(weight + i);
+        __m256 w = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+        __m256 y = sum_of(w, value + i, by);
+        __m256i u = _mm256_castps_si256(y);
+        __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), one);
+        __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, bias), even), 16);
+        store_u16(result + i, choose(rounded, nan, bits, w, y));
+    }
+    shdi_kernels_scalar.add_bf16(result + i, weight + i, value + i, alpha, count - i);
+}
+
+/* As shdi_from_f16(): the exponent is made right by a product, exact for denormals, too. */
+AVX2 static inline __m256 from_f16(__m256i halves) {
+    __m256i magnitude = _mm256_and_si256(halves, _mm256_set1_epi32(0x7FFF));
+    __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(halves, magnitude), 16);
+    __m256 finite = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 13)), _mm256_set1_ps(0x1p112f));
+    __m256i is_special = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7BFF)); /* infinity, NaN */
+    __m256i special = _mm256_and_si256(is_special, _mm256_set1_epi32(0x7F800000));
+    return _mm256_or_ps(finite, _mm256_castsi256_ps(_mm256_or_si256(sign, special)));
+}
+
+/* As shdi_to_f16() */
+AVX2 static inline __m256i to_f16(__m256 f) {
+    __m256i bits = _mm256_castps_si256(f);
+    __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+    __m256i sign = _mm256_srli_epi32(_mm256_xor_si256(bits, magnitude), 16);
+    __m256i even = _mm256_and_si256(_mm256_srli_epi32(magnitude, 13), _mm256_set1_epi32(1));
+    __m256i bias = _mm256_set1_epi32(0xFFF - (112 << 23));
+    __m256i normal = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(magnitude, bias), even), 13);
+    __m256 half = _mm256_set1_ps(0.5f);
+    __m256i denormal = _mm256_sub_epi32(_mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(magnitude), half)),
+                                        _mm256_castps_si256(half));
+    __m256i is_denormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x38800000), magnitude);
+    __m256i is_large = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x477FFFFF));
+    __m256i rounded = _mm256_blendv_epi8(normal, denormal, is_denormal);
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7C00), is_large);
+    return _mm256_or_si256(sign, rounded);
+}
+
+AVX2 static void add_f16(uint16_t *result, const uint16_t *weight, const float *value, float alpha, uint32_t count) {
+    const __m256 by = _mm256_set1_ps(alpha);
+    const __m256i nan = _mm256_set1_epi32(0x7E00);
+    uint32_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        __m256i bits = load_u16(weight + i);
+        __m256 w = from_f16(bits);
+        __m256 y = sum_of(w, value + i, by);
+        store_u16(result + i, choose(to_f16(y), nan, bits, w, y));
+    }
+    shdi_kernels_scalar.add_f16(result + i, weight + i, value + i, alpha, count - i);
+}
+
+AVX2 static uint32_t at_least(const float *x, uint32_t count, float threshold, uint32_t *index) {
+    const __m256 least = _mm256_set1_ps(threshold);
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+    uint32_t found = 0, i = 0;
+    for (; i + 8 <= count; i += 8) {
+        __m256 size = _mm256_and_ps(_mm256_loadu_ps(x + i), magnitude);
+        uint32_t mask = (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(size, least, _CMP_GE_OQ));
+        if (mask != 0) { /* rare in what this is for */
+            __m128i packed = _mm_loadl_epi64((const __m128i *)(const void *)&ones_of_byte[mask]);
+            __m256i at = _mm256_add_epi32(_mm256_cvtepu8_epi32(packed), _mm256_set1_epi32((int)i));
+            _mm256_storeu_si256((__m256i *)(void *)(index + found), at);
+            found += (uint32_t)__builtin_popcount(mask);
+        }
+    }
+    for (; i < count; i++) {
+        index[found] = i;
+        found += shdi_float(shdi_bits(x[i]) & 0x7FFFFFFFu) >= threshold;
+    }
+    return found;
+}
+
+AVX2 static uint64_t sum_shifted(const uint64_t *gap, uint32_t count, uint32_t k) {
+    const __m128i by = _mm_cvtsi32_si128((int)k);
+    __m256i sums = _mm256_setzero_si256();
+    uint32_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        sums = _mm256_add_epi64(
+            sums, _mm256_srl_epi64(_mm256_loadu_si256((const __m256i *)(const void *)(gap + i)), by));
+    }
+    uint64_t lanes[4];
+    _mm256_storeu_si256((__m256i *)(void *)lanes, sums);
+    uint64_t sum = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    for (; i < count; i++) {
+        sum += gap[i] >> k;
+    }
+    return sum;
+}
+
+const shdi_kernels shdi_kernels_avx2 = {
+    "avx2",  ones,    rice_offsets, widen,    scale_i8,   look_up_i4,
+    add_f32, add_f16, add_bf16,     at_least, sum_shifted,
+};
+
+/* ---- CRC-32 by carry-less multiplication ---- */
+
+#define CLMUL __attribute__((target("pclmul,sse4.1")))
+
+CLMUL static inline __m128i fold(__m128i v, __m128i by, __m128i next) {
+    __m128i low = _mm_clmulepi64_si128(v, by, 0x00), high = _mm_clmulepi64_si128(v, by, 0x11);
+    return _mm_xor_si128(_mm_xor_si128(low, high), next);
+}
+
+/* After V. Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction", with the
+ * constants for the bit-reflected 0xEDB88320. */
+CLMUL uint32_t shdi_crc32_fold(uint32_t crc, const uint8_t *data, size_t size) {
+    const __m128i by_512 = _mm_set_epi64x(0x01C6E41596, 0x0154442BD4);
+    const __m128i by_128 = _mm_set_epi64x(0x00CCAA009E, 0x01751997D0);
+    const __m128i by_64 = _mm_set_epi64x(0, 0x0163CD6124);
+    const __m128i barrett = _mm_set_epi64x(0x01F7011641, 0x01DB710641);
+    const __m128i *in = (const __m128i *)(const void *)data;
+    const __m128i *end = in + size / 16;
+    __m128i v[4];
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm_loadu_si128(in++);
+    }
+    v[0] = _mm_xor_si128(v[0], _mm_cvtsi32_si128((int)crc));
+    for (; end - in >= 4; in += 4) {
+        for (int i = 0; i < 4; i++) {
+            v[i] = fold(v[i], by_512, _mm_loadu_si128(in + i));
+        }
+    }
+    __m128i x = fold(fold(fold(v[0], by_128, v[1]), by_128, v[2]), by_128, v[3]);
+    for (; in < end; in++) {
+        x = fold(x, by_128, _mm_loadu_si128(in));
+    }
+    const __m128i low_words = _mm_setr_epi32(-1, 0, -1, 0);
+    x = _mm_xor_si128(_mm_srli_si128(x, 8), _mm_clmulepi64_si128(x, by_128, 0x10));
+    x = _mm_xor_si128(_mm_srli_si128(x, 4), _mm_clmulepi64_si128(_mm_and_si128(x, low_words), by_64, 0x00));
+    __m128i y = _mm_clmulepi64_si128(_mm_and_si128(x, low_words), barrett, 0x10);
+    y = _mm_clmulepi64_si128(_mm_and_si128(y, low_words), barrett, 0x00);
+    return (uint32_t)_mm_extract_epi32(_mm_xor_si128(x, y), 1);
+}
+
+#else
+
+typedef int shdi_no_avx2; /* a file may not be empty */
+
+#endif

@@ -1,0 +1,144 @@
+/* Files that lie. Nothing is expected of them but that no call leaves its buffers: run this under the sanitizers. */
+#include "check.h"
+#include "support.h"
+#include "use.h"
+
+#include <string.h>
+
+/* One tensor of each index codec. */
+static bytes build_all_codecs(void) {
+    static int64_t positions[600];
+    static float few[600];
+    static uint32_t raw[4] = {5, 90}, bitmap[1 + 4 + 2] = {0, 0x80000001, 0, 0xF0, 0};
+    static const uint64_t lines[] = {0, 1, 2, 2, 1, 3, 1, 1, 2, 0, 1, 1, 0};
+    random_state r = {77};
+    for (int64_t i = 0; i < 600; i++) {
+        positions[i] = 9 * i + (int64_t)(random_bits(&r) % 9);
+    }
+    random_values(&r, few, 600);
+    bytes rice = encode_positions(positions, 600, 5400), rice_wide = encode_positions(positions, 2, 5400);
+    bytes i8 = encode_values(SHD_VALUES_I8, few, 600), i4 = encode_values(SHD_VALUES_I4, few, 2);
+    bytes sign = encode_values(SHD_VALUES_SIGN, few, 6), f16 = encode_values(SHD_VALUES_F16, few, 20);
+    bytes f32 = encode_values(SHD_VALUES_F32, few, 3), bits = {take(12), 12};
+    tensor_spec t[] = {
+        {.name = "all", .rank = 1, .dims = {3}, .dtype = SHD_F32, .index_codec = SHD_INDEX_ALL,
+         .value_codec = SHD_VALUES_F32, .nnz = 3, .values = f32.data, .values_size = f32.size},
+        {.name = "bitmap", .rank = 1, .dims = {100}, .dtype = SHD_BF16, .index_codec = SHD_INDEX_BITMAP,
+         .value_codec = SHD_VALUES_SIGN, .nnz = 6, .index = bitmap, .index_size = sizeof bitmap,
+         .values = sign.data, .values_size = sign.size},
+        {.name = "drop", .rank = 2, .dims = {8, 8}, .dtype = SHD_F32, .op = SHD_OP_DROP},
+        {.name = "raw", .rank = 1, .dims = {100}, .dtype = SHD_F16, .index_codec = SHD_INDEX_RAW,
+         .value_codec = SHD_VALUES_I4, .nnz = 2, .index = raw, .index_size = sizeof raw,
+         .values = i4.data, .values_size = i4.size},
+        {.name = "rice", .rank = 2, .dims = {54, 100}, .dtype = SHD_BF16, .index_codec = SHD_INDEX_RICE,
+         .value_codec = SHD_VALUES_I8, .nnz = 600, .index = rice.data, .index_size = rice.size,
+         .values = i8.data, .values_size = i8.size},
+        {.name = "set", .rank = 1, .dims = {5400}, .dtype = SHD_U16, .op = SHD_OP_SET,
+         .index_codec = SHD_INDEX_RICE, .value_codec = SHD_VALUES_BITS, .nnz = 2, .index = rice_wide.data,
+         .index_size = rice_wide.size, .values = bits.data, .values_size = 12},
+        {.name = "struct", .rank = 2, .dims = {5, 7}, .index_codec = SHD_INDEX_STRUCT,
+         .value_codec = SHD_VALUES_F16, .nnz = 20, .index = lines, .index_size = sizeof lines,
+         .values = f16.data, .values_size = f16.size},
+    };
+    bytes file = build_file(t, sizeof t / sizeof t[0], 0, "\1\0\0\0\1\0\0\0kv", 10);
+    bytes all[] = {rice, rice_wide, i8, i4, sign, f16, f32, bits};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        give(all[i].data);
+    }
+    return file;
+}
+
+static void test_truncated(bytes f) {
+    for (uint64_t size = 0; size < f.size; size++) {
+        uint8_t *copy = take(size);
+        memcpy(copy, f.data, size);
+        shd_file file;
+        CHECK(shd_open(&file, copy, size, NULL) != SHD_OK);
+        give(copy);
+    }
+}
+
+static void test_changed(bytes f) {
+    static const uint8_t changes[] = {0x01, 0x80, 0xFF};
+    bytes copy = {take(f.size), f.size};
+    for (uint64_t offset = 0; offset < f.size; offset++) {
+        for (size_t i = 0; i < sizeof changes; i++) {
+            memcpy(copy.data, f.data, f.size);
+            copy.data[offset] ^= changes[i];
+            CHECK(use_file(copy.data, copy.size, SHD_CHECK_ALL)); /* the checksums are wrong */
+            fix_all_checksums(copy);
+            CHECK(use_file(copy.data, copy.size, SHD_CHECK_ALL));
+            CHECK(use_file(copy.data, copy.size, SHD_CHECK_SIZES));
+            CHECK(use_file(copy.data, copy.size, SHD_CHECK_SIZES | SHD_SCALAR));
+        }
+    }
+    give(copy.data);
+}
+
+static void test_changed_at_random(bytes f) {
+    bytes copy = {take(f.size), f.size};
+    random_state r = {88};
+    for (int trial = 0; trial < 20000; trial++) {
+        memcpy(copy.data, f.data, f.size);
+        uint64_t changes = 1 + random_bits(&r) % 4;
+        for (uint64_t i = 0; i < changes; i++) {
+            uint64_t offset = random_bits(&r) % f.size;
+            static const uint8_t interesting[] = {0, 1, 0x7F, 0x80, 0xFF};
+            uint64_t what = random_bits(&r) % 8;
+            copy.data[offset] = what < 5 ? interesting[what] : (uint8_t)random_bits(&r);
+        }
+        fix_all_checksums(copy);
+        CHECK(use_file(copy.data, copy.size, trial % 2 ? SHD_CHECK_ALL : SHD_CHECK_SIZES));
+    }
+    give(copy.data);
+}
+
+#define GUARD 64
+
+/* The file changes after it was loaded, as a mapping can. */
+static void test_changed_after_loading(void) {
+    sample s = build_sample(99, 50, 400, 0.1, SHD_VALUES_I8, SHD_BF16);
+    random_state r = {3};
+    uint16_t *memory = take((s.numel + 2 * GUARD) * 2), *saved = take(s.nnz * 2);
+    uint8_t *intact = take(s.file.size);
+    memcpy(intact, s.file.data, s.file.size);
+    shd_file file;
+    shd_delta delta;
+    CHECK_CODE(shd_open(&file, s.file.data, s.file.size, NULL), SHD_OK);
+    CHECK_CODE(shd_load(&file, 0, SHD_CHECK_ALL, NULL, 0, &delta, NULL), SHD_OK);
+    shd_weights weights = {memory + GUARD, 0, s.numel, SHD_BF16, 0};
+    for (int trial = 0; trial < 3000; trial++) {
+        memcpy(s.file.data, intact, s.file.size);
+        for (int i = 0; i < 3; i++) {
+            s.file.data[random_bits(&r) % s.file.size] = (uint8_t)random_bits(&r);
+        }
+        (void)shd_apply(&delta, &weights, 1, 0, delta.block_count, saved, NULL);
+        for (int i = 0; i < GUARD; i++) {
+            CHECK(memory[i] == 0 && memory[GUARD + s.numel + (uint64_t)i] == 0);
+        }
+        uint32_t number;
+        shd_tensor tensor;
+        (void)shd_find(&file, "weight", 6, &number);
+        (void)shd_tensor_at(&file, 0, &tensor, NULL);
+    }
+    give(memory);
+    give(saved);
+    give(intact);
+    give_sample(&s);
+}
+
+void test_hostile(void) {
+    bytes f = build_all_codecs();
+    shd_file file;
+    CHECK_CODE(shd_open(&file, f.data, f.size, NULL), SHD_OK);
+    for (uint32_t i = 0; i < file.tensor_count; i++) {
+        shd_delta delta;
+        CHECK_CODE(shd_load(&file, i, SHD_CHECK_ALL, NULL, 0, &delta, NULL), SHD_OK);
+    }
+    CHECK(use_file(f.data, f.size, SHD_CHECK_ALL));
+    test_truncated(f);
+    test_changed(f);
+    test_changed_at_random(f);
+    test_changed_after_loading();
+    give(f.data);
+}
