@@ -20,8 +20,11 @@ lint: $(STAMP)
 bench: $(STAMP)
 	for name in size startup convert apply; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
+# All readers against each other, then libshd's own fuzz targets; each for so many seconds.
+fuzz: TIME ?= 60
 fuzz: $(STAMP)
-	$(BIN)/python tests/fuzz.py --count 100000
+	$(BIN)/python tests/fuzz.py --count 1000000000 --seconds $(TIME)
+	libshd/fuzz/run.sh $(TIME) build/fuzz
 
 vectors: $(STAMP)
 	$(BIN)/python spec/make_vectors.py

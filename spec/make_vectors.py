@@ -1293,6 +1293,7 @@ def invalid_rice() -> Invalid:
     yield "rice_range_before_directory", "position_range", indexed(outside(3, 4, 16), at=16, new=b"\1")
     yield "rice_base", "bad_directory", indexed(index, at=16, new=b"\1")
     yield "rice_rank", "bad_directory", indexed(index, at=20, new=b"\1")
+    yield "rice_base_and_rank_max", "bad_directory", indexed(index, at=16, new=b"\xff" * 8)
     yield "rice_directory_before_padding", "bad_directory", indexed(index, at=16, new=b"\1" + bytes(8) + b"\x40")
     blocks = rice((5, 5000, 9999), 10000, 0)
     for block in 1, 4:

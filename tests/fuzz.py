@@ -1,16 +1,19 @@
-"""A deterministic fuzzer of the format: mutated vectors, read by the package and by the reference decoder.
+"""A deterministic fuzzer of the format: mutated vectors, read by both backends of the package and by the decoder.
 
     python tests/fuzz.py --count 100000 --seed 1          the full job
+    python tests/fuzz.py --seconds 60 --seed 1            as much of it as that time allows
     python tests/fuzz.py --seed 1 --only 4711 --keep DIR  one case again, its file kept
 
-Every file must be read completely or be refused with a reason, and both readers must say the same.  Anything
-else is a finding: another exception, contents that break an invariant, a file that takes seconds or much memory.
+Every file must be read completely or be refused with a reason, all readers must say the same, and both backends must
+make the same of the same weights.  Anything else is a finding: another exception, contents that break an invariant, a
+crash, a file that takes seconds or much memory.
 Case i of a seed is the same file on every machine, as long as the vectors are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import random
@@ -37,10 +40,13 @@ if __name__ == "__main__":
 import shiradelta as sd
 from shiradelta.delta import matrix_shape
 from shiradelta.errors import FormatError
-from tests.reference import INVALID, VALID, Outcome, by_decoder, contents, decoder, unzstd
+from shiradelta.wire import DTYPE_OF_NAME
+from tests.reference import INVALID, VALID, Outcome, by_decoder, contents, decoder, is_available, unzstd
 
 MEMORY_LIMIT = 256 << 20
 SECONDS_PER_FILE = 5.0
+#: Larger tensors are decoded, but not applied.
+MOST_WEIGHTS = 1 << 14
 
 # --- the mutations ---
 
@@ -302,12 +308,31 @@ def check_rows(tensor: sd.TensorDelta, rng: Random, accepted: bool) -> None:
         assert np.array_equal(values.view(f"u{values.itemsize}"), tensor.bits()[inside])
 
 
-def by_package(data: bytes, rng: Random) -> Outcome:
-    """Contents or reason, after every check that the package's own results have to pass."""
+def weights_for(tensor: sd.TensorDelta, rng: Random) -> tuple[np.ndarray, str, float]:
+    """Weights of any bits, NaN and infinity among them, their dtype, and a strength."""
+    dtype = rng.choice(("float32", "float16", "bfloat16")) if tensor.dtype == "unspecified" else tensor.dtype
+    bits = np.frombuffer(rng.randbytes(tensor.numel * DTYPE_OF_NAME[dtype].size), f"<u{DTYPE_OF_NAME[dtype].size}")
+    return bits.copy(), dtype, rng.choice((1.0, -1.0, 0.1, 1e-30, 1e30)) if tensor.op == "add" else 1.0
+
+
+def patched(delta: sd.Delta, rng: Random) -> list[bytes]:
+    """What the tensors make of weights; the same for the same `rng`."""
+    results = []
+    for tensor in delta.values():
+        if tensor.op in ("add", "set") and tensor.numel <= MOST_WEIGHTS:
+            weights, dtype, strength = weights_for(tensor, rng)
+            tensor.patch(weights, dtype, strength)
+            results.append(weights.tobytes())
+    return results
+
+
+def by_package(data: bytes, seed: int, backend: str) -> tuple[Outcome, list[bytes]]:
+    """Contents or reason, after every check that the package's own results have to pass; and what it patches."""
+    rng = Random(seed)
     try:
-        delta = sd.open_delta(data)
+        delta = sd.open_delta(data, backend=backend)
     except FormatError as error:
-        return error.reason
+        return error.reason, []
     outcome: Outcome
     try:
         delta.verify()
@@ -318,21 +343,29 @@ def by_package(data: bytes, rng: Random) -> Outcome:
         if not isinstance(outcome, str):
             check_invariants(tensor)
         check_rows(tensor, rng, not isinstance(outcome, str))
-    return outcome
+    return outcome, [] if isinstance(outcome, str) else patched(delta, Random(seed))
 
 
-def problem_of(data: bytes, rng: Random) -> tuple[str, str | None]:
+#: The package's, as far as they are there; the first decides what a file is counted as.
+BACKENDS = [name for name in ("numpy", "libshd") if is_available(name)]
+
+
+def problem_of(data: bytes, seed: int) -> tuple[str, str | None]:
     """(what the readers said, what is wrong with it)."""
     try:
         with time_limit(SECONDS_PER_FILE):
-            package, reference = by_package(data, rng), by_decoder(data)
+            results = {name: by_package(data, seed, name) for name in BACKENDS}
+            outcomes = {name: outcome for name, (outcome, _) in results.items()} | {"decoder": by_decoder(data)}
     except (Exception, TooSlow):
         return "failure", traceback.format_exc()
-    said = package if isinstance(package, str) else "accepted"
-    if package == reference:
-        return said, None
-    other = reference if isinstance(reference, str) else "accepted"
-    return "difference", f"package: {said}, decoder: {other}" + (", other contents" if said == other else "")
+    said = {name: outcome if isinstance(outcome, str) else "accepted" for name, outcome in outcomes.items()}
+    first = outcomes[BACKENDS[0]]
+    if any(outcome != first for outcome in outcomes.values()):
+        what = ", ".join(f"{name}: {outcome}" for name, outcome in said.items())
+        return "difference", what + (", other contents" if len(set(said.values())) == 1 else "")
+    if any(result != results[BACKENDS[0]][1] for _, result in results.values()):
+        return "difference", "the backends patch differently"
+    return said[BACKENDS[0]], None
 
 
 # --- many files ---
@@ -364,7 +397,7 @@ def run_case(files: Sequence[bytes], seed: int, i: int) -> Report:
     """One case, in this process."""
     data = case(files, seed, i)
     began = time.perf_counter()
-    outcome, problem = problem_of(data, Random(i))
+    outcome, problem = problem_of(data, i)
     problems = [] if problem is None else [(i, problem)]
     return Report(Counter([outcome]), problems, time.perf_counter() - began, 1)
 
@@ -372,8 +405,8 @@ def run_case(files: Sequence[bytes], seed: int, i: int) -> Report:
 CASES_PER_REPORT = 200
 
 
-def _child(seed: int, cases: range, current: Synchronized[int], pipe: Connection) -> None:
-    """Sends reports; `current` is the case at which it was if it dies."""
+def _child(seed: int, cases: range, end: float, current: Synchronized[int], pipe: Connection) -> None:
+    """Sends reports until time.time() is `end`; `current` is the case at which it was if it dies."""
     warnings.simplefilter("error")
     files = corpus()
     limit_memory()
@@ -383,6 +416,8 @@ def _child(seed: int, cases: range, current: Synchronized[int], pipe: Connection
             current.value = i
             report.add(run_case(files, seed, i))
         pipe.send(report)
+        if time.time() > end:
+            break
 
 
 def limit_memory() -> None:
@@ -395,14 +430,16 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def run(seed: int, count: int, progress: Callable[[Report], None] = lambda report: None) -> Report:
+def run(
+    seed: int, count: int, progress: Callable[[Report], None] = lambda report: None, seconds: float = math.inf
+) -> Report:
     """All cases in a child process, so that a crash or too much memory is a finding and not the end."""
     context = multiprocessing.get_context("spawn")
-    total = Report()
+    total, end = Report(), time.time() + seconds
     while total.done < count:
         current = context.Value("q", -1)
         receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(seed, range(total.done, count), current, sender), daemon=True)
+        child = context.Process(target=_child, args=(seed, range(total.done, count), end, current, sender), daemon=True)
         child.start()
         sender.close()
         with suppress(EOFError), receiver:
@@ -415,6 +452,8 @@ def run(seed: int, count: int, progress: Callable[[Report], None] = lambda repor
                 raise RuntimeError(f"the child process could not start, exit code {child.exitcode}")
             total.problems.append((current.value, f"the process died, exit code {child.exitcode}"))
             total.done = current.value + 1
+        if time.time() > end:
+            break
     return total
 
 
@@ -438,14 +477,15 @@ def show_progress(count: int) -> Callable[[Report], None]:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; the exit code is 1 where there are problems."""
-    parser = argparse.ArgumentParser(description="Reads mutated vectors with both readers.")
+    parser = argparse.ArgumentParser(description="Reads mutated vectors with all readers.")
     parser.add_argument("--count", type=int, default=100_000, help="number of files")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, metavar="CASE", help="one case, in this process")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where to write the files with problems, or --only's")
     options = parser.parse_args(arguments)
     if options.only is None:
-        report = run(options.seed, options.count, show_progress(options.count))
+        report = run(options.seed, options.count, show_progress(options.count), options.seconds)
     else:
         report = run_case(corpus(), options.seed, options.only)
     print(report)

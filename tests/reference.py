@@ -1,21 +1,26 @@
-"""The spec's own code as modules, its vectors, and one way to ask both readers about a file."""
+"""The spec's own code as modules, its vectors, and one way to ask all readers about a file."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import pytest
 import zstandard
 
 import shiradelta as sd
+from shiradelta.backend import choose
 from shiradelta.errors import FormatError
+from tests import building
 
 SPEC = Path(__file__).parent.parent / "spec"
 VALID = SPEC / "vectors" / "valid"
@@ -60,15 +65,42 @@ def by_decoder(data: bytes, zstd: bool = True) -> Outcome:
         return str(refused.reason)
 
 
-def by_package(data: bytes, zstd: bool = True) -> Outcome:
+def by_package(data: bytes, zstd: bool = True, backend: str = "numpy") -> Outcome:
     """What the package says after it has looked at everything."""
     with nullcontext() if zstd else without_zstandard():
         try:
-            with sd.open_delta(data) as delta:
+            with sd.open_delta(data, backend=backend) as delta:
                 delta.verify()
                 return contents(delta)
         except FormatError as error:
             return error.reason
+
+
+def by_libshd(data: bytes, zstd: bool = True) -> Outcome:
+    """What libshd says, without the package."""
+    path = building.library().parent / f"{os.getpid()}.shd"
+    path.write_bytes(data)
+    lines = building.run(building.dump(), *([] if zstd else ["--without-zstd"]), path).splitlines()
+    outcome, about = map(json.loads, lines)
+    if zstd and not about["zstd"] and outcome == "zstd_unavailable":
+        pytest.skip("libzstd is not installed")
+    return outcome if isinstance(outcome, str) else with_names(outcome)
+
+
+def with_names(outcome: dict[str, Any]) -> dict[str, Any]:
+    """Contents with names in place of the registry's ids."""
+    for tensor in outcome["tensors"]:
+        for key, names in NAMES.items():
+            tensor[key] = names[tensor[key]]
+    return outcome
+
+
+NAMES = {
+    "dtype": {id: name for name, (id, _) in make_vectors.DTYPES.items()},
+    "op": {id: name for name, id in make_vectors.OPS.items()},
+    "index_codec": {id: name for name, id in make_vectors.INDEX_CODECS.items()},
+    "value_codec": {id: name for name, id in make_vectors.VALUE_CODECS.items()},
+}
 
 
 def contents(delta: Any) -> dict[str, Any]:
@@ -95,4 +127,22 @@ def contents(delta: Any) -> dict[str, Any]:
     }
 
 
-READERS = {"package": by_package, "decoder": by_decoder}
+def is_available(backend: str) -> bool:
+    """Whether the package has it here."""
+    try:
+        choose(backend)
+    except sd.ShiraDeltaError:
+        return False
+    return True
+
+
+READERS = [
+    pytest.param(by_decoder, id="decoder"),
+    pytest.param(by_package, id="numpy"),
+    pytest.param(
+        partial(by_package, backend="libshd"),
+        id="libshd",
+        marks=pytest.mark.skipif(not is_available("libshd"), reason="the package was built without libshd"),
+    ),
+    pytest.param(by_libshd, id="C", marks=pytest.mark.skipif(building.CC is None, reason="no C compiler")),
+]

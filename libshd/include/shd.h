@@ -313,7 +313,8 @@ SHD_API int shd_positions(const shd_delta *delta, uint64_t first_block, uint64_t
                           uint64_t capacity, uint64_t *count, shd_status *status);
 
 /* Writes the positions in [first_position, end_position), their number and the rank of the first: what a row range
- * holds is [first_row * row_size, end_row * row_size). With positions = NULL it only counts. */
+ * holds is [first_row * row_size, end_row * row_size). With positions = NULL it only counts. On success the ranks
+ * exist, even in a tensor that was not checked. */
 SHD_API int shd_positions_between(const shd_delta *delta, uint64_t first_position, uint64_t end_position,
                                   int64_t *positions, uint64_t capacity, uint64_t *first_rank, uint64_t *count,
                                   shd_status *status);
