@@ -17,7 +17,8 @@ Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
 
-_QUIET_NAN = {"float32": 0x7FC00000, "bfloat16": 0x7FC0, "float16": 0x7E00}
+#: What a result that is not a number becomes.
+QUIET_NAN = {"float32": 0x7FC00000, "bfloat16": 0x7FC0, "float16": 0x7E00}
 
 
 def bfloat16_bits(values: Float32) -> npt.NDArray[np.uint16]:
@@ -53,7 +54,7 @@ def from_float32(values: Float32, dtype: str) -> Array:
             bits: Array = values.astype(np.float16).view(np.uint16)
         else:
             bits = values.view(np.uint32)
-    return np.where(np.isnan(values), bits.dtype.type(_QUIET_NAN[dtype]), bits)
+    return np.where(np.isnan(values), bits.dtype.type(QUIET_NAN[dtype]), bits)
 
 
 def scaled(values: Float32, strength: float) -> Float32:

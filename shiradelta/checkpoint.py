@@ -10,7 +10,9 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from shiradelta.errors import ShiraDeltaError, SourceError
 _STANDARD = ("model", "diffusion_pytorch_model", "pytorch_model")
 _INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_HEADER = 100 << 20
+#: Prefixes that are tried on names.
+_TRIED = 4
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,11 @@ def read_shard(path: Path) -> Shard:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     try:
         header = json.loads(raw)
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ is no mapping of strings")
         slots = tuple(_slot(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{path}: its safetensors header is damaged ({error}); get it again") from None
     end = max((slot.offset + slot.nbytes for slot in slots), default=8 + length)
     if end > size:
@@ -105,7 +112,9 @@ def _slot(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Slot:
     dtype = wire.DTYPE_OF_SAFETENSORS[entry["dtype"]]
     begin, end = entry["data_offsets"]
     slot = Slot(name, path, start + begin, tuple(entry["shape"]), dtype)
-    if begin < 0 or any(size < 0 for size in slot.shape) or end - begin != slot.nbytes:
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *slot.shape)) or (
+        end - begin != slot.nbytes
+    ):
         raise ValueError(f"tensor {name!r} has {end - begin} bytes for shape {list(slot.shape)}")
     return slot
 
@@ -175,16 +184,22 @@ def weight_files(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise SourceError(f"{root}: no such file or folder; check the path")
-    files = _weight_files_of(root)
+    # Beside the components of a pipeline there may lie one file with all of them, which nothing loads from there.
+    files = [] if (root / "model_index.json").exists() else _weight_files_of(root)
     if not files:
         for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != "."):
             files += _weight_files_of(folder)
     if not files:
-        raise SourceError(f"{root}: holds no .safetensors weights; give a model's folder")
+        raise SourceError(f"{root}: holds no .safetensors weights; give a model's folder, saved as safetensors")
     return files
 
 
 def _weight_files_of(folder: Path) -> list[Path]:
+    """As transformers and diffusers choose: the one file before an index, the plain name before variants."""
+    found = sorted(folder.glob("*.safetensors"))
+    for stem in _STANDARD:
+        if folder / f"{stem}.safetensors" in found:
+            return [folder / f"{stem}.safetensors"]
     index = index_file(folder)
     if index is not None:
         try:
@@ -194,14 +209,18 @@ def _weight_files_of(folder: Path) -> list[Path]:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise SourceError(f"{index}: is not an index of shards ({error}); get it again") from None
         return [folder / name for name in names]
-    found = sorted(folder.glob("*.safetensors"))
-    for stem in _STANDARD:
-        if folder / f"{stem}.safetensors" in found:
-            return [folder / f"{stem}.safetensors"]
     if len(found) > 1:
         names_found = ", ".join(path.name for path in found[:4])
         raise SourceError(f"{folder}: several weight files ({names_found}, ...) and no index; keep one in the folder")
     return found
+
+
+def other_weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """Further weights beside a checkpoint's: variants (fp16), other formats, which a loader may take instead."""
+    used = {shard.file for shard in checkpoint.shards}
+    folders = sorted({file.parent for file in used})
+    beside = (path for folder in folders for path in sorted(folder.iterdir()))
+    return [path for path in beside if path.suffix in (".safetensors", ".bin", ".pt", ".ckpt") and path not in used]
 
 
 def tied_slot(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
@@ -223,22 +242,30 @@ def tied_slot(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str 
 def match_names(wanted: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict[str, str]:
     """wanted name -> name in the checkpoint, for those that can be found.
 
-    Names are taken as they are; if some are missing, one prefix is added to, or taken from, all of them
-    (`bert.encoder...` for `encoder...`), whichever finds most; output embeddings that are tied to the input's
-    are found there.
+    As `rename_all`; output embeddings that are tied to the input's are found there.
 
     Args:
         wanted: name -> shape.
         checkpoint: where to look.
     """
-    best: dict[str, str] = {}
-    for rename in _renamings(wanted, checkpoint):
-        found = {name: other for name in wanted if (other := rename(name)) is not None and other in checkpoint}
-        if len(found) > len(best):
-            best = found
+    best = rename_all(wanted, checkpoint)
     for name, shape in wanted.items():
         if name not in best and (tied := tied_slot(checkpoint, name, shape)) is not None:
             best[name] = tied
+    return best
+
+
+def rename_all(wanted: Collection[str], have: Collection[str]) -> dict[str, str]:
+    """wanted name -> name among those there are, for those that can be found.
+
+    Names are taken as they are; if some are missing, one prefix is added to, or taken from, all of them
+    (`bert.encoder...` for `encoder...`), whichever finds most.
+    """
+    best: dict[str, str] = {}
+    for rename in _renamings(wanted, have):
+        found = {name: other for name in wanted if (other := rename(name)) is not None and other in have}
+        if len(found) > len(best):
+            best = found
     return best
 
 
@@ -253,18 +280,19 @@ class _Rename:
         return self.put + name[len(self.away) :] if name.startswith(self.away) else None
 
 
-def _renamings(wanted: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> list[_Rename]:
-    """The identity, and the prefixes that would find the first missing name."""
-    renamings = {_Rename(): None}
-    missing = next((name for name in wanted if name not in checkpoint), None)
-    if missing is not None:
-        for other in checkpoint:
-            for separator in "./":
-                if other.endswith(separator + missing):
-                    renamings[_Rename(put=other.removesuffix(missing))] = None
-                if missing.endswith(separator + other):
-                    renamings[_Rename(away=missing.removesuffix(other))] = None
-    return list(renamings)
+def _renamings(wanted: Collection[str], have: Collection[str]) -> list[_Rename]:
+    """The identity, and the few prefixes that would find the most missing names."""
+    missing = dict.fromkeys(name for name in wanted if name not in have)
+    finds: Counter[_Rename] = Counter()
+    if missing:
+        finds.update(_Rename(put=head) for other in have for head, tail in _tails(other) if tail in missing)
+        finds.update(_Rename(away=head) for name in missing for head, tail in _tails(name) if tail in have)
+    return [_Rename(), *(rename for rename, _ in finds.most_common(_TRIED))]
+
+
+def _tails(name: str) -> Iterator[tuple[str, str]]:
+    """The name cut in two, after every separator."""
+    return ((name[: cut.end()], name[cut.end() :]) for cut in re.finditer("[./]", name))
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -30,10 +30,17 @@ def os_errors(path: Path, what: str = "cannot be written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.strerror or str(error)
         if isinstance(error, shutil.Error):  # a copy's: one entry (source, target, message) a file
-            raise TargetError(f"{path}: {what} ({error.args[0][0][2]}); nothing was changed") from error
-        where = error.filename or path
-        raise TargetError(f"{where}: {what} ({error.strerror or error}); nothing was changed") from error
+            reason = str(error.args[0][0][2]).split(":")[0]
+        elif error.filename is not None and not _is_temporary(str(error.filename), path):
+            raise TargetError(f"{error.filename}: {reason}; nothing was changed") from error
+        raise TargetError(f"{path}: {what} ({reason}); nothing was changed") from error
+
+
+def _is_temporary(name: str, path: Path) -> bool:
+    """Whether a name is that of `path`, or of a temporary that stands in for it."""
+    return Path(name).name == path.name or Path(name).name.startswith(f".{path.name}.")
 
 
 @contextmanager

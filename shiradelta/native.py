@@ -35,15 +35,11 @@ _FIRST_MISUSE = 64
 _CHECK_SIZES, _CHECK_ALL = 0, 2
 #: Nonzeros below which a second thread costs more than it brings.
 _THREAD_NONZEROS = 1 << 16
-THREADS = min(os.cpu_count() or 1, 16)
+THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
 
 
 class _Status(ctypes.Structure):
     _fields_ = (("code", ctypes.c_int32), ("tensor", c_uint32), ("offset", c_uint64))
-
-
-class _Opaque(ctypes.Structure):
-    """A struct that is handed back to the library as it came; its size is asked for at load time."""
 
 
 class _Weights(ctypes.Structure):
@@ -67,7 +63,6 @@ class _Rice(ctypes.Structure):
     )
 
 
-_READ = ctypes.CFUNCTYPE(c_int, c_void_p, c_uint64, c_void_p, c_size_t)
 _ZSTD = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t)
 _STATUS, _FILE, _TENSOR, _DELTA, _WEIGHTS, _RICE = range(6)
 
@@ -256,9 +251,10 @@ class NativeDecoder:
         self._check(_library().shd_open, None, self.file, _address(data), data.size)
         zstd = any(record.index.zstd or record.values.zstd for record in records)
         if zstd and has_zstd():
-            self._zstd = _ZSTD(_decompress)  # kept: the library calls it later
+            self._zstd = _ZSTD(self._decompress)  # kept: the library calls it later
             _library().shd_set_zstd(self.file, self._zstd, None)
         self._last: LoadedTensor | None = None
+        self._failure: BaseException | None = None
 
     def call(self, function: Any, record: Record, *arguments: Any) -> None:
         """Calls the library; a failure becomes the FormatError that it stands for."""
@@ -269,10 +265,25 @@ class NativeDecoder:
         code = function(*arguments, byref(status))
         if code == 0:
             return
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         reason = _library().shd_error_name(code).decode()
         if code >= _FIRST_MISUSE:
             raise AssertionError(f"{function.__name__}: {reason}")
         raise FormatError(reason, offset=status.offset, tensor=name, file=self._name)
+
+    def _decompress(self, _: Any, source: int, source_size: int, result: int, size: int) -> int:
+        """The library's callback.  ctypes would swallow an exception and return 0, so it is kept and raised later."""
+        stored = np.ctypeslib.as_array((ctypes.c_uint8 * source_size).from_address(source))
+        try:
+            ctypes.memmove(result, unzstd(stored, size), size)
+        except FormatError:
+            return 1
+        except BaseException as error:
+            self._failure = error
+            return 1
+        return 0
 
     def load(self, record: Record) -> LoadedTensor:
         """The tensor, checked in full; the last one is kept, since positions and values are asked for in turn."""
@@ -301,15 +312,6 @@ class NativeDecoder:
             self._reference.patch(record, weight, dtype, strength)
         else:
             self.load(record).apply(weight, dtype, strength)
-
-
-def _decompress(_: Any, source: int, source_size: int, result: int, size: int) -> int:
-    stored = np.ctypeslib.as_array((ctypes.c_uint8 * source_size).from_address(source))
-    try:
-        ctypes.memmove(result, unzstd(stored, size), size)
-    except FormatError:
-        return 1
-    return 0
 
 
 class NativeRice(Rice):

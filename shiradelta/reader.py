@@ -52,6 +52,11 @@ class StoredTensor(TensorDelta):
         """As the file has it."""
         return self.record.result_fingerprint
 
+    @property
+    def decoder(self) -> Decoder:
+        """What decodes the file."""
+        return self._delta.decoder
+
     def positions(self) -> Positions:
         """int64 [nnz].  Raises FormatError where the section is damaged."""
         return self._delta.decoder.positions(self.record) if self.nnz else np.zeros(0, np.int64)

@@ -137,7 +137,7 @@ def test_interrupt_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("shiradelta.engine.directory.apply", interrupted)
     result = run("apply", "model", "a.shd")
-    assert (result.exit_code, result.stderr) == (1, "interrupted; nothing was changed\n")
+    assert (result.exit_code, result.stderr) == (1, "interrupted; every file is whole, as it was before or as after\n")
 
 
 def test_help_of_every_command_names_its_options():

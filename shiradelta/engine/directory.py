@@ -1,4 +1,4 @@
-"""`apply`, `revert` and `verify` on a model's folder: in place, all or nothing, bit for bit.
+"""`apply` and `revert` on a model's folder: in place, all or nothing, bit for bit.
 
 The order of an apply: lock; read and check everything; write the undo delta; write the pending action; patch and
 sync the weights; make the action count.  Whatever interrupts it, the undo delta takes the folder back.
@@ -6,33 +6,33 @@ sync the weights; make the action count.  Whatever interrupts it, the undo delta
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from shiradelta import arithmetic
-from shiradelta.arithmetic import Array, Positions
 from shiradelta.backend import choose
-from shiradelta.checkpoint import Checkpoint, Slot, open_checkpoint
+from shiradelta.checkpoint import Checkpoint, open_checkpoint, other_weight_files
 from shiradelta.delta import TensorDelta
 from shiradelta.engine import restructure
+from shiradelta.engine.interrupts import interrupts_held_back
 from shiradelta.engine.plan import Plan, check_fingerprint, make_plan
+from shiradelta.engine.recovery import Progress, check_writable, overlaid, patch, recover, reserve_space, undo
 from shiradelta.engine.state import FOLDER, Applied, State, StateFolder, locked
-from shiradelta.errors import BaseMismatchError, TargetError
+from shiradelta.engine.verification import existing, first_difference
+from shiradelta.errors import TargetError
 from shiradelta.files import os_errors, sync_directory
-from shiradelta.reader import Delta, StoredTensor, open_delta
+from shiradelta.reader import Delta, open_delta
 from shiradelta.writer import writing
 
 Path_ = str | os.PathLike[str]
-#: Called with (what, done, total) while work goes on.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class ApplyReport:
     added: int  # whole tensors
     dropped: int
     stack: int  # deltas on the folder now
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,6 @@ class RevertReport:
     delta: Applied
     interrupted: bool  # it was not whole: an interrupted action was rolled back
     left: int  # deltas that are still on the folder
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What `verify` found."""
-
-    state: str  # "base", "patched" or "neither"
-    applied: tuple[Applied, ...]
-    detail: str
-    recovered: bool  # an interrupted action was rolled back first
 
 
 def apply(
@@ -93,7 +84,7 @@ def apply(
         FormatError: the delta is refused.
         On every error the weights are as before.
     """
-    root = _existing(model_dir)
+    root = existing(model_dir)
     with ExitStack() as stack:
         opened = delta if isinstance(delta, Delta) else stack.enter_context(open_delta(delta))
         if out is None:
@@ -103,73 +94,38 @@ def apply(
         return replace(report, folder=os.fspath(out))
 
 
-def revert(model_dir: Path_, progress: Progress | None = None) -> RevertReport:
+def revert(model_dir: Path_, force: bool = False, progress: Progress | None = None) -> RevertReport:
     """Takes the last delta out again, bit for bit; an interrupted action is rolled back instead.
 
+    Args:
+        model_dir: the folder.
+        force: put the originals back even if the weights were changed since.
+        progress: is told how far it is.
+
     Raises:
-        TargetError: nothing is applied, or the folder cannot be written.
+        TargetError: nothing is applied, the weights were changed by something else since, or the folder cannot be
+            written.
     """
-    root = _existing(model_dir)
-    _refuse_untouched(root)
+    root = existing(model_dir)
+    if not (root / FOLDER).exists():
+        raise TargetError(f"{root}: no delta is applied to it; nothing to revert")
     with locked(root) as folder:
-        interrupted = _recover(folder)
+        interrupted = recover(folder)
         if interrupted is not None:
             return RevertReport(interrupted, True, len(folder.state.applied))
         if not folder.state.applied:
             raise TargetError(f"{root}: no delta is applied to it; nothing to revert")
         top = folder.state.applied[-1]
-        _check_writable(root, folder, top)
-        folder.save(State(folder.state.applied[:-1], top))
-        _undo(folder, top, progress)
+        check_writable(open_checkpoint(root))
+        if not folder.undo_file(top).exists():
+            raise TargetError(f"{folder.undo_file(top)}: is missing; restore the model's files from their source")
+        changed = None if force else first_difference(root, folder, [top])
+        if changed is not None:
+            raise TargetError(f"{root}: {changed}; --force puts the originals back all the same")
+        with interrupts_held_back():
+            folder.save(State(folder.state.applied[:-1], top))
+            undo(folder, top, progress)
         return RevertReport(top, False, len(folder.state.applied))
-
-
-def verify(model_dir: Path_, delta: Delta | Path_ | None = None) -> VerifyReport:
-    """Says whether a folder is exactly its base, exactly patched, or neither.
-
-    Every element that an applied delta touched is looked at.  Without an applied delta, `delta`'s own
-    fingerprints tell whether the folder is its base or its result at strength 1.
-    """
-    root = _existing(model_dir)
-    if not (root / FOLDER).exists():
-        return _verify_unmanaged(root, delta)
-    with locked(root) as folder:
-        recovered = _recover(folder) is not None
-        if not folder.state.applied:
-            return replace(_verify_unmanaged(root, delta), recovered=recovered)
-        applied = folder.state.applied
-        problem = _first_difference(root, folder)
-        if problem is None and delta is not None:
-            with _opened(delta) as opened:
-                if opened.digest not in {entry.digest for entry in applied}:
-                    problem = f"{opened.file} is not among the deltas that are applied"
-        names = ", ".join(f"{entry.file} at {entry.strength:g}" for entry in applied)
-        return VerifyReport(
-            "patched" if problem is None else "neither", applied, problem or f"exactly {names}", recovered
-        )
-
-
-@contextmanager
-def _opened(delta: Delta | Path_) -> Iterator[Delta]:
-    if isinstance(delta, Delta):
-        yield delta
-    else:
-        with open_delta(delta) as opened:
-            yield opened
-
-
-def _existing(model_dir: Path_) -> Path:
-    root = Path(model_dir)
-    if root.is_file():
-        raise TargetError(f"{root}: is a file; give the folder that it is in")
-    if not root.is_dir():
-        raise TargetError(f"{root}: no such folder; check the path")
-    return root
-
-
-def _refuse_untouched(root: Path) -> None:
-    if not (root / FOLDER).exists():
-        raise TargetError(f"{root}: no delta is applied to it; nothing to revert")
 
 
 # ------------------------------------------------------------------------------------------------ apply
@@ -180,7 +136,7 @@ def _apply_in_place(
 ) -> ApplyReport:
     arithmetic.scaled(np.zeros(0, np.float32), strength)  # a strength that cannot be is refused first
     with locked(root) as folder:
-        _recover(folder)
+        recover(folder)
         for entry in folder.state.applied:
             if entry.digest == delta.digest:
                 raise TargetError(f"{root}: {entry.file} is applied already; revert it first")
@@ -193,8 +149,10 @@ def _apply_in_place(
             strength=strength,
             tensors=len(delta),
             nonzeros=delta.nnz,
+            added={name: tensor.result_fingerprint or 0 for name, tensor in plan.new},
         )
-        _check_links(checkpoint, root)
+        check_writable(checkpoint)
+        reserve_space(checkpoint)
         with os_errors(folder.path):
             (folder.path / "undo").mkdir(exist_ok=True)
             sync_directory(folder.path)
@@ -202,16 +160,23 @@ def _apply_in_place(
             changed = _write_undo(folder, entry, checkpoint, plan, strength, check, delta, progress)
             if plan.restructures:
                 entry = replace(entry, replaced=restructure.prepare(checkpoint, plan, folder.originals(entry)))
-            folder.save(State(folder.state.applied, entry))
-            if plan.restructures:
-                restructure.swap_in(root, folder.originals(entry), entry.replaced)
-                checkpoint = open_checkpoint(root)
-                plan = make_plan_again(checkpoint, plan)
-            _patch(((edit.slot, edit.tensor) for edit in plan.edits), strength, len(plan.edits), progress)
-            folder.save(State((*folder.state.applied, entry)))
+            with interrupts_held_back() as deliver:
+                folder.save(State(folder.state.applied, entry))
+                if plan.restructures:
+                    restructure.swap_in(root, folder.originals(entry), entry.replaced)
+                    plan = _relocated(plan, open_checkpoint(root))
+
+                def between(what: str, done: int, total: int) -> None:
+                    deliver()
+                    if progress:
+                        progress(what, done, total)
+
+                with os_errors(root):
+                    patch(((edit.slot, edit.tensor) for edit in plan.edits), strength, len(plan.edits), between)
+                folder.save(State((*folder.state.applied, entry)))
         except BaseException:
             if folder.state.pending is not None:
-                _undo(folder, folder.state.pending, None)
+                undo(folder, folder.state.pending, None)
             folder.tidy()
             raise
         return ApplyReport(
@@ -222,28 +187,13 @@ def _apply_in_place(
             len(plan.new),
             len(plan.drop),
             len(folder.state.applied),
+            tuple(f"{file} is left as it is" for file in other_weight_files(checkpoint)),
         )
 
 
-def make_plan_again(checkpoint: Checkpoint, plan: Plan) -> Plan:
+def _relocated(plan: Plan, checkpoint: Checkpoint) -> Plan:
     """The same plan in files that were rewritten: only the places differ."""
-    edits = tuple(replace(edit, slot=checkpoint[edit.name]) for edit in plan.edits)
-    return replace(plan, edits=edits)
-
-
-def _check_links(checkpoint: Checkpoint, root: Path) -> None:
-    """Weights that other folders share (a hub's cache) are never written in place."""
-    real = root.resolve()
-    for shard in checkpoint.shards:
-        status = shard.file.stat()
-        linked = shard.file.resolve() != real / shard.file.relative_to(root)
-        if linked or status.st_nlink > 1:
-            kind = "a link" if linked else "one of several hard links to the same data"
-            raise TargetError(
-                f"{shard.file}: is {kind}, so other folders would change too; give --out FOLDER for a copy"
-            )
-        if not os.access(shard.file, os.W_OK):
-            raise TargetError(f"{shard.file}: cannot be written; change its permissions, or give --out FOLDER")
+    return replace(plan, edits=tuple(replace(edit, slot=checkpoint[edit.name]) for edit in plan.edits))
 
 
 def _write_undo(
@@ -272,127 +222,13 @@ def _write_undo(
             if check:
                 view = old
                 for undo in undos:
-                    view = _overlaid(view, positions, undo.get(edit.name))
+                    view = overlaid(view, positions, undo.get(edit.name))
                 check_fingerprint(edit, backend.fingerprint(positions, view), delta.file or "delta")
             new = arithmetic.result(edit.tensor.op == "add", edit.tensor.bits(), old, edit.slot.dtype.name, strength)
             changed += int(np.count_nonzero(new != old))
             undo_tensor = TensorDelta(edit.slot.shape, positions, old, edit.slot.dtype.name, "set", base_bits=new)
             writer.add(edit.name, undo_tensor)
     return changed
-
-
-def _overlaid(view: Array, positions: Positions, undo: TensorDelta | None) -> Array:
-    """`view` with the undo's elements where it has some."""
-    if undo is None or not undo.nnz:
-        return view
-    at = undo.positions()
-    slot = np.minimum(np.searchsorted(at, positions), at.size - 1)
-    return np.where(at[slot] == positions, undo.bits()[slot], view)
-
-
-def _patch(edits: Iterable[tuple[Slot, StoredTensor]], strength: float, total: int, progress: Progress | None) -> None:
-    """Writes the new elements into the files and makes them durable."""
-    with ExitStack() as stack:
-        maps: dict[Path, mmap.mmap] = {}
-        for number, (slot, tensor) in enumerate(edits):
-            if progress:
-                progress("patching", number, total)
-            if slot.file not in maps:
-                stream = stack.enter_context(open(slot.file, "r+b"))
-                maps[slot.file] = mmap.mmap(stream.fileno(), 0)
-            data = np.frombuffer(maps[slot.file], np.uint8)
-            weight = data[slot.offset : slot.offset + slot.nbytes].view(slot.dtype.bits)
-            tensor.patch(weight, slot.dtype.name, strength)
-        if progress:
-            progress("syncing", total, total)
-        for mapped in maps.values():
-            mapped.flush()
-
-
-# ------------------------------------------------------------------------------------ revert and recover
-
-
-def _recover(folder: StateFolder) -> Applied | None:
-    """Rolls an interrupted action back; returns what it was about."""
-    pending = folder.state.pending
-    if pending is not None:
-        _undo(folder, pending, None)
-    elif folder.state.applied:
-        folder.tidy()
-    return pending
-
-
-def _undo(folder: StateFolder, entry: Applied, progress: Progress | None) -> None:
-    """Puts the originals of the pending `entry` back; may be repeated any number of times."""
-    with os_errors(folder.root, "cannot be restored, run `shiradelta revert` again when it can"):
-        restructure.swap_out(folder.root, folder.originals(entry), entry.replaced)
-        checkpoint = open_checkpoint(folder.root)
-        with open_delta(folder.undo_file(entry)) as undo:
-            _patch(((checkpoint[name], tensor) for name, tensor in undo.items()), 1.0, len(undo), progress)
-    folder.save(State(folder.state.applied))
-    folder.tidy()
-
-
-def _check_writable(root: Path, folder: StateFolder, entry: Applied) -> None:
-    checkpoint = open_checkpoint(root)
-    _check_links(checkpoint, root)
-    if not folder.undo_file(entry).exists():
-        raise TargetError(f"{folder.undo_file(entry)}: is missing; restore the model's files from their source")
-
-
-# ------------------------------------------------------------------------------------------------ verify
-
-
-def _first_difference(root: Path, folder: StateFolder) -> str | None:
-    """The first tensor that is not as the applied deltas left it."""
-    checkpoint = open_checkpoint(root)
-    above: list[Delta] = []
-    with ExitStack() as stack:
-        for entry in reversed(folder.state.applied):
-            undo = stack.enter_context(open_delta(folder.undo_file(entry)))
-            for name, tensor in undo.items():
-                if name not in checkpoint:
-                    return f"tensor {name!r} is gone"
-                positions = tensor.positions()
-                view = checkpoint.bits(name)[positions]
-                for other in above:
-                    view = _overlaid(view, positions, other.get(name))
-                if choose().fingerprint(positions, view) != tensor.base_fingerprint:
-                    return f"tensor {name!r} is not as {entry.file} left it"
-            above.append(undo)
-    return None
-
-
-def _verify_unmanaged(root: Path, delta: Delta | Path_ | None) -> VerifyReport:
-    """No delta is applied here, as far as the folder knows."""
-    checkpoint = open_checkpoint(root)
-    if delta is None:
-        return VerifyReport("base", (), "no delta is applied", False)
-    with _opened(delta) as opened:
-        label = opened.file or "delta"
-        plan = make_plan(checkpoint, opened, 1.0, allow_dtype=True)
-        candidates = {"base": "base_fingerprint", "patched": "result_fingerprint"}
-        first: dict[str, str] = {}
-        known = False
-        for edit in plan.edits:
-            if edit.tensor.base_fingerprint is None or not edit.tensor.nnz:
-                continue
-            known = True
-            positions = edit.tensor.positions()
-            found = choose().fingerprint(positions, checkpoint.bits(edit.name)[positions])
-            for state, attribute in candidates.items():
-                if found != getattr(edit.tensor, attribute):
-                    first.setdefault(state, edit.name)
-        if not known:
-            raise BaseMismatchError(
-                f"{label} was made without its base, so it cannot tell; convert it again with --base, or apply it"
-            )
-        for state in candidates:
-            if state not in first:
-                return VerifyReport(
-                    state, (), f"exactly the {'base' if state == 'base' else 'result'} of {label}", False
-                )
-        return VerifyReport("neither", (), f"tensor {first['base']!r} is neither base nor result of {label}", False)
 
 
 # --------------------------------------------------------------------------------------------------- out
@@ -409,12 +245,27 @@ def _copied(root: Path, out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         copy = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
-        with os_errors(out):
-            shutil.copytree(root, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
-            shutil.copymode(root, copy)
+        with os_errors(out), _at_rest(root):
+            shutil.copytree(root, copy, dirs_exist_ok=True, ignore=_ignore_lock)
+        for path in (copy, *copy.rglob("*")):  # what was read-only is a copy now, to be patched
+            path.chmod(path.stat().st_mode | stat.S_IWUSR | (stat.S_IXUSR if path.is_dir() else 0))
         yield copy
         with os_errors(out):
             os.replace(copy, out)
     except BaseException:
         shutil.rmtree(copy, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _at_rest(root: Path) -> Iterator[None]:
+    """A folder that no other process changes meanwhile, as far as it can be locked."""
+    state = root / FOLDER
+    with locked(root) if state.exists() and os.access(state, os.W_OK) else nullcontext() as folder:
+        if folder is not None:
+            recover(folder)
+        yield
+
+
+def _ignore_lock(folder: str, names: list[str]) -> set[str]:
+    return {"lock"} & set(names) if Path(folder).name == FOLDER else set()

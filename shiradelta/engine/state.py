@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -38,6 +39,7 @@ class Applied:
     tensors: int
     nonzeros: int
     replaced: tuple[str, ...] = ()
+    added: Mapping[str, int] = field(default_factory=dict)  # whole tensors -> fingerprints
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class StateFolder:
     def load(self) -> None:
         """Reads state.json, if there is one."""
         path = self.path / "state.json"
+        for link in (self.path, self.path / "undo", *(self.path / "undo").glob("*")):
+            if link.is_symlink():
+                raise TargetError(f"{link}: is a link, which this tool never makes; delete it")
         if not path.exists():
             self.state = State()
             return
@@ -83,7 +88,7 @@ class StateFolder:
                 tuple(_applied(entry) for entry in found["applied"]),
                 None if pending is None else _applied(pending),
             )
-        except (SourceError, KeyError, TypeError, ValueError) as error:
+        except (SourceError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise TargetError(f"{path}: is damaged ({error}); restore the model's files from their source") from None
 
     def save(self, state: State) -> None:
@@ -101,14 +106,26 @@ class StateFolder:
             shutil.rmtree(self.path, ignore_errors=True)
             return
         needed = {self.undo_file(applied) for applied in kept} | {self.originals(applied) for applied in kept}
-        for path in (self.path / "undo").iterdir():
+        for path in (*(self.path / "undo").glob("*"), *(self.path / "undo").glob(".*"), *self.path.glob(".*.tmp")):
             if path not in needed:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _applied(entry: dict[str, object]) -> Applied:
-    entry["replaced"] = tuple(entry["replaced"])  # type: ignore[arg-type]
-    return Applied(**entry)  # type: ignore[arg-type]
+def _applied(entry: dict[str, Any]) -> Applied:
+    """One entry of state.json, which may have come with the folder from anywhere.  Raises ValueError and its like."""
+    found = Applied(**{**entry, "replaced": tuple(entry["replaced"]), "added": dict(entry["added"])})
+    numbers = (found.id, found.tensors, found.nonzeros, *found.added.values())
+    texts = (found.file, found.digest, *found.replaced, *found.added)
+    if not all(type(n) is int and n >= 0 for n in numbers) or not all(type(text) is str for text in texts):
+        raise ValueError("an entry of another type")
+    if not isinstance(found.strength, (int, float)):
+        raise ValueError("a strength that is no number")
+    for name in found.replaced:
+        path = PurePosixPath(name)
+        inside = not path.is_absolute() and not {"..", FOLDER} & set(path.parts) and "\\" not in name
+        if not inside or not name.endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(f"{name!r} is no weight file of this folder")
+    return found
 
 
 @contextmanager
@@ -129,10 +146,9 @@ def locked(root: Path) -> Iterator[StateFolder]:
             raise TargetError(f"{root}: another process is changing this folder; try again when it is done") from None
     try:
         folder.load()
-        yield folder
-    finally:
         try:
-            if not folder.state.applied and folder.state.pending is None:
-                folder.tidy()
+            yield folder
         finally:
-            lock.release()
+            folder.tidy()
+    finally:
+        lock.release()
