@@ -6,6 +6,7 @@ Sparse layouts: PEFT's SHiRA (`MODULE.shira_weight`, `MODULE.shira_indices` [2, 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from shiradelta.arithmetic import Array, Float32, to_float32
 from shiradelta.checkpoint import Checkpoint, match_names
 from shiradelta.delta import TensorDelta, matrix_shape
 from shiradelta.errors import SourceError
-from shiradelta.select import Rows
+from shiradelta.select import Rows, row_shape
 
 from .item import Item, Source
 
@@ -28,6 +29,7 @@ _SUFFIXES = {
     ".diff": (".weight", "dense"),
     ".diff_b": (".bias", "dense"),
 }
+_VALUES = ("float32", "float16", "bfloat16")
 
 
 def parse_key(key: str) -> tuple[str, str] | None:
@@ -37,6 +39,20 @@ def parse_key(key: str) -> tuple[str, str] | None:
         if key.endswith(suffix):
             return key.removesuffix(suffix).removeprefix(_PEFT_PREFIX) + put, what
     return None
+
+
+def holds_diffs(keys: Collection[str]) -> bool:
+    """Whether a file with these keys is one of diffs: all of them are, or some come in pairs.
+
+    A model may well have a tensor whose name ends in `.values`.
+    """
+    parsed = [parse_key(key) for key in keys]
+    if parsed and all(parsed):
+        return True
+    held: dict[str, set[str]] = {}
+    for name, what in filter(None, parsed):
+        held.setdefault(name, set()).add(what)
+    return any("values" in what and what & {"positions", "indices"} for what in held.values())
 
 
 def open_diff(source: Checkpoint, base: Checkpoint | None) -> Source:
@@ -60,6 +76,10 @@ def open_diff(source: Checkpoint, base: Checkpoint | None) -> Source:
 
 
 def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint | None) -> Item | str:
+    for what, key in keys.items():
+        dtype = source[key].dtype.name
+        if dtype not in _VALUES and not (what in ("positions", "indices") and "int" in dtype):
+            raise SourceError(f"{source.root}: {key!r} is {dtype}; differences are {', '.join(_VALUES)}")
     if "dense" in keys:
         slot = source[keys["dense"]]
         dense = partial(_rows, source, keys["dense"])
@@ -80,7 +100,7 @@ def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint 
 def _rows(source: Checkpoint, key: str) -> Rows:
     """A dense difference as it stands in the file."""
     slot = source[key]
-    bits, dtype, columns = source.bits(key), slot.dtype.name, matrix_shape(slot.shape)[1]
+    bits, dtype, columns = source.bits(key), slot.dtype.name, row_shape(slot.shape)[1]
 
     def rows(start: int, stop: int) -> Float32:
         return to_float32(bits[start * columns : stop * columns], dtype)

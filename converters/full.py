@@ -9,21 +9,40 @@ import numpy as np
 
 from shiradelta.arithmetic import Array, Float32, to_float32
 from shiradelta.checkpoint import Checkpoint, Slot, match_names
-from shiradelta.delta import TensorDelta, matrix_shape
-from shiradelta.select import Rows
+from shiradelta.delta import TensorDelta
+from shiradelta.errors import SourceError
+from shiradelta.select import Rows, row_shape
 
 from .item import Item, Source, whole_tensor
 
 _ADDED = ("float32", "float16", "bfloat16")
+#: The share of a model's tensors that may be a head's.
+_HEAD = 0.1
 
 
 def open_full(source: Checkpoint, base: Checkpoint) -> Source:
     """Every tensor of the fine-tune: changed, added whole, or left alone and why."""
     result = Source()
     found = match_names({name: slot.shape for name, slot in source.items()}, base)
+    if not found:
+        result.skipped = dict.fromkeys(source, f"{base.root} has no such tensor")
+        return result
+    used = set(found.values())
+    lacking = [name for name in base if name not in used]
+    _check_added([key for key in source if key not in found], lacking, source, base, result)
+    first: dict[str, str] = {}  # the base's name -> the fine-tune's
     for key in source:
         if key not in found:
             result.items.append(whole_tensor(source, key, key))
+            continue
+        tied = first.setdefault(found[key], key)
+        if tied != key:
+            if not _same(source, key, tied):
+                raise SourceError(
+                    f"{source.root}: the fine-tune untied its embeddings: {key!r} differs from {tied!r}, and the base"
+                    " has one tensor for both; untie them in the base first"
+                )
+            result.skipped[key] = f"the same as {tied!r}"
             continue
         item = difference(source, key, base, found[key])
         if isinstance(item, str):
@@ -32,13 +51,39 @@ def open_full(source: Checkpoint, base: Checkpoint) -> Source:
                 result.warnings.append(f"{key} is left out: {item}")
         else:
             result.items.append(item)
-    if not found:
-        result.items.clear()
-        result.skipped = dict.fromkeys(source, f"{base.root} has no such tensor")
-    lacking = len(set(base) - set(found.values()))
-    if lacking and found:
-        result.warnings.append(f"{lacking} tensors of the base are not in the fine-tune; they stay as they are")
+    if lacking:
+        result.warnings.append(f"{len(lacking)} tensors of the base are not in the fine-tune; they stay as they are")
     return result
+
+
+def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base: Checkpoint, result: Source) -> None:
+    """Tells of tensors that are added whole; refuses them where they look like the base's under other names.
+
+    That is where most have the shapes of tensors that the fine-tune lacks, and they are too many to be a head that
+    was exchanged.
+    """
+    if not added:
+        return
+    free: dict[tuple[int, ...], list[str]] = {}
+    for name in lacking:
+        free.setdefault(base[name].shape, []).append(name)
+    pairs = [(key, names.pop(0)) for key in added if (names := free.get(source[key].shape))]
+    if 2 * len(pairs) > len(added) and len(pairs) > _HEAD * len(source):
+        key, name = max(pairs, key=lambda pair: source[pair[0]].numel)
+        raise SourceError(
+            f"{source.root}: {len(pairs)} of its tensors have other names than the base's: it has {key!r} and lacks"
+            f" {name!r} of the same shape; rename them as the base's first"
+        )
+    named = ", ".join(added[:3]) + (", ..." if len(added) > 3 else "")
+    result.warnings.append(f"{len(added)} tensors that the base lacks are added whole: {named}")
+
+
+def _same(source: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors have the same bits."""
+    if source[one].dtype != source[other].dtype:
+        return False
+    a, b, step = source.bits(one), source.bits(other), 1 << 20
+    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))
 
 
 def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Item | str:
@@ -91,7 +136,7 @@ def _subtraction(source: Checkpoint, key: str, base: Checkpoint, name: str) -> R
     """tuned - base in float32, a few rows at a time."""
     tuned_bits, base_bits = source.bits(key), base.bits(name)
     tuned_dtype, dtype = source[key].dtype.name, base[name].dtype.name
-    columns = matrix_shape(base[name].shape)[1]
+    columns = row_shape(base[name].shape)[1]
 
     def rows(start: int, stop: int) -> Float32:
         part = slice(start * columns, stop * columns)

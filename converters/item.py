@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from shiradelta.arithmetic import Array, Float32, Positions
 from shiradelta.checkpoint import Checkpoint
-from shiradelta.delta import TensorDelta, check_shape, matrix_shape
-from shiradelta.select import Rows
+from shiradelta.delta import TensorDelta, check_shape
+from shiradelta.select import Rows, row_shape
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Item:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns)."""
-        return matrix_shape(self.shape)
+        """(rows, columns) in which `dense` makes it."""
+        return row_shape(self.shape)
 
     def delta(self, positions: Positions, values: Float32) -> TensorDelta:
         """The tensor delta of selected elements."""

@@ -1,268 +1,248 @@
-"""LoRA: delta = scale * B A, from PEFT's folders and from lone safetensors files.
-
-Keys read: `MODULE.lora_A.weight` and `lora_B` (PEFT, diffusers), `lora_down` / `lora_up` and `lora.down` / `lora.up`
-with `MODULE.alpha` (kohya, older diffusers), `lora_embedding_A` / `_B` (PEFT).  kohya's names, in which dots became
-underscores, are found through the base.
-"""
+"""LoRA: delta = scale * B A, from PEFT's folders and from lone safetensors files."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from shiradelta.arithmetic import Float32, to_float32
-from shiradelta.checkpoint import Checkpoint, match_names, read_json
+from shiradelta.checkpoint import Checkpoint, read_json, tied_slot
 from shiradelta.errors import SourceError
-from shiradelta.select import Rows
+from shiradelta.select import Rows, row_shape
 
 from .item import Item, Source, whole_tensor
+from .lora_keys import Module, find_tensors, sort_keys
+from .lora_scale import CONFIG, Scale, check_type, number
 
-_KEY = re.compile(
-    r"^(?P<module>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<ab>[AB])|lora[._](?P<updown>up|down))"
-    r"(?:\.default)?(?:\.weight)?$"
-)
-_PEFT_PREFIX = "base_model.model."
-#: Parts of other methods that would be lost without a word if only A and B were taken.
-_UNSUPPORTED = {
-    "lora_magnitude_vector": "DoRA's magnitudes need the base's norms; merge it first",
-    "dora_scale": "DoRA's magnitudes need the base's norms; merge it first",
-    "lora_mid": "a Tucker-decomposed LoRA; merge it first",
-    "hada_w1_a": "a LoHa; merge it first",
-    "lokr_w1": "a LoKr; merge it first",
-    "lora_B.bias": "a LoRA with biases; merge it first",
-}
-
-
-@dataclass
-class _Module:
-    """What the file holds of one module."""
-
-    keys: dict[str, str] = field(default_factory=dict)  # "A", "B" -> key
-    embedding: bool = False
-
-
-def parse_key(key: str) -> tuple[str, str, bool] | None:
-    """(module, "A" or "B", whether of an embedding), or None for a key that is no LoRA factor."""
-    match = _KEY.match(key)
-    if match is None:
-        return None
-    side = match["ab"] or {"down": "A", "up": "B"}[match["updown"]]
-    return match["module"], side, match["embedding"] is not None
+_FACTORS = ("float32", "float16", "bfloat16")
+#: Models whose layers are stored as [in, out].
+_CONV1D = ("gpt2", "gpt", "openai-gpt", "imagegpt")
 
 
 def adapter_weights(path: Path) -> Path | None:
-    """The weights of PEFT's adapter folder, if `path` is one."""
-    weights = path / "adapter_model.safetensors"
-    if weights.exists():
-        return weights
-    if (path / "adapter_config.json").exists():
-        raise SourceError(f"{path}: has no adapter_model.safetensors; save the adapter as safetensors first")
-    return None
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How alpha and rank are told: by a config, by alpha tensors, or by nobody."""
-
-    config: dict[str, Any]
-    alpha: float | None  # the user's
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, alpha: float | None) -> Scale:
-        """From adapter_config.json beside the file, or from its metadata."""
-        file = checkpoint.shards[0].file
-        beside = file.parent / "adapter_config.json"
-        config = read_json(beside) if beside.exists() else _config_in_metadata(checkpoint.shards[0].metadata)
-        if not isinstance(config, dict):
-            raise SourceError(f"{beside}: is not a PEFT configuration; get it again")
-        if config.get("use_dora"):
-            raise SourceError(f"{beside}: a DoRA; {_UNSUPPORTED['dora_scale']}")
-        return cls(config, alpha)
-
-    @property
-    def known(self) -> bool:
-        """Whether anything tells alpha for the whole adapter."""
-        return self.alpha is not None or "lora_alpha" in self.config
-
-    def __call__(self, module: str, rank: int, alpha_tensor: float | None) -> float:
-        """The factor on B A of one module."""
-        configured = _pattern(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha"))
-        alpha = next(a for a in (self.alpha, alpha_tensor, configured, rank) if a is not None)
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the base stores weights as [in, out] (GPT-2's Conv1D)."""
-        return bool(self.config.get("fan_in_fan_out"))
-
-
-def _pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _config_in_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    """Of a file's own metadata: diffusers' JSON, or kohya's pair."""
-    try:
-        if "lora_adapter_metadata" in metadata:
-            flat = json.loads(metadata["lora_adapter_metadata"])
-            # diffusers prefixes every key with the component: "unet.lora_alpha".
-            return {key.rpartition(".")[2]: value for key, value in flat.items()}
-        if "ss_network_alpha" in metadata:
-            return {"lora_alpha": float(metadata["ss_network_alpha"])}
-    except (ValueError, AttributeError):
-        pass
-    return {}
+    """The weights of PEFT's adapter folder, if `path` is one.  Raises SourceError."""
+    weights, config = path / "adapter_model.safetensors", path / CONFIG
+    if config.exists():
+        about = read_json(config)
+        check_type(about if isinstance(about, dict) else {}, config, "LORA", "SHIRA")
+        if not weights.exists():
+            raise SourceError(f"{path}: has no adapter_model.safetensors; save the adapter as safetensors first")
+    return weights if weights.exists() else None
 
 
 def open_lora(source: Checkpoint, base: Checkpoint | None, alpha: float | None) -> Source:
     """All LoRA modules of a file, and the tensors that it saves whole."""
     result = Source()
     scale = Scale.of(source, alpha)
-    modules, alphas, others = _sort_keys(source)
-    for key in others:
-        for part, why in _UNSUPPORTED.items():
-            if part in key:
-                raise SourceError(f"{source.root}: {key!r} is {why}")
-    if not scale.known and not alphas:
-        result.warnings.append(
-            "nothing tells this LoRA's alpha: taken to be its rank, so the scale is 1; --alpha sets another"
-        )
-    names = _names(source, modules, base)
+    modules, alpha_keys, others = sort_keys(source)
+    alphas = {module: _alpha(source, key) for module, key in alpha_keys.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
     for module, parts in modules.items():
-        if set(parts.keys) != {"A", "B"}:
-            result.skipped[module] = f"only {' '.join(parts.keys)} of A and B is there"
-        elif names.get(module) is None:
-            result.skipped[module] = "the base has no such tensor"
+        found = _shape(source, parts)
+        if isinstance(found, str):
+            result.skipped[module] = found
         else:
-            factor = scale(module.removeprefix(_PEFT_PREFIX), _rank(source, parts), alphas.get(module))
-            item = _item(source, parts, names[module], base, factor, scale.transposed)
-            if isinstance(item, str):
-                result.skipped[module] = item
-            else:
-                result.items.append(item)
-    _add_whole(source, others, base, result)
+            shapes[module] = found
+    untold = [module for module in shapes if scale.told(module, alphas.get(module)) is None]
+    if untold:
+        result.warnings.append(
+            f"nothing tells the alpha of {len(untold)} of {len(shapes)} modules: taken to be their rank, so their"
+            " scale is 1; --alpha sets another"
+        )
+    tensors = {module: f"{module}.weight" for module in shapes}
+    names, lacking = _names(source, tensors, shapes, others, base)
+    result.skipped |= {module: lacking[tensor] for module, tensor in tensors.items() if tensor in lacking}
+    matched = {module: names[tensor] for module, tensor in tensors.items() if tensor in names}
+    swapped = _swapped({m: modules[m] for m in matched}, shapes, scale, matched, base, result)
+    taken: set[str] = set()
+    for module, name in matched.items():
+        rank = source[modules[module].keys["A"]].shape[0]
+        factor = scale(module, rank, alphas.get(module))
+        item = _item(source, modules[module], shapes[module], name, base, factor, module in swapped)
+        if isinstance(item, str):
+            result.skipped[module] = item
+        elif name in taken:
+            result.skipped[module] = f"another module changes {name!r} already"
+        else:
+            result.items.append(item)
+            taken.add(name)
+    if base is None or taken:  # else it is another model's, and whatever it holds would be new
+        _add_whole(source, others, names, scale, base, result)
+    result.skipped |= {key: "an alpha without factors" for module, key in alpha_keys.items() if module not in modules}
     return result
 
 
-def _sort_keys(source: Checkpoint) -> tuple[dict[str, _Module], dict[str, float], list[str]]:
-    """(module -> its factors, module -> its alpha, all other keys)."""
-    modules: dict[str, _Module] = {}
-    alphas: dict[str, float] = {}
-    others: list[str] = []
-    for key in source:
-        parsed = parse_key(key)
-        if parsed is not None:
-            module, side, embedding = parsed
-            parts = modules.setdefault(module, _Module())
-            parts.keys[side], parts.embedding = key, embedding
-        elif key.endswith(".alpha"):
-            alphas[key.removesuffix(".alpha")] = float(_float32(source, key).reshape(-1)[0])
-        else:
-            others.append(key)
-    return modules, alphas, others
+def _alpha(source: Checkpoint, key: str) -> float:
+    """A tensor of one number, of whatever dtype."""
+    slot, bits = source[key], source.bits(key)
+    if not bits.size:
+        raise SourceError(f"{source.root}: {key!r} is empty; get the file again")
+    if slot.dtype.name in _FACTORS:
+        value = to_float32(bits, slot.dtype.name)[0]
+    elif slot.dtype.name == "float64" or "int" in slot.dtype.name:
+        value = bits.view(slot.dtype.name)[0]
+    else:
+        raise SourceError(f"{source.root}: {key!r} is {slot.dtype.name}, which is no number; give --alpha")
+    return number(value.item(), f"{source.root}: {key!r}")
 
 
-def _float32(source: Checkpoint, key: str) -> Float32:
-    slot = source[key]
-    if slot.dtype.name not in ("float32", "float16", "bfloat16"):
-        raise SourceError(f"{source.root}: {key!r} is {slot.dtype.name}; LoRA factors are float32, float16 or bfloat16")
-    return to_float32(source.bits(key), slot.dtype.name).reshape(slot.shape)
-
-
-def _rank(source: Checkpoint, parts: _Module) -> int:
-    return source[parts.keys["A"]].shape[0]
-
-
-def _names(source: Checkpoint, modules: dict[str, _Module], base: Checkpoint | None) -> dict[str, str | None]:
-    """module -> the name of the tensor that it changes; None where the base has none."""
-    plain = {module: f"{module.removeprefix(_PEFT_PREFIX)}.weight" for module in modules}
-    if base is None:
-        mangled = [module for module in modules if "." not in module]
-        if mangled:
+def _shape(source: Checkpoint, parts: Module) -> tuple[int, ...] | str:
+    """Of B A, or why there is none."""
+    if set(parts.keys) != {"A", "B"}:
+        return f"only {' '.join(parts.keys)} of A and B is there"
+    for key in parts.keys.values():
+        if source[key].dtype.name not in _FACTORS:
             raise SourceError(
-                f"{source.root}: {mangled[0]!r} has underscores for dots, so its tensor is unknown; give --base MODEL"
+                f"{source.root}: {key!r} is {source[key].dtype.name}; LoRA factors are {', '.join(_FACTORS)}"
             )
-        return {**plain}
-    found = match_names(dict.fromkeys(plain.values(), ()), base)
-    unmangled = {re.sub(r"[./]", "_", name.removesuffix(".weight")): name for name in base}
-    by_slash = {module: name.replace(".", "/", 1) for module, name in plain.items()}
-    return {
-        module: found.get(name)
-        or (by_slash[module] if by_slash[module] in base else None)
-        or unmangled.get(re.sub(r"^lora_(unet|te\d?|transformer)_", "", module))
-        for module, name in plain.items()
-    }
-
-
-def _item(
-    source: Checkpoint, parts: _Module, name: str | None, base: Checkpoint | None, factor: float, transposed: bool
-) -> Item | str:
-    """The dense delta of one module, or why there is none."""
-    assert name is not None
     a, b = source[parts.keys["A"]].shape, source[parts.keys["B"]].shape
-    if len(a) != len(b) or not 2 <= len(a) <= 5 or a[0] != b[1]:
+    if len(a) != len(b) or not 2 <= len(a) <= 5 or a[0] != b[1] or not a[0]:
         return f"shapes {list(b)} and {list(a)} do not multiply"
     if math.prod(b[2:]) != 1:
         return f"B of shape {list(b)} is not a 1 x 1 convolution"
-    shape = (b[0], *a[1:])
-    swap = parts.embedding or transposed
-    if swap:  # the base's rows are A's columns
-        shape = (a[1], b[0])
+    return (b[0], *a[1:])
+
+
+def _names(
+    source: Checkpoint,
+    tensors: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    others: Mapping[str, str],
+    base: Checkpoint | None,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """As `find_tensors`, of the modules and of what is saved whole; without a base names are as they are."""
+    if base is not None:
+        whole = {name: source[key].shape for key, name in others.items()}
+        return find_tensors(whole | {tensors[module]: shape for module, shape in shapes.items()}, base)
+    mangled = [module for module in tensors if "." not in module and "_" in module]
+    if mangled:
+        raise SourceError(
+            f"{source.root}: {mangled[0]!r} has underscores for dots, so its tensor is unknown; give --base MODEL"
+        )
+    return {tensor: tensor for tensor in tensors.values()}, {}
+
+
+def _swapped(
+    modules: Mapping[str, Module],
+    shapes: Mapping[str, tuple[int, ...]],
+    scale: Scale,
+    names: Mapping[str, str],
+    base: Checkpoint | None,
+    result: Source,
+) -> set[str]:
+    """The modules whose tensors are (B A)^T: embeddings, and layers that are stored as [in, out].
+
+    The base's shapes tell.  What is square goes with the others of its source, then by what the configurations say.
+    """
     if base is None:
-        return Item(name, shape, "unspecified", partial(_product, source, parts, factor, swap))
+        return {module for module, parts in modules.items() if parts.embedding or scale.orientation(module)}
+    swapped: set[str] = set()
+    seen: set[bool] = set()
+    square: list[str] = []
+    for module, parts in modules.items():
+        shape = shapes[module]
+        if len(shape) == 2 and shape[0] == shape[1] and not parts.embedding:
+            square.append(module)
+        elif len(shape) == 2 and base[names[module]].shape in (shape, shape[::-1]):
+            swap = parts.embedding if shape[0] == shape[1] else base[names[module]].shape != shape
+            swapped |= {module} if swap else set()
+            seen |= set() if parts.embedding else {swap}
+    for module in square:
+        family = base.config(names[module]).get("model_type") in _CONV1D
+        told = scale.orientation(module)
+        if (seen == {True}) or (seen != {False} and (family if told is None else told)):
+            swapped.add(module)
+        elif len(seen) == 2 and told is None:
+            result.warnings.append(f"{module} is square: taken as [out, in], though other layers here are [in, out]")
+    return swapped
+
+
+def _item(
+    source: Checkpoint,
+    parts: Module,
+    shape: tuple[int, ...],
+    name: str,
+    base: Checkpoint | None,
+    factor: float,
+    swap: bool,
+) -> Item | str:
+    """The dense delta of one module, or why there is none."""
+    shape = shape[::-1] if swap else shape
+    dense = partial(_product, source, parts, factor, swap, shape)
+    if base is None:
+        return Item(name, shape, "unspecified", dense)
     slot = base[name]
-    if slot.shape == shape[::-1] != shape and len(shape) == 2:
-        swap, shape = not swap, slot.shape
     if slot.shape != shape:
         return f"it changes a tensor of shape {list(shape)}, the base's {name!r} has {list(slot.shape)}"
-    if slot.dtype.name not in ("float32", "float16", "bfloat16"):
+    if slot.dtype.name not in _FACTORS:
         return f"the base stores {name!r} as {slot.dtype.name}, to which nothing can be added exactly"
-    dense = partial(_product, source, parts, factor, swap)
     return Item(name, shape, slot.dtype.name, dense, base_bits=partial(base.bits, name))
 
 
-def _product(source: Checkpoint, parts: _Module, factor: float, swap: bool) -> Rows:
+def _product(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
     """factor * B A (transposed if `swap`), a few rows at a time."""
-    a, b = _float32(source, parts.keys["A"]), _float32(source, parts.keys["B"])
-    left, right = b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
+    b, a = (to_float32(source.bits(key), source[key].dtype.name) for key in (parts.keys["B"], parts.keys["A"]))
+    rank = source[parts.keys["A"]].shape[0]
+    left, right = b.reshape(-1, rank), a.reshape(rank, -1)
     if swap:
         left, right = right.T, left.T
     scaled: Float32 = np.ascontiguousarray(left) * np.float32(factor)
     right = np.ascontiguousarray(right)
+    columns = row_shape(shape)[1]
+    pieces = right.shape[1] // columns if columns else 1  # of one row of the product
 
     def rows(start: int, stop: int) -> Float32:
-        product: Float32 = scaled[start:stop] @ right
-        return product
+        first = start // pieces
+        product: Float32 = scaled[first : -(-stop // pieces)] @ right
+        return product.reshape(-1, columns)[start - first * pieces : stop - first * pieces]
 
     return rows
 
 
-def _add_whole(source: Checkpoint, keys: list[str], base: Checkpoint | None, result: Source) -> None:
-    """Tensors saved whole (PEFT's modules_to_save, biases): added where the base lacks them."""
-    from .full import difference
-
-    names = {
-        key: key.removeprefix(_PEFT_PREFIX).replace(".modules_to_save", "").replace(".default", "") for key in keys
-    }
-    for key, name in names.items():
-        if base is None:
-            result.skipped[key] = "saved whole; give --base to tell whether it is new or changed"
-        elif name not in base:
-            result.items.append(whole_tensor(source, key, name))
+def _add_whole(
+    source: Checkpoint,
+    keys: Mapping[str, str],
+    names: Mapping[str, str],
+    scale: Scale,
+    base: Checkpoint | None,
+    result: Source,
+) -> None:
+    """Tensors saved whole (PEFT's modules_to_save, biases): changed, or new where they were meant to be."""
+    lost: dict[str, str] = {}
+    taken = {item.name for item in result.items}
+    for key, name in keys.items():
+        if ".original_module." in key:
+            result.skipped[key] = "the module as it was before"
+        elif base is None:
+            lost[key] = "saved whole; give --base to tell whether it is new or changed"
+        elif names.get(name, name) in taken:
+            result.skipped[key] = f"{names.get(name, name)!r} is in already"
         else:
-            item = difference(source, key, base, name)
+            item = _whole(source, key, name, names.get(name), scale, base)
             if isinstance(item, str):
-                result.skipped[key] = item
+                lost[key] = item
             else:
                 result.items.append(item)
+                taken.add(item.name)
+    result.skipped |= lost
+    if lost:
+        key, why = next(iter(lost.items()))
+        result.warnings.append(f"{len(lost)} tensors beside the LoRA are left out, such as {key}: {why}")
+
+
+def _whole(source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint) -> Item | str:
+    from .full import difference
+
+    if found is not None:
+        return difference(source, key, base, found)
+    tied = tied_slot(base, name, source[key].shape)
+    if tied is not None:
+        return f"the base ties it to {tied!r}, which would change too; untie them in the base first"
+    meant = scale.adds(name)
+    if meant is None:
+        meant = name.endswith((".weight", ".bias"))
+    return whole_tensor(source, key, name) if meant else "the base has no such tensor, and nothing says that it is new"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shiradelta.arithmetic import Float32
 from shiradelta.delta import TensorDelta
+
+if TYPE_CHECKING:
+    from shiradelta.fit.run import Fitted
 
 #: Below this share of the squared norm, plain top-k has thrown most of the fine-tune away.
 LITTLE = 0.5
@@ -26,12 +30,11 @@ class TensorReport:
     lost: float
 
     @classmethod
-    def of(cls, name: str, tensor: TensorDelta, stored: TensorDelta, energy: float) -> TensorReport:
-        """Of a selection and of what the file holds of it, after quantisation."""
-        lost = 0.0
-        if tensor.op == "add":
-            kept, held = tensor.values().astype(np.float64), stored.values().astype(np.float64)
-            lost = max(energy - 2 * float(kept @ held) + float(held @ held), 0.0)
+    def of(cls, name: str, tensor: TensorDelta, stored: TensorDelta, energy: float, selected: Float32) -> TensorReport:
+        """Of the selected differences and of what the file holds of them: quantised if added, exact if set."""
+        kept = selected.astype(np.float64)
+        held = stored.values().astype(np.float64) if tensor.op == "add" else kept
+        lost = max(energy - 2 * float(kept @ held) + float(held @ held), 0.0)
         return cls(name, tensor.op, tensor.shape, tensor.nnz, tensor.numel, energy, lost)
 
     @property
@@ -42,7 +45,7 @@ class TensorReport:
 
 @dataclass
 class Report:
-    """One conversion; `tensors` are the matched ones."""
+    """One conversion; `tensors` are the changed ones, `energy_left_out` is that of those without a selected change."""
 
     source: str
     out: str
@@ -51,7 +54,9 @@ class Report:
     tensors: list[TensorReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    energy_left_out: float = 0.0
     file_bytes: int = 0
+    fit: Fitted | None = None
 
     @property
     def nnz(self) -> int:
@@ -71,24 +76,40 @@ class Report:
     @property
     def energy_kept(self) -> float:
         """The share of the fine-tune's squared norm that the file holds."""
-        energy = sum(tensor.energy for tensor in self.tensors)
-        return 1 - sum(tensor.lost for tensor in self.tensors) / energy if energy else 1.0
+        energy = sum((tensor.energy for tensor in self.tensors), self.energy_left_out)
+        lost = sum((tensor.lost for tensor in self.tensors), self.energy_left_out)
+        return 1 - lost / energy if energy else 1.0
+
+    @property
+    def summary(self) -> str:
+        """How much of the fine-tune is left, in words."""
+        fit = self.fit
+        if fit is None:
+            return f"{self.energy_kept:.1%} of the update's energy kept"
+        return (
+            f"{fit.measure} against the fine-tune, on {fit.held_out} texts held out:"
+            f" {fit.base:.3g} base, {fit.topk:.3g} top-k, {fit.fitted:.3g} fitted"
+        )
 
     def complete(self) -> None:
         """Adds the warnings that follow from the figures."""
-        if self.energy_kept < LITTLE:
+        if self.fit is None and self.energy_kept < LITTLE:
             self.warnings.append(
                 f"only {self.energy_kept:.0%} of the update's energy is kept: top-k alone loses most of this fine-tune;"
-                " a larger --sparsity keeps more"
+                " --fit TEXTS brings most of it back, a larger --sparsity some"
             )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("tensors", "fit")}
         return {
-            **asdict(self),
-            "tensors": [{**asdict(tensor), "energy_kept": tensor.energy_kept} for tensor in self.tensors],
+            **plain,
+            "tensors": [
+                {**asdict(tensor), "energy_kept": None if self.fit else tensor.energy_kept} for tensor in self.tensors
+            ],
             "nnz": self.nnz,
             "numel": self.numel,
             "bits_per_nonzero": self.bits_per_nonzero,
-            "energy_kept": self.energy_kept,
+            "energy_kept": self.energy_kept if self.fit is None else None,
+            "fit": None if self.fit is None else self.fit.as_dict(),
         }

@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shiradelta.converters import convert
     from shiradelta.delta import TensorDelta
-    from shiradelta.engine.directory import apply, revert, verify
+    from shiradelta.engine.directory import apply, revert
+    from shiradelta.engine.hotswap import HotSwap
+    from shiradelta.engine.verification import verify
     from shiradelta.errors import FormatError, ShiraDeltaError
+    from shiradelta.fusion import fuse
     from shiradelta.reader import open_delta
     from shiradelta.writer import save_delta
 
 __all__ = [
     "FormatError",
+    "HotSwap",
     "ShiraDeltaError",
     "TensorDelta",
     "apply",
     "convert",
+    "fuse",
     "open_delta",
     "revert",
     "save_delta",
@@ -30,14 +35,16 @@ __all__ = [
 
 _HOMES = {
     "FormatError": "errors",
+    "HotSwap": "engine.hotswap",
     "ShiraDeltaError": "errors",
     "TensorDelta": "delta",
     "apply": "engine.directory",
     "convert": "converters",
+    "fuse": "fusion",
     "open_delta": "reader",
     "revert": "engine.directory",
     "save_delta": "writer",
-    "verify": "engine.directory",
+    "verify": "engine.verification",
 }
 
 

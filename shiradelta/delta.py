@@ -49,6 +49,7 @@ class TensorDelta:
         dtype: the base tensor's, by torch's name ("bfloat16"), or "unspecified" where no base is known.
         op: "add", "set", "new" (the whole tensor is added to the model) or "drop" (taken away).
         base_bits: the base's elements at the positions, as bits: with it, a file gets fingerprints.
+        base_fingerprint: the base's fingerprint there, where that alone is known.
 
     Raises:
         DeltaError: anything that breaks these rules.
@@ -62,6 +63,7 @@ class TensorDelta:
         dtype: str = "bfloat16",
         op: str = "add",
         base_bits: Array | None = None,
+        base_fingerprint: int | None = None,
     ) -> None:
         self._shape = tuple(int(size) for size in shape)
         numel = check_shape(self._shape)
@@ -84,6 +86,23 @@ class TensorDelta:
         if base_bits is not None and base_bits.shape != (count,):
             raise DeltaError(f"{base_bits.size} base elements for {count} positions")
         self.base_bits = base_bits
+        self._base_fingerprint = base_fingerprint
+
+    @classmethod
+    def trusted(
+        cls,
+        shape: tuple[int, ...],
+        positions: Positions | None,
+        values: Array,
+        dtype: str,
+        op: str,
+        base_bits: Array | None,
+    ) -> TensorDelta:
+        """One of arrays that are known to keep the rules; for the writer, whose codecs see to it."""
+        made = cls.__new__(cls)
+        made._shape, made._positions, made._values, made._dtype, made._op = shape, positions, values, dtype, op
+        made.base_bits, made._base_fingerprint = base_bits, None
+        return made
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -118,7 +137,7 @@ class TensorDelta:
     @property
     def base_fingerprint(self) -> int | None:
         """The base's fingerprint at the positions (FORMAT.md, 6.3), where known."""
-        return None
+        return self._base_fingerprint
 
     @property
     def result_fingerprint(self) -> int | None:

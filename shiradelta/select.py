@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,12 +12,15 @@ from shiradelta.arithmetic import Float32, Positions
 from shiradelta.errors import DeltaError, SourceError
 from shiradelta.reference import at_least
 
-#: rows(start, stop) -> float32 [stop - start, columns]: a dense delta made on demand, a few rows at a time.
+#: rows(start, stop) -> float32 [stop - start, columns]: a dense delta made on demand, a few rows (`row_shape`) at
+#: a time.
 Rows = Callable[[int, int], Float32]
 
 #: Elements that are made at a time: small enough for a core's cache, large enough for NumPy's overhead.
 _BLOCK_ELEMENTS = 1 << 18
 _SAMPLE_BLOCKS = 48
+#: Elements that are sampled together, where rows are shorter.
+_RUN = 256
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,20 @@ class Selection:
     positions: Positions
     values: Float32
     energy: float  # sum of the squares of all elements, selected or not
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) in which a dense delta is made.
+
+    A row is as many trailing dimensions as a block can hold, so that it is one of a matrix even where many are
+    stacked (experts), but never the first one: vectors are cut into elements.
+    """
+    columns = 1
+    for size in shape[:0:-1]:
+        if columns > 1 and columns * size > _BLOCK_ELEMENTS:
+            break
+        columns *= size
+    return (math.prod(shape) // columns if columns else 0), columns
 
 
 def count_for(sparsity: float, numel: int) -> int:
@@ -53,9 +71,9 @@ def top_k(
         SourceError: NaN or infinity in the delta.
     """
     count, columns = shape
-    if count * columns == 0 or k == 0:
+    if count * columns == 0:
         return Selection(np.zeros(0, np.int64), np.zeros(0, np.float32), 0.0)
-    threshold = _sampled_threshold(rows, shape, k)
+    threshold = _sampled_threshold(rows, shape, k) if k else np.float32(np.inf)
     while True:
         found = [_reaching(rows, start, stop, columns, threshold, at_least) for start, stop in _blocks(shape)]
         if threshold == 0 or sum(part.positions.size for part in found) >= k:
@@ -97,8 +115,9 @@ def _sampled_threshold(rows: Rows, shape: tuple[int, int], k: int) -> np.float32
     count, columns = shape
     if count * columns <= 4 * _BLOCK_ELEMENTS:
         return np.float32(0)
-    taken = np.linspace(0, count - 1, min(count, max(_SAMPLE_BLOCKS, (1 << 19) // columns)), dtype=np.int64)
-    sample = np.abs(np.concatenate([rows(int(row), int(row) + 1).reshape(-1) for row in taken]))
+    run = min(count, -(-_RUN // columns))
+    taken = np.linspace(0, count - run, min(count // run, max(_SAMPLE_BLOCKS, (1 << 19) // (run * columns))), dtype=int)
+    sample = np.abs(np.concatenate([rows(row, row + run).reshape(-1) for row in taken.tolist()]))
     share = k / (count * columns)
     # Five standard deviations of a binomial, and 5 % for rows that are alike within themselves.
     wanted = 1.05 * share * sample.size + 5 * np.sqrt(share * sample.size) + 8

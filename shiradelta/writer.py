@@ -77,7 +77,7 @@ class DeltaWriter:
             payload = codec.encode(tensor.values() if tensor.op == "add" else tensor.bits())
             values = self._store(payload)
             decoded = codec.decode(np.frombuffer(payload, np.uint8), tensor.nnz, dtype.size, 0, tensor.nnz)
-            stored = TensorDelta(
+            stored = TensorDelta.trusted(
                 tensor.shape,
                 None if tensor.op == "new" else positions,
                 decoded,

@@ -21,6 +21,7 @@ LAYERS = [
     {"backend", "reference", "native"},
     {"reader", "writer"},
     {"checkpoint", "describe", "select"},
+    {"fusion", "fit"},
     {"engine", "converters"},
     {"cli"},
 ]
@@ -29,7 +30,7 @@ LAYERS = [
 def modules() -> dict[str, list[Path]]:
     """Layer member -> its files."""
     found = {path.stem: [path] for path in (ROOT / "shiradelta").glob("*.py") if path.stem != "__init__"}
-    for package in ("codecs", "engine"):
+    for package in ("codecs", "engine", "fit"):
         found[package] = list((ROOT / "shiradelta" / package).glob("*.py"))
     found["converters"] = list((ROOT / "converters").glob("*.py"))
     return found

@@ -1,0 +1,61 @@
+"""A source's items, fitted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shiradelta.errors import SourceError
+from shiradelta.fit import Fit
+
+from .item import Source
+
+if TYPE_CHECKING:
+    from shiradelta.fit.run import Fitted
+
+
+def run_fit(
+    fit: Fit,
+    source: Source,
+    counts: Mapping[str, int],
+    source_path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None,
+    values: str,
+    scope: str,
+    out: Path,
+    progress: Callable[[str, int, int], None] | None,
+) -> Fitted:
+    """Fits what has a dense delta that is added; the rest is the model's and the fine-tune's alike."""
+    if base is None:
+        raise SourceError(f"{source_path}: fitting needs the model that it was made from; give --base MODEL")
+    for name, why in source.skipped.items():
+        if "its shape is" in why:
+            raise SourceError(
+                f"{source_path}: {name!r}: {why}; a resized vocabulary cannot be fitted: resize the base too, or"
+                " convert without fitting"
+            )
+    try:
+        from shiradelta.fit.run import Target, run
+    except ImportError as error:
+        raise SourceError(f"fitting needs {error.name}; install shiradelta[fit]") from None
+    targets = [
+        Target(item.name, item.dtype, item.matrix, item.dense, counts[item.name])
+        for item in source.items
+        if item.dense is not None and item.replacement is None and item.numel
+    ]
+    if not targets:
+        raise SourceError(f"{source_path}: has nothing to fit, for its changes are exact already")
+    whole = [(item.name, item.exact()) for item in source.items if item.exact is not None]
+    return run(
+        fit,
+        targets,
+        whole,
+        Path(base),
+        Path(source_path),
+        values,
+        scope == "model",
+        out,
+        progress or (lambda what, done, total: None),
+    )

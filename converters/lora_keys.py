@@ -1,0 +1,197 @@
+"""Names in LoRA files: which module a key belongs to, and which tensor of the base that is.
+
+Keys read: `MODULE.lora_A.weight` and `lora_B` (PEFT, diffusers), `lora_embedding_A` / `_B` (PEFT), `lora_down` /
+`lora_up` and `lora.down` / `lora.up` with `MODULE.alpha` (kohya, older diffusers), `lora_linear_layer.up` and
+`processor.to_q_lora.up` (diffusers before PEFT).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shiradelta.checkpoint import Checkpoint, match_names
+from shiradelta.errors import SourceError
+
+_KEY = re.compile(
+    r"^(?P<module>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<ab>[AB])|lora(?:_linear_layer)?[._](?P<updown>up|down))"
+    r"(?:\.default)?(?:\.weight)?$"
+)
+_PROCESSOR = re.compile(r"^(?P<layer>.+)\.processor\.(?P<projection>to_\w+)_lora(?P<rest>\.(?:up|down)(?:\.weight)?)$")
+_PEFT_PREFIX = "base_model.model."
+#: Parts of other methods that would be lost without a word if only A and B were taken.
+_UNSUPPORTED = {
+    "lora_magnitude_vector": "DoRA's magnitudes need the base's norms; merge it first",
+    "dora_scale": "DoRA's magnitudes need the base's norms; merge it first",
+    "lora_mid": "a Tucker-decomposed LoRA; merge it first",
+    "lora_E": "AdaLoRA's singular values; merge it first",
+    "hada_w1_a": "a LoHa; merge it first",
+    "lokr_w1": "a LoKr; merge it first",
+    "lora_B.bias": "a LoRA with biases; merge it first",
+    "trainable_tokens_delta": "rows of an embedding (trainable_token_indices); merge it first",
+}
+#: Parts that PEFT puts into the names of what it saves whole.
+_WRAPPERS = re.compile(r"\.(?:modules_to_save|base_layer|default)(?=\.|$)")
+
+
+@dataclass
+class Module:
+    """What a file holds of one module."""
+
+    keys: dict[str, str] = field(default_factory=dict)  # "A", "B" -> key
+    embedding: bool = False
+
+
+def parse_key(key: str) -> tuple[str, str, bool] | None:
+    """(module, "A" or "B", whether of an embedding), or None for a key that is no LoRA factor."""
+    old = _PROCESSOR.match(key)
+    if old is not None:
+        projection = "to_out.0" if old["projection"] == "to_out" else old["projection"]
+        key = f"{old['layer']}.{projection}.lora{old['rest']}"
+    match = _KEY.match(key)
+    if match is None:
+        return None
+    side = match["ab"] or {"down": "A", "up": "B"}[match["updown"]]
+    return match["module"].removeprefix(_PEFT_PREFIX), side, match["embedding"] is not None
+
+
+def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], dict[str, str]]:
+    """(module -> its factors, module -> its alpha's key, other key -> name of the tensor that it may be).
+
+    Raises:
+        SourceError: some are of a method other than LoRA.
+    """
+    modules: dict[str, Module] = {}
+    alphas: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for key in source:
+        parsed = parse_key(key)
+        if parsed is not None:
+            module, side, embedding = parsed
+            parts = modules.setdefault(module, Module())
+            parts.keys[side], parts.embedding = key, embedding
+        elif key.endswith(".alpha"):
+            alphas[key.removesuffix(".alpha").removeprefix(_PEFT_PREFIX)] = key
+        else:
+            others[key] = _WRAPPERS.sub("", key.removeprefix(_PEFT_PREFIX))
+            for part, why in _UNSUPPORTED.items():
+                if part in key:
+                    raise SourceError(f"{source.root}: {key!r} is {why}")
+    return modules, alphas, others
+
+
+def refuse_unmerged(source: Checkpoint) -> None:
+    """Refuses a whole model with LoRA layers still in it.
+
+    An adapter holds no weights of the layers that it changes but the embeddings'.
+    """
+    adapted = {key.partition(".lora_A.")[0] for key in source if ".lora_A." in key}
+    wrapped = [module for module in adapted if f"{module}.base_layer.weight" in source]
+    if len(wrapped) > 1:
+        raise SourceError(
+            f"{source.root}: is a whole model with LoRA layers in it ({min(wrapped)!r}, ...); merge it first, or save"
+            " the adapter alone"
+        )
+
+
+# ---------------------------------------------------------------------------- the base's names
+
+_KOHYA = re.compile(r"lora_(?P<component>unet|transformer|te\d?)_(?P<rest>.+)")
+_DIFFUSERS = re.compile(r"(?P<component>unet|transformer|text_encoder(?:_\d)?)\.(?P<rest>.+)")
+#: kohya's names of components -> a pipeline's.
+_COMPONENTS = {
+    "unet": ("unet", "transformer"),
+    "te": ("text_encoder",),
+    "te1": ("text_encoder",),
+    "te2": ("text_encoder_2",),
+    "te3": ("text_encoder_3",),
+}
+_ORIGINAL = re.compile(r"(?:^|[._])(?:(?:input|output|double|single|joint)_blocks|middle_block)[._]")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor's place in a pipeline, as its name tells it: in one of `components`, as `rest`."""
+
+    component: str  # as the file spells it
+    components: tuple[str, ...]
+    rest: str
+    mangled: bool  # dots became underscores
+
+    @classmethod
+    def of(cls, name: str) -> _Place | None:
+        match = _KOHYA.match(name) or _DIFFUSERS.match(name)
+        if match is None:
+            return None
+        component, mangled = match["component"], match.re is _KOHYA
+        components = _COMPONENTS.get(component, (component,)) if mangled else (component,)
+        return cls(component, components, match["rest"], mangled)
+
+
+class _Base:
+    """Looks for tensors in a base by their places."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self.components = {name.partition("/")[0] for name in base if "/" in name}
+        self.mangled = {name.removesuffix(".weight").replace(".", "_"): name for name in base}
+
+    def find(self, place: _Place) -> str | None:
+        for prefix in [f"{component}/" for component in place.components] if self.components else [""]:
+            name = prefix + place.rest
+            if place.mangled:
+                name = self.mangled.get(name.removesuffix(".weight"), "")
+            if name in self.base:
+                return name
+        return None
+
+    def one_component(self, places: Mapping[str, _Place], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """Which of a file's components a lone component is: by its folder's name, else by what fits; or several."""
+        spelt = {place.component: place.components for place in places.values()}
+        root = self.base.root if self.base.root.is_dir() else self.base.root.parent
+        named = {component for component, folders in spelt.items() if root.name in folders}
+        if len(named) == 1 or len(spelt) < 2:
+            return named or set(spelt)
+        fits = Counter(
+            place.component
+            for name, place in places.items()
+            if (found := self.find(place)) and sorted(self.base[found].shape) == sorted(shapes[name])
+        )
+        return {component for component in spelt if fits[component] == max(fits.values(), default=0)}
+
+
+def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """(wanted name -> the base's, wanted name -> why there is none).
+
+    Args:
+        wanted: names as a file has them -> shapes, in any order of the dimensions.
+        base: where to look.
+    """
+    found: dict[str, str] = {}
+    lacking: dict[str, str] = {}
+    there = _Base(base)
+    places = {name: place for name in wanted if name not in base and (place := _Place.of(name)) is not None}
+    if not there.components:
+        chosen = there.one_component(places, wanted)
+        for name, place in places.items():
+            if len(chosen) > 1:
+                either = " or of ".join(sorted(chosen))
+                lacking[name] = f"the base may be that of {either}; give the pipeline's folder, or name the base's so"
+            elif place.component not in chosen:
+                lacking[name] = f"it is of {place.component}, the base of {', '.join(chosen)}"
+    for name, place in places.items():
+        if name not in lacking and (tensor := there.find(place)) is not None:
+            found[name] = tensor
+    rest = [name for name in wanted if name not in found and name not in lacking]
+    matched = match_names(dict.fromkeys(rest, ()), base)
+    for name in rest:
+        tensor = matched.get(name) or there.mangled.get(name.removesuffix(".weight"))
+        if tensor is not None:
+            found[name] = tensor
+        elif _ORIGINAL.search(name):
+            lacking[name] = "it has the original checkpoint's name, the base has diffusers'; convert its keys first"
+        else:
+            lacking[name] = "the base has no such tensor"
+    return found, lacking

@@ -1,0 +1,134 @@
+"""What the product of a LoRA's factors is multiplied with, and what its configuration says beside that."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shiradelta.checkpoint import Checkpoint, read_json
+from shiradelta.errors import SourceError
+
+CONFIG = "adapter_config.json"
+#: Initialisations that take something out of the base, by the start of their names.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_UNSUPPORTED = {
+    "use_dora": "a DoRA, whose magnitudes need the base's norms; merge it first",
+    "layer_replication": "an adapter of repeated layers (layer_replication); merge it first",
+    "alora_invocation_tokens": "an activated LoRA, which depends on the text; no change of weights does the same",
+    "target_parameters": "an adapter of parameters (target_parameters), such as experts; merge it first",
+}
+
+
+def check_type(config: Mapping[str, Any], where: object, *types: str) -> None:
+    """Refuses a PEFT configuration of another type."""
+    found = str(config.get("peft_type") or types[0]).rpartition(".")[2].upper()
+    if found not in types:
+        raise SourceError(f"{where}: is of type {found}; only {' and '.join(types)} can be converted: merge it first")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How alpha and rank are told: by configurations, by alpha tensors, or by nobody.
+
+    Attributes:
+        configs: component -> its configuration; "" for all components.
+        alpha: the user's, over all others.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    alpha: float | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, alpha: float | None) -> Scale:
+        """From adapter_config.json beside the file, or from its metadata.  Raises SourceError."""
+        file = checkpoint.shards[0].file
+        beside = file.parent / CONFIG
+        where: Path = beside if beside.exists() else file
+        configs = {"": read_json(beside)} if beside.exists() else _in_metadata(checkpoint.shards[0].metadata)
+        for config in configs.values():
+            if not isinstance(config, dict):
+                raise SourceError(f"{where}: is not a PEFT configuration; get it again")
+            _check(config, where)
+        return cls(configs, alpha)
+
+    def config(self, module: str) -> Mapping[str, Any]:
+        """That of a module's component."""
+        return self.configs.get(module.partition(".")[0], self.configs.get("", {}))
+
+    def told(self, module: str, tensor: float | None) -> float | None:
+        """A module's alpha, if anything tells it."""
+        if self.alpha is not None or tensor is not None:
+            return self.alpha if self.alpha is not None else tensor
+        config = self.config(module)
+        told = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+        return None if told is None else number(told, f"{module}: alpha")
+
+    def __call__(self, module: str, rank: int, tensor: float | None) -> float:
+        """The factor on B A of one module; `tensor` is its alpha tensor's."""
+        alpha = self.told(module, tensor)
+        return (rank if alpha is None else alpha) / (math.sqrt(rank) if self.config(module).get("use_rslora") else rank)
+
+    def orientation(self, module: str) -> bool | None:
+        """Whether the base stores the weight as [in, out] (GPT-2's Conv1D); None if nothing tells."""
+        return self.config(module).get("fan_in_fan_out")
+
+    def adds(self, name: str) -> bool | None:
+        """Whether a tensor is of a module that was to be saved whole; None without PEFT's configuration."""
+        config = self.config(name)
+        if "peft_type" not in config:
+            return None
+        module = name.rpartition(".")[0]
+        return any(f".{saved}." in f".{module}." for saved in config.get("modules_to_save") or ())
+
+
+def number(value: Any, what: str) -> float:
+    """A finite float; SourceError where it is none."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise SourceError(f"{what} {value!r} is no finite number; give --alpha")
+    return result
+
+
+def _check(config: Mapping[str, Any], where: Path) -> None:
+    check_type(config, where, "LORA")
+    for key, why in _UNSUPPORTED.items():
+        if config.get(key):
+            raise SourceError(f"{where}: {why}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise SourceError(
+            f"{where}: init_lora_weights {start!r} changed the base too; save it as a plain LoRA"
+            " (PEFT: path_initial_model_for_weight_conversion) first"
+        )
+
+
+def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    try:
+        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    except re.error as error:
+        raise SourceError(f"alpha_pattern {error.pattern!r} is no regular expression ({error}); repair it") from None
+
+
+def _in_metadata(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Of a file's own metadata: diffusers' JSON, or kohya's pair."""
+    try:
+        if "lora_adapter_metadata" in metadata:
+            configs: dict[str, dict[str, Any]] = {}
+            for key, value in json.loads(metadata["lora_adapter_metadata"]).items():
+                component, _, name = key.rpartition(".")  # "unet.lora_alpha"
+                configs.setdefault(component, {})[name] = value
+            return configs if len(configs) > 1 else dict(zip([""], configs.values(), strict=False))
+        if "ss_network_alpha" in metadata:
+            return {"": {"lora_alpha": float(metadata["ss_network_alpha"])}}
+    except (ValueError, AttributeError):
+        pass
+    return {}

@@ -1,0 +1,113 @@
+"""Models and tokenizers as transformers loads them from a folder, and nothing from anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shiradelta.checkpoint import read_json
+from shiradelta.errors import SourceError
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise SourceError(f"device {name!r} cannot be used ({error}); take cpu") from None
+
+
+def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The base's weights in the class of the fine-tune, which may have another head than the base.
+
+    Args:
+        base: the base model's folder, or its weights' file.
+        tuned: the fine-tune's folder or file; its config counts if it has one with an architecture.
+        device: where the weights go.
+        dtype: as what.
+
+    Raises:
+        SourceError: transformers cannot load it, or the vocabularies differ.
+    """
+    transformers = _transformers()
+    folder = base if base.is_dir() else base.parent
+    own, theirs = _config(folder), _config(tuned if tuned.is_dir() else tuned.parent)
+    if own is None:
+        raise SourceError(f"{folder}: has no config.json that names its architecture; give the base model's folder")
+    config, config_folder = (own, folder) if theirs is None else (theirs, tuned if tuned.is_dir() else tuned.parent)
+    if config.get("vocab_size") != own.get("vocab_size"):
+        raise SourceError(
+            f"{tuned}: its vocabulary has {config.get('vocab_size')} tokens, the base's {own.get('vocab_size')}; resize"
+            " the base's embeddings first, or convert without fitting"
+        )
+    architecture = config["architectures"][0]
+    loader = getattr(transformers, architecture, None)
+    if loader is None:
+        raise SourceError(f"{config_folder}: transformers has no {architecture}; give model and forward from Python")
+    try:
+        with _quiet(transformers):
+            parsed = transformers.AutoConfig.from_pretrained(config_folder, local_files_only=True)
+            model: nn.Module = loader.from_pretrained(folder, config=parsed, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise SourceError(f"{folder}: transformers cannot load it ({_line(error)})") from None
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise SourceError(f"{folder}: an encoder-decoder has two inputs; give model and forward from Python")
+    return model.to(device)
+
+
+def load_tokenizer(*folders: Path) -> Any:
+    """The first tokenizer that one of the folders (or the folder of a file) holds.
+
+    Raises:
+        SourceError: none does.
+    """
+    transformers = _transformers()
+    tried = [folder if folder.is_dir() else folder.parent for folder in folders]
+    for folder in tried:
+        if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+            try:
+                with _quiet(transformers):
+                    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError, ImportError) as error:
+                raise SourceError(f"{folder}: its tokenizer cannot be loaded ({_line(error)})") from None
+    raise SourceError(f"{tried[0]}: has no tokenizer, which fitting on texts needs; copy its tokenizer.json there")
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else None
+    return config if isinstance(config, dict) and config.get("architectures") else None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise SourceError("fitting needs transformers; install shiradelta[fit]") from None
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' own bars and remarks on heads that the base lacks."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

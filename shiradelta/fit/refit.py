@@ -1,0 +1,180 @@
+"""Closed form, from forward passes alone: least squares on the inputs' second moments, layer after layer.
+
+Of one linear layer, with the student's inputs X and the outputs Y that the teacher has there, it minimises
+|X (W + S)' - Y|^2 over S with few nonzeros.  X comes from layers that are refitted already: what they could not keep
+is carried over to those that follow.  All that is needed of X and Y is X'X and X'(Y - X W').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .behaviour import Behaviour
+from .scores import largest
+from .sparse import Nonzeros
+from .teacher import Teacher
+
+#: Added to the diagonal, as a share of its mean: some hundred texts do not span all inputs.
+DAMPING = 0.1
+#: How many candidates there are at first, as a multiple of what is kept, and the rounds in which they are dropped.
+CANDIDATES, ROUNDS = 8.0, 5
+#: Elements of the small systems that are solved at a time.
+_SOLVED = 1 << 20
+
+
+class _Enough(Exception):  # noqa: N818
+    """Ends a forward pass whose rest is not needed."""
+
+
+def refit(
+    model: nn.Module,
+    behaviour: Behaviour,
+    teacher: Teacher,
+    nonzeros: Nonzeros,
+    parts: Sequence[Sequence[int]],
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Gives linear layers a new mask and new values; all else keeps what it has."""
+    positions = [nonzeros.positions[place.part] for place in nonzeros.places]
+    values = [nonzeros.values[place.part] for place in nonzeros.places]
+    index_of = {id(place.parameter): index for index, place in enumerate(nonzeros.places)}
+
+    def written(index: int) -> Nonzeros:
+        place = nonzeros.places[index]
+        one = Nonzeros([place.parameter], [place.stored], [positions[index]])
+        one.write(values[index])
+        return one
+
+    nonzeros.write(None)
+    groups = _groups(model, lambda: behaviour.outputs(model, parts[0]), index_of)
+    linear = {index_of[id(module.weight)] for group in groups for module in group}
+    done = [written(index) for index in index_of.values() if index not in linear]
+    for number, group in enumerate(groups):
+        progress("least squares by layer", number, len(groups))
+        inputs, crosses = _moments(model, behaviour, teacher, group, parts)
+        for module, cross in zip(group, crosses, strict=True):
+            index = index_of[id(module.weight)]
+            positions[index], values[index] = solve(inputs, cross, positions[index].numel())
+            done.append(written(index))
+    for one in done:
+        one.write(None)
+    nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], torch.cat(values))
+
+
+def _groups(model: nn.Module, forward: Callable[[], object], wanted: dict[int, int]) -> list[list[nn.Linear]]:
+    """Linear layers in the order in which they are called; those that read the same input together."""
+    groups: list[list[nn.Linear]] = []
+    last: list[Tensor] = []
+    seen: set[int] = set()
+
+    def hook(module: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        if id(module.weight) in seen:  # a layer that is called twice has no one input
+            return
+        seen.add(id(module.weight))
+        if last and last[0] is inputs[0]:
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+            last[:] = [inputs[0]]
+
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
+    hooks = [module.register_forward_pre_hook(hook) for module in linears]
+    with torch.no_grad(), _removing(hooks):
+        forward()
+    return groups
+
+
+def _moments(
+    model: nn.Module, behaviour: Behaviour, teacher: Teacher, group: list[nn.Linear], parts: Sequence[Sequence[int]]
+) -> tuple[Tensor, list[Tensor]]:
+    """X'X of a group's common input, and X'(Y - X W') of each of its layers."""
+    size = group[0].weight.shape[1]
+    inputs = torch.zeros(size, size, device=group[0].weight.device)
+    crosses = [torch.zeros(size, len(module.weight), device=inputs.device) for module in group]
+    for part in parts:
+        with teacher.in_place():
+            _, expected = _outputs(model, behaviour, group, part)
+        x, found = _outputs(model, behaviour, group, part)
+        inputs += x.T @ x
+        for cross, e, f in zip(crosses, expected, found, strict=True):
+            cross += x.T @ (e - f)
+    return inputs, crosses
+
+
+def _outputs(
+    model: nn.Module, behaviour: Behaviour, group: list[nn.Linear], part: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """The group's input and its layers' outputs, as matrices; the forward pass goes no further."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hook(number: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found[number] = inputs[0], output
+        if len(found) == len(group):
+            raise _Enough
+
+    hooks = [module.register_forward_hook(partial(hook, number)) for number, module in enumerate(group)]
+    with torch.no_grad(), _removing(hooks), suppress(_Enough):
+        behaviour.outputs(model, part)
+    outputs = [found[number][1] for number in range(len(group))]
+    x = found[0][0]
+    return x.reshape(-1, x.shape[-1]).float(), [y.reshape(-1, y.shape[-1]).float() for y in outputs]
+
+
+@contextmanager
+def _removing(hooks: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def solve(inputs: Tensor, cross: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions, increasing, and values of the `count` nonzeros of S [outputs, inputs].
+
+    Candidates are taken from the dense solution; in some rounds those are dropped whose loss costs least, given that
+    the others of their row make up for it (the optimal brain surgeon's rule), and the rest is solved again.
+    """
+    inputs = inputs + DAMPING * inputs.diagonal().mean().clamp(min=1e-12) * torch.eye(len(inputs)).to(inputs)
+    dense = torch.linalg.solve(inputs, cross).T.contiguous()
+    importance = dense.abs() * inputs.diagonal().sqrt()
+    numel = dense.numel()
+    left = [min(numel, round(count * CANDIDATES ** (1 - r / (ROUNDS - 1)))) for r in range(ROUNDS)]
+    chosen = largest(importance.view(-1), left[0])
+    values, costs = _restricted(inputs, cross, chosen)
+    for size in [*left[1:-1], min(count, numel)]:
+        kept = largest(costs, size)
+        chosen = chosen[kept]
+        values, costs = _restricted(inputs, cross, chosen)
+    return chosen, values
+
+
+def _restricted(inputs: Tensor, cross: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The least-squares values at the positions, and what dropping each alone would cost."""
+    size, rows = cross.shape
+    row, column = positions // size, positions % size
+    counts = torch.bincount(row, minlength=rows)
+    first = counts.cumsum(0) - counts
+    values, costs = torch.zeros_like(positions, dtype=inputs.dtype), torch.zeros_like(positions, dtype=inputs.dtype)
+    # Rows of like count together, so that little of the padded systems is padding.
+    order = counts.argsort()[int((counts == 0).sum()) :]
+    while len(order):
+        width = int(counts[order[-1]])
+        batch = order[-max(1, _SOLVED // (width * width)) :]
+        order = order[: len(order) - len(batch)]
+        slot = torch.arange(width, device=positions.device)
+        there = slot < counts[batch][:, None]
+        at = torch.where(there, first[batch][:, None] + slot, 0)
+        columns = column[at]
+        system = inputs[columns[:, :, None], columns[:, None, :]] * (there[:, :, None] & there[:, None, :])
+        system += torch.diag_embed((~there).to(system.dtype))
+        inverse = torch.linalg.inv(system)
+        solution = (inverse @ (cross[columns, batch[:, None]] * there).unsqueeze(2)).squeeze(2)
+        cost = solution.square() / inverse.diagonal(dim1=1, dim2=2)
+        values[at[there]], costs[at[there]] = solution[there], cost[there]
+    return values, costs

@@ -1,0 +1,267 @@
+"""Training of the nonzeros: Adam, one cycle, falling density, and at last the codec's own rounding.
+
+The recipe is the same for LoRA and full fine-tunes.  Learning rates are in units of each weight's rms, so that it
+does not depend on a model's scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.errors import ShiraDeltaError
+
+from .behaviour import Behaviour, Outputs
+from .quantise import Quantiser
+from .sparse import Nonzeros, flat
+from .teacher import Teacher
+
+WARM_UP = 0.1
+#: Density falls until here, along a cubic; then the mask is fixed.
+FALL_UNTIL = 0.6
+PRUNINGS = 50
+#: From here on the forward pass sees values as the codec rounds them; gradients pass straight through.
+ROUND_FROM = 0.75
+BETAS = (0.9, 0.999)
+EPSILON = 1e-10
+EVALUATIONS = 20
+#: Evaluations with less gain than this, after which training stops; counted once the mask is fixed.
+PATIENCE, LEAST_GAIN = 4, 1e-3
+#: NaN this often, each time with half the learning rate, ends it.
+FAILURES = 3
+
+
+@dataclass
+class State:
+    """Everything that a resumed run needs; tensors are tensors of `Nonzeros` and Adam."""
+
+    steps: int  # of the whole run
+    step: int
+    counts: list[int]
+    positions: Tensor
+    values: Tensor
+    mean: Tensor
+    square: Tensor
+    failures: int = 0
+    waited: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+    best: float = math.inf
+    best_values: Tensor | None = None
+
+    def copy(self) -> State:
+        """Tensors that nothing else writes to."""
+        tensors = {name: getattr(self, name).clone() for name in ("positions", "values", "mean", "square")}
+        best = None if self.best_values is None else self.best_values.clone()
+        return State(
+            self.steps,
+            self.step,
+            list(self.counts),
+            **tensors,
+            failures=self.failures,
+            waited=self.waited,
+            history=list(self.history),
+            best=self.best,
+            best_values=best,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how fast, how many."""
+
+    steps: int
+    micro: int
+    rate: float
+    codec: str
+    counts: Sequence[int]  # nonzeros by tensor in the end
+    whole_model: bool  # they may move between tensors
+
+
+class DivergedError(ShiraDeltaError):
+    """Training gave NaN again and again."""
+
+
+class Trainer:
+    """One run of training."""
+
+    def __init__(
+        self, model: nn.Module, nonzeros: Nonzeros, behaviour: Behaviour, teacher: Teacher, plan: Plan
+    ) -> None:
+        self._model, self._nonzeros, self._behaviour, self._teacher = model, nonzeros, behaviour, teacher
+        self._plan = plan
+        self._start = sum(nonzeros.counts)
+        self._rms = [_rms(place.parameter) for place in nonzeros.places]
+        zero = torch.zeros_like(nonzeros.values)
+        self.state = State(plan.steps, 0, nonzeros.counts, nonzeros.positions, nonzeros.values, zero, zero.clone())
+        self._lay_out()
+
+    def load(self, state: State) -> None:
+        """Goes on from there."""
+        self.state = state = state.copy()
+        device = self._nonzeros.values.device
+        state.mean, state.square = state.mean.to(device), state.square.to(device)
+        if state.best_values is not None:
+            state.best_values = state.best_values.to(device)
+        self._nonzeros.reset(state.positions, state.counts, state.values)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """What depends on the mask."""
+        state, nonzeros = self.state, self._nonzeros
+        state.counts, state.positions, state.values = nonzeros.counts, nonzeros.positions, nonzeros.values
+        self._units = nonzeros.per_tensor(self._rms)
+        self._quantiser = Quantiser(self._plan.codec, nonzeros.counts, nonzeros.values.device)
+
+    def run(
+        self,
+        batches: Iterator[list[int]],
+        held_out: Sequence[int],
+        progress: Callable[[str, int, int], None],
+        save: Callable[[State], None],
+    ) -> None:
+        """To the end, or until nothing is gained any more; then the best values are in `Nonzeros`.
+
+        Raises:
+            DivergedError: NaN, although the learning rate was halved.
+        """
+        plan, state = self._plan, self.state
+        every = max(1, plan.steps // EVALUATIONS)
+        for _ in range(state.step):
+            next(batches)
+        good = state.copy()
+        residual = math.nan
+        with self._nonzeros.attached(self._model):
+            while self.state.step < plan.steps:
+                self._prune()
+                state = self.state
+                if state.step % every == 0 and state.step not in (step for step, _ in state.history[-1:]):
+                    self._evaluate(held_out)
+                    if state.waited > PATIENCE:
+                        break
+                    good = state.copy()
+                    save(good)
+                loss = self._gradient(next(batches))
+                if not math.isfinite(loss):
+                    self._back_off(good)
+                    continue
+                residual = loss if math.isnan(residual) else 0.8 * residual + 0.2 * loss
+                progress(f"{residual:.3f} of the loss left", state.step, plan.steps)
+                self._update()
+                state.step += 1
+            self._prune()
+            self._evaluate(held_out)
+        state = self.state
+        if state.best_values is not None:
+            self._nonzeros.values = state.values = state.best_values
+        self.write()
+
+    def write(self) -> None:
+        """Puts the values into the weights as this stage of the training sees them."""
+        values = self._nonzeros.values
+        self._nonzeros.write(self._quantiser(values) if self._rounding else values)
+
+    @property
+    def _rounding(self) -> bool:
+        return self.state.step >= ROUND_FROM * self._plan.steps
+
+    def _evaluate(self, held_out: Sequence[int]) -> None:
+        self.write()
+        state = self.state
+        distance = measure(self._model, self._behaviour, self._teacher, held_out, self._plan.micro)
+        state.history.append((state.step, distance))
+        if not self._rounding:
+            return
+        gained = distance < state.best * (1 - LEAST_GAIN)
+        state.waited = 0 if gained else state.waited + 1
+        if distance < state.best:
+            state.best, state.best_values = distance, state.values.clone()
+
+    def _gradient(self, batch: list[int]) -> float:
+        """Loss of a batch; its gradient is in `Nonzeros.grad`."""
+        self._nonzeros.grad.zero_()
+        self.write()
+        total = 0.0
+        for part in _parts(batch, self._plan.micro):
+            teacher = self._teacher.outputs(part)
+            loss = self._behaviour.loss(self._behaviour.outputs(self._model, part), teacher)
+            share = len(part) / len(batch)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() * share
+        return total if bool(self._nonzeros.grad.isfinite().all()) else math.nan
+
+    def time_one(self, batch: list[int]) -> None:
+        """A step that changes nothing."""
+        with self._nonzeros.attached(self._model):
+            self._gradient(batch)
+
+    def _update(self) -> None:
+        """Adam."""
+        state, grad = self.state, self._nonzeros.grad
+        first, second = BETAS
+        state.mean.lerp_(grad, 1 - first)
+        state.square.lerp_(grad.square(), 1 - second)
+        count = state.step + 1
+        root = (state.square / (1 - second**count)).sqrt_().add_(EPSILON)
+        rate = self._plan.rate * cycle(state.step, self._plan.steps) / 2**state.failures
+        state.values.sub_(self._units * (state.mean / root) * (rate / (1 - first**count)))
+
+    def _prune(self) -> None:
+        """Drops what matters least by |value| times rms gradient, when it is time."""
+        plan, state = self._plan, self.state
+        until = plan.steps * FALL_UNTIL
+        target = sum(plan.counts)
+        due = state.step >= until or state.step % max(1, int(until) // PRUNINGS) == 0
+        if len(state.values) <= target or state.step == 0 or not due:
+            return
+        total = target + round((self._start - target) * max(0.0, 1 - state.step / until) ** 3)
+        score = state.values.abs() * state.square.sqrt()
+        kept = torch.zeros_like(score, dtype=torch.bool)
+        if plan.whole_model:
+            kept[score.topk(total).indices] = True
+        else:
+            for place, end in zip(self._nonzeros.places, plan.counts, strict=True):
+                have = place.part.stop - place.part.start
+                count = min(have, max(end, round(end * total / target)))
+                kept[place.part.start + score[place.part].topk(count).indices] = True
+        self._nonzeros.keep(kept)
+        state.mean, state.square = state.mean[kept], state.square[kept]
+        self._lay_out()
+
+    def _back_off(self, good: State) -> None:
+        failures = self.state.failures + 1
+        if failures > FAILURES:
+            self.load(good)
+            raise DivergedError(
+                f"training gave NaN at step {self.state.step} even at 1/{2 ** (failures - 1)} of the learning rate;"
+                f" give a smaller one, such as --fit-rate {self._plan.rate / 16:.2g}"
+            )
+        self.load(good)
+        self.state.failures = good.failures = failures
+
+
+def _rms(parameter: nn.Parameter) -> float:
+    """Of a weight; a bias that is zero everywhere has the unit that weights mostly have."""
+    return float(flat(parameter).float().square().mean().sqrt()) or 0.02
+
+
+def cycle(step: int, steps: int) -> float:
+    """Linear up, cosine down to zero."""
+    return min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def measure(model: nn.Module, behaviour: Behaviour, teacher: Teacher, indices: Sequence[int], batch: int) -> float:
+    """The distance of a model, as it is, from the teacher; the mean over batches, weighted by examples."""
+    total = 0.0
+    for part in _parts(sorted(indices, key=lambda index: behaviour.lengths[index]), batch):
+        with torch.no_grad():
+            student: Outputs = behaviour.outputs(model, part)
+        total += behaviour.distance(student, teacher.outputs(part)) * len(part)
+    return total / len(indices)
+
+
+def _parts(indices: Sequence[int], size: int) -> list[list[int]]:
+    return [list(indices[i : i + size]) for i in range(0, len(indices), size)]
