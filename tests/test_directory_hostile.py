@@ -136,6 +136,7 @@ def test_ctrl_c_during_a_revert_is_held_back(model: Path, made: Path):
     shiradelta.apply(model, made / "a.shd")
     code = (
         "import os, signal, sys, shiradelta\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job starts with it ignored
         "def tell(what, done, total):\n"
         "    if what == 'patching' and done == 2: os.kill(os.getpid(), signal.SIGINT)\n"
         "shiradelta.revert(sys.argv[1], progress=tell)\n"
