@@ -265,14 +265,17 @@ def _shira(stage: Stage) -> None:
 
 
 def densities(stage: Stage, percents: list[float], layers: int) -> None:
-    """Cost against density, and against a copy of the same weights."""
+    """Cost against density, and against a copy of the same weights.
+
+    The peers have changed the weights by now, hence check=False.
+    """
     model = stage.model[:layers]
     weights = [parameter.data for parameter in model.parameters()]
     copies = [torch.empty_like(weight) for weight in weights]
     stage.row("density", "copy of the weights", 1, stage.seconds(lambda: torch._foreach_copy_(copies, weights)))
     for percent in percents:
         swap = sd.HotSwap(model)
-        swap.load("first", for_all_layers(one_layer(stage, percent / 100, 0), layers))
+        swap.load("first", for_all_layers(one_layer(stage, percent / 100, 0), layers), check=False)
         stage.row("density", "HotSwap apply", percent, stage.seconds(partial(swap.switch, "first"), swap.revert))
         stage.row("density", "HotSwap revert", percent, _reverts(stage, swap))
         swap.revert()
@@ -282,7 +285,7 @@ def counts(stage: Stage, numbers: list[int], layers: int) -> None:
     """Cost against the number of adapters that are active together, 1 % each."""
     swap = sd.HotSwap(stage.model[:layers])
     for i, data in enumerate(adapters(stage, max(numbers), 0.01, layers)):
-        swap.load(str(i), data)
+        swap.load(str(i), data, check=False)
     for number in numbers:
         wanted = {str(i): 1 / number for i in range(number)}
         stage.row("adapters", "HotSwap apply", number, stage.seconds(partial(swap.switch, wanted), swap.revert))
@@ -293,7 +296,7 @@ def sizes(stage: Stage, numbers: list[int]) -> None:
     layer = one_layer(stage, 0.01, 0)
     for number in numbers:
         swap = sd.HotSwap(stage.model[:number])
-        swap.load("first", for_all_layers(layer, number))
+        swap.load("first", for_all_layers(layer, number), check=False)
         stage.row("size", "HotSwap apply", number, stage.seconds(partial(swap.switch, "first"), swap.revert))
 
 
