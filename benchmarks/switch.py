@@ -39,7 +39,7 @@ class Stage:
     def __init__(self, device: str, layers: int, repeats: int) -> None:
         self.device, self.layers, self.repeats = device, layers, repeats
         self.rows: list[dict[str, object]] = []
-        block = torch.nn.ModuleDict(
+        block: Any = torch.nn.ModuleDict(
             {
                 name.replace(".", "_"): torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16, device="meta")
                 for name, (rows, columns) in LLAMA_7B_LAYER.items()
@@ -144,7 +144,7 @@ def compare(stage: Stage) -> None:
     swap.load("first", first)
     swap.load("second", second)
     apply = stage.row("compare", "HotSwap apply", 1, stage.seconds(partial(swap.switch, "first"), swap.revert))
-    revert = stage.row("compare", "HotSwap revert", 1, _reverts(stage, swap))
+    revert = stage.row("compare", "HotSwap revert", 1, _reverts(stage, swap, "first"))
     swap.switch("first")
     names = iter(["second", "first"] * 1000)
     other = stage.row("compare", "HotSwap A -> B", 1, stage.seconds(lambda: swap.switch(next(names))))
@@ -179,10 +179,20 @@ def compare(stage: Stage) -> None:
     print_table(f"{stage.layers} layers of Llama-2-7B, bf16, 1 %, int8, on {where(stage.device)}", rows)
 
 
-def _reverts(stage: Stage, swap: Any) -> float:
+def _copies(stage: Stage) -> float:
+    """A plain copy, and torch's own way to put weights in."""
+    weights = stage.weights()
+    copies = [torch.empty_like(weight) for weight in weights]
+    state = dict(zip(stage.model.state_dict(), copies, strict=True))
+    copy = stage.row("compare", "copy of the weights", 1, stage.seconds(lambda: torch._foreach_copy_(copies, weights)))
+    stage.row("compare", "load_state_dict", 1, stage.seconds(lambda: stage.model.load_state_dict(state)))
+    return copy
+
+
+def _reverts(stage: Stage, swap: Any, name: str) -> float:
     """Of an adapter that is put on again untimed."""
-    swap.switch("first")
-    return stage.seconds(swap.revert, lambda: swap.switch("first"))
+    swap.switch(name)
+    return stage.seconds(swap.revert, lambda: swap.switch(name))
 
 
 def _indexing(stage: Stage, data: bytes) -> None:
@@ -264,40 +274,44 @@ def _shira(stage: Stage) -> None:
         stage.row("compare", "PEFT SHiRA merge", 1, seconds * stage.layers / layers)
 
 
-def densities(stage: Stage, percents: list[float], layers: int) -> None:
-    """Cost against density, and against a copy of the same weights.
+def _loaded(stage: Stage, layers: int, files: list[bytes]) -> Any:
+    """A session with adapters "0", "1", ...; unchecked, because what was measured before has drifted the weights."""
+    swap = sd.HotSwap(stage.model[:layers])
+    for i, data in enumerate(files):
+        swap.load(str(i), data, check=False)
+    return swap
 
-    The peers have changed the weights by now, hence check=False.
-    """
-    model = stage.model[:layers]
-    weights = [parameter.data for parameter in model.parameters()]
+
+def _apply(stage: Stage, swap: Any, wanted: dict[str, float]) -> float:
+    return stage.seconds(lambda: swap.switch(wanted), swap.revert)
+
+
+def densities(stage: Stage, percents: list[float], layers: int) -> None:
+    """Cost against density, beside a copy of the same weights."""
+    weights = [parameter.data for parameter in stage.model[:layers].parameters()]
     copies = [torch.empty_like(weight) for weight in weights]
     stage.row("density", "copy of the weights", 1, stage.seconds(lambda: torch._foreach_copy_(copies, weights)))
     for percent in percents:
-        swap = sd.HotSwap(model)
-        swap.load("first", for_all_layers(one_layer(stage, percent / 100, 0), layers), check=False)
-        stage.row("density", "HotSwap apply", percent, stage.seconds(partial(swap.switch, "first"), swap.revert))
-        stage.row("density", "HotSwap revert", percent, _reverts(stage, swap))
+        swap = _loaded(stage, layers, adapters(stage, 1, percent / 100, layers))
+        stage.row("density", "HotSwap apply", percent, _apply(stage, swap, {"0": 1.0}))
+        stage.row("density", "HotSwap revert", percent, _reverts(stage, swap, "0"))
         swap.revert()
 
 
 def counts(stage: Stage, numbers: list[int], layers: int) -> None:
     """Cost against the number of adapters that are active together, 1 % each."""
-    swap = sd.HotSwap(stage.model[:layers])
-    for i, data in enumerate(adapters(stage, max(numbers), 0.01, layers)):
-        swap.load(str(i), data, check=False)
+    swap = _loaded(stage, layers, adapters(stage, max(numbers), 0.01, layers))
     for number in numbers:
         wanted = {str(i): 1 / number for i in range(number)}
-        stage.row("adapters", "HotSwap apply", number, stage.seconds(partial(swap.switch, wanted), swap.revert))
+        stage.row("adapters", "HotSwap apply", number, _apply(stage, swap, wanted))
 
 
 def sizes(stage: Stage, numbers: list[int]) -> None:
     """Cost against the size of the model, in layers, 1 %."""
     layer = one_layer(stage, 0.01, 0)
     for number in numbers:
-        swap = sd.HotSwap(stage.model[:number])
-        swap.load("first", for_all_layers(layer, number), check=False)
-        stage.row("size", "HotSwap apply", number, stage.seconds(partial(swap.switch, "first"), swap.revert))
+        swap = _loaded(stage, number, [for_all_layers(layer, number)])
+        stage.row("size", "HotSwap apply", number, _apply(stage, swap, {"0": 1.0}))
 
 
 def where(device: str) -> str:

@@ -20,7 +20,7 @@ from shiradelta.digest import content_digest, tensor_digest
 from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
 from shiradelta.header import Container, Record
 
-Source = str | os.PathLike[str] | bytes | BinaryIO
+Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
 
 
 class StoredTensor(TensorDelta):
@@ -155,7 +155,7 @@ def open_delta(source: Source, backend: str = "auto") -> Delta:
     """Opens a `.shd` file and checks its header and tables; tensors are decoded when asked for.
 
     Args:
-        source: a path (mapped into memory), bytes, or a binary file (read to its end).
+        source: a path (mapped into memory), bytes or an array of them, or a binary file (read to its end).
         backend: "libshd", "numpy", or "auto" for the best there is; the bits are the same.
 
     Raises:
@@ -168,7 +168,7 @@ def open_delta(source: Source, backend: str = "auto") -> Delta:
         file = os.fspath(source)
         data, mapped = _map(Path(file))
     else:
-        data = np.frombuffer(source if isinstance(source, bytes) else source.read(), np.uint8)
+        data = np.frombuffer(source if isinstance(source, (bytes, np.ndarray)) else source.read(), np.uint8)
     try:
         return Delta(data, header.parse(data), file, mapped, choose(backend))
     except FormatError as error:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shiradelta import arithmetic, wire
+from shiradelta.codecs.base import Bytes
 from shiradelta.digest import tensor_digest
 from shiradelta.engine.backends import new_backend
 from shiradelta.engine.interrupts import interrupts_held_back
 from shiradelta.engine.live import Target, is_array, live_tensors
 from shiradelta.engine.live_backend import Layer, LiveBackend, Patch
 from shiradelta.engine.matching import Names, check_fingerprint, check_fit, check_overlaps, match
-from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
+from shiradelta.engine.reading import read_whole
+from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, TargetError
 from shiradelta.reader import Source, StoredTensor, open_delta
 
 
@@ -152,7 +152,7 @@ class HotSwap:
             DeltaError: the name is taken.
         """
         self._free_name(name)
-        label, data = _read(source)
+        label, data = read_whole(source, next(iter(self._backends.values())).buffer)
         try:
             adapter = self._prepare(name, label, data, allow_dtype, strict)
         except FormatError as error:
@@ -190,7 +190,7 @@ class HotSwap:
         if name in self._adapters:
             raise DeltaError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
-    def _prepare(self, name: str, label: str, data: bytes, allow_dtype: bool, strict: bool) -> _Adapter:
+    def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, strict: bool) -> _Adapter:
         """All of loading that does not look at the weights."""
         delta = open_delta(data, self._choice if self._choice in ("numpy", "libshd") else "auto")
         matched, unmatched = match(delta, self._targets, self._names, label, strict)
@@ -399,13 +399,3 @@ class HotSwap:
     def _saved_bytes(self) -> int:
         layers = (layer for stack in self._layers.values() for layer in stack)
         return sum(layer.patch.record.nnz * wire.DTYPE_OF_NAME[layer.patch.dtype].size for layer in layers)
-
-
-def _read(source: Source) -> tuple[str, bytes]:
-    """(what to call it, its bytes): read at once, so that nobody can change them under us."""
-    if isinstance(source, (str, os.PathLike)):
-        try:
-            return os.fspath(source), Path(source).read_bytes()
-        except OSError as error:
-            raise ShiraDeltaError(f"{source}: cannot be read ({error.strerror}); check the path") from None
-    return "delta", source if isinstance(source, bytes) else source.read()

@@ -30,7 +30,7 @@ class Target:
         holder: the module's own tensor, whose address is looked at before each write.
         view: how it was taken from the holder; views of one kind share no element.
         device: "cpu", "cuda:0" and the like.
-        address: the holder's, when the model was looked at.
+        address: the holder's, when the model was looked at; 0 where it cannot change.
     """
 
     name: str
@@ -44,7 +44,8 @@ class Target:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", str(getattr(self.tensor, "device", "cpu")))
-        object.__setattr__(self, "address", self._address())
+        still = self.refusal is not None or is_array(self.tensor)
+        object.__setattr__(self, "address", 0 if still else self.holder.data_ptr())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,14 +63,9 @@ class Target:
         low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
         return self.device, start + low, start + high + itemsize
 
-    def _address(self) -> int:
-        if is_array(self.holder) or self.refusal is not None or self.holder is None:
-            return 0
-        return int(self.holder.data_ptr())
-
     def check_address(self) -> None:
         """Raises TargetError if the model has moved the tensor since."""
-        if self._address() != self.address:
+        if self.address and self.holder.data_ptr() != self.address:
             raise TargetError(
                 f"tensor {self.name!r} was moved or replaced since HotSwap looked at the model; revert before moving a"
                 " model, and make a new HotSwap after it"

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from shiradelta.codecs.base import Bytes
 from shiradelta.engine.live import Target
 from shiradelta.header import Record
 from shiradelta.reader import StoredTensor
@@ -61,11 +62,14 @@ class LiveBackend(Protocol):
 
     name: str
 
-    def hold(self, source: bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
+    def buffer(self, size: int) -> Bytes:
+        """Host memory to read a file into."""
+
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
         """Checks the tensors' deltas wholly and copies them, compressed, to where the targets are.
 
         Args:
-            source: the file.
+            source: the file, in memory that `buffer` gave, which nobody changes.
             tensors: (delta, target, dtype of the target's elements).
 
         Raises:

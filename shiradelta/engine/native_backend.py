@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from shiradelta.arithmetic import Array, Positions
+from shiradelta.codecs.base import Bytes
 from shiradelta.engine.live import Target
 from shiradelta.engine.live_backend import Layer, Patch, Stack
 from shiradelta.engine.numpy_backend import NumpyBackend, elements
@@ -25,7 +26,7 @@ class NativeBackend(NumpyBackend):
 
     name = "libshd"
 
-    def hold(self, source: bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
         """Loading a tensor checks all of it; the file's bytes stay, compressed."""
         patches = []
         for tensor, target, dtype in tensors:

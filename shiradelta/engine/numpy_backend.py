@@ -8,6 +8,7 @@ import numpy as np
 
 from shiradelta import arithmetic, wire
 from shiradelta.arithmetic import Array, Positions
+from shiradelta.codecs.base import Bytes
 from shiradelta.engine.live import Target, is_array
 from shiradelta.engine.live_backend import Elementwise, Patch
 from shiradelta.reader import StoredTensor
@@ -19,7 +20,11 @@ class NumpyBackend(Elementwise):
     name = "numpy"
     xp = np
 
-    def hold(self, source: bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
+    def buffer(self, size: int) -> Bytes:
+        """Plain memory."""
+        return np.empty(size, np.uint8)
+
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
         """Decodes everything once, which checks it; the file's bytes stay, compressed."""
         for tensor, _, _ in tensors:
             tensor.positions()

@@ -8,7 +8,6 @@ fits it.  Bits are signed integers of the elements' size, which every device can
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from shiradelta.codecs.bits import field_words
 from shiradelta.codecs.rice import Rice
 from shiradelta.engine.live import Target, is_array
 from shiradelta.engine.live_backend import Elementwise, Layer, Patch, Stack
+from shiradelta.engine.reading import in_threads
 from shiradelta.header import Record, Section
 from shiradelta.reader import StoredTensor
 from shiradelta.reference import unzstd
@@ -77,36 +77,40 @@ class TorchBackend(Elementwise):
 
     # ---------------------------------------------------------------------------------------- memory
 
-    def hold(self, source: bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
-        """One buffer for all sections, each where a file would align it."""
-        with ThreadPoolExecutor() as pool:
-            pairs = list(pool.map(lambda item: self._checked(source, item[0]), tensors))
-            parts = [part for pair in pairs for part in pair]
-            spans = _spans([part.size for part in parts])
-            host = np.empty(spans[-1].stop if spans else 0, np.uint8)
-            list(
-                pool.map(lambda pair: np.copyto(host[pair[0]][: pair[1].size], pair[1]), zip(spans, parts, strict=True))
-            )
-        buffer = torch.from_numpy(host).to(self.device)
-        views = [buffer[span] for span in spans]
-        return [
-            Patch(
-                target, tensor.record, dtype, Sections.of(*two, index[: wire.RICE_HEAD.size].tobytes(), tensor.record)
-            )
-            for (tensor, target, dtype), (index, _), two in zip(
-                tensors, pairs, zip(views[::2], views[1::2], strict=True), strict=True
-            )
-        ]
+    def buffer(self, size: int) -> Bytes:
+        """Pinned, so that what is read into it goes to the device at full speed."""
+        pinned = self.device.type == "cuda"
+        empty: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).numpy()
+        return empty
 
-    def _checked(self, source: bytes, tensor: StoredTensor) -> tuple[Bytes, Bytes]:
-        """(index as RICE, values) of a tensor that decodes without an error."""
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
+        """One buffer on the device for all sections, each where a file would align it."""
+        pairs = in_threads(lambda item: self._checked(source, item[0]), tensors)
+        parts = [part for pair in pairs for part in pair]
+        spans = _spans([part.size for part in parts])
+        buffer = torch.empty(spans[-1].stop if spans else 0, dtype=torch.uint8, device=self.device)
+        views = [buffer[span.start : span.start + part.size] for span, part in zip(spans, parts, strict=True)]
+        for view, part in zip(views, parts, strict=True):
+            view.copy_(torch.from_numpy(part), non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the source is free to go
+        patches = []
+        for i, ((tensor, target, dtype), (index, _)) in enumerate(zip(tensors, pairs, strict=True)):
+            head = index[: wire.RICE_HEAD.size].tobytes()
+            patches.append(
+                Patch(target, tensor.record, dtype, Sections.of(views[2 * i], views[2 * i + 1], head, tensor.record))
+            )
+        return patches
+
+    def _checked(self, source: Bytes, tensor: StoredTensor) -> tuple[Bytes, Bytes]:
+        """(index as RICE, values) of a tensor that decodes without an error; arrays that may be written to."""
         record, positions = tensor.record, tensor.positions()
         tensor.bits()
         if record.index_codec is IndexCodec.RICE:
             index = stored_bytes(source, record.index)
         else:
             encoded = Rice().encode(positions, record.shape) if record.nnz else b""
-            index = np.frombuffer(encoded, np.uint8)
+            index = np.frombuffer(bytearray(encoded), np.uint8)
         return index, stored_bytes(source, record.values)
 
     def room(self, patches: Sequence[Patch]) -> list[Tensor]:
@@ -272,10 +276,10 @@ def _spans(sizes: Sequence[int]) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def stored_bytes(source: bytes, section: Section) -> Bytes:
+def stored_bytes(source: Bytes, section: Section) -> Bytes:
     """A section's bytes, out of zstd."""
-    stored = np.frombuffer(source, np.uint8, section.stored, section.offset)
-    return np.frombuffer(unzstd(stored, section.decoded), np.uint8) if section.zstd else stored
+    stored = source[section.offset : section.offset + section.stored]
+    return np.frombuffer(bytearray(unzstd(stored, section.decoded)), np.uint8) if section.zstd else stored
 
 
 def _bits_type(dtype: str) -> torch.dtype:

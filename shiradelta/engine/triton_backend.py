@@ -7,11 +7,14 @@ together, and strided ones, take the way of plain torch operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import count
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shiradelta import wire
 from shiradelta.codecs import VALUE_CODECS
@@ -26,42 +29,56 @@ from shiradelta.header import Record, Section, crc32
 from shiradelta.reader import StoredTensor
 from shiradelta.wire import IndexCodec
 
-#: Of a program; 2,048 lanes.  Measured on an H100: benchmarks/switch.py.
-_WARPS = 4
+#: Warps of a program, whose lanes are 2,048.  More hide more of the scattered writes; of those measured the fastest.
+_WARPS = 8
 _BIG = 1 << 31
-
 
 #: Of the kernels' table.
 Row = tuple[int, ...]
 Item = TypeVar("Item")
-_UNARY_BITS = kernels.COLUMNS.index("unary_bits")
+_UNARY_BITS, _SAVED, _STRENGTH = (kernels.COLUMNS.index(name) for name in ("unary_bits", "saved", "strength"))
+_serials = count()
 
 
-@dataclass(frozen=True)
-class _Fused:
-    """What the kernels need to know of a patch: all that stays as it is is looked up once, for a switch is short.
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """What is the same in all launches over some patches: their rows, and which program has which patch."""
+
+    rows: NDArray[np.int64]
+    owner: torch.Tensor  # int32 [programs]
+    first: torch.Tensor  # int64 [patches]: its first program
+
+
+@dataclass(frozen=True, eq=False)
+class _Held(Sections):
+    """Sections, and what a launch needs to know of them: looked up once, for a switch is short.
 
     `values` is (value codec, dtype); `elements` is (bytes of one, bytes of a directory's word, whether positions
     pass 2^31).
     """
 
     row: Row
-    values: tuple[int, str]
+    fused: bool  # else plain torch has to do it
+    kind: tuple[int, str]
     elements: tuple[int, int, bool]
+    serial: int = field(default_factory=lambda: next(_serials))
+    grids: dict[tuple[int, ...], _Grid] = field(default_factory=dict)  # of patches that start with this one
 
     @classmethod
-    def of(cls, patch: Patch) -> _Fused | None:
-        """None where plain torch has to do it."""
+    def beside(cls, patch: Patch) -> _Held:
+        """Of a patch with nothing but its sections."""
         record = patch.record
-        if not record.nnz or not patch.target.tensor.is_contiguous():
-            return None
-        size, word = wire.DTYPE_OF_NAME[patch.dtype].size, wire.word_size(record.numel)
-        return cls(_row(patch), (int(record.value_codec), patch.dtype), (size, word, record.numel >= _BIG))
-
-
-@dataclass(frozen=True, eq=False)
-class _Held(Sections):
-    fused: _Fused | None = None
+        return cls(
+            **vars(patch.data),
+            row=_row(patch),
+            fused=record.nnz > 0 and bool(patch.target.tensor.is_contiguous()),
+            kind=(int(record.value_codec), patch.dtype),
+            elements=(
+                wire.DTYPE_OF_NAME[patch.dtype].size,
+                wire.word_size(record.numel),
+                record.numel >= _BIG,
+            ),
+        )
 
 
 class TritonBackend(TorchBackend):
@@ -71,23 +88,23 @@ class TritonBackend(TorchBackend):
 
     # --------------------------------------------------------------------------------------- loading
 
-    def hold(self, source: bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
         """The index's structure is checked on the device that decodes it; checksums and values on the host."""
-        patches = super().hold(source, tensors)
+        patches = [replace(patch, data=_Held.beside(patch)) for patch in super().hold(source, tensors)]
         mine = [i for i, (tensor, _, _) in enumerate(tensors) if _is_rice(tensor)]
         with self.ordered(None):
             wrong = self._sums(
-                [_row(patches[i]) for i in mine],
-                [(wire.word_size(patches[i].record.numel),) for i in mine],
-                lambda rows, sums, word: self._launch(kernels.check_kernel, rows, sums, WORD=word),
+                [patches[i] for i in mine],
+                [(patches[i].data.elements[1],) for i in mine],
+                lambda group, sums, word: self._launch(kernels.check_kernel, group, sums, WORD=word),
             )
-        for i, count in zip(mine, wrong, strict=True):
-            if count:
+        for i, blocks in zip(mine, wrong, strict=True):
+            if blocks:
                 tensors[i][0].positions()  # says what is wrong
                 raise FormatError("bad_directory", tensor=tensors[i][0].record.name)
-        return [replace(patch, data=_Held(**vars(patch.data), fused=_Fused.of(patch))) for patch in patches]
+        return patches
 
-    def _checked(self, source: bytes, tensor: StoredTensor) -> tuple[Bytes, Bytes]:
+    def _checked(self, source: Bytes, tensor: StoredTensor) -> tuple[Bytes, Bytes]:
         """(index, values), of which the index has been looked at from outside."""
         if not _is_rice(tensor):
             return super()._checked(source, tensor)
@@ -108,10 +125,10 @@ class TritonBackend(TorchBackend):
         """Fused where nothing is on the tensor yet."""
         plain = [patch for patch in patches if patch.data.fused and patch.target not in below]
         sums = self._sums(
-            [patch.data.fused.row for patch in plain],
-            [patch.data.fused.elements for patch in plain],
-            lambda rows, sums, size, word, big: self._launch(
-                kernels.fingerprint_kernel, rows, sums, SIZE=size, WORD=word, BIG=big
+            plain,
+            [patch.data.elements for patch in plain],
+            lambda group, sums, size, word, big: self._launch(
+                kernels.fingerprint_kernel, group, sums, SIZE=size, WORD=word, BIG=big
             ),
         )
         found = dict(zip(plain, sums, strict=True))
@@ -124,10 +141,9 @@ class TritonBackend(TorchBackend):
     def apply(self, stacks: Sequence[Stack]) -> None:
         """One launch for each kind of values and elements; a model has one, as a rule."""
         fused = [stack[0] for stack in stacks if len(stack) == 1 and stack[0].patch.data.fused]
-        keys = [(*layer.patch.data.fused.values, *layer.patch.data.fused.elements) for layer in fused]
-        for key, layers in _groups(keys, fused).items():
-            codec, dtype, size, word, big = key
-            self._launch(kernels.apply_kernel, _rows(layers), CODEC=codec, DTYPE=dtype, SIZE=size, WORD=word, BIG=big)
+        keys = [(*layer.patch.data.kind, *layer.patch.data.elements) for layer in fused]
+        for (codec, dtype, size, word, big), layers in _groups(keys, fused).items():
+            self._launch_on(layers, kernels.apply_kernel, CODEC=codec, DTYPE=dtype, SIZE=size, WORD=word, BIG=big)
             for layer in layers:
                 layer.filled = True
         super().apply([stack for stack in stacks if len(stack) > 1 or not stack[0].patch.data.fused])
@@ -136,30 +152,65 @@ class TritonBackend(TorchBackend):
     def restore(self, layers: Sequence[Layer]) -> None:
         """Likewise."""
         fused = [layer for layer in layers if layer.patch.data.fused]
-        keys = [layer.patch.data.fused.elements for layer in fused]
+        keys = [layer.patch.data.elements for layer in fused]
         for (size, word, big), group in _groups(keys, fused).items():
-            self._launch(kernels.restore_kernel, _rows(group), SIZE=size, WORD=word, BIG=big)
+            self._launch_on(group, kernels.restore_kernel, SIZE=size, WORD=word, BIG=big)
         super().restore([layer for layer in layers if not layer.patch.data.fused])
         self._used(fused)
 
     # -------------------------------------------------------------------------------------- launching
 
-    def _launch(self, kernel: Any, rows: Sequence[Row], *sums: torch.Tensor, **kind: Any) -> None:
-        """A program for each block of each row's tensor."""
-        blocks = np.array([-(-row[_UNARY_BITS] // wire.BLOCK_BITS) for row in rows])
-        owner = torch.from_numpy(np.repeat(np.arange(len(rows), dtype=np.int32), blocks)).to(self.device)
-        first = torch.from_numpy(np.cumsum(blocks) - blocks).to(self.device)
-        table = torch.tensor(rows, dtype=torch.int64).to(self.device)
-        kernel[(owner.numel(),)](table, owner, first, *sums, **kind, num_warps=_WARPS, enable_fp_fusion=False)
+    def _launch_on(self, layers: Sequence[Layer], kernel: Any, **kind: Any) -> None:
+        """With what layers save, and their strengths as the bits of a float32."""
+        saved = [layer.saved.data_ptr() for layer in layers]
+        strengths = np.array([layer.strength for layer in layers], np.float32).view(np.int32)
+        self._launch(kernel, [layer.patch for layer in layers], columns={_SAVED: saved, _STRENGTH: strengths}, **kind)
 
-    def _sums(self, rows: Sequence[Row], keys: Sequence[Any], launch: Callable[..., None]) -> list[int]:
-        """What a kernel adds up for each row."""
-        found: dict[int, int] = {}
-        for key, places in _groups(keys, range(len(rows))).items():
-            sums = torch.zeros(len(places), dtype=torch.int64, device=self.device)
-            launch([rows[i] for i in places], sums, *key)
-            found |= zip(places, sums.tolist(), strict=True)
-        return [found[i] for i in range(len(rows))]
+    def _launch(
+        self,
+        kernel: Any,
+        patches: Sequence[Patch],
+        *sums: torch.Tensor,
+        columns: Mapping[int, Any] = MappingProxyType({}),
+        **kind: Any,
+    ) -> None:
+        """A program for each block of each patch."""
+        grid = self._grid(patches)
+        rows = grid.rows.copy()
+        for column, content in columns.items():
+            rows[:, column] = content
+        table = self._uploaded(torch.from_numpy(rows))
+        kernel[(grid.owner.numel(),)](
+            table, grid.owner, grid.first, *sums, **kind, num_warps=_WARPS, enable_fp_fusion=False
+        )
+
+    def _grid(self, patches: Sequence[Patch]) -> _Grid:
+        """Made once for the same patches, and gone with the first of them."""
+        grids: dict[tuple[int, ...], _Grid] = patches[0].data.grids
+        key = tuple(patch.data.serial for patch in patches)
+        if key not in grids:
+            rows = np.array([patch.data.row for patch in patches], np.int64)
+            blocks = -(-rows[:, _UNARY_BITS] // wire.BLOCK_BITS)
+            owner = torch.from_numpy(np.repeat(np.arange(len(rows), dtype=np.int32), blocks))
+            first = torch.from_numpy(np.cumsum(blocks) - blocks)
+            grids.clear()  # the last use is the likeliest to come again
+            grids[key] = _Grid(rows, owner.to(self.device), first.to(self.device))
+        return grids[key]
+
+    def _uploaded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the device, without waiting for it."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _sums(self, patches: Sequence[Patch], keys: Sequence[Any], launch: Callable[..., None]) -> list[int]:
+        """What a kernel adds up for each patch."""
+        found: dict[Patch, int] = {}
+        for key, group in _groups(keys, patches).items():
+            sums = torch.zeros(len(group), dtype=torch.int64, device=self.device)
+            launch(group, sums, *key)
+            found |= zip(group, sums.tolist(), strict=True)
+        return [found[patch] for patch in patches]
 
 
 def _row(patch: Patch) -> Row:
@@ -182,14 +233,6 @@ def _row(patch: Patch) -> Row:
     )
 
 
-def _rows(layers: Sequence[Layer]) -> list[Row]:
-    """Rows with what layers save, and their strengths as the bits of a float32."""
-    strengths = {
-        strength: int(np.float32(strength).view(np.int32)) for strength in {layer.strength for layer in layers}
-    }
-    return [(*layer.patch.data.fused.row[:-2], layer.saved.data_ptr(), strengths[layer.strength]) for layer in layers]
-
-
 def _groups(keys: Sequence[Any], items: Sequence[Item]) -> dict[Any, list[Item]]:
     """Key -> its items."""
     groups: dict[Any, list[Item]] = {}
@@ -202,8 +245,8 @@ def _is_rice(tensor: StoredTensor) -> bool:
     return tensor.record.index_codec is IndexCodec.RICE
 
 
-def _crc_is_right(source: bytes, section: Section) -> bool:
-    return crc32(np.frombuffer(source, np.uint8, section.stored, section.offset)) == section.crc
+def _crc_is_right(source: Bytes, section: Section) -> bool:
+    return crc32(source[section.offset : section.offset + section.stored]) == section.crc
 
 
 def _frame_is_sound(index: Bytes, record: Record) -> bool:

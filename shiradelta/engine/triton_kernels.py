@@ -56,40 +56,40 @@ def _entry(directory, index, WORD: tl.constexpr):
 
 
 @triton.jit
+def _whole(value, BIG: tl.constexpr):
+    """An integer that counts elements: 64 bits if BIG, and else 32, which are faster."""
+    return value.to(tl.int64 if BIG else tl.int32)
+
+
+@triton.jit
 def _decode(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
     """(bit, rank in the tensor, whether there is such a rank, position) of a block's lanes, (base, rank) of the block.
 
-    Positions are int32 unless BIG; those of inactive lanes are of no use.
+    What lanes without a rank hold is of no use.
     """
     k = tl.load(row + 6).to(tl.int32)
-    unary_bits = tl.load(row + 7)
-    nnz = tl.load(row + 8)
+    left = _whole(tl.load(row + 7), BIG) - _whole(block, BIG) * BLOCK
+    nnz = _whole(tl.load(row + 8), BIG)
     directory = tl.load(row)
-    base = _entry(directory, 2 * block, WORD)
-    rank0 = _entry(directory, 2 * block + 1, WORD)
-    if not BIG:
-        base = base.to(tl.int32)
-        rank0 = rank0.to(tl.int32)
+    base = _whole(_entry(directory, 2 * block, WORD), BIG)
+    rank0 = _whole(_entry(directory, 2 * block + 1, WORD), BIG)
     lane = tl.arange(0, BLOCK)
-    inside = block.to(tl.int64) * BLOCK + lane < unary_bits
     unary = tl.load(row + 2).to(_INT32) + block.to(tl.int64) * (BLOCK // 32)
-    word = tl.load(unary + (lane >> 5), mask=inside, other=0)
+    word = tl.load(unary + (lane >> 5), mask=lane < left, other=0)
     bit = (word >> (lane & 31)) & 1
     count = tl.cumsum(bit, 0)
     index = rank0 + (count - 1)
     active = (bit == 1) & (index >= 0) & (index < nnz)
-    # Two words, so that a field that crosses from one to the next is whole.
-    start = index.to(tl.int64) * k
-    low = tl.load(row + 1).to(_INT32) + (start >> 5)
-    first = tl.load(low, mask=active, other=0).to(tl.int64) & 0xFFFFFFFF
-    second = tl.load(low + 1, mask=active, other=0).to(tl.int64)
-    field = ((first | (second << 32)) >> (start & 31)) & ((1 << k.to(tl.int64)) - 1)
-    if not BIG:
-        field = field.to(tl.int32)
-    field = tl.where(active, field, 0)
-    zeros = lane + 1 - count
-    if BIG:
-        zeros = zeros.to(tl.int64)
+    # 32 fields fill k words.  Two words are read, so that a field that crosses from one to the next is whole.
+    start = (index & 31).to(tl.int32) * k
+    low = tl.load(row + 1).to(_INT32) + ((index >> 5) * k + (start >> 5))
+    first = tl.load(low, mask=active, other=0).to(tl.uint32, bitcast=True)
+    second = tl.load(low + 1, mask=active, other=0).to(tl.uint32, bitcast=True)
+    shift = (start & 31).to(tl.uint32)
+    field = (first >> shift) | ((second << 1) << (31 - shift))
+    field = (field & ((1 << k.to(tl.uint32)) - 1)).to(tl.int32, bitcast=True)
+    field = _whole(tl.where(active, field, 0), BIG)
+    zeros = _whole(lane + 1 - count, BIG)
     position = base + (zeros << k) + tl.cumsum(field, 0) + (count - 1)
     return bit, index, active, position, base, rank0
 
@@ -98,7 +98,7 @@ def _decode(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
 def _targets(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
     """(rank, whether there is one and its position is inside the tensor, position) of a block's lanes."""
     bit, index, active, position, base, rank0 = _decode(row, block, WORD, BIG)
-    return index, active & (position >= 0) & (position < tl.load(row + 9)), position
+    return index, active & (position >= 0) & (position < _whole(tl.load(row + 9), BIG)), position
 
 
 @triton.jit

@@ -1,0 +1,96 @@
+"""Draws what `benchmarks.switch` and `benchmarks.drift` have measured: `python -m benchmarks.plot`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from benchmarks.switch import RESULTS
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+Rows = list[dict[str, str]]
+
+
+def read(path: Path) -> Rows:
+    """A table."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _lines(
+    axes: Any, rows: Rows, key: Callable[[dict[str, str]], str], x: str, y: Callable[[dict[str, str]], float]
+) -> None:
+    for what in dict.fromkeys(key(row) for row in rows):
+        points = [(float(row[x]), y(row)) for row in rows if key(row) == what]
+        axes.plot(*zip(*points, strict=True), marker="o", label=what)
+    axes.legend(frameon=False)
+
+
+def draw_switch(rows: Rows, target: Path) -> None:
+    """Bars of everything at 1 %, and lines of what HotSwap costs as things grow."""
+    figure, ((bars, density), (size, adapters)) = plt.subplots(2, 2, figsize=(12, 8))
+    compared = [row for row in rows if row["experiment"] == "compare"][::-1]
+    ours = ["tab:blue" if row["what"].startswith("HotSwap") else "tab:gray" for row in compared]
+    milliseconds = [1000 * float(row["seconds"]) for row in compared]
+    drawn = bars.barh([row["what"] for row in compared], milliseconds, color=ours)
+    bars.bar_label(drawn, fmt="%.3g", padding=3)
+    bars.set(xscale="log", xlabel="ms", title=f"layers: {compared[0]['layers']}; 1 %, int8")
+    for axes, experiment, x in (
+        (density, "density", "share of weights that change, %"),
+        (size, "size", "layers"),
+        (adapters, "adapters", "adapters active together, 1 % each"),
+    ):
+        chosen = [row for row in rows if row["experiment"] == experiment]
+        copies = [row for row in chosen if row["what"].startswith("copy")]
+        lines = [row for row in chosen if row not in copies]
+        if len({row["x"] for row in lines}) < 2:
+            axes.set_axis_off()
+            continue
+        _lines(axes, lines, lambda row: row["what"], "x", lambda row: 1000 * float(row["seconds"]))
+        for row in copies:
+            axes.axhline(1000 * float(row["seconds"]), color="tab:gray", linestyle="--")
+            axes.annotate(
+                "copy of the weights", (0.02, 1000 * float(row["seconds"])), xycoords=("axes fraction", "data")
+            )
+        axes.set(xlabel=x, ylabel="ms", ylim=(0, None))
+    figure.suptitle(f"Llama-2-7B shapes, bf16, random weights; {rows[0]['machine']}\n{rows[0]['versions']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def draw_drift(rows: Rows, target: Path) -> None:
+    """Weights that differ, over cycles."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    _lines(
+        axes,
+        rows,
+        lambda row: f"{row['what']}, {row['dtype']}",
+        "cycles",
+        lambda row: 100 * int(row["differ"]) / int(row["weights"]),
+    )
+    axes.set(xscale="log", xlabel="adapters put in and taken out again", ylabel="weights that differ from the base, %")
+    axes.set_title(rows[0]["versions"], fontsize=9)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def main() -> None:
+    """Draws every table that is there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
+    folder = parser.parse_args().folder
+    for path in sorted(folder.glob("switch-*.csv")):
+        draw_switch(read(path), path.with_suffix(".png"))
+    if (folder / "drift.csv").exists():
+        draw_drift(read(folder / "drift.csv"), folder / "drift.png")
+
+
+if __name__ == "__main__":
+    main()

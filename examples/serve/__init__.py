@@ -1,0 +1,1 @@
+"""An embedding service that holds one model and switches adapters between batches."""
