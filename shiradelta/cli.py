@@ -5,14 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from shiradelta import show
 from shiradelta.errors import ShiraDeltaError
+from shiradelta.wire import VALUE_CODEC_OF_NAME
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def _values(default: str) -> Callable[[Any], Any]:
+    """The option that names a codec of values."""
+    choice = click.Choice(list(VALUE_CODEC_OF_NAME))
+    return click.option("--values", type=choice, default=default, show_default=True, help="How the changes are stored.")
 
 
 class _Commands(click.Group):
@@ -49,13 +57,7 @@ def _echo_json(value: Any) -> None:
 @click.argument("source")
 @click.option("--sparsity", default=0.01, show_default=True, help="The share of the weights that change.")
 @click.option("--base", help="The base model's folder or file; a full fine-tune needs it.")
-@click.option(
-    "--values",
-    type=click.Choice(["f32", "f16", "bf16", "int8", "int4", "sign"]),
-    default="int4",
-    show_default=True,
-    help="How the changes are stored.",
-)
+@_values("int4")
 @click.option("-o", "--out", help="The file to write.  [default: SOURCE with .shd]")
 @click.option(
     "--scope",
@@ -212,13 +214,7 @@ def verify(model: str, delta: str | None, as_json: bool) -> None:
     show_default=True,
     help="How shared weights are settled; sum is what applying them together does.",
 )
-@click.option(
-    "--values",
-    type=click.Choice(["f32", "f16", "bf16", "int8", "int4", "sign"]),
-    default="f32",
-    show_default=True,
-    help="How the changes are stored.",
-)
+@_values("f32")
 @click.option("--drop", default=0.5, show_default=True, help="The share that dare and della drop.")
 @click.option("--seed", default=0, show_default=True, help="Of dare and della.")
 @click.option("--base", help="The base model, for fingerprints in the result.")
