@@ -36,7 +36,7 @@ from shiradelta.fit import Fit
 from shiradelta.fit import run as run_module
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.refit import solve
-from shiradelta.fit.sparse import Nonzeros
+from shiradelta.nonzeros import Nonzeros
 from shiradelta.wire import VALUE_CODEC_OF_NAME
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -202,7 +202,7 @@ def test_the_quantiser_is_the_codec(codec: str):
 
 
 def test_gradients_are_the_dense_ones_at_the_mask(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shiradelta.fit.sparse.CHUNK", 100)
+    monkeypatch.setattr("shiradelta.nonzeros.CHUNK", 100)
     model = build("causal")
     model.requires_grad_(False)
     weights = [p for p in model.parameters() if p.dim() == 2]

@@ -20,9 +20,10 @@ LAYERS = [
     {"header"},
     {"backend", "reference", "native"},
     {"reader", "writer"},
-    {"checkpoint", "describe", "select"},
+    {"checkpoint", "describe", "nonzeros", "select"},
     {"fusion", "fit"},
     {"engine", "converters"},
+    {"train"},
     {"cli"},
 ]
 
@@ -30,7 +31,7 @@ LAYERS = [
 def modules() -> dict[str, list[Path]]:
     """Layer member -> its files."""
     found = {path.stem: [path] for path in (ROOT / "shiradelta").glob("*.py") if path.stem != "__init__"}
-    for package in ("codecs", "engine", "fit"):
+    for package in ("codecs", "engine", "fit", "train"):
         found[package] = list((ROOT / "shiradelta" / package).glob("*.py"))
     found["converters"] = list((ROOT / "converters").glob("*.py"))
     return found

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from shiradelta.errors import SourceError
 from shiradelta.files import os_errors
-
-from .sparse import Nonzeros
+from shiradelta.nonzeros import Nonzeros
 
 
 def draw(

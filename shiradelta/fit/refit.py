@@ -14,9 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from shiradelta.nonzeros import Nonzeros
+
 from .behaviour import Behaviour
 from .scores import largest
-from .sparse import Nonzeros
 from .teacher import Teacher
 
 #: Added to the diagonal, as a share of its mean: some hundred texts do not span all inputs.

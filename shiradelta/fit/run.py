@@ -19,12 +19,12 @@ from shiradelta.arithmetic import Float32
 from shiradelta.checkpoint import rename_all
 from shiradelta.delta import TensorDelta
 from shiradelta.errors import ShiraDeltaError, SourceError
+from shiradelta.nonzeros import Nonzeros, flat
 from shiradelta.select import Rows, Selection
 
 from . import Fit, loading, refit, scores, state
 from .behaviour import Behaviour, CustomBehaviour, TextBehaviour
 from .quantise import Quantiser
-from .sparse import Nonzeros, flat
 from .teacher import Teacher
 from .texts import batches, read_texts, split
 from .train import DivergedError, Plan, State, Trainer, measure

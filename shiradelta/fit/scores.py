@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from shiradelta.nonzeros import flat
+
 from .behaviour import Behaviour
-from .sparse import flat
 from .teacher import Teacher
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import ShiraDeltaError
+from shiradelta.nonzeros import Nonzeros, flat
 
 from .behaviour import Behaviour, Outputs
 from .quantise import Quantiser
-from .sparse import Nonzeros, flat
 from .teacher import Teacher
 
 WARM_UP = 0.1
