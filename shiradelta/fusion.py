@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from shiradelta.writer import writing
 
 Source = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def fuse(
     with ExitStack() as stack:
         opened = [(stack.enter_context(open_delta(path)), strength) for path, strength in deltas.items()]
         opened.sort(key=lambda pair: pair[0].digest)
-        _check_inputs([delta for delta, _ in opened])
+        check_distinct([delta for delta, _ in opened])
         names = sorted({name for delta, _ in opened for name in delta}, key=str.encode)
         shared = conflicts = nnz = 0
         with writing(out, values) as writer:
@@ -237,7 +239,7 @@ def fuse(
                 return _fuse_tensor(name, parts, method, drop, seed, checkpoint)
 
             pool = stack.enter_context(ThreadPoolExecutor(2))
-            for number, (name, fused) in enumerate(zip(names, _a_little_ahead(pool, work, names), strict=True)):
+            for number, (name, fused) in enumerate(zip(names, a_little_ahead(pool, work, names), strict=True)):
                 if progress:
                     progress(name, number, len(names))
                 tensor, met, opposed = fused
@@ -251,11 +253,9 @@ def fuse(
         return FuseReport(os.fspath(out), len(names), nnz, sum(d.nnz for d, _ in opened), shared, conflicts)
 
 
-def _a_little_ahead(
-    pool: ThreadPoolExecutor, work: Callable[[str], tuple[TensorDelta, int, int]], names: Sequence[str]
-) -> Iterator[tuple[TensorDelta, int, int]]:
+def a_little_ahead(pool: ThreadPoolExecutor, work: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
     """Results in order, the next two being made meanwhile: never more than a few tensors in memory."""
-    waiting: deque[Future[tuple[TensorDelta, int, int]]] = deque()
+    waiting: deque[Future[T]] = deque()
     for name in names:
         waiting.append(pool.submit(work, name))
         if len(waiting) > 2:
@@ -264,8 +264,9 @@ def _a_little_ahead(
         yield waiting.popleft().result()
 
 
-def _check_inputs(opened: Sequence[Delta]) -> None:
-    for one, other in pairwise(opened):
+def check_distinct(deltas: Sequence[Delta]) -> None:
+    """Raises DeltaError where two are the same."""
+    for one, other in pairwise(sorted(deltas, key=lambda delta: delta.digest)):
         if one.digest == other.digest:
             raise DeltaError(f"{one.file} and {other.file} are the same delta; give it once, with one strength")
 
@@ -307,15 +308,28 @@ def _check_alike(name: str, parts: Sequence[Part]) -> None:
     """Shapes, dtypes and operations go together."""
     delta, first, _ = parts[0]
     for other_delta, other, strength in parts:
+        check_same_base(name, delta, other_delta)
         pair = f"{delta.file} and {other_delta.file}: tensor {name!r}"
-        if other.shape != first.shape:
-            raise BaseMismatchError(f"{pair} has shapes {list(first.shape)} and {list(other.shape)}; fuse per base")
-        if "unspecified" not in (first.dtype, other.dtype) and other.dtype != first.dtype:
-            raise BaseMismatchError(f"{pair} was made against {first.dtype} and {other.dtype}; fuse per base")
         if other.op != first.op or (len(parts) > 1 and other.op in ("new", "drop")):
             raise DeltaError(f"{pair} is {first.op} in one and {other.op} in the other; apply them one by one")
         if other.op != "add" and strength != 1:
             raise DeltaError(f"{other_delta.file}: tensor {name!r} is {other.op}, which has strength 1 only")
+
+
+def check_same_base(name: str, one: Delta, other: Delta) -> None:
+    """Raises BaseMismatchError where a tensor of both has two shapes or dtypes."""
+    a, b = one[name], other[name]
+    pair = f"{one.file} and {other.file}: tensor {name!r}"
+    if a.shape != b.shape:
+        raise BaseMismatchError(f"{pair} has shapes {list(a.shape)} and {list(b.shape)}; take those of one base")
+    if "unspecified" not in (a.dtype, b.dtype) and a.dtype != b.dtype:
+        raise BaseMismatchError(f"{pair} was made against {a.dtype} and {b.dtype}; take those of one base")
+
+
+def different_bases(name: str, deltas: Sequence[Delta]) -> BaseMismatchError:
+    """What to raise where fingerprints over the same elements differ."""
+    files = " and ".join(str(delta.file) for delta in deltas)
+    return BaseMismatchError(f"{files}: tensor {name!r} was made against different bases; take those of one base")
 
 
 def _union_of_sets(name: str, parts: Sequence[Part]) -> tuple[Positions, Array]:
@@ -359,7 +373,6 @@ def _fingerprint(name: str, parts: Sequence[Part], o: Overlay) -> int | None:
         return sum(prints) % (1 << 64)
     if all(nnz == o.positions.size for nnz, _ in known):
         if len(set(prints)) > 1:
-            files = " and ".join(str(delta.file) for delta, _, _ in parts)
-            raise BaseMismatchError(f"{files}: tensor {name!r} was made against different bases; fuse per base")
+            raise different_bases(name, [delta for delta, _, _ in parts])
         return prints[0]
     return None

@@ -21,8 +21,8 @@ LAYERS = [
     {"backend", "reference", "native"},
     {"reader", "writer"},
     {"checkpoint", "describe", "nonzeros", "select"},
-    {"fusion", "fit"},
-    {"engine", "converters"},
+    {"fusion", "interference", "fit"},
+    {"engine", "converters", "report"},
     {"train"},
     {"cli"},
 ]
@@ -31,7 +31,7 @@ LAYERS = [
 def modules() -> dict[str, list[Path]]:
     """Layer member -> its files."""
     found = {path.stem: [path] for path in (ROOT / "shiradelta").glob("*.py") if path.stem != "__init__"}
-    for package in ("codecs", "engine", "fit", "train"):
+    for package in ("codecs", "engine", "fit", "report", "train"):
         found[package] = list((ROOT / "shiradelta" / package).glob("*.py"))
     found["converters"] = list((ROOT / "converters").glob("*.py"))
     return found

@@ -1,0 +1,392 @@
+"""How much deltas get in each other's way: shared weights, opposite signs, and what their product says.
+
+Everything is computed from the nonzeros, one tensor in memory at a time.  AWOM and AWOR are those of the SHiRA paper
+(arXiv:2406.13175): for two adapters' changes A1, A2 [n, m] of a weight, the spectral norm of A1^T A2 and the share of
+its m x m entries that are zero.  Adapters whose product is small and empty act on the layer's input independently.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shiradelta.arithmetic import Float32, Positions, scaled
+from shiradelta.delta import TensorDelta, matrix_shape
+from shiradelta.errors import DeltaError
+from shiradelta.fusion import (
+    Progress,
+    Source,
+    a_little_ahead,
+    check_distinct,
+    check_same_base,
+    different_bases,
+    overlay,
+)
+from shiradelta.reader import Delta, open_delta
+from shiradelta.show import percent
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+#: Products of more multiplications than this are not counted in full, but in `_SAMPLE` of their columns.
+_COUNTED = 1 << 22
+_SAMPLE = 512
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How two deltas meet, in one tensor or in several taken together.
+
+    Attributes:
+        nnz: positions that each lists.
+        shared: positions that both list.
+        chance: how many they would share, had each drawn its positions at random within each tensor.
+        clashes: of those, the ones that either of them sets; such deltas cannot be fused.
+        opposed: of the others, to which both add, the ones that are moved in opposite directions.
+        dot: sum of the products of the changes, where both add.
+        squares: sums of the squares of each one's changes, but for tensors that either sets.
+        awom: the largest spectral norm of A1^T A2; None where no tensor is added to by both.
+        product: nonzeros of A1^T A2 from the supports (values that happen to cancel are counted).
+        product_size: entries of A1^T A2.
+        estimated: whether `product` is extrapolated from a sample of columns.
+    """
+
+    nnz: tuple[int, int]
+    shared: int = 0
+    chance: float = 0.0
+    clashes: int = 0
+    opposed: int = 0
+    dot: float = 0.0
+    squares: tuple[float, float] = (0.0, 0.0)
+    awom: float | None = None
+    product: float = 0.0
+    product_size: int = 0
+    estimated: bool = False
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The part of each one's positions that the other lists, too."""
+        return self.shared / max(self.nnz[0], 1), self.shared / max(self.nnz[1], 1)
+
+    @property
+    def jaccard(self) -> float:
+        """Shared positions over those that either lists."""
+        return self.shared / max(sum(self.nnz) - self.shared, 1)
+
+    @property
+    def opposed_share(self) -> float | None:
+        """Opposed positions over those to which both add; None where there are none."""
+        added = self.shared - self.clashes
+        return self.opposed / added if added else None
+
+    @property
+    def cosine(self) -> float | None:
+        """Of the changes as vectors; None where it is not defined."""
+        length = math.sqrt(self.squares[0]) * math.sqrt(self.squares[1])
+        return self.dot / length if length else None
+
+    @property
+    def awor(self) -> float | None:
+        """1 - |A1^T A2|_0 / m^2 over the tensors that both change; None where there are none."""
+        return 1 - self.product / self.product_size if self.product_size else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and what follows from them."""
+        derived = ("shares", "jaccard", "opposed_share", "cosine", "awor")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def pooled(meetings: Iterable[Meeting]) -> Meeting:
+    """Several tensors taken together: counts are added, and AWOM is the largest, as of a block-diagonal matrix."""
+    found = list(meetings)
+
+    def pair(values: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+        return sum(a for a, _ in values), sum(b for _, b in values)
+
+    return Meeting(
+        nnz=pair([m.nnz for m in found]),
+        shared=sum(m.shared for m in found),
+        chance=sum(m.chance for m in found),
+        clashes=sum(m.clashes for m in found),
+        opposed=sum(m.opposed for m in found),
+        dot=sum(m.dot for m in found),
+        squares=pair([m.squares for m in found]),
+        awom=max((m.awom for m in found if m.awom is not None), default=None),
+        product=sum(m.product for m in found),
+        product_size=sum(m.product_size for m in found),
+        estimated=any(m.estimated for m in found),
+    )
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What `measure` found.
+
+    Attributes:
+        labels: short names of the deltas, in the order given.
+        pairs: (i, j), i < j -> tensor name -> how deltas i and j meet there, in the order of the model.
+        warnings: what a reader should know.
+    """
+
+    labels: tuple[str, ...]
+    pairs: Mapping[tuple[int, int], Mapping[str, Meeting]]
+    warnings: tuple[str, ...] = ()
+
+    def title(self, pair: tuple[int, int]) -> str:
+        """For people."""
+        return " + ".join(self.labels[i] for i in pair)
+
+    def total(self, pair: tuple[int, int]) -> Meeting:
+        """All tensors taken together."""
+        return pooled(self.pairs[pair].values())
+
+    def layers(self, pair: tuple[int, int]) -> dict[str, Meeting]:
+        """Layer -> its tensors taken together, in the order of the model."""
+        groups: dict[str, list[Meeting]] = {}
+        for name, meeting in self.pairs[pair].items():
+            groups.setdefault(layer_of(name), []).append(meeting)
+        return {layer: pooled(meetings) for layer, meetings in groups.items()}
+
+    def verdict(self, pair: tuple[int, int]) -> str:
+        """One plain sentence."""
+        i, j = pair
+        return verdict(self.labels[i], self.labels[j], self.total(pair))
+
+
+def layer_of(name: str) -> str:
+    """The part of a tensor's name up to its first number ("model.layers.3"), or all of it."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found.group() if found else name
+
+
+def in_model_order(names: Iterable[str]) -> list[str]:
+    """Sorted, numbers by value: layer 2 before layer 10."""
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"[./]", name)]
+
+    return sorted(names, key=key)
+
+
+def label_all(files: Sequence[str]) -> tuple[str, ...]:
+    """Short names: the files' stems where these differ."""
+    stems = [Path(file).name.removesuffix(".shd") for file in files]
+    return tuple(stems if len(set(stems)) == len(stems) else files)
+
+
+def verdict(one: str, other: str, total: Meeting) -> str:
+    """What the figures mean for applying or fusing both, in a sentence."""
+    if not total.shared:
+        return f"{one} and {other} share none of their weights: {advice(total)[1]}."
+    smaller = max(min(total.nnz), 1)
+    figures = [
+        f"{one} and {other} share {percent(total.shared / smaller)} of their weights"
+        f" ({percent(total.chance / smaller)} would be chance)"
+    ]
+    if total.cosine is not None and total.opposed_share is not None:
+        figures += [
+            f"{percent(total.opposed_share)} of these with opposite signs",
+            f"cosine {round(total.cosine, 2) + 0.0:.2f}",
+        ]
+    return f"{', '.join(figures)}: {advice(total)[1]}."
+
+
+def advice(total: Meeting) -> tuple[str, str]:
+    """("free", "try" or "conflict", what to do).
+
+    The bounds are rules of thumb: figures of the weights alone cannot tell what a task will lose.
+    """
+    share, cosine = total.shared / max(min(total.nnz), 1), total.cosine
+    if not total.shared:
+        return "free", "fuse freely"
+    if total.clashes:
+        return "conflict", f"{total.clashes:,} of these are set by one of them, so they cannot be fused"
+    if cosine is None or (abs(cosine) < 0.1 and share < 0.1):
+        return "free", "fuse freely"
+    if cosine <= -0.3:
+        return "conflict", "they undo each other; take one of them"
+    if cosine >= 0.3:
+        return "try", "they largely do the same, which a sum does twice; take mean, or lower strengths"
+    return "try", "fuse, and try both tasks; if one loses too much, take ties or lower strengths"
+
+
+def measure(deltas: Mapping[Source, float], progress: Progress | None = None) -> Interference:
+    """Compares every two of some `.shd` files.
+
+    Args:
+        deltas: file -> strength; strengths scale AWOM, and negative ones turn signs around.
+        progress: is told how far it is.
+
+    Raises:
+        BaseMismatchError: the files were made against different bases.
+        DeltaError: the same delta twice, or a strength that is no finite number.
+        FormatError: a file is refused.
+    """
+    with ExitStack() as stack:
+        opened = [(stack.enter_context(open_delta(path)), strength) for path, strength in deltas.items()]
+        check_distinct([delta for delta, _ in opened])
+        names = in_model_order({name for delta, _ in opened for name in delta})
+
+        def work(name: str) -> dict[tuple[int, int], Meeting]:
+            return _in_tensor(name, opened)
+
+        pairs: dict[tuple[int, int], dict[str, Meeting]] = {pair: {} for pair in combinations(range(len(opened)), 2)}
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        for number, (name, met) in enumerate(zip(names, a_little_ahead(pool, work, names), strict=True)):
+            if progress:
+                progress(name, number, len(names))
+            for pair, meeting in met.items():
+                pairs[pair][name] = meeting
+        labels = label_all([delta.file or delta.digest[:12] for delta, _ in opened])
+        return Interference(labels, pairs, tuple(_warnings([delta for delta, _ in opened], labels)))
+
+
+def _warnings(deltas: Sequence[Delta], labels: Sequence[str]) -> Iterable[str]:
+    bases = {delta.metadata["base"] for delta in deltas if "base" in delta.metadata}
+    if len(bases) > 1:
+        yield f"the files name different bases ({', '.join(sorted(bases))}); the figures hold for one base only"
+    for (a, one), (b, other) in combinations(zip(labels, deltas, strict=True), 2):
+        common = [name for name in one if name in other]
+        if not common and one and other:
+            yield f"{a} and {b} have no tensor in common; if they should, compare the names that `info` lists"
+        clashing = [n for n in common if one[n].op != other[n].op or one[n].op in ("new", "drop")]
+        if clashing:
+            ops = f"{one[clashing[0]].op} in {a} and {other[clashing[0]].op} in {b}"
+            more = f" (and {len(clashing) - 1} more)" if len(clashing) > 1 else ""
+            yield f"tensor {clashing[0]!r}{more} is {ops}; they cannot be fused"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One delta's change of one tensor, decoded.
+
+    `values` are what is added, strength included; zeros where elements are set, whose change only the base tells.
+    `matrix` is [n, m], explicit zeros kept.
+    """
+
+    tensor: TensorDelta
+    positions: Positions
+    values: Float32
+    matrix: csr_array
+
+
+def _decoded(delta: Delta, name: str, strength: float) -> _Change:
+    from scipy.sparse import csr_array
+
+    tensor = delta[name]
+    if tensor.op != "add" and strength != 1:
+        raise DeltaError(f"{delta.file}: tensor {name!r} is {tensor.op}, which has strength 1 only")
+    positions = tensor.positions()
+    values = scaled(tensor.values(), strength) if tensor.op == "add" else np.zeros(positions.size, np.float32)
+    rows, columns = matrix_shape(tensor.shape)
+    starts = np.searchsorted(positions, np.arange(rows + 1) * columns)
+    matrix = csr_array((values, positions % max(columns, 1), starts), shape=(rows, columns))
+    return _Change(tensor, positions, values, matrix)
+
+
+def _in_tensor(name: str, opened: Sequence[tuple[Delta, float]]) -> dict[tuple[int, int], Meeting]:
+    """Every pair of deltas of which at least one changes the tensor."""
+    having = [i for i, (delta, _) in enumerate(opened) if name in delta]
+    for i in having[1:]:
+        check_same_base(name, opened[having[0]][0], opened[i][0])
+    changes = {i: _decoded(opened[i][0], name, opened[i][1]) for i in having}
+    laid = overlay([(change.positions, change.values) for change in changes.values()])
+    at = dict(zip(having, laid.at, strict=True))
+    result = {}
+    for i, j in combinations(range(len(opened)), 2):
+        one, other = changes.get(i), changes.get(j)
+        if one and other:
+            result[i, j] = _meet(one, other, _common(at[i], at[j], laid.positions.size))
+            prints = {one.tensor.base_fingerprint, other.tensor.base_fingerprint} - {None}
+            if len(prints) > 1 and result[i, j].jaccard == 1:
+                raise different_bases(name, [opened[i][0], opened[j][0]])
+        elif one:
+            result[i, j] = Meeting((one.tensor.nnz, 0), squares=(_square(one.values), 0.0))
+        elif other:
+            result[i, j] = Meeting((0, other.tensor.nnz), squares=(0.0, _square(other.values)))
+    return result
+
+
+def _common(a: Positions, b: Positions, size: int) -> tuple[Positions, Positions]:
+    """Ranks, in each of two sorted lists of numbers below `size`, of what both hold."""
+    rank = np.full(size, -1, np.int64)
+    rank[a] = np.arange(a.size)
+    in_b = np.flatnonzero(rank[b] >= 0)
+    return rank[b[in_b]], in_b
+
+
+def _square(values: Float32) -> float:
+    wide = values.astype(np.float64)
+    return float(wide @ wide)
+
+
+def _meet(one: _Change, other: _Change, where: tuple[Positions, Positions]) -> Meeting:
+    """One tensor that both change; `where` has the ranks of the shared positions in each."""
+    both_add = one.tensor.op == other.tensor.op == "add"
+    products = one.values[where[0]].astype(np.float64) * other.values[where[1]]
+    product, estimated = product_nonzeros(one.matrix, other.matrix)
+    return Meeting(
+        nnz=(one.tensor.nnz, other.tensor.nnz),
+        shared=products.size,
+        chance=one.tensor.nnz * other.tensor.nnz / max(one.tensor.numel, 1),
+        clashes=0 if both_add else products.size,
+        opposed=int(np.count_nonzero(products < 0)),
+        dot=float(products.sum()),
+        squares=(_square(one.values), _square(other.values)) if both_add else (0.0, 0.0),
+        awom=spectral_norm(one.matrix, other.matrix) if both_add else None,
+        product=product,
+        product_size=one.matrix.shape[1] ** 2,
+        estimated=estimated,
+    )
+
+
+def spectral_norm(left: csr_array, right: csr_array) -> float:
+    """||left^T right||, by Lanczos on the operator; the product is never formed."""
+    from scipy.sparse.linalg import LinearOperator, svds
+
+    largest = [float(np.abs(matrix.data).max(initial=0)) for matrix in (left, right)]
+    if not all(largest) or not _multiplications(left, right):
+        return 0.0
+    # Scaled to 1 and in float64, so that squares of tiny changes do not vanish.
+    a, b = ((matrix / scale).astype(np.float64) for matrix, scale in zip((left, right), largest, strict=True))
+    m = a.shape[1]
+    if m < 32:
+        return float(np.linalg.norm((a.T @ b).toarray(), 2)) * largest[0] * largest[1]
+    a_t, b_t = a.T.tocsr(), b.T.tocsr()
+    operator = LinearOperator((m, m), dtype=np.float64, matvec=lambda x: a_t @ (b @ x), rmatvec=lambda x: b_t @ (a @ x))
+    start = np.random.default_rng(0).standard_normal(m)
+    norm = svds(operator, k=1, tol=1e-3, v0=start, return_singular_vectors=False)[0]
+    return float(norm) * largest[0] * largest[1]
+
+
+def product_nonzeros(left: csr_array, right: csr_array) -> tuple[float, bool]:
+    """(entries of left^T right that the supports reach, whether that is an estimate).
+
+    Large products are counted in some columns, drawn with a fixed seed, and scaled up; over independent positions
+    the standard error is below 1 %.
+    """
+    work, m = _multiplications(left, right), left.shape[1]
+    if not work:
+        return 0.0, False
+    # Ones, so that nothing cancels.
+    a, b = (type(x)((np.ones(x.nnz, np.float32), x.indices, x.indptr), shape=x.shape) for x in (left, right))
+    sample = work > _COUNTED and m > _SAMPLE
+    if sample:
+        columns = np.random.default_rng(0).choice(m, _SAMPLE, replace=False)
+        b = b.tocsc()[:, np.sort(columns)].tocsr()
+    count = (a.T.tocsr() @ b).nnz
+    return (count * m / _SAMPLE, True) if sample else (float(count), False)
+
+
+def _multiplications(left: csr_array, right: csr_array) -> int:
+    """That the product takes."""
+    return int(np.diff(left.indptr).astype(np.int64) @ np.diff(right.indptr).astype(np.int64))
