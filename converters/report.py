@@ -81,11 +81,16 @@ class Report:
         return 1 - lost / energy if energy else 1.0
 
     @property
+    def error(self) -> float:
+        """The relative error of the delta in the file: |stored - delta| / |delta|, Frobenius norms of all tensors."""
+        return float((1 - self.energy_kept) ** 0.5)
+
+    @property
     def summary(self) -> str:
         """How much of the fine-tune is left, in words."""
         fit = self.fit
         if fit is None:
-            return f"{self.energy_kept:.1%} of the update's energy kept"
+            return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f})"
         return (
             f"{fit.measure} against the fine-tune, on {fit.held_out} texts held out:"
             f" {fit.base:.3g} base, {fit.topk:.3g} top-k, {fit.fitted:.3g} fitted"
@@ -111,5 +116,6 @@ class Report:
             "numel": self.numel,
             "bits_per_nonzero": self.bits_per_nonzero,
             "energy_kept": self.energy_kept if self.fit is None else None,
+            "error": self.error if self.fit is None else None,
             "fit": None if self.fit is None else self.fit.as_dict(),
         }

@@ -55,7 +55,13 @@ def _echo_json(value: Any) -> None:
 
 @main.command(short_help="A LoRA, a full fine-tune or a diff to a .shd file.")
 @click.argument("source")
-@click.option("--sparsity", default=0.01, show_default=True, help="The share of the weights that change.")
+@click.option("--sparsity", type=float, help="The share of the weights that change.  [default: 0.01]")
+@click.option(
+    "--target-size", metavar="SIZE", help="Instead: as many weights as a file of at most this size holds, such as 2MB."
+)
+@click.option(
+    "--target-error", type=float, help="Instead: as few weights as keep the relative error of the delta, such as 0.3."
+)
 @click.option("--base", help="The base model's folder or file; a full fine-tune needs it.")
 @_values("int4")
 @click.option("-o", "--out", help="The file to write.  [default: SOURCE with .shd]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +16,11 @@ from shiradelta.reference import at_least
 #: a time.
 Rows = Callable[[int, int], Float32]
 
+NOT_FINITE = "has NaN or infinity in it; repair the source first"
 #: Elements that are made at a time: small enough for a core's cache, large enough for NumPy's overhead.
 _BLOCK_ELEMENTS = 1 << 18
 _SAMPLE_BLOCKS = 48
-#: Elements that are sampled together, where rows are shorter.
+#: Elements that are sampled together, where rows are shorter; also those whose squares are summed in float32.
 _RUN = 256
 
 
@@ -75,7 +76,7 @@ def top_k(
         return Selection(np.zeros(0, np.int64), np.zeros(0, np.float32), 0.0)
     threshold = _sampled_threshold(rows, shape, k) if k else np.float32(np.inf)
     while True:
-        found = [_reaching(rows, start, stop, columns, threshold, at_least) for start, stop in _blocks(shape)]
+        found = [_reaching(rows, start, stop, columns, threshold, at_least) for start, stop in blocks(shape)]
         if threshold == 0 or sum(part.positions.size for part in found) >= k:
             break
         threshold = np.float32(threshold / 2) if threshold > 1e-30 else np.float32(0)
@@ -85,8 +86,11 @@ def top_k(
     return Selection(positions[kept], values[kept], sum(part.energy for part in found))
 
 
-def _blocks(shape: tuple[int, int]) -> list[tuple[int, int]]:
+def blocks(shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """(first row, last row + 1) of what is made at a time; none of a delta without elements."""
     count, columns = shape
+    if not columns:
+        return []
     step = max(1, _BLOCK_ELEMENTS // columns)
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
@@ -101,13 +105,21 @@ def _reaching(
 ) -> Selection:
     """The elements of some rows whose magnitude reaches the threshold, and the energy of all."""
     flat = rows(start, stop).reshape(-1)
-    energy = float(np.dot(flat, flat))
+    energy = _energy(flat)
     if not np.isfinite(energy):
         if not np.all(np.isfinite(flat)):
-            raise SourceError("has NaN or infinity in it; repair the source first")
+            raise SourceError(NOT_FINITE)
         energy = float(np.square(flat, dtype=np.float64).sum())
     at = at_least(flat, float(threshold)) if threshold > 0 else np.flatnonzero(flat)
     return Selection(at + start * columns, flat[at], energy)
+
+
+def _energy(flat: Float32) -> float:
+    """The sum of squares: in float32 over runs, of these in float64, so that small differences of it mean something."""
+    whole = flat.size - flat.size % _RUN
+    runs = flat[:whole].reshape(-1, _RUN)
+    rest = flat[whole:]
+    return float(np.einsum("ij,ij->i", runs, runs).sum(dtype=np.float64)) + float(np.dot(rest, rest))
 
 
 def _sampled_threshold(rows: Rows, shape: tuple[int, int], k: int) -> np.float32:
@@ -136,35 +148,3 @@ def _largest(magnitude: Float32, k: int) -> Positions:
     ties = np.flatnonzero(magnitude == least)
     keep[ties[: k - int(np.count_nonzero(keep))]] = True
     return np.flatnonzero(keep)
-
-
-def allocate(tensors: Mapping[str, tuple[Callable[[], Rows], tuple[int, int]]], k: int) -> dict[str, int]:
-    """How many of the k largest elements of all tensors together lie in each.
-
-    Magnitudes are told apart by 15 bits (exponent and 7 bits of mantissa, 0.8 %); where the limit falls into one
-    such class, the class is shared out in proportion.
-    """
-    classes = 1 << 15
-    histograms: dict[str, dict[int, int]] = {}
-    total = np.zeros(classes, np.int64)
-    for name, (opened, shape) in tensors.items():
-        rows = opened()
-        counts = np.zeros(classes, np.int64)
-        for start, stop in _blocks(shape) if shape[0] * shape[1] else []:
-            magnitude_class = (rows(start, stop).reshape(-1).view(np.uint32) >> 16) & 0x7FFF
-            counts += np.bincount(magnitude_class, minlength=classes)
-        counts[0] = 0  # zeros, and denormals that bf16 does not have
-        total += counts
-        histograms[name] = {int(c): int(counts[c]) for c in np.flatnonzero(counts)}
-    from_top = np.cumsum(total[::-1])[::-1]
-    k = min(k, int(from_top[0]))
-    limit = int(np.flatnonzero(from_top >= k)[-1])
-    above = int(from_top[limit + 1]) if limit + 1 < classes else 0
-    result: dict[str, int] = {}
-    remaining, members = k - above, int(total[limit])
-    for name, histogram in histograms.items():
-        here = histogram.get(limit, 0)
-        part = round(remaining * here / members) if members else 0
-        remaining, members = remaining - part, members - here
-        result[name] = sum(n for c, n in histogram.items() if c > limit) + part
-    return result

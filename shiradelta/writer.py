@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
@@ -114,6 +114,12 @@ class DeltaWriter:
         self._spool.write(header.pad_section(stored))
         return Section(offset, len(stored), len(payload), header.crc32(stored), zstd)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file, as it would be with what it has now."""
+        names_size = sum(len(name.encode()) for name in self._records)
+        return header.payload_start(len(self._records), names_size, self.metadata) + self._spool.tell()
+
     def finish(self, output: IO[bytes]) -> str:
         """Writes the file; returns its content digest, hexadecimal."""
         names = sorted(self._records, key=str.encode)
@@ -163,6 +169,25 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
         return tensor.base_fingerprint, None
     after = arithmetic.add(base, tensor.dtype, stored.values())
     return backend.fingerprint(positions, base), backend.fingerprint(positions, after)
+
+
+class _Scale:
+    """A spool that forgets what is written to it, all but its size."""
+
+    def __init__(self) -> None:
+        self._at = 0
+
+    def write(self, data: bytes) -> int:
+        self._at += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._at
+
+
+def weighing(values: str = "int4", zstd: bool = False, backend: str = "auto") -> DeltaWriter:
+    """A `DeltaWriter` that writes nothing and knows its `size`."""
+    return DeltaWriter(cast(IO[bytes], _Scale()), values, zstd, choose(backend))
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import shiradelta
 from shiradelta.errors import DeltaError, SourceError
-from shiradelta.select import allocate, count_for, top_k
+from shiradelta.select import count_for, top_k
+from shiradelta.spectrum import Spectrum, allocate
 from tests.conftest import random_tensors, write_lora, write_model
 
 MODULES = {"model.layers.0.mlp.up_proj": (96, 32), "model.layers.1.mlp.down_proj": (32, 96)}
@@ -71,9 +72,9 @@ def test_top_k_of_a_large_tensor_is_exact_whatever_the_sample_says(skew: float):
 def test_allocation_over_the_model_keeps_the_largest_of_all():
     generator = np.random.default_rng(1)
     dense = {f"t{i}": (generator.standard_normal((64, 80)) * 2.0**i).astype(np.float32) for i in range(3)}
-    rows = {name: (lambda d=d: lambda a, b: d[a:b], d.shape) for name, d in dense.items()}
+    spectra = {name: Spectrum.of(lambda a, b, d=d: d[a:b], d.shape) for name, d in dense.items()}
     for k in (1, 37, 5000, 64 * 80 * 3):
-        counts = allocate(rows, k)
+        counts = allocate(spectra, k)
         assert sum(counts.values()) == k
         everything = np.sort(np.concatenate([np.abs(d).reshape(-1) for d in dense.values()]))[-k]
         for name, d in dense.items():

@@ -20,7 +20,7 @@ LAYERS = [
     {"header"},
     {"backend", "reference", "native"},
     {"reader", "writer"},
-    {"checkpoint", "describe", "nonzeros", "select"},
+    {"checkpoint", "describe", "nonzeros", "select", "spectrum"},
     {"fusion", "interference", "fit"},
     {"engine", "converters", "report"},
     {"train"},

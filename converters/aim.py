@@ -1,0 +1,209 @@
+"""The sparsity that a file of some size, or a delta of some error, takes.
+
+A model of both, from the codecs' sizes and the distribution of magnitudes, tells where to try; a trial is the whole
+conversion without the writing, so that what is promised of the file is measured and not predicted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shiradelta import wire
+from shiradelta.codecs import VALUE_CODECS, rice
+from shiradelta.errors import DeltaError, SourceError
+
+from .counts import Counts
+
+#: A trial that comes this close to the limit, and keeps it, is taken.
+CLOSE = 0.005
+TRIALS = 12
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+#: What a fitted file's own metadata, and the padding of a tensor whose count may change, take at most.
+_FIT_METADATA, _PADDING = 1024, 256
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a sparsity gives: bytes of the file, and the relative error of the delta in it."""
+
+    size: int
+    error: float
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "2MB" (10^6), "2MiB" (2^20), "900k" or a plain number.
+
+    Raises:
+        DeltaError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
+    unit = match and (match[2].upper() if match[2].upper() in _UNITS else match[2].upper() + "B")
+    if match is None or unit not in _UNITS:
+        raise DeltaError(f"size {text!r} is unknown; give a number of bytes, or such as 900KB, 2MB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+class Aim(ABC):
+    """A limit, and how to get near it.  `model` and `measured` are in the same unit."""
+
+    #: Whether the limit is kept by few elements (else by many).
+    few: bool
+
+    def __init__(self, limit: float, counts: Counts, codec: str) -> None:
+        self.limit, self.counts, self.codec = limit, counts, codec
+
+    @abstractmethod
+    def model(self, sparsity: float) -> float:
+        """About what a trial would measure; monotone in the sparsity."""
+
+    @abstractmethod
+    def measured(self, trial: Trial) -> float:
+        """What counts of a trial."""
+
+    @abstractmethod
+    def impossible(self, best: Trial) -> str:
+        """What to say where even the end of the range does not keep the limit."""
+
+
+class Size(Aim):
+    """A file of at most `limit` bytes."""
+
+    few = True
+
+    def model(self, sparsity: float) -> float:
+        """The most that files with so many elements can take: the size of evenly spread positions."""
+        return sum(most_bytes(self._numel(name), k, self.codec) for name, k in self.counts.kept(sparsity).items())
+
+    def _numel(self, name: str) -> int:
+        return self.counts.dense[name].numel
+
+    def measured(self, trial: Trial) -> float:
+        """Its bytes."""
+        return trial.size
+
+    def impossible(self, best: Trial) -> str:
+        """The least there can be."""
+        return (
+            f"a file of {self.limit:,.0f} bytes is too small: one weight in each tensor takes {best.size:,} already;"
+            " give more"
+        )
+
+
+class Error(Aim):
+    """A delta with at most that relative error; in units of the squared error."""
+
+    few = False
+
+    def __init__(self, limit: float, counts: Counts, codec: str) -> None:
+        super().__init__(limit**2, counts, codec)
+        self._wanted = limit
+        self._energy = sum(spectrum.energy for spectrum in counts.spectra.values())
+
+    def model(self, sparsity: float) -> float:
+        """The share of the energy that is not selected, as magnitudes alone tell."""
+        kept = self.counts.kept(sparsity)
+        left = sum(spectrum.energy_beyond(kept[name]) for name, spectrum in self.counts.spectra.items())
+        return left / self._energy if self._energy else 0.0
+
+    def measured(self, trial: Trial) -> float:
+        """Its squared error, that of the codec included."""
+        return trial.error**2
+
+    def impossible(self, best: Trial) -> str:
+        """The least that was found: rounding more values to few bits may be worse than leaving them out."""
+        return (
+            f"an error of {self._wanted:g} cannot be had with {self.codec} values, which leave {best.error:.3g} at"
+            " best; take --values f32 or a larger error"
+        )
+
+
+def most_bytes(numel: int, count: int, codec: str) -> int:
+    """The most that `count` of a tensor's elements take in a file, wherever they lie."""
+    if not count:
+        return 0
+    index = min(rice.section_size(count, numel, k, count + ((numel - count) >> k)) for k in range(wire.MAX_RICE_K + 1))
+    value = VALUE_CODECS[wire.VALUE_CODEC_OF_NAME[codec]].size(count, 4)
+    return sum(wire.align(size, wire.SECTION_ALIGNMENT) for size in (index, value))
+
+
+def find_sparsity(aim: Aim, trial: Callable[[float], Trial]) -> float:
+    """The sparsity that just keeps the limit, by the measure of a trial.
+
+    Raises:
+        SourceError: none does.
+    """
+    least, most = _range(aim.counts)
+    good, bad = (least, most) if aim.few else (most, least)
+    tried: dict[tuple[int, ...], Trial] = {}
+
+    def attempt(sparsity: float) -> float:
+        key = tuple(aim.counts.kept(sparsity).values())
+        if key not in tried:
+            tried[key] = trial(sparsity)
+        return aim.measured(tried[key])
+
+    known, offset = False, 0.0  # whether `good` was tried; what the model is wrong by
+    for _ in range(TRIALS):
+        sparsity = _inverse(aim.model, aim.limit * (1 - CLOSE / 4) - offset, aim.few, least, most)
+        if known and not min(good, bad) < sparsity < max(good, bad):
+            sparsity = math.sqrt(good * bad)
+        found = attempt(sparsity)
+        offset = found - aim.model(sparsity)
+        if found <= aim.limit:
+            good, known = sparsity, True
+            if found >= aim.limit * (1 - CLOSE) or sparsity == (most if aim.few else least):
+                return sparsity
+        else:
+            bad = sparsity
+        if aim.counts.kept(good) == aim.counts.kept(bad):
+            break
+    if not known and attempt(good) > aim.limit:
+        raise SourceError(aim.impossible(min(tried.values(), key=aim.measured)))
+    return good
+
+
+def find_fitted_sparsity(counts: Counts, codec: str, room: int) -> float:
+    """The sparsity whose positions and values take at most `room` bytes, wherever fitting will put them.
+
+    Raises:
+        SourceError: none does.
+    """
+
+    def most_in_all(sparsity: float) -> float:
+        kept = counts.kept(sparsity)
+        if counts.scope == "tensor":
+            return sum(most_bytes(counts.dense[name].numel, count, codec) for name, count in kept.items())
+        # Elements may move between tensors; the bound is concave, so that an even spread is the worst.
+        return most_bytes(counts.numel, sum(kept.values()), codec) + _PADDING * len(kept)
+
+    room -= _FIT_METADATA
+    least, most = _range(counts)
+    if most_in_all(least) > room:
+        raise SourceError(
+            f"a fitted file of this size is too small: one weight in each tensor takes up to"
+            f" {most_in_all(least) - room:,.0f} bytes more; give a larger one"
+        )
+    return _inverse(most_in_all, room, True, least, most)
+
+
+def _range(counts: Counts) -> tuple[float, float]:
+    """The smallest and the largest sparsity that differ from others."""
+    return 1 / max(counts.numel, 1), 1.0
+
+
+def _inverse(model: Callable[[float], float], wanted: float, rising: bool, least: float, most: float) -> float:
+    """The sparsity at which a monotone model gives just no more than what is wanted, by halving the logarithm."""
+    small, large = (least, most) if rising else (most, least)
+    if model(large) <= wanted:
+        return large
+    if model(small) >= wanted:
+        return small
+    low, high = math.log(small), math.log(large)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if model(math.exp(middle)) <= wanted else (low, middle)
+    return math.exp(low)

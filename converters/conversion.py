@@ -1,0 +1,123 @@
+"""A source's items, selected from, quantised, written and reported, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shiradelta import wire
+from shiradelta.backend import choose
+from shiradelta.errors import SourceError
+from shiradelta.select import Selection, top_k
+from shiradelta.writer import DeltaWriter, weighing
+
+from .aim import Aim, Error, Size, Trial, find_fitted_sparsity, find_sparsity, parse_size
+from .counts import Counts
+from .item import Item, Source
+from .report import Report, TensorReport
+
+if TYPE_CHECKING:
+    from shiradelta.fit.run import Fitted
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What stays the same, whatever the number of elements that are kept."""
+
+    source: str
+    target: Path
+    opened: Source
+    values: str
+    zstd: bool
+    backend: str
+    pairs: Mapping[str, str]
+    metadata: Mapping[str, str]
+    progress: Callable[[str, int, int], None]
+
+    def find_sparsity(self, counts: Counts, size: str | int | None, error: float | None, fitted: bool) -> float:
+        """The sparsity that gives a file of at most that size, or a delta of at most that error.
+
+        Raises:
+            SourceError: none does.
+        """
+        if error is not None:
+            aim: Aim = Error(error, counts, self.values)
+        else:
+            assert size is not None
+            if fitted:
+                return find_fitted_sparsity(counts, self.values, parse_size(size) - self._fixed(counts))
+            aim = Size(parse_size(size), counts, self.values)
+        return find_sparsity(aim, lambda sparsity: self._weigh(sparsity, counts(sparsity)))
+
+    def _fixed(self, counts: Counts) -> int:
+        """Bytes of everything but the dense deltas' positions and values."""
+        one = {name: min(1, spectrum.nonzero) for name, spectrum in counts.spectra.items()}
+        sections = 2 * wire.SECTION_ALIGNMENT * sum(one.values())
+        return self._weigh(0, one).size - sections
+
+    def _weigh(self, sparsity: float, kept: Mapping[str, int]) -> Trial:
+        """The conversion without the writing."""
+        writer = weighing(self.values, self.zstd, self.backend)
+        report = self.write(writer, sparsity, kept, None)
+        return Trial(writer.size, report.error)
+
+    def write(self, writer: DeltaWriter, sparsity: float, kept: Mapping[str, int], fitted: Fitted | None) -> Report:
+        """Selects, unless that was done by fitting, and gives all tensors to the writer.
+
+        Raises:
+            SourceError: nothing changes the base.
+        """
+        report = Report(self.source, str(self.target), sparsity, self.values, fit=fitted)
+        report.skipped.update(self.opened.skipped)
+        report.warnings.extend(self.opened.warnings)
+        report.warnings.extend(fitted.warnings if fitted else [])
+        selections = fitted.tensors if fitted else {}
+        for number, item in enumerate(self.opened.items):
+            self.progress(item.name, number, len(self.opened.items))
+            tensor = self._add(writer, item, kept.get(item.name, 0), selections.get(item.name))
+            if tensor.nnz:
+                report.tensors.append(tensor)
+            else:
+                none = "none of its changes is among the largest" if tensor.energy else "nothing changes"
+                report.skipped[item.name] = none
+                report.energy_left_out += tensor.energy
+        if not report.tensors:
+            raise SourceError(f"{self.source}: nothing in it changes the base")
+        writer.metadata.update(
+            {
+                "created_by": f"shiradelta {_version()}",
+                "method": "topk" if fitted is None else "fit",
+                "sparsity": f"{sparsity:g}",
+                **({"energy_kept": f"{report.energy_kept:.4f}"} if fitted is None else fitted.metadata),
+                **self.pairs,
+                **self.metadata,
+            }
+        )
+        return report
+
+    def _add(self, writer: DeltaWriter, item: Item, k: int, fitted: Selection | None) -> TensorReport:
+        """One tensor, if anything of it is selected."""
+        try:
+            if item.dense is not None:
+                selection = fitted or top_k(item.dense(), item.matrix, k, choose(self.backend).at_least)
+                tensor = item.delta(selection.positions, selection.values)
+                energy, selected = selection.energy, selection.values
+            else:
+                assert item.exact is not None
+                tensor = item.exact()
+                selected = tensor.values() if tensor.op == "add" else np.zeros(0, np.float32)
+                energy = float((selected.astype("f8") ** 2).sum())
+            stored = writer.add(item.name, tensor) if tensor.nnz else tensor
+        except SourceError as error:
+            raise SourceError(f"tensor {item.name!r} {error}") from None
+        return TensorReport.of(item.name, tensor, stored, energy, selected)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("shiradelta")
