@@ -202,7 +202,7 @@ def test_the_quantiser_is_the_codec(codec: str):
 
 
 def test_gradients_are_the_dense_ones_at_the_mask(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shiradelta.nonzeros.CHUNK", 100)
+    monkeypatch.setattr("shiradelta.patched.CHUNK", 100)
     model = build("causal")
     model.requires_grad_(False)
     weights = [p for p in model.parameters() if p.dim() == 2]

@@ -1,0 +1,239 @@
+"""Modules whose weights hold a sparse delta, of which the nonzeros alone are trained.
+
+A forward pass uses the weights as they lie there, patched in place; nothing is cloned.  A backward pass makes the
+dense gradient of one weight, a few rows at a time, keeps what lies at the mask and drops the rest.
+
+Sampled products, which compute the gradient at the mask alone, do not pay at the densities of adapters: at 1 % every
+128 x 128 tile has some 160 nonzeros, so both operands are read in full all the same, and a gather of two columns of
+4,096 tokens for each nonzero moves 16 KB where the dense product on tensor cores spends about a microsecond on a
+thousand of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.errors import DeltaError
+
+#: Elements of a dense gradient that are made at a time.
+CHUNK = 1 << 24
+
+#: Module -> (values [n] that gradients are to reach, where they are).
+Source = Callable[[nn.Module], "tuple[Tensor, Place]"]
+
+
+class Place:
+    """The nonzeros of one weight.
+
+    Attributes:
+        parameter: the weight, which takes no gradient itself.
+        stored: the dtype that sums are rounded to.
+        positions: integers [n], increasing, flat in the weight.
+        base: [n], the base's weights there.
+    """
+
+    def __init__(self, parameter: nn.Parameter, stored: torch.dtype, positions: Tensor, base: Tensor) -> None:
+        self.parameter = parameter
+        self.stored = stored
+        self.positions = positions
+        self.base = base
+        #: Version of the values that the weight holds; None if they may have changed in other ways.
+        self.written: int | None = None
+        self.columns = parameter.numel() // parameter.shape[0] if parameter.dim() > 1 else parameter.numel()
+        rows = parameter.numel() // max(self.columns, 1)
+        step = max(1, CHUNK // max(self.columns, 1))
+        edges = [*range(0, rows, step), rows]
+        ends = torch.tensor(edges, device=positions.device, dtype=torch.int64) * self.columns
+        cuts = torch.searchsorted(positions.long(), ends).tolist()
+        #: (first row, last row + 1, first nonzero, last nonzero + 1) of each chunk.
+        self.chunks = list(zip(edges[:-1], edges[1:], cuts[:-1], cuts[1:], strict=True))
+
+    def gather(self, rows: Callable[[int, int], Tensor]) -> Tensor:
+        """Elements at the mask of a matrix that is made a few rows at a time; float32."""
+        found = [
+            rows(first, last).reshape(-1)[self.positions[start:stop] - first * self.columns].float()
+            for first, last, start, stop in self.chunks
+        ]
+        return torch.cat(found)
+
+    def write(self, values: Tensor | None, weight: Tensor | None = None) -> None:
+        """Puts base + values into the weight, rounded as it will be stored; None puts the base back."""
+        weights = flat(self.parameter if weight is None else weight)
+        if self.positions.device != weights.device:
+            self.positions, self.base = self.positions.to(weights.device), self.base.to(weights.device)
+        total = self.base if values is None else (self.base.float() + values.float()).to(self.stored)
+        weights[self.positions] = total.to(weights.dtype)
+        self.written = None
+
+    def refresh(self, weight: Tensor, values: Tensor) -> None:
+        """Writes values that may have changed since they were written.
+
+        Between a backward pass and the next forward pass anything may have changed them, also what leaves no trace
+        in a tensor's version: a fused optimizer's own kernel, or `.data`.
+        """
+        if weight is not self.parameter or self.written != values._version:
+            self.write(values.detach(), weight)
+            self.written = values._version
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer; `across` if its weight is stored [in, out], as Conv1D does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, place: Place, across: bool
+    ) -> Tensor:
+        # A weight that is not the place's own is there for this pass alone (FSDP), and comes back without the patch.
+        ctx.passing = weight is not place.parameter
+        ctx.save_for_backward(x, weight, values if ctx.passing else None)
+        ctx.place, ctx.across = place, across
+        matrix = weight.to(x.dtype)
+        return nn.functional.linear(x, matrix.T if across else matrix, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, values = ctx.saved_tensors
+        if ctx.passing:
+            ctx.place.write(values, weight)
+        outputs, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        left, right = (inputs, outputs) if ctx.across else (outputs, inputs)
+        found = ctx.place.gather(lambda start, stop: left[:, start:stop].T @ right)
+        if not torch.compiler.is_compiling():
+            ctx.place.written = None
+        back = None
+        if ctx.needs_input_grad[0]:
+            matrix = weight.to(grad.dtype)
+            back = grad @ (matrix.T if ctx.across else matrix)
+        return back, found, None, outputs.sum(0) if ctx.needs_input_grad[3] else None, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """A table of which a batch uses few rows: their gradients alone are made."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, values: Tensor, weight: Tensor, padding: int | None, place: Place) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.padding, ctx.place = padding, place
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (ids,) = grads, ctx.saved_tensors
+        place: Place = ctx.place
+        used, inverse = ids.reshape(-1).unique(return_inverse=True)
+        sums = torch.zeros(len(used), grad.shape[-1], device=grad.device)
+        sums.index_add_(0, inverse, grad.reshape(-1, grad.shape[-1]).float())
+        if ctx.padding is not None:
+            sums[used == ctx.padding] = 0
+        positions = place.positions.long()
+        rows, columns = positions // place.columns, positions % place.columns
+        at = torch.searchsorted(used, rows).clamp(max=len(used) - 1)
+        place.written = None
+        return None, torch.where(used[at] == rows, sums[at, columns], 0), None, None, None
+
+
+class _Alias(torch.autograd.Function):
+    """The weight itself, for whatever uses it; its dense gradient is there in whole until it is gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, place: Place) -> Tensor:
+        ctx.place = place
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        place: Place = ctx.place
+        matrix = grads[0].reshape(-1, max(place.columns, 1))
+        found = place.gather(lambda start, stop: matrix[start:stop])
+        if not torch.compiler.is_compiling():
+            place.written = None
+        return found, None, None
+
+
+def patch(model: nn.Module, sources: Mapping[nn.Parameter, Source]) -> Callable[[], None]:
+    """Makes weights pass their gradients on to nonzeros, whatever uses them; returns what undoes it.
+
+    A module that holds such a weight gets a class of its own, derived from what it was, in which the weight is a
+    property; parameters, names and the state dict stay as they were.
+    """
+    undo: list[tuple[nn.Module, type[nn.Module]]] = []
+    for module in model.modules():
+        own = {name: sources[p] for name, p in module._parameters.items() if p is not None and p in sources}
+        if own:
+            undo.append((module, type(module)))
+            module.__dict__["_nonzeros"] = own
+            module.__class__ = _derived(type(module), tuple(own))  # type: ignore[arg-type]
+
+    def restore() -> None:
+        for module, kind in undo:
+            module.__class__ = kind
+            del module.__dict__["_nonzeros"]
+
+    return restore
+
+
+@cache
+def _derived(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    members: dict[str, Any] = {name: _property(name) for name in names}
+    if "weight" in names:
+        if kind is nn.Linear or (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils"):
+            members["forward"] = _linear_forward
+        elif kind is nn.Embedding:
+            members["forward"] = _embedding_forward
+    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})
+
+
+def _property(name: str) -> property:
+    def get(module: nn.Module) -> Tensor:
+        weight, values, place = _current(module, name)
+        if not torch.is_grad_enabled() or not values.requires_grad:
+            return weight
+        if weight is place.parameter:
+            result: Tensor = _Alias.apply(values, weight, place)  # type: ignore[no-untyped-call]
+            return result
+        # One that is there for this pass alone would be read without the patch by the backward pass.
+        total = (place.base.float() + values.float()).to(weight.dtype)
+        return weight.reshape(-1).index_put([place.positions.long()], total).view_as(weight)
+
+    return property(get)
+
+
+def _linear_forward(module: nn.Module, x: Tensor) -> Tensor:
+    weight, values, place = _current(module, "weight")
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+        bias = None if bias is None else bias.to(x.dtype)
+    across = type(module).__name__ == "Conv1D"
+    result: Tensor = _Linear.apply(x, values, weight, bias, place, across)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _embedding_forward(module: nn.Embedding, ids: Tensor) -> Tensor:
+    weight, values, place = _current(module, "weight")
+    if module.max_norm is not None or module.scale_grad_by_freq:
+        raise DeltaError("an embedding with max_norm or scale_grad_by_freq rewrites its weights; switch that off")
+    result: Tensor = _Embedding.apply(ids, values, weight, module.padding_idx, place)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _current(module: nn.Module, name: str) -> tuple[Tensor, Tensor, Place]:
+    """A module's weight with its nonzeros' values in it, the values, and where they are."""
+    weight = module._parameters[name]
+    values, place = module._nonzeros[name](module)  # type: ignore[index, operator]
+    assert weight is not None
+    if not torch.compiler.is_compiling() and not hasattr(weight, "to_local"):  # a distributed one is not in use
+        place.refresh(weight, values)
+    return weight, values, place
+
+
+def flat(parameter: Tensor) -> Tensor:
+    """A weight's elements, to be read and written."""
+    return parameter.data.view(-1)
