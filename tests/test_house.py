@@ -20,7 +20,7 @@ LAYERS = [
     {"header"},
     {"backend", "reference", "native"},
     {"reader", "writer"},
-    {"checkpoint", "describe", "nonzeros", "select", "spectrum"},
+    {"checkpoint", "describe", "nonzeros", "patched", "select", "spectrum"},
     {"fusion", "interference", "fit"},
     {"engine", "converters", "report"},
     {"train"},
