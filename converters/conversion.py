@@ -21,7 +21,7 @@ from .item import Item, Source
 from .report import Report, TensorReport
 
 if TYPE_CHECKING:
-    from shiradelta.fit.run import Fitted
+    from shiradelta.fit.fitted import Fitted
 
 
 @dataclass(frozen=True)

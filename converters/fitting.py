@@ -13,7 +13,7 @@ from shiradelta.fit import Fit
 from .item import Source
 
 if TYPE_CHECKING:
-    from shiradelta.fit.run import Fitted
+    from shiradelta.fit.fitted import Fitted
 
 
 def run_fit(
@@ -37,7 +37,8 @@ def run_fit(
                 " convert without fitting"
             )
     try:
-        from shiradelta.fit.run import Target, run
+        from shiradelta.fit.fitted import Target
+        from shiradelta.fit.run import run
     except ImportError as error:
         raise SourceError(f"fitting needs {error.name}; install shiradelta[fit]") from None
     targets = [

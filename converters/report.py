@@ -11,7 +11,7 @@ from shiradelta.arithmetic import Float32
 from shiradelta.delta import TensorDelta
 
 if TYPE_CHECKING:
-    from shiradelta.fit.run import Fitted
+    from shiradelta.fit.fitted import Fitted
 
 #: Below this share of the squared norm, plain top-k has thrown most of the fine-tune away.
 LITTLE = 0.5

@@ -36,6 +36,15 @@ def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype
     Raises:
         SourceError: transformers cannot load it, or the vocabularies differ.
     """
+    loader, config = model_class(base, tuned)
+    folder = base if base.is_dir() else base.parent
+    with _loading(folder):
+        model: nn.Module = loader.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+    return model.to(device)
+
+
+def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
+    """The class and the configuration of the fine-tune's model; arguments and errors are those of `load_model`."""
     transformers = _transformers()
     folder = base if base.is_dir() else base.parent
     own, theirs = _config(folder), _config(tuned if tuned.is_dir() else tuned.parent)
@@ -51,15 +60,21 @@ def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype
     loader = getattr(transformers, architecture, None)
     if loader is None:
         raise SourceError(f"{config_folder}: transformers has no {architecture}; give model and forward from Python")
+    with _loading(config_folder):
+        parsed = transformers.AutoConfig.from_pretrained(config_folder, local_files_only=True)
+    if getattr(parsed, "is_encoder_decoder", False):
+        raise SourceError(f"{folder}: an encoder-decoder has two inputs; give model and forward from Python")
+    return loader, parsed
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """transformers' errors become one line, its remarks none."""
     try:
-        with _quiet(transformers):
-            parsed = transformers.AutoConfig.from_pretrained(config_folder, local_files_only=True)
-            model: nn.Module = loader.from_pretrained(folder, config=parsed, dtype=dtype, local_files_only=True)
+        with _quiet(_transformers()):
+            yield
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise SourceError(f"{folder}: transformers cannot load it ({_line(error)})") from None
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise SourceError(f"{folder}: an encoder-decoder has two inputs; give model and forward from Python")
-    return model.to(device)
 
 
 def load_tokenizer(*folders: Path) -> Any:

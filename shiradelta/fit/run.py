@@ -7,23 +7,21 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shiradelta.arithmetic import Float32
 from shiradelta.checkpoint import rename_all
 from shiradelta.delta import TensorDelta
 from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.nonzeros import Nonzeros, flat
-from shiradelta.select import Rows, Selection
+from shiradelta.select import Selection
 
 from . import Fit, loading, refit, scores, state
 from .behaviour import Behaviour, CustomBehaviour, TextBehaviour
+from .fitted import Fitted, Target
 from .quantise import Quantiser
 from .teacher import Teacher
 from .texts import batches, read_texts, split
@@ -39,61 +37,6 @@ SAVE_EVERY = 20
 CALIBRATION = 8
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Target:
-    """One tensor to be fitted: its dense delta, and how many of its weights may change."""
-
-    name: str
-    dtype: str
-    matrix: tuple[int, int]
-    rows: Callable[[], Rows]
-    count: int
-
-    def dense(self) -> Float32:
-        """The whole delta, flat."""
-        return self.rows()(0, self.matrix[0]).reshape(-1)
-
-
-@dataclass
-class Fitted:
-    """What came out.
-
-    Attributes:
-        tensors: name -> positions and values, not yet quantised.
-        measure: what the distances are.
-        base, topk, fitted: distances from the fine-tune, of files as they would be read.
-        history: (step, distance).
-    """
-
-    tensors: dict[str, Selection]
-    measure: str
-    texts: int
-    held_out: int
-    base: float
-    topk: float
-    fitted: float = 0.0
-    steps: int = 0
-    seconds: float = 0.0
-    history: list[tuple[int, float]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {key: value for key, value in vars(self).items() if key not in ("tensors", "warnings")}
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """For the file."""
-        return {
-            "distance": f"{self.fitted:.6g}",
-            "distance_base": f"{self.base:.6g}",
-            "distance_topk": f"{self.topk:.6g}",
-            "distance_measure": f"{self.measure}, {self.held_out} texts held out",
-            "fit_texts": str(self.texts),
-            "fit_steps": str(self.steps),
-        }
 
 
 def run(

@@ -1,0 +1,71 @@
+"""What is to be fitted, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from shiradelta.arithmetic import Float32
+from shiradelta.select import Rows, Selection
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor to be fitted: its dense delta, and how many of its weights may change."""
+
+    name: str
+    dtype: str
+    matrix: tuple[int, int]
+    rows: Callable[[], Rows]
+    count: int
+
+    def dense(self) -> Float32:
+        """The whole delta, flat."""
+        return self.rows()(0, self.matrix[0]).reshape(-1)
+
+
+@dataclass
+class Fitted:
+    """What came out.
+
+    Attributes:
+        tensors: name -> positions and values, not yet quantised.
+        measure: what the distances are.
+        base, topk, fitted: distances from the fine-tune, of files as they would be read.
+        further: other measures of the same three, by name.
+        history: (step, distance).
+    """
+
+    tensors: dict[str, Selection]
+    measure: str
+    texts: int
+    held_out: int
+    base: float
+    topk: float
+    fitted: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+    further: dict[str, dict[str, float]] = field(default_factory=dict)
+    history: list[tuple[int, float]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {key: value for key, value in vars(self).items() if key not in ("tensors", "warnings")}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """For the file."""
+        return {
+            "distance": f"{self.fitted:.6g}",
+            "distance_base": f"{self.base:.6g}",
+            "distance_topk": f"{self.topk:.6g}",
+            "distance_measure": f"{self.measure}, {self.held_out} texts held out",
+            **{
+                name: ", ".join(f"{value:.4g} {of}" for of, value in values.items())
+                for name, values in self.further.items()
+            },
+            "fit_texts": str(self.texts),
+            "fit_steps": str(self.steps),
+        }
