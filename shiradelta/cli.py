@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -235,9 +236,33 @@ def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
         _echo_json(dataclasses.asdict(report))
         return
     click.echo(
-        f"{report.out}: {report.tensors} tensors, {report.nnz:,} nonzeros of {report.input_nnz:,} in the inputs;"
-        f" {report.shared:,} weights are touched by several, {report.conflicts:,} of them in opposite directions"
+        f"{report.out}: {report.tensors} tensors, {report.nnz:,} nonzeros of {report.input_nnz:,} in the inputs\n"
+        f"{report.shared:,} of them ({show.percent(report.shared / max(report.nnz, 1))}) are touched by several inputs,"
+        f" {show.percent(report.conflicts / max(report.shared, 1))} of these in opposite directions;"
+        " `shiradelta report` tells more"
     )
+
+
+@main.command(short_help="What deltas hold, and how they interfere.")
+@click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
+@click.option("-o", "--out", help="Write it all as one HTML file, which needs no network.")
+@click.option("--png", help="Write the heat map, layers by pairs, as a picture.")
+@_JSON
+def report(deltas: tuple[str, ...], out: str | None, png: str | None, as_json: bool) -> None:
+    """Say what is in .shd files and how much every two of them get in each other's way, before they are fused."""
+    from shiradelta.report import report as run
+    from shiradelta.report.text import summary
+
+    with show.progress("comparing") as progress:
+        made = run(dict(map(_with_strength, deltas)), out=out, png=png, progress=progress)
+    if as_json:
+        _echo_json(made.as_dict())
+        return
+    click.echo(summary(made))
+    for warning in made.interference.warnings:
+        click.echo(f"warning: {show.printable(warning)}", err=True)
+    for written in filter(None, (out, png)):
+        click.echo(f"{written}: written, {show.size(os.path.getsize(written))}")
 
 
 def _with_strength(argument: str) -> tuple[str, float]:

@@ -32,7 +32,6 @@ from shiradelta.fusion import (
     overlay,
 )
 from shiradelta.reader import Delta, open_delta
-from shiradelta.show import percent
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -156,11 +155,6 @@ class Interference:
             groups.setdefault(layer_of(name), []).append(meeting)
         return {layer: pooled(meetings) for layer, meetings in groups.items()}
 
-    def verdict(self, pair: tuple[int, int]) -> str:
-        """One plain sentence."""
-        i, j = pair
-        return verdict(self.labels[i], self.labels[j], self.total(pair))
-
 
 def layer_of(name: str) -> str:
     """The part of a tensor's name up to its first number ("model.layers.3"), or all of it."""
@@ -181,42 +175,6 @@ def label_all(files: Sequence[str]) -> tuple[str, ...]:
     """Short names: the files' stems where these differ."""
     stems = [Path(file).name.removesuffix(".shd") for file in files]
     return tuple(stems if len(set(stems)) == len(stems) else files)
-
-
-def verdict(one: str, other: str, total: Meeting) -> str:
-    """What the figures mean for applying or fusing both, in a sentence."""
-    if not total.shared:
-        return f"{one} and {other} share none of their weights: {advice(total)[1]}."
-    smaller = max(min(total.nnz), 1)
-    figures = [
-        f"{one} and {other} share {percent(total.shared / smaller)} of their weights"
-        f" ({percent(total.chance / smaller)} would be chance)"
-    ]
-    if total.cosine is not None and total.opposed_share is not None:
-        figures += [
-            f"{percent(total.opposed_share)} of these with opposite signs",
-            f"cosine {round(total.cosine, 2) + 0.0:.2f}",
-        ]
-    return f"{', '.join(figures)}: {advice(total)[1]}."
-
-
-def advice(total: Meeting) -> tuple[str, str]:
-    """("free", "try" or "conflict", what to do).
-
-    The bounds are rules of thumb: figures of the weights alone cannot tell what a task will lose.
-    """
-    share, cosine = total.shared / max(min(total.nnz), 1), total.cosine
-    if not total.shared:
-        return "free", "fuse freely"
-    if total.clashes:
-        return "conflict", f"{total.clashes:,} of these are set by one of them, so they cannot be fused"
-    if cosine is None or (abs(cosine) < 0.1 and share < 0.1):
-        return "free", "fuse freely"
-    if cosine <= -0.3:
-        return "conflict", "they undo each other; take one of them"
-    if cosine >= 0.3:
-        return "try", "they largely do the same, which a sum does twice; take mean, or lower strengths"
-    return "try", "fuse, and try both tasks; if one loses too much, take ties or lower strengths"
 
 
 def measure(deltas: Mapping[Source, float], progress: Progress | None = None) -> Interference:

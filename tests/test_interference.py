@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import shiradelta
 from shiradelta import TensorDelta, interference
 from shiradelta.errors import BaseMismatchError, DeltaError
-from shiradelta.interference import Meeting, advice, in_model_order, layer_of, measure, pooled, verdict
+from shiradelta.interference import Meeting, in_model_order, layer_of, measure, pooled
 
 SHAPES = {"layers.0.up.weight": (48, 40), "layers.0.norm.weight": (40,), "layers.10.conv.weight": (12, 5, 3, 3)}
 
@@ -126,7 +126,6 @@ def test_what_is_set_has_supports_but_no_direction(tmp_path: Path):
     assert found.pairs[0, 1]["w"].awom is None
     assert found.pairs[0, 1]["w"].awor == 1 - 2 / 16
     assert (mixed.shared, mixed.clashes, mixed.cosine) == (1, 1, None)
-    assert "1 of these are set by one of them" in found.verdict((0, 1))
     assert "is set in a and add in c; they cannot be fused" in " ".join(found.warnings)
     with pytest.raises(DeltaError, match="strength 1 only"):
         measure({a: 0.5, b: 1.0})
@@ -176,15 +175,3 @@ def test_pooling_is_adding(meetings: list[Meeting]):
     assert total.nnz == tuple(sum(m.nnz[k] for m in meetings) for k in (0, 1))
     assert total.shared == sum(m.shared for m in meetings)
     assert total.awom is None
-
-
-@pytest.mark.parametrize(
-    ("shared", "opposed", "cosine", "level"),
-    [(0, 0, 0.0, "free"), (2, 1, 0.0, "free"), (50, 25, 0.02, "try"), (50, 1, 0.6, "try"), (50, 49, -0.6, "conflict")],
-)
-def test_advice(shared: int, opposed: int, cosine: float, level: str):
-    total = Meeting((100, 200), shared, 1.0, 0, opposed, cosine, (1.0, 1.0))
-    assert advice(total)[0] == level
-    sentence = verdict("a", "b", total)
-    assert sentence.endswith(f"{advice(total)[1]}.")
-    assert f"{shared}% of their weights" in sentence or not shared

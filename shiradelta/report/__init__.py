@@ -1,0 +1,94 @@
+"""What is in some deltas and how they meet: as data, as one HTML file that needs no network, as a heat map."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shiradelta.errors import DeltaError
+from shiradelta.fusion import Progress, Source
+from shiradelta.interference import Interference, measure
+from shiradelta.reader import open_delta
+
+from .adapters import Adapter, look_at
+from .verdict import verdict
+
+__all__ = ["Adapter", "Report", "report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found: each delta by itself, and every two of them together."""
+
+    adapters: tuple[Adapter, ...]
+    interference: Interference
+
+    def verdicts(self) -> dict[tuple[int, int], str]:
+        """Pair -> a plain sentence."""
+        labels = self.interference.labels
+        return {
+            (i, j): verdict(labels[i], labels[j], self.interference.total((i, j))) for i, j in self.interference.pairs
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        found, labels = self.interference, self.interference.labels
+        pairs = [
+            {
+                "deltas": [labels[i], labels[j]],
+                "verdict": sentence,
+                "total": found.total((i, j)).as_dict(),
+                "layers": {layer: meeting.as_dict() for layer, meeting in found.layers((i, j)).items()},
+                "tensors": {name: meeting.as_dict() for name, meeting in found.pairs[i, j].items()},
+            }
+            for (i, j), sentence in self.verdicts().items()
+        ]
+        return {
+            "deltas": [adapter.as_dict() for adapter in self.adapters],
+            "pairs": pairs,
+            "warnings": list(found.warnings),
+        }
+
+
+def report(
+    deltas: Mapping[Source, float],
+    out: Source | None = None,
+    png: Source | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Looks at `.shd` files, alone and two by two.
+
+    Args:
+        deltas: file -> strength, as for `fuse`.
+        out: an HTML file to write.
+        png: a picture of the heat map to write; needs matplotlib.
+        progress: is told how far it is.
+
+    Raises:
+        BaseMismatchError: the files were made against different bases.
+        DeltaError: the same delta twice, or an argument that cannot be.
+        FormatError: a file is refused.
+        TargetError: a file cannot be written.
+    """
+    if not deltas:
+        raise DeltaError("nothing to report on; give at least one .shd file")
+    found = measure(deltas, progress)
+    with ExitStack() as stack:
+        adapters = tuple(
+            look_at(stack.enter_context(open_delta(path)), label, strength)
+            for (path, strength), label in zip(deltas.items(), found.labels, strict=True)
+        )
+    made = Report(adapters, found)
+    if out is not None:
+        from .page import write
+
+        write(Path(os.fspath(out)), made)
+    if png is not None:
+        from .heat import draw
+
+        draw(Path(os.fspath(png)), found)
+    return made
