@@ -94,7 +94,7 @@ class Nonzeros:
         finally:
             undo()
 
-    def _source(self, index: int, module: nn.Module) -> tuple[Tensor, Place]:
+    def _source(self, index: int, module: nn.Module, name: str) -> tuple[Tensor, Place]:
         place = self.places[index]
         leaf = self.values[place.part].detach().requires_grad_()
         leaf.grad = self.grad[place.part]  # a view: autograd adds in place

@@ -23,8 +23,8 @@ from shiradelta.errors import DeltaError
 #: Elements of a dense gradient that are made at a time.
 CHUNK = 1 << 24
 
-#: Module -> (values [n] that gradients are to reach, where they are).
-Source = Callable[[nn.Module], "tuple[Tensor, Place]"]
+#: (module, name of its weight) -> (values [n] that gradients are to reach, where they are).
+Source = Callable[[nn.Module, str], "tuple[Tensor, Place]"]
 
 
 class Place:
@@ -40,12 +40,17 @@ class Place:
     def __init__(self, parameter: nn.Parameter, stored: torch.dtype, positions: Tensor, base: Tensor) -> None:
         self.parameter = parameter
         self.stored = stored
+        self.numel = parameter.numel()
+        self.columns = self.numel // parameter.shape[0] if parameter.dim() > 1 else self.numel
+        self.move(positions, base)
+
+    def move(self, positions: Tensor, base: Tensor) -> None:
+        """Takes another mask; the weight has to hold the base."""
         self.positions = positions
         self.base = base
         #: Version of the values that the weight holds; None if they may have changed in other ways.
         self.written: int | None = None
-        self.columns = parameter.numel() // parameter.shape[0] if parameter.dim() > 1 else parameter.numel()
-        rows = parameter.numel() // max(self.columns, 1)
+        rows = self.numel // max(self.columns, 1)
         step = max(1, CHUNK // max(self.columns, 1))
         edges = [*range(0, rows, step), rows]
         ends = torch.tensor(edges, device=positions.device, dtype=torch.int64) * self.columns
@@ -227,7 +232,7 @@ def _embedding_forward(module: nn.Embedding, ids: Tensor) -> Tensor:
 def _current(module: nn.Module, name: str) -> tuple[Tensor, Tensor, Place]:
     """A module's weight with its nonzeros' values in it, the values, and where they are."""
     weight = module._parameters[name]
-    values, place = module._nonzeros[name](module)  # type: ignore[index, operator]
+    values, place = module._nonzeros[name](module, name)  # type: ignore[index, operator]
     assert weight is not None
     if not torch.compiler.is_compiling() and not hasattr(weight, "to_local"):  # a distributed one is not in use
         place.refresh(weight, values)

@@ -1,0 +1,238 @@
+"""From a mask's name, or a mask of one's own, to positions by weight."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shiradelta.arithmetic import Positions
+from shiradelta.checkpoint import rename_all
+from shiradelta.errors import DeltaError
+from shiradelta.reader import Delta, open_delta
+
+from . import masks
+from .gradients import Loss, Tell, sums
+from .layout import View
+
+#: A mask of one's own: name -> bool tensor of the weight's shape, or integer positions, flat, in any order.
+OwnMask = Mapping[str, Any]
+#: Magnitudes are told apart by exponent and 7 bits of mantissa, where a share is that of the whole model.
+_CLASSES = 1 << 15
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to choose by.
+
+    Attributes:
+        model: the whole.
+        weights: of it, to choose from, by name.
+        views: the weights as the checkpoint has them, by name.
+        share: of each weight, or of all together.
+        pattern: n of every m, in place of the largest.
+        whole_model: the share is that of all weights together.
+        avoid: positions by weight that are not to be chosen, increasing.
+        seed: of `rand`.
+        batches: calibration batches, for masks that need gradients.
+        loss: of a batch.
+        tell: is told how far it is.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, nn.Parameter]
+    views: Mapping[str, Sequence[View]]
+    share: float
+    pattern: tuple[int, int] | None
+    whole_model: bool
+    avoid: Mapping[str, Positions]
+    seed: int
+    batches: Sequence[Any]
+    loss: Loss
+    tell: Tell
+
+    def by_name(self, mask: str) -> dict[str, Tensor]:
+        """Positions by weight, int64, increasing, where the weight lies."""
+        if mask not in masks.MASKS:
+            raise DeltaError(f"mask {mask!r} is unknown; take {', '.join(masks.MASKS)}, or give your own by name")
+        if mask == "struct" and (self.pattern or self.whole_model):
+            raise DeltaError("struct has a pattern of its own, tensor by tensor; give it a share and scope='tensor'")
+        if not self.whole_model and self.pattern is None:
+            for name, weight in self.weights.items():
+                self._count(name, weight)
+        if mask == "struct":
+            return {name: self._struct(name, weight) for name, weight in self.weights.items()}
+        if mask == "rand" and self.pattern is None:
+            return {name: self._rand(name, weight) for name, weight in self.weights.items()}
+        counts = self._counts_by_score(mask) if self.whole_model else {}
+        chosen = {}
+        for name, scores in self._scores(mask):
+            weight = self.weights[name]
+            if self.pattern is not None:
+                row = weight.shape[-1] if weight.dim() else 1
+                positions = masks.n_of_m(scores, row, *self.pattern)
+            else:
+                positions = masks.top(scores, counts[name] if counts else self._count(name, weight))
+            chosen[name] = positions[scores[positions] >= 0]  # what is to be avoided has scores below
+        return chosen
+
+    def _count(self, name: str, weight: Tensor) -> int:
+        count = round(self.share * weight.numel())
+        if count == 0:
+            least = 1 / max(weight.numel(), 1)
+            raise DeltaError(
+                f"a sparsity of {self.share:g} leaves tensor {name!r} with none of its {weight.numel()} elements; leave"
+                f" it out of the targets, or give a sparsity of {least:.2g} or more"
+            )
+        return count
+
+    def _struct(self, name: str, weight: Tensor) -> Tensor:
+        count, avoid = self._count(name, weight), self.avoid.get(name)
+        shape = tuple(weight.shape)
+        if avoid is None:
+            return torch.from_numpy(masks.struct(shape, count)).to(weight.device)
+        # Whatever the other mask is, some shift of the rows meets it least.
+        starts = range(min(shape[0] if shape else 1, 64))
+        apart = (np.setdiff1d(masks.struct(shape, count, start), avoid, assume_unique=True) for start in starts)
+        return torch.from_numpy(max(apart, key=len)).to(weight.device)
+
+    def _rand(self, name: str, weight: Tensor) -> Tensor:
+        seed = f"{self.seed} {self.views[name][0].name}"
+        found = masks.rand(weight.numel(), self.share, seed, self.avoid.get(name))
+        return torch.from_numpy(found).to(weight.device)
+
+    def _scores(self, mask: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, flat float32 scores), weight by weight; below zero what is to be avoided."""
+        if masks.MASKS[mask]:
+            score = getattr(masks, mask)
+            found = (
+                (name, score(self.weights[name].detach(), total))
+                for name, total in sums(self.model, self.weights, self.batches, self.loss, self.tell)
+            )
+        elif mask == "wm":
+            found = ((name, masks.wm(weight.detach())) for name, weight in self.weights.items())
+        else:
+            found = ((name, self._random_scores(name, weight)) for name, weight in self.weights.items())
+        for name, scores in found:
+            if name in self.avoid:
+                scores = scores.clone() if mask == "grad" else scores
+                scores[torch.from_numpy(self.avoid[name]).to(scores.device)] = -1
+            yield name, scores
+
+    def _random_scores(self, name: str, weight: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(masks.seed_of(f"{self.seed} {self.views[name][0].name}"))
+        return torch.rand(weight.numel(), generator=generator).to(weight.device)
+
+    def _counts_by_score(self, mask: str) -> dict[str, int]:
+        """How many of the largest scores of all weights together lie in each."""
+        total = max(1, round(self.share * sum(weight.numel() for weight in self.weights.values())))
+        histograms = {
+            name: torch.bincount(scores[scores >= 0].view(torch.int32) >> 16, minlength=_CLASSES).cpu()
+            for name, scores in self._scores(mask)
+        }
+        from_top = torch.stack(list(histograms.values())).sum(0).flip(0).cumsum(0).flip(0)
+        total = min(total, int(from_top[0]))
+        limit = int(torch.nonzero(from_top >= total)[-1])
+        above = int(from_top[limit + 1]) if limit + 1 < _CLASSES else 0
+        left, members = total - above, int(from_top[limit]) - above
+        counts = {}
+        for name, histogram in histograms.items():
+            here = int(histogram[limit])
+            part = round(left * here / members) if members else 0
+            left, members = left - part, members - here
+            counts[name] = int(histogram[limit + 1 :].sum()) + part
+        return counts
+
+
+def own_mask(mask: OwnMask, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Positions by weight, increasing, of a mask of one's own; weights that it lacks are left out.
+
+    Raises:
+        DeltaError: a name that is no target, a wrong shape, positions outside or given twice, nothing at all.
+    """
+    found = rename_all(list(mask), weights)
+    unknown = [name for name in mask if name not in found]
+    if unknown or not mask:
+        raise DeltaError(
+            f"the mask has {unknown[0]!r}, which is none of the targets ({', '.join(islice(weights, 3))}, ...)"
+            if unknown
+            else "the mask is empty; give a bool tensor or positions for each weight to train"
+        )
+    result = {}
+    for name, given in mask.items():
+        weight = weights[found[name]]
+        tensor = torch.as_tensor(given, device=weight.device)
+        if tensor.dtype == torch.bool:
+            if tensor.shape != weight.shape:
+                raise DeltaError(
+                    f"the mask of {name!r} has shape {list(tensor.shape)}, the weight {list(weight.shape)}; a mask of"
+                    " bools has the weight's shape"
+                )
+            positions = tensor.reshape(-1).nonzero().reshape(-1)
+        else:
+            if tensor.is_floating_point() or tensor.is_complex() or tensor.dim() != 1:
+                raise DeltaError(
+                    f"the mask of {name!r} is {tensor.dtype} {list(tensor.shape)}; give bools of the weight's shape, or"
+                    " integer positions in one dimension"
+                )
+            positions = tensor.long().unique()  # type: ignore[no-untyped-call]
+            outside = positions.numel() and (positions[0] < 0 or positions[-1] >= weight.numel())
+            if positions.numel() != tensor.numel() or outside:
+                raise DeltaError(
+                    f"the mask of {name!r} lists a position twice, or one outside of its {weight.numel()} elements"
+                )
+        if positions.numel() == 0:
+            raise DeltaError(f"the mask of {name!r} leaves no element; leave the weight out")
+        result[found[name]] = positions
+    return result
+
+
+def avoided(
+    others: Sequence[Any], weights: Mapping[str, nn.Parameter], views: Mapping[str, Sequence[View]]
+) -> dict[str, Positions]:
+    """Positions by weight that other adapters change.
+
+    Args:
+        others: `.shd` files, open deltas, or mappings of names to positions (such as `Tuner.positions`).
+        weights: by name.
+        views: of them in the checkpoint, by name.
+    """
+    found: dict[str, list[Positions]] = {}
+    of_checkpoint = {view.name: (name, view) for name, some in views.items() for view in some}
+    of_checkpoint |= {name: (name, _whole(name, weight)) for name, weight in weights.items()}
+    for other in others:
+        listed = dict(_positions(other))
+        renamed = rename_all(listed, of_checkpoint)
+        for checkpoint_name, positions in listed.items():
+            if checkpoint_name in renamed:
+                name, view = of_checkpoint[renamed[checkpoint_name]]
+                if positions.size and positions.max() >= math.prod(view.shape):
+                    raise DeltaError(f"{other}: tensor {checkpoint_name!r} has positions outside of the model's weight")
+                found.setdefault(name, []).append(view.to_weight(positions))
+    return {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
+
+
+def _whole(name: str, weight: Tensor) -> View:
+    return View(name, tuple(weight.shape), tuple(weight.stride()), 0)
+
+
+def _positions(other: Any) -> Iterator[tuple[str, Positions]]:
+    if isinstance(other, str | os.PathLike | bytes):
+        with open_delta(other) as delta:
+            yield from _positions(delta)
+    elif isinstance(other, Delta):
+        for name, tensor in other.items():
+            if tensor.op != "drop":
+                yield name, tensor.positions()
+    elif isinstance(other, Mapping):
+        for name, positions in other.items():
+            yield name, np.asarray(positions.cpu() if isinstance(positions, Tensor) else positions, np.int64)
+    else:
+        raise DeltaError(f"avoid has {type(other).__name__}; give .shd files, open deltas or positions by name")

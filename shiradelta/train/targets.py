@@ -1,0 +1,114 @@
+"""Which weights of a model are trained."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from shiradelta import wire
+from shiradelta.engine.live import Target, live_tensors
+from shiradelta.errors import DeltaError, TargetError
+
+ALL_LINEAR = "all-linear"
+#: As many near names as are told.
+_NEAR = 5
+
+
+def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The weights to train, by the model's first name for each.
+
+    Args:
+        model: where to look.
+        targets: names of modules or parameters, or ends of them ("q_proj", "attn.out_proj", "q_proj.bias",
+            "experts.gate_up_proj"); or one regular expression that fits them in full; or "all-linear", the default:
+            every linear layer but the output's.  A module stands for its matrices, a norm for its weight.
+
+    Raises:
+        DeltaError: something that matches nothing; near names are listed.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if targets is None or targets == ALL_LINEAR:
+        found = _linear_weights(model)
+        if not found:
+            raise DeltaError("the model has no linear layer; name what to train: targets=[...]")
+        return _first_names(model, found)
+    offers = dict(_of_modules(model))
+    offers |= {name: [name] for name in parameters}
+    wanted: list[str] = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        if isinstance(targets, str):
+            fits = [name for name in offers if re.fullmatch(target, name)]
+        else:
+            fits = [name for name in offers if name == target or name.endswith("." + target)]
+        if not fits:
+            raise DeltaError(f"target {target!r} is no layer and no weight of the model; {_near(target, offers)}")
+        wanted += [name for offer in fits for name in offers[offer]]
+    return _first_names(model, [parameters[name] for name in wanted])
+
+
+def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[str, Target]:
+    """What the weights are in memory.
+
+    Raises:
+        TargetError: one that cannot be trained in place: quantised, distributed, on meta, expanded, not a float.
+    """
+    targets = live_tensors(model)
+    for name in weights:
+        target = targets[name]
+        if target.refusal is not None:
+            raise TargetError(f"tensor {name!r} {_for_training(target.refusal)}")
+        if target.dtype not in wire.ADDABLE:
+            raise TargetError(
+                f"tensor {name!r} has elements of {weights[name].dtype}: quantised, or more than float32 can tell;"
+                " train on the model in bfloat16, float16 or float32, and quantise the result"
+            )
+        if not weights[name].is_contiguous():
+            raise TargetError(f"tensor {name!r} is not contiguous; call .contiguous() on it first")
+    return targets
+
+
+def _for_training(refusal: str) -> str:
+    what, _, _ = refusal.partition(";")
+    if "torch.distributed" in refusal or "of which this process has a part" in refusal:
+        return f"{what}; attach before the model is distributed"
+    if "quantised" in refusal:
+        return f"{what}; train on the unquantised model, and quantise the result"
+    return refusal
+
+
+def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    kinds = (nn.Linear,)
+    return [
+        module.weight
+        for module in model.modules()
+        if (isinstance(module, kinds) or type(module).__name__ == "Conv1D")
+        and module is not output
+        and isinstance(module.weight, nn.Parameter)
+    ]
+
+
+def _of_modules(model: nn.Module) -> Iterable[tuple[str, list[str]]]:
+    """(a module's name, its matrices, or its weight if it has no matrix)."""
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module._parameters.items() if p is not None}
+        chosen = [key for key, p in own.items() if p.dim() > 1] or [key for key in own if key == "weight"]
+        if chosen and name:
+            yield name, [f"{name}.{key}" for key in chosen]
+
+
+def _first_names(model: nn.Module, wanted: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """In the model's order, tied weights once."""
+    ids = {id(parameter) for parameter in wanted}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
+
+
+def _near(target: str, offers: Iterable[str]) -> str:
+    """Of the names' ends that have as many parts as the target, those most like it."""
+    parts = target.count(".") + 1
+    ends = dict.fromkeys(".".join(offer.split(".")[-parts:]) for offer in offers)
+    near = difflib.get_close_matches(target, ends, _NEAR, 0.4) or [end for end in ends if not end.isdigit()][:_NEAR]
+    return "near names are " + ", ".join(near)

@@ -1,0 +1,372 @@
+"""`attach`: the nonzeros of a sparse delta become what a model trains."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from shiradelta.delta import TensorDelta
+from shiradelta.errors import DeltaError, TargetError
+from shiradelta.patched import Place, flat, patch
+from shiradelta.writer import save_delta
+
+from . import masks
+from .choose import Choice, OwnMask, avoided, own_mask
+from .gradients import Loss, Tell, own_loss
+from .layout import View, views
+from .targets import check_weights, find_weights
+
+#: What the values are called beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
+SUFFIX = "_nonzeros"
+
+
+def attach(
+    model: nn.Module,
+    sparsity: float | str = 0.01,
+    mask: str | OwnMask = "snip",
+    targets: str | Sequence[str] | None = None,
+    calibration: Iterable[Any] = (),
+    *,
+    loss: Loss = own_loss,
+    scope: str = "tensor",
+    avoid: Sequence[Any] = (),
+    seed: int = 0,
+    progress: Tell | None = None,
+) -> Tuner:
+    """Makes the nonzeros of a sparse delta the only parameters of a model that train.
+
+    The values are float32 parameters, zero at first, beside the weights they change.  Forward passes use the
+    weights themselves, in which the values are written as soon as they change; nothing is cloned.
+
+    Args:
+        model: any torch module whose weights are float32, bfloat16 or float16.
+        sparsity: the share of the weights that change; or a pattern N:M ("1:64"), n of every m in a row.
+        mask: which ones: "struct", "rand", "wm" (by magnitude), "grad", "snip" (by magnitude times gradient), or
+            your own: name -> bool tensor of the weight's shape, or flat integer positions.
+        targets: which weights; ends of names of layers or parameters, a regular expression, or "all-linear"
+            (the default).
+        calibration: some batches of the task, for "grad" and "snip".
+        loss: loss(model, batch) of a calibration batch; by default the one that the model itself gives.
+        scope: "tensor" keeps the share in every weight, "model" over all of them together.
+        avoid: adapters whose weights are not to be touched (`.shd` files, open deltas, positions by name), so that
+            they fuse without meeting.
+        seed: of "rand".
+        progress: is told (what, done, total).
+
+    Raises:
+        DeltaError: targets that match nothing, a mask that does not fit, a sparsity that leaves a weight without an
+            element, no calibration batches.
+        TargetError: a weight that cannot be trained in place: quantised, distributed, on meta.
+        ShiraDeltaError: gradients that are not finite.
+    """
+    if hasattr(model, "_shiradelta"):
+        raise TargetError("the model has a tuner already; detach() it first")
+    share, pattern = masks.parse_sparsity(sparsity)
+    if scope not in ("tensor", "model"):
+        raise DeltaError(f"scope {scope!r} is unknown; take tensor or model")
+    if pattern is not None and scope == "model":
+        raise DeltaError("a pattern N:M holds in every row, so scope='model' means nothing with it; give a share")
+    weights = find_weights(model, targets)
+    in_checkpoint = views(weights, check_weights(model, weights))
+    others = avoided(avoid, weights, in_checkpoint)
+    if isinstance(mask, str):
+        choice = Choice(
+            model,
+            weights,
+            in_checkpoint,
+            share,
+            pattern,
+            scope == "model",
+            others,
+            seed,
+            list(calibration) if masks.MASKS.get(mask) else [],
+            loss,
+            progress or (lambda what, done, total: None),
+        )
+        positions = choice.by_name(mask)
+    else:
+        positions = own_mask(mask, weights)
+    positions = {name: found for name, found in positions.items() if found.numel()}
+    if not positions:
+        raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
+    label = mask if isinstance(mask, str) else "own"
+    return Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, {"mask": label})
+
+
+@dataclass
+class _Tuned:
+    """One weight that is tuned: where its nonzeros are, how the checkpoint has it, and who holds their values."""
+
+    place: Place
+    views: Sequence[View]
+    holders: list[tuple[nn.Module, str]]
+
+    @property
+    def values(self) -> nn.Parameter:
+        module, name = self.holders[0]
+        found = module._parameters[name]
+        assert found is not None
+        return found
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the weight lies where `attach` found it; FSDP gives each process parts and gathers them to use."""
+        module, name = self.holders[0]
+        return module._parameters[name.removesuffix(SUFFIX)] is self.place.parameter
+
+    def load(self, name: str, positions: Tensor, values: Tensor) -> None:
+        """Takes up a state."""
+        weight = self.place.parameter
+        if self.in_place:
+            self.place.write(None)
+            where = positions.to(weight.device)
+            self.place.move(_compact(where, weight), flat(weight)[where])
+            self.values.data = values.to(self.values.device, torch.float32, copy=True)
+        else:
+            if not torch.equal(positions, self.place.positions.long().cpu()):
+                raise DeltaError(f"the state of {name!r} has another mask; load it before the model is distributed")
+            with torch.no_grad():
+                self.values.copy_(_spread(values, self.values))
+
+
+class Tuner:
+    """The nonzeros of a model that are trained; `attach` makes one.
+
+    It keeps the base's weights at the mask, so that `detach` puts them back as they were.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        positions: Mapping[str, Tensor],
+        in_checkpoint: Mapping[str, Sequence[View]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self.model = model
+        self._metadata = dict(metadata)
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.numel = sum(weight.numel() for weight in weights.values())
+        model.requires_grad_(False)
+        self._tuned: dict[str, _Tuned] = {}
+        sources = {}
+        holders = _holders(model)
+        for name, weight in weights.items():
+            where = positions[name]
+            place = Place(weight, weight.dtype, _compact(where, weight), flat(weight)[where])
+            values = nn.Parameter(torch.zeros(where.numel(), device=weight.device))
+            held = [(module, own + SUFFIX) for module, own in holders[weight]]
+            for module, own in held:
+                module.register_parameter(own, values)
+            self._tuned[name] = _Tuned(place, in_checkpoint[name], held)
+            sources[weight] = partial(_source, place)
+        self._unpatch: Callable[[], None] | None = patch(model, sources)
+        model.__dict__["_shiradelta"] = self
+        self._hook = register_optimizer_step_post_hook(partial(_after_step, weakref.ref(self)))
+
+    # ---------------------------------------------------------------------------------------- looking
+
+    @property
+    def nnz(self) -> int:
+        """Nonzeros that are trained."""
+        return sum(tuned.place.positions.numel() for tuned in self._tuned.values())
+
+    @property
+    def positions(self) -> dict[str, Tensor]:
+        """The mask: the model's names -> int64 [n], increasing, flat in the weight."""
+        return {name: tuned.place.positions.long() for name, tuned in self._tuned.items()}
+
+    @property
+    def values(self) -> dict[str, nn.Parameter]:
+        """What is trained: the model's names -> float32 [n], what is added to the base at the mask."""
+        return {name: tuned.values for name, tuned in self._tuned.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The values, for an optimizer."""
+        return list(self.values.values())
+
+    def __repr__(self) -> str:
+        share = self.nnz / max(self.numel, 1)
+        return f"<Tuner of {self.nnz:,} of {self.numel:,} weights ({share:.3g}) in {len(self._tuned)} tensors>"
+
+    # ---------------------------------------------------------------------------------------- weights
+
+    def write(self) -> None:
+        """Puts the values into the weights now; needed only after changing values by hand without a backward pass."""
+        self._attached()
+        for tuned in self._tuned.values():
+            values = tuned.values
+            if tuned.in_place:
+                tuned.place.write(values.detach())
+                tuned.place.written = values._version
+
+    def detach(self) -> None:
+        """Takes the delta out: the weights are the base's, bit for bit, and the model is as it was before `attach`."""
+        self._attached()
+        for tuned in self._tuned.values():
+            if tuned.in_place:
+                tuned.place.write(None)
+        assert self._unpatch is not None
+        self._unpatch()
+        self._unpatch = None
+        self._hook.remove()
+        for tuned in self._tuned.values():
+            for module, name in tuned.holders:
+                del module._parameters[name]
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        del self.model.__dict__["_shiradelta"]
+
+    def __enter__(self) -> Tuner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._unpatch is not None:
+            self.detach()
+
+    def _attached(self) -> None:
+        if self._unpatch is None:
+            raise DeltaError("the tuner was detached; attach again")
+
+    # ---------------------------------------------------------------------------------------- keeping
+
+    def deltas(self) -> dict[str, TensorDelta]:
+        """What was trained, by the checkpoint's names; values that are still zero are left out.
+
+        Raises:
+            DeltaError: nothing was trained yet, or it was trained to NaN or infinity.
+        """
+        self._attached()
+        found: dict[str, TensorDelta] = {}
+        for name, tuned in self._tuned.items():
+            values = _whole(tuned.values).detach().float()
+            if not torch.isfinite(values).all():
+                raise DeltaError(
+                    f"tensor {name!r} was trained to NaN or infinity; go back to an earlier state, with a smaller"
+                    " learning rate or with gradients clipped"
+                )
+            kept = values.nonzero().reshape(-1).to(tuned.place.positions.device)
+            positions = tuned.place.positions[kept].long().cpu().numpy()
+            numbers, base = values[kept].cpu().numpy(), _bits(tuned.place.base[kept])
+            dtype = str(tuned.place.stored).removeprefix("torch.")
+            for view in tuned.views:
+                order, where = view.from_weight(positions)
+                if order.size:
+                    found[view.name] = TensorDelta(view.shape, where, numbers[order], dtype, base_bits=base[order])
+        if not found:
+            raise DeltaError("all values are zero: nothing was trained yet")
+        return found
+
+    def save(
+        self, path: str | os.PathLike[str], values: str = "int4", metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes a `.shd` file, with fingerprints of the base, by which `shiradelta apply` and `HotSwap` check it.
+
+        In a run with sharded parameters all processes have to call it; the first one writes.
+
+        Args:
+            path: the file; put in place atomically.
+            values: "f32" gives back the trained model bit for bit; "int8" and "int4" take a quarter and an eighth.
+            metadata: further pairs for the file.
+
+        Raises:
+            DeltaError: nothing was trained yet, or it was trained to NaN or infinity.
+            TargetError: the file cannot be written.
+        """
+        deltas = self.deltas()
+        about = {**self._metadata, "sparsity": f"{self.nnz / self.numel:.6g}", **(metadata or {})}
+        if _is_first_process():
+            save_delta(path, deltas, about, values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Mask and values, to go on from exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n]."""
+        self._attached()
+        state = {}
+        for name, tuned in self._tuned.items():
+            state[f"{name}.positions"] = tuned.place.positions.long().cpu()
+            state[f"{name}.values"] = _whole(tuned.values).detach().float().cpu()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up a state; parameters stay the objects that an optimizer knows.
+
+        Raises:
+            DeltaError: it is one of other weights.
+        """
+        self._attached()
+        expected = {f"{name}.{what}" for name in self._tuned for what in ("positions", "values")}
+        if expected != set(state):
+            odd = sorted(expected ^ set(state))[0]
+            raise DeltaError(f"the state is one of other weights: {odd!r} is on one side only; attach with its targets")
+        for name, tuned in self._tuned.items():
+            positions, values = state[f"{name}.positions"], state[f"{name}.values"]
+            sound = positions.dim() == 1 and positions.shape == values.shape and positions.numel()
+            if not sound or int(positions.max()) >= tuned.place.numel or bool((positions.diff() <= 0).any()):
+                raise DeltaError(f"the state of {name!r} does not fit a weight of {tuned.place.numel} elements")
+        for name, tuned in self._tuned.items():
+            tuned.load(name, state[f"{name}.positions"], state[f"{name}.values"])
+
+
+def _source(place: Place, module: nn.Module, name: str) -> tuple[Tensor, Place]:
+    values = module._parameters[name + SUFFIX]
+    assert values is not None
+    return values, place
+
+
+def _holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Parameter -> the modules that hold it, and as what."""
+    found: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(parameter, []).append((module, name))
+    return found
+
+
+def _compact(positions: Tensor, weight: Tensor) -> Tensor:
+    """In half the memory, where they fit."""
+    return positions.int() if weight.numel() < 1 << 31 else positions
+
+
+def _whole(values: Tensor) -> Tensor:
+    """Also where FSDP has given each process a part."""
+    full: Callable[[], Tensor] | None = getattr(values, "full_tensor", None)
+    return values if full is None else full()
+
+
+def _spread(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as FSDP has another."""
+    if not hasattr(like, "full_tensor"):
+        return whole.to(like.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+def _bits(weights: Tensor) -> Any:
+    size = weights.element_size()
+    return weights.cpu().view(torch.uint8).numpy().view(f"<u{size}")
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _after_step(tuner: weakref.ref[Tuner], optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Writes what an optimizer has changed, so that whoever looks at the weights next finds it there."""
+    found = tuner()
+    if found is None:
+        return
+    ids = {id(values) for values in found.parameters()}
+    if any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
+        found.write()
