@@ -38,7 +38,7 @@ class Place:
     """
 
     def __init__(self, parameter: nn.Parameter, stored: torch.dtype, positions: Tensor, base: Tensor) -> None:
-        self.parameter = parameter
+        self.parameter: Tensor = parameter
         self.stored = stored
         self.numel = parameter.numel()
         self.columns = self.numel // parameter.shape[0] if parameter.dim() > 1 else self.numel
@@ -81,6 +81,8 @@ class Place:
         Between a backward pass and the next forward pass anything may have changed them, also what leaves no trace
         in a tensor's version: a fused optimizer's own kernel, or `.data`.
         """
+        if weight is not self.parameter:
+            self.parameter = self.parameter[:0]  # FSDP has taken it to parts; its whole is not to be kept here
         if weight is not self.parameter or self.written != values._version:
             self.write(values.detach(), weight)
             self.written = values._version
@@ -197,7 +199,7 @@ def _derived(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 def _property(name: str) -> property:
     def get(module: nn.Module) -> Tensor:
         weight, values, place = _current(module, name)
-        if not torch.is_grad_enabled() or not values.requires_grad:
+        if not torch.is_grad_enabled() or not values.requires_grad or is_spread(weight):
             return weight
         if weight is place.parameter:
             result: Tensor = _Alias.apply(values, weight, place)  # type: ignore[no-untyped-call]
@@ -225,6 +227,8 @@ def _embedding_forward(module: nn.Embedding, ids: Tensor) -> Tensor:
     weight, values, place = _current(module, "weight")
     if module.max_norm is not None or module.scale_grad_by_freq:
         raise DeltaError("an embedding with max_norm or scale_grad_by_freq rewrites its weights; switch that off")
+    if torch.compiler.is_compiling():  # which rows a batch uses is not known while tracing
+        return nn.functional.embedding(ids, module.weight, module.padding_idx)
     result: Tensor = _Embedding.apply(ids, values, weight, module.padding_idx, place)  # type: ignore[no-untyped-call]
     return result
 
@@ -234,9 +238,14 @@ def _current(module: nn.Module, name: str) -> tuple[Tensor, Tensor, Place]:
     weight = module._parameters[name]
     values, place = module._nonzeros[name](module, name)  # type: ignore[index, operator]
     assert weight is not None
-    if not torch.compiler.is_compiling() and not hasattr(weight, "to_local"):  # a distributed one is not in use
+    if not torch.compiler.is_compiling() and not is_spread(weight):
         place.refresh(weight, values)
     return weight, values, place
+
+
+def is_spread(weight: Tensor) -> bool:
+    """Whether it is FSDP's, in parts; in use, in a forward pass, it is whole."""
+    return hasattr(weight, "to_local")
 
 
 def flat(parameter: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shiradelta.delta import TensorDelta
 from shiradelta.errors import DeltaError, TargetError
-from shiradelta.patched import Place, flat, patch
+from shiradelta.patched import Place, flat, is_spread, patch
 from shiradelta.writer import save_delta
 
 from . import masks
@@ -117,16 +117,24 @@ class _Tuned:
         return found
 
     @property
-    def in_place(self) -> bool:
-        """Whether the weight lies where `attach` found it; FSDP gives each process parts and gathers them to use."""
+    def weight(self) -> Tensor | None:
+        """None where FSDP gives each process a part of it, which holds the base; it is patched when it is gathered."""
         module, name = self.holders[0]
-        return module._parameters[name.removesuffix(SUFFIX)] is self.place.parameter
+        found = module._parameters[name.removesuffix(SUFFIX)]
+        return None if found is None or is_spread(found) else found
+
+    def write(self, values: Tensor | None) -> None:
+        """Puts base + values, or the base, into the weight."""
+        weight = self.weight
+        if weight is not None:
+            self.place.write(values, weight)
+            self.place.written = None if values is None else values._version
 
     def load(self, name: str, positions: Tensor, values: Tensor) -> None:
         """Takes up a state."""
-        weight = self.place.parameter
-        if self.in_place:
-            self.place.write(None)
+        weight = self.weight
+        if weight is not None:
+            self.write(None)
             where = positions.to(weight.device)
             self.place.move(_compact(where, weight), flat(weight)[where])
             self.values.data = values.to(self.values.device, torch.float32, copy=True)
@@ -203,17 +211,13 @@ class Tuner:
         """Puts the values into the weights now; needed only after changing values by hand without a backward pass."""
         self._attached()
         for tuned in self._tuned.values():
-            values = tuned.values
-            if tuned.in_place:
-                tuned.place.write(values.detach())
-                tuned.place.written = values._version
+            tuned.write(tuned.values.detach())
 
     def detach(self) -> None:
         """Takes the delta out: the weights are the base's, bit for bit, and the model is as it was before `attach`."""
         self._attached()
         for tuned in self._tuned.values():
-            if tuned.in_place:
-                tuned.place.write(None)
+            tuned.write(None)
         assert self._unpatch is not None
         self._unpatch()
         self._unpatch = None

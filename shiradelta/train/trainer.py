@@ -1,0 +1,67 @@
+"""With transformers' Trainer, and what is derived from it (TRL)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from shiradelta.errors import DeltaError
+
+from .state import load_state, save_state
+from .tuner import SUFFIX, Tuner
+
+STATE, ADAPTER = "nonzeros.safetensors", "adapter.shd"
+
+
+class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Makes a Trainer's checkpoints small, and resumable: they hold the nonzeros in place of the model.
+
+    Each has `nonzeros.safetensors`, mask and values, and `adapter.shd`, to be applied as it is.  After training,
+    `trainer.save_model` writes the whole patched model again.
+
+        trainer = Trainer(model, ..., callbacks=[SparseCheckpoints(tuner)])
+
+    Args:
+        tuner: of the model.
+        values: how `adapter.shd` stores them.
+    """
+
+    def __init__(self, tuner: Tuner, values: str = "int4") -> None:
+        self._tuner, self._values = tuner, values
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Takes up the mask of the checkpoint that is resumed from; until the end the model saves nonzeros alone."""
+        path = self._folder(args, state) / STATE
+        if state.global_step and path.exists():
+            self._tuner.load_state_dict(load_state(path))
+        model: Any = self._tuner.model
+        save = model.save_pretrained
+
+        def save_nonzeros(folder: Any, state_dict: Any = None, **options: Any) -> None:
+            own = {name: p for name, p in model.named_parameters() if name.endswith(SUFFIX)}
+            save(folder, state_dict=own, **options)
+
+        model.__dict__["save_pretrained"] = save_nonzeros
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Adds mask, values and adapter to a checkpoint."""
+        folder = self._folder(args, state)
+        found = self._tuner.state_dict()
+        if args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_state(folder / STATE, found)
+        if any(bool((values != 0).any()) for name, values in found.items() if name.endswith(".values")):
+            self._tuner.save(folder / ADAPTER, self._values, {"step": str(state.global_step)})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """The weights hold the last, or the best, values."""
+        self._tuner.model.__dict__.pop("save_pretrained", None)
+        self._tuner.write()
+
+    @staticmethod
+    def _folder(args: Any, state: Any) -> Path:
+        if args.output_dir is None:
+            raise DeltaError("the Trainer has no output_dir to keep checkpoints in; set it in its arguments")
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -1,0 +1,279 @@
+"""Sparse adapters in the loops that people have: mixed precision, checkpointing, compilation, Trainer, processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
+
+import shiradelta
+from shiradelta import train
+from shiradelta.errors import DeltaError
+from shiradelta.train.trainer import SparseCheckpoints
+from tests.building import run as run_command
+from tests.test_train import IDS, llama, text_loss, train_dense, train_sparse
+
+TARGETS = ["q_proj", "down_proj", "embed_tokens"]
+
+
+def attached(**options: object) -> tuple[nn.Module, train.Tuner]:
+    model = llama(**options)
+    return model, train.attach(model, 0.1, "wm", TARGETS)
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=(IDS + step) % 60, labels=(IDS + step) % 60).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def run_attached(steps: int, **options: object) -> list[float]:
+    model, _ = attached(**options)
+    return run(model, adam(model), steps)
+
+
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path):
+    model, tuner = attached(dtype=torch.bfloat16)
+    optimizer = adam(model)
+    run(model, optimizer, 3)
+    torch.save({"tuner": tuner.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    expected = run(model, optimizer, 3)
+
+    state = torch.load(tmp_path / "state.pt")
+    model = llama(torch.bfloat16)
+    tuner = train.attach(model, 0.1, "rand", TARGETS)  # another mask, of another size: the state's counts
+    tuner.load_state_dict(state["tuner"])
+    optimizer = adam(model)
+    optimizer.load_state_dict(state["optimizer"])
+    assert run(model, optimizer, 3) == expected
+    tuner.detach()
+    base = llama(torch.bfloat16).state_dict()
+    assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+
+
+def test_states_of_other_runs_are_refused():
+    _, tuner = attached()
+    state = tuner.state_dict()
+    for broken in (
+        {name: value for name, value in state.items() if "q_proj" not in name},
+        {name: value[:-1] if name.endswith("embed_tokens.weight.values") else value for name, value in state.items()},
+        {name: value + 10**6 if name.endswith("positions") else value for name, value in state.items()},
+        {name: value.flip(0) if name.endswith("positions") else value for name, value in state.items()},
+    ):
+        with pytest.raises(DeltaError, match="state"):
+            tuner.load_state_dict(broken)
+    tuner.load_state_dict(state)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    model, tuner = attached()
+    text_loss(model).backward()
+    whole = [p.grad.clone() for p in tuner.parameters()]
+    model.zero_grad()
+    for ids in IDS.split(2):
+        (model(input_ids=ids, labels=ids).loss / 2).backward()
+    for values, expected in zip(tuner.parameters(), whole, strict=True):
+        torch.testing.assert_close(values.grad, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool):
+    expected = run_attached(3)
+    model, _ = attached()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert run(model, adam(model), 3) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype):
+    def loss(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return text_loss(model)
+
+    model, tuner = attached(dtype=dtype)
+    dense = llama(dtype)
+    train_dense(dense, tuner.positions, loss, 2)
+    losses = train_sparse(model, loss, 2)
+    assert losses[1] < losses[0]
+    found = dict(model.named_parameters())
+    for name in tuner.positions:
+        torch.testing.assert_close(found[name].data, dict(dense.named_parameters())[name].data, rtol=0.02, atol=2e-3)
+
+
+def test_a_gradient_scaler_sees_the_values():
+    model, tuner = attached()
+    optimizer, scaler = adam(model), torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    scaler.scale(text_loss(model)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(bool((values != 0).any()) for values in tuner.parameters())
+    before = [values.clone() for values in tuner.parameters()]
+    optimizer.zero_grad()
+    scaler.scale(text_loss(model) * torch.inf).backward()
+    scaler.step(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, tuner.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("by", ["data", "copy", "foreach", "own optimizer"])
+def test_whatever_changes_the_values_reaches_the_weights(by: str):
+    """Also what leaves no trace in a tensor's version."""
+
+    class Own(torch.optim.Optimizer):
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
+            super().__init__(parameters, {})
+
+        def step(self, closure: None = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.sub_(p.grad)
+
+    model, tuner = attached()
+    optimizer = Own(tuner.parameters())
+    first = text_loss(model)
+    first.backward()
+    if by == "own optimizer":
+        optimizer.step()
+    for values in tuner.parameters():
+        if by == "data":
+            values.data.sub_(values.grad)
+        elif by == "copy":
+            with torch.no_grad():
+                values.copy_(values - values.grad)
+    if by == "foreach":
+        with torch.no_grad():
+            torch._foreach_add_(tuner.parameters(), [-values.grad for values in tuner.parameters()])
+    with torch.no_grad():
+        assert text_loss(model) < first
+    weights = dict(model.named_parameters())
+    base = dict(llama().named_parameters())
+    for name, positions in tuner.positions.items():
+        expected = base[name].view(-1)[positions] + tuner.values[name]
+        assert torch.equal(weights[name].view(-1)[positions], expected)
+
+
+def test_checkpointing_by_hand_and_weights_used_twice():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(checkpoint(self.inner, x, use_reentrant=False)).square().mean()
+
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    model, dense = Twice(), Twice()
+    tuner = train.attach(model, 0.2, "rand")
+    train_dense(dense, tuner.positions, lambda m: m(x), 3)
+    train_sparse(model, lambda m: m(x), 3)
+    torch.testing.assert_close(model.inner.weight.detach(), dense.inner.weight.detach())
+
+
+def test_a_copy_of_the_model_trains_by_itself():
+    model, tuner = attached()
+    other = copy.deepcopy(model)
+    train_sparse(other, text_loss, 2)
+    assert all(bool((values == 0).all()) for values in tuner.parameters())
+    assert text_loss(other) < text_loss(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+def test_compiled():
+    expected = run_attached(4, num_hidden_layers=1)
+    model, _ = attached(num_hidden_layers=1)
+    model.config.use_cache = False
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert run(compiled, adam(model), 4) == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_that_were_put_in_anew_are_patched_and_given_back():
+    model, tuner = attached()
+    train_sparse(model, text_loss, 2)
+    expected = text_loss(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert text_loss(model) == expected
+    tuner.detach()
+    base = llama().state_dict()
+    assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+
+
+def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path):
+    """DistributedDataParallel and FSDP2, by gloo; masks are the same on both, too."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(__file__).with_name("train_processes.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
+    printed = run_command(*command, script, tmp_path, env=environment)
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert [line["kind"] for line in found] == ["DDP", "FSDP2"], printed
+    for line in found:
+        assert line["values"] < 1e-6 * line["of"]
+        assert line["outputs"] < 1e-5
+    assert (tmp_path / "DDP.shd").read_bytes()
+    with shiradelta.open_delta(tmp_path / "DDP.shd") as one, shiradelta.open_delta(tmp_path / "FSDP2.shd") as other:
+        assert {name: tensor.nnz for name, tensor in one.items()} == {
+            name: tensor.nnz for name, tensor in other.items()
+        }
+
+
+def trainer(model: nn.Module, folder: Path, steps: int, tuner: train.Tuner) -> Trainer:
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS.repeat(4, 1)]
+    arguments = TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.02,
+        lr_scheduler_type="constant",
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return Trainer(model, arguments, train_dataset=rows, callbacks=[SparseCheckpoints(tuner)])
+
+
+def test_trainer_saves_nonzeros_and_resumes(tmp_path: Path):
+    model, tuner = attached()
+    whole = trainer(model, tmp_path / "a", 4, tuner)
+    whole.train()
+    expected = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert expected[-1] < expected[0]
+    values = {name: value.clone() for name, value in tuner.state_dict().items()}
+
+    checkpoint_folder = tmp_path / "a" / "checkpoint-2"
+    stored = load_file(checkpoint_folder / "model.safetensors")
+    assert set(stored) == {name for name, _ in model.named_parameters() if name.endswith("_nonzeros")}
+    with shiradelta.open_delta(checkpoint_folder / "adapter.shd") as delta:
+        assert delta.metadata["step"] == "2"
+
+    whole.save_model(tmp_path / "final")
+    patched = type(model).from_pretrained(tmp_path / "final")
+    assert text_loss(patched).item() == pytest.approx(text_loss(model).item(), rel=1e-6)
+
+    model, tuner = attached()
+    again = trainer(model, tmp_path / "a", 4, tuner)
+    again.train(resume_from_checkpoint=str(checkpoint_folder))
+    assert [entry["loss"] for entry in again.state.log_history if "loss" in entry] == expected
+    assert all(torch.equal(value, values[name]) for name, value in tuner.state_dict().items())

@@ -1,0 +1,106 @@
+"""Run by torchrun on two processes: DistributedDataParallel and FSDP2 against one process with the whole batch.
+
+Prints, on the first process, a line of JSON for each: the largest differences, of values and of outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from shiradelta import train
+
+STEPS = 3
+
+
+class Net(nn.Module):
+    """As small as that torchrun takes longer; without transformers, which two processes would have to import."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(60, 32)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32)) for _ in range(2)
+        )
+        self.head = nn.Linear(32, 60, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def model() -> Net:
+    torch.manual_seed(1)
+    return Net()
+
+
+def loss(runner: nn.Module, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(runner(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def attach(target: nn.Module, calibration: list[Tensor]) -> train.Tuner:
+    return train.attach(target, 0.1, "snip", ["table", "0.1", "1.1", "0.0.bias"], calibration, loss=loss)
+
+
+def steps(runner: nn.Module, parts: list[Tensor]) -> None:
+    optimizer = torch.optim.SGD([p for p in runner.parameters() if p.requires_grad], lr=0.5)
+    for ids in parts:
+        optimizer.zero_grad()
+        loss(runner, ids).backward()
+        optimizer.step()
+
+
+def whole(tuner: train.Tuner) -> dict[str, Tensor]:
+    return {name: value for name, value in tuner.state_dict().items() if name.endswith("values")}
+
+
+def main(out: Path) -> None:
+    ids = torch.randint(0, 60, (STEPS, 4, 9), generator=torch.Generator().manual_seed(0))
+    single = model()
+    halves = list(ids[0].split(2))
+    reference = attach(single, halves)  # before there are processes to sum over
+    steps(single, list(ids))
+    expected, masks = whole(reference), reference.positions
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    mine = [part.split(2)[rank] for part in ids]
+    for kind in ("DDP", "FSDP2"):
+        replica = model()
+        base = {name: p.detach().clone() for name, p in replica.named_parameters()}
+        tuner = attach(replica, [halves[rank]])
+        assert all(torch.equal(masks[name], where) for name, where in tuner.positions.items())
+        if kind == "DDP":
+            runner: nn.Module = nn.parallel.DistributedDataParallel(replica)
+        else:
+            for layer in replica.layers:
+                fully_shard(layer)
+            runner = fully_shard(replica)
+        steps(runner, mine)
+        found = whole(tuner)
+        values = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+        tuner.save(out / f"{kind}.shd", values="f32")
+        with torch.no_grad():
+            before = runner(ids[0])
+            tuner.load_state_dict(tuner.state_dict())
+            outputs = float((runner(ids[0]) - single(ids[0])).abs().max())
+            assert torch.equal(runner(ids[0]), before)
+        tuner.detach()
+        if kind == "DDP":
+            assert all(torch.equal(p, base[name]) for name, p in replica.named_parameters())
+        if rank == 0:
+            size = max(float(value.abs().max()) for value in expected.values())
+            print(json.dumps({"kind": kind, "values": values, "of": size, "outputs": outputs}), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
