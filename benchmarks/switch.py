@@ -15,7 +15,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -134,11 +134,7 @@ def adapters(stage: Stage, count: int, density: float, layers: int) -> list[byte
 def compare(stage: Stage) -> None:
     """Everything at 1 %."""
     first, second = adapters(stage, 2, 0.01, stage.layers)
-    weights = stage.weights()
-    copies = [torch.empty_like(weight) for weight in weights]
-    copy = stage.row("compare", "copy of the weights", 1, stage.seconds(lambda: torch._foreach_copy_(copies, weights)))
-    state = dict(zip(stage.model.state_dict(), copies, strict=True))
-    stage.row("compare", "load_state_dict", 1, stage.seconds(lambda: stage.model.load_state_dict(state)))
+    copy, fastest = _copies(stage)
 
     swap = sd.HotSwap(stage.model)
     swap.load("first", first)
@@ -148,10 +144,7 @@ def compare(stage: Stage) -> None:
     swap.switch("first")
     names = iter(["second", "first"] * 1000)
     other = stage.row("compare", "HotSwap A -> B", 1, stage.seconds(lambda: swap.switch(next(names))))
-    strengths = iter(np.linspace(0.1, 0.9, 1000))
-    stage.row(
-        "compare", "HotSwap other strength", 1, stage.seconds(lambda: swap.switch("first", float(next(strengths))))
-    )
+    stage.row("compare", "HotSwap other strength", 1, _other_strengths(stage, swap, ["first"]))
     swap.revert()
 
     file = Path(tempfile.gettempdir()) / "switch.shd"
@@ -174,25 +167,37 @@ def compare(stage: Stage) -> None:
     lora = _lora(stage)
     _shira(stage)
     rows = [["against", "apply", "revert", "A -> B"]]
-    for what, seconds in (("a copy of the weights", copy), ("PEFT's LoRA merge", lora)):
+    against = {"a copy of the weights": copy, "the same bytes in one piece": fastest, "PEFT's LoRA merge": lora}
+    for what, seconds in against.items():
         rows.append([what, *(f"{value / seconds:.3f} x" for value in (apply, revert, other))])
     print_table(f"{stage.layers} layers of Llama-2-7B, bf16, 1 %, int8, on {where(stage.device)}", rows)
 
 
-def _copies(stage: Stage) -> float:
-    """A plain copy, and torch's own way to put weights in."""
+def _copies(stage: Stage) -> tuple[float, float]:
+    """A plain copy of all weights, and of as many bytes that lie in one piece; torch's own way to put weights in."""
     weights = stage.weights()
-    copies = [torch.empty_like(weight) for weight in weights]
-    state = dict(zip(stage.model.state_dict(), copies, strict=True))
+    ends = np.cumsum([weight.numel() for weight in weights]).tolist()
+    whole = torch.empty(ends[-1], dtype=torch.bfloat16, device=stage.device)
+    copies = [whole[end - weight.numel() : end].view_as(weight) for weight, end in zip(weights, ends, strict=True)]
     copy = stage.row("compare", "copy of the weights", 1, stage.seconds(lambda: torch._foreach_copy_(copies, weights)))
+    state = dict(zip(stage.model.state_dict(), copies, strict=True))
     stage.row("compare", "load_state_dict", 1, stage.seconds(lambda: stage.model.load_state_dict(state)))
-    return copy
+    other = torch.empty_like(whole)
+    fastest = stage.row("compare", "copy of the same bytes", 1, stage.seconds(lambda: other.copy_(whole)))
+    return copy, fastest
 
 
 def _reverts(stage: Stage, swap: Any, name: str) -> float:
     """Of an adapter that is put on again untimed."""
     swap.switch(name)
     return stage.seconds(swap.revert, lambda: swap.switch(name))
+
+
+def _other_strengths(stage: Stage, swap: Any, names: Iterable[str]) -> float:
+    """Of adapters that are active before and after."""
+    swap.switch(dict.fromkeys(names, 1.0))
+    factors = iter(np.linspace(0.1, 0.9, 1000).tolist())
+    return stage.seconds(lambda: swap.switch(dict.fromkeys(names, next(factors))))
 
 
 def _indexing(stage: Stage, data: bytes) -> None:
@@ -304,6 +309,8 @@ def counts(stage: Stage, numbers: list[int], layers: int) -> None:
     for number in numbers:
         wanted = {str(i): 1 / number for i in range(number)}
         stage.row("adapters", "HotSwap apply", number, _apply(stage, swap, wanted))
+        stage.row("adapters", "HotSwap other strengths", number, _other_strengths(stage, swap, wanted))
+        swap.revert()
 
 
 def sizes(stage: Stage, numbers: list[int]) -> None:

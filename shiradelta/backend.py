@@ -28,6 +28,9 @@ class Decoder(Protocol):
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
         """Positions in [start, stop) and their bits; reads only the blocks that hold them, no checksums."""
 
+    def check(self, record: Record) -> None:
+        """Goes over everything that `positions` and `bits` would, and keeps nothing; threads may do so at a time."""
+
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         """Applies a tensor's delta to all its elements' bits, flat and writable.  Dtypes are known to fit."""
 

@@ -16,6 +16,9 @@ from shiradelta.codecs.base import Bytes
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.wire import Flag, Incompatible, IndexCodec, Op, ValueCodec
 
+_FLAGS = sum(Flag)
+_CONTROL = bytes([*range(0x20), 0x7F])
+
 
 @dataclass(frozen=True)
 class Section:
@@ -226,7 +229,7 @@ def check_name(raw: bytes) -> str:
         name = raw.decode()
     except UnicodeDecodeError:
         raise FormatError("bad_name", "not UTF-8") from None
-    if any(byte < 0x20 or byte == 0x7F for byte in raw):
+    if raw.translate(None, _CONTROL) != raw:
         raise FormatError("bad_name", "control character")
     return name
 
@@ -262,7 +265,7 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
         values_crc,
         *dims,
     ) = fields
-    if reserved or flag_bits & ~sum(Flag):
+    if reserved or flag_bits & ~_FLAGS:
         raise FormatError("reserved_not_zero", "in a record")
     if dtype_id >= len(wire.DTYPES):
         raise FormatError("unknown_dtype", f"id {dtype_id}")

@@ -9,10 +9,10 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -155,15 +155,34 @@ def _new_struct(which: int) -> Array:
 
 
 def _in_threads(work: Callable[[int, int], None], blocks: int, nonzeros: int) -> None:
-    """work(first, last) over block ranges that do not overlap."""
+    """work(first, last), once each, over block ranges that do not overlap.
+
+    What no thread can be had for is done here, so that a system short of them does not leave work half done.
+    """
     count = min(THREADS, blocks, 1 + nonzeros // _THREAD_NONZEROS)
-    if count == 1:
-        work(0, blocks)
-        return
     edges = [blocks * i // count for i in range(count + 1)]
-    with ThreadPoolExecutor(count) as pool:
-        for _ in pool.map(work, edges[:-1], edges[1:]):
-            pass
+    failures: list[BaseException] = []
+
+    def guarded(first: int, last: int) -> None:
+        try:
+            work(first, last)
+        except BaseException as error:
+            failures.append(error)
+
+    threads, here = [], [(edges[0], edges[1])]
+    for part in zip(edges[1:-1], edges[2:], strict=True):
+        try:
+            thread = Thread(target=guarded, args=part)
+            thread.start()
+            threads.append(thread)
+        except (RuntimeError, MemoryError):
+            here.append(part)
+    for part in here:
+        guarded(*part)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 class LoadedTensor:
@@ -303,6 +322,11 @@ class NativeDecoder:
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
         """Only the blocks that hold the range."""
         return LoadedTensor(self, record, _CHECK_SIZES).between(start, stop)
+
+    def check(self, record: Record) -> None:
+        """What loading does."""
+        if record.nnz:
+            LoadedTensor(self, record)
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         """Decoded and applied in one pass, on several threads."""

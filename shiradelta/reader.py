@@ -67,6 +67,10 @@ class StoredTensor(TensorDelta):
             return self._delta.decoder.bits(self.record)
         return np.zeros(0, "<u4" if self.op == "add" else f"<u{self.record.element_size or 4}")
 
+    def check(self) -> None:
+        """Goes over all of it and keeps nothing.  Raises FormatError where it is damaged."""
+        self._delta.decoder.check(self.record)
+
     def rows(self, start: int, stop: int) -> tuple[Positions, Array]:
         """Positions (flat, in the whole tensor) and values of the rows start to stop - 1.
 

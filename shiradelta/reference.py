@@ -52,6 +52,12 @@ class NumpyDecoder:
                 raise FormatError("bad_value", "a value is not finite")
         return positions, values.view("<u4") if record.adds else values
 
+    def check(self, record: Record) -> None:
+        """By decoding."""
+        if record.nnz:
+            self.positions(record)
+            self.bits(record)
+
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         """Gather, compute, scatter."""
         if record.nnz:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,17 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from shiradelta import arithmetic, wire
+from shiradelta import arithmetic
 from shiradelta.codecs.base import Bytes
 from shiradelta.digest import tensor_digest
 from shiradelta.engine.backends import new_backend
 from shiradelta.engine.interrupts import interrupts_held_back
-from shiradelta.engine.live import Target, is_array, live_tensors
-from shiradelta.engine.live_backend import Layer, LiveBackend, Patch
+from shiradelta.engine.live import Target, live_tensors
+from shiradelta.engine.live_backend import Held, Layer, LiveBackend, Patch
 from shiradelta.engine.matching import Names, check_fingerprint, check_fit, check_overlaps, match
 from shiradelta.engine.reading import read_whole
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, TargetError
 from shiradelta.reader import Source, StoredTensor, open_delta
+
+#: What is on the weights of each kind of memory, in the order of the adapters' digests.
+Layers = dict[LiveBackend, list[Layer]]
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,12 @@ class SwitchReport:
 @dataclass(frozen=True)
 class _Adapter:
     digest: bytes
-    patches: Mapping[Target, Patch]
+    held: Mapping[LiveBackend, Held]
     report: LoadReport
+
+    def patches(self) -> Iterator[Patch]:
+        """In all kinds of memory."""
+        return (patch for held in self.held.values() for patch in held.patches)
 
 
 class HotSwap:
@@ -101,7 +108,7 @@ class HotSwap:
         self._backends = {device: new_backend(backend, device) for device in sorted(devices)}
         self._adapters: dict[str, _Adapter] = {}
         self._active: dict[str, float] = {}
-        self._layers: dict[Target, list[Layer]] = {}
+        self._layers: Layers = {}
         self._lock = threading.RLock()
         self._broken: str | None = None
 
@@ -129,7 +136,7 @@ class HotSwap:
         """Weights whose bits differ from the base's now."""
         with self._lock, self._ordered(None):
             self._usable()
-            return sum(self._backend(target).changed([stack]) for target, stack in self._layers.items() if stack)
+            return sum(backend.changed(layers) for backend, layers in self._layers.items())
 
     # ---------------------------------------------------------------------------------------- loading
 
@@ -161,10 +168,11 @@ class HotSwap:
         with self._lock:
             self._usable()
             self._free_name(name)
-            check_overlaps(label, {*adapter.patches, *(t for other in self._adapters.values() for t in other.patches)})
+            everything = [adapter, *self._adapters.values()]
+            check_overlaps(label, {patch.target for one in everything for patch in one.patches()})
             unchecked = self._check(adapter, label, check)
             report = LoadReport(**{**vars(adapter.report), "unchecked": unchecked})
-            self._adapters[name] = _Adapter(adapter.digest, adapter.patches, report)
+            self._adapters[name] = _Adapter(adapter.digest, adapter.held, report)
             return report
 
     def load_async(self, name: str, source: Source, **options: bool) -> Future[LoadReport]:
@@ -207,28 +215,27 @@ class HotSwap:
         groups: dict[LiveBackend, list[tuple[StoredTensor, Target, str]]] = {}
         for target, (tensor, dtype) in fits.items():
             groups.setdefault(self._backend(target), []).append((tensor, target, dtype))
-        patches, nbytes = [], 0
-        for backend, tensors in groups.items():
-            held = backend.hold(data, tensors)
-            nbytes += backend.nbytes(held)
-            patches += held
-        report = LoadReport(name, matched, unmatched, (), sum(p.record.nnz for p in patches), nbytes)
-        return _Adapter(bytes.fromhex(delta.digest), {patch.target: patch for patch in patches}, report)
+        held = {backend: backend.hold(data, tensors) for backend, tensors in groups.items()}
+        nonzeros = sum(tensor.nnz for tensor, _ in fits.values())
+        report = LoadReport(name, matched, unmatched, (), nonzeros, sum(one.nbytes for one in held.values()))
+        return _Adapter(bytes.fromhex(delta.digest), held, report)
 
     def _check(self, adapter: _Adapter, label: str, check: bool) -> tuple[str, ...]:
         """Compares the fingerprints; returns the names of what has none to compare."""
-        known = {
-            target: patch
-            for target, patch in adapter.patches.items()
-            if patch.record.base_fingerprint is not None and patch.record.dtype.name == patch.dtype
-        }
-        for target in adapter.patches:
-            target.check_address()
-        if check:
-            with self._ordered(None):
-                for backend, patches in self._grouped(known.values()):
-                    for patch, found in zip(patches, backend.fingerprints(patches, self._layers), strict=True):
-                        check_fingerprint(label, patch, found)
+        known: set[Target] = set()
+        for backend, held in adapter.held.items():
+            held.check_addresses()
+            mine = [
+                (number, patch)
+                for number, patch in enumerate(held.patches)
+                if patch.record.base_fingerprint is not None and patch.record.dtype.name == patch.dtype
+            ]
+            known.update(patch.target for _, patch in mine)
+            if check and mine:
+                with self._ordered(None):
+                    found = backend.fingerprints(held, self._layers.get(backend, []))
+                for number, patch in mine:
+                    check_fingerprint(label, patch, found[number])
         names = adapter.report.matched
         return tuple(name for name, other in names.items() if not check or self._targets[other] not in known)
 
@@ -257,7 +264,7 @@ class HotSwap:
                 self._commit(wanted, stream)
             return SwitchReport(
                 dict(self._active),
-                len(self._layers),
+                self._tensors(),
                 sum(self._adapters[name].report.nonzeros for name in self._active),
                 self._saved_bytes(),
             )
@@ -288,7 +295,7 @@ class HotSwap:
         for name, strength in wanted.items():
             arithmetic.scaled(np.zeros(0, np.float32), strength)
             adapter = self._adapters[name]
-            if strength != 1 and any(not patch.record.adds for patch in adapter.patches.values()):
+            if strength != 1 and any(not patch.record.adds for patch in adapter.patches()):
                 raise DeltaError(f"adapter {name!r} sets whole values, which have no strength; leave it at 1")
             twin = digests.setdefault(adapter.digest, name)
             if twin != name:
@@ -305,60 +312,54 @@ class HotSwap:
             raise TargetError(self._broken)
 
     def _commit(self, wanted: Mapping[str, float], stream: Any) -> None:
-        before, after = self._layers, {}
+        before = self._layers
         with self._ordered(stream):
             after = self._new_layers(wanted)
-            for target in {**before, **after}:
-                target.check_address()
+            for layers in (*before.values(), *after.values()):
+                for layer in layers:
+                    layer.held.check_addresses()
             with interrupts_held_back() as deliver_interrupts:
                 try:
-                    self._restore(before)
-                    deliver_interrupts()
-                    self._apply(after)
-                    deliver_interrupts()
+                    for backend in {**before, **after}:
+                        backend.replace(before.get(backend, []), after.get(backend, []))
+                        deliver_interrupts()
                 except BaseException:
                     self._roll_back(before, after)
                     raise
                 self._layers, self._active = after, dict(wanted)
-            self._written({**before, **after})
+            self._written(before, after)
 
-    def _new_layers(self, wanted: Mapping[str, float]) -> dict[Target, list[Layer]]:
-        """What is to be on each tensor, with memory for what it overwrites."""
+    def _new_layers(self, wanted: Mapping[str, float]) -> Layers:
+        """What is to be on the tensors, with room for what it overwrites."""
         order = sorted(wanted, key=lambda name: self._adapters[name].digest)
-        layers: dict[Target, list[Layer]] = {}
+        chosen: dict[LiveBackend, list[tuple[Held, float]]] = {}
         for name in order:
-            adapter = self._adapters[name]
-            for backend, patches in self._grouped(p for p in adapter.patches.values() if p.record.nnz):
-                for patch, saved in zip(patches, backend.room(patches), strict=True):
-                    layers.setdefault(patch.target, []).append(Layer(patch, wanted[name], saved))
-        for target, stack in layers.items():
-            if len(stack) == 1:
-                continue
-            stack.sort(key=lambda layer: layer.patch.record.adds)  # stable: SETs first
-            sets = [layer.patch for layer in stack if not layer.patch.record.adds]
-            for i, one in enumerate(sets):
-                if any(self._backend(target).share_positions(one, other) for other in sets[:i]):
-                    raise DeltaError(
-                        f"two adapters set the same elements of tensor {target.name!r}; only one of them can be active"
-                    )
-        return layers
+            for backend, held in self._adapters[name].held.items():
+                chosen.setdefault(backend, []).append((held, wanted[name]))
+        return {
+            backend: self._with_room(backend, pairs, self._layers.get(backend, [])) for backend, pairs in chosen.items()
+        }
 
-    def _restore(self, layers: Mapping[Target, Sequence[Layer]]) -> None:
-        flat = [layer for stack in layers.values() for layer in stack]
-        for backend, group in self._grouped(flat, lambda layer: layer.patch.target):
-            backend.restore(group)
+    def _with_room(
+        self, backend: LiveBackend, chosen: Sequence[tuple[Held, float]], before: Sequence[Layer]
+    ) -> list[Layer]:
+        """Layers in memory of their own; in the same, if only strengths are others than before."""
+        if [held for held, _ in chosen] == [layer.held for layer in before]:
+            pairs = zip(chosen, before, strict=True)
+            return [Layer(held, strength, old.room, old.filled) for (held, strength), old in pairs]
+        if len(chosen) > 1:
+            _check_sets(backend, [held for held, _ in chosen])
+        return [Layer(held, strength, backend.room(held.room)) for held, strength in chosen]
 
-    def _apply(self, layers: Mapping[Target, Sequence[Layer]]) -> None:
-        for backend, stacks in self._grouped(layers.values(), lambda stack: stack[0].patch.target):
-            backend.apply(stacks)
-
-    def _roll_back(self, before: Mapping[Target, Sequence[Layer]], after: dict[Target, list[Layer]]) -> None:
+    def _roll_back(self, before: Layers, after: Layers) -> None:
         """From anywhere in a commit to where it started; every step may have been done already."""
         try:
-            self._restore({target: [x for x in stack if x.filled] for target, stack in after.items()})
+            for backend, layers in after.items():
+                backend.restore(layers)
             after.clear()  # what it takes to get back is not more than what it took to get there
-            self._restore(before)
-            self._apply(before)
+            for backend, layers in before.items():
+                backend.restore(layers)
+                backend.replace([], layers)
         except BaseException as error:
             self._broken = (
                 f"the weights are in an unknown state, because undoing a failed switch failed too ({error}); load the"
@@ -366,9 +367,11 @@ class HotSwap:
             )
             raise TargetError(self._broken) from error
 
-    def _written(self, targets: Mapping[Target, object]) -> None:
+    def _written(self, *written: Layers) -> None:
         """Tells autograd that tensors have changed."""
-        holders = [target.holder for target in targets if not is_array(target.holder)]
+        holders = [
+            holder for layers in written for found in layers.values() for x in found for holder in x.held.holders
+        ]
         if holders:
             from torch.autograd.graph import increment_version
 
@@ -380,15 +383,6 @@ class HotSwap:
         """The backend of the device that a tensor is on."""
         return self._backends[target.device]
 
-    def _grouped(self, items: Any, target_of: Callable[[Any], Target] = lambda patch: patch.target) -> Any:
-        """(backend, those of the items whose targets it has)."""
-        if len(self._backends) == 1:
-            return [(backend, list(items)) for backend in self._backends.values()]
-        groups: dict[LiveBackend, list[Any]] = {}
-        for item in items:
-            groups.setdefault(self._backend(target_of(item)), []).append(item)
-        return groups.items()
-
     @contextmanager
     def _ordered(self, stream: Any) -> Iterator[None]:
         with ExitStack() as stack:
@@ -396,6 +390,32 @@ class HotSwap:
                 stack.enter_context(backend.ordered(stream))
             yield
 
+    def _tensors(self) -> int:
+        """On which something is."""
+        return len(
+            {
+                patch.target
+                for layers in self._layers.values()
+                for layer in layers
+                for patch in layer.held.patches
+                if patch.record.nnz
+            }
+        )
+
     def _saved_bytes(self) -> int:
-        layers = (layer for stack in self._layers.values() for layer in stack)
-        return sum(layer.patch.record.nnz * wire.DTYPE_OF_NAME[layer.patch.dtype].size for layer in layers)
+        return sum(layer.held.room for layers in self._layers.values() for layer in layers)
+
+
+def _check_sets(backend: LiveBackend, helds: Sequence[Held]) -> None:
+    """Raises DeltaError if two adapters set the same element."""
+    setting: dict[Target, list[Patch]] = {}
+    for held in helds:
+        for patch in held.patches:
+            if not patch.record.adds and patch.record.nnz:
+                setting.setdefault(patch.target, []).append(patch)
+    for target, patches in setting.items():
+        for i, one in enumerate(patches):
+            if any(backend.share_positions(one, other) for other in patches[:i]):
+                raise DeltaError(
+                    f"two adapters set the same elements of tensor {target.name!r}; only one of them can be active"
+                )

@@ -2,17 +2,22 @@
 
 A session says what is to be on which tensor; a backend holds the compressed deltas beside the tensors and does the
 work on their elements.  `Elementwise` is the whole of it in terms of a few array operations, which NumPy defines and
-torch has too; a backend that fuses them overrides `apply` and `restore`.
+torch has too; a backend that fuses them overrides `replace` and `restore`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from shiradelta import wire
 from shiradelta.codecs.base import Bytes
 from shiradelta.engine.live import Target
 from shiradelta.header import Record
@@ -37,35 +42,93 @@ class Patch:
     data: Any
 
 
-@dataclass(eq=False)
+class Held:
+    """What a backend holds of one adapter.
+
+    Attributes:
+        patches: one a tensor that it changes, in the order of the file's names.
+        nbytes: memory that they take.
+        data: what the backend needs to know of all of them together.
+        room: bytes that it takes to save the elements that they change.
+    """
+
+    def __init__(self, patches: Sequence[Patch], nbytes: int, data: Any = None) -> None:
+        self.patches, self.nbytes, self.data = tuple(patches), nbytes, data
+        sizes = [patch.record.nnz * wire.DTYPE_OF_NAME[patch.dtype].size for patch in patches]
+        starts = list(accumulate((wire.align(size, 8) for size in sizes), initial=0))
+        self._spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self.room = starts[-1]
+        #: For each patch, whether it changes nothing.
+        self.empty = np.array([size == 0 for size in sizes], np.bool_)
+        #: Tensors of the model that are written to, where they are torch's.
+        self.holders = [patch.target.holder for patch in patches if patch.target.address]
+        self._addresses = [patch.target.address for patch in patches if patch.target.address]
+
+    def span(self, number: int) -> slice:
+        """Where the room of a patch lies in that of all, in bytes."""
+        return self._spans[number]
+
+    def check_addresses(self) -> None:
+        """Raises TargetError if the model has moved one of the tensors since it was looked at."""
+        if [holder.data_ptr() for holder in self.holders] != self._addresses:
+            for patch in self.patches:
+                patch.target.check_address()
+
+
 class Layer:
-    """A patch that is on its tensor, or is about to be.
+    """An adapter that is on its tensors, or is about to be.
 
     Attributes:
         strength: alpha.
-        saved: the base's elements' bits, [nnz].
-        filled: whether `saved` holds them yet.
+        room: bytes for the base's elements.
+        filled: for each patch, whether its elements are in there yet.
     """
 
-    patch: Patch
-    strength: float
-    saved: Array
-    filled: bool = False
+    def __init__(self, held: Held, strength: float, room: Array, filled: NDArray[np.bool_] | None = None) -> None:
+        self.held, self.strength, self.room = held, strength, room
+        self.filled = held.empty.copy() if filled is None else filled
 
 
-#: The layers of one tensor, in the order in which they count: SETs, then ADDs by digest.
-Stack = Sequence[Layer]
+class Place(NamedTuple):
+    """A layer's patch on one tensor."""
+
+    layer: Layer
+    number: int
+
+    @property
+    def patch(self) -> Patch:
+        """Itself."""
+        return self.layer.held.patches[self.number]
+
+
+#: What is on one tensor, in the order in which it counts: SETs, then ADDs by digest.
+Stack = list[Place]
+
+
+def stacks_of(layers: Sequence[Layer]) -> dict[Target, Stack]:
+    """What layers, which are in the order of their digests, put on each tensor."""
+    stacks: dict[Target, Stack] = {}
+    for layer in layers:
+        for number, patch in enumerate(layer.held.patches):
+            if patch.record.nnz:
+                stacks.setdefault(patch.target, []).append(Place(layer, number))
+    for stack in stacks.values():
+        stack.sort(key=lambda place: place.patch.record.adds)  # stable
+    return stacks
 
 
 class LiveBackend(Protocol):
-    """Work on the elements of tensors in one kind of memory.  All give the same bits."""
+    """Work on the elements of tensors in one kind of memory.  All give the same bits.
+
+    Layers are in the order of their adapters' digests.
+    """
 
     name: str
 
     def buffer(self, size: int) -> Bytes:
         """Host memory to read a file into."""
 
-    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
         """Checks the tensors' deltas wholly and copies them, compressed, to where the targets are.
 
         Args:
@@ -76,29 +139,27 @@ class LiveBackend(Protocol):
             FormatError: a section is damaged.
         """
 
-    def room(self, patches: Sequence[Patch]) -> list[Array]:
-        """Memory for the elements that each patch overwrites."""
+    def room(self, size: int) -> Array:
+        """Bytes for elements to be saved in."""
 
-    def fingerprints(self, patches: Sequence[Patch], below: Mapping[Target, Stack]) -> list[int]:
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
         """Of the base at each patch's positions; `below` is what is on the targets now."""
 
-    def apply(self, stacks: Sequence[Stack]) -> None:
-        """Saves the base's elements and writes the results (FORMAT.md, 6.2).  The targets hold their base.
+    def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
+        """From the base with some layers to the base with others: saves its elements, writes results (FORMAT.md, 6.2).
 
-        If it raises, every tensor that it may have written to has its layers `filled`.
+        Layers that share their room are one adapter with another strength.  If it raises, patches of `after` that may
+        have been written are `filled`.
         """
 
     def restore(self, layers: Sequence[Layer]) -> None:
-        """Puts saved elements back."""
+        """Puts saved elements back, of patches that are `filled`."""
 
     def share_positions(self, one: Patch, other: Patch) -> bool:
         """Whether two patches of a target have a position in common."""
 
-    def changed(self, stacks: Sequence[Stack]) -> int:
+    def changed(self, layers: Sequence[Layer]) -> int:
         """Elements whose bits are not those of the base now."""
-
-    def nbytes(self, patches: Sequence[Patch]) -> int:
-        """Memory that the patches take."""
 
     def ordered(self, stream: Any) -> AbstractContextManager[None]:
         """A context whose work follows all earlier work of this backend, on a device's stream if given."""
@@ -151,48 +212,72 @@ class Elementwise(ABC):
     def fingerprint(self, positions: Array, bits: Array) -> int:
         """FORMAT.md, 6.3."""
 
-    def fingerprints(self, patches: Sequence[Patch], below: Mapping[Target, Stack]) -> list[int]:
-        """One by one."""
-        found = []
-        for patch in patches:
-            positions = self.positions(patch)
-            bits = self.read(patch.target, positions)
-            for layer in below.get(patch.target, ()):
-                bits = self._overlaid(bits, positions, self.positions(layer.patch), layer.saved)
-            found.append(self.fingerprint(positions, bits))
-        return found
+    @abstractmethod
+    def bits_type(self, dtype: str) -> Any:
+        """The array library's type of elements' bits."""
 
-    def apply(self, stacks: Sequence[Stack]) -> None:
-        """Tensor by tensor; nothing can fail between `filled` and the end of the writing but the writing."""
-        for stack in stacks:
-            union, places = self._union(stack)
-            old = self.read(stack[0].patch.target, union)
-            for layer, place in zip(stack, places, strict=True):
-                layer.saved[:] = old[place]
-            new = self._combined(old, stack, places)
-            for layer in stack:
-                layer.filled = True
-            self.write(stack[0].patch.target, union, new)
+    def saved(self, place: Place) -> Array:
+        """Elements' bits, [nnz], in the layer's room."""
+        layer, number = place
+        return layer.room[layer.held.span(number)].view(self.bits_type(place.patch.dtype))
+
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
+        """One by one."""
+        stacks = stacks_of(below)
+        return [self._fingerprint_of(patch, stacks.get(patch.target, [])) for patch in held.patches]
+
+    def _fingerprint_of(self, patch: Patch, below: Stack) -> int:
+        positions = self.positions(patch)
+        bits = self.read(patch.target, positions)
+        for place in below:
+            bits = self._overlaid(bits, positions, self.positions(place.patch), self.saved(place))
+        return self.fingerprint(positions, bits)
+
+    def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
+        """Back to the base, and on from there."""
+        self.restore(before)
+        for stack in stacks_of(after).values():
+            self.apply(stack)
+
+    def apply(self, stack: Stack) -> None:
+        """Onto one tensor, which has its base's elements.
+
+        Nothing can fail between `filled` and the end of the writing but the writing.
+        """
+        target = stack[0].patch.target
+        union, places = self._union([place.patch for place in stack])
+        old = self.read(target, union)
+        for place, at in zip(stack, places, strict=True):
+            self.saved(place)[:] = old[at]
+        new = self._combined(old, stack, places)
+        for layer, number in stack:
+            layer.filled[number] = True
+        self.write(target, union, new)
 
     def restore(self, layers: Sequence[Layer]) -> None:
         """One by one: where layers overlap they have saved the same."""
         for layer in layers:
-            self.write(layer.patch.target, self.positions(layer.patch), layer.saved)
+            for number in np.flatnonzero(layer.filled).tolist():
+                self.restore_one(Place(layer, number))
+
+    def restore_one(self, place: Place) -> None:
+        """Of a patch that is filled."""
+        self.write(place.patch.target, self.positions(place.patch), self.saved(place))
 
     def share_positions(self, one: Patch, other: Patch) -> bool:
         """By their union."""
-        union, _ = self._union([Layer(one, 1, None), Layer(other, 1, None)])
+        union, _ = self._union([one, other])
         return len(union) < one.record.nnz + other.record.nnz
 
-    def changed(self, stacks: Sequence[Stack]) -> int:
+    def changed(self, layers: Sequence[Layer]) -> int:
         """Counts in the union of the layers."""
         count = 0
-        for stack in stacks:
-            union, places = self._union(stack)
+        for stack in stacks_of(layers).values():
+            union, places = self._union([place.patch for place in stack])
             now = self.read(stack[0].patch.target, union)
             base = now + 0  # a copy
-            for layer, place in zip(stack, places, strict=True):
-                base[place] = layer.saved
+            for place, at in zip(stack, places, strict=True):
+                base[at] = self.saved(place)
             count += int((now != base).sum())
         return count
 
@@ -200,26 +285,26 @@ class Elementwise(ABC):
         """Work on a CPU is done when it returns."""
         return nullcontext()
 
-    def _union(self, stack: Stack) -> tuple[Array, list[Any]]:
-        """(positions of all layers, increasing; where in them each layer's are)."""
-        parts = [self.positions(layer.patch) for layer in stack]
+    def _union(self, patches: Sequence[Patch]) -> tuple[Array, list[Any]]:
+        """(positions of all patches, increasing; where in them each patch's are)."""
+        parts = [self.positions(patch) for patch in patches]
         return self.merge(parts) if len(parts) > 1 else (parts[0], [slice(None)])
 
     def _combined(self, old: Array, stack: Stack, places: Sequence[Any]) -> Array:
         """What several deltas make of the base's elements at the union of their positions."""
         bits, total = old, None
-        for layer, place in zip(stack, places, strict=True):
-            payload = self.payload(layer.patch)
-            if not layer.patch.record.adds:
+        for place, at in zip(stack, places, strict=True):
+            payload = self.payload(place.patch)
+            if not place.patch.record.adds:
                 bits = bits + 0  # a copy
-                bits[place] = payload
+                bits[at] = payload
                 continue
-            contribution = self.scaled(payload, layer.strength)
+            contribution = self.scaled(payload, place.layer.strength)
             if total is None:
                 total, added = self.zeros(old, "float32"), self.zeros(old, "bool")
             # Starting from the first contribution and not from +0, which would lose the sign of -0.
-            total[place] = self.xp.where(added[place], self.plus(total[place], contribution), contribution)
-            added[place] = True
+            total[at] = self.xp.where(added[at], self.plus(total[at], contribution), contribution)
+            added[at] = True
         if total is None:
             return bits
         return self.xp.where(added, self.add(bits, stack[-1].patch.dtype, total), bits)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 from shiradelta.arithmetic import Array, Positions
 from shiradelta.codecs.base import Bytes
 from shiradelta.engine.live import Target
-from shiradelta.engine.live_backend import Layer, Patch, Stack
+from shiradelta.engine.live_backend import Held, Patch, Place, Stack
 from shiradelta.engine.numpy_backend import NumpyBackend, elements
 from shiradelta.native import LoadedTensor, NativeDecoder
 from shiradelta.reader import StoredTensor
 
 
-class _Held(NamedTuple):
+class _Data(NamedTuple):
     """A tensor's delta for NumPy's way, and the same for the library's."""
 
     tensor: StoredTensor
@@ -26,49 +26,47 @@ class NativeBackend(NumpyBackend):
 
     name = "libshd"
 
-    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
         """Loading a tensor checks all of it; the file's bytes stay, compressed."""
         patches = []
         for tensor, target, dtype in tensors:
             decoder = tensor.decoder
             assert isinstance(decoder, NativeDecoder)
             loaded = LoadedTensor(decoder, tensor.record) if tensor.nnz else None
-            patches.append(Patch(target, tensor.record, dtype, _Held(tensor, loaded)))
-        return patches
+            patches.append(Patch(target, tensor.record, dtype, _Data(tensor, loaded)))
+        return Held(patches, sum(patch.record.index.stored + patch.record.values.stored for patch in patches))
 
     def positions(self, patch: Patch) -> Positions:
         """Decoded."""
-        held: _Held = patch.data
+        held: _Data = patch.data
         return held.tensor.positions()
 
     def payload(self, patch: Patch) -> Array:
         """Decoded."""
-        held: _Held = patch.data
+        held: _Data = patch.data
         return held.tensor.values() if patch.record.adds else held.tensor.bits()
 
-    def apply(self, stacks: Sequence[Stack]) -> None:
-        """In one pass where one adapter is on a tensor."""
-        for stack in stacks:
-            patch = stack[0].patch
-            loaded, weight = self._fused(patch)
-            if len(stack) > 1 or loaded is None or weight is None:
-                super().apply([stack])
-                continue
-            # The bytes were checked and are ours, so from here on nothing can fail half-way.
-            loaded.apply(weight, patch.dtype, stack[0].strength, stack[0].saved)
-            stack[0].filled = True
+    def apply(self, stack: Stack) -> None:
+        """In one pass where one adapter is on the tensor."""
+        patch, (layer, number) = stack[0].patch, stack[0]
+        loaded, weight = self._fused(patch)
+        if len(stack) > 1 or loaded is None or weight is None:
+            super().apply(stack)
+            return
+        # The bytes were checked and are ours, so from here on nothing can fail half-way.
+        loaded.apply(weight, patch.dtype, layer.strength, self.saved(stack[0]))
+        layer.filled[number] = True
 
-    def restore(self, layers: Sequence[Layer]) -> None:
+    def restore_one(self, place: Place) -> None:
         """In one pass."""
-        for layer in layers:
-            loaded, weight = self._fused(layer.patch)
-            if loaded is None or weight is None:
-                super().restore([layer])
-            else:
-                loaded.revert(weight, layer.patch.dtype, layer.saved)
+        loaded, weight = self._fused(place.patch)
+        if loaded is None or weight is None:
+            super().restore_one(place)
+        else:
+            loaded.revert(weight, place.patch.dtype, self.saved(place))
 
     def _fused(self, patch: Patch) -> tuple[LoadedTensor | None, Array | None]:
         """(the library's tensor, the weight's bits flat), where they go together."""
-        held: _Held = patch.data
+        held: _Data = patch.data
         array = elements(patch.target)
         return held.loaded, array.reshape(-1) if array.flags.c_contiguous else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from shiradelta import arithmetic, wire
 from shiradelta.arithmetic import Array, Positions
 from shiradelta.codecs.base import Bytes
 from shiradelta.engine.live import Target, is_array
-from shiradelta.engine.live_backend import Elementwise, Patch
+from shiradelta.engine.live_backend import Elementwise, Held, Patch
 from shiradelta.reader import StoredTensor
 
 
@@ -24,20 +25,20 @@ class NumpyBackend(Elementwise):
         """Plain memory."""
         return np.empty(size, np.uint8)
 
-    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
-        """Decodes everything once, which checks it; the file's bytes stay, compressed."""
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
+        """The file's bytes stay, compressed."""
         for tensor, _, _ in tensors:
-            tensor.positions()
-            tensor.bits()
-        return [Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in tensors]
+            tensor.check()
+        patches = [Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in tensors]
+        return Held(patches, sum(patch.record.index.stored + patch.record.values.stored for patch in patches))
 
-    def room(self, patches: Sequence[Patch]) -> list[Array]:
+    def room(self, size: int) -> Array:
+        """Plain memory."""
+        return np.empty(size, np.uint8)
+
+    def bits_type(self, dtype: str) -> Any:
         """Unsigned, of the elements' size."""
-        return [np.empty(patch.record.nnz, wire.DTYPE_OF_NAME[patch.dtype].bits) for patch in patches]
-
-    def nbytes(self, patches: Sequence[Patch]) -> int:
-        """The sections."""
-        return sum(patch.record.index.stored + patch.record.values.stored for patch in patches)
+        return wire.DTYPE_OF_NAME[dtype].bits
 
     def positions(self, patch: Patch) -> Positions:
         """Decoded."""

@@ -14,6 +14,7 @@ from shiradelta.codecs.base import Bytes
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.reader import Source
 
+#: Bytes that a thread reads at the least.
 _CHUNK = 4 << 20
 _THREADS = min(16, os.cpu_count() or 1)
 Item = TypeVar("Item")
@@ -48,13 +49,14 @@ def read_whole(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Byt
     label, path = os.fspath(source), Path(source)
     try:
         data = buffer(path.stat().st_size)
+        chunk = max(_CHUNK, -(-data.size // _THREADS))
 
         def read(start: int) -> int:
             with open(path, "rb", buffering=0) as stream:
                 stream.seek(start)
-                return stream.readinto(data[start : start + _CHUNK].data) or 0
+                return stream.readinto(data[start : start + chunk].data) or 0
 
-        if sum(in_threads(read, range(0, data.size, _CHUNK))) != data.size:
+        if sum(in_threads(read, range(0, data.size, chunk))) != data.size:
             raise ShiraDeltaError(f"{label}: was cut short while it was read; try again")
     except OSError as error:
         raise ShiraDeltaError(f"{label}: cannot be read ({error.strerror}); check the path") from None

@@ -20,7 +20,7 @@ from shiradelta.codecs.base import Bytes
 from shiradelta.codecs.bits import field_words
 from shiradelta.codecs.rice import Rice
 from shiradelta.engine.live import Target, is_array
-from shiradelta.engine.live_backend import Elementwise, Layer, Patch, Stack
+from shiradelta.engine.live_backend import Elementwise, Held, Layer, Patch
 from shiradelta.engine.reading import in_threads
 from shiradelta.header import Record, Section
 from shiradelta.reader import StoredTensor
@@ -83,48 +83,50 @@ class TorchBackend(Elementwise):
         empty: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).numpy()
         return empty
 
-    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> list[Patch]:
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
         """One buffer on the device for all sections, each where a file would align it."""
-        pairs = in_threads(lambda item: self._checked(source, item[0]), tensors)
-        parts = [part for pair in pairs for part in pair]
-        spans = _spans([part.size for part in parts])
-        buffer = torch.empty(spans[-1].stop if spans else 0, dtype=torch.uint8, device=self.device)
-        views = [buffer[span.start : span.start + part.size] for span, part in zip(spans, parts, strict=True)]
-        for view, part in zip(views, parts, strict=True):
-            view.copy_(torch.from_numpy(part), non_blocking=True)
+        in_threads(lambda item: item[0].check(), tensors)
+        parts = [part for tensor, _, _ in tensors for part in _parts(source, tensor)]
+        buffer, starts = self._upload(source, parts)
+        patches = []
+        for i, (tensor, target, dtype) in enumerate(tensors):
+            (index, values), (a, b) = parts[2 * i : 2 * i + 2], starts[2 * i : 2 * i + 2]
+            head = _bytes_of(source, index)[: wire.RICE_HEAD.size].tobytes()
+            index_size, values_size = _bytes_of(source, index).size, _bytes_of(source, values).size
+            sections = Sections.of(buffer[a : a + index_size], buffer[b : b + values_size], head, tensor.record)
+            patches.append(Patch(target, tensor.record, dtype, sections))
+        return Held(patches, buffer.numel())
+
+    def _upload(self, source: Bytes, parts: Sequence[slice | Bytes]) -> tuple[Tensor, list[int]]:
+        """(a buffer on the device, where in it each part starts).  Neighbours in the file go in one copy."""
+        copies: list[tuple[int, Bytes]] = []
+        starts: list[int] = []
+        cursor, first, last = 0, 0, -1  # `source[first:last]` is the copy that the last part belongs to
+        for part in parts:
+            size = _bytes_of(source, part).size
+            if isinstance(part, slice) and part.start == wire.align(last, wire.SECTION_ALIGNMENT) and last >= 0:
+                starts.append(copies[-1][0] + part.start - first)
+                copies[-1] = copies[-1][0], source[first : part.stop]
+                last = part.stop
+            else:
+                starts.append(wire.align(cursor, wire.SECTION_ALIGNMENT))
+                copies.append((starts[-1], _bytes_of(source, part)))
+                first, last = (part.start, part.stop) if isinstance(part, slice) else (0, -1)
+            cursor = starts[-1] + size
+        buffer = torch.empty(cursor, dtype=torch.uint8, device=self.device)
+        for start, content in copies:
+            buffer[start : start + content.size].copy_(torch.from_numpy(content), non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the source is free to go
-        patches = []
-        for i, ((tensor, target, dtype), (index, _)) in enumerate(zip(tensors, pairs, strict=True)):
-            head = index[: wire.RICE_HEAD.size].tobytes()
-            patches.append(
-                Patch(target, tensor.record, dtype, Sections.of(views[2 * i], views[2 * i + 1], head, tensor.record))
-            )
-        return patches
+        return buffer, starts
 
-    def _checked(self, source: Bytes, tensor: StoredTensor) -> tuple[Bytes, Bytes]:
-        """(index as RICE, values) of a tensor that decodes without an error; arrays that may be written to."""
-        record, positions = tensor.record, tensor.positions()
-        tensor.bits()
-        if record.index_codec is IndexCodec.RICE:
-            index = stored_bytes(source, record.index)
-        else:
-            encoded = Rice().encode(positions, record.shape) if record.nnz else b""
-            index = np.frombuffer(bytearray(encoded), np.uint8)
-        return index, stored_bytes(source, record.values)
+    def room(self, size: int) -> Tensor:
+        """On the device."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def room(self, patches: Sequence[Patch]) -> list[Tensor]:
-        """Parts of one buffer for each type of elements."""
-        rooms: dict[Patch, Tensor] = {}
-        for kind in {_bits_type(patch.dtype) for patch in patches}:
-            mine = [patch for patch in patches if _bits_type(patch.dtype) is kind]
-            sizes = [patch.record.nnz for patch in mine]
-            rooms |= zip(mine, torch.empty(sum(sizes), dtype=kind, device=self.device).split(sizes), strict=True)
-        return [rooms[patch] for patch in patches]
-
-    def nbytes(self, patches: Sequence[Patch]) -> int:
-        """The sections."""
-        return sum(patch.data.index.numel() + patch.data.values.numel() for patch in patches)
+    def bits_type(self, dtype: str) -> torch.dtype:
+        """Signed, but for single bytes."""
+        return _BITS[wire.DTYPE_OF_NAME[dtype].size]
 
     @contextmanager
     def ordered(self, stream: Any) -> Iterator[None]:
@@ -153,18 +155,13 @@ class TorchBackend(Elementwise):
         if len(self._streams) > 1:
             current = torch.cuda.current_stream(self.device)
             for layer in layers:
-                for tensor in (layer.saved, layer.patch.data.index, layer.patch.data.values):
-                    tensor.record_stream(current)
+                layer.room.record_stream(current)
+                layer.held.patches[0].data.index.record_stream(current)  # the buffer that all are in
 
-    def apply(self, stacks: Sequence[Stack]) -> None:
+    def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         """As every backend."""
-        super().apply(stacks)
-        self._used([layer for stack in stacks for layer in stack])
-
-    def restore(self, layers: Sequence[Layer]) -> None:
-        """As every backend."""
-        super().restore(layers)
-        self._used(layers)
+        super().replace(before, after)
+        self._used([*before, *after])
 
     # -------------------------------------------------------------------------------------- decoding
 
@@ -193,11 +190,13 @@ class TorchBackend(Elementwise):
         record, data = patch.record, patch.data.values
         nnz, codec = record.nnz, record.value_codec
         if not nnz:
-            return torch.zeros(0, dtype=torch.float32 if record.adds else _bits_type(patch.dtype), device=self.device)
+            return torch.zeros(
+                0, dtype=torch.float32 if record.adds else self.bits_type(patch.dtype), device=self.device
+            )
         groups = -(-nnz // wire.GROUP)
         rank = torch.arange(nnz, device=self.device)
         if codec is ValueCodec.BITS:
-            return data[: nnz * record.element_size].view(_bits_type(patch.dtype))
+            return data[: nnz * record.element_size].view(self.bits_type(patch.dtype))
         if codec is ValueCodec.F32:
             return data[: 4 * nnz].view(torch.float32)
         if codec in (ValueCodec.F16, ValueCodec.BF16):
@@ -270,20 +269,26 @@ class TorchBackend(Elementwise):
             return int(x.sum()) % (1 << 64)
 
 
-def _spans(sizes: Sequence[int]) -> list[slice]:
-    """Where parts of these sizes lie in one buffer, aligned as in a file."""
-    ends = np.cumsum([wire.align(size, wire.SECTION_ALIGNMENT) for size in sizes], dtype=np.int64).tolist()
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+def _parts(source: Bytes, tensor: StoredTensor) -> tuple[slice | Bytes, slice | Bytes]:
+    """(index as RICE, values) of a tensor: where they are in the file, or as made from it."""
+    record = tensor.record
+    index: slice | Bytes
+    if record.index_codec is IndexCodec.RICE:
+        index = _stored(source, record.index)
+    else:
+        encoded = Rice().encode(tensor.positions(), record.shape) if record.nnz else b""
+        index = np.frombuffer(bytearray(encoded), np.uint8)
+    return index, _stored(source, record.values)
 
 
-def stored_bytes(source: Bytes, section: Section) -> Bytes:
-    """A section's bytes, out of zstd."""
-    stored = source[section.offset : section.offset + section.stored]
-    return np.frombuffer(bytearray(unzstd(stored, section.decoded)), np.uint8) if section.zstd else stored
+def _stored(source: Bytes, section: Section) -> slice | Bytes:
+    """A section, out of zstd."""
+    where = slice(section.offset, section.offset + section.stored)
+    return np.frombuffer(bytearray(unzstd(source[where], section.decoded)), np.uint8) if section.zstd else where
 
 
-def _bits_type(dtype: str) -> torch.dtype:
-    return _BITS[wire.DTYPE_OF_NAME[dtype].size]
+def _bytes_of(source: Bytes, part: slice | Bytes) -> Bytes:
+    return source[part] if isinstance(part, slice) else part
 
 
 def _signed(constant: int) -> int:

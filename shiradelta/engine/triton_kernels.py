@@ -1,9 +1,9 @@
 """The kernels: a block of RICE a program, all tensors in one launch, sections as they lie in the file.
 
-A program finds its tensor's row in a table of pointers, turns its 2,048 unary bits into positions with two prefix
-sums (spec/FORMAT.md, 4.2), one lane a bit, and works on the elements there.  Positions and ranks are masked against
-the tensor, whatever the section says.  Rounding is integer arithmetic on bits; nothing may be contracted to a fused
-multiply-add (`enable_fp_fusion=False`).
+A program finds its patch's row in a table of pointers by its entry (row, block) in `work`, turns the block's 2,048
+unary bits into positions with two prefix sums (spec/FORMAT.md, 4.2), one lane a bit, and works on the elements there.
+Positions and ranks are masked against the tensor, whatever the section says.  Rounding is integer arithmetic on bits;
+nothing may be contracted to a fused multiply-add (`enable_fp_fusion=False`).
 """
 
 # mypy: ignore-errors
@@ -25,8 +25,8 @@ COLUMNS = (
     "unary_bits",
     "nnz",
     "numel",
-    "saved",
-    "strength",  # the bits of a float32
+    "room",  # where what is saved lies in the layer's room, in bytes
+    "layer",  # its number, where there are several
 )
 WIDTH = tl.constexpr(len(COLUMNS))
 BLOCK = tl.constexpr(2048)
@@ -36,7 +36,9 @@ _INT64 = tl.constexpr(tl.pointer_type(tl.int64))
 _UINT8 = tl.constexpr(tl.pointer_type(tl.uint8))
 _INT8 = tl.constexpr(tl.pointer_type(tl.int8))
 
-F32, F16, BF16, I8, I4, SIGN = (tl.constexpr(i) for i in range(1, 7))
+F32, F16, BF16, I8, I4, SIGN, BITS = (tl.constexpr(i) for i in range(1, 8))
+#: Of a sum that has no contribution: a NaN that no sum becomes.
+EMPTY = tl.constexpr(-1)
 
 
 @triton.jit
@@ -62,11 +64,8 @@ def _whole(value, BIG: tl.constexpr):
 
 
 @triton.jit
-def _decode(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
-    """(bit, rank in the tensor, whether there is such a rank, position) of a block's lanes, (base, rank) of the block.
-
-    What lanes without a rank hold is of no use.
-    """
+def _targets(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
+    """(rank in the tensor, whether its position is inside the tensor, position) of a block's lanes."""
     k = tl.load(row + 6).to(tl.int32)
     left = _whole(tl.load(row + 7), BIG) - _whole(block, BIG) * BLOCK
     nnz = _whole(tl.load(row + 8), BIG)
@@ -91,14 +90,34 @@ def _decode(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
     field = _whole(tl.where(active, field, 0), BIG)
     zeros = _whole(lane + 1 - count, BIG)
     position = base + (zeros << k) + tl.cumsum(field, 0) + (count - 1)
-    return bit, index, active, position, base, rank0
+    return index, active & (position >= 0) & (position < _whole(tl.load(row + 9), BIG)), position
 
 
 @triton.jit
-def _targets(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
-    """(rank, whether there is one and its position is inside the tensor, position) of a block's lanes."""
-    bit, index, active, position, base, rank0 = _decode(row, block, WORD, BIG)
-    return index, active & (position >= 0) & (position < _whole(tl.load(row + 9), BIG)), position
+def _blocks(row, BIG: tl.constexpr):
+    """How many blocks the index has."""
+    return _whole((tl.load(row + 7) + (BLOCK - 1)) // BLOCK, BIG)
+
+
+@triton.jit
+def _start(row, block, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
+    """Where a block's positions begin; behind the last block, the number of elements."""
+    last = block >= blocks
+    base = _whole(_entry(tl.load(row), tl.where(last, 0, 2 * block), WORD), BIG)
+    return tl.where(last, _whole(tl.load(row + 9), BIG), base)
+
+
+@triton.jit
+def _block_at(row, position, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
+    """The last block that begins at a position or before it."""
+    low = _whole(tl.load(row + 8) * 0, BIG)
+    high = blocks - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        before = _start(row, middle, blocks, WORD, BIG) <= position
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle - 1)
+    return low
 
 
 @triton.jit
@@ -174,77 +193,170 @@ def _pointer(address, SIZE: tl.constexpr):
 
 
 @triton.jit
-def apply_kernel(
-    table,
-    owner,
-    first,
-    CODEC: tl.constexpr,  # BITS (7) sets
-    DTYPE: tl.constexpr,
-    SIZE: tl.constexpr,
-    WORD: tl.constexpr,
-    BIG: tl.constexpr,
-):
-    """Saves the elements at the positions and writes the new ones."""
-    program = tl.program_id(0)
-    tensor = tl.load(owner + program)
-    row = table + tensor * WIDTH
-    index, active, position = _targets(row, program - tl.load(first + tensor), WORD, BIG)
+def _put(row, index, active, position, room, strength, CODEC, DTYPE: tl.constexpr, SIZE: tl.constexpr, FILLED):
+    """Saves the elements at the positions, unless they are in the room already, and writes the new ones."""
     weight = _pointer(tl.load(row + 5), SIZE) + position
-    old = tl.load(weight, mask=active, other=0)
-    tl.store(_pointer(tl.load(row + 10), SIZE) + index, old, mask=active)
-    if CODEC == 7:
+    saved = _pointer(room + tl.load(row + 10), SIZE) + index
+    if FILLED:
+        old = tl.load(saved, mask=active, other=0)
+    else:
+        old = tl.load(weight, mask=active, other=0)
+        tl.store(saved, old, mask=active)
+    if CODEC == BITS:
         new = tl.load(_pointer(tl.load(row + 3), SIZE) + index, mask=active, other=0)
     else:
-        strength = tl.load(row + 11).to(tl.int32).to(tl.float32, bitcast=True)
         new = _sum(old, strength * _value(row, index, active, CODEC), DTYPE)
     tl.store(weight, new, mask=active)
 
 
 @triton.jit
-def restore_kernel(table, owner, first, SIZE: tl.constexpr, WORD: tl.constexpr, BIG: tl.constexpr):
-    """Puts the saved elements back."""
-    program = tl.program_id(0)
-    tensor = tl.load(owner + program)
-    row = table + tensor * WIDTH
-    index, active, position = _targets(row, program - tl.load(first + tensor), WORD, BIG)
-    saved = tl.load(_pointer(tl.load(row + 10), SIZE) + index, mask=active, other=0)
+def _put_back(row, index, active, position, room, SIZE: tl.constexpr):
+    """Writes the saved elements."""
+    saved = tl.load(_pointer(room + tl.load(row + 10), SIZE) + index, mask=active, other=0)
     tl.store(_pointer(tl.load(row + 5), SIZE) + position, saved, mask=active)
 
 
 @triton.jit
-def check_kernel(table, owner, first, wrong, WORD: tl.constexpr):
-    """Counts, in `wrong`, the blocks of a tensor that contradict the next one's entry or leave the tensor."""
-    program = tl.program_id(0)
-    tensor = tl.load(owner + program)
-    row = table + tensor * WIDTH
-    block = program - tl.load(first + tensor)
-    unary_bits = tl.load(row + 7)
-    nnz = tl.load(row + 8)
-    numel = tl.load(row + 9)
-    bit, index, active, position, base, rank0 = _decode(row, block, WORD, True)
-    ones = tl.sum(bit, 0)
-    largest = tl.max(tl.where(active, position, -1), 0)
-    good = (base >= 0) & (base <= numel) & (rank0 >= 0) & (rank0 <= nnz) & (largest < numel)
-    good = good & ((block > 0) | ((base == 0) & (rank0 == 0)))
-    lane = tl.arange(0, BLOCK)
-    left = unary_bits - block.to(tl.int64) * BLOCK
-    if left > BLOCK:
-        directory = tl.load(row)
-        end = tl.sum(tl.where(lane == BLOCK - 1, position + 1, 0), 0)
-        good = good & (_entry(directory, 2 * block + 2, WORD) == end)
-        good = good & (_entry(directory, 2 * block + 3, WORD) == rank0 + ones)
-    else:
-        good = good & (tl.sum(tl.where(lane == left - 1, bit, 0), 0) == 1) & (rank0 + ones == nnz)
-    tl.atomic_add(wrong + tensor, tl.where(good, 0, 1))
+def apply_kernel(
+    table,
+    work,
+    room,
+    strength,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    WORD: tl.constexpr,
+    BIG: tl.constexpr,
+    FILLED: tl.constexpr,
+):
+    """An adapter onto the base; if FILLED, onto itself with another strength."""
+    entry = work + 2 * tl.program_id(0)
+    row = table + tl.load(entry) * WIDTH
+    index, active, position = _targets(row, tl.load(entry + 1), WORD, BIG)
+    _put(row, index, active, position, room, strength, CODEC, DTYPE, SIZE, FILLED)
 
 
 @triton.jit
-def fingerprint_kernel(table, owner, first, sums, SIZE: tl.constexpr, WORD: tl.constexpr, BIG: tl.constexpr):
-    """Adds mix(position, bits) of the elements there to the tensor's sum (FORMAT.md, 6.3)."""
-    program = tl.program_id(0)
-    tensor = tl.load(owner + program)
-    row = table + tensor * WIDTH
-    index, active, position = _targets(row, program - tl.load(first + tensor), WORD, BIG)
+def restore_kernel(table, work, room, SIZE: tl.constexpr, WORD: tl.constexpr, BIG: tl.constexpr):
+    """An adapter's elements back to the base's."""
+    entry = work + 2 * tl.program_id(0)
+    row = table + tl.load(entry) * WIDTH
+    index, active, position = _targets(row, tl.load(entry + 1), WORD, BIG)
+    _put_back(row, index, active, position, room, SIZE)
+
+
+@triton.jit
+def move_kernel(
+    old_table,
+    old_room,
+    table,
+    work,
+    count,
+    room,
+    strength,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    WORD: tl.constexpr,
+    BIG: tl.constexpr,
+):
+    """From one adapter to another in one pass over the weights.
+
+    A program goes through entries (row of the old one, row of the new one, block of the old one) in `work`.  It has
+    the elements from that block to the next: it puts back what is saved there, and goes through the blocks of the new
+    one that reach into them.  There are so few programs that what they put back is still in the cache by then.
+    """
+    number = tl.program_id(0)
+    while number < count:
+        entry = work + 3 * number
+        old = old_table + tl.load(entry) * WIDTH
+        row = table + tl.load(entry + 1) * WIDTH
+        block = _whole(tl.load(entry + 2), BIG)
+        index, active, position = _targets(old, block, WORD, BIG)
+        _put_back(old, index, active, position, old_room, SIZE)
+        blocks = _blocks(old, BIG)
+        start = _start(old, block, blocks, WORD, BIG)
+        stop = _start(old, block + 1, blocks, WORD, BIG)
+        tl.debug_barrier()  # what was put back is read by other threads
+        blocks = _blocks(row, BIG)
+        block = _block_at(row, start, blocks, WORD, BIG)
+        while _start(row, block, blocks, WORD, BIG) < stop:
+            index, active, position = _targets(row, block, WORD, BIG)
+            active = active & (position >= start) & (position < stop)
+            _put(row, index, active, position, room, strength, CODEC, DTYPE, SIZE, False)
+            block += 1
+        number += tl.num_programs(0)
+
+
+@triton.jit
+def stack_kernel(
+    table,
+    work,
+    count,
+    layers,
+    sums,
+    REGION: tl.constexpr,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    WORD: tl.constexpr,
+    BIG: tl.constexpr,
+    FILLED: tl.constexpr,
+):
+    """Several adapters that add, onto the base; if FILLED, onto themselves with other strengths.
+
+    A program goes through regions of REGION elements: entries (first row, rows, region) in `work`.  It adds up the
+    contributions of one row after another in `sums`, its own float32 [REGION], then rounds each sum once.  `sums`
+    holds EMPTY wherever nothing was added, before and after.  `layers` is (room, bits of the strength) of each.
+    """
+    own = _pointer(sums.to(tl.int64), 4) + tl.program_id(0).to(tl.int64) * REGION
+    number = tl.program_id(0)
+    while number < count:
+        first = tl.load(work + 3 * number)
+        rows = tl.load(work + 3 * number + 1)
+        start = _whole(tl.load(work + 3 * number + 2), BIG) * REGION
+        for turn in range(2 * rows):
+            row = table + (first + turn % rows) * WIDTH
+            layer = layers + 2 * tl.load(row + 11)
+            room = tl.load(layer)
+            strength = tl.load(layer + 1).to(tl.int32).to(tl.float32, bitcast=True)
+            stop = start + tl.minimum(_whole(tl.load(row + 9), BIG) - start, REGION)
+            blocks = _blocks(row, BIG)
+            block = _block_at(row, start, blocks, WORD, BIG)
+            while _start(row, block, blocks, WORD, BIG) < stop:
+                index, active, position = _targets(row, block, WORD, BIG)
+                active = active & (position >= start) & (position < stop)
+                weight = _pointer(tl.load(row + 5), SIZE) + position
+                saved = _pointer(room + tl.load(row + 10), SIZE) + index
+                sum_at = own + (position - start)
+                sum_bits = tl.load(sum_at, mask=active, other=0)
+                sum = sum_bits.to(tl.float32, bitcast=True)
+                if turn < rows:
+                    if not FILLED:
+                        tl.store(saved, tl.load(weight, mask=active, other=0), mask=active)
+                    value = strength * _value(row, index, active, CODEC)
+                    # Starting from the first contribution and not from +0, which would lose the sign of -0.
+                    value = tl.where(sum_bits == EMPTY, value, sum + value)
+                    bits = tl.where(value == value, value.to(tl.int32, bitcast=True), 0x7FC00000)
+                    tl.store(sum_at, bits, mask=active)
+                else:
+                    # Where adapters overlap, the first one here finds the sum and writes.
+                    active = active & (sum_bits != EMPTY)
+                    old = tl.load(saved, mask=active, other=0)
+                    tl.store(weight, _sum(old, sum, DTYPE), mask=active)
+                    tl.store(sum_at, tl.full([BLOCK], EMPTY, tl.int32), mask=active)
+                block += 1
+            tl.debug_barrier()  # the next row's threads read what these have written
+        number += tl.num_programs(0)
+
+
+@triton.jit
+def fingerprint_kernel(table, work, sums, SIZE: tl.constexpr, WORD: tl.constexpr, BIG: tl.constexpr):
+    """Adds mix(position, bits) of the elements there to the sum of the row (FORMAT.md, 6.3)."""
+    entry = work + 2 * tl.program_id(0)
+    number = tl.load(entry)
+    row = table + number * WIDTH
+    index, active, position = _targets(row, tl.load(entry + 1), WORD, BIG)
     element = tl.load(_pointer(tl.load(row + 5), SIZE) + position, mask=active, other=0).to(tl.int64)
     if SIZE < 8:
         element = element & ((1 << (8 * SIZE)) - 1)
@@ -252,4 +364,4 @@ def fingerprint_kernel(table, owner, first, sums, SIZE: tl.constexpr, WORD: tl.c
     x = (x ^ (x >> 32)) * 0xD6E8FEB86659FD93
     x = x ^ (x >> 32)
     total = tl.sum(tl.where(active, x.to(tl.int64, bitcast=True), 0), 0)
-    tl.atomic_add(sums + tensor, total)
+    tl.atomic_add(sums + number, total)
