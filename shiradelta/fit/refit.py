@@ -7,8 +7,9 @@ is carried over to those that follow.  All that is needed of X and Y is X'X and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 
 import torch
@@ -16,31 +17,40 @@ from torch import Tensor, nn
 
 from shiradelta.nonzeros import Nonzeros
 
-from .behaviour import Behaviour
 from .scores import largest
-from .teacher import Teacher
 
 #: Added to the diagonal, as a share of its mean: some hundred texts do not span all inputs.
 DAMPING = 0.1
 #: How many candidates there are at first, as a multiple of what is kept, and the rounds in which they are dropped.
-CANDIDATES, ROUNDS = 8.0, 5
+CANDIDATES, ROUNDS = 5.0, 4
 #: Elements of the small systems that are solved at a time.
 _SOLVED = 1 << 20
 
 
-class _Enough(Exception):  # noqa: N818
+class Enough(Exception):  # noqa: N818
     """Ends a forward pass whose rest is not needed."""
 
 
 def refit(
-    model: nn.Module,
-    behaviour: Behaviour,
-    teacher: Teacher,
+    linears: Sequence[nn.Module],
+    forward: Callable[[Sequence[int]], object],
+    teacher: Callable[[], AbstractContextManager[None]],
     nonzeros: Nonzeros,
+    rounded: Callable[[Tensor], Tensor],
     parts: Sequence[Sequence[int]],
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Gives linear layers a new mask and new values; all else keeps what it has."""
+    """Gives linear layers a new mask and new values; all else keeps what it has.
+
+    Args:
+        linears: the layers that may be refitted, as `own_linears` finds them.
+        forward: runs the model on some examples.
+        teacher: within, what `forward` runs is the teacher.
+        nonzeros: mask and values to begin with; their number stays, tensor by tensor.
+        rounded: values of one tensor -> as a reader sees them; what rounding does is carried over, too.
+        parts: examples of each forward pass.
+        progress: is told (layers done, of all).
+    """
     positions = [nonzeros.positions[place.part] for place in nonzeros.places]
     values = [nonzeros.values[place.part] for place in nonzeros.places]
     index_of = {id(place.parameter): index for index, place in enumerate(nonzeros.places)}
@@ -48,32 +58,48 @@ def refit(
     def written(index: int) -> Nonzeros:
         place = nonzeros.places[index]
         one = Nonzeros([place.parameter], [place.stored], [positions[index]])
-        one.write(values[index])
+        one.write(rounded(values[index]))
         return one
 
     nonzeros.write(None)
-    groups = _groups(model, lambda: behaviour.outputs(model, parts[0]), index_of)
+    groups = _groups([module for module in linears if id(module.weight) in index_of], lambda: forward(parts[0]))
     linear = {index_of[id(module.weight)] for group in groups for module in group}
     done = [written(index) for index in index_of.values() if index not in linear]
     for number, group in enumerate(groups):
-        progress("least squares by layer", number, len(groups))
-        inputs, crosses = _moments(model, behaviour, teacher, group, parts)
+        progress(number, len(groups))
+        inputs, crosses = _moments(forward, teacher, group, parts)
         for module, cross in zip(group, crosses, strict=True):
             index = index_of[id(module.weight)]
             positions[index], values[index] = solve(inputs, cross, positions[index].numel())
+            if _stored_by_input(module):
+                rows, columns = len(inputs), cross.shape[1]
+                positions[index], order = (positions[index] % rows * columns + positions[index] // rows).sort()
+                values[index] = values[index][order]
             done.append(written(index))
     for one in done:
         one.write(None)
     nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], torch.cat(values))
 
 
-def _groups(model: nn.Module, forward: Callable[[], object], wanted: dict[int, int]) -> list[list[nn.Linear]]:
+def own_linears(model: nn.Module) -> list[nn.Module]:
+    """Linear layers that alone use their weight: a tied one serves more than its own inputs."""
+    users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    found = (m for m in model.modules() if isinstance(m, nn.Linear) or _stored_by_input(m))
+    return [module for module in found if users[id(module.weight)] == 1]
+
+
+def _stored_by_input(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is [inputs, outputs]."""
+    return type(module).__name__ == "Conv1D" and isinstance(module.weight, nn.Parameter) and module.weight.dim() == 2
+
+
+def _groups(linears: Sequence[nn.Module], forward: Callable[[], object]) -> list[list[nn.Module]]:
     """Linear layers in the order in which they are called; those that read the same input together."""
-    groups: list[list[nn.Linear]] = []
+    groups: list[list[nn.Module]] = []
     last: list[Tensor] = []
     seen: set[int] = set()
 
-    def hook(module: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if id(module.weight) in seen:  # a layer that is called twice has no one input
             return
         seen.add(id(module.weight))
@@ -83,7 +109,6 @@ def _groups(model: nn.Module, forward: Callable[[], object], wanted: dict[int, i
             groups.append([module])
             last[:] = [inputs[0]]
 
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
     hooks = [module.register_forward_pre_hook(hook) for module in linears]
     with torch.no_grad(), _removing(hooks):
         forward()
@@ -91,24 +116,24 @@ def _groups(model: nn.Module, forward: Callable[[], object], wanted: dict[int, i
 
 
 def _moments(
-    model: nn.Module, behaviour: Behaviour, teacher: Teacher, group: list[nn.Linear], parts: Sequence[Sequence[int]]
+    forward: Callable[[Sequence[int]], object],
+    teacher: Callable[[], AbstractContextManager[None]],
+    group: list[nn.Module],
+    parts: Sequence[Sequence[int]],
 ) -> tuple[Tensor, list[Tensor]]:
     """X'X of a group's common input, and X'(Y - X W') of each of its layers."""
-    size = group[0].weight.shape[1]
-    inputs = torch.zeros(size, size, device=group[0].weight.device)
-    crosses = [torch.zeros(size, len(module.weight), device=inputs.device) for module in group]
+    sums: list[Tensor] = []
     for part in parts:
-        with teacher.in_place():
-            _, expected = _outputs(model, behaviour, group, part)
-        x, found = _outputs(model, behaviour, group, part)
-        inputs += x.T @ x
-        for cross, e, f in zip(crosses, expected, found, strict=True):
-            cross += x.T @ (e - f)
-    return inputs, crosses
+        with teacher():
+            _, expected = _outputs(forward, group, part)
+        x, found = _outputs(forward, group, part)
+        terms = [x.T @ x, *(x.T @ (e - f) for e, f in zip(expected, found, strict=True))]
+        sums = [total + term for total, term in zip(sums, terms, strict=True)] if sums else terms
+    return sums[0], sums[1:]
 
 
 def _outputs(
-    model: nn.Module, behaviour: Behaviour, group: list[nn.Linear], part: Sequence[int]
+    forward: Callable[[Sequence[int]], object], group: list[nn.Module], part: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
     """The group's input and its layers' outputs, as matrices; the forward pass goes no further."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -116,11 +141,11 @@ def _outputs(
     def hook(number: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found[number] = inputs[0], output
         if len(found) == len(group):
-            raise _Enough
+            raise Enough
 
     hooks = [module.register_forward_hook(partial(hook, number)) for number, module in enumerate(group)]
-    with torch.no_grad(), _removing(hooks), suppress(_Enough):
-        behaviour.outputs(model, part)
+    with torch.no_grad(), _removing(hooks), suppress(Enough):
+        forward(part)
     outputs = [found[number][1] for number in range(len(group))]
     x = found[0][0]
     return x.reshape(-1, x.shape[-1]).float(), [y.reshape(-1, y.shape[-1]).float() for y in outputs]
@@ -174,7 +199,7 @@ def _restricted(inputs: Tensor, cross: Tensor, positions: Tensor) -> tuple[Tenso
         columns = column[at]
         system = inputs[columns[:, :, None], columns[:, None, :]] * (there[:, :, None] & there[:, None, :])
         system += torch.diag_embed((~there).to(system.dtype))
-        inverse = torch.linalg.inv(system)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
         solution = (inverse @ (cross[columns, batch[:, None]] * there).unsqueeze(2)).squeeze(2)
         cost = solution.square() / inverse.diagonal(dim1=1, dim2=2)
         values[at[there]], costs[at[there]] = solution[there], cost[there]

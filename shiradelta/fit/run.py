@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from . import Fit, loading, refit, scores, state
 from .behaviour import Behaviour, CustomBehaviour, TextBehaviour
 from .fitted import Fitted, Target
 from .quantise import Quantiser
+from .skeleton import CannotStreamError
+from .stream import stream
 from .teacher import Teacher
 from .texts import batches, read_texts, split
 from .train import DivergedError, Plan, State, Trainer, measure
@@ -67,6 +70,11 @@ def run(
         SourceError: something that is given cannot be used.
     """
     with _out_of_memory(fit):
+        if fit.method == "refit" and fit.model is None and fit.forward is None:
+            try:
+                return stream(fit, targets, whole, base, source, codec, out.absolute().parent, progress)
+            except CannotStreamError as reason:
+                fit.say(f"the model is loaded as a whole, for {reason}")
         return _Run(fit, targets, whole, base, source, codec, whole_model, out, progress)()
 
 
@@ -172,7 +180,15 @@ class _Run:
 
         if self.fit.method == "refit":
             calibration = self._calibration(CALIBRATION)
-            refit.refit(self.model, self.behaviour, teacher, nonzeros, calibration, self.progress)
+            refit.refit(
+                refit.own_linears(self.model),
+                partial(self.behaviour.outputs, self.model),
+                teacher.in_place,
+                nonzeros,
+                lambda values: Quantiser(self.codec, [len(values)], values.device)(values),
+                calibration,
+                partial(self.progress, "least squares by layer"),
+            )
             self._write_quantised(nonzeros)
             result.fitted = self._measure(teacher)
         else:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from shiradelta.nonzeros import flat
+from shiradelta.patched import flat
 
 from .behaviour import Behaviour
 from .teacher import Teacher

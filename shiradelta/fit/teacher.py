@@ -37,12 +37,19 @@ class Teacher:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model is the teacher: pointers are exchanged, no weights are copied."""
-        student = {parameter: parameter.data for parameter in self._tuned}
-        for parameter, weights in self._tuned.items():
-            parameter.data = weights
-        try:
+        """Within, the model is the teacher."""
+        with exchanged(self._tuned):
             yield
-        finally:
-            for parameter, weights in student.items():
-                parameter.data = weights
+
+
+@contextmanager
+def exchanged(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Within, parameters have other weights: pointers are exchanged, nothing is copied."""
+    before = {parameter: parameter.data for parameter in weights}
+    for parameter, other in weights.items():
+        parameter.data = other
+    try:
+        yield
+    finally:
+        for parameter, own in before.items():
+            parameter.data = own
