@@ -364,9 +364,8 @@ def main() -> None:
     stage = Stage(options.device, layers, 2 if options.quick else options.repeats)
     print(f"{where(options.device)}; {versions()}")
     compare(stage)
-    few = min(layers, 8)
-    densities(stage, [0.1, 1] if options.quick else [0.1, 0.2, 0.5, 1, 2, 5], few)
-    counts(stage, [1, 2] if options.quick else [1, 2, 4, 8], few)
+    densities(stage, [0.1, 1] if options.quick else [0.1, 0.2, 0.5, 1, 2, 5], layers)
+    counts(stage, [1, 2] if options.quick else [1, 2, 4, 8], layers)
     if layers > 1:
         sizes(stage, [number for number in (1, 2, 4, 8, 16, 32) if number <= layers])
     write(stage, options.out)

@@ -28,7 +28,6 @@ from shiradelta.reader import StoredTensor
 _WARPS = 16
 #: Programs a processor, where what they have at hand is to stay in the cache.
 _PROGRAMS = 2
-_MOVE_PROGRAMS = 2
 #: Elements that a program of `stack_kernel` sums up at a time: as many as stay in the cache for all programs.
 _REGION = 1 << 16
 _BIG = 1 << 31
@@ -60,39 +59,35 @@ class _Kind(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """One launch, of a switch from some layers to others.
+    """One launch.
 
     Attributes:
-        old, new: numbers of the layers that it takes off and puts on; -1 for none.
-        patches: numbers of the new layer's patches, or (layer, patch) [n, 2] where there are several.
+        layer: the number of the layer that it is for; -1 for several.
+        patches: numbers of that layer's patches, or (layer, patch) [n, 2] of several.
         entries: int32 on the device; see the kernels' `work`.
     """
 
     kind: _Kind
-    old: int
-    new: int
+    layer: int
     patches: NDArray[np.int64]
     entries: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """How to get from some layers to others.
+    """How to put some layers on.
 
     Attributes:
-        restores, moves, applies, sums: launches of the kernels of these names.
-        table: of the sums, the kernels' table on the device.
-        restores_one: (layer, patch) that plain torch puts back.
-        applies_one: stacks of (layer, patch) that plain torch puts on.
+        alone: launches for tensors that one layer is on, which take it off too.
+        sums: launches of `stack_kernel`.
+        table: theirs, on the device.
+        plain: stacks of (layer, patch) that plain torch does.
     """
 
-    restores: list[_Launch]
-    moves: list[_Launch]
-    applies: list[_Launch]
+    alone: list[_Launch]
     sums: list[_Launch]
     table: torch.Tensor
-    restores_one: list[tuple[int, int]]
-    applies_one: list[list[tuple[int, int]]]
+    plain: list[list[tuple[int, int]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +97,14 @@ class _Prepared:
     Attributes:
         rows: of the kernels' table, int64 [patches, columns]; `table` is the same on the device.
         kinds: None for a patch that plain torch has to do.
-        plans: to this adapter, or from it, by the serial numbers of all that are in them.
+        plans: of this adapter and others, by the serial numbers of all that are in them.
     """
 
     rows: NDArray[np.int64]
     table: torch.Tensor
     kinds: list[_Kind | None]
     serial: int = field(default_factory=lambda: next(_serials))
-    plans: dict[tuple[tuple[int, ...], ...], _Plan] = field(default_factory=dict)
+    plans: dict[tuple[int, ...], _Plan] = field(default_factory=dict)
 
 
 class TritonBackend(TorchBackend):
@@ -122,7 +117,6 @@ class TritonBackend(TorchBackend):
         on_gpu = self.device.type == "cuda"
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
         self._programs = _PROGRAMS * processors
-        self._move_programs = _MOVE_PROGRAMS * processors
         self._sums: torch.Tensor | None = None
 
     def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
@@ -138,11 +132,11 @@ class TritonBackend(TorchBackend):
         if below:
             return super().fingerprints(held, below)
         sums = torch.zeros(len(held.patches), dtype=torch.int64, device=self.device)
-        plan = self._plan([], [Layer(held, 1, None)])
-        for launch in plan.applies:
-            _run(kernels.fingerprint_kernel, launch, held.data.table, launch.entries, sums, **launch.kind.elements())
+        plan = self._plan([Layer(held, 1, None)])
+        for x in plan.alone:
+            self._run(kernels.fingerprint_kernel, x, held.data.table, x.entries, sums, **x.kind.elements())
         found = [value % (1 << 64) for value in sums.tolist()]
-        for stack in plan.applies_one:
+        for stack in plan.plain:
             for _, number in stack:
                 found[number] = self._fingerprint_of(held.patches[number], [])
         return found
@@ -150,142 +144,104 @@ class TritonBackend(TorchBackend):
     # ------------------------------------------------------------------------------------- switching
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
-        """In one pass over the weights, where one adapter follows another."""
-        again = len(before) == len(after) > 0 and all(a.room is b.room for a, b in zip(before, after, strict=True))
-        plan = self._plan([] if again else before, after)
-        filled = again and not plan.applies_one
-        if again and not filled:
+        """One launch to the base and one from there, as a rule; one in all, if only the strength is another.
+
+        (A single pass over the weights, in which a program went from block to block of the old adapter and through
+        the blocks of the new one between them, was slower than these two: it decodes the new one twice.)
+        """
+        if not after:
             self.restore(before)
-        self._take_off(plan, before)
-        for x in plan.moves:
-            old, new = before[x.old], after[x.new]
-            count = len(x.entries)
-            kernels.move_kernel[(min(count, self._move_programs),)](
-                old.held.data.table,
-                old.room.data_ptr(),
-                new.held.data.table,
-                x.entries,
-                count,
-                *_onto(new),
-                **x.kind.values(),
-                **_OPTIONS,
-            )
+            return
+        plan = self._plan(after)
+        again = len(before) == len(after) and all(a.room is b.room for a, b in zip(before, after, strict=True))
+        filled = again and not plan.plain
+        if not filled:
+            self.restore(before)
+        for x in plan.alone:
+            new = after[x.layer]
+            onto = new.held.data.table, x.entries, new.room.data_ptr(), float(np.float32(new.strength))
+            self._run(kernels.apply_kernel, x, *onto, FILLED=filled, **x.kind.values())
             new.filled[x.patches] = True
-        for x in plan.applies:
-            new = after[x.new]
-            onto = _onto(new)
-            _run(kernels.apply_kernel, x, new.held.data.table, x.entries, *onto, FILLED=filled, **x.kind.values())
-            new.filled[x.patches] = True
-        self._add_up(plan, after, filled)
-        for stack in plan.applies_one:
+        if plan.sums:
+            self._add_up(plan, after, filled)
+        for stack in plan.plain:
             self.apply([Place(after[layer], number) for layer, number in stack])
         self._used([*before, *after])
 
     def restore(self, layers: Sequence[Layer]) -> None:
         """Fused where all patches are there."""
         for layer in layers:
-            if layer.filled.all():
-                self._take_off(self._plan([layer], []), [layer])
-            else:
+            if not layer.filled.all():
                 super().restore([layer])
+                continue
+            plan = self._plan([layer])
+            for x in plan.alone:
+                held = layer.held.data.table, x.entries, layer.room.data_ptr()
+                self._run(kernels.restore_kernel, x, *held, **x.kind.elements())
+            for stack in plan.plain:
+                for _, number in stack:
+                    self.restore_one(Place(layer, number))
         self._used(layers)
 
-    def _take_off(self, plan: _Plan, before: Sequence[Layer]) -> None:
-        for x in plan.restores:
-            old = before[x.old]
-            room = old.room.data_ptr()
-            _run(kernels.restore_kernel, x, old.held.data.table, x.entries, room, **x.kind.elements())
-        for layer, number in plan.restores_one:
-            self.restore_one(Place(before[layer], number))
-
-    def _add_up(self, plan: _Plan, after: Sequence[Layer], filled: bool) -> None:
-        if not plan.sums:
-            return
+    def _add_up(self, plan: _Plan, layers: Sequence[Layer], filled: bool) -> None:
         if self._sums is None:
             size = self._programs * _REGION
             self._sums = torch.full((size,), kernels.EMPTY.value, dtype=torch.int32, device=self.device)
-        layers = self._there(np.array([(x.room.data_ptr(), _bits(x.strength)) for x in after], np.int64))
+        strengths = np.array([layer.strength for layer in layers], np.float32).view(np.int32).tolist()
+        rooms = [layer.room.data_ptr() for layer in layers]
+        memory = self._there(np.array([rooms, strengths], np.int64).T.copy())
         for x in plan.sums:
-            count = len(x.entries)
-            kernels.stack_kernel[(min(count, self._programs),)](
-                plan.table,
-                x.entries,
-                count,
-                layers,
-                self._sums,
-                REGION=_REGION,
-                FILLED=filled,
-                **x.kind.values(),
-                **_OPTIONS,
+            work = plan.table, x.entries, len(x.entries), memory, self._sums
+            self._run(
+                kernels.stack_kernel, x, *work, most=self._programs, REGION=_REGION, FILLED=filled, **x.kind.values()
             )
             for layer, number in x.patches.tolist():
-                after[layer].filled[number] = True
+                layers[layer].filled[number] = True
+
+    def _run(self, kernel: Any, launch: _Launch, *arguments: Any, most: int = _BIG, **kind: Any) -> None:
+        """A program for each entry; at most so many."""
+        grid = (min(len(launch.entries), most),)
+        # Nothing may be contracted to a fused multiply-add.
+        kernel[grid](*arguments, **kind, num_warps=_WARPS, enable_fp_fusion=False)
 
     # -------------------------------------------------------------------------------------- planning
 
-    def _plan(self, before: Sequence[Layer], after: Sequence[Layer]) -> _Plan:
+    def _plan(self, layers: Sequence[Layer]) -> _Plan:
         """Made once for the same adapters."""
-        plans = (*before, *after)[0].held.data.plans
-        key = tuple(tuple(layer.held.data.serial for layer in layers) for layers in (before, after))
-        plan = plans.pop(key, None) or self._new_plan(before, after)
+        plans = layers[0].held.data.plans
+        key = tuple(layer.held.data.serial for layer in layers)
+        plan = plans.pop(key, None) or self._new_plan(layers)
         if len(plans) >= _PLANS:
             del plans[next(iter(plans))]
         plans[key] = plan
         return plan
 
-    def _new_plan(self, before: Sequence[Layer], after: Sequence[Layer]) -> _Plan:
-        numbers = {id(layer): number for layers in (before, after) for number, layer in enumerate(layers)}
-        old, new = (
-            {
-                target: [(numbers[id(layer)], number) for layer, number in stack]
-                for target, stack in stacks_of(layers).items()
-            }
-            for layers in (before, after)
-        )
-
-        def kind_of(layers: Sequence[Layer], stack: Sequence[tuple[int, int]]) -> _Kind | None:
-            """That of all of a stack, if they have one in common."""
+    def _new_plan(self, layers: Sequence[Layer]) -> _Plan:
+        numbers = {id(layer): number for number, layer in enumerate(layers)}
+        alone, sums, plain = [], [], []
+        for places in stacks_of(layers).values():
+            stack = [(numbers[id(layer)], number) for layer, number in places]
             kinds = {layers[layer].held.data.kinds[number] for layer, number in stack}
-            return kinds.pop() if len(kinds) == 1 else None
-
-        restores, moves, applies, sums, restores_one, applies_one = [], [], [], [], [], []
-        for target, stack in new.items():
-            kind, below = kind_of(after, stack), old.get(target, [])
+            kind = kinds.pop() if len(kinds) == 1 else None
             if kind is None or (len(stack) > 1 and kind.codec == kernels.BITS.value):
-                applies_one.append(stack)
+                plain.append(stack)
             elif len(stack) > 1:
                 sums.append((kind, stack))
-            elif len(below) == 1 and kind_of(before, below) is not None:
-                moves.append(((kind, below[0][0], stack[0][0]), (below[0][1], stack[0][1])))
-                del old[target]
             else:
-                applies.append(((kind, -1, stack[0][0]), (stack[0][1],)))
-        for stack in old.values():
-            for layer, number in stack:
-                kind = before[layer].held.data.kinds[number]
-                if kind is None:
-                    restores_one.append((layer, number))
-                else:
-                    restores.append(((kind, layer, -1), (number,)))
-        rows, summing = self._sum_launches(sums, after)
-        return _Plan(
-            [self._launch(*group, before[group[0][1]]) for group in _groups(restores)],
-            [self._launch(*group, before[group[0][1]]) for group in _groups(moves)],
-            [self._launch(*group, after[group[0][2]]) for group in _groups(applies)],
-            summing,
-            rows,
-            restores_one,
-            applies_one,
-        )
+                layer, number = stack[0]
+                alone.append(((kind, layer), number))
+        table, summing = self._sum_launches(sums, layers)
+        return _Plan([self._launch(*group, layers) for group in _groups(alone)], summing, table, plain)
 
-    def _launch(self, key: tuple[_Kind, int, int], numbers: Sequence[tuple[int, ...]], blocks_of: Layer) -> _Launch:
-        """A program for each block of the first of the patches in each entry, which are `blocks_of`'s."""
-        columns = np.array(numbers, np.int64)
-        blocks = -(-blocks_of.held.data.rows[columns[:, 0], _UNARY_BITS] // wire.BLOCK_BITS)
-        return _Launch(*key, columns[:, -1], self._there(_entries(columns, blocks)))
+    def _launch(self, key: tuple[_Kind, int], patches: Sequence[int], layers: Sequence[Layer]) -> _Launch:
+        """A program for each block of patches of a layer."""
+        kind, layer = key
+        numbers = np.array(patches, np.int64)
+        blocks = -(-layers[layer].held.data.rows[numbers, _UNARY_BITS] // wire.BLOCK_BITS)
+        return _Launch(kind, layer, numbers, self._there(_entries(numbers[:, None], blocks)))
 
     def _sum_launches(
-        self, sums: Sequence[tuple[_Kind, list[tuple[int, int]]]], after: Sequence[Layer]
+        self, sums: Sequence[tuple[_Kind, list[tuple[int, int]]]], layers: Sequence[Layer]
     ) -> tuple[torch.Tensor, list[_Launch]]:
         """(table, a launch for each kind): a row for each patch of each stack, an entry for each of its regions."""
         rows: list[NDArray[np.int64]] = []
@@ -295,13 +251,13 @@ class TritonBackend(TorchBackend):
             for stack in stacks:
                 columns.append((len(rows), len(stack)))
                 for layer, number in stack:
-                    row = after[layer].held.data.rows[number].copy()
+                    row = layers[layer].held.data.rows[number].copy()
                     row[_LAYER] = layer
                     rows.append(row)
                 regions.append(-(-rows[-1][_NUMEL] // _REGION))
             patches = np.array([place for stack in stacks for place in stack], np.int64)
             entries = _entries(np.array(columns, np.int64), np.array(regions, np.int64))
-            launches.append(_Launch(kind, -1, -1, patches, self._there(entries)))
+            launches.append(_Launch(kind, -1, patches, self._there(entries)))
         return self._there(np.array(rows, np.int64)), launches
 
     def _there(self, array: NDArray[Any]) -> torch.Tensor:
@@ -310,25 +266,6 @@ class TritonBackend(TorchBackend):
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
-
-
-#: Nothing may be contracted to a fused multiply-add.
-_OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
-
-
-def _run(kernel: Any, launch: _Launch, *arguments: Any, **kind: Any) -> None:
-    """A program for each entry."""
-    kernel[(len(launch.entries),)](*arguments, **kind, **_OPTIONS)
-
-
-def _onto(layer: Layer) -> tuple[int, float]:
-    """What the kernels need of a layer: where its room is, and its strength, which float32 holds."""
-    return layer.room.data_ptr(), float(np.float32(layer.strength))
-
-
-def _bits(strength: float) -> int:
-    """Those of a float32."""
-    return int(np.float32(strength).view(np.int32))
 
 
 def _kind(patch: Patch) -> _Kind | None:

@@ -100,7 +100,7 @@ def _blocks(row, BIG: tl.constexpr):
 
 
 @triton.jit
-def _start(row, block, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
+def _base(row, block, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
     """Where a block's positions begin; behind the last block, the number of elements."""
     last = block >= blocks
     base = _whole(_entry(tl.load(row), tl.where(last, 0, 2 * block), WORD), BIG)
@@ -109,15 +109,15 @@ def _start(row, block, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
 
 @triton.jit
 def _block_at(row, position, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
-    """The last block that begins at a position or before it."""
-    low = _whole(tl.load(row + 8) * 0, BIG)
-    high = blocks - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        before = _start(row, middle, blocks, WORD, BIG) <= position
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle - 1)
-    return low
+    """The last block that begins at a position or before it, or a block before that.
+
+    By two looks at 2,048 of them: halving would wait for memory eleven times.
+    """
+    lane = _whole(tl.arange(0, BLOCK), BIG)
+    step = (blocks + (BLOCK - 1)) // BLOCK
+    first = (tl.sum((_base(row, lane * step, blocks, WORD, BIG) <= position).to(tl.int32), 0) - 1) * step
+    within = (_base(row, first + lane, blocks, WORD, BIG) <= position) & (lane < step)
+    return first + tl.sum(within.to(tl.int32), 0) - 1
 
 
 @triton.jit
@@ -246,49 +246,6 @@ def restore_kernel(table, work, room, SIZE: tl.constexpr, WORD: tl.constexpr, BI
 
 
 @triton.jit
-def move_kernel(
-    old_table,
-    old_room,
-    table,
-    work,
-    count,
-    room,
-    strength,
-    CODEC: tl.constexpr,
-    DTYPE: tl.constexpr,
-    SIZE: tl.constexpr,
-    WORD: tl.constexpr,
-    BIG: tl.constexpr,
-):
-    """From one adapter to another in one pass over the weights.
-
-    A program goes through entries (row of the old one, row of the new one, block of the old one) in `work`.  It has
-    the elements from that block to the next: it puts back what is saved there, and goes through the blocks of the new
-    one that reach into them.  There are so few programs that what they put back is still in the cache by then.
-    """
-    number = tl.program_id(0)
-    while number < count:
-        entry = work + 3 * number
-        old = old_table + tl.load(entry) * WIDTH
-        row = table + tl.load(entry + 1) * WIDTH
-        block = _whole(tl.load(entry + 2), BIG)
-        index, active, position = _targets(old, block, WORD, BIG)
-        _put_back(old, index, active, position, old_room, SIZE)
-        blocks = _blocks(old, BIG)
-        start = _start(old, block, blocks, WORD, BIG)
-        stop = _start(old, block + 1, blocks, WORD, BIG)
-        tl.debug_barrier()  # what was put back is read by other threads
-        blocks = _blocks(row, BIG)
-        block = _block_at(row, start, blocks, WORD, BIG)
-        while _start(row, block, blocks, WORD, BIG) < stop:
-            index, active, position = _targets(row, block, WORD, BIG)
-            active = active & (position >= start) & (position < stop)
-            _put(row, index, active, position, room, strength, CODEC, DTYPE, SIZE, False)
-            block += 1
-        number += tl.num_programs(0)
-
-
-@triton.jit
 def stack_kernel(
     table,
     work,
@@ -323,7 +280,7 @@ def stack_kernel(
             stop = start + tl.minimum(_whole(tl.load(row + 9), BIG) - start, REGION)
             blocks = _blocks(row, BIG)
             block = _block_at(row, start, blocks, WORD, BIG)
-            while _start(row, block, blocks, WORD, BIG) < stop:
+            while _base(row, block, blocks, WORD, BIG) < stop:
                 index, active, position = _targets(row, block, WORD, BIG)
                 active = active & (position >= start) & (position < stop)
                 weight = _pointer(tl.load(row + 5), SIZE) + position
