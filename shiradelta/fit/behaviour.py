@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 
-#: What the output weighs in the loss; the rest is shared by all layers, which tell the early ones what to do.
+#: What the output weighs in the loss; the rest is shared by all terms, which tell the early layers what to do.
 LAST = 0.5
-#: What a forward pass gives to compare: matrices, one row a token or a text.
+#: What a forward pass gives to compare: matrices, one row a token or a text; the output is the last.
 Outputs = list[Tensor]
 
 
@@ -39,7 +40,7 @@ class Behaviour(ABC):
     def calibrate(self, base: Outputs, teacher: Outputs) -> None:
         """Learns how far the base is from the teacher, so that the loss is 1 for the base in each term."""
         self._scales = [float(d) for d in self.differences(base, teacher)]
-        if not all(map(_finite, self._scales)):
+        if not all(map(math.isfinite, self._scales)):
             raise SourceError("the fine-tune gives NaN or infinity on these texts; check it, or fit in float32")
         if not any(self._scales):
             raise SourceError("the fine-tune behaves like its base on these texts; give texts of its own task")
@@ -54,68 +55,103 @@ class Behaviour(ABC):
     def distance(self, student: Outputs, teacher: Outputs) -> float:
         """What is reported."""
 
-    def slices(self, outputs: Outputs, indices: Sequence[int]) -> list[Outputs] | None:
-        """A batch's outputs by example, or None if they cannot be told apart."""
+    def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]] | None:
+        """Where each output's rows lie among those of all examples, and how many these are; None: nobody knows."""
         return None
 
 
 class TextBehaviour(Behaviour):
-    """Hidden states of all layers, and logits where the model has them, of models of transformers."""
+    """Models of transformers: hidden states of all layers, and logits, or else the embedding of the text."""
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], model: nn.Module, tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, texts: Sequence[str], model: nn.Module, tokens: int, pooling: str = "mean"
+    ) -> None:
         super().__init__()
         limit = min(
             tokens,
             tokenizer.model_max_length,
             getattr(model.config, "max_position_embeddings", None) or tokens,
         )
-        self._ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-        self.lengths = [len(ids) for ids in self._ids]
+        ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+        self.lengths = [len(one) for one in ids]
         if not all(self.lengths):
             raise SourceError("a text has no tokens; leave it out")
-        largest, size = max(map(max, self._ids)), model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        largest, size = max(map(max, ids)), model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if largest >= size:
             raise SourceError(f"the tokenizer gives token {largest}, the model has {size}; they do not belong together")
         self._pad = tokenizer.pad_token_id or 0
         config: Any = model.config
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self._pad  # a classifier on a causal LM looks for the last token by it
-        self._logits: str = ""
+        self._ids = torch.tensor([token for one in ids for token in one])
+        self._lengths = torch.tensor(self.lengths)
+        self._starts = self._lengths.cumsum(0) - self._lengths
+        self._device = next(model.parameters()).device
+        self._pooling = pooling
+        self._output = ""
+        self._per_token: list[bool] = []
         self.measure = "relative error of hidden states"
 
+    def _places(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of a padded batch: which of all tokens each is [examples, tokens], and which are no padding.  On the CPU."""
+        lengths, starts = self._lengths[indices], self._starts[indices]
+        offsets = torch.arange(int(lengths.max()))
+        return starts[:, None] + offsets, offsets < lengths[:, None]
+
     def outputs(self, model: nn.Module, indices: Sequence[int]) -> Outputs:
-        """Rows of tokens, padding left out; of a classifier's logits one row a text."""
-        device = next(model.parameters()).device
-        chosen = [torch.tensor(self._ids[index]) for index in indices]
-        ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self._pad).to(device)
-        lengths = torch.tensor([len(c) for c in chosen], device=device)
-        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        result = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
-        rows = [hidden[mask] for hidden in result.hidden_states[1:]]
+        """Rows of tokens, padding left out; of a classifier's logits and of embeddings one row a text."""
+        # Made on the CPU, where nothing waits for it; each transfer and each mask used as an index on a GPU would.
+        places, there = self._places(indices)
+        ids = torch.where(there, self._ids[torch.where(there, places, 0)], self._pad)
+        kept = there.flatten().nonzero()[:, 0]
+        ids, mask, kept = (t.to(self._device, non_blocking=True) for t in (ids, there.long(), kept))
+        result = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        rows = [hidden.flatten(0, 1)[kept] for hidden in result.hidden_states[1:]]
+        self._per_token = [True] * len(rows)
         logits = getattr(result, "logits", None)
-        if logits is not None:
-            self._logits = "token" if logits.dim() == 3 else "text"
+        if logits is None:
+            self._output = "embedding"
+            rows.append(_pool(result.hidden_states[-1], mask, self._pooling))
+        else:
+            self._output = "logits"
             self.measure = "KL divergence of the output, nats"
-            rows.append(logits[mask] if logits.dim() == 3 else logits)
+            rows.append(logits.flatten(0, 1)[kept] if logits.dim() == 3 else logits)
+        self._per_token.append(logits is not None and logits.dim() == 3)
         return rows
 
     def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
-        """Mean squared errors of hidden states, KL divergence of logits."""
-        pairs = list(zip(student, teacher, strict=True))
-        hidden = pairs[:-1] if self._logits else pairs
-        terms = [(s.float() - t.float()).square().sum(1).mean() for s, t in hidden]
-        return [*terms, _divergence(*pairs[-1])] if self._logits else terms
+        """Squared errors of hidden states and embeddings, KL divergence of logits; means over rows."""
+        terms = [(s.float() - t.float()).square().sum(1).mean() for s, t in zip(student, teacher, strict=True)]
+        if self._output == "logits":
+            terms[-1] = _divergence(student[-1], teacher[-1])
+        return terms
 
     def distance(self, student: Outputs, teacher: Outputs) -> float:
         """Of the logits, or of the last hidden states."""
-        s, t = student[-1].float(), teacher[-1].float()
-        return float(_divergence(s, t)) if self._logits else float((s - t).norm() / t.norm())
+        if self._output == "logits":
+            return float(_divergence(student[-1], teacher[-1]))
+        s, t = student[-2].float(), teacher[-2].float()
+        return float((s - t).norm() / t.norm())
 
-    def slices(self, outputs: Outputs, indices: Sequence[int]) -> list[Outputs] | None:
-        """As rows lie text after text."""
-        lengths = [self.lengths[index] for index in indices]
-        parts = [torch.split(rows, lengths if len(rows) == sum(lengths) else 1) for rows in outputs]
-        return [list(text) for text in zip(*parts, strict=True)]
+    def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Tokens lie text after text."""
+        places, there = self._places(indices)
+        of_tokens = places[there].to(self._device, non_blocking=True), len(self._ids)
+        of_texts = torch.tensor(indices).to(self._device, non_blocking=True), len(self.lengths)
+        return [of_tokens if per_token else of_texts for per_token in self._per_token]
+
+
+def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """[examples, tokens, size] -> one unit vector a text, as sentence-transformers makes it."""
+    if pooling == "cls":
+        pooled = hidden[:, 0]
+    elif pooling == "lasttoken":
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    elif pooling == "max":
+        pooled = hidden.masked_fill(mask[:, :, None] == 0, -math.inf).amax(1)
+    else:
+        pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    return nn.functional.normalize(pooled.float(), dim=-1)
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -162,7 +198,3 @@ class CustomBehaviour(Behaviour):
         error = sum(float((s.float() - t.float()).square().sum()) for s, t in zip(student, teacher, strict=True))
         size = sum(float(t.float().square().sum()) for t in teacher)
         return float((error / max(size, 1e-30)) ** 0.5)
-
-
-def _finite(number: float) -> bool:
-    return number - number == 0

@@ -95,6 +95,17 @@ def load_tokenizer(*folders: Path) -> Any:
     raise SourceError(f"{tried[0]}: has no tokenizer, which fitting on texts needs; copy its tokenizer.json there")
 
 
+def pooling(*folders: Path) -> str:
+    """How token vectors become one: what sentence-transformers' files beside the model say, else "mean"."""
+    for folder in folders:
+        path = (folder if folder.is_dir() else folder.parent) / "1_Pooling" / "config.json"
+        config = read_json(path) if path.exists() else None
+        if isinstance(config, dict):
+            modes = {"cls_token": "cls", "lasttoken": "lasttoken", "max_tokens": "max"}
+            return next((mode for key, mode in modes.items() if config.get(f"pooling_mode_{key}")), "mean")
+    return "mean"
+
+
 def _config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     config = read_json(path) if path.exists() else None

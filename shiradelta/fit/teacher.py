@@ -10,30 +10,42 @@ from torch import Tensor, nn
 
 from .behaviour import Behaviour, Outputs
 
-#: Outputs are kept up to this size; beyond it, they are made again in every step.
+#: Outputs on all examples are kept if they take no more than this; otherwise they are made again in every step.
 CACHE_BYTES = 4 << 30
 
 
 class Teacher:
-    """Answers what the fine-tune gives; answers are kept as long as they fit."""
+    """Answers what the fine-tune gives; answers are kept if all of them fit."""
 
     def __init__(self, model: nn.Module, tuned: Mapping[nn.Parameter, Tensor], behaviour: Behaviour) -> None:
         self._model, self._tuned, self._behaviour = model, dict(tuned), behaviour
-        self._kept: dict[int, Outputs] = {}
-        self._bytes = 0
+        self._known = torch.zeros(len(behaviour.lengths), dtype=torch.bool)
+        self._kept: Outputs | None = None
 
     def outputs(self, indices: Sequence[int]) -> Outputs:
         """Of some examples; no gradients."""
-        if all(index in self._kept for index in indices):
-            return [torch.cat(rows) for rows in zip(*(self._kept[index] for index in indices), strict=True)]
+        if self._kept is not None and bool(self._known[indices].all()):
+            rows = self._behaviour.rows(indices)
+            assert rows is not None
+            return [kept[at] for kept, (at, _) in zip(self._kept, rows, strict=True)]
         with self.in_place(), torch.no_grad():
             outputs = self._behaviour.outputs(self._model, indices)
-        slices = self._behaviour.slices(outputs, indices)
-        size = sum(rows.nbytes for rows in outputs)
-        if slices is not None and self._bytes + size <= CACHE_BYTES:
-            self._kept.update(zip(indices, slices, strict=True))
-            self._bytes += size
+        self._keep(outputs, indices)
         return outputs
+
+    def _keep(self, outputs: Outputs, indices: Sequence[int]) -> None:
+        rows = self._behaviour.rows(indices)
+        if rows is None:
+            return
+        if self._kept is None:
+            sizes = [(total, *output.shape[1:]) for output, (_, total) in zip(outputs, rows, strict=True)]
+            pairs = zip(outputs, rows, strict=True)
+            if sum(output.nbytes // max(len(output), 1) * total for output, (_, total) in pairs) > CACHE_BYTES:
+                return
+            self._kept = [output.new_empty(size) for output, size in zip(outputs, sizes, strict=True)]
+        for kept, output, (at, _) in zip(self._kept, outputs, rows, strict=True):
+            kept[at] = output
+        self._known[indices] = True
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ does not depend on a model's scale.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -128,32 +129,36 @@ class Trainer:
         Raises:
             DivergedError: NaN, although the learning rate was halved.
         """
-        plan, state = self._plan, self.state
+        plan = self._plan
         every = max(1, plan.steps // EVALUATIONS)
-        for _ in range(state.step):
+        for _ in range(self.state.step):
             next(batches)
-        good = state.copy()
-        residual = math.nan
+        good, text = self.state.copy(), "fitting"
+        losses: list[Tensor] = []
         with self._nonzeros.attached(self._model):
-            while self.state.step < plan.steps:
+            while True:
                 self._prune()
                 state = self.state
-                if state.step % every == 0 and state.step not in (step for step, _ in state.history[-1:]):
+                end = state.step >= plan.steps
+                if end or state.step % every == 0 and state.step not in (step for step, _ in state.history[-1:]):
+                    # Losses are looked at here alone: a GPU that is asked after each step waits for the next.
+                    if losses:
+                        left = float(torch.stack(losses).mean())
+                        if not math.isfinite(left):
+                            self._back_off(good)
+                            losses.clear()
+                            continue
+                        text = f"{left:.3f} of the loss left"
+                        losses.clear()
                     self._evaluate(held_out)
-                    if state.waited > PATIENCE:
+                    if end or state.waited > PATIENCE:
                         break
                     good = state.copy()
                     save(good)
-                loss = self._gradient(next(batches))
-                if not math.isfinite(loss):
-                    self._back_off(good)
-                    continue
-                residual = loss if math.isnan(residual) else 0.8 * residual + 0.2 * loss
-                progress(f"{residual:.3f} of the loss left", state.step, plan.steps)
+                progress(text, state.step, plan.steps)
+                losses.append(self._gradient(next(batches)))
                 self._update()
                 state.step += 1
-            self._prune()
-            self._evaluate(held_out)
         state = self.state
         if state.best_values is not None:
             self._nonzeros.values = state.values = state.best_values
@@ -180,23 +185,24 @@ class Trainer:
         if distance < state.best:
             state.best, state.best_values = distance, state.values.clone()
 
-    def _gradient(self, batch: list[int]) -> float:
-        """Loss of a batch; its gradient is in `Nonzeros.grad`."""
+    def _gradient(self, batch: list[int]) -> Tensor:
+        """Loss of a batch, NaN if its gradient is not finite; the gradient is in `Nonzeros.grad`."""
         self._nonzeros.grad.zero_()
         self.write()
-        total = 0.0
+        total = torch.zeros((), device=self._nonzeros.grad.device)
         for part in _parts(batch, self._plan.micro):
             teacher = self._teacher.outputs(part)
-            loss = self._behaviour.loss(self._behaviour.outputs(self._model, part), teacher)
-            share = len(part) / len(batch)
-            (loss * share).backward()  # type: ignore[no-untyped-call]
-            total += loss.item() * share
-        return total if bool(self._nonzeros.grad.isfinite().all()) else math.nan
+            loss = self._behaviour.loss(self._behaviour.outputs(self._model, part), teacher) * (len(part) / len(batch))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return torch.where(self._nonzeros.grad.isfinite().all(), total, math.nan)
 
-    def time_one(self, batch: list[int]) -> None:
-        """A step that changes nothing."""
+    def time_one(self, batch: list[int]) -> float:
+        """Seconds of a step that changes nothing."""
+        start = time.monotonic()
         with self._nonzeros.attached(self._model):
-            self._gradient(batch)
+            float(self._gradient(batch))  # waits for a GPU
+        return time.monotonic() - start
 
     def _update(self) -> None:
         """Adam."""
@@ -219,14 +225,14 @@ class Trainer:
             return
         total = target + round((self._start - target) * max(0.0, 1 - state.step / until) ** 3)
         score = state.values.abs() * state.square.sqrt()
-        kept = torch.zeros_like(score, dtype=torch.bool)
         if plan.whole_model:
-            kept[score.topk(total).indices] = True
+            kept = _largest(score, torch.zeros_like(score, dtype=torch.int64), [total])
         else:
-            for place, end in zip(self._nonzeros.places, plan.counts, strict=True):
-                have = place.part.stop - place.part.start
-                count = min(have, max(end, round(end * total / target)))
-                kept[place.part.start + score[place.part].topk(count).indices] = True
+            counts = [
+                min(have, max(end, round(end * total / target)))
+                for have, end in zip(state.counts, plan.counts, strict=True)
+            ]
+            kept = _largest(score, self._nonzeros.per_tensor(range(len(counts))), counts)
         self._nonzeros.keep(kept)
         state.mean, state.square = state.mean[kept], state.square[kept]
         self._lay_out()
@@ -241,6 +247,18 @@ class Trainer:
             )
         self.load(good)
         self.state.failures = good.failures = failures
+
+
+def _largest(score: Tensor, group: Tensor, counts: Sequence[int]) -> Tensor:
+    """A mask of the largest scores of each group; groups lie one after the other.  All groups at once."""
+    order = score.argsort(descending=True)
+    order = order[group[order].argsort(stable=True)]
+    sizes = torch.bincount(group, minlength=len(counts))
+    first = sizes.cumsum(0) - sizes
+    rank = torch.arange(len(score), device=score.device) - first[group[order]]
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    kept[order[rank < torch.tensor(counts, device=score.device)[group[order]]]] = True
+    return kept
 
 
 def _rms(parameter: nn.Parameter) -> float:

@@ -1,0 +1,80 @@
+"""The rows of the comparison as a table and as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shiradelta.show import table
+
+FIELDS = (
+    "task", "source", "seed", "method", "sparsity", "bytes", "measure", "base", "tuned", "score", "kept",
+    "second_measure", "second_kept", "distance", "seconds",
+)  # fmt: skip
+Rows = Iterable[Mapping[str, Any]]
+
+
+def grouped(rows: Rows) -> dict[tuple[str, str, float, str], list[Mapping[str, Any]]]:
+    """Rows that differ in the seed alone; ranks of SVDs are one method."""
+    groups = defaultdict(list)
+    for row in rows:
+        method = row["method"].split(",")[0]
+        groups[row["task"], row["source"], float(row["sparsity"]), method].append(row)
+    return dict(sorted(groups.items(), key=lambda group: group[0][:3]))
+
+
+def summarise(rows: Rows) -> str:
+    """Means over seeds, and their spread."""
+    lines = [["task", "fine-tune", "weights", "file", "bytes", "score", "tuned", "gain kept", "spread", "second", "n"]]
+    for (task, source, sparsity, method), found in grouped(rows).items():
+        kept = [float(row["kept"]) for row in found]
+        score, tuned, second = (
+            statistics.fmean(float(row[key]) for row in found) for key in ("score", "tuned", "second_kept")
+        )
+        lines.append(
+            [
+                task,
+                source,
+                f"{sparsity:.1%}",
+                method,
+                f"{int(found[0]['bytes']):,}",
+                f"{score:.3f}",
+                f"{tuned:.3f}",
+                f"{statistics.fmean(kept):.1%}",
+                f"{statistics.stdev(kept):.1%}" if len(kept) > 1 else "-",
+                f"{second:.1%}",
+                str(len(kept)),
+            ]
+        )
+    return table(lines)
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """The share of the gain kept against the size of the file, one panel a fine-tune."""
+    from matplotlib.figure import Figure
+
+    groups = grouped(rows)
+    panels = list(dict.fromkeys(key[:2] for key in groups))
+    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        for method in dict.fromkeys(key[3] for key in groups):
+            points = [
+                (int(found[0]["bytes"]) / 1000, [float(row["kept"]) for row in found])
+                for key, found in groups.items()
+                if key[:2] == panel and key[3] == method
+            ]
+            if points:
+                means = [statistics.fmean(kept) for _, kept in points]
+                spread = [
+                    [mean - min(kept) for mean, (_, kept) in zip(means, points, strict=True)],
+                    [max(kept) - mean for mean, (_, kept) in zip(means, points, strict=True)],
+                ]
+                axes.errorbar([size for size, _ in points], means, spread, marker="o", capsize=3, label=method)
+        axes.axhline(1, color="gray", linestyle=":")
+        axes.set(title=", ".join(panel), xlabel="file, KB", xscale="log", ylim=(-0.1, 1.1))
+        axes.legend()
+    figure.axes[0].set_ylabel("share of the gain kept; bars: lowest and highest seed")
+    figure.savefig(path, dpi=120)
