@@ -21,6 +21,7 @@ from shiradelta.writer import writing
 from .aim import parse_size
 from .conversion import Conversion
 from .counts import Counts
+from .plot import check_plot, draw
 from .report import Report
 from .sources import KINDS, open_source
 
@@ -67,6 +68,7 @@ def convert(
     metadata: dict[str, str] | None = None,
     backend: str = "auto",
     fit: Fit | None = None,
+    plot: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Converts a fine-tune to a `.shd` file by keeping its largest changes, or by fitting few to behave like it.
@@ -89,6 +91,7 @@ def convert(
         metadata: further pairs for the file.
         backend: "libshd", "numpy", or "auto" for the best there is.
         fit: how to fit, where that is wanted; it needs texts and the base.
+        plot: a PNG to draw: nonzeros and energy by layer, and the distance against the steps of a fit.
         progress: is told how far it is.
 
     Returns:
@@ -101,6 +104,8 @@ def convert(
     """
     target = default_output(source) if out is None else Path(out)
     _check_target(target)
+    if plot is not None:
+        check_plot(plot)
     share = _check_wishes(sparsity, target_size, target_error, fit)
     if alpha is not None and not math.isfinite(alpha):
         raise DeltaError(f"alpha {alpha} is not finite; give a number such as 16")
@@ -124,6 +129,8 @@ def convert(
         report = job.write(writer, share, kept, fitted)
     report.complete()
     report.file_bytes = target.stat().st_size
+    if plot is not None:
+        draw(plot, report)
     return report
 
 

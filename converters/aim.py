@@ -18,12 +18,12 @@ from shiradelta.errors import DeltaError, SourceError
 
 from .counts import Counts
 
-#: A trial that comes this close to the limit, and keeps it, is taken.
-CLOSE = 0.005
+#: A trial that comes this close to the limit, and keeps it, is taken; so is one of a sparsity known this well.
+CLOSE, KNOWN = 0.005, 1.002
 TRIALS = 12
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 #: What a fitted file's own metadata, and the padding of a tensor whose count may change, take at most.
-_FIT_METADATA, _PADDING = 1024, 256
+_FIT_METADATA, _PADDING = 1024, 192
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Aim(ABC):
     def measured(self, trial: Trial) -> float:
         """What counts of a trial."""
 
+    @property
+    def close(self) -> float:
+        """How far from the limit is close enough."""
+        return CLOSE * self.limit
+
     @abstractmethod
     def impossible(self, best: Trial) -> str:
         """What to say where even the end of the range does not keep the limit."""
@@ -77,6 +82,11 @@ class Size(Aim):
     def model(self, sparsity: float) -> float:
         """The most that files with so many elements can take: the size of evenly spread positions."""
         return sum(most_bytes(self._numel(name), k, self.codec) for name, k in self.counts.kept(sparsity).items())
+
+    @property
+    def close(self) -> float:
+        """Sections are padded: tensors of the same shape grow by a block of 64 bytes all at once."""
+        return max(super().close, wire.SECTION_ALIGNMENT * len(self.counts.dense))
 
     def _numel(self, name: str) -> int:
         return self.counts.dense[name].numel
@@ -148,18 +158,18 @@ def find_sparsity(aim: Aim, trial: Callable[[float], Trial]) -> float:
 
     known, offset = False, 0.0  # whether `good` was tried; what the model is wrong by
     for _ in range(TRIALS):
-        sparsity = _inverse(aim.model, aim.limit * (1 - CLOSE / 4) - offset, aim.few, least, most)
+        sparsity = _inverse(aim.model, aim.limit - aim.close / 4 - offset, aim.few, least, most)
         if known and not min(good, bad) < sparsity < max(good, bad):
             sparsity = math.sqrt(good * bad)
         found = attempt(sparsity)
         offset = found - aim.model(sparsity)
         if found <= aim.limit:
             good, known = sparsity, True
-            if found >= aim.limit * (1 - CLOSE) or sparsity == (most if aim.few else least):
+            if found >= aim.limit - aim.close or sparsity == (most if aim.few else least):
                 return sparsity
         else:
             bad = sparsity
-        if aim.counts.kept(good) == aim.counts.kept(bad):
+        if (known and max(good, bad) / min(good, bad) < KNOWN) or aim.counts.kept(good) == aim.counts.kept(bad):
             break
     if not known and attempt(good) > aim.limit:
         raise SourceError(aim.impossible(min(tried.values(), key=aim.measured)))
@@ -178,7 +188,8 @@ def find_fitted_sparsity(counts: Counts, codec: str, room: int) -> float:
         if counts.scope == "tensor":
             return sum(most_bytes(counts.dense[name].numel, count, codec) for name, count in kept.items())
         # Elements may move between tensors; the bound is concave, so that an even spread is the worst.
-        return most_bytes(counts.numel, sum(kept.values()), codec) + _PADDING * len(kept)
+        changed = sum(spectrum.nonzero > 0 for spectrum in counts.spectra.values())
+        return most_bytes(counts.numel, sum(kept.values()), codec) + _PADDING * changed
 
     room -= _FIT_METADATA
     least, most = _range(counts)

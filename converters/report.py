@@ -91,10 +91,21 @@ class Report:
         fit = self.fit
         if fit is None:
             return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f})"
-        return (
-            f"{fit.measure} against the fine-tune, on {fit.held_out} texts held out:"
-            f" {fit.base:.3g} base, {fit.topk:.3g} top-k, {fit.fitted:.3g} fitted"
-        )
+        closer = f", {1 - fit.fitted / fit.base:.0%} of the way" if fit.base and fit.fitted < fit.base else ""
+        return f"fitted on {fit.texts:,} texts in {fit.seconds:.0f} s{closer}"
+
+    @property
+    def measures(self) -> list[list[str]]:
+        """How far from the fine-tune a fit is, beside its base and plain top-k; rows of a table."""
+        fit = self.fit
+        if fit is None:
+            return []
+        states = ("base", "topk", "fitted")
+        found = {fit.measure: {state: getattr(fit, state) for state in states}, **fit.further}
+        return [
+            [f"against the fine-tune, {fit.held_out} texts held out", "base", "top-k", "fitted"],
+            *([name, *(f"{values[state]:.4g}" for state in states)] for name, values in found.items()),
+        ]
 
     def complete(self) -> None:
         """Adds the warnings that follow from the figures."""

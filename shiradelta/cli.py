@@ -50,6 +50,18 @@ def main() -> None:
     """Sparse weight deltas: small files that are patched into a model and taken out again bit for bit."""
 
 
+def _given(*starts: str) -> str:
+    """The first option on the command line of those that start so, or nothing."""
+    context = click.get_current_context()
+    given = (
+        option.opts[0]
+        for option in context.command.params
+        if str(option.name).startswith(starts)
+        and context.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
+    )
+    return next(given, "")
+
+
 def _echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
 
@@ -92,15 +104,22 @@ def _echo_json(value: Any) -> None:
     show_default=True,
     help="By gradients, or in closed form from forward passes alone.",
 )
+@click.option(
+    "--fit-mask",
+    type=click.Choice(["falling", "magnitude", "activation", "gradient"]),
+    default="falling",
+    show_default=True,
+    help="Which weights change: found while training, or by change, change x input, change x gradient.",
+)
 @click.option("--fit-steps", type=int, help="Training steps.  [default: 400; on a CPU what ten minutes hold]")
 @click.option("--fit-batch", default=128, show_default=True, help="Texts a step.")
 @click.option("--fit-micro", type=int, help="Texts a forward pass, if fewer: takes less memory.")
 @click.option("--fit-rate", default=0.06, show_default=True, help="Learning rate, in units of a weight's rms.")
 @click.option("--fit-tokens", default=128, show_default=True, help="Where texts are cut.")
 @click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
-@click.option("--plot", help="Draw the fit to this PNG.")
+@click.option("--plot", help="Draw where the changes lie, and the fit, to this PNG.")
 @_JSON
-def convert(as_json: bool, texts: str | None, device: str | None, plot: str | None, **arguments: Any) -> None:
+def convert(as_json: bool, texts: str | None, device: str | None, **arguments: Any) -> None:
     """Convert a LoRA, a full fine-tune or a diff to a .shd file.
 
     SOURCE is a safetensors file or a folder (PEFT adapter, fine-tuned model).
@@ -108,8 +127,10 @@ def convert(as_json: bool, texts: str | None, device: str | None, plot: str | No
     from shiradelta.converters import convert as run
     from shiradelta.fit import Fit
 
-    settings = {key: arguments.pop(f"fit_{key}") for key in ("method", "steps", "batch", "micro", "rate", "tokens")}
-    fit = texts and Fit(texts, **settings, device=device, plot=plot, say=lambda line: click.echo(line, err=True))
+    settings = {key.removeprefix("fit_"): arguments.pop(key) for key in list(arguments) if key.startswith("fit_")}
+    if texts is None and (given := _given("fit_", "device")):
+        raise click.UsageError(f"{given} is of fitting; give --fit TEXTS, too.")
+    fit = texts and Fit(texts, **settings, device=device, say=lambda line: click.echo(line, err=True))
     with show.progress("fitting" if fit else "converting") as progress:
         report = run(**arguments, fit=fit or None, progress=progress)
     if as_json:
@@ -125,6 +146,8 @@ def convert(as_json: bool, texts: str | None, device: str | None, plot: str | No
         click.echo(f"skipped {show.printable(name)}: {show.printable(why)}")
     for warning in report.warnings:
         click.echo(f"warning: {show.printable(warning)}", err=True)
+    if report.fit is not None:
+        click.echo(f"\n{show.table(report.measures)}\n")
     changed = sum(t.nnz for t in report.tensors if t.op != "new")
     click.echo(
         f"{len(report.tensors)} tensors converted, {len(report.skipped)} skipped; {changed:,} of {report.numel:,}"

@@ -329,7 +329,9 @@ def test_from_the_command_line(encoder: tuple[Path, Path], jsonl: Path, tmp_path
     result = CliRunner().invoke(main, [str(a) for a in arguments + options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "10 steps of 16 texts on" in result.stderr
-    assert "relative error of hidden states against the fine-tune, on 24 texts held out" in result.stdout
+    assert "against the fine-tune, 24 texts held out" in result.stdout
+    assert "relative error of hidden states" in result.stdout
+    assert "cosine of embeddings" in result.stdout
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
     assert "distance_topk" in CliRunner().invoke(main, ["info", str(out)]).stdout
     plain = CliRunner().invoke(main, [str(a) for a in [*arguments[:6], "-o", out, "--json"]])

@@ -24,8 +24,9 @@ class Fit:
     Attributes:
         texts: a JSON Lines file with the key `text`, or a sequence of texts (of anything, if `forward` is given).
         method: "train" takes gradients; "refit" solves least squares layer by layer, from forward passes alone.
-        mask: "falling" starts dense and drops, while it trains, what matters least; "magnitude", "activation"
-            (change times the norm of its input) and "gradient" (change times rms gradient) are fixed from the start.
+        mask: which weights change.  "falling" starts dense and drops, while it trains, what matters least; "magnitude",
+            "activation" (change times the norm of its input) and "gradient" (change times rms gradient) are fixed from
+            the start.  "refit" finds its own.
         steps: optimizer steps; None takes 400 on a GPU, and on a CPU what fits into ten minutes.
         batch: texts a step.
         micro: texts a forward pass, of which a step sums the gradients; None takes `batch`.
@@ -35,7 +36,6 @@ class Fit:
         seed: of the order of the texts.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
         state: where an interrupted run is kept, and found again; None puts it beside the output.
-        plot: a PNG to draw: distance against steps, nonzeros and energy by tensor.
         model: the base as a torch module, where transformers cannot load it by itself.
         forward: forward(model, examples) -> tensor or tensors, in place of tokenizer and hidden states.
         loss: loss(student's, teacher's) -> scalar tensor, in place of the relative error of what `forward` gives.
@@ -54,7 +54,6 @@ class Fit:
     seed: int = 0
     device: str | None = None
     state: str | os.PathLike[str] | None = None
-    plot: str | os.PathLike[str] | None = None
     model: Any = None
     forward: Callable[[Any, Sequence[Any]], Any] | None = None
     loss: Callable[[Any, Any], Any] | None = None
@@ -65,7 +64,9 @@ class Fit:
             raise DeltaError(f"fitting method {self.method!r} is unknown; take {' or '.join(METHODS)}")
         if self.mask not in MASKS:
             raise DeltaError(f"mask {self.mask!r} is unknown; take {', '.join(MASKS)}")
-        if self.rate <= 0:
+        if self.method == "refit" and self.mask != "falling":
+            raise DeltaError(f"the closed form finds its own mask; leave {self.mask!r} out, or train")
+        if not self.rate > 0:
             raise DeltaError(f"a learning rate of {self.rate} fits nothing; give one above 0")
         for name in ("steps", "batch", "micro", "tokens", "held_out"):
             count = getattr(self, name)

@@ -41,14 +41,21 @@ class Fitted:
     measure: str
     texts: int
     held_out: int
-    base: float
-    topk: float
+    base: float = 0.0
+    topk: float = 0.0
     fitted: float = 0.0
     steps: int = 0
     seconds: float = 0.0
     further: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[tuple[int, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def note(self, state: str, measures: tuple[float, dict[str, float]]) -> None:
+        """Takes down what was measured of "base", "topk" or "fitted"."""
+        distance, further = measures
+        setattr(self, state, distance)
+        for name, value in further.items():
+            self.further.setdefault(name, {})[state] = value
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

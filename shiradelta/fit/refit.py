@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def refit(
 
     def written(index: int) -> Nonzeros:
         place = nonzeros.places[index]
-        one = Nonzeros([place.parameter], [place.stored], [positions[index]])
+        one = Nonzeros([cast(nn.Parameter, place.parameter)], [place.stored], [positions[index]])
         one.write(rounded(values[index]))
         return one
 

@@ -23,12 +23,13 @@ from shiradelta.select import Selection
 from . import Fit, loading, refit, scores, state
 from .behaviour import Behaviour, CustomBehaviour, TextBehaviour
 from .fitted import Fitted, Target
+from .measures import Measures, measure_all
 from .quantise import Quantiser
 from .skeleton import CannotStreamError
 from .stream import stream
 from .teacher import Teacher
 from .texts import batches, read_texts, split
-from .train import DivergedError, Plan, State, Trainer, measure
+from .train import DivergedError, Plan, State, Trainer
 
 #: Falling density starts at this multiple of what is kept: more costs memory and gives the mask less time to settle.
 START = 5
@@ -167,19 +168,20 @@ class _Run:
         sample = self._calibration(1)[0]
         with torch.no_grad():
             self.behaviour.calibrate(self.behaviour.outputs(self.model, sample), teacher.outputs(sample))
-        distance = self._measure(teacher)
-        result = Fitted({}, self.behaviour.measure, len(self.train), len(self.held_out), distance, 0.0)
+        result = Fitted({}, self.behaviour.measure, len(self.train), len(self.held_out))
+        result.note("base", self._measure(teacher))
         result.warnings = self.warnings
 
         positions = self._select([delta.abs() for delta in deltas], self.counts)
         nonzeros = Nonzeros(self.weights, stored, positions)
         nonzeros.values = _at(deltas, positions)
         self._write_quantised(nonzeros)
-        result.topk = self._measure(teacher)
+        result.note("topk", self._measure(teacher))
         nonzeros.write(None)
 
         if self.fit.method == "refit":
             calibration = self._calibration(CALIBRATION)
+            result.texts = sum(map(len, calibration))
             refit.refit(
                 refit.own_linears(self.model),
                 partial(self.behaviour.outputs, self.model),
@@ -190,7 +192,7 @@ class _Run:
                 partial(self.progress, "least squares by layer"),
             )
             self._write_quantised(nonzeros)
-            result.fitted = self._measure(teacher)
+            result.note("fitted", self._measure(teacher))
         else:
             self._train(nonzeros, teacher, result)
         nonzeros.write(None)
@@ -203,12 +205,6 @@ class _Run:
             for target, place, delta in zip(self.targets, nonzeros.places, deltas, strict=True)
         }
         result.seconds = time.monotonic() - start
-        if self.fit.plot is not None:
-            from .plot import draw
-
-            levels = {"base": result.base, "top-k": result.topk, "fitted": result.fitted}
-            names = [target.name for target in self.targets]
-            draw(Path(self.fit.plot), names, nonzeros, deltas, result.history, levels, result.measure)
         return result
 
     def _train(self, nonzeros: Nonzeros, teacher: Teacher, result: Fitted) -> None:
@@ -249,7 +245,7 @@ class _Run:
             raise DivergedError(f"{error}; the last good state is in {self.path}") from None
         self.path.unlink(missing_ok=True)
         result.history, result.steps = trainer.state.history, trainer.state.step
-        result.fitted = self._measure(teacher)
+        result.note("fitted", self._measure(teacher))
 
     def _time(self, trainer: Trainer) -> float:
         """Seconds that a step takes, by the second of two, if its texts were of mean length."""
@@ -294,8 +290,8 @@ class _Run:
     def _write_quantised(self, nonzeros: Nonzeros) -> None:
         nonzeros.write(Quantiser(self.codec, nonzeros.counts, nonzeros.values.device)(nonzeros.values))
 
-    def _measure(self, teacher: Teacher) -> float:
-        return measure(self.model, self.behaviour, teacher, self.held_out, self.micro)
+    def _measure(self, teacher: Teacher) -> Measures:
+        return measure_all(self.model, self.behaviour, teacher, self.held_out, self.micro)
 
 
 def _at(deltas: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:

@@ -157,4 +157,3 @@ def _without_weights(dtype: torch.dtype) -> Iterator[None]:
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
         torch.set_default_dtype(default)
-

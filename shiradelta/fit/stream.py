@@ -28,6 +28,7 @@ from shiradelta.select import Selection
 from . import Fit, loading
 from .behaviour import Outputs, TextBehaviour
 from .fitted import Fitted, Target
+from .measures import Measures, compare, mean
 from .quantise import Quantiser
 from .refit import Enough, own_linears, refit
 from .scores import largest
@@ -39,8 +40,9 @@ from .texts import batches, read_texts, split
 CALIBRATION = 8
 #: Hidden states beyond this many bytes lie in mapped files instead of in memory.
 MEMORY = 1 << 30
-#: The same model with different weights; the student is "fitted", its teacher "tuned".
-STATES = ("base", "topk", "fitted", "tuned")
+#: The same model with different weights; the teacher is "tuned".
+STUDENTS = ("base", "topk", "fitted")
+STATES = (*STUDENTS, "tuned")
 
 #: Indices of the examples of one forward pass.
 Part = tuple[int, ...]
@@ -169,7 +171,8 @@ class _Stream:
         self._skeleton = Skeleton(base, source, dict(whole), self._device, dtype)
         self._model, self._blocks = self._skeleton.model, self._skeleton.blocks
         rest = self._skeleton.fill(self._skeleton.of_rest())
-        self._behaviour = TextBehaviour(tokenizer, texts, self._model, fit.tokens)
+        pooling = loading.pooling(base, source)
+        self._behaviour = TextBehaviour(tokenizer, texts, self._model, fit.tokens, pooling)
 
         first_names = {id(p): name for name, p in self._model.named_parameters()}
         every = dict(self._model.named_parameters(remove_duplicate=False))
@@ -188,7 +191,6 @@ class _Stream:
         self._held_out = [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
         number = min(CALIBRATION, max(1, len(train) // size))
         self._calibration = [tuple(part) for part in islice(batches(train, lengths, size, fit.seed), number)]
-        self._texts = len(train)
         self._state = "fitted"
         #: part -> (arguments, keywords) of each block, beside the hidden states.
         self._calls: dict[Part, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -218,18 +220,19 @@ class _Stream:
                     self._rest.rounded,
                     self._calibration,
                 )
-            distances = self._distances()
+            measures = self._measures()
         tensors.update(self._rest.selections())
-        if not distances["base"] > 0:
-            nan = math.isnan(distances["base"])
+        if not measures["base"][0] > 0:
+            nan = math.isnan(measures["base"][0])
             raise SourceError(
                 "the fine-tune gives NaN or infinity on these texts; check it, or fit in float32"
                 if nan
                 else "the fine-tune behaves like its base on these texts; give texts of its own task"
             )
-        held_out = sum(map(len, self._held_out))
-        base, topk, fitted = (distances[state] for state in ("base", "topk", "fitted"))
-        result = Fitted(tensors, self._behaviour.measure, self._texts, held_out, base, topk, fitted)
+        used, held_out = (sum(map(len, parts)) for parts in (self._calibration, self._held_out))
+        result = Fitted(tensors, self._behaviour.measure, used, held_out)
+        for state, measure in measures.items():
+            result.note(state, measure)
         result.warnings, result.seconds = self._warnings, time.monotonic() - start
         return result
 
@@ -333,17 +336,16 @@ class _Stream:
         """In place of a block: what left the last one."""
         return self._hidden[self._state, self._part].to(hidden) if index == 0 else hidden
 
-    def _distances(self) -> dict[str, float]:
-        """State -> distance from the fine-tune, on the texts held out."""
-        total = dict.fromkeys(STATES, 0.0)
+    def _measures(self) -> dict[str, Measures]:
+        """State -> distance from the fine-tune and the like, on the texts held out."""
+        found: dict[str, list[tuple[int, Measures]]] = {state: [] for state in STUDENTS}
         for part in self._held_out:
-            found: dict[str, Outputs] = {}
-            for state in STATES:
+            with self._rest_as("tuned"):
+                tuned = self._outputs(part)
+            for state, measures in found.items():
                 with self._rest_as(state):
-                    found[state] = self._outputs(part)
-            for state in STATES:
-                total[state] += self._behaviour.distance(found[state], found["tuned"]) * len(part)
-        return {state: sum_ / sum(map(len, self._held_out)) for state, sum_ in total.items()}
+                    measures.append((len(part), compare(self._behaviour, self._outputs(part), tuned)))
+        return {state: mean(measures) for state, measures in found.items()}
 
     @torch.no_grad()
     def _outputs(self, part: Sequence[int]) -> Outputs:

@@ -1,0 +1,98 @@
+"""A conversion as a picture: where the nonzeros and the energy lie, and how a fit came closer."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shiradelta.errors import SourceError, TargetError
+from shiradelta.files import replacing
+
+from .report import Report, TensorReport
+
+if TYPE_CHECKING:
+    from shiradelta.fit.fitted import Fitted
+
+_TICKS = 24
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Whether one can be drawn there; asked before the long work.
+
+    Raises:
+        SourceError: there is no matplotlib.
+        TargetError: there is no such folder.
+    """
+    if find_spec("matplotlib") is None:
+        raise SourceError("a plot needs matplotlib; install shiradelta[fit], or leave the plot out")
+    if not Path(path).absolute().parent.is_dir():
+        raise TargetError(f"{path}: no such folder for the plot; make it first")
+
+
+def draw(path: str | os.PathLike[str], report: Report) -> None:
+    """Writes a PNG.  Raises TargetError."""
+    from matplotlib.figure import Figure
+
+    fit = report.fit
+    figure = Figure(figsize=(12 if fit else 8, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2 if fit else 1, squeeze=False)[0]
+    if fit is not None:
+        _draw_steps(axes[0], fit)
+    _draw_layers(axes[-1], report)
+    with replacing(Path(path)) as stream:
+        figure.savefig(stream, format="png", dpi=120)
+
+
+def _draw_steps(axes: Any, fit: Fitted) -> None:
+    """Distance against steps."""
+    levels = (("base", fit.base, ":", "gray"), ("top-k", fit.topk, "--", "tab:orange"))
+    for name, level, style, color in (*levels, ("in the file", fit.fitted, "-", "tab:green")):
+        axes.axhline(level, color=color, linestyle=style, label=f"{name}: {level:.3g}")
+    if fit.history:
+        axes.plot(*zip(*fit.history, strict=True), marker=".", color="tab:blue", label="while fitting")
+    else:
+        axes.set_xticks([])
+    title = f"distance from the fine-tune, {fit.held_out} texts held out"
+    axes.set(xlabel="step" if fit.history else "closed form", ylabel=fit.measure, title=title, ylim=(0, None))
+    axes.legend()
+
+
+def _draw_layers(axes: Any, report: Report) -> None:
+    """Shares of nonzeros and of energy; without a fit also the share of its energy that each layer kept."""
+    layers: dict[str, list[TensorReport]] = {}
+    for tensor in report.tensors:
+        if tensor.op != "new":
+            layers.setdefault(layer_of(tensor.name), []).append(tensor)
+    numbers = range(len(layers))
+    nonzeros = [sum(t.nnz for t in tensors) for tensors in layers.values()]
+    energy = [sum(t.energy for t in tensors) for tensors in layers.values()]
+    axes.bar([n - 0.2 for n in numbers], _shares(nonzeros), 0.4, label="nonzeros, share of all")
+    axes.bar([n + 0.2 for n in numbers], _shares(energy), 0.4, label="energy of the update, share of all")
+    if report.fit is None:
+        lost = [sum(t.lost for t in tensors) for tensors in layers.values()]
+        kept = [1 - part / whole if whole else 1.0 for part, whole in zip(lost, energy, strict=True)]
+        axes.plot(numbers, kept, color="tab:green", marker=".", label="energy kept, share of the layer's")
+    every = -(-len(layers) // _TICKS)
+    axes.set_xticks(numbers[::every], [_short(name) for name in list(layers)[::every]], rotation=90, fontsize=7)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set(title=f"{report.nnz:,} nonzeros by layer", ylim=(0, None))
+    axes.legend()
+
+
+def layer_of(name: str) -> str:
+    """A tensor's name up to its first number, which counts layers; the whole name if it has none."""
+    match = re.match(r"(.*?[._]\d+)(?=[._])", name)
+    return match[1] if match else name
+
+
+def _shares(amounts: Sequence[float]) -> list[float]:
+    total = sum(amounts) or 1
+    return [amount / total for amount in amounts]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else "..." + name[-21:]

@@ -1,0 +1,59 @@
+"""How far a model is from the fine-tune, in the measure that is trained and in those that people know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .behaviour import Behaviour, Outputs, TextBehaviour
+from .teacher import Teacher
+
+#: (distance, further measures by name).
+Measures = tuple[float, dict[str, float]]
+
+
+def measure_all(
+    model: nn.Module, behaviour: Behaviour, teacher: Teacher, indices: Sequence[int], batch: int
+) -> Measures:
+    """Of a model as it is, on some examples, `batch` at a time."""
+    ordered = sorted(indices, key=lambda index: behaviour.lengths[index])
+    found = []
+    for start in range(0, len(ordered), batch):
+        part = ordered[start : start + batch]
+        with torch.no_grad():
+            student = behaviour.outputs(model, part)
+        found.append((len(part), compare(behaviour, student, teacher.outputs(part))))
+    return mean(found)
+
+
+def compare(behaviour: Behaviour, student: Outputs, teacher: Outputs) -> Measures:
+    """Of the outputs on one batch."""
+    further = _further(behaviour.measure, student, teacher) if isinstance(behaviour, TextBehaviour) else {}
+    return behaviour.distance(student, teacher), further
+
+
+def mean(measures: Iterable[tuple[int, Measures]]) -> Measures:
+    """Over batches of (examples, measures), weighted by their examples."""
+    distance, total, sums = 0.0, 0, dict[str, float]()
+    for count, (one, further) in measures:
+        total += count
+        distance += count * one
+        for name, value in further.items():
+            sums[name] = sums.get(name, 0.0) + count * value
+    return distance / total, {name: value / total for name, value in sums.items()}
+
+
+def _further(measure: str, student: Outputs, teacher: Outputs) -> dict[str, float]:
+    s, t = student[-1].float(), teacher[-1].float()
+    if not measure.startswith("KL"):
+        return {"cosine of embeddings": float(nn.functional.cosine_similarity(s, t).mean())}
+    further = {"relative error of hidden states": _relative(student[-2].float(), teacher[-2].float())}
+    if s.shape[-1] > 1:
+        further["share of equal answers"] = float((s.argmax(-1) == t.argmax(-1)).float().mean())
+    return further
+
+
+def _relative(student: Tensor, teacher: Tensor) -> float:
+    return float((student - teacher).norm() / teacher.norm())
