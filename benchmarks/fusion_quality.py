@@ -1,0 +1,352 @@
+"""What three adapters lose when they are fused: LoRAs against SHiRA adapters, on tasks of one base.
+
+`python -m benchmarks.fusion_quality OUT` trains an adapter a task (all-MiniLM-L6-v2; benchmarks/fusion_tasks.py),
+scores each alone, then three of them added up, and writes fusion-quality.csv and .png to a folder; a GPU takes some
+minutes.  What OUT has already is not done again.  Everything goes through `.shd` files (F32 values; a LoRA's holds its
+whole product), `fuse` and `HotSwap`.  `--rates` tries learning rates instead, on a part of the data not scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import shiradelta as sd
+from benchmarks.fusion_tasks import TASKS, Pairs, batches, load
+from benchmarks.table import print_table
+from demo.task import load_base
+from shiradelta.fusion import Source
+from shiradelta.interference import measure
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]
+RANK, SPARSITY = 16, 0.01
+BATCH, WARMUP, TEMPERATURE, MAX_TOKENS = 128, 30, 0.05, 32
+#: Method -> (mask, whether the masks of the three tasks are kept apart).
+METHODS: dict[str, tuple[str, bool]] = {
+    "LoRA": ("", False),
+    "SHiRA wm, overlapping": ("wm", False),
+    "SHiRA wm, disjoint": ("wm", True),
+    "SHiRA snip, overlapping": ("snip", False),
+    "SHiRA snip, disjoint": ("snip", True),
+}
+#: What is fused: tasks of a kind, as in the paper, and two of them with one that has nothing to do with meaning.
+TRIPLES = {"of a kind": ("define", "api", "synonym"), "with sound": ("define", "api", "sound")}
+#: Learning rates that were tried, of a LoRA and of sparse values (with snip); the best on define and api.
+RATES = {"": (5e-4, 1e-3, 2e-3), "snip": (1e-3, 3e-3, 1e-2)}
+LORA_RATE, SHIRA_RATE = 1e-3, 3e-3
+#: The drops of the paper's table: BoolQ, PIQA and Arc-e on LLaMA-7B, points.
+PAPER = {"LoRA": "11.08", "SHiRA wm, overlapping": "4.43", "SHiRA wm, disjoint": "3.62"}
+
+
+class Settings(NamedTuple):
+    """Of a run."""
+
+    out: Path
+    steps: int
+    batch: int
+    items: int
+
+
+@cache
+def tokenizer() -> Any:
+    return load_base()[1]
+
+
+def base_model() -> nn.Module:
+    torch.set_float32_matmul_precision("high")
+    model: nn.Module = load_base()[0]
+    return model.to(DEVICE)
+
+
+def embed(model: nn.Module, texts: Sequence[str]) -> Tensor:
+    """Unit vectors: the mean over the tokens, as the model was trained."""
+    options = {"padding": True, "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
+    batch = tokenizer()(list(texts), **options).to(DEVICE)
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def loss_of(model: nn.Module, batch: Pairs) -> Tensor:
+    """Each query picks its answer among the batch's, and the other way round."""
+    queries, answers = zip(*batch, strict=True)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+        vectors = embed(model, queries), embed(model, answers)
+    similarity = vectors[0].float() @ vectors[1].float().T / TEMPERATURE
+    target = torch.arange(len(similarity), device=DEVICE)
+    return (nn.functional.cross_entropy(similarity, target) + nn.functional.cross_entropy(similarity.T, target)) / 2
+
+
+def score(model: nn.Module, pairs: Pairs) -> float:
+    """Queries, in percent, whose own answer is the nearest of all."""
+    queries, answers = zip(*pairs, strict=True)
+    with torch.inference_mode():
+        found, wanted = (
+            torch.cat([embed(model, texts[i : i + 250]) for i in range(0, len(texts), 250)])
+            for texts in (queries, answers)
+        )
+        nearest = (found @ wanted.T).argmax(1)
+    return 100 * (nearest == torch.arange(len(nearest), device=DEVICE)).double().mean().item()
+
+
+def optimise(model: nn.Module, task: str, rate: float, seed: int, settings: Settings) -> None:
+    """AdamW, a linear warm-up, a cosine to zero.  No dropout: so short a run learns more without."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    steps = settings.steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    stream = batches(load(task, settings.items)[0], settings.batch, seed)
+    for _ in range(steps):
+        loss = loss_of(model, next(stream))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+def train_lora(task: str, rate: float, seed: int, settings: Settings, out: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
+    model: Any = get_peft_model(base_model(), config)
+    optimise(model, task, rate, seed, settings)
+    tensors = {}
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "get_delta_weight"):
+            change = module.get_delta_weight("default").detach().float().cpu().numpy()
+            tensors[f"{name}.weight"] = sd.TensorDelta(change.shape, None, change, dtype="float32")
+    sd.save_delta(out, tensors, values="f32")
+
+
+def train_shira(
+    task: str, rate: float, seed: int, settings: Settings, out: Path, mask: str, avoid: Sequence[Path]
+) -> None:
+    from shiradelta import train
+
+    model = base_model()
+    stream = batches(load(task, settings.items)[0], settings.batch, seed + 1000)
+    calibration = [next(stream) for _ in range(8)] if mask == "snip" else []
+    tuner = train.attach(
+        model, sparsity=SPARSITY, mask=mask, targets=TARGETS, calibration=calibration, loss=loss_of, avoid=avoid
+    )
+    optimise(model, task, rate, seed, settings)
+    tuner.save(out, values="f32")
+    tuner.detach()
+
+
+def train_one(
+    mask: str, task: str, rate: float, seed: int, settings: Settings, out: Path, avoid: Sequence[Path] = ()
+) -> Path:
+    torch.manual_seed(seed)
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 8))
+    if mask:
+        train_shira(task, rate, seed, settings, out, mask, avoid)
+    else:
+        train_lora(task, rate, seed, settings, out)
+    return out
+
+
+def with_delta(file: Path, pairs: Pairs) -> float:
+    """The score with a delta switched in."""
+    model = base_model()
+    swap = sd.HotSwap(model)
+    swap.load("delta", file)
+    swap.switch("delta")
+    return score(model, pairs)
+
+
+# ------------------------------------------------------------------------------------- what workers do
+
+
+def try_rate(mask: str, task: str, rate: float, settings: Settings) -> dict[str, Any]:
+    """The gain that one learning rate gives, on the part that nothing is reported of."""
+    file = train_one(mask, task, rate, 99, settings, settings.out / f"rate-{mask or 'lora'}-{task}-{rate}.shd")
+    pairs = load(task, settings.items)[1]
+    gain = with_delta(file, pairs) - score(base_model(), pairs)
+    file.unlink()
+    return {"mask": mask, "task": task, "rate": rate, "gain": gain}
+
+
+def experiment(method: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
+    """An adapter a task: alone, three added up, averaged; a row a task of a triple."""
+    mask, apart = METHODS[method]
+    # Who chooses first has the better mask: each seed starts with another task.
+    order = [list(TASKS)[(seed + turn) % len(TASKS)] for turn in range(len(TASKS))]
+    stem = f"{method.replace(' ', '-').replace(',', '')}-{seed}"
+    files: dict[str, Path] = {}
+    for task in order:
+        rate, avoid = SHIRA_RATE if mask else LORA_RATE, list(files.values()) if apart else ()
+        files[task] = train_one(mask, task, rate, seed, settings, settings.out / f"{stem}-{task}.shd", avoid)
+    alone = {task: with_delta(file, load(task, settings.items)[2]) for task, file in files.items()}
+    rows: list[dict[str, Any]] = []
+    for triple, tasks in TRIPLES.items():
+        parts: dict[Source, float] = {files[task]: 1.0 for task in tasks}
+        about = how_they_meet(parts) if not seed else {}  # the same for every seed, within a percent or two
+        for task in tasks:
+            base = score(base_model(), load(task, settings.items)[2])
+            row: dict[str, Any] = {"method": method, "triple": triple, "seed": seed, "task": task}
+            row |= {"base": base, "alone": alone[task], "added": 0.0, "mean": 0.0}
+            rows.append(row | {key: about.get(key, "") for key in MEETING})
+        for key, how in (("added", "sum"), ("mean", "mean")):
+            fused = settings.out / f"{stem}-fused.shd"
+            sd.fuse(parts, fused, method=how)
+            for row in rows[-len(tasks) :]:
+                row[key] = with_delta(fused, load(row["task"], settings.items)[2])
+            fused.unlink()
+    for file in files.values():
+        file.unlink()
+    return rows
+
+
+#: What is known of how adapters meet, mean over their pairs; `norm` is the length of a change.
+MEETING = ("shared", "opposed", "cosine", "awom", "awor", "norm")
+
+
+def how_they_meet(files: dict[Source, float]) -> dict[str, float]:
+    found = measure(files)
+    totals = [found.total(pair) for pair in found.pairs]
+    figures = (
+        (max(t.shares), t.opposed_share or 0, t.cosine or 0, t.awom or 0, t.awor or 0, math.sqrt(t.squares[0]))
+        for t in totals
+    )
+    return dict(zip(MEETING, map(statistics.fmean, zip(*figures, strict=True)), strict=True))
+
+
+# ------------------------------------------------------------------------------------------ the whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--items", type=int, default=1000, help="answers to find a query's among")
+    parser.add_argument("--processes", type=int, default=8 if DEVICE == "cuda" else 1)
+    parser.add_argument("--rates", action="store_true", help="try learning rates instead")
+    parser.add_argument("--draw", action="store_true", help="draw and print what OUT has, and train nothing")
+    arguments = parser.parse_args()
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(out, arguments.steps, arguments.batch, arguments.items)
+    if arguments.rates:
+        tries = [(mask, task, rate) for mask in RATES for task in TASKS for rate in RATES[mask]]
+        gather(arguments.processes, out / "fusion-rates.csv", [partial(try_rate, *one, settings) for one in tries])
+        return
+    path = out / "fusion-quality.csv"
+    done = {(row["method"], int(row["seed"])) for row in read(path)}
+    wanted = [(method, seed) for seed, method in product(range(arguments.seeds), METHODS) if (method, seed) not in done]
+    if not arguments.draw:
+        gather(arguments.processes, path, [partial(experiment, *one, settings) for one in wanted])
+    rows = read(path)
+    summarise(rows)
+    draw(rows, out / "fusion-quality.png")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows there are; figures as numbers."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    for row in rows:
+        row.update(
+            {key: float(row[key]) for key in ("seed", "base", "alone", "added", "mean", *MEETING) if row.get(key)}
+        )
+    return rows
+
+
+def gather(processes: int, path: Path, work: Sequence[Callable[[], Any]]) -> None:
+    """Runs all, and keeps what there is after each: a run that is cut off has not been for nothing."""
+    start, rows = time.perf_counter(), read(path)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for number, future in enumerate(as_completed([pool.submit(one) for one in work]), 1):
+            found = future.result()
+            rows += found if isinstance(found, list) else [found]
+            with path.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            print(f"{time.perf_counter() - start:5.0f} s  {number} of {len(work)}: {found}", flush=True)
+
+
+def drops(rows: Sequence[dict[str, Any]], key: str = "added") -> list[float]:
+    """Per seed, the mean over the tasks of what is lost against each alone, in points."""
+    seeds = sorted({row["seed"] for row in rows})
+    return [statistics.fmean(row["alone"] - row[key] for row in rows if row["seed"] == seed) for seed in seeds]
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> None:
+    for triple, tasks in TRIPLES.items():
+        lines = [["method", "base", "alone", "added", "drop", "drop, paper", "gain kept", "drop of the mean", "seeds"]]
+        more = [["method", *MEETING]]
+        each = [["method, task", "base", "alone", "added", "mean"]]
+        for method in METHODS:
+            found = [row for row in rows if (row["method"], row["triple"]) == (method, triple)]
+            if not found:
+                continue
+            base, alone, added = (statistics.fmean(row[key] for row in found) for key in ("base", "alone", "added"))
+            scores, lost = [f"{base:.2f}", f"{alone:.2f}", f"{added:.2f}"], drops(found)
+            kept = f"{(added - base) / ((alone - base) or math.nan):.0%}"
+            of_mean = spread(drops(found, "mean"))
+            lines.append([method, *scores, spread(lost), PAPER.get(method, "-"), kept, of_mean, str(len(lost))])
+            more += [[method, *(f"{row[key]:.3g}" for key in MEETING)] for row in found if row["norm"] != ""][:1]
+            for task in tasks:
+                mine = [row for row in found if row["task"] == task]
+                values = (spread([row[key] for row in mine]) for key in ("base", "alone", "added", "mean"))
+                each.append([f"{method}, {task}", *values])
+        print_table(f"{triple} ({', '.join(tasks)}): top-1, mean over the tasks; alone, then three in one", lines)
+        print_table("how the adapters meet, mean over pairs, first seed", more)
+        print_table("each task", each)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for (left, right), (triple, tasks) in zip(figure.subplots(2, 2, width_ratios=(2, 1)), TRIPLES.items(), strict=True):
+        of_triple = [row for row in rows if row["triple"] == triple]
+        methods = [method for method in METHODS if any(row["method"] == method for row in of_triple)]
+        bars = [(method, task) for method in methods for task in tasks]
+        for number, key in enumerate(("base", "alone", "added", "mean")):
+            heights = [
+                statistics.fmean(row[key] for row in of_triple if (row["method"], row["task"]) == bar) for bar in bars
+            ]
+            left.bar([place + 0.2 * number for place in range(len(bars))], heights, 0.2, label=key)
+        labels = [f"{task}\n{method.replace(', ', chr(10))}" for method, task in bars]
+        left.set_xticks([place + 0.3 for place in range(len(bars))], labels, fontsize=5)
+        left.set(ylabel="top-1, %", title=f"{triple}: each adapter alone, and three in one")
+        left.legend(fontsize=7)
+        for place, method in enumerate(methods):
+            lost = drops([row for row in of_triple if row["method"] == method])
+            right.bar(place, statistics.fmean(lost), 0.6, color="tab:gray" if method == "LoRA" else "tab:blue")
+            right.plot([place] * len(lost), lost, "k.", markersize=4)
+            if method in PAPER:
+                right.plot(place, float(PAPER[method]), "r_", markersize=18)
+        right.set_xticks(range(len(methods)), [method.replace(" ", "\n") for method in methods], fontsize=7)
+        right.set(ylabel="points", title="lost by adding up; red: the paper's, on its tasks")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
