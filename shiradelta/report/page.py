@@ -290,4 +290,5 @@ def _axis(axis: Axis, number: int) -> str:
 
 
 def _leaf(name: str, layer: str) -> str:
-    return name[len(layer) :].lstrip(".") or name
+    """A tensor's name within its layer, short enough for a phone."""
+    return name[len(layer) :].lstrip(".").removesuffix(".weight") or name
