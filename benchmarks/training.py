@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.table import machine, print_table
@@ -27,10 +27,11 @@ from shiradelta import train
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+FULL = "full fine-tuning"
 TINY = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 100}
 #: (sequences, tokens of each): the issue's 4,096 tokens, and more, so that activations dominate.
 SETTINGS = [(16, 256), (64, 256)]
-WARM_UP, STEPS = 3, 10
+WARM_UP = 3
 
 
 def base(sizes: dict[str, int], layers: int) -> nn.Module:
@@ -40,72 +41,76 @@ def base(sizes: dict[str, int], layers: int) -> nn.Module:
     return model.to(torch.bfloat16).train()
 
 
-def ours(model: nn.Module, rank: int) -> nn.Module:
+def ours(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
     mask = {}
     for name, weight in model.named_parameters():
         if name.removesuffix(".weight").endswith(tuple(TARGETS)):
             count = rank * sum(weight.shape)
-            mask[name] = torch.randperm(weight.numel(), device=weight.device)[:count]
-    train.attach(model, mask=mask, targets=TARGETS)
-    return model
+            mask[name] = torch.randperm(weight.numel(), device=weight.device)[:count].clone()
+    tuner = train.attach(model, mask=mask, targets=TARGETS)
+    return model, tuner.detach
 
 
-def peft(kind: str, cast: bool = True, **options: Any) -> Callable[[nn.Module, int], nn.Module]:
-    def attach(model: nn.Module, rank: int) -> nn.Module:
+def peft(kind: str, cast: bool = True, **options: Any) -> Attach:
+    def attach(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
         import peft as library
 
         made = getattr(library, kind)(r=rank, target_modules=TARGETS, **options)
-        return library.get_peft_model(model, made, autocast_adapter_dtype=cast)  # type: ignore[no-any-return]
+        tuned = library.get_peft_model(model, made, autocast_adapter_dtype=cast)
+        return tuned, tuned.unload
 
     return attach
 
 
-def full(model: nn.Module, rank: int) -> nn.Module:
-    return model
+def full(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
+    return model.requires_grad_(True), lambda: None
 
 
-METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
+#: What a method makes of a model, and how it is taken off again.
+Attach = Callable[[nn.Module, int], tuple[nn.Module, Callable[[], Any]]]
+METHODS: dict[str, Attach] = {
     "ours": ours,
     "PEFT LoRA": peft("LoraConfig", lora_alpha=64),
     "PEFT LoRA, bf16 adapters": peft("LoraConfig", lora_alpha=64, cast=False),
     "PEFT DoRA": peft("LoraConfig", lora_alpha=64, use_dora=True),
     "PEFT SHiRA": peft("ShiraConfig", random_seed=0),
-    "full fine-tuning": full,
+    FULL: full,
 }
 
 
-def measure(method: str, sizes: dict[str, int], layers: int, batch: tuple[int, int], rank: int) -> dict[str, Any]:
+def measure(method: str, stage: nn.Module, batch: tuple[int, int], rank: int, steps: int) -> dict[str, Any]:
+    model, take_off = METHODS[method](stage, rank)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+    ids = torch.randint(0, stage.config.vocab_size, batch, device=DEVICE)  # type: ignore[union-attr, arg-type]
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model = METHODS[method](base(sizes, layers), rank)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    ids = torch.randint(0, sizes["vocab_size"], batch, device=DEVICE)
 
-    def step() -> Tensor:
+    def step() -> None:
         optimizer.zero_grad()
-        loss: Tensor = model(input_ids=ids, labels=ids).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-        return loss
 
     times = []
-    for _ in range(WARM_UP + STEPS):
+    for _ in range(WARM_UP + steps):
         synchronise()
         start = time.perf_counter()
         step()
         synchronise()
         times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+    optimizer.zero_grad()
+    take_off()
     return {
         "method": method,
-        "layers": layers,
+        "layers": len(stage.model.layers),  # type: ignore[union-attr, arg-type]
         "sequences": batch[0],
         "tokens": batch[0] * batch[1],
         "trained": sum(weight.numel() for weight in weights),
         "seconds": statistics.median(times[WARM_UP:]),
-        "peak_bytes": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0,
+        "peak_bytes": peak,
     }
 
 
@@ -118,29 +123,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2, help="all methods in turn, this often; the faster counts")
+    parser.add_argument("--rounds", type=int, default=2, help="of the first setting; the faster counts")
+    parser.add_argument("--steps", type=int, default=10, help="that are timed, of which the median counts")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     sizes, rank = (TINY, 4) if options.tiny else (LLAMA_7B, 32)
+    stage = base(sizes, options.layers)
     rows: list[dict[str, Any]] = []
     for batch in [(2, 16)] if options.tiny else SETTINGS:
         best: dict[str, dict[str, Any]] = {}
-        for round_number in range(options.rounds):
-            for method in METHODS:
-                if round_number and method == "full fine-tuning":
-                    continue
-                try:
-                    row = measure(method, sizes, options.layers, batch, rank)
-                except torch.OutOfMemoryError:
-                    print(f"{method}: out of memory at {batch}", flush=True)
-                    continue
-                print(*row.values(), flush=True)
-                if method not in best or row["seconds"] < best[method]["seconds"]:
-                    best[method] = row
+        rounds = options.rounds if batch == SETTINGS[0] else 1
+        turns = [method for _ in range(rounds) for method in METHODS if method != FULL]
+        for method in [*turns, *([FULL] if batch == SETTINGS[0] else [])]:
+            row = measure(method, stage, batch, rank, options.steps)
+            print(*row.values(), flush=True)
+            if method not in best or row["seconds"] < best[method]["seconds"]:
+                best[method] = row
+        stage.requires_grad_(True)
         rows += best.values()
         summarise(list(best.values()), batch)
-    write(rows, options.out / "training.csv")
+        write(rows, options.out / "training.csv")
 
 
 def summarise(rows: list[dict[str, Any]], batch: tuple[int, int]) -> None:

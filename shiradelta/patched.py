@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
 
-#: Elements of a dense gradient that are made at a time.
-CHUNK = 1 << 24
+#: Elements of a dense gradient that are made at a time: more than the layers of a 7B model have.
+CHUNK = 1 << 26
 
 #: (module, name of its weight) -> (values [n] that gradients are to reach, where they are).
 Source = Callable[[nn.Module, str], "tuple[Tensor, Place]"]
@@ -60,20 +60,24 @@ class Place:
 
     def gather(self, rows: Callable[[int, int], Tensor]) -> Tensor:
         """Elements at the mask of a matrix that is made a few rows at a time; float32."""
-        found = [
-            rows(first, last).reshape(-1)[self.positions[start:stop] - first * self.columns].float()
-            for first, last, start, stop in self.chunks
-        ]
-        return torch.cat(found)
+        found = []
+        for first, last, start, stop in self.chunks:
+            where = self.positions[start:stop]
+            found.append(rows(first, last).reshape(-1)[where - first * self.columns if first else where].float())
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def write(self, values: Tensor | None, weight: Tensor | None = None) -> None:
         """Puts base + values into the weight, rounded as it will be stored; None puts the base back."""
         weights = flat(self.parameter if weight is None else weight)
         if self.positions.device != weights.device:
             self.positions, self.base = self.positions.to(weights.device), self.base.to(weights.device)
-        total = self.base if values is None else (self.base.float() + values.float()).to(self.stored)
+        total = self.base if values is None else self.total(values)
         weights[self.positions] = total.to(weights.dtype)
         self.written = None
+
+    def total(self, values: Tensor) -> Tensor:
+        """fl32(W + v), rounded as the file's reader will (spec/FORMAT.md, section 6.1); one pass where v is float32."""
+        return (values.float() + self.base).to(self.stored)
 
     def refresh(self, weight: Tensor, values: Tensor) -> None:
         """Writes values that may have changed since they were written.
@@ -205,7 +209,7 @@ def _property(name: str) -> property:
             result: Tensor = _Alias.apply(values, weight, place)  # type: ignore[no-untyped-call]
             return result
         # One that is there for this pass alone would be read without the patch by the backward pass.
-        total = (place.base.float() + values.float()).to(weight.dtype)
+        total = place.total(values).to(weight.dtype)
         return weight.reshape(-1).index_put([place.positions.long()], total).view_as(weight)
 
     return property(get)
