@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -254,7 +254,7 @@ def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
     from shiradelta.fusion import fuse as run
 
     with show.progress("fusing") as progress:
-        report = run(dict(map(_with_strength, deltas)), **arguments, progress=progress)
+        report = run(_with_strengths(deltas), **arguments, progress=progress)
     if as_json:
         _echo_json(dataclasses.asdict(report))
         return
@@ -277,7 +277,7 @@ def report(deltas: tuple[str, ...], out: str | None, png: str | None, as_json: b
     from shiradelta.report.text import summary
 
     with show.progress("comparing") as progress:
-        made = run(dict(map(_with_strength, deltas)), out=out, png=png, progress=progress)
+        made = run(_with_strengths(deltas), out=out, png=png, progress=progress)
     if as_json:
         _echo_json(made.as_dict())
         return
@@ -286,6 +286,13 @@ def report(deltas: tuple[str, ...], out: str | None, png: str | None, as_json: b
         click.echo(f"warning: {show.printable(warning)}", err=True)
     for written in filter(None, (out, png)):
         click.echo(f"{written}: written, {show.size(os.path.getsize(written))}")
+
+
+def _with_strengths(arguments: Sequence[str]) -> dict[str | os.PathLike[str], float]:
+    found: dict[str | os.PathLike[str], float] = dict(map(_with_strength, arguments))
+    if len(found) < len(arguments):
+        raise ShiraDeltaError("a file is given twice; give it once, with one strength")
+    return found
 
 
 def _with_strength(argument: str) -> tuple[str, float]:

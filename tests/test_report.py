@@ -200,6 +200,9 @@ def test_command_line(files: dict[Path, float], tmp_path: Path):
     assert f"{tmp_path / 'r.html'}: written" in result.stdout
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
     turned = [f"{file}:{strength}" for file, strength in zip(files, (1, -0.5, 2), strict=True)]
+    for command in (["report"], ["fuse", "-o", str(tmp_path / "x.shd")]):
+        result = CliRunner().invoke(main, [*command, turned[0], str(next(iter(files)))])
+        assert (result.exit_code, "given twice" in result.stderr) == (1, True)
     data = json.loads(CliRunner().invoke(main, ["report", *turned, "--json"]).stdout)
     plain = report(files).interference
     assert data["deltas"][1]["strength"] == -0.5

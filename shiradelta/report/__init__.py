@@ -76,6 +76,8 @@ def report(
     """
     if not deltas:
         raise DeltaError("nothing to report on; give at least one .shd file")
+    if png is not None and len(deltas) < 2:
+        raise DeltaError("a heat map needs two deltas; give another .shd file")
     found = measure(deltas, progress)
     with ExitStack() as stack:
         adapters = tuple(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shiradelta.errors import DeltaError, SourceError
+from shiradelta.errors import SourceError
 from shiradelta.files import replacing
 from shiradelta.interference import Interference, Meeting
 
@@ -16,7 +16,6 @@ def draw(path: Path, found: Interference) -> None:
     """Writes three panels: shared weights, opposite signs among them, cosine.
 
     Raises:
-        DeltaError: there are no pairs.
         SourceError: matplotlib is missing.
         TargetError: the file cannot be written.
     """
@@ -25,8 +24,6 @@ def draw(path: Path, found: Interference) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise SourceError("a heat map needs matplotlib; install it, or leave --png out") from None
-    if not found.pairs:
-        raise DeltaError("a heat map needs two deltas; give another .shd file")
     by_pair = [found.layers(pair) for pair in found.pairs]
     layers = list(dict.fromkeys(layer for meetings in by_pair for layer in meetings))
     panels: tuple[tuple[str, str, Normalize, Callable[[Meeting], float]], ...] = (
