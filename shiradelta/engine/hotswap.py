@@ -264,7 +264,7 @@ class HotSwap:
                 self._commit(wanted, stream)
             return SwitchReport(
                 dict(self._active),
-                self._tensors(),
+                len(frozenset().union(*(layer.held.targets for layers in self._layers.values() for layer in layers))),
                 sum(self._adapters[name].report.nonzeros for name in self._active),
                 self._saved_bytes(),
             )
@@ -369,13 +369,12 @@ class HotSwap:
 
     def _written(self, *written: Layers) -> None:
         """Tells autograd that tensors have changed."""
-        holders = [
-            holder for layers in written for found in layers.values() for x in found for holder in x.held.holders
-        ]
-        if holders:
+        counted = [layer.held.counted for layers in written for found in layers.values() for layer in found]
+        if any(counted):
             from torch.autograd.graph import increment_version
 
-            increment_version([holder for holder in holders if not holder.is_inference()])
+            for holders in counted:
+                increment_version(holders)
 
     # --------------------------------------------------------------------------------------- backends
 
@@ -389,18 +388,6 @@ class HotSwap:
             for backend in self._backends.values():
                 stack.enter_context(backend.ordered(stream))
             yield
-
-    def _tensors(self) -> int:
-        """On which something is."""
-        return len(
-            {
-                patch.target
-                for layers in self._layers.values()
-                for layer in layers
-                for patch in layer.held.patches
-                if patch.record.nnz
-            }
-        )
 
     def _saved_bytes(self) -> int:
         return sum(layer.held.room for layers in self._layers.values() for layer in layers)

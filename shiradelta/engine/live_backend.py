@@ -46,7 +46,8 @@ class Held:
     """What a backend holds of one adapter.
 
     Attributes:
-        patches: one a tensor that it changes, in the order of the file's names.
+        patches: one a tensor that it is for, in the order of the file's names.
+        targets: the tensors that it changes.
         nbytes: memory that they take.
         data: what the backend needs to know of all of them together.
         room: bytes that it takes to save the elements that they change.
@@ -60,8 +61,10 @@ class Held:
         self.room = starts[-1]
         #: For each patch, whether it changes nothing.
         self.empty = np.array([size == 0 for size in sizes], np.bool_)
-        #: Tensors of the model that are written to, where they are torch's.
-        self.holders = [patch.target.holder for patch in patches if patch.target.address]
+        self.targets = frozenset(patch.target for patch in patches if patch.record.nnz)
+        self._holders = [patch.target.holder for patch in patches if patch.target.address]
+        #: Tensors of the model whose versions autograd counts.
+        self.counted = [holder for holder in self._holders if not holder.is_inference()]
         self._addresses = [patch.target.address for patch in patches if patch.target.address]
 
     def span(self, number: int) -> slice:
@@ -70,7 +73,7 @@ class Held:
 
     def check_addresses(self) -> None:
         """Raises TargetError if the model has moved one of the tensors since it was looked at."""
-        if [holder.data_ptr() for holder in self.holders] != self._addresses:
+        if [holder.data_ptr() for holder in self._holders] != self._addresses:
             for patch in self.patches:
                 patch.target.check_address()
 

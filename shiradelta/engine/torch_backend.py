@@ -85,9 +85,13 @@ class TorchBackend(Elementwise):
 
     def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
         """One buffer on the device for all sections, each where a file would align it."""
-        in_threads(lambda item: item[0].check(), tensors)
         parts = [part for tensor, _, _ in tensors for part in _parts(source, tensor)]
-        buffer, starts = self._upload(source, parts)
+        try:
+            buffer, starts = self._upload(source, parts)
+            in_threads(lambda item: item[0].check(), tensors)  # while the bytes are on their way
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # the source is free to go
         patches = []
         for i, (tensor, target, dtype) in enumerate(tensors):
             (index, values), (a, b) = parts[2 * i : 2 * i + 2], starts[2 * i : 2 * i + 2]
@@ -98,7 +102,10 @@ class TorchBackend(Elementwise):
         return Held(patches, buffer.numel())
 
     def _upload(self, source: Bytes, parts: Sequence[slice | Bytes]) -> tuple[Tensor, list[int]]:
-        """(a buffer on the device, where in it each part starts).  Neighbours in the file go in one copy."""
+        """(a buffer on the device, where in it each part starts).  Neighbours in the file go in one copy.
+
+        The source has to stay until the device has done it.
+        """
         copies: list[tuple[int, Bytes]] = []
         starts: list[int] = []
         cursor, first, last = 0, 0, -1  # `source[first:last]` is the copy that the last part belongs to
@@ -116,8 +123,6 @@ class TorchBackend(Elementwise):
         buffer = torch.empty(cursor, dtype=torch.uint8, device=self.device)
         for start, content in copies:
             buffer[start : start + content.size].copy_(torch.from_numpy(content), non_blocking=True)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # the source is free to go
         return buffer, starts
 
     def room(self, size: int) -> Tensor:

@@ -1,0 +1,105 @@
+"""What only a GPU has: streams, graphs, memory of the device.  Run there with TRITON_INTERPRET=0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import shiradelta as sd
+from tests.swapping import GPU, adapter, bits, formula, random_delta, weights
+
+pytestmark = pytest.mark.skipif(not GPU, reason="no GPU, or Triton's interpreter is on")
+
+SHAPE = (2048, 2048)
+
+
+@pytest.fixture
+def layer() -> torch.nn.Linear:
+    layer = torch.nn.Linear(*SHAPE, bias=False, dtype=torch.bfloat16, device="cuda")
+    layer.weight = torch.nn.Parameter(weights(SHAPE, "bfloat16"), requires_grad=False)
+    return layer
+
+
+def session(layer: torch.nn.Linear, backend: str = "auto") -> tuple[sd.HotSwap, list[bytes]]:
+    files = [adapter({"weight": random_delta(SHAPE, 40_000, seed)}) for seed in range(2)]
+    swap = sd.HotSwap(layer, backend=backend)
+    for name, data in zip("ab", files, strict=True):
+        swap.load(name, data)
+    return swap, files
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_work_before_sees_the_old_weights_and_work_after_the_new(layer: torch.nn.Linear, backend: str):
+    """Forward passes and switches are queued on a stream without waiting for any of them."""
+    swap, files = session(layer, backend)
+    base = bits(layer.weight)
+    x = torch.randn(4096, SHAPE[1], dtype=torch.bfloat16, device="cuda")
+    expected: dict[str | None, torch.Tensor] = {}
+    for name in (None, "a", "b"):
+        swap.switch(name)
+        expected[name] = layer(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    rng = np.random.default_rng(0)
+    order = [(None, "a", "b")[i] for i in rng.integers(0, 3, 60)]
+    outputs = []
+    with torch.cuda.stream(stream):
+        for name in order:
+            swap.switch(name, stream=stream)
+            outputs.append(layer(x))
+    # From another stream at once: it follows what is queued.
+    swap.switch("b")
+    assert np.array_equal(bits(layer.weight), formula(base, "bfloat16", [(files[1], 1)], "weight"))
+    stream.synchronize()
+    assert all(torch.equal(output, expected[name]) for name, output in zip(order, outputs, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in compiling
+@pytest.mark.parametrize("make", ["graph", "compile"])
+def test_captured_models_go_on(layer: torch.nn.Linear, make: str):
+    swap, _ = session(layer)
+    x = torch.randn(16, SHAPE[1], dtype=torch.bfloat16, device="cuda")
+    run: Callable[[], torch.Tensor]
+    if make == "compile":
+        compiled = torch.compile(layer)
+        run = lambda: compiled(x)  # noqa: E731
+    else:
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = layer(x)
+
+        def run() -> torch.Tensor:
+            graph.replay()
+            return output.clone()
+
+    before = run()
+    for name in ("a", "b"):
+        swap.switch(name)
+        assert torch.equal(run(), layer(x))
+        assert not torch.equal(run(), before)
+    swap.revert()
+    assert torch.equal(run(), before)
+
+
+def test_memory(layer: torch.nn.Linear):
+    """A loaded adapter takes its file, an active one two bytes a nonzero more."""
+    swap, _ = session(layer)
+    data = adapter({"weight": random_delta(SHAPE, 400_000, 7)})
+    swap.switch("a")
+    swap.revert()  # compiles the kernels
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    swap.load("big", data)
+    loaded = torch.cuda.memory_allocated()
+    assert loaded - before <= 1.05 * len(data)
+    swap.switch("big")
+    active = torch.cuda.memory_allocated()
+    assert active - loaded <= 2.1 * 400_000
+    swap.revert()
+    swap.unload("big")
+    assert torch.cuda.memory_allocated() == before
