@@ -42,6 +42,9 @@ def draw_switch(rows: Rows, target: Path) -> None:
     drawn = bars.barh([row["what"] for row in compared], milliseconds, color=ours)
     bars.bar_label(drawn, fmt="%.3g", padding=3)
     bars.set(xscale="log", xlabel="ms", title=f"layers: {compared[0]['layers']}; 1 %, int8")
+    bars.set_xlim(min(milliseconds) / 2, max(milliseconds) * 2)
+    bars.xaxis.set_major_formatter("{x:g}")
+    bars.xaxis.set_minor_formatter("")
     for axes, experiment, x in (
         (density, "density", "share of weights that change, %"),
         (size, "size", "layers"),
@@ -57,7 +60,11 @@ def draw_switch(rows: Rows, target: Path) -> None:
         for row in copies:
             axes.axhline(1000 * float(row["seconds"]), color="tab:gray", linestyle="--")
             axes.annotate(
-                "copy of the weights", (0.02, 1000 * float(row["seconds"])), xycoords=("axes fraction", "data")
+                "copy of the weights",
+                (0.02, 1000 * float(row["seconds"])),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, -12),
+                textcoords="offset points",
             )
         axes.set(xlabel=x, ylabel="ms", ylim=(0, None))
     figure.suptitle(f"Llama-2-7B shapes, bf16, random weights; {rows[0]['machine']}\n{rows[0]['versions']}", fontsize=9)
