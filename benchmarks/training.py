@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks.table import machine, print_table
 from shiradelta import train
@@ -35,10 +36,18 @@ WARM_UP = 3
 
 
 def base(sizes: dict[str, int], layers: int) -> nn.Module:
+    """Made on the device: transformers draws the weights of a model on the CPU, which takes longer than all else."""
     torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model: nn.Module = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, use_cache=False))
-    return model.to(torch.bfloat16).train()
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, use_cache=False)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device=DEVICE)
+    with torch.no_grad(), torch.device(DEVICE):
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+        for weight in model.parameters():
+            weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1)
+    made: nn.Module = model.train()
+    return made
 
 
 def ours(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
