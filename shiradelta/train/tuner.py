@@ -19,6 +19,7 @@ from shiradelta.patched import Place, flat, is_spread, patch
 from shiradelta.writer import save_delta
 
 from . import masks
+from .adapters import read_adapter, write_peft
 from .choose import Choice, OwnMask, avoided, own_mask
 from .gradients import Loss, Tell, own_loss
 from .layout import View, views
@@ -39,6 +40,7 @@ def attach(
     scope: str = "tensor",
     avoid: Sequence[Any] = (),
     seed: int = 0,
+    start: str | os.PathLike[str] | None = None,
     progress: Tell | None = None,
 ) -> Tuner:
     """Makes the nonzeros of a sparse delta the only parameters of a model that train.
@@ -59,12 +61,15 @@ def attach(
         avoid: adapters whose weights are not to be touched (`.shd` files, open deltas, positions by name), so that
             they fuse without meeting.
         seed: of "rand".
+        start: an adapter whose mask and values to begin with, in place of `mask`: a `.shd` file, or a PEFT SHiRA
+            adapter's folder or file.
         progress: is told (what, done, total).
 
     Raises:
         DeltaError: targets that match nothing, a mask that does not fit, a sparsity that leaves a weight without an
             element, no calibration batches.
         TargetError: a weight that cannot be trained in place: quantised, distributed, on meta.
+        SourceError: an adapter to start from that does not fit.
         ShiraDeltaError: gradients that are not finite.
     """
     if hasattr(model, "_shiradelta"):
@@ -77,7 +82,10 @@ def attach(
     weights = find_weights(model, targets)
     in_checkpoint = views(weights, check_weights(model, weights))
     others = avoided(avoid, weights, in_checkpoint)
-    if isinstance(mask, str):
+    begun = {} if start is None else read_adapter(start, weights, in_checkpoint)
+    if begun:
+        positions = {name: where.to(weights[name].device) for name, (where, _) in begun.items()}
+    elif isinstance(mask, str):
         choice = Choice(
             model,
             weights,
@@ -97,8 +105,13 @@ def attach(
     positions = {name: found for name, found in positions.items() if found.numel()}
     if not positions:
         raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
-    label = mask if isinstance(mask, str) else "own"
-    return Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, {"mask": label})
+    label = os.fspath(start) if start is not None else mask if isinstance(mask, str) else "own"
+    tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, {"mask": label})
+    with torch.no_grad():
+        for name, (_, values) in begun.items():
+            tuner.values[name].copy_(values)
+    tuner.write()
+    return tuner
 
 
 @dataclass
@@ -289,6 +302,29 @@ class Tuner:
         about = {**self._metadata, "sparsity": f"{self.nnz / self.numel:.6g}", **(metadata or {})}
         if _is_first_process():
             save_delta(path, deltas, about, values)
+
+    def save_peft(self, folder: str | os.PathLike[str], base: str = "") -> int:
+        """Writes a PEFT SHiRA adapter, for `PeftModel.from_pretrained`; returns its `r`.
+
+        PEFT wants as many nonzeros in a layer as a LoRA of rank r has parameters: they are filled up with zeros.
+
+        Args:
+            folder: made if it is not there.
+            base: what PEFT is to call the base model.
+
+        Raises:
+            DeltaError: something that PEFT's SHiRA cannot hold: all but linear layers.
+        """
+        self._attached()
+        linear = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        modules = {}
+        for name, tuned in self._tuned.items():
+            layer = name.removesuffix(".weight")
+            if layer not in linear or layer == name:
+                raise DeltaError(f"tensor {name!r} is no linear layer's weight, which is all that PEFT's SHiRA takes")
+            shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
+            modules[layer] = shape, tuned.place.positions, _whole(tuned.values).detach()
+        return write_peft(folder, modules, base)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Mask and values, to go on from exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n]."""

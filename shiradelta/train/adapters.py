@@ -1,0 +1,140 @@
+"""Adapters to start from, and PEFT's SHiRA layout: per layer `shira_weight` [nnz] and `shira_indices` [2, nnz]."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shiradelta.arithmetic import Float32, Positions
+from shiradelta.checkpoint import rename_all
+from shiradelta.converters.diff import parse_key
+from shiradelta.errors import DeltaError, SourceError
+from shiradelta.files import replacing
+from shiradelta.reader import open_delta
+
+from .layout import View
+from .state import load_state
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def read_adapter(
+    source: str | os.PathLike[str], weights: Mapping[str, nn.Parameter], views: Mapping[str, Sequence[View]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The nonzeros of an adapter: name of a weight -> positions [n], increasing, and float32 values [n].
+
+    Args:
+        source: a `.shd` file, or a PEFT SHiRA adapter (its folder or its safetensors file).
+        weights: of the model, by name.
+        views: of them in the checkpoint, by name.
+
+    Raises:
+        SourceError: it is neither; it has tensors that the model does not have; it holds more than additions.
+    """
+    path = Path(source)
+    entries = list(_from_shd(path) if path.suffix == ".shd" else _from_peft(path, weights))
+    offers = {view.name: (name, view) for name, some in views.items() for view in some}
+    offers |= {name: (name, View(name, tuple(w.shape), tuple(w.stride()), 0)) for name, w in weights.items()}
+    renamed = rename_all([name for name, _, _ in entries], offers)
+    parts: dict[str, list[tuple[Positions, Float32]]] = {}
+    for other, positions, values in entries:
+        if other not in renamed:
+            raise SourceError(f"{path}: tensor {other!r} is no target here; attach to the model it was made for")
+        name, view = offers[renamed[other]]
+        if positions.size and (positions.min() < 0 or positions.max() >= math.prod(view.shape)):
+            raise SourceError(f"{path}: tensor {other!r} has positions outside of the model's {list(view.shape)}")
+        parts.setdefault(name, []).append((view.to_weight(positions), values))
+    found = {}
+    for name, some in parts.items():
+        where = np.concatenate([positions for positions, _ in some])
+        order = np.argsort(where, kind="stable")
+        if np.any(np.diff(where[order]) == 0):
+            raise SourceError(f"{path}: tensor {name!r} has a position twice")
+        values = np.concatenate([values for _, values in some])[order]
+        found[name] = torch.from_numpy(where[order]), torch.from_numpy(values)
+    return found
+
+
+def _from_shd(path: Path) -> Iterator[tuple[str, Positions, Float32]]:
+    with open_delta(path) as delta:
+        for name, tensor in delta.items():
+            if tensor.op != "add":
+                raise SourceError(f"{path}: tensor {name!r} is {tensor.op}, not add; only additions can be trained on")
+            yield name, tensor.positions(), tensor.values().copy()
+
+
+def _from_peft(path: Path, weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Positions, Float32]]:
+    held: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_state(path / _WEIGHTS if path.is_dir() else path).items():
+        parsed = parse_key(key)
+        if parsed is not None:
+            held.setdefault(parsed[0], {})[parsed[1]] = tensor
+    renamed = rename_all(list(held), weights)
+    for name, found in held.items():
+        if set(found) != {"values", "indices"} or name not in renamed:
+            raise SourceError(f"{path}: {name!r} is no SHiRA layer of this model; give a PEFT SHiRA adapter or a .shd")
+        columns = weights[renamed[name]].shape[-1]
+        row, column = found["indices"].long().reshape(2, -1).numpy()  # PEFT stores float32 on Windows
+        if column.size and (column.max() >= columns or column.min() < 0):
+            raise SourceError(f"{path}: {name!r} has a column outside of the model's {columns}")
+        yield renamed[name], row * columns + column, found["values"].float().numpy()
+    if not held:
+        raise SourceError(f"{path}: holds no SHiRA layers; give a PEFT SHiRA adapter or a .shd file")
+
+
+def write_peft(
+    folder: str | os.PathLike[str], modules: Mapping[str, tuple[tuple[int, ...], Tensor, Tensor]], base: str
+) -> int:
+    """Writes a PEFT SHiRA adapter; returns its `r`.
+
+    PEFT wants r·(rows + columns) nonzeros in each layer, the same r in all: layers are filled up with zeros.
+
+    Args:
+        folder: made if it is not there.
+        modules: name of a linear layer -> shape of its weight, positions and values.
+        base: `base_model_name_or_path`.
+
+    Raises:
+        DeltaError: a layer has not enough weights for that many nonzeros.
+    """
+    rank = max(-(-values.numel() // sum(shape)) for shape, _, values in modules.values())
+    tensors = {}
+    for name, (shape, positions, values) in modules.items():
+        count, numel = rank * sum(shape), math.prod(shape)
+        if count > numel:
+            raise DeltaError(f"layer {name!r} has {numel} weights, PEFT wants {count} nonzeros in it; train fewer")
+        taken = positions.long().cpu()
+        free = torch.ones(numel, dtype=torch.bool)
+        free[taken] = False
+        filler = free.nonzero().reshape(-1)[: count - taken.numel()]
+        where, order = torch.cat([taken, filler]).sort()
+        filled = torch.cat([values.cpu().float(), torch.zeros(filler.numel())])[order]
+        tensors[f"base_model.model.{name}.shira_weight"] = filled
+        tensors[f"base_model.model.{name}.shira_indices"] = torch.stack([where // shape[1], where % shape[1]]).int()
+    config: dict[str, Any] = {
+        "peft_type": "SHIRA",
+        "r": rank,
+        "mask_type": "random",
+        "random_seed": 0,
+        "target_modules": sorted(modules),
+        "base_model_name_or_path": base,
+        "task_type": None,
+        "inference_mode": True,
+    }
+    from safetensors.torch import save
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with replacing(target / _WEIGHTS) as stream:
+        stream.write(save(tensors, {"format": "pt"}))
+    with replacing(target / _CONFIG) as stream:
+        stream.write(json.dumps(config, indent=1).encode())
+    return rank
