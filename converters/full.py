@@ -48,7 +48,7 @@ def open_full(source: Checkpoint, base: Checkpoint) -> Source:
         if isinstance(item, str):
             result.skipped[key] = item
             if "shape" in item:
-                result.warnings.append(f"{key} is left out: {item}")
+                result.warnings.append(f"{key} is left out: {item}; resize the base's first to keep it")
         else:
             result.items.append(item)
     if lacking:

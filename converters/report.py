@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Below this share of the squared norm, plain top-k has thrown most of the fine-tune away.
 LITTLE = 0.5
+#: Fewer texts than this are worth a word.
+FEW_TEXTS = 200
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,14 @@ class Report:
 
     def complete(self) -> None:
         """Adds the warnings that follow from the figures."""
+        fit = self.fit
+        if fit is not None and fit.fitted > fit.topk:
+            self.warnings.append(
+                f"fitting made it worse than top-k ({fit.fitted:.3g} against {fit.topk:.3g}): give more texts, of the"
+                " kind that the model will see, or more steps"
+            )
+        elif fit is not None and fit.texts < FEW_TEXTS:
+            self.warnings.append(f"fitted on {fit.texts} texts only; some thousands come closer")
         if self.fit is None and self.energy_kept < LITTLE:
             self.warnings.append(
                 f"only {self.energy_kept:.0%} of the update's energy is kept: top-k alone loses most of this fine-tune;"

@@ -348,8 +348,11 @@ def test_importing_needs_neither_torch_nor_transformers():
     [
         ("", "0 texts are too few"),
         ('{"text": "w1"}\n' * 9, "9 texts are too few"),
-        ("no json\n", "line 1: is not an object"),
-        ('{"text": "a"}\n{"label": 1}\n', "line 2: is not an object"),
+        ('{"text": "  "}\n' * 99, "0 texts are too few"),
+        ("no json\n", "line 1: is not JSON; write one object a line"),
+        ('{"text": "a"}\n{"label": 1}\n', "line 2: has no key 'text', only label; rename"),
+        ('{"text": "a"}\n["b"]\n', "line 2: is not an object with a text"),
+        ('{"text": 1}\n', "line 1: is not an object with a text"),
     ],
 )
 def test_bad_texts(encoder: tuple[Path, Path], tmp_path: Path, content: str, message: str):
@@ -388,6 +391,14 @@ def test_bad_models(encoder: tuple[Path, Path], tmp_path: Path):
     save_file(weights, same / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match="behaves like its base"):
         fit((base, same), out)
+    weights = load_file(tuned / "model.safetensors")
+    name = "encoder.layer.0.output.dense.weight"
+    weights[name][0, 0] = math.nan
+    copy_of(tuned, tmp_path / "nan", "model")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    for method in ("train", "refit"):
+        with pytest.raises(SourceError, match=f"tensor '{name}' has NaN or infinity in it"):
+            fit((base, tmp_path / "nan"), out, method=method)
     resized = load_file(tuned / "model.safetensors")
     name = "embeddings.word_embeddings.weight"
     resized[name] = torch.cat([resized[name], resized[name][:2]])

@@ -173,3 +173,20 @@ def test_a_head_that_only_the_fine_tune_has(tmp_path: Path, whole: Callable[[], 
     whole()
     refit(pair, tmp_path / "b.shd")
     assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "b.shd").read_bytes()
+
+
+def test_one_layer_has_weights_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    pair = write_pair(MODELS["gemma3"](), tmp_path)
+    filled: list[int] = []
+    run = stream._Stream._run
+
+    def counted(self: Any, index: int, part: Any) -> torch.Tensor:
+        blocks = [all(not p.is_meta for p in block.parameters()) for block in self._blocks]
+        filled.append(sum(blocks))
+        assert blocks[index]
+        return run(self, index, part)
+
+    monkeypatch.setattr(stream._Stream, "_run", counted)
+    refit(pair, tmp_path / "a.shd")
+    assert set(filled) == {1}

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from shiradelta.arithmetic import Float32
-from shiradelta.select import Rows, Selection
+from shiradelta.errors import SourceError
+from shiradelta.select import NOT_FINITE, Rows, Selection
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,11 @@ class Target:
     count: int
 
     def dense(self) -> Float32:
-        """The whole delta, flat."""
-        return self.rows()(0, self.matrix[0]).reshape(-1)
+        """The whole delta, flat.  Raises SourceError where it is not finite."""
+        delta = self.rows()(0, self.matrix[0]).reshape(-1)
+        if not np.all(np.isfinite(delta)):
+            raise SourceError(f"tensor {self.name!r} {NOT_FINITE}")
+        return delta
 
 
 @dataclass

@@ -189,7 +189,7 @@ class _Stream:
         lengths, size = self._behaviour.lengths, fit.micro or fit.batch
         ordered = sorted(held_out, key=lambda index: lengths[index])
         self._held_out = [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
-        number = min(CALIBRATION, max(1, len(train) // size))
+        number = max(1, min(CALIBRATION * fit.batch, len(train)) // size)
         self._calibration = [tuple(part) for part in islice(batches(train, lengths, size, fit.seed), number)]
         self._state = "fitted"
         #: part -> (arguments, keywords) of each block, beside the hidden states.

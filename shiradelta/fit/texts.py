@@ -38,12 +38,7 @@ def _read(path: Path) -> list[str]:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise SourceError(f'{path}, line {number}: is not an object such as {{"text": "..."}}')
+                text = _text(line, f"{path}, line {number}")
                 if text.strip():
                     texts.append(text)
     except OSError as error:
@@ -51,6 +46,21 @@ def _read(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise SourceError(f"{path}: is not UTF-8; save it as UTF-8") from None
     return texts
+
+
+def _text(line: str, where: str) -> str:
+    """The text of one line."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        raise SourceError(f'{where}: is not JSON; write one object a line, such as {{"text": "..."}}') from None
+    if isinstance(found, dict) and "text" not in found:
+        keys = ", ".join(map(str, list(found)[:3]))
+        raise SourceError(f"{where}: has no key 'text', only {keys or 'nothing'}; rename the key that holds the text")
+    if not isinstance(found, dict) or not isinstance(found["text"], str):
+        raise SourceError(f'{where}: is not an object with a text, such as {{"text": "..."}}')
+    text: str = found["text"]
+    return text
 
 
 def split(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
