@@ -36,6 +36,7 @@ from shiradelta.fit import Fit
 from shiradelta.fit import run as run_module
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.refit import solve
+from shiradelta.fit.texts import split
 from shiradelta.nonzeros import Nonzeros
 from shiradelta.wire import VALUE_CODEC_OF_NAME
 
@@ -171,7 +172,7 @@ def test_the_file_gives_what_was_measured(encoder: tuple[Path, Path], tmp_path: 
         assert float(delta.metadata["distance"]) == pytest.approx(report.fit.fitted, rel=1e-4)
         assert delta.metadata["method"] == "fit"
 
-    held_out = run_module.split(120, 24, 0)[1]
+    held_out = split(120, 24, 0)[1]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     student, teacher = (BertModel.from_pretrained(folder).eval() for folder in (tmp_path / "patched", tuned))
     batches = sorted(held_out, key=lambda index: len(texts()[index].split()))

@@ -44,7 +44,7 @@ def main() -> None:
             rows.append(found)
             writer.writerow(found)
             stream.flush()
-            print(*found.values(), flush=True)
+            pass
     print(summarise(rows))
     draw(rows, out / "quality.png")
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class Dictionary(Task):
     """Retrieval with an encoder."""
 
     name = "reverse dictionary, MiniLM"
-    linears = ["query", "key", "value", "intermediate.dense", "output.dense"]
-    rates = {"LoRA": 1e-3, "full": 1e-4, "sparse": 1e-3}
+    linears = ("query", "key", "value", "intermediate.dense", "output.dense")
+    rates: ClassVar = {"LoRA": 1e-3, "full": 1e-4, "sparse": 3e-3}
     measures = ("top-1 of 2,000", "mean reciprocal rank")
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,8 @@ class Dictionary(Task):
         self._tokenizer: Any = load_base()[1]
 
     def load(self) -> nn.Module:
-        return load_base()[0].to(DEVICE)
+        model: nn.Module = load_base()[0]
+        return model.to(DEVICE)
 
     def trained(self, name: str) -> bool:
         return name.startswith("encoder.")

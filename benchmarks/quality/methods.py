@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import shiradelta
+from shiradelta import train
 from shiradelta.fit import Fit
 
 from .dictionary import Dictionary
 from .language import Language, pretrain
-from .tasks import DEVICE, TUNE, Task
+from .tasks import DEVICE, TUNE, Task, optimise
 
 TASKS: dict[str, Callable[[Path], Task]] = {"dictionary": Dictionary, "language": Language}
 #: Of `shiradelta.convert`: a row's name, and `Fit`'s method.
-CONVERSIONS = {"top-k": None, "refit": "refit", "fitted": "train"}
+CONVERSIONS: dict[str, str | None] = {"fitted": "train", "top-k": None, "refit": "refit"}
+
+#: Batches whose gradients choose the mask of a sparse adapter that is trained with labels.
+CALIBRATION = 16
 
 
 def prepare(folder: Path, steps: int) -> float:
@@ -44,7 +50,11 @@ def compare(
     warnings.filterwarnings("ignore")
     torch.set_num_threads(2)  # one of several processes
     folder.mkdir(exist_ok=True)
-    return list(_compare(task_name, source, seed, folder, sparsities, steps, tuning_steps))
+    rows = []
+    for row in _compare(task_name, source, seed, folder, sparsities, steps, tuning_steps):
+        rows.append(row)
+        print(*row.values(), sep=",", flush=True)
+    return rows
 
 
 def _compare(
@@ -58,7 +68,7 @@ def _compare(
 ) -> Iterator[dict[str, Any]]:
     task = TASKS[task_name](folder)
     tuned = folder / f"{source}{seed}"
-    tuned_scores = task.score(TUNE[source](task, tuned, seed, tuning_steps))
+    tuned_scores = tune(task, source, seed, tuned, tuning_steps)
     model = task.load()
     base_scores = task.score(model)
 
@@ -101,6 +111,32 @@ def _compare(
             extracted = task.load()
             rank, size = extract_lora(extracted, load_file(tuned / "model.safetensors", str(DEVICE)), task, size)
             yield row(f"SVD, rank {rank}", sparsity, size, task.score(extracted))
+            file = folder / f"trained{seed}-{sparsity}.shd"
+            train_sparse(task, file, sparsity, seed, tuning_steps)
+            yield row("trained, snip", sparsity, file.stat().st_size, score_with(task, model, file))
+
+
+def tune(task: Task, source: str, seed: int, folder: Path, steps: int) -> tuple[float, ...]:
+    """A fine-tune's scores; it is made if it is not there from an earlier run."""
+    kept = folder / "scores.json"
+    if not kept.exists():
+        kept.write_text(json.dumps({"tuned": task.score(TUNE[source](task, folder, seed, steps))}))
+    return tuple(json.loads(kept.read_text())["tuned"])
+
+
+def train_sparse(task: Task, file: Path, sparsity: float, seed: int, steps: int) -> None:
+    """A sparse adapter trained with labels, on the weights that a LoRA would be put on."""
+    model = task.load()
+    weights = [name for name, _ in model.named_parameters() if is_linear(task, name)]
+    calibration = list(islice(task.batches(seed + 1_000), CALIBRATION))
+    tuner = train.attach(model, sparsity, "snip", weights, calibration, loss=task.loss)
+    optimise(task, model, task.rates["sparse"], seed, steps)
+    tuner.save(file, values="int4")
+
+
+def is_linear(task: Task, name: str) -> bool:
+    """Whether a parameter is the weight of one of the task's linear layers."""
+    return task.trained(name) and name.removesuffix(".weight").endswith(task.linears) and name.endswith(".weight")
 
 
 def score_with(task: Task, model: nn.Module, file: Path) -> tuple[float, ...]:
@@ -119,8 +155,7 @@ def extract_lora(base: nn.Module, tuned: Mapping[str, Tensor], task: Task, size:
     Returns:
         Rank and bytes.
     """
-    ends = tuple(f"{linear}.weight" for linear in task.linears)
-    weights = {name: weight for name, weight in base.named_parameters() if name.endswith(ends) and task.trained(name)}
+    weights = {name: weight for name, weight in base.named_parameters() if is_linear(task, name)}
     per_rank = 2 * sum(sum(weight.shape) for weight in weights.values())
     rank = max(1, round(size / per_rank))
     for name, weight in weights.items():

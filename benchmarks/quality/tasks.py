@@ -34,7 +34,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    linears: ClassVar[list[str]]
+    linears: ClassVar[tuple[str, ...]]
     rates: ClassVar[dict[str, float]]
     measures: ClassVar[tuple[str, ...]]
     base: Path
@@ -67,7 +67,7 @@ def optimise(task: Task, model: nn.Module, rate: float, seed: int, steps: int = 
     The model stays in evaluation mode: without dropout so short a run learns more.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
     )
@@ -85,10 +85,11 @@ def tune_lora(task: Task, out: Path, seed: int, steps: int = STEPS) -> nn.Module
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    model = get_peft_model(task.load(), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=task.linears))
+    model: Any = get_peft_model(task.load(), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(task.linears)))
     optimise(task, model, task.rates["LoRA"], seed, steps)
     model.save_pretrained(str(out))
-    return model.eval()
+    tuned: nn.Module = model.eval()
+    return tuned
 
 
 def tune_full(task: Task, out: Path, seed: int, steps: int = STEPS) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,10 @@ class Behaviour(ABC):
     def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
         """Scalars, one a term of the loss, each zero for equal outputs."""
 
-    def calibrate(self, base: Outputs, teacher: Outputs) -> None:
-        """Learns how far the base is from the teacher, so that the loss is 1 for the base in each term."""
-        self._scales = [float(d) for d in self.differences(base, teacher)]
+    def calibrate(self, pairs: Iterable[tuple[Outputs, Outputs]]) -> None:
+        """Learns from (base's, teacher's) of some batches how far they are apart: the base's loss is 1 in each term."""
+        found = [torch.stack(self.differences(base, teacher)) for base, teacher in pairs]
+        self._scales = torch.stack(found).mean(0).tolist()
         if not all(map(math.isfinite, self._scales)):
             raise SourceError("the fine-tune gives NaN or infinity on these texts; check it, or fit in float32")
         if not any(self._scales):

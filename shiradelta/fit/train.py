@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import ShiraDeltaError
-from shiradelta.nonzeros import Nonzeros, flat
+from shiradelta.nonzeros import Nonzeros
+from shiradelta.patched import flat
 
 from .behaviour import Behaviour, Outputs
 from .quantise import Quantiser
@@ -24,7 +25,7 @@ from .teacher import Teacher
 WARM_UP = 0.1
 #: Density falls until here, along a cubic; then the mask is fixed.
 FALL_UNTIL = 0.6
-PRUNINGS = 50
+PRUNINGS = 24
 #: From here on the forward pass sees values as the codec rounds them; gradients pass straight through.
 ROUND_FROM = 0.75
 BETAS = (0.9, 0.999)
@@ -140,7 +141,7 @@ class Trainer:
                 self._prune()
                 state = self.state
                 end = state.step >= plan.steps
-                if end or state.step % every == 0 and state.step not in (step for step, _ in state.history[-1:]):
+                if end or (state.step % every == 0 and state.step not in (step for step, _ in state.history[-1:])):
                     # Losses are looked at here alone: a GPU that is asked after each step waits for the next.
                     if losses:
                         left = float(torch.stack(losses).mean())
@@ -156,13 +157,18 @@ class Trainer:
                     good = state.copy()
                     save(good)
                 progress(text, state.step, plan.steps)
-                losses.append(self._gradient(next(batches)))
-                self._update()
-                state.step += 1
+                losses.append(self.step(next(batches)))
         state = self.state
         if state.best_values is not None:
             self._nonzeros.values = state.values = state.best_values
         self.write()
+
+    def step(self, batch: list[int]) -> Tensor:
+        """One optimizer step, within `Nonzeros.attached`; the loss before it."""
+        loss = self._gradient(batch)
+        self._update()
+        self.state.step += 1
+        return loss
 
     def write(self) -> None:
         """Puts the values into the weights as this stage of the training sees them."""
@@ -261,7 +267,7 @@ def _largest(score: Tensor, group: Tensor, counts: Sequence[int]) -> Tensor:
     return kept
 
 
-def _rms(parameter: nn.Parameter) -> float:
+def _rms(parameter: Tensor) -> float:
     """Of a weight; a bias that is zero everywhere has the unit that weights mostly have."""
     return float(flat(parameter).float().square().mean().sqrt()) or 0.02
 

@@ -1,0 +1,168 @@
+"""The model that is fitted: the base's weights, the fine-tune's beside them, and what is compared of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.checkpoint import rename_all
+from shiradelta.delta import TensorDelta
+from shiradelta.errors import SourceError
+from shiradelta.nonzeros import Nonzeros
+from shiradelta.patched import flat
+
+from . import Fit, loading, scores
+from .behaviour import Behaviour, CustomBehaviour, TextBehaviour
+from .fitted import Target
+from .measures import Measures, measure_all
+from .teacher import Teacher
+from .texts import batches, read_texts, split
+
+#: Batches for scales, scores and the refit's moments.
+CALIBRATION = 8
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Subject:
+    """A model with its texts and its teacher.  Dense deltas are made when they are needed, one at a time.
+
+    Attributes:
+        model: the base.
+        texts: all of them.
+        train, held_out: indices of the texts to fit on, and to measure on.
+        targets, weights: what is fitted, and where that is in the model.
+        changed: how many weights of each target the fine-tune changed.
+        energy: of each target, the sum of squares of its dense delta.
+        warnings: what a user should know.
+    """
+
+    def __init__(
+        self,
+        fit: Fit,
+        targets: Sequence[Target],
+        whole: Sequence[tuple[str, TensorDelta]],
+        base: Path,
+        source: Path,
+    ) -> None:
+        self._fit = fit
+        self.texts = read_texts(fit.texts)
+        self.train, self.held_out = split(len(self.texts), fit.held_out, fit.seed)
+        self.device = loading.pick_device(fit.device)
+        self.micro = fit.micro or fit.batch
+        self.warnings: list[str] = []
+        halves = self.device.type == "cuda" and all(target.dtype == "bfloat16" for target in targets)
+        if fit.model is not None:
+            self.model: nn.Module = fit.model.to(self.device)
+        else:
+            self.model = loading.load_model(base, source, self.device, torch.bfloat16 if halves else torch.float32)
+        self.model.eval().requires_grad_(False)
+        self.behaviour = self._behaviour(base, source)
+
+        names = dict(self.model.named_parameters(remove_duplicate=False))
+        found = rename_all([target.name for target in targets], names)
+        if not found:
+            raise SourceError(f"{base}: the loaded model has no tensor {targets[0].name!r}; give model and forward")
+        self.targets: list[Target] = []
+        self.weights: list[nn.Parameter] = []
+        self.changed: list[int] = []
+        self.energy: list[float] = []
+        tuned: dict[nn.Parameter, Tensor] = {}
+        for target in targets:
+            if target.name not in found:
+                self.warnings.append(f"{target.name} is not fitted: the loaded model has no such tensor")
+                continue
+            delta, weight = self._dense(target), names[found[target.name]]
+            changed = int(delta.count_nonzero())
+            if changed:  # what the fine-tune left alone stays as it is, as with plain top-k
+                self.targets.append(target)
+                self.weights.append(weight)
+                self.changed.append(changed)
+                self.energy.append(float(delta.square().sum()))
+                tuned[weight] = (weight.data.float() + delta.view(weight.shape)).to(weight.dtype)
+        if not self.targets:
+            raise SourceError(f"{source}: nothing in it changes the base")
+        self._write_whole(whole, names)
+        self.teacher = Teacher(self.model, tuned, self.behaviour)
+        # Where values are trained, so that nothing of the held-out texts is used.
+        with torch.no_grad():
+            self.behaviour.calibrate(
+                (self.behaviour.outputs(self.model, part), self.teacher.outputs(part)) for part in self.calibration()
+            )
+
+    def _behaviour(self, base: Path, source: Path) -> Behaviour:
+        fit = self._fit
+        if fit.forward is not None:
+            return CustomBehaviour(self.texts, fit.forward, fit.loss)
+        tokenizer, pooling = loading.load_tokenizer(base, source), loading.pooling(base, source)
+        return TextBehaviour(tokenizer, self.texts, self.model, fit.tokens, pooling)
+
+    def _write_whole(self, whole: Sequence[tuple[str, TensorDelta]], names: dict[str, nn.Parameter]) -> None:
+        for name, delta in whole:
+            own = rename_all([name], names).get(name)
+            if own is None or delta.op not in ("add", "set", "new") or names[own].shape != delta.shape:
+                continue
+            weights = flat(names[own])
+            positions = torch.from_numpy(delta.positions()).to(self.device)
+            values = torch.from_numpy(delta.values().copy()).to(weights)
+            weights[positions] = weights[positions] + values if delta.op == "add" else values
+
+    def _dense(self, target: Target) -> Tensor:
+        return torch.from_numpy(target.dense()).to(self.device)
+
+    def nonzeros(self) -> Nonzeros:
+        """The fine-tune's largest changes, as many of each target as its count says."""
+        positions, values = self.select("magnitude", [target.count for target in self.targets])
+        stored = [_DTYPES.get(target.dtype, torch.float32) for target in self.targets]
+        nonzeros = Nonzeros(self.weights, stored, positions)
+        nonzeros.values = values
+        return nonzeros
+
+    def select(self, mask: str, counts: Sequence[int], whole_model: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Positions, and the fine-tune's values there.
+
+        Args:
+            mask: "magnitude", "activation" or "gradient".
+            counts: how many of each target.
+            whole_model: all of them together, wherever they are largest.
+        """
+        factors = self._factors(mask)
+
+        def score(index: int) -> Tensor:
+            return factors(index, self._dense(self.targets[index]).abs())
+
+        if whole_model and mask != "magnitude":  # by magnitude, counts are shared out that way already
+            positions = scores.largest_of_all([score(index) for index in range(len(counts))], sum(counts))
+        else:
+            pairs = zip(counts, self.changed, strict=True)
+            positions = [scores.largest(score(i), min(count, changed)) for i, (count, changed) in enumerate(pairs)]
+        found = [self._dense(target)[at] for target, at in zip(self.targets, positions, strict=True)]
+        return positions, torch.cat(found)
+
+    def _factors(self, mask: str) -> Callable[[int, Tensor], Tensor]:
+        """(target's index, its magnitudes) -> its scores."""
+        if mask == "gradient":
+            found = scores.rms_gradients(self.model, self.weights, self.behaviour, self.teacher, self.calibration())
+            return lambda index, magnitude: magnitude * found[index]
+        if mask == "activation":
+
+            def forward() -> None:
+                for part in self.calibration():
+                    self.behaviour.outputs(self.model, part)
+
+            norms = scores.input_norms(self.model, self.weights, forward)
+            return lambda index, magnitude: scores.by_input(magnitude, self.weights[index], norms.get(index))
+        return lambda index, magnitude: magnitude
+
+    def calibration(self) -> list[list[int]]:
+        """A few batches, in the parts of which they are made."""
+        number = max(1, min(CALIBRATION * self._fit.batch, len(self.train)) // self.micro)
+        return list(islice(batches(self.train, self.behaviour.lengths, self.micro, self._fit.seed), number))
+
+    def measure(self) -> Measures:
+        """How far the model, as it is, is from the fine-tune on the texts held out."""
+        return measure_all(self.model, self.behaviour, self.teacher, self.held_out, self.micro)
