@@ -315,6 +315,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
                 mine = [row for row in found if row["task"] == task]
                 values = (spread([row[key] for row in mine]) for key in ("base", "alone", "added", "mean"))
                 each.append([f"{method}, {task}", *values])
+        if len(lines) == 1:
+            continue
         print_table(f"{triple} ({', '.join(tasks)}): top-1, mean over the tasks; alone, then three in one", lines)
         print_table("how the adapters meet, mean over pairs, first seed", more)
         print_table("each task", each)
@@ -323,8 +325,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for (left, right), (triple, tasks) in zip(figure.subplots(2, 2, width_ratios=(2, 1)), TRIPLES.items(), strict=True):
+    triples = {triple: tasks for triple, tasks in TRIPLES.items() if any(row["triple"] == triple for row in rows)}
+    figure = Figure(figsize=(11, 3.6 * len(triples)), layout="constrained")
+    panels = figure.subplots(len(triples), 2, width_ratios=(2, 1), squeeze=False)
+    for (left, right), (triple, tasks) in zip(panels, triples.items(), strict=True):
         of_triple = [row for row in rows if row["triple"] == triple]
         methods = [method for method in METHODS if any(row["method"] == method for row in of_triple)]
         bars = [(method, task) for method in methods for task in tasks]
