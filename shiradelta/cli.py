@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -153,6 +154,75 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
         f"{len(report.tensors)} tensors converted, {len(report.skipped)} skipped; {changed:,} of {report.numel:,}"
         f" weights change ({show.percent(changed / max(report.numel, 1))}); {report.summary}\n"
         f"{report.out}: {show.size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero"
+    )
+
+
+@main.command(short_help="Train a sparse adapter.")
+@click.argument("model")
+@click.option("--texts", required=True, help="What to train on: JSON Lines, with the keys listed above.")
+@click.option("-o", "--out", required=True, help="The file to write.")
+@click.option("--sparsity", default="0.01", show_default=True, help="The share of the weights that change, or N:M.")
+@click.option(
+    "--mask",
+    type=click.Choice(["snip", "grad", "wm", "rand", "struct"]),
+    default="snip",
+    show_default=True,
+    help="Which: by weight times gradient, by gradient, by weight, at random, by rows and diagonals.",
+)
+@click.option("--targets", help="Layers to train, such as q_proj,v_proj.  [default: all linear ones but the output's]")
+@click.option("--scope", type=click.Choice(["tensor", "model"]), default="tensor", help="Where the share holds.")
+@click.option("--avoid", multiple=True, metavar="FILE", help="A .shd whose weights are not to be touched; repeatable.")
+@click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
+@click.option("--batch", default=32, show_default=True, help="Examples a step.")
+@click.option("--rate", default=0.04, show_default=True, help="Learning rate, in units of a weight's rms.")
+@click.option("--tokens", default=256, show_default=True, help="Where examples are cut.")
+@click.option("--seed", default=0, show_default=True, help="Of the order, and of a random mask.")
+@_values("int4")
+@click.option("--device", help="Where to train.  [default: a GPU, if there is one]")
+@click.option("--plot", help="Draw the losses to this PNG.")
+@_JSON
+def train(
+    model: str,
+    texts: str,
+    out: str,
+    targets: str | None,
+    device: str | None,
+    plot: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    r"""Train a sparse adapter for the folder MODEL: a share of its weights, the rest as it is.
+
+    \b
+    A line of the texts is
+      {"text": ...}                      for a causal language model
+      {"prompt": ..., "completion": ...} for one that is to answer
+      {"anchor": ..., "positive": ...}   for an encoder that is to find one by the other
+
+    Started again, an interrupted run goes on.
+    """
+    from shiradelta.train.run import Settings, run
+
+    names = tuple(filter(None, (targets or "").split(",")))
+    with show.progress("training") as progress:
+        report = run(
+            Path(model),
+            Path(texts),
+            Path(out),
+            Settings(targets=names, **settings),
+            device,
+            None if plot is None else Path(plot),
+            lambda line: click.echo(line, err=True),
+            progress,
+        )
+    if as_json:
+        _echo_json(dataclasses.asdict(report))
+        return
+    click.echo(
+        f"{report.nnz:,} of {report.numel:,} weights in {report.tensors} tensors trained, {report.steps} steps in"
+        f" {report.seconds:.0f} s; loss on {report.held_out} examples held out: {report.before:.4g} before,"
+        f" {report.after:.4g} with the file\n"
+        f"{report.out}: {show.size(report.file_bytes)}; patch it in with: shiradelta apply {model} {report.out}"
     )
 
 

@@ -44,6 +44,7 @@ class Choice:
         batches: calibration batches, for masks that need gradients.
         loss: of a batch.
         tell: is told how far it is.
+        all_needed: whether a weight that the loss does not depend on is an error, or is left out.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Choice:
     batches: Sequence[Any]
     loss: Loss
     tell: Tell
+    all_needed: bool
 
     def by_name(self, mask: str) -> dict[str, Tensor]:
         """Positions by weight, int64, increasing, where the weight lies."""
@@ -114,7 +116,7 @@ class Choice:
             score = getattr(masks, mask)
             found = (
                 (name, score(self.weights[name].detach(), total))
-                for name, total in sums(self.model, self.weights, self.batches, self.loss, self.tell)
+                for name, total in sums(self.model, self.weights, self.batches, self.loss, self.tell, self.all_needed)
             )
         elif mask == "wm":
             found = ((name, masks.wm(weight.detach())) for name, weight in self.weights.items())

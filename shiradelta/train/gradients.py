@@ -36,7 +36,12 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def sums(
-    model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Sequence[Any], loss: Loss, tell: Tell
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Sequence[Any],
+    loss: Loss,
+    tell: Tell,
+    all_needed: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, magnitudes of a weight's gradient summed over the batches, flat, float32), weight by weight.
 
@@ -50,6 +55,7 @@ def sums(
         batches: what `loss` takes; tensors in them are brought to the model's device.
         loss: of a batch.
         tell: is told how far it is.
+        all_needed: whether a weight that the loss does not depend on is an error, or is left out.
 
     Raises:
         DeltaError: no batches.
@@ -62,6 +68,8 @@ def sums(
         totals = _pass(model, {name: weights[name] for name in group}, batches, loss, tell, number, len(groups))
         for name in group:
             total = totals.pop(name, None)
+            if total is None and not all_needed:
+                continue
             if total is None:
                 raise ShiraDeltaError(f"tensor {name!r} has no part in the loss; leave it out of the targets")
             _sum_over_processes(total)

@@ -118,10 +118,14 @@ def parse_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None
     pattern = None
     if isinstance(sparsity, str):
         found = re.fullmatch(r"(\d+):(\d+)", sparsity)
-        if found is None or not 0 < int(found[1]) <= int(found[2]):
-            raise DeltaError(f"sparsity {sparsity!r} is no pattern; give N:M such as '1:64', or a share such as 0.01")
-        pattern = int(found[1]), int(found[2])
-        sparsity = pattern[0] / pattern[1]
+        if found is not None and 0 < int(found[1]) <= int(found[2]):
+            pattern = int(found[1]), int(found[2])
+        try:
+            sparsity = float(sparsity) if pattern is None else pattern[0] / pattern[1]
+        except ValueError:
+            raise DeltaError(
+                f"sparsity {sparsity!r} is no pattern; give N:M such as '1:64', or a share such as 0.01"
+            ) from None
     if not 0 < sparsity <= 1:
         raise DeltaError(f"sparsity {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01")
     return sparsity, pattern

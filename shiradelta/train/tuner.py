@@ -23,7 +23,7 @@ from .adapters import read_adapter, write_peft
 from .choose import Choice, OwnMask, avoided, own_mask
 from .gradients import Loss, Tell, own_loss
 from .layout import View, views
-from .targets import check_weights, find_weights
+from .targets import ALL_LINEAR, check_weights, find_weights
 
 #: What the values are called beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
 SUFFIX = "_nonzeros"
@@ -98,6 +98,7 @@ def attach(
             list(calibration) if masks.MASKS.get(mask) else [],
             loss,
             progress or (lambda what, done, total: None),
+            targets not in (None, ALL_LINEAR),  # encoders have poolers that not every task uses
         )
         positions = choice.by_name(mask)
     else:
@@ -209,6 +210,16 @@ class Tuner:
     def values(self) -> dict[str, nn.Parameter]:
         """What is trained: the model's names -> float32 [n], what is added to the base at the mask."""
         return {name: tuned.values for name, tuned in self._tuned.items()}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that are changed, by the model's names; those that FSDP has taken to parts are left out."""
+        return {name: weight for name, tuned in self._tuned.items() if (weight := tuned.weight) is not None}
+
+    @property
+    def views(self) -> dict[str, Sequence[View]]:
+        """The model's names -> how the checkpoint has these weights."""
+        return {name: tuned.views for name, tuned in self._tuned.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """The values, for an optimizer."""

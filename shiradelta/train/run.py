@@ -1,0 +1,357 @@
+"""The plain case from end to end: a model's folder and a file of examples in, a `.shd` out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta import wire
+from shiradelta.checkpoint import Checkpoint, match_names, open_checkpoint
+from shiradelta.errors import ShiraDeltaError, SourceError
+from shiradelta.fit import loading
+from shiradelta.fit.texts import batches, split
+from shiradelta.fit.train import cycle
+
+from .data import read_examples
+from .gradients import Tell
+from .state import load_with_about, save_state
+from .targets import find_weights
+from .tuner import Tuner, attach
+
+#: Batches that gradients are summed over for a mask; of all examples, at most so many are kept from training.
+CALIBRATION, HELD_OUT = 16, 256
+EVALUATIONS, SAVE_EVERY = 20, 20  # times; seconds
+CLIP = 1.0
+_MASK = ".positions"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run; `shiradelta train --help` says what they are."""
+
+    sparsity: float | str = 0.01
+    mask: str = "snip"
+    targets: tuple[str, ...] = ()
+    scope: str = "tensor"
+    avoid: tuple[str, ...] = ()
+    steps: int = 400
+    batch: int = 32
+    rate: float = 0.04
+    tokens: int = 256
+    seed: int = 0
+    values: str = "int4"
+
+
+@dataclass
+class Report:
+    """What came out.
+
+    Attributes:
+        before, after: loss on the examples held out, of the base and of the file as it is read.
+        history: (step, loss on a batch as a running mean, loss on the examples held out).
+    """
+
+    out: str
+    tensors: int
+    nnz: int
+    numel: int
+    examples: int
+    held_out: int
+    steps: int
+    before: float
+    after: float
+    seconds: float
+    file_bytes: int
+    history: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+def run(
+    model_folder: Path,
+    examples_file: Path,
+    out: Path,
+    settings: Settings,
+    device: str | None = None,
+    plot: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Tell = lambda what, done, total: None,
+) -> Report:
+    """Trains an adapter; started again, an interrupted run goes on, to the same file.
+
+    Args:
+        model_folder: as transformers loads it; trained in the dtype that it is stored in.
+        examples_file: JSON Lines (`shiradelta.train.data`).
+        out: the file to write; beside it the state of an interrupted run is kept, `OUT.train`.
+        settings: of the run.
+        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        plot: a PNG to draw the losses to.
+        say: is told what is worth knowing.
+        progress: is told how far it is.
+
+    Raises:
+        SourceError: the model or the examples cannot be used.
+        ShiraDeltaError: training gave NaN; out of memory.
+    """
+    try:
+        return _Run(model_folder, examples_file, out, settings, device, say, progress).go(plot)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise ShiraDeltaError(
+            f"out of memory: --batch {max(1, settings.batch // 2)} halves what a step takes, or cut examples with"
+            f" --tokens {max(1, settings.tokens // 2)}"
+        ) from None
+
+
+class _Run:
+    def __init__(
+        self,
+        folder: Path,
+        examples_file: Path,
+        out: Path,
+        settings: Settings,
+        device: str | None,
+        say: Callable[[str], None],
+        progress: Tell,
+    ) -> None:
+        self.settings, self.out, self.say, self.progress = settings, out, say, progress
+        self.state_path = out.with_name(out.name + ".train")
+        checkpoint = open_checkpoint(folder)
+        tokenizer = loading.load_tokenizer(folder)
+        self.examples, rows = read_examples(examples_file, tokenizer, settings.tokens)
+        self.device = loading.pick_device(device)
+        dtype = _stored_dtype(checkpoint)
+        # What is made under float16 may overflow; its weights are used as they are, products are made in bfloat16.
+        mixed = dtype == torch.float16
+        self.casting: Any = torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
+        self.model = loading.load_model(folder, folder, self.device, dtype).eval()
+        self.train, self.held_out = split(len(rows), HELD_OUT, settings.seed)
+        key = [str(folder.resolve()), rows, vars(settings)]
+        self.key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        self.checkpoint = checkpoint
+        self.history: list[tuple[int, float, float]] = []
+
+    def go(self, plot: Path | None) -> Report:
+        start = time.monotonic()
+        settings = self.settings
+        resumed = self._resumed()
+        before = self.history[0][2] if self.history else self._measure()
+        tuner = self._attach(resumed)
+        optimizer = torch.optim.AdamW(
+            [{"params": [values], "unit": unit} for values, unit in zip(tuner.parameters(), self.units, strict=True)],
+            weight_decay=0.0,
+        )
+        step = 0
+        if resumed is not None:
+            step = self._take_up(resumed, tuner, optimizer)
+            self.say(f"going on from step {step} of {settings.steps}, found in {self.state_path}")
+        self.say(f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}")
+        self._train(tuner, optimizer, step, before)
+        about = {"mask": settings.mask, "steps": str(settings.steps), "examples": str(len(self.train))}
+        tuner.save(self.out, settings.values, about)
+        tensors, nnz, numel = len(tuner.values), tuner.nnz, tuner.numel
+        after = self._measure_file(tuner)
+        self.state_path.unlink(missing_ok=True)
+        if plot is not None:
+            draw(plot, self.history)
+        return Report(
+            str(self.out),
+            tensors,
+            nnz,
+            numel,
+            len(self.train),
+            len(self.held_out),
+            settings.steps,
+            before,
+            after,
+            round(time.monotonic() - start, 1),
+            self.out.stat().st_size,
+            self.history,
+        )
+
+    def _attach(self, resumed: dict[str, Tensor] | None) -> Tuner:
+        settings = self.settings
+        targets: list[str] | None = list(settings.targets) or None
+        mask: str | dict[str, Tensor] = settings.mask
+        if resumed is not None:
+            mask = {name.removesuffix(_MASK): where for name, where in resumed.items() if name.endswith(_MASK)}
+        weights = find_weights(self.model, targets)
+        self.units: list[float] = []
+        stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed + 1)
+        tuner = attach(
+            self.model,
+            settings.sparsity,
+            mask,
+            targets,
+            list(islice(stream, CALIBRATION)),
+            loss=self._loss,
+            scope=settings.scope,
+            avoid=settings.avoid,
+            seed=settings.seed,
+            progress=self.progress,
+        )
+        self._check_stored(tuner)
+        for name in tuner.values:
+            rms = float(weights[name].detach().float().square().mean().sqrt())
+            self.units.append(rms or 0.02)  # a bias that is zero has the unit that weights mostly have
+        return tuner
+
+    def _check_stored(self, tuner: Tuner) -> None:
+        """The file is made for the folder's bits, so they have to be those that are trained on."""
+        shapes = {view.name: view.shape for views in tuner.views.values() for view in views}
+        found = match_names(shapes, self.checkpoint)
+        for name, weight in tuner.weights.items():
+            own = str(weight.dtype).removeprefix("torch.")
+            for view in tuner.views[name]:
+                slot = self.checkpoint[found[view.name]] if view.name in found else None
+                if slot is None or slot.dtype.name != own:
+                    where = (
+                        "not in the folder" if slot is None else f"stored as {slot.dtype.name}, and trained as {own}"
+                    )
+                    raise SourceError(f"{self.checkpoint.root}: {view.name!r} is {where}; leave it out of --targets")
+
+    def _loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
+        with self.casting:
+            return self.examples.loss(model, indices)
+
+    def _measure(self) -> float:
+        """The mean loss on the examples held out."""
+        order = sorted(self.held_out, key=lambda index: self.examples.lengths[index])
+        parts = [order[i : i + self.settings.batch] for i in range(0, len(order), self.settings.batch)]
+        with torch.no_grad():
+            total = sum(self._loss(self.model, part).item() * len(part) for part in parts)
+        return total / len(order)
+
+    def _measure_file(self, tuner: Tuner) -> float:
+        """The same with the file's values, which may have 4 bits."""
+        from shiradelta.engine.hotswap import HotSwap
+
+        tuner.detach()
+        swap = HotSwap(self.model)
+        swap.load("file", self.out)
+        with swap.applied("file"):
+            return self._measure()
+
+    def _train(self, tuner: Tuner, optimizer: torch.optim.Optimizer, first: int, before: float) -> None:
+        settings = self.settings
+        stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed)
+        every = max(1, settings.steps // EVALUATIONS)
+        mean = self.history[-1][1] if self.history else before
+        saved = time.monotonic()
+        for step, indices in islice(enumerate(stream), first, settings.steps):
+            if step % every == 0 and (not self.history or self.history[-1][0] != step):
+                self.history.append((step, mean, self._measure() if step else before))
+            try:
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self._save(tuner, optimizer, step)
+                    saved = time.monotonic()
+                loss = self._step(tuner, optimizer, step, indices)
+            except KeyboardInterrupt:
+                if self.state_path.exists():
+                    self.say(f"interrupted at step {step} of {settings.steps}; the same command goes on")
+                raise
+            mean = 0.9 * mean + 0.1 * loss
+            self.progress(f"loss {mean:.3f}", step + 1, settings.steps)
+        self.history.append((settings.steps, mean, self._measure()))
+
+    def _step(self, tuner: Tuner, optimizer: torch.optim.Optimizer, step: int, indices: Sequence[int]) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = self.settings.rate * group["unit"] * cycle(step, self.settings.steps)
+        optimizer.zero_grad()
+        loss = self._loss(self.model, indices)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(tuner.parameters(), CLIP)
+        found = loss.item()
+        if not math.isfinite(found) or not torch.isfinite(norm):
+            raise ShiraDeltaError(
+                f"training gave NaN at step {step}; give a smaller --rate, such as {self.settings.rate / 4:.2g}"
+            )
+        optimizer.step()
+        return found
+
+    # ---------------------------------------------------------------------------------------- going on
+
+    def _save(self, tuner: Tuner, optimizer: torch.optim.Optimizer, step: int) -> None:
+        tensors = tuner.state_dict()
+        for name, values in tuner.values.items():
+            for what in ("exp_avg", "exp_avg_sq"):
+                if what in optimizer.state[values]:
+                    tensors[f"{name}.{what}"] = optimizer.state[values][what].cpu()
+        about = {"run": self.key, "state": json.dumps({"step": step, "history": self.history})}
+        save_state(self.state_path, tensors, about)
+
+    def _resumed(self) -> dict[str, Tensor] | None:
+        """The state of this very run, if there is one."""
+        if not self.state_path.exists():
+            return None
+        tensors, about = load_with_about(self.state_path)
+        if about.get("run") != self.key:
+            return None
+        found = json.loads(about["state"])
+        self._first = int(found["step"])
+        self.history = [(int(step), float(loss), float(held)) for step, loss, held in found["history"]]
+        return tensors
+
+    def _take_up(self, state: dict[str, Tensor], tuner: Tuner, optimizer: torch.optim.Optimizer) -> int:
+        tuner.load_state_dict({name: t for name, t in state.items() if name.endswith((_MASK, ".values"))})
+        for name, values in tuner.values.items():
+            if f"{name}.exp_avg" not in state:
+                continue  # one that the loss does not depend on
+            optimizer.state[values] = {
+                "step": torch.tensor(float(self._first)),
+                "exp_avg": state[f"{name}.exp_avg"].to(values.device),
+                "exp_avg_sq": state[f"{name}.exp_avg_sq"].to(values.device),
+            }
+        return self._first
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most of a checkpoint's weights.
+
+    Raises:
+        SourceError: one that cannot be trained: quantised.
+    """
+    sizes: Counter[str] = Counter()
+    for slot in checkpoint.values():
+        sizes[slot.dtype.name] += slot.numel
+    name = sizes.most_common(1)[0][0]
+    if name not in wire.ADDABLE:
+        raise SourceError(
+            f"{checkpoint.root}: its weights are stored as {name}: quantised, or more than float32 can tell; train on"
+            " the model in bfloat16, float16 or float32"
+        )
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def draw(path: Path, history: Sequence[tuple[int, float, float]]) -> None:
+    """Writes the losses as a PNG.
+
+    Raises:
+        SourceError: matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SourceError("a plot needs matplotlib; install it, or leave the plot out") from None
+    from shiradelta.files import os_errors
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps, means, held = zip(*history, strict=True)
+    axes.plot(steps, means, marker=".", label="training, running mean")
+    axes.plot(steps, held, marker=".", label="held out")
+    axes.axhline(held[0], color="gray", linestyle=":", label=f"base {held[0]:.3g}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    with os_errors(path):
+        figure.savefig(path, format="png", dpi=120)

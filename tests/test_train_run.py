@@ -1,0 +1,149 @@
+"""`shiradelta train`: a folder and a file of examples in, a `.shd` out."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import BertConfig, BertModel
+
+import shiradelta
+from shiradelta.cli import main
+from shiradelta.errors import ShiraDeltaError, SourceError
+from shiradelta.train import run as run_module
+from shiradelta.train.run import Settings, run
+from tests.test_fit import WORDS, write_tokenizer
+from tests.test_train import llama
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    llama(torch.bfloat16, vocab_size=100).save_pretrained(root / "causal")
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 100, "hidden_size": 32}
+    BertModel(BertConfig(intermediate_size=48, **sizes)).save_pretrained(root / "encoder")
+    for kind in ("causal", "encoder"):
+        write_tokenizer(root / kind)
+    return root
+
+
+def write(path: Path, kind: str, count: int = 60) -> Path:
+    """Sentences of which each word says what comes next."""
+    rng = random.Random(0)
+
+    def sentence() -> str:
+        start = rng.randrange(50)
+        return " ".join(WORDS[(start + i) % 50] for i in range(6))
+
+    rows: list[dict[str, str]] = []
+    for _ in range(count):
+        if kind == "text":
+            rows.append({"text": sentence()})
+        elif kind == "completion":
+            words = sentence().split()
+            rows.append({"prompt": " ".join(words[:3]), "completion": " ".join(words[3:])})
+        else:
+            rows.append({"anchor": (text := sentence()), "positive": " ".join(reversed(text.split()))})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+SETTINGS = Settings(sparsity=0.1, steps=30, batch=12, rate=0.3, tokens=16)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("causal", "text"), ("causal", "completion"), ("encoder", "pairs")])
+def test_it_learns_and_the_file_fits_the_folder(model: str, kind: str, folders: Path, tmp_path: Path):
+    texts = write(tmp_path / "data.jsonl", kind)
+    told: list[str] = []
+    report = run(folders / model, texts, tmp_path / "task.shd", SETTINGS, "cpu", tmp_path / "loss.png", told.append)
+    assert report.after < 0.97 * report.before
+    assert [step for step, *_ in report.history] == list(range(31))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "loss.png", "task.shd"]
+    shiradelta.apply(folders / model, tmp_path / "task.shd", out=tmp_path / "patched")
+    assert shiradelta.verify(folders / model, tmp_path / "task.shd").state == "base"
+    assert any("training" in line for line in told)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, "1:8"])
+def test_an_interrupted_run_goes_on_exactly(
+    sparsity: float | str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    texts = write(tmp_path / "data.jsonl", "text")
+    settings = Settings(**{**vars(SETTINGS), "sparsity": sparsity, "values": "f32"})
+    whole = run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu")
+    monkeypatch.setattr(run_module, "SAVE_EVERY", -1)
+    step = run_module._Run._step
+
+    def stop(self: Any, tuner: Any, optimizer: Any, number: int, indices: Any) -> float:
+        if number == 17:
+            raise KeyboardInterrupt
+        return step(self, tuner, optimizer, number, indices)
+
+    monkeypatch.setattr(run_module._Run, "_step", stop)
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", say=told.append)
+    assert "goes on" in told[-1]
+    assert not (tmp_path / "task.shd").exists()
+    monkeypatch.setattr(run_module._Run, "_step", step)
+    report = run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", say=told.append)
+    assert any("going on from step 17" in line for line in told)
+    assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
+    assert [held for *_, held in report.history] == [held for *_, held in whole.history]
+
+
+def test_the_command(folders: Path, tmp_path: Path):
+    texts = write(tmp_path / "data.jsonl", "text")
+    command = ["train", str(folders / "causal"), "--texts", str(texts), "-o", str(tmp_path / "task.shd")]
+    options = ["--steps", "3", "--batch", "8", "--sparsity", "0.1", "--targets", "q_proj,up_proj", "--device", "cpu"]
+    result = CliRunner().invoke(main, [*command, *options])
+    assert result.exit_code == 0, result.output
+    assert "held out" in result.output
+    assert "shiradelta apply" in result.output
+    result = CliRunner().invoke(main, [*command, *options, "--json", "--mask", "struct"])
+    found = json.loads(result.stdout)
+    assert found["steps"] == 3
+    with shiradelta.open_delta(tmp_path / "task.shd") as delta:
+        assert all("q_proj" in name or "up_proj" in name for name in delta)
+        assert delta.metadata["mask"] == "struct"
+    result = CliRunner().invoke(main, [*command, "--sparsity", "much"])
+    assert result.exit_code == 1
+    assert "1:64" in result.output
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["nonsense"] * 12, "line 1: is not JSON"),
+        (['{"words": "a"}'] * 12, "line 1: is no example"),
+        (['{"text": "w1 w2"}'] * 11 + ['{"prompt": "w1", "completion": "w2"}'], "line 12: has not the keys"),
+        (['{"text": "w1 w2"}'] * 3, "3 examples are too few"),
+        ([], "0 examples"),
+        (['{"text": "w1"}'] * 12, "nothing to predict"),
+        (['{"anchor": "w1 w2", "positive": "w1"}'] * 12, "last_hidden_state"),
+    ],
+)
+def test_examples_that_cannot_be_used(lines: list[str], message: str, folders: Path, tmp_path: Path):
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SourceError, match=message):
+        run(folders / "causal", tmp_path / "data.jsonl", tmp_path / "task.shd", SETTINGS, "cpu")
+    assert not (tmp_path / "task.shd").exists()
+
+
+def test_texts_do_not_train_an_encoder(folders: Path, tmp_path: Path):
+    with pytest.raises(SourceError, match="anchor and positive"):
+        run(folders / "encoder", write(tmp_path / "data.jsonl", "text"), tmp_path / "task.shd", SETTINGS, "cpu")
+
+
+def test_a_rate_that_is_too_large(folders: Path, tmp_path: Path):
+    settings = Settings(**{**vars(SETTINGS), "rate": 1e38})
+    with pytest.raises(ShiraDeltaError, match="smaller --rate"):
+        run(folders / "causal", write(tmp_path / "data.jsonl", "text"), tmp_path / "task.shd", settings, "cpu")
+    assert not (tmp_path / "task.shd").exists()
