@@ -1,4 +1,4 @@
-"""Files that hold differences: dense (`NAME.diff`, `NAME.diff_b`, or plain names), or sparse.
+"""Files that hold differences: dense (LyCORIS' `.diff`, `.diff_b`, `.w_norm`, `.b_norm`, or plain names), or sparse.
 
 Sparse layouts: PEFT's SHiRA (`MODULE.shira_weight`, `MODULE.shira_indices` [2, nnz]), and `NAME.values` with flat
 `NAME.positions`.  Sparse ones are taken whole; nothing is selected from them.
@@ -12,12 +12,13 @@ from functools import partial
 import numpy as np
 
 from shiradelta.arithmetic import Array, Float32, to_float32
-from shiradelta.checkpoint import Checkpoint, match_names
+from shiradelta.checkpoint import Checkpoint
 from shiradelta.delta import TensorDelta, matrix_shape
 from shiradelta.errors import SourceError
 from shiradelta.select import Rows, row_shape
 
 from .item import Item, Source
+from .lora_keys import find_tensors
 
 _PEFT_PREFIX = "base_model.model."
 #: suffix of a file's key -> (suffix of the tensor's name, what the key holds)
@@ -28,6 +29,8 @@ _SUFFIXES = {
     ".positions": ("", "positions"),
     ".diff": (".weight", "dense"),
     ".diff_b": (".bias", "dense"),
+    ".w_norm": (".weight", "dense"),
+    ".b_norm": (".bias", "dense"),
 }
 _VALUES = ("float32", "float16", "bfloat16")
 
@@ -62,10 +65,13 @@ def open_diff(source: Checkpoint, base: Checkpoint | None) -> Source:
         name, what = parse_key(key) or (key, "dense")
         tensors.setdefault(name, {})[what] = key
     result = Source()
-    found = dict.fromkeys(tensors, "") if base is None else match_names(dict.fromkeys(tensors, ()), base)
+    found, lacking = dict.fromkeys(tensors, ""), dict[str, str]()
+    if base is not None:
+        shapes = {name: source[keys["dense"]].shape if "dense" in keys else () for name, keys in tensors.items()}
+        found, lacking = find_tensors(shapes, base)
     for name, keys in tensors.items():
         if name not in found:
-            result.skipped[name] = "the base has no such tensor"
+            result.skipped[name] = lacking[name]
             continue
         item = _item(source, keys, found[name] or name, base)
         if isinstance(item, str):
@@ -73,6 +79,11 @@ def open_diff(source: Checkpoint, base: Checkpoint | None) -> Source:
         else:
             result.items.append(item)
     return result
+
+
+def difference(source: Checkpoint, key: str, name: str, base: Checkpoint) -> Item | str:
+    """The dense difference under a key, of the base's tensor `name`; or why it cannot be taken."""
+    return _item(source, {"dense": key}, name, base)
 
 
 def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint | None) -> Item | str:

@@ -1,9 +1,9 @@
-"""LoRA: delta = scale * B A, from PEFT's folders and from lone safetensors files."""
+"""LoRA and kin (AdaLoRA, LoHa, LoKr): delta = scale * B A or another product, from PEFT's folders and lone files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from shiradelta.checkpoint import Checkpoint, read_json, tied_slot
 from shiradelta.errors import SourceError
 from shiradelta.select import Rows, row_shape
 
+from . import diff, lycoris
 from .item import Item, Source, whole_tensor
 from .lora_keys import Module, find_tensors, sort_keys
-from .lora_scale import CONFIG, Scale, check_type, number
+from .lora_scale import CONFIG, TYPES, Scale, check_type, number
 
 _FACTORS = ("float32", "float16", "bfloat16")
 #: Models whose layers are stored as [in, out].
@@ -28,7 +29,7 @@ def adapter_weights(path: Path) -> Path | None:
     weights, config = path / "adapter_model.safetensors", path / CONFIG
     if config.exists():
         about = read_json(config)
-        check_type(about if isinstance(about, dict) else {}, config, "LORA", "SHIRA")
+        check_type(about if isinstance(about, dict) else {}, config, *TYPES, "SHIRA")
         if not weights.exists():
             raise SourceError(f"{path}: has no adapter_model.safetensors; save the adapter as safetensors first")
     return weights if weights.exists() else None
@@ -54,14 +55,15 @@ def open_lora(source: Checkpoint, base: Checkpoint | None, alpha: float | None) 
             " scale is 1; --alpha sets another"
         )
     tensors = {module: f"{module}.weight" for module in shapes}
+    differences = {key: parsed[0] for key in others if (parsed := diff.parse_key(key)) and parsed[1] == "dense"}
+    others |= differences
     names, lacking = _names(source, tensors, shapes, others, base)
     result.skipped |= {module: lacking[tensor] for module, tensor in tensors.items() if tensor in lacking}
     matched = {module: names[tensor] for module, tensor in tensors.items() if tensor in names}
     swapped = _swapped({m: modules[m] for m in matched}, shapes, scale, matched, base, result)
     taken: set[str] = set()
     for module, name in matched.items():
-        rank = source[modules[module].keys["A"]].shape[0]
-        factor = scale(module, rank, alphas.get(module))
+        factor = _factor(source, module, modules[module], scale, alphas.get(module))
         item = _item(source, modules[module], shapes[module], name, base, factor, module in swapped)
         if isinstance(item, str):
             result.skipped[module] = item
@@ -71,7 +73,7 @@ def open_lora(source: Checkpoint, base: Checkpoint | None, alpha: float | None) 
             result.items.append(item)
             taken.add(name)
     if base is None or taken:  # else it is another model's, and whatever it holds would be new
-        _add_whole(source, others, names, scale, base, result)
+        _add_whole(source, others, set(differences), names, scale, base, result)
     result.skipped |= {key: "an alpha without factors" for module, key in alpha_keys.items() if module not in modules}
     return result
 
@@ -90,15 +92,28 @@ def _alpha(source: Checkpoint, key: str) -> float:
     return number(value.item(), f"{source.root}: {key!r}")
 
 
+def _factor(source: Checkpoint, module: str, parts: Module, scale: Scale, alpha: float | None) -> float:
+    """What the product of the factors is multiplied with."""
+    if "E" in parts.keys:
+        return scale.adaptive(module)
+    if not lycoris.is_lycoris(parts.keys):
+        return scale(module, source[parts.keys["A"]].shape[0], alpha)
+    rank = lycoris.rank(source, parts.keys) or scale.whole_rank(module)
+    return 1.0 if rank is None else scale(module, rank, alpha)
+
+
 def _shape(source: Checkpoint, parts: Module) -> tuple[int, ...] | str:
-    """Of B A, or why there is none."""
-    if set(parts.keys) != {"A", "B"}:
+    """Of the product of the factors, or why there is none."""
+    others = lycoris.is_lycoris(parts.keys)
+    if not others and set(parts.keys) - {"E"} != {"A", "B"}:
         return f"only {' '.join(parts.keys)} of A and B is there"
     for key in parts.keys.values():
         if source[key].dtype.name not in _FACTORS:
             raise SourceError(
                 f"{source.root}: {key!r} is {source[key].dtype.name}; LoRA factors are {', '.join(_FACTORS)}"
             )
+    if others:
+        return lycoris.matrix_shape(source, parts.keys)
     a, b = source[parts.keys["A"]].shape, source[parts.keys["B"]].shape
     if len(a) != len(b) or not 2 <= len(a) <= 5 or a[0] != b[1] or not a[0]:
         return f"shapes {list(b)} and {list(a)} do not multiply"
@@ -171,8 +186,13 @@ def _item(
     swap: bool,
 ) -> Item | str:
     """The dense delta of one module, or why there is none."""
+    others = lycoris.is_lycoris(parts.keys)
+    if others and swap:
+        return "the base stores it as [in, out], which is not known of LoHa and LoKr; merge it first"
     shape = shape[::-1] if swap else shape
-    dense = partial(_product, source, parts, factor, swap, shape)
+    if others and base is not None and _is_flat(shape, base[name].shape):
+        shape = base[name].shape
+    dense = partial(_lycoris if others else _product, source, parts, factor, swap, shape)
     if base is None:
         return Item(name, shape, "unspecified", dense)
     slot = base[name]
@@ -185,33 +205,59 @@ def _item(
 
 def _product(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
     """factor * B A (transposed if `swap`), a few rows at a time."""
-    b, a = (to_float32(source.bits(key), source[key].dtype.name) for key in (parts.keys["B"], parts.keys["A"]))
     rank = source[parts.keys["A"]].shape[0]
+    b, a = (to_float32(source.bits(key), source[key].dtype.name) for key in (parts.keys["B"], parts.keys["A"]))
     left, right = b.reshape(-1, rank), a.reshape(rank, -1)
+    if "E" in parts.keys:  # AdaLoRA's singular values
+        right = right * to_float32(source.bits(parts.keys["E"]), source[parts.keys["E"]].dtype.name).reshape(rank, 1)
     if swap:
         left, right = right.T, left.T
     scaled: Float32 = np.ascontiguousarray(left) * np.float32(factor)
     right = np.ascontiguousarray(right)
+
+    def product(start: int, stop: int) -> Float32:
+        made: Float32 = scaled[start:stop] @ right
+        return made
+
+    return _in_rows(product, right.shape[1], shape)
+
+
+def _lycoris(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
+    """factor * a LoHa's or LoKr's change, a few rows at a time."""
+    return _in_rows(lycoris.matrix_rows(source, parts.keys, factor), math.prod(shape[1:]), shape)
+
+
+def _in_rows(matrix: lycoris.MatrixRows, width: int, shape: tuple[int, ...]) -> Rows:
+    """A matrix of that width as rows of `row_shape`, of which one of its own may hold several."""
     columns = row_shape(shape)[1]
-    pieces = right.shape[1] // columns if columns else 1  # of one row of the product
+    pieces = width // columns if columns else 1
 
     def rows(start: int, stop: int) -> Float32:
         first = start // pieces
-        product: Float32 = scaled[first : -(-stop // pieces)] @ right
-        return product.reshape(-1, columns)[start - first * pieces : stop - first * pieces]
+        made = matrix(first, -(-stop // pieces))
+        return made.reshape(-1, columns)[start - first * pieces : stop - first * pieces]
 
     return rows
+
+
+def _is_flat(matrix: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a matrix is a convolution of that shape with its trailing dimensions flat."""
+    return len(shape) > 2 and matrix == (shape[0], math.prod(shape[1:]))
 
 
 def _add_whole(
     source: Checkpoint,
     keys: Mapping[str, str],
+    differences: Collection[str],
     names: Mapping[str, str],
     scale: Scale,
     base: Checkpoint | None,
     result: Source,
 ) -> None:
-    """Tensors saved whole (PEFT's modules_to_save, biases): changed, or new where they were meant to be."""
+    """Tensors saved whole (PEFT's modules_to_save, biases): changed, or new where they were meant to be.
+
+    LyCORIS saves differences beside its factors (of norms, say).
+    """
     lost: dict[str, str] = {}
     taken = {item.name for item in result.items}
     for key, name in keys.items():
@@ -220,9 +266,13 @@ def _add_whole(
         elif base is None:
             lost[key] = "saved whole; give --base to tell whether it is new or changed"
         elif names.get(name, name) in taken:
-            result.skipped[key] = f"{names.get(name, name)!r} is in already"
+            (lost if key in differences else result.skipped)[key] = f"{names.get(name, name)!r} is in already"
         else:
-            item = _whole(source, key, name, names.get(name), scale, base)
+            found = names.get(name)
+            if key in differences:
+                item = diff.difference(source, key, found, base) if found else "the base has no such tensor"
+            else:
+                item = _whole(source, key, name, found, scale, base)
             if isinstance(item, str):
                 lost[key] = item
             else:

@@ -2,7 +2,7 @@
 
 Keys read: `MODULE.lora_A.weight` and `lora_B` (PEFT, diffusers), `lora_embedding_A` / `_B` (PEFT), `lora_down` /
 `lora_up` and `lora.down` / `lora.up` with `MODULE.alpha` (kohya, older diffusers), `lora_linear_layer.up` and
-`processor.to_q_lora.up` (diffusers before PEFT).
+`processor.to_q_lora.up` (diffusers before PEFT); AdaLoRA's `lora_E`; `hada_w1_a` and `lokr_w1` and their like.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from shiradelta.checkpoint import Checkpoint, match_names
 from shiradelta.errors import SourceError
 
 _KEY = re.compile(
-    r"^(?P<module>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<ab>[AB])|lora(?:_linear_layer)?[._](?P<updown>up|down))"
+    r"^(?P<module>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<ab>[ABE])|lora(?:_linear_layer)?[._](?P<updown>up|down))"
     r"(?:\.default)?(?:\.weight)?$"
 )
+_LYCORIS = re.compile(r"^(?P<module>.+?)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\.default)?$")
 _PROCESSOR = re.compile(r"^(?P<layer>.+)\.processor\.(?P<projection>to_\w+)_lora(?P<rest>\.(?:up|down)(?:\.weight)?)$")
 _PEFT_PREFIX = "base_model.model."
 #: Parts of other methods that would be lost without a word if only A and B were taken.
@@ -26,9 +27,8 @@ _UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA's magnitudes need the base's norms; merge it first",
     "dora_scale": "DoRA's magnitudes need the base's norms; merge it first",
     "lora_mid": "a Tucker-decomposed LoRA; merge it first",
-    "lora_E": "AdaLoRA's singular values; merge it first",
-    "hada_w1_a": "a LoHa; merge it first",
-    "lokr_w1": "a LoKr; merge it first",
+    "hada_t": "a Tucker-decomposed LoHa; merge it first",
+    "lokr_t": "a Tucker-decomposed LoKr; merge it first",
     "lora_B.bias": "a LoRA with biases; merge it first",
     "trainable_tokens_delta": "rows of an embedding (trainable_token_indices); merge it first",
 }
@@ -40,12 +40,15 @@ _WRAPPERS = re.compile(r"\.(?:modules_to_save|base_layer|default)(?=\.|$)")
 class Module:
     """What a file holds of one module."""
 
-    keys: dict[str, str] = field(default_factory=dict)  # "A", "B" -> key
+    keys: dict[str, str] = field(default_factory=dict)  # "A", "B", AdaLoRA's "E", or LyCORIS' name of a part -> key
     embedding: bool = False
 
 
 def parse_key(key: str) -> tuple[str, str, bool] | None:
-    """(module, "A" or "B", whether of an embedding), or None for a key that is no LoRA factor."""
+    """(module, its part, whether of an embedding), or None for a key that is no factor."""
+    lycoris = _LYCORIS.match(key)
+    if lycoris is not None:
+        return lycoris["module"].removeprefix(_PEFT_PREFIX), lycoris["part"], False
     old = _PROCESSOR.match(key)
     if old is not None:
         projection = "to_out.0" if old["projection"] == "to_out" else old["projection"]
@@ -142,7 +145,7 @@ class _Base:
         for prefix in [f"{component}/" for component in place.components] if self.components else [""]:
             name = prefix + place.rest
             if place.mangled:
-                name = self.mangled.get(name.removesuffix(".weight"), "")
+                name = self.mangled.get(name.removesuffix(".weight").replace(".", "_"), "")
             if name in self.base:
                 return name
         return None

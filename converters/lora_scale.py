@@ -14,6 +14,8 @@ from shiradelta.checkpoint import Checkpoint, read_json
 from shiradelta.errors import SourceError
 
 CONFIG = "adapter_config.json"
+#: PEFT's types that are a product of factors, times a scale.
+TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 #: Initialisations that take something out of the base, by the start of their names.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _UNSUPPORTED = {
@@ -65,13 +67,28 @@ class Scale:
         if self.alpha is not None or tensor is not None:
             return self.alpha if self.alpha is not None else tensor
         config = self.config(module)
-        told = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+        told = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", config.get("alpha")))
         return None if told is None else number(told, f"{module}: alpha")
 
     def __call__(self, module: str, rank: int, tensor: float | None) -> float:
         """The factor on B A of one module; `tensor` is its alpha tensor's."""
         alpha = self.told(module, tensor)
         return (rank if alpha is None else alpha) / (math.sqrt(rank) if self.config(module).get("use_rslora") else rank)
+
+    def adaptive(self, module: str) -> float:
+        """The factor on B (A * E) of AdaLoRA, which divides by the rank that it began with.  Raises SourceError."""
+        config = self.config(module)
+        began = config.get("init_r")
+        if not isinstance(began, int) or began < 1:
+            raise SourceError(f"{module}: is of an AdaLoRA, whose scale is in {CONFIG}; put that beside the file")
+        alpha = self.told(module, None)
+        return (alpha if alpha is not None and alpha > 0 else began) / (began + 1e-5)
+
+    def whole_rank(self, module: str) -> int | None:
+        """What PEFT divides alpha by where the factors do not show a rank; None without its configuration."""
+        config = self.config(module)
+        told = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        return told if isinstance(told, int) and told > 0 and "peft_type" in config else None
 
     def orientation(self, module: str) -> bool | None:
         """Whether the base stores the weight as [in, out] (GPT-2's Conv1D); None if nothing tells."""
@@ -98,7 +115,7 @@ def number(value: Any, what: str) -> float:
 
 
 def _check(config: Mapping[str, Any], where: Path) -> None:
-    check_type(config, where, "LORA")
+    check_type(config, where, *TYPES)
     for key, why in _UNSUPPORTED.items():
         if config.get(key):
             raise SourceError(f"{where}: {why}")

@@ -168,8 +168,8 @@ class Checkpoint(Mapping[str, Slot]):
 
 
 def index_file(folder: Path) -> Path | None:
-    """The index of a sharded model in a folder."""
-    found = sorted(folder.glob("*" + _INDEX_SUFFIX))
+    """The index of a sharded model in a folder: the plain one, or that of its only variant (`.index.fp16.json`)."""
+    found = sorted(folder.glob("*" + _INDEX_SUFFIX)) or sorted(folder.glob(f"*{_INDEX_SUFFIX[:-5]}.*.json"))
     standard = [folder / (stem + _INDEX_SUFFIX) for stem in _STANDARD]
     return next((path for path in standard if path in found), found[0] if len(found) == 1 else None)
 

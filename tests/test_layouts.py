@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from shiradelta.converters import default_output
 from transformers import BertConfig, BertForSequenceClassification
@@ -92,7 +92,6 @@ def test_pefts_biases_embeddings_and_heads_find_their_tensors(tmp_path: Path, be
     ("config", "message"),
     [
         (LoraConfig(target_modules=["query"], trainable_token_indices={"word_embeddings": [1]}), "trainable_token"),
-        (AdaLoraConfig(target_modules=["query"], total_step=10), "ADALORA"),
         (LoraConfig(target_modules=["query"], init_lora_weights="pissa"), "path_initial_model"),
         (LoraConfig(target_modules=["query"], r=2, init_lora_weights="olora"), "path_initial_model"),
         (LoraConfig(target_modules=["query"], use_dora=True), "DoRA"),
