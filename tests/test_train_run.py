@@ -147,3 +147,12 @@ def test_a_rate_that_is_too_large(folders: Path, tmp_path: Path):
     with pytest.raises(ShiraDeltaError, match="smaller --rate"):
         run(folders / "causal", write(tmp_path / "data.jsonl", "text"), tmp_path / "task.shd", settings, "cpu")
     assert not (tmp_path / "task.shd").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+def test_the_example_with_trainer(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from examples.train.trainer import main as example
+
+    texts = write(tmp_path / "data.jsonl", "text")
+    file = example(str(folders / "causal"), str(texts), str(tmp_path / "out"), steps=3)
+    shiradelta.apply(folders / "causal", file, out=tmp_path / "patched")

@@ -1,0 +1,54 @@
+"""A sparse adapter by transformers' Trainer: small checkpoints, resumable, and at last a file to apply.
+
+`python -m examples.train.trainer MODEL TEXTS OUT`: a causal language model's folder, JSON Lines with the key `text`,
+and a folder for checkpoints and `task.shd`.  TRL's trainers, such as SFTTrainer, take model and callback the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+from shiradelta import train
+from shiradelta.fit.texts import read_texts
+from shiradelta.train.trainer import SparseCheckpoints
+
+RATE, CALIBRATION = 5e-4, 16
+
+
+def main(folder: str, texts: str, out: str, steps: int = 200) -> Path:
+    """Trains, and says how to apply what came out; returns the file."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = [tokenizer(text, truncation=True, max_length=256) for text in read_texts(texts)]
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+    calibration = [collate(rows[i : i + 4]) for i in range(0, min(4 * CALIBRATION, len(rows)), 4)]
+    tuner = train.attach(model, sparsity=0.01, mask="snip", calibration=calibration)
+    print(tuner)
+
+    arguments = TrainingArguments(
+        out, max_steps=steps, per_device_train_batch_size=4, learning_rate=RATE, save_steps=50, report_to=[]
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[SparseCheckpoints(tuner)])
+    begun = any(Path(out).glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=begun)
+
+    file = Path(out) / "task.shd"
+    tuner.save(file)
+    tuner.detach()  # the model is the base again
+    print(f"shiradelta apply {folder} {file}")
+    return file
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3])
