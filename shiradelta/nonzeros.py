@@ -57,11 +57,16 @@ class Nonzeros:
 
     def _lay_out(self, counts: Sequence[int]) -> None:
         self.grad = torch.zeros_like(self.values)
+        self._collected: tuple[list[int], Tensor, Tensor] | None = None
         self.places, start = [], 0
         for parameter, stored, count in zip(self._parameters, self._stored, counts, strict=True):
             part = slice(start, start + count)
             self.places.append(Part(parameter, stored, part, self.positions[part], self.base[part]))
             start += count
+        # What gradients reach is the same storage from step to step; what the values are, `write` says.
+        self._leaves = [self.values[place.part].detach().requires_grad_() for place in self.places]
+        for leaf, place in zip(self._leaves, self.places, strict=True):
+            leaf.grad = self.grad[place.part]  # a view: autograd adds in place
 
     @property
     def counts(self) -> list[int]:
@@ -75,8 +80,14 @@ class Nonzeros:
 
     def write(self, values: Tensor | None = None) -> None:
         """Puts base + values into the weights, rounded as they will be stored; None puts the base back."""
+        total = self.base if values is None else self.base + values
+        rounded: dict[tuple[torch.dtype, torch.dtype], Tensor] = {}  # of all places at once: there are hundreds
         for place in self.places:
-            place.write(None if values is None else values[place.part])
+            weights = flat(place.parameter)
+            kind = place.stored, weights.dtype
+            if kind not in rounded:
+                rounded[kind] = total.to(place.stored).to(weights.dtype)
+            weights[place.positions] = rounded[kind][place.part]
 
     def keep(self, kept: Tensor) -> None:
         """Drops all nonzeros but those of a mask [n]; the weights get the base back until the next `write`."""
@@ -87,15 +98,45 @@ class Nonzeros:
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Within, backward passes through the model add to `grad`; the weights are what `write` made them."""
-        undo = patch(model, {place.parameter: partial(self._source, i) for i, place in enumerate(self.places)})
+        """Within, `collect` after a backward pass completes `grad`; the weights are what `write` made them."""
+        wide = {p: partial(self._source, i) for i, p in enumerate(self._parameters) if p.dim() > 1}
+        vectors = [parameter for parameter in self._parameters if parameter not in wide]
+        undo = patch(model, wide)
+        for vector in vectors:
+            vector.requires_grad_(True)
         try:
             yield
         finally:
             undo()
+            for vector in vectors:
+                vector.requires_grad_(False)
+                vector.grad = None
+
+    def collect(self) -> None:
+        """Adds what a backward pass left at biases and norms.
+
+        Those are small and many: their gradients are made whole, as torch makes them, and gathered all at once.
+        """
+        found = [place.parameter for place in self.places if place.parameter.grad is not None]
+        if not found:
+            return
+        if self._collected is None or self._collected[0] != list(map(id, found)):
+            self._collected = self._where(found)
+        _, targets, positions = self._collected
+        gradients = torch.cat([parameter.grad.reshape(-1) for parameter in found if parameter.grad is not None])
+        self.grad.index_add_(0, targets, gradients[positions].float())
+        for parameter in found:
+            parameter.grad = None
+
+    def _where(self, found: Sequence[Tensor]) -> tuple[list[int], Tensor, Tensor]:
+        """Which vectors, where their nonzeros lie in `grad`, and where in their gradients, one after the other."""
+        ids, start, targets, positions = list(map(id, found)), 0, [], []
+        for place in self.places:
+            if id(place.parameter) in ids:
+                targets.append(torch.arange(place.part.start, place.part.stop, device=self.grad.device))
+                positions.append(place.positions + start)
+                start += place.numel
+        return ids, torch.cat(targets), torch.cat(positions)
 
     def _source(self, index: int, module: nn.Module, name: str) -> tuple[Tensor, Place]:
-        place = self.places[index]
-        leaf = self.values[place.part].detach().requires_grad_()
-        leaf.grad = self.grad[place.part]  # a view: autograd adds in place
-        return leaf, place
+        return self._leaves[index], self.places[index]

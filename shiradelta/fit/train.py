@@ -200,6 +200,7 @@ class Trainer:
             teacher = self._teacher.outputs(part)
             loss = self._behaviour.loss(self._behaviour.outputs(self._model, part), teacher) * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
+            self._nonzeros.collect()
             total += loss.detach()
         return torch.where(self._nonzeros.grad.isfinite().all(), total, math.nan)
 
