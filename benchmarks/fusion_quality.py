@@ -348,7 +348,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             if method in PAPER:
                 right.plot(place, float(PAPER[method]), "r_", markersize=18)
         right.set_xticks(range(len(methods)), [method.replace(" ", "\n") for method in methods], fontsize=7)
-        right.set(ylabel="points", title="lost by adding up; red: the paper's, on its tasks")
+        right.set(ylabel="points", title="lost by adding up (red: paper)")
     figure.savefig(path, dpi=120)
 
 
