@@ -11,12 +11,13 @@ import numpy as np
 
 from shiradelta.arithmetic import Float32, to_float32
 from shiradelta.checkpoint import Checkpoint, read_json, tied_slot
+from shiradelta.delta import TensorDelta
 from shiradelta.errors import SourceError
 from shiradelta.select import Rows, row_shape
 
 from . import diff, lycoris
 from .item import Item, Source, whole_tensor
-from .lora_keys import Module, find_tensors, sort_keys
+from .lora_keys import TOKENS, Module, find_tensors, sort_keys
 from .lora_scale import CONFIG, TYPES, Scale, check_type, number
 
 _FACTORS = ("float32", "float16", "bfloat16")
@@ -269,7 +270,9 @@ def _add_whole(
             (lost if key in differences else result.skipped)[key] = f"{names.get(name, name)!r} is in already"
         else:
             found = names.get(name)
-            if key in differences:
+            if TOKENS.match(key):
+                item = _tokens(source, key, name, found, scale, base)
+            elif key in differences:
                 item = diff.difference(source, key, found, base) if found else "the base has no such tensor"
             else:
                 item = _whole(source, key, name, found, scale, base)
@@ -282,6 +285,30 @@ def _add_whole(
     if lost:
         key, why = next(iter(lost.items()))
         result.warnings.append(f"{len(lost)} tensors beside the LoRA are left out, such as {key}: {why}")
+
+
+def _tokens(source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint) -> Item | str:
+    """Rows of an embedding, stored as they are after training: what is added to the base's."""
+    rows = scale.tokens(name.removesuffix(".weight"))
+    slot = source[key]
+    if found is None or rows is None:
+        return "the base has no such tensor" if found is None else f"{CONFIG} does not say which rows these are"
+    shape, dtype = base[found].shape, base[found].dtype.name
+    if slot.shape != (len(rows), *shape[1:]) or len(set(rows)) < len(rows) or max(rows, default=0) >= shape[0]:
+        return f"{len(rows)} rows of shape {list(slot.shape)} do not fit {found!r} of {list(shape)}"
+    if slot.dtype.name not in _FACTORS or dtype not in _FACTORS:
+        return f"it is {slot.dtype.name}, the base's {dtype}, and nothing can be added to that exactly"
+
+    def exact() -> TensorDelta:
+        order = np.argsort(rows)
+        positions = (np.array(rows)[order][:, None] * shape[1] + np.arange(shape[1])).reshape(-1)
+        tuned = to_float32(source.bits(key), slot.dtype.name).reshape(len(rows), -1)[order].reshape(-1)
+        bits = base.bits(found)[positions]
+        change = tuned - to_float32(bits, dtype)
+        kept = np.flatnonzero(change)
+        return TensorDelta(shape, positions[kept], change[kept], dtype, base_bits=bits[kept])
+
+    return Item(found, shape, dtype, exact=exact)
 
 
 def _whole(source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint) -> Item | str:

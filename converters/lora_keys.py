@@ -30,8 +30,9 @@ _UNSUPPORTED = {
     "hada_t": "a Tucker-decomposed LoHa; merge it first",
     "lokr_t": "a Tucker-decomposed LoKr; merge it first",
     "lora_B.bias": "a LoRA with biases; merge it first",
-    "trainable_tokens_delta": "rows of an embedding (trainable_token_indices); merge it first",
 }
+#: Rows of an embedding that PEFT trains (trainable_token_indices).
+TOKENS = re.compile(r"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?:\.default)?$")
 #: Parts that PEFT puts into the names of what it saves whole.
 _WRAPPERS = re.compile(r"\.(?:modules_to_save|base_layer|default)(?=\.|$)")
 
@@ -78,7 +79,9 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
         elif key.endswith(".alpha"):
             alphas[key.removesuffix(".alpha").removeprefix(_PEFT_PREFIX)] = key
         else:
-            others[key] = _WRAPPERS.sub("", key.removeprefix(_PEFT_PREFIX))
+            name = _WRAPPERS.sub("", key.removeprefix(_PEFT_PREFIX))
+            tokens = TOKENS.match(name)
+            others[key] = name if tokens is None else f"{tokens['module']}.weight"
             for part, why in _UNSUPPORTED.items():
                 if part in key:
                     raise SourceError(f"{source.root}: {key!r} is {why}")

@@ -90,6 +90,15 @@ class Scale:
         told = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
         return told if isinstance(told, int) and told > 0 and "peft_type" in config else None
 
+    def tokens(self, module: str) -> list[int] | None:
+        """Which rows of an embedding were trained; None if nothing tells."""
+        told = self.config(module).get("trainable_token_indices")
+        if isinstance(told, dict):
+            told = next((rows for name, rows in told.items() if f".{module}".endswith(f".{name}")), None)
+        if not isinstance(told, list) or not all(type(row) is int and row >= 0 for row in told):
+            return None
+        return told
+
     def orientation(self, module: str) -> bool | None:
         """Whether the base stores the weight as [in, out] (GPT-2's Conv1D); None if nothing tells."""
         return self.config(module).get("fan_in_fan_out")

@@ -63,6 +63,8 @@ def _draw_steps(axes: Any, fit: Fitted) -> None:
 
 def _draw_layers(axes: Any, report: Report) -> None:
     """Shares of nonzeros and of energy; without a fit also the share of its energy that each layer kept."""
+    from matplotlib.ticker import PercentFormatter
+
     layers: dict[str, list[TensorReport]] = {}
     for tensor in report.tensors:
         if tensor.op != "new":
@@ -78,7 +80,7 @@ def _draw_layers(axes: Any, report: Report) -> None:
         axes.plot(numbers, kept, color="tab:green", marker=".", label="energy kept, share of the layer's")
     every = -(-len(layers) // _TICKS)
     axes.set_xticks(numbers[::every], [_short(name) for name in list(layers)[::every]], rotation=90, fontsize=7)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(title=f"{report.nnz:,} nonzeros by layer", ylim=(0, None))
     axes.legend()
 

@@ -91,7 +91,6 @@ def test_pefts_biases_embeddings_and_heads_find_their_tensors(tmp_path: Path, be
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LoraConfig(target_modules=["query"], trainable_token_indices={"word_embeddings": [1]}), "trainable_token"),
         (LoraConfig(target_modules=["query"], init_lora_weights="pissa"), "path_initial_model"),
         (LoraConfig(target_modules=["query"], r=2, init_lora_weights="olora"), "path_initial_model"),
         (LoraConfig(target_modules=["query"], use_dora=True), "DoRA"),

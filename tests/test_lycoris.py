@@ -1,4 +1,4 @@
-"""AdaLoRA, LoHa and LoKr: what PEFT merges, and LyCORIS' own files, against their formulas."""
+"""AdaLoRA, LoHa, LoKr, trained tokens: what PEFT merges, and LyCORIS' own files, against their formulas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
@@ -58,6 +58,33 @@ def test_what_peft_merges(config: Any, bert: BertModel, tmp_path: Path):
         for name, weight in before.items():
             change = torch.from_numpy(delta[name].to_dense()) if name in delta else torch.zeros_like(weight)
             torch.testing.assert_close(change, merged[name] - weight, atol=2e-6, rtol=1e-4)
+
+
+def test_trained_rows_of_an_embedding(bert: BertModel, tmp_path: Path):
+    config = LoraConfig(
+        target_modules=["query"], trainable_token_indices={"word_embeddings": [7, 2]}, init_lora_weights=False
+    )
+    tuned = get_peft_model(deepcopy(bert), config)
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "trainable_tokens_delta" in name:
+                weight += torch.randn(weight.shape)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    base = write_bert(tmp_path / "base", bert)
+    report = shiradelta.convert(tmp_path / "adapter", tmp_path / "a.shd", base=base, values="f32")
+    name = "embeddings.word_embeddings.weight"
+    assert name in [tensor.name for tensor in report.tensors]
+    wanted = tuned.merge_and_unload().state_dict()[name] - load_file(base / "model.safetensors")[name]
+    assert set(wanted.abs().sum(1).nonzero()[:, 0].tolist()) == {2, 7}
+    with shiradelta.open_delta(tmp_path / "a.shd") as delta:
+        torch.testing.assert_close(torch.from_numpy(delta[name].to_dense()), wanted)
+    about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for rows, message in ((None, "does not say which rows"), ({"word_embeddings": [7]}, "do not fit")):
+        changed = json.dumps({**about, "trainable_token_indices": rows})
+        (tmp_path / "adapter" / "adapter_config.json").write_text(changed)
+        report = shiradelta.convert(tmp_path / "adapter", tmp_path / "b.shd", base=base)
+        assert any(message in warning for warning in report.warnings)
+        assert name not in [tensor.name for tensor in report.tensors]
 
 
 def test_an_adalora_without_its_configuration_is_refused(bert: BertModel, tmp_path: Path):
