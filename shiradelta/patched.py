@@ -216,6 +216,8 @@ def _property(name: str) -> property:
 
 
 def _linear_forward(module: nn.Module, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _plain(module, x)
     weight, values, place = _current(module, "weight")
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     device = x.device.type
@@ -228,12 +230,20 @@ def _linear_forward(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _embedding_forward(module: nn.Embedding, ids: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _plain(module, ids)
     weight, values, place = _current(module, "weight")
     if module.max_norm is not None or module.scale_grad_by_freq:
         raise DeltaError("an embedding with max_norm or scale_grad_by_freq rewrites its weights; switch that off")
     if torch.compiler.is_compiling():  # which rows a batch uses is not known while tracing
         return nn.functional.embedding(ids, module.weight, module.padding_idx)
     result: Tensor = _Embedding.apply(ids, values, weight, module.padding_idx, place)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _plain(module: nn.Module, x: Tensor) -> Tensor:
+    """As the module's own class does it."""
+    result: Tensor = type(module).__mro__[1].forward(module, x)  # type: ignore[attr-defined]
     return result
 
 
