@@ -348,7 +348,29 @@ typedef struct shd_weights {
 SHD_API int shd_apply(const shd_delta *delta, const shd_weights *weights, double strength, uint64_t first_block,
                       uint64_t last_block, void *saved, shd_status *status);
 
-/* Puts back what shd_apply() of the same blocks has saved. */
+/* The scratch buffer, of any alignment, that shd_apply_sum() needs for so many deltas: 33 KiB, and 17 for each. */
+SHD_API uint64_t shd_sum_scratch_size(uint32_t count);
+
+/* Applies several deltas at once, all of them ADD: to each element goes the sum of what they contribute, rounded once
+ * (FORMAT.md, section 6.2). `deltas` are in the order in which contributions are summed: that of their files' digests.
+ *
+ * deltas[i] is applied with strengths[i] and saves what it overwrites in saved[i], as shd_apply() does: where deltas
+ * overlap, each has the base's elements. So every one is taken back by shd_revert(), in any order. No saved[i] may be
+ * NULL, but of a delta without nonzeros.
+ *
+ * With `from_saved` not 0 the base's elements are not read from the weights but from where they were saved before: the
+ * same deltas are on the weights already, and get other strengths.
+ *
+ * Work is divided by the weights: several threads may do disjoint parts of a tensor at a time, each with a
+ * `shd_weights` and a scratch buffer of its own, and the same `saved`.
+ *
+ * On an error the weights are as they were before the call (given a file that does not change); with `from_saved`
+ * they are the base's up to some element, and as they were from there on: shd_revert() leads back. */
+SHD_API int shd_apply_sum(const shd_delta *const *deltas, const double *strengths, void *const *saved, uint32_t count,
+                          const shd_weights *weights, int from_saved, void *scratch, uint64_t scratch_size,
+                          shd_status *status);
+
+/* Puts back what shd_apply() of the same blocks, or shd_apply_sum(), has saved. */
 SHD_API int shd_revert(const shd_delta *delta, const shd_weights *weights, uint64_t first_block, uint64_t last_block,
                        const void *saved, shd_status *status);
 

@@ -8,18 +8,10 @@
  * requests better than bursts of them, and it takes a few microseconds. */
 #define AHEAD 64u
 
-/* Elements with indices shift + offset[i] in the weight buffer, all of them inside; ranks rank + i. */
-typedef struct run {
-    uint64_t shift;
-    uint64_t rank;
-    const uint32_t *offset;
-    uint32_t count;
-} run;
-
 typedef struct work work;
 
 /* Does its work on the elements of `r`, and sends for those of `ahead`, which has as many. */
-typedef shdi_fault (*visit_fn)(work *w, const run *r, const run *ahead);
+typedef shdi_fault (*visit_fn)(work *w, const shdi_run *r, const shdi_run *ahead);
 
 /* What the visitors need. */
 struct work {
@@ -39,25 +31,29 @@ struct work {
 
 /* ---- Elements ---- */
 
+/* Bytes may be anything, so what the loops need is copied to where no write of theirs can change it. */
 #define GATHER(type)                                                                       \
     do {                                                                                   \
-        const type *from = (const type *)(const void *)w->weights;                         \
-        for (uint32_t i = 0; i < r->count; i++) {                                          \
-            SHDI_PREFETCH(&from[ahead->shift + ahead->offset[i]]);                         \
-            memcpy(to + i * sizeof(type), &from[r->shift + r->offset[i]], sizeof(type));   \
+        const type *from = (const type *)(const void *)weights;                            \
+        for (uint32_t i = 0; i < count; i++) {                                             \
+            SHDI_PREFETCH(&from[later[i] + later_shift]);                                  \
+            memcpy(to + i * sizeof(type), &from[offset[i] + shift], sizeof(type));         \
         }                                                                                  \
     } while (0)
 
 #define SCATTER(type)                                                                      \
     do {                                                                                   \
-        type *to = (type *)(void *)w->weights;                                             \
-        for (uint32_t i = 0; i < r->count; i++) {                                          \
-            memcpy(&to[r->shift + r->offset[i]], from + i * sizeof(type), sizeof(type));   \
+        type *to = (type *)(void *)weights;                                                \
+        for (uint32_t i = 0; i < count; i++) {                                             \
+            memcpy(&to[offset[i] + shift], from + i * sizeof(type), sizeof(type));         \
         }                                                                                  \
     } while (0)
 
-static void gather(const work *w, const run *r, const run *ahead, uint8_t *to) {
-    switch (w->size) {
+void shdi_gather(const uint8_t *weights, uint32_t size, const shdi_run *r, const shdi_run *ahead, uint8_t *to) {
+    const uint32_t *const offset = r->offset, *const later = ahead->offset;
+    const uint64_t shift = r->shift, later_shift = ahead->shift;
+    const uint32_t count = r->count;
+    switch (size) {
     case 1: GATHER(uint8_t); break;
     case 2: GATHER(uint16_t); break;
     case 4: GATHER(uint32_t); break;
@@ -65,8 +61,11 @@ static void gather(const work *w, const run *r, const run *ahead, uint8_t *to) {
     }
 }
 
-static void scatter(const work *w, const run *r, const uint8_t *from) {
-    switch (w->size) {
+void shdi_scatter(uint8_t *weights, uint32_t size, const shdi_run *r, const uint8_t *from) {
+    const uint32_t *const offset = r->offset;
+    const uint64_t shift = r->shift;
+    const uint32_t count = r->count;
+    switch (size) {
     case 1: SCATTER(uint8_t); break;
     case 2: SCATTER(uint16_t); break;
     case 4: SCATTER(uint32_t); break;
@@ -74,9 +73,9 @@ static void scatter(const work *w, const run *r, const uint8_t *from) {
     }
 }
 
-static void prefetch(const work *w, const run *r) {
+void shdi_send_for(const uint8_t *weights, uint32_t size, const shdi_run *r) {
     for (uint32_t i = 0; i < r->count; i++) {
-        SHDI_PREFETCH(w->weights + (r->shift + r->offset[i]) * w->size);
+        SHDI_PREFETCH(weights + (r->shift + r->offset[i]) * size);
     }
 }
 
@@ -104,14 +103,14 @@ static uint64_t mix(uint64_t position, uint64_t bits) {
     return x ^ x >> 32;
 }
 
-static void save(const work *w, const run *r, const run *ahead, batch *old) {
-    gather(w, r, ahead, old->bytes);
+static void save(const work *w, const shdi_run *r, const shdi_run *ahead, batch *old) {
+    shdi_gather(w->weights, w->size, r, ahead, old->bytes);
     if (w->saved != NULL) {
         memcpy(w->saved + r->rank * w->size, old->bytes, (size_t)r->count * w->size);
     }
 }
 
-static shdi_fault visit_add(work *w, const run *r, const run *ahead) {
+static shdi_fault visit_add(work *w, const shdi_run *r, const shdi_run *ahead) {
     const shdi_kernels *kernels = shdi_kernels_of(w->delta);
     float values[RUN];
     batch old, new;
@@ -125,26 +124,26 @@ static shdi_fault visit_add(work *w, const run *r, const run *ahead) {
     case SHD_F16: kernels->add_f16(new.u16, old.u16, values, w->strength, r->count); break;
     default: kernels->add_bf16(new.u16, old.u16, values, w->strength, r->count); break;
     }
-    scatter(w, r, new.bytes);
+    shdi_scatter(w->weights, w->size, r, new.bytes);
     return shdi_ok();
 }
 
-static shdi_fault visit_set(work *w, const run *r, const run *ahead) {
+static shdi_fault visit_set(work *w, const shdi_run *r, const shdi_run *ahead) {
     batch old;
     save(w, r, ahead, &old);
-    scatter(w, r, w->delta->values + r->rank * w->size);
+    shdi_scatter(w->weights, w->size, r, w->delta->values + r->rank * w->size);
     return shdi_ok();
 }
 
-static shdi_fault visit_revert(work *w, const run *r, const run *ahead) {
-    prefetch(w, ahead);
-    scatter(w, r, w->original + r->rank * w->size);
+static shdi_fault visit_revert(work *w, const shdi_run *r, const shdi_run *ahead) {
+    shdi_send_for(w->weights, w->size, ahead);
+    shdi_scatter(w->weights, w->size, r, w->original + r->rank * w->size);
     return shdi_ok();
 }
 
-static shdi_fault visit_fingerprint(work *w, const run *r, const run *ahead) {
+static shdi_fault visit_fingerprint(work *w, const shdi_run *r, const shdi_run *ahead) {
     batch now;
-    gather(w, r, ahead, now.bytes);
+    shdi_gather(w->weights, w->size, r, ahead, now.bytes);
     for (uint32_t i = 0; i < r->count; i++) {
         w->sum += mix(w->first_position + r->shift + r->offset[i], element_bits(now.bytes, w->size, i));
     }
@@ -154,8 +153,8 @@ static shdi_fault visit_fingerprint(work *w, const run *r, const run *ahead) {
 /* ---- Walking ---- */
 
 /* The part of a piece that lies in the buffer, as a run: this is where positions are checked before they are used. */
-static run clip(const shdi_piece *piece, const shd_weights *weights, uint64_t end_rank) {
-    run r = {piece->base - weights->first_position, piece->rank, piece->offset, piece->count};
+static shdi_run clip(const shdi_piece *piece, const shd_weights *weights, uint64_t end_rank) {
+    shdi_run r = {piece->base - weights->first_position, piece->rank, piece->offset, piece->count};
     r.count = (uint32_t)shdi_min(r.count, end_rank - shdi_min(end_rank, r.rank));
     /* Positions increase, so what lies outside is at the ends. */
     while (r.count > 0 && piece->base + r.offset[0] < weights->first_position) {
@@ -170,18 +169,18 @@ static run clip(const shdi_piece *piece, const shd_weights *weights, uint64_t en
 }
 
 /* Part of a run: up to `count` elements from number `first` on. */
-static run part_of(const run *r, uint32_t first, uint32_t count) {
+static shdi_run part_of(const shdi_run *r, uint32_t first, uint32_t count) {
     uint32_t start = (uint32_t)shdi_min(first, r->count);
-    run part = {r->shift, r->rank + start, r->offset + start, (uint32_t)shdi_min(count, r->count - start)};
+    shdi_run part = {r->shift, r->rank + start, r->offset + start, (uint32_t)shdi_min(count, r->count - start)};
     return part;
 }
 
 /* Visits all of a run in parts, sending for what comes later in it or in the next. */
-static shdi_fault visit_parts(work *w, const run *this, const run *next) {
-    run part;
+static shdi_fault visit_parts(work *w, const shdi_run *this, const shdi_run *next) {
+    shdi_run part;
     for (uint32_t first = 0; first < this->count; first += part.count) {
         uint32_t later = first + AHEAD;
-        run ahead = later < this->count ? part_of(this, later, RUN) : part_of(next, later - this->count, RUN);
+        shdi_run ahead = later < this->count ? part_of(this, later, RUN) : part_of(next, later - this->count, RUN);
         part = part_of(this, first, ahead.count != 0 ? ahead.count : RUN);
         if (ahead.count < part.count) {
             ahead = part; /* nothing comes: sending for what is there costs nothing */
@@ -209,15 +208,15 @@ static shdi_fault walk(work *w, const shd_weights *weights, uint64_t first_block
     if (fault.code != SHD_OK) {
         return fault;
     }
-    run this = clip(&pieces[0], weights, w->end_rank);
-    run start = part_of(&this, 0, AHEAD);
-    prefetch(w, &start);
+    shdi_run this = clip(&pieces[0], weights, w->end_rank);
+    shdi_run start = part_of(&this, 0, AHEAD);
+    shdi_send_for(w->weights, w->size, &start);
     for (uint32_t turn = 0; pieces[turn].count != 0; turn ^= 1) {
         fault = shdi_cursor_next(&cursor, &pieces[turn ^ 1]);
         if (fault.code != SHD_OK) {
             return fault;
         }
-        run next = clip(&pieces[turn ^ 1], weights, w->end_rank);
+        shdi_run next = clip(&pieces[turn ^ 1], weights, w->end_rank);
         fault = visit_parts(w, &this, &next);
         if (fault.code != SHD_OK) {
             *section = &w->delta->tensor.values;
@@ -242,11 +241,8 @@ static int dtypes_go_together(const shd_tensor *tensor, const shd_weights *weigh
 
 static int is_aligned(const void *pointer, uint32_t size) { return (uintptr_t)pointer % size == 0; }
 
-/* The checks that all calls make; fills in what they have in common. */
-static int prepare(work *w, const shd_delta *delta, const shd_weights *weights, uint64_t first_block,
-                   uint64_t last_block) {
-    if (delta == NULL || weights == NULL || (weights->data == NULL && weights->count != 0) ||
-        first_block > last_block || last_block > delta->block_count) {
+int shdi_check_weights(const shd_delta *delta, const shd_weights *weights, const void *saved) {
+    if (delta == NULL || weights == NULL || (weights->data == NULL && weights->count != 0)) {
         return SHD_INVALID_ARGUMENT;
     }
     const shd_tensor *tensor = &delta->tensor;
@@ -256,14 +252,28 @@ static int prepare(work *w, const shd_delta *delta, const shd_weights *weights, 
     if (weights->first_position > tensor->numel || weights->count > tensor->numel - weights->first_position) {
         return SHD_WRONG_SHAPE;
     }
+    const uint32_t size = shd_dtype_size(weights->dtype);
+    return is_aligned(weights->data, size) && is_aligned(saved, size) ? SHD_OK : SHD_MISALIGNED;
+}
+
+/* The checks that all calls make; fills in what they have in common. */
+static int prepare(work *w, const shd_delta *delta, const shd_weights *weights, uint64_t first_block,
+                   uint64_t last_block, const void *saved) {
+    int code = shdi_check_weights(delta, weights, saved);
+    if (code == SHD_OK && (first_block > last_block || last_block > delta->block_count)) {
+        code = SHD_INVALID_ARGUMENT;
+    }
+    if (code != SHD_OK) {
+        return code;
+    }
     memset(w, 0, sizeof *w);
     w->delta = delta;
     w->weights = weights->data;
     w->first_position = weights->first_position;
     w->dtype = weights->dtype;
     w->size = shd_dtype_size(weights->dtype);
-    w->end_rank = tensor->nnz;
-    return is_aligned(weights->data, w->size) ? SHD_OK : SHD_MISALIGNED;
+    w->end_rank = delta->tensor.nnz;
+    return SHD_OK;
 }
 
 static int run_walk(work *w, const shd_weights *weights, uint64_t first_block, uint64_t last_block,
@@ -273,7 +283,7 @@ static int run_walk(work *w, const shd_weights *weights, uint64_t first_block, u
     return shdi_fail_in(status, fault, &w->delta->tensor, section);
 }
 
-static int check_strength(const shd_tensor *tensor, double strength) {
+int shdi_check_strength(const shd_tensor *tensor, double strength) {
     if (tensor->op == SHD_OP_DROP) {
         return SHD_WRONG_OPERATION;
     }
@@ -286,13 +296,10 @@ static uint32_t number_of(const shd_delta *delta) { return delta == NULL ? SHD_N
 int shd_apply(const shd_delta *delta, const shd_weights *weights, double strength, uint64_t first_block,
               uint64_t last_block, void *saved, shd_status *status) {
     work w;
-    int code = prepare(&w, delta, weights, first_block, last_block);
-    if (code == SHD_OK && !is_aligned(saved, w.size)) {
-        code = SHD_MISALIGNED;
-    }
+    int code = prepare(&w, delta, weights, first_block, last_block, saved);
     shdi_float_environment environment = shdi_float_enter();
     if (code == SHD_OK) {
-        code = check_strength(&delta->tensor, strength);
+        code = shdi_check_strength(&delta->tensor, strength);
     }
     if (code != SHD_OK) {
         shdi_float_leave(environment);
@@ -315,10 +322,7 @@ int shd_apply(const shd_delta *delta, const shd_weights *weights, double strengt
 int shd_revert(const shd_delta *delta, const shd_weights *weights, uint64_t first_block, uint64_t last_block,
                const void *saved, shd_status *status) {
     work w;
-    int code = saved == NULL ? SHD_INVALID_ARGUMENT : prepare(&w, delta, weights, first_block, last_block);
-    if (code == SHD_OK && !is_aligned(saved, w.size)) {
-        code = SHD_MISALIGNED;
-    }
+    int code = saved == NULL ? SHD_INVALID_ARGUMENT : prepare(&w, delta, weights, first_block, last_block, saved);
     if (code != SHD_OK) {
         return shdi_fail(status, code, number_of(delta), 0);
     }
@@ -330,7 +334,7 @@ int shd_revert(const shd_delta *delta, const shd_weights *weights, uint64_t firs
 int shd_fingerprint(const shd_delta *delta, const shd_weights *weights, uint64_t first_block, uint64_t last_block,
                     uint64_t *fingerprint, shd_status *status) {
     work w;
-    int code = fingerprint == NULL ? SHD_INVALID_ARGUMENT : prepare(&w, delta, weights, first_block, last_block);
+    int code = fingerprint == NULL ? SHD_INVALID_ARGUMENT : prepare(&w, delta, weights, first_block, last_block, NULL);
     if (code != SHD_OK) {
         return shdi_fail(status, code, number_of(delta), 0);
     }

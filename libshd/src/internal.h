@@ -286,6 +286,25 @@ shdi_fault shdi_check_zeros(const uint8_t *section, uint64_t first, uint64_t end
 shdi_fault shdi_values_decode(const shd_delta *delta, uint64_t rank, uint64_t count, float *values);
 shdi_fault shdi_values_check(const shd_delta *delta);
 
+/* ---- Weights (apply.c, sum.c) ---- */
+
+/* Elements with indices shift + offset[i] in the weight buffer, all of them inside; ranks rank + i. */
+typedef struct shdi_run {
+    uint64_t shift;
+    uint64_t rank;
+    const uint32_t *offset;
+    uint32_t count;
+} shdi_run;
+
+/* Reads elements of `size` bytes, and sends for those of `ahead`, which has as many, with each. */
+void shdi_gather(const uint8_t *weights, uint32_t size, const shdi_run *r, const shdi_run *ahead, uint8_t *to);
+void shdi_scatter(uint8_t *weights, uint32_t size, const shdi_run *r, const uint8_t *from);
+void shdi_send_for(const uint8_t *weights, uint32_t size, const shdi_run *r);
+
+/* What is wrong with a call that patches `weights`; `saved` may be NULL. */
+int shdi_check_weights(const shd_delta *delta, const shd_weights *weights, const void *saved);
+int shdi_check_strength(const shd_tensor *tensor, double strength);
+
 /* ---- Content digest (sha256.c, digest.c) ---- */
 
 typedef struct shdi_sha256 {

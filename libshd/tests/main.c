@@ -9,6 +9,7 @@ void test_container(void);
 void test_index(void);
 void test_values(void);
 void test_apply(void);
+void test_sum(void);
 void test_encode(void);
 void test_hostile(void);
 
@@ -42,6 +43,7 @@ int main(void) {
     test_index();
     test_values();
     test_apply();
+    test_sum();
     test_encode();
     test_hostile();
 #ifdef WRAP_MALLOC
