@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -33,6 +34,8 @@ from shiradelta.wire import ValueCodec as ValueId
 ABI = 1
 _FIRST_MISUSE = 64
 _CHECK_SIZES, _CHECK_ALL = 0, 2
+#: Weights that one thread does at a time are a multiple of this: whole cache lines.
+_STRIDE = 64
 #: Nonzeros below which a second thread costs more than it brings.
 _THREAD_NONZEROS = 1 << 16
 THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
@@ -87,6 +90,11 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "shd_values": (c_int, (_p, c_uint64, c_uint64, _p, POINTER(_Status))),
     "shd_elements": (c_int, (_p, c_uint64, c_uint64, _p, POINTER(_Status))),
     "shd_apply": (c_int, (_p, POINTER(_Weights), c_double, c_uint64, c_uint64, _p, POINTER(_Status))),
+    "shd_sum_scratch_size": (c_uint64, (c_uint32,)),
+    "shd_apply_sum": (
+        c_int,
+        (_p, POINTER(c_double), _p, c_uint32, POINTER(_Weights), c_int, _p, c_uint64, POINTER(_Status)),
+    ),
     "shd_revert": (c_int, (_p, POINTER(_Weights), c_uint64, c_uint64, _p, POINTER(_Status))),
     "shd_fingerprint_elements": (c_int, (_p, c_uint64, _p, c_uint64, c_uint32, POINTER(c_uint64))),
     "shd_rice_plan": (c_int, (_p, c_uint64, c_uint64, POINTER(_Rice))),
@@ -116,13 +124,13 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         abi = library.shd_abi()
+        functions = {name: getattr(library, name) for name in _PROTOTYPES}
     except (OSError, AttributeError) as error:
         raise ShiraDeltaError(f"{path}: cannot be loaded ({error}); install shiradelta again") from None
     if abi != ABI:
         raise ShiraDeltaError(f"{path}: has ABI {abi}, this package needs {ABI}; install shiradelta again")
     for name, (result, arguments) in _PROTOTYPES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+        functions[name].restype, functions[name].argtypes = result, arguments
     for which, struct in ((_STATUS, _Status), (_WEIGHTS, _Weights), (_RICE, _Rice)):
         if library.shd_struct_size(which) != ctypes.sizeof(struct):
             raise ShiraDeltaError(f"{path}: its structs have other sizes; install shiradelta again")
@@ -154,13 +162,13 @@ def _new_struct(which: int) -> Array:
     return np.zeros(_library().shd_struct_size(which), np.uint8)
 
 
-def _in_threads(work: Callable[[int, int], None], blocks: int, nonzeros: int) -> None:
-    """work(first, last), once each, over block ranges that do not overlap.
+def _in_threads(work: Callable[[int, int], None], units: int, nonzeros: int) -> None:
+    """work(first, last), once each, over ranges of blocks or the like that do not overlap.
 
     What no thread can be had for is done here, so that a system short of them does not leave work half done.
     """
-    count = min(THREADS, blocks, 1 + nonzeros // _THREAD_NONZEROS)
-    edges = [blocks * i // count for i in range(count + 1)]
+    count = min(THREADS, units, 1 + nonzeros // _THREAD_NONZEROS)
+    edges = [units * i // count for i in range(count + 1)]
     failures: list[BaseException] = []
 
     def guarded(first: int, last: int) -> None:
@@ -170,7 +178,7 @@ def _in_threads(work: Callable[[int, int], None], blocks: int, nonzeros: int) ->
             failures.append(error)
 
     threads, here = [], [(edges[0], edges[1])]
-    for part in zip(edges[1:-1], edges[2:], strict=True):
+    for part in pairwise(edges[1:]):
         try:
             thread = Thread(target=guarded, args=part)
             thread.start()
@@ -256,6 +264,33 @@ class LoadedTensor:
             self._call(_library().shd_revert, self.address, byref(weights), first, last, _address(saved))
 
         _in_threads(work, self.blocks, self.record.nnz)
+
+
+def apply_sum(
+    addends: Sequence[tuple[LoadedTensor, float, Array]], weight: Array, dtype: str, from_saved: bool = False
+) -> None:
+    """Patches all elements' bits with several ADDs, summed in this order (FORMAT.md, 6.2).
+
+    Args:
+        addends: (delta, strength, saved), of which `saved`, [nnz] of `dtype`, receives the base's elements.
+        weight: all elements' bits, flat.
+        dtype: that of the elements.
+        from_saved: the same deltas are on the weights: the base's elements are taken from `saved`, not from `weight`.
+    """
+    tensors, strengths, saved = zip(*addends, strict=True)
+    count, library = len(tensors), _library()
+    deltas = (c_void_p * count)(*[tensor.address for tensor in tensors])
+    alphas = (c_double * count)(*strengths)
+    rooms = (c_void_p * count)(*[_address(room) for room in saved])
+
+    def work(first: int, last: int) -> None:
+        first, last = first * _STRIDE, min(last * _STRIDE, weight.size)
+        weights = _Weights(_address(weight) + first * weight.itemsize, first, last - first, DTYPE_OF_NAME[dtype].id, 1)
+        scratch = np.empty(library.shd_sum_scratch_size(count), np.uint8)
+        arguments = deltas, alphas, rooms, count, byref(weights), from_saved, _address(scratch), scratch.size
+        tensors[0]._call(library.shd_apply_sum, *arguments)
+
+    _in_threads(work, -(-weight.size // _STRIDE), sum(tensor.record.nnz for tensor in tensors))
 
 
 class NativeDecoder:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from shiradelta.arithmetic import Array, Positions
 from shiradelta.codecs.base import Bytes
 from shiradelta.engine.live import Target
-from shiradelta.engine.live_backend import Held, Patch, Place, Stack
+from shiradelta.engine.live_backend import Held, Layer, Patch, Place, Stack, stacks_of
 from shiradelta.engine.numpy_backend import NumpyBackend, elements
-from shiradelta.native import LoadedTensor, NativeDecoder
+from shiradelta.native import LoadedTensor, NativeDecoder, apply_sum
 from shiradelta.reader import StoredTensor
 
 
@@ -22,7 +22,7 @@ class _Data(NamedTuple):
 
 
 class NativeBackend(NumpyBackend):
-    """One adapter on a contiguous tensor is the library's work; what else there is goes NumPy's way."""
+    """Adapters on a contiguous tensor are the library's work; SETs below ADDs and strided tensors go NumPy's way."""
 
     name = "libshd"
 
@@ -46,16 +46,36 @@ class NativeBackend(NumpyBackend):
         held: _Data = patch.data
         return held.tensor.values() if patch.record.adds else held.tensor.bits()
 
+    def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
+        """If only strengths are others, what is summed anew is not restored first: its base is in the layers' room."""
+        again = len(before) == len(after) and all(a.room is b.room for a, b in zip(before, after, strict=True))
+        if not again:
+            super().replace(before, after)
+            return
+        for stack in stacks_of(after).values():
+            summed = self._summed(stack)
+            if summed is not None:
+                apply_sum(*summed, from_saved=True)
+                continue
+            for place in stack:
+                self.restore_one(place)
+            self.apply(stack)
+
     def apply(self, stack: Stack) -> None:
-        """In one pass where one adapter is on the tensor."""
-        patch, (layer, number) = stack[0].patch, stack[0]
+        """In one pass, if all are ADDs on a contiguous tensor, or one is alone on it."""
+        (layer, number), patch = stack[0], stack[0].patch
         loaded, weight = self._fused(patch)
-        if len(stack) > 1 or loaded is None or weight is None:
+        summed = self._summed(stack)
+        # The bytes were checked and are ours, so while the library works nothing can fail half-way.
+        if len(stack) == 1 and loaded is not None and weight is not None:
+            loaded.apply(weight, patch.dtype, layer.strength, self.saved(stack[0]))
+        elif summed is not None:
+            apply_sum(*summed)
+        else:
             super().apply(stack)
             return
-        # The bytes were checked and are ours, so from here on nothing can fail half-way.
-        loaded.apply(weight, patch.dtype, layer.strength, self.saved(stack[0]))
-        layer.filled[number] = True
+        for layer, number in stack:
+            layer.filled[number] = True
 
     def restore_one(self, place: Place) -> None:
         """In one pass."""
@@ -70,3 +90,16 @@ class NativeBackend(NumpyBackend):
         held: _Data = patch.data
         array = elements(patch.target)
         return held.loaded, array.reshape(-1) if array.flags.c_contiguous else None
+
+    def _summed(self, stack: Stack) -> tuple[list[tuple[LoadedTensor, float, Array]], Array, str] | None:
+        """What `apply_sum` takes, if it can do the whole stack."""
+        _, weight = self._fused(stack[0].patch)
+        if weight is None:
+            return None
+        addends = []
+        for place in stack:
+            loaded, _ = self._fused(place.patch)
+            if loaded is None or not place.patch.record.adds:
+                return None
+            addends.append((loaded, place.layer.strength, self.saved(place)))
+        return addends, weight, stack[0].patch.dtype
