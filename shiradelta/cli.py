@@ -159,7 +159,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
 
 @main.command(short_help="Train a sparse adapter.")
 @click.argument("model")
-@click.option("--texts", required=True, help="What to train on: JSON Lines, with the keys listed above.")
+@click.option("--texts", required=True, help="What to train on: JSON Lines, with keys as above.")
 @click.option("-o", "--out", required=True, help="The file to write.")
 @click.option("--sparsity", default="0.01", show_default=True, help="The share of the weights that change, or N:M.")
 @click.option(
@@ -170,7 +170,13 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     help="Which: by weight times gradient, by gradient, by weight, at random, by rows and diagonals.",
 )
 @click.option("--targets", help="Layers to train, such as q_proj,v_proj.  [default: all linear ones but the output's]")
-@click.option("--scope", type=click.Choice(["tensor", "model"]), default="tensor", help="Where the share holds.")
+@click.option(
+    "--scope",
+    type=click.Choice(["tensor", "model"]),
+    default="tensor",
+    show_default=True,
+    help="Train the share of every tensor, or of all of them together.",
+)
 @click.option("--avoid", multiple=True, metavar="FILE", help="A .shd whose weights are not to be touched; repeatable.")
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
 @click.option("--batch", default=32, show_default=True, help="Examples a step.")
@@ -191,13 +197,10 @@ def train(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    r"""Train a sparse adapter for the folder MODEL: a share of its weights, the rest as it is.
+    """Train a sparse adapter for the folder MODEL: a share of its weights, the rest as it is.
 
-    \b
-    A line of the texts is
-      {"text": ...}                      for a causal language model
-      {"prompt": ..., "completion": ...} for one that is to answer
-      {"anchor": ..., "positive": ...}   for an encoder that is to find one by the other
+    A line of the texts is {"text": ...} for a causal language model, {"prompt": ..., "completion": ...} for one that
+    is to answer, or {"anchor": ..., "positive": ...} for an encoder that is to find one by the other.
 
     Started again, an interrupted run goes on.
     """

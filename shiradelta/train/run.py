@@ -352,6 +352,7 @@ def draw(path: Path, history: Sequence[tuple[int, float, float]]) -> None:
     axes.plot(steps, held, marker=".", label="held out")
     axes.axhline(held[0], color="gray", linestyle=":", label=f"base {held[0]:.3g}")
     axes.set(xlabel="step", ylabel="loss")
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
     with os_errors(path):
         figure.savefig(path, format="png", dpi=120)

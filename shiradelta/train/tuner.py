@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def attach(
     positions = {name: found for name, found in positions.items() if found.numel()}
     if not positions:
         raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
-    label = os.fspath(start) if start is not None else mask if isinstance(mask, str) else "own"
+    label = Path(start).name if start is not None else mask if isinstance(mask, str) else "own"
     tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, {"mask": label})
     with torch.no_grad():
         for name, (_, values) in begun.items():
@@ -310,7 +311,7 @@ class Tuner:
             TargetError: the file cannot be written.
         """
         deltas = self.deltas()
-        about = {**self._metadata, "sparsity": f"{self.nnz / self.numel:.6g}", **(metadata or {})}
+        about = {"method": "train", **self._metadata, "sparsity": f"{self.nnz / self.numel:.6g}", **(metadata or {})}
         if _is_first_process():
             save_delta(path, deltas, about, values)
 
