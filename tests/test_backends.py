@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import shiradelta
 from shiradelta import TensorDelta, native
-from shiradelta.arithmetic import fingerprint
+from shiradelta.arithmetic import add, fingerprint, scaled
 from shiradelta.backend import choose
 from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
 from shiradelta.reference import NUMPY, at_least
@@ -93,6 +93,49 @@ def test_apply_saves_and_revert_restores(tmp_path: Path):
         assert same_bits(saved, weight[positions])
         assert not same_bits(patched, weight)
         loaded.revert(patched, "bfloat16", saved)
+    assert same_bits(patched, weight)
+
+
+def summed(bits: np.ndarray, dtype: str, addends: list[tuple[TensorDelta, float]]) -> np.ndarray:
+    """FORMAT.md, 6.2, dense and in NumPy."""
+    total, touched = np.zeros(bits.size, np.float32), np.zeros(bits.size, np.bool_)
+    with np.errstate(all="ignore"):
+        for tensor, strength in addends:
+            at, contribution = tensor.positions(), scaled(tensor.values(), strength)
+            total[at] = np.where(touched[at], total[at] + contribution, contribution)
+            touched[at] = True
+    return np.where(touched, add(bits, dtype, total), bits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("count", [1, 2, 5, 70])
+@pytest.mark.parametrize("same", [False, True], ids=["other positions", "the same positions"])
+def test_sums_are_the_same_bits(tmp_path: Path, dtype: str, count: int, same: bool):
+    """On several threads, of all codecs and of densities from one nonzero to all, over all kinds of weights."""
+    generator = np.random.default_rng(count)
+    unsigned = UNSIGNED[4 if dtype == "float32" else 2]
+    weight = generator.integers(0, np.iinfo(unsigned).max, 150_000, dtype=unsigned, endpoint=True)
+    loaded, tensors = [], []
+    for i in range(count):
+        density = 0.2 if same else (1.0, 0.01, 0.3, 1e-5)[i % 4]
+        rng = np.random.default_rng(0 if same else i)
+        positions = np.union1d(np.flatnonzero(rng.random(weight.size) < density), [149_999])
+        values = generator.standard_normal(positions.size).astype(np.float32)
+        path, codec = tmp_path / f"{i}.shd", CODECS[i % len(CODECS)]
+        shiradelta.save_delta(path, {"w": TensorDelta((300, 500), positions, values, dtype)}, values=codec)
+        delta = shiradelta.open_delta(path, backend="libshd")
+        loaded.append(delta.decoder.load(delta["w"].record))
+        tensors.append(delta["w"])
+    patched = weight.copy()
+    saved = [np.empty(tensor.nnz, unsigned) for tensor in tensors]
+    for again, scale in enumerate((1.0, -0.3, 3e38)):
+        strengths = (scale * generator.uniform(-1, 1, count)).tolist()
+        native.apply_sum(list(zip(loaded, strengths, saved, strict=True)), patched, dtype, from_saved=again > 0)
+        assert same_bits(patched, summed(weight, dtype, list(zip(tensors, strengths, strict=True))))
+        for tensor, old in zip(tensors, saved, strict=True):
+            assert same_bits(old, weight[tensor.positions()])
+    for tensor, old in zip(loaded, saved, strict=True):
+        tensor.revert(patched, dtype, old)
     assert same_bits(patched, weight)
 
 

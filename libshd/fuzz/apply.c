@@ -97,6 +97,53 @@ static void check_result(const shd_delta *delta, const shd_delta *scalar, const 
     apply_in_parts(delta, b, strength);
 }
 
+/* What the fuzzer has shd_apply_sum() do: the tensor with itself, as often as this. */
+#define ADDENDS 3u
+
+static int apply_sum(const shd_delta *delta, const shd_weights *target, void *const saved[ADDENDS], int from_saved) {
+    const shd_delta *deltas[ADDENDS] = {delta, delta, delta};
+    const double strengths[ADDENDS] = {0.75, -3, 1e38};
+    const uint64_t size = shd_sum_scratch_size(ADDENDS);
+    void *scratch = exactly(size);
+    int code = shd_apply_sum(deltas, strengths, saved, ADDENDS, target, from_saved, scratch, size, NULL);
+    free(scratch);
+    return code;
+}
+
+/* In one go as in parts, from what was saved as from the weights, with SIMD as without; taken back exactly. */
+static void check_sum(const shd_delta *delta, const shd_delta *scalar, const buffers *b) {
+    const uint64_t size = delta->tensor.nnz * b->element;
+    uint8_t *saved[ADDENDS];
+    void *rooms[ADDENDS];
+    for (uint32_t i = 0; i < ADDENDS; i++) {
+        rooms[i] = saved[i] = exactly(size);
+    }
+    start_again(b);
+    int code = apply_sum(delta, &b->target, rooms, 0);
+    PROMISE(code == (delta->tensor.op == SHD_OP_ADD ? SHD_OK : SHD_WRONG_OPERATION));
+    if (code == SHD_OK) {
+        if (b->size != 0) {
+            memcpy(b->expected, b->weights, b->size);
+        }
+        PROMISE(is(saved[0], saved[1], size) && is(saved[0], saved[2], size));
+        PROMISE(apply_sum(scalar, &b->target, rooms, 1) == SHD_OK && is(b->weights, b->expected, b->size));
+        PROMISE(shd_revert(delta, &b->target, 0, delta->block_count, saved[1], NULL) == SHD_OK);
+        PROMISE(is(b->weights, b->before, b->size));
+        for (uint64_t first = 0, end; first < b->target.count; first = end) {
+            end = first + 1 + (b->target.count - first) / 2;
+            shd_weights part = b->target;
+            part.data = b->weights + first * b->element;
+            part.first_position = first;
+            part.count = end - first;
+            PROMISE(apply_sum(delta, &part, rooms, 0) == SHD_OK);
+        }
+        PROMISE(is(b->weights, b->expected, b->size));
+    }
+    for (uint32_t i = 0; i < ADDENDS; i++) {
+        free(saved[i]);
+    }
+}
+
 /* A tensor that was not checked: an error leaves all as it was. */
 static void use_unchecked(const shd_delta *delta, const buffers *b) {
     uint64_t sum;
@@ -106,11 +153,17 @@ static void use_unchecked(const shd_delta *delta, const buffers *b) {
     }
     (void)shd_revert(delta, &b->target, 0, delta->block_count, b->saved, NULL);
     (void)shd_fingerprint(delta, &b->target, 0, delta->block_count, &sum, NULL);
+    void *const rooms[ADDENDS] = {b->saved, b->saved, b->saved}; /* each saves the same */
+    start_again(b);
+    if (apply_sum(delta, &b->target, rooms, 0) != SHD_OK) {
+        PROMISE(is(b->weights, b->before, b->size));
+    }
 }
 
 /* The file's bytes change under a tensor that passed: the sanitizers watch. */
 static void use_changed(const shd_delta *delta, const buffers *b, bytes copy) {
     random_state r = {delta->tensor.nnz + copy.size};
+    void *const rooms[ADDENDS] = {b->saved, b->saved, b->saved};
     const shd_section *sections[] = {&delta->tensor.index, &delta->tensor.values};
     for (int i = 0; i < 3; i++) {
         const shd_section *s = sections[random_bits(&r) % 2];
@@ -119,6 +172,7 @@ static void use_changed(const shd_delta *delta, const buffers *b, bytes copy) {
         }
         (void)apply_all(delta, b);
         (void)shd_revert(delta, &b->target, 0, delta->block_count, b->saved, NULL);
+        (void)apply_sum(delta, &b->target, rooms, i == 1);
     }
 }
 
@@ -145,6 +199,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         }
         if (simd.code == SHD_OK) {
             check_result(&simd.delta, &scalar.delta, &b);
+            check_sum(&simd.delta, &scalar.delta, &b);
             use_changed(&simd.delta, &b, copy);
         }
         free(simd.scratch);
