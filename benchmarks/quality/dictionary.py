@@ -66,16 +66,18 @@ class Dictionary(Task):
         entropy = nn.functional.cross_entropy
         return (entropy(similarity, target) + entropy(similarity.T, target)) / 2
 
-    def score(self, model: nn.Module) -> tuple[float, ...]:
-        ranks = []
+    def answers(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self._held_out), POOL):
             definitions, words = zip(*self._held_out[start : start + POOL], strict=True)
             with torch.inference_mode():
                 found, wanted = (
-                    torch.cat([self._embed(model, texts[i : i + 500]) for i in range(0, POOL, 500)])
+                    torch.cat([self._embed(model, texts[i : i + 500]) for i in range(0, len(texts), 500)])
                     for texts in (definitions, words)
                 )
-                similarity = found @ wanted.T
-                ranks.append((similarity > similarity.diagonal()[:, None]).sum(1) + 1)
+                logits = found @ wanted.T / TEMPERATURE
+            yield logits, torch.arange(len(logits), device=logits.device)
+
+    def score(self, model: nn.Module) -> tuple[float, ...]:
+        ranks = [(logits > logits.gather(1, right[:, None])).sum(1) + 1 for logits, right in self.answers(model)]
         rank = torch.cat(ranks).double()
         return float((rank == 1).double().mean()), float((1 / rank).mean())

@@ -69,13 +69,17 @@ class Language(Task):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             return nn.functional.cross_entropy(*_predict(model, batch), ignore_index=_PADDING)
 
-    def score(self, model: nn.Module) -> tuple[float, ...]:
-        likelihood, right, count = 0.0, 0, 0
+    def answers(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         for part in torch.split(self._held_out, BATCH):
             with torch.inference_mode():
-                logits, labels = _predict(model, part)
-                likelihood -= float(nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=_PADDING))
-                right += int((logits.argmax(-1) == labels).sum())
+                found = _predict(model, part)
+            yield found
+
+    def score(self, model: nn.Module) -> tuple[float, ...]:
+        likelihood, right, count = 0.0, 0, 0
+        for logits, labels in self.answers(model):
+            likelihood -= float(nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=_PADDING))
+            right += int((logits.argmax(-1) == labels).sum())
             count += int((labels != _PADDING).sum())
         return likelihood / count, right / count
 

@@ -18,11 +18,10 @@ Rows = Iterable[Mapping[str, Any]]
 
 
 def grouped(rows: Rows) -> dict[tuple[str, str, float, str], list[Mapping[str, Any]]]:
-    """Rows that differ in the seed alone; ranks of SVDs are one method."""
+    """Rows that differ in the seed alone."""
     groups = defaultdict(list)
     for row in rows:
-        method = row["method"].split(",")[0]
-        groups[row["task"], row["source"], float(row["sparsity"]), method].append(row)
+        groups[row["task"], row["source"], float(row["sparsity"]), row["method"]].append(row)
     return dict(sorted(groups.items(), key=lambda group: group[0][:3]))
 
 

@@ -53,8 +53,25 @@ class Task(ABC):
         """Of the labels."""
 
     @abstractmethod
+    def answers(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """On held-out data, part by part: logits [n, choices], and which choice is right [n]; below 0 none is."""
+
+    @abstractmethod
     def score(self, model: nn.Module) -> tuple[float, ...]:
-        """On held-out data; more is better."""
+        """Of the answers; more is better."""
+
+    def divergence(self, model: nn.Module, tuned: nn.Module) -> float:
+        """KL divergence of a model's answers from a tuned one's, mean over questions, in nats.
+
+        Less noisy than a score: it tells recipes apart that differ by less than a score's standard error.
+        """
+        total, count = 0.0, 0
+        for (found, right), (wanted, _) in zip(self.answers(model), self.answers(tuned), strict=True):
+            asked = right >= 0
+            student, teacher = (logits[asked].float().log_softmax(-1) for logits in (found, wanted))
+            total += float(nn.functional.kl_div(student, teacher, reduction="sum", log_target=True))
+            count += int(asked.sum())
+        return total / count
 
     @abstractmethod
     def trained(self, name: str) -> bool:
