@@ -21,7 +21,7 @@ from shiradelta.errors import DeltaError
 from shiradelta.train.trainer import SparseCheckpoints
 from tests import train_processes
 from tests.building import run as run_command
-from tests.test_train import IDS, llama, text_loss, train_dense, train_sparse
+from tests.test_train import BATCH, IDS, llama, text_loss, train_dense, train_sparse
 
 TARGETS = ["q_proj", "down_proj", "embed_tokens"]
 
@@ -103,6 +103,20 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool):
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     assert run(model, adam(model), 3) == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradients_for_a_mask_are_made_with_checkpointing_too():
+    model, calls = llama(), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    expected = train.attach(model, 0.1, "snip", ["q_proj"], [BATCH])
+    plain, masks = len(calls), expected.positions
+    expected.detach()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    found = train.attach(model, 0.1, "snip", ["q_proj"], [BATCH])
+    assert len(calls) == plain + 2 * plain
+    assert all(torch.equal(where, masks[name]) for name, where in found.positions.items())
+    assert model.training
+    assert model.model.layers[0].mlp.training
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -106,6 +106,9 @@ def _pass(
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [module for module in model.modules() if module.training]
     model.requires_grad_(False).eval()
+    for module in training:
+        # Where activations are made anew they have to be here, too; transformers does so in training mode alone.
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
     hooks = []
     for name, weight in weights.items():
         weight.requires_grad_(True)

@@ -50,7 +50,7 @@ def attach(
     weights themselves, in which the values are written as soon as they change; nothing is cloned.
 
     Args:
-        model: any torch module whose weights are float32, bfloat16 or float16.
+        model: any torch module whose weights are float32, bfloat16 or float16; to be cast before, not after.
         sparsity: the share of the weights that change; or a pattern N:M ("1:64"), n of every m in a row.
         mask: which ones: "struct", "rand", "wm" (by magnitude), "grad", "snip" (by magnitude times gradient), or
             your own: name -> bool tensor of the weight's shape, or flat integer positions.
