@@ -10,8 +10,9 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from ctypes import byref, c_uint64
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,56 @@ def applying() -> list[list[str]]:
     return rows
 
 
+def summing(counts: tuple[int, ...] = (1, 2, 4, 8)) -> list[list[str]]:
+    """Several adapters on one tensor in one pass, against each of them alone; other strengths, against a way back."""
+    shape = (11008, 4096)
+    bits = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02).view(torch.uint16).numpy().reshape(-1)
+    copy = np.empty_like(bits)
+    rows = [["adapters", "apply", "x as many alone", "bar", "other strengths", "x revert and apply"]]
+    with ExitStack() as stack:
+        tensors = [stack.enter_context(loaded({"w": random_delta(shape, i)}))[0] for i in range(max(counts))]
+        saved = [np.empty(tensor.record.nnz, np.uint16) for tensor in tensors]
+
+        def refresh() -> None:  # so that caches are cold
+            np.copyto(copy, bits)
+
+        def alone() -> None:
+            tensors[0].apply(bits, "bfloat16", 1.0, saved[0])
+
+        def revert(count: int) -> None:
+            for tensor, old in zip(tensors[:count], saved, strict=False):
+                tensor.revert(bits, "bfloat16", old)
+
+        def add_up(count: int, from_saved: bool = False) -> None:
+            addends = list(zip(tensors, [1.0] * count, saved, strict=False))
+            native.apply_sum(addends, bits, "bfloat16", from_saved)
+
+        def start_again(count: int) -> None:
+            revert(count)
+            refresh()
+
+        before = zlib.crc32(bits.data)
+        for count in counts:
+            alone()
+            one = seconds(alone, REPEATS, lambda: start_again(1))
+            revert(1)
+            add_up(count)
+            several = seconds(partial(add_up, count), REPEATS, partial(start_again, count))
+            again = seconds(partial(add_up, count, from_saved=True), REPEATS, refresh)
+            back = seconds(partial(revert, count), REPEATS, refresh)
+            assert zlib.crc32(bits.data) == before
+            times = f"{several * 1e3:.1f} ms", f"{several / one / count:.2f}", "1.5" if count > 1 else ""
+            rows.append([str(count), *times, f"{again * 1e3:.1f} ms", f"{again / (back + several):.2f}"])
+    return rows
+
+
 def main() -> None:
     """Prints the tables."""
     delta = random_delta((11008, 4096))
     title = f"[11008, 4096], {DENSITY:.0%}: {delta.nnz:,} nonzeros"
     print_table(title, decoding(delta))
     print_table(title, encoding(delta))
+    print_table(f"{title} in each of several adapters, {native.THREADS} threads", summing())
     print_table(f"Llama-2-7B layer, random bf16 weights, {DENSITY:.0%}, int8, r = {RANK}", applying())
 
 
