@@ -1,0 +1,149 @@
+"""Parts of fitting by themselves: what is compared, what the teacher remembers, what is pruned, what a step gathers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shiradelta.errors import SourceError
+from shiradelta.fit import loading, teacher, train
+from shiradelta.fit.behaviour import TextBehaviour
+from shiradelta.fit.teacher import Teacher
+from shiradelta.nonzeros import Nonzeros
+from tests.test_fit import build, texts, write_tokenizer
+
+
+def behaviour(model: nn.Module, folder: Path, pooling: str = "mean") -> TextBehaviour:
+    write_tokenizer(folder)
+    return TextBehaviour(loading.load_tokenizer(folder), texts(), model, 16, pooling)
+
+
+def alone(found: TextBehaviour, model: nn.Module, index: int) -> list[Tensor]:
+    with torch.no_grad():
+        return found.outputs(model, [index])
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier", "causal"])
+def test_padding_changes_nothing(kind: str, tmp_path: Path):
+    """Rows of a batch are those of each text by itself, text after text."""
+    model = build(kind).eval()
+    found = behaviour(model, tmp_path)
+    with torch.no_grad():
+        together = found.outputs(model, [5, 0, 9])
+    parts = [alone(found, model, index) for index in (5, 0, 9)]
+    for rows, *separate in zip(together, *parts, strict=True):
+        torch.testing.assert_close(rows, torch.cat(separate), atol=1e-5, rtol=1e-4)
+    tokens = sum(found.lengths[index] for index in (5, 0, 9))
+    assert [len(rows) for rows in together] == [tokens, tokens, tokens if kind == "causal" else 3]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
+def test_embeddings_are_pooled_as_the_model_is_used(pooling: str, tmp_path: Path):
+    model = build("encoder").eval()
+    found = behaviour(model, tmp_path, pooling)
+    with torch.no_grad():
+        together = found.outputs(model, [3, 7])
+    first = together[-2][: found.lengths[3]]
+    expected = {"mean": first.mean(0), "cls": first[0], "max": first.amax(0), "lasttoken": first[-1]}[pooling]
+    torch.testing.assert_close(together[-1][0], nn.functional.normalize(expected, dim=0), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode_mean_tokens": True}, "mean"),
+        (None, "mean"),
+    ],
+)
+def test_pooling_is_what_sentence_transformers_wrote(config: dict[str, Any] | None, expected: str, tmp_path: Path):
+    if config is not None:
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    assert loading.pooling(tmp_path / "nothing.safetensors", tmp_path) == expected
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier", "causal"])
+@pytest.mark.parametrize("remembers", [True, False])
+def test_the_teacher_says_the_same_again(kind: str, remembers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(teacher, "CACHE_BYTES", 1 << 30 if remembers else 0)
+    model = build(kind).eval().requires_grad_(False)
+    weight = next(p for p in model.parameters() if p.dim() == 2)
+    found = behaviour(model, tmp_path)
+    wise = Teacher(model, {weight: weight.data + 0.1}, found)
+    before = weight.data.clone()
+    first = [rows.clone() for rows in wise.outputs([4, 1, 2])]
+    wise.outputs([8, 9])
+    assert torch.equal(weight.data, before)
+    weight.data.add_(1)  # the student has moved on
+    again = wise.outputs([1, 8, 4])
+    expected = [wise.outputs([index]) for index in (1, 8, 4)]
+    for rows, *separate in zip(again, *expected, strict=True):
+        torch.testing.assert_close(rows, torch.cat(separate), atol=1e-5, rtol=1e-4)
+    assert len(first) == len(again)
+
+
+def test_the_base_has_a_loss_of_one_in_the_mean(tmp_path: Path):
+    model = build("encoder").eval()
+    found = behaviour(model, tmp_path)
+    other = build("encoder").eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+        pairs = [(found.outputs(model, part), found.outputs(other, part)) for part in ([0, 1, 2], [3, 4, 5])]
+        with pytest.raises(SourceError, match="behaves like its base"):
+            found.calibrate([(pairs[0][0], pairs[0][0])])
+        found.calibrate(pairs)
+        losses = [float(found.loss(*pair)) for pair in pairs]
+        assert sum(losses) / 2 == pytest.approx(1, rel=1e-5)
+        assert float(found.loss(pairs[0][1], pairs[0][1])) == 0
+
+
+def test_the_largest_of_each_group_are_kept():
+    generator = torch.Generator().manual_seed(0)
+    sizes, counts = [7, 1, 0, 30, 12], [3, 1, 0, 30, 5]
+    score = torch.rand(sum(sizes), generator=generator)
+    group = torch.arange(5).repeat_interleave(torch.tensor(sizes))
+    kept = train._largest(score, group, counts)
+    for number, (part, count) in enumerate(zip(torch.split(score, sizes), counts, strict=True)):
+        mine = kept[group == number]
+        assert int(mine.sum()) == count
+        assert set(part[mine].tolist()) == set(part.topk(count).values.tolist())
+
+
+@pytest.mark.parametrize("kind", ["encoder", "causal"])
+def test_gradients_of_matrices_and_vectors(kind: str):
+    """Biases and norms, which are gathered together, and matrices, over two backward passes."""
+    model = build(kind).eval().requires_grad_(False)
+    names = [name for name, _ in model.named_parameters() if "layer" in name or "norm" in name]
+    weights = [model.get_parameter(name) for name in names]
+    assert {weight.dim() for weight in weights} == {1, 2}
+    positions = [torch.randperm(w.numel())[: max(1, w.numel() // 3)].sort().values for w in weights]
+    ids = torch.randint(2, 60, (3, 7))
+
+    def backward() -> None:
+        output = model(ids)
+        rows = output.logits if kind == "causal" else output.last_hidden_state
+        rows.sin().sum().backward()
+
+    model.requires_grad_(True)
+    backward()
+    backward()
+    pairs = zip(weights, positions, strict=True)
+    expected = [torch.zeros(len(p)) if w.grad is None else w.grad.view(-1)[p] for w, p in pairs]
+    model.zero_grad()
+    model.requires_grad_(False)
+    nonzeros = Nonzeros(weights, [torch.float32] * len(weights), positions)
+    with nonzeros.attached(model):
+        for _ in range(2):
+            backward()
+            nonzeros.collect()
+    torch.testing.assert_close(nonzeros.grad, torch.cat(expected), atol=1e-5, rtol=1e-4)
+    assert all(weight.grad is None and not weight.requires_grad for weight in weights)
