@@ -287,6 +287,7 @@ def test_own_masks():
         ({"targets": ["q_porj"]}, r"'q_porj' is no layer.*q_proj"),
         ({"targets": ["q_proj", "attn.k_proj"]}, r"'attn.k_proj'.*self_attn.k_proj"),
         ({"targets": r".*\.nothing"}, "no layer and no weight"),
+        ({"targets": "*.q_proj"}, "no regular expression"),
         ({"sparsity": 0.0001, "targets": ["norm"]}, "none of its 32 elements"),
         ({"sparsity": 1.5}, "not a share"),
         ({"sparsity": "3:2"}, "no pattern"),
@@ -326,6 +327,10 @@ def test_bases_that_cannot_be_trained_in_place():
     with pytest.raises(TargetError, match="quantised"):
         train.attach(model, mask="rand", targets=["up_proj"])
     train.attach(model, 0.1, mask="rand", targets=["q_proj"]).detach()
+    del model.model.layers[0].self_attn.q_proj.weight  # as methods do that keep packed weights in buffers
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(DeltaError, match="the model is quantised"):
+        train.attach(model, 0.1, mask="rand", targets=["layers.0.self_attn.q_proj"])
     model = llama().double()
     with pytest.raises(TargetError, match="float64"):
         train.attach(model, mask="rand")

@@ -30,21 +30,24 @@ def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
         DeltaError: something that matches nothing; near names are listed.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    config = getattr(model, "config", None)
+    quantised = getattr(config, "quantization_config", None) is not None
+    hint = "; the model is quantised: train on the unquantised one, and quantise the result" if quantised else ""
     if targets is None or targets == ALL_LINEAR:
         found = _linear_weights(model)
         if not found:
-            raise DeltaError("the model has no linear layer; name what to train: targets=[...]")
+            raise DeltaError("the model has no linear layer" + (hint or "; name what to train: targets=[...]"))
         return _first_names(model, found)
     offers = dict(_of_modules(model))
     offers |= {name: [name] for name in parameters}
     wanted: list[str] = []
     for target in [targets] if isinstance(targets, str) else targets:
         if isinstance(targets, str):
-            fits = [name for name in offers if re.fullmatch(target, name)]
+            fits = [name for name in offers if _pattern(target).fullmatch(name)]
         else:
             fits = [name for name in offers if name == target or name.endswith("." + target)]
         if not fits:
-            raise DeltaError(f"target {target!r} is no layer and no weight of the model; {_near(target, offers)}")
+            raise DeltaError(f"target {target!r} is no layer and no weight of the model; {_near(target, offers)}{hint}")
         wanted += [name for offer in fits for name in offers[offer]]
     return _first_names(model, [parameters[name] for name in wanted])
 
@@ -104,6 +107,13 @@ def _first_names(model: nn.Module, wanted: Sequence[nn.Parameter]) -> dict[str, 
     """In the model's order, tied weights once."""
     ids = {id(parameter) for parameter in wanted}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise DeltaError(f"target {text!r} is no regular expression ({error}); or give a list of names") from None
 
 
 def _near(target: str, offers: Iterable[str]) -> str:
