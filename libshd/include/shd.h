@@ -348,7 +348,7 @@ typedef struct shd_weights {
 SHD_API int shd_apply(const shd_delta *delta, const shd_weights *weights, double strength, uint64_t first_block,
                       uint64_t last_block, void *saved, shd_status *status);
 
-/* The scratch buffer, of any alignment, that shd_apply_sum() needs for so many deltas: 33 KiB, and 17 for each. */
+/* The scratch buffer, of any alignment, that shd_apply_sum() needs for so many deltas: 257 KiB, and 17 for each. */
 SHD_API uint64_t shd_sum_scratch_size(uint32_t count);
 
 /* Applies several deltas at once, all of them ADD: to each element goes the sum of what they contribute, rounded once

@@ -8,8 +8,11 @@
  * No chunk goes beyond a piece that a delta is decoded to, so that there is one piece a delta to be kept. */
 #include "internal.h"
 
-/* Elements of a chunk at most: their sums and weights stay in a core's own cache. */
-#define CHUNK 8192u
+/* Elements of a chunk: few enough for their sums and weights to stay in a core's own cache, but so many that a delta
+ * has about NONZEROS in it, and the work for each chunk is spread over them. */
+#define LEAST_CHUNK 8192u
+#define MOST_CHUNK 65536u
+#define NONZEROS 80u
 
 /* A delta on its way through the weights. */
 typedef struct addend {
@@ -28,9 +31,10 @@ typedef struct work {
     int from_saved;
     const shd_weights *weights;
     uint32_t size;  /* of an element */
+    uint64_t chunk; /* elements of a chunk at most */
     uint64_t first; /* position of the chunk's first element */
     uint64_t done;  /* there is nothing left to do before this position */
-    float *sum;     /* [CHUNK] */
+    float *sum;     /* [chunk] */
     /* Where a fault belongs to: */
     const shd_tensor *tensor;
     const shd_section *section;
@@ -38,7 +42,7 @@ typedef struct work {
 
 /* What a call's scratch is made of. */
 typedef struct memory {
-    float sum[CHUNK];
+    float sum[MOST_CHUNK];
     addend addends[];
 } memory;
 
@@ -225,7 +229,7 @@ static shdi_fault next_chunk(work *w, uint64_t end, uint64_t *chunk_end) {
         }
     }
     w->first = first;
-    *chunk_end = first == UINT64_MAX ? 0 : shdi_min(last + 1, first + CHUNK);
+    *chunk_end = first == UINT64_MAX ? 0 : shdi_min(last + 1, first + w->chunk);
     for (uint32_t i = 0; i < w->count; i++) {
         w->addends[i].count = count_before(&w->addends[i], *chunk_end);
     }
@@ -283,8 +287,21 @@ static int check(const shd_delta *delta, double strength, const void *saved, con
     return code == SHD_OK ? shdi_check_strength(&delta->tensor, strength) : code;
 }
 
+/* By the average density of the deltas. */
+static uint64_t chunk_of(const work *w, const shd_delta *const *deltas) {
+    double density = 0;
+    for (uint32_t i = 0; i < w->count; i++) {
+        const shd_tensor *tensor = &deltas[i]->tensor;
+        density += tensor->nnz == 0 ? 0 : (double)tensor->nnz / (double)tensor->numel;
+    }
+    const double wanted = NONZEROS * (double)w->count;
+    const uint64_t chunk = wanted < density * MOST_CHUNK ? (uint64_t)(wanted / density) : MOST_CHUNK;
+    return shdi_min(chunk > LEAST_CHUNK ? chunk : LEAST_CHUNK, w->weights->count);
+}
+
 static int apply_sum(work *w, const shd_delta *const *deltas, shd_status *status) {
-    for (uint32_t i = 0; i < CHUNK; i++) {
+    w->chunk = chunk_of(w, deltas);
+    for (uint64_t i = 0; i < w->chunk; i++) {
         w->sum[i] = -0.0f;
     }
     shdi_fault fault = walk(w, deltas, w->weights->first_position + w->weights->count, write_chunk);
