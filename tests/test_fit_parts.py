@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
+import shiradelta
 from shiradelta.errors import SourceError
 from shiradelta.fit import loading, teacher, train
 from shiradelta.fit.behaviour import TextBehaviour
 from shiradelta.fit.teacher import Teacher
 from shiradelta.nonzeros import Nonzeros
-from tests.test_fit import build, texts, write_tokenizer
+from tests.test_fit import SETTINGS, build, texts, write_pair, write_tokenizer
 
 
 def behaviour(model: nn.Module, folder: Path, pooling: str = "mean") -> TextBehaviour:
@@ -88,6 +91,20 @@ def test_the_teacher_says_the_same_again(kind: str, remembers: bool, tmp_path: P
     for rows, *separate in zip(again, *expected, strict=True):
         torch.testing.assert_close(rows, torch.cat(separate), atol=1e-5, rtol=1e-4)
     assert len(first) == len(again)
+
+
+@pytest.mark.parametrize("method", ["train", "refit"])
+def test_a_model_in_bfloat16(method: str, tmp_path: Path):
+    """As a GPU holds it; afterwards it is the base again, bit for bit."""
+    base, tuned = write_pair("causal", tmp_path)
+    for folder in (base, tuned):
+        LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    settings = replace(SETTINGS, method=method, model=model)
+    report = shiradelta.convert(tuned, tmp_path / "a.shd", base=base, sparsity=0.05, fit=settings)
+    assert report.fit.fitted < 0.8 * report.fit.topk < report.fit.topk < report.fit.base
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_the_base_has_a_loss_of_one_in_the_mean(tmp_path: Path):
