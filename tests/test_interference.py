@@ -15,7 +15,13 @@ from shiradelta import TensorDelta, interference
 from shiradelta.errors import BaseMismatchError, DeltaError
 from shiradelta.interference import Meeting, in_model_order, layer_of, measure, pooled
 
-SHAPES = {"layers.0.up.weight": (48, 40), "layers.0.norm.weight": (40,), "layers.10.conv.weight": (12, 5, 3, 3)}
+SHAPES = {
+    "layers.0.up.weight": (48, 40),
+    "layers.0.norm.weight": (40,),
+    "layers.10.conv.weight": (12, 5, 3, 3),
+    "layers.10.experts": (3, 12, 40),
+    "layers.10.kernel.weight": (20, 10, 7),
+}
 
 
 def save(path: Path, tensors: dict[str, TensorDelta], **metadata: str) -> Path:
@@ -60,11 +66,14 @@ def test_every_figure_is_that_of_dense_arrays(files: list[Path]):
             assert met.opposed == np.count_nonzero(np.sign(a) * np.sign(b) == -1)
             assert met.chance == pytest.approx(met.nnz[0] * met.nnz[1] / a.size)
             assert met.cosine == pytest.approx((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-5)
-            a, b = (x.reshape(shape[0] if len(shape) > 1 else 1, -1) for x in (a, b))
-            norms.append(np.linalg.norm(a.T @ b, 2))
+            if name.endswith("experts"):
+                stacked = list(zip(a, b, strict=True))
+            else:
+                stacked = [tuple(x.reshape(shape[0] if len(shape) > 1 else 1, -1) for x in (a, b))]
+            norms.append(max(np.linalg.norm(a.T @ b, 2) for a, b in stacked))
             assert met.awom == pytest.approx(norms[-1], rel=1e-5)
-            support = (a != 0).T.astype(int) @ (b != 0).astype(int)
-            assert met.awor == 1 - np.count_nonzero(support) / support.size
+            supports = np.array([(a != 0).T.astype(int) @ (b != 0).astype(int) for a, b in stacked])
+            assert met.awor == 1 - np.count_nonzero(supports) / supports.size
             assert not met.estimated
         total = found.total((i, j))
         assert total.awom == pytest.approx(max(norms), rel=1e-5)
@@ -73,6 +82,15 @@ def test_every_figure_is_that_of_dense_arrays(files: list[Path]):
             for k in (i, j)
         )
         assert total.cosine == pytest.approx((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-5)
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-38])
+def test_a_product_of_next_to_nothing(tmp_path: Path, small: float):
+    """Rows 0 and 1 of both are listed, but one of them changes row 0 alone, the other row 1: Lanczos finds nothing."""
+    one = TensorDelta((40, 50), [3, 60], np.float32([1, small]))
+    other = TensorDelta((40, 50), [11, 90], np.float32([small, 1]))
+    paths = [save(tmp_path / f"{name}.shd", {"w": t}) for name, t in (("a", one), ("b", other))]
+    assert measure(dict.fromkeys(paths, 1.0)).total((0, 1)).awom == pytest.approx(small, rel=1e-5)
 
 
 def test_layers_are_in_the_order_of_the_model(files: list[Path]):
