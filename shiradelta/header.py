@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from shiradelta import wire
 from shiradelta.codecs import INDEX_CODECS, VALUE_CODECS
@@ -52,7 +53,7 @@ class Record:
     index: Section
     values: Section
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of the tensor."""
         return math.prod(self.shape)
@@ -86,7 +87,7 @@ def crc32(data: Bytes | bytes) -> int:
 
 def check_padding(data: Bytes, start: int, end: int) -> None:
     """Bytes between sections are zero."""
-    if data[start:end].any():
+    if data[start:end].tobytes().strip(b"\0"):
         raise FormatError("padding_not_zero", "between sections", offset=start)
 
 

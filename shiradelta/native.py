@@ -359,9 +359,12 @@ class NativeDecoder:
         return LoadedTensor(self, record, _CHECK_SIZES).between(start, stop)
 
     def check(self, record: Record) -> None:
-        """What loading does."""
-        if record.nnz:
+        """What loading does; in one call, if nothing needs memory to be decompressed to."""
+        if record.index.zstd or record.values.zstd:
             LoadedTensor(self, record)
+        else:
+            delta = ctypes.create_string_buffer(_library().shd_struct_size(_DELTA))
+            self.call(_library().shd_load, record, self.file, self.numbers[record.name], _CHECK_ALL, None, 0, delta)
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         """Decoded and applied in one pass, on several threads."""
