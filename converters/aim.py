@@ -42,9 +42,10 @@ def parse_size(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
     unit = match and (match[2].upper() if match[2].upper() in _UNITS else match[2].upper() + "B")
-    if match is None or unit not in _UNITS:
+    size = math.inf if match is None or unit not in _UNITS else float(match[1]) * _UNITS[unit]
+    if size == math.inf:
         raise DeltaError(f"size {text!r} is unknown; give a number of bytes, or such as 900KB, 2MB or 1.5GiB")
-    return int(float(match[1]) * _UNITS[unit])
+    return int(size)
 
 
 class Aim(ABC):

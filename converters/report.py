@@ -36,7 +36,8 @@ class TensorReport:
         """Of the selected differences and of what the file holds of them: quantised if added, exact if set."""
         kept = selected.astype(np.float64)
         held = stored.values().astype(np.float64) if tensor.op == "add" else kept
-        lost = max(energy - 2 * float(kept @ held) + float(held @ held), 0.0)
+        rounding = kept - held
+        lost = max(energy - float(kept @ kept), 0.0) + float(rounding @ rounding)
         return cls(name, tensor.op, tensor.shape, tensor.nnz, tensor.numel, energy, lost)
 
     @property

@@ -20,7 +20,7 @@ NOT_FINITE = "has NaN or infinity in it; repair the source first"
 #: Elements that are made at a time: small enough for a core's cache, large enough for NumPy's overhead.
 _BLOCK_ELEMENTS = 1 << 18
 _SAMPLE_BLOCKS = 48
-#: Elements that are sampled together, where rows are shorter; also those whose squares are summed in float32.
+#: Elements that are sampled together, where rows are shorter.
 _RUN = 256
 
 
@@ -30,7 +30,7 @@ class Selection:
 
     positions: Positions
     values: Float32
-    energy: float  # sum of the squares of all elements, selected or not
+    energy: float  # sum of the squares of all elements, selected or not; to the last bit if all are selected
 
 
 def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -82,6 +82,8 @@ def top_k(
         threshold = np.float32(threshold / 2) if threshold > 1e-30 else np.float32(0)
     positions = np.concatenate([part.positions for part in found])
     values = np.concatenate([part.values for part in found])
+    if threshold == 0 and values.size <= k:  # of nothing that is left out, not even a rounding error is
+        return Selection(positions, values, _energy(values))
     kept = _largest(np.abs(values), k)
     return Selection(positions[kept], values[kept], sum(part.energy for part in found))
 
@@ -106,20 +108,16 @@ def _reaching(
     """The elements of some rows whose magnitude reaches the threshold, and the energy of all."""
     flat = rows(start, stop).reshape(-1)
     energy = _energy(flat)
-    if not np.isfinite(energy):
-        if not np.all(np.isfinite(flat)):
-            raise SourceError(NOT_FINITE)
-        energy = float(np.square(flat, dtype=np.float64).sum())
+    if not math.isfinite(energy):
+        raise SourceError(NOT_FINITE)
     at = at_least(flat, float(threshold)) if threshold > 0 else np.flatnonzero(flat)
     return Selection(at + start * columns, flat[at], energy)
 
 
 def _energy(flat: Float32) -> float:
-    """The sum of squares: in float32 over runs, of these in float64, so that small differences of it mean something."""
-    whole = flat.size - flat.size % _RUN
-    runs = flat[:whole].reshape(-1, _RUN)
-    rest = flat[whole:]
-    return float(np.einsum("ij,ij->i", runs, runs).sum(dtype=np.float64)) + float(np.dot(rest, rest))
+    """The sum of squares, in float64: finite if all are, and so that small differences of it mean something."""
+    wide = flat.astype(np.float64)
+    return float(wide @ wide)
 
 
 def _sampled_threshold(rows: Rows, shape: tuple[int, int], k: int) -> np.float32:

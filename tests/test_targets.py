@@ -96,6 +96,18 @@ def test_no_error_takes_every_change(diff: Path, tmp_path: Path):
     assert (report.error, report.sparsity) == (0, 1)
 
 
+def test_small_errors_are_told_from_none(tmp_path: Path):
+    """Also where sums of squares differ in their last digits."""
+    change = np.random.default_rng(0).standard_normal((512, 2048)).astype(np.float32)
+    change.reshape(-1)[::4096] *= 1e-3
+    save_file({"w.diff": change}, tmp_path / "d.safetensors")
+    assert convert(tmp_path / "d.safetensors", target_error=0, values="f32").error == 0
+    report = convert(tmp_path / "d.safetensors", target_error=1e-5, values="f32")
+    left_out = np.sort(np.abs(change.astype("f8")), axis=None)[: change.size - report.nnz]
+    assert left_out.size > 10
+    assert report.error == pytest.approx(np.linalg.norm(left_out) / np.linalg.norm(change.astype("f8")), rel=1e-2)
+
+
 def test_a_sparse_change_goes_in_whole(tmp_path: Path):
     """Where few weights changed, more sparsity adds nothing; the file is what it is."""
     base = random_tensors(torch.float32)
@@ -116,6 +128,7 @@ def test_a_sparse_change_goes_in_whole(tmp_path: Path):
         ({"target_size": 0}, SourceError, "too small"),
         ({"target_size": "much"}, DeltaError, "size 'much' is unknown; give .* such as 900KB"),
         ({"target_size": "-3MB"}, DeltaError, "is unknown"),
+        ({"target_size": "9" * 400 + "GB"}, DeltaError, "is unknown"),
         (
             {"target_error": 0},
             SourceError,
