@@ -13,7 +13,8 @@ from pathlib import Path
 
 from shiradelta import wire
 from shiradelta.checkpoint import open_checkpoint
-from shiradelta.errors import DeltaError, SourceError, TargetError
+from shiradelta.errors import DeltaError, SourceError
+from shiradelta.files import check_target
 from shiradelta.fit import Fit
 from shiradelta.select import count_for
 from shiradelta.writer import writing
@@ -39,17 +40,6 @@ def default_output(source: str | os.PathLike[str]) -> Path:
         return path.with_suffix(wire.SUFFIX)
     path = path.resolve() if path.name in ("", "..") else path
     return path.with_name(path.name + wire.SUFFIX)
-
-
-def _check_target(target: Path) -> None:
-    """Refuses to replace what is not a `.shd` file, such as the source or the base."""
-    if not target.exists():
-        return
-    if target.is_file():
-        with open(target, "rb") as stream:
-            if stream.read(len(wire.MAGIC)) in (wire.MAGIC, b""):
-                return
-    raise TargetError(f"{target}: is there and is not a {wire.SUFFIX} file, so it is not replaced; give --out FILE")
 
 
 def convert(
@@ -103,7 +93,7 @@ def convert(
         TargetError: the file cannot be written.
     """
     target = default_output(source) if out is None else Path(out)
-    _check_target(target)
+    check_target(target, wire.MAGIC, "a .shd file")
     if plot is not None:
         check_plot(plot)
     share = _check_wishes(sparsity, target_size, target_error, fit)

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shiradelta.errors import SourceError, TargetError
-from shiradelta.files import replacing
+from shiradelta.errors import SourceError
+from shiradelta.files import PNG, check_target, replacing
 
 from .report import Report, TensorReport
 
@@ -25,12 +25,11 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
     Raises:
         SourceError: there is no matplotlib.
-        TargetError: there is no such folder.
+        TargetError: there is no such folder, or something else is there.
     """
     if find_spec("matplotlib") is None:
         raise SourceError("a plot needs matplotlib; install shiradelta[fit], or leave the plot out")
-    if not Path(path).absolute().parent.is_dir():
-        raise TargetError(f"{path}: no such folder for the plot; make it first")
+    check_target(Path(path), PNG, "a PNG")
 
 
 def draw(path: str | os.PathLike[str], report: Report) -> None:

@@ -43,6 +43,31 @@ def _is_temporary(name: str, path: Path) -> bool:
     return Path(name).name == path.name or Path(name).name.startswith(f".{path.name}.")
 
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def check_target(path: Path, start: bytes, kind: str) -> None:
+    """Asked before long work: whether a file can be put at `path`, and replaces none of another kind.
+
+    Args:
+        path: where it is to go.
+        start: what files of its kind begin with.
+        kind: for people, such as "a PNG".
+
+    Raises:
+        TargetError: there is no such folder, or something else is there.
+    """
+    if not path.absolute().parent.is_dir():
+        raise TargetError(f"{path}: cannot be written (no such folder); make it first")
+    if not path.exists():
+        return
+    if path.is_file():
+        with os_errors(path, "cannot be read"), open(path, "rb") as stream:
+            if stream.read(len(start)) in (start, b""):
+                return
+    raise TargetError(f"{path}: is there and is not {kind}, so it is not replaced; give another name")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` if the block ends well, and else leaves no trace.

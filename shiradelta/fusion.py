@@ -24,7 +24,9 @@ from shiradelta.arithmetic import Array, Float32, Positions, scaled
 from shiradelta.checkpoint import Checkpoint, match_names, open_checkpoint
 from shiradelta.delta import TensorDelta
 from shiradelta.errors import BaseMismatchError, DeltaError
+from shiradelta.files import check_target
 from shiradelta.reader import Delta, StoredTensor, open_delta
+from shiradelta.wire import MAGIC
 from shiradelta.writer import writing
 
 Source = str | os.PathLike[str]
@@ -217,7 +219,7 @@ def fuse(
         BaseMismatchError: the inputs were made against different bases.
         DeltaError: inputs that do not go together, or an argument that cannot be.
         FormatError: an input is refused.
-        TargetError: the file cannot be written.
+        TargetError: the file cannot be written, or something else is there.
     """
     if method not in METHODS:
         raise DeltaError(f"method {method!r} is unknown; take {', '.join(METHODS)}")
@@ -225,6 +227,7 @@ def fuse(
         raise DeltaError(f"drop {drop} is not a share from 0 to below 1")
     if not deltas:
         raise DeltaError("nothing to fuse; give at least one .shd file")
+    check_target(Path(out), MAGIC, "a .shd file")
     checkpoint = None if base is None else open_checkpoint(base)
     with ExitStack() as stack:
         opened = [(stack.enter_context(open_delta(path)), strength) for path, strength in deltas.items()]

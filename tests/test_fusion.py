@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import shiradelta
 from shiradelta import TensorDelta, arithmetic
 from shiradelta.cli import main
-from shiradelta.errors import BaseMismatchError, DeltaError
+from shiradelta.errors import BaseMismatchError, DeltaError, TargetError
 from shiradelta.fusion import METHODS, disjoint, largest, mean, overlay, ties, weighted_sum
 
 SHAPE = (40, 50)
@@ -188,6 +188,9 @@ def test_bad_arguments(three: dict[Path, float], tmp_path: Path):
             shiradelta.fuse(three, tmp_path / "x.shd", **arguments)
     with pytest.raises(DeltaError, match="nothing to fuse"):
         shiradelta.fuse({}, tmp_path / "x.shd")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(TargetError, match=r"is not a \.shd file, so it is not replaced"):
+        shiradelta.fuse(three, tmp_path / "notes.txt")
     copy = tmp_path / "copy.shd"
     copy.write_bytes(next(iter(three)).read_bytes())
     with pytest.raises(DeltaError, match="same delta"):

@@ -89,8 +89,11 @@ def test_a_conversion_without_a_fit_is_drawn(made: Path, tmp_path: Path):
 
 
 def test_a_plot_that_cannot_be_written_is_told_before_the_work(made: Path, tmp_path: Path):
-    with pytest.raises(TargetError, match="no such folder for the plot"):
+    with pytest.raises(TargetError, match="no such folder"):
         shiradelta.convert(made / "tuned_a", tmp_path / "a.shd", base=made / "bf16", plot=tmp_path / "no" / "a.png")
+    other = made / "bf16" / "config.json"
+    with pytest.raises(TargetError, match="is not a PNG, so it is not replaced"):
+        shiradelta.convert(made / "tuned_a", tmp_path / "a.shd", base=made / "bf16", plot=other)
     assert not (tmp_path / "a.shd").exists()
 
 

@@ -164,6 +164,18 @@ def test_what_cannot_be_written_leaves_no_trace(files: dict[Path, float], tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_of_another_kind_are_not_replaced(files: dict[Path, float], tmp_path: Path):
+    """Such as the first of them, where somebody forgot to name the page."""
+    first = next(iter(files))
+    before = first.read_bytes()
+    for target in ({"out": first}, {"png": first}, {"out": tmp_path}):
+        with pytest.raises(TargetError, match="is there and is not a"):
+            report(files, **target)
+    assert first.read_bytes() == before
+    for _ in range(2):
+        report(files, out=tmp_path / "x.html")
+
+
 def test_heat_map_as_png(files: dict[Path, float], tmp_path: Path):
     image = pytest.importorskip("matplotlib.image")
     report(files, png=tmp_path / "heat.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import DeltaError
+from shiradelta.files import PNG, check_target
 from shiradelta.fusion import Progress, Source
 from shiradelta.interference import Interference, measure
 from shiradelta.reader import open_delta
 
+from . import page
 from .adapters import Adapter, look_at
 from .verdict import verdict
 
@@ -72,12 +73,16 @@ def report(
         BaseMismatchError: the files were made against different bases.
         DeltaError: the same delta twice, or an argument that cannot be.
         FormatError: a file is refused.
-        TargetError: a file cannot be written.
+        TargetError: a file cannot be written, or something else is there.
     """
     if not deltas:
         raise DeltaError("nothing to report on; give at least one .shd file")
     if png is not None and len(deltas) < 2:
         raise DeltaError("a heat map needs two deltas; give another .shd file")
+    if out is not None:
+        check_target(Path(out), page.START, "a page of HTML")
+    if png is not None:
+        check_target(Path(png), PNG, "a PNG")
     found = measure(deltas, progress)
     with ExitStack() as stack:
         adapters = tuple(
@@ -86,11 +91,9 @@ def report(
         )
     made = Report(adapters, found)
     if out is not None:
-        from .page import write
-
-        write(Path(os.fspath(out)), made)
+        page.write(Path(out), made)
     if png is not None:
         from .heat import draw
 
-        draw(Path(os.fspath(png)), found)
+        draw(Path(png), found)
     return made

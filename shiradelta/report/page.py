@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from . import Report
 
 
+#: What the file begins with.
+START = b"<!doctype html>"
+
+
 class Metric(NamedTuple):
     """One figure as a heat map: its text, its colour from -1 to 1, what it says."""
 
@@ -86,7 +90,7 @@ def render(report: Report) -> str:
         sections = [_verdicts(report), *sections, _heat(report), _pairs(report)]
     sections += [_densities(report.adapters), _tensors(report)]
     style = (files(__package__) / "page.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
+    return f"""{START.decode()}
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
