@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Before Triton is imported: without a GPU its kernels run in its interpreter.  TRITON_INTERPRET=0 takes the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Models are tiny and workers several: threads that wait for one another would take longer than the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -100,7 +100,8 @@ def test_an_extracted_lora_of_full_rank_is_the_fine_tune_on_its_layers(folder: P
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_recipe_varied(folder: Path):
+def test_the_recipe_varied(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(recipe.run, "STEPS", 40)
     rows = recipe.measure("echo", "full", 0, ["the recipe", "the output alone"], folder, 0.05, 12)
     assert [row["variant"] for row in rows] == ["the recipe", "the output alone"]
     assert all(0 < row["divergence"] < 1 for row in rows)
