@@ -206,7 +206,7 @@ def train(
     """
     from shiradelta.train.run import Settings, run
 
-    names = tuple(filter(None, (targets or "").split(",")))
+    names = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
     with show.progress("training") as progress:
         report = run(
             Path(model),
@@ -224,7 +224,7 @@ def train(
     click.echo(
         f"{report.nnz:,} of {report.numel:,} weights in {report.tensors} tensors trained, {report.steps} steps in"
         f" {report.seconds:.0f} s; loss on {report.held_out} examples held out: {report.before:.4g} before,"
-        f" {report.after:.4g} with the file\n"
+        f" {report.trained:.4g} after, {report.after:.4g} with the file's values\n"
         f"{report.out}: {show.size(report.file_bytes)}; patch it in with: shiradelta apply {model} {report.out}"
     )
 
@@ -422,7 +422,7 @@ def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
         )
     click.echo(show.table(rows))
     for key, value in about["metadata"].items():
-        click.echo(f"{show.printable(key)}: {show.printable(value)}")
+        click.echo(f"{show.printable(key)}: {show.brief(value)}")
     checked = "checked in full" if full else "tables checked; --verify checks everything"
     click.echo(
         f"{file}: format {about['version']}, {len(about['tensors'])} tensors, {about['nnz']:,} nonzeros,"

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import shiradelta
 from shiradelta.cli import main
-from shiradelta.errors import ShiraDeltaError, SourceError
+from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError, TargetError
 from shiradelta.train import run as run_module
+from shiradelta.train.data import Pairs
 from shiradelta.train.run import Settings, run
 from tests.test_fit import WORDS, write_tokenizer
 from tests.test_train import llama
@@ -87,9 +88,13 @@ def test_an_interrupted_run_goes_on_exactly(folders: Path, tmp_path: Path, monke
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", say=told.append)
-    assert "goes on" in told[-1]
+    assert "goes on from step 11" in told[-1]
     assert not (tmp_path / "task.shd").exists()
     monkeypatch.setattr(run_module._Run, "_step", step)
+    shiradelta.apply(folders / "causal", tmp_path / "whole.shd")
+    with pytest.raises(SourceError, match="not those that the interrupted run began with"):
+        run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
+    shiradelta.revert(folders / "causal")
     report = run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", say=told.append)
     assert any("going on from step 11" in line for line in told)
     assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
@@ -153,3 +158,55 @@ def test_the_example_with_trainer(folders: Path, tmp_path: Path, monkeypatch: py
     texts = write(tmp_path / "data.jsonl", "text")
     file = example(str(folders / "causal"), str(texts), str(tmp_path / "out"), steps=3)
     shiradelta.apply(folders / "causal", file, out=tmp_path / "patched")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"steps": -3}, "steps is -3"),
+        ({"batch": 0}, "batch is 0"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"rate": float("nan")}, "learning rate of nan"),
+        ({"sparsity": "1:0"}, "no pattern"),
+        ({"values": "int3"}, "'int3' are unknown"),
+    ],
+)
+def test_settings_that_cannot_be(setting: dict[str, Any], message: str):
+    with pytest.raises(DeltaError, match=message):
+        Settings(**setting)
+
+
+def test_places_that_cannot_be_written_are_told_before_the_work(folders: Path, tmp_path: Path):
+    texts = write(tmp_path / "data.jsonl", "text")
+    for out, plot in (("no/task.shd", None), ("data.jsonl", None), ("task.shd", "no/loss.png")):
+        picture = None if plot is None else tmp_path / plot
+        with pytest.raises(TargetError, match=r"no such folder|not a \.shd file"):
+            run(tmp_path / "nowhere", texts, tmp_path / out, SETTINGS, "cpu", picture)
+
+
+def test_long_texts_are_cut_where_the_model_ends(folders: Path, tmp_path: Path):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100, n_positions=8)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
+    write_tokenizer(tmp_path / "short")
+    (tmp_path / "data.jsonl").write_text((json.dumps({"text": " ".join(WORDS)}) + "\n") * 12)
+    settings = Settings(**{**vars(SETTINGS), "steps": 1, "tokens": 40})
+    assert run(tmp_path / "short", tmp_path / "data.jsonl", tmp_path / "task.shd", settings, "cpu").steps == 1
+
+
+def test_a_tokenizer_of_another_model(folders: Path, tmp_path: Path):
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=9)).save_pretrained(tmp_path / "few")
+    write_tokenizer(tmp_path / "few")
+    with pytest.raises(SourceError, match="the model has 9"):
+        run(tmp_path / "few", write(tmp_path / "data.jsonl", "text"), tmp_path / "task.shd", SETTINGS, "cpu")
+
+
+def test_pairs_are_pooled_as_the_folder_says(folders: Path):
+    from shiradelta.fit.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folders / "encoder")
+    model = BertModel.from_pretrained(folders / "encoder").eval()
+    rows = [["w1 w2 w3", "w4 w5"], ["w6", "w7 w8 w9"]]
+    ids = tokenizer(rows[0], return_tensors="pt", padding=True)
+    first = torch.nn.functional.normalize(model(**ids).last_hidden_state[:, 0], dim=-1)
+    found = Pairs(rows, tokenizer, 16, "cls")._embed(model, [tokenizer(text)["input_ids"] for text in rows[0]])
+    torch.testing.assert_close(found, first)

@@ -112,7 +112,7 @@ class TextBehaviour(Behaviour):
         logits = getattr(result, "logits", None)
         if logits is None:
             self._output = "embedding"
-            rows.append(_pool(result.hidden_states[-1], mask, self._pooling))
+            rows.append(pool(result.hidden_states[-1], mask, self._pooling))
         else:
             self._output = "logits"
             self.measure = "KL divergence of the output, nats"
@@ -142,7 +142,7 @@ class TextBehaviour(Behaviour):
         return [of_tokens if per_token else of_texts for per_token in self._per_token]
 
 
-def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """[examples, tokens, size] -> one unit vector a text, as sentence-transformers makes it."""
     if pooling == "cls":
         pooled = hidden[:, 0]

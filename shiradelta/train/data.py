@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
+from shiradelta.fit.behaviour import pool
 from shiradelta.fit.texts import LEAST
 
 #: Of the contrastive loss; that of sentence-transformers' models.
@@ -25,15 +26,18 @@ class Examples(ABC):
     Attributes:
         keys: of a line's object.
         lengths: tokens by example; those of like length share a batch.
+        largest: token of all.
     """
 
     keys: tuple[str, ...]
     lengths: list[int]
 
-    def __init__(self, rows: Sequence[Sequence[str]], tokenizer: Any, tokens: int) -> None:
+    def __init__(self, rows: Sequence[Sequence[str]], tokenizer: Any, tokens: int, pooling: str = "mean") -> None:
         self._tokenizer = tokenizer
         self._tokens = min(tokens, tokenizer.model_max_length)
         self._pad = tokenizer.pad_token_id or 0
+        self._pooling = pooling
+        self.largest = 0
         self._encode(rows)
 
     @abstractmethod
@@ -48,6 +52,7 @@ class Examples(ABC):
         found: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=self._tokens, **options)[
             "input_ids"
         ]
+        self.largest = max(self.largest, *map(max, filter(None, found)), 0)
         return found
 
     def _batch(self, ids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
@@ -70,7 +75,7 @@ class Texts(Examples):
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self._tokenizer.eos_token_id
-        return ids if end is None or len(ids) >= self._tokens else [*ids, end]
+        return ids if end is None or len(ids) >= self._tokens or ids[-1:] == [end] else [*ids, end]
 
     def _finish(self) -> None:
         self.lengths = [len(ids) for ids in self._rows]
@@ -84,12 +89,7 @@ class Texts(Examples):
     def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         """Cross entropy, mean over the tokens that are to be predicted."""
         batch = self._batch([self._rows[i] for i in indices], next(model.parameters()).device)
-        logits = getattr(model(**batch), "logits", None)
-        if logits is None or logits.dim() != 3:
-            raise SourceError(
-                f"the model gives no logits for each token, which {' and '.join(self.keys)} train; for an encoder, give"
-                " pairs: anchor and positive"
-            )
+        logits = model(**batch).logits
         at = torch.arange(batch["input_ids"].shape[1], device=logits.device)
         first = torch.tensor([self._first[i] for i in indices], device=logits.device)
         wanted = batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | (at < first[:, None]), _IGNORED)
@@ -104,7 +104,8 @@ class Completions(Texts):
     keys = ("prompt", "completion")
 
     def _encode(self, rows: Sequence[Sequence[str]]) -> None:
-        prompts = self._ids([prompt for prompt, _ in rows])
+        end = self._tokenizer.eos_token_id
+        prompts = [ids[:-1] if ids[-1:] == [end] else ids for ids in self._ids([prompt for prompt, _ in rows])]
         completions = self._ids([completion for _, completion in rows], add_special_tokens=False)
         self._rows = [
             self._ended(prompt + completion)[: self._tokens]
@@ -136,15 +137,20 @@ class Pairs(Examples):
         hidden = getattr(model(**batch), "last_hidden_state", None)
         if hidden is None:
             raise SourceError("the model gives no last_hidden_state, which pairs train; give an encoder, or texts")
-        mask = batch["attention_mask"][:, :, None]
-        return nn.functional.normalize((hidden.float() * mask).sum(1) / mask.sum(1), dim=-1)
+        return pool(hidden.float(), batch["attention_mask"], self._pooling)
 
 
 KINDS: tuple[type[Examples], ...] = (Texts, Completions, Pairs)
 
 
-def read_examples(path: Path, tokenizer: Any, tokens: int) -> tuple[Examples, list[list[str]]]:
+def read_examples(path: Path, tokenizer: Any, tokens: int, pooling: str = "mean") -> tuple[Examples, list[list[str]]]:
     """(the examples of a file, its rows as they are written); what kind they are its first line tells.
+
+    Args:
+        path: JSON Lines.
+        tokenizer: the model's.
+        tokens: longer examples are cut.
+        pooling: how token vectors of a text become one, where pairs are compared (`fit.loading.pooling`).
 
     Raises:
         SourceError: a line that is none of the kinds, or not of the first one's; too few; nothing to predict.
@@ -163,7 +169,7 @@ def read_examples(path: Path, tokenizer: Any, tokens: int) -> tuple[Examples, li
         raise SourceError(f"{path}: is not UTF-8; save it as UTF-8") from None
     if kind is None or len(rows) < LEAST:
         raise SourceError(f"{path}: {len(rows)} examples are too few to train on; give {LEAST}, better some thousands")
-    return kind(rows, tokenizer, tokens), rows
+    return kind(rows, tokenizer, tokens, pooling), rows
 
 
 def _row(line: str, where: str, kind: type[Examples] | None) -> tuple[type[Examples], list[str]]:

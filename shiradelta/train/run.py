@@ -19,13 +19,16 @@ from torch import Tensor, nn
 
 from shiradelta import wire
 from shiradelta.checkpoint import Checkpoint, match_names, open_checkpoint
-from shiradelta.errors import ShiraDeltaError, SourceError
+from shiradelta.converters.plot import check_plot
+from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
+from shiradelta.files import check_target, replacing
 from shiradelta.fit import loading
 from shiradelta.fit.texts import batches, split
 from shiradelta.fit.train import cycle
 
-from .data import read_examples
+from .data import Pairs, read_examples
 from .gradients import Tell
+from .masks import parse_sparsity
 from .state import load_with_about, save_state
 from .targets import find_weights
 from .tuner import Tuner, attach
@@ -39,7 +42,11 @@ _MASK = ".positions"
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run; `shiradelta train --help` says what they are."""
+    """Of a run; `shiradelta train --help` says what they are.
+
+    Raises:
+        DeltaError: one that cannot be.
+    """
 
     sparsity: float | str = 0.01
     mask: str = "snip"
@@ -53,13 +60,24 @@ class Settings:
     seed: int = 0
     values: str = "int4"
 
+    def __post_init__(self) -> None:
+        parse_sparsity(self.sparsity)
+        if not 0 < self.rate < math.inf:
+            raise DeltaError(f"a learning rate of {self.rate} trains nothing; give one above 0, such as 0.04")
+        for name in ("steps", "batch", "tokens"):
+            if getattr(self, name) < 1:
+                raise DeltaError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.values not in wire.VALUE_CODEC_OF_NAME:
+            raise DeltaError(f"values {self.values!r} are unknown; take {', '.join(wire.VALUE_CODEC_OF_NAME)}")
+
 
 @dataclass
 class Report:
     """What came out.
 
     Attributes:
-        before, after: loss on the examples held out, of the base and of the file as it is read.
+        before, trained, after: loss on the examples held out, of the base, of what was trained, and of the file as it
+            is read, whose values may have 4 bits.
         history: (step, loss on a batch as a running mean, loss on the examples held out).
     """
 
@@ -71,6 +89,7 @@ class Report:
     held_out: int
     steps: int
     before: float
+    trained: float
     after: float
     seconds: float
     file_bytes: int
@@ -101,8 +120,12 @@ def run(
 
     Raises:
         SourceError: the model or the examples cannot be used.
+        TargetError: the file or the plot cannot be written there; told before the work.
         ShiraDeltaError: training gave NaN; out of memory.
     """
+    check_target(out, wire.MAGIC, "a .shd file")
+    if plot is not None:
+        check_plot(plot)
     try:
         return _Run(model_folder, examples_file, out, settings, device, say, progress).go(plot)
     except (torch.OutOfMemoryError, MemoryError):
@@ -126,14 +149,27 @@ class _Run:
         self.settings, self.out, self.say, self.progress = settings, out, say, progress
         self.state_path = out.with_name(out.name + ".train")
         checkpoint = open_checkpoint(folder)
+        loader, config = loading.model_class(folder, folder)
+        tokens = min(settings.tokens, getattr(config, "max_position_embeddings", None) or settings.tokens)
         tokenizer = loading.load_tokenizer(folder)
-        self.examples, rows = read_examples(examples_file, tokenizer, settings.tokens)
+        self.examples, rows = read_examples(examples_file, tokenizer, tokens, loading.pooling(folder))
+        if not isinstance(self.examples, Pairs) and not loader.can_generate():
+            raise SourceError(
+                f"{folder}: {loader.__name__} does not predict the next token, which {' and '.join(self.examples.keys)}"
+                " train; for an encoder, give pairs: anchor and positive"
+            )
         self.device = loading.pick_device(device)
         dtype = _stored_dtype(checkpoint)
         # What is made under float16 may overflow; its weights are used as they are, products are made in bfloat16.
         mixed = dtype == torch.float16
         self.casting: Any = torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
         self.model = loading.load_model(folder, folder, self.device, dtype).eval()
+        size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        if self.examples.largest >= size:
+            raise SourceError(
+                f"{folder}: the tokenizer gives token {self.examples.largest}, the model has {size}; they do not belong"
+                " together"
+            )
         self.train, self.held_out = split(len(rows), HELD_OUT, settings.seed)
         key = [str(folder.resolve()), rows, vars(settings)]
         self.key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -172,6 +208,7 @@ class _Run:
             len(self.held_out),
             settings.steps,
             before,
+            self.history[-1][2],
             after,
             round(time.monotonic() - start, 1),
             self.out.stat().st_size,
@@ -246,22 +283,21 @@ class _Run:
         stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed)
         every = max(1, settings.steps // EVALUATIONS)
         mean = self.history[-1][1] if self.history else before
-        saved = time.monotonic()
-        for step, indices in islice(enumerate(stream), first, settings.steps):
-            if step % every == 0 and (not self.history or self.history[-1][0] != step):
-                self.history.append((step, mean, self._measure() if step else before))
-            try:
+        saved, kept = time.monotonic(), first
+        try:
+            for step, indices in islice(enumerate(stream), first, settings.steps):
+                if step % every == 0 and (not self.history or self.history[-1][0] != step):
+                    self.history.append((step, mean, self._measure() if step else before))
                 if time.monotonic() - saved > SAVE_EVERY:
                     self._save(tuner, optimizer, step)
-                    saved = time.monotonic()
-                loss = self._step(tuner, optimizer, step, indices)
-            except KeyboardInterrupt:
-                if self.state_path.exists():
-                    self.say(f"interrupted at step {step} of {settings.steps}; the same command goes on")
-                raise
-            mean = 0.9 * mean + 0.1 * loss
-            self.progress(f"loss {mean:.3f}", step + 1, settings.steps)
-        self.history.append((settings.steps, mean, self._measure()))
+                    saved, kept = time.monotonic(), step
+                mean = 0.9 * mean + 0.1 * self._step(tuner, optimizer, step, indices)
+                self.progress(f"loss {mean:.3f}", step + 1, settings.steps)
+            self.history.append((settings.steps, mean, self._measure()))
+        except KeyboardInterrupt:
+            if kept:
+                self.say(f"the same command goes on from step {kept} of {settings.steps}, kept in {self.state_path}")
+            raise
 
     def _step(self, tuner: Tuner, optimizer: torch.optim.Optimizer, step: int, indices: Sequence[int]) -> float:
         for group in optimizer.param_groups:
@@ -286,7 +322,7 @@ class _Run:
             for what in ("exp_avg", "exp_avg_sq"):
                 if what in optimizer.state[values]:
                     tensors[f"{name}.{what}"] = optimizer.state[values][what].cpu()
-        about = {"run": self.key, "state": json.dumps({"step": step, "history": self.history})}
+        about = {"run": self.key, "state": json.dumps({"step": step, "history": self.history}), "base": _digest(tuner)}
         save_state(self.state_path, tensors, about)
 
     def _resumed(self) -> dict[str, Tensor] | None:
@@ -295,13 +331,19 @@ class _Run:
             return None
         tensors, about = load_with_about(self.state_path)
         if about.get("run") != self.key:
+            self.say(f"{self.state_path} is of a run with other settings or examples; starting anew")
             return None
         found = json.loads(about["state"])
-        self._first = int(found["step"])
+        self._first, self._base = int(found["step"]), about.get("base")
         self.history = [(int(step), float(loss), float(held)) for step, loss, held in found["history"]]
         return tensors
 
     def _take_up(self, state: dict[str, Tensor], tuner: Tuner, optimizer: torch.optim.Optimizer) -> int:
+        if _digest(tuner) != self._base:
+            raise SourceError(
+                f"{self.checkpoint.root}: its weights are not those that the interrupted run began with; revert it, or"
+                f" take away {self.state_path} to start anew"
+            )
         tuner.load_state_dict({name: t for name, t in state.items() if name.endswith((_MASK, ".values"))})
         for name, values in tuner.values.items():
             if f"{name}.exp_avg" not in state:
@@ -312,6 +354,14 @@ class _Run:
                 "exp_avg_sq": state[f"{name}.exp_avg_sq"].to(values.device),
             }
         return self._first
+
+
+def _digest(tuner: Tuner) -> str:
+    """Of the base's weights at the mask."""
+    found = hashlib.sha256()
+    for _, base in sorted(tuner.base.items()):
+        found.update(base.cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -337,13 +387,9 @@ def draw(path: Path, history: Sequence[tuple[int, float, float]]) -> None:
     """Writes the losses as a PNG.
 
     Raises:
-        SourceError: matplotlib is not there.
+        TargetError: it cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SourceError("a plot needs matplotlib; install it, or leave the plot out") from None
-    from shiradelta.files import os_errors
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -354,5 +400,5 @@ def draw(path: Path, history: Sequence[tuple[int, float, float]]) -> None:
     axes.set(xlabel="step", ylabel="loss")
     axes.locator_params(axis="x", integer=True)
     axes.legend()
-    with os_errors(path):
-        figure.savefig(path, format="png", dpi=120)
+    with replacing(path) as stream:
+        figure.savefig(stream, format="png", dpi=120)

@@ -213,6 +213,11 @@ class Tuner:
         return {name: tuned.values for name, tuned in self._tuned.items()}
 
     @property
+    def base(self) -> dict[str, Tensor]:
+        """The base's weights at the mask: the model's names -> [n], of the weight's dtype."""
+        return {name: tuned.place.base for name, tuned in self._tuned.items()}
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """The weights that are changed, by the model's names; those that FSDP has taken to parts are left out."""
         return {name: weight for name, tuned in self._tuned.items() if (weight := tuned.weight) is not None}
