@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as _Convolution
 
 from shiradelta.arithmetic import Positions
 from shiradelta.checkpoint import rename_all
@@ -78,8 +79,7 @@ class Choice:
         for name, scores in self._scores(mask):
             weight = self.weights[name]
             if self.pattern is not None:
-                row = weight.shape[-1] if weight.dim() else 1
-                positions = masks.n_of_m(scores, row, *self.pattern)
+                positions = masks.n_of_m(scores, (1, *self._shape(name))[-1], *self.pattern)
             else:
                 positions = masks.top(scores, counts[name] if counts else self._count(name, weight))
             chosen[name] = positions[scores[positions] >= 0]  # what is to be avoided has scores below
@@ -97,13 +97,19 @@ class Choice:
 
     def _struct(self, name: str, weight: Tensor) -> Tensor:
         count, avoid = self._count(name, weight), self.avoid.get(name)
-        shape = tuple(weight.shape)
+        shape = self._shape(name)
         if avoid is None:
             return torch.from_numpy(masks.struct(shape, count)).to(weight.device)
         # Whatever the other mask is, some shift of the rows meets it least.
         starts = range(min(shape[0] if shape else 1, 64))
         apart = (np.setdiff1d(masks.struct(shape, count, start), avoid, assume_unique=True) for start in starts)
         return torch.from_numpy(max(apart, key=len)).to(weight.device)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """A weight's; a convolution's as of the matrix that it is: [out, all others]."""
+        shape = tuple(self.weights[name].shape)
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return (shape[0], math.prod(shape[1:])) if isinstance(module, _Convolution) and len(shape) > 1 else shape
 
     def _rand(self, name: str, weight: Tensor) -> Tensor:
         seed = f"{self.seed} {self.views[name][0].name}"
@@ -124,7 +130,6 @@ class Choice:
             found = ((name, self._random_scores(name, weight)) for name, weight in self.weights.items())
         for name, scores in found:
             if name in self.avoid:
-                scores = scores.clone() if mask == "grad" else scores
                 scores[torch.from_numpy(self.avoid[name]).to(scores.device)] = -1
             yield name, scores
 
@@ -159,6 +164,8 @@ def own_mask(mask: OwnMask, weights: Mapping[str, nn.Parameter]) -> dict[str, Te
     Raises:
         DeltaError: a name that is no target, a wrong shape, positions outside or given twice, nothing at all.
     """
+    if not isinstance(mask, Mapping):
+        raise DeltaError(f"the mask is a {type(mask).__name__}; give a mask's name, or your own mask by weights' names")
     found = rename_all(list(mask), weights)
     unknown = [name for name in mask if name not in found]
     if unknown or not mask:

@@ -25,7 +25,10 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     Raises:
         DeltaError: it gives none.
     """
-    result = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    if isinstance(batch, Mapping):
+        result = model(**batch)
+    else:
+        result = model(*batch) if isinstance(batch, list | tuple) else model(batch)
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
     if not isinstance(loss, Tensor):
         raise DeltaError(
@@ -118,7 +121,9 @@ def _pass(
         with torch.enable_grad():
             for done, batch in enumerate(batches):
                 tell("gradients for the mask", number * len(batches) + done, count * len(batches))
-                loss(model, to_device(batch, device)).backward()  # type: ignore[no-untyped-call]
+                found = loss(model, to_device(batch, device))
+                if found.requires_grad:  # if not, none of the weights has a part in it
+                    found.backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()

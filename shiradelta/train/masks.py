@@ -97,7 +97,7 @@ def n_of_m(scores: Tensor, row: int, n: int, m: int) -> Tensor:
 
     Args:
         scores: flat.
-        row: elements of a row; its last group may be shorter.
+        row: elements of a row; its last group may be shorter, and has as many.
         n: how many of a group, at most.
         m: elements of a group.
     """
@@ -126,6 +126,6 @@ def parse_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None
             raise DeltaError(
                 f"sparsity {sparsity!r} is no pattern; give N:M such as '1:64', or a share such as 0.01"
             ) from None
-    if not 0 < sparsity <= 1:
+    if not isinstance(sparsity, float | int) or not 0 < sparsity <= 1:
         raise DeltaError(f"sparsity {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01")
     return sparsity, pattern

@@ -49,6 +49,8 @@ def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
         if not fits:
             raise DeltaError(f"target {target!r} is no layer and no weight of the model; {_near(target, offers)}{hint}")
         wanted += [name for offer in fits for name in offers[offer]]
+    if not wanted:
+        raise DeltaError("targets is empty; name what to train, or leave it out for all linear layers but the output's")
     return _first_names(model, [parameters[name] for name in wanted])
 
 
