@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from shiradelta.patched import Place, flat, patch
+from shiradelta.patched import Place, flat, patch, unpatch
 
 
 class Part(Place):
@@ -101,13 +101,13 @@ class Nonzeros:
         """Within, `collect` after a backward pass completes `grad`; the weights are what `write` made them."""
         wide = {p: partial(self._source, i) for i, p in enumerate(self._parameters) if p.dim() > 1}
         vectors = [parameter for parameter in self._parameters if parameter not in wide]
-        undo = patch(model, wide)
+        patch(model, wide)
         for vector in vectors:
             vector.requires_grad_(True)
         try:
             yield
         finally:
-            undo()
+            unpatch(model.modules())
             for vector in vectors:
                 vector.requires_grad_(False)
                 vector.grad = None

@@ -11,7 +11,8 @@ of a 4096 x 4096 layer takes 0.2 ms, about 1 microsecond a thousand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copyreg
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -48,8 +49,8 @@ class Place:
         """Takes another mask; the weight has to hold the base."""
         self.positions = positions
         self.base = base
-        #: Version of the values that the weight holds; None if they may have changed in other ways.
-        self.written: int | None = None
+        #: Versions of the values that the weight holds and of the weight; None if they may have changed in other ways.
+        self.written: tuple[int, int] | None = None
         rows = self.numel // max(self.columns, 1)
         step = max(1, CHUNK // max(self.columns, 1))
         edges = [*range(0, rows, step), rows]
@@ -87,14 +88,16 @@ class Place:
         """Writes values that may have changed since they were written.
 
         Between a backward pass and the next forward pass anything may have changed them, also what leaves no trace
-        in a tensor's version: a fused optimizer's own kernel, or `.data`.
+        in a tensor's version: a fused optimizer's own kernel, or `.data`.  What is written here leaves none either, so
+        that the weight's version tells whether others have overwritten it, as `load_state_dict` does.
         """
         self._follow(weight)
         if weight is not self.parameter:
             self.parameter = self.parameter.detach()[:0].clone()  # FSDP has its parts; the whole is not to be kept
-        if weight is not self.parameter or self.written != values._version:
             self.write(values.detach(), weight)
-            self.written = values._version
+        elif self.written != (versions := (values._version, weight._version)):
+            self.write(values.detach(), weight)
+            self.written = versions
 
 
 class _Linear(torch.autograd.Function):
@@ -113,6 +116,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise DeltaError(
+                "gradients of gradients (create_graph=True) do not reach the nonzeros of linear layers; take first ones"
+            )
         (grad,) = grads
         x, weight, values = ctx.saved_tensors
         if ctx.passing:
@@ -172,26 +179,30 @@ class _Alias(torch.autograd.Function):
         return found, None, None
 
 
-def patch(model: nn.Module, sources: Mapping[nn.Parameter, Source]) -> Callable[[], None]:
-    """Makes weights pass their gradients on to nonzeros, whatever uses them; returns what undoes it.
+def patch(model: nn.Module, sources: Mapping[nn.Parameter, Source]) -> None:
+    """Makes weights pass their gradients on to nonzeros, whatever uses them, until `unpatch`.
 
     A module that holds such a weight gets a class of its own, derived from what it was, in which the weight is a
     property; parameters, names and the state dict stay as they were.
     """
-    undo: list[tuple[nn.Module, type[nn.Module]]] = []
     for module in model.modules():
         own = {name: sources[p] for name, p in module._parameters.items() if p is not None and p in sources}
         if own:
-            undo.append((module, type(module)))
             module.__dict__["_nonzeros"] = own
             module.__class__ = _derived(type(module), tuple(own))  # type: ignore[arg-type]
 
-    def restore() -> None:
-        for module, kind in undo:
-            module.__class__ = kind
+
+def unpatch(modules: Iterable[nn.Module]) -> None:
+    """Takes out what `patch` did to some modules; others stay as they are."""
+    for module in modules:
+        if is_patched(module):
+            module.__class__ = type(module).__mro__[1]
             del module.__dict__["_nonzeros"]
 
-    return restore
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether it is a module whose weights pass their gradients on."""
+    return "_nonzeros" in module.__dict__
 
 
 @cache
@@ -202,7 +213,21 @@ def _derived(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
             members["forward"] = _linear_forward
         elif kind is nn.Embedding:
             members["forward"] = _embedding_forward
-    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__, "__reduce_ex__": _reduce})
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """For copies and pickles: the class is not found by its name, and so made anew."""
+    kind: Any = type(module).__mro__[1]
+    make, given, *state = kind.__reduce_ex__(module, protocol)
+    if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+        make, given = _made, (kind, tuple(module._nonzeros), *given[1:])  # type: ignore[arg-type]
+    return (make, given, *state)
+
+
+def _made(kind: type[nn.Module], names: tuple[str, ...], *given: Any) -> nn.Module:
+    made = _derived(kind, names)  # type: ignore[arg-type]
+    return made.__new__(made, *given)
 
 
 def _property(name: str) -> property:

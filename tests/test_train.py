@@ -238,6 +238,19 @@ def test_n_of_m(mask: str):
         assert torch.all(groups == 2)
 
 
+def test_convolutions_are_matrices_to_patterns():
+    """Of [out, in x kernel], not of kernels three elements wide."""
+    for layer, mask, sparsity in ((nn.Conv2d(16, 32, 3), "wm", "1:64"), (nn.Conv1d(64, 96, 3), "struct", 0.05)):
+        model = nn.Sequential(layer)
+        tuner = train.attach(model, sparsity, mask, ["0"])
+        (positions,) = tuner.positions.values()
+        columns = layer._parameters["weight"][0].numel()
+        if mask == "wm":
+            assert torch.equal(positions.div(columns, rounding_mode="floor").bincount(), torch.full((32,), 3))
+        else:
+            assert np.array_equal(positions, masks.struct((96, 64 * 3), round(0.05 * 96 * 64 * 3)))
+
+
 @pytest.mark.parametrize("mask", sorted(masks.MASKS))
 def test_masks_apart_from_other_adapters(mask: str, tmp_path: Path):
     model = llama()
@@ -291,6 +304,8 @@ def test_own_masks():
         ({"sparsity": 0.0001, "targets": ["norm"]}, "none of its 32 elements"),
         ({"sparsity": 1.5}, "not a share"),
         ({"sparsity": "3:2"}, "no pattern"),
+        ({"sparsity": None}, "not a share"),
+        ({"targets": []}, "targets is empty"),
         ({"sparsity": "1:8", "scope": "model"}, "scope"),
         ({"mask": "magic"}, "unknown"),
         ({"mask": "struct", "scope": "model"}, "struct"),
@@ -303,6 +318,8 @@ def test_own_masks():
         ({"mask": {"model.layers.0.mlp.up_proj.weight": [0.5]}}, "integer"),
         ({"mask": {"up": [1]}}, "none of the targets"),
         ({"mask": {}}, "empty"),
+        ({"mask": [1, 2]}, "mask is a list"),
+        ({"mask": "snip", "calibration": BATCH}, "one batch"),
         ({"avoid": [5]}, "avoid"),
     ],
 )
@@ -356,9 +373,37 @@ def test_gradients_that_are_not_finite():
     assert torch.equal(before, model.model.layers[0].self_attn.q_proj.weight)
 
 
+def test_weights_without_a_part_in_the_loss():
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model[0](batch).sum()
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with pytest.raises(ShiraDeltaError, match=r"'1.weight' has no part"):
+        train.attach(model, 0.1, "snip", ["1"], [torch.ones(2, 16)], loss=loss)
+    with train.attach(model, 0.1, "snip", calibration=[torch.ones(2, 16)], loss=loss) as tuner:
+        assert list(tuner.positions) == ["0.weight"]
+
+
+def test_what_is_saved_is_how_far_from_what_was_trained(tmp_path: Path):
+    model, targets, loss = make("experts")  # whose tensors lie otherwise in the file
+    tuner = train.attach(model, 0.1, "wm", targets)
+    train_sparse(model, loss, 2)
+    missed = {values: tuner.save(tmp_path / f"{values}.shd", values) for values in ("f32", "int8", "int4", "sign")}
+    assert missed["f32"] == 0 < missed["int8"] < 0.01 < missed["int4"] < 0.15 < missed["sign"] < 1
+    assert tuner.save(tmp_path / "again.shd") == missed["int4"]
+    model.bfloat16()
+    with pytest.raises(DeltaError, match="cast the model first"):
+        tuner.save(tmp_path / "cast.shd")
+    assert not (tmp_path / "cast.shd").exists()
+
+
 def test_one_tuner_at_a_time():
     model = llama()
+    with train.attach(model.model, 0.1, "wm", ["q_proj"]), pytest.raises(TargetError, match="part of it"):
+        train.attach(model, 0.1, "wm")
     with train.attach(model, 0.1, "wm", ["q_proj"]) as tuner:
+        with pytest.raises(TargetError, match="part of it"):
+            train.attach(model.model, 0.1, "wm")
         with pytest.raises(TargetError, match="already"):
             train.attach(model, 0.1, "wm")
         with pytest.raises(DeltaError, match="nothing was trained"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -204,12 +205,29 @@ def test_checkpointing_by_hand_and_weights_used_twice():
     torch.testing.assert_close(model.inner.weight.detach(), dense.inner.weight.detach())
 
 
-def test_a_copy_of_the_model_trains_by_itself():
+@pytest.mark.parametrize("by", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_trains_by_itself(by: str):
     model, tuner = attached()
-    other = copy.deepcopy(model)
+    train_sparse(model, text_loss, 1)
+    trained = [values.clone() for values in tuner.parameters()]
+    other = copy.deepcopy(model) if by == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert text_loss(other) == text_loss(model)
     train_sparse(other, text_loss, 2)
-    assert all(bool((values == 0).all()) for values in tuner.parameters())
+    assert all(map(torch.equal, tuner.parameters(), trained))
     assert text_loss(other) < text_loss(model)
+    other._shiradelta.detach()
+    assert type(other.model.layers[0].mlp.down_proj) is nn.Linear
+    assert all(map(torch.equal, other.state_dict().values(), llama().state_dict().values()))
+    assert train_sparse(model, text_loss, 2)[-1] < text_loss(llama())  # which the copy has not touched
+
+
+def test_gradients_of_gradients_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    train.attach(model, 0.5, "wm")
+    x = torch.ones(2, 8, requires_grad=True)
+    with pytest.raises(DeltaError, match="create_graph"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    torch.autograd.grad(model(x).sum(), x)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
@@ -230,8 +248,11 @@ def test_weights_that_were_put_in_anew_are_patched_and_given_back():
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     assert text_loss(model) == expected
-    tuner.detach()
     base = llama().state_dict()
+    model.load_state_dict(base, strict=False)
+    with torch.no_grad():
+        assert text_loss(model) == expected
+    tuner.detach()
     assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
 
 
@@ -286,6 +307,7 @@ def test_trainer_saves_nonzeros_and_resumes(tmp_path: Path):
         assert delta.metadata["step"] == "2"
 
     whole.save_model(tmp_path / "final")
+    assert "save_pretrained" not in model.__dict__
     patched = type(model).from_pretrained(tmp_path / "final")
     assert text_loss(patched).item() == pytest.approx(text_loss(model).item(), rel=1e-6)
 

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from shiradelta.errors import DeltaError
 
 from .state import load_state, save_state
-from .tuner import SUFFIX, Tuner
+from .tuned import SUFFIX
+from .tuner import Tuner
 
 STATE, ADAPTER = "nonzeros.safetensors", "adapter.shd"
 
@@ -18,8 +19,8 @@ STATE, ADAPTER = "nonzeros.safetensors", "adapter.shd"
 class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Makes a Trainer's checkpoints small, and resumable: they hold the nonzeros in place of the model.
 
-    Each has `nonzeros.safetensors`, mask and values, and `adapter.shd`, to be applied as it is.  After training,
-    `trainer.save_model` writes the whole patched model again.
+    Each has `nonzeros.safetensors`, mask and values, and `adapter.shd`, to be applied as it is.  What
+    `trainer.save_model` writes to other folders is the whole patched model.
 
         trainer = Trainer(model, ..., callbacks=[SparseCheckpoints(tuner)])
 
@@ -32,16 +33,19 @@ class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
         self._tuner, self._values = tuner, values
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Takes up the mask of the checkpoint that is resumed from; until the end the model saves nonzeros alone."""
+        """Takes up the mask of the checkpoint that is resumed from; until the end checkpoints hold nonzeros alone."""
         path = self._folder(args, state) / STATE
         if state.global_step and path.exists():
             self._tuner.load_state_dict(load_state(path))
         model: Any = self._tuner.model
-        save = model.save_pretrained
+        save = getattr(type(model), "save_pretrained", None)
+        if save is None:
+            return  # a plain module, which the Trainer saves whole
 
         def save_nonzeros(folder: Any, state_dict: Any = None, **options: Any) -> None:
-            own = {name: p for name, p in model.named_parameters() if name.endswith(SUFFIX)}
-            save(folder, state_dict=own, **options)
+            if Path(folder).name.startswith("checkpoint-"):  # another one is the user's own, after an interruption, say
+                state_dict = {name: p for name, p in model.named_parameters() if name.endswith(SUFFIX)}
+            save(model, folder, state_dict=state_dict, **options)
 
         model.__dict__["save_pretrained"] = save_nonzeros
 

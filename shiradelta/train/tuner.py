@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shiradelta.delta import TensorDelta
 from shiradelta.errors import DeltaError, TargetError
-from shiradelta.patched import Place, flat, is_spread, patch
-from shiradelta.writer import save_delta
+from shiradelta.patched import Place, flat, is_patched, patch, unpatch
+from shiradelta.writer import weighing, writing
 
 from . import masks
 from .adapters import read_adapter, write_peft
@@ -25,9 +27,7 @@ from .choose import Choice, OwnMask, avoided, own_mask
 from .gradients import Loss, Tell, own_loss
 from .layout import View, views
 from .targets import ALL_LINEAR, check_weights, find_weights
-
-#: What the values are called beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
-SUFFIX = "_nonzeros"
+from .tuned import SUFFIX, Tuned, compact, holders, whole
 
 
 def attach(
@@ -47,7 +47,8 @@ def attach(
     """Makes the nonzeros of a sparse delta the only parameters of a model that train.
 
     The values are float32 parameters, zero at first, beside the weights they change.  Forward passes use the
-    weights themselves, in which the values are written as soon as they change; nothing is cloned.
+    weights themselves, in which the values are written as soon as they change; nothing is cloned.  An optimizer's
+    weight decay acts on the values: it draws the weights to the base's, not to zero.
 
     Args:
         model: any torch module whose weights are float32, bfloat16 or float16; to be cast before, not after.
@@ -73,8 +74,10 @@ def attach(
         SourceError: an adapter to start from that does not fit.
         ShiraDeltaError: gradients that are not finite.
     """
-    if hasattr(model, "_shiradelta"):
-        raise TargetError("the model has a tuner already; detach() it first")
+    if any(map(is_patched, model.modules())):
+        raise TargetError("the model, or a part of it, has a tuner already; detach() it first")
+    if isinstance(calibration, Mapping | Tensor):
+        raise DeltaError("calibration is one batch; give a list of batches, such as [batch]")
     share, pattern = masks.parse_sparsity(sparsity)
     if scope not in ("tensor", "model"):
         raise DeltaError(f"scope {scope!r} is unknown; take tensor or model")
@@ -116,50 +119,6 @@ def attach(
     return tuner
 
 
-@dataclass
-class _Tuned:
-    """One weight that is tuned: where its nonzeros are, how the checkpoint has it, and who holds their values."""
-
-    place: Place
-    views: Sequence[View]
-    holders: list[tuple[nn.Module, str]]
-
-    @property
-    def values(self) -> nn.Parameter:
-        module, name = self.holders[0]
-        found = module._parameters[name]
-        assert found is not None
-        return found
-
-    @property
-    def weight(self) -> Tensor | None:
-        """None where FSDP gives each process a part of it, which holds the base; it is patched when it is gathered."""
-        module, name = self.holders[0]
-        found = module._parameters[name.removesuffix(SUFFIX)]
-        return None if found is None or is_spread(found) else found
-
-    def write(self, values: Tensor | None) -> None:
-        """Puts base + values, or the base, into the weight."""
-        weight = self.weight
-        if weight is not None:
-            self.place.write(values, weight)
-            self.place.written = None if values is None else values._version
-
-    def load(self, name: str, positions: Tensor, values: Tensor) -> None:
-        """Takes up a state."""
-        weight = self.weight
-        if weight is not None:
-            self.write(None)
-            where = positions.to(weight.device)
-            self.place.move(_compact(where, weight), flat(weight)[where])
-            self.values.data = values.to(self.values.device, torch.float32, copy=True)
-        else:
-            if not torch.equal(positions, self.place.positions.long().cpu()):
-                raise DeltaError(f"the state of {name!r} has another mask; load it before the model is distributed")
-            with torch.no_grad():
-                self.values.copy_(_spread(values, self.values))
-
-
 class Tuner:
     """The nonzeros of a model that are trained; `attach` makes one.
 
@@ -178,22 +137,35 @@ class Tuner:
         self._metadata = dict(metadata)
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.numel = sum(weight.numel() for weight in weights.values())
-        model.requires_grad_(False)
-        self._tuned: dict[str, _Tuned] = {}
-        sources = {}
-        holders = _holders(model)
-        for name, weight in weights.items():
+        self._tuned: dict[str, Tuned] = {}
+        held_by = holders(model)
+        values = {}
+        for name, weight in weights.items():  # all that takes memory, before the model is touched
             where = positions[name]
-            place = Place(weight, weight.dtype, _compact(where, weight), flat(weight)[where])
-            values = nn.Parameter(torch.zeros(where.numel(), device=weight.device))
-            held = [(module, own + SUFFIX) for module, own in holders[weight]]
-            for module, own in held:
-                module.register_parameter(own, values)
-            self._tuned[name] = _Tuned(place, in_checkpoint[name], held)
-            sources[weight] = partial(_source, place)
-        self._unpatch: Callable[[], None] | None = patch(model, sources)
-        model.__dict__["_shiradelta"] = self
+            place = Place(weight, weight.dtype, compact(where, weight), flat(weight)[where])
+            values[name] = nn.Parameter(torch.zeros(where.numel(), device=weight.device))
+            held = [(module, own + SUFFIX) for module, own in held_by[weight]]
+            self._tuned[name] = Tuned(place, in_checkpoint[name], held)
+        model.requires_grad_(False)
+        for name, tuned in self._tuned.items():
+            for module, own in tuned.holders:
+                module.register_parameter(own, values[name])
+        patch(model, {weight: partial(_source, self._tuned[name].place) for name, weight in weights.items()})
+        self._is_attached = True
+        model.__dict__["_shiradelta"] = self  # so that it lives as long as the model
+        self._follow_optimizers()
+
+    def _follow_optimizers(self) -> None:
         self._hook = register_optimizer_step_post_hook(partial(_after_step, weakref.ref(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy of the model, `copy.deepcopy(model)` or a pickle: a tuner of its own."""
+        self.__dict__.update(state)
+        if self._is_attached:
+            self._follow_optimizers()
 
     # ---------------------------------------------------------------------------------------- looking
 
@@ -248,9 +220,8 @@ class Tuner:
         self._attached()
         for tuned in self._tuned.values():
             tuned.write(None)
-        assert self._unpatch is not None
-        self._unpatch()
-        self._unpatch = None
+        unpatch({module for tuned in self._tuned.values() for module, _ in tuned.holders})
+        self._is_attached = False
         self._hook.remove()
         for tuned in self._tuned.values():
             for module, name in tuned.holders:
@@ -263,11 +234,11 @@ class Tuner:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._unpatch is not None:
+        if self._is_attached:
             self.detach()
 
     def _attached(self) -> None:
-        if self._unpatch is None:
+        if not self._is_attached:
             raise DeltaError("the tuner was detached; attach again")
 
     # ---------------------------------------------------------------------------------------- keeping
@@ -276,12 +247,17 @@ class Tuner:
         """What was trained, by the checkpoint's names; values that are still zero are left out.
 
         Raises:
-            DeltaError: nothing was trained yet, or it was trained to NaN or infinity.
+            DeltaError: nothing was trained yet, or it was trained to NaN or infinity; the model was cast.
         """
         self._attached()
         found: dict[str, TensorDelta] = {}
         for name, tuned in self._tuned.items():
-            values = _whole(tuned.values).detach().float()
+            if tuned.weight is not None and tuned.weight.dtype != tuned.place.stored:
+                raise DeltaError(
+                    f"tensor {name!r} was cast to {tuned.weight.dtype} while it was trained; cast the model first, then"
+                    " attach"
+                )
+            values = whole(tuned.values).detach().float()
             if not torch.isfinite(values).all():
                 raise DeltaError(
                     f"tensor {name!r} was trained to NaN or infinity; go back to an earlier state, with a smaller"
@@ -301,8 +277,10 @@ class Tuner:
 
     def save(
         self, path: str | os.PathLike[str], values: str = "int4", metadata: Mapping[str, str] | None = None
-    ) -> None:
+    ) -> float:
         """Writes a `.shd` file, with fingerprints of the base, by which `shiradelta apply` and `HotSwap` check it.
+
+        Returns how far the stored values are from those that were trained, |stored - trained| / |trained|: 0 for "f32".
 
         In a run with sharded parameters all processes have to call it; the first one writes.
 
@@ -312,13 +290,19 @@ class Tuner:
             metadata: further pairs for the file.
 
         Raises:
-            DeltaError: nothing was trained yet, or it was trained to NaN or infinity.
+            DeltaError: nothing was trained yet, or it was trained to NaN or infinity; the model was cast.
             TargetError: the file cannot be written.
         """
         deltas = self.deltas()
         about = {"method": "train", **self._metadata, "sparsity": f"{self.nnz / self.numel:.6g}", **(metadata or {})}
-        if _is_first_process():
-            save_delta(path, deltas, about, values)
+        missed = trained = 0.0
+        with writing(path, values) if _is_first_process() else nullcontext(weighing(values)) as writer:
+            writer.metadata.update(about)
+            for name, delta in deltas.items():
+                wanted = delta.values().astype(np.float64)
+                missed += float(np.square(writer.add(name, delta).values() - wanted).sum())
+                trained += float(np.square(wanted).sum())
+        return math.sqrt(missed / trained)
 
     def save_peft(self, folder: str | os.PathLike[str], base: str = "") -> int:
         """Writes a PEFT SHiRA adapter, for `PeftModel.from_pretrained`; returns its `r`.
@@ -340,7 +324,7 @@ class Tuner:
             if layer not in linear or layer == name:
                 raise DeltaError(f"tensor {name!r} is no linear layer's weight, which is all that PEFT's SHiRA takes")
             shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
-            modules[layer] = shape, tuned.place.positions, _whole(tuned.values).detach()
+            modules[layer] = shape, tuned.place.positions, whole(tuned.values).detach()
         return write_peft(folder, modules, base)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -349,7 +333,7 @@ class Tuner:
         state = {}
         for name, tuned in self._tuned.items():
             state[f"{name}.positions"] = tuned.place.positions.long().cpu()
-            state[f"{name}.values"] = _whole(tuned.values).detach().float().cpu()
+            state[f"{name}.values"] = whole(tuned.values).detach().float().cpu()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -376,37 +360,6 @@ def _source(place: Place, module: nn.Module, name: str) -> tuple[Tensor, Place]:
     values = module._parameters[name + SUFFIX]
     assert values is not None
     return values, place
-
-
-def _holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """Parameter -> the modules that hold it, and as what."""
-    found: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(parameter, []).append((module, name))
-    return found
-
-
-def _compact(positions: Tensor, weight: Tensor) -> Tensor:
-    """In half the memory, where they fit."""
-    return positions.int() if weight.numel() < 1 << 31 else positions
-
-
-def _whole(values: Tensor) -> Tensor:
-    """Also where FSDP has given each process a part."""
-    full: Callable[[], Tensor] | None = getattr(values, "full_tensor", None)
-    return values if full is None else full()
-
-
-def _spread(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as FSDP has another."""
-    if not hasattr(like, "full_tensor"):
-        return whole.to(like.device)
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(like, DTensor)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
 
 def _bits(weights: Tensor) -> Any:
