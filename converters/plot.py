@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shiradelta.errors import SourceError
 from shiradelta.files import PNG, check_target, replacing
+from shiradelta.show import layer_of, tick
 
 from .report import Report, TensorReport
 
@@ -78,22 +78,12 @@ def _draw_layers(axes: Any, report: Report) -> None:
         kept = [1 - part / whole if whole else 1.0 for part, whole in zip(lost, energy, strict=True)]
         axes.plot(numbers, kept, color="tab:green", marker=".", label="energy kept, share of the layer's")
     every = -(-len(layers) // _TICKS)
-    axes.set_xticks(numbers[::every], [_short(name) for name in list(layers)[::every]], rotation=90, fontsize=7)
+    axes.set_xticks(numbers[::every], [tick(name) for name in list(layers)[::every]], rotation=90, fontsize=7)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(title=f"{report.nnz:,} nonzeros by layer", ylim=(0, None))
     axes.legend()
 
 
-def layer_of(name: str) -> str:
-    """A tensor's name up to its first number, which counts layers; the whole name if it has none."""
-    match = re.match(r"(.*?[._]\d+)(?=[._])", name)
-    return match[1] if match else name
-
-
 def _shares(amounts: Sequence[float]) -> list[float]:
     total = sum(amounts) or 1
     return [amount / total for amount in amounts]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else "..." + name[-21:]

@@ -33,6 +33,7 @@ from shiradelta.fusion import (
     overlay,
 )
 from shiradelta.reader import Delta, open_delta
+from shiradelta.show import layer_of
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -157,12 +158,6 @@ class Interference:
         for name, meeting in self.pairs[pair].items():
             groups.setdefault(layer_of(name), []).append(meeting)
         return {layer: pooled(meetings) for layer, meetings in groups.items()}
-
-
-def layer_of(name: str) -> str:
-    """The part of a tensor's name up to its first number ("model.layers.3"), or all of it."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found.group() if found else name
 
 
 def in_model_order(names: Iterable[str]) -> list[str]:

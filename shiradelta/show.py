@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,25 @@ import click
 def printable(text: str) -> str:
     """Text from a file, with everything escaped that a terminal would act on."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def brief(text: str, width: int = 300) -> str:
+    """Printable, and of a long text only its beginning."""
+    if len(text) <= width:
+        return printable(text)
+    return f"{printable(text[:width])}... ({len(text):,} characters)"
+
+
+def tick(name: str) -> str:
+    """A name beside a picture: the end of a long one, and no formula for matplotlib."""
+    short = printable(name) if len(name) <= 24 else "..." + printable(name[-21:])
+    return short.replace("$", r"\$")
+
+
+def layer_of(name: str) -> str:
+    """A tensor's name up to its first number, which counts layers ("model.layers.3"); all of it if there is none."""
+    found = re.match(r".*?[._]\d+(?=[._])", name)
+    return found.group() if found else name
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from shiradelta.converters.plot import layer_of
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import shiradelta
@@ -18,6 +17,7 @@ from shiradelta.cli import main
 from shiradelta.errors import DeltaError, TargetError
 from shiradelta.fit import MASKS, Fit
 from shiradelta.fit.texts import split
+from shiradelta.show import layer_of
 from tests.test_fit import texts, write_pair
 
 PNG = b"\x89PNG"

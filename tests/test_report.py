@@ -176,6 +176,22 @@ def test_files_of_another_kind_are_not_replaced(files: dict[Path, float], tmp_pa
         report(files, out=tmp_path / "x.html")
 
 
+def test_names_and_metadata_that_mean_harm(tmp_path: Path):
+    """Markup, a formula, a length, metadata under the names of facts: the page and the picture are as ever."""
+    names = [tmp_path / name for name in ("<b>a.shd", "$\\bad$.shd", "n" * 200 + ".shd")]
+    for number, name in enumerate(names):
+        change = TensorDelta((40, 40), [1, 2], [0.5, 1 + number])
+        metadata = {"size": "<script>", "license": "x" * 100_000}
+        shiradelta.save_delta(name, {r"<i>$\bad$.0.w": change}, metadata)
+    pytest.importorskip("matplotlib")
+    made = report(dict.fromkeys(names, 1.0), png=tmp_path / "heat.png")
+    page = render(made)
+    assert len(page) < 100_000
+    assert "x... (100,000 characters)" in page
+    assert not {"script", "i"} & set(re.findall(r"<(\w+)>", page.partition("</style>")[2].replace("<i>Sparse", "")))
+    assert page.index("bits per nonzero") < page.index("&lt;script&gt;")
+
+
 def test_heat_map_as_png(files: dict[Path, float], tmp_path: Path):
     image = pytest.importorskip("matplotlib.image")
     report(files, png=tmp_path / "heat.png")

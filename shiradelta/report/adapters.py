@@ -11,8 +11,9 @@ import numpy as np
 from shiradelta.arithmetic import Positions
 from shiradelta.delta import TensorDelta, matrix_shape
 from shiradelta.describe import describe
-from shiradelta.interference import in_model_order, layer_of
+from shiradelta.interference import in_model_order
 from shiradelta.reader import Delta
+from shiradelta.show import layer_of
 
 #: Parts into which rows and columns are cut for a profile.
 _PARTS = 40

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from shiradelta.files import replacing
-from shiradelta.interference import Meeting, layer_of
-from shiradelta.show import percent, shape, size
+from shiradelta.interference import Meeting
+from shiradelta.show import brief, layer_of, percent, shape, size
 
 from .adapters import Adapter, Axis, Profile
 from .markup import badge, bars, cell, letter, table, tabs, text
@@ -146,11 +146,11 @@ def _adapter(number: int, adapter: Adapter, largest_file: int) -> str:
         "largest change": "-" if adapter.largest is None else f"{adapter.largest:.3g}",
         "base": about["metadata"].get("base", "not named")
         + f"; fingerprints for {fingerprints} of {len(adapter.profiles)} tensors",
-        **{key: value for key, value in about["metadata"].items() if key != "base"},
         "digest": about["digest"][:16] + "...",
     }
+    told = [(key, value) for key, value in about["metadata"].items() if key != "base"]
     name = os.path.basename(about["file"] or adapter.label)
-    rows = "".join(f"<dt>{text(key)}</dt><dd>{text(value)}</dd>" for key, value in facts.items())
+    rows = "".join(f"<dt>{text(key)}</dt><dd>{text(brief(value))}</dd>" for key, value in [*facts.items(), *told])
     layers = adapter.layers()
     return (
         f'<div class="card"><h3>{badge(number)} {text(name)}</h3>'
