@@ -112,7 +112,10 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, values if ctx.passing else None)
         ctx.place, ctx.across = place, across
         matrix = weight.to(x.dtype)
-        return nn.functional.linear(x, matrix.T if across else matrix, bias)
+        outputs = nn.functional.linear(x.reshape(-1, x.shape[-1]), matrix.T if across else matrix, bias)
+        # Of more than two dimensions it would be a view, which what follows could not change in place (x += y).
+        result: Tensor = torch.ops.aten._unsafe_view.default(outputs, [*x.shape[:-1], outputs.shape[-1]])
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

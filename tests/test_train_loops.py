@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import shiradelta
 from shiradelta import train
@@ -219,6 +221,21 @@ def test_a_copy_of_the_model_trains_by_itself(by: str):
     assert type(other.model.layers[0].mlp.down_proj) is nn.Linear
     assert all(map(torch.equal, other.state_dict().values(), llama().state_dict().values()))
     assert train_sparse(model, text_loss, 2)[-1] < text_loss(llama())  # which the copy has not touched
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6), (2, 0, 6)])
+@pytest.mark.parametrize("layer", [nn.Linear(6, 6), Conv1D(6, 6)])
+def test_what_follows_may_change_outputs_in_place(layer: nn.Module, shape: tuple[int, ...]):
+    def loss(model: nn.Module) -> Tensor:
+        return model(x).square().sum()
+
+    x = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+    model = nn.Sequential(copy.deepcopy(layer), nn.ReLU(inplace=True))
+    dense = copy.deepcopy(model)
+    tuner = train.attach(model, 0.5, "rand", ["0"])
+    train_dense(dense, tuner.positions, loss, 2)
+    train_sparse(model, loss, 2)
+    torch.testing.assert_close(model[0]._parameters["weight"], dense[0].weight)
 
 
 def test_gradients_of_gradients_are_refused():
