@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import shiradelta
@@ -291,7 +291,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path):
         }
 
 
-def trainer(model: nn.Module, folder: Path, steps: int, tuner: train.Tuner) -> Trainer:
+def trainer(model: nn.Module, folder: Path, steps: int, tuner: train.Tuner, *callbacks: TrainerCallback) -> Trainer:
     rows = [{"input_ids": ids, "labels": ids} for ids in IDS.repeat(4, 1)]
     arguments = TrainingArguments(
         folder,
@@ -306,7 +306,7 @@ def trainer(model: nn.Module, folder: Path, steps: int, tuner: train.Tuner) -> T
         use_cpu=True,
         disable_tqdm=True,
     )
-    return Trainer(model, arguments, train_dataset=rows, callbacks=[SparseCheckpoints(tuner)])
+    return Trainer(model, arguments, train_dataset=rows, callbacks=[SparseCheckpoints(tuner), *callbacks])
 
 
 def test_trainer_saves_nonzeros_and_resumes(tmp_path: Path):
@@ -333,3 +333,38 @@ def test_trainer_saves_nonzeros_and_resumes(tmp_path: Path):
     again.train(resume_from_checkpoint=str(checkpoint_folder))
     assert [entry["loss"] for entry in again.state.log_history if "loss" in entry] == expected
     assert all(torch.equal(value, values[name]) for name, value in tuner.state_dict().items())
+
+
+def test_an_interrupted_trainer_saves_whole_models(tmp_path: Path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: object, state: object, control: object, **others: object) -> None:
+            raise KeyboardInterrupt
+
+    model, tuner = attached()
+    interrupted = trainer(model, tmp_path / "a", 4, tuner, Stop())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    interrupted.save_model(tmp_path / "saved")
+    saved = type(model).from_pretrained(tmp_path / "saved")
+    assert text_loss(saved).item() == pytest.approx(text_loss(model).item(), rel=1e-6)
+    tuner.detach()
+    model.save_pretrained(tmp_path / "base")
+    assert text_loss(type(model).from_pretrained(tmp_path / "base")) == text_loss(llama())
+
+
+def test_trainer_of_a_plain_module(tmp_path: Path):
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(60, 32), nn.Linear(32, 60)
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {
+                "loss": nn.functional.cross_entropy(self.head(self.table(input_ids)).flatten(0, 1), labels.flatten())
+            }
+
+    model = Plain()
+    tuner = train.attach(model, 0.1, "wm", ["head"])
+    trainer(model, tmp_path, 2, tuner).train()
+    tuner.load_state_dict(load_file(tmp_path / "checkpoint-2" / "nonzeros.safetensors"))
+    assert set(load_file(tmp_path / "checkpoint-2" / "model.safetensors")) == set(model.state_dict())
