@@ -96,7 +96,7 @@ class Trainer:
         self._model, self._nonzeros, self._behaviour, self._teacher = model, nonzeros, behaviour, teacher
         self._plan = plan
         self._start = sum(nonzeros.counts)
-        self._rms = [_rms(place.parameter) for place in nonzeros.places]
+        self._rms = [rms(place.parameter) for place in nonzeros.places]
         zero = torch.zeros_like(nonzeros.values)
         self.state = State(plan.steps, 0, nonzeros.counts, nonzeros.positions, nonzeros.values, zero, zero.clone())
         self._lay_out()
@@ -268,7 +268,7 @@ def _largest(score: Tensor, group: Tensor, counts: Sequence[int]) -> Tensor:
     return kept
 
 
-def _rms(parameter: Tensor) -> float:
+def rms(parameter: Tensor) -> float:
     """Of a weight; a bias that is zero everywhere has the unit that weights mostly have."""
     return float(flat(parameter).float().square().mean().sqrt()) or 0.02
 

@@ -24,7 +24,7 @@ from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
 from shiradelta.files import check_target, replacing
 from shiradelta.fit import loading
 from shiradelta.fit.texts import batches, split
-from shiradelta.fit.train import cycle
+from shiradelta.fit.train import cycle, rms
 
 from .data import Pairs, read_examples
 from .gradients import Tell
@@ -222,7 +222,6 @@ class _Run:
         if resumed is not None:
             mask = {name.removesuffix(_MASK): where for name, where in resumed.items() if name.endswith(_MASK)}
         weights = find_weights(self.model, targets)
-        self.units: list[float] = []
         stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed + 1)
         tuner = attach(
             self.model,
@@ -237,9 +236,7 @@ class _Run:
             progress=self.progress,
         )
         self._check_stored(tuner)
-        for name in tuner.values:
-            rms = float(weights[name].detach().float().square().mean().sqrt())
-            self.units.append(rms or 0.02)  # a bias that is zero has the unit that weights mostly have
+        self.units = [rms(weights[name]) for name in tuner.values]
         return tuner
 
     def _check_stored(self, tuner: Tuner) -> None:
