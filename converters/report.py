@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shiradelta import show
 from shiradelta.arithmetic import Float32
 from shiradelta.delta import TensorDelta
 
@@ -96,6 +97,16 @@ class Report:
             return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f})"
         closer = f", {1 - fit.fitted / fit.base:.0%} of the way" if fit.base and fit.fitted < fit.base else ""
         return f"fitted on {fit.texts:,} texts in {fit.seconds:.0f} s{closer}"
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """What changes, for people; rows of a table."""
+        rows = [["tensor", "op", "shape", "nonzeros", "density", "energy kept"]]
+        for t in self.tensors:
+            density = show.percent(t.nnz / t.numel)
+            kept = "-" if self.fit else f"{t.energy_kept:.1%}"
+            rows.append([show.printable(t.name), t.op, show.shape(t.shape), f"{t.nnz:,}", density, kept])
+        return rows
 
     @property
     def measures(self) -> list[list[str]]:

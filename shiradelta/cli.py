@@ -76,9 +76,9 @@ def _echo_json(value: Any) -> None:
 @click.option(
     "--target-error", type=float, help="Instead: as few weights as keep the relative error of the delta, such as 0.3."
 )
-@click.option("--base", help="The base model's folder or file; a full fine-tune needs it.")
+@click.option("--base", metavar="MODEL", help="The base model's folder or file; a full fine-tune needs it.")
 @_values("int4")
-@click.option("-o", "--out", help="The file to write.  [default: SOURCE with .shd]")
+@click.option("-o", "--out", metavar="FILE", help="The file to write.  [default: SOURCE with .shd]")
 @click.option(
     "--scope",
     type=click.Choice(["tensor", "model"]),
@@ -96,7 +96,10 @@ def _echo_json(value: Any) -> None:
 @click.option("--alpha", type=float, help="A LoRA's alpha, over what its files say.")
 @click.option("--zstd", is_flag=True, help="Compress further; slower to swap.")
 @click.option(
-    "--fit", "texts", help="Texts on which to fit the changes to how the fine-tune behaves: JSON Lines, key text."
+    "--fit",
+    "texts",
+    metavar="FILE",
+    help="Texts on which to fit the changes to how the fine-tune behaves: JSON Lines, key text.",
 )
 @click.option(
     "--fit-method",
@@ -118,7 +121,7 @@ def _echo_json(value: Any) -> None:
 @click.option("--fit-rate", default=0.06, show_default=True, help="Learning rate, in units of a weight's rms.")
 @click.option("--fit-tokens", default=128, show_default=True, help="Where texts are cut.")
 @click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
-@click.option("--plot", help="Draw where the changes lie, and the fit, to this PNG.")
+@click.option("--plot", metavar="FILE", help="Draw where the changes lie, and the fit, to this PNG.")
 @_JSON
 def convert(as_json: bool, texts: str | None, device: str | None, **arguments: Any) -> None:
     """Convert a LoRA, a full fine-tune or a diff to a .shd file.
@@ -137,12 +140,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     if as_json:
         _echo_json(report.as_dict())
         return
-    rows = [["tensor", "op", "shape", "nonzeros", "density", "energy kept"]]
-    for t in report.tensors:
-        density = show.percent(t.nnz / t.numel)
-        kept = "-" if report.fit else f"{t.energy_kept:.1%}"
-        rows.append([show.printable(t.name), t.op, show.shape(t.shape), f"{t.nnz:,}", density, kept])
-    click.echo(show.table(rows))
+    click.echo(show.table(report.rows))
     for name, why in report.skipped.items():
         click.echo(f"skipped {show.printable(name)}: {show.printable(why)}")
     for warning in report.warnings:
@@ -320,12 +318,14 @@ def verify(model: str, delta: str | None, as_json: bool) -> None:
 @_values("f32")
 @click.option("--drop", default=0.5, show_default=True, help="The share that dare and della drop.")
 @click.option("--seed", default=0, show_default=True, help="Of dare and della.")
-@click.option("--base", help="The base model, for fingerprints in the result.")
+@click.option("--base", metavar="MODEL", help="The base model, for fingerprints in the result.")
 @_JSON
 def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
     """Fuse .shd files into one, without a model: style.shd:0.7 task.shd:1.0."""
     from shiradelta.fusion import fuse as run
 
+    if arguments["method"] not in ("dare", "della") and (given := _given("drop", "seed")):
+        raise click.UsageError(f"{given} is of dare and della; give --method, too.")
     with show.progress("fusing") as progress:
         report = run(_with_strengths(deltas), **arguments, progress=progress)
     if as_json:
@@ -341,8 +341,8 @@ def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
 
 @main.command(short_help="What deltas hold, and how they interfere.")
 @click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
-@click.option("-o", "--out", help="Write it all as one HTML file, which needs no network.")
-@click.option("--png", help="Write the heat map, layers by pairs, as a picture.")
+@click.option("-o", "--out", metavar="FILE", help="Write it all as one HTML file, which needs no network.")
+@click.option("--png", metavar="FILE", help="Write the heat map, layers by pairs, as a picture.")
 @_JSON
 def report(deltas: tuple[str, ...], out: str | None, png: str | None, as_json: bool) -> None:
     """Say what is in .shd files and how much every two of them get in each other's way, before they are fused."""
@@ -395,7 +395,7 @@ def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
         return
     if file is None:
         raise click.UsageError("Missing argument 'FILE'.")
-    from shiradelta.describe import describe
+    from shiradelta.describe import describe, summary
     from shiradelta.reader import open_delta
 
     with open_delta(file) as delta:
@@ -405,30 +405,8 @@ def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
     if as_json:
         _echo_json(about)
         return
-    rows = [["tensor", "op", "dtype", "shape", "nonzeros", "density", "index", "values", "bits/nonzero"]]
-    for t in about["tensors"]:
-        rows.append(
-            [
-                show.printable(t["name"]),
-                t["op"],
-                t["dtype"],
-                show.shape(t["shape"]),
-                f"{t['nnz']:,}",
-                show.percent(t["density"]),
-                t["index_codec"],
-                t["value_codec"],
-                f"{t['bits_per_nonzero']:.2f}",
-            ]
-        )
-    click.echo(show.table(rows))
-    for key, value in about["metadata"].items():
-        click.echo(f"{show.printable(key)}: {show.brief(value)}")
     checked = "checked in full" if full else "tables checked; --verify checks everything"
-    click.echo(
-        f"{file}: format {about['version']}, {len(about['tensors'])} tensors, {about['nnz']:,} nonzeros,"
-        f" {show.size(about['bytes']['file'])}, {about['bits_per_nonzero']:.2f} bits per nonzero"
-        f" (entropy of the positions {about['entropy']:.2f}); {checked}\ndigest {about['digest']}"
-    )
+    click.echo(f"{summary(about)}; {checked}\ndigest {about['digest']}")
 
 
 if __name__ == "__main__":

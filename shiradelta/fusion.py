@@ -300,6 +300,8 @@ def _fuse_tensor(
     together = overlay(contributions)
     with np.errstate(over="ignore", invalid="ignore"):
         fused = METHODS[method](together)
+    if not np.all(np.isfinite(fused)):
+        raise too_large(name)
     shared, conflicts = _meetings(together)
     base = _base_bits(checkpoint, name, first, together.positions)
     fingerprint = None if base is not None else _fingerprint(name, parts, together)
@@ -335,6 +337,11 @@ def different_bases(name: str, deltas: Sequence[Delta]) -> BaseMismatchError:
     return BaseMismatchError(f"{files}: tensor {name!r} was made against different bases; take those of one base")
 
 
+def too_large(name: str) -> DeltaError:
+    """What to raise where a strength or a sum takes changes out of range."""
+    return DeltaError(f"tensor {name!r}: the changes become larger than float32 holds; take smaller strengths")
+
+
 def _union_of_sets(name: str, parts: Sequence[Part]) -> tuple[Positions, Array]:
     """Elements that are set, each by one input."""
     positions = np.concatenate([tensor.positions() for _, tensor, _ in parts])
@@ -362,7 +369,9 @@ def _base_bits(checkpoint: Checkpoint | None, name: str, tensor: TensorDelta, po
         return None
     found = match_names({name: tensor.shape}, checkpoint).get(name)
     if found is None or checkpoint[found].shape != tensor.shape or checkpoint[found].dtype.name != tensor.dtype:
-        raise BaseMismatchError(f"{checkpoint.root}: tensor {name!r} is missing or of another shape or dtype")
+        raise BaseMismatchError(
+            f"{checkpoint.root}: tensor {name!r} is missing or of another shape or dtype; give the inputs' base"
+        )
     return checkpoint.bits(found)[positions]
 
 

@@ -31,6 +31,7 @@ from shiradelta.fusion import (
     check_same_base,
     different_bases,
     overlay,
+    too_large,
 )
 from shiradelta.reader import Delta, open_delta
 from shiradelta.show import layer_of
@@ -243,6 +244,8 @@ def _decoded(delta: Delta, name: str, strength: float) -> _Change:
         raise DeltaError(f"{delta.file}: tensor {name!r} is {tensor.op}, which has strength 1 only")
     positions = tensor.positions()
     values = scaled(tensor.values(), strength) if tensor.op == "add" else np.zeros(positions.size, np.float32)
+    if not np.all(np.isfinite(values)):
+        raise too_large(name)
     count, rows, columns = _stacked(tensor.shape)
     starts = np.searchsorted(positions, np.arange(count * rows + 1) * columns)
     column = positions % max(columns, 1) + positions // max(rows * columns, 1) * columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shiradelta import TensorDelta, arithmetic
 from shiradelta.cli import main
 from shiradelta.errors import BaseMismatchError, DeltaError, TargetError
 from shiradelta.fusion import METHODS, disjoint, largest, mean, overlay, ties, weighted_sum
+from shiradelta.interference import measure
 
 SHAPE = (40, 50)
 
@@ -188,6 +190,12 @@ def test_bad_arguments(three: dict[Path, float], tmp_path: Path):
             shiradelta.fuse(three, tmp_path / "x.shd", **arguments)
     with pytest.raises(DeltaError, match="nothing to fuse"):
         shiradelta.fuse({}, tmp_path / "x.shd")
+    for look in (measure, partial(shiradelta.fuse, out=tmp_path / "x.shd")):
+        with pytest.raises(
+            DeltaError, match=r"tensor '.*': the changes become larger than float32 holds; take smaller"
+        ):
+            look(dict.fromkeys(three, 3e38))
+    assert not (tmp_path / "x.shd").exists()
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(TargetError, match=r"is not a \.shd file, so it is not replaced"):
         shiradelta.fuse(three, tmp_path / "notes.txt")
@@ -204,3 +212,9 @@ def test_command_line(three: dict[Path, float], tmp_path: Path, method: str):
     assert result.exit_code == 0, result.stderr
     assert "nonzeros" in result.stdout
     shiradelta.open_delta(tmp_path / "out.shd").verify()
+
+
+def test_what_is_of_dropping_alone(three: dict[Path, float], tmp_path: Path):
+    outcome = CliRunner().invoke(main, ["fuse", *map(str, three), "-o", str(tmp_path / "x.shd"), "--drop", "0.3"])
+    assert outcome.exit_code == 2
+    assert "--drop is of dare and della" in outcome.stderr

@@ -106,9 +106,9 @@ class Skeleton:
         exact = next((self._exact[name] for name in names if name in self._exact), None)
         if exact is not None and exact.op in ("add", "set", "new") and exact.shape == shape:
             at = torch.from_numpy(exact.positions()).to(self._device)
-            values = torch.from_numpy(exact.values().copy()).to(weights)
+            values = torch.from_numpy(exact.values().copy()).to(self._device)
             row = weights.view(-1)
-            row[at] = row[at] + values if exact.op == "add" else values
+            row[at] = (row[at].float() + values if exact.op == "add" else values).to(row.dtype)  # rounded once
         return weights
 
     def _read(self, name: str) -> Tensor:
