@@ -117,7 +117,6 @@ class TritonBackend(TorchBackend):
         on_gpu = self.device.type == "cuda"
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
         self._programs = _PROGRAMS * processors
-        self._sums: torch.Tensor | None = None
 
     def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
         """With the table of pointers."""
@@ -184,14 +183,13 @@ class TritonBackend(TorchBackend):
         self._used(layers)
 
     def _add_up(self, plan: _Plan, layers: Sequence[Layer], filled: bool) -> None:
-        if self._sums is None:
-            size = self._programs * _REGION
-            self._sums = torch.full((size,), kernels.EMPTY.value, dtype=torch.int32, device=self.device)
+        size = self._programs * _REGION
+        sums = torch.full((size,), kernels.EMPTY.value, dtype=torch.int32, device=self.device)
         strengths = np.array([layer.strength for layer in layers], np.float32).view(np.int32).tolist()
         rooms = [layer.room.data_ptr() for layer in layers]
         memory = self._there(np.array([rooms, strengths], np.int64).T.copy())
         for x in plan.sums:
-            work = plan.table, x.entries, len(x.entries), memory, self._sums
+            work = plan.table, x.entries, len(x.entries), memory, sums
             self._run(
                 kernels.stack_kernel, x, *work, most=self._programs, REGION=_REGION, FILLED=filled, **x.kind.values()
             )
