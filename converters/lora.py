@@ -44,7 +44,7 @@ def open_lora(source: Checkpoint, base: Checkpoint | None, alpha: float | None) 
     alphas = {module: _alpha(source, key) for module, key in alpha_keys.items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for module, parts in modules.items():
-        found = _shape(source, parts)
+        found = _shape(source, parts, scale.of_peft(module))
         if isinstance(found, str):
             result.skipped[module] = found
         else:
@@ -103,7 +103,7 @@ def _factor(source: Checkpoint, module: str, parts: Module, scale: Scale, alpha:
     return 1.0 if rank is None else scale(module, rank, alpha)
 
 
-def _shape(source: Checkpoint, parts: Module) -> tuple[int, ...] | str:
+def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] | str:
     """Of the product of the factors, or why there is none."""
     others = lycoris.is_lycoris(parts.keys)
     if not others and set(parts.keys) - {"E"} != {"A", "B"}:
@@ -114,6 +114,8 @@ def _shape(source: Checkpoint, parts: Module) -> tuple[int, ...] | str:
                 f"{source.root}: {key!r} is {source[key].dtype.name}; LoRA factors are {', '.join(_FACTORS)}"
             )
     if others:
+        if of_peft and "lokr_w2" in parts.keys and len(source[parts.keys["lokr_w2"]].shape) == 3:
+            return "PEFT takes the dimensions of a one-dimensional convolution's LoKr in another order; merge it first"
         return lycoris.matrix_shape(source, parts.keys)
     a, b = source[parts.keys["A"]].shape, source[parts.keys["B"]].shape
     if len(a) != len(b) or not 2 <= len(a) <= 5 or a[0] != b[1] or not a[0]:

@@ -88,7 +88,11 @@ class Scale:
         """What PEFT divides alpha by where the factors do not show a rank; None without its configuration."""
         config = self.config(module)
         told = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
-        return told if isinstance(told, int) and told > 0 and "peft_type" in config else None
+        return told if isinstance(told, int) and told > 0 and self.of_peft(module) else None
+
+    def of_peft(self, module: str) -> bool:
+        """Whether PEFT made it, by its configuration."""
+        return "peft_type" in self.config(module)
 
     def tokens(self, module: str) -> list[int] | None:
         """Which rows of an embedding were trained; None if nothing tells."""
@@ -105,11 +109,10 @@ class Scale:
 
     def adds(self, name: str) -> bool | None:
         """Whether a tensor is of a module that was to be saved whole; None without PEFT's configuration."""
-        config = self.config(name)
-        if "peft_type" not in config:
+        if not self.of_peft(name):
             return None
         module = name.rpartition(".")[0]
-        return any(f".{saved}." in f".{module}." for saved in config.get("modules_to_save") or ())
+        return any(f".{saved}." in f".{module}." for saved in self.config(name).get("modules_to_save") or ())
 
 
 def number(value: Any, what: str) -> float:

@@ -199,3 +199,25 @@ def test_shards_of_a_variant_are_read_by_their_index(unet: Path):
     assert set(found) == {UP}
     shiradelta.apply(unet, unet.parent / "a.shd")
     assert shiradelta.verify(unet).state == "patched"
+
+
+@pytest.mark.parametrize("rank", [1, 4, 64])
+@pytest.mark.parametrize("kind", [LoKrConfig, LoHaConfig])
+def test_convolutions_of_peft(kind: Any, rank: int, tmp_path: Path):
+    """Its LoKr of one-dimensional ones is a Kronecker product of other dimensions where a factor is whole."""
+    torch.manual_seed(0)
+    layers = {"flat": torch.nn.Conv1d(6, 10, 3), "square": torch.nn.Conv2d(6, 10, 3), "odd": torch.nn.Linear(7, 13)}
+    plain = torch.nn.ModuleDict(layers)
+    (tmp_path / "base").mkdir()
+    save_file(plain.state_dict(), tmp_path / "base" / "model.safetensors")
+    before = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    tuned = get_peft_model(plain, kind(target_modules=list(layers), r=rank, alpha=3, init_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter")
+    report = shiradelta.convert(tmp_path / "adapter", tmp_path / "a.shd", 1.0, tmp_path / "base", values="f32")
+    assert all("PEFT takes the dimensions" in why for why in report.skipped.values())
+    assert list(report.skipped) == (["flat"] if kind is LoKrConfig and rank > 1 else [])
+    merged = tuned.merge_and_unload().state_dict()
+    with shiradelta.open_delta(tmp_path / "a.shd") as delta:
+        for name in delta:
+            change = torch.from_numpy(delta[name].to_dense())
+            torch.testing.assert_close(change, merged[name] - before[name], atol=2e-6, rtol=1e-4)
