@@ -292,6 +292,9 @@ def test_own_masks():
     tuner = train.attach(model, mask={name: chosen, other: [5, 3]}, targets=["q_proj"])
     assert torch.equal(tuner.positions[name], chosen.view(-1).nonzero().view(-1))
     assert tuner.positions[other].tolist() == [3, 5]
+    tuner.detach()
+    tuner = train.attach(model, mask={other: [7, 5, 3]}, targets=["q_proj"], avoid=[{other: [5]}])
+    assert tuner.positions[other].tolist() == [3, 7]
 
 
 @pytest.mark.parametrize(
@@ -321,6 +324,7 @@ def test_own_masks():
         ({"mask": [1, 2]}, "mask is a list"),
         ({"mask": "snip", "calibration": BATCH}, "one batch"),
         ({"avoid": [5]}, "avoid"),
+        ({"avoid": ["a.shd"], "start": "b.shd"}, "give one of both"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, object], message: str):

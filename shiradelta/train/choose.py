@@ -158,8 +158,10 @@ class Choice:
         return counts
 
 
-def own_mask(mask: OwnMask, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Positions by weight, increasing, of a mask of one's own; weights that it lacks are left out.
+def own_mask(mask: OwnMask, weights: Mapping[str, nn.Parameter], avoid: Mapping[str, Positions]) -> dict[str, Tensor]:
+    """Positions by weight, increasing, of a mask of one's own, without what is to be avoided.
+
+    Weights that the mask lacks are left out.
 
     Raises:
         DeltaError: a name that is no target, a wrong shape, positions outside or given twice, nothing at all.
@@ -199,7 +201,8 @@ def own_mask(mask: OwnMask, weights: Mapping[str, nn.Parameter]) -> dict[str, Te
                 )
         if positions.numel() == 0:
             raise DeltaError(f"the mask of {name!r} leaves no element; leave the weight out")
-        result[found[name]] = positions
+        taken = torch.from_numpy(avoid.get(found[name], np.zeros(0, np.int64))).to(positions.device)
+        result[found[name]] = positions[~torch.isin(positions, taken)]
     return result
 
 

@@ -83,6 +83,10 @@ def attach(
         raise DeltaError(f"scope {scope!r} is unknown; take tensor or model")
     if pattern is not None and scope == "model":
         raise DeltaError("a pattern N:M holds in every row, so scope='model' means nothing with it; give a share")
+    if start is not None and avoid:
+        raise DeltaError(
+            "an adapter to start from brings its own mask, so avoid means nothing with it; give one of both"
+        )
     weights = find_weights(model, targets)
     in_checkpoint = views(weights, check_weights(model, weights))
     others = avoided(avoid, weights, in_checkpoint)
@@ -106,7 +110,7 @@ def attach(
         )
         positions = choice.by_name(mask)
     else:
-        positions = own_mask(mask, weights)
+        positions = own_mask(mask, weights, others)
     positions = {name: found for name, found in positions.items() if found.numel()}
     if not positions:
         raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
