@@ -49,6 +49,8 @@ class Place:
         """Takes another mask; the weight has to hold the base."""
         self.positions = positions
         self.base = base
+        #: Adding zero would make +0 of them; a file does not list values that are zero.
+        self._negative_zeros = bool(((base == 0) & base.signbit()).any())
         #: Versions of the values that the weight holds and of the weight; None if they may have changed in other ways.
         self.written: tuple[int, int] | None = None
         rows = self.numel // max(self.columns, 1)
@@ -82,7 +84,8 @@ class Place:
 
     def total(self, values: Tensor) -> Tensor:
         """fl32(W + v), rounded as the file's reader will (spec/FORMAT.md, section 6.1); one pass where v is float32."""
-        return (values.float() + self.base).to(self.stored)
+        total = (values.float() + self.base).to(self.stored)
+        return torch.where(values == 0, self.base, total) if self._negative_zeros else total
 
     def refresh(self, weight: Tensor, values: Tensor) -> None:
         """Writes values that may have changed since they were written.

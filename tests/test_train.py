@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -144,6 +145,22 @@ def test_the_file_holds_what_was_trained(kind: str, tmp_path: Path):
     assert all(torch.equal(p.data, trained[name]) for name, p in model.named_parameters())
     with shiradelta.open_delta(tmp_path / "task.shd") as delta:
         assert delta.metadata["mask"] == "wm"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_folder_gets_the_bits_that_were_trained(dtype: torch.dtype, tmp_path: Path):
+    """Those of zeros, too: a pruned model has negative ones, and rows of the embedding no gradient."""
+    model = llama(dtype)
+    for p in model.parameters():
+        p.data[p.abs() < p.abs().median()] = -0.0
+    model.save_pretrained(tmp_path / "model")
+    tuner = train.attach(model, 0.3, "rand", ["q_proj", "down_proj", "embed_tokens"])
+    train_sparse(model, text_loss, 3, rate=0.01)
+    tuner.save(tmp_path / "task.shd", values="f32")
+    shiradelta.apply(tmp_path / "model", tmp_path / "task.shd")
+    weights = dict(model.named_parameters())
+    for name, stored in load_file(tmp_path / "model" / "model.safetensors").items():
+        assert torch.equal(stored.view(torch.int16), weights[name].data.view(torch.int16))
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "experts"])
