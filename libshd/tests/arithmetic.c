@@ -3,13 +3,13 @@
 #include <math.h>
 #include <string.h>
 
-static float float_of(uint32_t bits) {
+float float_of(uint32_t bits) {
     float f;
     memcpy(&f, &bits, sizeof f);
     return f;
 }
 
-static uint32_t bits_of(float f) {
+uint32_t bits_of(float f) {
     uint32_t bits;
     memcpy(&bits, &f, sizeof bits);
     return bits;

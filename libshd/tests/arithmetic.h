@@ -4,6 +4,10 @@
 
 #include "support.h"
 
+/* A float and its bits. */
+float float_of(uint32_t bits);
+uint32_t bits_of(float f);
+
 /* The element of F32, F16 or BF16 that has these bits, and the other way round: rounded. */
 float widen(int dtype, uint32_t bits);
 uint32_t narrow(int dtype, float y);

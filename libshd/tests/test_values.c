@@ -1,22 +1,11 @@
 /* Value codecs: the worked example, and encoding and decoding against plain formulas. */
+#include "arithmetic.h"
 #include "check.h"
 #include "support.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
-
-static float float_of(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    return f;
-}
-
-static uint32_t bits_of(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    return bits;
-}
 
 /* A tensor with this VALUES section, at all positions. */
 static bytes file_of_values(int codec, int dtype, int op, bytes values, uint64_t nnz) {
@@ -177,18 +166,18 @@ static void test_codecs(void) {
 }
 
 /* bf16 and fp16 by search: the nearest of all, the even one of two that are equally near. */
-static uint16_t nearest(double value, double (*widen)(uint16_t), uint16_t infinity) {
+static uint16_t nearest(double value, double (*to_double)(uint16_t), uint16_t infinity) {
     uint16_t low = 0, high = infinity; /* as bits; the value of infinity is where the next power of two would be */
     double magnitude = fabs(value);
     while (high - low > 1) {
         uint16_t middle = (uint16_t)((low + high) / 2);
-        if (widen(middle) <= magnitude) {
+        if (to_double(middle) <= magnitude) {
             low = middle;
         } else {
             high = middle;
         }
     }
-    double below = magnitude - widen(low), above = widen(high) - magnitude;
+    double below = magnitude - to_double(low), above = to_double(high) - magnitude;
     uint16_t chosen = below < above || (below == above && low % 2 == 0) ? low : high;
     return (uint16_t)(chosen | (signbit(value) ? 0x8000 : 0));
 }
