@@ -120,6 +120,11 @@ def stacks_of(layers: Sequence[Layer]) -> dict[Target, Stack]:
     return stacks
 
 
+def only_strengths_differ(before: Sequence[Layer], after: Sequence[Layer]) -> bool:
+    """Whether layers are the same adapters in the same rooms."""
+    return len(before) == len(after) and all(a.room is b.room for a, b in zip(before, after, strict=True))
+
+
 class LiveBackend(Protocol):
     """Work on the elements of tensors in one kind of memory.  All give the same bits.
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from shiradelta.arithmetic import Array, Positions
 from shiradelta.codecs.base import Bytes
 from shiradelta.engine.live import Target
-from shiradelta.engine.live_backend import Held, Layer, Patch, Place, Stack, stacks_of
-from shiradelta.engine.numpy_backend import NumpyBackend, elements
+from shiradelta.engine.live_backend import Held, Layer, Patch, Place, Stack, only_strengths_differ, stacks_of
+from shiradelta.engine.numpy_backend import NumpyBackend, elements, held_as_stored
 from shiradelta.native import LoadedTensor, NativeDecoder, apply_sum
 from shiradelta.reader import StoredTensor
 
@@ -34,7 +34,7 @@ class NativeBackend(NumpyBackend):
             assert isinstance(decoder, NativeDecoder)
             loaded = LoadedTensor(decoder, tensor.record) if tensor.nnz else None
             patches.append(Patch(target, tensor.record, dtype, _Data(tensor, loaded)))
-        return Held(patches, sum(patch.record.index.stored + patch.record.values.stored for patch in patches))
+        return held_as_stored(patches)
 
     def positions(self, patch: Patch) -> Positions:
         """Decoded."""
@@ -48,8 +48,7 @@ class NativeBackend(NumpyBackend):
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         """If only strengths are others, what is summed anew is not restored first: its base is in the layers' room."""
-        again = len(before) == len(after) and all(a.room is b.room for a, b in zip(before, after, strict=True))
-        if not again:
+        if not only_strengths_differ(before, after):
             super().replace(before, after)
             return
         for stack in stacks_of(after).values():
@@ -65,11 +64,10 @@ class NativeBackend(NumpyBackend):
         """In one pass, if all are ADDs on a contiguous tensor, or one is alone on it."""
         (layer, number), patch = stack[0], stack[0].patch
         loaded, weight = self._fused(patch)
-        summed = self._summed(stack)
         # The bytes were checked and are ours, so while the library works nothing can fail half-way.
         if len(stack) == 1 and loaded is not None and weight is not None:
             loaded.apply(weight, patch.dtype, layer.strength, self.saved(stack[0]))
-        elif summed is not None:
+        elif (summed := self._summed(stack)) is not None:
             apply_sum(*summed)
         else:
             super().apply(stack)

@@ -29,8 +29,7 @@ class NumpyBackend(Elementwise):
         """The file's bytes stay, compressed."""
         for tensor, _, _ in tensors:
             tensor.check()
-        patches = [Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in tensors]
-        return Held(patches, sum(patch.record.index.stored + patch.record.values.stored for patch in patches))
+        return held_as_stored([Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in tensors])
 
     def room(self, size: int) -> Array:
         """Plain memory."""
@@ -93,6 +92,11 @@ class NumpyBackend(Elementwise):
     def fingerprint(self, positions: Positions, bits: Array) -> int:
         """The definition's."""
         return arithmetic.fingerprint(positions, bits)
+
+
+def held_as_stored(patches: Sequence[Patch]) -> Held:
+    """Patches whose sections are kept as they lie in the file."""
+    return Held(patches, sum(patch.record.index.stored + patch.record.values.stored for patch in patches))
 
 
 def elements(target: Target) -> Array:

@@ -20,7 +20,7 @@ from shiradelta import wire
 from shiradelta.codecs.base import Bytes
 from shiradelta.engine import triton_kernels as kernels
 from shiradelta.engine.live import Target
-from shiradelta.engine.live_backend import Held, Layer, Patch, Place, stacks_of
+from shiradelta.engine.live_backend import Held, Layer, Patch, Place, only_strengths_differ, stacks_of
 from shiradelta.engine.torch_backend import Sections, TorchBackend
 from shiradelta.reader import StoredTensor
 
@@ -152,8 +152,7 @@ class TritonBackend(TorchBackend):
             self.restore(before)
             return
         plan = self._plan(after)
-        again = len(before) == len(after) and all(a.room is b.room for a, b in zip(before, after, strict=True))
-        filled = again and not plan.plain
+        filled = only_strengths_differ(before, after) and not plan.plain
         if not filled:
             self.restore(before)
         for x in plan.alone:

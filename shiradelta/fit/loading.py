@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ def pick_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise SourceError(f"device {name!r} cannot be used ({error}); take cpu") from None
+
+
+def pick_dtype(device: torch.device, stored: Iterable[str]) -> torch.dtype:
+    """What to compute in: bfloat16 on a GPU if all that is fitted is stored so, else float32."""
+    halves = device.type == "cuda" and all(dtype == "bfloat16" for dtype in stored)
+    return torch.bfloat16 if halves else torch.float32
 
 
 def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -166,8 +166,7 @@ class _Stream:
         train, held_out = split(len(texts), fit.held_out, fit.seed)
         tokenizer = loading.load_tokenizer(base, source)
         self._device = loading.pick_device(fit.device)
-        halves = self._device.type == "cuda" and all(target.dtype == "bfloat16" for target in targets)
-        dtype = torch.bfloat16 if halves else torch.float32
+        dtype = loading.pick_dtype(self._device, (target.dtype for target in targets))
         self._skeleton = Skeleton(base, source, dict(whole), self._device, dtype)
         self._model, self._blocks = self._skeleton.model, self._skeleton.blocks
         rest = self._skeleton.fill(self._skeleton.of_rest())

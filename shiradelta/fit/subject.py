@@ -55,11 +55,11 @@ class Subject:
         self.device = loading.pick_device(fit.device)
         self.micro = fit.micro or fit.batch
         self.warnings: list[str] = []
-        halves = self.device.type == "cuda" and all(target.dtype == "bfloat16" for target in targets)
         if fit.model is not None:
             self.model: nn.Module = fit.model.to(self.device)
         else:
-            self.model = loading.load_model(base, source, self.device, torch.bfloat16 if halves else torch.float32)
+            dtype = loading.pick_dtype(self.device, (target.dtype for target in targets))
+            self.model = loading.load_model(base, source, self.device, dtype)
         self.model.eval().requires_grad_(False)
         self.behaviour = self._behaviour(base, source)
 
