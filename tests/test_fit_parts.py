@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 import shiradelta
 from shiradelta.errors import SourceError
-from shiradelta.fit import loading, teacher, train
+from shiradelta.fit import divergence, loading, teacher, train
 from shiradelta.fit.behaviour import TextBehaviour
 from shiradelta.fit.teacher import Teacher
 from shiradelta.nonzeros import Nonzeros
@@ -164,3 +164,22 @@ def test_gradients_of_matrices_and_vectors(kind: str):
             nonzeros.collect()
     torch.testing.assert_close(nonzeros.grad, torch.cat(expected), atol=1e-5, rtol=1e-4)
     assert all(weight.grad is None and not weight.requires_grad for weight in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 22])
+def test_the_divergence_is_torchs_and_so_is_its_gradient(dtype: torch.dtype, chunk: int, monkeypatch):
+    monkeypatch.setattr(divergence, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(11, 13, generator=generator) for _ in range(2))
+    student, teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
+    found = divergence.divergence(student, teacher)
+    (mine,) = torch.autograd.grad(found * 3, student)
+    shares = [logits.float().log_softmax(-1) for logits in (student, teacher)]
+    expected = torch.nn.functional.kl_div(*shares, reduction="batchmean", log_target=True)
+    (its,) = torch.autograd.grad(expected * 3, student)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mine, its, atol=1e-6 if dtype == torch.float32 else 4e-3, rtol=1e-2)
+    assert mine.dtype == dtype
+    with torch.no_grad():
+        assert float(divergence.divergence(teacher, teacher)) == 0

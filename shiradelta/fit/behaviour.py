@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 
+from .divergence import divergence
+
 #: What the output weighs in the loss; the rest is shared by all terms, which tell the early layers what to do.
 LAST = 0.5
 #: What a forward pass gives to compare: matrices, one row a token or a text; the output is the last.
@@ -124,13 +126,13 @@ class TextBehaviour(Behaviour):
         """Squared errors of hidden states and embeddings, KL divergence of logits; means over rows."""
         terms = [(s.float() - t.float()).square().sum(1).mean() for s, t in zip(student, teacher, strict=True)]
         if self._output == "logits":
-            terms[-1] = _divergence(student[-1], teacher[-1])
+            terms[-1] = divergence(student[-1], teacher[-1])
         return terms
 
     def distance(self, student: Outputs, teacher: Outputs) -> float:
         """Of the logits, or of the last hidden states."""
         if self._output == "logits":
-            return float(_divergence(student[-1], teacher[-1]))
+            return float(divergence(student[-1], teacher[-1]))
         s, t = student[-2].float(), teacher[-2].float()
         return float((s - t).norm() / t.norm())
 
@@ -153,14 +155,6 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     else:
         pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
     return nn.functional.normalize(pooled.float(), dim=-1)
-
-
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher, student), mean over rows; of a single output, a regression's, half the squared error."""
-    if student.shape[-1] == 1:
-        return (student.float() - teacher.float()).square().mean() / 2
-    expected = teacher.float().log_softmax(-1)
-    return nn.functional.kl_div(student.float().log_softmax(-1), expected, reduction="batchmean", log_target=True)
 
 
 class CustomBehaviour(Behaviour):

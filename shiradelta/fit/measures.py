@@ -46,9 +46,9 @@ def mean(measures: Iterable[tuple[int, Measures]]) -> Measures:
 
 
 def _further(measure: str, student: Outputs, teacher: Outputs) -> dict[str, float]:
-    s, t = student[-1].float(), teacher[-1].float()
+    s, t = student[-1], teacher[-1]
     if not measure.startswith("KL"):
-        return {"cosine of embeddings": float(nn.functional.cosine_similarity(s, t).mean())}
+        return {"cosine of embeddings": float(nn.functional.cosine_similarity(s.float(), t.float()).mean())}
     further = {"relative error of hidden states": _relative(student[-2].float(), teacher[-2].float())}
     if s.shape[-1] > 1:
         further["share of equal answers"] = float((s.argmax(-1) == t.argmax(-1)).float().mean())

@@ -1,0 +1,49 @@
+"""KL divergence of a student's logits from a teacher's, in the memory of its gradient.
+
+Logits are the largest tensors of a step: tokens x vocabulary.  Torch's own loss holds several more of that size in
+float32.  Here a few rows at a time are worked on, and all that is kept of them is the gradient, in the logits' dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Elements that are worked on at a time, in float32: what a GPU's cache holds.
+CHUNK = 1 << 22
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher, student) in nats, mean over rows [n, choices].
+
+    Of a single output, a regression's, half the squared error.
+    """
+    if student.shape[-1] == 1:
+        return (student.float() - teacher.float()).square().mean() / 2
+    result: Tensor = _Divergence.apply(student, teacher)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        rows, choices = student.shape
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), device=student.device)
+        step = max(1, CHUNK // choices)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            found, wanted = student[part].float().log_softmax(-1), teacher[part].float().log_softmax(-1)
+            shares = wanted.exp()
+            total += (shares * (wanted - found)).sum()
+            if gradient is not None:
+                gradient[part] = found.exp_().sub_(shares).div_(rows)
+        ctx.gradient = gradient
+        return total / rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(grads[0]), None
