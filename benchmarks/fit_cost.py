@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -94,20 +95,22 @@ class Case:
     def loss(self, model: nn.Module) -> Tensor:
         return self.behaviour.loss(self.behaviour.outputs(model, self.batch), self.teacher.outputs(self.batch))
 
-    def dense(self) -> Callable[[], None]:
+    @contextmanager
+    def dense(self) -> Iterator[Callable[[], None]]:
         weights = targets(self.model, self.linears)
 
         def step() -> None:
-            for weight in weights:
-                weight.requires_grad_(True)
             self.loss(self.model).backward()  # type: ignore[no-untyped-call]
             for weight in weights:
                 weight.grad = None
-                weight.requires_grad_(False)
 
-        return step
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield step
+        self.model.requires_grad_(False)
 
-    def fitting(self) -> Callable[[], None]:
+    @contextmanager
+    def fitting(self) -> Iterator[Callable[[], None]]:
         weights = targets(self.model, self.linears)
         positions = []
         for weight in weights:
@@ -115,16 +118,19 @@ class Case:
             drawn = torch.randint(weight.numel(), (2 * count,), device=DEVICE).unique()  # type: ignore[no-untyped-call]
             positions.append(drawn[torch.randperm(len(drawn), device=DEVICE)[:count]].sort().values)
         nonzeros = Nonzeros(weights, [weight.dtype for weight in weights], positions)
-        plan = Plan(100, len(self.batch), 0.01, "int4", nonzeros.counts, whole_model=False)
+        units = [0.02] * len(weights)
+        plan = Plan(100, len(self.batch), 0.01, "int4", nonzeros.counts, units, whole_model=False)
         trainer = Trainer(self.model, nonzeros, self.behaviour, self.teacher, plan)
 
         def step() -> None:
-            with nonzeros.attached(self.model):
-                trainer.step(self.batch)
+            trainer.step(self.batch)
 
-        return step
+        with nonzeros.attached(self.model):
+            yield step
+        nonzeros.write(None)
 
-    def lora(self) -> Callable[[], None]:
+    @contextmanager
+    def lora(self) -> Iterator[Callable[[], None]]:
         from peft import LoraConfig, get_peft_model
 
         model: Any = get_peft_model(self.model, LoraConfig(r=RANK, target_modules=list(self.linears)))
@@ -136,7 +142,7 @@ class Case:
             optimizer.step()
             optimizer.zero_grad()
 
-        return step
+        yield step
 
 
 def peak(step: Callable[[], None], before: int) -> float:
@@ -151,17 +157,17 @@ def measure(case: Case, repeats: int) -> list[list[str]]:
     rows, times, peaks = [], {}, {}
     for name in ("dense", "fitting", "lora"):
         before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
-        step = getattr(case, name)()
+        with getattr(case, name)() as step:
 
-        def timed(step: Callable[[], None] = step) -> None:
-            step()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
+            def timed(step: Callable[[], None] = step) -> None:
+                step()
+                if DEVICE.type == "cuda":
+                    torch.cuda.synchronize()
 
-        timed()
-        times[name] = seconds(timed, repeats)
-        peaks[name] = peak(step, before) if DEVICE.type == "cuda" else float("nan")
-        del step
+            timed()
+            times[name] = seconds(timed, repeats)
+            peaks[name] = peak(step, before) if DEVICE.type == "cuda" else float("nan")
+        del step, timed
     teacher = sum(weight.nbytes for weight in case.tuned.values()) / 2**20
     labels = {"dense": "dense forward and backward", "fitting": "fitting step", "lora": f"PEFT LoRA r{RANK} step"}
     for name, label in labels.items():

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shiradelta.patched import Place, flat, patch, unpatch
+from shiradelta.patched import CHUNK, Place, flat, patch, unpatch
 
 
 class Part(Place):
@@ -98,24 +99,44 @@ class Nonzeros:
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Within, `collect` after a backward pass completes `grad`; the weights are what `write` made them."""
-        wide = {p: partial(self._source, i) for i, p in enumerate(self._parameters) if p.dim() > 1}
-        vectors = [parameter for parameter in self._parameters if parameter not in wide]
-        patch(model, wide)
-        for vector in vectors:
-            vector.requires_grad_(True)
+        """Within, `collect` after a backward pass completes `grad`; the weights are what `write` made them.
+
+        Torch makes the gradient of one weight after another; a hook takes what lies at the mask, and drops the rest.
+        Embeddings, of which a batch uses few rows, and weights too large for that are patched.
+        """
+        tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+        patched = {
+            p: partial(self._source, i) for i, p in enumerate(self._parameters) if p in tables or p.numel() > CHUNK
+        }
+        own = [(i, p) for i, p in enumerate(self._parameters) if p not in patched]
+        patch(model, patched)
+        hooks: list[Any] = []
+        for index, parameter in own:
+            parameter.requires_grad_(True)
+            if parameter.dim() > 1:
+                take = partial(self._gather, index)
+                hooks.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
             unpatch(model.modules())
-            for vector in vectors:
-                vector.requires_grad_(False)
-                vector.grad = None
+            for hook in hooks:
+                hook.remove()
+            for _, parameter in own:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def _gather(self, index: int, parameter: Tensor) -> None:
+        """What a backward pass left at a matrix."""
+        place, gradient = self.places[index], parameter.grad
+        assert gradient is not None
+        self.grad[place.part] += gradient.reshape(-1)[place.positions]
+        parameter.grad = None
 
     def collect(self) -> None:
         """Adds what a backward pass left at biases and norms.
 
-        Those are small and many: their gradients are made whole, as torch makes them, and gathered all at once.
+        Those are small and many: their gradients are kept, and gathered all at once.
         """
         found = [place.parameter for place in self.places if place.parameter.grad is not None]
         if not found:
