@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.language import PRETRAINING_STEPS
 from benchmarks.quality.methods import TASKS, prepare, score_with
 from benchmarks.quality.tasks import STEPS, TUNE, optimise
 from benchmarks.table import print_table
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", nargs="+", type=float, default=[RATE])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--pretraining", type=int, default=2_000, help="steps, of the language model")
+    parser.add_argument("--pretraining", type=int, default=PRETRAINING_STEPS, help="steps, of the language model")
     parser.add_argument("--processes", type=int, default=6, help="at once, on one GPU")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
