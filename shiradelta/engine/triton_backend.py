@@ -31,6 +31,8 @@ _PROGRAMS = 2
 #: Elements that a program of `stack_kernel` sums up at a time: as many as stay in the cache for all programs.
 _REGION = 1 << 16
 _BIG = 1 << 31
+#: Stands for a pointer where a kernel is compiled and not run.
+_ALIGNED = 1 << 40
 #: Plans that an adapter keeps, the last that were used.
 _PLANS = 16
 _LAYER, _UNARY_BITS, _NUMEL = (kernels.COLUMNS.index(name) for name in ("layer", "unary_bits", "numel"))
@@ -124,7 +126,15 @@ class TritonBackend(TorchBackend):
         rows = [_row(patch, held.span(number).start) for number, patch in enumerate(held.patches)]
         table = np.array(rows, np.int64).reshape(len(rows), len(kernels.COLUMNS))
         held.data = _Prepared(table, self._there(table), [_kind(patch) for patch in held.patches])
+        self._compile(held)
         return held
+
+    def _compile(self, held: Held) -> None:
+        """The kernels of a switch, now and not within the first one: it may take half a second, once a machine."""
+        for x in self._plan([Layer(held, 1, None)]).alone:
+            onto = held.data.table, x.entries, _ALIGNED
+            self._run(kernels.apply_kernel, x, *onto, 1.0, most=0, FILLED=False, **x.kind.values())
+            self._run(kernels.restore_kernel, x, *onto, most=0, **x.kind.elements())
 
     def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
         """Fused where nothing is on the tensors yet."""
@@ -196,7 +206,7 @@ class TritonBackend(TorchBackend):
                 layers[layer].filled[number] = True
 
     def _run(self, kernel: Any, launch: _Launch, *arguments: Any, most: int = _BIG, **kind: Any) -> None:
-        """A program for each entry; at most so many."""
+        """A program for each entry; at most so many.  With none it is only compiled."""
         grid = (min(len(launch.entries), most),)
         # Nothing may be contracted to a fused multiply-add.
         kernel[grid](*arguments, **kind, num_warps=_WARPS, enable_fp_fusion=False)
