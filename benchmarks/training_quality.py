@@ -38,13 +38,15 @@ RATE = 3e-3
 Row = dict[str, Any]
 
 
-def job(task_name: str, method: str, sparsity: float, seed: int, rate: float, steps: int, folder: Path) -> Row:
+def job(
+    task_name: str, method: str, sparsity: float, seed: int, rate: float, scope: str, steps: int, folder: Path
+) -> Row:
     """One training and its score; `method` is a mask, "LoRA" or "base"."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     task = TASKS[task_name](folder)
     start = time.monotonic()
-    file = folder / f"{task_name}-{method}-{sparsity}-{seed}-{rate}"
+    file = folder / f"{task_name}-{method}-{sparsity}-{seed}-{rate}-{scope}"
     quantised: tuple[float, ...] = ()
     if method == "base":
         scores = task.score(task.load())
@@ -55,7 +57,7 @@ def job(task_name: str, method: str, sparsity: float, seed: int, rate: float, st
         batches = list(islice(task.batches(seed + 1_000), CALIBRATION))
         targets = [name for name, _ in model.named_parameters() if task.trained(name)]
         weights = [name for name in targets if name.removesuffix(".weight").endswith(tuple(task.linears))]
-        tuner = train.attach(model, sparsity, method, weights, batches, loss=task.loss, seed=seed)
+        tuner = train.attach(model, sparsity, method, weights, batches, loss=task.loss, seed=seed, scope=scope)
         optimise(task, model, rate, seed, steps)
         scores = task.score(model)
         tuner.save(file.with_suffix(".shd"), values="int4")
@@ -67,6 +69,7 @@ def job(task_name: str, method: str, sparsity: float, seed: int, rate: float, st
         "sparsity": sparsity,
         "seed": seed,
         "rate": rate,
+        "scope": scope,
         "score": scores[0],
         "int4": quantised[0] if quantised else "",
         "second": scores[1],
@@ -82,6 +85,7 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.005, 0.01, 0.02])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", nargs="+", type=float, default=[RATE])
+    parser.add_argument("--scope", default="tensor", choices=["tensor", "model"], help="of the share; not for struct")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--pretraining", type=int, default=PRETRAINING_STEPS, help="steps, of the language model")
     parser.add_argument("--processes", type=int, default=6, help="at once, on one GPU")
@@ -102,7 +106,8 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows: list[Row] = []
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(partial(job, steps=options.steps, folder=work), *arguments) for arguments in jobs]
+        how = {"scope": options.scope, "steps": options.steps, "folder": work}
+        futures = [pool.submit(partial(job, **how), *arguments) for arguments in jobs]
         for future in as_completed(futures):
             rows.append(future.result())
             print(*rows[-1].values(), flush=True)
