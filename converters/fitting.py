@@ -37,7 +37,7 @@ def run_fit(
                 " (resize_token_embeddings), or convert without fitting"
             )
     try:
-        from shiradelta.fit.fitted import Target
+        from shiradelta.fit.fitted import Order, Target
         from shiradelta.fit.run import run
     except ImportError as error:
         raise SourceError(f"fitting needs {error.name}; install shiradelta[fit]") from None
@@ -49,14 +49,5 @@ def run_fit(
     if not targets:
         raise SourceError(f"{source_path}: has nothing to fit, for its changes are exact already")
     whole = [(item.name, item.exact()) for item in source.items if item.exact is not None]
-    return run(
-        fit,
-        targets,
-        whole,
-        Path(base),
-        Path(source_path),
-        values,
-        scope == "model",
-        out,
-        progress or (lambda what, done, total: None),
-    )
+    tell = progress or (lambda what, done, total: None)
+    return run(Order(fit, targets, whole, Path(base), Path(source_path), values, scope == "model", out, tell))

@@ -115,7 +115,7 @@ def jsonl(tmp_path: Path) -> Path:
     return path
 
 
-SETTINGS = Fit(texts(), steps=40, batch=16, held_out=24, device="cpu")
+SETTINGS = Fit(texts(), steps=40, batch=16, held_out=24, rate=0.05, device="cpu")
 
 
 def fit(pair: tuple[Path, Path], out: Path, **settings: Any) -> Any:

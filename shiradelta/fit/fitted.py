@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shiradelta.arithmetic import Float32
+from shiradelta.delta import TensorDelta
 from shiradelta.errors import SourceError
 from shiradelta.select import NOT_FINITE, Rows, Selection
+
+from . import Fit
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,32 @@ class Target:
         if not np.all(np.isfinite(delta)):
             raise SourceError(f"tensor {self.name!r} {NOT_FINITE}")
         return delta
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that a fit is told.
+
+    Attributes:
+        fit: the settings.
+        targets: what to fit.
+        whole: what the file changes beside them, by name; it is the student's and the teacher's.
+        base, source: where the model and its fine-tune are.
+        codec: of the values.
+        whole_model: nonzeros may move between tensors.
+        out: the file to be written, beside which the state is kept.
+        progress: is told (what is done, how much of it, of how much).
+    """
+
+    fit: Fit
+    targets: Sequence[Target]
+    whole: Sequence[tuple[str, TensorDelta]]
+    base: Path
+    source: Path
+    codec: str
+    whole_model: bool
+    out: Path
+    progress: Callable[[str, int, int], None]
 
 
 @dataclass

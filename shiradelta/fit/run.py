@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -13,13 +13,12 @@ from pathlib import Path
 
 import torch
 
-from shiradelta.delta import TensorDelta
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.nonzeros import Nonzeros
 from shiradelta.select import Selection
 
 from . import Fit, refit, state
-from .fitted import Fitted, Target
+from .fitted import Fitted, Order
 from .quantise import Quantiser
 from .skeleton import CannotStreamError
 from .stream import stream
@@ -30,61 +29,39 @@ from .train import DivergedError, Plan, State, Trainer
 #: Falling density starts at this multiple of what is kept: more costs memory and gives the mask less time to settle.
 START = 5
 #: Steps on a GPU; on a CPU as many as fit into the time, within bounds.
-STEPS, CPU_SECONDS, CPU_LEAST = 400, 600, 40
+STEPS, CPU_SECONDS, CPU_LEAST = 1_000, 600, 40
 #: A run's state is written at most this often, in seconds.
 SAVE_EVERY = 20
 
 
-def run(
-    fit: Fit,
-    targets: Sequence[Target],
-    whole: Sequence[tuple[str, TensorDelta]],
-    base: Path,
-    source: Path,
-    codec: str,
-    whole_model: bool,
-    out: Path,
-    progress: Callable[[str, int, int], None],
-) -> Fitted:
+def run(order: Order) -> Fitted:
     """Fits the targets.
-
-    Args:
-        fit: the settings.
-        targets: what to fit.
-        whole: what the file changes beside them; it is the student's and the teacher's.
-        base: where the base model is.
-        source: where the fine-tune is.
-        codec: of the values.
-        whole_model: nonzeros may move between tensors.
-        out: the file to be written, beside which the state is kept.
-        progress: is told how far it is.
 
     Raises:
         SourceError: something that is given cannot be used.
     """
+    fit = order.fit
     with _out_of_memory(fit):
         if fit.method == "refit" and fit.model is None and fit.forward is None:
             try:
-                return stream(fit, targets, whole, base, source, codec, out.absolute().parent, progress)
+                return stream(order)
             except CannotStreamError as reason:
                 fit.say(f"the model is loaded as a whole, for {reason}")
         start = time.monotonic()
         with _tensor_cores():
-            progress("the fine-tune's outputs", 0, 1)
-            subject = Subject(fit, targets, whole, base, source)
+            order.progress("the fine-tune's outputs", 0, 1)
+            subject = Subject(order)
             result = Fitted({}, subject.behaviour.measure, len(subject.train), len(subject.held_out))
             result.warnings = subject.warnings
             result.note("base", subject.measure())
             nonzeros = subject.nonzeros()
-            _write_quantised(nonzeros, codec)
+            _write_quantised(nonzeros, order.codec)
             result.note("topk", subject.measure())
             nonzeros.write(None)
             if fit.method == "refit":
-                _refit(subject, nonzeros, codec, result, progress)
+                _refit(order, subject, nonzeros, result)
             else:
-                path = Path(fit.state) if fit.state is not None else out.with_name(out.name + ".fit")
-                key = _key(fit, subject, base, source, codec, whole_model)
-                _train(fit, subject, nonzeros, codec, whole_model, result, path, key, progress)
+                _train(order, subject, nonzeros, result)
             result.note("fitted", subject.measure())
             nonzeros.write(None)
         result.tensors = {
@@ -97,18 +74,17 @@ def run(
         return result
 
 
-def _key(fit: Fit, subject: Subject, base: Path, source: Path, codec: str, whole_model: bool) -> str:
+def _key(order: Order, subject: Subject) -> str:
     """Tells runs apart, so that a state is only taken up by the one that it is of."""
-    parts = [str(base.resolve()), str(source.resolve()), codec, whole_model]
+    fit = order.fit
+    parts = [str(order.base.resolve()), str(order.source.resolve()), order.codec, order.whole_model]
     parts += [[target.name, target.count] for target in subject.targets]
     parts += [fit.mask, fit.steps, fit.batch, subject.micro, fit.rate, fit.tokens, fit.seed, subject.train[:1]]
     parts.append([str(text) for text in subject.texts])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _refit(
-    subject: Subject, nonzeros: Nonzeros, codec: str, result: Fitted, progress: Callable[[str, int, int], None]
-) -> None:
+def _refit(order: Order, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
     calibration = subject.calibration()
     result.texts = sum(map(len, calibration))
     refit.refit(
@@ -116,35 +92,28 @@ def _refit(
         partial(subject.behaviour.outputs, subject.model),
         subject.teacher.in_place,
         nonzeros,
-        lambda values: Quantiser(codec, [len(values)], values.device)(values),
+        lambda values: Quantiser(order.codec, [len(values)], values.device)(values),
         calibration,
-        partial(progress, "least squares by layer"),
+        partial(order.progress, "least squares by layer"),
     )
-    _write_quantised(nonzeros, codec)
+    _write_quantised(nonzeros, order.codec)
 
 
-def _train(
-    fit: Fit,
-    subject: Subject,
-    nonzeros: Nonzeros,
-    codec: str,
-    whole_model: bool,
-    result: Fitted,
-    path: Path,
-    key: str,
-    progress: Callable[[str, int, int], None],
-) -> None:
+def _train(order: Order, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
     """Trains mask and values; afterwards the weights hold them."""
-    falling = fit.mask == "falling"
+    fit, falling = order.fit, order.fit.mask == "falling"
+    path = Path(fit.state) if fit.state is not None else order.out.with_name(order.out.name + ".fit")
+    key = _key(order, subject)
     counts = [min(target.count, changed) for target, changed in zip(subject.targets, subject.changed, strict=True)]
     first = [START * count for count in counts] if falling else counts
-    positions, values = subject.select("magnitude" if falling else fit.mask, first, whole_model)
+    positions, values = subject.select("magnitude" if falling else fit.mask, first, order.whole_model)
     nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], values)
     resumed = state.load_state(path, key)
     steps = fit.steps or (resumed.steps if resumed else None)
+    units = [(energy / max(count, 1)) ** 0.5 for energy, count in zip(subject.energy, counts, strict=True)]
 
     def trainer(steps: int) -> Trainer:
-        plan = Plan(steps, subject.micro, fit.rate, codec, counts, whole_model)
+        plan = Plan(steps, subject.micro, fit.rate, order.codec, counts, units, order.whole_model)
         return Trainer(subject.model, nonzeros, subject.behaviour, subject.teacher, plan)
 
     seconds = _time(trainer(1), fit, subject)
@@ -169,7 +138,7 @@ def _train(
             saved = time.monotonic()
 
     try:
-        training.run(_batches(fit, subject), subject.held_out, progress, save)
+        training.run(_batches(fit, subject), subject.held_out, order.progress, save)
     except DivergedError as error:
         state.save_state(path, training.state, key)
         raise DivergedError(f"{error}; the last good state is in {path}") from None

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.checkpoint import rename_all
-from shiradelta.delta import TensorDelta
 from shiradelta.errors import SourceError
 from shiradelta.nonzeros import Nonzeros
 from shiradelta.select import Selection
 
-from . import Fit, loading
+from . import loading
 from .behaviour import Outputs, TextBehaviour
-from .fitted import Fitted, Target
+from .fitted import Fitted, Order, Target
 from .measures import Measures, compare, mean
 from .quantise import Quantiser
 from .refit import Enough, own_linears, refit
@@ -48,24 +47,15 @@ STATES = (*STUDENTS, "tuned")
 Part = tuple[int, ...]
 
 
-def stream(
-    fit: Fit,
-    targets: Sequence[Target],
-    whole: Sequence[tuple[str, TensorDelta]],
-    base: Path,
-    source: Path,
-    codec: str,
-    folder: Path,
-    progress: Callable[[str, int, int], None],
-) -> Fitted:
-    """Refits the targets; arguments are those of `run`, and a folder for what memory does not hold.
+def stream(order: Order) -> Fitted:
+    """Refits the targets; what memory does not hold lies beside the file to be written.
 
     Raises:
         CannotStreamError: the model has to be in memory as a whole.
         SourceError: something that is given cannot be used.
     """
-    with tempfile.TemporaryDirectory(prefix=".shiradelta-", dir=folder) as scratch:
-        return _Stream(fit, targets, whole, base, source, codec, HiddenStates(Path(scratch)), progress)()
+    with tempfile.TemporaryDirectory(prefix=".shiradelta-", dir=order.out.absolute().parent) as scratch:
+        return _Stream(order, HiddenStates(Path(scratch)))()
 
 
 class HiddenStates:
@@ -150,24 +140,15 @@ class _Weights:
 
 
 class _Stream:
-    def __init__(
-        self,
-        fit: Fit,
-        targets: Sequence[Target],
-        whole: Sequence[tuple[str, TensorDelta]],
-        base: Path,
-        source: Path,
-        codec: str,
-        hidden: HiddenStates,
-        progress: Callable[[str, int, int], None],
-    ) -> None:
-        self._fit, self._codec, self._hidden, self._progress = fit, codec, hidden, progress
+    def __init__(self, order: Order, hidden: HiddenStates) -> None:
+        fit, targets, base, source, codec = order.fit, order.targets, order.base, order.source, order.codec
+        self._fit, self._codec, self._hidden, self._progress = fit, codec, hidden, order.progress
         texts = read_texts(fit.texts)
         train, held_out = split(len(texts), fit.held_out, fit.seed)
         tokenizer = loading.load_tokenizer(base, source)
         self._device = loading.pick_device(fit.device)
         dtype = loading.pick_dtype(self._device, (target.dtype for target in targets))
-        self._skeleton = Skeleton(base, source, dict(whole), self._device, dtype)
+        self._skeleton = Skeleton(base, source, dict(order.whole), self._device, dtype)
         self._model, self._blocks = self._skeleton.model, self._skeleton.blocks
         rest = self._skeleton.fill(self._skeleton.of_rest())
         pooling = loading.pooling(base, source)

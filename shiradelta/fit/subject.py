@@ -15,9 +15,9 @@ from shiradelta.errors import SourceError
 from shiradelta.nonzeros import Nonzeros
 from shiradelta.patched import flat
 
-from . import Fit, loading, scores
+from . import loading, scores
 from .behaviour import Behaviour, CustomBehaviour, TextBehaviour
-from .fitted import Target
+from .fitted import Order, Target
 from .measures import Measures, measure_all
 from .teacher import Teacher
 from .texts import batches, read_texts, split
@@ -41,14 +41,8 @@ class Subject:
         warnings: what a user should know.
     """
 
-    def __init__(
-        self,
-        fit: Fit,
-        targets: Sequence[Target],
-        whole: Sequence[tuple[str, TensorDelta]],
-        base: Path,
-        source: Path,
-    ) -> None:
+    def __init__(self, order: Order) -> None:
+        fit, base, source = order.fit, order.base, order.source
         self._fit = fit
         self.texts = read_texts(fit.texts)
         self.train, self.held_out = split(len(self.texts), fit.held_out, fit.seed)
@@ -58,21 +52,22 @@ class Subject:
         if fit.model is not None:
             self.model: nn.Module = fit.model.to(self.device)
         else:
-            dtype = loading.pick_dtype(self.device, (target.dtype for target in targets))
+            dtype = loading.pick_dtype(self.device, (target.dtype for target in order.targets))
             self.model = loading.load_model(base, source, self.device, dtype)
         self.model.eval().requires_grad_(False)
         self.behaviour = self._behaviour(base, source)
 
         names = dict(self.model.named_parameters(remove_duplicate=False))
-        found = rename_all([target.name for target in targets], names)
+        found = rename_all([target.name for target in order.targets], names)
         if not found:
-            raise SourceError(f"{base}: the loaded model has no tensor {targets[0].name!r}; give model and forward")
+            name = order.targets[0].name
+            raise SourceError(f"{base}: the loaded model has no tensor {name!r}; give model and forward")
         self.targets: list[Target] = []
         self.weights: list[nn.Parameter] = []
         self.changed: list[int] = []
         self.energy: list[float] = []
         tuned: dict[nn.Parameter, Tensor] = {}
-        for target in targets:
+        for target in order.targets:
             if target.name not in found:
                 self.warnings.append(f"{target.name} is not fitted: the loaded model has no such tensor")
                 continue
@@ -86,7 +81,7 @@ class Subject:
                 tuned[weight] = (weight.data.float() + delta.view(weight.shape)).to(weight.dtype)
         if not self.targets:
             raise SourceError(f"{source}: nothing in it changes the base")
-        self._write_whole(whole, names)
+        self._write_whole(order.whole, names)
         self.teacher = Teacher(self.model, tuned, self.behaviour)
         # Where values are trained, so that nothing of the held-out texts is used.
         with torch.no_grad():

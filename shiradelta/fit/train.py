@@ -1,7 +1,7 @@
 """Training of the nonzeros: Adam, one cycle, falling density, and at last the codec's own rounding.
 
-The recipe is the same for LoRA and full fine-tunes.  Learning rates are in units of each weight's rms, so that it
-does not depend on a model's scale.
+The recipe is the same for LoRA and full fine-tunes.  Learning rates are in units of what nonzeros would have to be if
+they alone carried the fine-tune's energy, so that it depends neither on the model's scale nor on how far it was tuned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.nonzeros import Nonzeros
-from shiradelta.patched import flat
 
 from .behaviour import Behaviour, Outputs
 from .quantise import Quantiser
@@ -80,6 +79,7 @@ class Plan:
     rate: float
     codec: str
     counts: Sequence[int]  # nonzeros by tensor in the end
+    units: Sequence[float]  # of the rate, by tensor
     whole_model: bool  # they may move between tensors
 
 
@@ -96,7 +96,6 @@ class Trainer:
         self._model, self._nonzeros, self._behaviour, self._teacher = model, nonzeros, behaviour, teacher
         self._plan = plan
         self._start = sum(nonzeros.counts)
-        self._rms = [rms(place.parameter) for place in nonzeros.places]
         zero = torch.zeros_like(nonzeros.values)
         self.state = State(plan.steps, 0, nonzeros.counts, nonzeros.positions, nonzeros.values, zero, zero.clone())
         self._lay_out()
@@ -115,7 +114,7 @@ class Trainer:
         """What depends on the mask."""
         state, nonzeros = self.state, self._nonzeros
         state.counts, state.positions, state.values = nonzeros.counts, nonzeros.positions, nonzeros.values
-        self._units = nonzeros.per_tensor(self._rms)
+        self._units = nonzeros.per_tensor(self._plan.units)
         self._quantiser = Quantiser(self._plan.codec, nonzeros.counts, nonzeros.values.device)
 
     def run(
@@ -266,11 +265,6 @@ def _largest(score: Tensor, group: Tensor, counts: Sequence[int]) -> Tensor:
     kept = torch.zeros_like(score, dtype=torch.bool)
     kept[order[rank < torch.tensor(counts, device=score.device)[group[order]]]] = True
     return kept
-
-
-def rms(parameter: Tensor) -> float:
-    """Of a weight; a bias that is zero everywhere has the unit that weights mostly have."""
-    return float(flat(parameter).float().square().mean().sqrt()) or 0.02
 
 
 def cycle(step: int, steps: int) -> float:

@@ -24,7 +24,8 @@ from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
 from shiradelta.files import check_target, replacing
 from shiradelta.fit import loading
 from shiradelta.fit.texts import batches, split
-from shiradelta.fit.train import cycle, rms
+from shiradelta.fit.train import cycle
+from shiradelta.patched import flat
 
 from .data import Pairs, read_examples
 from .gradients import Tell
@@ -236,7 +237,7 @@ class _Run:
             progress=self.progress,
         )
         self._check_stored(tuner)
-        self.units = [rms(weights[name]) for name in tuner.values]
+        self.units = [_rms(weights[name]) for name in tuner.values]
         return tuner
 
     def _check_stored(self, tuner: Tuner) -> None:
@@ -351,6 +352,11 @@ class _Run:
                 "exp_avg_sq": state[f"{name}.exp_avg_sq"].to(values.device),
             }
         return self._first
+
+
+def _rms(parameter: Tensor) -> float:
+    """Of a weight; a bias that is zero everywhere has the unit that weights mostly have."""
+    return float(flat(parameter).float().square().mean().sqrt()) or 0.02
 
 
 def _digest(tuner: Tuner) -> str:
