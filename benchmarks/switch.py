@@ -15,7 +15,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,7 @@ from benchmarks.table import machine, print_table
 from shiradelta import header, wire
 
 RESULTS = Path(__file__).parent / "results"
+EXPERIMENTS = ["compare", "density", "adapters", "size"]
 
 
 class Stage:
@@ -70,14 +71,19 @@ class Stage:
         """Median; `after` runs untimed after each."""
         times = []
         for number in range(self.repeats + 2):
-            self.wait()
-            start = time.perf_counter()
-            work()
-            self.wait()
+            seconds = self.once(work)
             if number >= 2:
-                times.append(time.perf_counter() - start)
+                times.append(seconds)
             after()
         return statistics.median(times)
+
+    def once(self, work: Callable[[], object]) -> float:
+        """Of a single call."""
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - start
 
     def row(self, experiment: str, what: str, x: float, seconds: float) -> float:
         """Notes a figure."""
@@ -308,6 +314,9 @@ def counts(stage: Stage, numbers: list[int], layers: int) -> None:
     swap = _loaded(stage, layers, adapters(stage, max(numbers), 0.01, layers))
     for number in numbers:
         wanted = {str(i): 1 / number for i in range(number)}
+        for what in ("HotSwap, first time", "HotSwap, second time"):  # what is kept from then on is made there
+            stage.row("adapters", what, number, stage.once(partial(swap.switch, wanted)))
+            swap.revert()
         stage.row("adapters", "HotSwap apply", number, _apply(stage, swap, wanted))
         stage.row("adapters", "HotSwap other strengths", number, _other_strengths(stage, swap, wanted))
         swap.revert()
@@ -339,14 +348,19 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def write(stage: Stage, folder: Path) -> None:
-    """The table as CSV, with machine and versions."""
+def write(stage: Stage, folder: Path, only: Sequence[str]) -> None:
+    """The table as CSV, with machine and versions; rows of other experiments than `only` stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"switch-{stage.device}.csv", "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, ["experiment", "what", "x", "layers", "seconds", "machine", "versions"])
+    path = folder / f"switch-{stage.device}.csv"
+    rows: list[dict[str, object]] = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as stream:
+            rows = [dict(row) for row in csv.DictReader(stream) if row["experiment"] not in only]
+    rows += [{**row, "machine": where(stage.device), "versions": versions()} for row in stage.rows]
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, rows[0])
         writer.writeheader()
-        for row in stage.rows:
-            writer.writerow({**row, "machine": where(stage.device), "versions": versions()})
+        writer.writerows(sorted(rows, key=lambda row: EXPERIMENTS.index(str(row["experiment"]))))
 
 
 def main() -> None:
@@ -355,6 +369,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, help="of 32; default 32 on a GPU, 1 on a CPU")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, help="others stay as OUT has them"
+    )
     parser.add_argument("--quick", action="store_true", help="one layer, few repeats, fewer figures")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -363,12 +380,16 @@ def main() -> None:
     torch.manual_seed(0)
     stage = Stage(options.device, layers, 2 if options.quick else options.repeats)
     print(f"{where(options.device)}; {versions()}")
-    compare(stage)
-    densities(stage, [0.1, 1] if options.quick else [0.1, 0.2, 0.5, 1, 2, 5], layers)
-    counts(stage, [1, 2] if options.quick else [1, 2, 4, 8], layers)
-    if layers > 1:
-        sizes(stage, [number for number in (1, 2, 4, 8, 16, 32) if number <= layers])
-    write(stage, options.out)
+    experiments: dict[str, Callable[[], object]] = {
+        "compare": lambda: compare(stage),
+        "density": lambda: densities(stage, [0.1, 1] if options.quick else [0.1, 0.2, 0.5, 1, 2, 5], layers),
+        "adapters": lambda: counts(stage, [1, 2] if options.quick else [1, 2, 4, 8], layers),
+        "size": lambda: sizes(stage, [number for number in (1, 2, 4, 8, 16, 32) if number <= layers]),
+    }
+    for name, experiment in experiments.items():
+        if name in options.only and (name != "size" or layers > 1):
+            experiment()
+    write(stage, options.out, options.only)
 
 
 if __name__ == "__main__":

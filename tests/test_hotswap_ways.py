@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,14 @@ WAYS = [
     {"s": 1.0},
     {"i": 1.0},
     {},
+    {"f": 1.0, "g": 2.0},  # few positions in common
+    {"a": 1.0},
+    {"f": 0.5, "g": -1.0},  # a second time
+    {"f": 1.5, "g": 0.1},
+    {"g": 1.0},
+    {"f": 1.0, "g": 2.0, "h": -3.0},
+    {"f": 1.0, "g": 2.0},
+    {},
 ]
 
 
@@ -48,6 +58,9 @@ def files() -> dict[str, bytes]:
         "c": adapter({"w": sd.TensorDelta(SHAPES["w"], a["w"].positions(), same, "bfloat16"), **deltas(3, v=20)}),
         "d": adapter(deltas(4, w=15_000)),
         "e": adapter(deltas(5, w=9, u=70)),
+        "f": adapter(deltas(8, w=1500, v=7)),
+        "g": adapter(deltas(9, w=1600, u=5)),
+        "h": adapter(deltas(10, w=1400, v=5)),
         "i": adapter(deltas(6, w=1000), "int4"),
         "s": adapter({"w": random_delta(SHAPES["w"], 1500, 7, op="set")}),
     }
@@ -65,6 +78,41 @@ def test_every_way_gives_the_formula(backend: str, files: dict[str, bytes]):
         chosen = [(files[name], strength) for name, strength in way.items()]
         for name, tensor in base.items():
             assert np.array_equal(bits(tensor), formula(before[name], "bfloat16", chosen, name)), (way, name)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_a_pair_that_fails_at_its_overlaps_leaves_the_base(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
+    """By then the second adapter has saved, where both are, what the first has made of the base."""
+    from shiradelta.engine import triton_backend
+
+    base = {name: weights(shape, "bfloat16", special=True) for name, shape in SHAPES.items()}
+    before = {name: bits(tensor) for name, tensor in base.items()}
+    swap = sd.HotSwap(base, backend="triton")
+    for name in "fg":
+        swap.load(name, files[name])
+    both = {"f": 1.0, "g": 2.0}
+    for _ in range(2):
+        swap.switch(both)
+        swap.revert()
+    shared = np.intersect1d(*(sd.open_delta(files[name])["w"].positions() for name in "fg"))
+    assert len(shared) > 5
+    met = []
+
+    class Failing:
+        def __getitem__(self, grid: object):
+            met.append({name: bits(tensor) for name, tensor in base.items()})
+            raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_backend.kernels, "overlap_kernel", Failing())
+        with pytest.raises(MemoryError):
+            swap.switch(both)
+    assert any((found["w"] != before["w"]).any() for found in met)
+    assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in base.items())
+    swap.switch(both)
+    for name, tensor in base.items():
+        expected = formula(before[name], "bfloat16", [(files[one], strength) for one, strength in both.items()], name)
+        assert np.array_equal(bits(tensor), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -35,7 +35,10 @@ _BIG = 1 << 31
 _ALIGNED = 1 << 40
 #: Plans that an adapter keeps, the last that were used.
 _PLANS = 16
-_LAYER, _UNARY_BITS, _NUMEL = (kernels.COLUMNS.index(name) for name in ("layer", "unary_bits", "numel"))
+_LAYER, _UNARY_BITS, _NNZ, _NUMEL = map(kernels.COLUMNS.index, ("layer", "unary_bits", "nnz", "numel"))
+_LANES = kernels.BLOCK.value
+#: Bytes a nonzero that a list of overlaps may take.
+_OVERLAP = 0.1
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -60,6 +63,10 @@ class _Kind(NamedTuple):
         return {"SIZE": self.size, "WORD": self.word, "BIG": self.big}
 
 
+#: What is on one tensor: (layer, patch), in the order in which it counts.
+_Stack = list[tuple[int, int]]
+
+
 class _Launch(NamedTuple):
     """One launch.
 
@@ -67,12 +74,14 @@ class _Launch(NamedTuple):
         layer: the number of the layer that it is for; -1 for several.
         patches: numbers of that layer's patches, or (layer, patch) [n, 2] of several.
         entries: int32 on the device; see the kernels' `work`.
+        lists: int32 on the device, for `overlap_kernel`.
     """
 
     kind: _Kind
     layer: int
     patches: NDArray[np.int64]
     entries: torch.Tensor
+    lists: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +89,20 @@ class _Plan:
     """How to put some layers on.
 
     Attributes:
-        alone: launches for tensors that one layer is on, which take it off too.
-        sums: launches of `stack_kernel`.
-        table: theirs, on the device.
-        plain: stacks of (layer, patch) that plain torch does.
+        alone: launches for patches that are put on as if they were alone, layer after layer.
+        overlaps: launches of `overlap_kernel`, for tensors that two of those are on.
+        sums: launches of `stack_kernel`, for tensors that more layers are on.
+        table: that of both, on the device.
+        plain: stacks that plain torch does.
+        pairs: stacks of `sums` that `overlap_kernel` may be quicker for.
     """
 
     alone: list[_Launch]
+    overlaps: list[_Launch]
     sums: list[_Launch]
     table: torch.Tensor
-    plain: list[list[tuple[int, int]]]
+    plain: list[_Stack]
+    pairs: list[tuple[_Kind, _Stack]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,15 +183,18 @@ class TritonBackend(TorchBackend):
             onto = new.held.data.table, x.entries, new.room.data_ptr(), float(np.float32(new.strength))
             self._run(kernels.apply_kernel, x, *onto, FILLED=filled, **x.kind.values())
             new.filled[x.patches] = True
-        if plan.sums:
+        if plan.sums or plan.overlaps:
             self._add_up(plan, after, filled)
         for stack in plan.plain:
             self.apply([Place(after[layer], number) for layer, number in stack])
         self._used([*before, *after])
 
     def restore(self, layers: Sequence[Layer]) -> None:
-        """Fused where all patches are there."""
-        for layer in layers:
+        """Fused where all patches are there.
+
+        The last layer first: until `overlap_kernel` has run, what it has saved may be the result of those before it.
+        """
+        for layer in reversed(layers):
             if not layer.filled.all():
                 super().restore([layer])
                 continue
@@ -192,11 +208,17 @@ class TritonBackend(TorchBackend):
         self._used(layers)
 
     def _add_up(self, plan: _Plan, layers: Sequence[Layer], filled: bool) -> None:
-        size = self._programs * _REGION
-        sums = torch.full((size,), kernels.EMPTY.value, dtype=torch.int32, device=self.device)
         strengths = np.array([layer.strength for layer in layers], np.float32).view(np.int32).tolist()
         rooms = [layer.room.data_ptr() for layer in layers]
         memory = self._there(np.array([rooms, strengths], np.int64).T.copy())
+        for x in plan.overlaps:
+            assert x.lists is not None
+            where = plan.table, x.entries, x.lists, x.lists.shape[1]
+            self._run(kernels.overlap_kernel, x, *where, memory, FILLED=filled, **x.kind.values())
+        if not plan.sums:
+            return
+        size = self._programs * _REGION
+        sums = torch.full((size,), kernels.EMPTY.value, dtype=torch.int32, device=self.device)
         for x in plan.sums:
             work = plan.table, x.entries, len(x.entries), memory, sums
             self._run(
@@ -214,31 +236,41 @@ class TritonBackend(TorchBackend):
     # -------------------------------------------------------------------------------------- planning
 
     def _plan(self, layers: Sequence[Layer]) -> _Plan:
-        """Made once for the same adapters."""
-        plans = layers[0].held.data.plans
+        """Made once for the same adapters; at its second use, pairs of them are looked through for overlaps."""
+        plans: dict[tuple[int, ...], _Plan] = layers[0].held.data.plans
         key = tuple(layer.held.data.serial for layer in layers)
-        plan = plans.pop(key, None) or self._new_plan(layers)
+        plan = plans.pop(key, None)
+        if plan is None:
+            plan = self._new_plan(layers)
+        elif plan.pairs:
+            plan = self._new_plan(layers, self._overlaps(plan.pairs, layers))
         if len(plans) >= _PLANS:
             del plans[next(iter(plans))]
         plans[key] = plan
         return plan
 
-    def _new_plan(self, layers: Sequence[Layer]) -> _Plan:
+    def _new_plan(self, layers: Sequence[Layer], overlaps: _Overlaps | None = None) -> _Plan:
+        """Without `overlaps`, pairs are summed as larger stacks are."""
         numbers = {id(layer): number for number, layer in enumerate(layers)}
-        alone, sums, plain = [], [], []
+        alone: list[tuple[tuple[_Kind, int], int]] = []
+        sums: list[tuple[_Kind, _Stack]] = []
+        plain: list[_Stack] = []
         for places in stacks_of(layers).values():
             stack = [(numbers[id(layer)], number) for layer, number in places]
             kinds = {layers[layer].held.data.kinds[number] for layer, number in stack}
             kind = kinds.pop() if len(kinds) == 1 else None
             if kind is None or (len(stack) > 1 and kind.codec == kernels.BITS.value):
                 plain.append(stack)
-            elif len(stack) > 1:
+            elif len(stack) > 1 and not (overlaps and _is_pair(kind, stack)):
                 sums.append((kind, stack))
             else:
-                layer, number = stack[0]
-                alone.append(((kind, layer), number))
-        table, summing = self._sum_launches(sums, layers)
-        return _Plan([self._launch(*group, layers) for group in _groups(alone)], summing, table, plain)
+                alone += [((kind, layer), number) for layer, number in stack]
+        table = _Table(layers)
+        summing = [self._sums(kind, stacks, table) for kind, stacks in _groups(sums)]
+        meeting = [self._meetings(kind, found, table) for kind, found in _groups(overlaps or [])]
+        launches = sorted((self._launch(*group, layers) for group in _groups(alone)), key=lambda x: x.layer)
+        pairs = [one for one in sums if _is_pair(*one)] if overlaps is None else []
+        return _Plan(launches, meeting, summing, self._there(table.array()), plain, pairs)
 
     def _launch(self, key: tuple[_Kind, int], patches: Sequence[int], layers: Sequence[Layer]) -> _Launch:
         """A program for each block of patches of a layer."""
@@ -247,25 +279,36 @@ class TritonBackend(TorchBackend):
         blocks = -(-layers[layer].held.data.rows[numbers, _UNARY_BITS] // wire.BLOCK_BITS)
         return _Launch(kind, layer, numbers, self._there(_entries(numbers[:, None], blocks)))
 
-    def _sum_launches(
-        self, sums: Sequence[tuple[_Kind, list[tuple[int, int]]]], layers: Sequence[Layer]
-    ) -> tuple[torch.Tensor, list[_Launch]]:
-        """(table, a launch for each kind): a row for each patch of each stack, an entry for each of its regions."""
-        rows: list[NDArray[np.int64]] = []
-        launches = []
-        for kind, stacks in _groups(sums):
-            columns, regions = [], []
-            for stack in stacks:
-                columns.append((len(rows), len(stack)))
-                for layer, number in stack:
-                    row = layers[layer].held.data.rows[number].copy()
-                    row[_LAYER] = layer
-                    rows.append(row)
-                regions.append(-(-rows[-1][_NUMEL] // _REGION))
-            patches = np.array([place for stack in stacks for place in stack], np.int64)
-            entries = _entries(np.array(columns, np.int64), np.array(regions, np.int64))
-            launches.append(_Launch(kind, -1, patches, self._there(entries)))
-        return self._there(np.array(rows, np.int64)), launches
+    def _sums(self, kind: _Kind, stacks: Sequence[_Stack], table: _Table) -> _Launch:
+        """An entry for each region of each stack."""
+        columns = np.array([(table.add(stack), len(stack)) for stack in stacks], np.int64)
+        regions = np.array([-(-table.rows[first][_NUMEL] // _REGION) for first, _ in columns.tolist()], np.int64)
+        patches = np.array([place for stack in stacks for place in stack], np.int64)
+        return _Launch(kind, -1, patches, self._there(_entries(columns, regions)))
+
+    def _overlaps(self, pairs: Sequence[tuple[_Kind, _Stack]], layers: Sequence[Layer]) -> _Overlaps:
+        """Where pairs overlap; nothing if that is too much to keep."""
+        found, left = [], _OVERLAP * sum(layer.held.data.rows[:, _NNZ].sum() for layer in layers)
+        for kind, stack in pairs:
+            one, other = (self.positions(layers[layer].held.patches[number]) for layer, number in stack)
+            slot = torch.searchsorted(one, other).clamp_(max=len(one) - 1)
+            second = (one[slot] == other).nonzero()[:, 0]
+            found.append((kind, (stack, torch.stack([other[second], slot[second], second]).int())))
+            left -= found[-1][1][1].nbytes
+            if left < 0:
+                return []
+        return found
+
+    def _meetings(self, kind: _Kind, found: Sequence[tuple[_Stack, torch.Tensor]], table: _Table) -> _Launch:
+        """An entry for each 2,048 elements that the adapters of a pair share."""
+        entries, start = [], 0
+        for stack, shared in found:
+            first, count = table.add(stack), shared.shape[1]
+            entries += [(first, start + i, min(_LANES, count - i)) for i in range(0, count, _LANES)]
+            start += count
+        patches = np.array([place for stack, _ in found for place in stack], np.int64)
+        work = np.array(entries, np.int32).reshape(-1, 3)
+        return _Launch(kind, -1, patches, self._there(work), torch.cat([shared for _, shared in found], 1))
 
     def _there(self, array: NDArray[Any]) -> torch.Tensor:
         """On the device, without waiting for it."""
@@ -273,6 +316,36 @@ class TritonBackend(TorchBackend):
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+
+#: (kind, (stack of two, int32 [3, n]: see `overlap_kernel`)), one a tensor.
+_Overlaps = list[tuple[_Kind, tuple[_Stack, torch.Tensor]]]
+
+
+class _Table:
+    """Rows of several layers' patches."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self.rows: list[NDArray[np.int64]] = []
+
+    def add(self, stack: _Stack) -> int:
+        """Its first row."""
+        first = len(self.rows)
+        for layer, number in stack:
+            row = self._layers[layer].held.data.rows[number].copy()
+            row[_LAYER] = layer
+            self.rows.append(row)
+        return first
+
+    def array(self) -> NDArray[np.int64]:
+        """All of them."""
+        return np.array(self.rows, np.int64)
+
+
+def _is_pair(kind: _Kind, stack: _Stack) -> bool:
+    """Whether `overlap_kernel` can do it."""
+    return len(stack) == 2 and not kind.big
 
 
 def _kind(patch: Patch) -> _Kind | None:

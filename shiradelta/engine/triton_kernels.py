@@ -308,6 +308,46 @@ def stack_kernel(
 
 
 @triton.jit
+def overlap_kernel(
+    table,
+    work,
+    lists,
+    size,
+    layers,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    WORD: tl.constexpr,
+    BIG: tl.constexpr,
+    FILLED: tl.constexpr,
+):
+    """Two adapters where they overlap, after each has been put on as if it were alone, the first one first.
+
+    An entry is (row, start, count), the second adapter's row being the next one; `lists` is int32 [3, size]: positions
+    and the two ranks there.  What the second one saved is put right, and the sum of both is rounded once.
+    """
+    entry = work + 3 * tl.program_id(0)
+    row = table + tl.load(entry) * WIDTH
+    other = row + WIDTH
+    lane = tl.arange(0, BLOCK)
+    active = lane < tl.load(entry + 2)
+    at = lists + tl.load(entry + 1) + lane
+    position = tl.load(at, mask=active, other=0)
+    first = tl.load(at + size, mask=active, other=0)
+    second = tl.load(at + 2 * size, mask=active, other=0)
+    layer = layers + 2 * tl.load(row + 11)
+    old = tl.load(_pointer(tl.load(layer) + tl.load(row + 10), SIZE) + first, mask=active, other=0)
+    strength = tl.load(layer + 1).to(tl.int32).to(tl.float32, bitcast=True)
+    sum = strength * _value(row, first, active, CODEC)
+    layer = layers + 2 * tl.load(other + 11)
+    if not FILLED:
+        tl.store(_pointer(tl.load(layer) + tl.load(other + 10), SIZE) + second, old, mask=active)
+    strength = tl.load(layer + 1).to(tl.int32).to(tl.float32, bitcast=True)
+    sum += strength * _value(other, second, active, CODEC)
+    tl.store(_pointer(tl.load(row + 5), SIZE) + position, _sum(old, sum, DTYPE), mask=active)
+
+
+@triton.jit
 def fingerprint_kernel(table, work, sums, SIZE: tl.constexpr, WORD: tl.constexpr, BIG: tl.constexpr):
     """Adds mix(position, bits) of the elements there to the sum of the row (FORMAT.md, 6.3)."""
     entry = work + 2 * tl.program_id(0)
