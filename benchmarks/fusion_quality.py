@@ -234,6 +234,7 @@ def how_they_meet(files: dict[Source, float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=BATCH)
@@ -251,7 +252,8 @@ def main() -> None:
         return
     path = out / "fusion-quality.csv"
     done = {(row["method"], int(row["seed"])) for row in read(path)}
-    wanted = [(method, seed) for seed, method in product(range(arguments.seeds), METHODS) if (method, seed) not in done]
+    runs = product(range(arguments.seeds), arguments.methods)
+    wanted = [(method, seed) for seed, method in runs if (method, seed) not in done]
     if not arguments.draw:
         gather(arguments.processes, path, [partial(experiment, *one, settings) for one in wanted])
     rows = read(path)

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 #: Products of more multiplications than this are not counted in full, but in `_SAMPLE` of their columns.
 _COUNTED = 1 << 22
 _SAMPLE = 512
+#: From a share of 1 in so many elements on, matrices are multiplied as arrays.
+_FULL = 8
 #: The last of three dimensions is a kernel's up to here, beyond it an expert's.
 _KERNEL = 32
 
@@ -327,11 +329,11 @@ def spectral_norm(left: csr_array, right: csr_array) -> float:
 
     if not _multiplications(left, right):
         return 0.0
-    a, b = left.astype(np.float64), right.astype(np.float64)
-    m = a.shape[1]
+    m = left.shape[1]
     if m <= 32:
+        a, b = left.astype(np.float64), right.astype(np.float64)
         return float(np.linalg.norm((a.T @ b).toarray(), 2))
-    a_t, b_t = a.T.tocsr(), b.T.tocsr()
+    (a, a_t), (b, b_t) = (_both_ways(matrix.astype(np.float64)) for matrix in (left, right))
     operator = LinearOperator((m, m), dtype=np.float64, matvec=lambda x: a_t @ (b @ x), rmatvec=lambda x: b_t @ (a @ x))
     start = np.random.default_rng(0).standard_normal(m)
     if not operator.matvec(start).any():  # zeros are listed, too, and Lanczos cannot begin with nothing
@@ -354,8 +356,17 @@ def product_nonzeros(left: csr_array, right: csr_array) -> tuple[float, bool]:
     if sample:
         columns = np.random.default_rng(0).choice(m, _SAMPLE, replace=False)
         b = b.tocsc()[:, np.sort(columns)].tocsr()
-    count = (a.T.tocsr() @ b).nnz
+    product = _both_ways(a)[1] @ _both_ways(b)[0]
+    count = np.count_nonzero(product) if isinstance(product, np.ndarray) else product.nnz
     return (count * m / _SAMPLE, True) if sample else (float(count), False)
+
+
+def _both_ways(matrix: csr_array) -> tuple[Any, Any]:
+    """(a matrix, its transpose), sparse by rows, or as arrays where so much of it is listed that those are faster."""
+    if matrix.nnz * _FULL < math.prod(matrix.shape):
+        return matrix, matrix.T.tocsr()
+    full = matrix.toarray()
+    return full, full.T
 
 
 def _multiplications(left: csr_array, right: csr_array) -> int:

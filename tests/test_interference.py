@@ -47,7 +47,9 @@ def files(tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_every_figure_is_that_of_dense_arrays(files: list[Path]):
+@pytest.mark.parametrize("full", [0, 8, 1 << 40], ids=["sparse", "as it comes", "arrays"])
+def test_every_figure_is_that_of_dense_arrays(files: list[Path], full: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interference, "_FULL", full)
     strengths = [0.5, -2.0, 1.0]
     found = measure(dict(zip(files, strengths, strict=True)))
     assert found.labels == ("d0", "d1", "d2")

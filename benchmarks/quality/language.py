@@ -38,7 +38,7 @@ class Language(Task):
 
     name = "Python source, 17 M Llama"
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    rates: ClassVar = {"LoRA": 1e-3, "full": 2e-4, "sparse": 1e-2}
+    rates: ClassVar = {"LoRA": 1e-3, "full": 2e-4, "sparse": 2e-2}
     measures = ("log-likelihood, nats a token", "accuracy of the next token")
 
     def __init__(self, folder: Path) -> None:
