@@ -52,7 +52,7 @@ def draw_switch(rows: Rows, target: Path) -> None:
     ):
         chosen = [row for row in rows if row["experiment"] == experiment]
         copies = [row for row in chosen if row["what"].startswith("copy")]
-        lines = [row for row in chosen if row not in copies]
+        lines = [row for row in chosen if row not in copies and not row["what"].endswith("time")]
         if len({row["x"] for row in lines}) < 2:
             axes.set_axis_off()
             continue

@@ -59,7 +59,7 @@ def draw(rows: Rows, path: Path) -> None:
     panels = list(dict.fromkeys(key[:2] for key in groups))
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
-        for method in dict.fromkeys(key[3] for key in groups):
+        for number, method in enumerate(dict.fromkeys(key[3] for key in groups)):
             points = [
                 (int(found[0]["bytes"]) / 1000, [float(row["kept"]) for row in found])
                 for key, found in groups.items()
@@ -71,9 +71,13 @@ def draw(rows: Rows, path: Path) -> None:
                     [mean - min(kept) for mean, (_, kept) in zip(means, points, strict=True)],
                     [max(kept) - mean for mean, (_, kept) in zip(means, points, strict=True)],
                 ]
-                axes.errorbar([size for size, _ in points], means, spread, marker="o", capsize=3, label=method)
+                style = {"marker": "o", "capsize": 3, "color": f"C{number}", "label": method}
+                axes.errorbar([size for size, _ in points], means, spread, **style)
         axes.axhline(1, color="gray", linestyle=":")
         axes.set(title=", ".join(panel), xlabel="file, KB", xscale="log", ylim=(-0.1, 1.1))
-        axes.legend()
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="x", which="both", labelsize=8)
+        axes.legend(loc="lower right")
     figure.axes[0].set_ylabel("share of the gain kept; bars: lowest and highest seed")
     figure.savefig(path, dpi=120)
