@@ -88,7 +88,7 @@ class Nonzeros:
             kind = place.stored, weights.dtype
             if kind not in rounded:
                 rounded[kind] = total.to(place.stored).to(weights.dtype)
-            weights[place.positions] = rounded[kind][place.part]
+            weights.scatter_(0, place.positions, rounded[kind][place.part])
 
     def keep(self, kept: Tensor) -> None:
         """Drops all nonzeros but those of a mask [n]; the weights get the base back until the next `write`."""
@@ -128,9 +128,10 @@ class Nonzeros:
 
     def _gather(self, index: int, parameter: Tensor) -> None:
         """What a backward pass left at a matrix."""
-        place, gradient = self.places[index], parameter.grad
-        assert gradient is not None
-        self.grad[place.part] += gradient.reshape(-1)[place.positions]
+        whole, own = parameter.grad, self._leaves[index].grad
+        assert whole is not None
+        assert own is not None
+        own.add_(whole.take(self.places[index].positions))
         parameter.grad = None
 
     def collect(self) -> None:
