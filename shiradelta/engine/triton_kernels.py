@@ -246,6 +246,13 @@ def restore_kernel(table, work, room, SIZE: tl.constexpr, WORD: tl.constexpr, BI
 
 
 @triton.jit
+def _layer(layers, row):
+    """(room, strength) of the layer that a row is of, where there are several."""
+    layer = layers + 2 * tl.load(row + 11)
+    return tl.load(layer), tl.load(layer + 1).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def stack_kernel(
     table,
     work,
@@ -274,9 +281,7 @@ def stack_kernel(
         start = _whole(tl.load(work + 3 * number + 2), BIG) * REGION
         for turn in range(2 * rows):
             row = table + (first + turn % rows) * WIDTH
-            layer = layers + 2 * tl.load(row + 11)
-            room = tl.load(layer)
-            strength = tl.load(layer + 1).to(tl.int32).to(tl.float32, bitcast=True)
+            room, strength = _layer(layers, row)
             stop = start + tl.minimum(_whole(tl.load(row + 9), BIG) - start, REGION)
             blocks = _blocks(row, BIG)
             block = _block_at(row, start, blocks, WORD, BIG)
@@ -335,14 +340,12 @@ def overlap_kernel(
     position = tl.load(at, mask=active, other=0)
     first = tl.load(at + size, mask=active, other=0)
     second = tl.load(at + 2 * size, mask=active, other=0)
-    layer = layers + 2 * tl.load(row + 11)
-    old = tl.load(_pointer(tl.load(layer) + tl.load(row + 10), SIZE) + first, mask=active, other=0)
-    strength = tl.load(layer + 1).to(tl.int32).to(tl.float32, bitcast=True)
+    room, strength = _layer(layers, row)
+    old = tl.load(_pointer(room + tl.load(row + 10), SIZE) + first, mask=active, other=0)
     sum = strength * _value(row, first, active, CODEC)
-    layer = layers + 2 * tl.load(other + 11)
+    room, strength = _layer(layers, other)
     if not FILLED:
-        tl.store(_pointer(tl.load(layer) + tl.load(other + 10), SIZE) + second, old, mask=active)
-    strength = tl.load(layer + 1).to(tl.int32).to(tl.float32, bitcast=True)
+        tl.store(_pointer(room + tl.load(other + 10), SIZE) + second, old, mask=active)
     sum += strength * _value(other, second, active, CODEC)
     tl.store(_pointer(tl.load(row + 5), SIZE) + position, _sum(old, sum, DTYPE), mask=active)
 

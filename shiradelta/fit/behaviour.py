@@ -124,10 +124,10 @@ class TextBehaviour(Behaviour):
 
     def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
         """Squared errors of hidden states and embeddings, KL divergence of logits; means over rows."""
-        terms = [(s.float() - t.float()).square().sum(1).mean() for s, t in zip(student, teacher, strict=True)]
-        if self._output == "logits":
-            terms[-1] = divergence(student[-1], teacher[-1])
-        return terms
+        pairs = list(zip(student, teacher, strict=True))
+        logits = [pairs.pop()] if self._output == "logits" else []
+        terms = [(s.float() - t.float()).square().sum(1).mean() for s, t in pairs]
+        return terms + [divergence(s, t) for s, t in logits]
 
     def distance(self, student: Outputs, teacher: Outputs) -> float:
         """Of the logits, or of the last hidden states."""
