@@ -333,7 +333,8 @@ def spectral_norm(left: csr_array, right: csr_array) -> float:
     if m <= 32:
         a, b = left.astype(np.float64), right.astype(np.float64)
         return float(np.linalg.norm((a.T @ b).toarray(), 2))
-    (a, a_t), (b, b_t) = (_both_ways(matrix.astype(np.float64)) for matrix in (left, right))
+    a, b = (_operand(matrix.astype(np.float64)) for matrix in (left, right))
+    a_t, b_t = _transposed(a), _transposed(b)
     operator = LinearOperator((m, m), dtype=np.float64, matvec=lambda x: a_t @ (b @ x), rmatvec=lambda x: b_t @ (a @ x))
     start = np.random.default_rng(0).standard_normal(m)
     if not operator.matvec(start).any():  # zeros are listed, too, and Lanczos cannot begin with nothing
@@ -356,17 +357,19 @@ def product_nonzeros(left: csr_array, right: csr_array) -> tuple[float, bool]:
     if sample:
         columns = np.random.default_rng(0).choice(m, _SAMPLE, replace=False)
         b = b.tocsc()[:, np.sort(columns)].tocsr()
-    product = _both_ways(a)[1] @ _both_ways(b)[0]
+    product = _transposed(_operand(a)) @ _operand(b)
     count = np.count_nonzero(product) if isinstance(product, np.ndarray) else product.nnz
     return (count * m / _SAMPLE, True) if sample else (float(count), False)
 
 
-def _both_ways(matrix: csr_array) -> tuple[Any, Any]:
-    """(a matrix, its transpose), sparse by rows, or as arrays where so much of it is listed that those are faster."""
-    if matrix.nnz * _FULL < math.prod(matrix.shape):
-        return matrix, matrix.T.tocsr()
-    full = matrix.toarray()
-    return full, full.T
+def _operand(matrix: csr_array) -> Any:
+    """A matrix as it is, or as an array where so much of it is listed that this is faster."""
+    return matrix if matrix.nnz * _FULL < math.prod(matrix.shape) else matrix.toarray()
+
+
+def _transposed(operand: Any) -> Any:
+    """Sparse ones by rows."""
+    return operand.T if isinstance(operand, np.ndarray) else operand.T.tocsr()
 
 
 def _multiplications(left: csr_array, right: csr_array) -> int:
