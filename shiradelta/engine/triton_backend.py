@@ -79,8 +79,9 @@ class TritonBackend(TorchBackend):
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         """One launch to the base and one from there, as a rule; one in all, if only the strength is another.
 
-        (A single pass over the weights, in which a program went from block to block of the old adapter and through
-        the blocks of the new one between them, was slower than these two: it decodes the new one twice.)
+        (One launch for both was slower than these two, in two ways: going from block to block of the old adapter and
+        through the blocks of the new one between them decodes the new one twice; and taking blocks of either in turn,
+        the new ones waiting for those of the old that they meet, took 0.90 x a copy of the weights against 0.82 x.)
         """
         if not after:
             self.restore(before)
