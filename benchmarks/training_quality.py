@@ -36,6 +36,8 @@ CALIBRATION = 16
 RATE = 3e-3
 
 Row = dict[str, Any]
+#: Task, method, sparsity, rate, scope.
+Key = tuple[str, str, float, float, str]
 
 
 def job(
@@ -123,15 +125,15 @@ def write(rows: Sequence[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
-def gains(rows: Iterable[Row]) -> dict[tuple[str, str, float, float], list[tuple[float, float]]]:
-    """(task, method, sparsity, rate) -> share of the LoRA's gain, by float32 values and by 4 bits, seed by seed.
+def gains(rows: Iterable[Row]) -> dict[Key, list[tuple[float, float]]]:
+    """Key -> share of the LoRA's gain, by float32 values and by 4 bits, seed by seed.
 
     The LoRA's gain is the mean over its seeds.
     """
     by_task: Mapping[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_task[row["task"]].append(row)
-    found: dict[tuple[str, str, float, float], list[tuple[float, float]]] = defaultdict(list)
+    found: dict[Key, list[tuple[float, float]]] = defaultdict(list)
     for task, of_task in by_task.items():
         base = next(float(row["score"]) for row in of_task if row["method"] == "base")
         lora = statistics.fmean(float(row["score"]) for row in of_task if row["method"] == "LoRA")
@@ -139,18 +141,19 @@ def gains(rows: Iterable[Row]) -> dict[tuple[str, str, float, float], list[tuple
             if row["method"] != "base":
                 scores = float(row["score"]), float(row["int4"] or row["score"])
                 kept = tuple((score - base) / (lora - base) for score in scores)
-                found[task, row["method"], float(row["sparsity"]), float(row["rate"])].append((kept[0], kept[1]))
+                key = task, row["method"], float(row["sparsity"]), float(row["rate"]), row["scope"]
+                found[key].append((kept[0], kept[1]))
     return found
 
 
 def summarise(rows: Sequence[Row]) -> None:
-    lines = [["task, method", "weights", "rate", "gain of LoRA's", "spread", "with 4 bits", "seeds"]]
-    for (task, method, sparsity, rate), kept in sorted(gains(rows).items()):
+    lines = [["task, method", "weights", "of each", "rate", "gain of LoRA's", "spread", "with 4 bits", "seeds"]]
+    for (task, method, sparsity, rate, scope), kept in sorted(gains(rows).items()):
         whole = [pair[0] for pair in kept]
         spread = f"{statistics.stdev(whole):.1%}" if len(kept) > 1 else "-"
         bits = f"{statistics.fmean(pair[1] for pair in kept):.1%}"
         share = f"{statistics.fmean(whole):.1%}"
-        lines.append([f"{task}, {method}", f"{sparsity:.1%}", f"{rate:g}", share, spread, bits, str(len(kept))])
+        lines.append([f"{task}, {method}", f"{sparsity:.1%}", scope, f"{rate:g}", share, spread, bits, str(len(kept))])
     print_table("share of the gain of a LoRA r16, trained directly", lines)
 
 

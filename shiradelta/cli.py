@@ -118,7 +118,7 @@ def _echo_json(value: Any) -> None:
 @click.option("--fit-steps", type=int, help="Training steps.  [default: 1,000; on a CPU what ten minutes hold]")
 @click.option("--fit-batch", default=128, show_default=True, help="Texts a step.")
 @click.option("--fit-micro", type=int, help="Texts a forward pass, if fewer: takes less memory.")
-@click.option("--fit-rate", default=0.15, show_default=True, help="Learning rate, as a share of a nonzero's size.")
+@click.option("--fit-rate", default=0.3, show_default=True, help="Learning rate, as a share of a nonzero's size.")
 @click.option("--fit-tokens", default=128, show_default=True, help="Where texts are cut.")
 @click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
 @click.option("--plot", metavar="FILE", help="Draw where the changes lie, and the fit, to this PNG.")

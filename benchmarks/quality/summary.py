@@ -52,14 +52,19 @@ def summarise(rows: Rows) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """The share of the gain kept against the size of the file, one panel a fine-tune."""
+    """The share of the gain kept against the size of the file, one panel a fine-tune, two beside one another."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     groups = grouped(rows)
     panels = list(dict.fromkeys(key[:2] for key in groups))
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
-        for number, method in enumerate(dict.fromkeys(key[3] for key in groups)):
+    methods = list(dict.fromkeys(key[3] for key in groups))
+    rows_of_panels = -(-len(panels) // 2)
+    figure = Figure(figsize=(9, 3.4 * rows_of_panels + 0.5), layout="constrained")
+    grid = figure.subplots(rows_of_panels, 2, sharey=True, squeeze=False)
+    drawn = {}
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for number, method in enumerate(methods):
             points = [
                 (int(found[0]["bytes"]) / 1000, [float(row["kept"]) for row in found])
                 for key, found in groups.items()
@@ -72,12 +77,14 @@ def draw(rows: Rows, path: Path) -> None:
                     [max(kept) - mean for mean, (_, kept) in zip(means, points, strict=True)],
                 ]
                 style = {"marker": "o", "capsize": 3, "color": f"C{number}", "label": method}
-                axes.errorbar([size for size, _ in points], means, spread, **style)
+                drawn[method] = axes.errorbar([size for size, _ in points], means, spread, **style)
         axes.axhline(1, color="gray", linestyle=":")
         axes.set(title=", ".join(panel), xlabel="file, KB", xscale="log", ylim=(-0.1, 1.1))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="x", which="both", labelsize=8)
-        axes.legend(loc="lower right")
-    figure.axes[0].set_ylabel("share of the gain kept; bars: lowest and highest seed")
+        axes.xaxis.set_minor_formatter("")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.supylabel("share of the gain kept; bars: lowest and highest seed", fontsize="medium")
+    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=len(drawn))
     figure.savefig(path, dpi=120)

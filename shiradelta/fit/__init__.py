@@ -49,7 +49,7 @@ class Fit:
     steps: int | None = None
     batch: int = 128
     micro: int | None = None
-    rate: float = 0.15
+    rate: float = 0.3
     tokens: int = 128
     held_out: int = 256
     seed: int = 0
