@@ -279,7 +279,7 @@ def test_a_state_of_another_run_is_not_taken_up(
 ):
     said: list[str] = []
     (tmp_path / "a.shd.fit").write_bytes(b"something else")
-    with pytest.raises(SourceError, match="no interrupted fit"):
+    with pytest.raises(SourceError, match="no state of an unfinished run"):
         fit(encoder, tmp_path / "a.shd")
     save_file({}, tmp_path / "a.shd.fit", {"run": "other", "state": "{}"})
     fit(encoder, tmp_path / "a.shd", say=said.append)

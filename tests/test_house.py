@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 #: Each imports only from what stands before it, or from its own group.
 LAYERS = [
     {"errors", "wire", "files", "show"},
-    {"arithmetic"},
+    {"arithmetic", "saved_state"},
     {"delta"},
     {"codecs", "digest"},
     {"header"},

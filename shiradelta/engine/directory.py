@@ -22,8 +22,9 @@ from shiradelta.backend import choose
 from shiradelta.checkpoint import Checkpoint, open_checkpoint, other_weight_files
 from shiradelta.delta import TensorDelta
 from shiradelta.engine import restructure
+from shiradelta.engine.fingerprint import Remedies, check_fingerprint
 from shiradelta.engine.interrupts import interrupts_held_back
-from shiradelta.engine.plan import Plan, check_fingerprint, make_plan
+from shiradelta.engine.plan import Plan, make_plan
 from shiradelta.engine.recovery import Progress, check_writable, overlaid, patch, recover, reserve_space, undo
 from shiradelta.engine.state import FOLDER, Applied, State, StateFolder, locked
 from shiradelta.engine.verification import existing, first_difference
@@ -33,6 +34,7 @@ from shiradelta.reader import Delta, open_delta
 from shiradelta.writer import writing
 
 Path_ = str | os.PathLike[str]
+_REMEDIES = Remedies("it has been applied before", "--no-check to apply it to this one")
 
 
 @dataclass(frozen=True)
@@ -219,11 +221,13 @@ def _write_undo(
                 progress("checking", number, len(plan.edits))
             positions = edit.tensor.positions()
             old = checkpoint.bits(edit.name)[positions]
-            if check:
+            if check and edit.tensor.dtype == edit.slot.dtype.name:
                 view = old
                 for undo in undos:
                     view = overlaid(view, positions, undo.get(edit.name))
-                check_fingerprint(edit, backend.fingerprint(positions, view), delta.file or "delta")
+                where = f"{delta.file or 'delta'}: tensor {edit.name!r}"
+                recorded = edit.tensor.base_fingerprint, edit.tensor.result_fingerprint
+                check_fingerprint(where, backend.fingerprint(positions, view), *recorded, _REMEDIES)
             new = arithmetic.result(edit.tensor.op == "add", edit.tensor.bits(), old, edit.slot.dtype.name, strength)
             changed += int(np.count_nonzero(new != old))
             undo_tensor = TensorDelta(edit.slot.shape, positions, old, edit.slot.dtype.name, "set", base_bits=new)

@@ -15,16 +15,18 @@ from shiradelta import arithmetic
 from shiradelta.codecs.base import Bytes
 from shiradelta.digest import tensor_digest
 from shiradelta.engine.backends import new_backend
+from shiradelta.engine.fingerprint import Remedies, check_fingerprint
 from shiradelta.engine.interrupts import interrupts_held_back
 from shiradelta.engine.live import Target, live_tensors
 from shiradelta.engine.live_backend import Held, Layer, LiveBackend, Patch
-from shiradelta.engine.matching import Names, check_fingerprint, check_fit, check_overlaps, match
+from shiradelta.engine.matching import Names, check_fit, check_overlaps, match
 from shiradelta.engine.reading import read_whole
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, TargetError
 from shiradelta.reader import Source, StoredTensor, open_delta
 
 #: What is on the weights of each kind of memory, in the order of the adapters' digests.
 Layers = dict[LiveBackend, list[Layer]]
+_REMEDIES = Remedies("give the base, without the delta in it", "check=False to take it for this one")
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,9 @@ class HotSwap:
                 with self._ordered(None):
                     found = backend.fingerprints(held, self._layers.get(backend, []))
                 for number, patch in mine:
-                    check_fingerprint(label, patch, found[number])
+                    record = patch.record
+                    fingerprints = found[number], record.base_fingerprint, record.result_fingerprint
+                    check_fingerprint(f"{label}: tensor {record.name!r}", *fingerprints, _REMEDIES)
         names = adapter.report.matched
         return tuple(name for name, other in names.items() if not check or self._targets[other] not in known)
 

@@ -1,4 +1,4 @@
-"""Whether a delta fits a live model: names, shapes, dtypes, shared memory, fingerprints."""
+"""Whether a delta fits a live model: names, shapes, dtypes, shared memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from shiradelta import wire
 from shiradelta.checkpoint import rename_all
 from shiradelta.engine.live import Target, is_array
-from shiradelta.engine.live_backend import Patch
 from shiradelta.errors import BaseMismatchError, TargetError
 from shiradelta.reader import Delta, StoredTensor
 
@@ -85,18 +84,4 @@ def check_fit(where: str, tensor: StoredTensor, target: Target, allow_dtype: boo
     raise BaseMismatchError(
         f"{where} has elements of {dtype} in the model, but the delta was made against a {tensor.dtype} base, so it"
         f" cannot be checked{hint}"
-    )
-
-
-def check_fingerprint(label: str, patch: Patch, found: int) -> None:
-    """The base has to be the one that the delta was made against."""
-    expected = patch.record.base_fingerprint
-    where = f"{label}: tensor {patch.record.name!r}"
-    if found == expected:
-        return
-    if found == patch.record.result_fingerprint:
-        raise BaseMismatchError(f"{where} already holds the result; give the base, without the delta in it")
-    raise BaseMismatchError(
-        f"{where} is not the one that the delta was made against (fingerprint {found:016x} instead of {expected:016x});"
-        " give the right base, or check=False to take it for this one"
     )

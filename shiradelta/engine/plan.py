@@ -107,24 +107,3 @@ def _unique(edits: Iterable[Edit]) -> list[Edit]:
                 " base before applying"
             )
     return list(kept.values())
-
-
-def check_fingerprint(edit: Edit, found: int, label: str) -> None:
-    """Raises BaseMismatchError unless the base's elements are those that the delta was made against.
-
-    Args:
-        edit: what is to be applied.
-        found: the fingerprint of the base at the delta's positions.
-        label: the delta, for people.
-    """
-    expected = edit.tensor.base_fingerprint
-    if expected is None or edit.tensor.dtype != edit.slot.dtype.name:
-        return
-    if found == expected:
-        return
-    if found == edit.tensor.result_fingerprint:
-        raise BaseMismatchError(f"{label}: tensor {edit.name!r} already holds the result; it has been applied before")
-    raise BaseMismatchError(
-        f"{label}: tensor {edit.name!r} is not the one that the delta was made against (fingerprint {found:016x}"
-        f" instead of {expected:016x}); give the right base, or --no-check to apply it to this one"
-    )

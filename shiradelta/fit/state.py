@@ -1,12 +1,13 @@
-"""An interrupted run on disk: a safetensors file, so that nothing is unpickled."""
+"""An interrupted fit on disk."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from shiradelta import saved_state
 from shiradelta.errors import SourceError
-from shiradelta.files import replacing
 
 from .train import State
 
@@ -16,12 +17,9 @@ _NUMBERS = ("steps", "step", "counts", "failures", "waited", "history", "best")
 
 def save_state(path: Path, state: State, key: str) -> None:
     """Puts it in place atomically.  `key` tells the run: sources, texts and settings."""
-    from safetensors.torch import save
-
     tensors = {name: getattr(state, name).cpu() for name in _TENSORS if getattr(state, name) is not None}
     numbers = {name: getattr(state, name) for name in _NUMBERS}
-    with replacing(path) as stream:
-        stream.write(save(tensors, {"run": key, "state": json.dumps(numbers)}))
+    saved_state.save_state(path, tensors, {"run": key, "state": json.dumps(numbers)})
 
 
 def load_state(path: Path, key: str) -> State | None:
@@ -30,18 +28,14 @@ def load_state(path: Path, key: str) -> State | None:
     Raises:
         SourceError: something else is there.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         return None
+    tensors, about = saved_state.load_with_about(path)
+    if about.get("run") not in (None, key):
+        return None
     try:
-        with safe_open(path, "pt") as stored:
-            metadata = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        numbers = json.loads(metadata["state"])
-        if metadata["run"] != key:
-            return None
-        numbers["history"] = [(int(step), float(distance)) for step, distance in numbers["history"]]
-        return State(**numbers, **tensors)
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        fields: dict[str, Any] = {**json.loads(about["state"]), **tensors}
+        fields["history"] = [(int(step), float(distance)) for step, distance in fields["history"]]
+        return State(**fields)
+    except (KeyError, ValueError, TypeError) as error:
         raise SourceError(f"{path}: is no interrupted fit ({error}); move it away") from None

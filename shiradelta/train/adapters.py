@@ -19,9 +19,9 @@ from shiradelta.converters.diff import parse_key
 from shiradelta.errors import DeltaError, SourceError
 from shiradelta.files import replacing
 from shiradelta.reader import open_delta
+from shiradelta.saved_state import load_state
 
 from .layout import View
-from .state import load_state
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

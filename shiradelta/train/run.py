@@ -26,11 +26,11 @@ from shiradelta.fit import loading
 from shiradelta.fit.texts import batches, split
 from shiradelta.fit.train import cycle
 from shiradelta.patched import flat
+from shiradelta.saved_state import load_with_about, save_state
 
 from .data import Pairs, read_examples
 from .gradients import Tell
 from .masks import parse_sparsity
-from .state import load_with_about, save_state
 from .targets import find_weights
 from .tuner import Tuner, attach
 

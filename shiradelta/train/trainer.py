@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from shiradelta.errors import DeltaError
+from shiradelta.saved_state import load_state, save_state
 
-from .state import load_state, save_state
 from .tuned import SUFFIX
 from .tuner import Tuner
 

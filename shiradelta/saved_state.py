@@ -1,4 +1,4 @@
-"""A tuner's state on disk: a safetensors file, so that nothing is unpickled."""
+"""Tensors of an unfinished run on disk: a safetensors file, so that nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -50,4 +50,4 @@ def load_with_about(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             return tensors, dict(stored.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise SourceError(f"{path}: is no state of a training run ({error}); move it away") from None
+        raise SourceError(f"{path}: is no state of an unfinished run ({error}); move it away") from None
