@@ -125,9 +125,9 @@ def mean(o: Overlay) -> Float32:
 
 def largest(o: Overlay) -> Float32:
     """Each element takes its contribution of largest magnitude, the first of equal ones."""
-    result = np.zeros(o.positions.size, np.float32)
+    result = np.full(o.positions.size, np.nan, np.float32)
     for at, values in zip(o.at, o.values, strict=True):
-        wins = np.abs(values) > np.abs(result[at])
+        wins = ~(np.abs(values) <= np.abs(result[at]))  # the first one beats NaN
         result[at[wins]] = values[wins]
     return result
 
@@ -177,7 +177,8 @@ def thinned(method: str, drop: float, seed: bytes, positions: Positions, values:
     """DARE (Yu et al. 2023, arXiv:2311.03099) and DELLA (Deep et al. 2024, arXiv:2406.11617): drop at random, rescale.
 
     DARE drops each element with the same probability; DELLA the smaller ones more often, from 1.5 `drop` for the
-    smallest to 0.5 `drop` for the largest.  What stays is divided by its chance of staying.
+    smallest to 0.5 `drop` for the largest.  What stays is divided by its chance of staying.  The sum is taken of both:
+    DELLA's second step, an election of signs as in TIES, is not made.
     """
     keep = np.full(values.size, 1 - drop)
     if method == "della":
@@ -239,7 +240,7 @@ def fuse(
 
             def work(name: str) -> tuple[TensorDelta, int, int]:
                 parts = [(delta, delta[name], strength) for delta, strength in opened if name in delta]
-                return _fuse_tensor(name, parts, method, drop, seed, checkpoint)
+                return _fuse_tensor(name, parts, len(opened), method, drop, seed, checkpoint)
 
             pool = stack.enter_context(ThreadPoolExecutor(2))
             for number, (name, fused) in enumerate(zip(names, a_little_ahead(pool, work, names), strict=True)):
@@ -278,9 +279,12 @@ Part = tuple[Delta, StoredTensor, float]
 
 
 def _fuse_tensor(
-    name: str, parts: Sequence[Part], method: str, drop: float, seed: int, checkpoint: Checkpoint | None
+    name: str, parts: Sequence[Part], inputs: int, method: str, drop: float, seed: int, checkpoint: Checkpoint | None
 ) -> tuple[TensorDelta, int, int]:
-    """(the fused tensor, elements that more than one input touches, those of them with opposite signs)."""
+    """(the fused tensor, elements that more than one input touches, those of them with opposite signs).
+
+    `parts` are those of the `inputs` deltas that have the tensor.
+    """
     _check_alike(name, parts)
     first = parts[0][1]
     dtype = next((tensor.dtype for _, tensor, _ in parts if tensor.dtype != "unspecified"), first.dtype)
@@ -293,11 +297,14 @@ def _fuse_tensor(
     contributions = []
     for delta, tensor, strength in parts:
         positions, values = tensor.positions(), scaled(tensor.values(), strength)
+        if not np.all(np.isfinite(values)):
+            raise too_large(name)
         if method in ("dare", "della"):
             own = hashlib.sha256(f"{seed} {delta.digest} {name}".encode()).digest()
             positions, values = thinned(method, drop, own, positions, values)
         contributions.append((positions, values))
-    together = overlay(contributions)
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    together = overlay(contributions + [nothing] * (inputs - len(parts)))
     with np.errstate(over="ignore", invalid="ignore"):
         fused = METHODS[method](together)
     if not np.all(np.isfinite(fused)):
@@ -312,13 +319,19 @@ def _fuse_tensor(
 def _check_alike(name: str, parts: Sequence[Part]) -> None:
     """Shapes, dtypes and operations go together."""
     delta, first, _ = parts[0]
+    known = with_dtype(name, [delta for delta, _, _ in parts])
     for other_delta, other, strength in parts:
-        check_same_base(name, delta, other_delta)
+        check_same_base(name, known, other_delta)
         pair = f"{delta.file} and {other_delta.file}: tensor {name!r}"
         if other.op != first.op or (len(parts) > 1 and other.op in ("new", "drop")):
             raise DeltaError(f"{pair} is {first.op} in one and {other.op} in the other; apply them one by one")
         if other.op != "add" and strength != 1:
             raise DeltaError(f"{other_delta.file}: tensor {name!r} is {other.op}, which has strength 1 only")
+
+
+def with_dtype(name: str, deltas: Sequence[Delta]) -> Delta:
+    """The first that says what its base's elements are; what goes with it goes together."""
+    return next((delta for delta in deltas if delta[name].dtype != "unspecified"), deltas[0])
 
 
 def check_same_base(name: str, one: Delta, other: Delta) -> None:

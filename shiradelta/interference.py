@@ -32,6 +32,7 @@ from shiradelta.fusion import (
     different_bases,
     overlay,
     too_large,
+    with_dtype,
 )
 from shiradelta.reader import Delta, open_delta
 from shiradelta.show import layer_of
@@ -265,8 +266,9 @@ def _stacked(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def _in_tensor(name: str, opened: Sequence[tuple[Delta, float]]) -> dict[tuple[int, int], Meeting]:
     """Every pair of deltas of which at least one changes the tensor."""
     having = [i for i, (delta, _) in enumerate(opened) if name in delta]
-    for i in having[1:]:
-        check_same_base(name, opened[having[0]][0], opened[i][0])
+    known = with_dtype(name, [opened[i][0] for i in having])
+    for i in having:
+        check_same_base(name, known, opened[i][0])
     changes = {i: _decoded(opened[i][0], name, opened[i][1]) for i in having}
     laid = overlay([(change.positions, change.values) for change in changes.values()])
     at = dict(zip(having, laid.at, strict=True))

@@ -156,14 +156,16 @@ class _Embedding(torch.autograd.Function):
         (grad,), (ids,) = grads, ctx.saved_tensors
         place: Place = ctx.place
         used, inverse = ids.reshape(-1).unique(return_inverse=True)
-        sums = torch.zeros(len(used), grad.shape[-1], device=grad.device)
+        positions = place.positions.long()
+        place.written = None
+        if not len(used):
+            return None, torch.zeros(len(positions), dtype=torch.float32, device=grad.device), None, None, None
+        sums = torch.zeros(len(used), grad.shape[-1], dtype=torch.float32, device=grad.device)
         sums.index_add_(0, inverse, grad.reshape(-1, grad.shape[-1]).float())
         if ctx.padding is not None:
             sums[used == ctx.padding] = 0
-        positions = place.positions.long()
         rows, columns = positions // place.columns, positions % place.columns
         at = torch.searchsorted(used, rows).clamp(max=len(used) - 1)
-        place.written = None
         return None, torch.where(used[at] == rows, sums[at, columns], 0), None, None, None
 
 

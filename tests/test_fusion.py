@@ -102,6 +102,39 @@ def test_methods_against_a_plain_loop(parts: list[list[tuple[int, float]]]):
     assert all(value in column for value, column in zip(disjoint(merged).tolist(), columns, strict=True))
 
 
+def test_the_mean_is_over_all_inputs(tmp_path: Path):
+    """Those that do not have a tensor, too."""
+    here = TensorDelta((4,), [0, 2], np.float32([4, -0.0]))
+    files = {
+        save(tmp_path / "a.shd", w=here, q=here): 1.0,
+        save(tmp_path / "b.shd", w=TensorDelta((4,), [1], np.float32([2]))): 1.0,
+    }
+    shiradelta.fuse(files, tmp_path / "c.shd", "mean")
+    with shiradelta.open_delta(tmp_path / "c.shd") as fused:
+        assert fused["q"].values().tolist() == [2, 0]
+        assert fused["w"].values().tolist() == [2, 1, 0]
+
+
+def test_a_delta_of_any_dtype_does_not_hide_that_others_differ(tmp_path: Path):
+    """Whatever stands first."""
+    dtypes = ("unspecified", "bfloat16", "float32")
+    paths = [
+        save(tmp_path / f"{dtype}.shd", w=TensorDelta((9,), [number], np.float32([1]), dtype))
+        for number, dtype in enumerate(dtypes)
+    ]
+    for order in permutations(paths):
+        for work in (lambda files: shiradelta.fuse(files, tmp_path / "x.shd"), measure):
+            with pytest.raises(BaseMismatchError, match=r"made against (bfloat16|float32) and"):
+                work(dict.fromkeys(order, 1.0))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_changes_that_overflow_are_refused(tmp_path: Path, method: str):
+    files = [save(tmp_path / f"{sign}.shd", w=TensorDelta((9,), [1], np.float32([sign * 1e38]))) for sign in (1, -1)]
+    with pytest.raises(DeltaError, match="larger than float32 holds"):
+        shiradelta.fuse(dict.fromkeys(files, 100.0), tmp_path / "x.shd", method)
+
+
 def test_disjoint_lets_all_give_up_alike():
     positions = np.arange(1000)
     merged = overlay([(positions, np.full(1000, 1, np.float32)), (positions, np.full(1000, 2, np.float32))])

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ import torch
 
 import shiradelta as sd
 from shiradelta import HotSwap
+from shiradelta.backend import choose
 from shiradelta.engine.numpy_backend import NumpyBackend
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
-from tests.swapping import BACKENDS, DEVICE, DTYPES, adapter, bits, file, formula, random_delta, weights
+from shiradelta.native import LoadedTensor
+from tests.swapping import BACKENDS, DEVICE, DTYPES, GPU, adapter, bits, file, formula, random_delta, weights
 
 # Triton's interpreter computes in NumPy, which warns of infinities and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -263,6 +266,57 @@ def test_applied_goes_back(base: dict[str, torch.Tensor], one: bytes, two: bytes
         raise RuntimeError
     assert swap.active == {"one": 0.5}
     assert np.array_equal(bits(base["w"]), inside)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("at", [1, 2])
+def test_applied_goes_back_after_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, base: dict[str, torch.Tensor], one: bytes, at: int
+):
+    """On its way in, after the weights are written, and on its way out."""
+    swap = make(base, one=one)
+    before = bits(base["w"])
+    written = HotSwap._written
+    calls: list[int] = []
+
+    def interrupted(self: HotSwap, *layers: Any) -> None:
+        written(self, *layers)
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(HotSwap, "_written", interrupted)
+    with pytest.raises(KeyboardInterrupt), swap.applied("one"):
+        pass
+    assert swap.active == {}
+    assert np.array_equal(bits(base["w"]), before)
+
+
+@pytest.mark.skipif(GPU or choose().name != "libshd", reason="libshd is not what writes here")
+def test_a_handler_that_raises_waits_until_it_is_known_what_was_written(monkeypatch: pytest.MonkeyPatch):
+    """Of a signal other than Ctrl-C."""
+    model = {"w": weights(SHAPE, "float32")}
+    before = bits(model["w"])
+    swap = make(model, "libshd", x=adapter({"w": random_delta(SHAPE, 300, 4, "float32")}))
+    apply = LoadedTensor.apply
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    def then_alarmed(self: LoadedTensor, *arguments: Any) -> None:
+        apply(self, *arguments)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(LoadedTensor, "apply", then_alarmed)
+    old = signal.signal(signal.SIGUSR1, late)
+    try:
+        with pytest.raises(TimeoutError):
+            swap.switch("x")
+        assert signal.getsignal(signal.SIGUSR1) is late
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    swap.revert()
+    assert np.array_equal(bits(model["w"]), before)
 
 
 def test_unload(base: dict[str, torch.Tensor], one: bytes):
@@ -557,6 +611,51 @@ def test_a_moved_model(base: dict[str, torch.Tensor], one: bytes):
     layer.weight.data = layer.weight.data.clone()
     with pytest.raises(TargetError, match="'weight' was moved or replaced"):
         swap.switch("one")
+
+
+@pytest.mark.parametrize("how", ["assigned", "another parameter", "another buffer", "taken away"])
+def test_a_replaced_tensor(how: str):
+    model = torch.nn.BatchNorm1d(4)
+    name = "running_mean" if how == "another buffer" else "bias"
+    swap = make(model, x=adapter({name: random_delta((4,), 2, 1, "float32")}))
+    if how == "assigned":
+        model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    elif how == "another buffer":
+        model.double().float()
+    else:
+        model.bias = None if how == "taken away" else torch.nn.Parameter(model.bias.detach().clone())
+    with pytest.raises(TargetError, match=f"'{name}' was moved or replaced"):
+        swap.switch("x")
+
+
+def test_a_strength_of_minus_zero_is_another_than_zero():
+    model = {"w": torch.tensor([-0.0, 1.0])}
+    swap = make(model, x=adapter({"w": sd.TensorDelta((2,), [0], [3.0], "float32")}, "f32"))
+    for strength in (0.0, -0.0):
+        swap.switch("x", strength)
+        assert np.signbit(model["w"].numpy()[0]) == np.signbit(strength)
+
+
+def test_tensors_without_elements():
+    model = {"v": torch.zeros(0, 4), "w": torch.zeros(0, 4)}
+    empty = sd.TensorDelta((0, 4), [], [], "float32")
+    swap = make(model, x=adapter({"v": empty, "w": empty}))
+    assert swap.switch("x").nonzeros == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_at_odd_addresses(backend: str):
+    """As safetensors maps them where a tensor of single bytes comes before."""
+    if DEVICE != "cpu":
+        pytest.skip("a GPU's memory is aligned")
+    weight = torch.frombuffer(bytearray(4 * 100 + 1), dtype=torch.float32, offset=1, count=100)
+    before = bits(weight)
+    data = adapter({"w": random_delta((100,), 30, 1, "float32")})
+    swap = make({"w": weight}, backend, x=data)
+    swap.switch("x")
+    assert np.array_equal(bits(weight), formula(before, "float32", [(data, 1)]))
+    swap.revert()
+    assert np.array_equal(bits(weight), before)
 
 
 def test_overlapping_tensors(one: bytes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,26 @@ def test_requests_are_grouped_by_adapter(session: tuple[sd.HotSwap, torch.Tensor
     assert len(sizes) < len(wanted)
     with pytest.raises(sd.ShiraDeltaError, match="'other' is not loaded"):
         batcher.submit(["x"], "other")
+
+
+def test_a_request_that_was_given_up_does_not_stop_the_others(session: tuple[sd.HotSwap, torch.Tensor]):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def compute(texts: list[str]) -> list[list[float]]:
+        begun.set()
+        go_on.wait(10)
+        return [[1.0]] * len(texts)
+
+    batcher = Batcher(session[0], compute)
+    first = batcher.submit(["a"])
+    begun.wait(10)
+    given_up, last = batcher.submit(["b"]), batcher.submit(["c"])
+    assert given_up.cancel()
+    assert not first.cancel()
+    go_on.set()
+    assert last.result(10).batch == 1
+    assert first.result(10).batch == 1
+    batcher.close()
 
 
 def test_a_failing_batch_fails_its_requests_alone(session: tuple[sd.HotSwap, torch.Tensor]):

@@ -221,7 +221,10 @@ def test_gradient_masks_are_their_definitions(monkeypatch: pytest.MonkeyPatch):
         model(**batch).loss.backward()
         for name, p in model.named_parameters():
             summed[name] = summed.get(name, 0) + p.grad.abs()
-    model.zero_grad(set_to_none=True)
+    # What a user has there is not counted, and not lost.
+    kept = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.grad = kept[name]
     for limit in (1, 1 << 30):
         monkeypatch.setattr("shiradelta.train.gradients.SUMS", limit)
         for mask in ("grad", "snip"):
@@ -230,7 +233,8 @@ def test_gradient_masks_are_their_definitions(monkeypatch: pytest.MonkeyPatch):
                 score = summed[name] if mask == "grad" else summed[name] * dict(model.named_parameters())[name].abs()
                 assert torch.equal(positions, score.view(-1).topk(positions.numel()).indices.sort().values)
             tuner.detach()
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(p.grad is kept[name] and p.requires_grad for name, p in model.named_parameters())
+    assert all(bool((grad == 1).all()) for grad in kept.values())
     assert model.training
 
 
@@ -416,6 +420,29 @@ def test_what_is_saved_is_how_far_from_what_was_trained(tmp_path: Path):
     with pytest.raises(DeltaError, match="cast the model first"):
         tuner.save(tmp_path / "cast.shd")
     assert not (tmp_path / "cast.shd").exists()
+
+
+def test_values_are_float32_whatever_the_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
+        tuner = train.attach(model, np.float32(0.5), "rand", ["0", "1"])
+        model(torch.arange(10)).square().sum().backward()
+        model(torch.zeros(0, dtype=torch.long)).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {values.dtype for values in tuner.values.values()} == {torch.float32}
+    assert all(values.grad is not None and values.grad.dtype == torch.float32 for values in tuner.values.values())
+
+
+def test_own_masks_follow_the_models_order():
+    """Gradients are clipped by sums in this order, which a resumed run has to keep."""
+    model = llama()
+    tuner = train.attach(model, 0.1, "rand", ["q_proj", "down_proj"])
+    masks, order = tuner.positions, list(tuner.positions)
+    tuner.detach()
+    tuner = train.attach(model, mask={name: masks[name] for name in reversed(order)}, targets=["q_proj", "down_proj"])
+    assert list(tuner.positions) == order
 
 
 def test_one_tuner_at_a_time():

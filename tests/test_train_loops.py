@@ -59,6 +59,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path):
     model, tuner = attached(dtype=torch.bfloat16)
     optimizer = adam(model)
     run(model, optimizer, 3)
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
     torch.save({"tuner": tuner.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     expected = run(model, optimizer, 3)
 
@@ -66,6 +67,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path):
     model = llama(torch.bfloat16)
     tuner = train.attach(model, 0.1, "rand", TARGETS)  # another mask, of another size: the state's counts
     tuner.load_state_dict(state["tuner"])
+    assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())  # before any forward pass
     optimizer = adam(model)
     optimizer.load_state_dict(state["optimizer"])
     assert run(model, optimizer, 3) == expected
@@ -80,6 +82,7 @@ def test_states_of_other_runs_are_refused():
     for broken in (
         {name: value for name, value in state.items() if "q_proj" not in name},
         {name: value[:-1] if name.endswith("embed_tokens.weight.values") else value for name, value in state.items()},
+        {name: value - 10**6 if name.endswith("positions") else value for name, value in state.items()},
         {name: value + 10**6 if name.endswith("positions") else value for name, value in state.items()},
         {name: value.flip(0) if name.endswith("positions") else value for name, value in state.items()},
     ):
@@ -347,9 +350,17 @@ def test_an_interrupted_trainer_saves_whole_models(tmp_path: Path):
     interrupted.save_model(tmp_path / "saved")
     saved = type(model).from_pretrained(tmp_path / "saved")
     assert text_loss(saved).item() == pytest.approx(text_loss(model).item(), rel=1e-6)
+    other = copy.deepcopy(model)
     tuner.detach()
-    model.save_pretrained(tmp_path / "base")
-    assert text_loss(type(model).from_pretrained(tmp_path / "base")) == text_loss(llama())
+    for number, (whole, expected) in enumerate([(model, llama()), (other, saved)]):
+        for folder in (
+            tmp_path / f"base{number}",
+            tmp_path / "a" / f"checkpoint-9{number}",
+        ):  # of a Trainer's name, too
+            whole.save_pretrained(folder)
+            if whole is model or "base" in folder.name:
+                found = text_loss(type(model).from_pretrained(folder))
+                assert found.item() == pytest.approx(text_loss(expected).item(), rel=1e-6)
 
 
 def test_trainer_of_a_plain_module(tmp_path: Path):

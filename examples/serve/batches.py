@@ -93,6 +93,9 @@ class Batcher:
         return batch
 
     def _run(self, batch: Sequence[_Request], adapter: str | None) -> None:
+        batch = [request for request in batch if request.answer.set_running_or_notify_cancel()]
+        if not batch:
+            return
         texts = [text for request in batch for text in request.texts]
         try:
             start = time.perf_counter()

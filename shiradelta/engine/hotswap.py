@@ -264,7 +264,7 @@ class HotSwap:
         with self._lock:
             self._usable()
             self._check_strengths(wanted)
-            if wanted != self._active:
+            if _bits(wanted) != _bits(self._active):
                 self._commit(wanted, stream)
             return SwitchReport(
                 dict(self._active),
@@ -287,11 +287,15 @@ class HotSwap:
         """
         with self._lock:
             before = dict(self._active)
-            report = self.switch(adapters, strength, stream)
             try:
-                yield report
+                yield self.switch(adapters, strength, stream)
             finally:
-                self.switch(before, stream=stream)
+                try:
+                    with interrupts_held_back():
+                        self.switch(before, stream=stream)
+                except BaseException:  # one that came before signals were held back
+                    self.switch(before, stream=stream)
+                    raise
 
     def _check_strengths(self, wanted: Mapping[str, float]) -> None:
         self._known(wanted)
@@ -395,6 +399,11 @@ class HotSwap:
 
     def _saved_bytes(self) -> int:
         return sum(layer.held.room for layers in self._layers.values() for layer in layers)
+
+
+def _bits(strengths: Mapping[str, float]) -> dict[str, bytes]:
+    """Tells apart what gives other results: -0 is not 0."""
+    return {name: np.float32(strength).tobytes() for name, strength in strengths.items()}
 
 
 def _check_sets(backend: LiveBackend, helds: Sequence[Held]) -> None:

@@ -1,7 +1,9 @@
-"""Ctrl-C, held back while a change is half done."""
+"""Signals, held back while a change is half done."""
 
 from __future__ import annotations
 
+# What `signal` wraps: the wrappers look up enumerations, for all signals in more time than a small switch takes.
+import _signal  # type: ignore[import-not-found]
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,23 +13,26 @@ from types import FrameType
 
 @contextmanager
 def interrupts_held_back() -> Iterator[Callable[[], None]]:
-    """Gives a function that delivers an interrupt, if one came since; the block's end does too.
+    """Gives a function that delivers signals that came since to their handlers; the block's end does too.
 
-    Only the main thread is ever interrupted, and only it may say how.
+    A handler may raise: at Ctrl-C, when a time is up.  Only the main thread runs any, and only it may change them.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
+    handlers = {number: own for number in range(1, signal.NSIG) if callable(own := _signal.getsignal(number))}
     held: list[tuple[int, FrameType | None]] = []
 
     def deliver() -> None:
         while held:
-            handler(*held.pop())
+            number, frame = held.pop(0)
+            handlers[number](number, frame)
 
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
     try:
+        for number in handlers:
+            _signal.signal(number, lambda number, frame: held.append((number, frame)))
         yield deliver
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            _signal.signal(number, handler)
         deliver()

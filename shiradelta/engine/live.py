@@ -27,7 +27,9 @@ class Target:
         tensor: an ndarray, or a torch tensor that takes no gradient; it shares the model's memory.
         dtype: by torch's name; "?" where the format does not know it.
         refusal: why it cannot be written, and what to do; None if it can.
-        holder: the module's own tensor, whose address is looked at before each write.
+        holder: the module's own tensor.
+        home: (names -> tensors of the module that has it, its name there); what is there is looked at before each
+            write.  A mapping of its own for a tensor without a module.
         view: how it was taken from the holder; views of one kind share no element.
         device: "cpu", "cuda:0" and the like.
         address: the holder's, when the model was looked at; 0 where it cannot change.
@@ -38,6 +40,7 @@ class Target:
     dtype: str
     refusal: str | None = None
     holder: Any = None
+    home: tuple[Mapping[str, Any], str] = ({}, "")
     view: str = ""
     device: str = field(init=False)
     address: int = field(init=False)
@@ -64,8 +67,10 @@ class Target:
         return self.device, start + low, start + high + itemsize
 
     def check_address(self) -> None:
-        """Raises TargetError if the model has moved the tensor since."""
-        if self.address and self.holder.data_ptr() != self.address:
+        """Raises TargetError if the model has moved the tensor since, or has another in its place."""
+        tensors, name = self.home
+        now = tensors.get(name)
+        if self.address and (now is None or now.data_ptr() != self.address):
             raise TargetError(
                 f"tensor {self.name!r} was moved or replaced since HotSwap looked at the model; revert before moving a"
                 " model, and make a new HotSwap after it"
@@ -94,11 +99,23 @@ def live_tensors(model: Any) -> dict[str, Target]:
         )
     found: dict[str, Target] = {}
     same: dict[tuple[object, ...], Target] = {}
+    homes = _homes(model)
     for name, tensor, view in _named(model):
-        target = _target(name, tensor, view)
+        target = _target(name, tensor, view, homes)
         key = id(tensor) if target.refusal else _identity(target.tensor)
         found.setdefault(name, same.setdefault((key, target.dtype), target))
     return found
+
+
+def _homes(model: Any) -> dict[int, tuple[Mapping[str, Any], str]]:
+    """Tensor's id -> the first module's tensors that it is among, and its name there."""
+    homes: dict[int, tuple[Mapping[str, Any], str]] = {}
+    for root in model.values() if isinstance(model, Mapping) else [model]:
+        for module in root.modules() if _is_module(root) else []:
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    homes.setdefault(id(tensor), (tensors, name))
+    return homes
 
 
 def _is_module(value: Any) -> bool:
@@ -139,7 +156,9 @@ def _identity(tensor: Any) -> tuple[object, ...]:
     return str(tensor.device), address, tuple(tensor.shape), strides
 
 
-def _target(name: str, tensor: Any, view: tuple[str, Any] | None) -> Target:
+def _target(
+    name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping[int, tuple[Mapping[str, Any], str]]
+) -> Target:
     if is_array(tensor):
         known = tensor.dtype.name in wire.DTYPE_OF_NAME
         refusal = None if tensor.flags.writeable else "is a read-only array; give a writable one"
@@ -150,7 +169,8 @@ def _target(name: str, tensor: Any, view: tuple[str, Any] | None) -> Target:
     refusal = _refusal(tensor) if view is None else _refusal(holder) or _view_refusal(tensor, holder)
     dtype = str(tensor.dtype).removeprefix("torch.")
     known = dtype in wire.DTYPE_OF_NAME
-    return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, kind)
+    home = homes.get(id(holder), ({"": holder}, ""))
+    return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, home, kind)
 
 
 _PLAIN = ("Tensor", "Parameter", "Buffer")

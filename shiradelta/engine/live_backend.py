@@ -62,20 +62,25 @@ class Held:
         #: For each patch, whether it changes nothing.
         self.empty = np.array([size == 0 for size in sizes], np.bool_)
         self.targets = frozenset(patch.target for patch in patches if patch.record.nnz)
-        self._holders = [patch.target.holder for patch in patches if patch.target.address]
+        there = [patch.target for patch in patches if patch.target.address]
         #: Tensors of the model whose versions autograd counts.
-        self.counted = [holder for holder in self._holders if not holder.is_inference()]
-        self._addresses = [patch.target.address for patch in patches if patch.target.address]
+        self.counted = [target.holder for target in there if not target.holder.is_inference()]
+        self._homes = [target.home for target in there]
+        self._addresses = [target.address for target in there]
 
     def span(self, number: int) -> slice:
         """Where the room of a patch lies in that of all, in bytes."""
         return self._spans[number]
 
     def check_addresses(self) -> None:
-        """Raises TargetError if the model has moved one of the tensors since it was looked at."""
-        if [holder.data_ptr() for holder in self._holders] != self._addresses:
-            for patch in self.patches:
-                patch.target.check_address()
+        """Raises TargetError if the model has moved or replaced one of the tensors since it was looked at."""
+        try:
+            if [tensors[name].data_ptr() for tensors, name in self._homes] == self._addresses:
+                return
+        except (KeyError, AttributeError):  # taken away
+            pass
+        for patch in self.patches:
+            patch.target.check_address()
 
 
 class Layer:

@@ -48,7 +48,8 @@ def check_overlaps(label: str, targets: Iterable[Target]) -> None:
     """No two tensors that are written may share memory, unless they are disjoint views of one."""
     before: list[tuple[int, Target]] = []  # (end, target) of those that reach as far as here
     device = ""
-    for (here, start, end), target in sorted(((t.memory, t) for t in targets), key=lambda pair: pair[0]):
+    placed = [(target.memory, target) for target in targets if 0 not in target.shape]
+    for (here, start, end), target in sorted(placed, key=lambda pair: pair[0]):
         before = [(reach, other) for reach, other in before if reach > start] if here == device else []
         for _, other in before:
             if not (target.view and target.view == other.view and target.holder is other.holder):

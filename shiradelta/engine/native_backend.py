@@ -87,7 +87,8 @@ class NativeBackend(NumpyBackend):
         """(the library's tensor, the weight's bits flat), where they go together."""
         held: _Data = patch.data
         array = elements(patch.target)
-        return held.loaded, array.reshape(-1) if array.flags.c_contiguous else None
+        fits = array.flags.c_contiguous and array.flags.aligned
+        return held.loaded, array.reshape(-1) if fits else None
 
     def _summed(self, stack: Stack) -> tuple[list[tuple[LoadedTensor, float, Array]], Array, str] | None:
         """What `apply_sum` takes, if it can do the whole stack."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -105,8 +106,10 @@ def _train(order: Order, subject: Subject, nonzeros: Nonzeros, result: Fitted) -
     path = Path(fit.state) if fit.state is not None else order.out.with_name(order.out.name + ".fit")
     key = _key(order, subject)
     counts = [min(target.count, changed) for target, changed in zip(subject.targets, subject.changed, strict=True)]
-    first = [START * count for count in counts] if falling else counts
-    positions, values = subject.select("magnitude" if falling else fit.mask, first, order.whole_model)
+    if falling:
+        positions, values = subject.select("magnitude", _start(order, subject, counts))
+    else:
+        positions, values = subject.select(fit.mask, counts, order.whole_model)
     nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], values)
     resumed = state.load_state(path, key)
     steps = fit.steps or (resumed.steps if resumed else None)
@@ -144,6 +147,18 @@ def _train(order: Order, subject: Subject, nonzeros: Nonzeros, result: Fitted) -
         raise DivergedError(f"{error}; the last good state is in {path}") from None
     path.unlink(missing_ok=True)
     result.history, result.steps = training.state.history, training.state.step
+
+
+def _start(order: Order, subject: Subject, counts: Sequence[int]) -> list[int]:
+    """Nonzeros by tensor that falling density starts with.
+
+    Where they may move between tensors, the same share of each: magnitude gives a tensor far from what training leaves
+    there.
+    """
+    if not order.whole_model:
+        return [START * count for count in counts]
+    share = START * sum(counts) / sum(weight.numel() for weight in subject.weights)
+    return [math.ceil(share * weight.numel()) for weight in subject.weights]
 
 
 def _batches(fit: Fit, subject: Subject) -> Iterator[list[int]]:

@@ -116,7 +116,7 @@ def write_peft(
         free[taken] = False
         filler = free.nonzero().reshape(-1)[: count - taken.numel()]
         where, order = torch.cat([taken, filler]).sort()
-        filled = torch.cat([values.cpu().float(), torch.zeros(filler.numel())])[order]
+        filled = torch.cat([values.cpu().float(), torch.zeros(filler.numel(), dtype=torch.float32)])[order]
         tensors[f"base_model.model.{name}.shira_weight"] = filled
         tensors[f"base_model.model.{name}.shira_indices"] = torch.stack([where // shape[1], where % shape[1]]).int()
     config: dict[str, Any] = {

@@ -112,8 +112,9 @@ def _pass(
     for module in training:
         # Where activations are made anew they have to be here, too; transformers does so in training mode alone.
         module.training = bool(getattr(module, "gradient_checkpointing", False))
-    hooks = []
+    hooks, before = [], {weight: weight.grad for weight in weights.values()}
     for name, weight in weights.items():
+        weight.grad = None  # what the user has there is none of the mask's
         weight.requires_grad_(True)
         hooks.append(weight.register_post_accumulate_grad_hook(partial(_fold, totals, name)))  # type: ignore[no-untyped-call]
     device = next(iter(weights.values())).device
@@ -129,6 +130,8 @@ def _pass(
             hook.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        for weight, grad in before.items():
+            weight.grad = grad
         for module in training:
             module.training = True
     return totals

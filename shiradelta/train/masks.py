@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from numbers import Real
 
 import numpy as np
 import torch
@@ -126,6 +127,6 @@ def parse_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None
             raise DeltaError(
                 f"sparsity {sparsity!r} is no pattern; give N:M such as '1:64', or a share such as 0.01"
             ) from None
-    if not isinstance(sparsity, float | int) or not 0 < sparsity <= 1:
+    if not isinstance(sparsity, Real) or not 0 < sparsity <= 1:
         raise DeltaError(f"sparsity {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01")
-    return sparsity, pattern
+    return float(sparsity), pattern

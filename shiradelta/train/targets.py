@@ -70,6 +70,10 @@ def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[st
                 f"tensor {name!r} has elements of {weights[name].dtype}: quantised, or more than float32 can tell;"
                 " train on the model in bfloat16, float16 or float32, and quantise the result"
             )
+        if weights[name].is_inference():
+            raise TargetError(
+                f"tensor {name!r} was made in inference mode, and takes no gradient; load the model outside"
+            )
         if not weights[name].is_contiguous():
             raise TargetError(f"tensor {name!r} is not contiguous; call .contiguous() on it first")
     return targets

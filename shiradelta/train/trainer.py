@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from transformers import TrainerCallback
@@ -42,12 +43,13 @@ class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
         if save is None:
             return  # a plain module, which the Trainer saves whole
 
-        def save_nonzeros(folder: Any, state_dict: Any = None, **options: Any) -> None:
-            if Path(folder).name.startswith("checkpoint-"):  # another one is the user's own, after an interruption, say
-                state_dict = {name: p for name, p in model.named_parameters() if name.endswith(SUFFIX)}
+        def save_nonzeros(model: Any, folder: Any, state_dict: Any = None, **options: Any) -> None:
+            if _is_checkpoint(args, folder):  # another one is the user's own, after an interruption, say
+                own = {name: p for name, p in model.named_parameters() if name.endswith(SUFFIX)}
+                state_dict = own or state_dict
             save(model, folder, state_dict=state_dict, **options)
 
-        model.__dict__["save_pretrained"] = save_nonzeros
+        model.__dict__["save_pretrained"] = MethodType(save_nonzeros, model)  # a copy of the model is bound to itself
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Adds mask, values and adapter to a checkpoint."""
@@ -69,3 +71,9 @@ class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
         if args.output_dir is None:
             raise DeltaError("the Trainer has no output_dir to keep checkpoints in; set it in its arguments")
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _is_checkpoint(args: Any, folder: Any) -> bool:
+    """Whether a folder is one of the Trainer's, which it calls checkpoint-STEP."""
+    path = Path(folder)
+    return Path(args.output_dir) in path.parents and path.name.removeprefix("checkpoint-").isdigit()

@@ -111,7 +111,8 @@ def attach(
         positions = choice.by_name(mask)
     else:
         positions = own_mask(mask, weights, others)
-    positions = {name: found for name, found in positions.items() if found.numel()}
+    # In the model's order, whatever the mask's: gradients are clipped by sums in this order.
+    positions = {name: positions[name] for name in weights if name in positions and positions[name].numel()}
     if not positions:
         raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
     label = Path(start).name if start is not None else mask if isinstance(mask, str) else "own"
@@ -147,7 +148,7 @@ class Tuner:
         for name, weight in weights.items():  # all that takes memory, before the model is touched
             where = positions[name]
             place = Place(weight, weight.dtype, compact(where, weight), flat(weight)[where])
-            values[name] = nn.Parameter(torch.zeros(where.numel(), device=weight.device))
+            values[name] = nn.Parameter(torch.zeros(where.numel(), dtype=torch.float32, device=weight.device))
             held = [(module, own + SUFFIX) for module, own in held_by[weight]]
             self._tuned[name] = Tuned(place, in_checkpoint[name], held)
         model.requires_grad_(False)
@@ -353,11 +354,12 @@ class Tuner:
             raise DeltaError(f"the state is one of other weights: {odd!r} is on one side only; attach with its targets")
         for name, tuned in self._tuned.items():
             positions, values = state[f"{name}.positions"], state[f"{name}.values"]
-            sound = positions.dim() == 1 and positions.shape == values.shape and positions.numel()
-            if not sound or int(positions.max()) >= tuned.place.numel or bool((positions.diff() <= 0).any()):
+            sound = positions.dim() == 1 and positions.shape == values.shape and bool((positions.diff() > 0).all())
+            if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= tuned.place.numel:
                 raise DeltaError(f"the state of {name!r} does not fit a weight of {tuned.place.numel} elements")
         for name, tuned in self._tuned.items():
             tuned.load(name, state[f"{name}.positions"], state[f"{name}.values"])
+        self.write()
 
 
 def _source(place: Place, module: nn.Module, name: str) -> tuple[Tensor, Place]:
