@@ -40,7 +40,8 @@ class Counts:
     def __call__(self, sparsity: float) -> dict[str, int]:
         """Of tensors that have a dense delta."""
         if self.scope == "model":
-            return allocate(self.spectra, count_for(sparsity, self.numel))
+            changing = (item.numel for name, item in self.dense.items() if self.spectra[name].nonzero)
+            return allocate(self.spectra, count_for(sparsity, sum(changing)))
         return {name: count_for(sparsity, item.numel) for name, item in self.dense.items()}
 
     def kept(self, sparsity: float) -> dict[str, int]:

@@ -33,8 +33,8 @@ def run_fit(
     for name, why in source.skipped.items():
         if "its shape is" in why:
             raise SourceError(
-                f"{source_path}: {name!r}: {why}; a resized vocabulary cannot be fitted: resize the base too"
-                " (resize_token_embeddings), or convert without fitting"
+                f"{source_path}: {name!r}: {why}; such a tensor cannot be fitted: give the base the same shape (for a"
+                " resized vocabulary, resize_token_embeddings), or convert without fitting"
             )
     try:
         from shiradelta.fit.fitted import Order, Target

@@ -172,7 +172,7 @@ def _swapped(
     for module in square:
         family = base.config(names[module]).get("model_type") in _CONV1D
         told = scale.orientation(module)
-        if (seen == {True}) or (seen != {False} and (family if told is None else told)):
+        if (seen == {True}) or (seen != {False} and (family or told)):
             swapped.add(module)
         elif len(seen) == 2 and told is None:
             result.warnings.append(f"{module} is square: taken as [out, in], though other layers here are [in, out]")

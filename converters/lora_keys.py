@@ -26,6 +26,7 @@ _PEFT_PREFIX = "base_model.model."
 _UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA's magnitudes need the base's norms; merge it first",
     "dora_scale": "DoRA's magnitudes need the base's norms; merge it first",
+    "lora_diag": "a KaSA, which cuts what is small out of the base; merge it first",
     "lora_mid": "a Tucker-decomposed LoRA; merge it first",
     "hada_t": "a Tucker-decomposed LoHa; merge it first",
     "lokr_t": "a Tucker-decomposed LoKr; merge it first",
@@ -49,7 +50,7 @@ def parse_key(key: str) -> tuple[str, str, bool] | None:
     """(module, its part, whether of an embedding), or None for a key that is no factor."""
     lycoris = _LYCORIS.match(key)
     if lycoris is not None:
-        return lycoris["module"].removeprefix(_PEFT_PREFIX), lycoris["part"], False
+        return _module(lycoris["module"]), lycoris["part"], False
     old = _PROCESSOR.match(key)
     if old is not None:
         projection = "to_out.0" if old["projection"] == "to_out" else old["projection"]
@@ -58,7 +59,12 @@ def parse_key(key: str) -> tuple[str, str, bool] | None:
     if match is None:
         return None
     side = match["ab"] or {"down": "A", "up": "B"}[match["updown"]]
-    return match["module"].removeprefix(_PEFT_PREFIX), side, match["embedding"] is not None
+    return _module(match["module"]), side, match["embedding"] is not None
+
+
+def _module(name: str) -> str:
+    """As the model calls it that PEFT has wrapped."""
+    return _WRAPPERS.sub("", name.removeprefix(_PEFT_PREFIX))
 
 
 def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], dict[str, str]]:

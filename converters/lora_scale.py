@@ -22,6 +22,7 @@ _UNSUPPORTED = {
     "use_dora": "a DoRA, whose magnitudes need the base's norms; merge it first",
     "layer_replication": "an adapter of repeated layers (layer_replication); merge it first",
     "alora_invocation_tokens": "an activated LoRA, which depends on the text; no change of weights does the same",
+    "kasa_config": "a KaSA, which cuts what is small out of the base; merge it first",
     "target_parameters": "an adapter of parameters (target_parameters), such as experts; merge it first",
 }
 

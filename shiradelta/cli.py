@@ -290,6 +290,8 @@ def revert(model: str, force: bool, as_json: bool) -> None:
 def verify(model: str, delta: str | None, as_json: bool) -> None:
     """Say whether the folder MODEL is exactly its base, exactly patched, or neither (exit code 1).
 
+    Looked at are the weights that deltas change: others are not known to them.
+
     With DELTA, a folder on which nothing was applied is compared with that file's fingerprints.
     """
     from shiradelta.engine.verification import verify as run

@@ -55,10 +55,13 @@ def check_target(path: Path, start: bytes, kind: str) -> None:
         kind: for people, such as "a PNG".
 
     Raises:
-        TargetError: there is no such folder, or something else is there.
+        TargetError: there is no such folder, it cannot be written to, or something else is there.
     """
-    if not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise TargetError(f"{path}: cannot be written (no such folder); make it first")
+    with os_errors(path), tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=folder):
+        pass
     if not path.exists():
         return
     if path.is_file():

@@ -229,6 +229,8 @@ def fuse(
     if not deltas:
         raise DeltaError("nothing to fuse; give at least one .shd file")
     check_target(Path(out), MAGIC, "a .shd file")
+    if any(Path(path).exists() and Path(out).exists() and os.path.samefile(path, out) for path in deltas):
+        raise DeltaError(f"{os.fspath(out)} is one of the files to fuse, which the result would replace; name another")
     checkpoint = None if base is None else open_checkpoint(base)
     with ExitStack() as stack:
         opened = [(stack.enter_context(open_delta(path)), strength) for path, strength in deltas.items()]

@@ -405,7 +405,7 @@ def test_bad_models(encoder: tuple[Path, Path], tmp_path: Path):
     resized[name] = torch.cat([resized[name], resized[name][:2]])
     copy_of(tuned, tmp_path / "resized", "model")
     save_file(resized, tmp_path / "resized" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SourceError, match="a resized vocabulary cannot be fitted"):
+    with pytest.raises(SourceError, match=r"such a tensor cannot be fitted.*resize_token_embeddings"):
         fit((base, tmp_path / "resized"), out)
     assert not out.exists()
 

@@ -50,7 +50,7 @@ def verify(model_dir: str | os.PathLike[str], delta: Delta | str | os.PathLike[s
                     problem = f"{opened.file} is not among the deltas that are applied"
         names = ", ".join(f"{entry.file} at {entry.strength:g}" for entry in applied)
         state = "patched" if problem is None else "neither"
-        return VerifyReport(state, applied, problem or f"exactly {names}", recovered)
+        return VerifyReport(state, applied, problem or f"exactly {names}, at the weights that are changed", recovered)
 
 
 def existing(model_dir: str | os.PathLike[str]) -> Path:
@@ -124,13 +124,18 @@ def _verify_unmanaged(root: Path, delta: Delta | str | os.PathLike[str] | None) 
     """No delta is applied here, as far as the folder knows."""
     if delta is None:
         open_checkpoint(root)
-        return VerifyReport("base", (), "no delta is recorded here; give DELTA to compare with its fingerprints", False)
+        return VerifyReport(
+            "base",
+            (),
+            "no delta is recorded here, so nothing was compared; give DELTA to compare with its fingerprints",
+            False,
+        )
     with _opened(delta) as opened:
         label = opened.file or "delta"
         unlike = _unlike(open_checkpoint(root), opened)
         for state, what in (("base", "base"), ("patched", "result")):
             if unlike[state] is None:
-                return VerifyReport(state, (), f"exactly the {what} of {label}", False)
+                return VerifyReport(state, (), f"exactly the {what} of {label}, at the weights that it changes", False)
         return VerifyReport("neither", (), f"tensor {unlike['base']!r} is neither base nor result of {label}", False)
 
 

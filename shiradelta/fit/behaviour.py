@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 
-from .divergence import divergence
+from .divergence import divergence, divergence_of_labels
 
 #: What the output weighs in the loss; the rest is shared by all terms, which tell the early layers what to do.
 LAST = 0.5
@@ -45,7 +45,7 @@ class Behaviour(ABC):
         self._scales = torch.stack(found).mean(0).tolist()
         if not all(map(math.isfinite, self._scales)):
             raise SourceError("the fine-tune gives NaN or infinity on these texts; check it, or fit in float32")
-        if not any(self._scales):
+        if not any(scale > 0 for scale in self._scales):
             raise SourceError("the fine-tune behaves like its base on these texts; give texts of its own task")
 
     def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
@@ -70,11 +70,9 @@ class TextBehaviour(Behaviour):
         self, tokenizer: Any, texts: Sequence[str], model: nn.Module, tokens: int, pooling: str = "mean"
     ) -> None:
         super().__init__()
-        limit = min(
-            tokens,
-            tokenizer.model_max_length,
-            getattr(model.config, "max_position_embeddings", None) or tokens,
-        )
+        if not all(isinstance(text, str) for text in texts):
+            raise SourceError("the texts to fit on have to be strings; other examples need `forward`")
+        limit = min(tokens, tokenizer.model_max_length, _positions(model) or tokens)
         ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         self.lengths = [len(one) for one in ids]
         if not all(self.lengths):
@@ -82,10 +80,13 @@ class TextBehaviour(Behaviour):
         largest, size = max(map(max, ids)), model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if largest >= size:
             raise SourceError(f"the tokenizer gives token {largest}, the model has {size}; they do not belong together")
-        self._pad = tokenizer.pad_token_id or 0
         config: Any = model.config
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self._pad  # a classifier on a causal LM looks for the last token by it
+        told = getattr(config, "pad_token_id", None)
+        known = told is not None and 0 <= told < size
+        self._pad: int = (told if known else tokenizer.pad_token_id) or 0
+        config.pad_token_id = self._pad  # a classifier on a causal LM looks for the last token by it
+        #: Whether the logits are of labels of which any number can hold.
+        self._labels = getattr(config, "problem_type", None) == "multi_label_classification"
         self._ids = torch.tensor([token for one in ids for token in one])
         self._lengths = torch.tensor(self.lengths)
         self._starts = self._lengths.cumsum(0) - self._lengths
@@ -117,7 +118,7 @@ class TextBehaviour(Behaviour):
             rows.append(pool(result.hidden_states[-1], mask, self._pooling))
         else:
             self._output = "logits"
-            self.measure = "KL divergence of the output, nats"
+            self.measure = f"KL divergence of the {'labels' if self._labels else 'output'}, nats"
             rows.append(logits.flatten(0, 1)[kept] if logits.dim() == 3 else logits)
         self._per_token.append(logits is not None and logits.dim() == 3)
         return rows
@@ -127,14 +128,17 @@ class TextBehaviour(Behaviour):
         pairs = list(zip(student, teacher, strict=True))
         logits = [pairs.pop()] if self._output == "logits" else []
         terms = [(s.float() - t.float()).square().sum(1).mean() for s, t in pairs]
-        return terms + [divergence(s, t) for s, t in logits]
+        return terms + [self._divergence(s, t) for s, t in logits]
 
     def distance(self, student: Outputs, teacher: Outputs) -> float:
         """Of the logits, or of the last hidden states."""
         if self._output == "logits":
-            return float(divergence(student[-1], teacher[-1]))
+            return float(self._divergence(student[-1], teacher[-1]))
         s, t = student[-2].float(), teacher[-2].float()
         return float((s - t).norm() / t.norm())
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return divergence_of_labels(student, teacher) if self._labels else divergence(student, teacher)
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Tokens lie text after text."""
@@ -142,6 +146,18 @@ class TextBehaviour(Behaviour):
         of_tokens = places[there].to(self._device, non_blocking=True), len(self._ids)
         of_texts = torch.tensor(indices).to(self._device, non_blocking=True), len(self.lengths)
         return [of_tokens if per_token else of_texts for per_token in self._per_token]
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for, if it says so; RoBERTa's do not start at the first one."""
+    config: Any = model.config
+    count = getattr(config, "max_position_embeddings", None)
+    if not count or count < 0:
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(count) - int(module.padding_idx) - 1
+    return int(count)
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

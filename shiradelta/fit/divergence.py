@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Elements that are worked on at a time, in float32: what a GPU's cache holds.
 CHUNK = 1 << 22
@@ -24,6 +24,14 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
         return (student.float() - teacher.float()).square().mean() / 2
     result: Tensor = _Divergence.apply(student, teacher)  # type: ignore[no-untyped-call]
     return result
+
+
+def divergence_of_labels(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher, student) in nats of logits [n, labels] of which each says whether its label holds; mean over rows."""
+    log = nn.functional.logsigmoid
+    s, t = student.float(), teacher.float()
+    terms = t.sigmoid() * (log(t) - log(s)) + (-t).sigmoid() * (log(-t) - log(-s))
+    return terms.sum(1).mean()
 
 
 class _Divergence(torch.autograd.Function):

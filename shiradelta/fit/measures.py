@@ -50,7 +50,9 @@ def _further(measure: str, student: Outputs, teacher: Outputs) -> dict[str, floa
     if not measure.startswith("KL"):
         return {"cosine of embeddings": float(nn.functional.cosine_similarity(s.float(), t.float()).mean())}
     further = {"relative error of hidden states": _relative(student[-2].float(), teacher[-2].float())}
-    if s.shape[-1] > 1:
+    if "labels" in measure:
+        further["share of equal answers"] = float(((s > 0) == (t > 0)).float().mean())
+    elif s.shape[-1] > 1:
         further["share of equal answers"] = float((s.argmax(-1) == t.argmax(-1)).float().mean())
     return further
 

@@ -68,7 +68,11 @@ def refit(
     done = [written(index) for index in index_of.values() if index not in linear]
     for number, group in enumerate(groups):
         progress(number, len(groups))
-        inputs, crosses = _moments(forward, teacher, group, parts)
+        moments = _moments(forward, teacher, group, parts)
+        if moments is None:  # what it has is written
+            done += [written(index_of[id(module.weight)]) for module in group]
+            continue
+        inputs, crosses = moments
         for module, cross in zip(group, crosses, strict=True):
             index = index_of[id(module.weight)]
             positions[index], values[index] = solve(inputs, cross, positions[index].numel())
@@ -121,22 +125,25 @@ def _moments(
     teacher: Callable[[], AbstractContextManager[None]],
     group: list[nn.Module],
     parts: Sequence[Sequence[int]],
-) -> tuple[Tensor, list[Tensor]]:
-    """X'X of a group's common input, and X'(Y - X W') of each of its layers."""
+) -> tuple[Tensor, list[Tensor]] | None:
+    """X'X of a group's common input, and X'(Y - X W') of each of its layers; None where no part calls all of them."""
     sums: list[Tensor] = []
     for part in parts:
         with teacher():
-            _, expected = _outputs(forward, group, part)
-        x, found = _outputs(forward, group, part)
+            tuned = _outputs(forward, group, part)
+        own = _outputs(forward, group, part)
+        if tuned is None or own is None or tuned[0].shape != own[0].shape:  # experts that this part is not sent to
+            continue
+        (_, expected), (x, found) = tuned, own
         terms = [x.T @ x, *(x.T @ (e - f) for e, f in zip(expected, found, strict=True))]
         sums = [total + term for total, term in zip(sums, terms, strict=True)] if sums else terms
-    return sums[0], sums[1:]
+    return (sums[0], sums[1:]) if sums else None
 
 
 def _outputs(
     forward: Callable[[Sequence[int]], object], group: list[nn.Module], part: Sequence[int]
-) -> tuple[Tensor, list[Tensor]]:
-    """The group's input and its layers' outputs, as matrices; the forward pass goes no further."""
+) -> tuple[Tensor, list[Tensor]] | None:
+    """The group's input and its layers' outputs, as matrices, if all are called; the forward pass goes no further."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hook(number: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -147,6 +154,8 @@ def _outputs(
     hooks = [module.register_forward_hook(partial(hook, number)) for number, module in enumerate(group)]
     with torch.no_grad(), _removing(hooks), suppress(Enough):
         forward(part)
+    if len(found) < len(group):
+        return None
     outputs = [found[number][1] for number in range(len(group))]
     x = found[0][0]
     return x.reshape(-1, x.shape[-1]).float(), [y.reshape(-1, y.shape[-1]).float() for y in outputs]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from shiradelta.checkpoint import rename_all
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.nonzeros import Nonzeros
 from shiradelta.select import Selection
@@ -49,7 +50,7 @@ def run(order: Order) -> Fitted:
             except CannotStreamError as reason:
                 fit.say(f"the model is loaded as a whole, for {reason}")
         start = time.monotonic()
-        with _tensor_cores():
+        with _as_it_was(order), _tensor_cores():
             order.progress("the fine-tune's outputs", 0, 1)
             subject = Subject(order)
             result = Fitted({}, subject.behaviour.measure, len(subject.train), len(subject.held_out))
@@ -71,6 +72,7 @@ def run(order: Order) -> Fitted:
             )
             for target, place, energy in zip(subject.targets, nonzeros.places, subject.energy, strict=True)
         }
+        result.tensors |= {name: result.tensors[first] for name, first in subject.tied.items()}
         result.seconds = time.monotonic() - start
         return result
 
@@ -79,7 +81,8 @@ def _key(order: Order, subject: Subject) -> str:
     """Tells runs apart, so that a state is only taken up by the one that it is of."""
     fit = order.fit
     parts = [str(order.base.resolve()), str(order.source.resolve()), order.codec, order.whole_model]
-    parts += [[target.name, target.count] for target in subject.targets]
+    pairs = zip(subject.targets, subject.energy, strict=True)
+    parts += [[target.name, target.count, f"{energy:.4g}"] for target, energy in pairs]
     parts += [fit.mask, fit.steps, fit.batch, subject.micro, fit.rate, fit.tokens, fit.seed, subject.train[:1]]
     parts.append([str(text) for text in subject.texts])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -142,6 +145,11 @@ def _train(order: Order, subject: Subject, nonzeros: Nonzeros, result: Fitted) -
 
     try:
         training.run(_batches(fit, subject), subject.held_out, order.progress, save)
+    except KeyboardInterrupt:
+        if training.good.step:
+            state.save_state(path, training.good, key)
+            fit.say(f"the same command goes on from step {training.good.step} of {steps}, which is kept in {path}")
+        raise
     except DivergedError as error:
         state.save_state(path, training.state, key)
         raise DivergedError(f"{error}; the last good state is in {path}") from None
@@ -184,6 +192,30 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
+def _as_it_was(order: Order) -> Iterator[None]:
+    """Gives a user's own model back as it came: its modes, its flags, and what was put in beside what is fitted."""
+    model = order.fit.model
+    if model is None:
+        yield
+        return
+    names = dict(model.named_parameters(remove_duplicate=False))
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in names.values()]
+    others = {names[own] for own in rename_all([name for name, _ in order.whole], names).values()}
+    kept = [(parameter, parameter.detach().clone()) for parameter in others]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for parameter, before in kept:
+                parameter.copy_(before)
+
+
+@contextmanager
 def _tensor_cores() -> Iterator[None]:
     """Lets a GPU multiply float32 matrices in TF32: student and teacher alike, so that distances hold."""
     before = torch.get_float32_matmul_precision()
@@ -205,5 +237,5 @@ def _out_of_memory(fit: Fit) -> Iterator[None]:
         micro = fit.micro or fit.batch
         raise ShiraDeltaError(
             f"out of memory with {micro} texts a forward pass: --fit-micro {max(1, micro // 2)} halves what they take"
-            f" and gives the same result; --fit-tokens {max(1, fit.tokens // 2)} cuts texts"
+            f" and changes little; --fit-tokens {max(1, fit.tokens // 2)} cuts texts"
         ) from None

@@ -26,7 +26,7 @@ from shiradelta.select import Selection
 
 from . import loading
 from .behaviour import Outputs, TextBehaviour
-from .fitted import Fitted, Order, Target
+from .fitted import Fitted, Order, Target, not_fitted
 from .measures import Measures, compare, mean
 from .quantise import Quantiser
 from .refit import Enough, own_linears, refit
@@ -160,11 +160,7 @@ class _Stream:
         self._targets = {
             first_names[id(every[found[target.name]])]: target for target in targets if target.name in found
         }
-        self._warnings = [
-            f"{target.name} is not fitted: the loaded model has no such tensor"
-            for target in targets
-            if target.name not in found
-        ]
+        self._warnings = not_fitted([target for target in targets if target.name not in found])
         self._rest = _Weights(rest, self._targets, codec)
         lengths, size = self._behaviour.lengths, fit.micro or fit.batch
         ordered = sorted(held_out, key=lambda index: lengths[index])
@@ -184,7 +180,9 @@ class _Stream:
         )
         try:
             late = self._embed()
-        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CannotStreamError(f"its layers cannot be called alone ({error})") from error
         tensors: dict[str, Selection] = {}
         for index in range(len(self._blocks)):

@@ -17,7 +17,7 @@ from shiradelta.patched import flat
 
 from . import loading, scores
 from .behaviour import Behaviour, CustomBehaviour, TextBehaviour
-from .fitted import Order, Target
+from .fitted import Order, Target, not_fitted
 from .measures import Measures, measure_all
 from .teacher import Teacher
 from .texts import batches, read_texts, split
@@ -38,6 +38,7 @@ class Subject:
         targets, weights: what is fitted, and where that is in the model.
         changed: how many weights of each target the fine-tune changed.
         energy: of each target, the sum of squares of its dense delta.
+        tied: further names of fitted tensors -> the name that each is fitted under.
         warnings: what a user should know.
     """
 
@@ -66,12 +67,18 @@ class Subject:
         self.weights: list[nn.Parameter] = []
         self.changed: list[int] = []
         self.energy: list[float] = []
+        self.tied: dict[str, str] = {}
         tuned: dict[nn.Parameter, Tensor] = {}
+        self.warnings += not_fitted([target for target in order.targets if target.name not in found])
         for target in order.targets:
             if target.name not in found:
-                self.warnings.append(f"{target.name} is not fitted: the loaded model has no such tensor")
                 continue
             delta, weight = self._dense(target), names[found[target.name]]
+            if weight in tuned:
+                self.tied[target.name] = next(
+                    t.name for t, w in zip(self.targets, self.weights, strict=True) if w is weight
+                )
+                continue
             changed = int(delta.count_nonzero())
             if changed:  # what the fine-tune left alone stays as it is, as with plain top-k
                 self.targets.append(target)
@@ -91,6 +98,8 @@ class Subject:
 
     def _behaviour(self, base: Path, source: Path) -> Behaviour:
         fit = self._fit
+        if fit.model is not None and fit.forward is None and not hasattr(fit.model, "config"):
+            raise SourceError("a model that is not transformers' own needs Fit(forward=...), which says what it gives")
         if fit.forward is not None:
             return CustomBehaviour(self.texts, fit.forward, fit.loss)
         tokenizer, pooling = loading.load_tokenizer(base, source), loading.pooling(base, source)

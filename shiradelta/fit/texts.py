@@ -34,7 +34,7 @@ def read_texts(source: str | os.PathLike[str] | Sequence[Any]) -> list[Any]:
 def _read(path: Path) -> list[str]:
     texts = []
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -79,8 +79,10 @@ def batches(indices: Sequence[int], lengths: Sequence[int], size: int, seed: int
     epoch = 0
     while True:
         rng = random.Random(f"{seed} {epoch}")
-        shuffled = sorted(rng.sample(indices, len(indices)), key=lambda index: lengths[index])
-        parts = [shuffled[i : i + size] for i in range(0, len(shuffled) - size + 1, size)]
+        # What does not fill a batch is left out before the sorting: after it, it would always be the longest.
+        taken = rng.sample(indices, len(indices) // size * size)
+        taken.sort(key=lambda index: lengths[index])
+        parts = [taken[i : i + size] for i in range(0, len(taken), size)]
         rng.shuffle(parts)
         yield from parts
         epoch += 1

@@ -98,6 +98,8 @@ class Trainer:
         self._start = sum(nonzeros.counts)
         zero = torch.zeros_like(nonzeros.values)
         self.state = State(plan.steps, 0, nonzeros.counts, nonzeros.positions, nonzeros.values, zero, zero.clone())
+        #: The state at the last look at the texts held out, from which an interrupted run goes on.
+        self.good = self.state
         self._lay_out()
 
     def load(self, state: State) -> None:
@@ -133,7 +135,7 @@ class Trainer:
         every = max(1, plan.steps // EVALUATIONS)
         for _ in range(self.state.step):
             next(batches)
-        good, text = self.state.copy(), "fitting"
+        self.good, text = self.state.copy(), "fitting"
         losses: list[Tensor] = []
         with self._nonzeros.attached(self._model):
             while True:
@@ -145,7 +147,7 @@ class Trainer:
                     if losses:
                         left = float(torch.stack(losses).mean())
                         if not math.isfinite(left):
-                            self._back_off(good)
+                            self._back_off(self.good)
                             losses.clear()
                             continue
                         text = f"{left:.3f} of the loss left"
@@ -153,8 +155,8 @@ class Trainer:
                     self._evaluate(held_out)
                     if end or state.waited > PATIENCE:
                         break
-                    good = state.copy()
-                    save(good)
+                    self.good = state.copy()
+                    save(self.good)
                 progress(text, state.step, plan.steps)
                 losses.append(self.step(next(batches)))
         state = self.state
@@ -230,7 +232,8 @@ class Trainer:
         if len(state.values) <= target or state.step == 0 or not due:
             return
         total = target + round((self._start - target) * max(0.0, 1 - state.step / until) ** 3)
-        score = state.values.abs() * state.square.sqrt()
+        # Where no gradient comes, the largest values are kept.
+        score = state.values.abs() * state.square.sqrt().clamp(min=1e-30)
         if plan.whole_model:
             kept = _largest(score, torch.zeros_like(score, dtype=torch.int64), [total])
         else:
