@@ -32,7 +32,7 @@ import shiradelta
 from shiradelta.cli import main
 from shiradelta.codecs import VALUE_CODECS
 from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
-from shiradelta.fit import Fit
+from shiradelta.fit import Fit, train
 from shiradelta.fit import run as run_module
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.refit import solve
@@ -272,6 +272,55 @@ def test_an_interrupted_run_goes_on_exactly(
     assert "going on from step 26" in said[0]
     assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
     assert not (tmp_path / "a.shd.fit").exists()
+
+
+def test_a_state_of_another_fine_tune_is_not_taken_up(
+    encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Which lies where the first one lay."""
+    tuned = copy_of(encoder[1], tmp_path / "tuned")
+    said: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Trainer, "_evaluate", stopping(train.Trainer._evaluate, 30))
+        with pytest.raises(KeyboardInterrupt):
+            fit((encoder[0], tuned), tmp_path / "a.shd", say=said.append)
+    assert said[-1] == f"the same command goes on from step 28 of 40, which is kept in {tmp_path / 'a.shd.fit'}"
+    weights = load_file(tuned / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, tuned / "model.safetensors", {"format": "pt"})
+    fit((encoder[0], tuned), tmp_path / "a.shd", say=said.append)
+    assert not any("going on" in line for line in said)
+
+
+def stopping(evaluate: Any, step: int) -> Any:
+    """`Trainer._evaluate`, interrupted from a step on."""
+
+    def stopped(self: train.Trainer, held_out: Any) -> None:
+        if self.state.step >= step:
+            raise KeyboardInterrupt
+        evaluate(self, held_out)
+
+    return stopped
+
+
+def test_a_tensor_that_no_loss_reaches_keeps_its_largest_changes(encoder: tuple[Path, Path], tmp_path: Path):
+    """The pooler, which embeddings do not need."""
+    plain = shiradelta.convert(encoder[1], tmp_path / "b.shd", 0.05, encoder[0])
+    fit(encoder, tmp_path / "a.shd")
+    name = "pooler.dense.weight"
+    assert plain.nnz
+    with shiradelta.open_delta(tmp_path / "a.shd") as one, shiradelta.open_delta(tmp_path / "b.shd") as other:
+        assert one[name].positions().tolist() == other[name].positions().tolist()
+
+
+def test_a_users_own_model_comes_back_as_it_was(encoder: tuple[Path, Path], tmp_path: Path):
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(encoder[0]).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit(encoder, tmp_path / "a.shd", model=model, steps=3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_state_of_another_run_is_not_taken_up(

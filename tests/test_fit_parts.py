@@ -17,6 +17,7 @@ from shiradelta.errors import SourceError
 from shiradelta.fit import divergence, loading, teacher, train
 from shiradelta.fit.behaviour import TextBehaviour
 from shiradelta.fit.teacher import Teacher
+from shiradelta.fit.texts import batches, read_texts
 from shiradelta.nonzeros import Nonzeros
 from tests.test_fit import SETTINGS, build, texts, write_pair, write_tokenizer
 
@@ -183,3 +184,34 @@ def test_the_divergence_is_torchs_and_so_is_its_gradient(dtype: torch.dtype, chu
     assert mine.dtype == dtype
     with torch.no_grad():
         assert float(divergence.divergence(teacher, teacher)) == 0
+
+
+def test_padding_is_what_the_model_takes_for_it(tmp_path: Path):
+    """A decoder's classifier looks for the last token before its padding, whatever the tokenizer pads with."""
+    model = build("classifier").eval()
+    model.config.pad_token_id = 63
+    assert behaviour(model, tmp_path)._pad == 63
+
+
+def test_every_text_is_in_a_batch_at_some_time():
+    """The longest ones too, if they do not fill one."""
+    lengths = list(range(205))
+    found = batches(range(205), lengths, 128, 0)
+    assert {index for _ in range(40) for index in next(found)} == set(range(205))
+
+
+def test_labels_that_can_all_hold_have_their_own_divergence():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(5, 3, generator=generator), torch.randn(5, 3, generator=generator)
+    of = [torch.distributions.Bernoulli(logits=logits.double()) for logits in (teacher, student)]
+    expected = torch.distributions.kl_divergence(*of).sum(1).mean()
+    assert divergence.divergence_of_labels(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+    shifted = divergence.divergence_of_labels(teacher + 1, teacher)
+    assert shifted > 0.1
+    assert divergence.divergence(teacher + 1, teacher).abs() < 1e-6
+
+
+def test_a_file_of_texts_may_begin_with_a_mark(tmp_path: Path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n' * 10)
+    assert read_texts(path) == ["a"] * 10

@@ -102,6 +102,14 @@ def test_methods_against_a_plain_loop(parts: list[list[tuple[int, float]]]):
     assert all(value in column for value, column in zip(disjoint(merged).tolist(), columns, strict=True))
 
 
+def test_an_input_is_not_replaced(three: dict[Path, float], tmp_path: Path):
+    first = next(iter(three))
+    before = first.read_bytes()
+    with pytest.raises(DeltaError, match="is one of the files to fuse"):
+        shiradelta.fuse(three, tmp_path / ".." / tmp_path.name / first.name)
+    assert first.read_bytes() == before
+
+
 def test_the_mean_is_over_all_inputs(tmp_path: Path):
     """Those that do not have a tensor, too."""
     here = TensorDelta((4,), [0, 2], np.float32([4, -0.0]))

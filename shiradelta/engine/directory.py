@@ -189,8 +189,16 @@ def _apply_in_place(
             len(plan.new),
             len(plan.drop),
             len(folder.state.applied),
-            tuple(f"{file} is left as it is" for file in other_weight_files(checkpoint)),
+            (*_unchecked(plan, delta), *(f"{file} is left as it is" for file in other_weight_files(checkpoint))),
         )
+
+
+def _unchecked(plan: Plan, delta: Delta) -> list[str]:
+    """A warning where nothing tells what base a delta was made against."""
+    if not plan.edits or any(edit.tensor.base_fingerprint is not None for edit in plan.edits):
+        return []
+    file = os.path.basename(delta.file or "the delta")
+    return [f"{file} has no fingerprints, so nobody knows whether this is its base; convert with --base to get some"]
 
 
 def _relocated(plan: Plan, checkpoint: Checkpoint) -> Plan:
