@@ -74,7 +74,8 @@ def convert(
             (Frobenius norm, quantisation included): as few weights as keep it, to half a percent.  Not with `fit`.
         base: the base model's folder or file.  A full fine-tune needs it; with it every delta gets fingerprints.
         values: "f32", "f16", "bf16", "int8", "int4" or "sign".
-        scope: "tensor" keeps the share in every tensor, "model" over all of them together.
+        scope: "tensor" keeps the share in every tensor, "model" over all of them together; a fit then moves weights
+            from tensor to tensor.
         kind: what `source` is; "auto" looks at its tensors' names.
         alpha: a LoRA's alpha, over what its files say.
         zstd: compress sections where that helps; for archives.

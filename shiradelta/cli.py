@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,17 @@ def _given(*starts: str) -> str:
         and context.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
     )
     return next(given, "")
+
+
+def _skipped(skipped: Mapping[str, str]) -> list[str]:
+    """A line for each tensor that was skipped, or for each reason that many share."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        by_reason.setdefault(why, []).append(show.printable(name))
+    return [
+        f"skipped {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {show.printable(why)}"
+        for why, names in by_reason.items()
+    ]
 
 
 def _echo_json(value: Any) -> None:
@@ -134,6 +145,8 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     settings = {key.removeprefix("fit_"): arguments.pop(key) for key in list(arguments) if key.startswith("fit_")}
     if texts is None and (given := _given("fit_", "device")):
         raise click.UsageError(f"{given} is of fitting; give --fit TEXTS, too.")
+    if settings["method"] == "refit" and (given := _given("fit_mask", "fit_steps", "fit_rate")):
+        raise click.UsageError(f"{given} is of training; leave it out, or --fit-method refit.")
     fit = texts and Fit(texts, **settings, device=device, say=lambda line: click.echo(line, err=True))
     with show.progress("fitting" if fit else "converting") as progress:
         report = run(**arguments, fit=fit or None, progress=progress)
@@ -141,8 +154,8 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
         _echo_json(report.as_dict())
         return
     click.echo(show.table(report.rows))
-    for name, why in report.skipped.items():
-        click.echo(f"skipped {show.printable(name)}: {show.printable(why)}")
+    for line in _skipped(report.skipped):
+        click.echo(line)
     for warning in report.warnings:
         click.echo(f"warning: {show.printable(warning)}", err=True)
     if report.fit is not None:

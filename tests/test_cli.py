@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import shiradelta
+from shiradelta import cli
 from shiradelta.cli import main
 from tests.killing import contents
 
@@ -153,3 +154,8 @@ def test_start_imports_neither_torch_nor_scipy(folder: Path):
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for heavy in ("torch", "scipy", "transformers", "safetensors", "zstandard"):
         assert f"'{heavy}'" not in modules
+
+
+def test_tensors_that_are_skipped_for_one_reason_share_a_line():
+    skipped = {"a": "nothing changes", "b": "nothing changes", "c": "is not a matrix"}
+    assert cli._skipped(skipped) == ["skipped a and 1 more: nothing changes", "skipped c: is not a matrix"]

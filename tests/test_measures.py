@@ -139,3 +139,11 @@ def test_a_fitted_file_keeps_its_target_size(tmp_path: Path, scope: str, method:
     assert np.isfinite(report.fit.fitted)
     with pytest.raises(DeltaError, match="known only once it is fitted"):
         shiradelta.convert(tuned, tmp_path / "a.shd", base=base, target_error=0.5, fit=settings)
+
+
+@pytest.mark.parametrize("option", [("--fit-steps", "5"), ("--fit-rate", "0.1"), ("--fit-mask", "gradient")])
+def test_what_is_of_training_is_refused_in_closed_form(option: tuple[str, str]):
+    arguments = ["convert", "a", "--base", "b", "--fit", "texts.jsonl", "--fit-method", "refit", *option]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert f"{option[0]} is of training" in result.stderr

@@ -188,7 +188,7 @@ def _write_quantised(nonzeros: Nonzeros, codec: str) -> None:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    return f"{max(2, round(seconds))} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 @contextmanager
