@@ -204,11 +204,12 @@ def test_sums_start_from_the_first_contribution():
     assert bits(base)[1] == 0x80000000
 
 
-def test_numpy_arrays_and_bfloat16_as_uint16():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numpy_arrays_and_bfloat16_as_uint16(backend: str):
     base = {"f": np.ones((30, 20), np.float32), "b": bits(weights((30, 20), "bfloat16")).reshape(30, 20)}
     before = {name: array.copy() for name, array in base.items()}
     data = adapter({"f": random_delta((30, 20), 50, 1, "float32"), "b": random_delta((30, 20), 50, 2, "bfloat16")})
-    swap = make(base, a=data)
+    swap = make(base, backend, a=data)
     swap.switch("a")
     assert np.array_equal(bits(base["f"]), formula(bits(before["f"]), "float32", [(data, 1)], "f"))
     assert np.array_equal(bits(base["b"]), formula(bits(before["b"]), "bfloat16", [(data, 1)], "b"))

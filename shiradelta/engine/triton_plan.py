@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from shiradelta import wire
 from shiradelta.engine import triton_kernels as kernels
+from shiradelta.engine.live import is_array
 from shiradelta.engine.live_backend import Held, Layer, Patch, stacks_of
 from shiradelta.engine.torch_backend import Sections
 
@@ -204,7 +205,8 @@ def _is_pair(kind: Kind, stack: Stack) -> bool:
 
 
 def _kind(patch: Patch) -> Kind | None:
-    if patch.record.nnz and not patch.target.tensor.is_contiguous():
+    tensor = patch.target.tensor
+    if is_array(tensor) or (patch.record.nnz and not tensor.is_contiguous()):
         return None
     size = wire.DTYPE_OF_NAME[patch.dtype].size
     big = patch.record.numel >= _BIG
@@ -221,7 +223,7 @@ def _row(patch: Patch, room: int) -> tuple[int, ...]:
         index + sections.unary,
         values + sections.codes,
         values,
-        patch.target.tensor.data_ptr(),
+        0 if is_array(patch.target.tensor) else patch.target.tensor.data_ptr(),
         sections.k,
         sections.unary_bits,
         patch.record.nnz,
