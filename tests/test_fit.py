@@ -312,6 +312,33 @@ def test_a_tensor_that_no_loss_reaches_keeps_its_largest_changes(encoder: tuple[
         assert one[name].positions().tolist() == other[name].positions().tolist()
 
 
+@pytest.mark.parametrize("method", ["train", "refit"])
+@pytest.mark.parametrize(
+    "renamed", ["encoder.layer.0.intermediate.dense.weight", "encoder.layer.0.attention.self.key.bias"]
+)
+def test_tensors_that_the_loaded_model_lacks(
+    encoder: tuple[Path, Path], tmp_path: Path, method: str, renamed: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As transformers renames and stacks some: a few may be left out, with a warning, but not what counts."""
+    weights, changed = (load_file(folder / "model.safetensors") for folder in encoder)
+    changed = {name: changed[name] + (0.01 if name == renamed else 0) for name in changed}
+    folders = []
+    for which, tensors in (("base", weights), ("tuned", changed)):
+        folder = copy_of(encoder[0], tmp_path / which, "model.safetensors")
+        old = {("other.weight" if name == renamed else name): tensor for name, tensor in tensors.items()}
+        save_file(old, folder / "model.safetensors", {"format": "pt"})
+        folders.append(folder)
+    if renamed.endswith("bias"):
+        report = fit((folders[0], folders[1]), tmp_path / "a.shd", method=method)
+        assert "1 tensor is not fitted, for the loaded model has none of that name, such as 'other.weight'" in " ".join(
+            report.warnings
+        )
+    else:
+        with pytest.raises(SourceError, match=r"no tensor 'other.weight'.* carries \d+% of the change"):
+            fit((folders[0], folders[1]), tmp_path / "a.shd", method=method)
+        assert not (tmp_path / "a.shd").exists()
+
+
 def test_a_users_own_model_comes_back_as_it_was(encoder: tuple[Path, Path], tmp_path: Path):
     from transformers import AutoModel
 

@@ -26,7 +26,7 @@ from shiradelta.select import Selection
 
 from . import loading
 from .behaviour import Outputs, TextBehaviour
-from .fitted import Fitted, Order, Target, not_fitted
+from .fitted import Fitted, Order, Target
 from .measures import Measures, compare, mean
 from .quantise import Quantiser
 from .refit import Enough, own_linears, refit
@@ -157,10 +157,10 @@ class _Stream:
         first_names = {id(p): name for name, p in self._model.named_parameters()}
         every = dict(self._model.named_parameters(remove_duplicate=False))
         found = rename_all([target.name for target in targets], every)
-        self._targets = {
-            first_names[id(every[found[target.name]])]: target for target in targets if target.name in found
-        }
-        self._warnings = not_fitted([target for target in targets if target.name not in found])
+        missing = [target.name for target in targets if target.name not in found]
+        if missing:
+            raise CannotStreamError(f"it has no tensor {missing[0]!r}")
+        self._targets = {first_names[id(every[found[target.name]])]: target for target in targets}
         self._rest = _Weights(rest, self._targets, codec)
         lengths, size = self._behaviour.lengths, fit.micro or fit.batch
         ordered = sorted(held_out, key=lambda index: lengths[index])
@@ -211,7 +211,7 @@ class _Stream:
         result = Fitted(tensors, self._behaviour.measure, used, held_out)
         for state, measure in measures.items():
             result.note(state, measure)
-        result.warnings, result.seconds = self._warnings, time.monotonic() - start
+        result.seconds = time.monotonic() - start
         return result
 
     # ------------------------------------------------------------------------ before the blocks

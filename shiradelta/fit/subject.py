@@ -24,6 +24,8 @@ from .texts import batches, read_texts, split
 
 #: Batches for scales, scores and the refit's moments.
 CALIBRATION = 8
+#: Of the change's energy, what may be in tensors that the loaded model does not have: nothing is fitted to them.
+MOST_MISSING = 0.1
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -69,7 +71,8 @@ class Subject:
         self.energy: list[float] = []
         self.tied: dict[str, str] = {}
         tuned: dict[nn.Parameter, Tensor] = {}
-        self.warnings += not_fitted([target for target in order.targets if target.name not in found])
+        missing = [target for target in order.targets if target.name not in found]
+        self.warnings += not_fitted(missing)
         for target in order.targets:
             if target.name not in found:
                 continue
@@ -88,6 +91,13 @@ class Subject:
                 tuned[weight] = (weight.data.float() + delta.view(weight.shape)).to(weight.dtype)
         if not self.targets:
             raise SourceError(f"{source}: nothing in it changes the base")
+        lost = sum(float(self._dense(target).square().sum()) for target in missing)
+        if lost > MOST_MISSING * (lost + sum(self.energy)):
+            share = lost / (lost + sum(self.energy))
+            raise SourceError(
+                f"{base}: it has no tensor {missing[0].name!r} once loaded; what is renamed or stacked then"
+                f" carries {share:.0%} of the change, which a fit would not see: convert without fitting"
+            )
         self._write_whole(order.whole, names)
         self.teacher = Teacher(self.model, tuned, self.behaviour)
         # Where values are trained, so that nothing of the held-out texts is used.
