@@ -287,9 +287,9 @@ def _fuse_tensor(
 
     `parts` are those of the `inputs` deltas that have the tensor.
     """
-    _check_alike(name, parts)
-    first = parts[0][1]
-    dtype = next((tensor.dtype for _, tensor, _ in parts if tensor.dtype != "unspecified"), first.dtype)
+    known = with_dtype(name, [delta for delta, _, _ in parts])
+    _check_alike(name, known, parts)
+    first, dtype = parts[0][1], known[name].dtype
     if first.op in ("new", "drop"):
         return TensorDelta(first.shape, None, first.bits(), first.dtype, first.op), 0, 0
     if first.op == "set":
@@ -318,10 +318,9 @@ def _fuse_tensor(
     return result, shared, conflicts
 
 
-def _check_alike(name: str, parts: Sequence[Part]) -> None:
-    """Shapes, dtypes and operations go together."""
+def _check_alike(name: str, known: Delta, parts: Sequence[Part]) -> None:
+    """Shapes, dtypes and operations go together; `known` is `with_dtype` of all."""
     delta, first, _ = parts[0]
-    known = with_dtype(name, [delta for delta, _, _ in parts])
     for other_delta, other, strength in parts:
         check_same_base(name, known, other_delta)
         pair = f"{delta.file} and {other_delta.file}: tensor {name!r}"

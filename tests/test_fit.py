@@ -339,12 +339,19 @@ def test_tensors_that_the_loaded_model_lacks(
         assert not (tmp_path / "a.shd").exists()
 
 
-def test_a_users_own_model_comes_back_as_it_was(encoder: tuple[Path, Path], tmp_path: Path):
+def test_a_users_own_model_comes_back_as_it_was(
+    encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """After an interruption, too."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(encoder[0]).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fit(encoder, tmp_path / "a.shd", model=model, steps=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Trainer, "_evaluate", stopping(train.Trainer._evaluate, 4))
+        with pytest.raises(KeyboardInterrupt):
+            fit(encoder, tmp_path / "a.shd", model=model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())

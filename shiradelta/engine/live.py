@@ -17,6 +17,9 @@ import numpy as np
 from shiradelta import wire
 from shiradelta.errors import TargetError
 
+#: (names -> tensors of a module, a name there).
+Home = tuple[Mapping[str, Any], str]
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -28,8 +31,8 @@ class Target:
         dtype: by torch's name; "?" where the format does not know it.
         refusal: why it cannot be written, and what to do; None if it can.
         holder: the module's own tensor.
-        home: (names -> tensors of the module that has it, its name there); what is there is looked at before each
-            write.  A mapping of its own for a tensor without a module.
+        home: where the model has it; what is there is looked at before each write.  A mapping of its own for a tensor
+            without a module.
         view: how it was taken from the holder; views of one kind share no element.
         device: "cpu", "cuda:0" and the like.
         address: the holder's, when the model was looked at; 0 where it cannot change.
@@ -40,7 +43,7 @@ class Target:
     dtype: str
     refusal: str | None = None
     holder: Any = None
-    home: tuple[Mapping[str, Any], str] = ({}, "")
+    home: Home = ({}, "")
     view: str = ""
     device: str = field(init=False)
     address: int = field(init=False)
@@ -107,9 +110,9 @@ def live_tensors(model: Any) -> dict[str, Target]:
     return found
 
 
-def _homes(model: Any) -> dict[int, tuple[Mapping[str, Any], str]]:
+def _homes(model: Any) -> dict[int, Home]:
     """Tensor's id -> the first module's tensors that it is among, and its name there."""
-    homes: dict[int, tuple[Mapping[str, Any], str]] = {}
+    homes: dict[int, Home] = {}
     for root in model.values() if isinstance(model, Mapping) else [model]:
         for module in root.modules() if _is_module(root) else []:
             for tensors in (module._parameters, module._buffers):
@@ -156,9 +159,7 @@ def _identity(tensor: Any) -> tuple[object, ...]:
     return str(tensor.device), address, tuple(tensor.shape), strides
 
 
-def _target(
-    name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping[int, tuple[Mapping[str, Any], str]]
-) -> Target:
+def _target(name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping[int, Home]) -> Target:
     if is_array(tensor):
         known = tensor.dtype.name in wire.DTYPE_OF_NAME
         refusal = None if tensor.flags.writeable else "is a read-only array; give a writable one"

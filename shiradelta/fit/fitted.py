@@ -35,17 +35,6 @@ class Target:
         return delta
 
 
-def not_fitted(targets: Sequence[Target]) -> list[str]:
-    """What to warn of where the loaded model has no tensors of these names."""
-    if not targets:
-        return []
-    these = "1 tensor is" if len(targets) == 1 else f"{len(targets)} tensors are"
-    return [
-        f"{these} not fitted, for the loaded model has none of that name, such as {targets[0].name!r}; they keep their"
-        " largest changes, and no distance tells of them"
-    ]
-
-
 @dataclass(frozen=True)
 class Order:
     """All that a fit is told.

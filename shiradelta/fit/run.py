@@ -57,15 +57,17 @@ def run(order: Order) -> Fitted:
             result.warnings = subject.warnings
             result.note("base", subject.measure())
             nonzeros = subject.nonzeros()
-            _write_quantised(nonzeros, order.codec)
-            result.note("topk", subject.measure())
-            nonzeros.write(None)
-            if fit.method == "refit":
-                _refit(order, subject, nonzeros, result)
-            else:
-                _train(order, subject, nonzeros, result)
-            result.note("fitted", subject.measure())
-            nonzeros.write(None)
+            try:
+                _write_quantised(nonzeros, order.codec)
+                result.note("topk", subject.measure())
+                nonzeros.write(None)
+                if fit.method == "refit":
+                    _refit(order, subject, nonzeros, result)
+                else:
+                    _train(order, subject, nonzeros, result)
+                result.note("fitted", subject.measure())
+            finally:
+                nonzeros.write(None)
         result.tensors = {
             target.name: Selection(
                 nonzeros.positions[place.part].cpu().numpy(), nonzeros.values[place.part].cpu().numpy(), energy

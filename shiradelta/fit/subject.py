@@ -17,7 +17,7 @@ from shiradelta.patched import flat
 
 from . import loading, scores
 from .behaviour import Behaviour, CustomBehaviour, TextBehaviour
-from .fitted import Order, Target, not_fitted
+from .fitted import Order, Target
 from .measures import Measures, measure_all
 from .teacher import Teacher
 from .texts import batches, read_texts, split
@@ -72,7 +72,7 @@ class Subject:
         self.tied: dict[str, str] = {}
         tuned: dict[nn.Parameter, Tensor] = {}
         missing = [target for target in order.targets if target.name not in found]
-        self.warnings += not_fitted(missing)
+        self.warnings += _not_fitted(missing)
         for target in order.targets:
             if target.name not in found:
                 continue
@@ -180,3 +180,14 @@ class Subject:
     def measure(self) -> Measures:
         """How far the model, as it is, is from the fine-tune on the texts held out."""
         return measure_all(self.model, self.behaviour, self.teacher, self.held_out, self.micro)
+
+
+def _not_fitted(targets: Sequence[Target]) -> list[str]:
+    """What to warn of where the loaded model has no tensors of these names."""
+    if not targets:
+        return []
+    these = "1 tensor is" if len(targets) == 1 else f"{len(targets)} tensors are"
+    return [
+        f"{these} not fitted, for the loaded model has none of that name, such as {targets[0].name!r}; they keep their"
+        " largest changes, and no distance tells of them"
+    ]

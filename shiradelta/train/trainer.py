@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -76,4 +77,4 @@ class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
 def _is_checkpoint(args: Any, folder: Any) -> bool:
     """Whether a folder is one of the Trainer's, which it calls checkpoint-STEP."""
     path = Path(folder)
-    return Path(args.output_dir) in path.parents and path.name.removeprefix("checkpoint-").isdigit()
+    return Path(args.output_dir) in path.parents and re.fullmatch(r"checkpoint-\d+", path.name) is not None
