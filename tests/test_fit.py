@@ -291,6 +291,17 @@ def test_a_state_of_another_fine_tune_is_not_taken_up(
     assert not any("going on" in line for line in said)
 
 
+def test_what_is_interrupted_before_anything_is_kept_says_so(
+    encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    said: list[str] = []
+    monkeypatch.setattr(train.Trainer, "_evaluate", stopping(train.Trainer._evaluate, 1))
+    with pytest.raises(KeyboardInterrupt):
+        fit(encoder, tmp_path / "a.shd", say=said.append)
+    assert said[-1].endswith("the same command begins anew")
+    assert not list(tmp_path.iterdir())
+
+
 def stopping(evaluate: Any, step: int) -> Any:
     """`Trainer._evaluate`, interrupted from a step on."""
 

@@ -151,6 +151,8 @@ def _train(order: Order, subject: Subject, nonzeros: Nonzeros, result: Fitted) -
         if training.good.step:
             state.save_state(path, training.good, key)
             fit.say(f"the same command goes on from step {training.good.step} of {steps}, which is kept in {path}")
+        else:
+            fit.say("nothing is kept yet, which is done at every twentieth of the steps; the same command begins anew")
         raise
     except DivergedError as error:
         state.save_state(path, training.state, key)
