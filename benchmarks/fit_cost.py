@@ -90,7 +90,7 @@ class Case:
         self.teacher = Teacher(self.model, self.tuned, self.behaviour)
         with torch.no_grad():
             base = self.behaviour.outputs(self.model, self.batch)
-            self.behaviour.calibrate([(base, self.teacher.outputs(self.batch))])
+            self.behaviour.calibrate([(self.batch, base, self.teacher.outputs(self.batch))])
 
     def loss(self, model: nn.Module) -> Tensor:
         return self.behaviour.loss(self.behaviour.outputs(model, self.batch), self.teacher.outputs(self.batch))

@@ -131,6 +131,12 @@ def _echo_json(value: Any) -> None:
 @click.option("--fit-micro", type=int, help="Texts a forward pass, if fewer: takes less memory.")
 @click.option("--fit-rate", default=0.3, show_default=True, help="Learning rate, as a share of a nonzero's size.")
 @click.option("--fit-tokens", default=128, show_default=True, help="Where texts are cut.")
+@click.option(
+    "--fit-text-share",
+    default=0.1,
+    show_default=True,
+    help="What a language model's texts say themselves of the target; the fine-tune says the rest.",
+)
 @click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
 @click.option("--plot", metavar="FILE", help="Draw where the changes lie, and the fit, to this PNG.")
 @_JSON
@@ -145,7 +151,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     settings = {key.removeprefix("fit_"): arguments.pop(key) for key in list(arguments) if key.startswith("fit_")}
     if texts is None and (given := _given("fit_", "device")):
         raise click.UsageError(f"{given} is of fitting; give --fit TEXTS, too.")
-    if settings["method"] == "refit" and (given := _given("fit_mask", "fit_steps", "fit_rate")):
+    if settings["method"] == "refit" and (given := _given("fit_mask", "fit_steps", "fit_rate", "fit_text_share")):
         raise click.UsageError(f"{given} is of training; leave it out, or --fit-method refit.")
     fit = texts and Fit(texts, **settings, device=device, say=lambda line: click.echo(line, err=True))
     with show.progress("fitting" if fit else "converting") as progress:

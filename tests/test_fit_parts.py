@@ -64,10 +64,12 @@ def test_embeddings_are_pooled_as_the_model_is_used(pooling: str, tmp_path: Path
         ({"pooling_mode_lasttoken": True}, "lasttoken"),
         ({"pooling_mode_max_tokens": True}, "max"),
         ({"pooling_mode_mean_tokens": True}, "mean"),
-        (None, "mean"),
+        (None, None),
     ],
 )
-def test_pooling_is_what_sentence_transformers_wrote(config: dict[str, Any] | None, expected: str, tmp_path: Path):
+def test_pooling_is_what_sentence_transformers_wrote(
+    config: dict[str, Any] | None, expected: str | None, tmp_path: Path
+):
     if config is not None:
         (tmp_path / "1_Pooling").mkdir()
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
@@ -117,8 +119,8 @@ def test_the_base_has_a_loss_of_one_in_the_mean(tmp_path: Path):
             parameter += 0.05 * torch.randn_like(parameter)
         pairs = [(found.outputs(model, part), found.outputs(other, part)) for part in ([0, 1, 2], [3, 4, 5])]
         with pytest.raises(SourceError, match="behaves like its base"):
-            found.calibrate([(pairs[0][0], pairs[0][0])])
-        found.calibrate(pairs)
+            found.calibrate([([0, 1, 2], pairs[0][0], pairs[0][0])])
+        found.calibrate([([0, 1, 2], *pairs[0]), ([3, 4, 5], *pairs[1])])
         losses = [float(found.loss(*pair)) for pair in pairs]
         assert sum(losses) / 2 == pytest.approx(1, rel=1e-5)
         assert float(found.loss(pairs[0][1], pairs[0][1])) == 0
@@ -215,3 +217,88 @@ def test_a_file_of_texts_may_begin_with_a_mark(tmp_path: Path):
     path = tmp_path / "texts.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n' * 10)
     assert read_texts(path) == ["a"] * 10
+
+
+def test_a_token_gets_its_share_of_the_probability(monkeypatch: pytest.MonkeyPatch):
+    """Against the same said in probabilities, in whole and a few rows at a time; a share of none changes no bit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(7, 11, generator=generator)
+    tokens, shares = torch.randint(11, (7,), generator=generator), torch.tensor([0.1, 0, 0.3, 0.1, 0, 0.9, 0.1])
+    own = nn.functional.one_hot(tokens, 11)
+    expected = logits.softmax(1) * (1 - shares[:, None]) + own * shares[:, None]
+    for chunk in (1 << 22, 22):
+        monkeypatch.setattr(divergence, "CHUNK", chunk)
+        blended = logits.clone()
+        divergence.blend(blended, tokens, shares)
+        torch.testing.assert_close(blended.softmax(1), expected)
+        changed = (blended != logits).any(1)
+        assert not changed[shares == 0].any() or torch.allclose(blended[shares == 0], logits[shares == 0])
+        others = own == 0
+        assert torch.equal(blended[others], logits[others])
+
+
+def test_a_row_is_followed_by_the_next_token_of_its_own_text(tmp_path: Path):
+    found = behaviour(build("causal").eval(), tmp_path)
+    ids = loading.load_tokenizer(tmp_path)(texts(), truncation=True, max_length=16)["input_ids"]
+    tokens, there = found._following([5, 0, 9])
+    rows = iter(zip(tokens.tolist(), there.tolist(), strict=True))
+    for index in (5, 0, 9):
+        for following in ids[index][1:]:
+            assert next(rows) == (following, 1)
+        assert next(rows)[1] == 0
+    assert next(rows, None) is None
+
+
+def test_texts_count_as_far_as_the_fine_tune_knows_them(tmp_path: Path):
+    """A fine-tune to these texts has them in its target; one away from them has not, nor has anything but an LM."""
+    model = build("causal").eval()
+    found = behaviour(model, tmp_path)
+    other = build("causal").eval()
+    optimizer = torch.optim.Adam(other.parameters(), 1e-2)
+    indices = list(range(12))
+    tokens, there = found._following(indices)
+    before = found.outputs(other, indices)[-1].detach()
+    for _ in range(5):
+        logits = found.outputs(other, indices)[-1]
+        (nn.functional.cross_entropy(logits, tokens, reduction="none") * there).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        base, tuned = found.outputs(model, indices), found.outputs(other, indices)
+    assert not torch.equal(before, tuned[-1])
+    assert found.lost(indices, base, tuned) > 0 == found.lost(indices, tuned, tuned)
+    for share, (student, wise), blended in [
+        (0.1, (base, tuned), True),
+        (0.1, (tuned, base), False),
+        (0, (base, tuned), False),
+    ]:
+        fresh = TextBehaviour(loading.load_tokenizer(tmp_path), texts(), model, 16, text_share=share)
+        fresh.outputs(model, indices)
+        fresh.calibrate([(indices, student, wise)])
+        target = fresh.target([rows.clone() for rows in wise], indices)
+        likelihoods = [divergence.log_likelihoods(rows[-1], tokens) * there for rows in (wise, target)]
+        assert bool((likelihoods[1] > likelihoods[0])[there > 0].all()) is blended
+        assert torch.equal(target[-1], wise[-1]) is not blended
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "last"),
+    [("causal", None, 1), ("classifier", None, 1), ("encoder", "mean", 1), ("encoder", None, 0.5)],
+)
+def test_hidden_states_guide_and_the_output_counts_in_the_end(
+    kind: str, pooling: str | None, last: float, tmp_path: Path
+):
+    """But for an encoder of which nobody says what it is used for."""
+    model = build(kind).eval()
+    write_tokenizer(tmp_path)
+    found = TextBehaviour(loading.load_tokenizer(tmp_path), texts(), model, 16, pooling)
+    other = build(kind).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+        base, tuned = found.outputs(model, [0, 1]), found.outputs(other, [0, 1])
+        found.calibrate([([0, 1], base, tuned)])
+        assert (found.weight(0), found.weight(1)) == (0.5, last)
+        astray = [*(rows + 1 for rows in tuned[:-1]), tuned[-1]]
+        assert float(found.loss(astray, tuned)) > 0
+        assert (float(found.loss(astray, tuned, found.weight(1))) == 0) is (last == 1)

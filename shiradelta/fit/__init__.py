@@ -33,6 +33,9 @@ class Fit:
         rate: the largest learning rate, as a share of the size that a tensor's nonzeros would need to carry the energy
             of the fine-tune's whole change.
         tokens: longer texts are cut.
+        text_share: of what a language model is trained to predict, the share that is the token that follows in the
+            text; the rest is what the fine-tune predicts.  It is made as much smaller as the fine-tune predicts these
+            texts less well than its own; 0 takes the fine-tune's word alone.
         held_out: texts kept from fitting, on which distances are measured; at most a fifth of all.
         seed: of the order of the texts.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
@@ -51,6 +54,7 @@ class Fit:
     micro: int | None = None
     rate: float = 0.3
     tokens: int = 128
+    text_share: float = 0.1
     held_out: int = 256
     seed: int = 0
     device: str | None = None
@@ -69,6 +73,8 @@ class Fit:
             raise DeltaError(f"the closed form finds its own mask; leave {self.mask!r} out, or train")
         if not self.rate > 0:
             raise DeltaError(f"a learning rate of {self.rate} fits nothing; give one above 0")
+        if not 0 <= self.text_share < 1:
+            raise DeltaError(f"a text share of {self.text_share} is out of range; give 0, or a number below 1")
         for name in ("steps", "batch", "micro", "tokens", "held_out"):
             count = getattr(self, name)
             if count is not None and count < 1:

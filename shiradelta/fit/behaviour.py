@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 
-from .divergence import divergence, divergence_of_labels
+from .divergence import blend, divergence, divergence_of_labels, log_likelihoods
 
-#: What the output weighs in the loss; the rest is shared by all terms, which tell the early layers what to do.
+#: What the output weighs in the loss at first; the rest is shared by all terms, which tell the early layers what to do.
 LAST = 0.5
 #: What a forward pass gives to compare: matrices, one row a token or a text; the output is the last.
 Outputs = list[Tensor]
@@ -39,20 +39,30 @@ class Behaviour(ABC):
     def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
         """Scalars, one a term of the loss, each zero for equal outputs."""
 
-    def calibrate(self, pairs: Iterable[tuple[Outputs, Outputs]]) -> None:
-        """Learns from (base's, teacher's) of some batches how far they are apart: the base's loss is 1 in each term."""
-        found = [torch.stack(self.differences(base, teacher)) for base, teacher in pairs]
+    def calibrate(self, batches: Iterable[tuple[Sequence[int], Outputs, Outputs]]) -> None:
+        """Learns from (examples, base's, teacher's) how far these are apart: the base's loss is 1 in each term."""
+        found = [torch.stack(self.differences(base, teacher)) for _, base, teacher in batches]
         self._scales = torch.stack(found).mean(0).tolist()
         if not all(map(math.isfinite, self._scales)):
             raise SourceError("the fine-tune gives NaN or infinity on these texts; check it, or fit in float32")
         if not any(scale > 0 for scale in self._scales):
             raise SourceError("the fine-tune behaves like its base on these texts; give texts of its own task")
 
-    def loss(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """The share of the base's difference that is left, averaged over the terms."""
-        terms = zip(self.differences(student, teacher), self._scales, strict=True)
+    def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
+        """What a student is trained to give: of some examples, from the teacher's outputs, which may be changed."""
+        return teacher
+
+    def weight(self, settled: float) -> float:
+        """What the output weighs in the loss when so much of the way to the final mask, 0 to 1, lies behind."""
+        return LAST
+
+    def loss(self, student: Outputs, target: Outputs, last: float = LAST) -> Tensor:
+        """The share of the base's difference that is left, averaged over the terms; the output weighs `last`."""
+        if last == 1 and self._scales[-1] > 0:
+            return self.differences(student[-1:], target[-1:])[0] / self._scales[-1]
+        terms = zip(self.differences(student, target), self._scales, strict=True)
         left = torch.stack([term / scale for term, scale in terms if scale > 0])
-        return LAST * left[-1] + (1 - LAST) * left.mean()
+        return last * left[-1] + (1 - last) * left.mean()
 
     @abstractmethod
     def distance(self, student: Outputs, teacher: Outputs) -> float:
@@ -64,10 +74,29 @@ class Behaviour(ABC):
 
 
 class TextBehaviour(Behaviour):
-    """Models of transformers: hidden states of all layers, and logits, or else the embedding of the text."""
+    """Models of transformers: hidden states of all layers, and logits, or else the embedding of the text.
+
+    Where it is known what the model is used for (logits, or an embedding that its folder describes), hidden states
+    only guide the way: in the end nothing but the output counts, for few nonzeros cannot do both.
+
+    Of a language model's texts the fine-tune tells more than its logits say.  A fit that is short of nonzeros stays
+    behind in the direction of the fine-tune, which costs it more likelihood of the texts than the divergence tells.
+    So a share of the target is the token that follows, which is no label but the text.  It is as much smaller as the
+    texts are farther from what the fine-tune learnt: where it predicts them no better than the base, it is none.
+
+    Args:
+        text_share: the largest such share.
+        pooling: how token vectors become an embedding; None if nobody says.
+    """
 
     def __init__(
-        self, tokenizer: Any, texts: Sequence[str], model: nn.Module, tokens: int, pooling: str = "mean"
+        self,
+        tokenizer: Any,
+        texts: Sequence[str],
+        model: nn.Module,
+        tokens: int,
+        pooling: str | None = None,
+        text_share: float = 0.0,
     ) -> None:
         super().__init__()
         if not all(isinstance(text, str) for text in texts):
@@ -91,7 +120,9 @@ class TextBehaviour(Behaviour):
         self._lengths = torch.tensor(self.lengths)
         self._starts = self._lengths.cumsum(0) - self._lengths
         self._device = next(model.parameters()).device
-        self._pooling = pooling
+        self._pooling, self._text_share = pooling, text_share
+        #: Whether a row of logits predicts the token after its own.
+        self._follows = bool(getattr(model, "can_generate", lambda: False)())
         self._output = ""
         self._per_token: list[bool] = []
         self.measure = "relative error of hidden states"
@@ -122,6 +153,51 @@ class TextBehaviour(Behaviour):
             rows.append(logits.flatten(0, 1)[kept] if logits.dim() == 3 else logits)
         self._per_token.append(logits is not None and logits.dim() == 3)
         return rows
+
+    def calibrate(self, batches: Iterable[tuple[Sequence[int], Outputs, Outputs]]) -> None:
+        """Also learns how much of the fine-tune is in the texts: nats that they gain, against the divergence."""
+        gained: list[float] = []
+
+        def looked_at() -> Iterator[tuple[Sequence[int], Outputs, Outputs]]:
+            for indices, base, teacher in batches:
+                if self._follows:
+                    gained.append(self.lost(indices, base, teacher))
+                yield indices, base, teacher
+
+        super().calibrate(looked_at())
+        found = sum(gained) / len(gained) / self._scales[-1] if gained and self._scales[-1] > 0 else 0.0
+        self._text_share *= min(1.0, max(0.0, found))
+
+    def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
+        """With a share of the probability on the token that follows."""
+        if self._text_share > 0:
+            tokens, there = self._following(indices)
+            blend(teacher[-1], tokens, self._text_share * there)
+        return teacher
+
+    def weight(self, settled: float) -> float:
+        """Rises to 1."""
+        used = self._output == "logits" or self._pooling is not None
+        return LAST + (1 - LAST) * settled if used else LAST
+
+    def lost(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
+        """How much less likely a language model finds the texts than the fine-tune does, in nats a token."""
+        tokens, there = self._following(indices)
+        theirs, own = (log_likelihoods(outputs[-1], tokens) for outputs in (teacher, student))
+        return float(((theirs - own) * there).sum() / there.sum().clamp(min=1))
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is a language model, which predicts the next token."""
+        return self._follows
+
+    def _following(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Row by row of the logits, the token that follows, and 1; 0 where the text ends and the token is any."""
+        places, there = self._places(indices)
+        last = places + 1 == (self._starts + self._lengths)[indices][:, None]
+        follows = ~last[there]
+        tokens = self._ids[places[there] + follows]
+        return tokens.to(self._device, non_blocking=True), follows.float().to(self._device, non_blocking=True)
 
     def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
         """Squared errors of hidden states and embeddings, KL divergence of logits; means over rows."""
@@ -160,8 +236,8 @@ def _positions(model: nn.Module) -> int | None:
     return int(count)
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """[examples, tokens, size] -> one unit vector a text, as sentence-transformers makes it."""
+def pool(hidden: Tensor, mask: Tensor, pooling: str | None) -> Tensor:
+    """[examples, tokens, size] -> one unit vector a text, as sentence-transformers makes it (None: the mean)."""
     if pooling == "cls":
         pooled = hidden[:, 0]
     elif pooling == "lasttoken":

@@ -34,6 +34,23 @@ def divergence_of_labels(student: Tensor, teacher: Tensor) -> Tensor:
     return terms.sum(1).mean()
 
 
+def log_likelihoods(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of one token a row, in nats: [n] from logits [n, choices]; a few rows at a time."""
+    step = max(1, CHUNK // logits.shape[-1])
+    pairs = zip(torch.split(logits, step), torch.split(tokens, step), strict=True)
+    return torch.cat([-nn.functional.cross_entropy(part.float(), own, reduction="none") for part, own in pairs])
+
+
+def blend(logits: Tensor, tokens: Tensor, shares: Tensor) -> None:
+    """Gives one token a row a share [n] of the probability, in place; the others keep the rest in proportion.
+
+    Softmax knows only differences, so that the logit of that token is all that changes.
+    """
+    own, likelihoods = logits.gather(1, tokens[:, None])[:, 0].float(), log_likelihoods(logits, tokens)
+    raised = own - likelihoods + torch.logaddexp(likelihoods, (shares / (1 - shares)).log())
+    logits.scatter_(1, tokens[:, None], raised.to(logits.dtype)[:, None])
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:

@@ -101,15 +101,15 @@ def load_tokenizer(*folders: Path) -> Any:
     raise SourceError(f"{tried[0]}: has no tokenizer, which fitting on texts needs; copy its tokenizer.json there")
 
 
-def pooling(*folders: Path) -> str:
-    """How token vectors become one: what sentence-transformers' files beside the model say, else "mean"."""
+def pooling(*folders: Path) -> str | None:
+    """How token vectors become one, if sentence-transformers' files are beside the model to say so."""
     for folder in folders:
         path = (folder if folder.is_dir() else folder.parent) / "1_Pooling" / "config.json"
         config = read_json(path) if path.exists() else None
         if isinstance(config, dict):
             modes = {"cls_token": "cls", "lasttoken": "lasttoken", "max_tokens": "max"}
             return next((mode for key, mode in modes.items() if config.get(f"pooling_mode_{key}")), "mean")
-    return "mean"
+    return None
 
 
 def _config(folder: Path) -> dict[str, Any] | None:

@@ -24,13 +24,17 @@ def measure_all(
         part = ordered[start : start + batch]
         with torch.no_grad():
             student = behaviour.outputs(model, part)
-        found.append((len(part), compare(behaviour, student, teacher.outputs(part))))
+        found.append((len(part), compare(behaviour, part, student, teacher.outputs(part))))
     return mean(found)
 
 
-def compare(behaviour: Behaviour, student: Outputs, teacher: Outputs) -> Measures:
+def compare(behaviour: Behaviour, indices: Sequence[int], student: Outputs, teacher: Outputs) -> Measures:
     """Of the outputs on one batch."""
-    further = _further(behaviour.measure, student, teacher) if isinstance(behaviour, TextBehaviour) else {}
+    further: dict[str, float] = {}
+    if isinstance(behaviour, TextBehaviour):
+        further = _further(behaviour.measure, student, teacher)
+        if behaviour.follows:
+            further["likelihood lost on the texts, nats"] = behaviour.lost(indices, student, teacher)
     return behaviour.distance(student, teacher), further
 
 

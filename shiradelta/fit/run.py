@@ -85,7 +85,8 @@ def _key(order: Order, subject: Subject) -> str:
     parts = [str(order.base.resolve()), str(order.source.resolve()), order.codec, order.whole_model]
     pairs = zip(subject.targets, subject.energy, strict=True)
     parts += [[target.name, target.count, f"{energy:.4g}"] for target, energy in pairs]
-    parts += [fit.mask, fit.steps, fit.batch, subject.micro, fit.rate, fit.tokens, fit.seed, subject.train[:1]]
+    parts += [fit.mask, fit.steps, fit.batch, subject.micro, fit.rate, fit.tokens, fit.text_share, fit.seed]
+    parts.append(subject.train[:1])
     parts.append([str(text) for text in subject.texts])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -55,7 +55,8 @@ def rms_gradients(
         hooks.append(weight.register_post_accumulate_grad_hook(partial(_add_square, total)))  # type: ignore[no-untyped-call]
     try:
         for part in parts:
-            behaviour.loss(behaviour.outputs(model, part), teacher.outputs(part)).backward()  # type: ignore[no-untyped-call]
+            target = behaviour.target(teacher.outputs(part), part)
+            behaviour.loss(behaviour.outputs(model, part), target).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in hooks:
             handle.remove()

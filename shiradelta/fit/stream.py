@@ -322,7 +322,7 @@ class _Stream:
                 tuned = self._outputs(part)
             for state, measures in found.items():
                 with self._rest_as(state):
-                    measures.append((len(part), compare(self._behaviour, self._outputs(part), tuned)))
+                    measures.append((len(part), compare(self._behaviour, list(part), self._outputs(part), tuned)))
         return {state: mean(measures) for state, measures in found.items()}
 
     @torch.no_grad()

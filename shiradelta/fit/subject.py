@@ -103,7 +103,8 @@ class Subject:
         # Where values are trained, so that nothing of the held-out texts is used.
         with torch.no_grad():
             self.behaviour.calibrate(
-                (self.behaviour.outputs(self.model, part), self.teacher.outputs(part)) for part in self.calibration()
+                (part, self.behaviour.outputs(self.model, part), self.teacher.outputs(part))
+                for part in self.calibration()
             )
 
     def _behaviour(self, base: Path, source: Path) -> Behaviour:
@@ -113,7 +114,7 @@ class Subject:
         if fit.forward is not None:
             return CustomBehaviour(self.texts, fit.forward, fit.loss)
         tokenizer, pooling = loading.load_tokenizer(base, source), loading.pooling(base, source)
-        return TextBehaviour(tokenizer, self.texts, self.model, fit.tokens, pooling)
+        return TextBehaviour(tokenizer, self.texts, self.model, fit.tokens, pooling, fit.text_share)
 
     def _write_whole(self, whole: Sequence[tuple[str, TensorDelta]], names: dict[str, nn.Parameter]) -> None:
         for name, delta in whole:

@@ -50,7 +50,7 @@ class State:
     failures: int = 0
     waited: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
-    best: float = math.inf
+    best: float = math.inf  # loss on the texts held out
     best_values: Tensor | None = None
 
     def copy(self) -> State:
@@ -150,9 +150,9 @@ class Trainer:
                             self._back_off(self.good)
                             losses.clear()
                             continue
-                        text = f"{left:.3f} of the loss left"
                         losses.clear()
                     self._evaluate(held_out)
+                    text = f"fitting, {state.history[-1][1]:.3g} {self._behaviour.measure}"
                     if end or state.waited > PATIENCE:
                         break
                     self.good = state.copy()
@@ -183,14 +183,29 @@ class Trainer:
     def _evaluate(self, held_out: Sequence[int]) -> None:
         self.write()
         state = self.state
-        distance = measure(self._model, self._behaviour, self._teacher, held_out, self._plan.micro)
+        distance, loss = self._measure(held_out)
         state.history.append((state.step, distance))
         if not self._rounding:
             return
-        gained = distance < state.best * (1 - LEAST_GAIN)
+        gained = loss < state.best * (1 - LEAST_GAIN)
         state.waited = 0 if gained else state.waited + 1
-        if distance < state.best:
-            state.best, state.best_values = distance, state.values.clone()
+        if loss < state.best:
+            state.best, state.best_values = loss, state.values.clone()
+
+    def _measure(self, held_out: Sequence[int]) -> tuple[float, float]:
+        """Distance and loss of the model as it is; means over batches, weighted by examples."""
+        distance = loss = 0.0
+        for part in _parts(sorted(held_out, key=lambda index: self._behaviour.lengths[index]), self._plan.micro):
+            share = len(part) / len(held_out)
+            with torch.no_grad():
+                student, teacher = self._behaviour.outputs(self._model, part), self._teacher.outputs(part)
+                distance += share * self._behaviour.distance(student, teacher)
+                loss += share * float(self._loss(student, teacher, part))
+        return distance, loss
+
+    def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int]) -> Tensor:
+        settled = min(1.0, self.state.step / (FALL_UNTIL * self._plan.steps))
+        return self._behaviour.loss(student, self._behaviour.target(teacher, part), self._behaviour.weight(settled))
 
     def _gradient(self, batch: list[int]) -> Tensor:
         """Loss of a batch, NaN if its gradient is not finite; the gradient is in `Nonzeros.grad`."""
@@ -199,7 +214,8 @@ class Trainer:
         total = torch.zeros((), device=self._nonzeros.grad.device)
         for part in _parts(batch, self._plan.micro):
             teacher = self._teacher.outputs(part)
-            loss = self._behaviour.loss(self._behaviour.outputs(self._model, part), teacher) * (len(part) / len(batch))
+            student = self._behaviour.outputs(self._model, part)
+            loss = self._loss(student, teacher, part) * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
             self._nonzeros.collect()
             total += loss.detach()
@@ -273,16 +289,6 @@ def _largest(score: Tensor, group: Tensor, counts: Sequence[int]) -> Tensor:
 def cycle(step: int, steps: int) -> float:
     """Linear up, cosine down to zero."""
     return min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def measure(model: nn.Module, behaviour: Behaviour, teacher: Teacher, indices: Sequence[int], batch: int) -> float:
-    """The distance of a model, as it is, from the teacher; the mean over batches, weighted by examples."""
-    total = 0.0
-    for part in _parts(sorted(indices, key=lambda index: behaviour.lengths[index]), batch):
-        with torch.no_grad():
-            student: Outputs = behaviour.outputs(model, part)
-        total += behaviour.distance(student, teacher.outputs(part)) * len(part)
-    return total / len(indices)
 
 
 def _parts(indices: Sequence[int], size: int) -> list[list[int]]:

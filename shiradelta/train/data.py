@@ -32,7 +32,7 @@ class Examples(ABC):
     keys: tuple[str, ...]
     lengths: list[int]
 
-    def __init__(self, rows: Sequence[Sequence[str]], tokenizer: Any, tokens: int, pooling: str = "mean") -> None:
+    def __init__(self, rows: Sequence[Sequence[str]], tokenizer: Any, tokens: int, pooling: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._tokens = min(tokens, tokenizer.model_max_length)
         self._pad = tokenizer.pad_token_id or 0
@@ -143,7 +143,9 @@ class Pairs(Examples):
 KINDS: tuple[type[Examples], ...] = (Texts, Completions, Pairs)
 
 
-def read_examples(path: Path, tokenizer: Any, tokens: int, pooling: str = "mean") -> tuple[Examples, list[list[str]]]:
+def read_examples(
+    path: Path, tokenizer: Any, tokens: int, pooling: str | None = None
+) -> tuple[Examples, list[list[str]]]:
     """(the examples of a file, its rows as they are written); what kind they are its first line tells.
 
     Args:
