@@ -194,6 +194,12 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     show_default=True,
     help="Train the share of every tensor, or of all of them together.",
 )
+@click.option(
+    "--fall-from",
+    type=float,
+    help="Begin at so many times the sparsity, and let training find what matters; 1 keeps the mask.  [default: 5,"
+    " but 1 for struct and N:M]",
+)
 @click.option("--avoid", multiple=True, metavar="FILE", help="A .shd whose weights are not to be touched; repeatable.")
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
 @click.option("--batch", default=32, show_default=True, help="Examples a step.")

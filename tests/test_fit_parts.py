@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import shiradelta
+from shiradelta import pruning
 from shiradelta.errors import SourceError
-from shiradelta.fit import divergence, loading, teacher, train
+from shiradelta.fit import divergence, loading, teacher
 from shiradelta.fit.behaviour import TextBehaviour
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.texts import batches, read_texts
@@ -131,7 +132,7 @@ def test_the_largest_of_each_group_are_kept():
     sizes, counts = [7, 1, 0, 30, 12], [3, 1, 0, 30, 5]
     score = torch.rand(sum(sizes), generator=generator)
     group = torch.arange(5).repeat_interleave(torch.tensor(sizes))
-    kept = train._largest(score, group, counts)
+    kept = pruning.largest(score, group, counts)
     for number, (part, count) in enumerate(zip(torch.split(score, sizes), counts, strict=True)):
         mine = kept[group == number]
         assert int(mine.sum()) == count

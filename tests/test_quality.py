@@ -111,7 +111,7 @@ def test_the_recipe_varied(folder: Path, monkeypatch: pytest.MonkeyPatch):
 def test_every_variant_names_something_there_is():
     for settings in recipe.VARIANTS.values():
         with recipe.varied(settings) as rest:
-            assert set(rest) <= {"mask", "rate", "steps", "values", "scope"}
+            assert set(rest) <= {"mask", "rate", "steps", "values", "scope", "text_share"}
 
 
 def test_text_of_a_module(tmp_path: Path):

@@ -25,7 +25,7 @@ class Dictionary(Task):
 
     name = "reverse dictionary, MiniLM"
     linears = ("query", "key", "value", "intermediate.dense", "output.dense")
-    rates: ClassVar = {"LoRA": 1e-3, "full": 1e-4, "sparse": 3e-3}
+    rates: ClassVar = {"LoRA": 1e-3, "full": 1e-4, "sparse": 2e-3}
     measures = ("top-1 of 2,000", "mean reciprocal rank")
 
     def __init__(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from shiradelta.checkpoint import rename_all
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.nonzeros import Nonzeros
+from shiradelta.pruning import BEGIN
 from shiradelta.select import Selection
 
 from . import Fit, refit, state
@@ -28,8 +29,6 @@ from .subject import Subject
 from .texts import batches
 from .train import DivergedError, Plan, State, Trainer
 
-#: Falling density starts at this multiple of what is kept: more costs memory and gives the mask less time to settle.
-START = 5
 #: Steps on a GPU; on a CPU as many as fit into the time, within bounds.
 STEPS, CPU_SECONDS, CPU_LEAST = 1_000, 600, 40
 #: A run's state is written at most this often, in seconds.
@@ -169,8 +168,8 @@ def _start(order: Order, subject: Subject, counts: Sequence[int]) -> list[int]:
     there.
     """
     if not order.whole_model:
-        return [START * count for count in counts]
-    share = START * sum(counts) / sum(weight.numel() for weight in subject.weights)
+        return [BEGIN * count for count in counts]
+    share = BEGIN * sum(counts) / sum(weight.numel() for weight in subject.weights)
     return [math.ceil(share * weight.numel()) for weight in subject.weights]
 
 

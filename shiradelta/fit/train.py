@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.nonzeros import Nonzeros
+from shiradelta.pruning import FALL_UNTIL, Descent, matter
 
 from .behaviour import Behaviour, Outputs
 from .quantise import Quantiser
 from .teacher import Teacher
 
 WARM_UP = 0.1
-#: Density falls until here, along a cubic; then the mask is fixed.
-FALL_UNTIL = 0.6
-PRUNINGS = 24
 #: From here on the forward pass sees values as the codec rounds them; gradients pass straight through.
 ROUND_FROM = 0.75
 BETAS = (0.9, 0.999)
@@ -95,7 +93,7 @@ class Trainer:
     ) -> None:
         self._model, self._nonzeros, self._behaviour, self._teacher = model, nonzeros, behaviour, teacher
         self._plan = plan
-        self._start = sum(nonzeros.counts)
+        self._begin = nonzeros.counts
         zero = torch.zeros_like(nonzeros.values)
         self.state = State(plan.steps, 0, nonzeros.counts, nonzeros.positions, nonzeros.values, zero, zero.clone())
         #: The state at the last look at the texts held out, from which an interrupted run goes on.
@@ -240,24 +238,12 @@ class Trainer:
         state.values.sub_(self._units * (state.mean / root) * (rate / (1 - first**count)))
 
     def _prune(self) -> None:
-        """Drops what matters least by |value| times rms gradient, when it is time."""
-        plan, state = self._plan, self.state
-        until = plan.steps * FALL_UNTIL
-        target = sum(plan.counts)
-        due = state.step >= until or state.step % max(1, int(until) // PRUNINGS) == 0
-        if len(state.values) <= target or state.step == 0 or not due:
+        """Drops what matters least, when it is time."""
+        state, plan = self.state, self._plan
+        descent = Descent(plan.steps * FALL_UNTIL, self._begin, plan.counts, plan.whole_model)
+        if len(state.values) <= sum(plan.counts) or not descent.is_due(state.step):
             return
-        total = target + round((self._start - target) * max(0.0, 1 - state.step / until) ** 3)
-        # Where no gradient comes, the largest values are kept.
-        score = state.values.abs() * state.square.sqrt().clamp(min=1e-30)
-        if plan.whole_model:
-            kept = _largest(score, torch.zeros_like(score, dtype=torch.int64), [total])
-        else:
-            counts = [
-                min(have, max(end, round(end * total / target)))
-                for have, end in zip(state.counts, plan.counts, strict=True)
-            ]
-            kept = _largest(score, self._nonzeros.per_tensor(range(len(counts))), counts)
+        kept = descent.kept(state.step, matter(state.values, state.square), state.counts)
         self._nonzeros.keep(kept)
         state.mean, state.square = state.mean[kept], state.square[kept]
         self._lay_out()
@@ -272,18 +258,6 @@ class Trainer:
             )
         self.load(good)
         self.state.failures = good.failures = failures
-
-
-def _largest(score: Tensor, group: Tensor, counts: Sequence[int]) -> Tensor:
-    """A mask of the largest scores of each group; groups lie one after the other.  All groups at once."""
-    order = score.argsort(descending=True)
-    order = order[group[order].argsort(stable=True)]
-    sizes = torch.bincount(group, minlength=len(counts))
-    first = sizes.cumsum(0) - sizes
-    rank = torch.arange(len(score), device=score.device) - first[group[order]]
-    kept = torch.zeros_like(score, dtype=torch.bool)
-    kept[order[rank < torch.tensor(counts, device=score.device)[group[order]]]] = True
-    return kept
 
 
 def cycle(step: int, steps: int) -> float:

@@ -26,6 +26,7 @@ from shiradelta.fit import loading
 from shiradelta.fit.texts import batches, split
 from shiradelta.fit.train import cycle
 from shiradelta.patched import flat
+from shiradelta.pruning import BEGIN, FALL_UNTIL
 from shiradelta.saved_state import load_with_about, save_state
 
 from .data import Pairs, read_examples
@@ -54,6 +55,7 @@ class Settings:
     targets: tuple[str, ...] = ()
     scope: str = "tensor"
     avoid: tuple[str, ...] = ()
+    fall_from: float | None = None
     steps: int = 400
     batch: int = 32
     rate: float = 0.04
@@ -68,8 +70,17 @@ class Settings:
         for name in ("steps", "batch", "tokens"):
             if getattr(self, name) < 1:
                 raise DeltaError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.fall_from is not None and not 1 <= self.fall_from < math.inf:
+            raise DeltaError(f"a density that falls from {self.fall_from:g} x does not fall; give 1 (none) or more")
         if self.values not in wire.VALUE_CODEC_OF_NAME:
             raise DeltaError(f"values {self.values!r} are unknown; take {', '.join(wire.VALUE_CODEC_OF_NAME)}")
+
+    @property
+    def fall(self) -> tuple[int, float]:
+        """Steps in which the density falls, and from how many times the sparsity; 0 if it does not."""
+        fits = self.mask != "struct" and parse_sparsity(self.sparsity)[1] is None
+        begin = (BEGIN if fits else 1) if self.fall_from is None else self.fall_from
+        return (math.ceil(FALL_UNTIL * self.steps) if begin > 1 else 0), begin
 
 
 @dataclass
@@ -224,6 +235,7 @@ class _Run:
             mask = {name.removesuffix(_MASK): where for name, where in resumed.items() if name.endswith(_MASK)}
         weights = find_weights(self.model, targets)
         stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed + 1)
+        fall, begin = settings.fall
         tuner = attach(
             self.model,
             settings.sparsity,
@@ -234,8 +246,12 @@ class _Run:
             scope=settings.scope,
             avoid=settings.avoid,
             seed=settings.seed,
+            fall=0 if resumed is not None else fall,
+            fall_from=begin,
             progress=self.progress,
         )
+        if resumed is not None and fall:
+            tuner.fall(fall, begin, parse_sparsity(settings.sparsity)[0], settings.scope == "model")
         self._check_stored(tuner)
         self.units = [_rms(weights[name]) for name in tuner.values]
         return tuner
@@ -342,7 +358,7 @@ class _Run:
                 f"{self.checkpoint.root}: its weights are not those that the interrupted run began with; revert it, or"
                 f" take away {self.state_path} to start anew"
             )
-        tuner.load_state_dict({name: t for name, t in state.items() if name.endswith((_MASK, ".values"))})
+        tuner.load_state_dict({name: t for name, t in state.items() if not name.endswith((".exp_avg", ".exp_avg_sq"))})
         for name, values in tuner.values.items():
             if f"{name}.exp_avg" not in state:
                 continue  # one that the loss does not depend on

@@ -56,6 +56,16 @@ class Tuned:
             else:
                 self.place.refresh(weight, values)
 
+    def keep(self, kept: Tensor) -> None:
+        """Drops the nonzeros that a mask [n] lacks; the parameter stays, and shrinks."""
+        self.write(None)
+        self.place.move(self.place.positions[kept], self.place.base[kept])
+        values = self.values
+        grad = values.grad
+        values.grad = None  # it has to have the parameter's size
+        values.data = values.data[kept]
+        values.grad = None if grad is None else grad[kept]
+
     def load(self, name: str, positions: Tensor, values: Tensor) -> None:
         """Takes up a state."""
         weight = self.weight
