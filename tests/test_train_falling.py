@@ -38,55 +38,63 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_what_matters_least_goes_and_the_optimizer_keeps_the_rest(name: str):
+def test_the_number_falls_and_what_is_dropped_is_the_base_again(name: str):
     model = llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     tuner = falling(model)
-    first, parameters = dict(tuner.positions), tuner.parameters()
+    mask, parameters = dict(tuner.positions), tuner.parameters()
+    sizes = [len(own) for own in parameters]
     optimizer = OPTIMIZERS[name](parameters, lr=0.01)
     for done in range(1, 9):
-        values = {name: own.detach().clone() for name, own in tuner.values.items()}
-        held = {name: dict(zip(at.tolist(), range(len(at)), strict=True)) for name, at in tuner.positions.items()}
         step(model, optimizer)
         left = max(0, 1 - done / 6) ** 3
-        for tensor, own in tuner.values.items():
-            weight = dict(model.named_parameters())[tensor]
+        for tensor, at in tuner.positions.items():
+            weight = tuner.weights[tensor]
             end = round(0.02 * weight.numel())
-            assert len(own) == end + round((round(0.08 * weight.numel()) - end) * left)
-            assert own.grad is not None
-            assert own.grad.shape == own.shape
-            state = [t for t in optimizer.state[own].values() if torch.is_tensor(t) and t.dim()]
-            assert state
-            assert all(t.shape == own.shape for t in state)
-            at = tuner.positions[tensor]
-            assert torch.isin(at, first[tensor]).all()
-            moved = own.detach() - values[tensor][[held[tensor][p] for p in at.tolist()]]
-            assert moved.abs().max() < 0.05  # values stayed at their positions
-    assert [id(p) for p in tuner.parameters()] == [id(p) for p in parameters]
+            assert len(at) == end + round((round(0.08 * weight.numel()) - end) * left)
+            assert torch.isin(at, mask[tensor]).all()
+            changed = (weight != before[tensor]).reshape(-1).nonzero()[:, 0]
+            assert torch.isin(changed, at).all()
+            assert len(changed) > 0.9 * len(at)
+            mask[tensor] = at
+    assert [len(own) for own in parameters] == sizes
+    assert tuner.nnz == sum(map(len, mask.values()))
     tuner.detach()
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_the_score_is_the_value_times_the_rms_gradient():
-    """Nothing that stays matters less than what goes; elsewhere the weights are the base's."""
+def test_what_goes_matters_less_than_what_stays():
+    """By |value| times rms gradient; what stays is as if nothing had gone."""
     model = llama()
-    base = {name: weight.clone() for name, weight in model.state_dict().items()}
     tuner = falling(model, fall=4)
     optimizer = ADAMW(tuner.parameters(), lr=0.01)
     twin_model = copy.deepcopy(model)
     twin = twin_model.__dict__["_shiradelta"]
-    twin._falling = None  # the same, and nothing goes
+    twin._falling = None
     reference = ADAMW(twin.parameters(), lr=0.01)
     step(model, optimizer)
     step(twin_model, reference)
     for name, own in twin.values.items():
         score = own.detach().abs() * reference.state[own]["exp_avg_sq"].sqrt()
         stays = torch.isin(twin.positions[name], tuner.positions[name])
-        assert 0 < int((~stays).sum())
+        assert int((~stays).sum()) > 0
         assert score[stays].min() >= score[~stays].max()
-        changed = (model.state_dict()[name] != base[name]).reshape(-1).nonzero()[:, 0]
-        assert torch.isin(changed, tuner.positions[name]).all()
-        assert torch.equal(tuner.values[name], own[stays])
+        assert torch.equal(tuner.values[name], own.where(stays, 0))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+def test_a_loop_that_keeps_the_last_loss_and_a_compiled_graph():
+    """A graph that is alive still knows the parameters' sizes."""
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
+        model = llama()
+        tuner = falling(model)
+        optimizer, run = ADAMW(model.parameters(), lr=0.01), wrap(model)
+        for _ in range(8):
+            loss = run(**BATCH).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert all(len(at) == round(0.02 * tuner.weights[name].numel()) for name, at in tuner.positions.items())
 
 
 def test_over_the_model_nonzeros_move_between_tensors():
@@ -96,7 +104,7 @@ def test_over_the_model_nonzeros_move_between_tensors():
     for _ in range(7):
         step(model, optimizer)
     assert tuner.nnz == sum(round(0.02 * weight.numel()) for weight in tuner.weights.values())
-    shares = [len(own) / tuner.weights[name].numel() for name, own in tuner.values.items()]
+    shares = [len(at) / tuner.weights[name].numel() for name, at in tuner.positions.items()]
     assert max(shares) > 1.1 * min(shares)
 
 
@@ -108,7 +116,7 @@ def test_other_weights_than_linear_ones():
         optimizer.zero_grad()
         image_loss(model).backward()
         optimizer.step()
-    assert all(len(own) == max(1, round(0.1 * tuner.weights[name].numel())) for name, own in tuner.values.items())
+    assert all(len(at) == max(1, round(0.1 * tuner.weights[name].numel())) for name, at in tuner.positions.items())
 
 
 def test_a_resumed_run_falls_on_exactly(tmp_path: Path):
@@ -130,7 +138,7 @@ def test_a_resumed_run_falls_on_exactly(tmp_path: Path):
     tuner.save(tmp_path / "a.shd", "f32")
     with shiradelta.open_delta(tmp_path / "a.shd") as delta:
         assert sum(tensor.nnz for tensor in delta.values()) == tuner.nnz
-    with pytest.raises(DeltaError, match="'fall' is on one side only"):
+    with pytest.raises(DeltaError, match="is on one side only"):
         train.attach(llama(), 0.02, "wm", ["q_proj", "down_proj"]).load_state_dict(state)
 
 
@@ -149,13 +157,27 @@ def test_falls_that_cannot_be(options: dict[str, Any], message: str):
         falling(llama(), **options)
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
+def test_parts_of_values_are_refused(monkeypatch: pytest.MonkeyPatch):
     model = llama()
     tuner = falling(model)
     optimizer = ADAMW(tuner.parameters(), lr=0.01)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(DeltaError, match="several processes"):
+    monkeypatch.setattr("shiradelta.train.falling.is_spread", lambda values: True)
+    with pytest.raises(DeltaError, match="FSDP has parts"):
         step(model, optimizer)
+
+
+def test_peft_gets_what_was_kept(tmp_path: Path):
+    model = llama()
+    tuner = falling(model)
+    optimizer = ADAMW(tuner.parameters(), lr=0.01)
+    for _ in range(7):
+        step(model, optimizer)
+    tuner.save_peft(tmp_path)
+    positions = {name: at.tolist() for name, at in tuner.positions.items()}
+    tuner.detach()
+    again = train.attach(model, targets=["q_proj", "down_proj"], start=tmp_path)
+    for name, values in again.values.items():
+        assert again.positions[name][values != 0].tolist() == positions[name]
 
 
 def test_descent_in_numbers():

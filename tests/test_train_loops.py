@@ -277,7 +277,7 @@ def test_weights_that_were_put_in_anew_are_patched_and_given_back():
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path):
-    """DistributedDataParallel and FSDP2, by gloo; masks are the same on both, too."""
+    """DistributedDataParallel and FSDP2, by gloo; masks are the same on both, too, also where the density falls."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("train_processes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}

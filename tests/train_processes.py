@@ -46,8 +46,8 @@ def loss(runner: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(runner(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def attach(target: nn.Module, calibration: list[Tensor]) -> train.Tuner:
-    return train.attach(target, 0.1, "snip", ["table", "0.1", "1.1", "0.0.bias"], calibration, loss=loss)
+def attach(target: nn.Module, calibration: list[Tensor], fall: int = 0) -> train.Tuner:
+    return train.attach(target, 0.1, "snip", ["table", "0.1", "1.1", "0.0.bias"], calibration, loss=loss, fall=fall)
 
 
 def steps(runner: nn.Module, parts: list[Tensor]) -> None:
@@ -99,6 +99,13 @@ def main(out: Path) -> None:
         if rank == 0:
             size = max(float(value.abs().max()) for value in expected.values())
             print(json.dumps({"kind": kind, "values": values, "of": size, "outputs": outputs}), flush=True)
+    replica = model()
+    tuner = attach(replica, [halves[rank]], fall=2)
+    steps(nn.parallel.DistributedDataParallel(replica), mine)
+    masks_of_all: list[dict[str, Tensor]] = [{}, {}]
+    torch.distributed.all_gather_object(masks_of_all, tuner.positions)
+    assert all(torch.equal(where, masks_of_all[1 - rank][name]) for name, where in tuner.positions.items())
+    assert tuner.nnz == sum(round(0.1 * weight.numel()) for weight in tuner.weights.values())
     torch.distributed.destroy_process_group()
 
 

@@ -25,11 +25,23 @@ class Tuned:
         place: where its nonzeros are.
         views: how the checkpoint has it.
         holders: modules that hold its values, tied ones more than one, and as what.
+        kept: bool [n], which nonzeros are trained: all, but where the density falls; the others stay zero.
     """
 
     place: Place
     views: Sequence[View]
     holders: list[tuple[nn.Module, str]]
+    kept: Tensor
+
+    @property
+    def nnz(self) -> int:
+        """How many are trained."""
+        return int(self.kept.sum())
+
+    @property
+    def positions(self) -> Tensor:
+        """Where these are."""
+        return self.place.positions[self.kept.to(self.place.positions.device)]
 
     @property
     def values(self) -> nn.Parameter:
@@ -56,18 +68,8 @@ class Tuned:
             else:
                 self.place.refresh(weight, values)
 
-    def keep(self, kept: Tensor) -> None:
-        """Drops the nonzeros that a mask [n] lacks; the parameter stays, and shrinks."""
-        self.write(None)
-        self.place.move(self.place.positions[kept], self.place.base[kept])
-        values = self.values
-        grad = values.grad
-        values.grad = None  # it has to have the parameter's size
-        values.data = values.data[kept]
-        values.grad = None if grad is None else grad[kept]
-
-    def load(self, name: str, positions: Tensor, values: Tensor) -> None:
-        """Takes up a state."""
+    def load(self, name: str, positions: Tensor, values: Tensor, kept: Tensor | None) -> None:
+        """Takes up a state; of `kept` None is all."""
         weight = self.weight
         if weight is not None:
             self.write(None)
@@ -79,6 +81,7 @@ class Tuned:
                 raise DeltaError(f"the state of {name!r} has another mask; load it before the model is distributed")
             with torch.no_grad():
                 self.values.copy_(spread(values, self.values))
+        self.kept = torch.ones_like(positions, dtype=torch.bool) if kept is None else kept.clone()
 
 
 def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:

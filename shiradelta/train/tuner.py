@@ -175,7 +175,8 @@ class Tuner:
             place = Place(weight, weight.dtype, compact(where, weight), flat(weight)[where])
             values[name] = nn.Parameter(torch.zeros(where.numel(), dtype=torch.float32, device=weight.device))
             held = [(module, own + SUFFIX) for module, own in held_by[weight]]
-            self._tuned[name] = Tuned(place, in_checkpoint[name], held)
+            everything = torch.ones(where.numel(), dtype=torch.bool, device=weight.device)
+            self._tuned[name] = Tuned(place, in_checkpoint[name], held, everything)
         model.requires_grad_(False)
         for name, tuned in self._tuned.items():
             for module, own in tuned.holders:
@@ -203,21 +204,24 @@ class Tuner:
     @property
     def nnz(self) -> int:
         """Nonzeros that are trained."""
-        return sum(tuned.place.positions.numel() for tuned in self._tuned.values())
+        return sum(tuned.nnz for tuned in self._tuned.values())
 
     @property
     def positions(self) -> dict[str, Tensor]:
-        """The mask: the model's names -> int64 [n], increasing, flat in the weight."""
-        return {name: tuned.place.positions.long() for name, tuned in self._tuned.items()}
+        """The mask: the model's names -> int64 [nonzeros], increasing, flat in the weight."""
+        return {name: tuned.positions.long() for name, tuned in self._tuned.items()}
 
     @property
     def values(self) -> dict[str, nn.Parameter]:
-        """What is trained: the model's names -> float32 [n], what is added to the base at the mask."""
+        """What is trained: the model's names -> float32 [n], what is added to the base at the mask.
+
+        Where the density falls, at the mask that it began with: what was dropped stays there, and zero.
+        """
         return {name: tuned.values for name, tuned in self._tuned.items()}
 
     @property
     def base(self) -> dict[str, Tensor]:
-        """The base's weights at the mask: the model's names -> [n], of the weight's dtype."""
+        """The base's weights where values are: the model's names -> [n], of the weight's dtype."""
         return {name: tuned.place.base for name, tuned in self._tuned.items()}
 
     @property
@@ -251,10 +255,6 @@ class Tuner:
         sizes = [tuned.place.numel for tuned in self._tuned.values()]
         first, last = ([max(1, round(min(1.0, part) * size)) for size in sizes] for part in (begin * share, share))
         self._falling = Falling(Descent(steps, first, last, whole_model))
-
-    def keep(self, name: str, kept: Tensor) -> None:
-        """Drops the nonzeros of a weight that a mask [n] of bools lacks; the weight has the base there again."""
-        self._tuned[name].keep(kept)
 
     def detach(self) -> None:
         """Takes the delta out: the weights are the base's, bit for bit, and the model is as it was before `attach`."""
@@ -365,19 +365,22 @@ class Tuner:
             if layer not in linear or layer == name:
                 raise DeltaError(f"tensor {name!r} is no linear layer's weight, which is all that PEFT's SHiRA takes")
             shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
-            modules[layer] = shape, tuned.place.positions, whole(tuned.values).detach()
+            values = whole(tuned.values).detach()
+            modules[layer] = shape, tuned.positions, values[tuned.kept.to(values.device)]
         return write_peft(folder, modules, base)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Mask and values, to go on from exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n].
 
-        Where the density falls also `fall`, the steps that it fell.
+        Where the density falls also `NAME.kept`, bool [n], and `fall`, the steps that it fell.
         """
         self._attached()
         state = {}
         for name, tuned in self._tuned.items():
             state[f"{name}.positions"] = tuned.place.positions.long().cpu()
             state[f"{name}.values"] = whole(tuned.values).detach().float().cpu()
+            if self._falling is not None:
+                state[f"{name}.kept"] = tuned.kept.cpu()
         if self._falling is not None:
             state[_FALL] = torch.tensor(self._falling.step)
         return state
@@ -389,7 +392,8 @@ class Tuner:
             DeltaError: it is one of other weights.
         """
         self._attached()
-        expected = {f"{name}.{what}" for name in self._tuned for what in ("positions", "values")}
+        parts = ("positions", "values") if self._falling is None else ("positions", "values", "kept")
+        expected = {f"{name}.{what}" for name in self._tuned for what in parts}
         expected |= set() if self._falling is None else {_FALL}
         if expected != set(state):
             odd = sorted(expected ^ set(state))[0]
@@ -397,10 +401,12 @@ class Tuner:
         for name, tuned in self._tuned.items():
             positions, values = state[f"{name}.positions"], state[f"{name}.values"]
             sound = positions.dim() == 1 and positions.shape == values.shape and bool((positions.diff() > 0).all())
+            kept = state.get(f"{name}.kept", values)
+            sound &= kept.shape == values.shape and (kept is values or kept.dtype == torch.bool)
             if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= tuned.place.numel:
                 raise DeltaError(f"the state of {name!r} does not fit a weight of {tuned.place.numel} elements")
         for name, tuned in self._tuned.items():
-            tuned.load(name, state[f"{name}.positions"], state[f"{name}.values"])
+            tuned.load(name, state[f"{name}.positions"], state[f"{name}.values"], state.get(f"{name}.kept"))
         if self._falling is not None:
             self._falling.step = int(state[_FALL])
         self.write()
@@ -430,5 +436,5 @@ def _after_step(tuner: weakref.ref[Tuner], optimizer: torch.optim.Optimizer, arg
     ids = {id(values) for values in found.parameters()}
     if any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
         if found._falling is not None:
-            found._falling.after_step(found, optimizer)
+            found._falling.after_step(list(found._tuned.values()), optimizer)
         found.write()
