@@ -20,7 +20,7 @@ LAYERS = [
     {"header"},
     {"backend", "reference", "native"},
     {"reader", "writer"},
-    {"checkpoint", "describe", "nonzeros", "patched", "select", "spectrum"},
+    {"checkpoint", "describe", "nonzeros", "patched", "pruning", "select", "spectrum"},
     {"fusion", "interference", "fit"},
     {"engine", "converters", "report"},
     {"train"},
