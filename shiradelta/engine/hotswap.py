@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -323,9 +323,7 @@ class HotSwap:
         before = self._layers
         with self._ordered(stream):
             after = self._new_layers(wanted)
-            for layers in (*before.values(), *after.values()):
-                for layer in layers:
-                    layer.held.check_addresses()
+            _check_addresses(layer.held for layers in (*before.values(), *after.values()) for layer in layers)
             with interrupts_held_back() as deliver_interrupts:
                 try:
                     for backend in {**before, **after}:
@@ -399,6 +397,15 @@ class HotSwap:
 
     def _saved_bytes(self) -> int:
         return sum(layer.held.room for layers in self._layers.values() for layer in layers)
+
+
+def _check_addresses(helds: Iterable[Held]) -> None:
+    """Raises TargetError if the model has moved a tensor; each set of tensors is looked at once."""
+    looked_at: list[Held] = []
+    for held in helds:
+        if not any(held.is_where(other) for other in looked_at):
+            held.check_addresses()
+            looked_at.append(held)
 
 
 def _bits(strengths: Mapping[str, float]) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import is_
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -71,6 +72,10 @@ class Held:
     def span(self, number: int) -> slice:
         """Where the room of a patch lies in that of all, in bytes."""
         return self._spans[number]
+
+    def is_where(self, other: Held) -> bool:
+        """Whether it is known to be for the same tensors, at the same addresses: adapters of a kind mostly are."""
+        return self._addresses == other._addresses and all(map(is_, self._homes, other._homes))
 
     def check_addresses(self) -> None:
         """Raises TargetError if the model has moved or replaced one of the tensors since it was looked at."""

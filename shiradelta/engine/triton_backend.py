@@ -86,10 +86,13 @@ class TritonBackend(TorchBackend):
         if not after:
             self.restore(before)
             return
-        plan = self._plan(after)
-        filled = only_strengths_differ(before, after) and not plan.plain
+        filled = only_strengths_differ(before, after)
         if not filled:
             self.restore(before)
+        plan = self._plan(after)  # while the device takes out what was there
+        if filled and plan.plain:
+            self.restore(before)
+            filled = False
         for x in plan.alone:
             new = after[x.layer]
             onto = new.held.data.table, x.entries, new.room.data_ptr(), float(np.float32(new.strength))
