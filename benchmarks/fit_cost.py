@@ -70,6 +70,10 @@ def targets(model: nn.Module, linears: tuple[str, ...]) -> list[nn.Parameter]:
     return [weight for name, weight in model.named_parameters() if name.endswith(ends)]
 
 
+#: Of the target of a language model, as by default.
+TEXT_SHARE = 0.1
+
+
 class Case:
     """One model and one batch."""
 
@@ -91,6 +95,7 @@ class Case:
         with torch.no_grad():
             base = self.behaviour.outputs(self.model, self.batch)
             self.behaviour.calibrate([(self.batch, base, self.teacher.outputs(self.batch))])
+        self.behaviour.text_share = TEXT_SHARE  # whatever these random tokens say of it
 
     def loss(self, model: nn.Module) -> Tensor:
         return self.behaviour.loss(self.behaviour.outputs(model, self.batch), self.teacher.outputs(self.batch))

@@ -120,7 +120,7 @@ class TextBehaviour(Behaviour):
         self._lengths = torch.tensor(self.lengths)
         self._starts = self._lengths.cumsum(0) - self._lengths
         self._device = next(model.parameters()).device
-        self._pooling, self._text_share = pooling, text_share
+        self._pooling, self.text_share = pooling, text_share
         #: Whether a row of logits predicts the token after its own.
         self._follows = bool(getattr(model, "can_generate", lambda: False)())
         self._output = ""
@@ -166,13 +166,13 @@ class TextBehaviour(Behaviour):
 
         super().calibrate(looked_at())
         found = sum(gained) / len(gained) / self._scales[-1] if gained and self._scales[-1] > 0 else 0.0
-        self._text_share *= min(1.0, max(0.0, found))
+        self.text_share *= min(1.0, max(0.0, found))
 
     def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
         """With a share of the probability on the token that follows."""
-        if self._text_share > 0:
+        if self._follows and self.text_share > 0:
             tokens, there = self._following(indices)
-            blend(teacher[-1], tokens, self._text_share * there)
+            blend(teacher[-1], tokens, self.text_share * there)
         return teacher
 
     def weight(self, settled: float) -> float:
