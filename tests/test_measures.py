@@ -147,3 +147,15 @@ def test_what_is_of_training_is_refused_in_closed_form(option: tuple[str, str]):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert f"{option[0]} is of training" in result.stderr
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_the_file_says_what_the_texts_said(share: float, tmp_path: Path):
+    base, tuned = write_pair("causal", tmp_path)
+    fit = Fit(texts(), steps=4, batch=8, tokens=16, text_share=share)
+    report = shiradelta.convert(tuned, tmp_path / "a.shd", 0.05, base, fit=fit)
+    assert report.fit is not None
+    assert 0 <= report.fit.text_share <= share
+    with shiradelta.open_delta(tmp_path / "a.shd") as delta:
+        assert ("fit_text_share" in delta.metadata) is (report.fit.text_share > 0)
+        assert "base" in delta.metadata["likelihood lost on the texts, nats"]

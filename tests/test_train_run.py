@@ -168,12 +168,20 @@ def test_the_example_with_trainer(folders: Path, tmp_path: Path, monkeypatch: py
         ({"tokens": 0}, "tokens is 0"),
         ({"rate": float("nan")}, "learning rate of nan"),
         ({"sparsity": "1:0"}, "no pattern"),
+        ({"fall_from": 0.5}, "falls from 0.5 x does not fall"),
         ({"values": "int3"}, "'int3' are unknown"),
     ],
 )
 def test_settings_that_cannot_be(setting: dict[str, Any], message: str):
     with pytest.raises(DeltaError, match=message):
         Settings(**setting)
+
+
+def test_density_falls_where_a_mask_can_be_larger():
+    """By default: not for struct and N:M, which have patterns of their own."""
+    assert Settings(steps=101).fall == (61, 5)
+    assert Settings(fall_from=20).fall == (240, 20)
+    assert [Settings(mask="struct").fall, Settings(sparsity="1:64").fall, Settings(fall_from=1).fall] == [(0, 1)] * 3
 
 
 def test_places_that_cannot_be_written_are_told_before_the_work(folders: Path, tmp_path: Path):

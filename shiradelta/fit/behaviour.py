@@ -27,6 +27,8 @@ class Behaviour(ABC):
     measure: str
     #: By example; those of like length share a batch.
     lengths: list[int]
+    #: Of the target, what the examples themselves say.
+    text_share = 0.0
 
     def __init__(self) -> None:
         self._scales: list[float] = []
@@ -85,8 +87,8 @@ class TextBehaviour(Behaviour):
     texts are farther from what the fine-tune learnt: where it predicts them no better than the base, it is none.
 
     Args:
-        text_share: the largest such share.
         pooling: how token vectors become an embedding; None if nobody says.
+        text_share: the largest such share; of these texts, once `calibrate` has looked at them.
     """
 
     def __init__(
@@ -121,8 +123,8 @@ class TextBehaviour(Behaviour):
         self._starts = self._lengths.cumsum(0) - self._lengths
         self._device = next(model.parameters()).device
         self._pooling, self.text_share = pooling, text_share
-        #: Whether a row of logits predicts the token after its own.
-        self._follows = bool(getattr(model, "can_generate", lambda: False)())
+        #: Whether it is a language model: a row of logits predicts the token after its own.
+        self.predicts = bool(getattr(model, "can_generate", lambda: False)())
         self._output = ""
         self._per_token: list[bool] = []
         self.measure = "relative error of hidden states"
@@ -160,7 +162,7 @@ class TextBehaviour(Behaviour):
 
         def looked_at() -> Iterator[tuple[Sequence[int], Outputs, Outputs]]:
             for indices, base, teacher in batches:
-                if self._follows:
+                if self.predicts:
                     gained.append(self.lost(indices, base, teacher))
                 yield indices, base, teacher
 
@@ -170,7 +172,7 @@ class TextBehaviour(Behaviour):
 
     def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
         """With a share of the probability on the token that follows."""
-        if self._follows and self.text_share > 0:
+        if self.predicts and self.text_share > 0:
             tokens, there = self._following(indices)
             blend(teacher[-1], tokens, self.text_share * there)
         return teacher
@@ -185,11 +187,6 @@ class TextBehaviour(Behaviour):
         tokens, there = self._following(indices)
         theirs, own = (log_likelihoods(outputs[-1], tokens) for outputs in (teacher, student))
         return float(((theirs - own) * there).sum() / there.sum().clamp(min=1))
-
-    @property
-    def follows(self) -> bool:
-        """Whether it is a language model, which predicts the next token."""
-        return self._follows
 
     def _following(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Row by row of the logits, the token that follows, and 1; 0 where the text ends and the token is any."""

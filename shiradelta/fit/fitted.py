@@ -70,6 +70,7 @@ class Fitted:
         measure: what the distances are.
         base, topk, fitted: distances from the fine-tune, of files as they would be read.
         further: other measures of the same three, by name.
+        text_share: of the target, what the texts themselves say.
         history: (step, distance).
     """
 
@@ -82,6 +83,7 @@ class Fitted:
     fitted: float = 0.0
     steps: int = 0
     seconds: float = 0.0
+    text_share: float = 0.0
     further: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[tuple[int, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -111,4 +113,5 @@ class Fitted:
             },
             "fit_texts": str(self.texts),
             "fit_steps": str(self.steps),
+            **({"fit_text_share": f"{self.text_share:.3g}"} if self.text_share else {}),
         }

@@ -33,7 +33,7 @@ def compare(behaviour: Behaviour, indices: Sequence[int], student: Outputs, teac
     further: dict[str, float] = {}
     if isinstance(behaviour, TextBehaviour):
         further = _further(behaviour.measure, student, teacher)
-        if behaviour.follows:
+        if behaviour.predicts:
             further["likelihood lost on the texts, nats"] = behaviour.lost(indices, student, teacher)
     return behaviour.distance(student, teacher), further
 

@@ -55,6 +55,7 @@ def run(order: Order) -> Fitted:
             result = Fitted({}, subject.behaviour.measure, len(subject.train), len(subject.held_out))
             result.warnings = subject.warnings
             result.note("base", subject.measure())
+            result.text_share = subject.behaviour.text_share if fit.method == "train" else 0.0
             nonzeros = subject.nonzeros()
             try:
                 _write_quantised(nonzeros, order.codec)

@@ -202,9 +202,16 @@ class _Run:
         if resumed is not None:
             step = self._take_up(resumed, tuner, optimizer)
             self.say(f"going on from step {step} of {settings.steps}, found in {self.state_path}")
-        self.say(f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}")
+        what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}"
+        self.say(f"{what}; few are left in the end: {settings.sparsity} of all" if settings.fall[0] else what)
         self._train(tuner, optimizer, step, before)
-        about = {"mask": settings.mask, "steps": str(settings.steps), "examples": str(len(self.train))}
+        begin = f"{settings.fall[1]:g}"
+        about = {
+            "mask": settings.mask,
+            "fall_from": begin,
+            "steps": str(settings.steps),
+            "examples": str(len(self.train)),
+        }
         tuner.save(self.out, settings.values, about)
         tensors, nnz, numel = len(tuner.values), tuner.nnz, tuner.numel
         after = self._measure_file(tuner)
