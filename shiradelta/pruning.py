@@ -26,7 +26,7 @@ class Descent:
     Attributes:
         until: steps in which the density falls.
         begin, end: nonzeros by tensor, before and after.
-        whole_model: they may move between tensors.
+        whole_model: they may move between tensors, so that the sums alone count.
     """
 
     until: float

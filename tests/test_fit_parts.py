@@ -233,9 +233,13 @@ def test_a_token_gets_its_share_of_the_probability(monkeypatch: pytest.MonkeyPat
         divergence.blend(blended, tokens, shares)
         torch.testing.assert_close(blended.softmax(1), expected)
         changed = (blended != logits).any(1)
-        assert not changed[shares == 0].any() or torch.allclose(blended[shares == 0], logits[shares == 0])
+        assert torch.equal(changed, shares > 0)
         others = own == 0
         assert torch.equal(blended[others], logits[others])
+    impossible = logits.scatter(1, tokens[:, None], -torch.inf)
+    blended = impossible.clone()
+    divergence.blend(blended, tokens, shares)
+    assert torch.equal(blended, impossible)
 
 
 def test_a_row_is_followed_by_the_next_token_of_its_own_text(tmp_path: Path):

@@ -103,20 +103,20 @@ def test_over_the_model_nonzeros_move_between_tensors():
     optimizer = ADAMW(tuner.parameters(), lr=0.01)
     for _ in range(7):
         step(model, optimizer)
-    assert tuner.nnz == sum(round(0.02 * weight.numel()) for weight in tuner.weights.values())
-    shares = [len(at) / tuner.weights[name].numel() for name, at in tuner.positions.items()]
-    assert max(shares) > 1.1 * min(shares)
+    targets = [p for name, p in model.named_parameters() if name.endswith(("q_proj.weight", "down_proj.weight"))]
+    assert tuner.nnz == round(0.02 * sum(weight.numel() for weight in targets))
+    assert [len(at) for at in tuner.positions.values()] != [round(0.02 * p.numel()) for p in tuner.weights.values()]
 
 
 def test_other_weights_than_linear_ones():
     model, targets, _ = make("image")
-    tuner = train.attach(model, 0.1, "rand", targets, fall=3)
+    tuner = train.attach(model, 0.2, "rand", targets, fall=3)
     optimizer = ADAMW(model.parameters(), lr=0.01)
     for _ in range(4):
         optimizer.zero_grad()
         image_loss(model).backward()
         optimizer.step()
-    assert all(len(at) == max(1, round(0.1 * tuner.weights[name].numel())) for name, at in tuner.positions.items())
+    assert all(len(at) == max(1, round(0.2 * tuner.weights[name].numel())) for name, at in tuner.positions.items())
 
 
 def test_a_resumed_run_falls_on_exactly(tmp_path: Path):
@@ -138,7 +138,7 @@ def test_a_resumed_run_falls_on_exactly(tmp_path: Path):
     tuner.save(tmp_path / "a.shd", "f32")
     with shiradelta.open_delta(tmp_path / "a.shd") as delta:
         assert sum(tensor.nnz for tensor in delta.values()) == tuner.nnz
-    with pytest.raises(DeltaError, match="is on one side only"):
+    with pytest.raises(DeltaError, match="whose density falls"):
         train.attach(llama(), 0.02, "wm", ["q_proj", "down_proj"]).load_state_dict(state)
 
 
@@ -150,6 +150,8 @@ def test_a_resumed_run_falls_on_exactly(tmp_path: Path):
         ({"mask": {"model.layers.0.self_attn.q_proj.weight": torch.arange(4)}}, "a mask that can be larger"),
         ({"fall_from": 1}, "from above 1 x"),
         ({"fall": -3}, "1 step or more"),
+        ({"fall": 0}, "1 step or more"),
+        ({"sparsity": 0.0001}, "a sparsity of 0.0001 leaves tensor"),
     ],
 )
 def test_falls_that_cannot_be(options: dict[str, Any], message: str):
@@ -162,7 +164,7 @@ def test_parts_of_values_are_refused(monkeypatch: pytest.MonkeyPatch):
     tuner = falling(model)
     optimizer = ADAMW(tuner.parameters(), lr=0.01)
     monkeypatch.setattr("shiradelta.train.falling.is_spread", lambda values: True)
-    with pytest.raises(DeltaError, match="FSDP has parts"):
+    with pytest.raises(DeltaError, match="without FSDP"):
         step(model, optimizer)
 
 
@@ -191,3 +193,51 @@ def test_descent_in_numbers():
     values = torch.tensor([0.1, -3.0, 2.0])
     assert pruning.matter(values, torch.zeros(3)).argsort().tolist() == [0, 2, 1]
     assert torch.equal(pruning.matter(values, None), values.abs())
+
+
+def test_a_share_of_all_weights_also_where_the_mask_leaves_some_out():
+    model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 100, bias=False))
+    with torch.no_grad():
+        model[1].weight *= 1e-3
+    tuner = train.attach(model, 0.02, "wm", ["0", "1"], scope="model", fall=3)
+    assert len(tuner.values) == 1
+    optimizer = ADAMW(tuner.parameters(), lr=0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.ones(2, 100)).square().sum().backward()
+        optimizer.step()
+    assert tuner.nnz == 400
+
+
+def test_a_tensor_that_has_too_few_does_not_stop_the_others():
+    model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 100, bias=False))
+    taken = {"0.weight": torch.arange(5, 10_000)}
+    tuner = train.attach(model, 0.02, "wm", ["0", "1"], avoid=[taken], fall=3)
+    optimizer = ADAMW(tuner.parameters(), lr=0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(2, 100)).square().sum().backward()
+        optimizer.step()
+    assert [len(at) for at in tuner.positions.values()] == [5, 200]
+
+
+def test_one_optimizer_has_all_values():
+    model = llama()
+    tuner = falling(model)
+    optimizer = ADAMW(tuner.parameters()[:2], lr=0.01)
+    with pytest.raises(DeltaError, match="give them to one"):
+        step(model, optimizer)
+
+
+def test_values_that_others_have_averaged_are_masked_in_the_file(tmp_path: Path):
+    model = llama()
+    tuner = falling(model)
+    optimizer = ADAMW(tuner.parameters(), lr=0.01)
+    for _ in range(7):
+        step(model, optimizer)
+    with torch.no_grad():
+        for own in tuner.parameters():
+            own += 1
+    tuner.save(tmp_path / "a.shd")
+    with shiradelta.open_delta(tmp_path / "a.shd") as delta:
+        assert sum(tensor.nnz for tensor in delta.values()) == tuner.nnz

@@ -44,10 +44,12 @@ def log_likelihoods(logits: Tensor, tokens: Tensor) -> Tensor:
 def blend(logits: Tensor, tokens: Tensor, shares: Tensor) -> None:
     """Gives one token a row a share [n] of the probability, in place; the others keep the rest in proportion.
 
-    Softmax knows only differences, so that the logit of that token is all that changes.
+    Softmax knows only differences, so that the logit of that token is all that changes.  One that is impossible
+    (-inf) stays so.
     """
     own, likelihoods = logits.gather(1, tokens[:, None])[:, 0].float(), log_likelihoods(logits, tokens)
     raised = own - likelihoods + torch.logaddexp(likelihoods, (shares / (1 - shares)).log())
+    raised = torch.where(own.isfinite() & (shares > 0), raised, own)
     logits.scatter_(1, tokens[:, None], raised.to(logits.dtype)[:, None])
 
 

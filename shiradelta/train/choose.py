@@ -86,14 +86,7 @@ class Choice:
         return chosen
 
     def _count(self, name: str, weight: Tensor) -> int:
-        count = round(self.share * weight.numel())
-        if count == 0:
-            least = 1 / max(weight.numel(), 1)
-            raise DeltaError(
-                f"a sparsity of {self.share:g} leaves tensor {name!r} with none of its {weight.numel()} elements; leave"
-                f" it out of the targets, or give a sparsity of {least:.2g} or more"
-            )
-        return count
+        return count_of(self.share, name, weight)
 
     def _struct(self, name: str, weight: Tensor) -> Tensor:
         count, avoid = self._count(name, weight), self.avoid.get(name)
@@ -156,6 +149,18 @@ class Choice:
             left, members = left - part, members - here
             counts[name] = int(histogram[limit + 1 :].sum()) + part
         return counts
+
+
+def count_of(share: float, name: str, weight: Tensor) -> int:
+    """Elements of a weight that a share is.  Raises DeltaError where it is none."""
+    count = round(share * weight.numel())
+    if count == 0:
+        least = 1 / max(weight.numel(), 1)
+        raise DeltaError(
+            f"a sparsity of {share:g} leaves tensor {name!r} with none of its {weight.numel()} elements; leave it out"
+            f" of the targets, or give a sparsity of {least:.2g} or more"
+        )
+    return count
 
 
 def own_mask(mask: OwnMask, weights: Mapping[str, nn.Parameter], avoid: Mapping[str, Positions]) -> dict[str, Tensor]:

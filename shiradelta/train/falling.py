@@ -20,36 +20,52 @@ class Falling:
     optimizers, values of small magnitude go.  What is dropped stays zero.  Parameters keep their size, which loops,
     DistributedDataParallel and compiled graphs count on.
 
+    Args:
+        steps: optimizer steps until the mask is final.
+        share: of each weight that is left then.
+        of: the elements that it is a share of, where nonzeros may move between weights.
+
     Attributes:
         step: optimizer steps that are done.
     """
 
-    def __init__(self, descent: Descent) -> None:
-        self._descent, self.step = descent, 0
+    def __init__(self, steps: int, share: float, of: int | None) -> None:
+        self._steps, self._share, self._of, self.step = steps, share, of, 0
 
     def after_step(self, tuned: Sequence[Tuned], optimizer: torch.optim.Optimizer) -> None:
         """Drops what is due after this step, and undoes what the step did to what was dropped.
 
         Raises:
-            DeltaError: FSDP has given each process a part of the values.
+            DeltaError: the optimizer has not all of the values, or not whole ones.
         """
-        if any(is_spread(one.values) for one in tuned):
-            raise DeltaError("the density cannot fall where FSDP has parts of the values; attach without fall")
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(is_spread(one.values) or id(one.values) not in own for one in tuned):
+            raise DeltaError(
+                "the density cannot fall where an optimizer has not all of the values, whole: give them to one, without"
+                " FSDP or ZeRO, or attach without fall"
+            )
         self.step += 1
         for one in tuned:
             one.kept = one.kept.to(one.values.device)
-        if sum(one.nnz for one in tuned) > sum(self._descent.end) and self._descent.is_due(self.step):
+        if self.step <= self._steps:
             self._drop(tuned, optimizer)
         with torch.no_grad():
             for one in tuned:
                 one.values.masked_fill_(~one.kept, 0)
 
     def _drop(self, tuned: Sequence[Tuned], optimizer: torch.optim.Optimizer) -> None:
+        counts = [one.values.numel() for one in tuned]
+        if self._of is None:
+            end = [max(1, round(self._share * one.place.numel)) for one in tuned]
+        else:
+            end = [max(1, round(self._share * self._of))]
+        descent = Descent(self._steps, counts, end, self._of is not None)
+        if not descent.is_due(self.step):
+            return
         device, scores = tuned[0].values.device, []
         for one in tuned:
-            score = matter(one.values.detach(), optimizer.state[one.values].get("exp_avg_sq"))
+            score = matter(one.values.detach(), optimizer.state.get(one.values, {}).get("exp_avg_sq"))
             scores.append(score.masked_fill(~one.kept, -1).to(device))
-        counts = [len(score) for score in scores]
-        kept = torch.split(self._descent.kept(self.step, torch.cat(scores), counts), counts)
+        kept = torch.split(descent.kept(self.step, torch.cat(scores), counts), counts)
         for one, mask in zip(tuned, kept, strict=True):
-            one.kept &= mask.to(one.kept.device)
+            one.kept = one.kept & mask.to(one.kept.device)

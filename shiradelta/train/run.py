@@ -203,7 +203,7 @@ class _Run:
             step = self._take_up(resumed, tuner, optimizer)
             self.say(f"going on from step {step} of {settings.steps}, found in {self.state_path}")
         what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}"
-        self.say(f"{what}; few are left in the end: {settings.sparsity} of all" if settings.fall[0] else what)
+        self.say(f"{what}; their number falls to a share of {settings.sparsity}" if settings.fall[0] else what)
         self._train(tuner, optimizer, step, before)
         begin = f"{settings.fall[1]:g}"
         about = {
@@ -254,11 +254,12 @@ class _Run:
             avoid=settings.avoid,
             seed=settings.seed,
             fall=0 if resumed is not None else fall,
-            fall_from=begin,
+            fall_from=BEGIN if resumed is not None or not fall else begin,
             progress=self.progress,
         )
         if resumed is not None and fall:
-            tuner.fall(fall, begin, parse_sparsity(settings.sparsity)[0], settings.scope == "model")
+            of = sum(weight.numel() for weight in weights.values()) if settings.scope == "model" else None
+            tuner.fall(fall, parse_sparsity(settings.sparsity)[0], of)
         self._check_stored(tuner)
         self.units = [_rms(weights[name]) for name in tuner.values]
         return tuner

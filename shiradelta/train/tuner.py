@@ -19,12 +19,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from shiradelta.delta import TensorDelta
 from shiradelta.errors import DeltaError, TargetError
 from shiradelta.patched import Place, flat, is_patched, patch, unpatch
-from shiradelta.pruning import BEGIN, Descent
+from shiradelta.pruning import BEGIN
 from shiradelta.writer import weighing, writing
 
 from . import masks
 from .adapters import read_adapter, write_peft
-from .choose import Choice, OwnMask, avoided, own_mask
+from .choose import Choice, OwnMask, avoided, count_of, own_mask
 from .falling import Falling
 from .gradients import Loss, Tell, own_loss
 from .layout import View, views
@@ -74,7 +74,8 @@ def attach(
             adapter's folder or file.
         fall: optimizer steps, six tenths of all for example, in which the density falls to `sparsity`: the mask is
             only where it begins, and training finds which weights matter, which is worth several points of quality.
-            With Adam or its kin; in one process.  0 keeps the mask.
+            With Adam or its kin, one optimizer for all; not with FSDP or ZeRO.  To resume such a run, keep
+            `Tuner.state_dict()`, which knows what was dropped; a model's own does not.  0 keeps the mask.
         fall_from: at how many times the sparsity it begins; memory for values and the optimizer grows with it.
         progress: is told (what, done, total).
 
@@ -98,9 +99,12 @@ def attach(
         raise DeltaError(
             "an adapter to start from brings its own mask, so avoid means nothing with it; give one of both"
         )
-    if fall:
-        _check_fall(fall, fall_from, mask if start is None else None, pattern)
     weights = find_weights(model, targets)
+    if fall or fall_from != BEGIN:
+        _check_fall(fall, fall_from, mask if start is None else None, pattern)
+        if scope == "tensor":
+            for name, weight in weights.items():
+                count_of(share, name, weight)
     in_checkpoint = views(weights, check_weights(model, weights))
     others = avoided(avoid, weights, in_checkpoint)
     begun = {} if start is None else read_adapter(start, weights, in_checkpoint)
@@ -131,7 +135,7 @@ def attach(
     label = Path(start).name if start is not None else mask if isinstance(mask, str) else "own"
     tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, {"mask": label})
     if fall:
-        tuner.fall(fall, fall_from, share, scope == "model")
+        tuner.fall(fall, share, sum(weight.numel() for weight in weights.values()) if scope == "model" else None)
     with torch.no_grad():
         for name, (_, values) in begun.items():
             tuner.values[name].copy_(values)
@@ -250,11 +254,9 @@ class Tuner:
         for tuned in self._tuned.values():
             tuned.write(tuned.values.detach())
 
-    def fall(self, steps: int, begin: float, share: float, whole_model: bool) -> None:
-        """Lets the density fall to a share of each weight, or of all, from `begin` times that; `attach` says how."""
-        sizes = [tuned.place.numel for tuned in self._tuned.values()]
-        first, last = ([max(1, round(min(1.0, part) * size)) for size in sizes] for part in (begin * share, share))
-        self._falling = Falling(Descent(steps, first, last, whole_model))
+    def fall(self, steps: int, share: float, of: int | None) -> None:
+        """Lets the density fall from what it is to a share of each weight, or of so many elements in all."""
+        self._falling = Falling(steps, share, of)
 
     def detach(self) -> None:
         """Takes the delta out: the weights are the base's, bit for bit, and the model is as it was before `attach`."""
@@ -299,6 +301,7 @@ class Tuner:
                     " attach"
                 )
             values = whole(tuned.values).detach().float()
+            values = values.where(tuned.kept.to(values.device), 0)
             if not torch.isfinite(values).all():
                 raise DeltaError(
                     f"tensor {name!r} was trained to NaN or infinity; go back to an earlier state, with a smaller"
@@ -380,7 +383,7 @@ class Tuner:
             state[f"{name}.positions"] = tuned.place.positions.long().cpu()
             state[f"{name}.values"] = whole(tuned.values).detach().float().cpu()
             if self._falling is not None:
-                state[f"{name}.kept"] = tuned.kept.cpu()
+                state[f"{name}.kept"] = tuned.kept.cpu().clone()
         if self._falling is not None:
             state[_FALL] = torch.tensor(self._falling.step)
         return state
@@ -392,6 +395,10 @@ class Tuner:
             DeltaError: it is one of other weights.
         """
         self._attached()
+        if (_FALL in state) is (self._falling is None):
+            raise DeltaError(
+                "the state is of a run whose density falls, and this one's does not, or the other way round"
+            )
         parts = ("positions", "values") if self._falling is None else ("positions", "values", "kept")
         expected = {f"{name}.{what}" for name in self._tuned for what in parts}
         expected |= set() if self._falling is None else {_FALL}
