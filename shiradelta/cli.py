@@ -135,7 +135,7 @@ def _echo_json(value: Any) -> None:
     "--fit-text-share",
     default=0.1,
     show_default=True,
-    help="What a language model's texts say themselves of the target; the fine-tune says the rest.",
+    help="Of a language model's target, the share that is the text's next token; the fine-tune says the rest.",
 )
 @click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
 @click.option("--plot", metavar="FILE", help="Draw where the changes lie, and the fit, to this PNG.")
