@@ -19,6 +19,11 @@ FALL_UNTIL = 0.6
 PRUNINGS = 24
 
 
+def is_due(step: int, until: float) -> bool:
+    """Whether something is to go after so many steps of a fall that ends after `until`."""
+    return step > 0 and (step >= until or step % max(1, int(until) // PRUNINGS) == 0)
+
+
 @dataclass(frozen=True)
 class Descent:
     """From many nonzeros to few.
@@ -33,10 +38,6 @@ class Descent:
     begin: Sequence[int]
     end: Sequence[int]
     whole_model: bool
-
-    def is_due(self, step: int) -> bool:
-        """Whether something is to go after so many steps."""
-        return step > 0 and (step >= self.until or step % max(1, int(self.until) // PRUNINGS) == 0)
 
     def kept(self, step: int, score: Tensor, counts: Sequence[int]) -> Tensor:
         """A mask of what stays after so many steps.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,24 @@ from .teacher import Teacher
 Measures = tuple[float, dict[str, float]]
 
 
-def measure_all(
+def walk(
     model: nn.Module, behaviour: Behaviour, teacher: Teacher, indices: Sequence[int], batch: int
-) -> Measures:
-    """Of a model as it is, on some examples, `batch` at a time."""
+) -> Iterator[tuple[list[int], Outputs, Outputs]]:
+    """(examples, a model's outputs, the teacher's), `batch` at a time, those of like length together; no gradients."""
     ordered = sorted(indices, key=lambda index: behaviour.lengths[index])
-    found = []
     for start in range(0, len(ordered), batch):
         part = ordered[start : start + batch]
         with torch.no_grad():
             student = behaviour.outputs(model, part)
-        found.append((len(part), compare(behaviour, part, student, teacher.outputs(part))))
-    return mean(found)
+        yield part, student, teacher.outputs(part)
+
+
+def measure_all(
+    model: nn.Module, behaviour: Behaviour, teacher: Teacher, indices: Sequence[int], batch: int
+) -> Measures:
+    """Of a model as it is, on some examples, `batch` at a time."""
+    parts = walk(model, behaviour, teacher, indices, batch)
+    return mean((len(part), compare(behaviour, part, student, wanted)) for part, student, wanted in parts)
 
 
 def compare(behaviour: Behaviour, indices: Sequence[int], student: Outputs, teacher: Outputs) -> Measures:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.nonzeros import Nonzeros
-from shiradelta.pruning import FALL_UNTIL, Descent, matter
+from shiradelta.pruning import FALL_UNTIL, Descent, is_due, matter
 
 from .behaviour import Behaviour, Outputs
+from .measures import walk
 from .quantise import Quantiser
 from .teacher import Teacher
 
@@ -193,12 +194,10 @@ class Trainer:
     def _measure(self, held_out: Sequence[int]) -> tuple[float, float]:
         """Distance and loss of the model as it is; means over batches, weighted by examples."""
         distance = loss = 0.0
-        for part in _parts(sorted(held_out, key=lambda index: self._behaviour.lengths[index]), self._plan.micro):
+        for part, student, teacher in walk(self._model, self._behaviour, self._teacher, held_out, self._plan.micro):
             share = len(part) / len(held_out)
-            with torch.no_grad():
-                student, teacher = self._behaviour.outputs(self._model, part), self._teacher.outputs(part)
-                distance += share * self._behaviour.distance(student, teacher)
-                loss += share * float(self._loss(student, teacher, part))
+            distance += share * self._behaviour.distance(student, teacher)
+            loss += share * float(self._loss(student, teacher, part))
         return distance, loss
 
     def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int]) -> Tensor:
@@ -240,9 +239,10 @@ class Trainer:
     def _prune(self) -> None:
         """Drops what matters least, when it is time."""
         state, plan = self.state, self._plan
-        descent = Descent(plan.steps * FALL_UNTIL, self._begin, plan.counts, plan.whole_model)
-        if len(state.values) <= sum(plan.counts) or not descent.is_due(state.step):
+        until = plan.steps * FALL_UNTIL
+        if len(state.values) <= sum(plan.counts) or not is_due(state.step, until):
             return
+        descent = Descent(until, self._begin, plan.counts, plan.whole_model)
         kept = descent.kept(state.step, matter(state.values, state.square), state.counts)
         self._nonzeros.keep(kept)
         state.mean, state.square = state.mean[kept], state.square[kept]

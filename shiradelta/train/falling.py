@@ -8,7 +8,7 @@ import torch
 
 from shiradelta.errors import DeltaError
 from shiradelta.patched import is_spread
-from shiradelta.pruning import Descent, matter
+from shiradelta.pruning import Descent, is_due, matter
 
 from .tuned import Tuned
 
@@ -47,7 +47,7 @@ class Falling:
         self.step += 1
         for one in tuned:
             one.kept = one.kept.to(one.values.device)
-        if self.step <= self._steps:
+        if self.step <= self._steps and is_due(self.step, self._steps):
             self._drop(tuned, optimizer)
         with torch.no_grad():
             for one in tuned:
@@ -60,8 +60,6 @@ class Falling:
         else:
             end = [max(1, round(self._share * self._of))]
         descent = Descent(self._steps, counts, end, self._of is not None)
-        if not descent.is_due(self.step):
-            return
         device, scores = tuned[0].values.device, []
         for one in tuned:
             score = matter(one.values.detach(), optimizer.state.get(one.values, {}).get("exp_avg_sq"))

@@ -110,6 +110,11 @@ def n_of_m(scores: Tensor, row: int, n: int, m: int) -> Tensor:
     return at[best.values > -math.inf].sort().values
 
 
+def can_be_larger(mask: object, pattern: tuple[int, int] | None) -> bool:
+    """Whether a mask's name stands for one of any size: not one's own, nor one of a pattern."""
+    return isinstance(mask, str) and mask != "struct" and pattern is None
+
+
 def parse_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None]:
     """(the share, (n, m) of a pattern such as "1:64").
 

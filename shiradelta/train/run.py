@@ -31,7 +31,7 @@ from shiradelta.saved_state import load_with_about, save_state
 
 from .data import Pairs, read_examples
 from .gradients import Tell
-from .masks import parse_sparsity
+from .masks import can_be_larger, parse_sparsity
 from .targets import find_weights
 from .tuner import Tuner, attach
 
@@ -78,8 +78,8 @@ class Settings:
     @property
     def fall(self) -> tuple[int, float]:
         """Steps in which the density falls, and from how many times the sparsity; 0 if it does not."""
-        fits = self.mask != "struct" and parse_sparsity(self.sparsity)[1] is None
-        begin = (BEGIN if fits else 1) if self.fall_from is None else self.fall_from
+        falls = can_be_larger(self.mask, parse_sparsity(self.sparsity)[1])
+        begin = (BEGIN if falls else 1) if self.fall_from is None else self.fall_from
         return (math.ceil(FALL_UNTIL * self.steps) if begin > 1 else 0), begin
 
 
@@ -205,10 +205,9 @@ class _Run:
         what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}"
         self.say(f"{what}; their number falls to a share of {settings.sparsity}" if settings.fall[0] else what)
         self._train(tuner, optimizer, step, before)
-        begin = f"{settings.fall[1]:g}"
         about = {
             "mask": settings.mask,
-            "fall_from": begin,
+            "fall_from": f"{settings.fall[1]:g}",
             "steps": str(settings.steps),
             "examples": str(len(self.train)),
         }
@@ -243,6 +242,7 @@ class _Run:
         weights = find_weights(self.model, targets)
         stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed + 1)
         fall, begin = settings.fall
+        anew = fall if resumed is None else 0  # else it falls on, from a mask that is there
         tuner = attach(
             self.model,
             settings.sparsity,
@@ -253,13 +253,13 @@ class _Run:
             scope=settings.scope,
             avoid=settings.avoid,
             seed=settings.seed,
-            fall=0 if resumed is not None else fall,
-            fall_from=BEGIN if resumed is not None or not fall else begin,
+            fall=anew,
+            fall_from=begin if anew else BEGIN,
             progress=self.progress,
         )
-        if resumed is not None and fall:
-            of = sum(weight.numel() for weight in weights.values()) if settings.scope == "model" else None
-            tuner.fall(fall, parse_sparsity(settings.sparsity)[0], of)
+        if fall and not anew:
+            share, _ = parse_sparsity(settings.sparsity)
+            tuner.fall(fall, share, weights.values() if settings.scope == "model" else None)
         self._check_stored(tuner)
         self.units = [_rms(weights[name]) for name in tuner.values]
         return tuner

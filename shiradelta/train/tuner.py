@@ -135,7 +135,7 @@ def attach(
     label = Path(start).name if start is not None else mask if isinstance(mask, str) else "own"
     tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, {"mask": label})
     if fall:
-        tuner.fall(fall, share, sum(weight.numel() for weight in weights.values()) if scope == "model" else None)
+        tuner.fall(fall, share, weights.values() if scope == "model" else None)
     with torch.no_grad():
         for name, (_, values) in begun.items():
             tuner.values[name].copy_(values)
@@ -146,7 +146,7 @@ def attach(
 def _check_fall(steps: int, begin: float, mask: str | OwnMask | None, pattern: tuple[int, int] | None) -> None:
     if steps < 1 or not begin > 1:
         raise DeltaError(f"a fall in {steps} steps from {begin:g} x is none; give 1 step or more, from above 1 x")
-    if not isinstance(mask, str) or mask == "struct" or pattern is not None:
+    if not masks.can_be_larger(mask, pattern):
         raise DeltaError(
             "the density falls from a mask that can be larger: snip, grad, wm or rand, by a share; leave out fall, or"
             " take one of these"
@@ -254,9 +254,9 @@ class Tuner:
         for tuned in self._tuned.values():
             tuned.write(tuned.values.detach())
 
-    def fall(self, steps: int, share: float, of: int | None) -> None:
-        """Lets the density fall from what it is to a share of each weight, or of so many elements in all."""
-        self._falling = Falling(steps, share, of)
+    def fall(self, steps: int, share: float, among: Iterable[Tensor] | None) -> None:
+        """Lets the density fall from what it is to a share of each weight, or of all of some weights together."""
+        self._falling = Falling(steps, share, None if among is None else sum(weight.numel() for weight in among))
 
     def detach(self) -> None:
         """Takes the delta out: the weights are the base's, bit for bit, and the model is as it was before `attach`."""
