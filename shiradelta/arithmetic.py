@@ -57,12 +57,22 @@ def from_float32(values: Float32, dtype: str) -> Array:
     return np.where(np.isnan(values), bits.dtype.type(QUIET_NAN[dtype]), bits)
 
 
-def scaled(values: Float32, strength: float) -> Float32:
-    """s = fl32(alpha * v)."""
+def alpha_of(strength: float) -> np.float32:
+    """alpha = fl32(strength).
+
+    Raises:
+        DeltaError: it is not finite.
+    """
     with np.errstate(over="ignore"):
         alpha = np.float32(strength)
     if not np.isfinite(alpha):
         raise DeltaError(f"strength {strength} is not a finite float32; give a finite number")
+    return alpha
+
+
+def scaled(values: Float32, strength: float) -> Float32:
+    """s = fl32(alpha * v)."""
+    alpha = alpha_of(strength)
     if alpha == 1:
         return values
     with np.errstate(over="ignore", under="ignore"):

@@ -50,7 +50,10 @@ def test_work_before_sees_the_old_weights_and_work_after_the_new(layer: torch.nn
         for name in order:
             swap.switch(name, stream=stream)
             outputs.append(layer(x))
-    # From another stream at once: it follows what is queued.
+        torch.cuda._sleep(20_000_000)  # so that the next pass is late
+        order.append(order[-1])
+        outputs.append(layer(x))
+    # From another stream at once: it follows all that is queued there, the late pass too.
     swap.switch("b")
     assert np.array_equal(bits(layer.weight), formula(base, "bfloat16", [(files[1], 1)], "weight"))
     stream.synchronize()

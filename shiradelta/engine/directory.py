@@ -136,7 +136,7 @@ def revert(model_dir: Path_, force: bool = False, progress: Progress | None = No
 def _apply_in_place(
     root: Path, delta: Delta, strength: float, check: bool, allow_dtype: bool, progress: Progress | None
 ) -> ApplyReport:
-    arithmetic.scaled(np.zeros(0, np.float32), strength)  # a strength that cannot be is refused first
+    arithmetic.alpha_of(strength)  # one that cannot be is refused first
     with locked(root) as folder:
         recover(folder)
         for entry in folder.state.applied:

@@ -301,7 +301,7 @@ class HotSwap:
         self._known(wanted)
         digests: dict[bytes, str] = {}
         for name, strength in wanted.items():
-            arithmetic.scaled(np.zeros(0, np.float32), strength)
+            arithmetic.alpha_of(strength)
             adapter = self._adapters[name]
             if strength != 1 and any(not patch.record.adds for patch in adapter.patches()):
                 raise DeltaError(f"adapter {name!r} sets whole values, which have no strength; leave it at 1")

@@ -72,7 +72,7 @@ class TorchBackend(Elementwise):
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
-        self._last: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._streams: set[Any] = set()
 
     # ---------------------------------------------------------------------------------------- memory
@@ -135,19 +135,20 @@ class TorchBackend(Elementwise):
 
     @contextmanager
     def ordered(self, stream: Any) -> Iterator[None]:
-        """Work is queued on the stream, behind what was queued on another before."""
+        """Work is queued on the stream, behind all that is queued on the one that was used last.
+
+        That is more than the work of this backend: a forward pass that was queued after it sees its weights, still.
+        """
         with torch.inference_mode(), self._on(stream):
             if self.device.type != "cuda":
                 yield
                 return
             current = torch.cuda.current_stream()
-            if self._last is not None:
-                current.wait_event(self._last)
+            if self._stream is not None and self._stream != current:
+                current.wait_stream(self._stream)
+            self._stream = current
             self._streams.add(current)
-            try:
-                yield
-            finally:
-                self._last = current.record_event()
+            yield
 
     @contextmanager
     def _on(self, stream: Any) -> Iterator[None]:
