@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import is_
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -63,19 +62,19 @@ class Held:
         #: For each patch, whether it changes nothing.
         self.empty = np.array([size == 0 for size in sizes], np.bool_)
         self.targets = frozenset(patch.target for patch in patches if patch.record.nnz)
-        there = [patch.target for patch in patches if patch.target.address]
+        self._there = [patch.target for patch in patches if patch.target.address]
         #: Tensors of the model whose versions autograd counts.
-        self.counted = [target.holder for target in there if not target.holder.is_inference()]
-        self._homes = [target.home for target in there]
-        self._addresses = [target.address for target in there]
+        self.counted = [target.holder for target in self._there if not target.holder.is_inference()]
+        self._homes = [target.home for target in self._there]
+        self._addresses = [target.address for target in self._there]
 
     def span(self, number: int) -> slice:
         """Where the room of a patch lies in that of all, in bytes."""
         return self._spans[number]
 
     def is_where(self, other: Held) -> bool:
-        """Whether it is known to be for the same tensors, at the same addresses: adapters of a kind mostly are."""
-        return self._addresses == other._addresses and all(map(is_, self._homes, other._homes))
+        """Whether it is for the same tensors of the model: adapters of a kind mostly are."""
+        return self._there == other._there
 
     def check_addresses(self) -> None:
         """Raises TargetError if the model has moved or replaced one of the tensors since it was looked at."""

@@ -8,7 +8,7 @@ fits it.  Bits are signed integers of the elements' size, which every device can
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,27 +133,21 @@ class TorchBackend(Elementwise):
         """Signed, but for single bytes."""
         return _BITS[wire.DTYPE_OF_NAME[dtype].size]
 
-    @contextmanager
-    def ordered(self, stream: Any) -> Iterator[None]:
+    def ordered(self, stream: Any) -> AbstractContextManager[None]:
         """Work is queued on the stream, behind all that is queued on the one that was used last.
 
         That is more than the work of this backend: a forward pass that was queued after it sees its weights, still.
         """
-        with torch.inference_mode(), self._on(stream):
-            if self.device.type != "cuda":
-                yield
-                return
+        return self._queued(stream) if self.device.type == "cuda" else torch.inference_mode()
+
+    @contextmanager
+    def _queued(self, stream: Any) -> Iterator[None]:
+        with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(stream):
             current = torch.cuda.current_stream()
             if self._stream is not None and self._stream != current:
                 current.wait_stream(self._stream)
             self._stream = current
             self._streams.add(current)
-            yield
-
-    @contextmanager
-    def _on(self, stream: Any) -> Iterator[None]:
-        inner: AbstractContextManager[Any] = nullcontext() if stream is None else torch.cuda.stream(stream)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), inner:
             yield
 
     def _used(self, layers: Sequence[Layer]) -> None:
