@@ -2,7 +2,8 @@
 
 The stage is transformers' Llama with random weights, layers in the shapes of Llama-7B, bf16, no checkpointing; q, k, v,
 up and down are trained, with as many parameters as a LoRA of rank 32 has (full fine-tuning trains everything).
-`python -m benchmarks.training OUT` writes training.csv; `--tiny` is for trying it on a CPU.
+`python -m benchmarks.training OUT` writes training.csv; `--tiny` is for trying it on a CPU.  On several GPUs, each with
+a batch of its own: `torchrun --nproc-per-node 2 -m benchmarks.training OUT --spread DDP`, or `FSDP2`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import os
 import statistics
 import time
 import warnings
@@ -19,13 +21,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from benchmarks.table import machine, print_table
 from shiradelta import train
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+ON_GPU = DEVICE != "cpu"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 FULL = "full fine-tuning"
@@ -103,13 +109,34 @@ METHODS: dict[str, Attach] = {
 }
 
 
-def measure(method: str, stage: nn.Module, batch: tuple[int, int], rank: int, steps: int) -> dict[str, Any]:
+def ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fsdp2(model: nn.Module) -> nn.Module:
+    """A shard of each layer in each process."""
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            fully_shard(module)
+    fully_shard(model)
+    return model
+
+
+#: How a model is spread over processes.
+SPREAD: dict[str, Callable[[nn.Module], nn.Module]] = {"no": lambda model: model, "DDP": ddp, "FSDP2": fsdp2}
+
+
+def measure(
+    method: str, stage: nn.Module, spread: str, batch: tuple[int, int], rank: int, steps: int
+) -> dict[str, Any]:
     model, take_off = METHODS[method](stage, rank)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    model = SPREAD[spread](model)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
     ids = torch.randint(0, stage.config.vocab_size, batch, device=DEVICE)  # type: ignore[union-attr, arg-type]
     gc.collect()
-    if DEVICE == "cuda":
+    if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -125,22 +152,25 @@ def measure(method: str, stage: nn.Module, batch: tuple[int, int], rank: int, st
         step()
         synchronise()
         times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
     optimizer.zero_grad()
-    take_off()
+    if spread != "FSDP2":  # which stays as it is
+        take_off()
     return {
         "method": method,
+        "processes": PROCESSES,
+        "spread": spread,
         "layers": len(stage.model.layers),  # type: ignore[union-attr, arg-type]
         "sequences": batch[0],
         "tokens": batch[0] * batch[1],
-        "trained": sum(weight.numel() for weight in weights),
+        "trained": trained,
         "seconds": statistics.fmean(times[WARM_UP:]),  # and not the median: what only every tenth step does counts
         "peak_bytes": peak,
     }
 
 
 def synchronise() -> None:
-    if DEVICE == "cuda":
+    if ON_GPU:
         torch.cuda.synchronize()
 
 
@@ -150,25 +180,40 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2, help="of the first setting; the faster counts")
     parser.add_argument("--steps", type=int, default=10, help="that are timed, of which the mean counts")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--spread", choices=list(SPREAD), default="no", help="over the processes that torchrun starts")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if PROCESSES > 1:
+        if ON_GPU:
+            torch.cuda.set_device(DEVICE)
+        torch.distributed.init_process_group()
+    # A density that falls needs whole values in one optimizer.
+    methods = [method for method in options.methods if (method, options.spread) != (FALLING, "FSDP2")]
     sizes, rank = (TINY, 4) if options.tiny else (LLAMA_7B, 32)
     stage = base(sizes, options.layers)
     rows: list[dict[str, Any]] = []
     for batch in [(2, 16)] if options.tiny else SETTINGS:
         best: dict[str, dict[str, Any]] = {}
         rounds = options.rounds if batch == SETTINGS[0] else 1
-        turns = [method for _ in range(rounds) for method in METHODS if method != FULL]
-        for method in [*turns, *([FULL] if batch == SETTINGS[0] else [])]:
-            row = measure(method, stage, batch, rank, options.steps)
-            print(*row.values(), flush=True)
+        turns = [method for _ in range(rounds) for method in methods if method != FULL]
+        for method in [*turns, *([FULL] if batch == SETTINGS[0] and FULL in methods else [])]:
+            if options.spread == "FSDP2":
+                del stage
+                stage = base(sizes, options.layers)
+            row = measure(method, stage, options.spread, batch, rank, options.steps)
+            if RANK == 0:
+                print(*row.values(), flush=True)
             if method not in best or row["seconds"] < best[method]["seconds"]:
                 best[method] = row
         stage.requires_grad_(True)
         rows += best.values()
-        summarise(list(best.values()), batch)
-        write(rows, options.out / "training.csv")
+        if RANK == 0:
+            summarise(list(best.values()), batch)
+            write(rows, options.out / "training.csv")
+    if PROCESSES > 1:
+        torch.distributed.destroy_process_group()
 
 
 def summarise(rows: list[dict[str, Any]], batch: tuple[int, int]) -> None:
@@ -181,7 +226,8 @@ def summarise(rows: list[dict[str, Any]], batch: tuple[int, int]) -> None:
         lines.append(
             [row["method"], f"{row['trained']:,}", f"{row['seconds'] * 1e3:.1f}", time_ratio, peak, memory_ratio]
         )
-    print_table(f"a training step, {batch[0]} x {batch[1]} tokens, {mine['layers']} layers", lines)
+    over = "" if PROCESSES == 1 else f", each of {PROCESSES} processes, {mine['spread']}"
+    print_table(f"a training step, {batch[0]} x {batch[1]} tokens{over}, {mine['layers']} layers", lines)
 
 
 def about() -> dict[str, str]:
@@ -189,7 +235,7 @@ def about() -> dict[str, str]:
     import peft as peft_library
     import transformers
 
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else machine()
+    card = torch.cuda.get_device_name() if ON_GPU else machine()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft_library.__version__}"
     return {"machine": card, "versions": versions}
 

@@ -72,8 +72,9 @@ def job(
         batches = list(islice(task.batches(seed + 1_000), CALIBRATION))
         targets = [name for name, _ in model.named_parameters() if task.trained(name)]
         weights = [name for name in targets if name.removesuffix(".weight").endswith(tuple(task.linears))]
-        fall = round(FALL_UNTIL * steps) if fall_from > 1 else 0
-        how: dict[str, Any] = {"scope": scope, "fall": fall, "fall_from": fall_from}
+        how: dict[str, Any] = {"scope": scope}
+        if fall_from > 1:
+            how |= {"fall": round(FALL_UNTIL * steps), "fall_from": fall_from}
         tuner = train.attach(model, sparsity, method, weights, batches, loss=task.loss, seed=seed, **how)
         optimise(task, model, rate, seed, steps)
         scores = task.score(model)
