@@ -169,7 +169,8 @@ class Tuner:
     ) -> None:
         self.model = model
         self._metadata = dict(metadata)
-        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        # By name: FSDP puts its parts in the place of parameters, and one that is kept would keep its memory.
+        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.numel = sum(weight.numel() for weight in weights.values())
         self._tuned: dict[str, Tuned] = {}
         held_by = holders(model)
@@ -269,8 +270,9 @@ class Tuner:
         for tuned in self._tuned.values():
             for module, name in tuned.holders:
                 del module._parameters[name]
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
+        for name, parameter in self.model.named_parameters():
+            if name in self._flags:
+                parameter.requires_grad_(self._flags[name])
         del self.model.__dict__["_shiradelta"]
 
     def __enter__(self) -> Tuner:
