@@ -18,6 +18,7 @@ import torch
 import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.backend import choose
+from shiradelta.engine import hotswap
 from shiradelta.engine.numpy_backend import NumpyBackend
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.native import LoadedTensor
@@ -277,16 +278,16 @@ def test_applied_goes_back_after_an_interrupt(
     """On its way in, after the weights are written, and on its way out."""
     swap = make(base, one=one)
     before = bits(base["w"])
-    written = HotSwap._written
+    tell_autograd = hotswap._tell_autograd
     calls: list[int] = []
 
-    def interrupted(self: HotSwap, *layers: Any) -> None:
-        written(self, *layers)
+    def interrupted(helds: Any) -> None:
+        tell_autograd(helds)
         calls.append(1)
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(HotSwap, "_written", interrupted)
+    monkeypatch.setattr(hotswap, "_tell_autograd", interrupted)
     with pytest.raises(KeyboardInterrupt), swap.applied("one"):
         pass
     assert swap.active == {}

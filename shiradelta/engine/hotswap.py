@@ -323,7 +323,9 @@ class HotSwap:
         before = self._layers
         with self._ordered(stream):
             after = self._new_layers(wanted)
-            _check_addresses(layer.held for layers in (*before.values(), *after.values()) for layer in layers)
+            touched = _on_different_tensors(before, after)
+            for held in touched:
+                held.check_addresses()
             with interrupts_held_back() as deliver_interrupts:
                 try:
                     for backend in {**before, **after}:
@@ -333,7 +335,7 @@ class HotSwap:
                     self._roll_back(before, after)
                     raise
                 self._layers, self._active = after, dict(wanted)
-            self._written(before, after)
+            _tell_autograd(touched)
 
     def _new_layers(self, wanted: Mapping[str, float]) -> Layers:
         """What is to be on the tensors, with room for what it overwrites."""
@@ -373,15 +375,6 @@ class HotSwap:
             )
             raise TargetError(self._broken) from error
 
-    def _written(self, *written: Layers) -> None:
-        """Tells autograd that tensors have changed."""
-        counted = [layer.held.counted for layers in written for found in layers.values() for layer in found]
-        if any(counted):
-            from torch.autograd.graph import increment_version
-
-            for holders in counted:
-                increment_version(holders)
-
     # --------------------------------------------------------------------------------------- backends
 
     def _backend(self, target: Target) -> LiveBackend:
@@ -399,13 +392,24 @@ class HotSwap:
         return sum(layer.held.room for layers in self._layers.values() for layer in layers)
 
 
-def _check_addresses(helds: Iterable[Held]) -> None:
-    """Raises TargetError if the model has moved a tensor; each set of tensors is looked at once."""
-    looked_at: list[Held] = []
-    for held in helds:
-        if not any(held.is_where(other) for other in looked_at):
-            held.check_addresses()
-            looked_at.append(held)
+def _on_different_tensors(*states: Layers) -> list[Held]:
+    """Of the adapters that are for the same tensors one."""
+    found: list[Held] = []
+    for layers in states:
+        for held in (layer.held for one in layers.values() for layer in one):
+            if not any(held.is_where(other) for other in found):
+                found.append(held)
+    return found
+
+
+def _tell_autograd(helds: Iterable[Held]) -> None:
+    """That their tensors have changed."""
+    counted = [held.counted for held in helds if held.counted]
+    if counted:
+        from torch.autograd.graph import increment_version
+
+        for tensors in counted:
+            increment_version(tensors)
 
 
 def _bits(strengths: Mapping[str, float]) -> dict[str, bytes]:
