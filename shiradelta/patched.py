@@ -36,7 +36,12 @@ class Place:
         stored: the dtype that sums are rounded to.
         positions: integers [n], increasing, flat in the weight.
         base: [n], the base's weights there.
+        among: integers [n], which of the values are theirs; None: all.
+        dropped: bool [values], those that are of no nonzero any more; None: none.
+        compiled: whether a graph counts on `n`, so that what is dropped stays there, with a value of zero.
     """
+
+    compiled = False
 
     def __init__(self, parameter: nn.Parameter, stored: torch.dtype, positions: Tensor, base: Tensor) -> None:
         self.parameter: Tensor = parameter
@@ -45,10 +50,12 @@ class Place:
         self.columns = self.numel // parameter.shape[0] if parameter.dim() > 1 else self.numel
         self.move(positions, base)
 
-    def move(self, positions: Tensor, base: Tensor) -> None:
-        """Takes another mask; the weight has to hold the base."""
+    def move(self, positions: Tensor, base: Tensor, kept: Tensor | None = None) -> None:
+        """Takes another mask; the weight has to hold the base.  `kept` is bool [values], None for all."""
         self.positions = positions
         self.base = base
+        self.dropped = None if kept is None else ~kept.to(positions.device)
+        self.among = None if self.dropped is None else (~self.dropped).nonzero()[:, 0].to(positions.dtype)
         #: Adding zero would make +0 of them; a file does not list values that are zero.
         self._negative_zeros = bool(((base == 0) & base.signbit()).any())
         #: Versions of the values that the weight holds and of the weight; None if they may have changed in other ways.
@@ -61,29 +68,61 @@ class Place:
         #: (first row, last row + 1, first nonzero, last nonzero + 1) of each chunk.
         self.chunks = list(zip(edges[:-1], edges[1:], cuts[:-1], cuts[1:], strict=True))
 
+    def narrow(self, kept: Tensor) -> None:
+        """Drops all nonzeros but those of a mask, bool [n]; the weight has to hold the base."""
+        left = self.spread(kept)
+        if self.compiled:
+            self.dropped = ~left
+        else:
+            self.move(self.positions[kept], self.base[kept], left)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of the values those that have a position, [n]."""
+        return values if self.among is None else values[self.among]
+
+    @property
+    def kept(self) -> Tensor:
+        """Bool [n], which of them are not dropped."""
+        return torch.ones_like(self.positions, dtype=torch.bool) if self.dropped is None else ~self.own(self.dropped)
+
+    def spread(self, found: Tensor) -> Tensor:
+        """[n] -> [values], zero for those that were dropped."""
+        if self.dropped is None:
+            return found
+        values = found
+        if self.among is not None:
+            values = found.new_zeros(self.dropped.shape)
+            values[self.among] = found
+        return values.masked_fill(self.dropped, 0) if self.compiled else values
+
     def gather(self, rows: Callable[[int, int], Tensor]) -> Tensor:
-        """Elements at the mask of a matrix that is made a few rows at a time; float32."""
+        """Elements at the mask of a matrix that is made a few rows at a time; float32 [values]."""
+        if len(self.chunks) == 1:
+            return self.spread(rows(0, self.chunks[0][1]).reshape(-1)[self.positions].float())
         found = []
         for first, last, start, stop in self.chunks:
             where = self.positions[start:stop]
             found.append(rows(first, last).reshape(-1)[where - first * self.columns if first else where].float())
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return self.spread(torch.cat(found))
 
     def write(self, values: Tensor | None, weight: Tensor | None = None) -> None:
         """Puts base + values into the weight, rounded as it will be stored; None puts the base back."""
         weights = flat(self.parameter if weight is None else weight)
-        self._follow(weights)
+        self.follow(weights)
         total = self.base if values is None else self.total(values)
         weights[self.positions] = total.to(weights.dtype)
         self.written = None
 
-    def _follow(self, weight: Tensor) -> None:
+    def follow(self, weight: Tensor) -> None:
         """To another device."""
         if self.positions.device != weight.device:
             self.positions, self.base = self.positions.to(weight.device), self.base.to(weight.device)
+            self.among = None if self.among is None else self.among.to(weight.device)
+            self.dropped = None if self.dropped is None else self.dropped.to(weight.device)
 
     def total(self, values: Tensor) -> Tensor:
         """fl32(W + v), rounded as the file's reader will (spec/FORMAT.md, section 6.1); one pass where v is float32."""
+        values = self.own(values)
         total = (values.float() + self.base).to(self.stored)
         return torch.where(values == 0, self.base, total) if self._negative_zeros else total
 
@@ -94,7 +133,7 @@ class Place:
         in a tensor's version: a fused optimizer's own kernel, or `.data`.  What is written here leaves none either, so
         that the weight's version tells whether others have overwritten it, as `load_state_dict` does.
         """
-        self._follow(weight)
+        self.follow(weight)
         if weight is not self.parameter:
             self.parameter = self.parameter.detach()[:0].clone()  # FSDP has its parts; the whole is not to be kept
             self.write(values.detach(), weight)
@@ -159,14 +198,15 @@ class _Embedding(torch.autograd.Function):
         positions = place.positions.long()
         place.written = None
         if not len(used):
-            return None, torch.zeros(len(positions), dtype=torch.float32, device=grad.device), None, None, None
+            none = torch.zeros(len(positions), dtype=torch.float32, device=grad.device)
+            return None, place.spread(none), None, None, None
         sums = torch.zeros(len(used), grad.shape[-1], dtype=torch.float32, device=grad.device)
         sums.index_add_(0, inverse, grad.reshape(-1, grad.shape[-1]).float())
         if ctx.padding is not None:
             sums[used == ctx.padding] = 0
         rows, columns = positions // place.columns, positions % place.columns
         at = torch.searchsorted(used, rows).clamp(max=len(used) - 1)
-        return None, torch.where(used[at] == rows, sums[at, columns], 0), None, None, None
+        return None, place.spread(torch.where(used[at] == rows, sums[at, columns], 0)), None, None, None
 
 
 class _Alias(torch.autograd.Function):
@@ -290,7 +330,9 @@ def _current(module: nn.Module, name: str) -> tuple[Tensor, Tensor, Place]:
     weight = module._parameters[name]
     values, place = module._nonzeros[name](module, name)  # type: ignore[index, operator]
     assert weight is not None
-    if not torch.compiler.is_compiling() and not is_spread(weight):
+    if torch.compiler.is_compiling():
+        place.compiled = True
+    elif not is_spread(weight):
         place.refresh(weight, values)
     return weight, values, place
 

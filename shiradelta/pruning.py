@@ -39,32 +39,26 @@ class Descent:
     end: Sequence[int]
     whole_model: bool
 
-    def kept(self, step: int, score: Tensor, counts: Sequence[int]) -> Tensor:
-        """A mask of what stays after so many steps.
+    def kept(self, step: int, scores: Sequence[Tensor]) -> list[Tensor]:
+        """Masks of what stays after so many steps, one a tensor.
 
         Args:
             step: optimizer steps that are done.
-            score: what each nonzero matters [n], tensor after tensor.
-            counts: nonzeros of each tensor.
+            scores: what the nonzeros of each tensor matter.
         """
         left = max(0.0, 1 - step / self.until) ** 3
         if self.whole_model:
             first, last = sum(self.begin), sum(self.end)
-            return largest(score, torch.zeros_like(score, dtype=torch.int64), [last + round((first - last) * left)])
-        wanted = [last + round((first - last) * left) for first, last in zip(self.begin, self.end, strict=True)]
-        lengths = torch.tensor(counts, device=score.device)
-        return largest(score, torch.arange(len(counts), device=score.device).repeat_interleave(lengths), wanted)
+            everything = largest(torch.cat(list(scores)), last + round((first - last) * left))
+            return list(torch.split(everything, [len(score) for score in scores]))
+        ends = zip(scores, self.begin, self.end, strict=True)
+        return [largest(score, last + round((first - last) * left)) for score, first, last in ends]
 
 
-def largest(score: Tensor, group: Tensor, counts: Sequence[int]) -> Tensor:
-    """A mask of the largest scores of each group; groups lie one after the other.  All groups at once."""
-    order = score.argsort(descending=True)
-    order = order[group[order].argsort(stable=True)]
-    sizes = torch.bincount(group, minlength=len(counts))
-    first = sizes.cumsum(0) - sizes
-    rank = torch.arange(len(score), device=score.device) - first[group[order]]
+def largest(score: Tensor, count: int) -> Tensor:
+    """A mask of so many of the largest scores, or of all."""
     kept = torch.zeros_like(score, dtype=torch.bool)
-    kept[order[rank < torch.tensor(counts, device=score.device)[group[order]]]] = True
+    kept[score.topk(min(count, len(score)), sorted=False).indices] = True
     return kept
 
 

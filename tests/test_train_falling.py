@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-import shiradelta
+import shiradelta as sd
 from shiradelta import pruning, train
 from shiradelta.errors import DeltaError
 from tests.test_train import BATCH, image_loss, llama, make, text_loss
@@ -105,18 +106,35 @@ def test_what_goes_matters_less_than_what_stays():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
-def test_a_loop_that_keeps_the_last_loss_and_a_compiled_graph():
-    """A graph that is alive still knows the parameters' sizes."""
-    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
-        model = llama()
-        tuner = falling(model)
-        optimizer, run = ADAMW(model.parameters(), lr=0.01), wrap(model)
-        for _ in range(8):
-            loss = run(**BATCH).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        assert all(len(at) == round(0.02 * tuner.weights[name].numel()) for name, at in tuner.positions.items())
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loop_that_keeps_the_last_loss_and_a_compiled_graph(compiled: bool, tmp_path: Path):
+    """A graph that is alive still knows the parameters' sizes; a compiled one is compiled twice, not at each fall."""
+    model = llama()
+    tuner = falling(model, fall=12)
+    graphs = CompileCounterWithBackend("aot_eager")
+    optimizer, run = ADAMW(model.parameters(), lr=0.01), torch.compile(model, backend=graphs) if compiled else model
+    for _ in range(14):
+        loss = run(**BATCH).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert graphs.frame_count == (2 if compiled else 0)
+    counts = [round(0.02 * weight.numel()) for weight in tuner.weights.values()]
+    assert [len(at) for at in tuner.positions.values()] == [len(base) for base in tuner.base.values()] == counts
+    assert [int(own.grad.count_nonzero()) for own in tuner.parameters() if own.grad is not None] == counts
+    weights = {name: weight.clone() for name, weight in tuner.weights.items()}
+    tuner.save(tmp_path / "a.shd", "f32")
+    tuner.detach()
+    sd.HotSwap(model).load("a", tmp_path / "a.shd")
+    again = train.attach(model, targets=["q_proj", "down_proj"], start=tmp_path / "a.shd")
+    assert all(torch.equal(weight, weights[name]) for name, weight in again.weights.items())
+
+
+def test_what_was_dropped_costs_nothing():
+    """But what the optimizer has of it: positions, elements and gradients are those of what is left."""
+    _, tuner = fallen()
+    for tuned in tuner._tuned.values():
+        assert len(tuned.place.positions) == len(tuned.place.base) == round(0.02 * tuned.place.numel)
 
 
 def test_over_the_model_nonzeros_move_between_tensors():
@@ -154,7 +172,7 @@ def test_a_resumed_run_falls_on_exactly(tmp_path: Path):
     for one, two in zip(tuner.values.values(), other.values.values(), strict=True):
         assert torch.equal(one, two)
     tuner.save(tmp_path / "a.shd", "f32")
-    with shiradelta.open_delta(tmp_path / "a.shd") as delta:
+    with sd.open_delta(tmp_path / "a.shd") as delta:
         assert sum(tensor.nnz for tensor in delta.values()) == tuner.nnz
     with pytest.raises(DeltaError, match="whose density falls"):
         train.attach(llama(), 0.02, "wm", ["q_proj", "down_proj"]).load_state_dict(state)
@@ -200,9 +218,11 @@ def test_descent_in_numbers():
     descent = pruning.Descent(10, [100, 50], [10, 5], False)
     assert [pruning.is_due(done, 10) for done in (0, 1, 9, 10, 12)] == [False, True, True, True, True]
     score = torch.rand(150, generator=torch.Generator().manual_seed(0))
-    kept = descent.kept(5, score, [100, 50])
-    assert [int(part.sum()) for part in kept.split([100, 50])] == [10 + round(90 / 8), 5 + round(45 / 8)]
-    assert int(pruning.Descent(10, [100, 50], [10, 5], True).kept(11, score, [100, 50]).sum()) == 15
+    scores = [score[:100], score[100:]]
+    for mask, own, count in zip(descent.kept(5, scores), scores, [10 + round(90 / 8), 5 + round(45 / 8)], strict=True):
+        assert int(mask.sum()) == count
+        assert own[mask].min() > own[~mask].max()
+    assert sum(int(mask.sum()) for mask in pruning.Descent(10, [100, 50], [10, 5], True).kept(11, scores)) == 15
     # Where no gradient comes, magnitude tells.
     values = torch.tensor([0.1, -3.0, 2.0])
     assert pruning.matter(values, torch.zeros(3)).argsort().tolist() == [0, 2, 1]
@@ -241,5 +261,5 @@ def test_values_that_others_have_averaged_are_masked_in_the_file(tmp_path: Path)
         for own in tuner.parameters():
             own += 1
     tuner.save(tmp_path / "a.shd")
-    with shiradelta.open_delta(tmp_path / "a.shd") as delta:
+    with sd.open_delta(tmp_path / "a.shd") as delta:
         assert sum(tensor.nnz for tensor in delta.values()) == tuner.nnz

@@ -243,7 +243,7 @@ class Trainer:
         if len(state.values) <= sum(plan.counts) or not is_due(state.step, until):
             return
         descent = Descent(until, self._begin, plan.counts, plan.whole_model)
-        kept = descent.kept(state.step, matter(state.values, state.square), state.counts)
+        kept = torch.cat(descent.kept(state.step, torch.split(matter(state.values, state.square), state.counts)))
         self._nonzeros.keep(kept)
         state.mean, state.square = state.mean[kept], state.square[kept]
         self._lay_out()

@@ -45,25 +45,22 @@ class Falling:
                 " FSDP or ZeRO, or attach without fall"
             )
         self.step += 1
-        for one in tuned:
-            one.kept = one.kept.to(one.values.device)
         if self.step <= self._steps and is_due(self.step, self._steps):
             self._drop(tuned, optimizer)
-        with torch.no_grad():
-            for one in tuned:
-                one.values.masked_fill_(~one.kept, 0)
+        for one in tuned:
+            one.clear()
 
     def _drop(self, tuned: Sequence[Tuned], optimizer: torch.optim.Optimizer) -> None:
-        counts = [one.values.numel() for one in tuned]
         if self._of is None:
             end = [max(1, round(self._share * one.place.numel)) for one in tuned]
         else:
             end = [max(1, round(self._share * self._of))]
-        descent = Descent(self._steps, counts, end, self._of is not None)
+        descent = Descent(self._steps, [one.values.numel() for one in tuned], end, self._of is not None)
         device, scores = tuned[0].values.device, []
         for one in tuned:
-            score = matter(one.values.detach(), optimizer.state.get(one.values, {}).get("exp_avg_sq"))
-            scores.append(score.masked_fill(~one.kept, -1).to(device))
-        kept = torch.split(descent.kept(self.step, torch.cat(scores), counts), counts)
-        for one, mask in zip(tuned, kept, strict=True):
-            one.kept = one.kept & mask.to(one.kept.device)
+            square = optimizer.state.get(one.values, {}).get("exp_avg_sq")
+            own = one.place.own
+            score = matter(own(one.values.detach()), None if square is None else own(square))
+            scores.append(score.masked_fill(~one.place.kept, -1).to(device))
+        for one, kept in zip(tuned, descent.kept(self.step, scores), strict=True):
+            one.keep(kept.to(one.values.device) & one.place.kept)

@@ -29,7 +29,7 @@ from .falling import Falling
 from .gradients import Loss, Tell, own_loss
 from .layout import View, views
 from .targets import ALL_LINEAR, check_weights, find_weights
-from .tuned import SUFFIX, Tuned, compact, holders, whole
+from .tuned import SUFFIX, Tuned, compact, holders
 
 #: In a tuner's state, beside the weights' names.
 _FALL = "fall"
@@ -180,8 +180,7 @@ class Tuner:
             place = Place(weight, weight.dtype, compact(where, weight), flat(weight)[where])
             values[name] = nn.Parameter(torch.zeros(where.numel(), dtype=torch.float32, device=weight.device))
             held = [(module, own + SUFFIX) for module, own in held_by[weight]]
-            everything = torch.ones(where.numel(), dtype=torch.bool, device=weight.device)
-            self._tuned[name] = Tuned(place, in_checkpoint[name], held, everything)
+            self._tuned[name] = Tuned(place, in_checkpoint[name], held)
         model.requires_grad_(False)
         for name, tuned in self._tuned.items():
             for module, own in tuned.holders:
@@ -209,7 +208,7 @@ class Tuner:
     @property
     def nnz(self) -> int:
         """Nonzeros that are trained."""
-        return sum(tuned.nnz for tuned in self._tuned.values())
+        return sum(int(tuned.place.kept.sum()) for tuned in self._tuned.values())
 
     @property
     def positions(self) -> dict[str, Tensor]:
@@ -218,7 +217,7 @@ class Tuner:
 
     @property
     def values(self) -> dict[str, nn.Parameter]:
-        """What is trained: the model's names -> float32 [n], what is added to the base at the mask.
+        """What is trained: the model's names -> float32 [nonzeros], what is added to the base at the mask.
 
         Where the density falls, at the mask that it began with: what was dropped stays there, and zero.
         """
@@ -226,8 +225,8 @@ class Tuner:
 
     @property
     def base(self) -> dict[str, Tensor]:
-        """The base's weights where values are: the model's names -> [n], of the weight's dtype."""
-        return {name: tuned.place.base for name, tuned in self._tuned.items()}
+        """The base's weights at the mask: the model's names -> [nonzeros], of the weight's dtype."""
+        return {name: tuned.base for name, tuned in self._tuned.items()}
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -302,16 +301,15 @@ class Tuner:
                     f"tensor {name!r} was cast to {tuned.weight.dtype} while it was trained; cast the model first, then"
                     " attach"
                 )
-            values = whole(tuned.values).detach().float()
-            values = values.where(tuned.kept.to(values.device), 0)
+            values = tuned.trained.float()
             if not torch.isfinite(values).all():
                 raise DeltaError(
                     f"tensor {name!r} was trained to NaN or infinity; go back to an earlier state, with a smaller"
                     " learning rate or with gradients clipped"
                 )
-            kept = values.nonzero().reshape(-1).to(tuned.place.positions.device)
-            positions = tuned.place.positions[kept].long().cpu().numpy()
-            numbers, base = values[kept].cpu().numpy(), _bits(tuned.place.base[kept])
+            nonzero = values.nonzero().reshape(-1)
+            positions = tuned.positions[nonzero].long().cpu().numpy()
+            numbers, base = values[nonzero].cpu().numpy(), _bits(tuned.base[nonzero])
             dtype = str(tuned.place.stored).removeprefix("torch.")
             for view in tuned.views:
                 order, where = view.from_weight(positions)
@@ -370,22 +368,22 @@ class Tuner:
             if layer not in linear or layer == name:
                 raise DeltaError(f"tensor {name!r} is no linear layer's weight, which is all that PEFT's SHiRA takes")
             shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
-            values = whole(tuned.values).detach()
-            modules[layer] = shape, tuned.positions, values[tuned.kept.to(values.device)]
+            modules[layer] = shape, tuned.positions, tuned.trained
         return write_peft(folder, modules, base)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Mask and values, to go on from exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n].
+        """Mask and values, to go on from exactly: `NAME.positions` int64 [nonzeros], `NAME.values` float32 [nonzeros].
 
-        Where the density falls also `NAME.kept`, bool [n], and `fall`, the steps that it fell.
+        Where the density falls also `NAME.kept`, bool, which of the parameter's elements these are, and `fall`, the
+        steps that it fell.
         """
         self._attached()
         state = {}
         for name, tuned in self._tuned.items():
-            state[f"{name}.positions"] = tuned.place.positions.long().cpu()
-            state[f"{name}.values"] = whole(tuned.values).detach().float().cpu()
+            state[f"{name}.positions"] = tuned.positions.long().cpu()
+            state[f"{name}.values"] = tuned.trained.float().cpu()
             if self._falling is not None:
-                state[f"{name}.kept"] = tuned.kept.cpu().clone()
+                state[f"{name}.kept"] = tuned.place.spread(tuned.place.kept).cpu()
         if self._falling is not None:
             state[_FALL] = torch.tensor(self._falling.step)
         return state
@@ -410,8 +408,8 @@ class Tuner:
         for name, tuned in self._tuned.items():
             positions, values = state[f"{name}.positions"], state[f"{name}.values"]
             sound = positions.dim() == 1 and positions.shape == values.shape and bool((positions.diff() > 0).all())
-            kept = state.get(f"{name}.kept", values)
-            sound &= kept.shape == values.shape and (kept is values or kept.dtype == torch.bool)
+            kept = state.get(f"{name}.kept")
+            sound &= kept is None or (kept.dtype == torch.bool and kept.dim() == 1 and int(kept.sum()) == len(values))
             if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= tuned.place.numel:
                 raise DeltaError(f"the state of {name!r} does not fit a weight of {tuned.place.numel} elements")
         for name, tuned in self._tuned.items():
