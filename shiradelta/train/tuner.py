@@ -148,8 +148,8 @@ def _check_fall(steps: int, begin: float, mask: str | OwnMask | None, pattern: t
         raise DeltaError(f"a fall in {steps} steps from {begin:g} x is none; give 1 step or more, from above 1 x")
     if not masks.can_be_larger(mask, pattern):
         raise DeltaError(
-            "the density falls from a mask that can be larger: snip, grad, wm or rand, by a share; leave out fall, or"
-            " take one of these"
+            "the density falls from a mask that can be larger: snip, grad, wm or rand, by a share; take one of these, or"
+            " let it stay (no fall; --fall-from 1)"
         )
 
 
