@@ -36,14 +36,11 @@ class Place:
         stored: the dtype that sums are rounded to.
         positions: integers [n], increasing, flat in the weight.
         base: [n], the base's weights there.
-        among: integers [n], which of the values are theirs; None: all.
-        dropped: bool [values], those that are of no nonzero any more; None: none.
-        compiled: whether a graph counts on `n`, so that what is dropped stays there, with a value of zero.
+        kept: bool [n], those that are trained; changed in place, for compiled graphs know it.  None: all.  The others
+            were dropped: their values are zero, and their base stays known, should somebody overwrite the weight.
     """
 
-    compiled = False
-
-    def __init__(self, parameter: nn.Parameter, stored: torch.dtype, positions: Tensor, base: Tensor) -> None:
+    def __init__(self, parameter: Tensor, stored: torch.dtype, positions: Tensor, base: Tensor) -> None:
         self.parameter: Tensor = parameter
         self.stored = stored
         self.numel = parameter.numel()
@@ -51,11 +48,10 @@ class Place:
         self.move(positions, base)
 
     def move(self, positions: Tensor, base: Tensor, kept: Tensor | None = None) -> None:
-        """Takes another mask; the weight has to hold the base.  `kept` is bool [values], None for all."""
+        """Takes another mask; the weight has to hold the base."""
+        self.kept = None if kept is None else kept.to(positions.device, copy=True)
         self.positions = positions
         self.base = base
-        self.dropped = None if kept is None else ~kept.to(positions.device)
-        self.among = None if self.dropped is None else (~self.dropped).nonzero()[:, 0].to(positions.dtype)
         #: Adding zero would make +0 of them; a file does not list values that are zero.
         self._negative_zeros = bool(((base == 0) & base.signbit()).any())
         #: Versions of the values that the weight holds and of the weight; None if they may have changed in other ways.
@@ -67,62 +63,65 @@ class Place:
         cuts = torch.searchsorted(positions.long(), ends).tolist()
         #: (first row, last row + 1, first nonzero, last nonzero + 1) of each chunk.
         self.chunks = list(zip(edges[:-1], edges[1:], cuts[:-1], cuts[1:], strict=True))
+        self._narrow()
 
-    def narrow(self, kept: Tensor) -> None:
-        """Drops all nonzeros but those of a mask, bool [n]; the weight has to hold the base."""
-        left = self.spread(kept)
-        if self.compiled:
-            self.dropped = ~left
-        else:
-            self.move(self.positions[kept], self.base[kept], left)
+    def drop(self, kept: Tensor) -> None:
+        """Trains no more than these, bool [n]."""
+        if self.kept is None:
+            self.kept = torch.ones_like(self.positions, dtype=torch.bool)
+        self.kept &= kept
+        self._narrow()
 
-    def own(self, values: Tensor) -> Tensor:
-        """Of the values those that have a position, [n]."""
-        return values if self.among is None else values[self.among]
+    def _narrow(self) -> None:
+        """Sees to it that what was dropped takes no time: those that are kept are a place of their own."""
+        self._narrowed: tuple[Tensor, Place] | None = None  # where among all, and what they are
+        self._whole: tuple[int, int] | None = None  # version and address of the weight when all were written last
+        if self.kept is not None and not self.kept.all():
+            among = self.kept.nonzero()[:, 0]
+            own = Place(self.parameter, self.stored, self.positions[among], self.base[among])
+            self._narrowed = among.to(self.positions.dtype), own
 
-    @property
-    def kept(self) -> Tensor:
-        """Bool [n], which of them are not dropped."""
-        return torch.ones_like(self.positions, dtype=torch.bool) if self.dropped is None else ~self.own(self.dropped)
-
-    def spread(self, found: Tensor) -> Tensor:
-        """[n] -> [values], zero for those that were dropped."""
-        if self.dropped is None:
-            return found
-        values = found
-        if self.among is not None:
-            values = found.new_zeros(self.dropped.shape)
-            values[self.among] = found
-        return values.masked_fill(self.dropped, 0) if self.compiled else values
+    def masked(self, values: Tensor) -> Tensor:
+        """[n], zero at what was dropped."""
+        return values if self.kept is None else values.where(self.kept, 0)
 
     def gather(self, rows: Callable[[int, int], Tensor]) -> Tensor:
-        """Elements at the mask of a matrix that is made a few rows at a time; float32 [values]."""
-        if len(self.chunks) == 1:
-            return self.spread(rows(0, self.chunks[0][1]).reshape(-1)[self.positions].float())
+        """Elements at the mask of a matrix that is made a few rows at a time; float32."""
+        if not torch.compiler.is_compiling() and self._narrowed is not None:
+            among, own = self._narrowed
+            values = torch.zeros(self.positions.shape, dtype=torch.float32, device=self.positions.device)
+            values[among] = own.gather(rows)
+            return values
         found = []
         for first, last, start, stop in self.chunks:
             where = self.positions[start:stop]
             found.append(rows(first, last).reshape(-1)[where - first * self.columns if first else where].float())
-        return self.spread(torch.cat(found))
+        return self.masked(found[0] if len(found) == 1 else torch.cat(found))
 
     def write(self, values: Tensor | None, weight: Tensor | None = None) -> None:
         """Puts base + values into the weight, rounded as it will be stored; None puts the base back."""
-        weights = flat(self.parameter if weight is None else weight)
-        self.follow(weights)
-        total = self.base if values is None else self.total(values)
-        weights[self.positions] = total.to(weights.dtype)
+        weight = self.parameter if weight is None else weight
+        self.follow(weight)
         self.written = None
+        now = weight._version, weight.data_ptr()
+        if values is not None and self._narrowed is not None and self._whole == now:  # the others have the base
+            among, own = self._narrowed
+            own.write(values[among], weight)
+            return
+        total = self.base if values is None else self.total(values)
+        flat(weight)[self.positions] = total.to(weight.dtype)
+        self._whole = now
 
-    def follow(self, weight: Tensor) -> None:
-        """To another device."""
-        if self.positions.device != weight.device:
-            self.positions, self.base = self.positions.to(weight.device), self.base.to(weight.device)
-            self.among = None if self.among is None else self.among.to(weight.device)
-            self.dropped = None if self.dropped is None else self.dropped.to(weight.device)
+    def follow(self, other: Tensor) -> None:
+        """To the device of another tensor."""
+        if self.positions.device != other.device:
+            self.positions, self.base = self.positions.to(other.device), self.base.to(other.device)
+            self.kept = None if self.kept is None else self.kept.to(other.device)
+            self._narrow()
 
     def total(self, values: Tensor) -> Tensor:
         """fl32(W + v), rounded as the file's reader will (spec/FORMAT.md, section 6.1); one pass where v is float32."""
-        values = self.own(values)
+        values = self.masked(values)
         total = (values.float() + self.base).to(self.stored)
         return torch.where(values == 0, self.base, total) if self._negative_zeros else total
 
@@ -198,15 +197,14 @@ class _Embedding(torch.autograd.Function):
         positions = place.positions.long()
         place.written = None
         if not len(used):
-            none = torch.zeros(len(positions), dtype=torch.float32, device=grad.device)
-            return None, place.spread(none), None, None, None
+            return None, torch.zeros(len(positions), dtype=torch.float32, device=grad.device), None, None, None
         sums = torch.zeros(len(used), grad.shape[-1], dtype=torch.float32, device=grad.device)
         sums.index_add_(0, inverse, grad.reshape(-1, grad.shape[-1]).float())
         if ctx.padding is not None:
             sums[used == ctx.padding] = 0
         rows, columns = positions // place.columns, positions % place.columns
         at = torch.searchsorted(used, rows).clamp(max=len(used) - 1)
-        return None, place.spread(torch.where(used[at] == rows, sums[at, columns], 0)), None, None, None
+        return None, place.masked(torch.where(used[at] == rows, sums[at, columns], 0)), None, None, None
 
 
 class _Alias(torch.autograd.Function):
@@ -330,9 +328,7 @@ def _current(module: nn.Module, name: str) -> tuple[Tensor, Tensor, Place]:
     weight = module._parameters[name]
     values, place = module._nonzeros[name](module, name)  # type: ignore[index, operator]
     assert weight is not None
-    if torch.compiler.is_compiling():
-        place.compiled = True
-    elif not is_spread(weight):
+    if not torch.compiler.is_compiling() and not is_spread(weight):
         place.refresh(weight, values)
     return weight, values, place
 

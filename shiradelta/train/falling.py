@@ -45,10 +45,13 @@ class Falling:
                 " FSDP or ZeRO, or attach without fall"
             )
         self.step += 1
+        for one in tuned:
+            one.place.follow(one.values)
         if self.step <= self._steps and is_due(self.step, self._steps):
             self._drop(tuned, optimizer)
-        for one in tuned:
-            one.clear()
+        with torch.no_grad():
+            for one in tuned:
+                one.values.masked_fill_(~one.kept, 0)
 
     def _drop(self, tuned: Sequence[Tuned], optimizer: torch.optim.Optimizer) -> None:
         if self._of is None:
@@ -58,9 +61,7 @@ class Falling:
         descent = Descent(self._steps, [one.values.numel() for one in tuned], end, self._of is not None)
         device, scores = tuned[0].values.device, []
         for one in tuned:
-            square = optimizer.state.get(one.values, {}).get("exp_avg_sq")
-            own = one.place.own
-            score = matter(own(one.values.detach()), None if square is None else own(square))
-            scores.append(score.masked_fill(~one.place.kept, -1).to(device))
+            score = matter(one.values.detach(), optimizer.state.get(one.values, {}).get("exp_avg_sq"))
+            scores.append(score.masked_fill(~one.kept, -1).to(device))
         for one, kept in zip(tuned, descent.kept(self.step, scores), strict=True):
-            one.keep(kept.to(one.values.device) & one.place.kept)
+            one.place.drop(kept.to(one.values.device))

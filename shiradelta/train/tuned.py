@@ -32,13 +32,24 @@ class Tuned:
     holders: list[tuple[nn.Module, str]]
 
     @property
+    def kept(self) -> Tensor:
+        """Bool [n], which nonzeros are trained: all, but where the density falls; the others stay zero."""
+        kept = self.place.kept
+        return torch.ones_like(self.place.positions, dtype=torch.bool) if kept is None else kept
+
+    @property
+    def nnz(self) -> int:
+        """How many are trained."""
+        return int(self.kept.sum())
+
+    @property
     def positions(self) -> Tensor:
-        """Of what is trained."""
-        return self.place.positions[self.place.kept]
+        """Where these are."""
+        return self.place.positions[self.kept]
 
     @property
     def values(self) -> nn.Parameter:
-        """What is trained: float32, one for each nonzero, and where the density falls for those that were dropped."""
+        """What is trained: float32 [n]."""
         module, name = self.holders[0]
         found = module._parameters[name]
         assert found is not None
@@ -61,28 +72,6 @@ class Tuned:
             else:
                 self.place.refresh(weight, values)
 
-    @property
-    def trained(self) -> Tensor:
-        """Their values, whole; what averaging has made of those that were dropped is left out."""
-        values = whole(self.values).detach().to(self.place.positions.device)
-        return self.place.own(values)[self.place.kept]
-
-    @property
-    def base(self) -> Tensor:
-        """The base's weights there."""
-        return self.place.base[self.place.kept]
-
-    def keep(self, kept: Tensor) -> None:
-        """Drops all positions but those of a mask; the weight has the base until the next `write`."""
-        self.write(None)
-        self.place.narrow(kept)
-
-    def clear(self) -> None:
-        """Makes the values of what was dropped zero again, whatever an optimizer's momentum has made of them."""
-        if self.place.dropped is not None:
-            with torch.no_grad():
-                self.values.masked_fill_(self.place.dropped.to(self.values.device), 0)
-
     def load(self, name: str, positions: Tensor, values: Tensor, kept: Tensor | None) -> None:
         """Takes up a state; of `kept` None is all."""
         weight = self.weight
@@ -90,13 +79,14 @@ class Tuned:
             self.write(None)
             where = positions.to(weight.device)
             self.place.move(compact(where, weight), flat(weight)[where], kept)
-            every = self.place.spread(values.to(where.device, torch.float32, copy=True))
-            self.values.data = every.to(self.values.device)
+            self.values.data = values.to(self.values.device, torch.float32, copy=True)
         else:
             if not torch.equal(positions, self.place.positions.long().cpu()):
                 raise DeltaError(f"the state of {name!r} has another mask; load it before the model is distributed")
             with torch.no_grad():
                 self.values.copy_(spread(values, self.values))
+            if kept is not None:
+                self.place.move(self.place.positions, self.place.base, kept)
 
 
 def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:

@@ -29,7 +29,7 @@ from .falling import Falling
 from .gradients import Loss, Tell, own_loss
 from .layout import View, views
 from .targets import ALL_LINEAR, check_weights, find_weights
-from .tuned import SUFFIX, Tuned, compact, holders
+from .tuned import SUFFIX, Tuned, compact, holders, whole
 
 #: In a tuner's state, beside the weights' names.
 _FALL = "fall"
@@ -148,8 +148,8 @@ def _check_fall(steps: int, begin: float, mask: str | OwnMask | None, pattern: t
         raise DeltaError(f"a fall in {steps} steps from {begin:g} x is none; give 1 step or more, from above 1 x")
     if not masks.can_be_larger(mask, pattern):
         raise DeltaError(
-            "the density falls from a mask that can be larger: snip, grad, wm or rand, by a share; take one of these, or"
-            " let it stay (no fall; --fall-from 1)"
+            "the density falls from a mask that can be larger: snip, grad, wm or rand, by a share; take one of these,"
+            " or let it stay (no fall; --fall-from 1)"
         )
 
 
@@ -169,11 +169,11 @@ class Tuner:
     ) -> None:
         self.model = model
         self._metadata = dict(metadata)
-        # By name: FSDP puts its parts in the place of parameters, and one that is kept would keep its memory.
-        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        held_by = holders(model)
+        # By module: FSDP puts its parts in the place of parameters, and one that is kept would keep its memory.
+        self._flags = [(*place, p.requires_grad) for p, places in held_by.items() for place in places]
         self.numel = sum(weight.numel() for weight in weights.values())
         self._tuned: dict[str, Tuned] = {}
-        held_by = holders(model)
         values = {}
         for name, weight in weights.items():  # all that takes memory, before the model is touched
             where = positions[name]
@@ -208,7 +208,7 @@ class Tuner:
     @property
     def nnz(self) -> int:
         """Nonzeros that are trained."""
-        return sum(int(tuned.place.kept.sum()) for tuned in self._tuned.values())
+        return sum(tuned.nnz for tuned in self._tuned.values())
 
     @property
     def positions(self) -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ class Tuner:
 
     @property
     def values(self) -> dict[str, nn.Parameter]:
-        """What is trained: the model's names -> float32 [nonzeros], what is added to the base at the mask.
+        """What is trained: the model's names -> float32 [n], what is added to the base at the mask.
 
         Where the density falls, at the mask that it began with: what was dropped stays there, and zero.
         """
@@ -225,8 +225,8 @@ class Tuner:
 
     @property
     def base(self) -> dict[str, Tensor]:
-        """The base's weights at the mask: the model's names -> [nonzeros], of the weight's dtype."""
-        return {name: tuned.base for name, tuned in self._tuned.items()}
+        """The base's weights where values are: the model's names -> [n], of the weight's dtype."""
+        return {name: tuned.place.base for name, tuned in self._tuned.items()}
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -257,6 +257,8 @@ class Tuner:
     def fall(self, steps: int, share: float, among: Iterable[Tensor] | None) -> None:
         """Lets the density fall from what it is to a share of each weight, or of all of some weights together."""
         self._falling = Falling(steps, share, None if among is None else sum(weight.numel() for weight in among))
+        for tuned in self._tuned.values():
+            tuned.place.drop(tuned.kept)
 
     def detach(self) -> None:
         """Takes the delta out: the weights are the base's, bit for bit, and the model is as it was before `attach`."""
@@ -269,9 +271,10 @@ class Tuner:
         for tuned in self._tuned.values():
             for module, name in tuned.holders:
                 del module._parameters[name]
-        for name, parameter in self.model.named_parameters():
-            if name in self._flags:
-                parameter.requires_grad_(self._flags[name])
+        for module, name, flag in self._flags:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(flag)
         del self.model.__dict__["_shiradelta"]
 
     def __enter__(self) -> Tuner:
@@ -301,15 +304,15 @@ class Tuner:
                     f"tensor {name!r} was cast to {tuned.weight.dtype} while it was trained; cast the model first, then"
                     " attach"
                 )
-            values = tuned.trained.float()
+            values = tuned.place.masked(whole(tuned.values).detach().float().to(tuned.place.positions.device))
             if not torch.isfinite(values).all():
                 raise DeltaError(
                     f"tensor {name!r} was trained to NaN or infinity; go back to an earlier state, with a smaller"
                     " learning rate or with gradients clipped"
                 )
             nonzero = values.nonzero().reshape(-1)
-            positions = tuned.positions[nonzero].long().cpu().numpy()
-            numbers, base = values[nonzero].cpu().numpy(), _bits(tuned.base[nonzero])
+            positions = tuned.place.positions[nonzero].long().cpu().numpy()
+            numbers, base = values[nonzero].cpu().numpy(), _bits(tuned.place.base[nonzero])
             dtype = str(tuned.place.stored).removeprefix("torch.")
             for view in tuned.views:
                 order, where = view.from_weight(positions)
@@ -368,22 +371,22 @@ class Tuner:
             if layer not in linear or layer == name:
                 raise DeltaError(f"tensor {name!r} is no linear layer's weight, which is all that PEFT's SHiRA takes")
             shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
-            modules[layer] = shape, tuned.positions, tuned.trained
+            values = whole(tuned.values).detach()
+            modules[layer] = shape, tuned.positions, values[tuned.kept.to(values.device)]
         return write_peft(folder, modules, base)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Mask and values, to go on from exactly: `NAME.positions` int64 [nonzeros], `NAME.values` float32 [nonzeros].
+        """Mask and values, to go on from exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n].
 
-        Where the density falls also `NAME.kept`, bool, which of the parameter's elements these are, and `fall`, the
-        steps that it fell.
+        Where the density falls also `NAME.kept`, bool [n], and `fall`, the steps that it fell.
         """
         self._attached()
         state = {}
         for name, tuned in self._tuned.items():
-            state[f"{name}.positions"] = tuned.positions.long().cpu()
-            state[f"{name}.values"] = tuned.trained.float().cpu()
+            state[f"{name}.positions"] = tuned.place.positions.long().cpu()
+            state[f"{name}.values"] = whole(tuned.values).detach().float().cpu()
             if self._falling is not None:
-                state[f"{name}.kept"] = tuned.place.spread(tuned.place.kept).cpu()
+                state[f"{name}.kept"] = tuned.kept.cpu().clone()
         if self._falling is not None:
             state[_FALL] = torch.tensor(self._falling.step)
         return state
@@ -407,11 +410,14 @@ class Tuner:
             raise DeltaError(f"the state is one of other weights: {odd!r} is on one side only; attach with its targets")
         for name, tuned in self._tuned.items():
             positions, values = state[f"{name}.positions"], state[f"{name}.values"]
-            sound = positions.dim() == 1 and positions.shape == values.shape and bool((positions.diff() > 0).all())
-            kept = state.get(f"{name}.kept")
-            sound &= kept is None or (kept.dtype == torch.bool and kept.dim() == 1 and int(kept.sum()) == len(values))
+            kept = state.get(f"{name}.kept", values)
+            sound = positions.dtype in (torch.int32, torch.int64) and positions.dim() == 1
+            sound = sound and positions.shape == values.shape == kept.shape and bool((positions.diff() > 0).all())
+            sound = sound and (kept is values or kept.dtype == torch.bool)
             if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= tuned.place.numel:
                 raise DeltaError(f"the state of {name!r} does not fit a weight of {tuned.place.numel} elements")
+        if self._falling is not None and (state[_FALL].numel() != 1 or state[_FALL].is_floating_point()):
+            raise DeltaError(f"the state's {_FALL!r} is no number of steps; take one that Tuner.state_dict gave")
         for name, tuned in self._tuned.items():
             tuned.load(name, state[f"{name}.positions"], state[f"{name}.values"], state.get(f"{name}.kept"))
         if self._falling is not None:
