@@ -185,6 +185,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if options.spread != "no" and PROCESSES == 1:
+        parser.error("processes to spread over: start it with torchrun --nproc-per-node N -m benchmarks.training ...")
     if PROCESSES > 1:
         if ON_GPU:
             torch.cuda.set_device(DEVICE)
@@ -192,14 +194,14 @@ def main() -> None:
     # A density that falls needs whole values in one optimizer.
     methods = [method for method in options.methods if (method, options.spread) != (FALLING, "FSDP2")]
     sizes, rank = (TINY, 4) if options.tiny else (LLAMA_7B, 32)
-    stage = base(sizes, options.layers)
+    stage: nn.Module | None = None
     rows: list[dict[str, Any]] = []
     for batch in [(2, 16)] if options.tiny else SETTINGS:
         best: dict[str, dict[str, Any]] = {}
         rounds = options.rounds if batch == SETTINGS[0] else 1
         turns = [method for _ in range(rounds) for method in methods if method != FULL]
         for method in [*turns, *([FULL] if batch == SETTINGS[0] and FULL in methods else [])]:
-            if options.spread == "FSDP2":
+            if stage is None or options.spread == "FSDP2":  # which leaves it in parts
                 del stage
                 stage = base(sizes, options.layers)
             row = measure(method, stage, options.spread, batch, rank, options.steps)
@@ -207,17 +209,20 @@ def main() -> None:
                 print(*row.values(), flush=True)
             if method not in best or row["seconds"] < best[method]["seconds"]:
                 best[method] = row
-        stage.requires_grad_(True)
+        if stage is not None:
+            stage.requires_grad_(True)
         rows += best.values()
-        if RANK == 0:
-            summarise(list(best.values()), batch)
+        if RANK == 0 and rows:
             write(rows, options.out / "training.csv")
+            summarise(list(best.values()), batch)
     if PROCESSES > 1:
         torch.distributed.destroy_process_group()
 
 
 def summarise(rows: list[dict[str, Any]], batch: tuple[int, int]) -> None:
-    mine = next(row for row in rows if row["method"] == "ours")
+    mine = next((row for row in rows if row["method"] == "ours"), None)
+    if mine is None:
+        return  # nothing to compare with
     lines = [["method", "trained", "ms a step", "ours", "peak GiB", "ours"]]
     for row in rows:
         time_ratio = f"{mine['seconds'] / row['seconds']:.3f} x"

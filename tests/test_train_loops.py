@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 import shiradelta
 from shiradelta import train
 from shiradelta.errors import DeltaError
-from shiradelta.train.trainer import SparseCheckpoints
+from shiradelta.saved_state import load_state
+from shiradelta.train.trainer import STATE, SparseCheckpoints
 from tests import train_processes
 from tests.building import run as run_command
 from tests.test_train import BATCH, IDS, llama, text_loss, train_dense, train_sparse
@@ -294,7 +296,9 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path):
         }
 
 
-def trainer(model: nn.Module, folder: Path, steps: int, tuner: train.Tuner, *callbacks: TrainerCallback) -> Trainer:
+def trainer(
+    model: nn.Module, folder: Path, steps: int, tuner: train.Tuner, *callbacks: TrainerCallback, **options: Any
+) -> Trainer:
     rows = [{"input_ids": ids, "labels": ids} for ids in IDS.repeat(4, 1)]
     arguments = TrainingArguments(
         folder,
@@ -308,8 +312,23 @@ def trainer(model: nn.Module, folder: Path, steps: int, tuner: train.Tuner, *cal
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
+        **options,
     )
-    return Trainer(model, arguments, train_dataset=rows, callbacks=[SparseCheckpoints(tuner), *callbacks])
+    callbacks = (SparseCheckpoints(tuner), *callbacks)
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4], callbacks=list(callbacks))
+
+
+def test_trainer_ends_with_the_best_mask_and_values(tmp_path: Path):
+    """Which is here the worst, by its loss, and from before much was dropped."""
+    model = llama()
+    tuner = train.attach(model, 0.02, "wm", ["q_proj", "down_proj"], fall=6, fall_from=4)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run = trainer(model, tmp_path, 8, tuner, eval_strategy="steps", eval_steps=2, **best)
+    run.train()
+    state = load_state(tmp_path / "checkpoint-2" / STATE)
+    assert run.state.best_global_step == 2
+    assert all(torch.equal(value, state[name]) for name, value in tuner.state_dict().items())
+    assert run.evaluate()["eval_loss"] == run.state.best_metric
 
 
 def test_trainer_saves_nonzeros_and_resumes(tmp_path: Path):

@@ -112,6 +112,10 @@ def main(out: Path) -> None:
     torch.distributed.all_gather_object(masks_of_all, tuner.positions)
     assert all(torch.equal(where, masks_of_all[1 - rank][name]) for name, where in tuner.positions.items())
     assert tuner.nnz == sum(round(0.1 * weight.numel()) for weight in tuner.weights.values())
+    fully_shard(replica)
+    state = tuner.state_dict()
+    tuner.load_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in tuner.state_dict().items())
     torch.distributed.destroy_process_group()
 
 

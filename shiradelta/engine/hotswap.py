@@ -136,7 +136,7 @@ class HotSwap:
 
     def changed(self) -> int:
         """Weights whose bits differ from the base's now."""
-        with self._lock, self._ordered(None):
+        with self._lock, self._ordered(None, reads=True):
             self._usable()
             return sum(backend.changed(layers) for backend, layers in self._layers.items())
 
@@ -234,7 +234,7 @@ class HotSwap:
             ]
             known.update(patch.target for _, patch in mine)
             if check and mine:
-                with self._ordered(None):
+                with self._ordered(None, reads=True):
                     found = backend.fingerprints(held, self._layers.get(backend, []))
                 for number, patch in mine:
                     record = patch.record
@@ -382,10 +382,10 @@ class HotSwap:
         return self._backends[target.device]
 
     @contextmanager
-    def _ordered(self, stream: Any) -> Iterator[None]:
+    def _ordered(self, stream: Any, reads: bool = False) -> Iterator[None]:
         with ExitStack() as stack:
             for backend in self._backends.values():
-                stack.enter_context(backend.ordered(stream))
+                stack.enter_context(backend.ordered(stream, reads))
             yield
 
     def _saved_bytes(self) -> int:

@@ -178,8 +178,11 @@ class LiveBackend(Protocol):
     def changed(self, layers: Sequence[Layer]) -> int:
         """Elements whose bits are not those of the base now."""
 
-    def ordered(self, stream: Any) -> AbstractContextManager[None]:
-        """A context whose work follows all earlier work of this backend, on a device's stream if given."""
+    def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
+        """A context whose work follows all earlier work of this backend, on a device's stream if given.
+
+        What follows it need not follow work that only `reads`, and that is waited for within.
+        """
 
 
 class Elementwise(ABC):
@@ -298,7 +301,7 @@ class Elementwise(ABC):
             count += int((now != base).sum())
         return count
 
-    def ordered(self, stream: Any) -> AbstractContextManager[None]:
+    def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
         """Work on a CPU is done when it returns."""
         return nullcontext()
 

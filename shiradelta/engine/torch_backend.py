@@ -65,7 +65,7 @@ class Sections:
 
 
 class TorchBackend(Elementwise):
-    """One device.  Its work is in the order of the device's streams that it was given."""
+    """One device.  Its work is in the order in which it was ordered, whatever the streams."""
 
     name = "torch"
     xp = torch
@@ -133,20 +133,22 @@ class TorchBackend(Elementwise):
         """Signed, but for single bytes."""
         return _BITS[wire.DTYPE_OF_NAME[dtype].size]
 
-    def ordered(self, stream: Any) -> AbstractContextManager[None]:
-        """Work is queued on the stream, behind all that is queued on the one that was used last.
+    def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
+        """Work is queued on the stream, behind all that is queued on the one that was last written on.
 
         That is more than the work of this backend: a forward pass that was queued after it sees its weights, still.
         """
-        return self._queued(stream) if self.device.type == "cuda" else torch.inference_mode()
+        return self._queued(stream, reads) if self.device.type == "cuda" else torch.inference_mode()
 
     @contextmanager
-    def _queued(self, stream: Any) -> Iterator[None]:
-        with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(stream):
+    def _queued(self, stream: Any, reads: bool) -> Iterator[None]:
+        own = stream if stream is not None and stream.device == self.device else None
+        with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(own):
             current = torch.cuda.current_stream()
             if self._stream is not None and self._stream != current:
                 current.wait_stream(self._stream)
-            self._stream = current
+            if not reads:
+                self._stream = current
             self._streams.add(current)
             yield
 

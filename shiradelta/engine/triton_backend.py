@@ -7,6 +7,7 @@ one codec, take the way of plain torch operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -147,8 +148,10 @@ class TritonBackend(TorchBackend):
     def _run(self, kernel: Any, launch: Launch, *arguments: Any, most: int = _ALL, **kind: Any) -> None:
         """A program for each entry; at most so many.  With none it is only compiled."""
         grid = (min(len(launch.entries), most),)
-        # Nothing may be contracted to a fused multiply-add.
-        kernel[grid](*arguments, **kind, num_warps=_WARPS, enable_fp_fusion=False)
+        # Triton launches on the device that is current, which may be another backend's.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            # Nothing may be contracted to a fused multiply-add.
+            kernel[grid](*arguments, **kind, num_warps=_WARPS, enable_fp_fusion=False)
 
     # -------------------------------------------------------------------------------------- planning
 
