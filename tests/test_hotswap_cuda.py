@@ -50,6 +50,8 @@ def test_work_before_sees_the_old_weights_and_work_after_the_new(layer: torch.nn
         for name in order:
             swap.switch(name, stream=stream)
             outputs.append(layer(x))
+    swap.changed()  # on another stream, and no reason to forget this one
+    with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)  # so that the next pass is late
         order.append(order[-1])
         outputs.append(layer(x))

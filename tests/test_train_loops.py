@@ -263,6 +263,25 @@ def test_compiled():
     assert train_net(compiled=True) == pytest.approx(train_net(compiled=False), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("fall", [0, 2])
+def test_compiled_with_checkpointing(fall: int):
+    """In one graph: nothing is noted on the way that a recomputation would note again."""
+
+    def train_net(compiled: bool) -> list[float]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(9, 32), nn.Linear(32, 32), nn.Linear(32, 9))
+        train.attach(net, 0.1, "wm", ["0", "1"], fall=fall)
+
+        def loss() -> Tensor:
+            return checkpoint(net, IDS.float() / 60, use_reentrant=False).square().mean()
+
+        runner = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+        return train_sparse(net, lambda _: runner(), 4)
+
+    assert train_net(compiled=True) == pytest.approx(train_net(compiled=False), rel=1e-5)
+
+
 def test_weights_that_were_put_in_anew_are_patched_and_given_back():
     model, tuner = attached()
     train_sparse(model, text_loss, 2)

@@ -72,9 +72,15 @@ def test_it_learns_and_the_file_fits_the_folder(model: str, kind: str, folders: 
     assert any("training" in line for line in told)
 
 
-def test_an_interrupted_run_goes_on_exactly(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "options", [{"sparsity": "1:8"}, {"sparsity": 0.02}, {"sparsity": 0.02, "scope": "model"}], ids=str
+)
+def test_an_interrupted_run_goes_on_exactly(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+):
+    """Also in the midst of a fall, of each tensor or over the model."""
     texts = write(tmp_path / "data.jsonl", "text")
-    settings = Settings(**{**vars(SETTINGS), "sparsity": "1:8", "values": "f32"})
+    settings = Settings(**{**vars(SETTINGS), **options, "values": "f32"})
     whole = run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu")
     monkeypatch.setattr(run_module, "SAVE_EVERY", -1)
     step = run_module._Run._step
