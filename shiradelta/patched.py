@@ -80,6 +80,7 @@ class Place:
         if self.kept is not None and not self.kept.all():
             among = self.kept.nonzero()[:, 0]
             own = copy.copy(self)
+            own.parameter = torch.empty(0)  # it is given one each time
             own.move(self.positions[among], self.base[among])
             self._narrowed = among.to(self.positions.dtype), own
 
