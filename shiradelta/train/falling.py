@@ -10,7 +10,20 @@ from shiradelta.errors import DeltaError
 from shiradelta.patched import is_spread
 from shiradelta.pruning import Descent, is_due, matter
 
+from . import masks
+from .choose import OwnMask
 from .tuned import Tuned
+
+
+def check_fall(steps: int, begin: float, mask: str | OwnMask | None, pattern: tuple[int, int] | None) -> None:
+    """Raises DeltaError if the density cannot fall so, or not from such a mask."""
+    if steps < 1 or not begin > 1:
+        raise DeltaError(f"a fall in {steps} steps from {begin:g} x is none; give 1 step or more, from above 1 x")
+    if not masks.can_be_larger(mask, pattern):
+        raise DeltaError(
+            "the density falls from a mask that can be larger: snip, grad, wm or rand, by a share; take one of these,"
+            " or let it stay (no fall; --fall-from 1)"
+        )
 
 
 class Falling:

@@ -25,7 +25,7 @@ from shiradelta.writer import weighing, writing
 from . import masks
 from .adapters import read_adapter, write_peft
 from .choose import Choice, OwnMask, avoided, count_of, own_mask
-from .falling import Falling
+from .falling import Falling, check_fall
 from .gradients import Loss, Tell, own_loss
 from .layout import View, views
 from .targets import ALL_LINEAR, check_weights, find_weights
@@ -101,7 +101,7 @@ def attach(
         )
     weights = find_weights(model, targets)
     if fall or fall_from != BEGIN:
-        _check_fall(fall, fall_from, mask if start is None else None, pattern)
+        check_fall(fall, fall_from, mask if start is None else None, pattern)
         if scope == "tensor":
             for name, weight in weights.items():
                 count_of(share, name, weight)
@@ -141,16 +141,6 @@ def attach(
             tuner.values[name].copy_(values)
     tuner.write()
     return tuner
-
-
-def _check_fall(steps: int, begin: float, mask: str | OwnMask | None, pattern: tuple[int, int] | None) -> None:
-    if steps < 1 or not begin > 1:
-        raise DeltaError(f"a fall in {steps} steps from {begin:g} x is none; give 1 step or more, from above 1 x")
-    if not masks.can_be_larger(mask, pattern):
-        raise DeltaError(
-            "the density falls from a mask that can be larger: snip, grad, wm or rand, by a share; take one of these,"
-            " or let it stay (no fall; --fall-from 1)"
-        )
 
 
 class Tuner:
