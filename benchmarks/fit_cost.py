@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.table import print_table, seconds
+from shiradelta.fit import Fit
 from shiradelta.fit.behaviour import TextBehaviour
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.train import Plan, Trainer
 from shiradelta.nonzeros import Nonzeros
+from shiradelta.train.targets import find_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPARSITY, RANK = 0.01, 16
@@ -65,15 +67,6 @@ def llama(layers: int, scale: int) -> nn.Module:
     return model.to(DEVICE, torch.bfloat16)
 
 
-def targets(model: nn.Module, linears: tuple[str, ...]) -> list[nn.Parameter]:
-    ends = tuple(f"{linear}.weight" for linear in linears)
-    return [weight for name, weight in model.named_parameters() if name.endswith(ends)]
-
-
-#: Of the target of a language model, as by default.
-TEXT_SHARE = 0.1
-
-
 class Case:
     """One model and one batch."""
 
@@ -83,40 +76,38 @@ class Case:
         self.batch = list(range(texts))
         vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         self.behaviour = TextBehaviour(RandomTokens(vocabulary), [str(tokens)] * texts, self.model, tokens)
-        weights = targets(self.model, linears)
+        self.weights = list(find_weights(self.model, linears).values())
         generator = torch.Generator(DEVICE).manual_seed(0)
         tuned = {
             weight: weight.data
             + 0.02 * weight.data.std() * torch.randn(weight.shape, generator=generator, device=DEVICE)
-            for weight in weights
+            for weight in self.weights
         }
         self.tuned = {weight: value.to(weight.dtype) for weight, value in tuned.items()}
         self.teacher = Teacher(self.model, self.tuned, self.behaviour)
         with torch.no_grad():
             base = self.behaviour.outputs(self.model, self.batch)
             self.behaviour.calibrate([(self.batch, base, self.teacher.outputs(self.batch))])
-        self.behaviour.text_share = TEXT_SHARE  # whatever these random tokens say of it
+        self.behaviour.text_share = Fit.text_share  # whatever these random tokens say of it
 
     def loss(self, model: nn.Module) -> Tensor:
         return self.behaviour.loss(self.behaviour.outputs(model, self.batch), self.teacher.outputs(self.batch))
 
     @contextmanager
     def dense(self) -> Iterator[Callable[[], None]]:
-        weights = targets(self.model, self.linears)
-
         def step() -> None:
             self.loss(self.model).backward()  # type: ignore[no-untyped-call]
-            for weight in weights:
+            for weight in self.weights:
                 weight.grad = None
 
-        for weight in weights:
+        for weight in self.weights:
             weight.requires_grad_(True)
         yield step
         self.model.requires_grad_(False)
 
     @contextmanager
     def fitting(self) -> Iterator[Callable[[], None]]:
-        weights = targets(self.model, self.linears)
+        weights = self.weights
         positions = []
         for weight in weights:
             count = max(1, int(SPARSITY * weight.numel()))

@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from benchmarks.table import machine, print_table
 from shiradelta import train
+from shiradelta.train.targets import find_weights
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
@@ -61,7 +62,7 @@ def base(sizes: dict[str, int], layers: int) -> nn.Module:
 
 def ours(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
     mask = {}
-    for name, weight in targets(model).items():
+    for name, weight in find_weights(model, TARGETS).items():
         count = rank * sum(weight.shape)
         mask[name] = torch.randperm(weight.numel(), device=weight.device)[:count].clone()
     tuner = train.attach(model, mask=mask, targets=TARGETS)
@@ -70,15 +71,10 @@ def ours(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
 
 def ours_falling(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
     """As many weights at the end; at first, which is what is measured, five times as many."""
-    weights = targets(model).values()
+    weights = find_weights(model, TARGETS).values()
     share = rank * sum(sum(weight.shape) for weight in weights) / sum(weight.numel() for weight in weights)
     tuner = train.attach(model, share, "wm", TARGETS, fall=FALL)
     return model, tuner.detach
-
-
-def targets(model: nn.Module) -> dict[str, nn.Parameter]:
-    ends = tuple(TARGETS)
-    return {name: weight for name, weight in model.named_parameters() if name.removesuffix(".weight").endswith(ends)}
 
 
 def peft(kind: str, cast: bool = True, **options: Any) -> Attach:
@@ -109,10 +105,6 @@ METHODS: dict[str, Attach] = {
 }
 
 
-def ddp(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
-
-
 def fsdp2(model: nn.Module) -> nn.Module:
     """A shard of each layer in each process."""
     for module in model.modules():
@@ -123,7 +115,11 @@ def fsdp2(model: nn.Module) -> nn.Module:
 
 
 #: How a model is spread over processes.
-SPREAD: dict[str, Callable[[nn.Module], nn.Module]] = {"no": lambda model: model, "DDP": ddp, "FSDP2": fsdp2}
+SPREAD: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "no": lambda model: model,
+    "DDP": nn.parallel.DistributedDataParallel,
+    "FSDP2": fsdp2,
+}
 
 
 def measure(
@@ -194,23 +190,20 @@ def main() -> None:
     # A density that falls needs whole values in one optimizer.
     methods = [method for method in options.methods if (method, options.spread) != (FALLING, "FSDP2")]
     sizes, rank = (TINY, 4) if options.tiny else (LLAMA_7B, 32)
-    stage: nn.Module | None = None
+    stage = None if options.spread == "FSDP2" else base(sizes, options.layers)  # FSDP2 leaves a model in parts
     rows: list[dict[str, Any]] = []
     for batch in [(2, 16)] if options.tiny else SETTINGS:
         best: dict[str, dict[str, Any]] = {}
         rounds = options.rounds if batch == SETTINGS[0] else 1
         turns = [method for _ in range(rounds) for method in methods if method != FULL]
         for method in [*turns, *([FULL] if batch == SETTINGS[0] and FULL in methods else [])]:
-            if stage is None or options.spread == "FSDP2":  # which leaves it in parts
-                del stage
-                stage = base(sizes, options.layers)
-            row = measure(method, stage, options.spread, batch, rank, options.steps)
+            model = base(sizes, options.layers) if stage is None else stage
+            row = measure(method, model, options.spread, batch, rank, options.steps)
+            del model
             if RANK == 0:
                 print(*row.values(), flush=True)
             if method not in best or row["seconds"] < best[method]["seconds"]:
                 best[method] = row
-        if stage is not None:
-            stage.requires_grad_(True)
         rows += best.values()
         if RANK == 0 and rows:
             write(rows, options.out / "training.csv")

@@ -65,10 +65,11 @@ class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """The weights hold the last, or the best, values."""
         self._tuner.model.__dict__.pop("save_pretrained", None)
-        best = Path(state.best_model_checkpoint or "") / STATE
-        if args.load_best_model_at_end and state.best_model_checkpoint and best.exists():
-            self._tuner.load_state_dict(load_state(best))  # the mask too, which the Trainer does not know
-        self._tuner.write()
+        best = args.load_best_model_at_end and state.best_model_checkpoint
+        if best and (path := Path(best) / STATE).exists():
+            self._tuner.load_state_dict(load_state(path))  # the mask too, which the Trainer does not know
+        else:
+            self._tuner.write()
 
     @staticmethod
     def _folder(args: Any, state: Any) -> Path:
