@@ -20,6 +20,9 @@ Positions = npt.NDArray[np.int64]
 #: What a result that is not a number becomes.
 QUIET_NAN = {"float32": 0x7FC00000, "bfloat16": 0x7FC0, "float16": 0x7E00}
 
+#: The least number that rounds to float32's infinity.
+_OVERFLOW = 2.0**128 - 2.0**103
+
 
 def bfloat16_bits(values: Float32) -> npt.NDArray[np.uint16]:
     """float32 -> bf16 bits, to nearest, ties to even.  NaN becomes the quiet NaN 0x7FC0."""
@@ -63,11 +66,9 @@ def alpha_of(strength: float) -> np.float32:
     Raises:
         DeltaError: it is not finite.
     """
-    with np.errstate(over="ignore"):
-        alpha = np.float32(strength)
-    if not np.isfinite(alpha):
+    if not abs(float(strength)) < _OVERFLOW:  # nor is NaN
         raise DeltaError(f"strength {strength} is not a finite float32; give a finite number")
-    return alpha
+    return np.float32(strength)
 
 
 def scaled(values: Float32, strength: float) -> Float32:

@@ -159,7 +159,16 @@ def test_strength_is_rounded_to_float32_first():
     assert arithmetic.scaled(values, 1 + 1e-12) is values
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), 1e39])
+@pytest.mark.parametrize("strength", [0.5, np.float32(0.5), np.float64(2), 3, math.nextafter(2.0**128 - 2.0**103, 0)])
+def test_strengths_of_every_type_up_to_the_largest(strength):
+    alpha = arithmetic.alpha_of(strength)
+    assert type(alpha) is np.float32
+    assert alpha == np.array([strength], np.float64).astype(np.float32)[0]
+
+
+@pytest.mark.parametrize(
+    "strength", [float("nan"), float("inf"), -float("inf"), 1e39, np.float32("inf"), 2.0**128 - 2.0**103]
+)
 def test_strength_must_be_finite_as_float32(strength):
     with pytest.raises(DeltaError, match="finite"):
         arithmetic.scaled(np.ones(1, np.float32), strength)

@@ -381,12 +381,12 @@ class HotSwap:
         """The backend of the device that a tensor is on."""
         return self._backends[target.device]
 
-    @contextmanager
-    def _ordered(self, stream: Any, reads: bool = False) -> Iterator[None]:
+    def _ordered(self, stream: Any, reads: bool = False) -> ExitStack:
+        """`ordered` of all backends."""
         with ExitStack() as stack:
             for backend in self._backends.values():
                 stack.enter_context(backend.ordered(stream, reads))
-            yield
+            return stack.pop_all()
 
     def _saved_bytes(self) -> int:
         return sum(layer.held.room for layers in self._layers.values() for layer in layers)

@@ -8,7 +8,7 @@ fits it.  Bits are signed integers of the elements' size, which every device can
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,8 +143,9 @@ class TorchBackend(Elementwise):
     @contextmanager
     def _queued(self, stream: Any, reads: bool) -> Iterator[None]:
         own = stream if stream is not None and stream.device == self.device else None
-        with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(own):
-            current = torch.cuda.current_stream()
+        on_own = torch.cuda.stream(own) if own is not None else nullcontext()
+        with torch.inference_mode(), torch.cuda.device(self.device), on_own:
+            current = own or torch.cuda.current_stream()
             if self._stream is not None and self._stream != current:
                 current.wait_stream(self._stream)
             if not reads:

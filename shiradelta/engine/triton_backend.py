@@ -47,6 +47,7 @@ class TritonBackend(TorchBackend):
         on_gpu = self.device.type == "cuda"
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
         self._programs = _PROGRAMS * processors
+        self._compiled: dict[tuple[object, ...], Any] = {}
 
     def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
         """With the table of pointers."""
@@ -99,7 +100,7 @@ class TritonBackend(TorchBackend):
         for x in plan.alone:
             new = after[x.layer]
             onto = new.held.data.table, x.entries, new.room.data_ptr(), float(np.float32(new.strength))
-            self._run(kernels.apply_kernel, x, *onto, FILLED=filled, **x.kind.values())
+            self._launch(kernels.apply_kernel, x, *onto, FILLED=filled, **x.kind.values())
             new.filled[x.patches] = True
         if plan.sums or plan.overlaps:
             self._add_up(plan, after, filled)
@@ -119,7 +120,7 @@ class TritonBackend(TorchBackend):
             plan = self._plan([layer])
             for x in plan.alone:
                 held = layer.held.data.table, x.entries, layer.room.data_ptr()
-                self._run(kernels.restore_kernel, x, *held, **x.kind.elements())
+                self._launch(kernels.restore_kernel, x, *held, **x.kind.elements())
             for stack in plan.plain:
                 for _, number in stack:
                     self.restore_one(Place(layer, number))
@@ -145,13 +146,31 @@ class TritonBackend(TorchBackend):
             for layer, number in x.patches.tolist():
                 layers[layer].filled[number] = True
 
-    def _run(self, kernel: Any, launch: Launch, *arguments: Any, most: int = _ALL, **kind: Any) -> None:
-        """A program for each entry; at most so many.  With none it is only compiled."""
+    def _launch(self, kernel: Any, launch: Launch, *arguments: Any, **kind: Any) -> None:
+        """`_run` for kernels that fit any arguments once they are compiled, within `ordered`.
+
+        What Triton does to find out whether they fit takes longer than all else on the way to the device.
+        """
+        key = kernel.fn.__name__, *kind.values()
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self._run(kernel, launch, *arguments, **kind)
+            return
+        named = dict(zip(kernel.arg_names, arguments, strict=False), **kind)
+        # Triton before 3.3 has no constants in its signatures.
+        compiled[len(launch.entries), 1, 1](*[named[name] for name in compiled.src.signature])
+
+    def _run(self, kernel: Any, launch: Launch, *arguments: Any, most: int = _ALL, **kind: Any) -> Any:
+        """A program for each entry; at most so many.  With none it is only compiled.
+
+        Returns:
+            The compiled kernel; None from the interpreter.
+        """
         grid = (min(len(launch.entries), most),)
         # Triton launches on the device that is current, which may be another backend's.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             # Nothing may be contracted to a fused multiply-add.
-            kernel[grid](*arguments, **kind, num_warps=_WARPS, enable_fp_fusion=False)
+            return kernel[grid](*arguments, **kind, num_warps=_WARPS, enable_fp_fusion=False)
 
     # -------------------------------------------------------------------------------------- planning
 
