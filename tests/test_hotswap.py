@@ -610,9 +610,39 @@ def test_a_moved_model(base: dict[str, torch.Tensor], one: bytes):
     layer = torch.nn.Linear(SHAPE[1], SHAPE[0], bias=False, dtype=torch.bfloat16)
     swap = HotSwap(layer, names={"w": "weight"})
     swap.load("one", one, check=False)
-    layer.weight.data = layer.weight.data.clone()
+    before = layer.weight.data
+    layer.weight.data = before.clone()
     with pytest.raises(TargetError, match="'weight' was moved or replaced"):
         swap.switch("one")
+    assert torch.equal(before, layer.weight.data)
+    assert swap.active == {}
+    layer.weight.data = before
+    swap.switch("one")
+    layer.weight.data = layer.weight.data.clone()
+    with pytest.raises(TargetError, match="'weight' was moved or replaced"):
+        swap.revert()
+    assert torch.equal(before, layer.weight.data)
+    assert swap.active == {"one": 1}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_that_was_given_back(base: dict[str, torch.Tensor], one: bytes, backend: str):
+    """As FSDP does between forward passes; what lies there since is others'."""
+    weight = base["w"].clone()  # in a storage that can be resized, unlike memory of NumPy's
+    swap = make({"w": weight}, backend, one=one)
+    storage, address, size = weight.untyped_storage(), weight.data_ptr(), weight.nbytes
+    try:
+        storage.resize_(0)
+    except RuntimeError:
+        assert backend in ("numpy", "libshd")  # their arrays keep it from that
+        return
+    with pytest.raises(TargetError, match="'w' was moved or replaced"):
+        swap.switch("one")
+    assert swap.active == {}
+    storage.resize_(size)
+    if weight.data_ptr() != address:
+        with pytest.raises(TargetError, match="'w' was moved or replaced"):
+            swap.switch("one")
 
 
 @pytest.mark.parametrize("how", ["assigned", "another parameter", "another buffer", "taken away"])

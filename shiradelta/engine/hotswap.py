@@ -226,7 +226,8 @@ class HotSwap:
         """Compares the fingerprints; returns the names of what has none to compare."""
         known: set[Target] = set()
         for backend, held in adapter.held.items():
-            held.check_addresses()
+            held.check_memory()
+            held.check_model()
             mine = [
                 (number, patch)
                 for number, patch in enumerate(held.patches)
@@ -325,12 +326,14 @@ class HotSwap:
             after = self._new_layers(wanted)
             touched = _on_different_tensors(before, after)
             for held in touched:
-                held.check_addresses()
+                held.check_memory()
             with interrupts_held_back() as deliver_interrupts:
                 try:
                     for backend in {**before, **after}:
                         backend.replace(before.get(backend, []), after.get(backend, []))
                         deliver_interrupts()
+                    for held in touched:  # not before: a device is at work meanwhile
+                        held.check_model()
                 except BaseException:
                     self._roll_back(before, after)
                     raise

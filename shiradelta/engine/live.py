@@ -69,15 +69,18 @@ class Target:
         low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
         return self.device, start + low, start + high + itemsize
 
-    def check_address(self) -> None:
-        """Raises TargetError if the model has moved the tensor since, or has another in its place."""
+    def is_there(self) -> bool:
+        """Whether the model still has the tensor, where it was."""
         tensors, name = self.home
         now = tensors.get(name)
-        if self.address and (now is None or now.data_ptr() != self.address):
-            raise TargetError(
-                f"tensor {self.name!r} was moved or replaced since HotSwap looked at the model; revert before moving a"
-                " model, and make a new HotSwap after it"
-            )
+        return now is not None and now.data_ptr() == self.address
+
+    def moved(self) -> TargetError:
+        """Says that it is not."""
+        return TargetError(
+            f"tensor {self.name!r} was moved or replaced since HotSwap looked at the model; revert before moving a"
+            " model, and make a new HotSwap after it"
+        )
 
 
 def is_array(tensor: Any) -> bool:

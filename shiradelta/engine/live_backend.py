@@ -65,8 +65,8 @@ class Held:
         self._there = [patch.target for patch in patches if patch.target.address]
         #: Tensors of the model whose versions autograd counts.
         self.counted = [target.holder for target in self._there if not target.holder.is_inference()]
-        self._homes = [target.home for target in self._there]
-        self._addresses = [target.address for target in self._there]
+        self._tensors = [target.tensor for target in self._there]
+        self._memory = [tensor.data_ptr() for tensor in self._tensors]
 
     def span(self, number: int) -> slice:
         """Where the room of a patch lies in that of all, in bytes."""
@@ -76,15 +76,20 @@ class Held:
         """Whether it is for the same tensors of the model: adapters of a kind mostly are."""
         return self._there == other._there
 
-    def check_addresses(self) -> None:
+    def check_memory(self) -> None:
+        """Raises TargetError if memory of the tensors may have gone to others: nothing may be written there.
+
+        It is ours whatever the model does, unless a storage is resized.
+        """
+        now = [tensor.data_ptr() for tensor in self._tensors]
+        if now != self._memory:
+            raise next(t.moved() for t, a, b in zip(self._there, now, self._memory, strict=True) if a != b)
+
+    def check_model(self) -> None:
         """Raises TargetError if the model has moved or replaced one of the tensors since it was looked at."""
-        try:
-            if [tensors[name].data_ptr() for tensors, name in self._homes] == self._addresses:
-                return
-        except (KeyError, AttributeError):  # taken away
-            pass
-        for patch in self.patches:
-            patch.target.check_address()
+        for target in self._there:
+            if not target.is_there():
+                raise target.moved()
 
 
 class Layer:
