@@ -34,17 +34,23 @@ def _lines(
 
 
 def draw_switch(rows: Rows, target: Path) -> None:
-    """Bars of everything at 1 %, and lines of what HotSwap costs as things grow."""
-    figure, ((bars, density), (size, adapters)) = plt.subplots(2, 2, figsize=(12, 8))
+    """Everything at 1 %, and lines of what HotSwap costs as things grow."""
+    figure, ((dots, density), (size, adapters)) = plt.subplots(2, 2, figsize=(12, 8))
     compared = [row for row in rows if row["experiment"] == "compare"][::-1]
     ours = ["tab:blue" if row["what"].startswith("HotSwap") else "tab:gray" for row in compared]
     milliseconds = [1000 * float(row["seconds"]) for row in compared]
-    drawn = bars.barh([row["what"] for row in compared], milliseconds, color=ours)
-    bars.bar_label(drawn, fmt="%.3g", padding=3)
-    bars.set(xscale="log", xlabel="ms", title=f"layers: {compared[0]['layers']}; 1 %, int8")
-    bars.set_xlim(min(milliseconds) / 2, max(milliseconds) * 2)
-    bars.xaxis.set_major_formatter("{x:g}")
-    bars.xaxis.set_minor_formatter("")
+    # Points and not bars, whose lengths would say nothing on a logarithmic axis.
+    dots.scatter(milliseconds, [row["what"] for row in compared], color=ours)
+    for place, value in enumerate(milliseconds):
+        dots.annotate(
+            f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", (value, place), (6, -3.5), textcoords="offset points"
+        )
+    dots.set(xscale="log", xlabel="ms", title=f"layers: {compared[0]['layers']}; 1 %, int8")
+    dots.set_xlim(min(milliseconds) / 1.5, max(milliseconds) * 2)
+    dots.grid(axis="y", color="whitesmoke")
+    dots.set_axisbelow(True)
+    dots.xaxis.set_major_formatter("{x:g}")
+    dots.xaxis.set_minor_formatter("")
     for axes, experiment, x in (
         (density, "density", "share of weights that change, %"),
         (size, "size", "layers"),
