@@ -43,7 +43,7 @@ def draw_switch(rows: Rows, target: Path) -> None:
     dots.scatter(milliseconds, [row["what"] for row in compared], color=ours)
     for place, value in enumerate(milliseconds):
         dots.annotate(
-            f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", (value, place), (6, -3.5), textcoords="offset points"
+            f"{value:,.3g}" if value < 999.5 else f"{value:,.0f}", (value, place), (6, -3.5), textcoords="offset points"
         )
     dots.set(xscale="log", xlabel="ms", title=f"layers: {compared[0]['layers']}; 1 %, int8")
     dots.set_xlim(min(milliseconds) / 1.5, max(milliseconds) * 2)

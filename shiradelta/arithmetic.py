@@ -6,6 +6,7 @@ patterns, unsigned integers of the dtype's size, so that NaN payloads and denorm
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,13 @@ def alpha_of(strength: float) -> np.float32:
     Raises:
         DeltaError: it is not finite.
     """
-    if not abs(float(strength)) < _OVERFLOW:  # nor is NaN
+    try:
+        number = float(strength)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) < _OVERFLOW:  # false for NaN, too
         raise DeltaError(f"strength {strength} is not a finite float32; give a finite number")
-    return np.float32(strength)
+    return np.float32(number)
 
 
 def scaled(values: Float32, strength: float) -> Float32:

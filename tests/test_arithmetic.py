@@ -167,7 +167,8 @@ def test_strengths_of_every_type_up_to_the_largest(strength):
 
 
 @pytest.mark.parametrize(
-    "strength", [float("nan"), float("inf"), -float("inf"), 1e39, np.float32("inf"), 2.0**128 - 2.0**103]
+    "strength",
+    [float("nan"), float("inf"), -float("inf"), 1e39, np.float32("inf"), 2.0**128 - 2.0**103, 10**400, "x", None],
 )
 def test_strength_must_be_finite_as_float32(strength):
     with pytest.raises(DeltaError, match="finite"):

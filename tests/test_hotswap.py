@@ -19,6 +19,7 @@ import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.backend import choose
 from shiradelta.engine import hotswap
+from shiradelta.engine.live_backend import Held
 from shiradelta.engine.numpy_backend import NumpyBackend
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.native import LoadedTensor
@@ -454,18 +455,21 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(
+    ("where", "what"), [(NumpyBackend, "write"), (Held, "check_model"), (hotswap, "_tell_autograd")]
+)
 def test_an_interrupt_waits_for_a_whole_state(
-    monkeypatch: pytest.MonkeyPatch, base: dict[str, torch.Tensor], one: bytes
+    monkeypatch: pytest.MonkeyPatch, base: dict[str, torch.Tensor], one: bytes, where: Any, what: str
 ):
     swap = make(base, "numpy", one=one)
     before = bits(base["w"])
-    write = NumpyBackend.write
+    own = getattr(where, what)
 
-    def interrupted(self: NumpyBackend, *arguments: object) -> None:
+    def interrupted(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        write(self, *arguments)  # type: ignore[arg-type]
+        own(*arguments)
 
-    monkeypatch.setattr(NumpyBackend, "write", interrupted)
+    monkeypatch.setattr(where, what, interrupted)
     with pytest.raises(KeyboardInterrupt):
         swap.switch("one")
     assert swap.active == {}
@@ -619,8 +623,9 @@ def test_a_moved_model(base: dict[str, torch.Tensor], one: bytes):
     layer.weight.data = before
     swap.switch("one")
     layer.weight.data = layer.weight.data.clone()
-    with pytest.raises(TargetError, match="'weight' was moved or replaced"):
-        swap.revert()
+    for work in (swap.revert, swap.changed):
+        with pytest.raises(TargetError, match="'weight' was moved or replaced"):
+            work()
     assert torch.equal(before, layer.weight.data)
     assert swap.active == {"one": 1}
 
@@ -640,7 +645,9 @@ def test_memory_that_was_given_back(base: dict[str, torch.Tensor], one: bytes, b
         swap.switch("one")
     assert swap.active == {}
     storage.resize_(size)
-    if weight.data_ptr() != address:
+    if weight.data_ptr() == address:  # the same memory again
+        assert swap.switch("one").active == {"one": 1}
+    else:
         with pytest.raises(TargetError, match="'w' was moved or replaced"):
             swap.switch("one")
 

@@ -108,3 +108,26 @@ def test_memory(layer: torch.nn.Linear):
     swap.revert()
     swap.unload("big")
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_model_on_two_gpus(backend: str):
+    """Each part on its own device's stream, whichever device is current."""
+    model = {f"w{i}": weights(SHAPE, "bfloat16", i).to(f"cuda:{i}") for i in range(2)}
+    before = {name: bits(tensor) for name, tensor in model.items()}
+    files = [adapter({name: random_delta(SHAPE, 40_000, seed) for name in model}) for seed in range(2)]
+    swap = sd.HotSwap(model, backend=backend)
+    for name, data in zip("ab", files, strict=True):
+        swap.load(name, data)
+    streams = [torch.cuda.Stream(device) for device in range(2)]
+    for turn, (name, device) in enumerate([("a", 0), ("b", 1), ("a", 1), (None, 0), ("b", 0), ("a", 0)]):
+        with torch.cuda.device(device):
+            swap.switch(name, stream=streams[turn % 2] if turn > 2 else None)
+        torch.cuda.synchronize(0)
+        torch.cuda.synchronize(1)
+        for key, tensor in model.items():
+            on = [(files["ab".index(name)], 1)] if name else []
+            assert np.array_equal(bits(tensor), formula(before[key], "bfloat16", on, key)), turn
+    swap.revert()
+    assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in model.items())

@@ -135,9 +135,16 @@ class HotSwap:
             return sum(adapter.report.nbytes for adapter in self._adapters.values()) + self._saved_bytes()
 
     def changed(self) -> int:
-        """Weights whose bits differ from the base's now."""
+        """Weights whose bits differ from the base's now.
+
+        Raises:
+            TargetError: the model was moved, or is in an unknown state.
+        """
         with self._lock, self._ordered(None, reads=True):
             self._usable()
+            for held in _on_different_tensors(self._layers):
+                held.check_memory()
+                held.check_model()
             return sum(backend.changed(layers) for backend, layers in self._layers.items())
 
     # ---------------------------------------------------------------------------------------- loading
@@ -264,7 +271,7 @@ class HotSwap:
         wanted = {adapters: strength} if isinstance(adapters, str) else dict(adapters or {})
         with self._lock:
             self._usable()
-            self._check_strengths(wanted)
+            wanted = self._checked(wanted)
             if _bits(wanted) != _bits(self._active):
                 self._commit(wanted, stream)
             return SwitchReport(
@@ -298,7 +305,8 @@ class HotSwap:
                     self.switch(before, stream=stream)
                     raise
 
-    def _check_strengths(self, wanted: Mapping[str, float]) -> None:
+    def _checked(self, wanted: Mapping[str, float]) -> dict[str, float]:
+        """Adapters that go together, with strengths that they can have."""
         self._known(wanted)
         digests: dict[bytes, str] = {}
         for name, strength in wanted.items():
@@ -309,6 +317,7 @@ class HotSwap:
             twin = digests.setdefault(adapter.digest, name)
             if twin != name:
                 raise DeltaError(f"adapters {twin!r} and {name!r} are the same delta; give it one strength")
+        return {name: float(strength) for name, strength in wanted.items()}
 
     def _known(self, names: Mapping[str, float] | Sequence[str]) -> None:
         for name in names:
@@ -332,13 +341,14 @@ class HotSwap:
                     for backend in {**before, **after}:
                         backend.replace(before.get(backend, []), after.get(backend, []))
                         deliver_interrupts()
-                    for held in touched:  # not before: a device is at work meanwhile
+                    for held in touched:  # while a device does what is queued
                         held.check_model()
+                    _tell_autograd(touched)
+                    deliver_interrupts()
                 except BaseException:
                     self._roll_back(before, after)
                     raise
                 self._layers, self._active = after, dict(wanted)
-            _tell_autograd(touched)
 
     def _new_layers(self, wanted: Mapping[str, float]) -> Layers:
         """What is to be on the tensors, with room for what it overwrites."""

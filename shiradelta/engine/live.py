@@ -31,7 +31,7 @@ class Target:
         dtype: by torch's name; "?" where the format does not know it.
         refusal: why it cannot be written, and what to do; None if it can.
         holder: the module's own tensor.
-        home: where the model has it; what is there is looked at before each write.  A mapping of its own for a tensor
+        home: where the model has it; what is there is looked at in each switch.  A mapping of its own for a tensor
             without a module.
         view: how it was taken from the holder; views of one kind share no element.
         device: "cpu", "cuda:0" and the like.
@@ -75,11 +75,11 @@ class Target:
         now = tensors.get(name)
         return now is not None and now.data_ptr() == self.address
 
-    def moved(self) -> TargetError:
+    def moved_error(self) -> TargetError:
         """Says that it is not."""
         return TargetError(
-            f"tensor {self.name!r} was moved or replaced since HotSwap looked at the model; revert before moving a"
-            " model, and make a new HotSwap after it"
+            f"tensor {self.name!r} was moved or replaced, or its memory given back, since HotSwap looked at the model;"
+            " revert before moving a model, and make a new HotSwap after it"
         )
 
 

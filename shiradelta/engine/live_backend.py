@@ -66,7 +66,7 @@ class Held:
         #: Tensors of the model whose versions autograd counts.
         self.counted = [target.holder for target in self._there if not target.holder.is_inference()]
         self._tensors = [target.tensor for target in self._there]
-        self._memory = [tensor.data_ptr() for tensor in self._tensors]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
     def span(self, number: int) -> slice:
         """Where the room of a patch lies in that of all, in bytes."""
@@ -79,17 +79,17 @@ class Held:
     def check_memory(self) -> None:
         """Raises TargetError if memory of the tensors may have gone to others: nothing may be written there.
 
-        It is ours whatever the model does, unless a storage is resized.
+        It stays ours when the model takes other tensors; only resizing a storage gives it back.
         """
         now = [tensor.data_ptr() for tensor in self._tensors]
-        if now != self._memory:
-            raise next(t.moved() for t, a, b in zip(self._there, now, self._memory, strict=True) if a != b)
+        if now != self._addresses:
+            raise next(t.moved_error() for t, a, b in zip(self._there, now, self._addresses, strict=True) if a != b)
 
     def check_model(self) -> None:
         """Raises TargetError if the model has moved or replaced one of the tensors since it was looked at."""
         for target in self._there:
             if not target.is_there():
-                raise target.moved()
+                raise target.moved_error()
 
 
 class Layer:

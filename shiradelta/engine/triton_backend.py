@@ -7,7 +7,7 @@ one codec, take the way of plain torch operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -147,9 +147,9 @@ class TritonBackend(TorchBackend):
                 layers[layer].filled[number] = True
 
     def _launch(self, kernel: Any, launch: Launch, *arguments: Any, **kind: Any) -> None:
-        """`_run` for kernels that fit any arguments once they are compiled, within `ordered`.
+        """`_run` for kernels that are compiled once for each kind: pointers are multiples of 16, rooms take 64 bits.
 
-        What Triton does to find out whether they fit takes longer than all else on the way to the device.
+        What Triton does to find that out takes longer than all else on the way to the device.
         """
         key = kernel.fn.__name__, *kind.values()
         compiled = self._compiled.get(key)
@@ -158,7 +158,8 @@ class TritonBackend(TorchBackend):
             return
         named = dict(zip(kernel.arg_names, arguments, strict=False), **kind)
         # Triton before 3.3 has no constants in its signatures.
-        compiled[len(launch.entries), 1, 1](*[named[name] for name in compiled.src.signature])
+        with self._current():
+            compiled[len(launch.entries), 1, 1](*[named[name] for name in compiled.src.signature])
 
     def _run(self, kernel: Any, launch: Launch, *arguments: Any, most: int = _ALL, **kind: Any) -> Any:
         """A program for each entry; at most so many.  With none it is only compiled.
@@ -167,10 +168,13 @@ class TritonBackend(TorchBackend):
             The compiled kernel; None from the interpreter.
         """
         grid = (min(len(launch.entries), most),)
-        # Triton launches on the device that is current, which may be another backend's.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with self._current():
             # Nothing may be contracted to a fused multiply-add.
             return kernel[grid](*arguments, **kind, num_warps=_WARPS, enable_fp_fusion=False)
+
+    def _current(self) -> AbstractContextManager[Any]:
+        """Makes the device current, where Triton launches: within `ordered` that may be another backend's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     # -------------------------------------------------------------------------------------- planning
 
