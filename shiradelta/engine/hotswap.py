@@ -233,7 +233,6 @@ class HotSwap:
         """Compares the fingerprints; returns the names of what has none to compare."""
         known: set[Target] = set()
         for backend, held in adapter.held.items():
-            held.check_memory()
             held.check_model()
             mine = [
                 (number, patch)
