@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shiradelta.converters.counts import SCOPES
 
 import shiradelta
 from benchmarks.table import print_table
 from demo.task import embed, load_base, load_split
 from demo.train_lora import OUT as LORA
 from demo.train_lora import batches, contrastive_loss
-from shiradelta.fit import MASKS, Fit
+from shiradelta.fit.settings import MASKS, Fit
+from shiradelta.select.counts import SCOPES
 
 SPARSITY = 0.01
 STEPS, BATCH = 60, 32

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from benchmarks import models
 from benchmarks.table import print_table
-from shiradelta import show
+from shiradelta.util import show
 
 LARGEST = 11008 * 4096 * 4  # bytes of the largest tensor in float32
 

@@ -20,8 +20,8 @@ from benchmarks.table import print_table, seconds
 from shiradelta.fit import Fit
 from shiradelta.fit.behaviour import TextBehaviour
 from shiradelta.fit.teacher import Teacher
-from shiradelta.fit.train import Plan, Trainer
-from shiradelta.nonzeros import Nonzeros
+from shiradelta.fit.training import Plan, Trainer
+from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.train.targets import find_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,8 +29,8 @@ import shiradelta as sd
 from benchmarks.fusion_tasks import TASKS, Pairs, batches, load
 from benchmarks.table import print_table
 from demo.task import load_base
-from shiradelta.fusion import Source
-from shiradelta.interference import measure
+from shiradelta.combine.fuse import Source
+from shiradelta.combine.interference import measure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]

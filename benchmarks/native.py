@@ -22,9 +22,9 @@ import torch
 import shiradelta
 from benchmarks import models
 from benchmarks.table import print_table, seconds
-from shiradelta import native
-from shiradelta.arithmetic import Array
-from shiradelta.wire import IndexCodec, ValueCodec
+from shiradelta.backends import libshd as native
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.registry import IndexCodec, ValueCodec
 
 DENSITY = 0.01
 RANK = 16

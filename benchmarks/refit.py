@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.table import print_table
-from shiradelta import show
+from shiradelta.util import show
 
 WORDS = [f"w{i}" for i in range(1000)]
 LAYERS = (3, 12)

@@ -13,9 +13,9 @@ import numpy as np
 import shiradelta
 from benchmarks.fuse import write_adapter
 from benchmarks.table import print_table
-from shiradelta import show
-from shiradelta.interference import measure
-from shiradelta.report import report
+from shiradelta.combine.interference import measure
+from shiradelta.combine.report import report
+from shiradelta.util import show
 
 
 def compare(folder: Path, layers: int) -> None:

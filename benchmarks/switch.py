@@ -28,7 +28,7 @@ import torch
 import shiradelta as sd
 from benchmarks.models import LLAMA_7B_LAYER
 from benchmarks.table import machine, print_table
-from shiradelta import header, wire
+from shiradelta.format import container, registry
 
 RESULTS = Path(__file__).parent / "results"
 EXPERIMENTS = ["compare", "density", "adapters", "size"]
@@ -113,23 +113,23 @@ def one_layer(stage: Stage, density: float, seed: int, values: str = "int8") -> 
 
 def for_all_layers(data: bytes, layers: int) -> bytes:
     """The same sections under the names of every layer."""
-    container = header.parse(np.frombuffer(data, np.uint8))
+    parsed = container.parse(np.frombuffer(data, np.uint8))
     named = sorted(
         (f"{layer}.{record.name.removeprefix('0.')}".encode(), record)
         for layer in range(layers)
-        for record in container.records
+        for record in parsed.records
     )
-    cursor = header.payload_start(len(named), sum(len(name) for name, _ in named), {})
+    cursor = container.payload_start(len(named), sum(len(name) for name, _ in named), {})
     records, payload = [], []
     for name, record in named:
         placed = []
         for section in (record.index, record.values):
             placed.append(replace(section, offset=cursor))
             stored = data[section.offset : section.offset + section.stored]
-            payload.append(header.pad_section(stored))
-            cursor = wire.align(cursor + section.stored, wire.SECTION_ALIGNMENT)
+            payload.append(container.pad_section(stored))
+            cursor = registry.align(cursor + section.stored, registry.SECTION_ALIGNMENT)
         records.append(replace(record, name=name.decode(), index=placed[0], values=placed[1]))
-    return header.build(records, {}, container.digest, cursor) + b"".join(payload)
+    return container.build(records, {}, parsed.digest, cursor) + b"".join(payload)
 
 
 def adapters(stage: Stage, count: int, density: float, layers: int) -> list[bytes]:

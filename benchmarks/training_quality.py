@@ -28,7 +28,7 @@ from benchmarks.quality.methods import TASKS, prepare, score_with
 from benchmarks.quality.tasks import STEPS, TUNE, optimise
 from benchmarks.table import print_table
 from shiradelta import train
-from shiradelta.pruning import BEGIN, FALL_UNTIL
+from shiradelta.nonzeros.pruning import BEGIN, FALL_UNTIL
 
 MASKS = ("snip", "grad", "wm", "rand", "struct")
 #: Batches that gradients are summed over for a mask.

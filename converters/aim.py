@@ -12,11 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shiradelta import wire
-from shiradelta.codecs import VALUE_CODECS, rice
 from shiradelta.errors import DeltaError, SourceError
-
-from .counts import Counts
+from shiradelta.format import registry
+from shiradelta.format.codecs import VALUE_CODECS, rice
+from shiradelta.select.counts import Counts
 
 #: A trial that comes this close to the limit, and keeps it, is taken; so is one of a sparsity known this well.
 CLOSE, KNOWN = 0.005, 1.002
@@ -87,7 +86,7 @@ class Size(Aim):
     @property
     def close(self) -> float:
         """Sections are padded: tensors of the same shape grow by a block of 64 bytes all at once."""
-        return max(super().close, wire.SECTION_ALIGNMENT * len(self.counts.dense))
+        return max(super().close, registry.SECTION_ALIGNMENT * len(self.counts.dense))
 
     def _numel(self, name: str) -> int:
         return self.counts.dense[name].numel
@@ -136,9 +135,11 @@ def most_bytes(numel: int, count: int, codec: str) -> int:
     """The most that `count` of a tensor's elements take in a file, wherever they lie."""
     if not count:
         return 0
-    index = min(rice.section_size(count, numel, k, count + ((numel - count) >> k)) for k in range(wire.MAX_RICE_K + 1))
-    value = VALUE_CODECS[wire.VALUE_CODEC_OF_NAME[codec]].size(count, 4)
-    return sum(wire.align(size, wire.SECTION_ALIGNMENT) for size in (index, value))
+    index = min(
+        rice.section_size(count, numel, k, count + ((numel - count) >> k)) for k in range(registry.MAX_RICE_K + 1)
+    )
+    value = VALUE_CODECS[registry.VALUE_CODEC_OF_NAME[codec]].size(count, 4)
+    return sum(registry.align(size, registry.SECTION_ALIGNMENT) for size in (index, value))
 
 
 def find_sparsity(aim: Aim, trial: Callable[[float], Trial]) -> float:

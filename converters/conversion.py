@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shiradelta import wire
-from shiradelta.backend import choose
+from shiradelta.backends.choose import choose
 from shiradelta.errors import SourceError
-from shiradelta.select import Selection, top_k
-from shiradelta.writer import DeltaWriter, weighing
+from shiradelta.format import registry
+from shiradelta.io.writer import DeltaWriter, weighing
+from shiradelta.select.counts import Counts
+from shiradelta.select.topk import Selection, top_k
 
 from .aim import Aim, Error, Size, Trial, find_fitted_sparsity, find_sparsity, parse_size
-from .counts import Counts
 from .item import Item, Source
 from .report import Report, TensorReport
 
@@ -56,7 +56,7 @@ class Conversion:
     def _fixed(self, counts: Counts) -> int:
         """Bytes of everything but the dense deltas' positions and values."""
         one = {name: min(1, spectrum.nonzero) for name, spectrum in counts.spectra.items()}
-        sections = 2 * wire.SECTION_ALIGNMENT * sum(one.values())
+        sections = 2 * registry.SECTION_ALIGNMENT * sum(one.values())
         return self._weigh(0, one).size - sections
 
     def _weigh(self, sparsity: float, kept: Mapping[str, int]) -> Trial:

@@ -11,20 +11,18 @@ from functools import partial
 
 import numpy as np
 
-from shiradelta.arithmetic import Array, Float32, to_float32
-from shiradelta.checkpoint import Checkpoint
-from shiradelta.delta import TensorDelta, matrix_shape
 from shiradelta.errors import SourceError
-from shiradelta.select import Rows, row_shape
+from shiradelta.format.arithmetic import Array, Float32, to_float32
+from shiradelta.format.delta import TensorDelta, matrix_shape
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.peft import PREFIX, parse_shira_key
+from shiradelta.select.topk import Rows, row_shape
 
 from .item import Item, Source
 from .lora_keys import find_tensors
 
-_PEFT_PREFIX = "base_model.model."
 #: suffix of a file's key -> (suffix of the tensor's name, what the key holds)
 _SUFFIXES = {
-    ".shira_weight": (".weight", "values"),
-    ".shira_indices": (".weight", "indices"),
     ".values": ("", "values"),
     ".positions": ("", "positions"),
     ".diff": (".weight", "dense"),
@@ -37,10 +35,13 @@ _VALUES = ("float32", "float16", "bfloat16")
 
 def parse_key(key: str) -> tuple[str, str] | None:
     """(tensor's name, what the key holds), or None for a plain key."""
+    shira = parse_shira_key(key)
+    if shira is not None:
+        return shira
     key = key.removesuffix(".default")
     for suffix, (put, what) in _SUFFIXES.items():
         if key.endswith(suffix):
-            return key.removesuffix(suffix).removeprefix(_PEFT_PREFIX) + put, what
+            return key.removesuffix(suffix).removeprefix(PREFIX) + put, what
     return None
 
 

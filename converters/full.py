@@ -7,11 +7,11 @@ from functools import partial
 
 import numpy as np
 
-from shiradelta.arithmetic import Array, Float32, to_float32
-from shiradelta.checkpoint import Checkpoint, Slot, match_names
-from shiradelta.delta import TensorDelta
 from shiradelta.errors import SourceError
-from shiradelta.select import Rows, row_shape
+from shiradelta.format.arithmetic import Array, Float32, to_float32
+from shiradelta.format.delta import TensorDelta
+from shiradelta.models.checkpoint import Checkpoint, Slot, match_names
+from shiradelta.select.topk import Rows, row_shape
 
 from .item import Item, Source, whole_tensor
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shiradelta.arithmetic import Array, Float32, Positions
-from shiradelta.checkpoint import Checkpoint
-from shiradelta.delta import TensorDelta, check_shape
-from shiradelta.select import Rows, row_shape
+from shiradelta.format.arithmetic import Array, Float32, Positions
+from shiradelta.format.delta import TensorDelta, check_shape
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.select.topk import Rows, row_shape
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Item:
     Attributes:
         name: in the base's coordinates.
         shape, dtype: the base tensor's; dtype is "unspecified" where there is no base.
-        dense: opens the dense delta (see `shiradelta.select.Rows`), or None.
+        dense: opens the dense delta (see `shiradelta.select.topk.Rows`), or None.
         exact: makes the tensor delta as it is to be stored, where nothing is to be selected.
         base_bits: maps the base's elements, flat, where there is a base.
         replacement: maps the fine-tune's elements, for a dtype to which nothing can be added: the selected are set.

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shiradelta.arithmetic import Float32, to_float32
-from shiradelta.checkpoint import Checkpoint, read_json, tied_slot
-from shiradelta.delta import TensorDelta
 from shiradelta.errors import SourceError
-from shiradelta.select import Rows, row_shape
+from shiradelta.format.arithmetic import Float32, to_float32
+from shiradelta.format.delta import TensorDelta
+from shiradelta.models.checkpoint import Checkpoint, read_json, tied_slot
+from shiradelta.select.topk import Rows, row_shape
 
 from . import diff, lycoris
 from .item import Item, Source, whole_tensor

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from shiradelta.checkpoint import Checkpoint, match_names
 from shiradelta.errors import SourceError
+from shiradelta.models.checkpoint import Checkpoint, match_names
+from shiradelta.models.peft import PREFIX
 
 _KEY = re.compile(
     r"^(?P<module>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<ab>[ABE])|lora(?:_linear_layer)?[._](?P<updown>up|down))"
@@ -21,7 +22,6 @@ _KEY = re.compile(
 )
 _LYCORIS = re.compile(r"^(?P<module>.+?)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\.default)?$")
 _PROCESSOR = re.compile(r"^(?P<layer>.+)\.processor\.(?P<projection>to_\w+)_lora(?P<rest>\.(?:up|down)(?:\.weight)?)$")
-_PEFT_PREFIX = "base_model.model."
 #: Parts of other methods that would be lost without a word if only A and B were taken.
 _UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA's magnitudes need the base's norms; merge it first",
@@ -64,7 +64,7 @@ def parse_key(key: str) -> tuple[str, str, bool] | None:
 
 def _module(name: str) -> str:
     """As the model calls it that PEFT has wrapped."""
-    return _WRAPPERS.sub("", name.removeprefix(_PEFT_PREFIX))
+    return _WRAPPERS.sub("", name.removeprefix(PREFIX))
 
 
 def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], dict[str, str]]:
@@ -83,9 +83,9 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
             parts = modules.setdefault(module, Module())
             parts.keys[side], parts.embedding = key, embedding
         elif key.endswith(".alpha"):
-            alphas[key.removesuffix(".alpha").removeprefix(_PEFT_PREFIX)] = key
+            alphas[key.removesuffix(".alpha").removeprefix(PREFIX)] = key
         else:
-            name = _WRAPPERS.sub("", key.removeprefix(_PEFT_PREFIX))
+            name = _WRAPPERS.sub("", key.removeprefix(PREFIX))
             tokens = TOKENS.match(name)
             others[key] = name if tokens is None else f"{tokens['module']}.weight"
             for part, why in _UNSUPPORTED.items():

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shiradelta.checkpoint import Checkpoint, read_json
 from shiradelta.errors import SourceError
+from shiradelta.models.checkpoint import Checkpoint, read_json
 
 CONFIG = "adapter_config.json"
 #: PEFT's types that are a product of factors, times a scale.

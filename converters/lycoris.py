@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from shiradelta.arithmetic import Float32, to_float32
-from shiradelta.checkpoint import Checkpoint
+from shiradelta.format.arithmetic import Float32, to_float32
+from shiradelta.models.checkpoint import Checkpoint
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 #: Rows [start, stop) of a matrix.

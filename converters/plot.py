@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shiradelta.errors import SourceError
-from shiradelta.files import PNG, check_target, replacing
-from shiradelta.show import layer_of, tick
+from shiradelta.util.files import replacing
+from shiradelta.util.show import layer_of, tick
 
 from .report import Report, TensorReport
 
@@ -18,18 +16,6 @@ if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
 
 _TICKS = 24
-
-
-def check_plot(path: str | os.PathLike[str]) -> None:
-    """Whether one can be drawn there; asked before the long work.
-
-    Raises:
-        SourceError: there is no matplotlib.
-        TargetError: there is no such folder, or something else is there.
-    """
-    if find_spec("matplotlib") is None:
-        raise SourceError("a plot needs matplotlib; install shiradelta[fit], or leave the plot out")
-    check_target(Path(path), PNG, "a PNG")
 
 
 def draw(path: str | os.PathLike[str], report: Report) -> None:

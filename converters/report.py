@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shiradelta import show
-from shiradelta.arithmetic import Float32
-from shiradelta.delta import TensorDelta
+from shiradelta.format.arithmetic import Float32
+from shiradelta.format.delta import TensorDelta
+from shiradelta.util import show
 
 if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted

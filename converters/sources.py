@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shiradelta import wire
-from shiradelta.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.errors import DeltaError, SourceError
+from shiradelta.format import registry
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 
 from .item import Source
 
@@ -22,8 +22,8 @@ def open_source(path: Path, kind: str, base: Checkpoint | None, alpha: float | N
         raise DeltaError(f"kind {kind!r} is unknown; take {', '.join(KINDS)}")
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise SourceError(f"{path}: is not a safetensors file; save it as safetensors first")
-    if path.suffix == wire.SUFFIX:
-        raise SourceError(f"{path}: is a {wire.SUFFIX} file already; give what it was made from")
+    if path.suffix == registry.SUFFIX:
+        raise SourceError(f"{path}: is a {registry.SUFFIX} file already; give what it was made from")
     weights = lora.adapter_weights(path)
     checkpoint = open_checkpoint(path if weights is None else weights)
     if kind != "diff":

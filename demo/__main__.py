@@ -20,8 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import shiradelta
 from demo.task import embed, load_base, score
-from shiradelta import show
-from shiradelta.describe import describe
+from shiradelta.io.describe import describe
+from shiradelta.util import show
 
 HERE = Path(__file__).parent
 LORA = HERE / "lora"

@@ -8,16 +8,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from shiradelta import _moved
+
 if TYPE_CHECKING:
+    from shiradelta.combine.fuse import fuse
     from shiradelta.converters import convert
-    from shiradelta.delta import TensorDelta
-    from shiradelta.engine.directory import apply, revert
-    from shiradelta.engine.hotswap import HotSwap
-    from shiradelta.engine.verification import verify
     from shiradelta.errors import FormatError, ShiraDeltaError
-    from shiradelta.fusion import fuse
-    from shiradelta.reader import open_delta
-    from shiradelta.writer import save_delta
+    from shiradelta.folder.apply import apply, revert
+    from shiradelta.folder.verification import verify
+    from shiradelta.format.delta import TensorDelta
+    from shiradelta.hotswap.session import HotSwap
+    from shiradelta.io.reader import open_delta
+    from shiradelta.io.writer import save_delta
 
 __all__ = [
     "FormatError",
@@ -35,17 +37,20 @@ __all__ = [
 
 _HOMES = {
     "FormatError": "errors",
-    "HotSwap": "engine.hotswap",
+    "HotSwap": "hotswap.session",
     "ShiraDeltaError": "errors",
-    "TensorDelta": "delta",
-    "apply": "engine.directory",
+    "TensorDelta": "format.delta",
+    "apply": "folder.apply",
     "convert": "converters",
-    "fuse": "fusion",
-    "open_delta": "reader",
-    "revert": "engine.directory",
-    "save_delta": "writer",
-    "verify": "engine.verification",
+    "fuse": "combine.fuse",
+    "open_delta": "io.reader",
+    "revert": "folder.apply",
+    "save_delta": "io.writer",
+    "verify": "folder.verification",
 }
+
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -98,6 +98,14 @@ class DeltaError(ShiraDeltaError, ValueError):
     """A tensor delta, a value or an argument that cannot be: wrong order, out of range, not finite."""
 
 
+class ArgumentError(DeltaError):
+    """A wrong argument: an unknown name, a number out of range, or two arguments that exclude each other."""
+
+
+class MissingDependencyError(ShiraDeltaError, ImportError):
+    """An optional package that is not installed; the message says how to install it."""
+
+
 class SourceError(ShiraDeltaError):
     """Something that cannot be converted."""
 

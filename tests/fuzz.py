@@ -38,9 +38,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `tests` is found, as under pytest
 
 import shiradelta as sd
-from shiradelta.delta import matrix_shape
 from shiradelta.errors import FormatError
-from shiradelta.wire import DTYPE_OF_NAME
+from shiradelta.format.delta import matrix_shape
+from shiradelta.format.registry import DTYPE_OF_NAME
 from tests.reference import INVALID, VALID, Outcome, by_decoder, contents, decoder, is_available, unzstd
 
 MEMORY_LIMIT = 256 << 20

@@ -18,7 +18,7 @@ import pytest
 import zstandard
 
 import shiradelta as sd
-from shiradelta.backend import choose
+from shiradelta.backends.choose import choose
 from shiradelta.errors import FormatError
 from tests import building
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import shiradelta as sd
-from shiradelta.backend import choose
+from shiradelta.backends.choose import choose
 
 GPU = os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

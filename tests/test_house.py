@@ -4,59 +4,104 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
 import shiradelta
 
 ROOT = Path(__file__).parent.parent
-#: Each imports only from what stands before it, or from its own group.
-LAYERS = [
-    {"errors", "wire", "files", "show"},
-    {"arithmetic", "saved_state"},
-    {"delta"},
-    {"codecs", "digest"},
-    {"header"},
-    {"backend", "reference", "native"},
-    {"reader", "writer"},
-    {"checkpoint", "describe", "nonzeros", "patched", "pruning", "select", "spectrum"},
-    {"fusion", "interference", "fit"},
-    {"engine", "converters", "report"},
-    {"train"},
-    {"cli"},
-]
+PACKAGES = ("shiradelta", "converters")
 
 
-def modules() -> dict[str, list[Path]]:
-    """Layer member -> its files."""
-    found = {path.stem: [path] for path in (ROOT / "shiradelta").glob("*.py") if path.stem != "__init__"}
-    for package in ("codecs", "engine", "fit", "report", "train"):
-        found[package] = list((ROOT / "shiradelta" / package).glob("*.py"))
-    found["converters"] = list((ROOT / "converters").glob("*.py"))
+def layers() -> list[set[str]]:
+    """Each folder imports only from those before it; CONTRIBUTING.md draws them as `a, b <- c <- ...`."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    drawn = re.search(r"^    (errors.*?)\n\n", text, re.DOTALL | re.MULTILINE)
+    assert drawn is not None
+    return [{name.strip() for name in layer.split(",")} for layer in drawn[1].split("<-")]
+
+
+def sources() -> dict[str, Path]:
+    """Module -> its file; `converters/` is `shiradelta.converters`."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = list(path.relative_to(ROOT).with_suffix("").parts)
+            parts = (["shiradelta"] if package == "converters" else []) + parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found["shiradelta.converters"] = ROOT / "converters" / "__init__.py"
     return found
 
 
-def imports(path: Path) -> set[str]:
-    """Members of the package that a file imports, at whatever depth."""
+def imports(module: str) -> set[str]:
+    """The project's modules that a module imports at any depth, but for names that only a type checker needs."""
+    every = sources()
+    tree = ast.parse(every[module].read_text())
+    package = module if every[module].name == "__init__.py" else module.rpartition(".")[0]
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("shiradelta"):
-            parts = (node.module or "").split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {full if (full := f"{base}.{alias.name}") in every else base for alias in node.names}
+    return found & set(every)
 
 
-def test_every_module_has_its_layer():
-    assert set(modules()) == set().union(*LAYERS)
+def member(module: str) -> str:
+    """The file or folder directly under the package."""
+    return [*module.split("."), "shiradelta"][1]
 
 
-@pytest.mark.parametrize("member", sorted(modules()))
-def test_a_layer_imports_only_what_stands_before_it(member: str):
-    level = next(i for i, layer in enumerate(LAYERS) if member in layer)
-    allowed = set().union(*LAYERS[: level + 1])
-    for path in modules()[member]:
-        assert imports(path) <= allowed, path
+def test_every_folder_has_its_layer():
+    assert {member(module) for module in sources()} - {"shiradelta", "__main__", "_moved"} == set().union(*layers())
+
+
+@pytest.mark.parametrize("name", sorted(set().union(*layers())))
+def test_a_layer_imports_only_what_stands_before_it(name: str):
+    level = next(i for i, layer in enumerate(layers()) if name in layer)
+    allowed = set().union(*layers()[:level]) | {name, "shiradelta"}
+    for module in sources():
+        if member(module) == name:
+            found = {member(other) for other in imports(module)}
+            assert found <= allowed, f"{module}: {sorted(found - allowed)}"
+
+
+def test_no_circle_of_imports():
+    graph = {module: imports(module) - {module, "shiradelta"} for module in sources() if module != "shiradelta"}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in graph[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_few_modules_stand_at_the_top():
+    assert len(list((ROOT / "shiradelta").glob("*.py"))) <= 7
+    assert not [path for path in ROOT.rglob("*") if path.is_symlink() and ".venv" not in path.parts]
+
+
+def test_init_files_only_name_what_is_inside():
+    for path in [*(ROOT / "shiradelta").rglob("__init__.py"), ROOT / "converters" / "__init__.py"]:
+        assert path.parent.name == "shiradelta" or len(path.read_text().splitlines()) <= 60, path
 
 
 def test_public_names_are_few_and_there():
@@ -69,6 +114,22 @@ def test_files_are_short_enough_to_hold_in_the_head():
     for package in ("shiradelta", "converters"):
         for path in (ROOT / package).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_public_methods_are_documented_where_they_are_introduced():
+    """An override says something only where it differs."""
+    for module in sources():
+        if module in ("shiradelta.__main__", "shiradelta.cli.__main__"):
+            continue
+        for kind in vars(import_module(module)).values():
+            if not isinstance(kind, type) or kind.__module__ != module or kind.__name__.startswith("_"):
+                continue
+            for name, method in vars(kind).items():
+                documented = isinstance(method, FunctionType | property | classmethod | staticmethod)
+                if name.startswith("_") or not documented or getattr(method, "__name__", "") == "<lambda>":
+                    continue
+                found = [vars(base)[name] for base in kind.__mro__ if name in vars(base)]
+                assert any(one.__doc__ for one in found), f"{module}.{kind.__name__}.{name}"
 
 
 def readme_blocks(language: str) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import shiradelta
 from shiradelta import train
 from shiradelta.fit import Fit
-from shiradelta.pruning import FALL_UNTIL
+from shiradelta.nonzeros.pruning import FALL_UNTIL
 
 from .dictionary import Dictionary
 from .language import PRETRAINING_STEPS, Language, pretrain

@@ -25,7 +25,8 @@ import torch
 
 import shiradelta
 from benchmarks.table import print_table
-from shiradelta.fit import Fit, behaviour, run, train
+from shiradelta.fit import Fit, behaviour, run
+from shiradelta.fit import training as train
 
 from .methods import TASKS, applied, load_tuned, prepare, tune
 

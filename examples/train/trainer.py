@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from shiradelta import train
-from shiradelta.fit.texts import read_texts
+from shiradelta.text.texts import read_texts
 from shiradelta.train.trainer import SparseCheckpoints
 
 RATE, CALIBRATION = 5e-4, 16

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
-
-from .divergence import blend, divergence, divergence_of_labels, log_likelihoods
+from shiradelta.fit.divergence import blend, divergence, divergence_of_labels, log_likelihoods
+from shiradelta.text.pooling import pool
 
 #: What the output weighs in the loss at first; the rest is shared by all terms, which tell the early layers what to do.
 LAST = 0.5
@@ -231,19 +231,6 @@ def _positions(model: nn.Module) -> int | None:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(count) - int(module.padding_idx) - 1
     return int(count)
-
-
-def pool(hidden: Tensor, mask: Tensor, pooling: str | None) -> Tensor:
-    """[examples, tokens, size] -> one unit vector a text, as sentence-transformers makes it (None: the mean)."""
-    if pooling == "cls":
-        pooled = hidden[:, 0]
-    elif pooling == "lasttoken":
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-    elif pooling == "max":
-        pooled = hidden.masked_fill(mask[:, :, None] == 0, -math.inf).amax(1)
-    else:
-        pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-    return nn.functional.normalize(pooled.float(), dim=-1)
 
 
 class CustomBehaviour(Behaviour):

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from shiradelta.arithmetic import Float32
-from shiradelta.delta import TensorDelta
 from shiradelta.errors import SourceError
-from shiradelta.select import NOT_FINITE, Rows, Selection
-
-from . import Fit
+from shiradelta.fit import Fit
+from shiradelta.format.arithmetic import Float32
+from shiradelta.format.delta import TensorDelta
+from shiradelta.select.topk import NOT_FINITE, Rows, Selection
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .behaviour import Behaviour, Outputs, TextBehaviour
-from .teacher import Teacher
+from shiradelta.fit.behaviour import Behaviour, Outputs, TextBehaviour
+from shiradelta.fit.teacher import Teacher
 
 #: (distance, further measures by name).
 Measures = tuple[float, dict[str, float]]

@@ -1,6 +1,6 @@
 """The value codecs' rounding in torch, so that values are fitted as they will be read (FORMAT.md, section 8).
 
-Same operations in the same order as `shiradelta.codecs.affine`, hence the same bits; a test compares them.
+Same operations in the same order as `shiradelta.format.codecs.affine`, hence the same bits; a test compares them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from shiradelta import wire
+from shiradelta.format import registry
 
 
 class Quantiser:
@@ -18,7 +18,7 @@ class Quantiser:
 
     def __init__(self, codec: str, counts: Sequence[int], device: torch.device) -> None:
         self._round = _ROUND[codec]
-        group = wire.GROUP
+        group = registry.GROUP
         groups = [-(-count // group) for count in counts]
         rank = torch.arange(sum(counts), device=device)
         padding = torch.tensor([g * group - count for g, count in zip(groups, counts, strict=True)], device=device)
@@ -31,7 +31,7 @@ class Quantiser:
         """What a reader of the file will see."""
         grouped = torch.full((self._size,), torch.nan, device=values.device)
         grouped[self._slots] = values
-        rounded = self._round(grouped.view(-1, wire.GROUP))
+        rounded = self._round(grouped.view(-1, registry.GROUP))
         return rounded.view(-1)[self._slots]
 
 

@@ -14,20 +14,20 @@ from pathlib import Path
 
 import torch
 
-from shiradelta.checkpoint import rename_all
 from shiradelta.errors import ShiraDeltaError
-from shiradelta.nonzeros import Nonzeros
-from shiradelta.pruning import BEGIN
-from shiradelta.select import Selection
-
-from . import Fit, refit, state
-from .fitted import Fitted, Order
-from .quantise import Quantiser
-from .skeleton import CannotStreamError
-from .stream import stream
-from .subject import Subject
-from .texts import batches
-from .train import DivergedError, Plan, State, Trainer
+from shiradelta.fit import Fit, state
+from shiradelta.fit.fitted import Fitted, Order
+from shiradelta.fit.quantise import Quantiser
+from shiradelta.fit.refit import least_squares as refit
+from shiradelta.fit.refit.skeleton import CannotStreamError
+from shiradelta.fit.refit.stream import stream
+from shiradelta.fit.subject import Subject
+from shiradelta.fit.training import DivergedError, Plan, State, Trainer
+from shiradelta.models.checkpoint import rename_all
+from shiradelta.nonzeros.pruning import BEGIN
+from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.select.topk import Selection
+from shiradelta.text.texts import batches
 
 #: Steps on a GPU; on a CPU as many as fit into the time, within bounds.
 STEPS, CPU_SECONDS, CPU_LEAST = 1_000, 600, 40

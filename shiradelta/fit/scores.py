@@ -9,10 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from shiradelta.patched import flat
-
-from .behaviour import Behaviour
-from .teacher import Teacher
+from shiradelta.fit.behaviour import Behaviour
+from shiradelta.fit.teacher import Teacher
+from shiradelta.nonzeros.patched import flat
 
 
 def input_norms(model: nn.Module, weights: Sequence[nn.Parameter], forward: Callable[[], None]) -> dict[int, Tensor]:

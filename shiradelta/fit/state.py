@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shiradelta import saved_state
 from shiradelta.errors import SourceError
-
-from .train import State
+from shiradelta.fit.training import State
+from shiradelta.nonzeros import saved_state
 
 _TENSORS = ("positions", "values", "mean", "square", "best_values")
 _NUMBERS = ("steps", "step", "counts", "failures", "waited", "history", "best")

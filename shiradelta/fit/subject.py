@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shiradelta.checkpoint import rename_all
-from shiradelta.delta import TensorDelta
 from shiradelta.errors import SourceError
-from shiradelta.nonzeros import Nonzeros
-from shiradelta.patched import flat
-
-from . import loading, scores
-from .behaviour import Behaviour, CustomBehaviour, TextBehaviour
-from .fitted import Order, Target
-from .measures import Measures, measure_all
-from .teacher import Teacher
-from .texts import batches, read_texts, split
+from shiradelta.fit import scores
+from shiradelta.fit.behaviour import Behaviour, CustomBehaviour, TextBehaviour
+from shiradelta.fit.fitted import Order, Target
+from shiradelta.fit.measures import Measures, measure_all
+from shiradelta.fit.teacher import Teacher
+from shiradelta.format.delta import TensorDelta
+from shiradelta.models import loading
+from shiradelta.models.checkpoint import rename_all
+from shiradelta.nonzeros.patched import flat
+from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.text.pooling import find_pooling
+from shiradelta.text.texts import batches, read_texts, split
 
 #: Batches for scales, scores and the refit's moments.
 CALIBRATION = 8
@@ -113,7 +114,7 @@ class Subject:
             raise SourceError("a model that is not transformers' own needs Fit(forward=...), which says what it gives")
         if fit.forward is not None:
             return CustomBehaviour(self.texts, fit.forward, fit.loss)
-        tokenizer, pooling = loading.load_tokenizer(base, source), loading.pooling(base, source)
+        tokenizer, pooling = loading.load_tokenizer(base, source), find_pooling(base, source)
         return TextBehaviour(tokenizer, self.texts, self.model, fit.tokens, pooling, fit.text_share)
 
     def _write_whole(self, whole: Sequence[tuple[str, TensorDelta]], names: dict[str, nn.Parameter]) -> None:

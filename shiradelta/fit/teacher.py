@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .behaviour import Behaviour, Outputs
+from shiradelta.fit.behaviour import Behaviour, Outputs
 
 #: Outputs on all examples are kept if they take no more than this; otherwise they are made again in every step.
 CACHE_BYTES = 4 << 30

@@ -13,17 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shiradelta.arithmetic import Float32, Positions
-from shiradelta.checkpoint import rename_all
-from shiradelta.converters.diff import parse_key
 from shiradelta.errors import DeltaError, SourceError
-from shiradelta.files import replacing
-from shiradelta.reader import open_delta
-from shiradelta.saved_state import load_state
-
-from .layout import View
-
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from shiradelta.format.arithmetic import Float32, Positions
+from shiradelta.io.reader import open_delta
+from shiradelta.models.checkpoint import rename_all
+from shiradelta.models.peft import CONFIG, PREFIX, WEIGHTS, parse_shira_key
+from shiradelta.models.views import View
+from shiradelta.nonzeros.saved_state import load_state
+from shiradelta.util.files import replacing
 
 
 def read_adapter(
@@ -73,8 +70,8 @@ def _from_shd(path: Path) -> Iterator[tuple[str, Positions, Float32]]:
 
 def _from_peft(path: Path, weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Positions, Float32]]:
     held: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_state(path / _WEIGHTS if path.is_dir() else path).items():
-        parsed = parse_key(key)
+    for key, tensor in load_state(path / WEIGHTS if path.is_dir() else path).items():
+        parsed = parse_shira_key(key)
         if parsed is not None:
             held.setdefault(parsed[0], {})[parsed[1]] = tensor
     renamed = rename_all(list(held), weights)
@@ -117,8 +114,8 @@ def write_peft(
         filler = free.nonzero().reshape(-1)[: count - taken.numel()]
         where, order = torch.cat([taken, filler]).sort()
         filled = torch.cat([values.cpu().float(), torch.zeros(filler.numel(), dtype=torch.float32)])[order]
-        tensors[f"base_model.model.{name}.shira_weight"] = filled
-        tensors[f"base_model.model.{name}.shira_indices"] = torch.stack([where // shape[1], where % shape[1]]).int()
+        tensors[f"{PREFIX}{name}.shira_weight"] = filled
+        tensors[f"{PREFIX}{name}.shira_indices"] = torch.stack([where // shape[1], where % shape[1]]).int()
     config: dict[str, Any] = {
         "peft_type": "SHIRA",
         "r": rank,
@@ -133,8 +130,8 @@ def write_peft(
 
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / _WEIGHTS) as stream:
+    with replacing(target / WEIGHTS) as stream:
         stream.write(save(tensors, {"format": "pt"}))
-    with replacing(target / _CONFIG) as stream:
+    with replacing(target / CONFIG) as stream:
         stream.write(json.dumps(config, indent=1).encode())
     return rank

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as _Convolution
 
-from shiradelta.arithmetic import Positions
-from shiradelta.checkpoint import rename_all
 from shiradelta.errors import DeltaError
-from shiradelta.reader import Delta, open_delta
-
-from . import masks
-from .gradients import Loss, Tell, sums
-from .layout import View
+from shiradelta.format.arithmetic import Positions
+from shiradelta.io.reader import Delta, open_delta
+from shiradelta.models.checkpoint import rename_all
+from shiradelta.models.views import View
+from shiradelta.train import masks
+from shiradelta.train.gradients import Loss, Tell, sums
 
 #: A mask of one's own: name -> bool tensor of the weight's shape, or integer positions, flat, in any order.
 OwnMask = Mapping[str, Any]

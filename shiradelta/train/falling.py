@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from shiradelta.errors import DeltaError
-from shiradelta.patched import is_spread
-from shiradelta.pruning import Descent, is_due, matter
-
-from . import masks
-from .choose import OwnMask
-from .tuned import Tuned
+from shiradelta.nonzeros.patched import is_spread
+from shiradelta.nonzeros.pruning import Descent, is_due, matter
+from shiradelta.train import masks
+from shiradelta.train.choose import OwnMask
+from shiradelta.train.tuned import Tuned
 
 
 def check_fall(steps: int, begin: float, mask: str | OwnMask | None, pattern: tuple[int, int] | None) -> None:

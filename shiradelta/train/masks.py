@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shiradelta.arithmetic import Positions
 from shiradelta.errors import DeltaError
+from shiradelta.format.arithmetic import Positions
 
 #: Name -> whether it needs gradients.
 MASKS = {"struct": False, "rand": False, "wm": False, "grad": True, "snip": True}

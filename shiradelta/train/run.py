@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiradelta import wire
-from shiradelta.checkpoint import Checkpoint, match_names, open_checkpoint
-from shiradelta.converters.plot import check_plot
 from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
-from shiradelta.files import check_target, replacing
-from shiradelta.fit import loading
-from shiradelta.fit.texts import batches, split
-from shiradelta.fit.train import cycle
-from shiradelta.patched import flat
-from shiradelta.pruning import BEGIN, FALL_UNTIL
-from shiradelta.saved_state import load_with_about, save_state
-
-from .data import Pairs, read_examples
-from .gradients import Tell
-from .masks import can_be_larger, parse_sparsity
-from .targets import find_weights
-from .tuner import Tuner, attach
+from shiradelta.format import registry
+from shiradelta.models import loading
+from shiradelta.models.checkpoint import Checkpoint, match_names, open_checkpoint
+from shiradelta.nonzeros.patched import flat
+from shiradelta.nonzeros.pruning import BEGIN, FALL_UNTIL
+from shiradelta.nonzeros.saved_state import load_with_about, save_state
+from shiradelta.nonzeros.schedule import cycle
+from shiradelta.text.examples import Pairs, read_examples
+from shiradelta.text.pooling import find_pooling
+from shiradelta.text.texts import batches, split
+from shiradelta.train.gradients import Tell
+from shiradelta.train.masks import can_be_larger, parse_sparsity
+from shiradelta.train.targets import find_weights
+from shiradelta.train.tuner import Tuner, attach
+from shiradelta.util.files import check_target, replacing
+from shiradelta.util.plots import check_plot
 
 #: Batches that gradients are summed over for a mask; of all examples, at most so many are kept from training.
 CALIBRATION, HELD_OUT = 16, 256
@@ -72,8 +72,8 @@ class Settings:
                 raise DeltaError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.fall_from is not None and not 1 <= self.fall_from < math.inf:
             raise DeltaError(f"a density that falls from {self.fall_from:g} x does not fall; give 1 (none) or more")
-        if self.values not in wire.VALUE_CODEC_OF_NAME:
-            raise DeltaError(f"values {self.values!r} are unknown; take {', '.join(wire.VALUE_CODEC_OF_NAME)}")
+        if self.values not in registry.VALUE_CODEC_OF_NAME:
+            raise DeltaError(f"values {self.values!r} are unknown; take {', '.join(registry.VALUE_CODEC_OF_NAME)}")
 
     @property
     def fall(self) -> tuple[int, float]:
@@ -122,7 +122,7 @@ def run(
 
     Args:
         model_folder: as transformers loads it; trained in the dtype that it is stored in.
-        examples_file: JSON Lines (`shiradelta.train.data`).
+        examples_file: JSON Lines (`shiradelta.text.examples`).
         out: the file to write; beside it the state of an interrupted run is kept, `OUT.train`.
         settings: of the run.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
@@ -135,7 +135,7 @@ def run(
         TargetError: the file or the plot cannot be written there; told before the work.
         ShiraDeltaError: training gave NaN; out of memory.
     """
-    check_target(out, wire.MAGIC, "a .shd file")
+    check_target(out, registry.MAGIC, "a .shd file")
     if plot is not None:
         check_plot(plot)
     try:
@@ -164,7 +164,7 @@ class _Run:
         loader, config = loading.model_class(folder, folder)
         tokens = min(settings.tokens, getattr(config, "max_position_embeddings", None) or settings.tokens)
         tokenizer = loading.load_tokenizer(folder)
-        self.examples, rows = read_examples(examples_file, tokenizer, tokens, loading.pooling(folder))
+        self.examples, rows = read_examples(examples_file, tokenizer, tokens, find_pooling(folder))
         if not isinstance(self.examples, Pairs) and not loader.can_generate():
             raise SourceError(
                 f"{folder}: {loader.__name__} does not predict the next token, which {' and '.join(self.examples.keys)}"
@@ -292,7 +292,7 @@ class _Run:
 
     def _measure_file(self, tuner: Tuner) -> float:
         """The same with the file's values, which may have 4 bits."""
-        from shiradelta.engine.hotswap import HotSwap
+        from shiradelta.hotswap.session import HotSwap
 
         tuner.detach()
         swap = HotSwap(self.model)
@@ -401,7 +401,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     for slot in checkpoint.values():
         sizes[slot.dtype.name] += slot.numel
     name = sizes.most_common(1)[0][0]
-    if name not in wire.ADDABLE:
+    if name not in registry.ADDABLE:
         raise SourceError(
             f"{checkpoint.root}: its weights are stored as {name}: quantised, or more than float32 can tell; train on"
             " the model in bfloat16, float16 or float32"

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from shiradelta import wire
-from shiradelta.engine.live import Target, live_tensors
 from shiradelta.errors import DeltaError, TargetError
+from shiradelta.format import registry
+from shiradelta.models.live import Target, live_tensors
 
 ALL_LINEAR = "all-linear"
 #: As many near names as are told.
@@ -65,7 +65,7 @@ def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[st
         target = targets[name]
         if target.refusal is not None:
             raise TargetError(f"tensor {name!r} {_for_training(target.refusal)}")
-        if target.dtype not in wire.ADDABLE:
+        if target.dtype not in registry.ADDABLE:
             raise TargetError(
                 f"tensor {name!r} has elements of {weights[name].dtype}: quantised, or more than float32 can tell;"
                 " train on the model in bfloat16, float16 or float32, and quantise the result"

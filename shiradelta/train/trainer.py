@@ -10,10 +10,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from shiradelta.errors import DeltaError
-from shiradelta.saved_state import load_state, save_state
-
-from .tuned import SUFFIX
-from .tuner import Tuner
+from shiradelta.nonzeros.saved_state import load_state, save_state
+from shiradelta.train.tuned import SUFFIX
+from shiradelta.train.tuner import Tuner
 
 STATE, ADAPTER = "nonzeros.safetensors", "adapter.shd"
 

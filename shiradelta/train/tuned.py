@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
-from shiradelta.patched import Place, flat, is_spread
-
-from .layout import View
+from shiradelta.models.views import View
+from shiradelta.nonzeros.patched import Place, flat, is_spread
 
 #: What the values are called beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
 SUFFIX = "_nonzeros"

@@ -16,20 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from shiradelta.delta import TensorDelta
 from shiradelta.errors import DeltaError, TargetError
-from shiradelta.patched import Place, flat, is_patched, patch, unpatch
-from shiradelta.pruning import BEGIN
-from shiradelta.writer import weighing, writing
-
-from . import masks
-from .adapters import read_adapter, write_peft
-from .choose import Choice, OwnMask, avoided, count_of, own_mask
-from .falling import Falling, check_fall
-from .gradients import Loss, Tell, own_loss
-from .layout import View, views
-from .targets import ALL_LINEAR, check_weights, find_weights
-from .tuned import SUFFIX, Tuned, compact, holders, whole
+from shiradelta.format.delta import TensorDelta
+from shiradelta.io.writer import weighing, writing
+from shiradelta.models.views import View, views
+from shiradelta.nonzeros.patched import Place, flat, is_patched, patch, unpatch
+from shiradelta.nonzeros.pruning import BEGIN
+from shiradelta.train import masks
+from shiradelta.train.adapters import read_adapter, write_peft
+from shiradelta.train.choose import Choice, OwnMask, avoided, count_of, own_mask
+from shiradelta.train.falling import Falling, check_fall
+from shiradelta.train.gradients import Loss, Tell, own_loss
+from shiradelta.train.targets import ALL_LINEAR, check_weights, find_weights
+from shiradelta.train.tuned import SUFFIX, Tuned, compact, holders, whole
 
 #: In a tuner's state, beside the weights' names.
 _FALL = "fall"

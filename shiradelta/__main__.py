@@ -1,0 +1,5 @@
+"""`python -m shiradelta`: the command line."""
+
+from shiradelta.cli import main
+
+main(prog_name="python -m shiradelta")

@@ -1,0 +1,1 @@
+"""Who decodes, encodes and applies: the seam, the NumPy reference, libshd."""

@@ -1,0 +1,113 @@
+"""The reference backend: decoding and applying in NumPy, which defines what all others must give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from shiradelta.backends.protocols import Backend
+from shiradelta.errors import FormatError
+from shiradelta.format import arithmetic, container
+from shiradelta.format.arithmetic import Array, Float32, Positions
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.container import Record, Section
+
+
+class NumpyDecoder:
+    """See `shiradelta.backends.protocols.Decoder`."""
+
+    def __init__(self, data: Bytes, file: str | None, records: tuple[Record, ...]) -> None:
+        self._data, self._file = data, file
+
+    def positions(self, record: Record) -> Positions:
+        """Of all blocks."""
+        with self._context(record, record.index):
+            data = self._section(record.index)
+            return INDEX_CODECS[record.index_codec].decode(data, record.nnz, record.shape)
+
+    def bits(self, record: Record) -> Array:
+        """Of all groups."""
+        with self._context(record, record.values):
+            data = self._section(record.values)
+            codec = VALUE_CODECS[record.value_codec]
+            codec.check(data, record.nnz, record.element_size)
+            values = codec.decode(data, record.nnz, record.element_size, 0, record.nnz)
+        return values.view("<u4") if record.adds else values
+
+    def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
+        """Of the blocks that hold the range."""
+        with self._context(record, record.index):
+            data = self._section(record.index, whole=False)
+            codec = INDEX_CODECS[record.index_codec]
+            first, positions = codec.decode_between(data, record.nnz, record.shape, start, stop)
+        with self._context(record, record.values), np.errstate(over="ignore", invalid="ignore"):
+            data = self._section(record.values, whole=False)
+            values = VALUE_CODECS[record.value_codec].decode(
+                data, record.nnz, record.element_size, first, first + positions.size
+            )
+            if record.adds and not np.all(np.isfinite(values)):
+                raise FormatError("bad_value", "a value is not finite")
+        return positions, values.view("<u4") if record.adds else values
+
+    def check(self, record: Record) -> None:
+        """By decoding."""
+        if record.nnz:
+            self.positions(record)
+            self.bits(record)
+
+    def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
+        """Gather, compute, scatter."""
+        if record.nnz:
+            positions = self.positions(record)
+            weight[positions] = arithmetic.result(record.adds, self.bits(record), weight[positions], dtype, strength)
+
+    @contextmanager
+    def _context(self, record: Record, section: Section) -> Iterator[None]:
+        """Completes a codec's error with file, tensor and offset."""
+        try:
+            yield
+        except FormatError as error:
+            error.file, error.tensor, error.offset = self._file, record.name, section.offset
+            raise
+
+    def _section(self, section: Section, whole: bool = True) -> Bytes:
+        """The decoded bytes of a section; its checksum is looked at if `whole`."""
+        stored = self._data[section.offset : section.offset + section.stored]
+        if whole and container.crc32(stored) != section.crc:
+            raise FormatError("section_checksum")
+        return np.frombuffer(unzstd(stored, section.decoded), np.uint8) if section.zstd else stored
+
+
+def has_zstd() -> bool:
+    """Whether zstd sections can be read."""
+    try:
+        import zstandard  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def unzstd(stored: Bytes, decoded: int) -> bytes:
+    """One zstd frame of exactly `decoded` bytes.  Raises FormatError."""
+    if not has_zstd():
+        raise FormatError("zstd_unavailable")
+    import zstandard
+
+    try:
+        # The frame's own claim decides how much zstandard allocates, so it is looked at first.
+        if zstandard.frame_content_size(stored.data) != decoded:
+            raise FormatError("bad_zstd", "the frame's content size differs")
+        return zstandard.ZstdDecompressor().decompress(stored.data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise FormatError("bad_zstd", str(error)) from None
+
+
+def at_least(x: Float32, threshold: float) -> Positions:
+    """Indices of |x| >= threshold."""
+    return np.flatnonzero(np.abs(x) >= np.float32(threshold))
+
+
+NUMPY = Backend("numpy", NumpyDecoder, INDEX_CODECS, VALUE_CODECS, arithmetic.fingerprint, at_least)

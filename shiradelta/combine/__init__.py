@@ -1,0 +1,1 @@
+"""Several deltas: fused into one, and compared."""

@@ -1,0 +1,72 @@
+"""Pieces of HTML: tables, bars, tabs, coloured cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from shiradelta.util.show import printable
+
+#: Adapters are A, B, ... wherever their names would be too long.
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def text(value: object) -> str:
+    """For people, with whatever a browser or terminal would act on escaped."""
+    return escape(printable(str(value)))
+
+
+def badge(number: int) -> str:
+    """An adapter's letter, in its colour."""
+    return f'<b class="id" style="--n:{number}">{letter(number)}</b>'
+
+
+def letter(number: int) -> str:
+    """A to Z, then A1, B1, ..."""
+    turn, place = divmod(number, len(_LETTERS))
+    return _LETTERS[place] + (str(turn) if turn else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "wide") -> str:
+    """Cells are HTML; a cell that starts with "<td" stands as it is."""
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    body = [
+        f"<tr><th>{first}</th>" + "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in rest) + "</tr>"
+        for first, *rest in rows
+    ]
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead>{"".join(lines)}</thead><tbody>{"".join(body)}</tbody>'
+        "</table></div>"
+    )
+
+
+def bars(heights: Sequence[float], number: int, kind: str = "spark") -> str:
+    """Bars side by side, the highest as high as the picture."""
+    top = max(heights, default=0)
+    if not top:
+        return ""
+    steps = [round(20 * (1 - height / top)) for height in heights]
+    path = f"M0 {steps[0]}h1" + "".join(f"V{y}h1" for y in steps[1:]) + "V20H0z"
+    return (
+        f'<svg class="{kind}" style="--n:{number}" viewBox="0 0 {len(heights)} 20" preserveAspectRatio="none"'
+        f' aria-hidden="true"><path d="{path}"/></svg>'
+    )
+
+
+def tabs(group: str, panes: Mapping[str, str]) -> str:
+    """Titles of which one is chosen, and its pane."""
+    heads = "".join(
+        f'<input type="radio" name="{group}" id="{group}{i}"{" checked" * (i == 0)}>'
+        f'<label for="{group}{i}">{title}</label>'
+        for i, title in enumerate(panes)
+    )
+    return f'<div class="tabs">{heads}{"".join(f"<div class=pane>{pane}</div>" for pane in panes.values())}</div>'
+
+
+def cell(value: float | None, words: str, colour: float) -> str:
+    """A square of a heat map; `colour` from -1 to 1."""
+    if value is None:
+        return '<td class="dim">-</td>'
+    strength = min(abs(colour), 1)
+    kind = " ".join([*["n"] * (colour < 0), *["full"] * (strength > 0.6)])
+    return f'<td class="{kind}" style="--a:{strength:.2f}">{words}</td>'

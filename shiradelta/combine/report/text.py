@@ -1,0 +1,42 @@
+"""The report for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shiradelta.util.show import percent, printable, size, table
+
+if TYPE_CHECKING:
+    from shiradelta.combine.report import Report
+
+
+def summary(report: Report) -> str:
+    """A table of the deltas, one of the pairs, and the verdicts."""
+    rows = [["delta", "tensors", "nonzeros", "density", "size", "bits/nonzero"]]
+    for adapter in report.adapters:
+        about = adapter.about
+        density, bits = percent(about["nnz"] / max(adapter.numel, 1)), f"{about['bits_per_nonzero']:.2f}"
+        file_size = size(about["bytes"]["file"])
+        rows.append(
+            [printable(adapter.label), str(len(adapter.profiles)), f"{about['nnz']:,}", density, file_size, bits]
+        )
+    parts = [table(rows)]
+    found = report.interference
+    if found.pairs:
+        rows = [["pair", "shared", "of either", "by chance", "opposite", "cosine", "AWOM", "AWOR"]]
+        for pair in found.pairs:
+            m = found.total(pair)
+            rows.append(
+                [
+                    printable(found.title(pair)),
+                    f"{m.shared:,}",
+                    " / ".join(map(percent, m.shares)),
+                    f"{m.chance:,.0f}",
+                    "-" if m.opposed_share is None else percent(m.opposed_share),
+                    "-" if m.cosine is None else f"{m.cosine:z.3f}",
+                    "-" if m.awom is None else f"{m.awom:.3g}",
+                    "-" if m.awor is None else f"{m.awor:.3f}",
+                ]
+            )
+        parts += [table(rows), "\n".join(map(printable, report.verdicts().values()))]
+    return "\n\n".join(parts)

@@ -1,0 +1,1 @@
+"""Values in closed form, from forward passes alone."""

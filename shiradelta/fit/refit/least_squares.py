@@ -1,0 +1,215 @@
+"""Closed form, from forward passes alone: least squares on the inputs' second moments, layer after layer.
+
+Of one linear layer, with the student's inputs X and the outputs Y that the teacher has there, it minimises
+|X (W + S)' - Y|^2 over S with few nonzeros.  X comes from layers that are refitted already: what they could not keep
+is carried over to those that follow.  All that is needed of X and Y is X'X and X'(Y - X W').
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.fit.scores import largest
+from shiradelta.nonzeros.vector import Nonzeros
+
+#: Added to the diagonal, as a share of its mean: some hundred texts do not span all inputs.
+DAMPING = 0.1
+#: How many candidates there are at first, as a multiple of what is kept, and the rounds in which they are dropped.
+CANDIDATES, ROUNDS = 5.0, 4
+#: Elements of the small systems that are solved at a time.
+_SOLVED = 1 << 20
+
+
+class Enough(Exception):  # noqa: N818
+    """Ends a forward pass whose rest is not needed."""
+
+
+def refit(
+    linears: Sequence[nn.Module],
+    forward: Callable[[Sequence[int]], object],
+    teacher: Callable[[], AbstractContextManager[None]],
+    nonzeros: Nonzeros,
+    rounded: Callable[[Tensor], Tensor],
+    parts: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Gives linear layers a new mask and new values; all else keeps what it has.
+
+    Args:
+        linears: the layers that may be refitted, as `own_linears` finds them.
+        forward: runs the model on some examples.
+        teacher: within, what `forward` runs is the teacher.
+        nonzeros: mask and values to begin with; their number stays, tensor by tensor.
+        rounded: values of one tensor -> as a reader sees them; what rounding does is carried over, too.
+        parts: examples of each forward pass.
+        progress: is told (layers done, of all).
+    """
+    positions = [nonzeros.positions[place.part] for place in nonzeros.places]
+    values = [nonzeros.values[place.part] for place in nonzeros.places]
+    index_of = {id(place.parameter): index for index, place in enumerate(nonzeros.places)}
+
+    def written(index: int) -> Nonzeros:
+        place = nonzeros.places[index]
+        one = Nonzeros([cast(nn.Parameter, place.parameter)], [place.stored], [positions[index]])
+        one.write(rounded(values[index]))
+        return one
+
+    nonzeros.write(None)
+    groups = _groups([module for module in linears if id(module.weight) in index_of], lambda: forward(parts[0]))
+    linear = {index_of[id(module.weight)] for group in groups for module in group}
+    done = [written(index) for index in index_of.values() if index not in linear]
+    for number, group in enumerate(groups):
+        progress(number, len(groups))
+        moments = _moments(forward, teacher, group, parts)
+        if moments is None:  # what it has is written
+            done += [written(index_of[id(module.weight)]) for module in group]
+            continue
+        inputs, crosses = moments
+        for module, cross in zip(group, crosses, strict=True):
+            index = index_of[id(module.weight)]
+            positions[index], values[index] = solve(inputs, cross, positions[index].numel())
+            if _stored_by_input(module):
+                rows, columns = len(inputs), cross.shape[1]
+                positions[index], order = (positions[index] % rows * columns + positions[index] // rows).sort()
+                values[index] = values[index][order]
+            done.append(written(index))
+    for one in done:
+        one.write(None)
+    nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], torch.cat(values))
+
+
+def own_linears(model: nn.Module) -> list[nn.Module]:
+    """Linear layers that alone use their weight: a tied one serves more than its own inputs."""
+    users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    found = (m for m in model.modules() if isinstance(m, nn.Linear) or _stored_by_input(m))
+    return [module for module in found if users[id(module.weight)] == 1]
+
+
+def _stored_by_input(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is [inputs, outputs]."""
+    return type(module).__name__ == "Conv1D" and isinstance(module.weight, nn.Parameter) and module.weight.dim() == 2
+
+
+def _groups(linears: Sequence[nn.Module], forward: Callable[[], object]) -> list[list[nn.Module]]:
+    """Linear layers in the order in which they are called; those that read the same input together."""
+    groups: list[list[nn.Module]] = []
+    last: list[Tensor] = []
+    seen: set[int] = set()
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if id(module.weight) in seen:  # a layer that is called twice has no one input
+            return
+        seen.add(id(module.weight))
+        if last and last[0] is inputs[0]:
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+            last[:] = [inputs[0]]
+
+    hooks = [module.register_forward_pre_hook(hook) for module in linears]
+    with torch.no_grad(), _removing(hooks):
+        forward()
+    return groups
+
+
+def _moments(
+    forward: Callable[[Sequence[int]], object],
+    teacher: Callable[[], AbstractContextManager[None]],
+    group: list[nn.Module],
+    parts: Sequence[Sequence[int]],
+) -> tuple[Tensor, list[Tensor]] | None:
+    """X'X of a group's common input, and X'(Y - X W') of each of its layers; None where no part calls all of them."""
+    sums: list[Tensor] = []
+    for part in parts:
+        with teacher():
+            tuned = _outputs(forward, group, part)
+        own = _outputs(forward, group, part)
+        if tuned is None or own is None or tuned[0].shape != own[0].shape:  # experts that this part is not sent to
+            continue
+        (_, expected), (x, found) = tuned, own
+        terms = [x.T @ x, *(x.T @ (e - f) for e, f in zip(expected, found, strict=True))]
+        sums = [total + term for total, term in zip(sums, terms, strict=True)] if sums else terms
+    return (sums[0], sums[1:]) if sums else None
+
+
+def _outputs(
+    forward: Callable[[Sequence[int]], object], group: list[nn.Module], part: Sequence[int]
+) -> tuple[Tensor, list[Tensor]] | None:
+    """The group's input and its layers' outputs, as matrices, if all are called; the forward pass goes no further."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hook(number: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found[number] = inputs[0], output
+        if len(found) == len(group):
+            raise Enough
+
+    hooks = [module.register_forward_hook(partial(hook, number)) for number, module in enumerate(group)]
+    with torch.no_grad(), _removing(hooks), suppress(Enough):
+        forward(part)
+    if len(found) < len(group):
+        return None
+    outputs = [found[number][1] for number in range(len(group))]
+    x = found[0][0]
+    return x.reshape(-1, x.shape[-1]).float(), [y.reshape(-1, y.shape[-1]).float() for y in outputs]
+
+
+@contextmanager
+def _removing(hooks: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def solve(inputs: Tensor, cross: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions, increasing, and values of the `count` nonzeros of S [outputs, inputs].
+
+    Candidates are taken from the dense solution; in some rounds those are dropped whose loss costs least, given that
+    the others of their row make up for it (the optimal brain surgeon's rule), and the rest is solved again.
+    """
+    inputs = inputs + DAMPING * inputs.diagonal().mean().clamp(min=1e-12) * torch.eye(len(inputs)).to(inputs)
+    dense = torch.linalg.solve(inputs, cross).T.contiguous()
+    importance = dense.abs() * inputs.diagonal().sqrt()
+    numel = dense.numel()
+    left = [min(numel, round(count * CANDIDATES ** (1 - r / (ROUNDS - 1)))) for r in range(ROUNDS)]
+    chosen = largest(importance.view(-1), left[0])
+    values, costs = _restricted(inputs, cross, chosen)
+    for size in [*left[1:-1], min(count, numel)]:
+        kept = largest(costs, size)
+        chosen = chosen[kept]
+        values, costs = _restricted(inputs, cross, chosen)
+    return chosen, values
+
+
+def _restricted(inputs: Tensor, cross: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The least-squares values at the positions, and what dropping each alone would cost."""
+    size, rows = cross.shape
+    row, column = positions // size, positions % size
+    counts = torch.bincount(row, minlength=rows)
+    first = counts.cumsum(0) - counts
+    values, costs = torch.zeros_like(positions, dtype=inputs.dtype), torch.zeros_like(positions, dtype=inputs.dtype)
+    # Rows of like count together, so that little of the padded systems is padding.
+    order = counts.argsort()[int((counts == 0).sum()) :]
+    while len(order):
+        width = int(counts[order[-1]])
+        batch = order[-max(1, _SOLVED // (width * width)) :]
+        order = order[: len(order) - len(batch)]
+        slot = torch.arange(width, device=positions.device)
+        there = slot < counts[batch][:, None]
+        at = torch.where(there, first[batch][:, None] + slot, 0)
+        columns = column[at]
+        system = inputs[columns[:, :, None], columns[:, None, :]] * (there[:, :, None] & there[:, None, :])
+        system += torch.diag_embed((~there).to(system.dtype))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+        solution = (inverse @ (cross[columns, batch[:, None]] * there).unsqueeze(2)).squeeze(2)
+        cost = solution.square() / inverse.diagonal(dim1=1, dim2=2)
+        values[at[there]], costs[at[there]] = solution[there], cost[there]
+    return values, costs

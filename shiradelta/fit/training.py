@@ -1,0 +1,263 @@
+"""Training of the nonzeros: Adam, one cycle, falling density, and at last the codec's own rounding.
+
+The recipe is the same for LoRA and full fine-tunes.  Learning rates are in units of what nonzeros would have to be if
+they alone carried the fine-tune's energy, so that it depends neither on the model's scale nor on how far it was tuned.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.errors import ShiraDeltaError
+from shiradelta.fit.behaviour import Behaviour, Outputs
+from shiradelta.fit.measures import walk
+from shiradelta.fit.quantise import Quantiser
+from shiradelta.fit.teacher import Teacher
+from shiradelta.nonzeros.pruning import FALL_UNTIL, Descent, is_due, matter
+from shiradelta.nonzeros.schedule import cycle
+from shiradelta.nonzeros.vector import Nonzeros
+
+#: From here on the forward pass sees values as the codec rounds them; gradients pass straight through.
+ROUND_FROM = 0.75
+BETAS = (0.9, 0.999)
+EPSILON = 1e-10
+EVALUATIONS = 20
+#: Evaluations with less gain than this, after which training stops; counted once the mask is fixed.
+PATIENCE, LEAST_GAIN = 4, 1e-3
+#: NaN this often, each time with half the learning rate, ends it.
+FAILURES = 3
+
+
+@dataclass
+class State:
+    """Everything that a resumed run needs; tensors are tensors of `Nonzeros` and Adam."""
+
+    steps: int  # of the whole run
+    step: int
+    counts: list[int]
+    positions: Tensor
+    values: Tensor
+    mean: Tensor
+    square: Tensor
+    failures: int = 0
+    waited: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+    best: float = math.inf  # loss on the texts held out
+    best_values: Tensor | None = None
+
+    def copy(self) -> State:
+        """Tensors that nothing else writes to."""
+        tensors = {name: getattr(self, name).clone() for name in ("positions", "values", "mean", "square")}
+        best = None if self.best_values is None else self.best_values.clone()
+        return State(
+            self.steps,
+            self.step,
+            list(self.counts),
+            **tensors,
+            failures=self.failures,
+            waited=self.waited,
+            history=list(self.history),
+            best=self.best,
+            best_values=best,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how fast, how many."""
+
+    steps: int
+    micro: int
+    rate: float
+    codec: str
+    counts: Sequence[int]  # nonzeros by tensor in the end
+    units: Sequence[float]  # of the rate, by tensor
+    whole_model: bool  # they may move between tensors
+
+
+class DivergedError(ShiraDeltaError):
+    """Training gave NaN again and again."""
+
+
+class Trainer:
+    """One run of training."""
+
+    def __init__(
+        self, model: nn.Module, nonzeros: Nonzeros, behaviour: Behaviour, teacher: Teacher, plan: Plan
+    ) -> None:
+        self._model, self._nonzeros, self._behaviour, self._teacher = model, nonzeros, behaviour, teacher
+        self._plan = plan
+        self._begin = nonzeros.counts
+        zero = torch.zeros_like(nonzeros.values)
+        self.state = State(plan.steps, 0, nonzeros.counts, nonzeros.positions, nonzeros.values, zero, zero.clone())
+        #: The state at the last look at the texts held out, from which an interrupted run goes on.
+        self.good = self.state
+        self._lay_out()
+
+    def load(self, state: State) -> None:
+        """Goes on from there."""
+        self.state = state = state.copy()
+        device = self._nonzeros.values.device
+        state.mean, state.square = state.mean.to(device), state.square.to(device)
+        if state.best_values is not None:
+            state.best_values = state.best_values.to(device)
+        self._nonzeros.reset(state.positions, state.counts, state.values)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """What depends on the mask."""
+        state, nonzeros = self.state, self._nonzeros
+        state.counts, state.positions, state.values = nonzeros.counts, nonzeros.positions, nonzeros.values
+        self._units = nonzeros.per_tensor(self._plan.units)
+        self._quantiser = Quantiser(self._plan.codec, nonzeros.counts, nonzeros.values.device)
+
+    def run(
+        self,
+        batches: Iterator[list[int]],
+        held_out: Sequence[int],
+        progress: Callable[[str, int, int], None],
+        save: Callable[[State], None],
+    ) -> None:
+        """To the end, or until nothing is gained any more; then the best values are in `Nonzeros`.
+
+        Raises:
+            DivergedError: NaN, although the learning rate was halved.
+        """
+        plan = self._plan
+        every = max(1, plan.steps // EVALUATIONS)
+        for _ in range(self.state.step):
+            next(batches)
+        self.good, text = self.state.copy(), "fitting"
+        losses: list[Tensor] = []
+        with self._nonzeros.attached(self._model):
+            while True:
+                self._prune()
+                state = self.state
+                end = state.step >= plan.steps
+                if end or (state.step % every == 0 and state.step not in (step for step, _ in state.history[-1:])):
+                    # Losses are looked at here alone: a GPU that is asked after each step waits for the next.
+                    if losses:
+                        left = float(torch.stack(losses).mean())
+                        if not math.isfinite(left):
+                            self._back_off(self.good)
+                            losses.clear()
+                            continue
+                        losses.clear()
+                    self._evaluate(held_out)
+                    text = f"fitting, {state.history[-1][1]:.3g} {self._behaviour.measure}"
+                    if end or state.waited > PATIENCE:
+                        break
+                    self.good = state.copy()
+                    save(self.good)
+                progress(text, state.step, plan.steps)
+                losses.append(self.step(next(batches)))
+        state = self.state
+        if state.best_values is not None:
+            self._nonzeros.values = state.values = state.best_values
+        self.write()
+
+    def step(self, batch: list[int]) -> Tensor:
+        """One optimizer step, within `Nonzeros.attached`; the loss before it."""
+        loss = self._gradient(batch)
+        self._update()
+        self.state.step += 1
+        return loss
+
+    def write(self) -> None:
+        """Puts the values into the weights as this stage of the training sees them."""
+        values = self._nonzeros.values
+        self._nonzeros.write(self._quantiser(values) if self._rounding else values)
+
+    @property
+    def _rounding(self) -> bool:
+        return self.state.step >= ROUND_FROM * self._plan.steps
+
+    def _evaluate(self, held_out: Sequence[int]) -> None:
+        self.write()
+        state = self.state
+        distance, loss = self._measure(held_out)
+        state.history.append((state.step, distance))
+        if not self._rounding:
+            return
+        gained = loss < state.best * (1 - LEAST_GAIN)
+        state.waited = 0 if gained else state.waited + 1
+        if loss < state.best:
+            state.best, state.best_values = loss, state.values.clone()
+
+    def _measure(self, held_out: Sequence[int]) -> tuple[float, float]:
+        """Distance and loss of the model as it is; means over batches, weighted by examples."""
+        distance = loss = 0.0
+        for part, student, teacher in walk(self._model, self._behaviour, self._teacher, held_out, self._plan.micro):
+            share = len(part) / len(held_out)
+            distance += share * self._behaviour.distance(student, teacher)
+            loss += share * float(self._loss(student, teacher, part))
+        return distance, loss
+
+    def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int]) -> Tensor:
+        settled = min(1.0, self.state.step / (FALL_UNTIL * self._plan.steps))
+        return self._behaviour.loss(student, self._behaviour.target(teacher, part), self._behaviour.weight(settled))
+
+    def _gradient(self, batch: list[int]) -> Tensor:
+        """Loss of a batch, NaN if its gradient is not finite; the gradient is in `Nonzeros.grad`."""
+        self._nonzeros.grad.zero_()
+        self.write()
+        total = torch.zeros((), device=self._nonzeros.grad.device)
+        for part in _parts(batch, self._plan.micro):
+            teacher = self._teacher.outputs(part)
+            student = self._behaviour.outputs(self._model, part)
+            loss = self._loss(student, teacher, part) * (len(part) / len(batch))
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._nonzeros.collect()
+            total += loss.detach()
+        return torch.where(self._nonzeros.grad.isfinite().all(), total, math.nan)
+
+    def time_one(self, batch: list[int]) -> float:
+        """Seconds of a step that changes nothing."""
+        start = time.monotonic()
+        with self._nonzeros.attached(self._model):
+            float(self._gradient(batch))  # waits for a GPU
+        return time.monotonic() - start
+
+    def _update(self) -> None:
+        """Adam."""
+        state, grad = self.state, self._nonzeros.grad
+        first, second = BETAS
+        state.mean.lerp_(grad, 1 - first)
+        state.square.lerp_(grad.square(), 1 - second)
+        count = state.step + 1
+        root = (state.square / (1 - second**count)).sqrt_().add_(EPSILON)
+        rate = self._plan.rate * cycle(state.step, self._plan.steps) / 2**state.failures
+        state.values.sub_(self._units * (state.mean / root) * (rate / (1 - first**count)))
+
+    def _prune(self) -> None:
+        """Drops what matters least, when it is time."""
+        state, plan = self.state, self._plan
+        until = plan.steps * FALL_UNTIL
+        if len(state.values) <= sum(plan.counts) or not is_due(state.step, until):
+            return
+        descent = Descent(until, self._begin, plan.counts, plan.whole_model)
+        kept = torch.cat(descent.kept(state.step, torch.split(matter(state.values, state.square), state.counts)))
+        self._nonzeros.keep(kept)
+        state.mean, state.square = state.mean[kept], state.square[kept]
+        self._lay_out()
+
+    def _back_off(self, good: State) -> None:
+        failures = self.state.failures + 1
+        if failures > FAILURES:
+            self.load(good)
+            raise DivergedError(
+                f"training gave NaN at step {self.state.step} even at 1/{2 ** (failures - 1)} of the learning rate;"
+                f" give a smaller one, such as --fit-rate {self._plan.rate / 16:.2g}"
+            )
+        self.load(good)
+        self.state.failures = good.failures = failures
+
+
+def _parts(indices: Sequence[int], size: int) -> list[list[int]]:
+    return [list(indices[i : i + size]) for i in range(0, len(indices), size)]

@@ -1,0 +1,79 @@
+"""BITMAP: one bit an element, with the rank of each 2,048 (FORMAT.md, 4.4)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from shiradelta.errors import FormatError
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base import SLACK, Bytes, between, check_positions, check_zero, part
+from shiradelta.format.codecs.bits import find_ones, pack_bitmap
+
+BLOCK = registry.BLOCK_BITS
+
+
+def _section_size(numel: int) -> int:
+    return -(-numel // BLOCK) * registry.word_size(numel) + -(-numel // 32) * 4 + registry.SLACK
+
+
+def _ranks(ones: Positions, numel: int) -> Positions:
+    """The number of ones before each block."""
+    return np.searchsorted(ones, np.arange(0, numel, BLOCK, dtype=np.int64))
+
+
+def _parts(data: Bytes, numel: int) -> tuple[Array, Bytes]:
+    """(directory, bitmap)."""
+    word, blocks = registry.word_size(numel), -(-numel // BLOCK)
+    return part(data, 0, blocks, f"<u{word}"), data[blocks * word : data.size - registry.SLACK]
+
+
+class Bitmap:
+    """See the module."""
+
+    def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
+        """About numel / 8."""
+        return _section_size(math.prod(shape))
+
+    def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
+        """Exactly one is."""
+        return size == _section_size(numel)
+
+    def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
+        """Directory, bitmap, slack."""
+        numel = math.prod(shape)
+        ranks = _ranks(positions, numel).astype(f"<u{registry.word_size(numel)}")
+        return ranks.tobytes() + pack_bitmap(positions, numel) + SLACK
+
+    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
+        """The set bits, checked against count and directory."""
+        numel = math.prod(shape)
+        directory, bitmap = _parts(data, numel)
+        ones = find_ones(bitmap)
+        inside = int(np.searchsorted(ones, numel))
+        positions = ones[:inside]
+        if inside != nnz:
+            raise FormatError("bad_index", f"{inside} ones for {nnz} nonzeros")
+        if not np.array_equal(directory, _ranks(positions, numel)):
+            raise FormatError("bad_directory", "rank of a block")
+        if inside != ones.size:
+            raise FormatError("padding_not_zero", "bits behind the last element")
+        check_zero(data, data.size - registry.SLACK)
+        return positions
+
+    def decode_between(
+        self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
+    ) -> tuple[int, Positions]:
+        """Only the blocks of the range."""
+        numel = math.prod(shape)
+        directory, bitmap = _parts(data, numel)
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        positions = find_ones(bitmap[first * BLOCK // 8 : last * BLOCK // 8]) + first * BLOCK
+        check_positions(positions, numel)
+        skip, inside = between(positions, start, stop)
+        rank, end = (int(directory[block]) if block < directory.size else nnz for block in (first, last))
+        if rank + positions.size != end or end > nnz:
+            raise FormatError("bad_directory", f"rank of block {first}")
+        return rank + skip, inside

@@ -1,0 +1,174 @@
+"""RICE: gaps in split form, in blocks of 2,048 unary bits that decode independently (FORMAT.md, 4.2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from shiradelta.errors import FormatError
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base import SLACK, Bytes, check_positions, check_zero, part
+from shiradelta.format.codecs.bits import Words, field_words, find_ones, pack_bitmap, pack_fields, unpack_fields
+
+BLOCK = registry.BLOCK_BITS
+
+
+def gaps_of(positions: Positions) -> Positions:
+    """p[i] - p[i-1] - 1 with p[-1] = -1."""
+    gaps = positions.copy()
+    gaps[1:] -= positions[:-1] + 1
+    return gaps
+
+
+def best_k(gaps: Positions) -> int:
+    """The smallest k among those that make sum(q) + n k smallest.
+
+    Going from k to k + 1 costs n bits and saves sum(ceil(q / 2)), which never grows with k: so the
+    first k at which it saves nothing is the best one.
+    """
+    k, q = 0, gaps.copy()
+    while k < registry.MAX_RICE_K and int(((q + 1) >> 1).sum()) > gaps.size:
+        q >>= 1
+        k += 1
+    return k
+
+
+def section_size(nnz: int, numel: int, k: int, unary_bits: int) -> int:
+    """Bytes of a section."""
+    directory = -(-unary_bits // BLOCK) * 2 * registry.word_size(numel)
+    words = field_words(nnz, k) + -(-unary_bits // 32)
+    return registry.RICE_HEAD.size + directory + 4 * words + registry.SLACK
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A section taken apart; sizes are checked."""
+
+    k: int
+    unary_bits: int
+    directory: Array  # [blocks, 2]: base, rank
+    low: Words
+    unary: Bytes
+    end: int  # where the slack starts
+
+    @classmethod
+    def of(cls, data: Bytes, nnz: int, numel: int) -> _Parts:
+        """Raises FormatError where head and size contradict each other."""
+        k, unary_bits = registry.RICE_HEAD.unpack_from(data.data)
+        if k > registry.MAX_RICE_K or data[1:8].any():
+            raise FormatError("bad_index", f"k is {k}, or the bytes behind it are not zero")
+        if section_size(nnz, numel, k, unary_bits) != data.size:
+            raise FormatError("bad_size", f"{data.size} bytes for k {k} and {unary_bits} unary bits")
+        word, blocks = registry.word_size(numel), -(-unary_bits // BLOCK)
+        low = registry.RICE_HEAD.size + blocks * 2 * word
+        unary = low + 4 * field_words(nnz, k)
+        end = data.size - registry.SLACK
+        return cls(
+            k,
+            unary_bits,
+            part(data, registry.RICE_HEAD.size, blocks * 2, f"<u{word}").reshape(blocks, 2),
+            part(data, low, field_words(nnz, k), "<u4"),
+            data[unary:end],
+            end,
+        )
+
+    def low_bits(self, start: int, stop: int) -> Positions:
+        """r of the nonzeros of rank start to stop - 1."""
+        if self.k == 0:
+            return np.zeros(stop - start, np.int64)
+        return unpack_fields(self.low, self.k, start, stop)
+
+
+def _directory(ones: Positions, low_sum: Positions, k: int, unary_bits: int) -> Positions:
+    """int64 [blocks, 2]: what base and rank must be; low_sum is the running sum of r, [nnz]."""
+    edges = np.arange(0, unary_bits, BLOCK, dtype=np.int64)
+    rank = np.searchsorted(ones, edges)
+    low_before = np.where(rank > 0, low_sum[rank - 1], 0)
+    return np.stack([((edges - rank) << k) + low_before + rank, rank], axis=1)
+
+
+class Rice:
+    """See the module."""
+
+    def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
+        """Bytes with the best k."""
+        gaps = gaps_of(positions)
+        k = best_k(gaps)
+        unary_bits = int((gaps >> k).sum()) + gaps.size
+        return section_size(gaps.size, math.prod(shape), k, unary_bits)
+
+    def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
+        """At least the head, one u32 word and the slack; the rest is in the head."""
+        return size >= registry.RICE_HEAD.size + registry.SLACK
+
+    def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
+        """With the best k."""
+        gaps = gaps_of(positions)
+        k = best_k(gaps)
+        low = gaps & ((1 << k) - 1)
+        ones = np.cumsum((gaps >> k) + 1) - 1
+        unary_bits = int(ones[-1]) + 1
+        word = registry.word_size(math.prod(shape))
+        return b"".join(
+            (
+                registry.RICE_HEAD.pack(k, unary_bits),
+                _directory(ones, np.cumsum(low), k, unary_bits).astype(f"<u{word}").tobytes(),
+                pack_fields(low, k) if k else b"",
+                pack_bitmap(ones, unary_bits),
+                SLACK,
+            )
+        )
+
+    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
+        """All blocks at once: the formula of a block holds for any run of them."""
+        numel = math.prod(shape)
+        parts = _Parts.of(data, nnz, numel)
+        ones = find_ones(parts.unary)
+        padding = int(ones.size - np.searchsorted(ones, parts.unary_bits))
+        ones = ones[: ones.size - padding]
+        if ones.size != nnz or ones[-1] != parts.unary_bits - 1:
+            raise FormatError("bad_index", f"{ones.size} ones for {nnz} nonzeros, or zeros behind the last")
+        # Shifting could overflow int64: the zeros alone must not carry a position out of the tensor.
+        if (parts.unary_bits - nnz) > (numel >> parts.k):
+            raise FormatError("position_range", f"the quotients sum to {parts.unary_bits - nnz}")
+        low_sum = np.cumsum(parts.low_bits(0, nnz))
+        count = np.arange(nnz, dtype=np.int64)
+        positions: Positions = ((ones - count) << parts.k) + low_sum + count
+        check_positions(positions, numel)
+        if not np.array_equal(parts.directory, _directory(ones, low_sum, parts.k, parts.unary_bits)):
+            raise FormatError("bad_directory", "base or rank of a block")
+        unused_low = nnz * parts.k % 32
+        if padding or (unused_low and parts.low[-1] >> unused_low):
+            raise FormatError("padding_not_zero", "unused bits of low or unary")
+        check_zero(data, parts.end)
+        return positions
+
+    def decode_between(
+        self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
+    ) -> tuple[int, Positions]:
+        """Decodes the blocks that can hold the range, and no others."""
+        numel = math.prod(shape)
+        parts = _Parts.of(data, nnz, numel)
+        base, rank = parts.directory.T
+        if not base.size or base[0] or rank[0] or np.any(base[1:] < base[:-1]) or base[-1] >= numel:
+            raise FormatError("bad_directory", "bases do not increase from 0 to below the number of elements")
+        base = base.astype(np.int64)
+        first = max(int(np.searchsorted(base, start, side="right")) - 1, 0)
+        last = max(int(np.searchsorted(base, stop, side="left")), first + 1)
+        begin = first * BLOCK
+        ones = find_ones(parts.unary[begin // 8 : last * BLOCK // 8])
+        rank0 = int(rank[first])
+        end = rank0 + ones.size
+        if end != (int(rank[last]) if last < rank.size else nnz) or end > nnz:
+            raise FormatError("bad_directory", f"rank of block {first} or {last}")
+        count = np.arange(ones.size, dtype=np.int64)
+        if ones.size and int(ones[-1] - count[-1]) > (numel >> parts.k):
+            raise FormatError("position_range", f"quotients of block {first} and on")
+        low_sum = np.cumsum(parts.low_bits(rank0, end))
+        positions: Positions = base[first] + ((ones - count) << parts.k) + low_sum + count
+        check_positions(positions, numel)
+        skip, stop_at = np.searchsorted(positions, [start, stop])
+        return rank0 + int(skip), positions[skip:stop_at]

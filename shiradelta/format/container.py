@@ -1,0 +1,446 @@
+"""Bytes <-> container: the header, the tensor table, names and metadata (spec/FORMAT.md, sections 2 and 3).
+
+`parse` makes every check that needs no payload; sections are decoded by the reader.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from shiradelta.errors import DeltaError, FormatError
+from shiradelta.format import registry
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.registry import Flag, Incompatible, IndexCodec, Op, ValueCodec
+
+_FLAGS = sum(Flag)
+_CONTROL = bytes([*range(0x20), 0x7F])
+
+
+@dataclass(frozen=True)
+class Section:
+    """Where a section lies.  Sizes in bytes."""
+
+    offset: int
+    stored: int
+    decoded: int
+    crc: int
+    zstd: bool = False
+
+    @property
+    def end(self) -> int:
+        """Where the next section starts."""
+        return registry.align(self.offset + self.stored, registry.SECTION_ALIGNMENT)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One tensor's entry in the table."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: registry.DType
+    op: Op
+    index_codec: IndexCodec
+    value_codec: ValueCodec
+    nnz: int
+    base_fingerprint: int | None
+    result_fingerprint: int | None
+    index: Section
+    values: Section
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def adds(self) -> bool:
+        """Whether values are added; otherwise elements are replaced."""
+        return self.op is Op.ADD
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of an element; 0 where the dtype is unspecified."""
+        return self.dtype.size
+
+
+@dataclass(frozen=True)
+class Container:
+    """All of a file but its payload."""
+
+    records: tuple[Record, ...]
+    metadata: Mapping[str, str]
+    digest: bytes
+    minor: int = registry.MINOR
+    sizes: Mapping[str, int] = field(default_factory=dict)  # bytes of the parts, for people
+
+
+def crc32(data: Bytes | bytes) -> int:
+    """zlib's, 0 for nothing."""
+    return zlib.crc32(data if isinstance(data, bytes) else data.data)
+
+
+def check_padding(data: Bytes, start: int, end: int) -> None:
+    """Bytes between sections are zero."""
+    if data[start:end].tobytes().strip(b"\0"):
+        raise FormatError("padding_not_zero", "between sections", offset=start)
+
+
+def parse(data: Bytes) -> Container:
+    """Reads and checks everything but the payload of a whole file.
+
+    Raises:
+        FormatError: in the order and with the reasons of FORMAT.md.
+    """
+    if data[:8].tobytes() != registry.MAGIC:
+        raise FormatError("bad_magic", offset=0)
+    if data.size < registry.HEADER_SIZE:
+        raise FormatError("truncated", f"{data.size} bytes, a header has {registry.HEADER_SIZE}", offset=data.size)
+    (
+        _,
+        major,
+        minor,
+        tensor_count,
+        incompatible,
+        _compatible,
+        file_size,
+        names_size,
+        metadata_size,
+        extension_size,
+        *crcs,
+        digest,
+    ) = registry.HEADER.unpack(data[: registry.HEADER.size].tobytes())
+    if major != registry.MAJOR:
+        raise FormatError("unsupported_version", f"version {major}.{minor}", offset=8)
+    if crc32(data[: registry.HEADER.size]) != int.from_bytes(data[124:128].tobytes(), "little"):
+        raise FormatError("header_checksum", offset=124)
+    unknown = incompatible & ~sum(Incompatible)
+    if unknown:
+        raise FormatError("unknown_feature", f"bits 0x{unknown:x}", offset=16)
+    if data[112:124].any():
+        raise FormatError("reserved_not_zero", offset=112)
+    if data.size != file_size:
+        reason = "truncated" if data.size < file_size else "trailing_data"
+        raise FormatError(reason, f"{data.size} bytes of {file_size}", offset=min(data.size, file_size))
+    for what, count, limit in (
+        ("tensors", tensor_count, registry.MAX_TENSORS),
+        ("bytes of names", names_size, registry.MAX_NAMES_SIZE),
+        ("bytes of metadata", metadata_size, registry.MAX_METADATA_SIZE),
+        ("bytes of extension", extension_size, registry.MAX_EXTENSION_SIZE),
+    ):
+        if count > limit:
+            raise FormatError("limit_exceeded", f"{count} {what}, at most {limit}")
+
+    sections = []
+    cursor = registry.HEADER_SIZE
+    for size, crc in zip(
+        (tensor_count * registry.RECORD_SIZE, names_size, metadata_size, extension_size), crcs, strict=True
+    ):
+        sections.append(Section(cursor, size, size, crc))
+        cursor = sections[-1].end
+    if cursor > file_size:
+        raise FormatError("section_layout", f"the table and its like end at {cursor} of {file_size} bytes")
+    for section in sections:
+        if crc32(data[section.offset : section.offset + section.stored]) != section.crc:
+            raise FormatError("section_checksum", offset=section.offset)
+        check_padding(data, section.offset + section.stored, section.end)
+    table, names, metadata, extension = (data[s.offset : s.offset + s.stored] for s in sections)
+    pairs = parse_metadata(metadata.tobytes(), sections[2].offset)
+    records = _parse_table(data, table, names, cursor, bool(incompatible & Incompatible.ZSTD))
+    sizes = {
+        "header": registry.HEADER_SIZE,
+        "table": table.size + names.size,
+        "metadata": metadata.size + extension.size,
+        "index": sum(r.index.stored for r in records),
+        "values": sum(r.values.stored for r in records),
+        "file": file_size,
+    }
+    return Container(records, pairs, digest, minor, sizes)
+
+
+def parse_metadata(data: bytes, offset: int) -> dict[str, str]:
+    """Pairs of strings, keys strictly increasing."""
+    pairs: dict[str, str] = {}
+    at, before = 0, b""
+    while at < len(data):
+        head = at + registry.METADATA_PAIR.size
+        if head > len(data):
+            raise FormatError("bad_metadata", "a pair is cut off", offset=offset + at)
+        key_size, value_size = registry.METADATA_PAIR.unpack_from(data, at)
+        key, end = data[head : head + key_size], head + key_size + value_size
+        if end > len(data) or key <= before:
+            raise FormatError("bad_metadata", "a pair is cut off, empty or out of order", offset=offset + at)
+        try:
+            pairs[key.decode()] = data[head + key_size : end].decode()
+        except UnicodeDecodeError:
+            raise FormatError("bad_metadata", "not UTF-8", offset=offset + at) from None
+        at, before = end, key
+    return pairs
+
+
+def build_metadata(pairs: Mapping[str, str]) -> bytes:
+    """The inverse of `parse_metadata`."""
+    try:
+        encoded = sorted((key.encode(), value.encode()) for key, value in pairs.items())
+    except UnicodeEncodeError as error:
+        raise DeltaError(f"metadata {error.object!r} are not Unicode text") from None
+    return b"".join(registry.METADATA_PAIR.pack(len(k), len(v)) + k + v for k, v in encoded)
+
+
+def _parse_table(data: Bytes, table: Bytes, names: Bytes, cursor: int, zstd: bool) -> tuple[Record, ...]:
+    records: list[Record] = []
+    name_end, before = 0, b""
+    for at in range(0, table.size, registry.RECORD_SIZE):
+        fields = registry.RECORD.unpack_from(table.data, at)
+        name_offset, name_size = fields[:2]
+        raw = names[name_offset : name_offset + name_size].tobytes()
+        try:
+            if name_offset != name_end or name_offset + name_size > names.size:
+                raise FormatError("name_layout", f"name of record {at // registry.RECORD_SIZE}")
+            name = _parse_name(raw, before)
+        except FormatError as error:
+            error.offset = registry.HEADER_SIZE + at
+            raise
+        try:
+            record = _parse_record(name, fields[2:], data, cursor, zstd)
+        except FormatError as error:
+            error.tensor = name
+            if error.offset is None:
+                error.offset = registry.HEADER_SIZE + at
+            raise
+        records.append(record)
+        name_end, before, cursor = name_end + name_size, raw, record.values.end
+    if name_end != names.size:
+        raise FormatError("name_layout", f"{names.size - name_end} bytes behind the last name")
+    if cursor != data.size:
+        raise FormatError("section_layout", f"sections end at {cursor} of {data.size} bytes")
+    return tuple(records)
+
+
+def check_name(raw: bytes) -> str:
+    """The name, if it may stand in a file."""
+    if not 0 < len(raw) <= registry.MAX_NAME_SIZE:
+        raise FormatError("bad_name", f"{len(raw)} bytes")
+    try:
+        name = raw.decode()
+    except UnicodeDecodeError:
+        raise FormatError("bad_name", "not UTF-8") from None
+    if raw.translate(None, _CONTROL) != raw:
+        raise FormatError("bad_name", "control character")
+    return name
+
+
+def _parse_name(raw: bytes, before: bytes) -> str:
+    name = check_name(raw)
+    if raw == before:
+        raise FormatError("duplicate_name", repr(name))
+    if raw < before:
+        raise FormatError("name_order", repr(name))
+    return name
+
+
+def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, zstd: bool) -> Record:
+    (
+        rank,
+        dtype_id,
+        op_id,
+        index_id,
+        value_id,
+        flag_bits,
+        reserved,
+        nnz,
+        base_fingerprint,
+        result_fingerprint,
+        index_offset,
+        index_stored,
+        index_decoded,
+        values_offset,
+        values_stored,
+        values_decoded,
+        index_crc,
+        values_crc,
+        *dims,
+    ) = fields
+    if reserved or flag_bits & ~_FLAGS:
+        raise FormatError("reserved_not_zero", "in a record")
+    if dtype_id >= len(registry.DTYPES):
+        raise FormatError("unknown_dtype", f"id {dtype_id}")
+    for kind, id, reason in (
+        (Op, op_id, "unknown_op"),
+        (IndexCodec, index_id, "unknown_index_codec"),
+        (ValueCodec, value_id, "unknown_value_codec"),
+    ):
+        if not registry.known(kind, id):
+            raise FormatError(reason, f"id {id}")
+    flags = Flag(flag_bits)
+    shape = _parse_shape(rank, dims)
+    if nnz > math.prod(shape):
+        raise FormatError("bad_count", f"{nnz} nonzeros, {math.prod(shape)} elements")
+    record = Record(
+        name,
+        shape,
+        registry.DTYPES[dtype_id],
+        Op(op_id),
+        IndexCodec(index_id),
+        ValueCodec(value_id),
+        nnz,
+        base_fingerprint if Flag.BASE_FINGERPRINT in flags else None,
+        result_fingerprint if Flag.RESULT_FINGERPRINT in flags else None,
+        Section(index_offset, index_stored, index_decoded, index_crc, Flag.INDEX_ZSTD in flags),
+        Section(values_offset, values_stored, values_decoded, values_crc, Flag.VALUES_ZSTD in flags),
+    )
+    problem = combination_problem(record)
+    if problem:
+        raise FormatError("bad_combination", problem)
+    for value, kept in (
+        (base_fingerprint, record.base_fingerprint),
+        (result_fingerprint, record.result_fingerprint),
+    ):
+        if value and kept is None:
+            raise FormatError("reserved_not_zero", "a fingerprint without its flag")
+    if record.nnz:
+        index_ok = INDEX_CODECS[record.index_codec].size_is_possible(index_decoded, nnz, record.numel)
+        values_size = VALUE_CODECS[record.value_codec].size(nnz, record.element_size)
+    else:
+        index_ok, values_size = index_decoded == 0, 0
+    _check_section(record.index, cursor, data, zstd, index_ok)
+    _check_section(record.values, record.index.end, data, zstd, values_decoded == values_size)
+    return record
+
+
+def _parse_shape(rank: int, dims: list[int]) -> tuple[int, ...]:
+    shape = tuple(dims[:rank])
+    if rank > registry.MAX_RANK or any(dims[rank:]):
+        raise FormatError("bad_shape", f"rank {rank}")
+    # Python's integers do not overflow; with a zero among the dims the product is 0 whatever the others are.
+    if any(size > registry.MAX_NUMEL for size in shape) or math.prod(shape) > registry.MAX_NUMEL:
+        raise FormatError("bad_shape", f"{list(shape)}")
+    return shape
+
+
+_ADD_VALUES = frozenset(
+    {ValueCodec.F32, ValueCodec.F16, ValueCodec.BF16, ValueCodec.I8, ValueCodec.I4, ValueCodec.SIGN}
+)
+
+
+def combination_problem(record: Record) -> str | None:
+    """What does not go together in a record (FORMAT.md, 3.1)."""
+    empty = record.nnz == 0
+    whole = record.nnz == record.numel
+    unspecified = record.dtype is registry.UNSPECIFIED
+    if (record.index_codec is IndexCodec.NONE) != empty or (record.value_codec is ValueCodec.NONE) != empty:
+        return f"{record.nnz} nonzeros in {record.index_codec.name} and {record.value_codec.name}"
+    if record.index_codec is IndexCodec.ALL and not whole:
+        return "ALL without all elements"
+    allowed = {
+        Op.ADD: record.dtype.name in registry.ADDABLE and (empty or record.value_codec in _ADD_VALUES),
+        Op.SET: not unspecified and (empty or record.value_codec is ValueCodec.BITS),
+        Op.NEW: not unspecified
+        and whole
+        and (empty or (record.index_codec is IndexCodec.ALL and record.value_codec is ValueCodec.BITS)),
+        Op.DROP: empty,
+    }
+    if not allowed.get(record.op, False):
+        codecs = f"{record.index_codec.name} and {record.value_codec.name}"
+        return f"{record.op.name} of {record.dtype.name} with {codecs}"
+    for present, never in (
+        (record.base_fingerprint, unspecified or record.op is Op.NEW),
+        (record.result_fingerprint, unspecified or record.op is Op.DROP),
+    ):
+        if present is not None and never:
+            return f"a fingerprint on {record.op.name} of {record.dtype.name}"
+    return None
+
+
+def _check_section(section: Section, cursor: int, data: Bytes, zstd: bool, size_ok: bool) -> None:
+    if section.offset != cursor or section.end > data.size:
+        raise FormatError("section_layout", f"a section of {section.stored} bytes at {section.offset}")
+    if not section.zstd and section.decoded != section.stored:
+        raise FormatError("section_layout", "stored and decoded size differ", offset=section.offset)
+    if section.zstd and (not zstd or section.stored == 0 or section.decoded == 0):
+        raise FormatError("bad_combination", "zstd without its feature bit, or empty")
+    if section.stored == 0 and section.crc:
+        raise FormatError("section_checksum", "of an empty section", offset=section.offset)
+    if section.zstd and section.decoded > section.stored * registry.MAX_ZSTD_RATIO:
+        raise FormatError("zstd_ratio", f"{section.decoded} from {section.stored} bytes", offset=section.offset)
+    if not size_ok:
+        raise FormatError("bad_size", f"{section.decoded} bytes", offset=section.offset)
+    check_padding(data, section.offset + section.stored, section.end)
+
+
+def build(records: Iterable[Record], metadata: Mapping[str, str], digest: bytes, file_size: int) -> bytes:
+    """Everything before the first payload section; the records' offsets are final."""
+    records = tuple(records)
+    names = [record.name.encode() for record in records]
+    table = bytearray()
+    offset = 0
+    for record, name in zip(records, names, strict=True):
+        table += _build_record(record, offset, len(name))
+        offset += len(name)
+    sections = [bytes(table), b"".join(names), build_metadata(metadata), b""]
+    zstd = any(record.index.zstd or record.values.zstd for record in records)
+    head = registry.HEADER.pack(
+        registry.MAGIC,
+        registry.MAJOR,
+        registry.MINOR,
+        len(records),
+        Incompatible.ZSTD if zstd else 0,
+        0,
+        file_size,
+        *(len(section) for section in sections[1:]),
+        *(crc32(section) for section in sections),
+        digest,
+    )
+    return b"".join((head, crc32(head).to_bytes(4, "little"), *(pad_section(section) for section in sections)))
+
+
+def pad_section(section: bytes) -> bytes:
+    """A section with zeros up to the next one."""
+    return section + bytes(-len(section) % registry.SECTION_ALIGNMENT)
+
+
+def payload_start(tensor_count: int, names_size: int, metadata: Mapping[str, str]) -> int:
+    """Where the first payload section lies."""
+    sizes = (tensor_count * registry.RECORD_SIZE, names_size, len(build_metadata(metadata)))
+    return registry.HEADER_SIZE + sum(registry.align(size, registry.SECTION_ALIGNMENT) for size in sizes)
+
+
+def _build_record(record: Record, name_offset: int, name_size: int) -> bytes:
+    flags = Flag(0)
+    for present, flag in (
+        (record.base_fingerprint is not None, Flag.BASE_FINGERPRINT),
+        (record.result_fingerprint is not None, Flag.RESULT_FINGERPRINT),
+        (record.index.zstd, Flag.INDEX_ZSTD),
+        (record.values.zstd, Flag.VALUES_ZSTD),
+    ):
+        if present:
+            flags |= flag
+    dims = record.shape + (0,) * (registry.MAX_RANK - len(record.shape))
+    return registry.RECORD.pack(
+        name_offset,
+        name_size,
+        len(record.shape),
+        record.dtype.id,
+        record.op,
+        record.index_codec,
+        record.value_codec,
+        flags,
+        0,
+        record.nnz,
+        record.base_fingerprint or 0,
+        record.result_fingerprint or 0,
+        record.index.offset,
+        record.index.stored,
+        record.index.decoded,
+        record.values.offset,
+        record.values.stored,
+        record.values.decoded,
+        record.index.crc,
+        record.values.crc,
+        *dims,
+    )

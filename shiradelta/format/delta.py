@@ -1,0 +1,209 @@
+"""The in-memory model: what is changed in one tensor.  Everything in the package speaks in this."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from shiradelta.errors import DeltaError
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array, Float32, Positions, to_float32
+
+if TYPE_CHECKING:
+    from scipy.sparse import coo_array
+
+OPS = ("add", "set", "new", "drop")
+
+
+def check_shape(shape: tuple[int, ...]) -> int:
+    """The number of elements of `shape`; raises DeltaError where the format cannot hold it."""
+    if len(shape) > registry.MAX_RANK:
+        raise DeltaError(f"shape {shape} has more than {registry.MAX_RANK} dimensions")
+    numel = math.prod(shape)
+    if any(not 0 <= size <= registry.MAX_NUMEL for size in shape) or numel > registry.MAX_NUMEL:
+        raise DeltaError(f"shape {shape} is out of range: at most 2^56 elements")
+    return numel
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor seen as a matrix: the first dimension by all others (FORMAT.md, 4.5)."""
+    if not shape:
+        return 1, 1
+    if len(shape) == 1:
+        return 1, shape[0]
+    return shape[0], math.prod(shape[1:])
+
+
+class TensorDelta:
+    """A sparse change of one tensor; immutable.
+
+    Args:
+        shape: the base tensor's shape, at most 8 dimensions.
+        positions: flat row-major int64 indices, strictly increasing, each below the number of elements;
+            None for all of them, in order.
+        values: one per position.  For `add`: finite, taken as float32.  For `set` and `new`: the new
+            elements, as an array of the dtype's own size (bfloat16 and fp8 as unsigned integers).
+        dtype: the base tensor's, by torch's name ("bfloat16"), or "unspecified" where no base is known.
+        op: "add", "set", "new" (the whole tensor is added to the model) or "drop" (taken away).
+        base_bits: the base's elements at the positions, as bits: with it, a file gets fingerprints.
+        base_fingerprint: the base's fingerprint there, where that alone is known.
+
+    Raises:
+        DeltaError: anything that breaks these rules.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        positions: npt.ArrayLike | None,
+        values: npt.ArrayLike,
+        dtype: str = "bfloat16",
+        op: str = "add",
+        base_bits: Array | None = None,
+        base_fingerprint: int | None = None,
+    ) -> None:
+        self._shape = tuple(int(size) for size in shape)
+        numel = check_shape(self._shape)
+        if op not in OPS:
+            raise DeltaError(f"operation {op!r} is unknown; it is one of {', '.join(OPS)}")
+        if dtype not in registry.DTYPE_OF_NAME:
+            raise DeltaError(f"dtype {dtype!r} is unknown; it is one of {', '.join(registry.DTYPE_OF_NAME)}")
+        if op == "add" and dtype not in registry.ADDABLE:
+            raise DeltaError(f"add is not defined for {dtype}, whose sums are not exact in float32; use set")
+        if op in ("set", "new") and dtype == "unspecified":
+            raise DeltaError(f"{op} needs the dtype of the tensor")
+        self._dtype, self._op = dtype, op
+        if op == "new" and positions is not None:
+            raise DeltaError("new adds a whole tensor: give None for its positions")
+        if op == "drop":
+            positions, values = [], np.zeros(0, np.float32)
+        self._positions = None if positions is None else _checked_positions(positions, numel)
+        count = numel if self._positions is None else self._positions.size
+        self._values = _checked_values(values, count, dtype, op)
+        if base_bits is not None and base_bits.shape != (count,):
+            raise DeltaError(f"{base_bits.size} base elements for {count} positions")
+        self.base_bits = base_bits
+        self._base_fingerprint = base_fingerprint
+
+    @classmethod
+    def trusted(
+        cls,
+        shape: tuple[int, ...],
+        positions: Positions | None,
+        values: Array,
+        dtype: str,
+        op: str,
+        base_bits: Array | None,
+    ) -> TensorDelta:
+        """One of arrays that are known to keep the rules; for the writer, whose codecs see to it."""
+        made = cls.__new__(cls)
+        made._shape, made._positions, made._values, made._dtype, made._op = shape, positions, values, dtype, op
+        made.base_bits, made._base_fingerprint = base_bits, None
+        return made
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base tensor's shape."""
+        return self._shape
+
+    @property
+    def dtype(self) -> str:
+        """The base tensor's dtype, by torch's name, or "unspecified"."""
+        return self._dtype
+
+    @property
+    def op(self) -> str:
+        """One of "add", "set", "new", "drop"."""
+        return self._op
+
+    @property
+    def numel(self) -> int:
+        """Elements of the base tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def nnz(self) -> int:
+        """Positions that are listed, explicit zeros included."""
+        return self._values.size
+
+    @property
+    def all_positions(self) -> bool:
+        """Whether every element is listed."""
+        return self.nnz == self.numel and self.op != "drop"
+
+    @property
+    def base_fingerprint(self) -> int | None:
+        """The base's fingerprint at the positions (FORMAT.md, 6.3), where known."""
+        return self._base_fingerprint
+
+    @property
+    def result_fingerprint(self) -> int | None:
+        """The fingerprint of the result at strength 1, where known."""
+        return None
+
+    def positions(self) -> Positions:
+        """int64 [nnz], strictly increasing, flat row-major."""
+        if self._positions is None:
+            return np.arange(self.numel, dtype=np.int64)
+        return self._positions
+
+    def bits(self) -> Array:
+        """Unsigned [nnz]: the new elements' bits for set and new, the binary32 bits of the values for add."""
+        return self._values.view(np.uint32) if self.op == "add" else self._values
+
+    def values(self) -> Float32:
+        """float32 [nnz]: what is added, or the new elements where float32 holds them exactly."""
+        bits = self.bits()
+        return bits.view(np.float32) if self.op == "add" else to_float32(bits, self.dtype)
+
+    def to_scipy(self) -> coo_array:
+        """A scipy.sparse.coo_array of `shape` ((1,) for a scalar), float32."""
+        from scipy.sparse import coo_array
+
+        shape = self.shape or (1,)
+        return coo_array((self.values(), np.unravel_index(self.positions(), shape)), shape=shape)
+
+    def to_dense(self) -> Float32:
+        """float32 array of `shape`, zero where nothing is listed."""
+        dense = np.zeros(self.numel, np.float32)
+        dense[self.positions()] = self.values()
+        return dense.reshape(self.shape)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        return f"<TensorDelta {self.op} {shape} {self.dtype}, {self.nnz:,} of {self.numel:,}>"
+
+
+def _checked_positions(positions: npt.ArrayLike, numel: int) -> Positions:
+    array = np.asarray(positions)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise DeltaError(f"positions are {array.dtype} {list(array.shape)}; they must be integers in one dimension")
+    result = np.array(array, dtype=np.int64)
+    if result.size and (np.any(result[1:] <= result[:-1]) or result[0] < 0):
+        raise DeltaError("positions are not strictly increasing from 0 upwards; sort them and drop repeats")
+    if result.size and result[-1] >= numel:
+        raise DeltaError(f"position {result[-1]} is outside a tensor of {numel} elements")
+    result.setflags(write=False)
+    return result
+
+
+def _checked_values(values: npt.ArrayLike, count: int, dtype: str, op: str) -> Array:
+    if op in ("set", "new"):
+        size = registry.DTYPE_OF_NAME[dtype].size
+        result = np.array(values).reshape(-1)
+        if result.itemsize != size:
+            raise DeltaError(f"{op} stores the bits of {dtype}: give {size} bytes per element, not {result.dtype}")
+        result = result.astype(result.dtype.newbyteorder("<"), copy=False).view(f"<u{size}")
+    else:
+        with np.errstate(over="ignore"):
+            result = np.array(values, dtype=np.float32).reshape(-1)
+        if not np.all(np.isfinite(result)):
+            first = int(np.flatnonzero(~np.isfinite(result))[0])
+            raise DeltaError(f"value {first} is {result[first]}; NaN and infinity cannot be added")
+    if result.size != count:
+        raise DeltaError(f"{result.size} values for {count} positions")
+    result.setflags(write=False)
+    return result

@@ -1,0 +1,36 @@
+"""The content digest: what a delta does, whatever its encoding (spec/FORMAT.md, section 7)."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable
+
+from shiradelta.format import registry
+from shiradelta.format.delta import TensorDelta
+
+
+def tensor_digest(tensor: TensorDelta) -> bytes:
+    """T of one tensor, 32 bytes."""
+    head = struct.pack(
+        f"<BBB{len(tensor.shape)}QQ",
+        registry.Op[tensor.op.upper()],
+        registry.DTYPE_OF_NAME[tensor.dtype].id,
+        len(tensor.shape),
+        *tensor.shape,
+        tensor.nnz,
+    )
+    digest = hashlib.sha256(head)
+    digest.update(tensor.positions().astype("<i8", copy=False).data)
+    bits = tensor.bits()
+    digest.update(bits.astype(bits.dtype.newbyteorder("<"), copy=False).data)
+    return digest.digest()
+
+
+def content_digest(tensors: Iterable[tuple[str, bytes]]) -> bytes:
+    """The digest of (name, T) pairs, which are in byte order of the names."""
+    pairs = [(name.encode(), digest) for name, digest in tensors]
+    whole = hashlib.sha256(registry.DIGEST_SEED + struct.pack("<I", len(pairs)))
+    for name, digest in pairs:
+        whole.update(struct.pack("<H", len(name)) + name + digest)
+    return whole.digest()

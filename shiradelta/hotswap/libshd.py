@@ -1,0 +1,104 @@
+"""libshd on live CPU tensors: decoded, added, rounded and saved in one pass, on several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from shiradelta.backends.libshd import LoadedTensor, NativeDecoder, apply_sum
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.layers import Held, Layer, Patch, Place, Stack, only_strengths_differ, stacks_of
+from shiradelta.hotswap.numpy import NumpyBackend, elements, held_as_stored
+from shiradelta.io.reader import StoredTensor
+from shiradelta.models.live import Target
+
+
+class _Data(NamedTuple):
+    """A tensor's delta for NumPy's way, and the same for the library's."""
+
+    tensor: StoredTensor
+    loaded: LoadedTensor | None  # None where nothing is listed
+
+
+class NativeBackend(NumpyBackend):
+    """Adapters on a contiguous tensor are the library's work; SETs below ADDs and strided tensors go NumPy's way."""
+
+    name = "libshd"
+
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
+        """Loading a tensor checks all of it; the file's bytes stay, compressed."""
+        patches = []
+        for tensor, target, dtype in tensors:
+            decoder = tensor.decoder
+            assert isinstance(decoder, NativeDecoder)
+            loaded = LoadedTensor(decoder, tensor.record) if tensor.nnz else None
+            patches.append(Patch(target, tensor.record, dtype, _Data(tensor, loaded)))
+        return held_as_stored(patches)
+
+    def positions(self, patch: Patch) -> Positions:
+        """Decoded."""
+        held: _Data = patch.data
+        return held.tensor.positions()
+
+    def payload(self, patch: Patch) -> Array:
+        """Decoded."""
+        held: _Data = patch.data
+        return held.tensor.values() if patch.record.adds else held.tensor.bits()
+
+    def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
+        """If only strengths are others, what is summed anew is not restored first: its base is in the layers' room."""
+        if not only_strengths_differ(before, after):
+            super().replace(before, after)
+            return
+        for stack in stacks_of(after).values():
+            summed = self._summed(stack)
+            if summed is not None:
+                apply_sum(*summed, from_saved=True)
+                continue
+            for place in stack:
+                self.restore_one(place)
+            self.apply(stack)
+
+    def apply(self, stack: Stack) -> None:
+        """In one pass, if all are ADDs on a contiguous tensor, or one is alone on it."""
+        (layer, number), patch = stack[0], stack[0].patch
+        loaded, weight = self._fused(patch)
+        # The bytes were checked and are ours, so while the library works nothing can fail half-way.
+        if len(stack) == 1 and loaded is not None and weight is not None:
+            loaded.apply(weight, patch.dtype, layer.strength, self.saved(stack[0]))
+        elif (summed := self._summed(stack)) is not None:
+            apply_sum(*summed)
+        else:
+            super().apply(stack)
+            return
+        for layer, number in stack:
+            layer.filled[number] = True
+
+    def restore_one(self, place: Place) -> None:
+        """In one pass."""
+        loaded, weight = self._fused(place.patch)
+        if loaded is None or weight is None:
+            super().restore_one(place)
+        else:
+            loaded.revert(weight, place.patch.dtype, self.saved(place))
+
+    def _fused(self, patch: Patch) -> tuple[LoadedTensor | None, Array | None]:
+        """(the library's tensor, the weight's bits flat), where they go together."""
+        held: _Data = patch.data
+        array = elements(patch.target)
+        fits = array.flags.c_contiguous and array.flags.aligned
+        return held.loaded, array.reshape(-1) if fits else None
+
+    def _summed(self, stack: Stack) -> tuple[list[tuple[LoadedTensor, float, Array]], Array, str] | None:
+        """What `apply_sum` takes, if it can do the whole stack."""
+        _, weight = self._fused(stack[0].patch)
+        if weight is None:
+            return None
+        addends = []
+        for place in stack:
+            loaded, _ = self._fused(place.patch)
+            if loaded is None or not place.patch.record.adds:
+                return None
+            addends.append((loaded, place.layer.strength, self.saved(place)))
+        return addends, weight, stack[0].patch.dtype

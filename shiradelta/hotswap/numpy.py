@@ -1,0 +1,119 @@
+"""The reference backend of live tensors: NumPy, on arrays and on torch's CPU tensors, whose memory it shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from shiradelta.format import arithmetic, registry
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.layers import Elementwise, Held, Patch
+from shiradelta.io.reader import StoredTensor
+from shiradelta.models.live import Target, is_array
+
+
+class NumpyBackend(Elementwise):
+    """Tensor by tensor, as the format defines it."""
+
+    name = "numpy"
+    xp = np
+
+    def buffer(self, size: int) -> Bytes:
+        """Plain memory."""
+        return np.empty(size, np.uint8)
+
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
+        """The file's bytes stay, compressed."""
+        for tensor, _, _ in tensors:
+            tensor.check()
+        return held_as_stored([Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in tensors])
+
+    def room(self, size: int) -> Array:
+        """Plain memory."""
+        return np.empty(size, np.uint8)
+
+    def bits_type(self, dtype: str) -> Any:
+        """Unsigned, of the elements' size."""
+        return registry.DTYPE_OF_NAME[dtype].bits
+
+    def positions(self, patch: Patch) -> Positions:
+        """Decoded."""
+        tensor: StoredTensor = patch.data
+        return tensor.positions()
+
+    def payload(self, patch: Patch) -> Array:
+        """Decoded."""
+        tensor: StoredTensor = patch.data
+        return tensor.values() if patch.record.adds else tensor.bits()
+
+    def read(self, target: Target, positions: Positions) -> Array:
+        """A gather."""
+        array, index = _indexed(target, positions)
+        taken: Array = array[index]
+        return taken
+
+    def write(self, target: Target, positions: Positions, bits: Array) -> None:
+        """A scatter."""
+        array, index = _indexed(target, positions)
+        array[index] = bits
+
+    def merge(self, parts: Sequence[Array]) -> tuple[Array, list[Array]]:
+        """A stable sort finds the runs that are in order already, and merges them; `unique` would not."""
+        every = np.concatenate(parts)
+        order = np.argsort(every, kind="stable")
+        ordered = every[order]
+        first = np.ones(every.size, np.bool_)
+        first[1:] = ordered[1:] != ordered[:-1]
+        places = np.empty(every.size, np.int64)
+        places[order] = np.cumsum(first) - 1
+        return ordered[first], np.split(places, np.cumsum([part.size for part in parts])[:-1])
+
+    def zeros(self, like: Array, dtype: str) -> Array:
+        """Made anew."""
+        return np.zeros(like.shape, dtype)
+
+    def scaled(self, values: Array, strength: float) -> Array:
+        """The definition's."""
+        return arithmetic.scaled(values, strength)
+
+    def plus(self, one: Array, other: Array) -> Array:
+        """Without the warnings."""
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            total: Array = one + other
+        return total
+
+    def add(self, bits: Array, dtype: str, contribution: Array) -> Array:
+        """The definition's."""
+        return arithmetic.add(bits, dtype, contribution)
+
+    def fingerprint(self, positions: Positions, bits: Array) -> int:
+        """The definition's."""
+        return arithmetic.fingerprint(positions, bits)
+
+
+def held_as_stored(patches: Sequence[Patch]) -> Held:
+    """Patches whose sections are kept as they lie in the file."""
+    return Held(patches, sum(patch.record.index.stored + patch.record.values.stored for patch in patches))
+
+
+def elements(target: Target) -> Array:
+    """The tensor's elements as unsigned integers that share its memory, in its own shape."""
+    tensor = target.tensor
+    if is_array(tensor):
+        array: Array = tensor.view(f"u{tensor.itemsize}")
+    else:
+        import torch
+
+        array = tensor.view(getattr(torch, f"uint{8 * tensor.element_size()}")).numpy()
+    return array
+
+
+def _indexed(target: Target, positions: Positions) -> tuple[Array, Positions | tuple[Positions, ...]]:
+    """The elements, and an index of the positions into them."""
+    array = elements(target)
+    if array.flags.c_contiguous:
+        return array.reshape(-1), positions
+    return array, np.unravel_index(positions, array.shape)

@@ -1,0 +1,307 @@
+"""The backend in plain torch operations, for any device that torch has.
+
+Positions are kept as RICE, whatever the file has: what a device decodes is then one codec, and any set of positions
+fits it.  Bits are signed integers of the elements' size, which every device can index and compare.
+"""
+
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from shiradelta.backends.numpy import unzstd
+from shiradelta.format import arithmetic, registry
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.codecs.bits import field_words
+from shiradelta.format.codecs.rice import Rice
+from shiradelta.format.container import Record, Section
+from shiradelta.format.registry import IndexCodec, ValueCodec
+from shiradelta.hotswap.layers import Elementwise, Held, Layer, Patch
+from shiradelta.hotswap.reading import in_threads
+from shiradelta.io.reader import StoredTensor
+from shiradelta.models.live import Target, is_array
+
+Tensor = torch.Tensor
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, eq=False)
+class Sections:
+    """A patch's sections on the device, out of zstd and with RICE for an index; uint8.
+
+    `low` and `unary` are where these parts of the index start, `codes` where the values' codes do, in bytes.
+    """
+
+    index: Tensor
+    values: Tensor
+    k: int
+    unary_bits: int
+    low: int
+    unary: int
+    codes: int
+
+    @classmethod
+    def of(cls, index: Tensor, values: Tensor, head: bytes, record: Record) -> Sections:
+        """From a patch's sections and the first bytes of its index."""
+        k, unary_bits = registry.RICE_HEAD.unpack(head) if head else (0, 0)
+        low = registry.RICE_HEAD.size + -(-unary_bits // registry.BLOCK_BITS) * 2 * registry.word_size(record.numel)
+        groups = -(-record.nnz // registry.GROUP)
+        codes = {ValueCodec.I8: registry.align(2 * groups, 4), ValueCodec.SIGN: registry.align(2 * groups, 4)}
+        codes[ValueCodec.I4] = 4 * groups
+        unary = low + 4 * field_words(record.nnz, k)
+        return cls(index, values, k, unary_bits, low, unary, codes.get(record.value_codec, 0))
+
+    @property
+    def blocks(self) -> int:
+        """Of the index."""
+        return -(-self.unary_bits // registry.BLOCK_BITS)
+
+
+class TorchBackend(Elementwise):
+    """One device.  Its work is in the order in which it was ordered, whatever the streams."""
+
+    name = "torch"
+    xp = torch
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self._stream: torch.cuda.Stream | None = None
+        self._streams: set[Any] = set()
+
+    # ---------------------------------------------------------------------------------------- memory
+
+    def buffer(self, size: int) -> Bytes:
+        """Pinned, so that what is read into it goes to the device at full speed."""
+        pinned = self.device.type == "cuda"
+        empty: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).numpy()
+        return empty
+
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
+        """One buffer on the device for all sections, each where a file would align it."""
+        parts = [part for tensor, _, _ in tensors for part in _parts(source, tensor)]
+        try:
+            buffer, starts = self._upload(source, parts)
+            in_threads(lambda item: item[0].check(), tensors)  # while the bytes are on their way
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # the source is free to go
+        patches = []
+        for i, (tensor, target, dtype) in enumerate(tensors):
+            (index, values), (a, b) = parts[2 * i : 2 * i + 2], starts[2 * i : 2 * i + 2]
+            head = _bytes_of(source, index)[: registry.RICE_HEAD.size].tobytes()
+            index_size, values_size = _bytes_of(source, index).size, _bytes_of(source, values).size
+            sections = Sections.of(buffer[a : a + index_size], buffer[b : b + values_size], head, tensor.record)
+            patches.append(Patch(target, tensor.record, dtype, sections))
+        return Held(patches, buffer.numel())
+
+    def _upload(self, source: Bytes, parts: Sequence[slice | Bytes]) -> tuple[Tensor, list[int]]:
+        """(a buffer on the device, where in it each part starts).  Neighbours in the file go in one copy.
+
+        The source has to stay until the device has done it.
+        """
+        copies: list[tuple[int, Bytes]] = []
+        starts: list[int] = []
+        cursor, first, last = 0, 0, -1  # `source[first:last]` is the copy that the last part belongs to
+        for part in parts:
+            size = _bytes_of(source, part).size
+            if isinstance(part, slice) and part.start == registry.align(last, registry.SECTION_ALIGNMENT) and last >= 0:
+                starts.append(copies[-1][0] + part.start - first)
+                copies[-1] = copies[-1][0], source[first : part.stop]
+                last = part.stop
+            else:
+                starts.append(registry.align(cursor, registry.SECTION_ALIGNMENT))
+                copies.append((starts[-1], _bytes_of(source, part)))
+                first, last = (part.start, part.stop) if isinstance(part, slice) else (0, -1)
+            cursor = starts[-1] + size
+        buffer = torch.empty(cursor, dtype=torch.uint8, device=self.device)
+        for start, content in copies:
+            buffer[start : start + content.size].copy_(torch.from_numpy(content), non_blocking=True)
+        return buffer, starts
+
+    def room(self, size: int) -> Tensor:
+        """On the device."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def bits_type(self, dtype: str) -> torch.dtype:
+        """Signed, but for single bytes."""
+        return _BITS[registry.DTYPE_OF_NAME[dtype].size]
+
+    def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
+        """Work is queued on the stream, behind all that is queued on the one that was last written on.
+
+        That is more than the work of this backend: a forward pass that was queued after it sees its weights, still.
+        """
+        return self._queued(stream, reads) if self.device.type == "cuda" else torch.inference_mode()
+
+    @contextmanager
+    def _queued(self, stream: Any, reads: bool) -> Iterator[None]:
+        own = stream if stream is not None and stream.device == self.device else None
+        on_own = torch.cuda.stream(own) if own is not None else nullcontext()
+        with torch.inference_mode(), torch.cuda.device(self.device), on_own:
+            current = own or torch.cuda.current_stream()
+            if self._stream is not None and self._stream != current:
+                current.wait_stream(self._stream)
+            if not reads:
+                self._stream = current
+            self._streams.add(current)
+            yield
+
+    def _used(self, layers: Sequence[Layer]) -> None:
+        """Keeps the allocator from reusing memory that another stream still reads."""
+        if len(self._streams) > 1:
+            current = torch.cuda.current_stream(self.device)
+            for layer in layers:
+                layer.room.record_stream(current)
+                layer.held.patches[0].data.index.record_stream(current)  # the buffer that all are in
+
+    def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
+        """As every backend."""
+        super().replace(before, after)
+        self._used([*before, *after])
+
+    # -------------------------------------------------------------------------------------- decoding
+
+    def positions(self, patch: Patch) -> Tensor:
+        """All blocks at once, as `codecs.rice` does."""
+        sections: Sections = patch.data
+        nnz, k = patch.record.nnz, sections.k
+        if not nnz:
+            return torch.zeros(0, dtype=torch.int64, device=self.device)
+        unary = sections.index[sections.unary : sections.unary + -(-sections.unary_bits // 8)]
+        eight = torch.arange(8, dtype=torch.uint8, device=self.device)
+        ones = ((unary[:, None] >> eight) & 1).view(-1).nonzero().view(-1)[:nnz]
+        rank = torch.arange(nnz, device=self.device)
+        positions = ((ones - rank) << k) + rank
+        if k:
+            # Two words, so that a field that crosses from one to the next is whole; the slack is behind the last.
+            words = sections.index[sections.low : sections.unary + 8].view(torch.int32)
+            at = rank * k
+            word = at >> 5
+            pair = (words[word].to(torch.int64) & 0xFFFFFFFF) | (words[word + 1].to(torch.int64) << 32)
+            positions += ((pair >> (at & 31)) & ((1 << k) - 1)).cumsum(0)
+        return positions
+
+    def payload(self, patch: Patch) -> Tensor:
+        """Values as float32, or elements."""
+        record, data = patch.record, patch.data.values
+        nnz, codec = record.nnz, record.value_codec
+        if not nnz:
+            return torch.zeros(
+                0, dtype=torch.float32 if record.adds else self.bits_type(patch.dtype), device=self.device
+            )
+        groups = -(-nnz // registry.GROUP)
+        rank = torch.arange(nnz, device=self.device)
+        if codec is ValueCodec.BITS:
+            return data[: nnz * record.element_size].view(self.bits_type(patch.dtype))
+        if codec is ValueCodec.F32:
+            return data[: 4 * nnz].view(torch.float32)
+        if codec in (ValueCodec.F16, ValueCodec.BF16):
+            return data[: 2 * nnz].view(torch.float16 if codec is ValueCodec.F16 else torch.bfloat16).float()
+        group = rank // registry.GROUP
+        if codec is ValueCodec.I4:
+            lo, step = data[: 4 * groups].view(torch.bfloat16).float().view(groups, 2).unbind(1)
+            nibble = (data[patch.data.codes + rank // 2] >> (rank % 2 * 4).to(torch.uint8)) & 15
+            magnitude = lo[group] + step[group] * (nibble & 7).float()
+            return torch.where(nibble > 7, -magnitude, magnitude)
+        scale = data[: 2 * groups].view(torch.bfloat16).float()[group]
+        codes = patch.data.codes
+        if codec is ValueCodec.I8:
+            return scale * data[codes : codes + nnz].view(torch.int8).float()
+        minus = (data[codes + rank // 8] >> (rank % 8).to(torch.uint8)) & 1
+        return torch.where(minus > 0, -scale, scale)
+
+    # ------------------------------------------------------------------------------------- elements
+
+    def read(self, target: Target, positions: Tensor) -> Tensor:
+        """A gather."""
+        elements, index = _elements(target, positions)
+        return elements[index]
+
+    def write(self, target: Target, positions: Tensor, bits: Tensor) -> None:
+        """A scatter."""
+        elements, index = _elements(target, positions)
+        elements[index] = bits
+
+    def merge(self, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """By sorting."""
+        union, places = torch.unique(torch.cat(list(parts)), return_inverse=True)
+        return union, list(places.split([len(part) for part in parts]))
+
+    def zeros(self, like: Tensor, dtype: str) -> Tensor:
+        """On the device."""
+        return torch.zeros(like.shape, dtype=getattr(torch, dtype), device=self.device)
+
+    def scaled(self, values: Tensor, strength: float) -> Tensor:
+        """As the reference: strength 1 changes nothing."""
+        return values if strength == 1 else values * torch.tensor(strength, dtype=torch.float32, device=self.device)
+
+    def plus(self, one: Tensor, other: Tensor) -> Tensor:
+        """As it is."""
+        return one + other
+
+    def add(self, bits: Tensor, dtype: str, contribution: Tensor) -> Tensor:
+        """Rounds bf16 by integer arithmetic, as the reference."""
+        floats = bits.view(getattr(torch, dtype))
+        weight = floats.float()
+        total = weight + contribution
+        if dtype == "bfloat16":
+            whole = total.view(torch.int32)
+            rounded = ((whole + ((whole >> 16) & 1) + 0x7FFF) >> 16).to(torch.int16)
+        else:
+            rounded = total.to(floats.dtype).view(bits.dtype)
+        quiet = arithmetic.QUIET_NAN[dtype]
+        return torch.where(weight.isnan(), bits, torch.where(total.isnan(), quiet, rounded))
+
+    def fingerprint(self, positions: Tensor, bits: Tensor) -> int:
+        """In int64, which wraps; shifts are made logical by masking."""
+        with torch.inference_mode():
+            size = bits.element_size()
+            wide = bits.to(torch.int64)
+            if size < 8:
+                wide = wide & ((1 << 8 * size) - 1)
+            x = positions * _signed(0x9E3779B97F4A7C15) + (wide + 1) * _signed(0xD1B54A32D192ED03)
+            x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * _signed(0xD6E8FEB86659FD93)
+            x = x ^ ((x >> 32) & 0xFFFFFFFF)
+            return int(x.sum()) % (1 << 64)
+
+
+def _parts(source: Bytes, tensor: StoredTensor) -> tuple[slice | Bytes, slice | Bytes]:
+    """(index as RICE, values) of a tensor: where they are in the file, or as made from it."""
+    record = tensor.record
+    index: slice | Bytes
+    if record.index_codec is IndexCodec.RICE:
+        index = _stored(source, record.index)
+    else:
+        encoded = Rice().encode(tensor.positions(), record.shape) if record.nnz else b""
+        index = np.frombuffer(bytearray(encoded), np.uint8)
+    return index, _stored(source, record.values)
+
+
+def _stored(source: Bytes, section: Section) -> slice | Bytes:
+    """A section, out of zstd."""
+    where = slice(section.offset, section.offset + section.stored)
+    return np.frombuffer(bytearray(unzstd(source[where], section.decoded)), np.uint8) if section.zstd else where
+
+
+def _bytes_of(source: Bytes, part: slice | Bytes) -> Bytes:
+    return source[part] if isinstance(part, slice) else part
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+def _elements(target: Target, positions: Tensor) -> tuple[Tensor, Any]:
+    """The tensor's elements as integers that share its memory, and an index of the positions into them."""
+    tensor = torch.from_numpy(target.tensor) if is_array(target.tensor) else target.tensor
+    elements = tensor.view(_BITS[tensor.element_size()])
+    if elements.is_contiguous():
+        return elements.view(-1), positions
+    return elements, torch.unravel_index(positions, elements.shape)

@@ -1,0 +1,1 @@
+"""The fused GPU backend: all tensors of a device in one launch."""

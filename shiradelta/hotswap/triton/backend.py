@@ -1,0 +1,215 @@
+"""The fused backend: every tensor of a device in one launch.
+
+Contiguous tensors go through the kernels; strided ones, and tensors onto which several adapters put more than sums of
+one codec, take the way of plain torch operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.layers import Held, Layer, Place, only_strengths_differ
+from shiradelta.hotswap.torch import TorchBackend
+from shiradelta.hotswap.triton import kernels
+from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, new_plan, prepare
+from shiradelta.io.reader import StoredTensor
+from shiradelta.models.live import Target
+
+#: Warps of a program, whose lanes are 2,048.  The fastest of 4 to 32; fewer registers, hints for the caches and
+#: programmatic dependent launches gained nothing (H100).
+_WARPS = 16
+#: Programs a processor, where what they have at hand is to stay in the cache.
+_PROGRAMS = 2
+#: Stands for a pointer where a kernel is compiled and not run.
+_ALIGNED = 1 << 40
+#: Stands for no limit to the programs of a launch.
+_ALL = 1 << 31
+#: Plans that an adapter keeps, the last that were used.
+_PLANS = 16
+#: Bytes a nonzero that the overlaps of a plan may take.
+_OVERLAP = 0.1
+
+
+class TritonBackend(TorchBackend):
+    """A CUDA or ROCm device (or, in Triton's interpreter, the CPU)."""
+
+    name = "triton"
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        on_gpu = self.device.type == "cuda"
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
+        self._programs = _PROGRAMS * processors
+        self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
+        """With the table of pointers."""
+        held = super().hold(source, tensors)
+        held.data = prepare(held, self._there)
+        self._compile(held)
+        return held
+
+    def _compile(self, held: Held) -> None:
+        """The kernels of a switch, now and not within the first one: it may take half a second, once a machine."""
+        for x in self._plan([Layer(held, 1, None)]).alone:
+            onto = held.data.table, x.entries, _ALIGNED
+            self._run(kernels.apply_kernel, x, *onto, 1.0, most=0, FILLED=False, **x.kind.values())
+            self._run(kernels.restore_kernel, x, *onto, most=0, **x.kind.elements())
+
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
+        """Fused where nothing is on the tensors yet."""
+        if below:
+            return super().fingerprints(held, below)
+        sums = torch.zeros(len(held.patches), dtype=torch.int64, device=self.device)
+        plan = self._plan([Layer(held, 1, None)])
+        for x in plan.alone:
+            self._run(kernels.fingerprint_kernel, x, held.data.table, x.entries, sums, **x.kind.elements())
+        found = [value % (1 << 64) for value in sums.tolist()]
+        for stack in plan.plain:
+            for _, number in stack:
+                found[number] = self._fingerprint_of(held.patches[number], [])
+        return found
+
+    # ------------------------------------------------------------------------------------- switching
+
+    def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
+        """One launch to the base and one from there, as a rule; one in all, if only the strength is another.
+
+        (One launch for both was slower than these two, in three ways: going from block to block of the old adapter and
+        through the blocks of the new one between them decodes the new one twice; taking blocks of either in turn, the
+        new ones waiting for those of the old that they meet, took 0.90 x a copy of the weights against 0.82 x; and with
+        no waiting at all, to be put right where they meet, still 0.90 x, against 0.80 x by the device's clock.)
+        """
+        if not after:
+            self.restore(before)
+            return
+        filled = only_strengths_differ(before, after)
+        if not filled:
+            self.restore(before)
+        plan = self._plan(after)  # while the device takes out what was there
+        if filled and plan.plain:
+            self.restore(before)
+            filled = False
+        for x in plan.alone:
+            new = after[x.layer]
+            onto = new.held.data.table, x.entries, new.room.data_ptr(), float(np.float32(new.strength))
+            self._launch(kernels.apply_kernel, x, *onto, FILLED=filled, **x.kind.values())
+            new.filled[x.patches] = True
+        if plan.sums or plan.overlaps:
+            self._add_up(plan, after, filled)
+        for stack in plan.plain:
+            self.apply([Place(after[layer], number) for layer, number in stack])
+        self._used([*before, *after])
+
+    def restore(self, layers: Sequence[Layer]) -> None:
+        """Fused where all patches are there.
+
+        The last layer first: until `overlap_kernel` has run, what it has saved may be the result of those before it.
+        """
+        for layer in reversed(layers):
+            if not layer.filled.all():
+                super().restore([layer])
+                continue
+            plan = self._plan([layer])
+            for x in plan.alone:
+                held = layer.held.data.table, x.entries, layer.room.data_ptr()
+                self._launch(kernels.restore_kernel, x, *held, **x.kind.elements())
+            for stack in plan.plain:
+                for _, number in stack:
+                    self.restore_one(Place(layer, number))
+        self._used(layers)
+
+    def _add_up(self, plan: Plan, layers: Sequence[Layer], filled: bool) -> None:
+        strengths = np.array([layer.strength for layer in layers], np.float32).view(np.int32).tolist()
+        rooms = [layer.room.data_ptr() for layer in layers]
+        memory = self._there(np.array([rooms, strengths], np.int64).T.copy())
+        for x in plan.overlaps:
+            assert x.lists is not None
+            where = plan.table, x.entries, x.lists, x.lists.shape[1]
+            self._run(kernels.overlap_kernel, x, *where, memory, FILLED=filled, **x.kind.values())
+        if not plan.sums:
+            return
+        size = self._programs * REGION
+        sums = torch.full((size,), kernels.EMPTY.value, dtype=torch.int32, device=self.device)
+        for x in plan.sums:
+            work = plan.table, x.entries, len(x.entries), memory, sums
+            self._run(
+                kernels.stack_kernel, x, *work, most=self._programs, REGION=REGION, FILLED=filled, **x.kind.values()
+            )
+            for layer, number in x.patches.tolist():
+                layers[layer].filled[number] = True
+
+    def _launch(self, kernel: Any, launch: Launch, *arguments: Any, **kind: Any) -> None:
+        """`_run` for kernels that are compiled once for each kind: pointers are multiples of 16, rooms take 64 bits.
+
+        What Triton does to find that out takes longer than all else on the way to the device.
+        """
+        key = kernel.fn.__name__, *kind.values()
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self._run(kernel, launch, *arguments, **kind)
+            return
+        named = dict(zip(kernel.arg_names, arguments, strict=False), **kind)
+        # Triton before 3.3 has no constants in its signatures.
+        with self._current():
+            compiled[len(launch.entries), 1, 1](*[named[name] for name in compiled.src.signature])
+
+    def _run(self, kernel: Any, launch: Launch, *arguments: Any, most: int = _ALL, **kind: Any) -> Any:
+        """A program for each entry; at most so many.  With none it is only compiled.
+
+        Returns:
+            The compiled kernel; None from the interpreter.
+        """
+        grid = (min(len(launch.entries), most),)
+        with self._current():
+            # Nothing may be contracted to a fused multiply-add.
+            return kernel[grid](*arguments, **kind, num_warps=_WARPS, enable_fp_fusion=False)
+
+    def _current(self) -> AbstractContextManager[Any]:
+        """Makes the device current, where Triton launches: within `ordered` that may be another backend's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    # -------------------------------------------------------------------------------------- planning
+
+    def _plan(self, layers: Sequence[Layer]) -> Plan:
+        """Made once for the same adapters; at its second use, pairs of them are looked through for overlaps."""
+        plans: dict[tuple[int, ...], Plan] = layers[0].held.data.plans
+        key = tuple(layer.held.data.serial for layer in layers)
+        plan = plans.pop(key, None)
+        if plan is None:
+            plan = new_plan(layers, self._there)
+        elif plan.pairs:
+            plan = new_plan(layers, self._there, self._overlaps(plan, layers))
+        if len(plans) >= _PLANS:
+            del plans[next(iter(plans))]
+        plans[key] = plan
+        return plan
+
+    def _overlaps(self, plan: Plan, layers: Sequence[Layer]) -> Overlaps:
+        """Where pairs overlap; nothing if that is too much to keep."""
+        found: Overlaps = []
+        left = _OVERLAP * sum(layer.held.data.nonzeros for layer in layers)
+        for kind, stack in plan.pairs:
+            one, other = (self.positions(layers[layer].held.patches[number]) for layer, number in stack)
+            slot = torch.searchsorted(one, other).clamp_(max=len(one) - 1)
+            second = (one[slot] == other).nonzero()[:, 0]
+            shared = torch.stack([other[second], slot[second], second]).int()
+            left -= shared.nbytes
+            if left < 0:
+                return []
+            found.append((kind, (stack, shared)))
+        return found
+
+    def _there(self, array: NDArray[Any]) -> torch.Tensor:
+        """On the device, without waiting for it."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)

@@ -1,0 +1,247 @@
+"""What the fused backend launches: tables of pointers, and lists of what each program does.
+
+A switch is short, so whatever does not depend on memory or strength is prepared once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shiradelta.format import registry
+from shiradelta.hotswap.layers import Held, Layer, Patch, stacks_of
+from shiradelta.hotswap.torch import Sections
+from shiradelta.hotswap.triton import kernels
+from shiradelta.models.live import is_array
+
+#: Elements that a program of `stack_kernel` sums up at a time: as many as stay in the cache for all programs.
+REGION = 1 << 16
+_BIG = 1 << 31
+_LAYER, _UNARY_BITS, _NNZ, _NUMEL = map(kernels.COLUMNS.index, ("layer", "unary_bits", "nnz", "numel"))
+_LANES = kernels.BLOCK.value
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+_serials = count()
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for."""
+
+    codec: int
+    dtype: str
+    size: int  # bytes of an element
+    word: int  # bytes of a word of the directory
+    big: bool  # positions pass 2^31
+
+    def values(self) -> dict[str, Any]:
+        """Of kernels that look at values."""
+        return {"CODEC": self.codec, "DTYPE": self.dtype, **self.elements()}
+
+    def elements(self) -> dict[str, Any]:
+        """Of kernels that do not."""
+        return {"SIZE": self.size, "WORD": self.word, "BIG": self.big}
+
+
+#: What is on one tensor: (layer, patch), in the order in which it counts.
+Stack = list[tuple[int, int]]
+#: (kind, (stack of two, int32 [3, n]: see `overlap_kernel`)), one a tensor.
+Overlaps = list[tuple[Kind, tuple[Stack, torch.Tensor]]]
+
+
+class Launch(NamedTuple):
+    """One launch.
+
+    Attributes:
+        layer: the number of the layer that it is for; -1 for several.
+        patches: numbers of that layer's patches, or (layer, patch) [n, 2] of several.
+        entries: int32 on the device; see the kernels' `work`.
+        lists: int32 on the device, for `overlap_kernel`.
+    """
+
+    kind: Kind
+    layer: int
+    patches: NDArray[np.int64]
+    entries: torch.Tensor
+    lists: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How to put some layers on.
+
+    Attributes:
+        alone: launches for patches that are put on as if they were alone, layer after layer.
+        overlaps: launches of `overlap_kernel`, for tensors that two of those are on.
+        sums: launches of `stack_kernel`, for tensors that more layers are on.
+        table: that of both, on the device.
+        plain: stacks that plain torch does.
+        pairs: stacks of `sums` that `overlap_kernel` may be quicker for.
+    """
+
+    alone: list[Launch]
+    overlaps: list[Launch]
+    sums: list[Launch]
+    table: torch.Tensor
+    plain: list[Stack]
+    pairs: list[tuple[Kind, Stack]]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Of all patches of an adapter.
+
+    Attributes:
+        rows: of the kernels' table, int64 [patches, columns]; `table` is the same on the device.
+        kinds: None for a patch that plain torch has to do.
+        nonzeros: of all patches.
+        plans: of this adapter and others, by the serial numbers of all that are in them.
+    """
+
+    rows: NDArray[np.int64]
+    table: torch.Tensor
+    kinds: list[Kind | None]
+    nonzeros: int
+    serial: int = field(default_factory=lambda: next(_serials))
+    plans: dict[tuple[int, ...], Plan] = field(default_factory=dict)
+
+
+#: Copies an array to the device, without waiting for it.
+There = Callable[[NDArray[Any]], torch.Tensor]
+
+
+def prepare(held: Held, there: There) -> Prepared:
+    """What does not depend on other adapters."""
+    rows = [_row(patch, held.span(number).start) for number, patch in enumerate(held.patches)]
+    table = np.array(rows, np.int64).reshape(len(rows), len(kernels.COLUMNS))
+    return Prepared(table, there(table), [_kind(patch) for patch in held.patches], int(table[:, _NNZ].sum()))
+
+
+def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = None) -> Plan:
+    """How to put layers on.
+
+    Args:
+        layers: in the order of their digests.
+        there: copies to the device.
+        overlaps: of all `pairs` of the plan without them; none if they are not to be kept.
+    """
+    numbers = {id(layer): number for number, layer in enumerate(layers)}
+    alone: list[tuple[tuple[Kind, int], int]] = []
+    sums: list[tuple[Kind, Stack]] = []
+    plain: list[Stack] = []
+    for places in stacks_of(layers).values():
+        stack = [(numbers[id(layer)], number) for layer, number in places]
+        kinds = {layers[layer].held.data.kinds[number] for layer, number in stack}
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind is None or (len(stack) > 1 and kind.codec == kernels.BITS.value):
+            plain.append(stack)
+        elif len(stack) > 1 and not (overlaps and _is_pair(kind, stack)):
+            sums.append((kind, stack))
+        else:
+            alone += [((kind, layer), number) for layer, number in stack]
+    made = _Launches(layers, there)
+    summing = [made.sum(kind, stacks) for kind, stacks in _groups(sums)]
+    meeting = [made.overlap(kind, found) for kind, found in _groups(overlaps or [])]
+    launches = sorted((made.alone(*group) for group in _groups(alone)), key=lambda launch: launch.layer)
+    pairs = [one for one in sums if _is_pair(*one)] if overlaps is None else []
+    return Plan(launches, meeting, summing, there(np.array(made.rows, np.int64)), plain, pairs)
+
+
+class _Launches:
+    """Those of a plan, and the rows of its table that they need."""
+
+    def __init__(self, layers: Sequence[Layer], there: There) -> None:
+        self._layers, self._there = layers, there
+        self.rows: list[NDArray[np.int64]] = []
+
+    def _add(self, stack: Stack) -> int:
+        """The first of its rows."""
+        first = len(self.rows)
+        for layer, number in stack:
+            row = self._layers[layer].held.data.rows[number].copy()
+            row[_LAYER] = layer
+            self.rows.append(row)
+        return first
+
+    def alone(self, key: tuple[Kind, int], patches: Sequence[int]) -> Launch:
+        """A program for each block of patches of a layer."""
+        kind, layer = key
+        numbers = np.array(patches, np.int64)
+        blocks = -(-self._layers[layer].held.data.rows[numbers, _UNARY_BITS] // registry.BLOCK_BITS)
+        return Launch(kind, layer, numbers, self._there(_entries(numbers[:, None], blocks)))
+
+    def sum(self, kind: Kind, stacks: Sequence[Stack]) -> Launch:
+        """An entry for each region of each stack."""
+        columns = np.array([(self._add(stack), len(stack)) for stack in stacks], np.int64)
+        regions = np.array([-(-self.rows[first][_NUMEL] // REGION) for first, _ in columns.tolist()], np.int64)
+        return Launch(kind, -1, _places(stacks), self._there(_entries(columns, regions)))
+
+    def overlap(self, kind: Kind, found: Sequence[tuple[Stack, torch.Tensor]]) -> Launch:
+        """A program for each 2,048 elements that the two adapters of a stack share."""
+        entries, start = [], 0
+        for stack, shared in found:
+            first, size = self._add(stack), shared.shape[1]
+            entries += [(first, start + i, min(_LANES, size - i)) for i in range(0, size, _LANES)]
+            start += size
+        work = self._there(np.array(entries, np.int32).reshape(-1, 3))
+        stacks, lists = zip(*found, strict=True)
+        return Launch(kind, -1, _places(stacks), work, torch.cat(lists, 1))
+
+
+def _places(stacks: Sequence[Stack]) -> NDArray[np.int64]:
+    """(layer, patch) [n, 2] of all."""
+    return np.array([place for stack in stacks for place in stack], np.int64)
+
+
+def _is_pair(kind: Kind, stack: Stack) -> bool:
+    """Whether `overlap_kernel` can do it."""
+    return len(stack) == 2 and not kind.big
+
+
+def _kind(patch: Patch) -> Kind | None:
+    tensor = patch.target.tensor
+    if is_array(tensor) or (patch.record.nnz and not tensor.is_contiguous()):
+        return None
+    size = registry.DTYPE_OF_NAME[patch.dtype].size
+    big = patch.record.numel >= _BIG
+    return Kind(int(patch.record.value_codec), patch.dtype, size, registry.word_size(patch.record.numel), big)
+
+
+def _row(patch: Patch, room: int) -> tuple[int, ...]:
+    """A row of the kernels' table."""
+    sections: Sections = patch.data
+    index, values = sections.index.data_ptr(), sections.values.data_ptr()
+    return (
+        index + registry.RICE_HEAD.size,
+        index + sections.low,
+        index + sections.unary,
+        values + sections.codes,
+        values,
+        0 if is_array(patch.target.tensor) else patch.target.tensor.data_ptr(),
+        sections.k,
+        sections.unary_bits,
+        patch.record.nnz,
+        patch.record.numel,
+        room,
+        0,
+    )
+
+
+def _entries(columns: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
+    """int32 [sum of counts, columns + 1]: each row of `columns` with 0, 1, ..., up to its count."""
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.column_stack([np.repeat(columns, counts, axis=0), within]).astype(np.int32)
+
+
+def _groups(pairs: Iterable[tuple[Key, Item]]) -> list[tuple[Key, list[Item]]]:
+    """(key, its items), in the order in which the keys come."""
+    groups: dict[Key, list[Item]] = {}
+    for key, item in pairs:
+        groups.setdefault(key, []).append(item)
+    return list(groups.items())

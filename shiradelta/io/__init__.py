@@ -1,0 +1,1 @@
+"""`.shd` files as a user meets them: opened, written, described."""

@@ -1,0 +1,77 @@
+"""What is in a `.shd` file, as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from shiradelta.io.reader import Delta
+from shiradelta.util import show
+
+
+def entropy(nnz: int, numel: int) -> float:
+    """Bits per nonzero that positions drawn independently at this density carry at least."""
+    if not 0 < nnz < numel:
+        return 0.0
+    p = nnz / numel
+    return -(math.log2(p) + (1 - p) / p * math.log2(1 - p))
+
+
+def describe(delta: Delta) -> dict[str, Any]:
+    """Per tensor and in all; sizes in bytes, fingerprints as hexadecimal."""
+    tensors: list[dict[str, Any]] = []
+    for name, tensor in delta.items():
+        record = tensor.record
+        stored = record.index.stored + record.values.stored
+        tensors.append(
+            {
+                "name": name,
+                "op": tensor.op,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "nnz": tensor.nnz,
+                "density": tensor.nnz / max(tensor.numel, 1),
+                "index_codec": record.index_codec.name,
+                "value_codec": record.value_codec.name,
+                "zstd": record.index.zstd or record.values.zstd,
+                "index_bytes": record.index.stored,
+                "value_bytes": record.values.stored,
+                "bits_per_nonzero": stored * 8 / max(tensor.nnz, 1),
+                "base_fingerprint": _hex(tensor.base_fingerprint),
+                "result_fingerprint": _hex(tensor.result_fingerprint),
+            }
+        )
+    nnz = delta.nnz
+    bound = sum(entropy(t["nnz"], max(math.prod(t["shape"]), 1)) * t["nnz"] for t in tensors)
+    return {
+        "file": delta.file,
+        "version": delta.version,
+        "digest": delta.digest,
+        "metadata": delta.metadata,
+        "nnz": nnz,
+        "bytes": dict(delta.sizes),
+        "bits_per_nonzero": delta.sizes["file"] * 8 / max(nnz, 1),
+        "entropy": bound / max(nnz, 1),
+        "tensors": tensors,
+    }
+
+
+def summary(about: Mapping[str, Any]) -> str:
+    """What `describe` found, for a terminal: a table of the tensors, the metadata, all in one line."""
+    rows = [["tensor", "op", "dtype", "shape", "nonzeros", "density", "index", "values", "bits/nonzero"]]
+    for t in about["tensors"]:
+        figures = [f"{t['nnz']:,}", show.percent(t["density"]), t["index_codec"], t["value_codec"]]
+        bits = f"{t['bits_per_nonzero']:.2f}"
+        rows.append([show.printable(t["name"]), t["op"], t["dtype"], show.shape(t["shape"]), *figures, bits])
+    pairs = [f"{show.printable(key)}: {show.brief(value)}" for key, value in about["metadata"].items()]
+    whole = (
+        f"{about['file']}: format {about['version']}, {len(about['tensors'])} tensors, {about['nnz']:,} nonzeros,"
+        f" {show.size(about['bytes']['file'])}, {about['bits_per_nonzero']:.2f} bits per nonzero"
+        f" (entropy of the positions {about['entropy']:.2f})"
+    )
+    return "\n".join([show.table(rows), *pairs, whole])
+
+
+def _hex(fingerprint: int | None) -> str | None:
+    return None if fingerprint is None else f"{fingerprint:016x}"

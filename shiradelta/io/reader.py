@@ -1,0 +1,192 @@
+"""Files -> deltas.  The file is mapped, and one tensor is decoded at a time."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from shiradelta.backends.choose import choose
+from shiradelta.backends.protocols import Backend, Decoder
+from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
+from shiradelta.format import container
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.container import Container, Record
+from shiradelta.format.delta import TensorDelta, matrix_shape
+from shiradelta.format.digest import content_digest, tensor_digest
+
+Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
+
+
+class StoredTensor(TensorDelta):
+    """A tensor delta in a file: decoded, and checked, each time that positions or values are asked for.
+
+    `record` is its entry in the table: codecs, sizes, fingerprints.
+    """
+
+    def __init__(self, delta: Delta, record: Record) -> None:
+        self._delta = delta
+        self.record = record
+        self._shape = record.shape
+        self._dtype = record.dtype.name
+        self._op = record.op.name.lower()
+        self.base_bits = None
+
+    @property
+    def nnz(self) -> int:
+        """Positions that are listed."""
+        return self.record.nnz
+
+    @property
+    def base_fingerprint(self) -> int | None:
+        """As the file has it."""
+        return self.record.base_fingerprint
+
+    @property
+    def result_fingerprint(self) -> int | None:
+        """As the file has it."""
+        return self.record.result_fingerprint
+
+    @property
+    def decoder(self) -> Decoder:
+        """What decodes the file."""
+        return self._delta.decoder
+
+    def positions(self) -> Positions:
+        """int64 [nnz].  Raises FormatError where the section is damaged."""
+        return self._delta.decoder.positions(self.record) if self.nnz else np.zeros(0, np.int64)
+
+    def bits(self) -> Array:
+        """Unsigned [nnz].  Raises FormatError where the section is damaged."""
+        if self.nnz:
+            return self._delta.decoder.bits(self.record)
+        return np.zeros(0, "<u4" if self.op == "add" else f"<u{self.record.element_size or 4}")
+
+    def check(self) -> None:
+        """Goes over all of it and keeps nothing.  Raises FormatError where it is damaged."""
+        self._delta.decoder.check(self.record)
+
+    def rows(self, start: int, stop: int) -> tuple[Positions, Array]:
+        """Positions (flat, in the whole tensor) and values of the rows start to stop - 1.
+
+        A row is an index of the first dimension.  Only the blocks that hold the range are read, so the
+        sections' checksums are not looked at.  Values are float32 for add, unsigned bits otherwise.
+        """
+        count, columns = matrix_shape(self.shape)
+        if not 0 <= start <= stop <= count:
+            raise DeltaError(f"rows {start} to {stop} of a tensor of {count} rows")
+        if self.nnz and start < stop and columns:
+            positions, bits = self._delta.decoder.between(self.record, start * columns, stop * columns)
+        else:
+            positions, bits = np.zeros(0, np.int64), self.bits()[:0]
+        return positions, bits.view(np.float32) if self.op == "add" else bits
+
+    def patch(self, weight: Array, dtype: str, strength: float = 1.0) -> None:
+        """Applies the delta in place to the bits of a whole tensor, flat and writable; shapes and dtypes must fit."""
+        self._delta.decoder.patch(self.record, weight, dtype, strength)
+
+
+class Delta(Mapping[str, StoredTensor]):
+    """An open `.shd` file: a Mapping from tensor names, in byte order, to `StoredTensor`.
+
+    Attributes:
+        metadata: dict[str, str].
+        digest: the content digest, hexadecimal (FORMAT.md, section 7).
+        file: the file's name, or None.
+    """
+
+    def __init__(
+        self, data: Bytes, container: Container, file: str | None, mapped: mmap.mmap | None, backend: Backend
+    ) -> None:
+        self._decoder: Decoder | None = backend.decoder(data, file, container.records)
+        self._mapped = mapped
+        self._records = {record.name: record for record in container.records}
+        self.file = file
+        self.metadata = dict(container.metadata)
+        self.digest = container.digest.hex()
+        self.version = f"1.{container.minor}"
+        self.sizes = container.sizes
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return StoredTensor(self, self._records[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __enter__(self) -> Delta:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the file go.  Arrays that were decoded stay valid."""
+        self._decoder = None
+        if self._mapped is not None:
+            # Where a view of BITS values is still in use, the map goes with it.
+            with suppress(BufferError):
+                self._mapped.close()
+            self._mapped = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """What decodes this file.  Raises ShiraDeltaError after `close`."""
+        if self._decoder is None:
+            raise ShiraDeltaError(f"{self.file or 'delta'} was closed; open it again to read from it")
+        return self._decoder
+
+    @property
+    def nnz(self) -> int:
+        """Nonzeros of all tensors."""
+        return sum(record.nnz for record in self._records.values())
+
+    def verify(self) -> None:
+        """Decodes and checks everything, the content digest too.  Raises FormatError."""
+        found = content_digest((name, tensor_digest(tensor)) for name, tensor in self.items())
+        if found.hex() != self.digest:
+            raise FormatError("digest_mismatch", offset=80, file=self.file)
+
+
+def open_delta(source: Source, backend: str = "auto") -> Delta:
+    """Opens a `.shd` file and checks its header and tables; tensors are decoded when asked for.
+
+    Args:
+        source: a path (mapped into memory), bytes or an array of them, or a binary file (read to its end).
+        backend: "libshd", "numpy", or "auto" for the best there is; the bits are the same.
+
+    Raises:
+        FormatError: the file is refused; its `reason` is a code of spec/REGISTRY.md.
+        ShiraDeltaError: there is no such file, or it cannot be read.
+    """
+    file: str | None = None
+    mapped: mmap.mmap | None = None
+    if isinstance(source, (str, os.PathLike)):
+        file = os.fspath(source)
+        data, mapped = _map(Path(file))
+    else:
+        data = np.frombuffer(source if isinstance(source, (bytes, np.ndarray)) else source.read(), np.uint8)
+    try:
+        return Delta(data, container.parse(data), file, mapped, choose(backend))
+    except FormatError as error:
+        error.file = file
+        raise
+
+
+def _map(path: Path) -> tuple[Bytes, mmap.mmap | None]:
+    try:
+        with open(path, "rb") as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                return np.zeros(0, np.uint8), None
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(mapped, np.uint8), mapped
+    except OSError as error:
+        raise ShiraDeltaError(f"{path}: cannot be read ({error.strerror}); check the path") from None

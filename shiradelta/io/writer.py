@@ -1,0 +1,241 @@
+"""Deltas -> files: canonical bytes (spec/FORMAT.md, section 8), one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+
+from shiradelta.backends.choose import choose
+from shiradelta.backends.protocols import Backend
+from shiradelta.errors import DeltaError, FormatError
+from shiradelta.format import arithmetic, container, registry
+from shiradelta.format.codecs import smallest_index_codec
+from shiradelta.format.container import Record, Section
+from shiradelta.format.delta import TensorDelta
+from shiradelta.format.digest import content_digest, tensor_digest
+from shiradelta.util.files import replacing
+
+#: Sections are collected here up to this size, then on disk beside the output.
+SPOOL_BYTES = 16 << 20
+
+
+class DeltaWriter:
+    """Takes tensors one by one, in any order; their encoded sections wait until all are known.
+
+    Made by `writing`, which puts the file in place.
+    """
+
+    def __init__(self, spool: IO[bytes], values: str, zstd: bool, backend: Backend) -> None:
+        if values not in registry.VALUE_CODEC_OF_NAME:
+            raise DeltaError(f"values {values!r} are unknown; take {', '.join(registry.VALUE_CODEC_OF_NAME)}")
+        self._spool = spool
+        self._codec = registry.VALUE_CODEC_OF_NAME[values]
+        self._zstd = zstd
+        self._backend = backend
+        self._records: dict[str, Record] = {}
+        self._digests: dict[str, bytes] = {}
+        self.metadata: dict[str, str] = {}
+
+    def add(self, name: str, tensor: TensorDelta) -> TensorDelta:
+        """Encodes one tensor; returns it as a reader will see it, with quantised values.
+
+        Raises:
+            DeltaError: a name that is taken or not allowed, or values that do not fit the codec.
+        """
+        if name in self._records:
+            raise DeltaError(f"tensor {name!r} is given twice")
+        try:
+            container.check_name(name.encode())
+        except (FormatError, UnicodeEncodeError) as error:
+            raise DeltaError(f"tensor name {name!r} is not allowed: {error}") from None
+        try:
+            record, stored = self._encode(name, tensor)
+        except DeltaError as error:
+            raise DeltaError(f"tensor {name!r}: {error}") from None
+        self._records[name] = record
+        self._digests[name] = tensor_digest(stored)
+        return stored
+
+    def _encode(self, name: str, tensor: TensorDelta) -> tuple[Record, TensorDelta]:
+        nowhere = Section(0, 0, 0, 0)
+        dtype, op = registry.DTYPE_OF_NAME[tensor.dtype], registry.Op[tensor.op.upper()]
+        index_id, value_id = registry.IndexCodec.NONE, registry.ValueCodec.NONE
+        index = values = nowhere
+        stored = tensor
+        if tensor.nnz:
+            positions = tensor.positions()
+            index_id = smallest_index_codec(positions, tensor.shape, self._backend.index_codecs)
+            index = self._store(self._backend.index_codecs[index_id].encode(positions, tensor.shape))
+            value_id = self._codec if tensor.op == "add" else registry.ValueCodec.BITS
+            codec = self._backend.value_codecs[value_id]
+            payload = codec.encode(tensor.values() if tensor.op == "add" else tensor.bits())
+            values = self._store(payload)
+            decoded = codec.decode(np.frombuffer(payload, np.uint8), tensor.nnz, dtype.size, 0, tensor.nnz)
+            stored = TensorDelta.trusted(
+                tensor.shape,
+                None if tensor.op == "new" else positions,
+                decoded,
+                tensor.dtype,
+                tensor.op,
+                tensor.base_bits,
+            )
+        base_fingerprint, result_fingerprint = _fingerprints(tensor, stored, self._backend)
+        record = Record(
+            name,
+            tensor.shape,
+            dtype,
+            op,
+            index_id,
+            value_id,
+            tensor.nnz,
+            base_fingerprint,
+            result_fingerprint,
+            index,
+            values,
+        )
+        return record, stored
+
+    def _store(self, payload: bytes) -> Section:
+        """Appends a section to the spool; its offset there."""
+        stored, zstd = payload, False
+        if self._zstd:
+            import zstandard
+
+            packed = zstandard.ZstdCompressor(level=19).compress(payload)
+            if len(packed) < len(payload) <= len(packed) * registry.MAX_ZSTD_RATIO:
+                stored, zstd = packed, True
+        offset = self._spool.tell()
+        self._spool.write(container.pad_section(stored))
+        return Section(offset, len(stored), len(payload), container.crc32(stored), zstd)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, as it would be with what it has now."""
+        names_size = sum(len(name.encode()) for name in self._records)
+        return container.payload_start(len(self._records), names_size, self.metadata) + self._spool.tell()
+
+    def finish(self, output: IO[bytes]) -> str:
+        """Writes the file; returns its content digest, hexadecimal."""
+        names = sorted(self._records, key=str.encode)
+        names_size = sum(len(name.encode()) for name in names)
+        if len(names) > registry.MAX_TENSORS or names_size > registry.MAX_NAMES_SIZE:
+            raise DeltaError(
+                f"{len(names)} tensors with {names_size} bytes of names; a file holds at most "
+                f"{registry.MAX_TENSORS} with {registry.MAX_NAMES_SIZE}"
+            )
+        metadata_size = len(container.build_metadata(self.metadata))
+        if metadata_size > registry.MAX_METADATA_SIZE or "" in self.metadata:
+            raise DeltaError(
+                f"metadata of {metadata_size} bytes (at most {registry.MAX_METADATA_SIZE}), or an empty key"
+            )
+        start = container.payload_start(len(names), names_size, self.metadata)
+        cursor, records, moves = start, [], []
+        for name in names:
+            record = self._records[name]
+            index = replace(record.index, offset=cursor)
+            values = replace(record.values, offset=index.end)
+            cursor = values.end
+            records.append(replace(record, index=index, values=values))
+            moves += [record.index, record.values]
+        digest = content_digest((name, self._digests[name]) for name in names)
+        output.write(container.build(records, self.metadata, digest, cursor))
+        for section in moves:
+            self._spool.seek(section.offset)
+            _copy(self._spool, output, section.end - section.offset)
+        return digest.hex()
+
+
+def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
+    while size:
+        chunk = source.read(min(size, 1 << 20))
+        target.write(chunk)
+        size -= len(chunk)
+
+
+def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) -> tuple[int | None, int | None]:
+    """Of the base and of the result at strength 1, as far as the base is known."""
+    if tensor.dtype == "unspecified":
+        return None, None
+    positions, base = stored.positions(), tensor.base_bits
+    if tensor.op in ("set", "new"):
+        result = backend.fingerprint(positions, stored.bits())
+        known = tensor.base_fingerprint if base is None else backend.fingerprint(positions, base)
+        return (None if tensor.op == "new" else known), result
+    if tensor.op == "drop" or base is None:
+        return tensor.base_fingerprint, None
+    after = arithmetic.add(base, tensor.dtype, stored.values())
+    return backend.fingerprint(positions, base), backend.fingerprint(positions, after)
+
+
+class _Scale:
+    """A spool that forgets what is written to it, all but its size."""
+
+    def __init__(self) -> None:
+        self._at = 0
+
+    def write(self, data: bytes) -> int:
+        self._at += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._at
+
+
+def weighing(values: str = "int4", zstd: bool = False, backend: str = "auto") -> DeltaWriter:
+    """A `DeltaWriter` that writes nothing and knows its `size`."""
+    return DeltaWriter(cast(IO[bytes], _Scale()), values, zstd, choose(backend))
+
+
+@contextmanager
+def writing(
+    path: str | os.PathLike[str], values: str = "int4", zstd: bool = False, backend: str = "auto"
+) -> Iterator[DeltaWriter]:
+    """A `DeltaWriter` whose file is put at `path`, atomically, when the block ends well.
+
+    Raises:
+        TargetError: it cannot be written; what was at `path` is as it was.
+    """
+    target = Path(path)
+    with (
+        replacing(target) as output,
+        tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(target.parent)) as spool,
+    ):
+        writer = DeltaWriter(spool, values, zstd, choose(backend))
+        yield writer
+        writer.finish(output)
+
+
+def save_delta(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, TensorDelta],
+    metadata: Mapping[str, str] | None = None,
+    values: str = "int4",
+    zstd: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Writes tensor deltas to a `.shd` file: canonical bytes, put in place atomically.
+
+    Args:
+        path: the file.
+        tensors: name -> delta; taken one at a time, so a lazy mapping keeps memory small.
+        metadata: free pairs of strings (spec/REGISTRY.md lists keys in use).
+        values: codec of what is added, "f32", "f16", "bf16", "int8", "int4" or "sign";
+            set and new are always exact.
+        zstd: compress sections where that helps.  For archives: such a file is slower to swap.
+        backend: "libshd", "numpy", or "auto" for the best there is; the bytes are the same.
+
+    Raises:
+        DeltaError: something that the format cannot hold.
+        TargetError: the file cannot be written.
+    """
+    with writing(path, values, zstd, backend) as writer:
+        writer.metadata.update(metadata or {})
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)

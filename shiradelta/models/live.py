@@ -1,0 +1,253 @@
+"""A live model as named tensors: a torch module, or a mapping of tensors, arrays and modules.
+
+A tensor is named as the module names it, and as the model's checkpoint does where transformers stacks,
+concatenates or transposes on loading: there a name stands for a view of the tensor in memory, so that a position
+in the checkpoint's tensor is the same position in the view.  Torch is imported only if the caller has done so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shiradelta.errors import TargetError
+from shiradelta.format import registry
+
+#: (names -> tensors of a module, a name there).
+Home = tuple[Mapping[str, Any], str]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One tensor in memory, whatever names it has.
+
+    Attributes:
+        name: its first name.
+        tensor: an ndarray, or a torch tensor that takes no gradient; it shares the model's memory.
+        dtype: by torch's name; "?" where the format does not know it.
+        refusal: why it cannot be written, and what to do; None if it can.
+        holder: the module's own tensor.
+        home: where the model has it; what is there is looked at in each switch.  A mapping of its own for a tensor
+            without a module.
+        view: how it was taken from the holder; views of one kind share no element.
+        device: "cpu", "cuda:0" and the like.
+        address: the holder's, when the model was looked at; 0 where it cannot change.
+    """
+
+    name: str
+    tensor: Any
+    dtype: str
+    refusal: str | None = None
+    holder: Any = None
+    home: Home = ({}, "")
+    view: str = ""
+    device: str = field(init=False)
+    address: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", str(getattr(self.tensor, "device", "cpu")))
+        still = self.refusal is not None or is_array(self.tensor)
+        object.__setattr__(self, "address", 0 if still else self.holder.data_ptr())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the names' tensors have it."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def memory(self) -> tuple[str, int, int]:
+        """(device, first byte, byte behind the last), of all that lies between its elements too."""
+        tensor = self.tensor
+        strides = tensor.strides if is_array(tensor) else [s * tensor.element_size() for s in tensor.stride()]
+        itemsize = tensor.itemsize if is_array(tensor) else tensor.element_size()
+        reach = [stride * (size - 1) for stride, size in zip(strides, tensor.shape, strict=True)]
+        start = tensor.ctypes.data if is_array(tensor) else tensor.data_ptr()
+        low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+        return self.device, start + low, start + high + itemsize
+
+    def is_there(self) -> bool:
+        """Whether the model still has the tensor, where it was."""
+        tensors, name = self.home
+        now = tensors.get(name)
+        return now is not None and now.data_ptr() == self.address
+
+    def moved_error(self) -> TargetError:
+        """Says that it is not."""
+        return TargetError(
+            f"tensor {self.name!r} was moved or replaced, or its memory given back, since HotSwap looked at the model;"
+            " revert before moving a model, and make a new HotSwap after it"
+        )
+
+
+def is_array(tensor: Any) -> bool:
+    """Whether it is NumPy's."""
+    return isinstance(tensor, np.ndarray)
+
+
+def live_tensors(model: Any) -> dict[str, Target]:
+    """Every name of every tensor of a model; names of the same memory have the same `Target`.
+
+    Args:
+        model: a torch module, or a mapping of names to tensors, arrays and modules (such as a pipeline's
+            `components`, whose tensors are named `component/name`; other values are left out).
+
+    Raises:
+        TargetError: it is neither.
+    """
+    if not isinstance(model, Mapping) and not _is_module(model):
+        raise TargetError(
+            f"HotSwap takes a torch module or a mapping of tensors, not {type(model).__name__}; for a pipeline, give"
+            " its components"
+        )
+    found: dict[str, Target] = {}
+    same: dict[tuple[object, ...], Target] = {}
+    homes = _homes(model)
+    for name, tensor, view in _named(model):
+        target = _target(name, tensor, view, homes)
+        key = id(tensor) if target.refusal else _identity(target.tensor)
+        found.setdefault(name, same.setdefault((key, target.dtype), target))
+    return found
+
+
+def _homes(model: Any) -> dict[int, Home]:
+    """Tensor's id -> the first module's tensors that it is among, and its name there."""
+    homes: dict[int, Home] = {}
+    for root in model.values() if isinstance(model, Mapping) else [model]:
+        for module in root.modules() if _is_module(root) else []:
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    homes.setdefault(id(tensor), (tensors, name))
+    return homes
+
+
+def _is_module(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.nn.Module)
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return is_array(value) or (torch is not None and isinstance(value, torch.Tensor))
+
+
+def _named(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any] | None]]:
+    """(name, tensor, (kind of view, tensor that it is a view of)): the module's own names first."""
+    if _is_module(model):
+        own = dict(model.named_parameters(remove_duplicate=False))
+        own |= model.named_buffers(remove_duplicate=False)
+        for name, tensor in own.items():
+            yield name, tensor, None
+        for name, tensor in own.items():  # PEFT puts this between a layer and its weight
+            if ".base_layer." in name:
+                yield name.replace(".base_layer.", "."), tensor, None
+        yield from _as_in_checkpoint(model)
+        return
+    for name, value in model.items():
+        if _is_module(value):
+            for inner, tensor, view in _named(value):
+                yield f"{name}/{inner}", tensor, view
+        elif _is_tensor(value):
+            yield name, value, None
+
+
+def _identity(tensor: Any) -> tuple[object, ...]:
+    if is_array(tensor):
+        return "cpu", tensor.ctypes.data, tensor.shape, tensor.strides
+    strides = tuple(stride * tensor.element_size() for stride in tensor.stride())
+    address = tensor.data_ptr() if tensor.numel() else id(tensor)
+    return str(tensor.device), address, tuple(tensor.shape), strides
+
+
+def _target(name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping[int, Home]) -> Target:
+    if is_array(tensor):
+        known = tensor.dtype.name in registry.DTYPE_OF_NAME
+        refusal = None if tensor.flags.writeable else "is a read-only array; give a writable one"
+        if tensor.dtype.byteorder == ">":
+            refusal = "has its bytes in big-endian order; convert it first"
+        return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor)
+    kind, holder = view or ("", tensor)
+    refusal = _refusal(tensor) if view is None else _refusal(holder) or _view_refusal(tensor, holder)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    known = dtype in registry.DTYPE_OF_NAME
+    home = homes.get(id(holder), ({"": holder}, ""))
+    return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, home, kind)
+
+
+_PLAIN = ("Tensor", "Parameter", "Buffer")
+
+
+def _refusal(tensor: Any) -> str | None:
+    """Why a torch tensor's elements cannot be written where they lie."""
+    kind, home = type(tensor).__name__, type(tensor).__module__
+    if kind not in _PLAIN or not home.startswith("torch"):
+        if home.startswith("torch.distributed"):
+            return f"is a {kind}, of which this process has a part; apply the delta before the model is distributed"
+        return (
+            f"is a {home}.{kind}: quantised or wrapped, so its stored bits are not the weights; apply the delta to the"
+            " unquantised checkpoint (shiradelta apply) and quantise the result, or load the model unquantised"
+        )
+    if tensor.is_meta:
+        return "is on the meta device and has no values yet; load the weights first, without offloading"
+    if str(tensor.layout) != "torch.strided" or tensor.is_conj() or tensor.is_neg():
+        return f"is stored as {tensor.layout}, not element by element; make it dense first"
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "is expanded: several elements share one place in memory; make it contiguous first"
+    return None
+
+
+def _view_refusal(tensor: Any, holder: Any) -> str | None:
+    if tensor.untyped_storage().data_ptr() == holder.untyped_storage().data_ptr() and tensor.dtype == holder.dtype:
+        return None
+    return (
+        "is not kept as the checkpoint has it (transformers converts it on loading, not only by slicing); apply the"
+        " delta to the checkpoint (shiradelta apply), or convert it against the model's own state dict"
+    )
+
+
+def _as_in_checkpoint(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any]]]:
+    """What transformers would save, as views of what is in memory.
+
+    Its own code for saving takes stacked and concatenated tensors apart; as long as nothing is copied on the way,
+    each result is a view, whose strides say where every element lies.
+    """
+    if "transformers" not in sys.modules:
+        return
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before 5.0 weights were loaded as they are
+        return
+    roots: list[tuple[str, Any]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(path.startswith(root) for root, _ in roots):
+            roots.append((path + "." if path else "", module))
+    for prefix, root in roots:
+        own = root.state_dict(keep_vars=True)
+        if any(type(tensor).__name__ not in _PLAIN or tensor.is_meta for tensor in own.values()):
+            continue
+        held = {tensor.untyped_storage().data_ptr(): tensor for tensor in own.values()}
+        with _not_copying():
+            saved = revert_weight_conversion(root, {name: tensor.detach() for name, tensor in own.items()})
+        fallback = next(iter(own.values()), None)
+        for name, tensor in saved.items():
+            holder = held.get(tensor.untyped_storage().data_ptr(), fallback)
+            if name not in own:
+                yield prefix + name, tensor, ("as in the checkpoint", holder)
+
+
+def _not_copying() -> Any:
+    """In it, `contiguous` and `clone` return the tensor itself."""
+    from torch import Tensor
+    from torch.overrides import TorchFunctionMode
+
+    class NotCopying(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in (Tensor.contiguous, Tensor.clone):
+                return args[0]
+            return function(*args, **(kwargs or {}))
+
+    return NotCopying()

@@ -1,0 +1,134 @@
+"""Models and tokenizers as transformers loads them from a folder, and nothing from anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shiradelta.errors import SourceError
+from shiradelta.models.checkpoint import read_json
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise SourceError(f"device {name!r} cannot be used ({error}); take cpu") from None
+
+
+def pick_dtype(device: torch.device, stored: Iterable[str]) -> torch.dtype:
+    """What to compute in: bfloat16 on a GPU if all that is fitted is stored so, else float32."""
+    halves = device.type == "cuda" and all(dtype == "bfloat16" for dtype in stored)
+    return torch.bfloat16 if halves else torch.float32
+
+
+def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The base's weights in the class of the fine-tune, which may have another head than the base.
+
+    Args:
+        base: the base model's folder, or its weights' file.
+        tuned: the fine-tune's folder or file; its config counts if it has one with an architecture.
+        device: where the weights go.
+        dtype: as what.
+
+    Raises:
+        SourceError: transformers cannot load it, or the vocabularies differ.
+    """
+    loader, config = model_class(base, tuned)
+    folder = base if base.is_dir() else base.parent
+    with _loading(folder):
+        model: nn.Module = loader.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+    return model.to(device)
+
+
+def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
+    """The class and the configuration of the fine-tune's model; arguments and errors are those of `load_model`."""
+    transformers = _transformers()
+    folder = base if base.is_dir() else base.parent
+    own, theirs = _config(folder), _config(tuned if tuned.is_dir() else tuned.parent)
+    if own is None:
+        raise SourceError(f"{folder}: has no config.json that names its architecture; give the base model's folder")
+    config, config_folder = (own, folder) if theirs is None else (theirs, tuned if tuned.is_dir() else tuned.parent)
+    if config.get("vocab_size") != own.get("vocab_size"):
+        raise SourceError(
+            f"{tuned}: its vocabulary has {config.get('vocab_size')} tokens, the base's {own.get('vocab_size')}; resize"
+            " the base's embeddings first, or convert without fitting"
+        )
+    architecture = config["architectures"][0]
+    loader = getattr(transformers, architecture, None)
+    if loader is None:
+        raise SourceError(f"{config_folder}: transformers has no {architecture}; give model and forward from Python")
+    with _loading(config_folder):
+        parsed = transformers.AutoConfig.from_pretrained(config_folder, local_files_only=True)
+    if getattr(parsed, "is_encoder_decoder", False):
+        raise SourceError(f"{folder}: an encoder-decoder has two inputs; give model and forward from Python")
+    return loader, parsed
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """transformers' errors become one line, its remarks none."""
+    try:
+        with _quiet(_transformers()):
+            yield
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise SourceError(f"{folder}: transformers cannot load it ({_line(error)})") from None
+
+
+def load_tokenizer(*folders: Path) -> Any:
+    """The first tokenizer that one of the folders (or the folder of a file) holds.
+
+    Raises:
+        SourceError: none does.
+    """
+    transformers = _transformers()
+    tried = [folder if folder.is_dir() else folder.parent for folder in folders]
+    for folder in tried:
+        if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+            try:
+                with _quiet(transformers):
+                    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError, ImportError) as error:
+                raise SourceError(f"{folder}: its tokenizer cannot be loaded ({_line(error)})") from None
+    raise SourceError(f"{tried[0]}: has no tokenizer, which fitting on texts needs; copy its tokenizer.json there")
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else None
+    return config if isinstance(config, dict) and config.get("architectures") else None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise SourceError("fitting needs transformers; install shiradelta[fit]") from None
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' own bars and remarks on heads that the base lacks."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

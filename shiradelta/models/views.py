@@ -1,0 +1,86 @@
+"""A model's weights as its checkpoint has them: transformers stacks, transposes and renames some on loading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from shiradelta.format.arithmetic import Positions
+from shiradelta.models.live import Target
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor of the checkpoint as a view of a weight.
+
+    Attributes:
+        name: the checkpoint's.
+        shape: of the checkpoint's tensor.
+        strides: in elements of the weight.
+        offset: of its first element in the weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def from_weight(self, positions: Positions) -> tuple[Positions, Positions]:
+        """(indices of the positions that lie in it, in the order of the view, and their positions there)."""
+        rest = positions - self.offset
+        inside = rest >= 0
+        at = np.zeros_like(rest)
+        steps = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        # From the largest stride down, each dimension takes what it can; views of one weight do not overlap.
+        for dim in sorted(range(len(self.shape)), key=lambda dim: -self.strides[dim]):
+            if self.shape[dim] > 1:
+                index = rest // self.strides[dim]
+                inside &= index < self.shape[dim]
+                at += index * steps[dim]
+                rest = rest - index * self.strides[dim]
+        inside &= rest == 0
+        chosen = np.flatnonzero(inside)
+        order = chosen[np.argsort(at[chosen], kind="stable")]
+        return order, at[order]
+
+    def to_weight(self, positions: Positions) -> Positions:
+        """The positions in the weight of positions in the view; in the same order."""
+        if not self.shape:
+            return positions + self.offset
+        indices = np.unravel_index(positions, self.shape)
+        where = np.full_like(positions, self.offset)
+        for index, stride in zip(indices, self.strides, strict=True):
+            where += index * stride
+        return where
+
+
+def views(weights: Mapping[str, nn.Parameter], targets: Mapping[str, Target]) -> dict[str, list[View]]:
+    """A weight's name -> its tensors in the checkpoint.
+
+    Args:
+        weights: contiguous ones, by name.
+        targets: of the whole model, by every name.
+    """
+    storages = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+    found: dict[str, dict[tuple[int, ...], View]] = {name: {} for name in weights}
+    own = {name for name, target in targets.items() if not target.view and target.name == name}
+    for name, target in targets.items():
+        if name in own or target.refusal is not None or ".base_layer." in name:
+            continue
+        weight_name = storages.get(target.tensor.untyped_storage().data_ptr())
+        if weight_name is None:
+            continue
+        offset = target.tensor.storage_offset() - weights[weight_name].storage_offset()
+        view = View(name, target.shape, tuple(target.tensor.stride()), offset)
+        found[weight_name].setdefault((offset, *view.shape, *view.strides), view)
+    result = {}
+    for name, weight in weights.items():
+        other = list(found[name].values())
+        whole = sum(math.prod(view.shape) for view in other) == weight.numel()
+        shape, strides = tuple(weight.shape), tuple(weight.stride())
+        result[name] = other if whole else [View(name, shape, strides, 0)]
+    return result

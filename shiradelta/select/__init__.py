@@ -1,0 +1,1 @@
+"""Which weights change: exact top-k, and how many of each tensor."""

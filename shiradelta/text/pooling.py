@@ -1,0 +1,35 @@
+"""How the token vectors of a text become one embedding."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.models.checkpoint import read_json
+
+
+def find_pooling(*folders: Path) -> str | None:
+    """How token vectors become one, if sentence-transformers' files are beside the model to say so."""
+    for folder in folders:
+        path = (folder if folder.is_dir() else folder.parent) / "1_Pooling" / "config.json"
+        config = read_json(path) if path.exists() else None
+        if isinstance(config, dict):
+            modes = {"cls_token": "cls", "lasttoken": "lasttoken", "max_tokens": "max"}
+            return next((mode for key, mode in modes.items() if config.get(f"pooling_mode_{key}")), "mean")
+    return None
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str | None) -> Tensor:
+    """[examples, tokens, size] -> one unit vector a text, as sentence-transformers makes it (None: the mean)."""
+    if pooling == "cls":
+        pooled = hidden[:, 0]
+    elif pooling == "lasttoken":
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    elif pooling == "max":
+        pooled = hidden.masked_fill(mask[:, :, None] == 0, -math.inf).amax(1)
+    else:
+        pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    return nn.functional.normalize(pooled.float(), dim=-1)

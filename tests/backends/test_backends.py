@@ -1,0 +1,217 @@
+"""libshd under Python: the same bits as the NumPy reference, tensor by tensor, and a clear word without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shiradelta
+from shiradelta import TensorDelta
+from shiradelta.backends import libshd as native
+from shiradelta.backends.choose import choose
+from shiradelta.backends.numpy import NUMPY, at_least
+from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
+from shiradelta.format.arithmetic import add, fingerprint, scaled
+from tests.reference import VALID
+
+try:
+    native.backend()
+except ShiraDeltaError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+CODECS = ("f32", "f16", "bf16", "int8", "int4", "sign")
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype.itemsize == b.dtype.itemsize and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("path", sorted(VALID.glob("*.shd")), ids=lambda path: path.stem)
+def test_every_vector_decodes_to_the_same_bits(path: Path):
+    generator = np.random.default_rng(0)
+    fast, slow = (shiradelta.open_delta(path, backend=name) for name in ("libshd", "numpy"))
+    fast.verify()
+    for name in slow:
+        assert same_bits(fast[name].positions(), slow[name].positions())
+        assert same_bits(fast[name].bits(), slow[name].bits())
+        rows = slow[name].shape[0] if len(slow[name].shape) > 1 else 1
+        for start, stop in [
+            (0, rows),
+            *np.sort(generator.integers(0, min(rows, 1 << 40) + 1, (4, 2)), axis=1).tolist(),
+        ]:
+            for left, right in zip(fast[name].rows(start, stop), slow[name].rows(start, stop), strict=True):
+                assert same_bits(left, right)
+
+
+@pytest.mark.parametrize("values", CODECS)
+@pytest.mark.parametrize("density", [0.0003, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(700, 900), (3,), (5, 7, 11)])
+def test_files_are_the_same_bytes(tmp_path: Path, values: str, density: float, shape: tuple[int, ...]):
+    generator = np.random.default_rng(1)
+    numel = int(np.prod(shape))
+    positions = np.flatnonzero(generator.random(numel) < density)
+    tensor = TensorDelta(shape, positions, generator.standard_normal(positions.size).astype(np.float32) ** 3)
+    for name in ("libshd", "numpy"):
+        shiradelta.save_delta(tmp_path / name, {"w": tensor}, values=values, backend=name)
+    assert (tmp_path / "libshd").read_bytes() == (tmp_path / "numpy").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("values", CODECS)
+@pytest.mark.parametrize("strength", [1.0, -0.37, 1e-30, 3e38])
+def test_patches_are_the_same_bits(tmp_path: Path, dtype: str, values: str, strength: float):
+    """Over all kinds of weights: denormals, infinities, NaN of every payload.  A fused multiply-add would be seen."""
+    generator = np.random.default_rng(2)
+    shape, unsigned = (300, 500), UNSIGNED[4 if dtype == "float32" else 2]
+    weight = generator.integers(0, np.iinfo(unsigned).max, 150_000, dtype=unsigned, endpoint=True)
+    positions = np.flatnonzero(generator.random(weight.size) < 0.2)
+    tensor = TensorDelta(shape, positions, generator.standard_normal(positions.size).astype(np.float32), dtype)
+    shiradelta.save_delta(tmp_path / "d.shd", {"w": tensor}, values=values)
+    patched = {}
+    for name in ("libshd", "numpy"):
+        patched[name] = weight.copy()
+        with shiradelta.open_delta(tmp_path / "d.shd", backend=name) as delta:
+            delta["w"].patch(patched[name], dtype, strength)
+    assert same_bits(patched["libshd"], patched["numpy"])
+
+
+def test_apply_saves_and_revert_restores(tmp_path: Path):
+    generator = np.random.default_rng(3)
+    weight = generator.integers(0, 1 << 16, 1_000_000, dtype=np.uint16)
+    positions = np.flatnonzero(generator.random(weight.size) < 0.25)  # enough for several threads
+    tensor = TensorDelta((1000, 1000), positions, generator.standard_normal(positions.size).astype(np.float32))
+    shiradelta.save_delta(tmp_path / "d.shd", {"w": tensor}, values="int8")
+    with shiradelta.open_delta(tmp_path / "d.shd", backend="libshd") as delta:
+        record = delta["w"].record
+        loaded = delta.decoder.load(record)
+        patched, saved = weight.copy(), np.empty(positions.size, np.uint16)
+        loaded.apply(patched, "bfloat16", 0.7, saved)
+        assert same_bits(saved, weight[positions])
+        assert not same_bits(patched, weight)
+        loaded.revert(patched, "bfloat16", saved)
+    assert same_bits(patched, weight)
+
+
+def summed(bits: np.ndarray, dtype: str, addends: list[tuple[TensorDelta, float]]) -> np.ndarray:
+    """FORMAT.md, 6.2, dense and in NumPy."""
+    total, touched = np.zeros(bits.size, np.float32), np.zeros(bits.size, np.bool_)
+    with np.errstate(all="ignore"):
+        for tensor, strength in addends:
+            at, contribution = tensor.positions(), scaled(tensor.values(), strength)
+            total[at] = np.where(touched[at], total[at] + contribution, contribution)
+            touched[at] = True
+    return np.where(touched, add(bits, dtype, total), bits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("count", [1, 2, 5, 70])
+@pytest.mark.parametrize("same", [False, True], ids=["other positions", "the same positions"])
+def test_sums_are_the_same_bits(tmp_path: Path, dtype: str, count: int, same: bool):
+    """On several threads, of all codecs and of densities from one nonzero to all, over all kinds of weights."""
+    generator = np.random.default_rng(count)
+    unsigned = UNSIGNED[4 if dtype == "float32" else 2]
+    weight = generator.integers(0, np.iinfo(unsigned).max, 150_000, dtype=unsigned, endpoint=True)
+    loaded, tensors = [], []
+    for i in range(count):
+        density = 0.2 if same else (1.0, 0.01, 0.3, 1e-5)[i % 4]
+        rng = np.random.default_rng(0 if same else i)
+        positions = np.union1d(np.flatnonzero(rng.random(weight.size) < density), [149_999])
+        values = generator.standard_normal(positions.size).astype(np.float32)
+        path, codec = tmp_path / f"{i}.shd", CODECS[i % len(CODECS)]
+        shiradelta.save_delta(path, {"w": TensorDelta((300, 500), positions, values, dtype)}, values=codec)
+        delta = shiradelta.open_delta(path, backend="libshd")
+        loaded.append(delta.decoder.load(delta["w"].record))
+        tensors.append(delta["w"])
+    patched = weight.copy()
+    saved = [np.empty(tensor.nnz, unsigned) for tensor in tensors]
+    for again, scale in enumerate((1.0, -0.3, 3e38)):
+        strengths = (scale * generator.uniform(-1, 1, count)).tolist()
+        native.apply_sum(list(zip(loaded, strengths, saved, strict=True)), patched, dtype, from_saved=again > 0)
+        assert same_bits(patched, summed(weight, dtype, list(zip(tensors, strengths, strict=True))))
+        for tensor, old in zip(tensors, saved, strict=True):
+            assert same_bits(old, weight[tensor.positions()])
+    for tensor, old in zip(loaded, saved, strict=True):
+        tensor.revert(patched, dtype, old)
+    assert same_bits(patched, weight)
+
+
+def test_misaligned_weights_fall_back(tmp_path: Path):
+    tensor = TensorDelta((8,), [1, 3], [1.0, 2.0], "float32")
+    shiradelta.save_delta(tmp_path / "d.shd", {"w": tensor}, values="f32")
+    raw = np.zeros(33, np.uint8)
+    with shiradelta.open_delta(tmp_path / "d.shd", backend="libshd") as delta:
+        delta["w"].patch(raw[1:].view("<u4"), "float32")
+    assert raw[1:].copy().view("<f4").tolist() == [0, 1, 0, 2, 0, 0, 0, 0]
+
+
+@given(st.lists(st.integers(0, (1 << 56) - 1), unique=True, max_size=50), st.sampled_from([1, 2, 4, 8]))
+def test_fingerprints_are_the_same(positions: list[int], size: int):
+    at = np.array(sorted(positions), np.int64)
+    bits = np.random.default_rng(0).integers(
+        0, np.iinfo(UNSIGNED[size]).max, at.size, dtype=UNSIGNED[size], endpoint=True
+    )
+    assert native.fingerprint(at, bits) == fingerprint(at, bits)
+
+
+@given(st.lists(st.floats(width=32), max_size=200), st.floats(min_value=0.0009765625, max_value=2.0**90, width=32))
+def test_selection_is_the_same(values: list[float], threshold: float):
+    x = np.array(values, np.float32)
+    assert native.at_least(x, threshold).tolist() == at_least(x, threshold).tolist()
+
+
+def test_a_damaged_section_has_reason_tensor_offset_and_file(tmp_path: Path):
+    shiradelta.save_delta(tmp_path / "d.shd", {"w": TensorDelta((64,), [3, 9], [1.0, 2.0])})
+    data = bytearray((tmp_path / "d.shd").read_bytes())
+    with shiradelta.open_delta(bytes(data)) as delta:
+        data[delta["w"].record.values.offset] ^= 1
+    (tmp_path / "d.shd").write_bytes(data)
+    for name in ("libshd", "numpy"):
+        with (
+            shiradelta.open_delta(tmp_path / "d.shd", backend=name) as delta,
+            pytest.raises(FormatError, match="section_checksum") as caught,
+        ):
+            delta["w"].values()
+        assert caught.value.tensor == "w"
+        assert caught.value.file == str(tmp_path / "d.shd")
+        assert caught.value.offset is not None
+
+
+def test_backends_are_chosen_by_name():
+    assert choose().name == choose("libshd").name == "libshd"
+    assert choose("numpy") is NUMPY
+    with pytest.raises(DeltaError, match="auto, libshd, numpy"):
+        choose("cuda")
+
+
+@pytest.fixture
+def reloaded(monkeypatch: pytest.MonkeyPatch):
+    """The library is looked for anew, during the test and after it."""
+    for function in (native._library, native.backend):
+        function.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for function in (native._library, native.backend):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("path", "abi", "message"),
+    [
+        ("nowhere.so", 1, "is not installed"),
+        (__file__, 1, "cannot be loaded"),
+        (None, 999, "has ABI 1, this package needs 999"),
+    ],
+)
+def test_without_a_fitting_library(reloaded: pytest.MonkeyPatch, path: str | None, abi: int, message: str):
+    if path is not None:
+        reloaded.setenv("SHIRADELTA_LIBSHD", path)
+    reloaded.setattr(native, "ABI", abi)
+    with pytest.raises(ShiraDeltaError, match=message):
+        choose("libshd")
+    assert choose("auto") is NUMPY
+    assert message in native.describe()["why"]

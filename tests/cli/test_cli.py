@@ -1,0 +1,161 @@
+"""The command line as a user meets it: what it prints, its exit codes, and that no traceback ever shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+import shiradelta
+from shiradelta.cli import commands as cli
+from shiradelta.cli import main
+from tests.killing import contents
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with model/, tuned/ and a.shd, entered."""
+    shutil.copytree(made / "bf16", tmp_path / "model")
+    shutil.copytree(made / "tuned_a", tmp_path / "tuned")
+    shutil.copy(made / "a.shd", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_whole_way(folder: Path):
+    before = contents(folder / "model")
+    converted = run("convert", "tuned", "--base", "model", "--sparsity", "0.1", "--values", "int8")
+    assert converted.exit_code == 0
+    assert "6 tensors converted, 0 skipped" in converted.stdout
+    assert "energy kept" in converted.stdout
+    shown = run("info", "tuned.shd", "--verify")
+    assert "RICE" in shown.stdout
+    assert "checked in full" in shown.stdout
+    assert "shiradelta revert model" in run("apply", "model", "tuned.shd").stdout
+    assert "patched: exactly tuned.shd at 1" in run("verify", "model").stdout
+    assert "the folder is its base again" in run("revert", "model").stdout
+    assert contents(folder / "model") == before
+    assert "base: exactly the base of tuned.shd" in run("verify", "model", "tuned.shd").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        (("convert", "tuned", "--base", "model"), {"nnz", "energy_kept", "tensors", "skipped", "bits_per_nonzero"}),
+        (("info", "a.shd"), {"nnz", "digest", "tensors", "metadata", "bytes"}),
+        (("apply", "model", "a.shd"), {"tensors", "changed"}),
+        (("verify", "model"), {"state", "detail"}),
+    ],
+)
+def test_json_is_json(folder: Path, arguments: tuple[str, ...], keys: set[str]):
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0
+    assert keys <= set(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "nothing.shd"), "nothing.shd: cannot be read"),
+        (("info", "model"), "model: cannot be read"),
+        (("info", "model/config.json"), "it is not a shiradelta file"),
+        (("convert", "nothing"), "no such file or folder"),
+        (("convert", "tuned"), "--base"),
+        (("convert", "tuned", "--base", "model", "--sparsity", "0"), "sparsity 0.0 is not a share"),
+        (("convert", "tuned", "--base", "model", "--sparsity", "1.5"), "sparsity 1.5 is not a share"),
+        (("convert", "tuned", "--base", "model", "--alpha", "3"), "alpha is a LoRA's"),
+        (("convert", "a.shd"), "is a .shd file already"),
+        (("apply", "nothing", "a.shd"), "nothing: no such folder"),
+        (("apply", "model/model.safetensors", "a.shd"), "give the folder"),
+        (("apply", "model", "nothing.shd"), "nothing.shd: cannot be read"),
+        (("apply", "model", "a.shd", "--strength", "nan"), "strength nan"),
+        (("apply", "model", "a.shd", "--out", "tuned"), "tuned: exists already"),
+        (("apply", "model", "a.shd", "--out", "model/inside"), "outside"),
+        (("apply", "tuned", "a.shd"), "--no-check"),
+        (("revert", "model"), "nothing to revert"),
+        (("verify", "nothing"), "no such folder"),
+    ],
+)
+def test_bad_input_is_one_plain_line(folder: Path, arguments: tuple[str, ...], message: str):
+    before = contents(folder)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [("convert",), ("convert", "tuned", "--values", "int3"), ("apply", "model"), ("nothing",)]
+)
+def test_wrong_usage_is_exit_code_2(folder: Path, arguments: tuple[str, ...]):
+    assert run(*arguments).exit_code == 2
+
+
+def test_verify_of_something_else_is_exit_code_1(folder: Path):
+    result = run("verify", "tuned", "a.shd")
+    assert result.exit_code == 1
+    assert "neither" in result.stdout
+
+
+def test_names_cannot_act_on_the_terminal(folder: Path):
+    tensor = shiradelta.TensorDelta((4,), [1], [1.0])
+    shiradelta.save_delta("e.shd", {"a\u009b31m\u202eb": tensor}, metadata={"note": "\x1b]0;owned\x07"})
+    result = run("info", "e.shd")
+    assert result.exit_code == 0
+    assert not set(result.stdout) & set("\x1b\x07\u009b\u202e")
+
+
+def test_no_progress_bar_in_a_pipe_and_one_on_a_terminal(folder: Path):
+    command = [sys.executable, "-m", "shiradelta.cli", "convert", "tuned", "--base", "model", "--sparsity", "0.9"]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert piped.stderr == ""
+    controller, terminal = pty.openpty()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal)
+    child.wait()
+    os.close(terminal)
+    assert b"converting" in os.read(controller, 1 << 16)
+    os.close(controller)
+
+
+def test_interrupt_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shiradelta.folder.apply.apply", interrupted)
+    result = run("apply", "model", "a.shd")
+    assert (result.exit_code, result.stderr) == (1, "interrupted; every file is whole, as it was before or as after\n")
+
+
+def test_help_of_every_command_names_its_options():
+    for name, command in main.commands.items():
+        result = run(name, "--help")
+        assert result.exit_code == 0
+        assert command.help
+        assert all(option.help for option in command.params if isinstance(option, click.Option))
+
+
+def test_start_imports_neither_torch_nor_scipy(folder: Path):
+    code = "import sys, shiradelta.cli; shiradelta.open_delta('a.shd').verify(); print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("torch", "scipy", "transformers", "safetensors", "zstandard"):
+        assert f"'{heavy}'" not in modules
+
+
+def test_tensors_that_are_skipped_for_one_reason_share_a_line():
+    skipped = {"a": "nothing changes", "b": "nothing changes", "c": "is not a matrix"}
+    assert cli._skipped(skipped) == ["skipped a and 1 more: nothing changes", "skipped c: is not a matrix"]

@@ -1,0 +1,254 @@
+"""The conformance corpus: all readers over all of it, and the tables and examples of the spec."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+import shiradelta as sd
+from shiradelta.errors import REASONS, FormatError
+from shiradelta.format import arithmetic
+from shiradelta.format import registry as ids
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
+from shiradelta.format.delta import matrix_shape
+from tests.reference import INVALID, READERS, SPEC, VALID, decoder, is_available, make_vectors
+
+FORMAT = (SPEC / "FORMAT.md").read_text(encoding="utf-8")
+REGISTRY = (SPEC / "REGISTRY.md").read_text(encoding="utf-8")
+REFUSED = json.loads((INVALID / "reasons.json").read_text(encoding="utf-8"))
+ACCEPTED = sorted(path.stem for path in VALID.glob("*.shd"))
+
+readers = pytest.mark.parametrize("read", READERS)
+
+
+def vector(name: str) -> bytes:
+    return (VALID / f"{name}.shd").read_bytes()
+
+
+# --- the corpus ---
+
+
+def test_corpus_is_what_the_script_makes():
+    assert len(ACCEPTED) > 100
+    assert len(REFUSED) > 300
+    assert make_vectors.differences(make_vectors.corpus(), make_vectors.VECTORS) == []
+
+
+def test_every_reason_is_covered():
+    assert set(REFUSED.values()) == set(REASONS)
+
+
+def test_corpus_is_small():
+    assert sum(path.stat().st_size for path in VALID.parent.glob("*/*")) < 1_000_000
+
+
+@readers
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_valid_file_holds_what_was_put_in(name, read):
+    assert read(vector(name)) == json.loads((VALID / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@readers
+@pytest.mark.parametrize(("name", "reason"), REFUSED.items())
+def test_invalid_file_is_refused_for_its_reason(name, reason, read):
+    data = (INVALID / f"{name}.shd").read_bytes()
+    assert read(data, zstd=reason != "zstd_unavailable") == reason
+
+
+@readers
+def test_zstd_is_missed_only_where_it_is_needed(read):
+    name = next(name for name, reason in REFUSED.items() if reason == "zstd_unavailable")
+    assert not isinstance(read((INVALID / f"{name}.shd").read_bytes()), str)
+    assert not isinstance(read(vector("zstd_bit_without_use"), zstd=False), str)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal_is_one_line_that_names_file_and_reason(name):
+    path = INVALID / f"{name}.shd"
+    reason = REFUSED[name]
+    if reason == "zstd_unavailable":
+        return
+    with pytest.raises(FormatError) as caught:
+        sd.open_delta(path).verify()
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    assert str(path) in text
+    assert f"[{reason}]" in text
+
+
+@pytest.mark.parametrize("backend", [name for name in ("numpy", "libshd") if is_available(name)])
+def test_parts_of_an_invalid_file_are_refused_or_consistent(backend):
+    """rows() does not look at everything, so it may accept what the whole is refused for."""
+    for name in REFUSED:
+        try:
+            delta = sd.open_delta(INVALID / f"{name}.shd", backend)
+        except FormatError:
+            continue
+        for tensor in delta.values():
+            rows, _ = matrix_shape(tensor.shape)
+            for start, stop in (0, min(1, rows)), (rows // 2, rows), (0, rows):
+                with suppress(FormatError):
+                    positions, values = tensor.rows(start, stop)
+                    assert positions.size == values.size <= tensor.nnz, name
+
+
+def test_same_contents_have_the_same_digest_in_every_encoding():
+    def digests(*names):
+        return {sd.open_delta(vector(name)).digest for name in names}
+
+    sparse = digests("same_rice", "same_raw", "same_bitmap", "same_struct", "same_bf16")
+    dense = digests("same_dense_rice", "same_dense_raw", "same_dense_bitmap")
+    assert len(sparse) == len(dense) == 1
+    assert sparse != dense
+
+
+# --- the canonical writer ---
+
+VALUES_NAME = {codec.name: name for name, codec in ids.VALUE_CODEC_OF_NAME.items()}
+CANONICAL = {name: file for name, file in make_vectors.valid_files().items() if file.canonical}
+
+
+def rebuilt(tensor) -> sd.TensorDelta:
+    """A tensor of make_vectors.py as the package has it."""
+    values, size = tensor.values, make_vectors.DTYPES[tensor.dtype][1]
+    return sd.TensorDelta(
+        tensor.shape,
+        None if tensor.op == "NEW" else list(tensor.index.positions),
+        np.array(values.source) if tensor.op == "ADD" else np.array(values.bits, f"<u{size or 4}"),
+        tensor.dtype,
+        tensor.op.lower(),
+        None if tensor.base is None else np.array(tensor.base, f"<u{size}"),
+    )
+
+
+@pytest.mark.parametrize(("name", "file"), CANONICAL.items())
+def test_writer_makes_the_canonical_bytes(name, file, tmp_path):
+    codecs = {VALUES_NAME[t.values.codec] for t in file.tensors if t.values.codec in VALUES_NAME} or {"f32"}
+    tensors = {tensor.name: rebuilt(tensor) for tensor in reversed(file.tensors)}
+    sd.save_delta(tmp_path / "out.shd", tensors, file.metadata, values=codecs.pop())
+    assert (tmp_path / "out.shd").read_bytes() == vector(name)
+
+
+def test_every_codec_is_among_the_canonical_vectors():
+    tensors = [tensor for file in CANONICAL.values() for tensor in file.tensors]
+    assert {tensor.index.codec for tensor in tensors} == set(make_vectors.INDEX_CODECS)
+    assert {tensor.values.codec for tensor in tensors} == set(make_vectors.VALUE_CODECS)
+
+
+# --- REGISTRY.md and the tables of FORMAT.md ---
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """All Markdown tables: rows of cells, without the head."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in b.splitlines()[2:]] for b in blocks]
+
+
+def registry(heading: str) -> list[list[str]]:
+    """The table below a heading of REGISTRY.md."""
+    return tables(REGISTRY.split(f"## {heading}\n")[1])[0]
+
+
+def test_registry_dtypes():
+    rows = [[str(d.id), d.name, d.safetensors, str(d.size or "-")] for d in ids.DTYPES]
+    assert registry("dtypes") == rows
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind"),
+    [("ops", ids.Op), ("index codecs", ids.IndexCodec), ("value codecs", ids.ValueCodec)],
+)
+def test_registry_ids(heading, kind):
+    rows = registry(heading)
+    assert [(int(id), name) for id, name, _ in rows] == [(member.value, member.name) for member in kind]
+    assert {int(id) for id, _, status in rows if status.startswith("reserved")} == ids.RESERVED[kind]
+    assert all(status == "1.0" or status.startswith("reserved") for _, _, status in rows)
+
+
+def test_registry_feature_bits():
+    bits = [("incompatible", str(bit.bit_length() - 1), bit.name) for bit in ids.Incompatible]
+    assert [tuple(row[:3]) for row in registry("feature bits")] == bits
+
+
+def test_registry_limits():
+    limits = {name: value for name, value in vars(ids).items() if name.startswith("MAX_")}
+    assert {name: int(value) for name, value, _ in registry("limits")} == limits
+
+
+def test_registry_reason_codes():
+    assert [tuple(row) for row in registry("reason codes")] == list(REASONS.items())
+
+
+def test_codecs_are_those_of_the_registry():
+    for table, kind in (INDEX_CODECS, ids.IndexCodec), (VALUE_CODECS, ids.ValueCodec):
+        assert set(table) == set(kind) - ids.RESERVED[kind] - {kind.NONE}
+
+
+TYPES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "8 x u64": "8Q"}
+
+
+@pytest.mark.parametrize(("number", "layout", "behind"), [(0, ids.HEADER, "I"), (1, ids.RECORD, "")])
+def test_layout_is_that_of_format_md(number, layout, behind):
+    rows = [table for table in tables(FORMAT) if table[0][0] == "0" and len(table[0]) == 3][number]
+    codes = [TYPES.get(kind) or kind.replace(" bytes", "x" if field == "zero" else "s") for _, kind, field in rows]
+    sizes = [struct.calcsize(f"<{code}") for code in codes]
+    assert [int(offset) for offset, _, _ in rows] == [sum(sizes[:i]) for i in range(len(sizes))]
+    assert "<" + "".join(codes) == layout.format + behind
+
+
+# --- worked examples (FORMAT.md, section 9) ---
+
+
+def section(number: str) -> str:
+    """The text of a section of FORMAT.md."""
+    return re.split(r"^#+ ", FORMAT.split(f"\n### {number} ")[1], maxsplit=1, flags=re.M)[0]
+
+
+def dump(number: str) -> bytes:
+    """The bytes of a section's hex dump."""
+    return bytes.fromhex("".join(re.findall(r"^    ((?:[0-9A-F]{2} )+)", section(number), re.M)))
+
+
+def numbers(row: list[str]) -> list[int]:
+    return [int(cell, 0) for cell in row]
+
+
+def test_rice_example():
+    assert INDEX_CODECS[ids.IndexCodec.RICE].encode(np.array([3, 4, 9]), (16,)) == dump("9.1")
+    record = sd.open_delta(vector("example"))["w"].record
+    assert vector("example")[record.index.offset :][: record.index.stored] == dump("9.1")
+
+
+def test_i4_example():
+    assert VALUE_CODECS[ids.ValueCodec.I4].encode(np.array([0.5, -1.0, 2.25], np.float32)) == dump("9.2")
+    record = sd.open_delta(vector("example"))["w"].record
+    assert vector("example")[record.values.offset :][: record.values.stored] == dump("9.2")
+
+
+def test_the_whole_example_file_is_as_printed():
+    rows = re.findall(r"^    +(\d+): ((?:[0-9A-F]{2} )*[0-9A-F]{2})", section("9.4"), re.M)
+    printed = bytearray(512)
+    for offset, row in rows:
+        printed[int(offset) : int(offset) + 16] = bytes.fromhex(row)
+    assert bytes(printed) == vector("example")
+
+
+@pytest.mark.parametrize("row", tables(section("9.3"))[0])
+def test_fingerprint_example(row):
+    position, bits, expected = numbers(row)
+    assert arithmetic.fingerprint(np.array([position]), np.array([bits], np.uint64)) == expected
+    assert decoder.fingerprint([(position, bits)]) == expected
+    assert make_vectors.fingerprint(iter([(position, bits)])) == expected
+
+
+def test_fingerprint_of_several_elements():
+    expected = int(re.findall(r"have the fingerprint\s+(0x[0-9A-F]+)", section("9.3"))[0], 0)
+    positions, bits = np.array([3, 4, 9]), np.array([0x3F80, 0xBF80, 0x7FC0], np.uint16)
+    assert arithmetic.fingerprint(positions, bits) == expected
+    assert sd.open_delta(vector("example"))["w"].base_fingerprint == expected
+    assert arithmetic.fingerprint(positions[:0], bits[:0]) == 0

@@ -1,0 +1,226 @@
+"""`shiradelta train`: a folder and a file of examples in, a `.shd` out."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+import shiradelta
+from shiradelta.cli import main
+from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError, TargetError
+from shiradelta.text.examples import Pairs
+from shiradelta.train import run as run_module
+from shiradelta.train.run import Settings, run
+from tests.fit.test_fit import WORDS, write_tokenizer
+from tests.train.test_attach import llama
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    llama(torch.bfloat16, vocab_size=100).save_pretrained(root / "causal")
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 100, "hidden_size": 32}
+    BertModel(BertConfig(intermediate_size=48, **sizes)).save_pretrained(root / "encoder")
+    for kind in ("causal", "encoder"):
+        write_tokenizer(root / kind)
+    return root
+
+
+def write(path: Path, kind: str, count: int = 60) -> Path:
+    """Sentences of which each word says what comes next."""
+    rng = random.Random(0)
+
+    def sentence() -> str:
+        start = rng.randrange(50)
+        return " ".join(WORDS[(start + i) % 50] for i in range(6))
+
+    rows: list[dict[str, str]] = []
+    for _ in range(count):
+        if kind == "text":
+            rows.append({"text": sentence()})
+        elif kind == "completion":
+            words = sentence().split()
+            rows.append({"prompt": " ".join(words[:3]), "completion": " ".join(words[3:])})
+        else:
+            rows.append({"anchor": (text := sentence()), "positive": " ".join(reversed(text.split()))})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+SETTINGS = Settings(sparsity=0.1, steps=20, batch=12, rate=0.4, tokens=16)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("causal", "text"), ("causal", "completion"), ("encoder", "pairs")])
+def test_it_learns_and_the_file_fits_the_folder(model: str, kind: str, folders: Path, tmp_path: Path):
+    texts = write(tmp_path / "data.jsonl", kind)
+    told: list[str] = []
+    report = run(folders / model, texts, tmp_path / "task.shd", SETTINGS, "cpu", tmp_path / "loss.png", told.append)
+    assert report.after < 0.97 * report.before
+    assert [step for step, *_ in report.history] == list(range(21))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "loss.png", "task.shd"]
+    shiradelta.apply(folders / model, tmp_path / "task.shd", out=tmp_path / "patched")
+    assert shiradelta.verify(folders / model, tmp_path / "task.shd").state == "base"
+    assert any("training" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sparsity": "1:8"}, {"sparsity": 0.02}, {"sparsity": 0.02, "scope": "model"}], ids=str
+)
+def test_an_interrupted_run_goes_on_exactly(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+):
+    """Also in the midst of a fall, of each tensor or over the model."""
+    texts = write(tmp_path / "data.jsonl", "text")
+    settings = Settings(**{**vars(SETTINGS), **options, "values": "f32"})
+    whole = run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu")
+    monkeypatch.setattr(run_module, "SAVE_EVERY", -1)
+    step = run_module._Run._step
+
+    def stop(self: Any, tuner: Any, optimizer: Any, number: int, indices: Any) -> float:
+        if number == 11:
+            raise KeyboardInterrupt
+        return step(self, tuner, optimizer, number, indices)
+
+    monkeypatch.setattr(run_module._Run, "_step", stop)
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", say=told.append)
+    assert "goes on from step 11" in told[-1]
+    assert not (tmp_path / "task.shd").exists()
+    monkeypatch.setattr(run_module._Run, "_step", step)
+    shiradelta.apply(folders / "causal", tmp_path / "whole.shd")
+    with pytest.raises(SourceError, match="not those that the interrupted run began with"):
+        run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
+    shiradelta.revert(folders / "causal")
+    report = run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", say=told.append)
+    assert any("going on from step 11" in line for line in told)
+    assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
+    assert [held for *_, held in report.history] == [held for *_, held in whole.history]
+
+
+def test_the_command(folders: Path, tmp_path: Path):
+    texts = write(tmp_path / "data.jsonl", "text")
+    command = ["train", str(folders / "causal"), "--texts", str(texts), "-o", str(tmp_path / "task.shd")]
+    options = ["--steps", "3", "--batch", "8", "--sparsity", "0.1", "--targets", "q_proj,up_proj", "--device", "cpu"]
+    result = CliRunner().invoke(main, [*command, *options])
+    assert result.exit_code == 0, result.output
+    assert "held out" in result.output
+    assert "shiradelta apply" in result.output
+    result = CliRunner().invoke(main, [*command, *options, "--json", "--mask", "struct"])
+    found = json.loads(result.stdout)
+    assert found["steps"] == 3
+    with shiradelta.open_delta(tmp_path / "task.shd") as delta:
+        assert all("q_proj" in name or "up_proj" in name for name in delta)
+        assert delta.metadata["mask"] == "struct"
+    result = CliRunner().invoke(main, [*command, "--sparsity", "much"])
+    assert result.exit_code == 1
+    assert "1:64" in result.output
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["nonsense"] * 12, "line 1: is not JSON"),
+        (['{"words": "a"}'] * 12, "line 1: is no example"),
+        (['{"text": "w1 w2"}'] * 11 + ['{"prompt": "w1", "completion": "w2"}'], "line 12: has not the keys"),
+        (['{"text": "w1 w2"}'] * 3, "3 examples are too few"),
+        ([], "0 examples"),
+        (['{"text": "w1"}'] * 12, "nothing to predict"),
+        (['{"anchor": "w1 w2", "positive": "w1"}'] * 12, "last_hidden_state"),
+    ],
+)
+def test_examples_that_cannot_be_used(lines: list[str], message: str, folders: Path, tmp_path: Path):
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SourceError, match=message):
+        run(folders / "causal", tmp_path / "data.jsonl", tmp_path / "task.shd", SETTINGS, "cpu")
+    assert not (tmp_path / "task.shd").exists()
+
+
+def test_texts_do_not_train_an_encoder(folders: Path, tmp_path: Path):
+    with pytest.raises(SourceError, match="anchor and positive"):
+        run(folders / "encoder", write(tmp_path / "data.jsonl", "text"), tmp_path / "task.shd", SETTINGS, "cpu")
+
+
+def test_a_rate_that_is_too_large(folders: Path, tmp_path: Path):
+    settings = Settings(**{**vars(SETTINGS), "rate": 1e38})
+    with pytest.raises(ShiraDeltaError, match="smaller --rate"):
+        run(folders / "causal", write(tmp_path / "data.jsonl", "text"), tmp_path / "task.shd", settings, "cpu")
+    assert not (tmp_path / "task.shd").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+def test_the_example_with_trainer(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from examples.train.trainer import main as example
+
+    texts = write(tmp_path / "data.jsonl", "text")
+    file = example(str(folders / "causal"), str(texts), str(tmp_path / "out"), steps=3)
+    shiradelta.apply(folders / "causal", file, out=tmp_path / "patched")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"steps": -3}, "steps is -3"),
+        ({"batch": 0}, "batch is 0"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"rate": float("nan")}, "learning rate of nan"),
+        ({"sparsity": "1:0"}, "no pattern"),
+        ({"fall_from": 0.5}, "falls from 0.5 x does not fall"),
+        ({"values": "int3"}, "'int3' are unknown"),
+    ],
+)
+def test_settings_that_cannot_be(setting: dict[str, Any], message: str):
+    with pytest.raises(DeltaError, match=message):
+        Settings(**setting)
+
+
+def test_density_falls_where_a_mask_can_be_larger():
+    """By default: not for struct and N:M, which have patterns of their own."""
+    assert Settings(steps=101).fall == (61, 5)
+    assert Settings(fall_from=20).fall == (240, 20)
+    assert [Settings(mask="struct").fall, Settings(sparsity="1:64").fall, Settings(fall_from=1).fall] == [(0, 1)] * 3
+
+
+def test_places_that_cannot_be_written_are_told_before_the_work(folders: Path, tmp_path: Path):
+    texts = write(tmp_path / "data.jsonl", "text")
+    for out, plot in (("no/task.shd", None), ("data.jsonl", None), ("task.shd", "no/loss.png")):
+        picture = None if plot is None else tmp_path / plot
+        with pytest.raises(TargetError, match=r"no such folder|not a \.shd file"):
+            run(tmp_path / "nowhere", texts, tmp_path / out, SETTINGS, "cpu", picture)
+
+
+def test_long_texts_are_cut_where_the_model_ends(folders: Path, tmp_path: Path):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100, n_positions=8)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
+    write_tokenizer(tmp_path / "short")
+    (tmp_path / "data.jsonl").write_text((json.dumps({"text": " ".join(WORDS)}) + "\n") * 12)
+    settings = Settings(**{**vars(SETTINGS), "steps": 1, "tokens": 40})
+    assert run(tmp_path / "short", tmp_path / "data.jsonl", tmp_path / "task.shd", settings, "cpu").steps == 1
+
+
+def test_a_tokenizer_of_another_model(folders: Path, tmp_path: Path):
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=9)).save_pretrained(tmp_path / "few")
+    write_tokenizer(tmp_path / "few")
+    with pytest.raises(SourceError, match="the model has 9"):
+        run(tmp_path / "few", write(tmp_path / "data.jsonl", "text"), tmp_path / "task.shd", SETTINGS, "cpu")
+
+
+def test_pairs_are_pooled_as_the_folder_says(folders: Path):
+    from shiradelta.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folders / "encoder")
+    model = BertModel.from_pretrained(folders / "encoder").eval()
+    rows = [["w1 w2 w3", "w4 w5"], ["w6", "w7 w8 w9"]]
+    ids = tokenizer(rows[0], return_tensors="pt", padding=True)
+    first = torch.nn.functional.normalize(model(**ids).last_hidden_state[:, 0], dim=-1)
+    found = Pairs(rows, tokenizer, 16, "cls")._embed(model, [tokenizer(text)["input_ids"] for text in rows[0]])
+    torch.testing.assert_close(found, first)
