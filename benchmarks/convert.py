@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from benchmarks import models
 from benchmarks.table import print_table
-from shiradelta.util import show
+from shiradelta.util import text
 
 LARGEST = 11008 * 4096 * 4  # bytes of the largest tensor in float32
 
@@ -83,7 +83,7 @@ def main() -> None:
                         f"{spent:.2f} s",
                         f"{spent / merge:.2f}",
                         "4",
-                        show.size(peak),
+                        text.size(peak),
                         f"{peak / LARGEST:.2f}",
                         "6",
                     ]

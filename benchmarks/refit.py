@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.table import print_table
-from shiradelta.util import show
+from shiradelta.util import text
 
 WORDS = [f"w{i}" for i in range(1000)]
 LAYERS = (3, 12)
@@ -91,8 +91,8 @@ def main() -> None:
                 done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
                 found = done.stdout.split()
                 spent, peak, topk, fitted = map(float, found[-4:])
-                size = show.size(layers * layer)
-                rows.append([str(layers), size, way, f"{spent:.0f} s", show.size(peak), f"{peak / layer:.1f}"])
+                size = text.size(layers * layer)
+                rows.append([str(layers), size, way, f"{spent:.0f} s", text.size(peak), f"{peak / layer:.1f}"])
                 rows[-1] += [f"{topk:.4f}", f"{fitted:.4f}"]
                 print(*rows[-1], flush=True)
     print_table("closed-form refit, 1 %, int4, 256 texts of 24 tokens; the interpreter's own memory taken off", rows)

@@ -15,7 +15,7 @@ from benchmarks.fuse import write_adapter
 from benchmarks.table import print_table
 from shiradelta.combine.interference import measure
 from shiradelta.combine.report import report
-from shiradelta.util import show
+from shiradelta.util import text
 
 
 def compare(folder: Path, layers: int) -> None:
@@ -63,7 +63,7 @@ def opening(folder: Path, tensors: int = 300, repeats: int = 7) -> None:
                 page.goto((folder / "report.html").as_uri())
                 times.append(page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000)
                 browser.close()
-            size = show.size((folder / "report.html").stat().st_size)
+            size = text.size((folder / "report.html").stat().st_size)
             rows.append([f"{width} px", size, f"{statistics.median(times):.2f} s", f"{max(times):.2f} s", "1 s"])
     print_table(f"opening the report of {tensors} tensors, 4 adapters, in a fresh Chromium", rows)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from shiradelta.util.show import table
+from shiradelta.util.text import table
 
 
 def machine() -> str:

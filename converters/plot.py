@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shiradelta.util.files import replacing
-from shiradelta.util.show import layer_of, tick
+from shiradelta.util.text import layer_of, tick
 
 from .report import Report, TensorReport
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from shiradelta.format.arithmetic import Float32
 from shiradelta.format.delta import TensorDelta
-from shiradelta.util import show
+from shiradelta.util import text
 
 if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
@@ -103,9 +103,9 @@ class Report:
         """What changes, for people; rows of a table."""
         rows = [["tensor", "op", "shape", "nonzeros", "density", "energy kept"]]
         for t in self.tensors:
-            density = show.percent(t.nnz / t.numel)
+            density = text.percent(t.nnz / t.numel)
             kept = "-" if self.fit else f"{t.energy_kept:.1%}"
-            rows.append([show.printable(t.name), t.op, show.shape(t.shape), f"{t.nnz:,}", density, kept])
+            rows.append([text.printable(t.name), t.op, text.shape(t.shape), f"{t.nnz:,}", density, kept])
         return rows
 
     @property

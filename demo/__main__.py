@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 import shiradelta
 from demo.task import embed, load_base, score
 from shiradelta.io.describe import describe
-from shiradelta.util import show
+from shiradelta.util import text
 
 HERE = Path(__file__).parent
 LORA = HERE / "lora"
@@ -97,7 +97,7 @@ def main() -> None:
     shira = write_peft_shira(delta, OUT / "peft_shira.safetensors")
     rows = [["all-MiniLM-L6-v2, 1 % of the linear weights", ""]]
     for name, size in ((".shd, int4", shd), ("the LoRA it was made from", lora), ("same nonzeros, PEFT SHiRA", shira)):
-        rows.append([f"size: {name}", f"{show.size(size)} ({size / shd:.1f} x)"])
+        rows.append([f"size: {name}", f"{text.size(size)} ({size / shd:.1f} x)"])
     index = about["bytes"]["file"] - about["bytes"]["values"]
     rows.append(["bits per nonzero, whole file", f"{about['bits_per_nonzero']:.2f}"])
     rows.append(["  all but the values, table included", f"{index * 8 / about['nnz']:.2f}"])
@@ -106,7 +106,7 @@ def main() -> None:
     rows += [[f"top-1 of 2,000: {name}", f"{value:.3f}"] for name, value in results.items()]
     rows.append(["weights changed by apply", "yes" if patched != before else "NO"])
     rows.append(["weights restored", "bit for bit" if restored else "NO"])
-    print("\n" + show.table(rows))
+    print("\n" + text.table(rows))
     (OUT / "figures.json").write_text(json.dumps(dict(rows), indent=1))
     if not restored or patched == before:
         sys.exit("the demo failed: see the last two rows")

@@ -2,4 +2,4 @@
 
 from shiradelta.cli import main
 
-main(prog_name="python -m shiradelta")
+main(prog_name="shiradelta")

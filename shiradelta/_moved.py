@@ -39,7 +39,7 @@ MOVED = {
     "reference": "backends.numpy",
     "report": "combine.report",
     "saved_state": "nonzeros.saved_state",
-    "show": "util.show",
+    "show": "util.text",
     "spectrum": "select.spectrum",
     "train.data": "text.examples",
     "train.layout": "models.views",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shiradelta.util.show import table
+from shiradelta.util.text import table
 
 FIELDS = (
     "task", "source", "seed", "method", "sparsity", "bytes", "measure", "base", "tuned", "score", "kept",

@@ -1,7 +1,7 @@
-"""The command line: options, tables and exit codes; the work is done elsewhere."""
+"""The command line: options, tables and exit codes; one file a command, the work is done elsewhere."""
 
 from __future__ import annotations
 
-from shiradelta.cli.commands import main
+from shiradelta.cli.app import main
 
 __all__ = ["main"]

@@ -1,5 +1,5 @@
-"""`python -m shiradelta.cli`, as `python -m shiradelta`."""
+"""`python -m shiradelta.cli`, the same as `python -m shiradelta`."""
 
 from shiradelta.cli import main
 
-main()
+main(prog_name="shiradelta")

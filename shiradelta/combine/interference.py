@@ -35,7 +35,7 @@ from shiradelta.errors import DeltaError
 from shiradelta.format.arithmetic import Float32, Positions, scaled
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.io.reader import Delta, open_delta
-from shiradelta.util.show import layer_of
+from shiradelta.util.text import layer_of
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

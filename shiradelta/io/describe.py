@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shiradelta.io.reader import Delta
-from shiradelta.util import show
+from shiradelta.util import text
 
 
 def entropy(nnz: int, numel: int) -> float:
@@ -61,16 +61,16 @@ def summary(about: Mapping[str, Any]) -> str:
     """What `describe` found, for a terminal: a table of the tensors, the metadata, all in one line."""
     rows = [["tensor", "op", "dtype", "shape", "nonzeros", "density", "index", "values", "bits/nonzero"]]
     for t in about["tensors"]:
-        figures = [f"{t['nnz']:,}", show.percent(t["density"]), t["index_codec"], t["value_codec"]]
+        figures = [f"{t['nnz']:,}", text.percent(t["density"]), t["index_codec"], t["value_codec"]]
         bits = f"{t['bits_per_nonzero']:.2f}"
-        rows.append([show.printable(t["name"]), t["op"], t["dtype"], show.shape(t["shape"]), *figures, bits])
-    pairs = [f"{show.printable(key)}: {show.brief(value)}" for key, value in about["metadata"].items()]
+        rows.append([text.printable(t["name"]), t["op"], t["dtype"], text.shape(t["shape"]), *figures, bits])
+    pairs = [f"{text.printable(key)}: {text.brief(value)}" for key, value in about["metadata"].items()]
     whole = (
         f"{about['file']}: format {about['version']}, {len(about['tensors'])} tensors, {about['nnz']:,} nonzeros,"
-        f" {show.size(about['bytes']['file'])}, {about['bits_per_nonzero']:.2f} bits per nonzero"
+        f" {text.size(about['bytes']['file'])}, {about['bits_per_nonzero']:.2f} bits per nonzero"
         f" (entropy of the positions {about['entropy']:.2f})"
     )
-    return "\n".join([show.table(rows), *pairs, whole])
+    return "\n".join([text.table(rows), *pairs, whole])
 
 
 def _hex(fingerprint: int | None) -> str | None:

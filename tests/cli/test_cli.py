@@ -15,8 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import shiradelta
-from shiradelta.cli import commands as cli
-from shiradelta.cli import main
+from shiradelta.cli import main, options
+from shiradelta.cli.options import RegistryChoice, command, renamed_option
+from shiradelta.cli.output import skipped_lines
 from tests.killing import contents
 
 
@@ -142,11 +143,11 @@ def test_interrupt_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_help_of_every_command_names_its_options():
-    for name, command in main.commands.items():
+    for name, each in main.commands.items():
         result = run(name, "--help")
         assert result.exit_code == 0
-        assert command.help
-        assert all(option.help for option in command.params if isinstance(option, click.Option))
+        assert each.help
+        assert all(option.help for option in each.params if isinstance(option, click.Option))
 
 
 def test_start_imports_neither_torch_nor_scipy(folder: Path):
@@ -158,4 +159,35 @@ def test_start_imports_neither_torch_nor_scipy(folder: Path):
 
 def test_tensors_that_are_skipped_for_one_reason_share_a_line():
     skipped = {"a": "nothing changes", "b": "nothing changes", "c": "is not a matrix"}
-    assert cli._skipped(skipped) == ["skipped a and 1 more: nothing changes", "skipped c: is not a matrix"]
+    assert skipped_lines(skipped) == ["skipped a and 1 more: nothing changes", "skipped c: is not a matrix"]
+
+
+def test_renamed_options_and_choices_are_taken_with_a_warning_and_hidden():
+    codecs = RegistryChoice("shiradelta.format.registry:VALUE_CODEC_OF_NAME", {"half": "f16"})
+
+    @command()
+    @click.option("--prune-from", type=float, default=5.0)
+    @click.option("--values", type=codecs, default="f32")
+    @renamed_option("--fall-from", "--prune-from")
+    def example(prune_from: float, values: str) -> None:
+        click.echo(f"{prune_from} {values} {options.given('prune')}")
+
+    new = CliRunner().invoke(example, ["--prune-from", "2"])
+    assert (new.stdout, new.stderr) == ("2.0 f32 --prune-from\n", "")
+    for old in (["--fall-from", "2", "--values", "half"], ["--fall-from=2", "--values=half"]):
+        result = CliRunner().invoke(example, old)
+        assert result.stdout == "2.0 f16 --prune-from\n"
+        assert result.stderr == (
+            "warning: --fall-from is deprecated; use --prune-from\nwarning: half is deprecated; use f16\n"
+        )
+    text = CliRunner().invoke(example, ["--help"]).stdout
+    assert "fall" not in text
+    assert "half" not in text
+    assert "[f32|f16|" in text
+
+
+def test_help_imports_neither_numpy_nor_torch():
+    code = "import sys; from shiradelta.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "click" in modules
+    assert not {"numpy", "torch", "scipy"} & set(modules)

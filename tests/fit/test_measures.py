@@ -17,7 +17,7 @@ from shiradelta.cli import main
 from shiradelta.errors import DeltaError, TargetError
 from shiradelta.fit import MASKS, Fit
 from shiradelta.text.texts import split
-from shiradelta.util.show import layer_of
+from shiradelta.util.text import layer_of
 from tests.fit.test_fit import texts, write_pair
 
 PNG = b"\x89PNG"

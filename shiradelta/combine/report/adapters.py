@@ -13,7 +13,7 @@ from shiradelta.format.arithmetic import Positions
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.io.describe import describe
 from shiradelta.io.reader import Delta
-from shiradelta.util.show import layer_of
+from shiradelta.util.text import layer_of
 
 #: Parts into which rows and columns are cut for a profile.
 _PARTS = 40

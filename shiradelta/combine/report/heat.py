@@ -10,7 +10,7 @@ import numpy as np
 from shiradelta.combine.interference import Interference, Meeting
 from shiradelta.errors import SourceError
 from shiradelta.util.files import replacing
-from shiradelta.util.show import tick
+from shiradelta.util.text import tick
 
 #: Panels with more pairs do not stand side by side.
 _BESIDE = 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from shiradelta.util.show import printable
+from shiradelta.util.text import printable
 
 #: Adapters are A, B, ... wherever their names would be too long.
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -14,7 +14,7 @@ from shiradelta.combine.report.adapters import Adapter, Axis, Profile
 from shiradelta.combine.report.markup import badge, bars, cell, letter, table, tabs, text
 from shiradelta.combine.report.verdict import advice
 from shiradelta.util.files import replacing
-from shiradelta.util.show import brief, layer_of, percent, shape, size
+from shiradelta.util.text import brief, layer_of, percent, shape, size
 
 if TYPE_CHECKING:
     from shiradelta.combine.report import Report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shiradelta.util.show import percent, printable, size, table
+from shiradelta.util.text import percent, printable, size, table
 
 if TYPE_CHECKING:
     from shiradelta.combine.report import Report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shiradelta.combine.interference import Meeting
-from shiradelta.util.show import percent
+from shiradelta.util.text import percent
 
 
 def verdict(one: str, other: str, total: Meeting) -> str:

@@ -1,13 +1,9 @@
-"""What people get to see: tables, sizes, progress."""
+"""Text for people: escaped names, tables, sizes, shapes, percentages."""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-
-import click
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
@@ -65,20 +61,3 @@ def shape(dimensions: Sequence[int]) -> str:
 def percent(share: float) -> str:
     """Three digits that count: 1.00%, 0.0125%."""
     return f"{share * 100:.3g}%"
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, done, total) that draws a bar on a terminal, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
-    with click.progressbar(
-        length=1000, label=label, file=sys.stderr, item_show_func=lambda what: what and printable(str(what))[:48]
-    ) as bar:
-
-        def step(what: str, done: int, total: int) -> None:
-            bar.update(max(0, round(1000 * done / max(total, 1)) - bar.pos), what)
-
-        yield step
-        bar.update(1000 - bar.pos)

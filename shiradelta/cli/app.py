@@ -1,0 +1,51 @@
+"""The group of all commands; errors of the package end in one line and exit code 1."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import click
+
+from shiradelta.cli.apply import apply
+from shiradelta.cli.convert import convert
+from shiradelta.cli.fuse import fuse
+from shiradelta.cli.info import info
+from shiradelta.cli.report import report
+from shiradelta.cli.revert import revert
+from shiradelta.cli.train import train
+from shiradelta.cli.verify import verify
+from shiradelta.errors import ShiraDeltaError
+from shiradelta.util.text import printable
+
+
+class _Commands(click.Group):
+    """Lists commands in the order in which a user meets them, and prints an error of the package as one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShiraDeltaError as error:
+            click.echo(f"error: {printable(str(error))}", err=True)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of a pipe has gone; click exits without a word
+                raise
+            click.echo(f"error: {printable(str(error))}; check the path and its permissions", err=True)
+        except MemoryError:
+            click.echo("error: out of memory; close other programs, or use a machine with more", err=True)
+        except KeyboardInterrupt:
+            click.echo("interrupted; every file is whole, as it was before or as after", err=True)
+        return ctx.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="shiradelta")
+def main() -> None:
+    """Sparse weight deltas: small files that are patched into a model and taken out again bit for bit."""
+
+
+for _command in (convert, train, apply, revert, verify, fuse, report, info):
+    main.add_command(_command)

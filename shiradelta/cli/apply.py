@@ -1,0 +1,48 @@
+"""`shiradelta apply`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from shiradelta.cli import options
+from shiradelta.cli.options import command
+from shiradelta.cli.output import echo_json, echo_warnings, progress_bar
+
+
+@command(short_help="Patch a delta into a model's folder.")
+@click.argument("model")
+@click.argument("delta")
+@click.option("--strength", default=1.0, show_default=True, help="What the changes are multiplied with.")
+@click.option("-o", "--out", help="Write a patched copy to this folder; MODEL stays as it is.")
+@click.option("--no-check", is_flag=True, help="Apply it to a base other than the one it was made against.")
+@click.option("--allow-dtype", is_flag=True, help="Apply it to a base stored in another dtype; not checked then.")
+@options.as_json
+def apply(
+    model: str, delta: str, strength: float, out: str | None, no_check: bool, allow_dtype: bool, as_json: bool
+) -> None:
+    """Patch DELTA into the weights of the folder MODEL, so that it can be taken out again exactly."""
+    from shiradelta.folder import apply as directory
+
+    with progress_bar("applying") as progress:
+        report = directory.apply(
+            model,
+            delta,
+            out=out,
+            strength=strength,
+            check=not no_check,
+            allow_dtype=allow_dtype,
+            progress=progress,
+        )
+    if as_json:
+        echo_json(dataclasses.asdict(report))
+        return
+    click.echo(
+        f"{report.folder}: {report.tensors} tensors patched, {report.changed:,} of {report.nonzeros:,} listed weights"
+        f" differ now"
+        + (f", {report.added} tensors added" if report.added else "")
+        + (f", {report.dropped} taken away" if report.dropped else "")
+    )
+    echo_warnings(report.warnings)
+    click.echo(f"take it out again with: shiradelta revert {report.folder}")

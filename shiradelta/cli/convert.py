@@ -1,0 +1,109 @@
+"""`shiradelta convert`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from shiradelta.cli import options
+from shiradelta.cli.options import command
+from shiradelta.cli.output import echo_json, echo_warnings, progress_bar, skipped_lines
+from shiradelta.util.text import percent, size, table
+
+
+@command(short_help="A LoRA, a full fine-tune or a diff to a .shd file.")
+@click.argument("source")
+@click.option("--sparsity", type=float, help="The share of the weights that change.  [default: 0.01]")
+@click.option(
+    "--target-size", metavar="SIZE", help="Instead: as many weights as a file of at most this size holds, such as 2MB."
+)
+@click.option(
+    "--target-error", type=float, help="Instead: as few weights as keep the relative error of the delta, such as 0.3."
+)
+@click.option("--base", metavar="MODEL", help="The base model's folder or file; a full fine-tune needs it.")
+@options.values("int4")
+@click.option("-o", "--out", metavar="FILE", help="The file to write.  [default: SOURCE with .shd]")
+@click.option(
+    "--scope",
+    type=click.Choice(["tensor", "model"]),
+    default="tensor",
+    show_default=True,
+    help="Keep the share in every tensor, or over the whole model.",
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "lora", "full", "diff"]),
+    default="auto",
+    show_default=True,
+    help="What SOURCE is.",
+)
+@click.option("--alpha", type=float, help="A LoRA's alpha, over what its files say.")
+@click.option("--zstd", is_flag=True, help="Compress further; slower to swap.")
+@click.option(
+    "--fit",
+    "texts",
+    metavar="FILE",
+    help="Texts on which to fit the changes to how the fine-tune behaves: JSON Lines, key text.",
+)
+@click.option(
+    "--fit-method",
+    type=click.Choice(["train", "refit"]),
+    default="train",
+    show_default=True,
+    help="By gradients, or in closed form from forward passes alone.",
+)
+@click.option(
+    "--fit-mask",
+    type=click.Choice(["falling", "magnitude", "activation", "gradient"]),
+    default="falling",
+    show_default=True,
+    help="Which weights change: found while training, or by change, change x input, change x gradient.",
+)
+@click.option("--fit-steps", type=int, help="Training steps.  [default: 1,000; on a CPU what ten minutes hold]")
+@click.option("--fit-batch", default=128, show_default=True, help="Texts a step.")
+@click.option("--fit-micro", type=int, help="Texts a forward pass, if fewer: takes less memory.")
+@click.option("--fit-rate", default=0.3, show_default=True, help="Learning rate, as a share of a nonzero's size.")
+@click.option("--fit-tokens", default=128, show_default=True, help="Where texts are cut.")
+@click.option(
+    "--fit-text-share",
+    default=0.1,
+    show_default=True,
+    help="Of a language model's target, the share that is the text's next token; the fine-tune says the rest.",
+)
+@click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
+@click.option("--plot", metavar="FILE", help="Draw where the changes lie, and the fit, to this PNG.")
+@options.as_json
+def convert(as_json: bool, texts: str | None, device: str | None, **arguments: Any) -> None:
+    """Convert a LoRA, a full fine-tune or a diff to a .shd file.
+
+    SOURCE is a safetensors file or a folder (PEFT adapter, fine-tuned model).
+    """
+    from shiradelta.converters import convert as run
+    from shiradelta.fit import Fit
+
+    settings = {key.removeprefix("fit_"): arguments.pop(key) for key in list(arguments) if key.startswith("fit_")}
+    if texts is None and (given := options.given("fit_", "device")):
+        raise click.UsageError(f"{given} is of fitting; give --fit TEXTS, too.")
+    if settings["method"] == "refit" and (
+        given := options.given("fit_mask", "fit_steps", "fit_rate", "fit_text_share")
+    ):
+        raise click.UsageError(f"{given} is of training; leave it out, or --fit-method refit.")
+    fit = texts and Fit(texts, **settings, device=device, say=lambda line: click.echo(line, err=True))
+    with progress_bar("fitting" if fit else "converting") as progress:
+        report = run(**arguments, fit=fit or None, progress=progress)
+    if as_json:
+        echo_json(report.as_dict())
+        return
+    click.echo(table(report.rows))
+    for line in skipped_lines(report.skipped):
+        click.echo(line)
+    echo_warnings(report.warnings)
+    if report.fit is not None:
+        click.echo(f"\n{table(report.measures)}\n")
+    changed = sum(t.nnz for t in report.tensors if t.op != "new")
+    click.echo(
+        f"{len(report.tensors)} tensors converted, {len(report.skipped)} skipped; {changed:,} of {report.numel:,}"
+        f" weights change ({percent(changed / max(report.numel, 1))}); {report.summary}\n"
+        f"{report.out}: {size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero"
+    )

@@ -1,0 +1,41 @@
+"""`shiradelta info`."""
+
+from __future__ import annotations
+
+import click
+
+from shiradelta.cli import options
+from shiradelta.cli.options import command
+from shiradelta.cli.output import echo_json
+
+
+@command()
+@click.argument("file", required=False)
+@click.option("--system", is_flag=True, help="Show what this installation computes with instead, and why.")
+@click.option("--verify", "full", is_flag=True, help="Decode everything and check the content digest too.")
+@options.as_json
+def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
+    """Show what is in a .shd file."""
+    if system:
+        from shiradelta.backends.libshd import describe as describe_system
+
+        found = describe_system()
+        if as_json:
+            echo_json(found)
+        else:
+            click.echo("\n".join(f"{key:>8}: {value}" for key, value in found.items()))
+        return
+    if file is None:
+        raise click.UsageError("Missing argument 'FILE'.")
+    from shiradelta.io.describe import describe, summary
+    from shiradelta.io.reader import open_delta
+
+    with open_delta(file) as delta:
+        if full:
+            delta.verify()
+        about = describe(delta)
+    if as_json:
+        echo_json(about)
+        return
+    checked = "checked in full" if full else "tables checked; --verify checks everything"
+    click.echo(f"{summary(about)}; {checked}\ndigest {about['digest']}")

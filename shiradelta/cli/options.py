@@ -1,0 +1,128 @@
+"""Options that several commands share, and the kinds of options that click does not have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from shiradelta.errors import ShiraDeltaError
+
+if TYPE_CHECKING:
+    _Choice = click.Choice[str]
+else:
+    _Choice = click.Choice  # click 8.1 has no parameter for it
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class RegistryChoice(_Choice):
+    """A choice among the names of a registry, which is imported when a value or the help is asked for.
+
+    Args:
+        path: module and attribute, such as "shiradelta.train.masks:MASKS"; any collection of names will do.
+        renamed: old name -> new name, for names that are still taken but not shown.
+    """
+
+    def __init__(self, path: str, renamed: Mapping[str, str] | None = None) -> None:
+        super().__init__(())
+        self.path = path
+        self.renamed = dict(renamed or {})
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names, in the registry's order."""
+        module, _, attribute = self.path.partition(":")
+        return tuple(getattr(import_module(module), attribute))
+
+    @choices.setter
+    def choices(self, value: object) -> None:
+        """Ignores what click's constructor sets."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in self.renamed:
+            warn_renamed(value, self.renamed[value])
+            value = self.renamed[value]
+        return super().convert(value, param, ctx)
+
+
+class RenamedOption(click.Option):
+    """An option under its old name: taken for one more release, hidden from help."""
+
+    def __init__(self, names: Sequence[str], new: str) -> None:
+        super().__init__(names, hidden=True, expose_value=False, help=f"Renamed to {new}.")
+        self.old = names[0]
+        self.new = new
+
+
+class Command(click.Command):
+    """A command that reads renamed options as the new ones and warns of it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Puts the new names in place of the old ones, then parses."""
+        renamed = {option.old: option.new for option in self.params if isinstance(option, RenamedOption)}
+        options = args[: args.index("--")] if "--" in args else args
+        current = []
+        for argument in options:
+            name, equals, value = argument.partition("=")
+            if name in renamed:
+                warn_renamed(name, renamed[name])
+                argument = renamed[name] + equals + value
+            current.append(argument)
+        return super().parse_args(ctx, current + args[len(options) :])
+
+
+#: Decorates the function of a command, as `click.command` does.
+command = partial(click.command, cls=Command)
+
+
+def renamed_option(old: str, new: str) -> Callable[[Function], Function]:
+    """Lets a command take an option by its old name: `@renamed_option("--fall-from", "--prune-from")`."""
+    return click.option(old, cls=RenamedOption, new=new)
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Says on stderr that an option or a choice has another name now."""
+    click.echo(f"warning: {old} is deprecated; use {new}", err=True)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def values(default: str) -> Callable[[Function], Function]:
+    """The option that names a value codec."""
+    choice = RegistryChoice("shiradelta.format.registry:VALUE_CODEC_OF_NAME")
+    return click.option("--values", type=choice, default=default, show_default=True, help="How the changes are stored.")
+
+
+def given(*starts: str) -> str:
+    """The first option on the command line whose name starts with one of `starts`, or nothing."""
+    context = click.get_current_context()
+    found = (
+        option.opts[0]
+        for option in context.command.params
+        if str(option.name).startswith(starts)
+        and context.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
+    )
+    return next(found, "")
+
+
+def with_strengths(arguments: Sequence[str]) -> dict[str | os.PathLike[str], float]:
+    """File -> strength, from arguments such as style.shd:0.7."""
+    found: dict[str | os.PathLike[str], float] = dict(map(_with_strength, arguments))
+    if len(found) < len(arguments):
+        raise ShiraDeltaError("a file is given twice; give it once, with one strength")
+    return found
+
+
+def _with_strength(argument: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH; a colon that no number follows belongs to the name."""
+    name, colon, strength = argument.rpartition(":")
+    try:
+        return (name, float(strength)) if colon else (argument, 1.0)
+    except ValueError:
+        return argument, 1.0

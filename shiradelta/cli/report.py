@@ -1,0 +1,33 @@
+"""`shiradelta report`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from shiradelta.cli import options
+from shiradelta.cli.options import command
+from shiradelta.cli.output import echo_json, echo_warnings, progress_bar
+from shiradelta.util.text import size
+
+
+@command(short_help="What deltas hold, and how they interfere.")
+@click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
+@click.option("-o", "--out", metavar="FILE", help="Write it all as one HTML file, which needs no network.")
+@click.option("--png", metavar="FILE", help="Write the heat map, layers by pairs, as a picture.")
+@options.as_json
+def report(deltas: tuple[str, ...], out: str | None, png: str | None, as_json: bool) -> None:
+    """Say what is in .shd files and how much every two of them get in each other's way, before they are fused."""
+    from shiradelta.combine.report import report as run
+    from shiradelta.combine.report.text import summary
+
+    with progress_bar("comparing") as progress:
+        made = run(options.with_strengths(deltas), out=out, png=png, progress=progress)
+    if as_json:
+        echo_json(made.as_dict())
+        return
+    click.echo(summary(made))
+    echo_warnings(made.interference.warnings)
+    for written in filter(None, (out, png)):
+        click.echo(f"{written}: written, {size(os.path.getsize(written))}")

@@ -1,0 +1,30 @@
+"""`shiradelta revert`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from shiradelta.cli import options
+from shiradelta.cli.options import command
+from shiradelta.cli.output import echo_json, progress_bar
+from shiradelta.util.text import printable
+
+
+@command(short_help="Take the last delta out again, bit for bit.")
+@click.argument("model")
+@click.option("--force", is_flag=True, help="Put the originals back even if the weights were changed since.")
+@options.as_json
+def revert(model: str, force: bool, as_json: bool) -> None:
+    """Take the last delta out of the folder MODEL, bit for bit; an interrupted action is rolled back instead."""
+    from shiradelta.folder import apply as directory
+
+    with progress_bar("reverting") as progress:
+        report = directory.revert(model, force, progress)
+    if as_json:
+        echo_json(dataclasses.asdict(report))
+        return
+    did = "rolled back the interrupted action on" if report.interrupted else "took out"
+    rest = f"{report.left} more applied" if report.left else "the folder is its base again"
+    click.echo(f"{model}: {did} {printable(report.delta.file)}, bit for bit; {rest}")

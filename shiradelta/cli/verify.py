@@ -1,0 +1,37 @@
+"""`shiradelta verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import click
+
+from shiradelta.cli import options
+from shiradelta.cli.options import command
+from shiradelta.cli.output import echo_json
+from shiradelta.util.text import printable
+
+
+@command(short_help="Say whether a folder is base, patched or neither.")
+@click.argument("model")
+@click.argument("delta", required=False)
+@options.as_json
+def verify(model: str, delta: str | None, as_json: bool) -> None:
+    """Say whether the folder MODEL is exactly its base, exactly patched, or neither (exit code 1).
+
+    Looked at are the weights that deltas change: others are not known to them.
+
+    With DELTA, a folder on which nothing was applied is compared with that file's fingerprints.
+    """
+    from shiradelta.folder.verification import verify as run
+
+    report = run(model, delta)
+    if as_json:
+        echo_json(dataclasses.asdict(report))
+    else:
+        if report.recovered:
+            click.echo(f"{model}: an interrupted action was rolled back")
+        click.echo(f"{model}: {report.state}: {printable(report.detail)}")
+    if report.state == "neither":
+        sys.exit(1)
