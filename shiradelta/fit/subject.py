@@ -18,6 +18,7 @@ from shiradelta.fit.teacher import Teacher
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import rename_all
+from shiradelta.models.dtypes import torch_dtype
 from shiradelta.nonzeros.patched import flat
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.text.pooling import find_pooling
@@ -27,8 +28,6 @@ from shiradelta.text.texts import batches, read_texts, split
 CALIBRATION = 8
 #: Of the change's energy, what may be in tensors that the loaded model does not have: nothing is fitted to them.
 MOST_MISSING = 0.1
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Subject:
@@ -133,7 +132,7 @@ class Subject:
     def nonzeros(self) -> Nonzeros:
         """The fine-tune's largest changes, as many of each target as its count says."""
         positions, values = self.select("magnitude", [target.count for target in self.targets])
-        stored = [_DTYPES.get(target.dtype, torch.float32) for target in self.targets]
+        stored = [torch_dtype(target.dtype) for target in self.targets]
         nonzeros = Nonzeros(self.weights, stored, positions)
         nonzeros.values = values
         return nonzeros

@@ -151,8 +151,10 @@ DTYPES: tuple[DType, ...] = (
 )
 DTYPE_OF_NAME = {dtype.name: dtype for dtype in DTYPES}
 DTYPE_OF_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES if dtype is not UNSPECIFIED}
-#: The dtypes that ADD is defined for.
-ADDABLE = frozenset({"unspecified", "float32", "float16", "bfloat16"})
+#: The dtypes of the weights that ADD is defined for.
+ADD_DTYPES = ("float32", "float16", "bfloat16")
+#: The dtypes that a record with ADD may have.
+ADDABLE = frozenset({UNSPECIFIED.name, *ADD_DTYPES})
 
 #: What a user types for values -> codec.
 VALUE_CODEC_OF_NAME = {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.fit.scores import largest
+from shiradelta.models.layers import is_conv1d
 from shiradelta.nonzeros.vector import Nonzeros
 
 #: Added to the diagonal, as a share of its mean: some hundred texts do not span all inputs.
@@ -75,7 +76,7 @@ def refit(
         for module, cross in zip(group, crosses, strict=True):
             index = index_of[id(module.weight)]
             positions[index], values[index] = solve(inputs, cross, positions[index].numel())
-            if _stored_by_input(module):
+            if is_conv1d(module):
                 rows, columns = len(inputs), cross.shape[1]
                 positions[index], order = (positions[index] % rows * columns + positions[index] // rows).sort()
                 values[index] = values[index][order]
@@ -88,13 +89,8 @@ def refit(
 def own_linears(model: nn.Module) -> list[nn.Module]:
     """Linear layers that alone use their weight: a tied one serves more than its own inputs."""
     users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    found = (m for m in model.modules() if isinstance(m, nn.Linear) or _stored_by_input(m))
+    found = (m for m in model.modules() if isinstance(m, nn.Linear) or is_conv1d(m))
     return [module for module in found if users[id(module.weight)] == 1]
-
-
-def _stored_by_input(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear layer, whose weight is [inputs, outputs]."""
-    return type(module).__name__ == "Conv1D" and isinstance(module.weight, nn.Parameter) and module.weight.dim() == 2
 
 
 def _groups(linears: Sequence[nn.Module], forward: Callable[[], object]) -> list[list[nn.Module]]:

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, rename_all
-
-#: Dtypes of weights to which something can be added.
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from shiradelta.models.dtypes import TORCH_DTYPES
 
 
 class CannotStreamError(Exception):
@@ -53,10 +51,10 @@ class Skeleton:
             if id(parameter) not in known:
                 raise CannotStreamError(f"the files have no {name!r}, which transformers makes from others")
             slot = self._checkpoint[self.names[name]] if name in self.names else None
-            if slot and (slot.shape != parameter.shape or slot.dtype.name not in DTYPES):
+            if slot and (slot.shape != parameter.shape or slot.dtype.name not in TORCH_DTYPES):
                 raise CannotStreamError(f"the files have {name!r} as {slot.dtype.name} {list(slot.shape)}")
         for buffer, tensor in self.model.named_buffers():
-            if buffer in self._checkpoint and self._checkpoint[buffer].dtype.name in DTYPES:
+            if buffer in self._checkpoint and self._checkpoint[buffer].dtype.name in TORCH_DTYPES:
                 tensor.copy_(self._read(buffer))
         for module in self.model.modules():
             for name, tensor in module.named_buffers(recurse=False):
@@ -114,7 +112,7 @@ class Skeleton:
         slot = self._checkpoint[name]
         bits = np.array(self._checkpoint.bits(name))
         kind = {2: np.int16, 4: np.int32}[slot.dtype.size]
-        return torch.from_numpy(bits.view(kind)).view(DTYPES[slot.dtype.name]).view(slot.shape)
+        return torch.from_numpy(bits.view(kind)).view(TORCH_DTYPES[slot.dtype.name]).view(slot.shape)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

@@ -25,11 +25,12 @@ from shiradelta.fit.fitted import Fitted, Order, Target
 from shiradelta.fit.measures import Measures, compare, mean
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.refit.least_squares import Enough, own_linears, refit
-from shiradelta.fit.refit.skeleton import DTYPES, CannotStreamError, Skeleton
+from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
 from shiradelta.fit.scores import largest
 from shiradelta.fit.teacher import exchanged
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import rename_all
+from shiradelta.models.dtypes import torch_dtype
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.topk import Selection
 from shiradelta.text.pooling import find_pooling
@@ -99,7 +100,7 @@ class _Weights:
                 self._tuned[weight] = (weight.data.float() + delta.view(weight.shape)).to(weight.dtype)
                 positions.append(largest(delta.abs(), min(targets[name].count, changed)))
                 values.append(delta[positions[-1]])
-        stored = [DTYPES.get(target.dtype, torch.float32) for target in self._targets]
+        stored = [torch_dtype(target.dtype) for target in self._targets]
         self._nonzeros: dict[str, Nonzeros] = {}
         for state in ("topk", "fitted") if positions else ():
             self._nonzeros[state] = Nonzeros(list(self._tuned), stored, positions)
