@@ -15,7 +15,8 @@ from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.registry import Flag, Incompatible, IndexCodec, Op, ValueCodec
+from shiradelta.format.operations import OPERATIONS, Operation
+from shiradelta.format.registry import Flag, Incompatible, IndexCodec, ValueCodec
 
 _FLAGS = sum(Flag)
 _CONTROL = bytes([*range(0x20), 0x7F])
@@ -44,7 +45,7 @@ class Record:
     name: str
     shape: tuple[int, ...]
     dtype: registry.DType
-    op: Op
+    operation: Operation
     index_codec: IndexCodec
     value_codec: ValueCodec
     nnz: int
@@ -61,7 +62,7 @@ class Record:
     @property
     def adds(self) -> bool:
         """Whether values are added; otherwise elements are replaced."""
-        return self.op is Op.ADD
+        return self.operation.adds
 
     @property
     def element_size(self) -> int:
@@ -270,8 +271,10 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
         raise FormatError("reserved_not_zero", "in a record")
     if dtype_id >= len(registry.DTYPES):
         raise FormatError("unknown_dtype", f"id {dtype_id}")
+    operation = OPERATIONS.by_id.get(op_id)
+    if operation is None:
+        raise FormatError("unknown_op", f"id {op_id}")
     for kind, id, reason in (
-        (Op, op_id, "unknown_op"),
         (IndexCodec, index_id, "unknown_index_codec"),
         (ValueCodec, value_id, "unknown_value_codec"),
     ):
@@ -285,7 +288,7 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
         name,
         shape,
         registry.DTYPES[dtype_id],
-        Op(op_id),
+        operation,
         IndexCodec(index_id),
         ValueCodec(value_id),
         nnz,
@@ -337,23 +340,22 @@ def combination_problem(record: Record) -> str | None:
         return f"{record.nnz} nonzeros in {record.index_codec.name} and {record.value_codec.name}"
     if record.index_codec is IndexCodec.ALL and not whole:
         return "ALL without all elements"
-    allowed = {
-        Op.ADD: record.dtype.name in registry.ADDABLE and (empty or record.value_codec in _ADD_VALUES),
-        Op.SET: not unspecified and (empty or record.value_codec is ValueCodec.BITS),
-        Op.NEW: not unspecified
-        and whole
-        and (empty or (record.index_codec is IndexCodec.ALL and record.value_codec is ValueCodec.BITS)),
-        Op.DROP: empty,
-    }
-    if not allowed.get(record.op, False):
+    operation = record.operation
+    fits = (
+        record.dtype.name in operation.dtypes
+        and (empty or (record.value_codec in _ADD_VALUES) == operation.adds)
+        and (empty or not operation.removes)
+        and (not operation.creates or (whole and (empty or record.index_codec is IndexCodec.ALL)))
+    )
+    if not fits:
         codecs = f"{record.index_codec.name} and {record.value_codec.name}"
-        return f"{record.op.name} of {record.dtype.name} with {codecs}"
+        return f"{operation.title} of {record.dtype.name} with {codecs}"
     for present, never in (
-        (record.base_fingerprint, unspecified or record.op is Op.NEW),
-        (record.result_fingerprint, unspecified or record.op is Op.DROP),
+        (record.base_fingerprint, unspecified or operation.creates),
+        (record.result_fingerprint, unspecified or operation.removes),
     ):
         if present is not None and never:
-            return f"a fingerprint on {record.op.name} of {record.dtype.name}"
+            return f"a fingerprint on {operation.title} of {record.dtype.name}"
     return None
 
 
@@ -426,7 +428,7 @@ def _build_record(record: Record, name_offset: int, name_size: int) -> bytes:
         name_size,
         len(record.shape),
         record.dtype.id,
-        record.op,
+        record.operation.id,
         record.index_codec,
         record.value_codec,
         flags,

@@ -11,11 +11,10 @@ import numpy.typing as npt
 from shiradelta.errors import DeltaError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Float32, Positions, to_float32
+from shiradelta.format.operations import OPERATIONS, Operation
 
 if TYPE_CHECKING:
     from scipy.sparse import coo_array
-
-OPS = ("add", "set", "new", "drop")
 
 
 def check_shape(shape: tuple[int, ...]) -> int:
@@ -67,22 +66,21 @@ class TensorDelta:
     ) -> None:
         self._shape = tuple(int(size) for size in shape)
         numel = check_shape(self._shape)
-        if op not in OPS:
-            raise DeltaError(f"operation {op!r} is unknown; it is one of {', '.join(OPS)}")
+        operation = OPERATIONS.find(op)
         if dtype not in registry.DTYPE_OF_NAME:
             raise DeltaError(f"dtype {dtype!r} is unknown; it is one of {', '.join(registry.DTYPE_OF_NAME)}")
-        if op == "add" and dtype not in registry.ADDABLE:
-            raise DeltaError(f"add is not defined for {dtype}, whose sums are not exact in float32; use set")
-        if op in ("set", "new") and dtype == "unspecified":
-            raise DeltaError(f"{op} needs the dtype of the tensor")
-        self._dtype, self._op = dtype, op
-        if op == "new" and positions is not None:
-            raise DeltaError("new adds a whole tensor: give None for its positions")
-        if op == "drop":
+        if dtype not in operation.dtypes:
+            if dtype == "unspecified":
+                raise DeltaError(f"{op} stores elements as they are: give their dtype, such as dtype='bfloat16'")
+            raise DeltaError(f"{op} is not defined for {dtype}, whose sums are not exact in float32; use set")
+        self._dtype, self._operation = dtype, operation
+        if operation.creates and positions is not None:
+            raise DeltaError(f"{op} adds a whole tensor: give None for its positions")
+        if operation.removes:
             positions, values = [], np.zeros(0, np.float32)
         self._positions = None if positions is None else _checked_positions(positions, numel)
         count = numel if self._positions is None else self._positions.size
-        self._values = _checked_values(values, count, dtype, op)
+        self._values = _checked_values(values, count, dtype, operation)
         if base_bits is not None and base_bits.shape != (count,):
             raise DeltaError(f"{base_bits.size} base elements for {count} positions")
         self.base_bits = base_bits
@@ -98,10 +96,10 @@ class TensorDelta:
         op: str,
         base_bits: Array | None,
     ) -> TensorDelta:
-        """One of arrays that are known to keep the rules; for the writer, whose codecs see to it."""
+        """Makes a delta without checks, for the writer, whose codecs guarantee the rules."""
         made = cls.__new__(cls)
-        made._shape, made._positions, made._values, made._dtype, made._op = shape, positions, values, dtype, op
-        made.base_bits, made._base_fingerprint = base_bits, None
+        made._shape, made._positions, made._values, made._dtype = shape, positions, values, dtype
+        made._operation, made.base_bits, made._base_fingerprint = OPERATIONS[op], base_bits, None
         return made
 
     @property
@@ -116,8 +114,13 @@ class TensorDelta:
 
     @property
     def op(self) -> str:
-        """One of "add", "set", "new", "drop"."""
-        return self._op
+        """The operation's name: "add", "set", "new" or "drop"."""
+        return self._operation.name
+
+    @property
+    def operation(self) -> Operation:
+        """The operation's row: what it does, and what it needs."""
+        return self._operation
 
     @property
     def numel(self) -> int:
@@ -132,7 +135,7 @@ class TensorDelta:
     @property
     def all_positions(self) -> bool:
         """Whether every element is listed."""
-        return self.nnz == self.numel and self.op != "drop"
+        return self.nnz == self.numel and not self._operation.removes
 
     @property
     def base_fingerprint(self) -> int | None:
@@ -152,12 +155,12 @@ class TensorDelta:
 
     def bits(self) -> Array:
         """Unsigned [nnz]: the new elements' bits for set and new, the binary32 bits of the values for add."""
-        return self._values.view(np.uint32) if self.op == "add" else self._values
+        return self._values if self._operation.stores_elements else self._values.view(np.uint32)
 
     def values(self) -> Float32:
         """float32 [nnz]: what is added, or the new elements where float32 holds them exactly."""
         bits = self.bits()
-        return bits.view(np.float32) if self.op == "add" else to_float32(bits, self.dtype)
+        return to_float32(bits, self.dtype) if self._operation.stores_elements else bits.view(np.float32)
 
     def to_scipy(self) -> coo_array:
         """A scipy.sparse.coo_array of `shape` ((1,) for a scalar), float32."""
@@ -190,12 +193,14 @@ def _checked_positions(positions: npt.ArrayLike, numel: int) -> Positions:
     return result
 
 
-def _checked_values(values: npt.ArrayLike, count: int, dtype: str, op: str) -> Array:
-    if op in ("set", "new"):
+def _checked_values(values: npt.ArrayLike, count: int, dtype: str, operation: Operation) -> Array:
+    if operation.stores_elements:
         size = registry.DTYPE_OF_NAME[dtype].size
         result = np.array(values).reshape(-1)
         if result.itemsize != size:
-            raise DeltaError(f"{op} stores the bits of {dtype}: give {size} bytes per element, not {result.dtype}")
+            raise DeltaError(
+                f"{operation.name} stores the bits of {dtype}: give {size} bytes per element, not {result.dtype}"
+            )
         result = result.astype(result.dtype.newbyteorder("<"), copy=False).view(f"<u{size}")
     else:
         with np.errstate(over="ignore"):

@@ -14,7 +14,7 @@ def tensor_digest(tensor: TensorDelta) -> bytes:
     """T of one tensor, 32 bytes."""
     head = struct.pack(
         f"<BBB{len(tensor.shape)}QQ",
-        registry.Op[tensor.op.upper()],
+        tensor.operation.id,
         registry.DTYPE_OF_NAME[tensor.dtype].id,
         len(tensor.shape),
         *tensor.shape,

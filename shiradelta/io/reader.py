@@ -35,7 +35,7 @@ class StoredTensor(TensorDelta):
         self.record = record
         self._shape = record.shape
         self._dtype = record.dtype.name
-        self._op = record.op.name.lower()
+        self._operation = record.operation
         self.base_bits = None
 
     @property
@@ -66,7 +66,7 @@ class StoredTensor(TensorDelta):
         """Unsigned [nnz].  Raises FormatError where the section is damaged."""
         if self.nnz:
             return self._delta.decoder.bits(self.record)
-        return np.zeros(0, "<u4" if self.op == "add" else f"<u{self.record.element_size or 4}")
+        return np.zeros(0, f"<u{self.record.element_size}" if self.operation.stores_elements else "<u4")
 
     def check(self) -> None:
         """Goes over all of it and keeps nothing.  Raises FormatError where it is damaged."""
@@ -85,7 +85,7 @@ class StoredTensor(TensorDelta):
             positions, bits = self._delta.decoder.between(self.record, start * columns, stop * columns)
         else:
             positions, bits = np.zeros(0, np.int64), self.bits()[:0]
-        return positions, bits.view(np.float32) if self.op == "add" else bits
+        return positions, bits.view(np.float32) if self.operation.adds else bits
 
     def patch(self, weight: Array, dtype: str, strength: float = 1.0) -> None:
         """Applies the delta in place to the bits of a whole tensor, flat and writable; shapes and dtypes must fit."""

@@ -65,7 +65,7 @@ class DeltaWriter:
 
     def _encode(self, name: str, tensor: TensorDelta) -> tuple[Record, TensorDelta]:
         nowhere = Section(0, 0, 0, 0)
-        dtype, op = registry.DTYPE_OF_NAME[tensor.dtype], registry.Op[tensor.op.upper()]
+        dtype, operation = registry.DTYPE_OF_NAME[tensor.dtype], tensor.operation
         index_id, value_id = registry.IndexCodec.NONE, registry.ValueCodec.NONE
         index = values = nowhere
         stored = tensor
@@ -73,14 +73,14 @@ class DeltaWriter:
             positions = tensor.positions()
             index_id = smallest_index_codec(positions, tensor.shape, self._backend.index_codecs)
             index = self._store(self._backend.index_codecs[index_id].encode(positions, tensor.shape))
-            value_id = self._codec if tensor.op == "add" else registry.ValueCodec.BITS
+            value_id = self._codec if operation.adds else registry.ValueCodec.BITS
             codec = self._backend.value_codecs[value_id]
-            payload = codec.encode(tensor.values() if tensor.op == "add" else tensor.bits())
+            payload = codec.encode(tensor.values() if operation.adds else tensor.bits())
             values = self._store(payload)
             decoded = codec.decode(np.frombuffer(payload, np.uint8), tensor.nnz, dtype.size, 0, tensor.nnz)
             stored = TensorDelta.trusted(
                 tensor.shape,
-                None if tensor.op == "new" else positions,
+                None if operation.creates else positions,
                 decoded,
                 tensor.dtype,
                 tensor.op,
@@ -91,7 +91,7 @@ class DeltaWriter:
             name,
             tensor.shape,
             dtype,
-            op,
+            operation,
             index_id,
             value_id,
             tensor.nnz,
@@ -164,11 +164,11 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
     if tensor.dtype == "unspecified":
         return None, None
     positions, base = stored.positions(), tensor.base_bits
-    if tensor.op in ("set", "new"):
+    if tensor.operation.stores_elements:
         result = backend.fingerprint(positions, stored.bits())
         known = tensor.base_fingerprint if base is None else backend.fingerprint(positions, base)
-        return (None if tensor.op == "new" else known), result
-    if tensor.op == "drop" or base is None:
+        return (None if tensor.operation.creates else known), result
+    if tensor.operation.removes or base is None:
         return tensor.base_fingerprint, None
     after = arithmetic.add(base, tensor.dtype, stored.values())
     return backend.fingerprint(positions, base), backend.fingerprint(positions, after)

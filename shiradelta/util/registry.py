@@ -7,6 +7,7 @@ tests and error messages are derived from it, so a new member is one `add`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from shiradelta.errors import ArgumentError
@@ -71,3 +72,41 @@ class Registry(Mapping[str, Row]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+class Numbered(Named, Protocol):
+    """A row that has a number in a file, too."""
+
+    @property
+    def id(self) -> int:
+        """1 byte in a file; unique in its registry."""
+
+
+NumberedRow = TypeVar("NumberedRow", bound=Numbered)
+
+
+class IdRegistry(Registry[NumberedRow]):
+    """A `Registry` whose members have ids, as those of the file format do.
+
+    Attributes:
+        by_id: id -> row; a view that follows `add` and `remove`.
+    """
+
+    def __init__(self, kind: str, rows: Iterable[NumberedRow] = ()) -> None:
+        self._by_id: dict[int, NumberedRow] = {}
+        self.by_id: Mapping[int, NumberedRow] = MappingProxyType(self._by_id)
+        super().__init__(kind, rows)
+
+    def add(self, row: NumberedRow) -> NumberedRow:
+        taken = self._by_id.get(row.id)
+        if taken is not None:
+            raise ArgumentError(f"{self.kind} {row.name!r}: id {int(row.id)} is that of {taken.name!r}; give another")
+        if not 0 <= row.id <= 255:
+            raise ArgumentError(f"{self.kind} {row.name!r}: id {row.id} does not fit one byte; give another")
+        super().add(row)
+        self._by_id[int(row.id)] = row
+        return row
+
+    def remove(self, name: str) -> None:
+        del self._by_id[int(self[name].id)]
+        super().remove(name)

@@ -1,0 +1,68 @@
+"""The operations: what a delta does to a tensor (spec/FORMAT.md, 6.1), one row each.
+
+Code asks a row what the operation does (`tensor.operation.adds`, `.restructures`) and never compares names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shiradelta.format.registry import ADDABLE, DTYPE_OF_NAME, UNSPECIFIED, Op
+from shiradelta.util.registry import IdRegistry
+
+_EVERY = frozenset(DTYPE_OF_NAME)
+_KNOWN = _EVERY - {UNSPECIFIED.name}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a delta does to one tensor.
+
+    Attributes:
+        id: its number in a file.
+        name: what `TensorDelta.op` calls it.
+        adds: float32 values are added to elements; otherwise elements are replaced by their bits.
+        has_strength: a strength other than 1 is defined.
+        creates: the whole tensor is added to the model.
+        removes: the whole tensor is taken away from the model; no nonzeros are listed.
+        dtypes: names of the dtypes that it is defined for.
+    """
+
+    id: int
+    name: str
+    adds: bool = False
+    has_strength: bool = False
+    creates: bool = False
+    removes: bool = False
+    dtypes: frozenset[str] = _KNOWN
+
+    @property
+    def restructures(self) -> bool:
+        """Whether the model gains or loses a tensor, which a live model cannot."""
+        return self.creates or self.removes
+
+    @property
+    def stores_elements(self) -> bool:
+        """Whether new elements are listed as bits of the tensor's dtype."""
+        return not self.adds and not self.removes
+
+    @property
+    def needs_dtype(self) -> bool:
+        """Whether the tensor's dtype has to be given."""
+        return UNSPECIFIED.name not in self.dtypes
+
+    @property
+    def title(self) -> str:
+        """The name in spec/REGISTRY.md."""
+        return self.name.upper()
+
+
+OPERATIONS: IdRegistry[Operation] = IdRegistry(
+    "operation",
+    (
+        Operation(Op.ADD, "add", adds=True, has_strength=True, dtypes=ADDABLE),
+        Operation(Op.SET, "set"),
+        Operation(Op.NEW, "new", creates=True),
+        Operation(Op.DROP, "drop", removes=True, dtypes=_EVERY),
+    ),
+)

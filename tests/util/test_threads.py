@@ -1,0 +1,69 @@
+"""Work on several threads gives what one thread gives, whatever fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from shiradelta.util.threads import ahead, in_ranges, map_in_threads
+
+
+@pytest.mark.parametrize("units", [0, 1, 5, 64])
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_ranges_cover_everything_once(units: int, threads: int):
+    seen: list[int] = []
+    in_ranges(lambda first, last: seen.extend(range(first, last)), units, threads)
+    assert sorted(seen) == list(range(units))
+
+
+def test_the_caller_works_where_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch):
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("shiradelta.util.threads.Thread.start", refuse)
+    seen: list[tuple[int, int]] = []
+    in_ranges(lambda first, last: seen.append((first, last)), 9, 3)
+    assert seen == [(0, 3), (3, 6), (6, 9)]
+
+
+def fail_at(number: int) -> Callable[[int], int]:
+    def work(item: int) -> int:
+        if item == number:
+            raise ValueError(f"item {item}")
+        return item * item
+
+    return work
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_results_are_in_order(count: int):
+    expected = [item * item for item in range(count)]
+    assert map_in_threads(fail_at(-1), range(count), 3) == expected
+    assert list(ahead(fail_at(-1), range(count))) == expected
+
+
+def test_an_exception_comes_through():
+    with pytest.raises(ValueError, match="item 3"):
+        map_in_threads(fail_at(3), range(9), 2)
+    with pytest.raises(ValueError, match="item 3"):
+        list(ahead(fail_at(3), range(9)))
+    done: list[int] = []
+
+    def work(first: int, last: int) -> None:
+        if first == 0:
+            raise ValueError("the first range")
+        done.append(first)
+
+    with pytest.raises(ValueError, match="the first range"):
+        in_ranges(work, 9, 3)
+    assert sorted(done) == [3, 6], "the others ended"
+
+
+def test_only_a_few_results_are_made_ahead():
+    made: list[int] = []
+    results = ahead(lambda item: made.append(item), range(100), threads=2)
+    next(results)
+    results.close()
+    assert len(made) <= 4
