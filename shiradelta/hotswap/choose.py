@@ -6,8 +6,8 @@ from importlib.util import find_spec
 
 from shiradelta.backends.choose import choose
 from shiradelta.errors import DeltaError, ShiraDeltaError
-from shiradelta.hotswap.layers import LiveBackend
 from shiradelta.hotswap.numpy import NumpyBackend
+from shiradelta.hotswap.protocol import LiveBackend
 
 BACKENDS = ("auto", "libshd", "numpy", "torch", "triton")
 

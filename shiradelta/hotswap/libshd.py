@@ -8,7 +8,7 @@ from typing import NamedTuple
 from shiradelta.backends.libshd import LoadedTensor, NativeDecoder, apply_sum
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.hotswap.layers import Held, Layer, Patch, Place, Stack, only_strengths_differ, stacks_of
+from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, Stack, only_strengths_differ, stacks_of
 from shiradelta.hotswap.numpy import NumpyBackend, elements, held_as_stored
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target
@@ -56,8 +56,8 @@ class NativeBackend(NumpyBackend):
             if summed is not None:
                 apply_sum(*summed, from_saved=True)
                 continue
-            for place in stack:
-                self.restore_one(place)
+            for item in stack:
+                self.restore_one(item)
             self.apply(stack)
 
     def apply(self, stack: Stack) -> None:
@@ -75,13 +75,13 @@ class NativeBackend(NumpyBackend):
         for layer, number in stack:
             layer.filled[number] = True
 
-    def restore_one(self, place: Place) -> None:
+    def restore_one(self, item: LayerPatch) -> None:
         """In one pass."""
-        loaded, weight = self._fused(place.patch)
+        loaded, weight = self._fused(item.patch)
         if loaded is None or weight is None:
-            super().restore_one(place)
+            super().restore_one(item)
         else:
-            loaded.revert(weight, place.patch.dtype, self.saved(place))
+            loaded.revert(weight, item.patch.dtype, self.saved(item))
 
     def _fused(self, patch: Patch) -> tuple[LoadedTensor | None, Array | None]:
         """(the library's tensor, the weight's bits flat), where they go together."""
@@ -96,9 +96,9 @@ class NativeBackend(NumpyBackend):
         if weight is None:
             return None
         addends = []
-        for place in stack:
-            loaded, _ = self._fused(place.patch)
-            if loaded is None or not place.patch.record.adds:
+        for item in stack:
+            loaded, _ = self._fused(item.patch)
+            if loaded is None or not item.patch.record.adds:
                 return None
-            addends.append((loaded, place.layer.strength, self.saved(place)))
+            addends.append((loaded, item.layer.strength, self.saved(item)))
         return addends, weight, stack[0].patch.dtype

@@ -10,9 +10,11 @@ import numpy as np
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.hotswap.layers import Elementwise, Held, Patch
+from shiradelta.hotswap.elementwise import Elementwise
+from shiradelta.hotswap.layers import Held, Patch
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target, is_array
+from shiradelta.util.arrays import merge_sorted
 
 
 class NumpyBackend(Elementwise):
@@ -61,15 +63,8 @@ class NumpyBackend(Elementwise):
         array[index] = bits
 
     def merge(self, parts: Sequence[Array]) -> tuple[Array, list[Array]]:
-        """A stable sort finds the runs that are in order already, and merges them; `unique` would not."""
-        every = np.concatenate(parts)
-        order = np.argsort(every, kind="stable")
-        ordered = every[order]
-        first = np.ones(every.size, np.bool_)
-        first[1:] = ordered[1:] != ordered[:-1]
-        places = np.empty(every.size, np.int64)
-        places[order] = np.cumsum(first) - 1
-        return ordered[first], np.split(places, np.cumsum([part.size for part in parts])[:-1])
+        union, indices, _ = merge_sorted(parts)
+        return union, indices
 
     def zeros(self, like: Array, dtype: str) -> Array:
         """Made anew."""

@@ -16,8 +16,9 @@ from shiradelta.format import arithmetic
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.digest import tensor_digest
 from shiradelta.hotswap.choose import new_backend
-from shiradelta.hotswap.layers import Held, Layer, LiveBackend, Patch
+from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.hotswap.matching import Names, check_fit, check_overlaps, match
+from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.hotswap.reading import read_whole
 from shiradelta.io.reader import Source, StoredTensor, open_delta
 from shiradelta.models.fingerprint import Remedies, check_fingerprint
@@ -409,7 +410,7 @@ def _on_different_tensors(*states: Layers) -> list[Held]:
     found: list[Held] = []
     for layers in states:
         for held in (layer.held for one in layers.values() for layer in one):
-            if not any(held.is_where(other) for other in found):
+            if not any(held.has_same_tensors(other) for other in found):
                 found.append(held)
     return found
 

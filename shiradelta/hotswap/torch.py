@@ -22,10 +22,11 @@ from shiradelta.format.codecs.bits import field_words
 from shiradelta.format.codecs.rice import Rice
 from shiradelta.format.container import Record, Section
 from shiradelta.format.registry import IndexCodec, ValueCodec
-from shiradelta.hotswap.layers import Elementwise, Held, Layer, Patch
-from shiradelta.hotswap.reading import in_threads
+from shiradelta.hotswap.elementwise import Elementwise
+from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target, is_array
+from shiradelta.util.threads import map_in_threads
 
 Tensor = torch.Tensor
 
@@ -88,7 +89,7 @@ class TorchBackend(Elementwise):
         parts = [part for tensor, _, _ in tensors for part in _parts(source, tensor)]
         try:
             buffer, starts = self._upload(source, parts)
-            in_threads(lambda item: item[0].check(), tensors)  # while the bytes are on their way
+            map_in_threads(lambda item: item[0].check(), tensors)  # while the bytes are on their way
         finally:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # the source is free to go

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.hotswap.layers import Held, Layer, Place, only_strengths_differ
+from shiradelta.hotswap.layers import Held, Layer, LayerPatch, only_strengths_differ
 from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.hotswap.triton import kernels
 from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, new_plan, prepare
@@ -105,7 +105,7 @@ class TritonBackend(TorchBackend):
         if plan.sums or plan.overlaps:
             self._add_up(plan, after, filled)
         for stack in plan.plain:
-            self.apply([Place(after[layer], number) for layer, number in stack])
+            self.apply([LayerPatch(after[layer], number) for layer, number in stack])
         self._used([*before, *after])
 
     def restore(self, layers: Sequence[Layer]) -> None:
@@ -123,7 +123,7 @@ class TritonBackend(TorchBackend):
                 self._launch(kernels.restore_kernel, x, *held, **x.kind.elements())
             for stack in plan.plain:
                 for _, number in stack:
-                    self.restore_one(Place(layer, number))
+                    self.restore_one(LayerPatch(layer, number))
         self._used(layers)
 
     def _add_up(self, plan: Plan, layers: Sequence[Layer], filled: bool) -> None:

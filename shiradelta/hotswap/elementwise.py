@@ -1,0 +1,162 @@
+"""A backend of live tensors made of a few array operations, which NumPy defines and torch has too.
+
+A backend that fuses these operations overrides `apply`, `replace` and `restore`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from shiradelta.hotswap.layers import Array, Held, Layer, LayerPatch, Patch, Stack, stacks_of
+from shiradelta.models.live import Target
+from shiradelta.util.arrays import overlay_values
+
+
+class Elementwise(ABC):
+    """A `LiveBackend` that works tensor by tensor: it decodes, reads, adds and writes."""
+
+    name: str
+    #: The array library: numpy or torch.
+    xp: Any
+
+    @abstractmethod
+    def positions(self, patch: Patch) -> Array:
+        """Flat positions of the patch's nonzeros, int64 [nnz]."""
+
+    @abstractmethod
+    def payload(self, patch: Patch) -> Array:
+        """[nnz]: float32 values of an ADD, elements' bits of a SET."""
+
+    @abstractmethod
+    def read(self, target: Target, positions: Array) -> Array:
+        """Elements' bits at flat row-major positions."""
+
+    @abstractmethod
+    def write(self, target: Target, positions: Array, bits: Array) -> None:
+        """Writes elements' bits at flat row-major positions."""
+
+    @abstractmethod
+    def merge(self, parts: Sequence[Array]) -> tuple[Array, list[Array]]:
+        """(the sorted union of increasing positions, the index in it of each part's positions)."""
+
+    @abstractmethod
+    def zeros(self, like: Array, dtype: str) -> Array:
+        """As many zeros as `like` has elements, on its device."""
+
+    @abstractmethod
+    def scaled(self, values: Array, strength: float) -> Array:
+        """fl32(alpha v)."""
+
+    @abstractmethod
+    def plus(self, one: Array, other: Array) -> Array:
+        """fl32(a + b)."""
+
+    @abstractmethod
+    def add(self, bits: Array, dtype: str, contribution: Array) -> Array:
+        """Bits of round(fl32(W + s)); NaN stays as it is."""
+
+    @abstractmethod
+    def fingerprint(self, positions: Array, bits: Array) -> int:
+        """The fingerprint of elements at their positions (FORMAT.md, 6.3)."""
+
+    @abstractmethod
+    def bits_type(self, dtype: str) -> Any:
+        """The array library's type for the bits of elements."""
+
+    def saved(self, item: LayerPatch) -> Array:
+        """The patch's part of the layer's room, as elements' bits [nnz]."""
+        layer, number = item
+        return layer.room[layer.held.span(number)].view(self.bits_type(item.patch.dtype))
+
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
+        """Fingerprints of the base at each patch's positions, one patch after the other."""
+        stacks = stacks_of(below)
+        return [self._fingerprint_of(patch, stacks.get(patch.target, [])) for patch in held.patches]
+
+    def _fingerprint_of(self, patch: Patch, below: Stack) -> int:
+        positions = self.positions(patch)
+        bits = self.read(patch.target, positions)
+        for item in below:
+            bits = overlay_values(self.xp, bits, positions, self.positions(item.patch), self.saved(item))
+        return self.fingerprint(positions, bits)
+
+    def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
+        """Restores the base, then applies the new layers."""
+        self.restore(before)
+        for stack in stacks_of(after).values():
+            self.apply(stack)
+
+    def apply(self, stack: Stack) -> None:
+        """Applies patches to one tensor, which holds its base's elements.
+
+        Nothing but the write itself can fail once the patches are marked as `filled`.
+        """
+        target = stack[0].patch.target
+        union, indices = self._union([item.patch for item in stack])
+        old = self.read(target, union)
+        for item, at in zip(stack, indices, strict=True):
+            self.saved(item)[:] = old[at]
+        new = self._combined(old, stack, indices)
+        for layer, number in stack:
+            layer.filled[number] = True
+        self.write(target, union, new)
+
+    def restore(self, layers: Sequence[Layer]) -> None:
+        """Puts saved elements back.  Layers that overlap have saved the same ones."""
+        for layer in layers:
+            for number in np.flatnonzero(layer.filled).tolist():
+                self.restore_one(LayerPatch(layer, number))
+
+    def restore_one(self, item: LayerPatch) -> None:
+        """Puts the saved elements of one patch back; the patch is `filled`."""
+        self.write(item.patch.target, self.positions(item.patch), self.saved(item))
+
+    def share_positions(self, one: Patch, other: Patch) -> bool:
+        """Whether two patches of a target have a position in common."""
+        union, _ = self._union([one, other])
+        return len(union) < one.record.nnz + other.record.nnz
+
+    def changed(self, layers: Sequence[Layer]) -> int:
+        """Number of elements, among those that the layers list, whose bits differ from the base's."""
+        count = 0
+        for stack in stacks_of(layers).values():
+            union, indices = self._union([item.patch for item in stack])
+            now = self.read(stack[0].patch.target, union)
+            base = now + 0  # a copy
+            for item, at in zip(stack, indices, strict=True):
+                base[at] = self.saved(item)
+            count += int((now != base).sum())
+        return count
+
+    def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
+        """An empty context: a CPU has done its work when a call returns."""
+        return nullcontext()
+
+    def _union(self, patches: Sequence[Patch]) -> tuple[Array, list[Any]]:
+        """(positions of all patches, increasing; the index in them of each patch's positions)."""
+        parts = [self.positions(patch) for patch in patches]
+        return self.merge(parts) if len(parts) > 1 else (parts[0], [slice(None)])
+
+    def _combined(self, old: Array, stack: Stack, indices: Sequence[Any]) -> Array:
+        """The new elements at the union of several deltas' positions; `old` are the base's."""
+        bits, total = old, None
+        for item, at in zip(stack, indices, strict=True):
+            payload = self.payload(item.patch)
+            if not item.patch.record.adds:
+                bits = bits + 0  # a copy
+                bits[at] = payload
+                continue
+            contribution = self.scaled(payload, item.layer.strength)
+            if total is None:
+                total, added = self.zeros(old, "float32"), self.zeros(old, "bool")
+            # Starting from the first contribution and not from +0, which would lose the sign of -0.
+            total[at] = self.xp.where(added[at], self.plus(total[at], contribution), contribution)
+            added[at] = True
+        if total is None:
+            return bits
+        return self.xp.where(added, self.add(bits, stack[-1].patch.dtype, total), bits)

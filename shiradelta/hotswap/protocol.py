@@ -1,0 +1,67 @@
+"""What a backend of live tensors has to do for a hot-swap session.
+
+A session decides what is to be on which tensor.  A backend holds the compressed deltas beside the tensors and works on
+their elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.layers import Array, Held, Layer, Patch
+from shiradelta.io.reader import StoredTensor
+from shiradelta.models.live import Target
+
+
+class LiveBackend(Protocol):
+    """Work on the elements of tensors in one kind of memory.  All backends give the same bits.
+
+    Layers are given in the order of their adapters' digests.
+    """
+
+    name: str
+
+    def buffer(self, size: int) -> Bytes:
+        """Host memory to read a file into."""
+
+    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
+        """Checks the tensors' deltas completely and copies them, compressed, to where the targets are.
+
+        Args:
+            source: the file, in memory from `buffer`, which nobody changes.
+            tensors: (delta, target, dtype of the target's elements).
+
+        Raises:
+            FormatError: a section is damaged.
+        """
+
+    def room(self, size: int) -> Array:
+        """Bytes to save elements in."""
+
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
+        """Fingerprints of the base at each patch's positions; `below` is what is on the targets now."""
+
+    def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
+        """Replaces the layers on the tensors: saves the base's elements and writes the results (FORMAT.md, 6.2).
+
+        Layers that share their room are one adapter with two strengths.  If the call raises, the patches of `after`
+        that may have been written are marked as `filled`.
+        """
+
+    def restore(self, layers: Sequence[Layer]) -> None:
+        """Puts back the saved elements of all patches that are `filled`."""
+
+    def share_positions(self, one: Patch, other: Patch) -> bool:
+        """Whether two patches of a target have a position in common."""
+
+    def changed(self, layers: Sequence[Layer]) -> int:
+        """Number of elements whose bits differ from the base's now."""
+
+    def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
+        """A context whose work follows all earlier work of this backend, on a device's stream if given.
+
+        Later work does not wait for work that only `reads`: the block itself waits for that.
+        """

@@ -1,0 +1,64 @@
+"""Array operations that several parts of the package need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class MergedRuns(NamedTuple):
+    """Sorted runs of numbers, merged.
+
+    Attributes:
+        union: every number once, increasing.
+        indices: for each run, where its numbers are in the union.
+        first: for each number of all runs, sorted, whether it is the first of its equals.
+    """
+
+    union: NDArray[np.int64]
+    indices: list[NDArray[np.int64]]
+    first: NDArray[np.bool_]
+
+    def shared(self) -> NDArray[np.bool_]:
+        """For each number of the union, whether several runs have it."""
+        return np.append(~self.first[1:], False)[self.first]
+
+
+def merge_sorted(runs: Sequence[NDArray[np.int64]]) -> MergedRuns:
+    """Merges increasing runs of integers.
+
+    A stable sort recognises the runs and merges them; `numpy.unique` would sort from scratch.
+    """
+    everything = np.concatenate(runs)
+    order = np.argsort(everything, kind="stable")
+    ordered = everything[order]
+    first = np.ones(everything.size, np.bool_)
+    first[1:] = ordered[1:] != ordered[:-1]
+    indices = np.empty(everything.size, np.int64)
+    indices[order] = np.cumsum(first) - 1
+    return MergedRuns(ordered[first], np.split(indices, np.cumsum([run.size for run in runs])[:-1]), first)
+
+
+def overlay_values(xp: Any, values: Any, positions: Any, other_positions: Any, other_values: Any) -> Any:
+    """`values` at `positions`, replaced by `other_values` wherever `other_positions` has the same position.
+
+    Args:
+        xp: the array library, NumPy or torch.
+        values: one per position.
+        positions: increasing.
+        other_positions: increasing.
+        other_values: one per other position.
+    """
+    if not len(other_positions):
+        return values
+    slot = xp.searchsorted(other_positions, positions).clip(max=len(other_positions) - 1)
+    return xp.where(other_positions[slot] == positions, other_values[slot], values)
+
+
+def sum_of_squares(values: NDArray[np.float32]) -> float:
+    """Summed in float64: finite whenever all values are, and precise enough to compare close sums."""
+    wide = values.astype(np.float64)
+    return float(wide @ wide)
