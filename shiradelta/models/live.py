@@ -16,6 +16,7 @@ import numpy as np
 
 from shiradelta.errors import TargetError
 from shiradelta.format import registry
+from shiradelta.models import peft
 
 #: (names -> tensors of a module, a name there).
 Home = tuple[Mapping[str, Any], str]
@@ -142,8 +143,8 @@ def _named(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any] | None]]:
         for name, tensor in own.items():
             yield name, tensor, None
         for name, tensor in own.items():  # PEFT puts this between a layer and its weight
-            if ".base_layer." in name:
-                yield name.replace(".base_layer.", "."), tensor, None
+            if peft.BASE_LAYER in name:
+                yield name.replace(peft.BASE_LAYER, "."), tensor, None
         yield from _as_in_checkpoint(model)
         return
     for name, value in model.items():

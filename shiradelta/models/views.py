@@ -11,6 +11,7 @@ from torch import nn
 
 from shiradelta.format.arithmetic import Positions
 from shiradelta.models.live import Target
+from shiradelta.models.peft import BASE_LAYER
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def views(weights: Mapping[str, nn.Parameter], targets: Mapping[str, Target]) ->
     found: dict[str, dict[tuple[int, ...], View]] = {name: {} for name in weights}
     own = {name for name, target in targets.items() if not target.view and target.name == name}
     for name, target in targets.items():
-        if name in own or target.refusal is not None or ".base_layer." in name:
+        if name in own or target.refusal is not None or BASE_LAYER in name:
             continue
         weight_name = storages.get(target.tensor.untyped_storage().data_ptr())
         if weight_name is None:
