@@ -1,13 +1,45 @@
-"""Foreign layouts -> `.shd`: one file a source, all through `convert`.
+"""Converts what others write (LoRA, full fine-tune, diff) to `.shd`: one file a source layout, all through `convert`.
 
-A source yields `Item`s, one a tensor; `convert` selects, quantises, writes and reports, one tensor in memory at a
+A source yields `Item`s, one a tensor; `convert` selects, quantises, writes and reports with one tensor in memory at a
 time.  The folder is installed as `shiradelta.converters`.
 """
 
 from __future__ import annotations
 
-from .pipeline import convert, default_output
-from .report import Report
-from .sources import KINDS, open_source
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["KINDS", "Report", "convert", "default_output", "open_source"]
+from . import diff, full, lora  # noqa: F401  each registers its layout
+from .item import Item, Skipped, SkipReason, Source
+from .pipeline import convert, default_output
+from .report import ConversionReport
+from .sources import SOURCES, SourceFiles, SourceLayout, kinds, open_source, source
+
+__all__ = [
+    "SOURCES",
+    "ConversionReport",
+    "Item",
+    "SkipReason",
+    "Skipped",
+    "Source",
+    "SourceFiles",
+    "SourceLayout",
+    "convert",
+    "default_output",
+    "kinds",
+    "open_source",
+    "source",
+]
+
+if not TYPE_CHECKING:  # a type checker knows new names only
+
+    def __getattr__(name: str) -> Any:
+        """Names of 0.1, which are taken for one release more."""
+        from shiradelta.util.deprecated import warn_renamed
+
+        if name == "Report":
+            warn_renamed("shiradelta.converters.Report", "ConversionReport")
+            return ConversionReport
+        if name == "KINDS":
+            warn_renamed("shiradelta.converters.KINDS", "kinds()")
+            return kinds()
+        raise AttributeError(f"module 'shiradelta.converters' has no attribute {name!r}")

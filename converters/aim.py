@@ -1,7 +1,7 @@
-"""The sparsity that a file of some size, or a delta of some error, takes.
+"""Finds the sparsity that gives a file of some size, or a delta of some error.
 
-A model of both, from the codecs' sizes and the distribution of magnitudes, tells where to try; a trial is the whole
-conversion without the writing, so that what is promised of the file is measured and not predicted.
+A model predicts both from the codecs' sizes and the distribution of magnitudes, and says where to try.  A trial is the
+whole conversion without the writing, so the file keeps the limit by measure, not by prediction.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shiradelta.errors import DeltaError, SourceError
+from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.format import registry
 from shiradelta.format.codecs import VALUE_CODECS, rice
 from shiradelta.select.counts import Counts
 
-#: A trial that comes this close to the limit, and keeps it, is taken; so is one of a sparsity known this well.
+#: The search ends with a trial that keeps the limit and is this close to it, or once the sparsity is this certain.
 CLOSE, KNOWN = 0.005, 1.002
 TRIALS = 12
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-#: What a fitted file's own metadata, and the padding of a tensor whose count may change, take at most.
+#: The most bytes that a fitted file's metadata take, and the padding of a tensor whose count may change.
 _FIT_METADATA, _PADDING = 1024, 192
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a sparsity gives: bytes of the file, and the relative error of the delta in it."""
+    """What a sparsity gives: the file's bytes, and the relative error of its delta."""
 
     size: int
     error: float
@@ -37,20 +37,20 @@ def parse_size(text: str | int) -> int:
     """Bytes of "2MB" (10^6), "2MiB" (2^20), "900k" or a plain number.
 
     Raises:
-        DeltaError: it is none.
+        ArgumentError: it is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
     unit = match and (match[2].upper() if match[2].upper() in _UNITS else match[2].upper() + "B")
     size = math.inf if match is None or unit not in _UNITS else float(match[1]) * _UNITS[unit]
     if size == math.inf:
-        raise DeltaError(f"size {text!r} is unknown; give a number of bytes, or such as 900KB, 2MB or 1.5GiB")
+        raise ArgumentError(f"size {text!r} is unknown; give a number of bytes, or such as 900KB, 2MB or 1.5GiB")
     return int(size)
 
 
 class Aim(ABC):
-    """A limit, and how to get near it.  `model` and `measured` are in the same unit."""
+    """A limit, and how to get near it.  `model` and `measured` have the same unit."""
 
-    #: Whether the limit is kept by few elements (else by many).
+    #: Whether few elements keep the limit (else many do).
     few: bool
 
     def __init__(self, limit: float, counts: Counts, codec: str) -> None:
@@ -58,11 +58,11 @@ class Aim(ABC):
 
     @abstractmethod
     def model(self, sparsity: float) -> float:
-        """About what a trial would measure; monotone in the sparsity."""
+        """Roughly what a trial would measure; monotone in the sparsity."""
 
     @abstractmethod
     def measured(self, trial: Trial) -> float:
-        """What counts of a trial."""
+        """What the limit is compared with."""
 
     @property
     def close(self) -> float:
@@ -71,16 +71,16 @@ class Aim(ABC):
 
     @abstractmethod
     def impossible(self, best: Trial) -> str:
-        """What to say where even the end of the range does not keep the limit."""
+        """The message where even the end of the range does not keep the limit."""
 
 
-class Size(Aim):
+class SizeAim(Aim):
     """A file of at most `limit` bytes."""
 
     few = True
 
     def model(self, sparsity: float) -> float:
-        """The most that files with so many elements can take: the size of evenly spread positions."""
+        # The most that so many elements can take: the size of evenly spread positions.
         return sum(most_bytes(self._numel(name), k, self.codec) for name, k in self.counts.kept(sparsity).items())
 
     @property
@@ -92,19 +92,17 @@ class Size(Aim):
         return self.counts.dense[name].numel
 
     def measured(self, trial: Trial) -> float:
-        """Its bytes."""
         return trial.size
 
     def impossible(self, best: Trial) -> str:
-        """The least there can be."""
         return (
             f"a file of {self.limit:,.0f} bytes is too small: one weight in each tensor takes {best.size:,} already;"
             " give more"
         )
 
 
-class Error(Aim):
-    """A delta with at most that relative error; in units of the squared error."""
+class ErrorAim(Aim):
+    """A delta with at most that relative error; the unit is the squared error."""
 
     few = False
 
@@ -114,25 +112,24 @@ class Error(Aim):
         self._energy = sum(spectrum.energy for spectrum in counts.spectra.values())
 
     def model(self, sparsity: float) -> float:
-        """The share of the energy that is not selected, as magnitudes alone tell."""
+        # The share of the energy that is not selected, without rounding.
         kept = self.counts.kept(sparsity)
         left = sum(spectrum.energy_beyond(kept[name]) for name, spectrum in self.counts.spectra.items())
         return left / self._energy if self._energy else 0.0
 
     def measured(self, trial: Trial) -> float:
-        """Its squared error, that of the codec included."""
         return trial.error**2
 
     def impossible(self, best: Trial) -> str:
-        """The least that was found: rounding more values to few bits may be worse than leaving them out."""
+        # Rounding more values to few bits may be worse than leaving them out.
         return (
-            f"an error of {self._wanted:g} cannot be had with {self.codec} values, which leave {best.error:.3g} at"
+            f"an error of {self._wanted:g} cannot be reached with {self.codec} values, which leave {best.error:.3g} at"
             " best; take --values f32 or a larger error"
         )
 
 
 def most_bytes(numel: int, count: int, codec: str) -> int:
-    """The most that `count` of a tensor's elements take in a file, wherever they lie."""
+    """The most bytes that `count` of a tensor's elements take in a file, wherever they are."""
     if not count:
         return 0
     index = min(
@@ -143,10 +140,10 @@ def most_bytes(numel: int, count: int, codec: str) -> int:
 
 
 def find_sparsity(aim: Aim, trial: Callable[[float], Trial]) -> float:
-    """The sparsity that just keeps the limit, by the measure of a trial.
+    """The sparsity that just keeps the limit, as trials measure it.
 
     Raises:
-        SourceError: none does.
+        SourceError: no sparsity keeps it.
     """
     least, most = _range(aim.counts)
     good, bad = (least, most) if aim.few else (most, least)
@@ -158,7 +155,7 @@ def find_sparsity(aim: Aim, trial: Callable[[float], Trial]) -> float:
             tried[key] = trial(sparsity)
         return aim.measured(tried[key])
 
-    known, offset = False, 0.0  # whether `good` was tried; what the model is wrong by
+    known, offset = False, 0.0  # whether `good` was tried; the model's error
     for _ in range(TRIALS):
         sparsity = _inverse(aim.model, aim.limit - aim.close / 4 - offset, aim.few, least, most)
         if known and not min(good, bad) < sparsity < max(good, bad):
@@ -179,17 +176,17 @@ def find_sparsity(aim: Aim, trial: Callable[[float], Trial]) -> float:
 
 
 def find_fitted_sparsity(counts: Counts, codec: str, room: int) -> float:
-    """The sparsity whose positions and values take at most `room` bytes, wherever fitting will put them.
+    """The sparsity whose positions and values take at most `room` bytes, wherever fitting puts them.
 
     Raises:
-        SourceError: none does.
+        SourceError: no sparsity does.
     """
 
     def most_in_all(sparsity: float) -> float:
         kept = counts.kept(sparsity)
         if counts.scope == "tensor":
             return sum(most_bytes(counts.dense[name].numel, count, codec) for name, count in kept.items())
-        # Elements may move between tensors; the bound is concave, so that an even spread is the worst.
+        # Elements may move between tensors; the bound is concave, so an even spread is the worst.
         changed = sum(spectrum.nonzero > 0 for spectrum in counts.spectra.values())
         return most_bytes(counts.numel, sum(kept.values()), codec) + _PADDING * changed
 
@@ -204,12 +201,12 @@ def find_fitted_sparsity(counts: Counts, codec: str, room: int) -> float:
 
 
 def _range(counts: Counts) -> tuple[float, float]:
-    """The smallest and the largest sparsity that differ from others."""
+    """The smallest sparsity that keeps an element, and the largest."""
     return 1 / max(counts.numel, 1), 1.0
 
 
 def _inverse(model: Callable[[float], float], wanted: float, rising: bool, least: float, most: float) -> float:
-    """The sparsity at which a monotone model gives just no more than what is wanted, by halving the logarithm."""
+    """The sparsity at which a monotone model just stays within `wanted`, by bisection of its logarithm."""
     small, large = (least, most) if rising else (most, least)
     if model(large) <= wanted:
         return large

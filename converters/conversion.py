@@ -1,8 +1,8 @@
-"""A source's items, selected from, quantised, written and reported, one tensor in memory at a time."""
+"""Selects from a source's items, quantises, writes and reports, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +15,11 @@ from shiradelta.format import registry
 from shiradelta.io.writer import DeltaWriter, weighing
 from shiradelta.select.counts import Counts
 from shiradelta.select.topk import Selection, top_k
+from shiradelta.util.progress import Progress
 
-from .aim import Aim, Error, Size, Trial, find_fitted_sparsity, find_sparsity, parse_size
+from .aim import Aim, ErrorAim, SizeAim, Trial, find_fitted_sparsity, find_sparsity, parse_size
 from .item import Item, Source
-from .report import Report, TensorReport
+from .report import ConversionReport, TensorReport
 
 if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What stays the same, whatever the number of elements that are kept."""
+    """A conversion, apart from how many elements are kept."""
 
     source: str
     target: Path
@@ -36,25 +37,25 @@ class Conversion:
     backend: str
     pairs: Mapping[str, str]
     metadata: Mapping[str, str]
-    progress: Callable[[str, int, int], None]
+    progress: Progress
 
     def find_sparsity(self, counts: Counts, size: str | int | None, error: float | None, fitted: bool) -> float:
         """The sparsity that gives a file of at most that size, or a delta of at most that error.
 
         Raises:
-            SourceError: none does.
+            SourceError: no sparsity does.
         """
         if error is not None:
-            aim: Aim = Error(error, counts, self.values)
+            aim: Aim = ErrorAim(error, counts, self.values)
         else:
             assert size is not None
             if fitted:
                 return find_fitted_sparsity(counts, self.values, parse_size(size) - self._fixed(counts))
-            aim = Size(parse_size(size), counts, self.values)
+            aim = SizeAim(parse_size(size), counts, self.values)
         return find_sparsity(aim, lambda sparsity: self._weigh(sparsity, counts(sparsity)))
 
     def _fixed(self, counts: Counts) -> int:
-        """Bytes of everything but the dense deltas' positions and values."""
+        """Bytes of everything except the positions and values of dense deltas."""
         one = {name: min(1, spectrum.nonzero) for name, spectrum in counts.spectra.items()}
         sections = 2 * registry.SECTION_ALIGNMENT * sum(one.values())
         return self._weigh(0, one).size - sections
@@ -65,14 +66,16 @@ class Conversion:
         report = self.write(writer, sparsity, kept, None)
         return Trial(writer.size, report.error)
 
-    def write(self, writer: DeltaWriter, sparsity: float, kept: Mapping[str, int], fitted: Fitted | None) -> Report:
-        """Selects, unless that was done by fitting, and gives all tensors to the writer.
+    def write(
+        self, writer: DeltaWriter, sparsity: float, kept: Mapping[str, int], fitted: Fitted | None
+    ) -> ConversionReport:
+        """Selects, unless fitting has done so, and gives all tensors to the writer.
 
         Raises:
             SourceError: nothing changes the base.
         """
-        report = Report(self.source, str(self.target), sparsity, self.values, fit=fitted)
-        report.skipped.update(self.opened.skipped)
+        report = ConversionReport(self.source, str(self.target), sparsity, self.values, fit=fitted)
+        report.skipped.update({name: str(skipped) for name, skipped in self.opened.skipped.items()})
         report.warnings.extend(self.opened.warnings)
         report.warnings.extend(fitted.warnings if fitted else [])
         selections = fitted.tensors if fitted else {}
@@ -100,7 +103,7 @@ class Conversion:
         return report
 
     def _add(self, writer: DeltaWriter, item: Item, k: int, fitted: Selection | None) -> TensorReport:
-        """One tensor, if anything of it is selected."""
+        """Adds one tensor, if any of it is selected."""
         try:
             if item.dense is not None:
                 selection = fitted or top_k(item.dense(), item.matrix, k, choose(self.backend).at_least)

@@ -1,7 +1,7 @@
 """Files that hold differences: dense (LyCORIS' `.diff`, `.diff_b`, `.w_norm`, `.b_norm`, or plain names), or sparse.
 
 Sparse layouts: PEFT's SHiRA (`MODULE.shira_weight`, `MODULE.shira_indices` [2, nnz]), and `NAME.values` with flat
-`NAME.positions`.  Sparse ones are taken whole; nothing is selected from them.
+`NAME.positions`.  A sparse difference is converted whole; nothing is selected from it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import numpy as np
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Array, Float32, to_float32
 from shiradelta.format.delta import TensorDelta, matrix_shape
+from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
-from shiradelta.models.peft import PREFIX, parse_shira_key
+from shiradelta.models.peft import ADAPTER, PREFIX, parse_shira_key
 from shiradelta.select.topk import Rows, row_shape
 
-from .item import Item, Source
+from .item import Item, Skipped, SkipReason, Source
 from .lora_keys import find_tensors
+from .sources import SourceFiles, source
 
 #: suffix of a file's key -> (suffix of the tensor's name, what the key holds)
 _SUFFIXES = {
@@ -30,7 +32,6 @@ _SUFFIXES = {
     ".w_norm": (".weight", "dense"),
     ".b_norm": (".bias", "dense"),
 }
-_VALUES = ("float32", "float16", "bfloat16")
 
 
 def parse_key(key: str) -> tuple[str, str] | None:
@@ -38,7 +39,7 @@ def parse_key(key: str) -> tuple[str, str] | None:
     shira = parse_shira_key(key)
     if shira is not None:
         return shira
-    key = key.removesuffix(".default")
+    key = key.removesuffix(ADAPTER)
     for suffix, (put, what) in _SUFFIXES.items():
         if key.endswith(suffix):
             return key.removesuffix(suffix).removeprefix(PREFIX) + put, what
@@ -46,9 +47,9 @@ def parse_key(key: str) -> tuple[str, str] | None:
 
 
 def holds_diffs(keys: Collection[str]) -> bool:
-    """Whether a file with these keys is one of diffs: all of them are, or some come in pairs.
+    """Whether a file with these keys holds differences: all keys say so, or some values come with their positions.
 
-    A model may well have a tensor whose name ends in `.values`.
+    One key is not enough: a model may have a tensor whose name ends in `.values`.
     """
     parsed = [parse_key(key) for key in keys]
     if parsed and all(parsed):
@@ -59,58 +60,60 @@ def holds_diffs(keys: Collection[str]) -> bool:
     return any("values" in what and what & {"positions", "indices"} for what in held.values())
 
 
-def open_diff(source: Checkpoint, base: Checkpoint | None) -> Source:
+@source(
+    "diff",
+    "A file of differences, dense or sparse: LyCORIS', PEFT's SHiRA, or tensors with their positions.",
+    lambda files: holds_diffs(files.checkpoint),
+    order=20,
+    hint="for plain tensors that are differences give --kind diff",
+)
+def open_diff(files: SourceFiles) -> Source:
     """Every difference in a file."""
+    source, base = files.checkpoint, files.base
     tensors: dict[str, dict[str, str]] = {}
     for key in source:
         name, what = parse_key(key) or (key, "dense")
         tensors.setdefault(name, {})[what] = key
     result = Source()
-    found, lacking = dict.fromkeys(tensors, ""), dict[str, str]()
+    found, lacking = dict.fromkeys(tensors, ""), dict[str, Skipped]()
     if base is not None:
         shapes = {name: source[keys["dense"]].shape if "dense" in keys else () for name, keys in tensors.items()}
         found, lacking = find_tensors(shapes, base)
     for name, keys in tensors.items():
-        if name not in found:
-            result.skipped[name] = lacking[name]
-            continue
-        item = _item(source, keys, found[name] or name, base)
-        if isinstance(item, str):
-            result.skipped[name] = item
-        else:
-            result.items.append(item)
+        result.add(name, _item(source, keys, found[name] or name, base) if name in found else lacking[name])
     return result
 
 
-def difference(source: Checkpoint, key: str, name: str, base: Checkpoint) -> Item | str:
-    """The dense difference under a key, of the base's tensor `name`; or why it cannot be taken."""
+def difference(source: Checkpoint, key: str, name: str, base: Checkpoint) -> Item | Skipped:
+    """The dense difference under a key, for the base's tensor `name`; or why it is skipped."""
     return _item(source, {"dense": key}, name, base)
 
 
-def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint | None) -> Item | str:
+def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint | None) -> Item | Skipped:
     for what, key in keys.items():
         dtype = source[key].dtype.name
-        if dtype not in _VALUES and not (what in ("positions", "indices") and "int" in dtype):
-            raise SourceError(f"{source.root}: {key!r} is {dtype}; differences are {', '.join(_VALUES)}")
+        if dtype not in ADD_DTYPES and not (what in ("positions", "indices") and "int" in dtype):
+            raise SourceError(f"{source.root}: {key!r} is {dtype}; differences are {', '.join(ADD_DTYPES)}")
     if "dense" in keys:
         slot = source[keys["dense"]]
         dense = partial(_rows, source, keys["dense"])
         if base is None:
             return Item(name, slot.shape, "unspecified", dense)
         if base[name].shape != slot.shape:
-            return f"its shape is {list(slot.shape)}, the base's {list(base[name].shape)}"
+            return Skipped(SkipReason.SHAPE, f"its shape is {list(slot.shape)}, the base's {list(base[name].shape)}")
         return Item(name, slot.shape, base[name].dtype.name, dense, base_bits=partial(base.bits, name))
     where = "positions" if "positions" in keys else "indices"
     if where not in keys or "values" not in keys:
-        return f"only its {' '.join(keys)} is there"
+        return Skipped(SkipReason.PARTS, f"only its {' '.join(keys)} is there")
     if base is None:
-        return "a sparse diff does not tell the tensor's shape; give --base MODEL"
+        why = "a sparse diff does not tell the tensor's shape; give --base MODEL"
+        return Skipped(SkipReason.NEEDS_BASE, why)
     slot = base[name]
     return Item(name, slot.shape, slot.dtype.name, exact=partial(_sparse, source, keys, where, name, base))
 
 
 def _rows(source: Checkpoint, key: str) -> Rows:
-    """A dense difference as it stands in the file."""
+    """A dense difference, as the file has it."""
     slot = source[key]
     bits, dtype, columns = source.bits(key), slot.dtype.name, row_shape(slot.shape)[1]
 
@@ -121,7 +124,7 @@ def _rows(source: Checkpoint, key: str) -> Rows:
 
 
 def _integers(source: Checkpoint, key: str) -> Array:
-    """Indices, also those that were stored as float32 (PEFT does so on Windows)."""
+    """Integers, which PEFT stores as float32 on Windows."""
     slot = source[key]
     bits = source.bits(key)
     if slot.dtype.name.startswith("float"):

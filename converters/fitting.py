@@ -1,16 +1,17 @@
-"""A source's items, fitted."""
+"""Fitting a source's items instead of selecting from them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shiradelta.errors import SourceError
 from shiradelta.fit import Fit
+from shiradelta.util.progress import Progress
 
-from .item import Source
+from .item import SkipReason, Source
 
 if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
@@ -25,16 +26,20 @@ def run_fit(
     values: str,
     scope: str,
     out: Path,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress,
 ) -> Fitted:
-    """Fits what has a dense delta that is added; the rest is the model's and the fine-tune's alike."""
+    """Fits the items that have a dense delta to add; model and fine-tune share the others.
+
+    Raises:
+        SourceError: fitting is not possible without the base, torch or something to fit.
+    """
     if base is None:
         raise SourceError(f"{source_path}: fitting needs the model that it was made from; give --base MODEL")
-    for name, why in source.skipped.items():
-        if "its shape is" in why:
+    for name, skipped in source.skipped.items():
+        if skipped.reason is SkipReason.SHAPE:
             raise SourceError(
-                f"{source_path}: {name!r}: {why}; such a tensor cannot be fitted: give the base the same shape (for a"
-                " resized vocabulary, resize_token_embeddings), or convert without fitting"
+                f"{source_path}: {name!r}: {skipped}; such a tensor cannot be fitted: give the base the same shape"
+                " (for a resized vocabulary, resize_token_embeddings), or convert without fitting"
             )
     try:
         from shiradelta.fit.fitted import Order, Target
@@ -49,5 +54,4 @@ def run_fit(
     if not targets:
         raise SourceError(f"{source_path}: has nothing to fit, for its changes are exact already")
     whole = [(item.name, item.exact()) for item in source.items if item.exact is not None]
-    tell = progress or (lambda what, done, total: None)
-    return run(Order(fit, targets, whole, Path(base), Path(source_path), values, scope == "model", out, tell))
+    return run(Order(fit, targets, whole, Path(base), Path(source_path), values, scope == "model", out, progress))

@@ -1,4 +1,4 @@
-"""A full fine-tune against its base: delta = tuned - base, tensor by tensor."""
+"""A full fine-tune against its base: delta = tuned - base, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,22 +10,34 @@ import numpy as np
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Array, Float32, to_float32
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint, Slot, match_names
 from shiradelta.select.topk import Rows, row_shape
 
-from .item import Item, Source, whole_tensor
+from .item import Item, Skipped, SkipReason, Source, whole_tensor
+from .lora_keys import refuse_unmerged
+from .sources import SourceFiles, source
 
-_ADDED = ("float32", "float16", "bfloat16")
-#: The share of a model's tensors that may be a head's.
+#: The largest share of a model's tensors that may belong to its head.
 _HEAD = 0.1
 
 
-def open_full(source: Checkpoint, base: Checkpoint) -> Source:
-    """Every tensor of the fine-tune: changed, added whole, or left alone and why."""
-    result = Source()
+@source(
+    "full",
+    "A fine-tuned model, as a folder or a file; it needs the base.",
+    lambda files: files.base is not None,
+    order=30,
+    hint="for a full fine-tune give --base MODEL",
+)
+def open_full(files: SourceFiles) -> Source:
+    """Every tensor of the fine-tune: changed, added whole, or skipped with the reason."""
+    source, base, result = files.checkpoint, files.base, Source()
+    refuse_unmerged(source)
+    if base is None:
+        raise SourceError(f"{files.path}: a full fine-tune needs the model that it was made from; give --base MODEL")
     found = match_names({name: slot.shape for name, slot in source.items()}, base)
     if not found:
-        result.skipped = dict.fromkeys(source, f"{base.root} has no such tensor")
+        result.skipped = dict.fromkeys(source, Skipped(SkipReason.NO_TARGET, f"{base.root} has no such tensor"))
         return result
     used = set(found.values())
     lacking = [name for name in base if name not in used]
@@ -42,25 +54,22 @@ def open_full(source: Checkpoint, base: Checkpoint) -> Source:
                     f"{source.root}: the fine-tune untied its embeddings: {key!r} differs from {tied!r}, and the base"
                     " has one tensor for both; untie them in the base first"
                 )
-            result.skipped[key] = f"the same as {tied!r}"
+            result.skipped[key] = Skipped(SkipReason.DUPLICATE, f"the same as {tied!r}")
             continue
         item = difference(source, key, base, found[key])
-        if isinstance(item, str):
-            result.skipped[key] = item
-            if "shape" in item:
-                result.warnings.append(f"{key} is left out: {item}; resize the base's first to keep it")
-        else:
-            result.items.append(item)
+        result.add(key, item)
+        if isinstance(item, Skipped) and item.reason is SkipReason.SHAPE:
+            result.warnings.append(f"{key} is left out: {item}; resize the base's first to keep it")
     if lacking:
         result.warnings.append(f"{len(lacking)} tensors of the base are not in the fine-tune; they stay as they are")
     return result
 
 
 def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base: Checkpoint, result: Source) -> None:
-    """Tells of tensors that are added whole; refuses them where they look like the base's under other names.
+    """Warns about tensors that are added whole; refuses them where they look like the base's under other names.
 
-    That is where most have the shapes of tensors that the fine-tune lacks, and they are too many to be a head that
-    was exchanged.
+    They do where most have the shapes of tensors that the fine-tune lacks, and there are too many for an exchanged
+    head.
     """
     if not added:
         return
@@ -86,25 +95,26 @@ def _same(source: Checkpoint, one: str, other: str) -> bool:
     return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))
 
 
-def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Item | str:
-    """One tensor's change, or why it cannot be taken."""
+def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Item | Skipped:
+    """One tensor's change, or why it is skipped."""
     slot, tuned_slot = base[name], source[key]
     if slot.shape != tuned_slot.shape:
-        return f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}"
+        return Skipped(SkipReason.SHAPE, f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}")
     base_bits, tuned = partial(base.bits, name), partial(source.bits, key)
     dense = partial(_subtraction, source, key, base, name)
     dtype, tuned_dtype = slot.dtype.name, tuned_slot.dtype.name
-    if dtype in _ADDED and tuned_dtype in _ADDED:
+    if dtype in ADD_DTYPES and tuned_dtype in ADD_DTYPES:
         return Item(name, slot.shape, dtype, dense, base_bits=base_bits)
     if dtype != tuned_dtype:
-        return f"it is {tuned_dtype}, the base's {dtype}, and nothing can be added to that exactly"
+        why = f"it is {tuned_dtype}, the base's {dtype}, and nothing can be added to that exactly"
+        return Skipped(SkipReason.DTYPE, why)
     if dtype in _WIDEN:
         return Item(name, slot.shape, dtype, dense, base_bits=base_bits, replacement=tuned)
     return Item(name, slot.shape, dtype, exact=partial(_all_changes, slot, base_bits, tuned))
 
 
 def _all_changes(slot: Slot, base_bits: Callable[[], Array], tuned_bits: Callable[[], Array]) -> TensorDelta:
-    """Integers and the like have no magnitude to rank by: every change is set."""
+    """Every change, to be set: integers and the like have no magnitude to rank by."""
     base, tuned = base_bits(), tuned_bits()
     changed = np.flatnonzero(base != tuned)
     return TensorDelta(slot.shape, changed, tuned[changed], slot.dtype.name, "set", base_bits=base[changed])
@@ -119,7 +129,7 @@ def _fp8_e4m3fn(bits: Array) -> Float32:
     return np.where(bits & 0x80, -magnitude, magnitude)
 
 
-#: Elements to which nothing is added, but which can be ranked: their values, rounded to float32.
+#: Dtypes that nothing is added to, but whose changes can be ranked -> their values, rounded to float32.
 _WIDEN: dict[str, Callable[[Array], Float32]] = {
     "float8_e4m3fn": _fp8_e4m3fn,
     "float8_e5m2": lambda bits: (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32),

@@ -1,9 +1,10 @@
-"""What a source yields."""
+"""What a source yields: tensors to convert, and tensors that are left out with the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta, check_shape
@@ -13,17 +14,17 @@ from shiradelta.select.topk import Rows, row_shape
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor to convert: a dense delta of which the largest elements are kept, or something exact.
+    """One tensor to convert: a dense delta whose largest elements are kept, or an exact change.
+
+    The callables run when the tensor's turn comes, so that one tensor is in memory at a time.
 
     Attributes:
-        name: in the base's coordinates.
-        shape, dtype: the base tensor's; dtype is "unspecified" where there is no base.
+        name: the tensor's name in the base.
+        shape, dtype: the base tensor's; dtype is "unspecified" without a base.
         dense: opens the dense delta (see `shiradelta.select.topk.Rows`), or None.
-        exact: makes the tensor delta as it is to be stored, where nothing is to be selected.
-        base_bits: maps the base's elements, flat, where there is a base.
-        replacement: maps the fine-tune's elements, for a dtype to which nothing can be added: the selected are set.
-
-    All of them are called when the tensor's turn comes, so that one tensor is in memory at a time.
+        exact: makes the tensor delta to store where nothing is selected, or None.
+        base_bits: maps the base's elements, flat; None without a base.
+        replacement: maps the fine-tune's elements, for a dtype that nothing can be added to: selected ones are set.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Item:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns) in which `dense` makes it."""
+        """(rows, columns) of what `dense` returns."""
         return row_shape(self.shape)
 
     def delta(self, positions: Positions, values: Float32) -> TensorDelta:
@@ -52,17 +53,58 @@ class Item:
         return TensorDelta(self.shape, positions, values, self.dtype, base_bits=base)
 
 
+class SkipReason(Enum):
+    """Why a source's tensor is not converted."""
+
+    #: The base has no tensor of its name, or the name may mean several.
+    NO_TARGET = auto()
+    #: The base's tensor has another shape.
+    SHAPE = auto()
+    #: Nothing can be added exactly to the base's dtype.
+    DTYPE = auto()
+    #: Parts of it are missing, or do not fit together or the base's tensor.
+    PARTS = auto()
+    #: It takes a base to tell what it is, and none was given.
+    NEEDS_BASE = auto()
+    #: The same change is converted under another name, or another one to the same tensor is.
+    DUPLICATE = auto()
+    #: A method or storage order that is not supported.
+    UNSUPPORTED = auto()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A tensor that is not converted: the reason, and a text for the report."""
+
+    reason: SkipReason
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+#: The base lacks a tensor.
+NO_TARGET = Skipped(SkipReason.NO_TARGET, "the base has no such tensor")
+
+
 @dataclass
 class Source:
-    """A source that was opened: what can be converted, what cannot and why, and what the user should know."""
+    """An opened source: what is converted, what is not and why, and warnings for the user."""
 
     items: list[Item] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, Skipped] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    def add(self, name: str, found: Item | Skipped) -> None:
+        """Files what became of the source's tensor `name`."""
+        if isinstance(found, Item):
+            self.items.append(found)
+        else:
+            self.skipped[name] = found
 
 
 def whole_tensor(source: Checkpoint, key: str, name: str) -> Item:
-    """A tensor that the base lacks: added whole."""
+    """A tensor that the base lacks: the file holds it whole."""
     slot = source[key]
     return Item(
         name,

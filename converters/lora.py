@@ -3,57 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32, to_float32
-from shiradelta.format.delta import TensorDelta
-from shiradelta.models.checkpoint import Checkpoint, read_json, tied_slot
+from shiradelta.format.registry import ADD_DTYPES
+from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.select.topk import Rows, row_shape
 
 from . import diff, lycoris
-from .item import Item, Source, whole_tensor
-from .lora_keys import TOKENS, Module, find_tensors, sort_keys
-from .lora_scale import CONFIG, TYPES, Scale, check_type, number
+from .item import Item, Skipped, SkipReason, Source
+from .lora_keys import Module, find_tensors, parse_key, refuse_unmerged, sort_keys
+from .lora_scale import Scale, number
+from .lora_whole import add_whole
+from .sources import SourceFiles, source
 
-_FACTORS = ("float32", "float16", "bfloat16")
 #: Models whose layers are stored as [in, out].
 _CONV1D = ("gpt2", "gpt", "openai-gpt", "imagegpt")
 
 
-def adapter_weights(path: Path) -> Path | None:
-    """The weights of PEFT's adapter folder, if `path` is one.  Raises SourceError."""
-    weights, config = path / "adapter_model.safetensors", path / CONFIG
-    if config.exists():
-        about = read_json(config)
-        check_type(about if isinstance(about, dict) else {}, config, *TYPES, "SHIRA")
-        if not weights.exists():
-            raise SourceError(f"{path}: has no adapter_model.safetensors; save the adapter as safetensors first")
-    return weights if weights.exists() else None
+def _recognises(files: SourceFiles) -> bool:
+    refuse_unmerged(files.checkpoint)
+    return any(parse_key(key) for key in files.checkpoint)
 
 
-def open_lora(source: Checkpoint, base: Checkpoint | None, alpha: float | None) -> Source:
+@source(
+    "lora",
+    "A LoRA or its kin (AdaLoRA, LoHa, LoKr): PEFT's folder, or a file of PEFT, kohya or diffusers.",
+    _recognises,
+    options=["alpha"],
+    order=10,
+)
+def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     """All LoRA modules of a file, and the tensors that it saves whole."""
-    result = Source()
+    source, base, result = files.checkpoint, files.base, Source()
+    refuse_unmerged(source)
     scale = Scale.of(source, alpha)
     modules, alpha_keys, others = sort_keys(source)
     alphas = {module: _alpha(source, key) for module, key in alpha_keys.items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for module, parts in modules.items():
         found = _shape(source, parts, scale.of_peft(module))
-        if isinstance(found, str):
+        if isinstance(found, Skipped):
             result.skipped[module] = found
         else:
             shapes[module] = found
     untold = [module for module in shapes if scale.told(module, alphas.get(module)) is None]
     if untold:
         result.warnings.append(
-            f"nothing tells the alpha of {len(untold)} of {len(shapes)} modules: taken to be their rank, so their"
-            " scale is 1; --alpha sets another"
+            f"{len(untold)} of {len(shapes)} modules have no alpha: it is taken to be their rank, so their scale is 1;"
+            " --alpha sets another"
         )
     tensors = {module: f"{module}.weight" for module in shapes}
     differences = {key: parsed[0] for key in others if (parsed := diff.parse_key(key)) and parsed[1] == "dense"}
@@ -66,35 +68,33 @@ def open_lora(source: Checkpoint, base: Checkpoint | None, alpha: float | None) 
     for module, name in matched.items():
         factor = _factor(source, module, modules[module], scale, alphas.get(module))
         item = _item(source, modules[module], shapes[module], name, base, factor, module in swapped)
-        if isinstance(item, str):
-            result.skipped[module] = item
-        elif name in taken:
-            result.skipped[module] = f"another module changes {name!r} already"
-        else:
-            result.items.append(item)
-            taken.add(name)
-    if base is None or taken:  # else it is another model's, and whatever it holds would be new
-        _add_whole(source, others, set(differences), names, scale, base, result)
-    result.skipped |= {key: "an alpha without factors" for module, key in alpha_keys.items() if module not in modules}
+        if isinstance(item, Item) and name in taken:
+            item = Skipped(SkipReason.DUPLICATE, f"another module changes {name!r} already")
+        result.add(module, item)
+        taken |= {name} if isinstance(item, Item) else set()
+    if base is None or taken:  # without a match the base is another model, which lacks whatever the file holds
+        add_whole(source, others, set(differences), names, scale, base, result)
+    lone = Skipped(SkipReason.PARTS, "an alpha without factors")
+    result.skipped |= {key: lone for module, key in alpha_keys.items() if module not in modules}
     return result
 
 
 def _alpha(source: Checkpoint, key: str) -> float:
-    """A tensor of one number, of whatever dtype."""
+    """The number in a module's alpha tensor, of any dtype."""
     slot, bits = source[key], source.bits(key)
     if not bits.size:
         raise SourceError(f"{source.root}: {key!r} is empty; get the file again")
-    if slot.dtype.name in _FACTORS:
+    if slot.dtype.name in ADD_DTYPES:
         value = to_float32(bits, slot.dtype.name)[0]
     elif slot.dtype.name == "float64" or "int" in slot.dtype.name:
         value = bits.view(slot.dtype.name)[0]
     else:
-        raise SourceError(f"{source.root}: {key!r} is {slot.dtype.name}, which is no number; give --alpha")
+        raise SourceError(f"{source.root}: {key!r} is {slot.dtype.name}, which is not a number; give --alpha")
     return number(value.item(), f"{source.root}: {key!r}")
 
 
 def _factor(source: Checkpoint, module: str, parts: Module, scale: Scale, alpha: float | None) -> float:
-    """What the product of the factors is multiplied with."""
+    """What the product of a module's factors is multiplied by."""
     if "E" in parts.keys:
         return scale.adaptive(module)
     if not lycoris.is_lycoris(parts.keys):
@@ -103,25 +103,28 @@ def _factor(source: Checkpoint, module: str, parts: Module, scale: Scale, alpha:
     return 1.0 if rank is None else scale(module, rank, alpha)
 
 
-def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] | str:
-    """Of the product of the factors, or why there is none."""
+def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] | Skipped:
+    """The shape of the product of the factors, or why there is none."""
     others = lycoris.is_lycoris(parts.keys)
     if not others and set(parts.keys) - {"E"} != {"A", "B"}:
-        return f"only {' '.join(parts.keys)} of A and B is there"
+        return Skipped(SkipReason.PARTS, f"only {' '.join(parts.keys)} of A and B is there")
     for key in parts.keys.values():
-        if source[key].dtype.name not in _FACTORS:
+        if source[key].dtype.name not in ADD_DTYPES:
             raise SourceError(
-                f"{source.root}: {key!r} is {source[key].dtype.name}; LoRA factors are {', '.join(_FACTORS)}"
+                f"{source.root}: {key!r} is {source[key].dtype.name}; LoRA factors are {', '.join(ADD_DTYPES)}"
             )
     if others:
         if of_peft and "lokr_w2" in parts.keys and len(source[parts.keys["lokr_w2"]].shape) == 3:
-            return "PEFT takes the dimensions of a one-dimensional convolution's LoKr in another order; merge it first"
+            return Skipped(
+                SkipReason.UNSUPPORTED,
+                "PEFT takes the dimensions of a one-dimensional convolution's LoKr in another order; merge it first",
+            )
         return lycoris.matrix_shape(source, parts.keys)
     a, b = source[parts.keys["A"]].shape, source[parts.keys["B"]].shape
     if len(a) != len(b) or not 2 <= len(a) <= 5 or a[0] != b[1] or not a[0]:
-        return f"shapes {list(b)} and {list(a)} do not multiply"
+        return Skipped(SkipReason.PARTS, f"shapes {list(b)} and {list(a)} do not multiply")
     if math.prod(b[2:]) != 1:
-        return f"B of shape {list(b)} is not a 1 x 1 convolution"
+        return Skipped(SkipReason.PARTS, f"B of shape {list(b)} is not a 1 x 1 convolution")
     return (b[0], *a[1:])
 
 
@@ -131,8 +134,8 @@ def _names(
     shapes: Mapping[str, tuple[int, ...]],
     others: Mapping[str, str],
     base: Checkpoint | None,
-) -> tuple[dict[str, str], dict[str, str]]:
-    """As `find_tensors`, of the modules and of what is saved whole; without a base names are as they are."""
+) -> tuple[dict[str, str], dict[str, Skipped]]:
+    """As `find_tensors`, for the modules and for what is saved whole; without a base the source's names are kept."""
     if base is not None:
         whole = {name: source[key].shape for key, name in others.items()}
         return find_tensors(whole | {tensors[module]: shape for module, shape in shapes.items()}, base)
@@ -154,7 +157,7 @@ def _swapped(
 ) -> set[str]:
     """The modules whose tensors are (B A)^T: embeddings, and layers that are stored as [in, out].
 
-    The base's shapes tell.  What is square goes with the others of its source, then by what the configurations say.
+    The base's shapes decide.  A square tensor follows the other ones of its source, then the configurations.
     """
     if base is None:
         return {module for module, parts in modules.items() if parts.embedding or scale.orientation(module)}
@@ -187,11 +190,12 @@ def _item(
     base: Checkpoint | None,
     factor: float,
     swap: bool,
-) -> Item | str:
+) -> Item | Skipped:
     """The dense delta of one module, or why there is none."""
     others = lycoris.is_lycoris(parts.keys)
     if others and swap:
-        return "the base stores it as [in, out], which is not known of LoHa and LoKr; merge it first"
+        why = "the base stores it as [in, out], which is not supported for LoHa and LoKr; merge it first"
+        return Skipped(SkipReason.UNSUPPORTED, why)
     shape = shape[::-1] if swap else shape
     if others and base is not None and _is_flat(shape, base[name].shape):
         shape = base[name].shape
@@ -200,9 +204,11 @@ def _item(
         return Item(name, shape, "unspecified", dense)
     slot = base[name]
     if slot.shape != shape:
-        return f"it changes a tensor of shape {list(shape)}, the base's {name!r} has {list(slot.shape)}"
-    if slot.dtype.name not in _FACTORS:
-        return f"the base stores {name!r} as {slot.dtype.name}, to which nothing can be added exactly"
+        why = f"it changes a tensor of shape {list(shape)}, the base's {name!r} has {list(slot.shape)}"
+        return Skipped(SkipReason.PARTS, why)
+    if slot.dtype.name not in ADD_DTYPES:
+        why = f"the base stores {name!r} as {slot.dtype.name}, to which nothing can be added exactly"
+        return Skipped(SkipReason.DTYPE, why)
     return Item(name, shape, slot.dtype.name, dense, base_bits=partial(base.bits, name))
 
 
@@ -226,12 +232,12 @@ def _product(source: Checkpoint, parts: Module, factor: float, swap: bool, shape
 
 
 def _lycoris(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
-    """factor * a LoHa's or LoKr's change, a few rows at a time."""
+    """factor * the change of a LoHa or LoKr, a few rows at a time."""
     return _in_rows(lycoris.matrix_rows(source, parts.keys, factor), math.prod(shape[1:]), shape)
 
 
 def _in_rows(matrix: lycoris.MatrixRows, width: int, shape: tuple[int, ...]) -> Rows:
-    """A matrix of that width as rows of `row_shape`, of which one of its own may hold several."""
+    """A matrix of `width` columns as rows of `row_shape`; a row of the matrix may hold several of them."""
     columns = row_shape(shape)[1]
     pieces = width // columns if columns else 1
 
@@ -246,82 +252,3 @@ def _in_rows(matrix: lycoris.MatrixRows, width: int, shape: tuple[int, ...]) -> 
 def _is_flat(matrix: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether a matrix is a convolution of that shape with its trailing dimensions flat."""
     return len(shape) > 2 and matrix == (shape[0], math.prod(shape[1:]))
-
-
-def _add_whole(
-    source: Checkpoint,
-    keys: Mapping[str, str],
-    differences: Collection[str],
-    names: Mapping[str, str],
-    scale: Scale,
-    base: Checkpoint | None,
-    result: Source,
-) -> None:
-    """Tensors saved whole (PEFT's modules_to_save, biases): changed, or new where they were meant to be.
-
-    LyCORIS saves differences beside its factors (of norms, say).
-    """
-    lost: dict[str, str] = {}
-    taken = {item.name for item in result.items}
-    for key, name in keys.items():
-        if ".original_module." in key:
-            result.skipped[key] = "the module as it was before"
-        elif base is None:
-            lost[key] = "saved whole; give --base to tell whether it is new or changed"
-        elif names.get(name, name) in taken:
-            (lost if key in differences else result.skipped)[key] = f"{names.get(name, name)!r} is in already"
-        else:
-            found = names.get(name)
-            if TOKENS.match(key):
-                item = _tokens(source, key, name, found, scale, base)
-            elif key in differences:
-                item = diff.difference(source, key, found, base) if found else "the base has no such tensor"
-            else:
-                item = _whole(source, key, name, found, scale, base)
-            if isinstance(item, str):
-                lost[key] = item
-            else:
-                result.items.append(item)
-                taken.add(item.name)
-    result.skipped |= lost
-    if lost:
-        key, why = next(iter(lost.items()))
-        result.warnings.append(f"{len(lost)} tensors beside the LoRA are left out, such as {key}: {why}")
-
-
-def _tokens(source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint) -> Item | str:
-    """Rows of an embedding, stored as they are after training: what is added to the base's."""
-    rows = scale.tokens(name.removesuffix(".weight"))
-    slot = source[key]
-    if found is None or rows is None:
-        return "the base has no such tensor" if found is None else f"{CONFIG} does not say which rows these are"
-    shape, dtype = base[found].shape, base[found].dtype.name
-    if slot.shape != (len(rows), *shape[1:]) or len(set(rows)) < len(rows) or max(rows, default=0) >= shape[0]:
-        return f"{len(rows)} rows of shape {list(slot.shape)} do not fit {found!r} of {list(shape)}"
-    if slot.dtype.name not in _FACTORS or dtype not in _FACTORS:
-        return f"it is {slot.dtype.name}, the base's {dtype}, and nothing can be added to that exactly"
-
-    def exact() -> TensorDelta:
-        order = np.argsort(rows)
-        positions = (np.array(rows)[order][:, None] * shape[1] + np.arange(shape[1])).reshape(-1)
-        tuned = to_float32(source.bits(key), slot.dtype.name).reshape(len(rows), -1)[order].reshape(-1)
-        bits = base.bits(found)[positions]
-        change = tuned - to_float32(bits, dtype)
-        kept = np.flatnonzero(change)
-        return TensorDelta(shape, positions[kept], change[kept], dtype, base_bits=bits[kept])
-
-    return Item(found, shape, dtype, exact=exact)
-
-
-def _whole(source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint) -> Item | str:
-    from .full import difference
-
-    if found is not None:
-        return difference(source, key, base, found)
-    tied = tied_slot(base, name, source[key].shape)
-    if tied is not None:
-        return f"the base ties it to {tied!r}, which would change too; untie them in the base first"
-    meant = scale.adds(name)
-    if meant is None:
-        meant = name.endswith((".weight", ".bias"))
-    return whole_tensor(source, key, name) if meant else "the base has no such tensor, and nothing says that it is new"

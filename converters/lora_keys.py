@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 
 from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint, match_names
-from shiradelta.models.peft import PREFIX
+from shiradelta.models.peft import ADAPTER, BASE_LAYER, PREFIX, unwrap
 
+from .item import NO_TARGET, Skipped, SkipReason
+
+_ADAPTER = rf"(?:{re.escape(ADAPTER)})?"
 _KEY = re.compile(
     r"^(?P<module>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<ab>[ABE])|lora(?:_linear_layer)?[._](?P<updown>up|down))"
-    r"(?:\.default)?(?:\.weight)?$"
+    rf"{_ADAPTER}(?:\.weight)?$"
 )
-_LYCORIS = re.compile(r"^(?P<module>.+?)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\.default)?$")
+_LYCORIS = re.compile(rf"^(?P<module>.+?)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?){_ADAPTER}$")
 _PROCESSOR = re.compile(r"^(?P<layer>.+)\.processor\.(?P<projection>to_\w+)_lora(?P<rest>\.(?:up|down)(?:\.weight)?)$")
 #: Parts of other methods that would be lost without a word if only A and B were taken.
 _UNSUPPORTED = {
@@ -33,9 +36,7 @@ _UNSUPPORTED = {
     "lora_B.bias": "a LoRA with biases; merge it first",
 }
 #: Rows of an embedding that PEFT trains (trainable_token_indices).
-TOKENS = re.compile(r"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?:\.default)?$")
-#: Parts that PEFT puts into the names of what it saves whole.
-_WRAPPERS = re.compile(r"\.(?:modules_to_save|base_layer|default)(?=\.|$)")
+TOKENS = re.compile(rf"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta{_ADAPTER}$")
 
 
 @dataclass
@@ -47,10 +48,10 @@ class Module:
 
 
 def parse_key(key: str) -> tuple[str, str, bool] | None:
-    """(module, its part, whether of an embedding), or None for a key that is no factor."""
+    """(module, part, whether the module is an embedding), or None for a key that is not a factor."""
     lycoris = _LYCORIS.match(key)
     if lycoris is not None:
-        return _module(lycoris["module"]), lycoris["part"], False
+        return unwrap(lycoris["module"]), lycoris["part"], False
     old = _PROCESSOR.match(key)
     if old is not None:
         projection = "to_out.0" if old["projection"] == "to_out" else old["projection"]
@@ -59,19 +60,14 @@ def parse_key(key: str) -> tuple[str, str, bool] | None:
     if match is None:
         return None
     side = match["ab"] or {"down": "A", "up": "B"}[match["updown"]]
-    return _module(match["module"]), side, match["embedding"] is not None
-
-
-def _module(name: str) -> str:
-    """As the model calls it that PEFT has wrapped."""
-    return _WRAPPERS.sub("", name.removeprefix(PREFIX))
+    return unwrap(match["module"]), side, match["embedding"] is not None
 
 
 def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], dict[str, str]]:
     """(module -> its factors, module -> its alpha's key, other key -> name of the tensor that it may be).
 
     Raises:
-        SourceError: some are of a method other than LoRA.
+        SourceError: some belong to a method that cannot be converted.
     """
     modules: dict[str, Module] = {}
     alphas: dict[str, str] = {}
@@ -85,7 +81,7 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
         elif key.endswith(".alpha"):
             alphas[key.removesuffix(".alpha").removeprefix(PREFIX)] = key
         else:
-            name = _WRAPPERS.sub("", key.removeprefix(PREFIX))
+            name = unwrap(key)
             tokens = TOKENS.match(name)
             others[key] = name if tokens is None else f"{tokens['module']}.weight"
             for part, why in _UNSUPPORTED.items():
@@ -97,10 +93,10 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
 def refuse_unmerged(source: Checkpoint) -> None:
     """Refuses a whole model with LoRA layers still in it.
 
-    An adapter holds no weights of the layers that it changes but the embeddings'.
+    An adapter holds no weights of the layers that it changes, except those of embeddings.
     """
     adapted = {key.partition(".lora_A.")[0] for key in source if ".lora_A." in key}
-    wrapped = [module for module in adapted if f"{module}.base_layer.weight" in source]
+    wrapped = [module for module in adapted if f"{module}{BASE_LAYER}weight" in source]
     if len(wrapped) > 1:
         raise SourceError(
             f"{source.root}: is a whole model with LoRA layers in it ({min(wrapped)!r}, ...); merge it first, or save"
@@ -124,8 +120,8 @@ _ORIGINAL = re.compile(r"(?:^|[._])(?:(?:input|output|double|single|joint)_block
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A tensor's place in a pipeline, as its name tells it: in one of `components`, as `rest`."""
+class _InPipeline:
+    """A tensor's place in a pipeline, read from its name: in one of `components`, as `rest`."""
 
     component: str  # as the file spells it
     components: tuple[str, ...]
@@ -133,7 +129,7 @@ class _Place:
     mangled: bool  # dots became underscores
 
     @classmethod
-    def of(cls, name: str) -> _Place | None:
+    def of(cls, name: str) -> _InPipeline | None:
         match = _KOHYA.match(name) or _DIFFUSERS.match(name)
         if match is None:
             return None
@@ -143,14 +139,14 @@ class _Place:
 
 
 class _Base:
-    """Looks for tensors in a base by their places."""
+    """Looks for tensors in a base by their places in a pipeline."""
 
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
         self.components = {name.partition("/")[0] for name in base if "/" in name}
         self.mangled = {name.removesuffix(".weight").replace(".", "_"): name for name in base}
 
-    def find(self, place: _Place) -> str | None:
+    def find(self, place: _InPipeline) -> str | None:
         for prefix in [f"{component}/" for component in place.components] if self.components else [""]:
             name = prefix + place.rest
             if place.mangled:
@@ -159,8 +155,8 @@ class _Base:
                 return name
         return None
 
-    def one_component(self, places: Mapping[str, _Place], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """Which of a file's components a lone component is: by its folder's name, else by what fits; or several."""
+    def one_component(self, places: Mapping[str, _InPipeline], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """Which of a file's components the base is: by its folder's name, else by what fits; may be several."""
         spelt = {place.component: place.components for place in places.values()}
         root = self.base.root if self.base.root.is_dir() else self.base.root.parent
         named = {component for component, folders in spelt.items() if root.name in folders}
@@ -174,7 +170,7 @@ class _Base:
         return {component for component in spelt if fits[component] == max(fits.values(), default=0)}
 
 
-def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tuple[dict[str, str], dict[str, Skipped]]:
     """(wanted name -> the base's, wanted name -> why there is none).
 
     Args:
@@ -182,17 +178,19 @@ def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tup
         base: where to look.
     """
     found: dict[str, str] = {}
-    lacking: dict[str, str] = {}
+    lacking: dict[str, Skipped] = {}
     there = _Base(base)
-    places = {name: place for name in wanted if name not in base and (place := _Place.of(name)) is not None}
+    places = {name: place for name in wanted if name not in base and (place := _InPipeline.of(name)) is not None}
     if not there.components:
         chosen = there.one_component(places, wanted)
         for name, place in places.items():
             if len(chosen) > 1:
                 either = " or of ".join(sorted(chosen))
-                lacking[name] = f"the base may be that of {either}; give the pipeline's folder, or name the base's so"
+                why = f"the base may be that of {either}; give the pipeline's folder, or name the base's so"
+                lacking[name] = Skipped(SkipReason.NO_TARGET, why)
             elif place.component not in chosen:
-                lacking[name] = f"it is of {place.component}, the base of {', '.join(chosen)}"
+                why = f"it is of {place.component}, the base of {', '.join(chosen)}"
+                lacking[name] = Skipped(SkipReason.NO_TARGET, why)
     for name, place in places.items():
         if name not in lacking and (tensor := there.find(place)) is not None:
             found[name] = tensor
@@ -203,7 +201,8 @@ def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tup
         if tensor is not None:
             found[name] = tensor
         elif _ORIGINAL.search(name):
-            lacking[name] = "it has the original checkpoint's name, the base has diffusers'; convert its keys first"
+            why = "it has the original checkpoint's name, the base has diffusers'; convert its keys first"
+            lacking[name] = Skipped(SkipReason.NO_TARGET, why)
         else:
-            lacking[name] = "the base has no such tensor"
+            lacking[name] = NO_TARGET
     return found, lacking

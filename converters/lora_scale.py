@@ -1,4 +1,4 @@
-"""What the product of a LoRA's factors is multiplied with, and what its configuration says beside that."""
+"""What the product of a LoRA's factors is multiplied by, and what else its configuration says."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint, read_json
+from shiradelta.models.peft import CONFIG, MODULES_TO_SAVE
 
-CONFIG = "adapter_config.json"
-#: PEFT's types that are a product of factors, times a scale.
-TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
+from .peft_folder import PRODUCTS, check_type
+
 #: Initialisations that take something out of the base, by the start of their names.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _UNSUPPORTED = {
@@ -27,20 +27,13 @@ _UNSUPPORTED = {
 }
 
 
-def check_type(config: Mapping[str, Any], where: object, *types: str) -> None:
-    """Refuses a PEFT configuration of another type."""
-    found = str(config.get("peft_type") or types[0]).rpartition(".")[2].upper()
-    if found not in types:
-        raise SourceError(f"{where}: is of type {found}; only {' and '.join(types)} can be converted: merge it first")
-
-
 @dataclass(frozen=True)
 class Scale:
-    """How alpha and rank are told: by configurations, by alpha tensors, or by nobody.
+    """The scales of a LoRA's modules, from its configurations and the user's alpha.
 
     Attributes:
         configs: component -> its configuration; "" for all components.
-        alpha: the user's, over all others.
+        alpha: the user's, which overrides the others.
     """
 
     configs: Mapping[str, Mapping[str, Any]]
@@ -48,7 +41,11 @@ class Scale:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, alpha: float | None) -> Scale:
-        """From adapter_config.json beside the file, or from its metadata.  Raises SourceError."""
+        """Reads adapter_config.json beside a checkpoint, or the checkpoint's metadata.
+
+        Raises:
+            SourceError: the configuration cannot be read, or names a method that cannot be converted.
+        """
         file = checkpoint.shards[0].file
         beside = file.parent / CONFIG
         where: Path = beside if beside.exists() else file
@@ -60,11 +57,11 @@ class Scale:
         return cls(configs, alpha)
 
     def config(self, module: str) -> Mapping[str, Any]:
-        """That of a module's component."""
+        """The configuration of a module's component."""
         return self.configs.get(module.partition(".")[0], self.configs.get("", {}))
 
     def told(self, module: str, tensor: float | None) -> float | None:
-        """A module's alpha, if anything tells it."""
+        """A module's alpha, or None where nothing says it; `tensor` is what its alpha tensor holds."""
         if self.alpha is not None or tensor is not None:
             return self.alpha if self.alpha is not None else tensor
         config = self.config(module)
@@ -72,12 +69,16 @@ class Scale:
         return None if told is None else number(told, f"{module}: alpha")
 
     def __call__(self, module: str, rank: int, tensor: float | None) -> float:
-        """The factor on B A of one module; `tensor` is its alpha tensor's."""
+        """The factor on B A of one module; `tensor` is what its alpha tensor holds."""
         alpha = self.told(module, tensor)
         return (rank if alpha is None else alpha) / (math.sqrt(rank) if self.config(module).get("use_rslora") else rank)
 
     def adaptive(self, module: str) -> float:
-        """The factor on B (A * E) of AdaLoRA, which divides by the rank that it began with.  Raises SourceError."""
+        """The factor on B (A * E) of AdaLoRA, which divides by the rank that it began with.
+
+        Raises:
+            SourceError: the configuration does not say that rank.
+        """
         config = self.config(module)
         began = config.get("init_r")
         if not isinstance(began, int) or began < 1:
@@ -86,17 +87,17 @@ class Scale:
         return (alpha if alpha is not None and alpha > 0 else began) / (began + 1e-5)
 
     def whole_rank(self, module: str) -> int | None:
-        """What PEFT divides alpha by where the factors do not show a rank; None without its configuration."""
+        """The rank that PEFT divides alpha by where the factors do not show it; None without its configuration."""
         config = self.config(module)
         told = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
         return told if isinstance(told, int) and told > 0 and self.of_peft(module) else None
 
     def of_peft(self, module: str) -> bool:
-        """Whether PEFT made it, by its configuration."""
+        """Whether a module's configuration is PEFT's."""
         return "peft_type" in self.config(module)
 
     def tokens(self, module: str) -> list[int] | None:
-        """Which rows of an embedding were trained; None if nothing tells."""
+        """The rows of an embedding that were trained; None where nothing says it."""
         told = self.config(module).get("trainable_token_indices")
         if isinstance(told, dict):
             told = next((rows for name, rows in told.items() if f".{module}".endswith(f".{name}")), None)
@@ -105,30 +106,34 @@ class Scale:
         return told
 
     def orientation(self, module: str) -> bool | None:
-        """Whether the base stores the weight as [in, out] (GPT-2's Conv1D); None if nothing tells."""
+        """Whether the base stores the weight as [in, out] (GPT-2's Conv1D); None where nothing says it."""
         return self.config(module).get("fan_in_fan_out")
 
     def adds(self, name: str) -> bool | None:
-        """Whether a tensor is of a module that was to be saved whole; None without PEFT's configuration."""
+        """Whether a tensor belongs to a module that is saved whole; None without PEFT's configuration."""
         if not self.of_peft(name):
             return None
         module = name.rpartition(".")[0]
-        return any(f".{saved}." in f".{module}." for saved in self.config(name).get("modules_to_save") or ())
+        return any(f".{saved}." in f".{module}." for saved in self.config(name).get(MODULES_TO_SAVE) or ())
 
 
 def number(value: Any, what: str) -> float:
-    """A finite float; SourceError where it is none."""
+    """A finite float.
+
+    Raises:
+        SourceError: the value is not one; `what` says where it stands.
+    """
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise SourceError(f"{what} {value!r} is no finite number; give --alpha")
+        raise SourceError(f"{what} {value!r} is not a finite number; give --alpha")
     return result
 
 
 def _check(config: Mapping[str, Any], where: Path) -> None:
-    check_type(config, where, *TYPES)
+    check_type(config, where, *PRODUCTS)
     for key, why in _UNSUPPORTED.items():
         if config.get(key):
             raise SourceError(f"{where}: {why}")
@@ -141,15 +146,15 @@ def _check(config: Mapping[str, Any], where: Path) -> None:
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    """The value of the first pattern that matches the end of the module's name, which is PEFT's rule."""
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
     except re.error as error:
-        raise SourceError(f"alpha_pattern {error.pattern!r} is no regular expression ({error}); repair it") from None
+        raise SourceError(f"alpha_pattern {error.pattern!r} is not a regular expression ({error}); repair it") from None
 
 
 def _in_metadata(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Of a file's own metadata: diffusers' JSON, or kohya's pair."""
+    """The configurations in a file's own metadata: diffusers' JSON, or kohya's pair."""
     try:
         if "lora_adapter_metadata" in metadata:
             configs: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,7 @@
 """LoHa and LoKr (LyCORIS, PEFT): a Hadamard product of two low-rank matrices, a Kronecker product of two small ones.
 
 LoHa (FedPara, arXiv:2108.06098): (w1_a w1_b) * (w2_a w2_b).  LoKr (arXiv:2309.14859): w1 (x) w2, each of which may be
-a product w_a w_b itself.  Of convolutions the right factors hold all trailing dimensions, flat.
+a product w_a w_b itself.  For a convolution the right factors hold all trailing dimensions, flat.
 """
 
 from __future__ import annotations
@@ -14,43 +14,46 @@ import numpy as np
 from shiradelta.format.arithmetic import Float32, to_float32
 from shiradelta.models.checkpoint import Checkpoint
 
+from .item import Skipped, SkipReason
+
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 #: Rows [start, stop) of a matrix.
 MatrixRows = Callable[[int, int], Float32]
 
 
 def is_lycoris(keys: Mapping[str, str]) -> bool:
-    """Whether a module's parts are LoHa's or LoKr's."""
+    """Whether a module's parts are those of a LoHa or LoKr."""
     return any(part.startswith(("hada_", "lokr_")) for part in keys)
 
 
-def matrix_shape(source: Checkpoint, keys: Mapping[str, str]) -> tuple[int, int] | str:
+def matrix_shape(source: Checkpoint, keys: Mapping[str, str]) -> tuple[int, int] | Skipped:
     """(rows, columns) of the change, or why there is none."""
     shapes = {part: source[key].shape for part, key in keys.items()}
     if "hada_w1_a" in keys or "hada_w2_a" in keys:
         if set(keys) != set(_LOHA):
-            return f"only {' '.join(sorted(keys))} of {' '.join(_LOHA)} is there"
+            return Skipped(SkipReason.PARTS, f"only {' '.join(sorted(keys))} of {' '.join(_LOHA)} is there")
         sides = [_product_shape(shapes[f"hada_w{n}_a"], shapes[f"hada_w{n}_b"]) for n in (1, 2)]
         if None in sides or sides[0] != sides[1]:
-            return f"its factors do not multiply: {', '.join(map(str, map(list, shapes.values())))}"
+            why = f"its factors do not multiply: {', '.join(map(str, map(list, shapes.values())))}"
+            return Skipped(SkipReason.PARTS, why)
         assert sides[0] is not None
         return sides[0]
     if not all(part.startswith("lokr_") for part in keys):
-        return f"{' '.join(sorted(keys))} are of several methods"
+        return Skipped(SkipReason.PARTS, f"{' '.join(sorted(keys))} are of several methods")
     factors = [_factor_shape(shapes, f"lokr_w{n}") for n in (1, 2)]
     if factors[0] is None or factors[1] is None:
-        return f"{' '.join(sorted(keys))} are not two factors"
+        return Skipped(SkipReason.PARTS, f"{' '.join(sorted(keys))} are not two factors")
     return factors[0][0] * factors[1][0], factors[0][1] * factors[1][1]
 
 
 def rank(source: Checkpoint, keys: Mapping[str, str]) -> int | None:
-    """What alpha is divided by; None of a LoKr whose factors are both whole."""
+    """What alpha is divided by; None for a LoKr whose factors are both whole."""
     inner = (part for part in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if part in keys)
     return next((source[keys[part]].shape[0] for part in inner), None)
 
 
 def matrix_rows(source: Checkpoint, keys: Mapping[str, str], factor: float) -> MatrixRows:
-    """factor * the change, made a few rows at a time."""
+    """factor * the change, computed a few rows at a time."""
 
     def read(part: str) -> Float32:
         slot = source[keys[part]]

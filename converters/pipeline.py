@@ -1,13 +1,12 @@
-"""`convert`: from a source to a `.shd` file."""
+"""`convert`: a source becomes a `.shd` file."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-from shiradelta.errors import DeltaError, SourceError
+from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.fit import Fit
 from shiradelta.format import registry
 from shiradelta.io.writer import writing
@@ -16,20 +15,19 @@ from shiradelta.select.counts import Counts
 from shiradelta.select.topk import count_for
 from shiradelta.util.files import check_target
 from shiradelta.util.plots import check_plot
+from shiradelta.util.progress import Progress
 
 from .aim import parse_size
 from .conversion import Conversion
 from .plot import draw
-from .report import Report
+from .report import ConversionReport
 from .sources import open_source
 
 DEFAULT_SPARSITY = 0.01
-#: Called with (tensor's name, done, total) while work goes on.
-Progress = Callable[[str, int, int], None]
 
 
 def default_output(source: str | os.PathLike[str]) -> Path:
-    """Where a conversion goes if nobody says: beside the source, under its name."""
+    """The file that a conversion writes by default: beside the source, under its name."""
     path = Path(source)
     if path.is_file():
         return path.with_suffix(registry.SUFFIX)
@@ -55,54 +53,64 @@ def convert(
     fit: Fit | None = None,
     plot: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-) -> Report:
-    """Converts a fine-tune to a `.shd` file by keeping its largest changes, or by fitting few to behave like it.
+) -> ConversionReport:
+    """Converts a fine-tune to a `.shd` file: keeps its largest changes, or fits a few changes to behave like it.
 
     Args:
         source: a LoRA (a safetensors file, or PEFT's folder), a fine-tuned model's folder or file, or a file of
             dense or sparse diffs.
         out: the file to write; by default `source`'s name with `.shd`, beside it.
-        sparsity: the share of weights that change, above 0 and up to 1; 0.01 if nothing else is wished.
-        target_size: the file's largest size instead, in bytes or such as "2MB": as many weights as fit.  A fitted file
-            is kept under it by what its positions could take at worst.
+        sparsity: the share of weights that change, above 0 and up to 1; 0.01 by default.
+        target_size: the file's largest size instead, in bytes or such as "2MB": as many weights as fit.  The size of a
+            fitted file is bounded by the most that its positions could take.
         target_error: the largest relative error of the delta instead, |stored - delta| / |delta| over all tensors
-            (Frobenius norm, quantisation included): as few weights as keep it, to half a percent.  Not with `fit`.
-        base: the base model's folder or file.  A full fine-tune needs it; with it every delta gets fingerprints.
+            (Frobenius norm, quantisation included): as few weights as reach it, to half a percent.  Not with `fit`.
+        base: the base model's folder or file.  A full fine-tune needs it; every delta gets fingerprints from it.
         values: "f32", "f16", "bf16", "int8", "int4" or "sign".
-        scope: "tensor" keeps the share in every tensor, "model" over all of them together; a fit then moves weights
-            from tensor to tensor.
-        kind: what `source` is; "auto" looks at its tensors' names.
-        alpha: a LoRA's alpha, over what its files say.
+        scope: "tensor" keeps the share in every tensor, "model" in all of them together, so that a fit may move
+            nonzeros between tensors.
+        kind: the source's layout, one of `kinds()`; "auto" finds it out.
+        alpha: a LoRA's alpha, which overrides what its files say.
         zstd: compress sections where that helps; for archives.
         metadata: further pairs for the file.
-        backend: "libshd", "numpy", or "auto" for the best there is.
-        fit: how to fit, where that is wanted; it needs texts and the base.
-        plot: a PNG to draw: nonzeros and energy by layer, and the distance against the steps of a fit.
-        progress: is told how far it is.
+        backend: "libshd", "numpy", or "auto" for the best that is available.
+        fit: fits the nonzeros, as these settings say; it needs texts and the base.
+        plot: a PNG to write: nonzeros and energy by layer, and the distance from the fine-tune while fitting.
+        progress: called with (what, done, total) while work goes on.
 
     Returns:
-        What was kept and what was not, per tensor and in all.
+        What was kept and what was not, by tensor and in all.
 
     Raises:
         SourceError: the source or the base cannot be read, or nothing in them matches.
-        DeltaError: an argument that cannot be.
+        ArgumentError: an argument is wrong, or two exclude each other.
         TargetError: the file cannot be written.
     """
     target = default_output(source) if out is None else Path(out)
     check_target(target, registry.MAGIC, "a .shd file")
     if plot is not None:
         check_plot(plot)
-    share = _check_wishes(sparsity, target_size, target_error, fit)
+    share = _check_arguments(sparsity, target_size, target_error, fit)
     if alpha is not None and not math.isfinite(alpha):
-        raise DeltaError(f"alpha {alpha} is not finite; give a number such as 16")
-    tell = progress or (lambda what, done, total: None)
+        raise ArgumentError(f"alpha {alpha} is not finite; give a number such as 16")
+    progress = progress or (lambda what, done, total: None)
     opened = open_source(Path(source), kind, None if base is None else open_checkpoint(base), alpha)
     if not opened.items:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(opened.skipped.items())[:3])
         raise SourceError(f"{source}: nothing in it can be converted ({why or 'no tensors'})")
-    counts = Counts(opened.items, scope, tell)
+    counts = Counts(opened.items, scope, progress)
     pairs = {"source": Path(source).resolve().name, **({} if base is None else {"base": Path(base).resolve().name})}
-    job = Conversion(os.fspath(source), target, opened, values, zstd, backend, pairs, metadata or {}, tell)
+    job = Conversion(
+        source=os.fspath(source),
+        target=target,
+        opened=opened,
+        values=values,
+        zstd=zstd,
+        backend=backend,
+        pairs=pairs,
+        metadata=metadata or {},
+        progress=progress,
+    )
     if share is None:
         share = job.find_sparsity(counts, target_size, target_error, fit is not None)
     kept = counts(share)
@@ -120,16 +128,18 @@ def convert(
     return report
 
 
-def _check_wishes(sparsity: float | None, size: str | int | None, error: float | None, fit: Fit | None) -> float | None:
-    """The sparsity, or None where it has to be found."""
-    if sum(wish is not None for wish in (sparsity, size, error)) > 1:
-        raise DeltaError("sparsity, target size and target error exclude each other; give one of them")
+def _check_arguments(
+    sparsity: float | None, size: str | int | None, error: float | None, fit: Fit | None
+) -> float | None:
+    """The sparsity, or None where the size or the error decides it."""
+    if sum(given is not None for given in (sparsity, size, error)) > 1:
+        raise ArgumentError("sparsity, target size and target error exclude each other; give one of them")
     if error is not None and not 0 <= error < 1:
-        raise DeltaError(
+        raise ArgumentError(
             f"a relative error of {error:g} is out of range; give a number from 0 and below 1, such as 0.3"
         )
     if error is not None and fit is not None:
-        raise DeltaError(
+        raise ArgumentError(
             "the error of a fitted delta is that of the model's outputs, known only once it is fitted; give a sparsity"
             " or a target size"
         )

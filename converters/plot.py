@@ -1,4 +1,4 @@
-"""A conversion as a picture: where the nonzeros and the energy lie, and how a fit came closer."""
+"""Plots a conversion: nonzeros and energy by layer, and the distance from the fine-tune while fitting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shiradelta.util.files import replacing
 from shiradelta.util.text import layer_of, tick
 
-from .report import Report, TensorReport
+from .report import ConversionReport, TensorReport
 
 if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 _TICKS = 24
 
 
-def draw(path: str | os.PathLike[str], report: Report) -> None:
-    """Writes a PNG.  Raises TargetError."""
+def draw(path: str | os.PathLike[str], report: ConversionReport) -> None:
+    """Plots a conversion to a PNG.
+
+    Raises:
+        TargetError: the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     fit = report.fit
@@ -33,7 +37,7 @@ def draw(path: str | os.PathLike[str], report: Report) -> None:
 
 
 def _draw_steps(axes: Any, fit: Fitted) -> None:
-    """Distance against steps."""
+    """Plots the distance from the fine-tune against steps."""
     levels = (("base", fit.base, ":", "gray"), ("top-k", fit.topk, "--", "tab:orange"))
     for name, level, style, color in (*levels, ("in the file", fit.fitted, "-", "tab:green")):
         axes.axhline(level, color=color, linestyle=style, label=f"{name}: {level:.3g}")
@@ -46,8 +50,8 @@ def _draw_steps(axes: Any, fit: Fitted) -> None:
     axes.legend()
 
 
-def _draw_layers(axes: Any, report: Report) -> None:
-    """Shares of nonzeros and of energy; without a fit also the share of its energy that each layer kept."""
+def _draw_layers(axes: Any, report: ConversionReport) -> None:
+    """Plots each layer's share of nonzeros and energy; without a fit also how much of its energy each layer kept."""
     from matplotlib.ticker import PercentFormatter
 
     layers: dict[str, list[TensorReport]] = {}

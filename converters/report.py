@@ -14,15 +14,18 @@ from shiradelta.util import text
 if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
 
-#: Below this share of the squared norm, plain top-k has thrown most of the fine-tune away.
+#: Below this share of the energy a warning says that top-k loses most of the fine-tune.
 LITTLE = 0.5
-#: Fewer texts than this are worth a word.
+#: With fewer texts than this, a warning asks for more.
 FEW_TEXTS = 200
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor.  `energy` is the squared norm of the whole delta, `lost` that of what is not in the file."""
+    """What a conversion kept of one tensor.
+
+    `energy` is the squared norm of the whole delta, `lost` that of its difference from what the file holds.
+    """
 
     name: str
     op: str
@@ -34,7 +37,7 @@ class TensorReport:
 
     @classmethod
     def of(cls, name: str, tensor: TensorDelta, stored: TensorDelta, energy: float, selected: Float32) -> TensorReport:
-        """Of the selected differences and of what the file holds of them: quantised if added, exact if set."""
+        """Compares the selected differences with what the file holds: quantised if added, exact if set."""
         kept = selected.astype(np.float64)
         held = stored.values().astype(np.float64) if tensor.op == "add" else kept
         rounding = kept - held
@@ -43,13 +46,24 @@ class TensorReport:
 
     @property
     def energy_kept(self) -> float:
-        """1 - |delta - stored|^2 / |delta|^2; 1 for what is stored exactly."""
+        """1 - |delta - stored|^2 / |delta|^2; 1 for an exact tensor."""
         return 1 - self.lost / self.energy if self.energy else 1.0
 
 
 @dataclass
-class Report:
-    """One conversion; `tensors` are the changed ones, `energy_left_out` is that of those without a selected change."""
+class ConversionReport:
+    """What a conversion kept, by tensor and in all.
+
+    Attributes:
+        source, out: where it read and wrote.
+        sparsity, values: how much was to be selected, and the value codec.
+        tensors: the changed tensors.
+        skipped: tensor or module that is not converted -> why.
+        warnings: what the user should know.
+        energy_left_out: squared norm of the tensors without a selected change.
+        file_bytes: the file's size.
+        fit: the figures of a fit, where there was one.
+    """
 
     source: str
     out: str
@@ -69,12 +83,12 @@ class Report:
 
     @property
     def numel(self) -> int:
-        """Elements of the tensors that are changed in part."""
+        """Elements of the tensors that the file does not hold whole."""
         return sum(tensor.numel for tensor in self.tensors if tensor.op != "new")
 
     @property
     def bits_per_nonzero(self) -> float:
-        """Of the whole file."""
+        """Bits of the whole file, by nonzero."""
         return self.file_bytes * 8 / self.nnz if self.nnz else 0.0
 
     @property
@@ -91,7 +105,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """How much of the fine-tune is left, in words."""
+        """How much of the fine-tune is kept, in a line."""
         fit = self.fit
         if fit is None:
             return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f})"
@@ -100,7 +114,7 @@ class Report:
 
     @property
     def rows(self) -> list[list[str]]:
-        """What changes, for people; rows of a table."""
+        """The rows of a table for people: what changes."""
         rows = [["tensor", "op", "shape", "nonzeros", "density", "energy kept"]]
         for t in self.tensors:
             density = text.percent(t.nnz / t.numel)
@@ -110,7 +124,7 @@ class Report:
 
     @property
     def measures(self) -> list[list[str]]:
-        """How far from the fine-tune a fit is, beside its base and plain top-k; rows of a table."""
+        """The rows of a table: how far from the fine-tune the base, plain top-k and the fit are."""
         fit = self.fit
         if fit is None:
             return []
@@ -138,7 +152,7 @@ class Report:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Everything as plain values, for JSON."""
         plain = {key: value for key, value in vars(self).items() if key not in ("tensors", "fit")}
         return {
             **plain,

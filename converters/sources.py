@@ -1,51 +1,147 @@
-"""Finding out what a source is."""
+"""The source layouts that `convert` reads: one row each, and finding out which of them a source has.
+
+A layout is a decorated function.  One outside the package works the same way (docs/extend/source.md).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
-from shiradelta.errors import DeltaError, SourceError
+from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.format import registry
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.util.registry import Registry
 
 from .item import Source
+from .peft_folder import adapter_weights
 
-KINDS = ("auto", "lora", "full", "diff")
+#: The kind that stands for the first layout that recognises the source.
+AUTO = "auto"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class SourceFiles:
+    """What a user gave to convert: a path, and the base's checkpoint where there is one.
+
+    Attributes:
+        path: the source's file or folder.
+        base: the base's checkpoint, or None.
+    """
+
+    def __init__(self, path: Path, base: Checkpoint | None = None) -> None:
+        self.path, self.base = path, base
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The source's safetensors: of a file, of a model's folder, or of PEFT's adapter folder.
+
+        Raises:
+            SourceError: it has none, or they cannot be read.
+        """
+        if self.path.suffix in _PICKLES:
+            raise SourceError(f"{self.path}: is not a safetensors file; save it as safetensors first")
+        if self.path.suffix == registry.SUFFIX:
+            raise SourceError(f"{self.path}: is a {registry.SUFFIX} file already; give what it was made from")
+        return open_checkpoint(adapter_weights(self.path) or self.path)
+
+
+Recognise = Callable[[SourceFiles], bool]
+Open = Callable[..., Source]
+OpenT = TypeVar("OpenT", bound=Open)
+
+
+@dataclass(frozen=True)
+class SourceLayout:
+    """The row of a source layout.
+
+    Attributes:
+        name: what `--kind` calls it.
+        help: what it reads, in a line.
+        recognises: whether a source has this layout.  It may raise SourceError for what is recognised, but cannot be
+            converted.
+        open: opens a source of this layout; called with a `SourceFiles` and the options that the user gave.
+        options: the options of `convert` that `open` takes, such as "alpha".
+        order: layouts are asked from small to large, so a layout that recognises much needs a large one.
+        hint: how to convert such a source where nothing recognises it.
+    """
+
+    name: str
+    help: str
+    recognises: Recognise
+    open: Open
+    options: tuple[str, ...] = ()
+    order: int = 0
+    hint: str = ""
+
+
+SOURCES: Registry[SourceLayout] = Registry("kind")
+
+
+def source(
+    name: str, help: str, recognises: Recognise, *, options: Iterable[str] = (), order: int = 0, hint: str = ""
+) -> Callable[[OpenT], OpenT]:
+    """Registers the decorated function as a source layout; see `SourceLayout` for the arguments.
+
+    Layouts of the package have an order of 10 and more, so that others are asked before them.
+
+    Raises:
+        ArgumentError: the name is taken.
+    """
+
+    def register(function: OpenT) -> OpenT:
+        if name == AUTO:
+            raise ArgumentError(f"kind {AUTO!r} stands for all layouts; give another name")
+        SOURCES.add(SourceLayout(name, help, recognises, function, tuple(options), order, hint))
+        return function
+
+    return register
+
+
+def kinds() -> tuple[str, ...]:
+    """What `convert` takes as `kind`: "auto", and the layouts in the order in which they are asked."""
+    return AUTO, *(layout.name for layout in _ordered())
 
 
 def open_source(path: Path, kind: str, base: Checkpoint | None, alpha: float | None) -> Source:
-    """Finds out what a source is and opens it.  Raises SourceError."""
-    from . import diff, full, lora
-    from .lora_keys import parse_key, refuse_unmerged
+    """Finds out which layout a source has, and opens it.
 
-    if kind not in KINDS:
-        raise DeltaError(f"kind {kind!r} is unknown; take {', '.join(KINDS)}")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise SourceError(f"{path}: is not a safetensors file; save it as safetensors first")
-    if path.suffix == registry.SUFFIX:
-        raise SourceError(f"{path}: is a {registry.SUFFIX} file already; give what it was made from")
-    weights = lora.adapter_weights(path)
-    checkpoint = open_checkpoint(path if weights is None else weights)
-    if kind != "diff":
-        refuse_unmerged(checkpoint)
-    if kind == "auto":
-        if any(parse_key(key) for key in checkpoint):
-            kind = "lora"
-        elif diff.holds_diffs(checkpoint):
-            kind = "diff"
-        elif base is not None:
-            kind = "full"
-        else:
-            raise SourceError(
-                f"{path}: holds neither a LoRA nor diffs; for a full fine-tune give --base MODEL, for plain tensors"
-                " that are differences give --kind diff"
-            )
-    if alpha is not None and kind != "lora":
-        raise DeltaError("alpha is a LoRA's; leave it out")
-    if kind == "lora":
-        return lora.open_lora(checkpoint, base, alpha)
-    if kind == "diff":
-        return diff.open_diff(checkpoint, base)
-    if base is None:
-        raise SourceError(f"{path}: a full fine-tune needs the model that it was made from; give --base MODEL")
-    return full.open_full(checkpoint, base)
+    Args:
+        path: the source's file or folder.
+        kind: a layout's name, or "auto" for the first that recognises the source.
+        base: the base's checkpoint, where there is one.
+        alpha: a LoRA's alpha, over what its files say.
+
+    Raises:
+        ArgumentError: the kind is unknown, or an option is given that the layout does not take.
+        SourceError: no layout recognises the source, or it cannot be converted.
+    """
+    files = SourceFiles(path, base)
+    layout = _recognise(files) if kind == AUTO else _find(kind)
+    options: Mapping[str, object] = {} if alpha is None else {"alpha": alpha}
+    for option in options:
+        if option not in layout.options:
+            takers = ", ".join(other.name for other in _ordered() if option in other.options)
+            raise ArgumentError(f"{option} is an option of {takers}, and {path} is of kind {layout.name}; leave it out")
+    return layout.open(files, **options)
+
+
+def _ordered() -> list[SourceLayout]:
+    return sorted(SOURCES.values(), key=lambda layout: layout.order)
+
+
+def _find(kind: str) -> SourceLayout:
+    if kind not in SOURCES:
+        raise ArgumentError(f"kind {kind!r} is unknown; take {', '.join(kinds())}")
+    return SOURCES.find(kind)
+
+
+def _recognise(files: SourceFiles) -> SourceLayout:
+    for layout in _ordered():
+        if layout.recognises(files):
+            return layout
+    hints = "".join(f"; {layout.hint}" for layout in _ordered() if layout.hint)
+    raise SourceError(f"{files.path}: its layout is none of {', '.join(kinds()[1:])}{hints}")

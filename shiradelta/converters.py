@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a type checker that runs in the checkout finds the folder by its own name
-    from converters import KINDS, Report, convert, default_output, open_source
-
-    __all__ = ["KINDS", "Report", "convert", "default_output", "open_source"]
+    from converters import *  # noqa: F403
+    from converters import __all__ as __all__
 else:
     _folder = Path(__file__).parent.parent / "converters"
     _spec = spec_from_file_location(__name__, _folder / "__init__.py", submodule_search_locations=[str(_folder)])

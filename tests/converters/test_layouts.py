@@ -115,7 +115,7 @@ def test_pefts_other_methods_are_refused(tmp_path: Path, bert, config: LoraConfi
         ({"peft_type": "IA3"}, "IA3"),
         ({"peft_type": "SHIRA"}, "SHIRA"),
         ({"alpha_pattern": {"(": 1}}, "regular expression"),
-        ({"lora_alpha": "many"}, "no finite number"),
+        ({"lora_alpha": "many"}, "not a finite number"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path: Path, config: dict[str, object], message: str):

@@ -132,7 +132,7 @@ def test_a_sparse_change_goes_in_whole(tmp_path: Path):
         (
             {"target_error": 0},
             SourceError,
-            "error of 0 cannot be had with int4 values, which leave 0.1.* at best; take --values f32",
+            "error of 0 cannot be reached with int4 values, which leave 0.1.* at best; take --values f32",
         ),
         ({"target_error": 0.01, "values": "sign"}, SourceError, "cannot be had with sign values"),
         ({"target_error": 1}, DeltaError, "out of range"),

@@ -1,0 +1,116 @@
+"""Tensors that a LoRA saves whole (PEFT's modules_to_save, biases, trained tokens), or as LyCORIS' differences."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from shiradelta.format.arithmetic import to_float32
+from shiradelta.format.delta import TensorDelta
+from shiradelta.format.registry import ADD_DTYPES
+from shiradelta.models.checkpoint import Checkpoint, tied_slot
+from shiradelta.models.peft import CONFIG, ORIGINAL_MODULE
+
+from . import diff, full
+from .item import NO_TARGET, Item, Skipped, SkipReason, Source, whole_tensor
+from .lora_keys import TOKENS
+from .lora_scale import Scale
+
+
+def add_whole(
+    source: Checkpoint,
+    keys: Mapping[str, str],
+    differences: Collection[str],
+    names: Mapping[str, str],
+    scale: Scale,
+    base: Checkpoint | None,
+    result: Source,
+) -> None:
+    """Adds the tensors that a LoRA saves whole: changed ones, and new ones where the LoRA means to add them.
+
+    Args:
+        source: the LoRA's checkpoint.
+        keys: its keys that are no factors -> the name of the tensor that each may be.
+        differences: those of the keys that hold a difference, as LyCORIS saves it beside its factors.
+        names: tensor's name -> the base's name, where the base has it.
+        scale: what the configuration says.
+        base: the base's checkpoint, or None.
+        result: where items, skipped tensors and a warning go.
+    """
+    lost: dict[str, Skipped] = {}
+    taken = {item.name for item in result.items}
+    for key, name in keys.items():
+        found = names.get(name)
+        if ORIGINAL_MODULE in key:
+            result.skipped[key] = Skipped(SkipReason.DUPLICATE, "the module as it was before")
+        elif base is None:
+            why = "saved whole; give --base to tell whether it is new or changed"
+            lost[key] = Skipped(SkipReason.NEEDS_BASE, why)
+        elif names.get(name, name) in taken:
+            already = Skipped(SkipReason.DUPLICATE, f"{names.get(name, name)!r} is in already")
+            (lost if key in differences else result.skipped)[key] = already
+        else:
+            if TOKENS.match(key):
+                item = _tokens(source, key, name, found, scale, base)
+            elif key in differences:
+                item = diff.difference(source, key, found, base) if found else NO_TARGET
+            else:
+                item = _whole(source, key, name, found, scale, base)
+            if isinstance(item, Skipped):
+                lost[key] = item
+            else:
+                result.items.append(item)
+                taken.add(item.name)
+    result.skipped |= lost
+    if lost:
+        key, skipped = next(iter(lost.items()))
+        result.warnings.append(f"{len(lost)} tensors beside the LoRA are left out, such as {key}: {skipped}")
+
+
+def _tokens(
+    source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint
+) -> Item | Skipped:
+    """Rows of an embedding, which the file holds as they are after training: the change that is added to the base."""
+    rows = scale.tokens(name.removesuffix(".weight"))
+    slot = source[key]
+    if found is None:
+        return NO_TARGET
+    if rows is None:
+        return Skipped(SkipReason.PARTS, f"{CONFIG} does not say which rows these are")
+    shape, dtype = base[found].shape, base[found].dtype.name
+    if slot.shape != (len(rows), *shape[1:]) or len(set(rows)) < len(rows) or max(rows, default=0) >= shape[0]:
+        why = f"{len(rows)} rows of shape {list(slot.shape)} do not fit {found!r} of {list(shape)}"
+        return Skipped(SkipReason.PARTS, why)
+    if slot.dtype.name not in ADD_DTYPES or dtype not in ADD_DTYPES:
+        why = f"it is {slot.dtype.name}, the base's {dtype}, and nothing can be added to that exactly"
+        return Skipped(SkipReason.DTYPE, why)
+
+    def exact() -> TensorDelta:
+        order = np.argsort(rows)
+        positions = (np.array(rows)[order][:, None] * shape[1] + np.arange(shape[1])).reshape(-1)
+        tuned = to_float32(source.bits(key), slot.dtype.name).reshape(len(rows), -1)[order].reshape(-1)
+        bits = base.bits(found)[positions]
+        change = tuned - to_float32(bits, dtype)
+        kept = np.flatnonzero(change)
+        return TensorDelta(shape, positions[kept], change[kept], dtype, base_bits=bits[kept])
+
+    return Item(found, shape, dtype, exact=exact)
+
+
+def _whole(
+    source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint
+) -> Item | Skipped:
+    """A tensor saved whole: its change, or the tensor itself where the LoRA means to add it."""
+    if found is not None:
+        return full.difference(source, key, base, found)
+    tied = tied_slot(base, name, source[key].shape)
+    if tied is not None:
+        why = f"the base ties it to {tied!r}, which would change too; untie them in the base first"
+        return Skipped(SkipReason.NO_TARGET, why)
+    meant = scale.adds(name)
+    if meant is None:
+        meant = name.endswith((".weight", ".bias"))
+    if not meant:
+        return Skipped(SkipReason.NO_TARGET, "the base has no such tensor, and nothing says that it is new")
+    return whole_tensor(source, key, name)

@@ -1,0 +1,40 @@
+"""PEFT's adapter folder: its weights, and the adapter type that its configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shiradelta.errors import SourceError
+from shiradelta.models.checkpoint import read_json
+from shiradelta.models.peft import CONFIG, WEIGHTS
+
+#: PEFT's types that are a product of factors, times a scale.
+PRODUCTS = ("LORA", "ADALORA", "LOHA", "LOKR")
+
+
+def adapter_weights(path: Path) -> Path | None:
+    """The weights of PEFT's adapter folder, or None where `path` is not such a folder.
+
+    Raises:
+        SourceError: the adapter is of a type that cannot be converted, or is not saved as safetensors.
+    """
+    weights, config = path / WEIGHTS, path / CONFIG
+    if config.exists():
+        about = read_json(config)
+        check_type(about if isinstance(about, dict) else {}, config, *PRODUCTS, "SHIRA")
+        if not weights.exists():
+            raise SourceError(f"{path}: has no {WEIGHTS}; save the adapter as safetensors first")
+    return weights if weights.exists() else None
+
+
+def check_type(config: Mapping[str, Any], where: object, *types: str) -> None:
+    """Refuses a PEFT configuration of another type.
+
+    Raises:
+        SourceError: its type is not among `types`.
+    """
+    found = str(config.get("peft_type") or types[0]).rpartition(".")[2].upper()
+    if found not in types:
+        raise SourceError(f"{where}: is of type {found}; only {' and '.join(types)} can be converted: merge it first")
