@@ -134,7 +134,7 @@ def test_a_sparse_change_goes_in_whole(tmp_path: Path):
             SourceError,
             "error of 0 cannot be reached with int4 values, which leave 0.1.* at best; take --values f32",
         ),
-        ({"target_error": 0.01, "values": "sign"}, SourceError, "cannot be had with sign values"),
+        ({"target_error": 0.01, "values": "sign"}, SourceError, "cannot be reached with sign values"),
         ({"target_error": 1}, DeltaError, "out of range"),
         ({"target_error": float("nan")}, DeltaError, "out of range"),
         ({"target_error": 0.1, "target_size": 10_000}, DeltaError, "exclude each other"),
