@@ -16,6 +16,7 @@ from shiradelta.io.writer import DeltaWriter, weighing
 from shiradelta.select.counts import Counts
 from shiradelta.select.topk import Selection, top_k
 from shiradelta.util.progress import Progress
+from shiradelta.util.version import version
 
 from .aim import Aim, ErrorAim, SizeAim, Trial, find_fitted_sparsity, find_sparsity, parse_size
 from .item import Item, Source
@@ -92,7 +93,7 @@ class Conversion:
             raise SourceError(f"{self.source}: nothing in it changes the base")
         writer.metadata.update(
             {
-                "created_by": f"shiradelta {_version()}",
+                "created_by": f"shiradelta {version()}",
                 "method": "topk" if fitted is None else "fit",
                 "sparsity": f"{sparsity:g}",
                 **({"energy_kept": f"{report.energy_kept:.4f}"} if fitted is None else fitted.metadata),
@@ -118,9 +119,3 @@ class Conversion:
         except SourceError as error:
             raise SourceError(f"tensor {item.name!r} {error}") from None
         return TensorReport.of(item.name, tensor, stored, energy, selected)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("shiradelta")

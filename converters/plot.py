@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shiradelta.util.files import replacing
-from shiradelta.util.text import layer_of, tick
+from shiradelta.util.plots import new_figure, save, tick
+from shiradelta.util.text import layer_of
 
 from .report import ConversionReport, TensorReport
 
@@ -22,18 +21,16 @@ def draw(path: str | os.PathLike[str], report: ConversionReport) -> None:
     """Plots a conversion to a PNG.
 
     Raises:
+        MissingDependencyError: matplotlib is not installed.
         TargetError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
     fit = report.fit
-    figure = Figure(figsize=(12 if fit else 8, 4.5), layout="constrained")
+    figure = new_figure(12 if fit else 8, 4.5)
     axes = figure.subplots(1, 2 if fit else 1, squeeze=False)[0]
     if fit is not None:
         _draw_steps(axes[0], fit)
     _draw_layers(axes[-1], report)
-    with replacing(Path(path)) as stream:
-        figure.savefig(stream, format="png", dpi=120)
+    save(figure, path)
 
 
 def _draw_steps(axes: Any, fit: Fitted) -> None:

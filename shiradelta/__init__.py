@@ -13,7 +13,16 @@ from shiradelta import _moved
 if TYPE_CHECKING:
     from shiradelta.combine.fuse import fuse
     from shiradelta.converters import convert
-    from shiradelta.errors import FormatError, ShiraDeltaError
+    from shiradelta.errors import (
+        ArgumentError,
+        BaseMismatchError,
+        DeltaError,
+        FormatError,
+        MissingDependencyError,
+        ShiraDeltaError,
+        SourceError,
+        TargetError,
+    )
     from shiradelta.folder.apply import apply, revert
     from shiradelta.folder.verification import verify
     from shiradelta.format.delta import TensorDelta
@@ -21,10 +30,18 @@ if TYPE_CHECKING:
     from shiradelta.io.reader import open_delta
     from shiradelta.io.writer import save_delta
 
+    __version__: str
+
 __all__ = [
+    "ArgumentError",
+    "BaseMismatchError",
+    "DeltaError",
     "FormatError",
     "HotSwap",
+    "MissingDependencyError",
     "ShiraDeltaError",
+    "SourceError",
+    "TargetError",
     "TensorDelta",
     "apply",
     "convert",
@@ -35,10 +52,9 @@ __all__ = [
     "verify",
 ]
 
+#: Name -> its module.  Errors are in `errors`.
 _HOMES = {
-    "FormatError": "errors",
     "HotSwap": "hotswap.session",
-    "ShiraDeltaError": "errors",
     "TensorDelta": "format.delta",
     "apply": "folder.apply",
     "convert": "converters",
@@ -54,10 +70,17 @@ _moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":
+        from shiradelta.util.version import version
+
+        return version()
+    if name not in __all__:
         raise AttributeError(f"module 'shiradelta' has no attribute {name!r}")
-    return getattr(import_module(f"shiradelta.{_HOMES[name]}"), name)
+    from shiradelta.util.optional import importing
+
+    with importing(f"shiradelta.{name}"):
+        return getattr(import_module(f"shiradelta.{_HOMES.get(name, 'errors')}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

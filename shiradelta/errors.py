@@ -1,4 +1,14 @@
-"""Every error the package raises on purpose.  Each is one plain line: what, where, what to do."""
+"""Every error that this package raises on purpose.  Each is one plain line: what, where, what to do.
+
+ShiraDeltaError
+ |- FormatError                         a `.shd` file is refused; has a reason code
+ |- DeltaError (ValueError)             a tensor delta is impossible
+ |   `- ArgumentError                   an argument is wrong
+ |- SourceError                         something cannot be converted
+ |- BaseMismatchError                   a delta was made for another base
+ |- TargetError                         a folder or file cannot be written
+ `- MissingDependencyError (ImportError)  an optional package is not installed
+"""
 
 from __future__ import annotations
 
@@ -95,11 +105,14 @@ class FormatError(ShiraDeltaError):
 
 
 class DeltaError(ShiraDeltaError, ValueError):
-    """A tensor delta, a value or an argument that cannot be: wrong order, out of range, not finite."""
+    """An impossible tensor delta: positions out of order or out of range, values that are not finite."""
 
 
 class ArgumentError(DeltaError):
-    """A wrong argument: an unknown name, a number out of range, or two arguments that exclude each other."""
+    """A wrong argument: an unknown name, a number out of range, or two arguments that exclude each other.
+
+    It is a DeltaError for code that was written before this class existed.
+    """
 
 
 class MissingDependencyError(ShiraDeltaError, ImportError):
@@ -107,12 +120,12 @@ class MissingDependencyError(ShiraDeltaError, ImportError):
 
 
 class SourceError(ShiraDeltaError):
-    """Something that cannot be converted."""
+    """A model, an adapter or a text file that cannot be read or converted."""
 
 
 class BaseMismatchError(ShiraDeltaError):
-    """A base that the delta was not made for: names, shape, dtype or fingerprint differ."""
+    """A model that the delta was not made for: names, shape, dtype or fingerprint differ."""
 
 
 class TargetError(ShiraDeltaError):
-    """A model directory or output that cannot be written: a lock, a link, a full disk, an unknown state."""
+    """A model's folder or an output file that cannot be written: a lock, a link, a full disk, an unknown state."""

@@ -16,6 +16,7 @@ from shiradelta.cli.revert import revert
 from shiradelta.cli.train import train
 from shiradelta.cli.verify import verify
 from shiradelta.errors import ShiraDeltaError
+from shiradelta.util.optional import missing
 from shiradelta.util.text import printable
 
 
@@ -30,6 +31,11 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except ShiraDeltaError as error:
             click.echo(f"error: {printable(str(error))}", err=True)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "shiradelta"):
+                raise
+            click.echo(f"error: {missing(package, f'shiradelta {ctx.invoked_subcommand}')}", err=True)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of a pipe has gone; click exits without a word
                 raise
@@ -41,8 +47,18 @@ class _Commands(click.Group):
         return ctx.exit(1)
 
 
+def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from shiradelta.util.version import version
+
+        click.echo(f"shiradelta, version {version()}")
+        context.exit()
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="shiradelta")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
+)
 def main() -> None:
     """Sparse weight deltas: small files that are patched into a model and taken out again bit for bit."""
 

@@ -32,8 +32,8 @@ from shiradelta.train.gradients import Tell
 from shiradelta.train.masks import can_be_larger, parse_sparsity
 from shiradelta.train.targets import find_weights
 from shiradelta.train.tuner import Tuner, attach
-from shiradelta.util.files import check_target, replacing
-from shiradelta.util.plots import check_plot
+from shiradelta.util.files import check_target
+from shiradelta.util.plots import check_plot, new_figure, save
 
 #: Batches that gradients are summed over for a mask; of all examples, at most so many are kept from training.
 CALIBRATION, HELD_OUT = 16, 256
@@ -416,9 +416,7 @@ def draw(path: Path, history: Sequence[tuple[int, float, float]]) -> None:
     Raises:
         TargetError: it cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     steps, means, held = zip(*history, strict=True)
     axes.plot(steps, means, marker=".", label="training, running mean")
@@ -427,5 +425,4 @@ def draw(path: Path, history: Sequence[tuple[int, float, float]]) -> None:
     axes.set(xlabel="step", ylabel="loss")
     axes.locator_params(axis="x", integer=True)
     axes.legend()
-    with replacing(path) as stream:
-        figure.savefig(stream, format="png", dpi=120)
+    save(figure, path)

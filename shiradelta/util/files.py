@@ -43,9 +43,6 @@ def _is_temporary(name: str, path: Path) -> bool:
     return Path(name).name == path.name or Path(name).name.startswith(f".{path.name}.")
 
 
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
 def check_target(path: Path, start: bytes, kind: str) -> None:
     """Asked before long work: whether a file can be put at `path`, and replaces none of another kind.
 

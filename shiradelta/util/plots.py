@@ -1,22 +1,55 @@
-"""Pictures: whether one can be drawn, asked before the long work."""
+"""Pictures drawn with matplotlib, and checks before the long work that one can be drawn."""
 
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shiradelta.errors import SourceError
-from shiradelta.util.files import PNG, check_target
+from shiradelta.util.files import check_target, replacing
+from shiradelta.util.optional import importing, require
+from shiradelta.util.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PURPOSE = "a picture"
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
     """Checks that a PNG can be drawn at `path`.
 
     Raises:
-        SourceError: matplotlib is missing.
+        MissingDependencyError: matplotlib is not installed.
         TargetError: the folder does not exist, or something other than a PNG is there.
     """
-    if find_spec("matplotlib") is None:
-        raise SourceError("a plot needs matplotlib; install shiradelta[fit], or leave the plot out")
-    check_target(Path(path), PNG, "a PNG")
+    require("matplotlib", _PURPOSE)
+    check_target(Path(path), _PNG, "a PNG")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, with a size in inches.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    with importing(_PURPOSE):
+        from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure as a PNG.
+
+    Raises:
+        TargetError: the file cannot be written.
+    """
+    with replacing(Path(path)) as stream:
+        figure.savefig(stream, format="png", dpi=120)
+
+
+def tick(name: str) -> str:
+    """A name as the label of an axis: the end of a long name, and no formula for matplotlib."""
+    short = printable(name) if len(name) <= 24 else "..." + printable(name[-21:])
+    return short.replace("$", r"\$")

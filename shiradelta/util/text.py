@@ -18,12 +18,6 @@ def brief(text: str, width: int = 300) -> str:
     return f"{printable(text[:width])}... ({len(text):,} characters)"
 
 
-def tick(name: str) -> str:
-    """A name beside a picture: the end of a long one, and no formula for matplotlib."""
-    short = printable(name) if len(name) <= 24 else "..." + printable(name[-21:])
-    return short.replace("$", r"\$")
-
-
 def layer_of(name: str) -> str:
     """A tensor's name up to its first number, which counts layers ("model.layers.3"); all of it if there is none."""
     found = re.match(r".*?[._]\d+(?=[._])", name)

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from shiradelta.combine.interference import Interference, Meeting
-from shiradelta.errors import SourceError
-from shiradelta.util.files import replacing
-from shiradelta.util.text import tick
+from shiradelta.util.optional import importing
+from shiradelta.util.plots import new_figure, save, tick
 
 #: Panels with more pairs do not stand side by side.
 _BESIDE = 6
@@ -20,14 +19,11 @@ def draw(path: Path, found: Interference) -> None:
     """Writes three panels: shared weights, opposite signs among them, cosine.
 
     Raises:
-        SourceError: matplotlib is missing.
+        MissingDependencyError: matplotlib is not installed.
         TargetError: the file cannot be written.
     """
-    try:
+    with importing("a heat map"):
         from matplotlib.colors import Normalize, PowerNorm
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SourceError("a heat map needs matplotlib; install it, or leave --png out") from None
     by_pair = [found.layers(pair) for pair in found.pairs]
     layers = list(dict.fromkeys(layer for meetings in by_pair for layer in meetings))
     pairs = [" + ".join(tick(found.labels[i]) for i in pair) for pair in found.pairs]
@@ -42,7 +38,7 @@ def draw(path: Path, found: Interference) -> None:
     below = len(panels) // beside
     width = 3 + beside * max(1.6, 0.5 * len(by_pair))
     height = 1.2 + 0.06 * max(map(len, pairs)) + 0.22 * len(layers) * below
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     grid = figure.subplots(below, beside, sharex=True, sharey=True)
     for axes, (title, colours, norm, figure_of) in zip(grid, panels, strict=True):
         values = np.array([[figure_of(m.get(layer, Meeting((0, 0)))) for m in by_pair] for layer in layers])
@@ -52,8 +48,7 @@ def draw(path: Path, found: Interference) -> None:
         axes.set_yticks(range(len(layers)), [tick(layer) for layer in layers])
         axes.tick_params(labelsize=7)
         figure.colorbar(image, ax=axes, shrink=min(1.0, 8 / len(layers) + 0.2)).ax.tick_params(labelsize=7)
-    with replacing(path) as stream:
-        figure.savefig(stream, format="png", dpi=120)
+    save(figure, path)
 
 
 def _or_nan(value: float | None, scale: float = 1) -> float:

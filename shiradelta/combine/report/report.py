@@ -15,7 +15,8 @@ from shiradelta.combine.report.adapters import Adapter, look_at
 from shiradelta.combine.report.verdict import verdict
 from shiradelta.errors import DeltaError
 from shiradelta.io.reader import open_delta
-from shiradelta.util.files import PNG, check_target
+from shiradelta.util.files import check_target
+from shiradelta.util.plots import check_plot
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def report(
         BaseMismatchError: the files were made against different bases.
         DeltaError: the same delta twice, or an argument that cannot be.
         FormatError: a file is refused.
+        MissingDependencyError: matplotlib is not installed.
         TargetError: a file cannot be written, or something else is there.
     """
     if not deltas:
@@ -79,7 +81,7 @@ def report(
     if out is not None:
         check_target(Path(out), page.START, "a page of HTML")
     if png is not None:
-        check_target(Path(png), PNG, "a PNG")
+        check_plot(png)
     found = measure(deltas, progress)
     with ExitStack() as stack:
         adapters = tuple(

@@ -1,0 +1,50 @@
+"""Errors for packages that are missing, and the version of a tree that is not installed."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+import shiradelta
+from shiradelta.util import optional, version
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+def test_a_failed_import_says_what_needs_the_package_and_how_to_install_it():
+    line = "a song needs no_such_package, which is not installed; pip install no_such_package"
+    with pytest.raises(shiradelta.MissingDependencyError, match=line) as caught, optional.importing("a song"):
+        import_module("no_such_package.inside")
+    assert caught.value.name == "no_such_package"
+    assert isinstance(caught.value, ImportError)
+    with pytest.raises(shiradelta.MissingDependencyError, match=line):
+        optional.require("no_such_package", "a song")
+    optional.require("numpy", "a song")
+
+
+def test_a_module_of_this_package_that_is_missing_is_no_missing_dependency():
+    with pytest.raises(ModuleNotFoundError) as caught, optional.importing("a song"):
+        import_module("shiradelta.no_such_module")
+    assert not isinstance(caught.value, shiradelta.MissingDependencyError)
+
+
+@pytest.mark.parametrize(("package", "extra"), optional.EXTRAS.items())
+def test_extras_install_the_package(package: str, extra: str):
+    assert f"'shiradelta[{extra}]'" in str(optional.missing(package, "a song"))
+    assert any(line.startswith(package + ">=") for line in PROJECT["optional-dependencies"][extra])
+
+
+def test_the_version_is_the_installed_one_or_that_of_the_source(monkeypatch: pytest.MonkeyPatch):
+    assert shiradelta.__version__ == PROJECT["version"]
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(version, "installed", absent)
+    assert shiradelta.__version__ == PROJECT["version"] + "+source"
+    monkeypatch.setattr(version, "__file__", "/nowhere/at/all/version.py")
+    assert shiradelta.__version__ == "0+unknown"
