@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def described(name: str, value: Any) -> Iterator[str]:
         return
     bases = f"({', '.join(base.__name__ for base in value.__bases__)})" if inspect.isclass(value) else ""
     yield name + (bases if "Error" in bases else "")
-    if getattr(value, "__init__", None) is not Exception.__init__:
+    if not (inspect.isclass(value) and issubclass(value, Enum | Exception) and "__init__" not in vars(value)):
         yield from parameters(value)
     if inspect.isclass(value):
         inherited = set(dir(ImportError if issubclass(value, ImportError) else Exception))
