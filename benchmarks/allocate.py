@@ -22,7 +22,7 @@ from demo.task import embed, load_base, load_split
 from demo.train_lora import OUT as LORA
 from demo.train_lora import batches, contrastive_loss
 from shiradelta.fit.settings import MASKS, Fit
-from shiradelta.select.counts import SCOPES
+from shiradelta.select.shares import SCOPES
 
 SPARSITY = 0.01
 STEPS, BATCH = 60, 32

@@ -28,7 +28,7 @@ from benchmarks.quality.methods import TASKS, prepare, score_with
 from benchmarks.quality.tasks import STEPS, TUNE, optimise
 from benchmarks.table import print_table
 from shiradelta import train
-from shiradelta.nonzeros.pruning import BEGIN, FALL_UNTIL
+from shiradelta.nonzeros.pruning import PRUNE_FROM, PRUNE_UNTIL
 
 MASKS = ("snip", "grad", "wm", "rand", "struct")
 #: Batches that gradients are summed over for a mask.
@@ -74,7 +74,7 @@ def job(
         weights = [name for name in targets if name.removesuffix(".weight").endswith(tuple(task.linears))]
         how: dict[str, Any] = {"scope": scope}
         if fall_from > 1:
-            how |= {"fall": round(FALL_UNTIL * steps), "fall_from": fall_from}
+            how |= {"fall": round(PRUNE_UNTIL * steps), "fall_from": fall_from}
         tuner = train.attach(model, sparsity, method, weights, batches, loss=task.loss, seed=seed, **how)
         optimise(task, model, rate, seed, steps)
         scores = task.score(model)
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", nargs="+", type=float, default=[RATE])
     parser.add_argument("--scope", default="tensor", choices=["tensor", "model"], help="of the share; not for struct")
-    parser.add_argument("--fall-from", type=float, default=BEGIN, help="times the sparsity; 1 keeps the mask")
+    parser.add_argument("--fall-from", type=float, default=PRUNE_FROM, help="times the sparsity; 1 keeps the mask")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--pretraining", type=int, default=PRETRAINING_STEPS, help="steps, of the language model")
     parser.add_argument("--processes", type=int, default=6, help="at once, on one GPU")

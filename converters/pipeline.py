@@ -12,7 +12,7 @@ from shiradelta.format import registry
 from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.select.counts import Counts
-from shiradelta.select.topk import count_for
+from shiradelta.select.shares import check_share
 from shiradelta.util.files import check_target
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
@@ -148,5 +148,5 @@ def _check_arguments(
     if size is not None or error is not None:
         return None
     share = DEFAULT_SPARSITY if sparsity is None else sparsity
-    count_for(share, 1)
+    check_share(share)
     return share

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import shiradelta
 from shiradelta import train
 from shiradelta.fit import Fit
-from shiradelta.nonzeros.pruning import FALL_UNTIL
+from shiradelta.nonzeros.pruning import PRUNE_UNTIL
 
 from .dictionary import Dictionary
 from .language import PRETRAINING_STEPS, Language, pretrain
@@ -99,7 +99,7 @@ def train_directly(case: Case, sparsity: float) -> Made:
     task, model, file = case.task, case.task.load(), case.file("trained", sparsity)
     weights = [name for name, _ in model.named_parameters() if is_linear(task, name)]
     calibration = list(islice(task.batches(case.seed + 1_000), CALIBRATION))
-    fall = round(FALL_UNTIL * case.tuning_steps)
+    fall = round(PRUNE_UNTIL * case.tuning_steps)
     tuner = train.attach(model, sparsity, "snip", weights, calibration, loss=task.loss, fall=fall)
     optimise(task, model, task.rates["sparse"], case.seed, case.tuning_steps)
     tuner.save(file, values="int4")

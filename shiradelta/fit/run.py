@@ -24,7 +24,7 @@ from shiradelta.fit.refit.stream import stream
 from shiradelta.fit.subject import Subject
 from shiradelta.fit.training import DivergedError, Plan, State, Trainer
 from shiradelta.models.checkpoint import rename_all
-from shiradelta.nonzeros.pruning import BEGIN
+from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.topk import Selection
 from shiradelta.text.texts import batches
@@ -70,9 +70,9 @@ def run(order: Order) -> Fitted:
                 nonzeros.write(None)
         result.tensors = {
             target.name: Selection(
-                nonzeros.positions[place.part].cpu().numpy(), nonzeros.values[place.part].cpu().numpy(), energy
+                nonzeros.positions[part.span].cpu().numpy(), nonzeros.values[part.span].cpu().numpy(), energy
             )
-            for target, place, energy in zip(subject.targets, nonzeros.places, subject.energy, strict=True)
+            for target, part, energy in zip(subject.targets, nonzeros.parts, subject.energy, strict=True)
         }
         result.tensors |= {name: result.tensors[first] for name, first in subject.tied.items()}
         result.seconds = time.monotonic() - start
@@ -169,8 +169,8 @@ def _start(order: Order, subject: Subject, counts: Sequence[int]) -> list[int]:
     there.
     """
     if not order.whole_model:
-        return [BEGIN * count for count in counts]
-    share = BEGIN * sum(counts) / sum(weight.numel() for weight in subject.weights)
+        return [PRUNE_FROM * count for count in counts]
+    share = PRUNE_FROM * sum(counts) / sum(weight.numel() for weight in subject.weights)
     return [math.ceil(share * weight.numel()) for weight in subject.weights]
 
 

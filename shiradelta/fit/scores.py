@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from shiradelta.fit.behaviour import Behaviour
 from shiradelta.fit.teacher import Teacher
-from shiradelta.nonzeros.patched import flat
+from shiradelta.nonzeros.weight import flat
 
 
 def input_norms(model: nn.Module, weights: Sequence[nn.Parameter], forward: Callable[[], None]) -> dict[int, Tensor]:
@@ -74,16 +73,3 @@ def by_input(delta: Tensor, weight: nn.Parameter, norms: Tensor | None) -> Tenso
     """|delta| times the rms of the input that it multiplies; |delta| where there is no such input."""
     magnitude = delta.abs()
     return magnitude if norms is None else (magnitude.view(-1, norms.numel()) * norms).reshape(flat(weight).shape)
-
-
-def largest(score: Tensor, count: int) -> Tensor:
-    """Positions, increasing, of the largest scores."""
-    return score.topk(min(count, score.numel())).indices.sort().values
-
-
-def largest_of_all(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Positions, increasing, of the largest scores of all tensors together."""
-    chosen = largest(torch.cat(list(scores)), count)
-    edges = torch.tensor([0, *(score.numel() for score in scores)], device=chosen.device).cumsum(0)
-    cuts = torch.searchsorted(chosen, edges).tolist()
-    return [chosen[a:b] - edges[i] for i, (a, b) in enumerate(pairwise(cuts))]

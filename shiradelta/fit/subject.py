@@ -19,8 +19,9 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import rename_all
 from shiradelta.models.dtypes import torch_dtype
-from shiradelta.nonzeros.patched import flat
 from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.nonzeros.weight import flat
+from shiradelta.select.largest_torch import largest, largest_of_all
 from shiradelta.text.pooling import find_pooling
 from shiradelta.text.texts import batches, read_texts, split
 
@@ -151,10 +152,10 @@ class Subject:
             return factors(index, self._dense(self.targets[index]).abs())
 
         if whole_model and mask != "magnitude":  # by magnitude, counts are shared out that way already
-            positions = scores.largest_of_all([score(index) for index in range(len(counts))], sum(counts))
+            positions = largest_of_all([score(index) for index in range(len(counts))], sum(counts))
         else:
             pairs = zip(counts, self.changed, strict=True)
-            positions = [scores.largest(score(i), min(count, changed)) for i, (count, changed) in enumerate(pairs)]
+            positions = [largest(score(i), min(count, changed)) for i, (count, changed) in enumerate(pairs)]
         found = [self._dense(target)[at] for target, at in zip(self.targets, positions, strict=True)]
         return positions, torch.cat(found)
 

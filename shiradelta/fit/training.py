@@ -19,7 +19,7 @@ from shiradelta.fit.behaviour import Behaviour, Outputs
 from shiradelta.fit.measures import walk
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.teacher import Teacher
-from shiradelta.nonzeros.pruning import FALL_UNTIL, Descent, is_due, matter
+from shiradelta.nonzeros.pruning import PRUNE_UNTIL, PruningSchedule, importance, is_due
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.vector import Nonzeros
 
@@ -200,7 +200,7 @@ class Trainer:
         return distance, loss
 
     def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int]) -> Tensor:
-        settled = min(1.0, self.state.step / (FALL_UNTIL * self._plan.steps))
+        settled = min(1.0, self.state.step / (PRUNE_UNTIL * self._plan.steps))
         return self._behaviour.loss(student, self._behaviour.target(teacher, part), self._behaviour.weight(settled))
 
     def _gradient(self, batch: list[int]) -> Tensor:
@@ -236,13 +236,14 @@ class Trainer:
         state.values.sub_(self._units * (state.mean / root) * (rate / (1 - first**count)))
 
     def _prune(self) -> None:
-        """Drops what matters least, when it is time."""
+        """Prunes the least important nonzeros, when it is time."""
         state, plan = self.state, self._plan
-        until = plan.steps * FALL_UNTIL
+        until = plan.steps * PRUNE_UNTIL
         if len(state.values) <= sum(plan.counts) or not is_due(state.step, until):
             return
-        descent = Descent(until, self._begin, plan.counts, plan.whole_model)
-        kept = torch.cat(descent.kept(state.step, torch.split(matter(state.values, state.square), state.counts)))
+        schedule = PruningSchedule(until, self._begin, plan.counts, plan.whole_model)
+        scores = torch.split(importance(state.values, state.square), state.counts)
+        kept = torch.cat(schedule.kept(state.step, scores))
         self._nonzeros.keep(kept)
         state.mean, state.square = state.mean[kept], state.square[kept]
         self._lay_out()

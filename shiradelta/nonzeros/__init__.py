@@ -1,1 +1,1 @@
-"""The nonzeros of a torch model as trainable values; fitting and training share it."""
+"""The nonzeros of a torch model as trainable values, for fitting and for training."""

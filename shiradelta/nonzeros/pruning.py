@@ -1,7 +1,7 @@
-"""Density that falls while values are trained: when something goes, how much, and what.
+"""Pruning while values are trained: when nonzeros are removed, how many, and which.
 
-The number that is left follows a cubic (Zhu and Gupta, arXiv:1710.01878, section 3): fast at first, when much does not
-matter, and slowly where it hurts.
+The density follows a cubic (Zhu and Gupta, arXiv:1710.01878, section 3).  It falls fast at first, while most nonzeros
+do not matter, and slowly towards the end, where each removal costs.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: At this multiple of what is kept it begins: more costs memory and gives the mask less time to settle.
-BEGIN = 5
-#: Of all steps, those in which it falls; then the mask is fixed.
-FALL_UNTIL = 0.6
+from shiradelta.select.largest_torch import largest_mask
+
+#: Training starts with this many times the nonzeros that are kept.  More costs memory, and leaves the mask less time
+#: to settle.
+PRUNE_FROM = 5
+#: Share of all training steps during which nonzeros are pruned; then the mask is final.
+PRUNE_UNTIL = 0.6
+#: How often nonzeros are pruned.
 PRUNINGS = 24
 
 
 def is_due(step: int, until: float) -> bool:
-    """Whether something is to go after so many steps of a fall that ends after `until`."""
+    """Whether to prune after `step` steps, if pruning ends after `until`."""
     return step > 0 and (step >= until or step % max(1, int(until) // PRUNINGS) == 0)
 
 
 @dataclass(frozen=True)
-class Descent:
-    """From many nonzeros to few.
+class PruningSchedule:
+    """How many nonzeros to keep after each step, and which.
 
     Attributes:
-        until: steps in which the density falls.
+        until: step after which the final number is reached.
         begin, end: nonzeros by tensor, before and after.
-        whole_model: they may move between tensors, so that the sums alone count.
+        whole_model: rank the nonzeros of all tensors together; only the sums of `begin` and `end` hold then.
     """
 
     until: float
@@ -40,31 +44,27 @@ class Descent:
     whole_model: bool
 
     def kept(self, step: int, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Masks of what stays after so many steps, one a tensor.
+        """Bool masks of the nonzeros to keep after `step` steps, one a tensor.
 
         Args:
             step: optimizer steps that are done.
-            scores: what the nonzeros of each tensor matter.
+            scores: importance of each nonzero, by tensor.
         """
         left = max(0.0, 1 - step / self.until) ** 3
         if self.whole_model:
             first, last = sum(self.begin), sum(self.end)
-            everything = largest(torch.cat(list(scores)), last + round((first - last) * left))
-            return list(torch.split(everything, [len(score) for score in scores]))
+            mask = largest_mask(torch.cat(list(scores)), last + round((first - last) * left))
+            return list(torch.split(mask, [len(score) for score in scores]))
         ends = zip(scores, self.begin, self.end, strict=True)
-        return [largest(score, last + round((first - last) * left)) for score, first, last in ends]
+        return [largest_mask(score, last + round((first - last) * left)) for score, first, last in ends]
 
 
-def largest(score: Tensor, count: int) -> Tensor:
-    """A mask of so many of the largest scores, or of all."""
-    kept = torch.zeros_like(score, dtype=torch.bool)
-    kept[score.topk(min(count, len(score)), sorted=False).indices] = True
-    return kept
+def importance(values: Tensor, square: Tensor | None) -> Tensor:
+    """Importance of each nonzero: |value| times the RMS gradient.
 
-
-def matter(values: Tensor, square: Tensor | None) -> Tensor:
-    """What nonzeros matter: |value| times rms gradient, of which `square` is a running mean square, if it is known.
-
-    Where no gradient comes, the largest values matter most.
+    Args:
+        values: of the nonzeros.
+        square: running mean square of their gradients; None if unknown, which leaves |value|.
     """
+    # The RMS has a lower limit, so that magnitude decides among nonzeros without a gradient.
     return values.abs() if square is None else values.abs() * square.sqrt().clamp(min=1e-30)

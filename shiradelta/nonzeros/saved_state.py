@@ -1,4 +1,4 @@
-"""Tensors of an unfinished run on disk: a safetensors file, so that nothing is unpickled."""
+"""The state of an unfinished run on disk: a safetensors file, so that loading unpickles nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shiradelta.util.files import replacing
 def save_state(
     path: str | os.PathLike[str], state: Mapping[str, Tensor], about: Mapping[str, str] | None = None
 ) -> None:
-    """Puts it in place atomically.
+    """Writes a state atomically.
 
     Args:
         path: the file.
         state: tensors by name.
-        about: strings to keep with them.
+        about: strings to store with them.
     """
     from safetensors.torch import save
 
@@ -29,19 +29,19 @@ def save_state(
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors by name.
+    """Reads a state: tensors by name.
 
     Raises:
-        SourceError: it is no such file.
+        SourceError: the file is not a state.
     """
     return load_with_about(path)[0]
 
 
 def load_with_about(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, the strings that were kept with them).
+    """Reads a state: (tensors by name, the strings stored with them).
 
     Raises:
-        SourceError: it is no such file.
+        SourceError: the file is not a state.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -50,4 +50,4 @@ def load_with_about(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             return tensors, dict(stored.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise SourceError(f"{path}: is no state of an unfinished run ({error}); move it away") from None
+        raise SourceError(f"{path}: is not the state of an unfinished run ({error}); move it away") from None

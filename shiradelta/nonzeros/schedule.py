@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""The learning rate over a run, relative to its peak."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ WARM_UP = 0.1
 
 
 def cycle(step: int, steps: int) -> float:
-    """Linear up, cosine down to zero."""
+    """Learning rate at a step, as a share of the peak: linear warm-up, then cosine decay to zero."""
     return min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -1,4 +1,4 @@
-"""All nonzeros of a model as one vector, for loops of our own."""
+"""All nonzeros of a model as one vector, for the training loops of `shiradelta.fit`."""
 
 from __future__ import annotations
 
@@ -10,43 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiradelta.nonzeros.patched import CHUNK, Place, flat, patch, unpatch
+from shiradelta.nonzeros.patched import patch, unpatch
+from shiradelta.nonzeros.weight import CHUNK, WeightNonzeros, flat
 
 
-class Part(Place):
-    """A place whose nonzeros are a part of `Nonzeros`' vectors."""
+class VectorPart(WeightNonzeros):
+    """The nonzeros of one weight, which are the slice `span` of the vectors of `Nonzeros`."""
 
     def __init__(
-        self, parameter: nn.Parameter, stored: torch.dtype, part: slice, positions: Tensor, base: Tensor
+        self, parameter: nn.Parameter, stored: torch.dtype, span: slice, positions: Tensor, base: Tensor
     ) -> None:
         super().__init__(parameter, stored, positions, base)
-        self.part = part
+        self.span = span
 
     def refresh(self, weight: Tensor, values: Tensor) -> None:
-        """The loop writes, and not always the values themselves."""
+        """Does nothing: the loop writes, and what it writes are not always the values themselves."""
 
 
 class Nonzeros:
-    """All nonzeros of a model as one vector, tensor after tensor, positions increasing.
+    """All nonzeros of a model as one vector, tensor after tensor, positions increasing within each.
 
     Attributes:
         positions: int64 [n], flat in the tensor.
-        base: float32 [n], the base's weights there.
-        values: float32 [n], what is added to them.
+        base: float32 [n], the base weights at the positions.
+        values: float32 [n], added to the base.
         grad: float32 [n], filled by backward passes within `attached`.
-        places: one a tensor.
+        parts: one a tensor.
     """
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], stored: Sequence[torch.dtype], positions: Sequence[Tensor]
     ) -> None:
         self._parameters, self._stored = list(parameters), list(stored)
-        self.places: list[Part] = []
+        self.parts: list[VectorPart] = []
         self.reset(torch.cat(list(positions)), [p.numel() for p in positions])
 
     def reset(self, positions: Tensor, counts: Sequence[int], values: Tensor | None = None) -> None:
-        """Takes another mask, and values (zeros by default); the weights have the base until the next `write`."""
-        if self.places:
+        """Switches to another mask and values (zeros by default); the weights hold the base until the next `write`."""
+        if self.parts:
             self.write(None)
         self.positions = positions.to(self._parameters[0].device)
         parts: list[Tensor] = list(torch.split(self.positions, list(counts)))
@@ -59,20 +60,20 @@ class Nonzeros:
     def _lay_out(self, counts: Sequence[int]) -> None:
         self.grad = torch.zeros_like(self.values)
         self._collected: tuple[list[int], Tensor, Tensor] | None = None
-        self.places, start = [], 0
+        self.parts, start = [], 0
         for parameter, stored, count in zip(self._parameters, self._stored, counts, strict=True):
-            part = slice(start, start + count)
-            self.places.append(Part(parameter, stored, part, self.positions[part], self.base[part]))
+            span = slice(start, start + count)
+            self.parts.append(VectorPart(parameter, stored, span, self.positions[span], self.base[span]))
             start += count
-        # What gradients reach is the same storage from step to step; what the values are, `write` says.
-        self._leaves = [self.values[place.part].detach().requires_grad_() for place in self.places]
-        for leaf, place in zip(self._leaves, self.places, strict=True):
-            leaf.grad = self.grad[place.part]  # a view: autograd adds in place
+        # Gradients reach the same storage in each step; `write` says what the values are.
+        self._leaves = [self.values[part.span].detach().requires_grad_() for part in self.parts]
+        for leaf, part in zip(self._leaves, self.parts, strict=True):
+            leaf.grad = self.grad[part.span]  # a view: autograd adds in place
 
     @property
     def counts(self) -> list[int]:
         """Nonzeros by tensor."""
-        return [place.part.stop - place.part.start for place in self.places]
+        return [part.span.stop - part.span.start for part in self.parts]
 
     def per_tensor(self, numbers: Sequence[float]) -> Tensor:
         """One number a tensor -> one a nonzero."""
@@ -80,29 +81,29 @@ class Nonzeros:
         return torch.tensor(numbers, device=self.values.device).repeat_interleave(counts)
 
     def write(self, values: Tensor | None = None) -> None:
-        """Puts base + values into the weights, rounded as they will be stored; None puts the base back."""
+        """Writes base + values into the weights, rounded as they will be stored; None restores the base."""
         total = self.base if values is None else self.base + values
-        rounded: dict[tuple[torch.dtype, torch.dtype], Tensor] = {}  # of all places at once: there are hundreds
-        for place in self.places:
-            weights = flat(place.parameter)
-            kind = place.stored, weights.dtype
+        rounded: dict[tuple[torch.dtype, torch.dtype], Tensor] = {}  # of all weights at once: there are hundreds
+        for part in self.parts:
+            weights = flat(part.parameter)
+            kind = part.stored, weights.dtype
             if kind not in rounded:
-                rounded[kind] = total.to(place.stored).to(weights.dtype)
-            weights.scatter_(0, place.positions, rounded[kind][place.part])
+                rounded[kind] = total.to(part.stored).to(weights.dtype)
+            weights.scatter_(0, part.positions, rounded[kind][part.span])
 
     def keep(self, kept: Tensor) -> None:
-        """Drops all nonzeros but those of a mask [n]; the weights get the base back until the next `write`."""
+        """Keeps only the nonzeros of a bool mask [n]; the weights hold the base until the next `write`."""
         self.write(None)
-        counts = [int(kept[place.part].sum()) for place in self.places]
+        counts = [int(kept[part.span].sum()) for part in self.parts]
         self.positions, self.base, self.values = self.positions[kept], self.base[kept], self.values[kept]
         self._lay_out(counts)
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Within, `collect` after a backward pass completes `grad`; the weights are what `write` made them.
+        """Within this context, `collect` after a backward pass completes `grad`.
 
-        Torch makes the gradient of one weight after another; a hook takes what lies at the mask, and drops the rest.
-        Embeddings, of which a batch uses few rows, and weights too large for that are patched.
+        Torch makes the gradient of one weight after another.  A hook gathers it at the positions, and frees the rest.
+        Embeddings, of which a batch uses few rows, and weights that are too large for a whole gradient are patched.
         """
         tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
         patched = {
@@ -127,19 +128,19 @@ class Nonzeros:
                 parameter.grad = None
 
     def _gather(self, index: int, parameter: Tensor) -> None:
-        """What a backward pass left at a matrix."""
+        """Gathers the gradient that a backward pass left at a matrix."""
         whole, own = parameter.grad, self._leaves[index].grad
         assert whole is not None
         assert own is not None
-        own.add_(whole.take(self.places[index].positions))
+        own.add_(whole.take(self.parts[index].positions))
         parameter.grad = None
 
     def collect(self) -> None:
-        """Adds what a backward pass left at biases and norms.
+        """Adds the gradients that a backward pass left at biases and norms.
 
-        Those are small and many: their gradients are kept, and gathered all at once.
+        They are small and many, so they are kept and gathered all at once.
         """
-        found = [place.parameter for place in self.places if place.parameter.grad is not None]
+        found = [part.parameter for part in self.parts if part.parameter.grad is not None]
         if not found:
             return
         if self._collected is None or self._collected[0] != list(map(id, found)):
@@ -151,14 +152,14 @@ class Nonzeros:
             parameter.grad = None
 
     def _where(self, found: Sequence[Tensor]) -> tuple[list[int], Tensor, Tensor]:
-        """Which vectors, where their nonzeros lie in `grad`, and where in their gradients, one after the other."""
+        """Ids of the vectors; indices of their nonzeros in `grad`, and in their gradients put one after the other."""
         ids, start, targets, positions = list(map(id, found)), 0, [], []
-        for place in self.places:
-            if id(place.parameter) in ids:
-                targets.append(torch.arange(place.part.start, place.part.stop, device=self.grad.device))
-                positions.append(place.positions + start)
-                start += place.numel
+        for part in self.parts:
+            if id(part.parameter) in ids:
+                targets.append(torch.arange(part.span.start, part.span.stop, device=self.grad.device))
+                positions.append(part.positions + start)
+                start += part.numel
         return ids, torch.cat(targets), torch.cat(positions)
 
-    def _source(self, index: int, module: nn.Module, name: str) -> tuple[Tensor, Place]:
-        return self._leaves[index], self.places[index]
+    def _source(self, index: int, module: nn.Module, name: str) -> tuple[Tensor, WeightNonzeros]:
+        return self._leaves[index], self.parts[index]

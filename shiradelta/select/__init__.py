@@ -1,1 +1,1 @@
-"""Which weights change: exact top-k, and how many of each tensor."""
+"""Which weights change: the largest elements of each tensor, and how many of them."""

@@ -1,4 +1,4 @@
-"""How many elements of each tensor are kept: a share of every one, or the largest of all."""
+"""How many elements of each tensor to select: a share of every tensor, or the largest of the whole model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
 
-from shiradelta.errors import DeltaError, SourceError
-from shiradelta.select.spectrum import Spectrum, allocate
-from shiradelta.select.topk import Rows, count_for
+from shiradelta.errors import SourceError
+from shiradelta.select.histogram import allocate
+from shiradelta.select.shares import check_scope, count_for
+from shiradelta.select.spectrum import Spectrum
+from shiradelta.select.topk import Rows
 from shiradelta.util.progress import Progress
-
-SCOPES = ("tensor", "model")
 
 
 class Candidate(Protocol):
-    """A tensor to select from; one without a dense delta is stored as it is."""
+    """A tensor to select elements of; one without a dense delta is stored whole."""
 
     @property
     def name(self) -> str:
@@ -35,18 +35,23 @@ class Candidate(Protocol):
 
 
 class Counts:
-    """Sparsity -> number of elements, by tensor."""
+    """Number of elements to select, by tensor, for a sparsity.
+
+    Args:
+        items: the tensors.
+        scope: one of `SCOPES`.
+        progress: is called with how far the pass over the tensors is.
+    """
 
     def __init__(self, items: Sequence[Candidate], scope: str, progress: Progress) -> None:
-        if scope not in SCOPES:
-            raise DeltaError(f"scope {scope!r} is unknown; take {' or '.join(SCOPES)}")
+        check_scope(scope)
         self.dense = {item.name: item for item in items if item.dense is not None}
         self.numel = sum(item.numel for item in self.dense.values())
         self.scope, self._progress = scope, progress
 
     @cached_property
     def spectra(self) -> Mapping[str, Spectrum]:
-        """Of every tensor; takes one pass over all of them.  Raises SourceError."""
+        """Spectrum of every tensor; the first use makes a pass over all of them.  Raises SourceError."""
         found: dict[str, Spectrum] = {}
         for number, item in enumerate(self.dense.values()):
             self._progress(f"looking at {item.name}", number, len(self.dense))
@@ -58,12 +63,12 @@ class Counts:
         return found
 
     def __call__(self, sparsity: float) -> dict[str, int]:
-        """Of tensors that have a dense delta."""
+        """Number of elements to select from each tensor that has a dense delta."""
         if self.scope == "model":
             changing = (item.numel for name, item in self.dense.items() if self.spectra[name].nonzero)
             return allocate(self.spectra, count_for(sparsity, sum(changing)))
         return {name: count_for(sparsity, item.numel) for name, item in self.dense.items()}
 
     def kept(self, sparsity: float) -> dict[str, int]:
-        """As called, but no more than there are changes."""
+        """As calling it, but at most as many as a tensor has nonzero elements."""
         return {name: min(count, self.spectra[name].nonzero) for name, count in self(sparsity).items()}

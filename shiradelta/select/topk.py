@@ -1,4 +1,4 @@
-"""Which weights to change: exact top-k by magnitude, without ever holding a dense delta."""
+"""Exact top-k by magnitude of a dense delta that is never held in memory whole."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from dataclasses import dataclass
 import numpy as np
 
 from shiradelta.backends.numpy import at_least
-from shiradelta.errors import DeltaError, SourceError
+from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32, Positions
+from shiradelta.select.largest import largest
 
-#: rows(start, stop) -> float32 [stop - start, columns]: a dense delta made on demand, a few rows (`row_shape`) at
-#: a time.
+#: rows(start, stop) -> float32 [stop - start, columns]: makes a few rows (`row_shape`) of a dense delta on demand.
 Rows = Callable[[int, int], Float32]
 
 NOT_FINITE = "has NaN or infinity in it; repair the source first"
-#: Elements that are made at a time: small enough for a core's cache, large enough for NumPy's overhead.
+#: Elements made at a time: few enough for a core's cache, enough to hide NumPy's overhead.
 _BLOCK_ELEMENTS = 1 << 18
 _SAMPLE_BLOCKS = 48
-#: Elements that are sampled together, where rows are shorter.
+#: Elements sampled together where rows are shorter.
 _RUN = 256
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected elements of one tensor and what they were selected from."""
+    """The selected elements of one tensor, and the energy of the whole tensor."""
 
     positions: Positions
     values: Float32
-    energy: float  # sum of the squares of all elements, selected or not; to the last bit if all are selected
+    energy: float  # sum of the squares of all elements, selected or not; exact if all are selected
 
 
 def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) in which a dense delta is made.
 
-    A row is as many trailing dimensions as a block can hold, so that it is one of a matrix even where many are
-    stacked (experts), but never the first one: vectors are cut into elements.
+    A row spans as many trailing dimensions as a block can hold, but never the first dimension.  So a stack of matrices
+    (experts) is cut into rows of its matrices, and a vector into elements.
     """
     columns = 1
     for size in shape[:0:-1]:
@@ -47,26 +47,20 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(shape) // columns if columns else 0), columns
 
 
-def count_for(sparsity: float, numel: int) -> int:
-    """k for a share of a tensor's weights: at least one element of a tensor that has some."""
-    if not 0 < sparsity <= 1:
-        raise DeltaError(f"sparsity {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01")
-    return min(numel, max(1, round(sparsity * numel))) if numel else 0
-
-
 def top_k(
     rows: Rows, shape: tuple[int, int], k: int, at_least: Callable[[Float32, float], Positions] = at_least
 ) -> Selection:
-    """The k elements of largest magnitude; of equal ones those of lowest position.  Zeros are never selected.
+    """The k elements of largest magnitude; the lowest positions among equal ones.  Zeros are never selected.
 
-    Two passes over the rows: a sample of them tells a magnitude that a little more than k elements reach, the
-    second collects those, and only they are ordered.  If the sample was wrong the second is repeated.
+    Makes two passes over the rows.  The first samples some rows to estimate a magnitude that slightly more than k
+    elements reach.  The second collects the elements that reach it, and only those are ordered.  If fewer than k do,
+    the second pass is repeated with a lower magnitude.
 
     Args:
         rows: the dense delta.
-        shape: (rows, columns) of it.
-        k: how many.
-        at_least: a backend's: indices of |x| >= threshold.
+        shape: its (rows, columns).
+        k: how many elements to select.
+        at_least: the backend's function for the indices where |x| >= threshold.
 
     Raises:
         SourceError: NaN or infinity in the delta.
@@ -82,14 +76,14 @@ def top_k(
         threshold = np.float32(threshold / 2) if threshold > 1e-30 else np.float32(0)
     positions = np.concatenate([part.positions for part in found])
     values = np.concatenate([part.values for part in found])
-    if threshold == 0 and values.size <= k:  # of nothing that is left out, not even a rounding error is
+    if threshold == 0 and values.size <= k:  # nothing is left out, so neither may a rounding error be
         return Selection(positions, values, _energy(values))
-    kept = _largest(np.abs(values), k)
+    kept = largest(np.abs(values), k)
     return Selection(positions[kept], values[kept], sum(part.energy for part in found))
 
 
 def blocks(shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """(first row, last row + 1) of what is made at a time; none of a delta without elements."""
+    """(first row, last row + 1) of each block of rows that is made at a time; empty for a delta without elements."""
     count, columns = shape
     if not columns:
         return []
@@ -105,7 +99,7 @@ def _reaching(
     threshold: np.float32,
     at_least: Callable[[Float32, float], Positions],
 ) -> Selection:
-    """The elements of some rows whose magnitude reaches the threshold, and the energy of all."""
+    """The elements of some rows whose magnitude reaches the threshold, and the energy of these rows."""
     flat = rows(start, stop).reshape(-1)
     energy = _energy(flat)
     if not math.isfinite(energy):
@@ -115,13 +109,13 @@ def _reaching(
 
 
 def _energy(flat: Float32) -> float:
-    """The sum of squares, in float64: finite if all are, and so that small differences of it mean something."""
+    """The sum of squares in float64: it cannot overflow, and small differences of it are meaningful."""
     wide = flat.astype(np.float64)
     return float(wide @ wide)
 
 
 def _sampled_threshold(rows: Rows, shape: tuple[int, int], k: int) -> np.float32:
-    """A magnitude that a little more than k elements reach, by the look of evenly spaced rows; 0 takes all."""
+    """A magnitude that slightly more than k elements reach, estimated from evenly spaced rows; 0 takes all."""
     count, columns = shape
     if count * columns <= 4 * _BLOCK_ELEMENTS:
         return np.float32(0)
@@ -129,20 +123,9 @@ def _sampled_threshold(rows: Rows, shape: tuple[int, int], k: int) -> np.float32
     taken = np.linspace(0, count - run, min(count // run, max(_SAMPLE_BLOCKS, (1 << 19) // (run * columns))), dtype=int)
     sample = np.abs(np.concatenate([rows(row, row + run).reshape(-1) for row in taken.tolist()]))
     share = k / (count * columns)
-    # Five standard deviations of a binomial, and 5 % for rows that are alike within themselves.
+    # Five standard deviations of a binomial, and 5 % because elements of a row resemble each other.
     wanted = 1.05 * share * sample.size + 5 * np.sqrt(share * sample.size) + 8
     if wanted >= sample.size:
         return np.float32(0)
     cut = sample.size - int(wanted)
     return np.float32(np.partition(sample, cut)[cut])
-
-
-def _largest(magnitude: Float32, k: int) -> Positions:
-    """Indices, increasing, of the k largest; the earliest of equal ones."""
-    if magnitude.size <= k:
-        return np.arange(magnitude.size, dtype=np.int64)
-    least = np.partition(magnitude, magnitude.size - k)[magnitude.size - k]
-    keep = magnitude > least
-    ties = np.flatnonzero(magnitude == least)
-    keep[ties[: k - int(np.count_nonzero(keep))]] = True
-    return np.flatnonzero(keep)

@@ -19,13 +19,14 @@ from shiradelta.format.arithmetic import Positions
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.models.checkpoint import rename_all
 from shiradelta.models.views import View
+from shiradelta.select.histogram import CLASSES, Histogram, allocate
+from shiradelta.select.largest_torch import largest, largest_of_groups
+from shiradelta.select.shares import count_for, exact_count_for
 from shiradelta.train import masks
 from shiradelta.train.gradients import Loss, Tell, sums
 
 #: A mask of one's own: name -> bool tensor of the weight's shape, or integer positions, flat, in any order.
 OwnMask = Mapping[str, Any]
-#: Magnitudes are told apart by exponent and 7 bits of mantissa, where a share is that of the whole model.
-_CLASSES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,14 @@ class Choice:
         for name, scores in self._scores(mask):
             weight = self.weights[name]
             if self.pattern is not None:
-                positions = masks.n_of_m(scores, (1, *self._shape(name))[-1], *self.pattern)
+                positions = largest_of_groups(scores, (1, *self._shape(name))[-1], *self.pattern)
             else:
-                positions = masks.top(scores, counts[name] if counts else self._count(name, weight))
+                positions = largest(scores, counts[name] if counts else self._count(name, weight))
             chosen[name] = positions[scores[positions] >= 0]  # what is to be avoided has scores below
         return chosen
 
     def _count(self, name: str, weight: Tensor) -> int:
-        return count_of(self.share, name, weight)
+        return exact_count_for(self.share, weight.numel(), name)
 
     def _struct(self, name: str, weight: Tensor) -> Tensor:
         count, avoid = self._count(name, weight), self.avoid.get(name)
@@ -131,35 +132,12 @@ class Choice:
 
     def _counts_by_score(self, mask: str) -> dict[str, int]:
         """How many of the largest scores of all weights together lie in each."""
-        total = max(1, round(self.share * sum(weight.numel() for weight in self.weights.values())))
-        histograms = {
-            name: torch.bincount(scores[scores >= 0].view(torch.int32) >> 16, minlength=_CLASSES).cpu()
+        total = count_for(self.share, sum(weight.numel() for weight in self.weights.values()))
+        counts = {
+            name: torch.bincount(scores[scores >= 0].view(torch.int32) >> 16, minlength=CLASSES).cpu()
             for name, scores in self._scores(mask)
         }
-        from_top = torch.stack(list(histograms.values())).sum(0).flip(0).cumsum(0).flip(0)
-        total = min(total, int(from_top[0]))
-        limit = int(torch.nonzero(from_top >= total)[-1])
-        above = int(from_top[limit + 1]) if limit + 1 < _CLASSES else 0
-        left, members = total - above, int(from_top[limit]) - above
-        counts = {}
-        for name, histogram in histograms.items():
-            here = int(histogram[limit])
-            part = round(left * here / members) if members else 0
-            left, members = left - part, members - here
-            counts[name] = int(histogram[limit + 1 :].sum()) + part
-        return counts
-
-
-def count_of(share: float, name: str, weight: Tensor) -> int:
-    """Elements of a weight that a share is.  Raises DeltaError where it is none."""
-    count = round(share * weight.numel())
-    if count == 0:
-        least = 1 / max(weight.numel(), 1)
-        raise DeltaError(
-            f"a sparsity of {share:g} leaves tensor {name!r} with none of its {weight.numel()} elements; leave it out"
-            f" of the targets, or give a sparsity of {least:.2g} or more"
-        )
-    return count
+        return allocate({name: Histogram.of_counts(found.numpy()) for name, found in counts.items()}, total)
 
 
 def own_mask(mask: OwnMask, weights: Mapping[str, nn.Parameter], avoid: Mapping[str, Positions]) -> dict[str, Tensor]:

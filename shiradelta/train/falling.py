@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from shiradelta.errors import DeltaError
-from shiradelta.nonzeros.patched import is_spread
-from shiradelta.nonzeros.pruning import Descent, is_due, matter
+from shiradelta.nonzeros.pruning import PruningSchedule, importance, is_due
+from shiradelta.nonzeros.weight import is_sharded
+from shiradelta.select.shares import count_for
 from shiradelta.train import masks
 from shiradelta.train.choose import OwnMask
 from shiradelta.train.tuned import Tuned
@@ -51,14 +52,14 @@ class Falling:
             DeltaError: the optimizer has not all of the values, or not whole ones.
         """
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(is_spread(one.values) or id(one.values) not in own for one in tuned):
+        if any(is_sharded(one.values) or id(one.values) not in own for one in tuned):
             raise DeltaError(
                 "the density cannot fall where an optimizer has not all of the values, whole: give them to one, without"
                 " FSDP or ZeRO, or attach without fall"
             )
         self.step += 1
         for one in tuned:
-            one.place.follow(one.values)
+            one.nonzeros.follow(one.values)
         if self.step <= self._steps and is_due(self.step, self._steps):
             self._drop(tuned, optimizer)
         with torch.no_grad():
@@ -67,13 +68,13 @@ class Falling:
 
     def _drop(self, tuned: Sequence[Tuned], optimizer: torch.optim.Optimizer) -> None:
         if self._of is None:
-            end = [max(1, round(self._share * one.place.numel)) for one in tuned]
+            end = [count_for(self._share, one.nonzeros.numel) for one in tuned]
         else:
-            end = [max(1, round(self._share * self._of))]
-        descent = Descent(self._steps, [one.values.numel() for one in tuned], end, self._of is not None)
+            end = [count_for(self._share, self._of)]
+        schedule = PruningSchedule(self._steps, [one.values.numel() for one in tuned], end, self._of is not None)
         device, scores = tuned[0].values.device, []
         for one in tuned:
-            score = matter(one.values.detach(), optimizer.state.get(one.values, {}).get("exp_avg_sq"))
+            score = importance(one.values.detach(), optimizer.state.get(one.values, {}).get("exp_avg_sq"))
             scores.append(score.masked_fill(~one.kept, -1).to(device))
-        for one, kept in zip(tuned, descent.kept(self.step, scores), strict=True):
-            one.place.drop(kept.to(one.values.device))
+        for one, kept in zip(tuned, schedule.kept(self.step, scores), strict=True):
+            one.nonzeros.prune(kept.to(one.values.device))

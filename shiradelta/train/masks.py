@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from numbers import Real
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from shiradelta.errors import DeltaError
 from shiradelta.format.arithmetic import Positions
 
 #: Name -> whether it needs gradients.
@@ -88,50 +84,6 @@ def snip(weight: Tensor, gradients: Tensor) -> Tensor:
     return wm(weight).mul_(gradients)
 
 
-def top(scores: Tensor, count: int) -> Tensor:
-    """Positions, increasing, of the largest scores."""
-    return scores.topk(min(count, scores.numel()), sorted=False).indices.sort().values
-
-
-def n_of_m(scores: Tensor, row: int, n: int, m: int) -> Tensor:
-    """Positions, increasing, of the n largest scores of every m that follow each other in a row.
-
-    Args:
-        scores: flat.
-        row: elements of a row; its last group may be shorter, and has as many.
-        n: how many of a group, at most.
-        m: elements of a group.
-    """
-    groups = -(-row // m)
-    padded = torch.nn.functional.pad(scores.view(-1, row), (0, groups * m - row), value=-math.inf).view(-1, m)
-    best = padded.topk(n)
-    lines = torch.arange(len(padded), device=scores.device)
-    at = (lines // groups * row + lines % groups * m)[:, None] + best.indices
-    return at[best.values > -math.inf].sort().values
-
-
 def can_be_larger(mask: object, pattern: tuple[int, int] | None) -> bool:
     """Whether a mask's name stands for one of any size: not one's own, nor one of a pattern."""
     return isinstance(mask, str) and mask != "struct" and pattern is None
-
-
-def parse_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None]:
-    """(the share, (n, m) of a pattern such as "1:64").
-
-    Raises:
-        DeltaError: neither.
-    """
-    pattern = None
-    if isinstance(sparsity, str):
-        found = re.fullmatch(r"(\d+):(\d+)", sparsity)
-        if found is not None and 0 < int(found[1]) <= int(found[2]):
-            pattern = int(found[1]), int(found[2])
-        try:
-            sparsity = float(sparsity) if pattern is None else pattern[0] / pattern[1]
-        except ValueError:
-            raise DeltaError(
-                f"sparsity {sparsity!r} is no pattern; give N:M such as '1:64', or a share such as 0.01"
-            ) from None
-    if not isinstance(sparsity, Real) or not 0 < sparsity <= 1:
-        raise DeltaError(f"sparsity {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01")
-    return float(sparsity), pattern

@@ -21,15 +21,16 @@ from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
 from shiradelta.format import registry
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, match_names, open_checkpoint
-from shiradelta.nonzeros.patched import flat
-from shiradelta.nonzeros.pruning import BEGIN, FALL_UNTIL
+from shiradelta.nonzeros.pruning import PRUNE_FROM, PRUNE_UNTIL
 from shiradelta.nonzeros.saved_state import load_with_about, save_state
 from shiradelta.nonzeros.schedule import cycle
+from shiradelta.nonzeros.weight import flat
+from shiradelta.select.shares import parse_sparsity
 from shiradelta.text.examples import Pairs, read_examples
 from shiradelta.text.pooling import find_pooling
 from shiradelta.text.texts import batches, split
 from shiradelta.train.gradients import Tell
-from shiradelta.train.masks import can_be_larger, parse_sparsity
+from shiradelta.train.masks import can_be_larger
 from shiradelta.train.targets import find_weights
 from shiradelta.train.tuner import Tuner, attach
 from shiradelta.util.files import check_target
@@ -79,8 +80,8 @@ class Settings:
     def fall(self) -> tuple[int, float]:
         """Steps in which the density falls, and from how many times the sparsity; 0 if it does not."""
         falls = can_be_larger(self.mask, parse_sparsity(self.sparsity)[1])
-        begin = (BEGIN if falls else 1) if self.fall_from is None else self.fall_from
-        return (math.ceil(FALL_UNTIL * self.steps) if begin > 1 else 0), begin
+        begin = (PRUNE_FROM if falls else 1) if self.fall_from is None else self.fall_from
+        return (math.ceil(PRUNE_UNTIL * self.steps) if begin > 1 else 0), begin
 
 
 @dataclass
@@ -254,7 +255,7 @@ class _Run:
             avoid=settings.avoid,
             seed=settings.seed,
             fall=anew,
-            fall_from=begin if anew else BEGIN,
+            fall_from=begin if anew else PRUNE_FROM,
             progress=self.progress,
         )
         if fall and not anew:

@@ -10,6 +10,7 @@ from torch import nn
 
 from shiradelta.errors import DeltaError, TargetError
 from shiradelta.format import registry
+from shiradelta.models.layers import is_conv1d
 from shiradelta.models.live import Target, live_tensors
 
 ALL_LINEAR = "all-linear"
@@ -94,7 +95,7 @@ def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
     return [
         module.weight
         for module in model.modules()
-        if (isinstance(module, kinds) or type(module).__name__ == "Conv1D")
+        if (isinstance(module, kinds) or is_conv1d(module))
         and module is not output
         and isinstance(module.weight, nn.Parameter)
     ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
 from shiradelta.models.views import View
-from shiradelta.nonzeros.patched import Place, flat, is_spread
+from shiradelta.nonzeros.weight import WeightNonzeros, flat, is_sharded
 
 #: What the values are called beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
 SUFFIX = "_nonzeros"
@@ -21,20 +21,20 @@ class Tuned:
     """One weight that is tuned.
 
     Attributes:
-        place: where its nonzeros are.
+        nonzeros: of the weight.
         views: how the checkpoint has it.
         holders: modules that hold its values, tied ones more than one, and as what.
     """
 
-    place: Place
+    nonzeros: WeightNonzeros
     views: Sequence[View]
     holders: list[tuple[nn.Module, str]]
 
     @property
     def kept(self) -> Tensor:
         """Bool [n], which nonzeros are trained: all, but where the density falls; the others stay zero."""
-        kept = self.place.kept
-        return torch.ones_like(self.place.positions, dtype=torch.bool) if kept is None else kept
+        kept = self.nonzeros.kept
+        return torch.ones_like(self.nonzeros.positions, dtype=torch.bool) if kept is None else kept
 
     @property
     def nnz(self) -> int:
@@ -44,7 +44,7 @@ class Tuned:
     @property
     def positions(self) -> Tensor:
         """Where these are."""
-        return self.place.positions[self.kept]
+        return self.nonzeros.positions[self.kept]
 
     @property
     def values(self) -> nn.Parameter:
@@ -59,17 +59,17 @@ class Tuned:
         """None where FSDP gives each process a part of it, which holds the base; it is patched when it is gathered."""
         module, name = self.holders[0]
         found = module._parameters[name.removesuffix(SUFFIX)]
-        return None if found is None or is_spread(found) else found
+        return None if found is None or is_sharded(found) else found
 
     def write(self, values: Tensor | None) -> None:
         """Puts base + values, or the base, into the weight."""
         weight = self.weight
         if weight is not None:
-            self.place.written = None
+            self.nonzeros.written = None
             if values is None:
-                self.place.write(None, weight)
+                self.nonzeros.write(None, weight)
             else:
-                self.place.refresh(weight, values)
+                self.nonzeros.refresh(weight, values)
 
     def load(self, name: str, positions: Tensor, values: Tensor, kept: Tensor | None) -> None:
         """Takes up a state; of `kept` None is all."""
@@ -77,15 +77,15 @@ class Tuned:
         if weight is not None:
             self.write(None)
             where = positions.to(weight.device)
-            self.place.move(compact(where, weight), flat(weight)[where], kept)
+            self.nonzeros.move(compact(where, weight), flat(weight)[where], kept)
             self.values.data = values.to(self.values.device, torch.float32, copy=True)
         else:
-            if not torch.equal(positions, self.place.positions.long().cpu()):
+            if not torch.equal(positions, self.nonzeros.positions.long().cpu()):
                 raise DeltaError(f"the state of {name!r} has another mask; load it before the model is distributed")
             with torch.no_grad():
                 self.values.copy_(spread(values, self.values))
             if kept is not None:
-                self.place.move(self.place.positions, self.place.base, kept)
+                self.nonzeros.move(self.nonzeros.positions, self.nonzeros.base, kept)
 
 
 def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:

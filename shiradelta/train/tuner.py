@@ -20,11 +20,13 @@ from shiradelta.errors import DeltaError, TargetError
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.writer import weighing, writing
 from shiradelta.models.views import View, views
-from shiradelta.nonzeros.patched import Place, flat, is_patched, patch, unpatch
-from shiradelta.nonzeros.pruning import BEGIN
+from shiradelta.nonzeros.patched import is_patched, patch, unpatch
+from shiradelta.nonzeros.pruning import PRUNE_FROM
+from shiradelta.nonzeros.weight import WeightNonzeros, flat
+from shiradelta.select.shares import check_scope, exact_count_for, parse_sparsity
 from shiradelta.train import masks
 from shiradelta.train.adapters import read_adapter, write_peft
-from shiradelta.train.choose import Choice, OwnMask, avoided, count_of, own_mask
+from shiradelta.train.choose import Choice, OwnMask, avoided, own_mask
 from shiradelta.train.falling import Falling, check_fall
 from shiradelta.train.gradients import Loss, Tell, own_loss
 from shiradelta.train.targets import ALL_LINEAR, check_weights, find_weights
@@ -47,7 +49,7 @@ def attach(
     seed: int = 0,
     start: str | os.PathLike[str] | None = None,
     fall: int = 0,
-    fall_from: float = BEGIN,
+    fall_from: float = PRUNE_FROM,
     progress: Tell | None = None,
 ) -> Tuner:
     """Makes the nonzeros of a sparse delta the only parameters of a model that train.
@@ -89,9 +91,8 @@ def attach(
         raise TargetError("the model, or a part of it, has a tuner already; detach() it first")
     if isinstance(calibration, Mapping | Tensor):
         raise DeltaError("calibration is one batch; give a list of batches, such as [batch]")
-    share, pattern = masks.parse_sparsity(sparsity)
-    if scope not in ("tensor", "model"):
-        raise DeltaError(f"scope {scope!r} is unknown; take tensor or model")
+    share, pattern = parse_sparsity(sparsity)
+    check_scope(scope)
     if pattern is not None and scope == "model":
         raise DeltaError("a pattern N:M holds in every row, so scope='model' means nothing with it; give a share")
     if start is not None and avoid:
@@ -99,11 +100,11 @@ def attach(
             "an adapter to start from brings its own mask, so avoid means nothing with it; give one of both"
         )
     weights = find_weights(model, targets)
-    if fall or fall_from != BEGIN:
+    if fall or fall_from != PRUNE_FROM:
         check_fall(fall, fall_from, mask if start is None else None, pattern)
         if scope == "tensor":
             for name, weight in weights.items():
-                count_of(share, name, weight)
+                exact_count_for(share, weight.numel(), name)
     in_checkpoint = views(weights, check_weights(model, weights))
     others = avoided(avoid, weights, in_checkpoint)
     begun = {} if start is None else read_adapter(start, weights, in_checkpoint)
@@ -166,15 +167,15 @@ class Tuner:
         values = {}
         for name, weight in weights.items():  # all that takes memory, before the model is touched
             where = positions[name]
-            place = Place(weight, weight.dtype, compact(where, weight), flat(weight)[where])
+            nonzeros = WeightNonzeros(weight, weight.dtype, compact(where, weight), flat(weight)[where])
             values[name] = nn.Parameter(torch.zeros(where.numel(), dtype=torch.float32, device=weight.device))
             held = [(module, own + SUFFIX) for module, own in held_by[weight]]
-            self._tuned[name] = Tuned(place, in_checkpoint[name], held)
+            self._tuned[name] = Tuned(nonzeros, in_checkpoint[name], held)
         model.requires_grad_(False)
         for name, tuned in self._tuned.items():
             for module, own in tuned.holders:
                 module.register_parameter(own, values[name])
-        patch(model, {weight: partial(_source, self._tuned[name].place) for name, weight in weights.items()})
+        patch(model, {weight: partial(_nonzeros_of, self._tuned[name].nonzeros) for name, weight in weights.items()})
         self._is_attached = True
         self._falling: Falling | None = None
         model.__dict__["_shiradelta"] = self  # so that it lives as long as the model
@@ -215,7 +216,7 @@ class Tuner:
     @property
     def base(self) -> dict[str, Tensor]:
         """The base's weights where values are: the model's names -> [n], of the weight's dtype."""
-        return {name: tuned.place.base for name, tuned in self._tuned.items()}
+        return {name: tuned.nonzeros.base for name, tuned in self._tuned.items()}
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -247,7 +248,7 @@ class Tuner:
         """Lets the density fall from what it is to a share of each weight, or of all of some weights together."""
         self._falling = Falling(steps, share, None if among is None else sum(weight.numel() for weight in among))
         for tuned in self._tuned.values():
-            tuned.place.drop(tuned.kept)
+            tuned.nonzeros.prune(tuned.kept)
 
     def detach(self) -> None:
         """Takes the delta out: the weights are the base's, bit for bit, and the model is as it was before `attach`."""
@@ -288,21 +289,21 @@ class Tuner:
         self._attached()
         found: dict[str, TensorDelta] = {}
         for name, tuned in self._tuned.items():
-            if tuned.weight is not None and tuned.weight.dtype != tuned.place.stored:
+            if tuned.weight is not None and tuned.weight.dtype != tuned.nonzeros.stored:
                 raise DeltaError(
                     f"tensor {name!r} was cast to {tuned.weight.dtype} while it was trained; cast the model first, then"
                     " attach"
                 )
-            values = tuned.place.masked(whole(tuned.values).detach().float().to(tuned.place.positions.device))
+            values = tuned.nonzeros.masked(whole(tuned.values).detach().float().to(tuned.nonzeros.positions.device))
             if not torch.isfinite(values).all():
                 raise DeltaError(
                     f"tensor {name!r} was trained to NaN or infinity; go back to an earlier state, with a smaller"
                     " learning rate or with gradients clipped"
                 )
             nonzero = values.nonzero().reshape(-1)
-            positions = tuned.place.positions[nonzero].long().cpu().numpy()
-            numbers, base = values[nonzero].cpu().numpy(), _bits(tuned.place.base[nonzero])
-            dtype = str(tuned.place.stored).removeprefix("torch.")
+            positions = tuned.nonzeros.positions[nonzero].long().cpu().numpy()
+            numbers, base = values[nonzero].cpu().numpy(), _bits(tuned.nonzeros.base[nonzero])
+            dtype = str(tuned.nonzeros.stored).removeprefix("torch.")
             for view in tuned.views:
                 order, where = view.from_weight(positions)
                 if order.size:
@@ -372,7 +373,7 @@ class Tuner:
         self._attached()
         state = {}
         for name, tuned in self._tuned.items():
-            state[f"{name}.positions"] = tuned.place.positions.long().cpu()
+            state[f"{name}.positions"] = tuned.nonzeros.positions.long().cpu()
             state[f"{name}.values"] = whole(tuned.values).detach().float().cpu()
             if self._falling is not None:
                 state[f"{name}.kept"] = tuned.kept.cpu().clone()
@@ -403,8 +404,8 @@ class Tuner:
             sound = positions.dtype in (torch.int32, torch.int64) and positions.dim() == 1
             sound = sound and positions.shape == values.shape == kept.shape and bool((positions.diff() > 0).all())
             sound = sound and (kept is values or kept.dtype == torch.bool)
-            if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= tuned.place.numel:
-                raise DeltaError(f"the state of {name!r} does not fit a weight of {tuned.place.numel} elements")
+            if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= tuned.nonzeros.numel:
+                raise DeltaError(f"the state of {name!r} does not fit a weight of {tuned.nonzeros.numel} elements")
         if self._falling is not None and (state[_FALL].numel() != 1 or state[_FALL].is_floating_point()):
             raise DeltaError(f"the state's {_FALL!r} is no number of steps; take one that Tuner.state_dict gave")
         for name, tuned in self._tuned.items():
@@ -414,10 +415,10 @@ class Tuner:
         self.write()
 
 
-def _source(place: Place, module: nn.Module, name: str) -> tuple[Tensor, Place]:
+def _nonzeros_of(nonzeros: WeightNonzeros, module: nn.Module, name: str) -> tuple[Tensor, WeightNonzeros]:
     values = module._parameters[name + SUFFIX]
     assert values is not None
-    return values, place
+    return values, nonzeros
 
 
 def _bits(weights: Tensor) -> Any:

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import shiradelta
 from shiradelta.errors import DeltaError, SourceError
-from shiradelta.select.spectrum import Spectrum, allocate
-from shiradelta.select.topk import count_for, top_k
+from shiradelta.select.histogram import allocate
+from shiradelta.select.shares import count_for
+from shiradelta.select.spectrum import Spectrum
+from shiradelta.select.topk import top_k
 from tests.conftest import random_tensors, write_lora, write_model
 
 MODULES = {"model.layers.0.mlp.up_proj": (96, 32), "model.layers.1.mlp.down_proj": (32, 96)}

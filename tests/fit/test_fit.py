@@ -204,7 +204,7 @@ def test_the_quantiser_is_the_codec(codec: str):
 
 
 def test_gradients_are_the_dense_ones_at_the_mask(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shiradelta.nonzeros.patched.CHUNK", 100)
+    monkeypatch.setattr("shiradelta.nonzeros.weight.CHUNK", 100)
     model = build("causal")
     model.requires_grad_(False)
     weights = [p for p in model.parameters() if p.dim() == 2]
@@ -374,7 +374,7 @@ def test_a_state_of_another_run_is_not_taken_up(
 ):
     said: list[str] = []
     (tmp_path / "a.shd.fit").write_bytes(b"something else")
-    with pytest.raises(SourceError, match="no state of an unfinished run"):
+    with pytest.raises(SourceError, match="not the state of an unfinished run"):
         fit(encoder, tmp_path / "a.shd")
     save_file({}, tmp_path / "a.shd.fit", {"run": "other", "state": "{}"})
     fit(encoder, tmp_path / "a.shd", say=said.append)

@@ -18,7 +18,6 @@ from shiradelta.fit import divergence, teacher
 from shiradelta.fit.behaviour import TextBehaviour
 from shiradelta.fit.teacher import Teacher
 from shiradelta.models import loading
-from shiradelta.nonzeros import pruning
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.text.pooling import find_pooling
 from shiradelta.text.texts import batches, read_texts
@@ -127,13 +126,6 @@ def test_the_base_has_a_loss_of_one_in_the_mean(tmp_path: Path):
         losses = [float(found.loss(*pair)) for pair in pairs]
         assert sum(losses) / 2 == pytest.approx(1, rel=1e-5)
         assert float(found.loss(pairs[0][1], pairs[0][1])) == 0
-
-
-@pytest.mark.parametrize(("size", "count"), [(7, 3), (1, 1), (0, 0), (30, 30), (12, 20), (5, 0)])
-def test_the_largest_are_kept(size: int, count: int):
-    score = torch.rand(size, generator=torch.Generator().manual_seed(0))
-    kept = pruning.largest(score, count)
-    assert sorted(score[kept].tolist()) == score.sort().values[max(0, size - count) :].tolist()
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal"])

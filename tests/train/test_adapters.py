@@ -74,7 +74,7 @@ def test_training_goes_on_from_a_file(kind: str, tmp_path: Path):
 
 def test_what_cannot_be_started_from(tmp_path: Path):
     (tmp_path / "nothing.safetensors").write_bytes(b"nothing")
-    with pytest.raises(SourceError, match="no state"):
+    with pytest.raises(SourceError, match="not the state"):
         train.attach(llama(), start=tmp_path / "nothing.safetensors")
     set_delta = shiradelta.TensorDelta((32, 32), [1], torch.ones(1).numpy(), "float32", op="set")
     shiradelta.save_delta(tmp_path / "set.shd", {"model.layers.0.self_attn.q_proj.weight": set_delta})

@@ -77,7 +77,7 @@ KINDS = ("llama", "tied", "gpt2", "experts", "image")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shiradelta.nonzeros.patched.CHUNK", 500)
+    monkeypatch.setattr("shiradelta.nonzeros.weight.CHUNK", 500)
 
 
 def train_dense(
@@ -327,7 +327,7 @@ def test_own_masks():
         ({"targets": "*.q_proj"}, "no regular expression"),
         ({"sparsity": 0.0001, "targets": ["norm"]}, "none of its 32 elements"),
         ({"sparsity": 1.5}, "not a share"),
-        ({"sparsity": "3:2"}, "no pattern"),
+        ({"sparsity": "3:2"}, "not a pattern"),
         ({"sparsity": None}, "not a share"),
         ({"targets": []}, "targets is empty"),
         ({"sparsity": "1:8", "scope": "model"}, "scope"),

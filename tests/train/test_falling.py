@@ -219,7 +219,7 @@ def test_parts_of_values_are_refused(monkeypatch: pytest.MonkeyPatch):
     model = llama()
     tuner = falling(model)
     optimizer = ADAMW(tuner.parameters(), lr=0.01)
-    monkeypatch.setattr("shiradelta.train.falling.is_spread", lambda values: True)
+    monkeypatch.setattr("shiradelta.train.falling.is_sharded", lambda values: True)
     with pytest.raises(DeltaError, match="without FSDP"):
         step(model, optimizer)
 
@@ -235,18 +235,18 @@ def test_peft_gets_what_was_kept(tmp_path: Path):
 
 
 def test_descent_in_numbers():
-    descent = pruning.Descent(10, [100, 50], [10, 5], False)
+    descent = pruning.PruningSchedule(10, [100, 50], [10, 5], False)
     assert [pruning.is_due(done, 10) for done in (0, 1, 9, 10, 12)] == [False, True, True, True, True]
     score = torch.rand(150, generator=torch.Generator().manual_seed(0))
     scores = [score[:100], score[100:]]
     for mask, own, count in zip(descent.kept(5, scores), scores, [10 + round(90 / 8), 5 + round(45 / 8)], strict=True):
         assert int(mask.sum()) == count
         assert own[mask].min() > own[~mask].max()
-    assert sum(int(mask.sum()) for mask in pruning.Descent(10, [100, 50], [10, 5], True).kept(11, scores)) == 15
+    assert sum(int(mask.sum()) for mask in pruning.PruningSchedule(10, [100, 50], [10, 5], True).kept(11, scores)) == 15
     # Where no gradient comes, magnitude tells.
     values = torch.tensor([0.1, -3.0, 2.0])
-    assert pruning.matter(values, torch.zeros(3)).argsort().tolist() == [0, 2, 1]
-    assert torch.equal(pruning.matter(values, None), values.abs())
+    assert pruning.importance(values, torch.zeros(3)).argsort().tolist() == [0, 2, 1]
+    assert torch.equal(pruning.importance(values, None), values.abs())
 
 
 def test_a_share_of_all_weights_also_where_the_mask_leaves_some_out():

@@ -173,7 +173,7 @@ def test_the_example_with_trainer(folders: Path, tmp_path: Path, monkeypatch: py
         ({"batch": 0}, "batch is 0"),
         ({"tokens": 0}, "tokens is 0"),
         ({"rate": float("nan")}, "learning rate of nan"),
-        ({"sparsity": "1:0"}, "no pattern"),
+        ({"sparsity": "1:0"}, "not a pattern"),
         ({"fall_from": 0.5}, "falls from 0.5 x does not fall"),
         ({"values": "int3"}, "'int3' are unknown"),
     ],

@@ -16,9 +16,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from shiradelta.fit.scores import largest
 from shiradelta.models.layers import is_conv1d
 from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.select.largest_torch import largest
 
 #: Added to the diagonal, as a share of its mean: some hundred texts do not span all inputs.
 DAMPING = 0.1
@@ -52,13 +52,13 @@ def refit(
         parts: examples of each forward pass.
         progress: is told (layers done, of all).
     """
-    positions = [nonzeros.positions[place.part] for place in nonzeros.places]
-    values = [nonzeros.values[place.part] for place in nonzeros.places]
-    index_of = {id(place.parameter): index for index, place in enumerate(nonzeros.places)}
+    positions = [nonzeros.positions[part.span] for part in nonzeros.parts]
+    values = [nonzeros.values[part.span] for part in nonzeros.parts]
+    index_of = {id(part.parameter): index for index, part in enumerate(nonzeros.parts)}
 
     def written(index: int) -> Nonzeros:
-        place = nonzeros.places[index]
-        one = Nonzeros([cast(nn.Parameter, place.parameter)], [place.stored], [positions[index]])
+        part = nonzeros.parts[index]
+        one = Nonzeros([cast(nn.Parameter, part.parameter)], [part.stored], [positions[index]])
         one.write(rounded(values[index]))
         return one
 

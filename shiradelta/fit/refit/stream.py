@@ -26,12 +26,12 @@ from shiradelta.fit.measures import Measures, compare, mean
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.refit.least_squares import Enough, own_linears, refit
 from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
-from shiradelta.fit.scores import largest
 from shiradelta.fit.teacher import exchanged
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import rename_all
 from shiradelta.models.dtypes import torch_dtype
 from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.select.largest_torch import largest
 from shiradelta.select.topk import Selection
 from shiradelta.text.pooling import find_pooling
 from shiradelta.text.texts import batches, read_texts, split
@@ -134,9 +134,9 @@ class _Weights:
             return {}
         return {
             target.name: Selection(
-                self.fitted.positions[place.part].cpu().numpy(), self.fitted.values[place.part].cpu().numpy(), energy
+                self.fitted.positions[part.span].cpu().numpy(), self.fitted.values[part.span].cpu().numpy(), energy
             )
-            for target, place, energy in zip(self._targets, self.fitted.places, self._energy, strict=True)
+            for target, part, energy in zip(self._targets, self.fitted.parts, self._energy, strict=True)
         }
 
 

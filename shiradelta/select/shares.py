@@ -1,0 +1,79 @@
+"""Sparsity: a share of the weights, or N of every M; and the number of elements that a share of a tensor is."""
+
+from __future__ import annotations
+
+import math
+import re
+from numbers import Real
+
+from shiradelta.errors import ArgumentError
+
+#: What a share is taken of: each tensor, or the whole model.
+SCOPES = ("tensor", "model")
+
+
+def check_scope(scope: str) -> None:
+    """Raises ArgumentError if a scope is unknown."""
+    if scope not in SCOPES:
+        raise ArgumentError(f"scope {scope!r} is unknown; take {' or '.join(SCOPES)}")
+
+
+def check_share(sparsity: object) -> float:
+    """The share as a float.
+
+    Raises:
+        ArgumentError: it is not a number above 0 and up to 1.
+    """
+    share = float(sparsity) if isinstance(sparsity, Real) else math.nan
+    if not 0 < share <= 1:
+        raise ArgumentError(f"sparsity {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01")
+    return share
+
+
+def parse_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None]:
+    """(the share, (n, m) of a pattern such as "1:64" or None).
+
+    Raises:
+        ArgumentError: it is neither a share nor a pattern.
+    """
+    if not isinstance(sparsity, str):
+        return check_share(sparsity), None
+    found = re.fullmatch(r"(\d+):(\d+)", sparsity)
+    if found is not None and 0 < int(found[1]) <= int(found[2]):
+        n, m = int(found[1]), int(found[2])
+        return n / m, (n, m)
+    try:
+        share = float(sparsity)
+    except ValueError:
+        raise ArgumentError(
+            f"sparsity {sparsity!r} is not a pattern; give N:M such as '1:64', or a share such as 0.01"
+        ) from None
+    return check_share(share), None
+
+
+def count_for(sparsity: float, numel: int) -> int:
+    """Elements that a share of a tensor is: at least one, unless the tensor has none.
+
+    Raises:
+        ArgumentError: the share is not above 0 and up to 1.
+    """
+    check_share(sparsity)
+    return min(numel, max(1, round(sparsity * numel))) if numel else 0
+
+
+def exact_count_for(sparsity: float, numel: int, name: str) -> int:
+    """As `count_for`, but refuses where less than half an element would be rounded up to one.
+
+    Training asks for this: the weights to train are named, so one that would get a single element by rounding is
+    more likely a mistake.  Conversion takes the tensors of a source as they are, small ones too.
+
+    Raises:
+        ArgumentError: the share of the tensor called `name` rounds to no element.
+    """
+    if round(sparsity * numel) == 0:
+        least = 1 / max(numel, 1)
+        raise ArgumentError(
+            f"a sparsity of {sparsity:g} leaves tensor {name!r} with none of its {numel} elements; leave it out of the"
+            f" targets, or give a sparsity of {least:.2g} or more"
+        )
+    return count_for(sparsity, numel)
