@@ -11,9 +11,12 @@ from types import FunctionType
 import pytest
 
 import shiradelta
+from shiradelta.util.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("shiradelta", "converters")
+#: Classes that several modules name alike, until they are renamed.
+SHARED_NAMES = {"IndexCodec", "Plan", "Report", "State", "Target", "ValueCodec", "_Weights"}
 
 
 def layers() -> list[set[str]]:
@@ -116,6 +119,33 @@ def test_files_are_short_enough_to_hold_in_the_head():
     for package in ("shiradelta", "converters"):
         for path in (ROOT / package).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_class_names_are_unique():
+    """A name says what a class is without the module that it stands in; private ones count, too."""
+    homes: dict[str, list[str]] = {}
+    for module, path in sources().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module)
+    shared = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert {name: modules for name, modules in shared.items() if name not in SHARED_NAMES} == {}
+
+
+def test_registries_refuse_unknown_names_with_a_list_of_the_known_ones():
+    registries = {
+        id(value): value
+        for module in sources()
+        if not module.endswith("__main__")
+        for value in vars(import_module(module)).values()
+        if isinstance(value, Registry)
+    }
+    assert registries
+    for registry in registries.values():
+        with pytest.raises(shiradelta.ArgumentError) as caught:
+            registry.find("nothing of this name")
+        assert registry.kind in str(caught.value)
+        assert all(name in str(caught.value) for name in registry)
 
 
 def test_public_methods_are_documented_where_they_are_introduced():

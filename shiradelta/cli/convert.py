@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from shiradelta.cli import options
-from shiradelta.cli.options import command
+from shiradelta.cli.options import RegistryChoice, command
 from shiradelta.cli.output import echo_json, echo_warnings, progress_bar, skipped_lines
 from shiradelta.util.text import percent, size, table
 
@@ -24,16 +24,10 @@ from shiradelta.util.text import percent, size, table
 @click.option("--base", metavar="MODEL", help="The base model's folder or file; a full fine-tune needs it.")
 @options.values("int4")
 @click.option("-o", "--out", metavar="FILE", help="The file to write.  [default: SOURCE with .shd]")
-@click.option(
-    "--scope",
-    type=click.Choice(["tensor", "model"]),
-    default="tensor",
-    show_default=True,
-    help="Keep the share in every tensor, or over the whole model.",
-)
+@options.scope("Keep the share in every tensor, or over the whole model.")
 @click.option(
     "--kind",
-    type=click.Choice(["auto", "lora", "full", "diff"]),
+    type=RegistryChoice("shiradelta.converters:kinds"),
     default="auto",
     show_default=True,
     help="What SOURCE is.",
@@ -48,14 +42,14 @@ from shiradelta.util.text import percent, size, table
 )
 @click.option(
     "--fit-method",
-    type=click.Choice(["train", "refit"]),
+    type=RegistryChoice("shiradelta.fit:METHODS"),
     default="train",
     show_default=True,
     help="By gradients, or in closed form from forward passes alone.",
 )
 @click.option(
     "--fit-mask",
-    type=click.Choice(["falling", "magnitude", "activation", "gradient"]),
+    type=RegistryChoice("shiradelta.fit:MASKS"),
     default="falling",
     show_default=True,
     help="Which weights change: found while training, or by change, change x input, change x gradient.",

@@ -24,7 +24,8 @@ class RegistryChoice(_Choice):
     """A choice among the names of a registry, which is imported when a value or the help is asked for.
 
     Args:
-        path: module and attribute, such as "shiradelta.train.masks:MASKS"; any collection of names will do.
+        path: module and attribute, such as "shiradelta.combine.methods:METHODS": a collection of names, or a
+            function that returns one.
         renamed: old name -> new name, for names that are still taken but not shown.
     """
 
@@ -37,7 +38,8 @@ class RegistryChoice(_Choice):
     def choices(self) -> tuple[str, ...]:
         """The names, in the registry's order."""
         module, _, attribute = self.path.partition(":")
-        return tuple(getattr(import_module(module), attribute))
+        found = getattr(import_module(module), attribute)
+        return tuple(found() if callable(found) else found)
 
     @choices.setter
     def choices(self, value: object) -> None:
@@ -91,6 +93,12 @@ def warn_renamed(old: str, new: str) -> None:
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def scope(text: str) -> Callable[[Function], Function]:
+    """The option that says over what the share of changed weights is kept."""
+    choice = RegistryChoice("shiradelta.select.counts:SCOPES")
+    return click.option("--scope", type=choice, default="tensor", show_default=True, help=text)
 
 
 def values(default: str) -> Callable[[Function], Function]:

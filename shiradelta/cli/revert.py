@@ -21,7 +21,7 @@ def revert(model: str, force: bool, as_json: bool) -> None:
     from shiradelta.folder import apply as directory
 
     with progress_bar("reverting") as progress:
-        report = directory.revert(model, force, progress)
+        report = directory.revert(model, force=force, progress=progress)
     if as_json:
         echo_json(dataclasses.asdict(report))
         return

@@ -27,13 +27,7 @@ from shiradelta.util.text import size
     help="Which: by weight times gradient, by gradient, by weight, at random, by rows and diagonals.",
 )
 @click.option("--targets", help="Layers to train, such as q_proj,v_proj.  [default: all linear ones but the output's]")
-@click.option(
-    "--scope",
-    type=click.Choice(["tensor", "model"]),
-    default="tensor",
-    show_default=True,
-    help="Train the share of every tensor, or of all of them together.",
-)
+@options.scope("Train the share of every tensor, or of all of them together.")
 @click.option(
     "--fall-from",
     type=float,

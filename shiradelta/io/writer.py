@@ -217,6 +217,7 @@ def save_delta(
     tensors: Mapping[str, TensorDelta],
     metadata: Mapping[str, str] | None = None,
     values: str = "int4",
+    *,
     zstd: bool = False,
     backend: str = "auto",
 ) -> None:
