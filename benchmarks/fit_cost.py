@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.table import print_table, seconds
 from shiradelta.fit import Fit
-from shiradelta.fit.behaviour import TextBehaviour
 from shiradelta.fit.teacher import Teacher
+from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.fit.training import Plan, Trainer
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.train.targets import find_weights

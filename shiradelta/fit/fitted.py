@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,13 @@ class Fitted:
     history: list[tuple[int, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def note(self, state: str, measures: tuple[float, dict[str, float]]) -> None:
-        """Takes down what was measured of "base", "topk" or "fitted"."""
-        distance, further = measures
-        setattr(self, state, distance)
-        for name, value in further.items():
-            self.further.setdefault(name, {})[state] = value
+    def note(self, state: str, measures: Mapping[str, float]) -> None:
+        """Records what was measured of "base", "topk" or "fitted"."""
+        for name, value in measures.items():
+            if name == self.measure:
+                setattr(self, state, value)
+            else:
+                self.further.setdefault(name, {})[state] = value
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

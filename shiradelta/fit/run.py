@@ -27,7 +27,7 @@ from shiradelta.models.checkpoint import rename_all
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.topk import Selection
-from shiradelta.text.texts import batches
+from shiradelta.text.batches import batches
 
 #: Steps on a GPU; on a CPU as many as fit into the time, within bounds.
 STEPS, CPU_SECONDS, CPU_LEAST = 1_000, 600, 40
@@ -52,20 +52,21 @@ def run(order: Order) -> Fitted:
         with _as_it_was(order), _tensor_cores():
             order.progress("the fine-tune's outputs", 0, 1)
             subject = Subject(order)
+            held_out = subject.measuring()
             result = Fitted({}, subject.behaviour.measure, len(subject.train), len(subject.held_out))
             result.warnings = subject.warnings
-            result.note("base", subject.measure())
+            result.note("base", held_out.measures())
             result.text_share = subject.behaviour.text_share if fit.method == "train" else 0.0
             nonzeros = subject.nonzeros()
             try:
                 _write_quantised(nonzeros, order.codec)
-                result.note("topk", subject.measure())
+                result.note("topk", held_out.measures())
                 nonzeros.write(None)
                 if fit.method == "refit":
                     _refit(order, subject, nonzeros, result)
                 else:
                     _train(order, subject, nonzeros, result)
-                result.note("fitted", subject.measure())
+                result.note("fitted", held_out.measures())
             finally:
                 nonzeros.write(None)
         result.tensors = {
@@ -147,7 +148,7 @@ def _train(order: Order, subject: Subject, nonzeros: Nonzeros, result: Fitted) -
             saved = time.monotonic()
 
     try:
-        training.run(_batches(fit, subject), subject.held_out, order.progress, save)
+        training.run(_batches(fit, subject), subject.measuring(), order.progress, save)
     except KeyboardInterrupt:
         if training.good.step:
             state.save_state(path, training.good, key)

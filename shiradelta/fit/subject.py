@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 from shiradelta.fit import scores
-from shiradelta.fit.behaviour import Behaviour, CustomBehaviour, TextBehaviour
+from shiradelta.fit.behaviour import Behaviour
+from shiradelta.fit.custom_behaviour import CustomBehaviour
 from shiradelta.fit.fitted import Order, Target
-from shiradelta.fit.measures import Measures, measure_all
+from shiradelta.fit.measures import HeldOut
 from shiradelta.fit.teacher import Teacher
+from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import rename_all
@@ -22,8 +24,9 @@ from shiradelta.models.dtypes import torch_dtype
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.largest_torch import largest, largest_of_all
+from shiradelta.text.batches import batches, split
 from shiradelta.text.pooling import find_pooling
-from shiradelta.text.texts import batches, read_texts, split
+from shiradelta.text.texts import read_texts
 
 #: Batches for scales, scores and the refit's moments.
 CALIBRATION = 8
@@ -179,9 +182,9 @@ class Subject:
         number = max(1, min(CALIBRATION * self._fit.batch, len(self.train)) // self.micro)
         return list(islice(batches(self.train, self.behaviour.lengths, self.micro, self._fit.seed), number))
 
-    def measure(self) -> Measures:
-        """How far the model, as it is, is from the fine-tune on the texts held out."""
-        return measure_all(self.model, self.behaviour, self.teacher, self.held_out, self.micro)
+    def measuring(self) -> HeldOut:
+        """Compares the model with the fine-tune on the texts held out."""
+        return HeldOut(self.model, self.behaviour, self.teacher, self.held_out, self.micro)
 
 
 def _not_fitted(targets: Sequence[Target]) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.fit.behaviour import Behaviour, Outputs
-from shiradelta.fit.measures import walk
+from shiradelta.fit.measures import HeldOut
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.teacher import Teacher
 from shiradelta.nonzeros.pruning import PRUNE_UNTIL, PruningSchedule, importance, is_due
@@ -120,7 +120,7 @@ class Trainer:
     def run(
         self,
         batches: Iterator[list[int]],
-        held_out: Sequence[int],
+        held_out: HeldOut,
         progress: Callable[[str, int, int], None],
         save: Callable[[State], None],
     ) -> None:
@@ -178,10 +178,11 @@ class Trainer:
     def _rounding(self) -> bool:
         return self.state.step >= ROUND_FROM * self._plan.steps
 
-    def _evaluate(self, held_out: Sequence[int]) -> None:
+    def _evaluate(self, held_out: HeldOut) -> None:
         self.write()
         state = self.state
-        distance, loss = self._measure(held_out)
+        measured = held_out.mean(self._compare)
+        distance, loss = measured["distance"], measured["loss"]
         state.history.append((state.step, distance))
         if not self._rounding:
             return
@@ -190,14 +191,9 @@ class Trainer:
         if loss < state.best:
             state.best, state.best_values = loss, state.values.clone()
 
-    def _measure(self, held_out: Sequence[int]) -> tuple[float, float]:
-        """Distance and loss of the model as it is; means over batches, weighted by examples."""
-        distance = loss = 0.0
-        for part, student, teacher in walk(self._model, self._behaviour, self._teacher, held_out, self._plan.micro):
-            share = len(part) / len(held_out)
-            distance += share * self._behaviour.distance(student, teacher)
-            loss += share * float(self._loss(student, teacher, part))
-        return distance, loss
+    def _compare(self, part: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
+        distance = self._behaviour.distance(student, teacher)  # first: the loss may change the teacher's outputs
+        return {"distance": distance, "loss": float(self._loss(student, teacher, part))}
 
     def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int]) -> Tensor:
         settled = min(1.0, self.state.step / (PRUNE_UNTIL * self._plan.steps))

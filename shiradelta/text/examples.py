@@ -1,21 +1,22 @@
-"""What is trained on: texts, prompts with completions, or pairs, as JSON Lines."""
+"""Examples to train on, and the loss of each kind: texts, prompts with completions, pairs."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
+from shiradelta.text.jsonl import TEXT, ExampleKind
 from shiradelta.text.pooling import pool
-from shiradelta.text.texts import LEAST
+from shiradelta.text.tokens import TokenTable, check_vocabulary, padding_token, token_limit
+from shiradelta.util.registry import Registry
 
-#: Of the contrastive loss; that of sentence-transformers' models.
+#: Temperature of the contrastive loss, as in sentence-transformers' models.
 TEMPERATURE = 0.05
 _IGNORED = -100
 
@@ -23,22 +24,37 @@ _IGNORED = -100
 class Examples(ABC):
     """Examples of one kind, tokenised.
 
+    Args:
+        rows: the texts of each example, as `read_rows` gives them.
+        tokenizer: the model's.
+        model: the model to train; it sets limits on tokens.
+        tokens: longer texts are cut.
+        pooling: how token vectors become an embedding, where embeddings are compared (`find_pooling`).
+
     Attributes:
-        keys: of a line's object.
-        lengths: tokens by example; those of like length share a batch.
-        largest: token of all.
+        lengths: tokens by example; examples of similar length share a batch.
+
+    Raises:
+        SourceError: the tokenizer does not belong to the model, or an example has nothing to predict.
     """
 
-    keys: tuple[str, ...]
     lengths: list[int]
 
-    def __init__(self, rows: Sequence[Sequence[str]], tokenizer: Any, tokens: int, pooling: str | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Sequence[str]],
+        tokenizer: Any,
+        model: nn.Module,
+        tokens: int,
+        pooling: str | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._tokens = min(tokens, tokenizer.model_max_length)
-        self._pad = tokenizer.pad_token_id or 0
+        self._tokens = token_limit(tokens, tokenizer, model)
+        self._pad = padding_token(tokenizer, model)
         self._pooling = pooling
-        self.largest = 0
+        self._largest = 0
         self._encode(rows)
+        check_vocabulary(self._largest, model)
 
     @abstractmethod
     def _encode(self, rows: Sequence[Sequence[str]]) -> None:
@@ -46,52 +62,48 @@ class Examples(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
-        """The mean over some examples."""
+        """Mean loss over some examples."""
 
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
         found: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=self._tokens, **options)[
             "input_ids"
         ]
-        self.largest = max(self.largest, *map(max, filter(None, found)), 0)
+        self._largest = max(self._largest, *map(max, filter(None, found)), 0)
         return found
 
-    def _batch(self, ids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-        rows = [torch.tensor(row) for row in ids]
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
-        lengths = torch.tensor([len(row) for row in ids])
-        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
+    def _batch(self, table: TokenTable, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        ids, there = table.padded(indices, self._pad)
+        return {"input_ids": ids.to(device), "attention_mask": there.long().to(device)}
 
 
 class Texts(Examples):
-    """Whole texts, each token to be predicted."""
-
-    keys: tuple[str, ...] = ("text",)
+    """Whole texts; every token is predicted."""
 
     def _encode(self, rows: Sequence[Sequence[str]]) -> None:
-        self._rows = [self._ended(ids) for ids in self._ids([row[0] for row in rows])]
-        self._first = [1] * len(self._rows)
-        self._finish()
+        ids = [self._ended(ids) for ids in self._ids([row[0] for row in rows])]
+        self._finish(ids, [1] * len(ids))
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self._tokenizer.eos_token_id
         return ids if end is None or len(ids) >= self._tokens or ids[-1:] == [end] else [*ids, end]
 
-    def _finish(self) -> None:
-        self.lengths = [len(ids) for ids in self._rows]
-        short = [i for i, (ids, first) in enumerate(zip(self._rows, self._first, strict=True)) if len(ids) <= first]
-        if short:
+    def _finish(self, rows: list[list[int]], first: list[int]) -> None:
+        """Takes the token ids, and the index of the first token that is predicted."""
+        self._table, self._first = TokenTable(rows), torch.tensor(first)
+        self.lengths = self._table.lengths
+        short = next((i for i, length in enumerate(self.lengths) if length <= first[i]), None)
+        if short is not None:
             raise SourceError(
-                f"example {short[0] + 1} has nothing to predict within {self._tokens} tokens; leave it out, or give"
+                f"example {short + 1} has nothing to predict within {self._tokens} tokens; leave it out, or give"
                 " --tokens a larger number"
             )
 
     def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
-        """Cross entropy, mean over the tokens that are to be predicted."""
-        batch = self._batch([self._rows[i] for i in indices], next(model.parameters()).device)
+        """Cross entropy, averaged over the tokens that are predicted."""
+        batch = self._batch(self._table, indices, next(model.parameters()).device)
         logits = model(**batch).logits
         at = torch.arange(batch["input_ids"].shape[1], device=logits.device)
-        first = torch.tensor([self._first[i] for i in indices], device=logits.device)
+        first = self._first[indices].to(logits.device)
         wanted = batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | (at < first[:, None]), _IGNORED)
         return nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), wanted[:, 1:].flatten(), ignore_index=_IGNORED
@@ -99,92 +111,58 @@ class Texts(Examples):
 
 
 class Completions(Texts):
-    """Prompts and completions, of which the latter are to be predicted."""
-
-    keys = ("prompt", "completion")
+    """Prompts with completions; only the tokens of the completion are predicted."""
 
     def _encode(self, rows: Sequence[Sequence[str]]) -> None:
         end = self._tokenizer.eos_token_id
         prompts = [ids[:-1] if ids[-1:] == [end] else ids for ids in self._ids([prompt for prompt, _ in rows])]
         completions = self._ids([completion for _, completion in rows], add_special_tokens=False)
-        self._rows = [
-            self._ended(prompt + completion)[: self._tokens]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        self._first = [max(1, len(prompt)) for prompt in prompts]
-        self._finish()
+        pairs = zip(prompts, completions, strict=True)
+        ids = [self._ended(prompt + completion)[: self._tokens] for prompt, completion in pairs]
+        self._finish(ids, [max(1, len(prompt)) for prompt in prompts])
 
 
 class Pairs(Examples):
-    """Pairs that belong together; in a batch, each has to find its other among all."""
-
-    keys = ("anchor", "positive")
+    """Pairs that belong together: within a batch, each text has to find its partner."""
 
     def _encode(self, rows: Sequence[Sequence[str]]) -> None:
-        self._sides = [self._ids(side) for side in zip(*rows, strict=True)]
-        self.lengths = [max(len(ids) for ids in pair) for pair in zip(*self._sides, strict=True)]
+        self._sides = [TokenTable(self._ids(side)) for side in zip(*rows, strict=True)]
+        self.lengths = [max(pair) for pair in zip(*(side.lengths for side in self._sides), strict=True)]
 
     def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         """Cross entropy of the cosines over a temperature of 0.05, both ways (multiple negatives ranking)."""
-        one, other = (self._embed(model, [side[i] for i in indices]) for side in self._sides)
+        one, other = (self._embed(model, side, indices) for side in self._sides)
         similarity = one @ other.T / TEMPERATURE
         target = torch.arange(len(similarity), device=similarity.device)
         entropy = nn.functional.cross_entropy
         return (entropy(similarity, target) + entropy(similarity.T, target)) / 2
 
-    def _embed(self, model: nn.Module, ids: Sequence[Sequence[int]]) -> Tensor:
-        batch = self._batch(ids, next(model.parameters()).device)
+    def _embed(self, model: nn.Module, side: TokenTable, indices: Sequence[int]) -> Tensor:
+        batch = self._batch(side, indices, next(model.parameters()).device)
         hidden = getattr(model(**batch), "last_hidden_state", None)
         if hidden is None:
             raise SourceError("the model gives no last_hidden_state, which pairs train; give an encoder, or texts")
         return pool(hidden.float(), batch["attention_mask"], self._pooling)
 
 
-KINDS: tuple[type[Examples], ...] = (Texts, Completions, Pairs)
+@dataclass(frozen=True)
+class TrainingKind(ExampleKind):
+    """A kind of example that can be trained on.
 
-
-def read_examples(
-    path: Path, tokenizer: Any, tokens: int, pooling: str | None = None
-) -> tuple[Examples, list[list[str]]]:
-    """(the examples of a file, its rows as they are written); what kind they are its first line tells.
-
-    Args:
-        path: JSON Lines.
-        tokenizer: the model's.
-        tokens: longer examples are cut.
-        pooling: how token vectors of a text become one, where pairs are compared (`fit.loading.pooling`).
-
-    Raises:
-        SourceError: a line that is none of the kinds, or not of the first one's; too few; nothing to predict.
+    Attributes:
+        examples: the class that holds such examples and computes their loss.
+        predicts: whether the model has to predict the next token.
     """
-    kind: type[Examples] | None = None
-    rows: list[list[str]] = []
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    kind, row = _row(line, f"{path}, line {number}", kind)
-                    rows.append(row)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise SourceError(f"{path}: is not UTF-8; save it as UTF-8") from None
-    if kind is None or len(rows) < LEAST:
-        raise SourceError(f"{path}: {len(rows)} examples are too few to train on; give {LEAST}, better some thousands")
-    return kind(rows, tokenizer, tokens, pooling), rows
+
+    examples: type[Examples]
+    predicts: bool
 
 
-def _row(line: str, where: str, kind: type[Examples] | None) -> tuple[type[Examples], list[str]]:
-    shapes = " or ".join("{" + ", ".join(f'"{key}": "..."' for key in one.keys) + "}" for one in KINDS)
-    try:
-        found = json.loads(line)
-    except ValueError:
-        raise SourceError(f"{where}: is not JSON; write one object a line, such as {shapes}") from None
-    for one in [kind] if kind else KINDS:
-        values = [found.get(key) for key in one.keys] if isinstance(found, dict) else []
-        texts = [value for value in values if isinstance(value, str) and value.strip()]
-        if len(texts) == len(one.keys):
-            return one, texts
-    if kind is not None:
-        raise SourceError(f"{where}: has not the keys of the lines before, {' and '.join(kind.keys)}, each with a text")
-    raise SourceError(f"{where}: is no example; write {shapes}")
+KINDS: Registry[TrainingKind] = Registry(
+    "kind of example",
+    [
+        TrainingKind(TEXT.name, TEXT.keys, Texts, predicts=True),
+        TrainingKind("completion", ("prompt", "completion"), Completions, predicts=True),
+        TrainingKind("pairs", ("anchor", "positive"), Pairs, predicts=False),
+    ],
+)

@@ -26,9 +26,10 @@ from shiradelta.nonzeros.saved_state import load_with_about, save_state
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.shares import parse_sparsity
-from shiradelta.text.examples import Pairs, read_examples
+from shiradelta.text.batches import batches, by_length, mean_over, split
+from shiradelta.text.examples import KINDS
+from shiradelta.text.jsonl import read_rows
 from shiradelta.text.pooling import find_pooling
-from shiradelta.text.texts import batches, split
 from shiradelta.train.gradients import Tell
 from shiradelta.train.masks import can_be_larger
 from shiradelta.train.targets import find_weights
@@ -162,13 +163,12 @@ class _Run:
         self.settings, self.out, self.say, self.progress = settings, out, say, progress
         self.state_path = out.with_name(out.name + ".train")
         checkpoint = open_checkpoint(folder)
-        loader, config = loading.model_class(folder, folder)
-        tokens = min(settings.tokens, getattr(config, "max_position_embeddings", None) or settings.tokens)
+        loader, _ = loading.model_class(folder, folder)
         tokenizer = loading.load_tokenizer(folder)
-        self.examples, rows = read_examples(examples_file, tokenizer, tokens, find_pooling(folder))
-        if not isinstance(self.examples, Pairs) and not loader.can_generate():
+        kind, rows = read_rows(examples_file, KINDS.values())
+        if kind.predicts and not loader.can_generate():
             raise SourceError(
-                f"{folder}: {loader.__name__} does not predict the next token, which {' and '.join(self.examples.keys)}"
+                f"{folder}: {loader.__name__} does not predict the next token, which {' and '.join(kind.keys)}"
                 " train; for an encoder, give pairs: anchor and positive"
             )
         self.device = loading.pick_device(device)
@@ -177,12 +177,7 @@ class _Run:
         mixed = dtype == torch.float16
         self.casting: Any = torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
         self.model = loading.load_model(folder, folder, self.device, dtype).eval()
-        size = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        if self.examples.largest >= size:
-            raise SourceError(
-                f"{folder}: the tokenizer gives token {self.examples.largest}, the model has {size}; they do not belong"
-                " together"
-            )
+        self.examples = kind.examples(rows, tokenizer, self.model, settings.tokens, find_pooling(folder))
         self.train, self.held_out = split(len(rows), HELD_OUT, settings.seed)
         key = [str(folder.resolve()), rows, vars(settings)]
         self.key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -285,11 +280,8 @@ class _Run:
 
     def _measure(self) -> float:
         """The mean loss on the examples held out."""
-        order = sorted(self.held_out, key=lambda index: self.examples.lengths[index])
-        parts = [order[i : i + self.settings.batch] for i in range(0, len(order), self.settings.batch)]
-        with torch.no_grad():
-            total = sum(self._loss(self.model, part).item() * len(part) for part in parts)
-        return total / len(order)
+        parts = by_length(self.held_out, self.examples.lengths, self.settings.batch)
+        return mean_over(parts, lambda part: {"loss": self._loss(self.model, part).item()})["loss"]
 
     def _measure_file(self, tuner: Tuner) -> float:
         """The same with the file's values, which may have 4 bits."""

@@ -39,7 +39,7 @@ from shiradelta.fit.refit.least_squares import solve
 from shiradelta.format.codecs import VALUE_CODECS
 from shiradelta.format.registry import VALUE_CODEC_OF_NAME
 from shiradelta.nonzeros.vector import Nonzeros
-from shiradelta.text.texts import split
+from shiradelta.text.batches import split
 
 WORDS = [f"w{i}" for i in range(60)]
 BERT = {
@@ -437,24 +437,6 @@ def test_from_the_command_line(encoder: tuple[Path, Path], jsonl: Path, tmp_path
 def test_importing_needs_neither_torch_nor_transformers():
     check = "import sys, shiradelta.fit, shiradelta.converters; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "0 texts are too few"),
-        ('{"text": "w1"}\n' * 9, "9 texts are too few"),
-        ('{"text": "  "}\n' * 99, "0 texts are too few"),
-        ("no json\n", "line 1: is not JSON; write one object a line"),
-        ('{"text": "a"}\n{"label": 1}\n', "line 2: has no key 'text', only label; rename"),
-        ('{"text": "a"}\n["b"]\n', "line 2: is not an object with a text"),
-        ('{"text": 1}\n', "line 1: is not an object with a text"),
-    ],
-)
-def test_bad_texts(encoder: tuple[Path, Path], tmp_path: Path, content: str, message: str):
-    (tmp_path / "texts.jsonl").write_text(content)
-    with pytest.raises(SourceError, match=message):
-        fit(encoder, tmp_path / "a.shd", texts=tmp_path / "texts.jsonl")
 
 
 def copy_of(folder: Path, target: Path, without: str = "", config: dict[str, Any] | None = None) -> Path:

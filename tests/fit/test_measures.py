@@ -16,7 +16,7 @@ import shiradelta
 from shiradelta.cli import main
 from shiradelta.errors import DeltaError, TargetError
 from shiradelta.fit import MASKS, Fit
-from shiradelta.text.texts import split
+from shiradelta.text.batches import split
 from shiradelta.util.text import layer_of
 from tests.fit.test_fit import texts, write_pair
 

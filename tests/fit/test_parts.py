@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,12 +13,10 @@ from transformers import LlamaForCausalLM
 import shiradelta
 from shiradelta.errors import SourceError
 from shiradelta.fit import divergence, teacher
-from shiradelta.fit.behaviour import TextBehaviour
 from shiradelta.fit.teacher import Teacher
+from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models import loading
 from shiradelta.nonzeros.vector import Nonzeros
-from shiradelta.text.pooling import find_pooling
-from shiradelta.text.texts import batches, read_texts
 from tests.fit.test_fit import SETTINGS, build, texts, write_pair, write_tokenizer
 
 
@@ -57,25 +53,6 @@ def test_embeddings_are_pooled_as_the_model_is_used(pooling: str, tmp_path: Path
     first = together[-2][: found.lengths[3]]
     expected = {"mean": first.mean(0), "cls": first[0], "max": first.amax(0), "lasttoken": first[-1]}[pooling]
     torch.testing.assert_close(together[-1][0], nn.functional.normalize(expected, dim=0), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-        ({"pooling_mode_lasttoken": True}, "lasttoken"),
-        ({"pooling_mode_max_tokens": True}, "max"),
-        ({"pooling_mode_mean_tokens": True}, "mean"),
-        (None, None),
-    ],
-)
-def test_pooling_is_what_sentence_transformers_wrote(
-    config: dict[str, Any] | None, expected: str | None, tmp_path: Path
-):
-    if config is not None:
-        (tmp_path / "1_Pooling").mkdir()
-        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    assert find_pooling(tmp_path / "nothing.safetensors", tmp_path) == expected
 
 
 @pytest.mark.parametrize("kind", ["encoder", "classifier", "causal"])
@@ -185,13 +162,6 @@ def test_padding_is_what_the_model_takes_for_it(tmp_path: Path):
     assert behaviour(model, tmp_path)._pad == 63
 
 
-def test_every_text_is_in_a_batch_at_some_time():
-    """The longest ones too, if they do not fill one."""
-    lengths = list(range(205))
-    found = batches(range(205), lengths, 128, 0)
-    assert {index for _ in range(40) for index in next(found)} == set(range(205))
-
-
 def test_labels_that_can_all_hold_have_their_own_divergence():
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(5, 3, generator=generator), torch.randn(5, 3, generator=generator)
@@ -201,12 +171,6 @@ def test_labels_that_can_all_hold_have_their_own_divergence():
     shifted = divergence.divergence_of_labels(teacher + 1, teacher)
     assert shifted > 0.1
     assert divergence.divergence(teacher + 1, teacher).abs() < 1e-6
-
-
-def test_a_file_of_texts_may_begin_with_a_mark(tmp_path: Path):
-    path = tmp_path / "texts.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n' * 10)
-    assert read_texts(path) == ["a"] * 10
 
 
 def test_a_token_gets_its_share_of_the_probability(monkeypatch: pytest.MonkeyPatch):

@@ -131,7 +131,7 @@ def test_the_command(folders: Path, tmp_path: Path):
     [
         (["nonsense"] * 12, "line 1: is not JSON"),
         (['{"words": "a"}'] * 12, "line 1: is no example"),
-        (['{"text": "w1 w2"}'] * 11 + ['{"prompt": "w1", "completion": "w2"}'], "line 12: has not the keys"),
+        (['{"text": "w1 w2"}'] * 11 + ['{"prompt": "w1", "completion": "w2"}'], "line 12: lacks the key"),
         (['{"text": "w1 w2"}'] * 3, "3 examples are too few"),
         ([], "0 examples"),
         (['{"text": "w1"}'] * 12, "nothing to predict"),
@@ -222,5 +222,6 @@ def test_pairs_are_pooled_as_the_folder_says(folders: Path):
     rows = [["w1 w2 w3", "w4 w5"], ["w6", "w7 w8 w9"]]
     ids = tokenizer(rows[0], return_tensors="pt", padding=True)
     first = torch.nn.functional.normalize(model(**ids).last_hidden_state[:, 0], dim=-1)
-    found = Pairs(rows, tokenizer, 16, "cls")._embed(model, [tokenizer(text)["input_ids"] for text in rows[0]])
+    pairs = Pairs([*zip(*rows, strict=True)], tokenizer, model, 16, "cls")
+    found = pairs._embed(model, pairs._sides[0], [0, 1])
     torch.testing.assert_close(found, first)

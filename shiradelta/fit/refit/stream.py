@@ -6,7 +6,6 @@ states of the fine-tune, of the student, and, for the texts held out, of the bas
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,22 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiradelta.errors import SourceError
-from shiradelta.fit.behaviour import Outputs, TextBehaviour
+from shiradelta.fit.behaviour import Outputs, check_scales
 from shiradelta.fit.fitted import Fitted, Order, Target
-from shiradelta.fit.measures import Measures, compare, mean
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.refit.least_squares import Enough, own_linears, refit
 from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
 from shiradelta.fit.teacher import exchanged
+from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import rename_all
 from shiradelta.models.dtypes import torch_dtype
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.largest_torch import largest
 from shiradelta.select.topk import Selection
+from shiradelta.text.batches import batches, by_length, mean_over, split
 from shiradelta.text.pooling import find_pooling
-from shiradelta.text.texts import batches, read_texts, split
+from shiradelta.text.texts import read_texts
 
 #: Batches for the moments.
 CALIBRATION = 8
@@ -164,8 +163,7 @@ class _Stream:
         self._targets = {first_names[id(every[found[target.name]])]: target for target in targets}
         self._rest = _Weights(rest, self._targets, codec)
         lengths, size = self._behaviour.lengths, fit.micro or fit.batch
-        ordered = sorted(held_out, key=lambda index: lengths[index])
-        self._held_out = [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+        self._held_out = [tuple(part) for part in by_length(held_out, lengths, size)]
         number = max(1, min(CALIBRATION * fit.batch, len(train)) // size)
         self._calibration = [tuple(part) for part in islice(batches(train, lengths, size, fit.seed), number)]
         self._state = "fitted"
@@ -201,13 +199,7 @@ class _Stream:
                 )
             measures = self._measures()
         tensors.update(self._rest.selections())
-        if not measures["base"][0] > 0:
-            nan = math.isnan(measures["base"][0])
-            raise SourceError(
-                "the fine-tune gives NaN or infinity on these texts; check it, or fit in float32"
-                if nan
-                else "the fine-tune behaves like its base on these texts; give texts of its own task"
-            )
+        check_scales([measures["base"][self._behaviour.measure]])
         used, held_out = (sum(map(len, parts)) for parts in (self._calibration, self._held_out))
         result = Fitted(tensors, self._behaviour.measure, used, held_out)
         for state, measure in measures.items():
@@ -315,16 +307,23 @@ class _Stream:
         """In place of a block: what left the last one."""
         return self._hidden[self._state, self._part].to(hidden) if index == 0 else hidden
 
-    def _measures(self) -> dict[str, Measures]:
-        """State -> distance from the fine-tune and the like, on the texts held out."""
-        found: dict[str, list[tuple[int, Measures]]] = {state: [] for state in STUDENTS}
-        for part in self._held_out:
+    def _measures(self) -> dict[str, dict[str, float]]:
+        """State -> its measures on the texts held out, by name."""
+
+        def compare(part: Sequence[int]) -> dict[tuple[str, str], float]:
             with self._rest_as("tuned"):
                 tuned = self._outputs(part)
-            for state, measures in found.items():
+            found = {}
+            for state in STUDENTS:
                 with self._rest_as(state):
-                    measures.append((len(part), compare(self._behaviour, list(part), self._outputs(part), tuned)))
-        return {state: mean(measures) for state, measures in found.items()}
+                    measured = self._behaviour.compare(part, self._outputs(part), tuned)
+                found.update({(state, name): value for name, value in measured.items()})
+            return found
+
+        means: dict[str, dict[str, float]] = {state: {} for state in STUDENTS}
+        for (state, name), value in mean_over(self._held_out, compare).items():
+            means[state][name] = value
+        return means
 
     @torch.no_grad()
     def _outputs(self, part: Sequence[int]) -> Outputs:

@@ -1,0 +1,190 @@
+"""The behaviour of transformers' models on texts: hidden states, and logits or an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.errors import SourceError
+from shiradelta.fit.behaviour import Behaviour, Outputs
+from shiradelta.fit.divergence import blend, divergence, divergence_of_labels, log_likelihoods
+from shiradelta.text.pooling import pool
+from shiradelta.text.tokens import TokenTable, check_vocabulary, padding_token, token_limit
+
+COSINE = "cosine of embeddings"
+HIDDEN_ERROR = "relative error of hidden states"
+EQUAL_ANSWERS = "share of equal answers"
+LIKELIHOOD_LOST = "likelihood lost on the texts, nats"
+
+
+class OutputKind(Enum):
+    """What a model's last output is; the value says how its distance is measured."""
+
+    EMBEDDING = HIDDEN_ERROR
+    LOGITS = "KL divergence of the output, nats"
+    LABELS = "KL divergence of the labels, nats"  # logits of labels of which any number can hold
+
+
+class TextBehaviour(Behaviour):
+    """Models of transformers: hidden states of all layers, and logits, or else the embedding of the text.
+
+    Matching hidden states and logits at once costs accuracy at low density.  So where the model's use is known (it has
+    logits, or its folder describes the embedding), the weight of the hidden states is annealed to zero.
+
+    Matching the logits alone loses likelihood on a language model's own texts, more than the divergence shows.  So
+    part of the target is the next token of the text, which needs no label.  That part is scaled down when the texts
+    differ from the fine-tune's training data; it is zero where the fine-tune predicts them no better than the base.
+
+    Args:
+        tokenizer: the model's.
+        texts: strings.
+        model: sets limits on tokens, and says what its logits are.
+        tokens: longer texts are cut.
+        pooling: how token vectors become an embedding; None if unknown.
+        text_share: largest share of the target that is the next token; `calibrate` scales it down.
+
+    Raises:
+        SourceError: the texts are not strings, one has no tokens, or the tokenizer does not belong to the model.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        texts: Sequence[str],
+        model: nn.Module,
+        tokens: int,
+        pooling: str | None = None,
+        text_share: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not all(isinstance(text, str) for text in texts):
+            raise SourceError("the texts to fit on have to be strings; other examples need `forward`")
+        limit = token_limit(tokens, tokenizer, model)
+        ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+        if not all(ids):
+            raise SourceError("a text has no tokens; leave it out")
+        check_vocabulary(max(map(max, ids)), model)
+        self._table = TokenTable(ids)
+        self.lengths = self._table.lengths
+        config: Any = model.config
+        # A classifier on a causal model looks for the last token by its config's padding token.
+        config.pad_token_id = self._pad = padding_token(tokenizer, model)
+        multi = getattr(config, "problem_type", None) == "multi_label_classification"
+        self._logits = OutputKind.LABELS if multi else OutputKind.LOGITS
+        self._output = OutputKind.EMBEDDING
+        self._per_token: list[bool] = []
+        self._device = next(model.parameters()).device
+        self._pooling, self.text_share = pooling, text_share
+        #: Whether it is a language model: a row of logits predicts the token that follows its own.
+        self.predicts = bool(getattr(model, "can_generate", lambda: False)())
+
+    @property
+    def measure(self) -> str:
+        return self._output.value
+
+    def outputs(self, model: nn.Module, indices: Sequence[int]) -> Outputs:
+        """Rows of tokens without padding; a classifier's logits and embeddings have one row per text."""
+        # Made on the CPU, where nothing waits for it; each transfer and each mask used as an index on a GPU would.
+        ids, there = self._table.padded(indices, self._pad)
+        kept = there.flatten().nonzero()[:, 0]
+        ids, mask, kept = (t.to(self._device, non_blocking=True) for t in (ids, there.long(), kept))
+        result = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        rows = [hidden.flatten(0, 1)[kept] for hidden in result.hidden_states[1:]]
+        self._per_token = [True] * len(rows)
+        logits = getattr(result, "logits", None)
+        if logits is None:
+            self._output = OutputKind.EMBEDDING
+            rows.append(pool(result.hidden_states[-1], mask, self._pooling))
+        else:
+            self._output = self._logits
+            rows.append(logits.flatten(0, 1)[kept] if logits.dim() == 3 else logits)
+        self._per_token.append(logits is not None and logits.dim() == 3)
+        return rows
+
+    def calibrate(self, batches: Iterable[tuple[Sequence[int], Outputs, Outputs]]) -> None:
+        """Also scales `text_share` by the likelihood that the fine-tune gained on the texts, over the divergence."""
+        gained: list[float] = []
+
+        def observed() -> Iterator[tuple[Sequence[int], Outputs, Outputs]]:
+            for indices, base, teacher in batches:
+                if self.predicts:
+                    gained.append(self.lost(indices, base, teacher))
+                yield indices, base, teacher
+
+        super().calibrate(observed())
+        found = sum(gained) / len(gained) / self._scales[-1] if gained and self._scales[-1] > 0 else 0.0
+        self.text_share *= min(1.0, max(0.0, found))
+
+    def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
+        """The teacher's outputs, with a share of the probability moved to the next token."""
+        if self.predicts and self.text_share > 0:
+            tokens, there = self._following(indices)
+            blend(teacher[-1], tokens, self.text_share * there)
+        return teacher
+
+    def weight(self, settled: float) -> float:
+        """Rises to 1 where the model's use is known."""
+        used = self._output is not OutputKind.EMBEDDING or self._pooling is not None
+        first = super().weight(settled)
+        return first + (1 - first) * settled if used else first
+
+    def lost(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
+        """How much less likely a language model finds the texts than the fine-tune does, in nats per token."""
+        tokens, there = self._following(indices)
+        theirs, own = (log_likelihoods(outputs[-1], tokens) for outputs in (teacher, student))
+        return float(((theirs - own) * there).sum() / there.sum().clamp(min=1))
+
+    def _following(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(next token, 1) for each row of the logits; (any token, 0) at the end of a text."""
+        places, there = self._table.places(indices)
+        last = places + 1 == self._table.ends(indices)[:, None]
+        follows = ~last[there]
+        tokens = self._table.ids[places[there] + follows]
+        return tokens.to(self._device, non_blocking=True), follows.float().to(self._device, non_blocking=True)
+
+    def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
+        """Squared errors of hidden states and embeddings, KL divergence of logits; means over rows."""
+        pairs = list(zip(student, teacher, strict=True))
+        logits = [] if self._output is OutputKind.EMBEDDING else [pairs.pop()]
+        terms = [(s.float() - t.float()).square().sum(1).mean() for s, t in pairs]
+        return terms + [self._divergence(s, t) for s, t in logits]
+
+    def distance(self, student: Outputs, teacher: Outputs) -> float:
+        """KL divergence of the logits, or relative error of the last hidden states."""
+        if self._output is OutputKind.EMBEDDING:
+            return _relative_error(student[-2], teacher[-2])
+        return float(self._divergence(student[-1], teacher[-1]))
+
+    def compare(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
+        found = super().compare(indices, student, teacher)
+        s, t = student[-1], teacher[-1]
+        if self._output is OutputKind.EMBEDDING:
+            found[COSINE] = float(nn.functional.cosine_similarity(s.float(), t.float()).mean())
+        else:
+            found[HIDDEN_ERROR] = _relative_error(student[-2], teacher[-2])
+            if self._output is OutputKind.LABELS:
+                found[EQUAL_ANSWERS] = float(((s > 0) == (t > 0)).float().mean())
+            elif s.shape[-1] > 1:  # a single output is a regression's
+                found[EQUAL_ANSWERS] = float((s.argmax(-1) == t.argmax(-1)).float().mean())
+        if self.predicts:
+            found[LIKELIHOOD_LOST] = self.lost(indices, student, teacher)
+        return found
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        labels = self._output is OutputKind.LABELS
+        return divergence_of_labels(student, teacher) if labels else divergence(student, teacher)
+
+    def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        places, there = self._table.places(indices)
+        of_tokens = places[there].to(self._device, non_blocking=True), len(self._table.ids)
+        of_texts = torch.tensor(indices).to(self._device, non_blocking=True), len(self.lengths)
+        return [of_tokens if per_token else of_texts for per_token in self._per_token]
+
+
+def _relative_error(student: Tensor, teacher: Tensor) -> float:
+    s, t = student.float(), teacher.float()
+    return float((s - t).norm() / t.norm())
