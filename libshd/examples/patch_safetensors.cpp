@@ -204,7 +204,7 @@ using Words = std::vector<std::uint64_t>;  // aligned to any element
 
 std::size_t words_for(std::uint64_t bytes) { return static_cast<std::size_t>(bytes / 8 + (bytes % 8 != 0)); }
 
-void read(std::istream &stream, std::uint64_t offset, void *data, std::uint64_t size, const std::string &what) {
+void read_at(std::istream &stream, std::uint64_t offset, void *data, std::uint64_t size, const std::string &what) {
     stream.seekg(static_cast<std::streamoff>(offset));
     if (!stream.read(static_cast<char *>(data), static_cast<std::streamsize>(size))) fail(what + ": cannot be read");
 }
@@ -219,7 +219,7 @@ std::uint64_t size_of(std::istream &stream, const std::string &what) {
 Bytes read_all(const std::string &path) {
     std::ifstream stream(path, std::ios::binary);
     Bytes bytes(size_of(stream, path));
-    read(stream, 0, bytes.data(), bytes.size(), path);
+    read_at(stream, 0, bytes.data(), bytes.size(), path);
     return bytes;
 }
 
@@ -229,10 +229,10 @@ public:
         : path_(path), stream_(path, std::ios::binary | std::ios::in | std::ios::out) {
         std::uint64_t size = size_of(stream_, path), header_size = 0;
         if (size < 8) fail(path + ": is no safetensors file");
-        read(stream_, 0, &header_size, 8, path);
+        read_at(stream_, 0, &header_size, 8, path);
         if (header_size > size - 8 || header_size > 100'000'000) fail(path + ": is no safetensors file");
         std::string header(header_size, '\0');
-        read(stream_, 8, header.data(), header_size, path);
+        read_at(stream_, 8, header.data(), header_size, path);
         entries_ = Parser(header).header();
         std::map<std::uint64_t, std::uint64_t> taken;  // start -> end
         for (auto &[name, e] : entries_) {
@@ -260,7 +260,7 @@ public:
             fail(name + ": has another shape");
         }
         Words words(words_for(e.end - e.start));
-        read(stream_, e.start, words.data(), e.end - e.start, path_);
+        read_at(stream_, e.start, words.data(), e.end - e.start, path_);
         return {std::move(words), e};
     }
 
