@@ -1,5 +1,10 @@
 /* Section 6 of FORMAT.md: patching weights, taking it back, fingerprints. */
-#include "internal.h"
+#include "bytes.h"
+#include "floats.h"
+#include "index.h"
+#include "kernels.h"
+#include "values.h"
+#include "weights.h"
 
 /* Positions of elements in the caller's buffer are visited in runs of at most this many. */
 #define RUN 64u

@@ -1,12 +1,14 @@
-/* AVX2 kernels, chosen at run time. Each computes what its namesake in kernels.c does, bit for bit. */
-#include "internal.h"
+/* The AVX2 kernels. The library chooses them at run time. Each computes what its namesake in scalar.c does, bit for
+ * bit. */
+#include "bytes.h"
+#include "floats.h"
+#include "scalar.h"
 
 #if SHDI_AVX2
 
 #include <immintrin.h>
 
 #define AVX2 __attribute__((target("avx2,bmi,popcnt")))
-
 
 #include "ones_table.h"
 
@@ -175,7 +177,7 @@ AVX2 static void add_f32(uint32_t *result, const uint32_t *weight, const float *
         __m256 y = sum_of(w, value + i, by);
         _mm256_storeu_si256((__m256i *)(void *)(result + i), choose(_mm256_castps_si256(y), nan, bits, w, y));
     }
-    shdi_kernels_scalar.add_f32(result + i, weight + i, value + i, alpha, count - i);
+    shdi_scalar_add_f32(result + i, weight + i, value + i, alpha, count - i);
 }
 
 AVX2 static void add_bf16(uint16_t *result, const uint16_t *weight, const float *value, float alpha, uint32_t count) {
@@ -191,7 +193,7 @@ AVX2 static void add_bf16(uint16_t *result, const uint16_t *weight, const float 
         __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, bias), even), 16);
         store_u16(result + i, choose(rounded, nan, bits, w, y));
     }
-    shdi_kernels_scalar.add_bf16(result + i, weight + i, value + i, alpha, count - i);
+    shdi_scalar_add_bf16(result + i, weight + i, value + i, alpha, count - i);
 }
 
 /* As shdi_from_f16(): the exponent is made right by a product, exact for denormals, too. */
@@ -232,7 +234,7 @@ AVX2 static void add_f16(uint16_t *result, const uint16_t *weight, const float *
         __m256 y = sum_of(w, value + i, by);
         store_u16(result + i, choose(to_f16(y), nan, bits, w, y));
     }
-    shdi_kernels_scalar.add_f16(result + i, weight + i, value + i, alpha, count - i);
+    shdi_scalar_add_f16(result + i, weight + i, value + i, alpha, count - i);
 }
 
 AVX2 static uint32_t at_least(const float *x, uint32_t count, float threshold, uint32_t *index) {
@@ -251,7 +253,7 @@ AVX2 static uint32_t at_least(const float *x, uint32_t count, float threshold, u
     }
     for (; i < count; i++) {
         index[found] = i;
-        found += shdi_float(shdi_bits(x[i]) & 0x7FFFFFFFu) >= threshold;
+        found += shdi_magnitude(x[i]) >= threshold;
     }
     return found;
 }
@@ -273,53 +275,22 @@ AVX2 static uint64_t sum_shifted(const uint64_t *gap, uint32_t count, uint32_t k
     return sum;
 }
 
-const shdi_kernels shdi_kernels_avx2 = {
-    "avx2",  ones,    rice_offsets, widen,    scale_i8,   look_up_i4,
-    add_f32, add_f16, add_bf16,     at_least, sum_shifted,
+const shdi_kernels shdi_avx2 = {
+    .name = "avx2",
+    .ones = ones,
+    .rice_offsets = rice_offsets,
+    .widen = widen,
+    .scale_i8 = scale_i8,
+    .look_up_i4 = look_up_i4,
+    .add_f32 = add_f32,
+    .add_f16 = add_f16,
+    .add_bf16 = add_bf16,
+    .at_least = at_least,
+    .sum_shifted = sum_shifted,
 };
-
-/* ---- CRC-32 by carry-less multiplication ---- */
-
-#define CLMUL __attribute__((target("pclmul,sse4.1")))
-
-CLMUL static inline __m128i fold(__m128i v, __m128i by, __m128i next) {
-    __m128i low = _mm_clmulepi64_si128(v, by, 0x00), high = _mm_clmulepi64_si128(v, by, 0x11);
-    return _mm_xor_si128(_mm_xor_si128(low, high), next);
-}
-
-/* After V. Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction", with the
- * constants for the bit-reflected 0xEDB88320. */
-CLMUL uint32_t shdi_crc32_fold(uint32_t crc, const uint8_t *data, size_t size) {
-    const __m128i by_512 = _mm_set_epi64x(0x01C6E41596, 0x0154442BD4);
-    const __m128i by_128 = _mm_set_epi64x(0x00CCAA009E, 0x01751997D0);
-    const __m128i by_64 = _mm_set_epi64x(0, 0x0163CD6124);
-    const __m128i barrett = _mm_set_epi64x(0x01F7011641, 0x01DB710641);
-    const __m128i *in = (const __m128i *)(const void *)data;
-    const __m128i *end = in + size / 16;
-    __m128i v[4];
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm_loadu_si128(in++);
-    }
-    v[0] = _mm_xor_si128(v[0], _mm_cvtsi32_si128((int)crc));
-    for (; end - in >= 4; in += 4) {
-        for (int i = 0; i < 4; i++) {
-            v[i] = fold(v[i], by_512, _mm_loadu_si128(in + i));
-        }
-    }
-    __m128i x = fold(fold(fold(v[0], by_128, v[1]), by_128, v[2]), by_128, v[3]);
-    for (; in < end; in++) {
-        x = fold(x, by_128, _mm_loadu_si128(in));
-    }
-    const __m128i low_words = _mm_setr_epi32(-1, 0, -1, 0);
-    x = _mm_xor_si128(_mm_srli_si128(x, 8), _mm_clmulepi64_si128(x, by_128, 0x10));
-    x = _mm_xor_si128(_mm_srli_si128(x, 4), _mm_clmulepi64_si128(_mm_and_si128(x, low_words), by_64, 0x00));
-    __m128i y = _mm_clmulepi64_si128(_mm_and_si128(x, low_words), barrett, 0x10);
-    y = _mm_clmulepi64_si128(_mm_and_si128(y, low_words), barrett, 0x00);
-    return (uint32_t)_mm_extract_epi32(_mm_xor_si128(x, y), 1);
-}
 
 #else
 
-typedef int shdi_no_avx2; /* a file may not be empty */
+typedef int shdi_no_avx2; /* C has no empty file */
 
 #endif

@@ -1,34 +1,10 @@
 /* Section 2 of FORMAT.md: the header and the four sections of the whole file, in the order of its checks. */
-#include "internal.h"
+#include "bytes.h"
+#include "section.h"
+#include "table.h"
+#include "utf8.h"
 
 static const uint8_t magic[8] = {0x89, 'S', 'H', 'D', '\r', '\n', 0x1A, '\n'};
-
-const uint8_t *shdi_view(const shd_file *file, uint64_t offset, uint64_t size, void *buffer) {
-    /* A file that is read through a callback has its front in memory. */
-    uint64_t resident = file->read == NULL ? file->size : file->front_size;
-    if (file->data != NULL && offset <= resident && size <= resident - offset) {
-        return file->data + offset;
-    }
-    if (file->read == NULL || file->read(file->read_context, offset, buffer, (size_t)size) != 0) {
-        return NULL;
-    }
-    return buffer;
-}
-
-int shdi_check_padding(const shd_file *file, uint64_t end, uint32_t tensor, shd_status *status) {
-    uint8_t buffer[64];
-    uint64_t size = shdi_align64(end) - end;
-    const uint8_t *bytes = size == 0 ? buffer : shdi_view(file, end, size, buffer);
-    if (bytes == NULL) {
-        return shdi_fail(status, SHD_READ_FAILED, tensor, end);
-    }
-    for (uint64_t i = 0; i < size; i++) {
-        if (bytes[i] != 0) {
-            return shdi_fail(status, SHD_PADDING_NOT_ZERO, tensor, end + i);
-        }
-    }
-    return SHD_OK;
-}
 
 /* Offsets of the header's fields. */
 enum {

@@ -1,16 +1,8 @@
 /* Walking over the positions of any index codec, and what concerns all of them. */
-#include "internal.h"
-
-shdi_fault shdi_check_zeros(const uint8_t *section, uint64_t first_bit, uint64_t end) {
-    uint64_t byte = first_bit / 8;
-    uint8_t used = (uint8_t)((1u << (first_bit % 8)) - 1);
-    for (; byte < end; byte++, used = 0) {
-        if ((section[byte] & ~used) != 0) {
-            return shdi_fault_at(SHD_PADDING_NOT_ZERO, byte);
-        }
-    }
-    return shdi_ok();
-}
+#include "bytes.h"
+#include "index.h"
+#include "kernels.h"
+#include "section.h"
 
 int shdi_index_size_is_possible(const shd_tensor *tensor, uint64_t decoded) {
     uint64_t word = shdi_word(tensor->numel);

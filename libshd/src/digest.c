@@ -1,5 +1,9 @@
 /* Section 7 of FORMAT.md: the content digest, and the full check of a file. */
-#include "internal.h"
+#include "bytes.h"
+#include "floats.h"
+#include "index.h"
+#include "sha256.h"
+#include "values.h"
 
 static void add_integer(shdi_sha256 *hash, uint64_t value, size_t size) {
     uint8_t bytes[8];

@@ -1,5 +1,7 @@
 /* The canonical VALUES sections (FORMAT.md, section 8). */
-#include "internal.h"
+#include "bytes.h"
+#include "floats.h"
+#include "values.h"
 
 static float magnitude_of(float v) { return shdi_float(shdi_bits(v) & 0x7FFFFFFFu); }
 

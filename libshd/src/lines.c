@@ -1,5 +1,6 @@
 /* STRUCT (FORMAT.md, section 4.5): rows, columns and diagonals of a matrix. */
-#include "internal.h"
+#include "index.h"
+#include "section.h"
 
 enum { ROW = 0, COLUMN = 1, DIAGONAL = 2, KINDS = 3 };
 enum { SEEK_ROW = 0, IN_WHOLE_ROW = 1, IN_CROSSED_ROW = 2 };

@@ -1,6 +1,7 @@
-/* NEON kernels, chosen when compiling for AArch64. Each computes what its namesake in kernels.c does, bit for bit; the
- * other kernels are left to the compiler. */
-#include "internal.h"
+/* The NEON kernels. The build for AArch64 chooses them. Each computes what its namesake in scalar.c does, bit for bit;
+ * of the other kernels the compiler makes NEON itself. */
+#include "bytes.h"
+#include "scalar.h"
 
 #if SHDI_NEON
 
@@ -8,7 +9,7 @@
 
 #include "ones_table.h"
 
-uint32_t shdi_neon_ones(const uint8_t *bitmap, uint32_t bits, uint32_t *index) {
+static uint32_t ones(const uint8_t *bitmap, uint32_t bits, uint32_t *index) {
     uint32_t *to = index;
     for (uint32_t bit = 0; bit < bits; bit += 64) {
         uint64_t word = shdi_load64(bitmap + bit / 8);
@@ -65,8 +66,8 @@ static inline uint32x4_t take_fields(const uint8_t *low, const fields *f, uint32
 }
 
 /* As in avx2.c: eight fields are k bytes, and the offset is (t << k) + carry. */
-uint64_t shdi_neon_rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
-                                uint64_t low_bit) {
+static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
+                             uint64_t low_bit) {
     const uint32_t mask = (1u << k) - 1;
     const uint32_t phase = (uint32_t)low_bit, upper = (phase + 4 * k) / 8;
     const uint32_t start[4] = {0, 0u - mask, 0u - 2 * mask, 0u - 3 * mask};
@@ -97,8 +98,22 @@ uint64_t shdi_neon_rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const u
     return sum;
 }
 
+const shdi_kernels shdi_neon = {
+    .name = "neon",
+    .ones = ones,
+    .rice_offsets = rice_offsets,
+    .widen = shdi_scalar_widen,
+    .scale_i8 = shdi_scalar_scale_i8,
+    .look_up_i4 = shdi_scalar_look_up_i4,
+    .add_f32 = shdi_scalar_add_f32,
+    .add_f16 = shdi_scalar_add_f16,
+    .add_bf16 = shdi_scalar_add_bf16,
+    .at_least = shdi_scalar_at_least,
+    .sum_shifted = shdi_scalar_sum_shifted,
+};
+
 #else
 
-typedef int shdi_no_neon; /* a file may not be empty */
+typedef int shdi_no_neon; /* C has no empty file */
 
 #endif

@@ -1,5 +1,7 @@
 /* RICE (FORMAT.md, section 4.2). */
-#include "internal.h"
+#include "bytes.h"
+#include "index.h"
+#include "section.h"
 
 /* A directory entry: the position that a nonzero right at the block's start would have, and its rank. */
 typedef struct entry {

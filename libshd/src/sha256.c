@@ -1,5 +1,5 @@
 /* SHA-256 (FIPS 180-4). */
-#include "internal.h"
+#include "sha256.h"
 
 static uint32_t rotate(uint32_t x, uint32_t n) { return x >> n | x << (32 - n); }
 

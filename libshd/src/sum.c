@@ -6,7 +6,11 @@
  * contribution as it is, as +0 would not.
  *
  * No chunk goes beyond a piece that a delta is decoded to, so that there is one piece a delta to be kept. */
-#include "internal.h"
+#include "floats.h"
+#include "index.h"
+#include "kernels.h"
+#include "values.h"
+#include "weights.h"
 
 /* Elements of a chunk: few enough for their sums and weights to stay in a core's own cache, but so many that a delta
  * has about NONZEROS in it, and the work for each chunk is spread over them. */

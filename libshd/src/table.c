@@ -1,5 +1,11 @@
 /* Section 3 of FORMAT.md: the tensor table, in the order of its checks. */
-#include "internal.h"
+#include "table.h"
+
+#include "bytes.h"
+#include "index.h"
+#include "section.h"
+#include "utf8.h"
+#include "values.h"
 
 /* Offsets of a record's fields. */
 enum {

@@ -1,6 +1,6 @@
-#include "internal.h"
-
 /* Well-formed UTF-8 by table 3-7 of the Unicode standard: no surrogates, no overlong forms, nothing over U+10FFFF. */
+#include "utf8.h"
+
 int shdi_valid_utf8(const uint8_t *text, uint64_t size) {
     uint64_t i = 0;
     while (i < size) {

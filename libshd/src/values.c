@@ -1,5 +1,9 @@
 /* Section 5 of FORMAT.md: value codecs. */
-#include "internal.h"
+#include "bytes.h"
+#include "floats.h"
+#include "kernels.h"
+#include "section.h"
+#include "values.h"
 
 uint64_t shdi_values_size(uint32_t value_codec, uint32_t dtype, uint64_t count) {
     const uint64_t groups = shdi_ceil_div(count, SHDI_GROUP);

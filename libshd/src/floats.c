@@ -1,5 +1,5 @@
 /* Half precision and the floating point environment. */
-#include "internal.h"
+#include "floats.h"
 
 #if defined(__SSE__)
 #include <xmmintrin.h>

@@ -1,0 +1,95 @@
+/* Index codecs: what each of them does, and the walk over the positions of any. */
+#ifndef SHD_INDEX_H
+#define SHD_INDEX_H
+
+#include "errors.h"
+#include "kernels.h"
+
+SHDI_BEGIN
+
+/* ---- The walk ---- */
+
+/* A run of up to SHDI_BLOCK positions in increasing order: base + offset[i] has rank rank + i. */
+typedef struct shdi_piece {
+    uint64_t base;
+    uint64_t rank;
+    uint32_t count;
+    uint32_t offset[SHDI_BLOCK_ROOM];
+} shdi_piece;
+
+/* An entry of a STRUCT: a progression of rows, columns or diagonals. */
+typedef struct shdi_progression {
+    uint64_t kind;
+    int64_t start;
+    uint64_t step;
+    uint64_t count;
+} shdi_progression;
+
+/* A place in the progressions of one kind: line `line` of entry `entry`. */
+typedef struct shdi_line_cursor {
+    uint32_t first_entry;
+    uint32_t end_entry;
+    uint32_t entry;
+    uint64_t line;
+} shdi_line_cursor;
+
+/* A walk over the positions of a STRUCT. It works on a copy of the entries, so that they stay as they were checked. */
+typedef struct shdi_lines {
+    shdi_progression entries[SHDI_MAX_LINES];
+    uint64_t rows;
+    uint64_t columns;
+    uint64_t position; /* the next position, or UINT64_MAX at the end */
+    uint64_t row;      /* the row that the walk is in */
+    uint64_t next;     /* the next column, in a whole row */
+    uint32_t row_kind; /* 0: no row is found yet, 1: a whole row, 2: a row that columns and diagonals cross */
+    shdi_line_cursor whole;    /* the first whole row at or after `row` */
+    shdi_line_cursor column;   /* the next column in this row */
+    shdi_line_cursor diagonal; /* the next diagonal in this row */
+    shdi_line_cursor lowest;   /* the lowest diagonal that meets this row or an earlier one */
+} shdi_lines;
+
+/* A place within a RICE block whose k is too large for 32-bit offsets. */
+typedef struct shdi_wide {
+    uint32_t bit;
+    uint32_t ones;
+    uint64_t low_sum;
+} shdi_wide;
+
+/* A walk over the positions of blocks [block, last). */
+typedef struct shdi_cursor {
+    const shd_delta *delta;
+    uint64_t block;
+    uint64_t last;
+    uint64_t rank;    /* of the next position; of the block in work in RICE; unused in BITMAP */
+    uint64_t base;    /* RICE: that of the block in work; RAW: the position before */
+    shdi_wide wide;   /* RICE */
+    shdi_lines lines; /* STRUCT */
+} shdi_cursor;
+
+shdi_fault shdi_cursor_open(shdi_cursor *cursor, const shd_delta *delta, uint64_t first_block, uint64_t last_block);
+
+/* The next piece. Its count is 0 at the end and only there. All positions are below numel, all ranks below nnz. */
+shdi_fault shdi_cursor_next(shdi_cursor *cursor, shdi_piece *piece);
+
+/* ---- The codecs ---- */
+
+/* A decoded section of this tensor may have `decoded` bytes. */
+int shdi_index_size_is_possible(const shd_tensor *tensor, uint64_t decoded);
+
+/* Takes the blocks, and what the section's own header says. Checks that header. */
+shdi_fault shdi_index_open(shd_delta *delta);
+
+/* Makes every check of section 4 after zstd. */
+shdi_fault shdi_index_check(const shd_delta *delta);
+
+shdi_fault shdi_rice_open(shd_delta *delta);
+shdi_fault shdi_rice_check(const shd_delta *delta);
+shdi_fault shdi_rice_next(shdi_cursor *cursor, shdi_piece *piece);
+
+shdi_fault shdi_lines_open(shdi_lines *lines, const shd_delta *delta);
+shdi_fault shdi_lines_check(const shd_delta *delta);
+void shdi_lines_next(shdi_lines *lines, uint64_t limit, shdi_piece *piece);
+
+SHDI_END
+
+#endif

@@ -1,0 +1,99 @@
+/* Loading a tensor: brings its sections to memory, checks them, and makes it ready. */
+#include "index.h"
+#include "section.h"
+#include "values.h"
+
+/* What a section takes of the scratch buffer: room for what is decoded, and then for what is stored. */
+static uint64_t decoded_room(const shd_file *file, const shd_section *section) {
+    return file->read != NULL || section->zstd ? shdi_align64(section->decoded) : 0;
+}
+
+static uint64_t stored_room(const shd_file *file, const shd_section *section) {
+    return file->read != NULL && section->zstd ? section->stored : 0;
+}
+
+uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor) {
+    uint64_t index = stored_room(file, &tensor->index), values = stored_room(file, &tensor->values);
+    return decoded_room(file, &tensor->index) + decoded_room(file, &tensor->values) +
+           (index > values ? index : values);
+}
+
+/* Brings a section to memory: its bytes after zstd are *bytes. */
+static int load_section(const shd_file *file, const shd_section *section, int check, uint8_t *decoded, uint8_t *stored,
+                        const uint8_t **bytes) {
+    if (section->stored == 0) {
+        return SHD_OK;
+    }
+    const uint8_t *source = shdi_view(file, section->offset, section->stored, section->zstd ? stored : decoded);
+    if (source == NULL) {
+        return SHD_READ_FAILED;
+    }
+    if (check >= SHD_CHECK_CRC && shd_crc32(0, source, (size_t)section->stored) != section->crc) {
+        return SHD_SECTION_CHECKSUM;
+    }
+    *bytes = source;
+    if (!section->zstd) {
+        return SHD_OK;
+    }
+    if (file->zstd == NULL) {
+        return SHD_ZSTD_UNAVAILABLE;
+    }
+    *bytes = decoded;
+    return file->zstd(file->zstd_context, source, (size_t)section->stored, decoded, (size_t)section->decoded) == 0
+               ? SHD_OK
+               : SHD_BAD_ZSTD;
+}
+
+static int load_index(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, shd_delta *delta,
+                      shd_status *status) {
+    const shd_tensor *tensor = &delta->tensor;
+    shdi_fault fault = {load_section(file, &tensor->index, check, decoded, stored, &delta->index), 0};
+    if (fault.code == SHD_OK) {
+        fault = shdi_index_open(delta);
+    }
+    if (fault.code == SHD_OK && check >= SHD_CHECK_ALL) {
+        fault = shdi_index_check(delta);
+    }
+    return fault.code == SHD_OK ? SHD_OK : shdi_fail_in(status, fault, tensor, &tensor->index);
+}
+
+static int load_values(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, shd_delta *delta,
+                       shd_status *status) {
+    const shd_tensor *tensor = &delta->tensor;
+    shdi_fault fault = {load_section(file, &tensor->values, check, decoded, stored, &delta->values), 0};
+    if (fault.code == SHD_OK && check >= SHD_CHECK_ALL) {
+        fault = shdi_values_check(delta);
+    }
+    return fault.code == SHD_OK ? SHD_OK : shdi_fail_in(status, fault, tensor, &tensor->values);
+}
+
+int shd_load(const shd_file *file, uint32_t number, int check, void *scratch, uint64_t scratch_size, shd_delta *delta,
+             shd_status *status) {
+    int level = check & ~SHD_SCALAR;
+    if (file == NULL || delta == NULL || level < SHD_CHECK_SIZES || level > SHD_CHECK_ALL) {
+        return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
+    }
+    memset(delta, 0, sizeof *delta);
+    int code = shd_tensor_at(file, number, &delta->tensor, status);
+    if (code != SHD_OK) {
+        return code;
+    }
+    delta->scalar = (check & SHD_SCALAR) != 0;
+    uint64_t needed = shd_scratch_size(file, &delta->tensor);
+    if (needed > scratch_size || needed > (uint64_t)PTRDIFF_MAX || (needed != 0 && scratch == NULL)) {
+        return shdi_fail(status, SHD_BUFFER_TOO_SMALL, number, 0);
+    }
+    uint8_t nothing[1]; /* a place to point to where no byte is needed */
+    uint8_t *index = needed != 0 ? scratch : nothing;
+    uint8_t *values = index + decoded_room(file, &delta->tensor.index);
+    uint8_t *stored = values + decoded_room(file, &delta->tensor.values);
+    code = load_index(file, level, index, stored, delta, status);
+    if (code == SHD_OK) {
+        code = load_values(file, level, values, stored, delta, status);
+    }
+    if (code != SHD_OK) {
+        memset(delta, 0, sizeof *delta); /* no blocks, no nonzeros, for callers that go on */
+        return code;
+    }
+    return shdi_fail(status, SHD_OK, number, 0);
+}

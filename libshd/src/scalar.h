@@ -1,0 +1,21 @@
+/* The scalar kernels that other sets of kernels use too. */
+#ifndef SHD_SCALAR_H
+#define SHD_SCALAR_H
+
+#include "kernels.h"
+
+SHDI_BEGIN
+
+void shdi_scalar_widen(const uint32_t *offset, uint32_t count, uint64_t base, int64_t *positions);
+void shdi_scalar_scale_i8(const uint8_t *q, uint32_t count, float scale, float *values);
+void shdi_scalar_look_up_i4(const uint8_t *nibbles, uint64_t first, uint32_t count, const float magnitude[8],
+                            float *values);
+void shdi_scalar_add_f32(uint32_t *result, const uint32_t *weight, const float *value, float alpha, uint32_t count);
+void shdi_scalar_add_f16(uint16_t *result, const uint16_t *weight, const float *value, float alpha, uint32_t count);
+void shdi_scalar_add_bf16(uint16_t *result, const uint16_t *weight, const float *value, float alpha, uint32_t count);
+uint32_t shdi_scalar_at_least(const float *x, uint32_t count, float threshold, uint32_t *index);
+uint64_t shdi_scalar_sum_shifted(const uint64_t *gap, uint32_t count, uint32_t k);
+
+SHDI_END
+
+#endif
