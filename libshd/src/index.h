@@ -73,22 +73,43 @@ shdi_fault shdi_cursor_next(shdi_cursor *cursor, shdi_piece *piece);
 
 /* ---- The codecs ---- */
 
-/* A decoded section of this tensor may have `decoded` bytes. */
-int shdi_index_size_is_possible(const shd_tensor *tensor, uint64_t decoded);
+typedef struct shdi_index_codec {
+    /* A decoded section of this tensor may have `decoded` bytes. */
+    int (*size_is_possible)(const shd_tensor *tensor, uint64_t decoded);
 
-/* Takes the blocks, and what the section's own header says. Checks that header. */
+    /* Takes the blocks, and what the section's own header says. Checks that header. */
+    shdi_fault (*open)(shd_delta *delta);
+
+    /* Makes every check of section 4 after zstd. */
+    shdi_fault (*check)(const shd_delta *delta);
+
+    /* Brings a cursor to its first block. Its delta, block, last and rank are set, and its base is 0. NULL if nothing
+     * is left to do. */
+    shdi_fault (*start)(shdi_cursor *cursor);
+
+    /* As shdi_cursor_next(). */
+    shdi_fault (*next)(shdi_cursor *cursor, shdi_piece *piece);
+
+    /* How many nonzeros lie before a block that exists. */
+    uint64_t (*block_rank)(const shd_delta *delta, uint64_t block);
+
+    /* The least position that can lie in a block that exists, or after it. */
+    uint64_t (*least_position)(const shd_delta *delta, uint64_t block);
+} shdi_index_codec;
+
+extern const shdi_index_codec shdi_index_none;
+extern const shdi_index_codec shdi_index_rice;
+extern const shdi_index_codec shdi_index_raw;
+extern const shdi_index_codec shdi_index_bitmap;
+extern const shdi_index_codec shdi_index_struct;
+extern const shdi_index_codec shdi_index_all;
+
+/* The codec of an id. NULL for an unknown id. */
+const shdi_index_codec *shdi_index_codec_of(uint32_t id);
+
+/* As `open` and `check` of the tensor's codec. An unknown codec is SHD_UNKNOWN_INDEX_CODEC. */
 shdi_fault shdi_index_open(shd_delta *delta);
-
-/* Makes every check of section 4 after zstd. */
 shdi_fault shdi_index_check(const shd_delta *delta);
-
-shdi_fault shdi_rice_open(shd_delta *delta);
-shdi_fault shdi_rice_check(const shd_delta *delta);
-shdi_fault shdi_rice_next(shdi_cursor *cursor, shdi_piece *piece);
-
-shdi_fault shdi_lines_open(shdi_lines *lines, const shd_delta *delta);
-shdi_fault shdi_lines_check(const shd_delta *delta);
-void shdi_lines_next(shdi_lines *lines, uint64_t limit, shdi_piece *piece);
 
 SHDI_END
 

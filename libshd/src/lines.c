@@ -178,7 +178,7 @@ static uint64_t next_position(shdi_lines *lines) {
     }
 }
 
-shdi_fault shdi_lines_open(shdi_lines *lines, const shd_delta *delta) {
+static shdi_fault open_lines(shdi_lines *lines, const shd_delta *delta) {
     const shd_tensor *tensor = &delta->tensor;
     uint32_t entries = (uint32_t)((tensor->index.decoded - SHDI_SLACK) / sizeof lines->entries[0]);
     memcpy(lines->entries, delta->index, entries * sizeof lines->entries[0]);
@@ -205,7 +205,8 @@ shdi_fault shdi_lines_open(shdi_lines *lines, const shd_delta *delta) {
     return shdi_ok();
 }
 
-void shdi_lines_next(shdi_lines *lines, uint64_t limit, shdi_piece *piece) {
+/* The next piece, of at most `limit` positions. */
+static void next_of_lines(shdi_lines *lines, uint64_t limit, shdi_piece *piece) {
     const uint64_t most = shdi_min(limit, SHDI_BLOCK);
     piece->count = 0;
     piece->base = lines->position;
@@ -215,17 +216,31 @@ void shdi_lines_next(shdi_lines *lines, uint64_t limit, shdi_piece *piece) {
     }
 }
 
-shdi_fault shdi_lines_check(const shd_delta *delta) {
+/* ---- The codec ---- */
+
+static int size_is_possible(const shd_tensor *tensor, uint64_t decoded) {
+    (void)tensor;
+    return decoded >= sizeof(shdi_progression) + SHDI_SLACK &&
+           decoded <= SHDI_MAX_LINES * sizeof(shdi_progression) + SHDI_SLACK &&
+           (decoded - SHDI_SLACK) % sizeof(shdi_progression) == 0;
+}
+
+static shdi_fault open_section(shd_delta *delta) {
+    delta->block_count = 1;
+    return shdi_ok();
+}
+
+static shdi_fault check(const shd_delta *delta) {
     const uint64_t nnz = delta->tensor.nnz;
     shdi_lines lines;
-    shdi_fault fault = shdi_lines_open(&lines, delta);
+    shdi_fault fault = open_lines(&lines, delta);
     if (fault.code != SHD_OK) {
         return fault;
     }
     uint64_t elements = 0;
     shdi_piece piece;
     do {
-        shdi_lines_next(&lines, nnz + 1 - elements, &piece);
+        next_of_lines(&lines, nnz + 1 - elements, &piece);
         elements += piece.count;
     } while (piece.count != 0 && elements <= nnz);
     if (elements != nnz) {
@@ -234,3 +249,46 @@ shdi_fault shdi_lines_check(const shd_delta *delta) {
     uint64_t size = delta->tensor.index.decoded;
     return shdi_check_zeros(delta->index, 8 * (size - SHDI_SLACK), size);
 }
+
+static shdi_fault start(shdi_cursor *cursor) {
+    cursor->rank = 0;
+    return open_lines(&cursor->lines, cursor->delta);
+}
+
+static shdi_fault next(shdi_cursor *cursor, shdi_piece *piece) {
+    uint64_t left = cursor->delta->tensor.nnz - cursor->rank;
+    piece->count = 0;
+    if (cursor->block == cursor->last) {
+        return shdi_ok();
+    }
+    next_of_lines(&cursor->lines, left, piece);
+    piece->rank = cursor->rank;
+    cursor->rank += piece->count;
+    if (piece->count == left) {
+        cursor->block = cursor->last;
+    }
+    int contradicts = piece->count == left ? cursor->lines.position != UINT64_MAX : piece->count == 0;
+    return contradicts ? shdi_fault_at(SHD_BAD_INDEX, 0) : shdi_ok();
+}
+
+static uint64_t block_rank(const shd_delta *delta, uint64_t block) {
+    (void)delta;
+    (void)block; /* 0, the only one */
+    return 0;
+}
+
+static uint64_t least_position(const shd_delta *delta, uint64_t block) {
+    (void)delta;
+    (void)block;
+    return 0;
+}
+
+const shdi_index_codec shdi_index_struct = {
+    .size_is_possible = size_is_possible,
+    .open = open_section,
+    .check = check,
+    .start = start,
+    .next = next,
+    .block_rank = block_rank,
+    .least_position = least_position,
+};

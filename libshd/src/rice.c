@@ -1,4 +1,4 @@
-/* RICE (FORMAT.md, section 4.2). */
+/* RICE (FORMAT.md, section 4.2): gaps in a unary part and low bits, and a directory of blocks. */
 #include "bytes.h"
 #include "index.h"
 #include "section.h"
@@ -23,7 +23,12 @@ static uint32_t bits_in(const shd_delta *delta, uint64_t block) {
     return (uint32_t)shdi_min(delta->unary_bits - block * SHDI_BLOCK, SHDI_BLOCK);
 }
 
-shdi_fault shdi_rice_open(shd_delta *delta) {
+static int size_is_possible(const shd_tensor *tensor, uint64_t decoded) {
+    (void)tensor;
+    return decoded >= 16 + SHDI_SLACK; /* the rest is checked with the section's header */
+}
+
+static shdi_fault open_section(shd_delta *delta) {
     const uint8_t *section = delta->index;
     const shd_tensor *tensor = &delta->tensor;
     uint64_t start = shdi_load64(section);
@@ -92,8 +97,7 @@ static uint32_t next_one(const uint8_t *bitmap, uint32_t bit, uint32_t bits) {
     return bits;
 }
 
-/* Decodes on in a block of any k, up to the block's end or to where an offset would not fit 32 bits. *done tells
- * which. */
+/* Goes on decoding a block of any k, up to its end or to where an offset would not fit 32 bits. *done tells which. */
 static shdi_fault decode_wide(const shd_delta *delta, uint64_t block, entry at, shdi_wide *wide, shdi_piece *piece,
                               entry *next, int *done) {
     const uint64_t nnz = delta->tensor.nnz, numel = delta->tensor.numel;
@@ -141,7 +145,7 @@ static int ends_with_a_one(const shd_delta *delta) {
     return delta->index[delta->unary_offset + last / 8] >> (last % 8) & 1;
 }
 
-/* What can be checked of the directory by somebody who decodes one block alone. */
+/* Checks what of the directory one block alone can show. */
 static shdi_fault check_neighbours(const shd_delta *delta, uint64_t block, entry at, entry next) {
     if (block == 0 && (at.base != 0 || at.rank != 0)) {
         return shdi_fault_at(SHD_BAD_DIRECTORY, entry_offset(delta, block));
@@ -157,7 +161,12 @@ static shdi_fault check_neighbours(const shd_delta *delta, uint64_t block, entry
                : shdi_fault_at(SHD_BAD_DIRECTORY, entry_offset(delta, block + 1));
 }
 
-shdi_fault shdi_rice_next(shdi_cursor *cursor, shdi_piece *piece) {
+static shdi_fault start(shdi_cursor *cursor) {
+    memset(&cursor->wide, 0, sizeof cursor->wide);
+    return shdi_ok();
+}
+
+static shdi_fault next_piece(shdi_cursor *cursor, shdi_piece *piece) {
     const shd_delta *delta = cursor->delta;
     piece->count = 0;
     while (piece->count == 0 && cursor->block < cursor->last) {
@@ -192,8 +201,8 @@ static uint64_t count_ones(const uint8_t *bitmap, uint64_t bits) {
     return ones;
 }
 
-/* Decodes all blocks by the definition, without the directory, and then compares it: a wrong position is named
- * before a wrong entry. */
+/* Decodes all blocks by the definition, without the directory, and compares the directory with that. A wrong position
+ * is reported before a wrong entry. */
 static shdi_fault check_blocks(const shd_delta *delta) {
     shdi_fault directory = shdi_ok();
     entry at = {0, 0};
@@ -219,7 +228,7 @@ static shdi_fault check_blocks(const shd_delta *delta) {
     return directory;
 }
 
-shdi_fault shdi_rice_check(const shd_delta *delta) {
+static shdi_fault check(const shd_delta *delta) {
     const uint8_t *section = delta->index;
     if (count_ones(section + delta->unary_offset, delta->unary_bits) != delta->tensor.nnz ||
         !ends_with_a_one(delta)) {
@@ -234,3 +243,17 @@ shdi_fault shdi_rice_check(const shd_delta *delta) {
     }
     return fault;
 }
+
+static uint64_t block_rank(const shd_delta *delta, uint64_t block) { return read_entry(delta, block).rank; }
+
+static uint64_t least_position(const shd_delta *delta, uint64_t block) { return read_entry(delta, block).base; }
+
+const shdi_index_codec shdi_index_rice = {
+    .size_is_possible = size_is_possible,
+    .open = open_section,
+    .check = check,
+    .start = start,
+    .next = next_piece,
+    .block_rank = block_rank,
+    .least_position = least_position,
+};

@@ -92,7 +92,7 @@ static refusal check_ids(const uint8_t *record, shd_tensor *tensor) {
         tensor->op != SHD_OP_DROP) {
         return shdi_fault_at(SHD_UNKNOWN_OP, AT_OP);
     }
-    if (tensor->index_codec > SHD_INDEX_ALL) {
+    if (shdi_index_codec_of(tensor->index_codec) == NULL) {
         return shdi_fault_at(SHD_UNKNOWN_INDEX_CODEC, AT_INDEX_CODEC);
     }
     if (tensor->value_codec > SHD_VALUES_BITS) {
@@ -211,7 +211,8 @@ static int sizes_are_possible(const shd_tensor *tensor, int values) {
     if (values) {
         return tensor->values.decoded == shdi_values_size(tensor->value_codec, tensor->dtype, tensor->nnz);
     }
-    return shdi_index_size_is_possible(tensor, tensor->index.decoded);
+    const shdi_index_codec *codec = shdi_index_codec_of(tensor->index_codec);
+    return codec != NULL && codec->size_is_possible(tensor, tensor->index.decoded);
 }
 
 /* Checks 1 to 9. */
