@@ -95,7 +95,7 @@ static refusal check_ids(const uint8_t *record, shd_tensor *tensor) {
     if (shdi_index_codec_of(tensor->index_codec) == NULL) {
         return shdi_fault_at(SHD_UNKNOWN_INDEX_CODEC, AT_INDEX_CODEC);
     }
-    if (tensor->value_codec > SHD_VALUES_BITS) {
+    if (shdi_value_codec_of(tensor->value_codec) == NULL) {
         return shdi_fault_at(SHD_UNKNOWN_VALUE_CODEC, AT_VALUE_CODEC);
     }
     return shdi_ok();
@@ -209,7 +209,7 @@ static int check_section(const shd_file *file, const shd_section *section, uint6
 
 static int sizes_are_possible(const shd_tensor *tensor, int values) {
     if (values) {
-        return tensor->values.decoded == shdi_values_size(tensor->value_codec, tensor->dtype, tensor->nnz);
+        return tensor->values.decoded == shd_values_size(tensor->value_codec, tensor->dtype, tensor->nnz);
     }
     const shdi_index_codec *codec = shdi_index_codec_of(tensor->index_codec);
     return codec != NULL && codec->size_is_possible(tensor, tensor->index.decoded);
