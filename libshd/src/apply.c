@@ -2,7 +2,6 @@
 #include "bytes.h"
 #include "floats.h"
 #include "index.h"
-#include "kernels.h"
 #include "values.h"
 #include "weights.h"
 
@@ -34,56 +33,6 @@ struct work {
     visit_fn visit;
 };
 
-/* ---- Elements ---- */
-
-/* Bytes may be anything, so what the loops need is copied to where no write of theirs can change it. */
-#define GATHER(type)                                                                       \
-    do {                                                                                   \
-        const type *from = (const type *)(const void *)weights;                            \
-        for (uint32_t i = 0; i < count; i++) {                                             \
-            SHDI_PREFETCH(&from[later[i] + later_shift]);                                  \
-            memcpy(to + i * sizeof(type), &from[offset[i] + shift], sizeof(type));         \
-        }                                                                                  \
-    } while (0)
-
-#define SCATTER(type)                                                                      \
-    do {                                                                                   \
-        type *to = (type *)(void *)weights;                                                \
-        for (uint32_t i = 0; i < count; i++) {                                             \
-            memcpy(&to[offset[i] + shift], from + i * sizeof(type), sizeof(type));         \
-        }                                                                                  \
-    } while (0)
-
-void shdi_gather(const uint8_t *weights, uint32_t size, const shdi_run *r, const shdi_run *ahead, uint8_t *to) {
-    const uint32_t *const offset = r->offset, *const later = ahead->offset;
-    const uint64_t shift = r->shift, later_shift = ahead->shift;
-    const uint32_t count = r->count;
-    switch (size) {
-    case 1: GATHER(uint8_t); break;
-    case 2: GATHER(uint16_t); break;
-    case 4: GATHER(uint32_t); break;
-    default: GATHER(uint64_t); break;
-    }
-}
-
-void shdi_scatter(uint8_t *weights, uint32_t size, const shdi_run *r, const uint8_t *from) {
-    const uint32_t *const offset = r->offset;
-    const uint64_t shift = r->shift;
-    const uint32_t count = r->count;
-    switch (size) {
-    case 1: SCATTER(uint8_t); break;
-    case 2: SCATTER(uint16_t); break;
-    case 4: SCATTER(uint32_t); break;
-    default: SCATTER(uint64_t); break;
-    }
-}
-
-void shdi_send_for(const uint8_t *weights, uint32_t size, const shdi_run *r) {
-    for (uint32_t i = 0; i < r->count; i++) {
-        SHDI_PREFETCH(weights + (r->shift + r->offset[i]) * size);
-    }
-}
-
 /* ---- Visitors ---- */
 
 typedef union batch {
@@ -98,7 +47,8 @@ static uint64_t element_bits(const uint8_t *from, uint32_t size, uint64_t i) {
     case 1: return from[i];
     case 2: return shdi_load16(from + 2 * i);
     case 4: return shdi_load32(from + 4 * i);
-    default: return shdi_load64(from + 8 * i);
+    case 8: return shdi_load64(from + 8 * i);
+    default: return 0; /* no caller lets it through */
     }
 }
 
@@ -116,7 +66,6 @@ static void save(const work *w, const shdi_run *r, const shdi_run *ahead, batch 
 }
 
 static shdi_fault visit_add(work *w, const shdi_run *r, const shdi_run *ahead) {
-    const shdi_kernels *kernels = shdi_kernels_of(w->delta);
     float values[RUN];
     batch old, new;
     shdi_fault fault = shdi_values_decode(w->delta, r->rank, r->count, values);
@@ -124,10 +73,9 @@ static shdi_fault visit_add(work *w, const shdi_run *r, const shdi_run *ahead) {
         return fault;
     }
     save(w, r, ahead, &old);
-    switch (w->dtype) {
-    case SHD_F32: kernels->add_f32(new.u32, old.u32, values, w->strength, r->count); break;
-    case SHD_F16: kernels->add_f16(new.u16, old.u16, values, w->strength, r->count); break;
-    default: kernels->add_bf16(new.u16, old.u16, values, w->strength, r->count); break;
+    int code = shdi_add(shdi_kernels_of(w->delta), w->dtype, &new, &old, values, w->strength, r->count);
+    if (code != SHD_OK) {
+        return shdi_fault_at(code, 0);
     }
     shdi_scatter(w->weights, w->size, r, new.bytes);
     return shdi_ok();
@@ -141,7 +89,7 @@ static shdi_fault visit_set(work *w, const shdi_run *r, const shdi_run *ahead) {
 }
 
 static shdi_fault visit_revert(work *w, const shdi_run *r, const shdi_run *ahead) {
-    shdi_send_for(w->weights, w->size, ahead);
+    shdi_prefetch(w->weights, w->size, ahead);
     shdi_scatter(w->weights, w->size, r, w->original + r->rank * w->size);
     return shdi_ok();
 }
@@ -215,7 +163,7 @@ static shdi_fault walk(work *w, const shd_weights *weights, uint64_t first_block
     }
     shdi_run this = clip(&pieces[0], weights, w->end_rank);
     shdi_run start = part_of(&this, 0, AHEAD);
-    shdi_send_for(w->weights, w->size, &start);
+    shdi_prefetch(w->weights, w->size, &start);
     for (uint32_t turn = 0; pieces[turn].count != 0; turn ^= 1) {
         fault = shdi_cursor_next(&cursor, &pieces[turn ^ 1]);
         if (fault.code != SHD_OK) {
@@ -233,33 +181,6 @@ static shdi_fault walk(work *w, const shd_weights *weights, uint64_t first_block
 }
 
 /* ---- Calls ---- */
-
-static int is_addable(int dtype) { return dtype == SHD_F32 || dtype == SHD_F16 || dtype == SHD_BF16; }
-
-static int dtypes_go_together(const shd_tensor *tensor, const shd_weights *weights) {
-    if (tensor->dtype == SHD_UNSPECIFIED) {
-        return is_addable(weights->dtype);
-    }
-    return tensor->dtype == weights->dtype || (weights->any_dtype && tensor->op == SHD_OP_ADD &&
-                                               is_addable(tensor->dtype) && is_addable(weights->dtype));
-}
-
-static int is_aligned(const void *pointer, uint32_t size) { return (uintptr_t)pointer % size == 0; }
-
-int shdi_check_weights(const shd_delta *delta, const shd_weights *weights, const void *saved) {
-    if (delta == NULL || weights == NULL || (weights->data == NULL && weights->count != 0)) {
-        return SHD_INVALID_ARGUMENT;
-    }
-    const shd_tensor *tensor = &delta->tensor;
-    if (!dtypes_go_together(tensor, weights)) {
-        return SHD_WRONG_DTYPE;
-    }
-    if (weights->first_position > tensor->numel || weights->count > tensor->numel - weights->first_position) {
-        return SHD_WRONG_SHAPE;
-    }
-    const uint32_t size = shd_dtype_size(weights->dtype);
-    return is_aligned(weights->data, size) && is_aligned(saved, size) ? SHD_OK : SHD_MISALIGNED;
-}
 
 /* The checks that all calls make; fills in what they have in common. */
 static int prepare(work *w, const shd_delta *delta, const shd_weights *weights, uint64_t first_block,
@@ -288,23 +209,30 @@ static int run_walk(work *w, const shd_weights *weights, uint64_t first_block, u
     return shdi_fail_in(status, fault, &w->delta->tensor, section);
 }
 
-int shdi_check_strength(const shd_tensor *tensor, double strength) {
-    if (tensor->op == SHD_OP_DROP) {
-        return SHD_WRONG_OPERATION;
-    }
-    int allowed = tensor->op == SHD_OP_ADD ? shdi_is_finite((float)strength) : strength == 1.0;
-    return allowed ? SHD_OK : SHD_BAD_STRENGTH;
-}
-
 static uint32_t number_of(const shd_delta *delta) { return delta == NULL ? SHD_NO_TENSOR : delta->tensor.number; }
+
+/* What applies an op. */
+static int visitor_of(int op, visit_fn *visit) {
+    switch (op) {
+    case SHD_OP_ADD: *visit = visit_add; return SHD_OK;
+    case SHD_OP_SET:
+    case SHD_OP_NEW: *visit = visit_set; return SHD_OK;
+    case SHD_OP_DROP: return SHD_WRONG_OPERATION; /* it has no elements */
+    default: return SHD_UNKNOWN_OP;
+    }
+}
 
 int shd_apply(const shd_delta *delta, const shd_weights *weights, double strength, uint64_t first_block,
               uint64_t last_block, void *saved, shd_status *status) {
     work w;
     int code = prepare(&w, delta, weights, first_block, last_block, saved);
     shdi_float_environment environment = shdi_float_enter();
+    visit_fn visit = NULL;
     if (code == SHD_OK) {
         code = shdi_check_strength(&delta->tensor, strength);
+    }
+    if (code == SHD_OK) {
+        code = visitor_of(delta->tensor.op, &visit);
     }
     if (code != SHD_OK) {
         shdi_float_leave(environment);
@@ -312,7 +240,7 @@ int shd_apply(const shd_delta *delta, const shd_weights *weights, double strengt
     }
     w.saved = saved;
     w.strength = (float)strength;
-    w.visit = delta->tensor.op == SHD_OP_ADD ? visit_add : visit_set;
+    w.visit = visit;
     code = run_walk(&w, weights, first_block, last_block, status);
     if (code != SHD_OK && saved != NULL) {
         w.original = saved;
@@ -354,10 +282,10 @@ int shd_fingerprint_elements(const int64_t *positions, uint64_t first_position, 
     if (fingerprint == NULL || (elements == NULL && count != 0)) {
         return SHD_INVALID_ARGUMENT;
     }
-    if (element_size != 1 && element_size != 2 && element_size != 4 && element_size != 8) {
+    if (!shdi_size_is_known(element_size)) {
         return SHD_WRONG_DTYPE;
     }
-    if (!is_aligned(elements, element_size)) {
+    if (!shdi_is_aligned(elements, element_size)) {
         return SHD_MISALIGNED;
     }
     uint64_t sum = 0;

@@ -1,7 +1,35 @@
-/* The dtypes of REGISTRY.md. */
-#include "internal.h"
+/* The dtypes of REGISTRY.md, one row each. */
+#include "dtypes.h"
 
-uint32_t shd_dtype_size(int dtype) {
-    static const uint8_t size[] = {0, 4, 2, 2, 8, 1, 1, 1, 1, 1, 1, 2, 2, 4, 4, 8, 8, 1, 1, 8};
-    return dtype >= 0 && dtype < (int)sizeof size ? size[dtype] : 0;
-}
+static const struct row {
+    uint8_t size;    /* of one element in bytes; 0 for an unknown id */
+    uint8_t addable; /* shdi_add() has a kernel for it */
+} rows[] = {
+    [SHD_F32] = {4, 1},
+    [SHD_F16] = {2, 1},
+    [SHD_BF16] = {2, 1},
+    [SHD_F64] = {8, 0},
+    [SHD_F8_E4M3] = {1, 0},
+    [SHD_F8_E5M2] = {1, 0},
+    [SHD_F8_E8M0] = {1, 0},
+    [SHD_BOOL] = {1, 0},
+    [SHD_U8] = {1, 0},
+    [SHD_I8] = {1, 0},
+    [SHD_U16] = {2, 0},
+    [SHD_I16] = {2, 0},
+    [SHD_U32] = {4, 0},
+    [SHD_I32] = {4, 0},
+    [SHD_U64] = {8, 0},
+    [SHD_I64] = {8, 0},
+    [SHD_F8_E4M3FNUZ] = {1, 0},
+    [SHD_F8_E5M2FNUZ] = {1, 0},
+    [SHD_C64] = {8, 0},
+};
+
+static int has_row(int dtype) { return dtype >= 0 && dtype < (int)(sizeof rows / sizeof rows[0]); }
+
+uint32_t shd_dtype_size(int dtype) { return has_row(dtype) ? rows[dtype].size : 0; }
+
+int shdi_dtype_is_known(int dtype) { return dtype == SHD_UNSPECIFIED || shd_dtype_size(dtype) != 0; }
+
+int shdi_dtype_is_addable(int dtype) { return has_row(dtype) && rows[dtype].addable; }

@@ -8,7 +8,6 @@
  * No chunk goes beyond a piece that a delta is decoded to, so that there is one piece a delta to be kept. */
 #include "floats.h"
 #include "index.h"
-#include "kernels.h"
 #include "values.h"
 #include "weights.h"
 
@@ -91,7 +90,7 @@ static shdi_fault contribute(const work *w, const addend *a) {
         }
         const shdi_run ahead = run_ahead(a, &r);
         if (w->from_saved) {
-            shdi_send_for(w->weights->data, w->size, &ahead);
+            shdi_prefetch(w->weights->data, w->size, &ahead);
         } else {
             shdi_gather(w->weights->data, w->size, &r, &ahead, a->saved + r.rank * w->size);
         }
@@ -99,7 +98,7 @@ static shdi_fault contribute(const work *w, const addend *a) {
     return shdi_ok();
 }
 
-static void write(const work *w, const addend *a) {
+static shdi_fault write(const work *w, const addend *a) {
     const shdi_kernels *kernels = shdi_kernels_of(a->cursor.delta);
     shdi_run r;
     for (uint32_t first = 0; first < a->count; first += r.count) {
@@ -115,13 +114,13 @@ static void write(const work *w, const addend *a) {
             sums[i] = w->sum[shift + r.offset[i]];
         }
         const void *old = a->saved + r.rank * w->size;
-        switch (w->weights->dtype) {
-        case SHD_F32: kernels->add_f32(new.u32, old, sums, 1.0f, r.count); break;
-        case SHD_F16: kernels->add_f16(new.u16, old, sums, 1.0f, r.count); break;
-        default: kernels->add_bf16(new.u16, old, sums, 1.0f, r.count); break;
+        int code = shdi_add(kernels, w->weights->dtype, &new, old, sums, 1.0f, r.count);
+        if (code != SHD_OK) {
+            return shdi_fault_at(code, 0);
         }
         shdi_scatter(w->weights->data, w->size, &r, new.bytes);
     }
+    return shdi_ok();
 }
 
 static void clear_sums(const work *w, const addend *a) {
@@ -145,17 +144,25 @@ static void put_back(const work *w, const addend *a) {
 
 /* ---- A chunk ---- */
 
+/* A fault in the values of addend i. */
+static shdi_fault fault_of_values(work *w, uint32_t i, shdi_fault fault) {
+    w->tensor = &w->addends[i].cursor.delta->tensor;
+    w->section = &w->tensor->values;
+    return fault;
+}
+
 static shdi_fault write_chunk(work *w) {
     for (uint32_t i = 0; i < w->count; i++) {
         shdi_fault fault = contribute(w, &w->addends[i]);
         if (fault.code != SHD_OK) {
-            w->tensor = &w->addends[i].cursor.delta->tensor;
-            w->section = &w->tensor->values;
-            return fault;
+            return fault_of_values(w, i, fault);
         }
     }
     for (uint32_t i = 0; i < w->count; i++) {
-        write(w, &w->addends[i]);
+        shdi_fault fault = write(w, &w->addends[i]);
+        if (fault.code != SHD_OK) {
+            return fault_of_values(w, i, fault);
+        }
     }
     for (uint32_t i = 0; i < w->count; i++) {
         clear_sums(w, &w->addends[i]);

@@ -2,6 +2,7 @@
 #include "table.h"
 
 #include "bytes.h"
+#include "dtypes.h"
 #include "index.h"
 #include "section.h"
 #include "utf8.h"
@@ -85,12 +86,15 @@ static refusal check_ids(const uint8_t *record, shd_tensor *tensor) {
     if ((tensor->flags & ~known_flags) != 0) {
         return shdi_fault_at(SHD_RESERVED_NOT_ZERO, AT_FLAGS);
     }
-    if (tensor->dtype > SHD_C64) {
+    if (!shdi_dtype_is_known(tensor->dtype)) {
         return shdi_fault_at(SHD_UNKNOWN_DTYPE, AT_DTYPE);
     }
-    if (tensor->op != SHD_OP_ADD && tensor->op != SHD_OP_SET && tensor->op != SHD_OP_NEW &&
-        tensor->op != SHD_OP_DROP) {
-        return shdi_fault_at(SHD_UNKNOWN_OP, AT_OP);
+    switch (tensor->op) {
+    case SHD_OP_ADD:
+    case SHD_OP_SET:
+    case SHD_OP_NEW:
+    case SHD_OP_DROP: break;
+    default: return shdi_fault_at(SHD_UNKNOWN_OP, AT_OP);
     }
     if (shdi_index_codec_of(tensor->index_codec) == NULL) {
         return shdi_fault_at(SHD_UNKNOWN_INDEX_CODEC, AT_INDEX_CODEC);
@@ -134,32 +138,34 @@ static int goes_together(const shd_tensor *tensor) {
     if (tensor->index_codec == SHD_INDEX_ALL && tensor->nnz != tensor->numel) {
         return 0;
     }
+    int is_unspecified = tensor->dtype == SHD_UNSPECIFIED;
     int bits_or_none = no_values || tensor->value_codec == SHD_VALUES_BITS;
     switch (tensor->op) {
     case SHD_OP_ADD:
-        if (tensor->dtype > SHD_BF16 || tensor->value_codec == SHD_VALUES_BITS) {
+        if (!(is_unspecified || shdi_dtype_is_addable(tensor->dtype)) || tensor->value_codec == SHD_VALUES_BITS) {
             return 0;
         }
         break;
     case SHD_OP_SET:
-        if (tensor->dtype == SHD_UNSPECIFIED || !bits_or_none) {
+        if (is_unspecified || !bits_or_none) {
             return 0;
         }
         break;
     case SHD_OP_NEW:
-        if (tensor->dtype == SHD_UNSPECIFIED || !bits_or_none || tensor->nnz != tensor->numel ||
+        if (is_unspecified || !bits_or_none || tensor->nnz != tensor->numel ||
             (tensor->numel != 0 && tensor->index_codec != SHD_INDEX_ALL)) {
             return 0;
         }
         break;
-    default: /* DROP */
+    case SHD_OP_DROP:
         if (!no_nonzeros) {
             return 0;
         }
         break;
+    default: return 0; /* check_ids() names it */
     }
     uint32_t fingerprints = tensor->flags & (SHD_HAS_BASE_FINGERPRINT | SHD_HAS_RESULT_FINGERPRINT);
-    return !((tensor->dtype == SHD_UNSPECIFIED && fingerprints != 0) ||
+    return !((is_unspecified && fingerprints != 0) ||
              (tensor->op == SHD_OP_NEW && (fingerprints & SHD_HAS_BASE_FINGERPRINT) != 0) ||
              (tensor->op == SHD_OP_DROP && (fingerprints & SHD_HAS_RESULT_FINGERPRINT) != 0));
 }
