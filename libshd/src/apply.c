@@ -1,30 +1,30 @@
-/* Section 6 of FORMAT.md: patching weights, taking it back, fingerprints. */
+/* Applying a delta to weights, reverting it, and fingerprints (FORMAT.md, section 6). */
 #include "bytes.h"
 #include "floats.h"
 #include "index.h"
 #include "values.h"
 #include "weights.h"
 
-/* Positions of elements in the caller's buffer are visited in runs of at most this many. */
+/* A visitor gets at most this many elements at a time. */
 #define RUN 64u
 
-/* With each element that is read, the one so many nonzeros later is sent for: memory serves a steady stream of
- * requests better than bursts of them, and it takes a few microseconds. */
+/* With each element it reads, a visitor prefetches the one this many nonzeros later. Memory takes a few microseconds
+ * to answer, and serves a steady stream of requests better than bursts. */
 #define AHEAD 64u
 
 typedef struct work work;
 
-/* Does its work on the elements of `r`, and sends for those of `ahead`, which has as many. */
+/* Does its work on the elements of `r`, and prefetches those of `ahead`, which has as many. */
 typedef shdi_fault (*visit_fn)(work *w, const shdi_run *r, const shdi_run *ahead);
 
 /* What the visitors need. */
 struct work {
     const shd_delta *delta;
     uint8_t *weights;
-    uint8_t *saved;          /* what is overwritten goes here, or NULL */
-    const uint8_t *original; /* what is put back */
-    uint64_t end_rank;       /* ranks from here on are passed over */
-    uint64_t done_rank;      /* ranks below have been visited */
+    uint8_t *saved;          /* receives what is overwritten; may be NULL */
+    const uint8_t *original; /* what a revert puts back */
+    uint64_t end_rank;       /* the walk skips ranks from here on */
+    uint64_t done_rank;      /* the walk has visited the ranks below */
     uint64_t sum;
     uint64_t first_position; /* of the weight buffer */
     float strength;
@@ -48,7 +48,7 @@ static uint64_t element_bits(const uint8_t *from, uint32_t size, uint64_t i) {
     case 2: return shdi_load16(from + 2 * i);
     case 4: return shdi_load32(from + 4 * i);
     case 8: return shdi_load64(from + 8 * i);
-    default: return 0; /* no caller lets it through */
+    default: return 0; /* callers refuse other sizes */
     }
 }
 
@@ -105,11 +105,11 @@ static shdi_fault visit_fingerprint(work *w, const shdi_run *r, const shdi_run *
 
 /* ---- Walking ---- */
 
-/* The part of a piece that lies in the buffer, as a run: this is where positions are checked before they are used. */
+/* The part of a piece that lies in the buffer, as a run. This is where positions are checked before they are used. */
 static shdi_run clip(const shdi_piece *piece, const shd_weights *weights, uint64_t end_rank) {
     shdi_run r = {piece->base - weights->first_position, piece->rank, piece->offset, piece->count};
     r.count = (uint32_t)shdi_min(r.count, end_rank - shdi_min(end_rank, r.rank));
-    /* Positions increase, so what lies outside is at the ends. */
+    /* Positions increase, so those outside are at the ends. */
     while (r.count > 0 && piece->base + r.offset[0] < weights->first_position) {
         r.offset++;
         r.rank++;
@@ -128,7 +128,7 @@ static shdi_run part_of(const shdi_run *r, uint32_t first, uint32_t count) {
     return part;
 }
 
-/* Visits all of a run in parts, sending for what comes later in it or in the next. */
+/* Visits all of a run in parts, and prefetches what comes later in it or in the next. */
 static shdi_fault visit_parts(work *w, const shdi_run *this, const shdi_run *next) {
     shdi_run part;
     for (uint32_t first = 0; first < this->count; first += part.count) {
@@ -136,7 +136,7 @@ static shdi_fault visit_parts(work *w, const shdi_run *this, const shdi_run *nex
         shdi_run ahead = later < this->count ? part_of(this, later, RUN) : part_of(next, later - this->count, RUN);
         part = part_of(this, first, ahead.count != 0 ? ahead.count : RUN);
         if (ahead.count < part.count) {
-            ahead = part; /* nothing comes: sending for what is there costs nothing */
+            ahead = part; /* nothing comes; a prefetch of what is in the cache costs nothing */
         }
         ahead.count = part.count;
         shdi_fault fault = w->visit(w, &part, &ahead);
@@ -148,7 +148,7 @@ static shdi_fault visit_parts(work *w, const shdi_run *this, const shdi_run *nex
     return shdi_ok();
 }
 
-/* Visits blocks [first_block, last_block), decoding one piece ahead. *section is where a fault belongs to. */
+/* Visits blocks [first_block, last_block), and decodes one piece ahead. *section becomes the one that a fault is in. */
 static shdi_fault walk(work *w, const shd_weights *weights, uint64_t first_block, uint64_t last_block,
                        const shd_section **section) {
     shdi_cursor cursor;
@@ -182,7 +182,7 @@ static shdi_fault walk(work *w, const shd_weights *weights, uint64_t first_block
 
 /* ---- Calls ---- */
 
-/* The checks that all calls make; fills in what they have in common. */
+/* Makes the checks that all calls make, and fills in what all visitors need. */
 static int prepare(work *w, const shd_delta *delta, const shd_weights *weights, uint64_t first_block,
                    uint64_t last_block, const void *saved) {
     int code = shdi_check_weights(delta, weights, saved);
@@ -211,13 +211,13 @@ static int run_walk(work *w, const shd_weights *weights, uint64_t first_block, u
 
 static uint32_t number_of(const shd_delta *delta) { return delta == NULL ? SHD_NO_TENSOR : delta->tensor.number; }
 
-/* What applies an op. */
+/* The visitor that applies an op. */
 static int visitor_of(int op, visit_fn *visit) {
     switch (op) {
     case SHD_OP_ADD: *visit = visit_add; return SHD_OK;
     case SHD_OP_SET:
     case SHD_OP_NEW: *visit = visit_set; return SHD_OK;
-    case SHD_OP_DROP: return SHD_WRONG_OPERATION; /* it has no elements */
+    case SHD_OP_DROP: return SHD_WRONG_OPERATION; /* it changes no elements */
     default: return SHD_UNKNOWN_OP;
     }
 }

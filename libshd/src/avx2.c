@@ -12,7 +12,7 @@
 
 #include "ones_table.h"
 
-/* Writes the indices of the ones of byte `byte` of a word that starts at bit `start`; returns how many. */
+/* Writes the indices of the ones in byte `byte` of a word that starts at bit `start`. Returns how many there are. */
 AVX2 static inline uint32_t ones_in_byte(uint64_t word, uint32_t byte, __m256i start, uint32_t *index) {
     uint32_t b = (uint32_t)(word >> (8 * byte)) & 0xFF;
     __m128i packed = _mm_loadl_epi64((const __m128i *)(const void *)&ones_of_byte[b]);
@@ -42,7 +42,7 @@ AVX2 static uint32_t ones(const uint8_t *bitmap, uint32_t bits, uint32_t *index)
     return (uint32_t)(to - index);
 }
 
-/* Sums of the lanes up to and with each, on top of *carry; the sum of all is added to every lane of *carry. */
+/* The sum of the lanes up to and with each, on top of *carry. Adds the sum of all to every lane of *carry. */
 AVX2 static inline __m256i prefix_sum(__m256i v, __m256i *carry) {
     v = _mm256_add_epi32(v, _mm256_slli_si256(v, 4));
     v = _mm256_add_epi32(v, _mm256_slli_si256(v, 8)); /* within each half */
@@ -54,10 +54,10 @@ AVX2 static inline __m256i prefix_sum(__m256i v, __m256i *carry) {
     return v;
 }
 
-/* Eight fields of k bits are k bytes, so all groups of eight start at the same bit of a byte, and one shuffle does
- * for all: it brings the four bytes that hold field j to lane j, a shift and a mask do the rest.
+/* Eight fields of k bits are k bytes. So all groups of eight start at the same bit of a byte, and one shuffle serves
+ * all. It brings the four bytes that hold field j to lane j. A shift and a mask do the rest.
  *
- * The offset is written as (t << k) + sum - i (2^k - 1): what depends on i alone goes into the carry of the sum. */
+ * The offset is (t << k) + sum - i (2^k - 1). The part that depends on i alone goes into the carry of the sum. */
 AVX2 static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
                                   uint64_t low_bit) {
     if (k == 0) {
@@ -65,7 +65,7 @@ AVX2 static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const
     }
     const uint32_t mask = (1u << k) - 1;
     const uint32_t phase = (uint32_t)low_bit;
-    const uint32_t upper = (phase + 4 * k) / 8; /* where fields 4 to 7 are loaded from */
+    const uint32_t upper = (phase + 4 * k) / 8; /* fields 4 to 7 are loaded from here */
     uint8_t shuffle[32];
     uint32_t shift[8], start[8];
     for (uint32_t j = 0; j < 8; j++) {
@@ -136,7 +136,7 @@ AVX2 static void look_up_i4(const uint8_t *nibbles, uint64_t first, uint32_t cou
     uint32_t i = 0;
     for (; first % 2 == 0 && i + 8 <= count; i += 8) {
         __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32((int)shdi_load32(nibbles + (first + i) / 2)), shift);
-        __m256 size = _mm256_permutevar8x32_ps(table, codes); /* looks at the three lowest bits of a lane only */
+        __m256 size = _mm256_permutevar8x32_ps(table, codes); /* uses the three lowest bits of a lane only */
         __m256i minus = _mm256_and_si256(_mm256_slli_epi32(codes, 28), sign);
         _mm256_storeu_ps(values + i, _mm256_or_ps(size, _mm256_castsi256_ps(minus)));
     }
@@ -146,7 +146,9 @@ AVX2 static void look_up_i4(const uint8_t *nibbles, uint64_t first, uint32_t cou
     }
 }
 
-/* ---- Adding. `w` and `y` are the weight and the sum as floats; what is returned are the result's bits. ---- */
+/* ---- Adding ---- */
+
+/* `w` and `y` are the weight and the sum as floats. Functions return the result's bits. */
 
 AVX2 static inline __m256 sum_of(__m256 w, const float *value, __m256 alpha) {
     return _mm256_add_ps(w, _mm256_mul_ps(alpha, _mm256_loadu_ps(value)));
@@ -196,7 +198,7 @@ AVX2 static void add_bf16(uint16_t *result, const uint16_t *weight, const float 
     shdi_scalar_add_bf16(result + i, weight + i, value + i, alpha, count - i);
 }
 
-/* As shdi_from_f16(): the exponent is made right by a product, exact for denormals, too. */
+/* As shdi_from_f16(). A product puts the exponent right. It is exact, for denormals too. */
 AVX2 static inline __m256 from_f16(__m256i halves) {
     __m256i magnitude = _mm256_and_si256(halves, _mm256_set1_epi32(0x7FFF));
     __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(halves, magnitude), 16);
@@ -206,7 +208,7 @@ AVX2 static inline __m256 from_f16(__m256i halves) {
     return _mm256_or_ps(finite, _mm256_castsi256_ps(_mm256_or_si256(sign, special)));
 }
 
-/* As shdi_to_f16() */
+/* As shdi_to_f16(). */
 AVX2 static inline __m256i to_f16(__m256 f) {
     __m256i bits = _mm256_castps_si256(f);
     __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
@@ -244,7 +246,7 @@ AVX2 static uint32_t at_least(const float *x, uint32_t count, float threshold, u
     for (; i + 8 <= count; i += 8) {
         __m256 size = _mm256_and_ps(_mm256_loadu_ps(x + i), magnitude);
         uint32_t mask = (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(size, least, _CMP_GE_OQ));
-        if (mask != 0) { /* rare in what this is for */
+        if (mask != 0) { /* rarely so */
             __m128i packed = _mm_loadl_epi64((const __m128i *)(const void *)&ones_of_byte[mask]);
             __m256i at = _mm256_add_epi32(_mm256_cvtepu8_epi32(packed), _mm256_set1_epi32((int)i));
             _mm256_storeu_si256((__m256i *)(void *)(index + found), at);

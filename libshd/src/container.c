@@ -1,4 +1,5 @@
-/* Section 2 of FORMAT.md: the header and the four sections of the whole file, in the order of its checks. */
+/* Opening a file: the header and the four sections of the whole file, in the order of the checks (FORMAT.md,
+ * section 2). */
 #include "bytes.h"
 #include "section.h"
 #include "table.h"
@@ -80,7 +81,7 @@ typedef struct part {
     uint32_t crc;
 } part;
 
-/* Lays the four out; returns the aligned end of the last. The limits keep the sums far from an overflow. */
+/* Lays the four out, and returns the aligned end of the last. The limits keep the sums far from an overflow. */
 static uint64_t lay_out(const uint8_t *header, part parts[4]) {
     parts[0].size = (uint64_t)SHDI_RECORD_SIZE * shdi_load32(header + AT_TENSOR_COUNT);
     parts[1].size = shdi_load64(header + AT_NAMES_SIZE);
@@ -96,7 +97,7 @@ static uint64_t lay_out(const uint8_t *header, part parts[4]) {
 }
 
 static int check_part(const shd_file *file, const part *section, shd_status *status) {
-    uint8_t buffer[4096]; /* for EXTENSION, which is not kept in memory */
+    uint8_t buffer[4096]; /* for EXTENSION, which no caller keeps in memory */
     uint32_t crc = 0;
     for (uint64_t done = 0; done < section->size;) {
         uint64_t size = shdi_min(section->size - done, sizeof buffer);
@@ -166,7 +167,7 @@ static int check_metadata(const shd_file *file, shd_status *status) {
     }
 }
 
-/* Everything after the header, once `front` is in memory. */
+/* Checks everything after the header, once the front is in memory. */
 static int check_sections(shd_file *file, const part parts[4], uint64_t sections_offset, shd_status *status) {
     for (int i = 0; i < 4; i++) {
         int code = check_part(file, &parts[i], status);
@@ -223,7 +224,7 @@ static int open_any(shd_file *file, void *front, uint64_t front_size, shd_status
     return check_sections(file, parts, sections_offset, status);
 }
 
-/* A file that was refused has no tensors, for callers that go on. */
+/* A file that was refused has no tensors, so callers may go on. */
 static int finish(shd_file *file, int code, shd_status *status) {
     if (code != SHD_OK) {
         file->tensor_count = 0;

@@ -62,7 +62,7 @@ int shd_positions_between(const shd_delta *delta, uint64_t first_position, uint6
             }
         }
     }
-    /* A block's entry says any rank, and where nothing is found no piece has been compared with it. */
+    /* A block's entry may hold any rank. If nothing is found, no piece was compared with it. */
     if (fault.code == SHD_OK && (rank > delta->tensor.nnz || found > delta->tensor.nnz - rank)) {
         fault = shdi_fault_at(SHD_BAD_DIRECTORY, 0);
     }

@@ -1,4 +1,4 @@
-/* Section 7 of FORMAT.md: the content digest, and the full check of a file. */
+/* The content digest, and the full check of a file (FORMAT.md, section 7). */
 #include "bytes.h"
 #include "floats.h"
 #include "index.h"

@@ -2,12 +2,12 @@
 #include "bytes.h"
 #include "kernels.h"
 
-/* Gaps are handled in runs that stay in the L1 cache. */
+/* The gaps of a run of this many positions stay in the L1 cache. */
 #define RUN 512u
 
 /* ---- Choosing k ---- */
 
-/* cost(k) = sum of floor(gap / 2^k) + n k lies between these two, total being the sum of the gaps. */
+/* cost(k) = sum of floor(gap / 2^k) + n k lies between these two. `total` is the sum of the gaps. */
 static uint64_t most_cost(uint64_t total, uint64_t n, uint32_t k) { return (total >> k) + n * k; }
 
 static uint64_t least_cost(uint64_t total, uint64_t n, uint32_t k) {
@@ -16,7 +16,7 @@ static uint64_t least_cost(uint64_t total, uint64_t n, uint32_t k) {
     return (quotients > n ? quotients - n : 0) + n * k;
 }
 
-/* Those k that can be the best, by the bounds alone; a few next to each other. */
+/* Finds the k that can be the best by the bounds alone. They are few, and next to each other. */
 static void find_candidates(uint64_t total, uint64_t n, uint32_t *first, uint32_t *last) {
     uint64_t best = UINT64_MAX;
     for (uint32_t k = 0; k <= SHDI_MAX_RICE_K; k++) {
@@ -31,8 +31,8 @@ static void find_candidates(uint64_t total, uint64_t n, uint32_t *first, uint32_
     }
 }
 
-/* Gaps (less one) of positions[start .. start + count - 1]. Returns the bitwise or of all: a position that is not
- * larger than the one before makes it reach 2^63. */
+/* Takes the gaps, less one, of positions[start .. start + count - 1]. Returns the bitwise or of them. A position that
+ * is not larger than the one before makes it reach 2^63. */
 static uint64_t take_gaps(const int64_t *positions, uint64_t start, uint32_t count, uint64_t *gap) {
     uint64_t all = 0;
     uint32_t i = 0;
@@ -90,7 +90,7 @@ int shd_rice_plan(const int64_t *positions, uint64_t count, uint64_t numel, shd_
 
 /* ---- Writing ---- */
 
-/* The low bits, packed into 32-bit words. */
+/* Packs the low bits into 32-bit words. */
 typedef struct packer {
     uint8_t *next;
     uint64_t bits;
@@ -108,19 +108,19 @@ static inline void pack(packer *p, uint64_t value, uint32_t bits) {
     }
 }
 
-/* Where writing is: at unary bit `bit`, after `rank` nonzeros, the last of which is at `position` - 1. */
+/* A place in the section: at unary bit `bit`, after `rank` nonzeros, the last of which is at `position` - 1. */
 typedef struct writer {
     uint8_t *directory;
     uint32_t word;
     uint32_t k;
-    uint64_t block; /* the next that has no entry yet */
+    uint64_t block; /* the next that needs an entry */
     uint64_t bit;
     uint64_t rank;
     uint64_t position;
 } writer;
 
-/* Writes the entries of the blocks that start at or before unary bit `bit`, which lies among the zeros before the
- * next one, or is it. */
+/* Writes the entries of the blocks that start at or before unary bit `bit`. That bit is the next one, or a zero before
+ * it. */
 static void write_entries(writer *w, uint64_t bit) {
     for (; w->block * SHDI_BLOCK <= bit; w->block++) {
         uint64_t zeros = w->block * SHDI_BLOCK - w->bit;
@@ -149,7 +149,7 @@ int shd_rice_encode(const shd_rice *plan, const int64_t *positions, void *sectio
     writer w = {start + 16, plan->word, k, 0, 0, 0, 0};
     for (; w.rank < plan->count; w.rank++) {
         uint64_t gap = (uint64_t)positions[w.rank] - w.position;
-        /* Bits for the nonzeros to come must be left; this fails only if the positions are not those of the plan. */
+        /* The nonzeros to come need bits. This fails only if the positions are not those of the plan. */
         if (gap >> k > plan->unary_bits - w.bit - (plan->count - w.rank)) {
             return SHD_INVALID_ARGUMENT;
         }

@@ -26,9 +26,9 @@ uint16_t shdi_to_f16(float f) {
     uint32_t rounded;
     if (magnitude >= 0x47800000u) { /* 65536 and more */
         rounded = 0x7C00u;
-    } else if (magnitude >= 0x38800000u) { /* normal; a carry out of the fraction raises the exponent, to infinity */
+    } else if (magnitude >= 0x38800000u) { /* normal; a carry out of the fraction raises the exponent, up to infinity */
         rounded = (magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
-    } else { /* denormal: next to 0.5 the last place of a float is the least denormal, so the sum rounds to it */
+    } else { /* denormal: the last place of 0.5f is the least denormal half, so the sum rounds to it */
         rounded = shdi_bits(shdi_float(magnitude) + 0.5f) - shdi_bits(0.5f);
     }
     return (uint16_t)(sign | rounded);

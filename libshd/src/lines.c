@@ -27,7 +27,7 @@ static int in_range(const shdi_lines *lines, const shdi_progression *entry) {
     return entry->count - 1 <= (uint64_t)(most - entry->start) / entry->step;
 }
 
-/* The elements on an entry's lines; stops counting beyond `most`. */
+/* Counts the elements on an entry's lines, and stops beyond `most`. */
 static uint64_t count_elements(const shdi_lines *lines, const shdi_progression *entry, uint64_t most) {
     if (entry->kind != DIAGONAL) {
         /* The lines are in range and distinct, so this is at most numel. */
@@ -88,7 +88,7 @@ static void step(const shdi_lines *lines, shdi_line_cursor *c) {
     }
 }
 
-/* Moves to the line before; 0 if there is none. */
+/* Moves to the line before. Returns 0 if there is none. */
 static int step_back(const shdi_lines *lines, shdi_line_cursor *c) {
     if (c->line > 0) {
         c->line--;
@@ -103,8 +103,8 @@ static int step_back(const shdi_lines *lines, shdi_line_cursor *c) {
 
 /* ---- Walking over the elements ---- */
 
-/* Lets lines->lowest be the first diagonal that has reached `row`, and returns the first row from there on that a
- * diagonal meets, or lines->rows. Rows only increase, so every diagonal is stepped over once. */
+/* Moves lines->lowest to the first diagonal that meets `row` or an earlier row. Returns the first row at or after `row`
+ * that a diagonal meets, or lines->rows. Rows only increase, so the walk steps over every diagonal once. */
 static uint64_t row_met_by_diagonal(shdi_lines *lines, uint64_t row) {
     shdi_line_cursor before = lines->lowest;
     while (step_back(lines, &before)) {
@@ -120,7 +120,7 @@ static uint64_t row_met_by_diagonal(shdi_lines *lines, uint64_t row) {
     return step_back(lines, &before) ? (uint64_t)-current(lines, &before) : lines->rows;
 }
 
-/* Finds the next row that has an element, from lines->row on. 0 if there is none. */
+/* Finds the next row that has an element, from lines->row on. Returns 0 if there is none. */
 static int seek_row(shdi_lines *lines) {
     uint64_t row = lines->row;
     if (row >= lines->rows) {

@@ -3,7 +3,7 @@
 #include "section.h"
 #include "values.h"
 
-/* What a section takes of the scratch buffer: room for what is decoded, and then for what is stored. */
+/* What a section needs of the scratch buffer: room for the decoded bytes, and then for the stored ones. */
 static uint64_t decoded_room(const shd_file *file, const shd_section *section) {
     return file->read != NULL || section->zstd ? shdi_align64(section->decoded) : 0;
 }
@@ -18,7 +18,7 @@ uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor) {
            (index > values ? index : values);
 }
 
-/* Brings a section to memory: its bytes after zstd are *bytes. */
+/* Brings a section to memory. *bytes become its bytes after zstd. */
 static int load_section(const shd_file *file, const shd_section *section, int check, uint8_t *decoded, uint8_t *stored,
                         const uint8_t **bytes) {
     if (section->stored == 0) {
@@ -83,7 +83,7 @@ int shd_load(const shd_file *file, uint32_t number, int check, void *scratch, ui
     if (needed > scratch_size || needed > (uint64_t)PTRDIFF_MAX || (needed != 0 && scratch == NULL)) {
         return shdi_fail(status, SHD_BUFFER_TOO_SMALL, number, 0);
     }
-    uint8_t nothing[1]; /* a place to point to where no byte is needed */
+    uint8_t nothing[1]; /* something to point to if no byte is needed */
     uint8_t *index = needed != 0 ? scratch : nothing;
     uint8_t *values = index + decoded_room(file, &delta->tensor.index);
     uint8_t *stored = values + decoded_room(file, &delta->tensor.values);
@@ -92,7 +92,7 @@ int shd_load(const shd_file *file, uint32_t number, int check, void *scratch, ui
         code = load_values(file, level, values, stored, delta, status);
     }
     if (code != SHD_OK) {
-        memset(delta, 0, sizeof *delta); /* no blocks, no nonzeros, for callers that go on */
+        memset(delta, 0, sizeof *delta); /* no blocks and no nonzeros, so callers may go on */
         return code;
     }
     return shdi_fail(status, SHD_OK, number, 0);

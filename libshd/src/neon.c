@@ -1,5 +1,5 @@
-/* The NEON kernels. The build for AArch64 chooses them. Each computes what its namesake in scalar.c does, bit for bit;
- * of the other kernels the compiler makes NEON itself. */
+/* The NEON kernels. The build for AArch64 chooses them. Each computes what its namesake in scalar.c does, bit for bit.
+ * The others are the scalar ones, which the compiler vectorizes. */
 #include "bytes.h"
 #include "scalar.h"
 
@@ -30,7 +30,7 @@ static uint32_t ones(const uint8_t *bitmap, uint32_t bits, uint32_t *index) {
     return (uint32_t)(to - index);
 }
 
-/* Sums of the lanes up to and with each, on top of *carry; the sum of all is added to every lane of *carry. */
+/* The sum of the lanes up to and with each, on top of *carry. Adds the sum of all to every lane of *carry. */
 static inline uint32x4_t prefix_sum(uint32x4_t v, uint32x4_t *carry) {
     const uint32x4_t zero = vdupq_n_u32(0);
     v = vaddq_u32(v, vextq_u32(zero, v, 3));
@@ -40,7 +40,7 @@ static inline uint32x4_t prefix_sum(uint32x4_t v, uint32x4_t *carry) {
     return sums;
 }
 
-/* What brings four fields of k bits, the first of them `phase` bits into a byte, to the four lanes. */
+/* Brings four fields of k bits to the four lanes. The first starts `phase` bits into a byte. */
 typedef struct fields {
     uint8x16_t to_lanes;
     int32x4_t down;
@@ -65,7 +65,7 @@ static inline uint32x4_t take_fields(const uint8_t *low, const fields *f, uint32
     return vandq_u32(vshlq_u32(bytes, f->down), masks);
 }
 
-/* As in avx2.c: eight fields are k bytes, and the offset is (t << k) + carry. */
+/* As in avx2.c, eight fields are k bytes, and the offset is (t << k) + carry. */
 static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
                              uint64_t low_bit) {
     const uint32_t mask = (1u << k) - 1;

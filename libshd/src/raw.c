@@ -66,7 +66,9 @@ static uint64_t block_rank(const shd_delta *delta, uint64_t block) {
     return shdi_min(block * SHDI_BLOCK, delta->tensor.nnz);
 }
 
-static uint64_t least_position(const shd_delta *delta, uint64_t block) { return position_of(delta, block * SHDI_BLOCK); }
+static uint64_t least_position(const shd_delta *delta, uint64_t block) {
+    return position_of(delta, block * SHDI_BLOCK);
+}
 
 const shdi_index_codec shdi_index_raw = {
     .size_is_possible = size_is_possible,

@@ -3,7 +3,7 @@
 #include "index.h"
 #include "section.h"
 
-/* A directory entry: the position that a nonzero right at the block's start would have, and its rank. */
+/* A directory entry: the position and the rank that a nonzero right at the block's start would have. */
 typedef struct entry {
     uint64_t base;
     uint64_t rank;
@@ -32,13 +32,13 @@ static shdi_fault open_section(shd_delta *delta) {
     const uint8_t *section = delta->index;
     const shd_tensor *tensor = &delta->tensor;
     uint64_t start = shdi_load64(section);
-    if (start > SHDI_MAX_RICE_K) { /* so the seven bytes after k are zero, too */
+    if (start > SHDI_MAX_RICE_K) { /* this covers the seven zero bytes after k */
         return shdi_fault_at(SHD_BAD_INDEX, 0);
     }
     delta->k = (uint32_t)start;
     delta->unary_bits = shdi_load64(section + 8);
     if (delta->unary_bits / 8 > tensor->index.decoded) {
-        return shdi_fault_at(SHD_BAD_SIZE, 8); /* before the sums below could overflow */
+        return shdi_fault_at(SHD_BAD_SIZE, 8); /* the sums below cannot overflow now */
     }
     delta->block_count = shdi_ceil_div(delta->unary_bits, SHDI_BLOCK);
     delta->directory_offset = 16;
@@ -53,7 +53,7 @@ static shdi_fault open_section(shd_delta *delta) {
     return shdi_ok();
 }
 
-/* Decodes a block whose offsets fit 32 bits. On success *next is what the next directory entry has to be. */
+/* Decodes a block whose offsets fit 32 bits. On success *next is what the next directory entry must be. */
 static shdi_fault decode_narrow(const shd_delta *delta, uint64_t block, entry at, shdi_piece *piece, entry *next) {
     const shdi_kernels *kernels = shdi_kernels_of(delta);
     const uint64_t nnz = delta->tensor.nnz, numel = delta->tensor.numel;
@@ -67,7 +67,7 @@ static shdi_fault decode_narrow(const shd_delta *delta, uint64_t block, entry at
     const uint64_t low = delta->low_offset + low_bit / 8;
     const uint64_t low_sum = kernels->rice_offsets(piece->offset, ones, delta->k, delta->index + low,
                                                    delta->tensor.index.decoded - low, low_bit % 8);
-    /* Offsets increase, so the last stands for all. */
+    /* Offsets increase, so the check of the last one is enough. */
     if (ones != 0 && (at.base >= numel || piece->offset[ones - 1] >= numel - at.base)) {
         return shdi_fault_at(SHD_POSITION_RANGE, bitmap);
     }
@@ -130,7 +130,7 @@ static shdi_fault decode_wide(const shd_delta *delta, uint64_t block, entry at, 
     return shdi_ok();
 }
 
-/* The next piece of a block that starts at `at`. With *done, the piece is the block's last. */
+/* The next piece of a block that starts at `at`. *done tells if it is the block's last. */
 static shdi_fault decode(const shd_delta *delta, uint64_t block, entry at, shdi_wide *wide, shdi_piece *piece,
                          entry *next, int *done) {
     if (delta->k > SHDI_NARROW_K) {
@@ -145,7 +145,7 @@ static int ends_with_a_one(const shd_delta *delta) {
     return delta->index[delta->unary_offset + last / 8] >> (last % 8) & 1;
 }
 
-/* Checks what of the directory one block alone can show. */
+/* Checks as much of the directory as one block alone can show. */
 static shdi_fault check_neighbours(const shd_delta *delta, uint64_t block, entry at, entry next) {
     if (block == 0 && (at.base != 0 || at.rank != 0)) {
         return shdi_fault_at(SHD_BAD_DIRECTORY, entry_offset(delta, block));
@@ -170,7 +170,7 @@ static shdi_fault next_piece(shdi_cursor *cursor, shdi_piece *piece) {
     const shd_delta *delta = cursor->delta;
     piece->count = 0;
     while (piece->count == 0 && cursor->block < cursor->last) {
-        if (cursor->wide.bit == 0) { /* a new block; its entry is read only once, in case the file changes */
+        if (cursor->wide.bit == 0) { /* a new block; its entry is read once, because the file may change */
             entry at = read_entry(delta, cursor->block);
             cursor->base = at.base;
             cursor->rank = at.rank;
@@ -221,7 +221,7 @@ static shdi_fault check_blocks(const shd_delta *delta) {
         }
         at = next;
         if (at.base >= delta->tensor.numel && block + 1 < delta->block_count) {
-            /* The unary part ends with a one: it lies even farther out. */
+            /* The unary part ends with a one, and its position is even larger. */
             return shdi_fault_at(SHD_POSITION_RANGE, delta->unary_offset + (block + 1) * (SHDI_BLOCK / 8));
         }
     }

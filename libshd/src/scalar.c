@@ -6,7 +6,7 @@
 /* The loop takes four ones at a time, beyond the last of a word. So it has fewer branches, and they are easier to
  * predict. */
 static uint32_t ones(const uint8_t *bitmap, uint32_t bits, uint32_t *index) {
-    const uint64_t top = UINT64_C(1) << 63; /* so that there always is a one */
+    const uint64_t top = UINT64_C(1) << 63; /* so there is always a one */
     uint32_t count = 0;
     for (uint32_t start = 0; start < bits; start += 64) {
         uint64_t word = shdi_load64(bitmap + start / 8);
@@ -30,7 +30,7 @@ static uint32_t ones(const uint8_t *bitmap, uint32_t bits, uint32_t *index) {
     return count;
 }
 
-/* The offset is written as (t << k) + carry, carry being r[0] + ... + r[i] - i (2^k - 1). */
+/* The offset is (t << k) + carry, where carry is r[0] + ... + r[i] - i (2^k - 1). */
 static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
                              uint64_t low_bit) {
     const uint32_t mask = (1u << k) - 1;

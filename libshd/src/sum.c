@@ -1,18 +1,18 @@
 /* Several ADDs at once (FORMAT.md, section 6.2).
  *
- * A call goes through the weights in chunks. Of each chunk, every delta first saves its elements and adds its
- * contributions to a dense array of sums; then every delta writes original + sum at its elements. Where deltas overlap
- * they write the same twice, so nobody has to find out where. The sums start from -0, which leaves every first
- * contribution as it is, as +0 would not.
+ * A call goes through the weights in chunks. In each chunk every delta first saves its elements and adds its
+ * contributions to a dense array of sums. Then every delta writes original + sum to its elements. Deltas that overlap
+ * write the same bits twice, so the code need not find out where. The sums start from -0, because -0 + x is x for
+ * every x, and +0 + -0 is not -0.
  *
- * No chunk goes beyond a piece that a delta is decoded to, so that there is one piece a delta to be kept. */
+ * A chunk ends where a decoded piece of any delta ends, so one piece for each delta is enough. */
 #include "floats.h"
 #include "index.h"
 #include "values.h"
 #include "weights.h"
 
-/* Elements of a chunk: few enough for their sums and weights to stay in a core's own cache, but so many that a delta
- * has about NONZEROS in it, and the work for each chunk is spread over them. */
+/* The elements of a chunk. They are few enough for their sums and weights to stay in a core's own cache, and enough
+ * for a delta to have about NONZEROS among them, which the work for each chunk is spread over. */
 #define LEAST_CHUNK 8192u
 #define MOST_CHUNK 65536u
 #define NONZEROS 80u
@@ -20,9 +20,9 @@
 /* A delta on its way through the weights. */
 typedef struct addend {
     shdi_cursor cursor;
-    shdi_piece piece; /* without what lies behind the weights; of no count at the end */
+    shdi_piece piece; /* without positions behind the weights; its count is 0 at the end */
     uint32_t at;      /* the first entry of the piece that is not before the chunk */
-    uint32_t count;   /* how many from there on are in it */
+    uint32_t count;   /* how many entries from there on are in it */
     int is_last;      /* no piece comes after this one */
     float strength;
     uint8_t *saved;
@@ -36,14 +36,14 @@ typedef struct work {
     uint32_t size;  /* of an element */
     uint64_t chunk; /* elements of a chunk at most */
     uint64_t first; /* position of the chunk's first element */
-    uint64_t done;  /* there is nothing left to do before this position */
+    uint64_t done;  /* the work before this position is done */
     float *sum;     /* [chunk] */
-    /* Where a fault belongs to: */
+    /* Where a fault is: */
     const shd_tensor *tensor;
     const shd_section *section;
 } work;
 
-/* What a call's scratch is made of. */
+/* The scratch buffer of a call. */
 typedef struct memory {
     float sum[MOST_CHUNK];
     addend addends[];
@@ -53,7 +53,7 @@ typedef struct memory {
 
 /* ---- What is done to a delta's elements of a chunk ---- */
 
-/* Of those elements, up to SHDI_GROUP from number `first` on; they belong to one group of values. */
+/* Up to SHDI_GROUP of those elements, from number `first` on. They are in one group of values. */
 static shdi_run run_of(const work *w, const addend *a, uint32_t first) {
     const uint64_t rank = a->piece.rank + a->at + first;
     const uint64_t count = shdi_min(a->count - first, SHDI_GROUP - rank % SHDI_GROUP);
@@ -69,7 +69,7 @@ static shdi_run run_ahead(const addend *a, const shdi_run *r) {
     return ahead;
 }
 
-/* sums[shift + offset[i]] is that of element i of a run. */
+/* sums[shift + offset[i]] is the sum of element i of a run. */
 static uint64_t shift_of_sums(const work *w, const shdi_run *r) {
     return r->shift - (w->first - w->weights->first_position);
 }
@@ -181,8 +181,8 @@ static shdi_fault put_chunk_back(work *w) {
 
 static uint64_t position_of(const shdi_piece *piece, uint32_t i) { return piece->base + piece->offset[i]; }
 
-/* Goes on behind the chunk, and to the first element from `first` on, decoding as far as that takes. This is where
- * positions are checked before they are used: none from `end` on is kept. */
+/* Moves behind the chunk, to the first element at or after position `first`, and decodes as far as needed. This is
+ * where positions are checked before they are used: the piece keeps none at or after `end`. */
 static shdi_fault advance(addend *a, uint64_t first, uint64_t end) {
     shdi_piece *piece = &a->piece;
     a->at += a->count;
@@ -223,7 +223,7 @@ static uint32_t count_before(const addend *a, uint64_t end) {
     return low - a->at;
 }
 
-/* Finds the next chunk that holds anything, and what each delta has in it; returns its end, or 0 if there is none. */
+/* Finds the next chunk that is not empty, and what each delta has in it. *chunk_end becomes 0 if there is none. */
 static shdi_fault next_chunk(work *w, uint64_t end, uint64_t *chunk_end) {
     uint64_t first = UINT64_MAX, last = UINT64_MAX;
     for (uint32_t i = 0; i < w->count; i++) {
@@ -298,7 +298,7 @@ static int check(const shd_delta *delta, double strength, const void *saved, con
     return code == SHD_OK ? shdi_check_strength(&delta->tensor, strength) : code;
 }
 
-/* By the average density of the deltas. */
+/* Chooses the size of a chunk by the average density of the deltas. */
 static uint64_t chunk_of(const work *w, const shd_delta *const *deltas) {
     double density = 0;
     for (uint32_t i = 0; i < w->count; i++) {
@@ -320,7 +320,7 @@ static int apply_sum(work *w, const shd_delta *const *deltas, shd_status *status
         return shdi_fail(status, SHD_OK, SHD_NO_TENSOR, 0);
     }
     int code = shdi_fail_in(status, fault, w->tensor, w->section);
-    (void)walk(w, deltas, w->done, put_chunk_back); /* the fault is met again, but behind all that was written */
+    (void)walk(w, deltas, w->done, put_chunk_back); /* meets the fault again, behind all that was written */
     return code;
 }
 

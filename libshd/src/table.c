@@ -1,4 +1,4 @@
-/* Section 3 of FORMAT.md: the tensor table, in the order of its checks. */
+/* The tensor table, in the order of its checks (FORMAT.md, section 3). */
 #include "table.h"
 
 #include "bytes.h"
@@ -29,7 +29,7 @@ enum {
     AT_DIMS = 96
 };
 
-/* Where a record's name and sections have to start, and what its name has to follow. */
+/* Where a record's name and sections must start, and the name that comes before its own. */
 typedef struct place {
     uint64_t name_offset;
     const char *last_name;
@@ -37,7 +37,7 @@ typedef struct place {
     uint64_t section_offset;
 } place;
 
-/* What one record is refused for: the code, and the offset of the field in the record. */
+/* Why a record is refused: the code, and the offset of the field in the record. */
 typedef shdi_fault refusal;
 
 static refusal check_name(const shd_file *file, const uint8_t *record, const place *expected, shd_tensor *tensor) {
@@ -128,7 +128,7 @@ static refusal check_shape(const uint8_t *record, shd_tensor *tensor) {
     return shdi_ok();
 }
 
-/* Section 3.1 */
+/* Section 3.1: operation, dtype, codecs, flags and count go together. */
 static int goes_together(const shd_tensor *tensor) {
     int no_nonzeros = tensor->nnz == 0;
     int no_values = tensor->value_codec == SHD_VALUES_NONE;
@@ -162,7 +162,7 @@ static int goes_together(const shd_tensor *tensor) {
             return 0;
         }
         break;
-    default: return 0; /* check_ids() names it */
+    default: return 0; /* check_ids() has refused it as SHD_UNKNOWN_OP */
     }
     uint32_t fingerprints = tensor->flags & (SHD_HAS_BASE_FINGERPRINT | SHD_HAS_RESULT_FINGERPRINT);
     return !((is_unspecified && fingerprints != 0) ||
@@ -190,7 +190,7 @@ static void take_section(const uint8_t *record, uint32_t at, uint32_t at_crc, ui
     section->zstd = zstd != 0;
 }
 
-/* Check 10 up to the decoded size. */
+/* Makes check 10 up to the decoded size. */
 static int check_section(const shd_file *file, const shd_section *section, uint64_t expected_offset) {
     if (section->offset != expected_offset || section->offset > file->size ||
         section->stored > file->size - section->offset ||
@@ -221,7 +221,7 @@ static int sizes_are_possible(const shd_tensor *tensor, int values) {
     return codec != NULL && codec->size_is_possible(tensor, tensor->index.decoded);
 }
 
-/* Checks 1 to 9. */
+/* Makes checks 1 to 9. */
 static refusal check_fields(const shd_file *file, const uint8_t *record, const place *expected, shd_tensor *tensor) {
     refusal why = check_name(file, record, expected, tensor);
     if (why.code == SHD_OK) {
@@ -247,7 +247,7 @@ static refusal check_fields(const shd_file *file, const uint8_t *record, const p
 static int check_record(const shd_file *file, uint32_t number, place *expected, shd_tensor *tensor,
                         shd_status *status) {
     uint64_t record_offset = SHDI_HEADER_SIZE + (uint64_t)number * SHDI_RECORD_SIZE;
-    uint8_t record[SHDI_RECORD_SIZE]; /* a copy, so that it is used as it was checked */
+    uint8_t record[SHDI_RECORD_SIZE]; /* a copy, so that it stays as it was checked */
     memcpy(record, file->data + record_offset, sizeof record);
     memset(tensor, 0, sizeof *tensor);
     tensor->number = number;
@@ -300,7 +300,7 @@ int shd_tensor_at(const shd_file *file, uint32_t number, shd_tensor *tensor, shd
     if (file == NULL || tensor == NULL || number >= file->tensor_count) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
     }
-    /* The checks again, in case the file has changed, but for the record's place among the others. */
+    /* The file may have changed, so all checks are made again, but for the record's place among the others. */
     const uint8_t *record = file->data + SHDI_HEADER_SIZE + (uint64_t)number * SHDI_RECORD_SIZE;
     place own = {shdi_load32(record + AT_NAME_OFFSET), NULL, 0, shdi_load64(record + AT_INDEX)};
     int code = check_record(file, number, &own, tensor, status);

@@ -9,7 +9,7 @@ SHDI_BEGIN
 
 /* ---- What a call may do ---- */
 
-/* Checks a call that uses `weights`. `saved` may be NULL. After SHD_OK shdi_size_is_known() holds for their elements. */
+/* Checks a call that uses `weights`. `saved` may be NULL. After SHD_OK the size of an element is a known one. */
 int shdi_check_weights(const shd_delta *delta, const shd_weights *weights, const void *saved);
 
 /* Checks that the tensor's op applies with this strength. */
@@ -30,7 +30,7 @@ typedef struct shdi_run {
     uint32_t count;
 } shdi_run;
 
-/* Reads the elements of `r`, of `size` bytes each. With each of them it prefetches one of `ahead`, which has as many. */
+/* Reads the elements of `r`, of `size` bytes each, and prefetches those of `ahead`, which has as many. */
 void shdi_gather(const uint8_t *weights, uint32_t size, const shdi_run *r, const shdi_run *ahead, uint8_t *to);
 
 /* Writes the elements of `r`. */
