@@ -127,6 +127,47 @@ static void test_changed_after_loading(void) {
     give_sample(&s);
 }
 
+/* The tables of codecs end in a refusal by name, whatever a caller has made of a delta. */
+static void test_unknown_ids(void) {
+    sample s = build_sample(40, 50, 400, 0.1, SHD_VALUES_I8, SHD_BF16);
+    shd_file file;
+    shd_delta delta;
+    CHECK_CODE(shd_open(&file, s.file.data, s.file.size, NULL), SHD_OK);
+    CHECK_CODE(shd_load(&file, 0, SHD_CHECK_ALL, NULL, 0, &delta, NULL), SHD_OK);
+    float value;
+    int64_t *positions = take(s.nnz * sizeof *positions);
+    uint16_t *memory = take(s.numel * sizeof *memory);
+    uint8_t section[64];
+    uint64_t first, last;
+    shd_weights weights = {memory, 0, s.numel, SHD_BF16, 0};
+    const int unknown[] = {SHD_VALUES_BITS + 1, 255};
+    for (int i = 0; i < 2; i++) {
+        shd_delta changed = delta;
+        changed.tensor.value_codec = (uint8_t)unknown[i];
+        CHECK_CODE(shd_values(&changed, 0, 1, &value, NULL), SHD_UNKNOWN_VALUE_CODEC);
+        CHECK_CODE(shd_apply(&changed, &weights, 1, 0, delta.block_count, NULL, NULL), SHD_UNKNOWN_VALUE_CODEC);
+        CHECK_CODE(shd_values_encode(unknown[i], &value, 1, section, sizeof section), SHD_WRONG_OPERATION);
+        CHECK(shd_values_size(unknown[i], SHD_F32, 1) == 0);
+        changed = delta;
+        changed.tensor.index_codec = (uint8_t)unknown[i];
+        CHECK_CODE(shd_positions(&changed, 0, 1, positions, s.nnz, &first, NULL), SHD_UNKNOWN_INDEX_CODEC);
+        CHECK_CODE(shd_find_blocks(&changed, 0, s.numel, &first, &last), SHD_UNKNOWN_INDEX_CODEC);
+        changed = delta;
+        changed.tensor.op = (uint8_t)unknown[i];
+        CHECK_CODE(shd_apply(&changed, &weights, 1, 0, delta.block_count, NULL, NULL), SHD_UNKNOWN_OP);
+        changed = delta;
+        changed.tensor.dtype = (uint8_t)unknown[i];
+        weights.dtype = SHD_U64 + 100;
+        CHECK_CODE(shd_apply(&changed, &weights, 1, 0, delta.block_count, NULL, NULL), SHD_WRONG_DTYPE);
+        weights.dtype = SHD_BF16;
+    }
+    CHECK_CODE(shd_values_encode(SHD_VALUES_BITS, &value, 1, section, sizeof section), SHD_WRONG_OPERATION);
+    CHECK_CODE(shd_values_encode(-1, &value, 1, section, sizeof section), SHD_WRONG_OPERATION);
+    give(positions);
+    give(memory);
+    give_sample(&s);
+}
+
 void test_hostile(void) {
     bytes f = build_all_codecs();
     shd_file file;
@@ -140,5 +181,6 @@ void test_hostile(void) {
     test_changed(f);
     test_changed_at_random(f);
     test_changed_after_loading();
+    test_unknown_ids();
     give(f.data);
 }

@@ -11,7 +11,8 @@ const tensor = shd.open(await readFile(deltaPath)).get(name);
 if (tensor === undefined) throw new Error(`${deltaPath} has no tensor ${name}`);
 
 const file = await readFile(weightsPath);
-const Elements = dtype === "float32" ? Float32Array : Uint16Array;
+const Elements = { float32: Float32Array, float16: Uint16Array, bfloat16: Uint16Array }[dtype];
+if (Elements === undefined) throw new Error(`${dtype} is no dtype; take float32, float16 or bfloat16`);
 const before = new Elements(file.buffer.slice(file.byteOffset, file.byteOffset + file.byteLength));
 const weights = shd.weights(dtype, before);
 if (!tensor.fits(weights)) throw new Error(`${weightsPath} is not what the delta was made against`);
