@@ -99,7 +99,7 @@ static refusal check_ids(const uint8_t *record, shd_tensor *tensor) {
     if (shdi_index_codec_of(tensor->index_codec) == NULL) {
         return shdi_fault_at(SHD_UNKNOWN_INDEX_CODEC, AT_INDEX_CODEC);
     }
-    if (shdi_value_codec_of(tensor->value_codec) == NULL) {
+    if (!shdi_value_codec_is_known(tensor->value_codec)) {
         return shdi_fault_at(SHD_UNKNOWN_VALUE_CODEC, AT_VALUE_CODEC);
     }
     return shdi_ok();

@@ -4,36 +4,52 @@
 #include "floats.h"
 #include "section.h"
 
-const shdi_value_codec *shdi_value_codec_of(uint32_t id) {
-    static const shdi_value_codec *const codecs[] = {
-        [SHD_VALUES_NONE] = &shdi_values_none,
-        [SHD_VALUES_F32] = &shdi_values_f32,
-        [SHD_VALUES_F16] = &shdi_values_f16,
-        [SHD_VALUES_BF16] = &shdi_values_bf16,
-        [SHD_VALUES_I8] = &shdi_values_i8,
-        [SHD_VALUES_I4] = &shdi_values_i4,
-        [SHD_VALUES_SIGN] = &shdi_values_sign,
-        [SHD_VALUES_BITS] = &shdi_values_bits,
+#define BITS_OF_DTYPE UINT32_MAX
+
+/* A VALUES section has the parameters of all groups of SHDI_GROUP nonzeros first, then the elements. */
+typedef struct codec_row {
+    uint32_t parameter_bytes; /* of a group; 0 if there are no groups */
+    uint32_t element_bits;    /* of a nonzero, or BITS_OF_DTYPE; 0 if there is no section */
+    shdi_decode_fn *decode;   /* NULL if the values are no floats */
+    shdi_encode_fn *encode;   /* NULL if the values are no floats */
+} codec_row;
+
+/* The codec of an id. NULL for an unknown id. */
+static const codec_row *codec_of(uint32_t id) {
+    static const codec_row codecs[] = {
+        [SHD_VALUES_NONE] = {0, 0, NULL, NULL},
+        [SHD_VALUES_F32] = {0, 32, shdi_decode_f32, shdi_encode_f32},
+        [SHD_VALUES_F16] = {0, 16, shdi_decode_f16, shdi_encode_f16},
+        [SHD_VALUES_BF16] = {0, 16, shdi_decode_bf16, shdi_encode_bf16},
+        [SHD_VALUES_I8] = {2, 8, shdi_decode_i8, shdi_encode_i8},
+        [SHD_VALUES_I4] = {4, 4, shdi_decode_i4, shdi_encode_i4},
+        [SHD_VALUES_SIGN] = {2, 1, shdi_decode_sign, shdi_encode_sign},
+        [SHD_VALUES_BITS] = {0, BITS_OF_DTYPE, NULL, NULL},
     };
-    return id < sizeof codecs / sizeof codecs[0] ? codecs[id] : NULL;
+    if (id >= sizeof codecs / sizeof codecs[0] || (codecs[id].element_bits == 0 && id != SHD_VALUES_NONE)) {
+        return NULL;
+    }
+    return &codecs[id];
 }
+
+int shdi_value_codec_is_known(uint32_t id) { return codec_of(id) != NULL; }
 
 /* ---- Layout ---- */
 
-static uint64_t parameters_size(const shdi_value_codec *codec, uint64_t count) {
+static uint64_t parameters_size(const codec_row *codec, uint64_t count) {
     return shdi_ceil_div(count, SHDI_GROUP) * codec->parameter_bytes;
 }
 
-static uint64_t elements_offset(const shdi_value_codec *codec, uint64_t count) {
+static uint64_t elements_offset(const codec_row *codec, uint64_t count) {
     return shdi_align4(parameters_size(codec, count));
 }
 
-static uint32_t element_bits(const shdi_value_codec *codec, int dtype) {
-    return codec->element_bits == SHDI_BITS_OF_DTYPE ? 8 * shd_dtype_size(dtype) : codec->element_bits;
+static uint32_t element_bits(const codec_row *codec, int dtype) {
+    return codec->element_bits == BITS_OF_DTYPE ? 8 * shd_dtype_size(dtype) : codec->element_bits;
 }
 
 uint64_t shd_values_size(int value_codec, int dtype, uint64_t count) {
-    const shdi_value_codec *codec = value_codec < 0 ? NULL : shdi_value_codec_of((uint32_t)value_codec);
+    const codec_row *codec = value_codec < 0 ? NULL : codec_of((uint32_t)value_codec);
     if (codec == NULL || codec->element_bits == 0) {
         return 0;
     }
@@ -45,12 +61,12 @@ uint64_t shd_values_size(int value_codec, int dtype, uint64_t count) {
 /* ---- Reading ---- */
 
 /* How many of `count` nonzeros from `rank` on a codec takes at a time: those of one group, or all. */
-static uint64_t at_a_time(const shdi_value_codec *codec, uint64_t rank, uint64_t count) {
+static uint64_t at_a_time(const codec_row *codec, uint64_t rank, uint64_t count) {
     return codec->parameter_bytes == 0 ? count : shdi_min(count, SHDI_GROUP - rank % SHDI_GROUP);
 }
 
 shdi_fault shdi_values_decode(const shd_delta *delta, uint64_t rank, uint64_t count, float *values) {
-    const shdi_value_codec *codec = shdi_value_codec_of(delta->tensor.value_codec);
+    const codec_row *codec = codec_of(delta->tensor.value_codec);
     if (codec == NULL) {
         return shdi_fault_at(SHD_UNKNOWN_VALUE_CODEC, 0);
     }
@@ -88,7 +104,7 @@ static shdi_fault check_floats(const shd_delta *delta) {
 
 shdi_fault shdi_values_check(const shd_delta *delta) {
     const shd_tensor *tensor = &delta->tensor;
-    const shdi_value_codec *codec = shdi_value_codec_of(tensor->value_codec);
+    const codec_row *codec = codec_of(tensor->value_codec);
     if (codec == NULL) {
         return shdi_fault_at(SHD_UNKNOWN_VALUE_CODEC, 0);
     }
@@ -114,7 +130,7 @@ static int all_finite(const float *values, uint64_t count) {
     return !infinite;
 }
 
-static int encode(const shdi_value_codec *codec, const float *values, uint64_t count, uint8_t *section) {
+static int encode(const codec_row *codec, const float *values, uint64_t count, uint8_t *section) {
     uint8_t *elements = section + elements_offset(codec, count);
     for (uint64_t rank = 0; rank < count;) {
         uint64_t take = at_a_time(codec, rank, count - rank);
@@ -131,7 +147,7 @@ int shd_values_encode(int value_codec, const float *values, uint64_t count, void
     if (values == NULL || section == NULL || count == 0 || count > SHDI_MAX_NUMEL) {
         return SHD_INVALID_ARGUMENT;
     }
-    const shdi_value_codec *codec = value_codec < 0 ? NULL : shdi_value_codec_of((uint32_t)value_codec);
+    const codec_row *codec = value_codec < 0 ? NULL : codec_of((uint32_t)value_codec);
     if (codec == NULL || codec->encode == NULL) {
         return SHD_WRONG_OPERATION;
     }

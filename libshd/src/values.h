@@ -6,33 +6,20 @@
 
 SHDI_BEGIN
 
-#define SHDI_BITS_OF_DTYPE UINT32_MAX
+/* Decodes ranks [rank, rank + count), and refuses the values that section 5 does. The ranks exist, and lie in one group
+ * if the codec has groups. The elements of the section start at `elements`. */
+typedef shdi_fault shdi_decode_fn(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
+                                  float *values);
 
-/* A VALUES section has the parameters of all groups of SHDI_GROUP nonzeros first, then the elements. */
-typedef struct shdi_value_codec {
-    uint32_t parameter_bytes; /* of a group; 0 if there are no groups */
-    uint32_t element_bits;    /* of a nonzero, or SHDI_BITS_OF_DTYPE; 0 if there is no section */
+/* Encodes finite values of such ranks: the group's parameters to `parameters`, the rest to its place in `elements`. All
+ * of the section is zero before. Returns 0 if the values do not fit. */
+typedef int shdi_encode_fn(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements);
 
-    /* Decodes ranks [rank, rank + count), and refuses the values that section 5 does. The ranks exist, and lie in one
-     * group if there are groups. The elements start at `elements`. NULL if the values are no floats. */
-    shdi_fault (*decode)(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count, float *values);
+shdi_decode_fn shdi_decode_f32, shdi_decode_f16, shdi_decode_bf16, shdi_decode_i8, shdi_decode_i4, shdi_decode_sign;
+shdi_encode_fn shdi_encode_f32, shdi_encode_f16, shdi_encode_bf16, shdi_encode_i8, shdi_encode_i4, shdi_encode_sign;
 
-    /* Encodes finite values of such ranks: the group's parameters to `parameters`, the rest to its place in `elements`.
-     * All of the section is zero before. Returns 0 if the values do not fit. NULL if the values are no floats. */
-    int (*encode)(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements);
-} shdi_value_codec;
-
-extern const shdi_value_codec shdi_values_none;
-extern const shdi_value_codec shdi_values_f32;
-extern const shdi_value_codec shdi_values_f16;
-extern const shdi_value_codec shdi_values_bf16;
-extern const shdi_value_codec shdi_values_i8;
-extern const shdi_value_codec shdi_values_i4;
-extern const shdi_value_codec shdi_values_sign;
-extern const shdi_value_codec shdi_values_bits;
-
-/* The codec of an id. NULL for an unknown id. */
-const shdi_value_codec *shdi_value_codec_of(uint32_t id);
+/* The id is one of the registry's, SHD_VALUES_NONE included. */
+int shdi_value_codec_is_known(uint32_t id);
 
 /* Values of ranks [rank, rank + count), which exist, as binary32. Refuses those that section 5 does. Values that are no
  * floats are SHD_WRONG_OPERATION, an unknown codec is SHD_UNKNOWN_VALUE_CODEC. */

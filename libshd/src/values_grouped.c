@@ -41,8 +41,8 @@ static float clamp(float x, float least, float most) { return x < least ? least 
 
 /* ---- I8 ---- */
 
-static shdi_fault decode_i8(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
-                            float *values) {
+shdi_fault shdi_decode_i8(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
+                          float *values) {
     const uint64_t offset = rank / SHDI_GROUP * 2;
     float scale;
     if (!read_parameter(delta->values + offset, &scale) || !shdi_is_finite(scale * 128.0f)) {
@@ -52,7 +52,7 @@ static shdi_fault decode_i8(const shd_delta *delta, const uint8_t *elements, uin
     return shdi_ok();
 }
 
-static int encode_i8(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
+int shdi_encode_i8(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
     float least, scale;
     range_of(values, count, &least, &scale);
     scale /= 127.0f;
@@ -67,8 +67,8 @@ static int encode_i8(const float *values, uint64_t rank, uint64_t count, uint8_t
 
 /* ---- I4 ---- */
 
-static shdi_fault decode_i4(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
-                            float *values) {
+shdi_fault shdi_decode_i4(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
+                          float *values) {
     const uint64_t offset = rank / SHDI_GROUP * 4;
     float lo, step, magnitude[8];
     if (!read_parameter(delta->values + offset, &lo) || !read_parameter(delta->values + offset + 2, &step) ||
@@ -82,7 +82,7 @@ static shdi_fault decode_i4(const shd_delta *delta, const uint8_t *elements, uin
     return shdi_ok();
 }
 
-static int encode_i4(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
+int shdi_encode_i4(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
     float lo, most;
     range_of(values, count, &lo, &most);
     if (!write_parameter(&lo, parameters)) {
@@ -104,8 +104,8 @@ static int encode_i4(const float *values, uint64_t rank, uint64_t count, uint8_t
 
 /* ---- SIGN ---- */
 
-static shdi_fault decode_sign(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
-                              float *values) {
+shdi_fault shdi_decode_sign(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
+                            float *values) {
     const uint64_t offset = rank / SHDI_GROUP * 2;
     float lo;
     if (!read_parameter(delta->values + offset, &lo)) {
@@ -118,7 +118,7 @@ static shdi_fault decode_sign(const shd_delta *delta, const uint8_t *elements, u
     return shdi_ok();
 }
 
-static int encode_sign(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
+int shdi_encode_sign(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
     double sum = 0.0;
     for (uint64_t i = 0; i < count; i++) {
         sum += (double)shdi_magnitude(values[i]);
@@ -127,7 +127,3 @@ static int encode_sign(const float *values, uint64_t rank, uint64_t count, uint8
     float lo = (float)(sum / (double)count);
     return write_parameter(&lo, parameters);
 }
-
-const shdi_value_codec shdi_values_i8 = {2, 8, decode_i8, encode_i8};
-const shdi_value_codec shdi_values_i4 = {4, 4, decode_i4, encode_i4};
-const shdi_value_codec shdi_values_sign = {2, 1, decode_sign, encode_sign};

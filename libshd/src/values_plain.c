@@ -1,4 +1,4 @@
-/* The value codecs without groups: F32, F16, BF16, and NONE and BITS, whose values are no floats. */
+/* The value codecs without groups: F32, F16 and BF16. */
 #include "bytes.h"
 #include "floats.h"
 #include "values.h"
@@ -12,21 +12,21 @@ static shdi_fault check_finite(const float *values, uint64_t count, uint64_t ran
     return infinite ? shdi_fault_at(SHD_BAD_VALUE, rank * size) : shdi_ok();
 }
 
-static shdi_fault decode_f32(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
-                             float *values) {
+shdi_fault shdi_decode_f32(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
+                           float *values) {
     (void)delta;
     memcpy(values, elements + 4 * rank, (size_t)(4 * count));
     return check_finite(values, count, rank, 4);
 }
 
-static int encode_f32(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
+int shdi_encode_f32(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
     (void)parameters;
     memcpy(elements + 4 * rank, values, (size_t)(4 * count));
     return 1;
 }
 
-static shdi_fault decode_f16(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
-                             float *values) {
+shdi_fault shdi_decode_f16(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
+                           float *values) {
     (void)delta;
     for (uint64_t i = 0; i < count; i++) {
         values[i] = shdi_from_f16(shdi_load16(elements + 2 * (rank + i)));
@@ -34,7 +34,7 @@ static shdi_fault decode_f16(const shd_delta *delta, const uint8_t *elements, ui
     return check_finite(values, count, rank, 2);
 }
 
-static int encode_f16(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
+int shdi_encode_f16(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
     int fits = 1;
     (void)parameters;
     for (uint64_t i = 0; i < count; i++) {
@@ -45,8 +45,8 @@ static int encode_f16(const float *values, uint64_t rank, uint64_t count, uint8_
     return fits;
 }
 
-static shdi_fault decode_bf16(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
-                              float *values) {
+shdi_fault shdi_decode_bf16(const shd_delta *delta, const uint8_t *elements, uint64_t rank, uint64_t count,
+                            float *values) {
     (void)delta;
     for (uint64_t i = 0; i < count; i++) {
         values[i] = shdi_from_bf16(shdi_load16(elements + 2 * (rank + i)));
@@ -54,7 +54,7 @@ static shdi_fault decode_bf16(const shd_delta *delta, const uint8_t *elements, u
     return check_finite(values, count, rank, 2);
 }
 
-static int encode_bf16(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
+int shdi_encode_bf16(const float *values, uint64_t rank, uint64_t count, uint8_t *parameters, uint8_t *elements) {
     int fits = 1;
     (void)parameters;
     for (uint64_t i = 0; i < count; i++) {
@@ -64,9 +64,3 @@ static int encode_bf16(const float *values, uint64_t rank, uint64_t count, uint8
     }
     return fits;
 }
-
-const shdi_value_codec shdi_values_none = {0, 0, NULL, NULL};
-const shdi_value_codec shdi_values_f32 = {0, 32, decode_f32, encode_f32};
-const shdi_value_codec shdi_values_f16 = {0, 16, decode_f16, encode_f16};
-const shdi_value_codec shdi_values_bf16 = {0, 16, decode_bf16, encode_bf16};
-const shdi_value_codec shdi_values_bits = {0, SHDI_BITS_OF_DTYPE, NULL, NULL};
