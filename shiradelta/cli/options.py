@@ -97,7 +97,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 
 def scope(text: str) -> Callable[[Function], Function]:
     """The option that says over what the share of changed weights is kept."""
-    choice = RegistryChoice("shiradelta.select.counts:SCOPES")
+    choice = RegistryChoice("shiradelta.select.shares:SCOPES")
     return click.option("--scope", type=choice, default="tensor", show_default=True, help=text)
 
 
