@@ -22,9 +22,12 @@ import torch
 import shiradelta
 from benchmarks import models
 from benchmarks.table import print_table, seconds
-from shiradelta.backends import libshd as native
+from shiradelta.backends.choose import choose
+from shiradelta.backends.libshd.decoder import LoadedTensor, NativeDecoder, apply_sum
+from shiradelta.backends.libshd.library import library
 from shiradelta.format.arithmetic import Array
-from shiradelta.format.registry import IndexCodec, ValueCodec
+from shiradelta.format.registry import IndexId, ValueId
+from shiradelta.util import threads as machine
 
 DENSITY = 0.01
 RANK = 16
@@ -49,15 +52,15 @@ def random_delta(shape: tuple[int, int], seed: int = 0) -> shiradelta.TensorDelt
 
 
 @contextmanager
-def loaded(tensors: dict[str, shiradelta.TensorDelta], check: int = CHECK_ALL) -> Iterator[list[native.LoadedTensor]]:
+def loaded(tensors: dict[str, shiradelta.TensorDelta], check: int = CHECK_ALL) -> Iterator[list[LoadedTensor]]:
     """Tensors as the library has them once they are checked."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "delta.shd"
         shiradelta.save_delta(path, tensors, values="int8")
         with shiradelta.open_delta(path, backend="libshd") as delta:
             decoder = delta.decoder
-            assert isinstance(decoder, native.NativeDecoder)
-            yield [native.LoadedTensor(decoder, tensor.record, check) for tensor in delta.values()]
+            assert isinstance(decoder, NativeDecoder)
+            yield [LoadedTensor(decoder, tensor.record, check) for tensor in delta.values()]
 
 
 def rate(work: Callable[[], object], nonzeros: int) -> float:
@@ -65,10 +68,10 @@ def rate(work: Callable[[], object], nonzeros: int) -> float:
     return nonzeros / seconds(work, REPEATS) * 1e-9
 
 
-def decode(tensor: native.LoadedTensor, positions: Array) -> None:
+def decode(tensor: LoadedTensor, positions: Array) -> None:
     """All positions, into a buffer that is there."""
     tensor._call(
-        native._library().shd_positions,
+        library().shd_positions,
         tensor.address,
         0,
         tensor.blocks,
@@ -113,12 +116,12 @@ def decoding(delta: shiradelta.TensorDelta) -> list[list[str]]:
 
 def encoding(delta: shiradelta.TensorDelta) -> list[list[str]]:
     """Canonical sections, made by one thread."""
-    backend, positions, values = native.backend(), delta.positions(), delta.values()
-    index = backend.index_codecs[IndexCodec.RICE]
+    backend, positions, values = choose("libshd"), delta.positions(), delta.values()
+    index = backend.index_codecs[IndexId.RICE]
     rows = [["encode, 1 thread", "G nonzeros/s", "bar"]]
     speed = rate(lambda: index.encode(positions, delta.shape), positions.size)
     rows.append(["positions (RICE)", f"{speed:.2f}", "0.1"])
-    for id in (ValueCodec.I8, ValueCodec.I4):
+    for id in (ValueId.I8, ValueId.I4):
         speed = rate(lambda codec=backend.value_codecs[id]: codec.encode(values), positions.size)  # type: ignore[misc]
         rows.append([f"values ({id.name})", f"{speed:.2f}", "0.1"])
     return rows
@@ -184,14 +187,14 @@ def applying() -> list[list[str]]:
 
         before = zlib.crc32(bits.data)
         apply()
-        usual = native.THREADS
+        usual = machine.THREADS
         for threads, bar, merge_bar in ((1, "", ""), (2, "1.0", "12")):
-            native.THREADS = threads
+            machine.THREADS = threads
             said = f"{threads} thread{'s'[: threads - 1]}"
             row(f"libshd, apply, {said}", seconds(apply, REPEATS, take_back), bar, merge_bar)
             row(f"libshd, revert, {said}", seconds(revert, REPEATS, refresh))
             assert zlib.crc32(bits.data) == before
-        native.THREADS = usual
+        machine.THREADS = usual
     return rows
 
 
@@ -217,7 +220,7 @@ def summing(counts: tuple[int, ...] = (1, 2, 4, 8)) -> list[list[str]]:
 
         def add_up(count: int, from_saved: bool = False) -> None:
             addends = list(zip(tensors, [1.0] * count, saved, strict=False))
-            native.apply_sum(addends, bits, "bfloat16", from_saved)
+            apply_sum(addends, bits, "bfloat16", from_saved)
 
         def start_again(count: int) -> None:
             revert(count)
@@ -244,7 +247,7 @@ def main() -> None:
     title = f"[11008, 4096], {DENSITY:.0%}: {delta.nnz:,} nonzeros"
     print_table(title, decoding(delta))
     print_table(title, encoding(delta))
-    print_table(f"{title} in each of several adapters, {native.THREADS} threads", summing())
+    print_table(f"{title} in each of several adapters, {machine.THREADS} threads", summing())
     print_table(f"Llama-2-7B layer, random bf16 weights, {DENSITY:.0%}, int8, r = {RANK}", applying())
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.format import registry
-from shiradelta.format.codecs import VALUE_CODECS, rice
+from shiradelta.format.codecs import VALUE_OPTIONS, rice
 from shiradelta.select.counts import Counts
 
 #: The search ends with a trial that keeps the limit and is this close to it, or once the sparsity is this certain.
@@ -135,7 +135,7 @@ def most_bytes(numel: int, count: int, codec: str) -> int:
     index = min(
         rice.section_size(count, numel, k, count + ((numel - count) >> k)) for k in range(registry.MAX_RICE_K + 1)
     )
-    value = VALUE_CODECS[registry.VALUE_CODEC_OF_NAME[codec]].size(count, 4)
+    value = VALUE_OPTIONS[codec].size(count, 4)
     return sum(registry.align(size, registry.SECTION_ALIGNMENT) for size in (index, value))
 
 

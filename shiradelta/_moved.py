@@ -32,7 +32,7 @@ MOVED = {
     "fusion": "combine.fuse",
     "header": "format.container",
     "interference": "combine.interference",
-    "native": "backends.libshd",
+    "native": "backends.libshd.backend",
     "patched": "nonzeros.patched",
     "pruning": "nonzeros.pruning",
     "reader": "io.reader",

@@ -398,6 +398,9 @@ typedef struct shd_rice {
     uint32_t word;
 } shd_rice;
 
+/* Whether the library decodes an index codec. */
+SHD_API int shd_knows_index_codec(int index_codec);
+
 /* Chooses k and computes the size. `count` is at least 1; positions must be strictly increasing (SHD_POSITION_ORDER)
  * and lie in [0, numel) (SHD_POSITION_RANGE). */
 SHD_API int shd_rice_plan(const int64_t *positions, uint64_t count, uint64_t numel, shd_rice *plan);
@@ -405,7 +408,8 @@ SHD_API int shd_rice_plan(const int64_t *positions, uint64_t count, uint64_t num
 /* Writes plan->size bytes. The positions must be those of the plan; if not, SHD_INVALID_ARGUMENT. */
 SHD_API int shd_rice_encode(const shd_rice *plan, const int64_t *positions, void *section, uint64_t capacity);
 
-/* Bytes of the decoded VALUES section of `count` nonzeros. `dtype` matters for SHD_VALUES_BITS only. */
+/* Bytes of the decoded VALUES section of `count` nonzeros; 0 for a codec that the library does not know. `dtype` matters
+ * for SHD_VALUES_BITS only. */
 SHD_API uint64_t shd_values_size(int value_codec, int dtype, uint64_t count);
 
 /* Writes the VALUES section of F32, F16, BF16, I8, I4 or SIGN: shd_values_size() bytes. Values that are not finite,

@@ -13,6 +13,10 @@ const shdi_index_codec *shdi_index_codec_of(uint32_t id) {
     return id < sizeof codecs / sizeof codecs[0] ? codecs[id] : NULL;
 }
 
+int shd_knows_index_codec(int index_codec) {
+    return index_codec >= 0 && shdi_index_codec_of((uint32_t)index_codec) != NULL;
+}
+
 static const shdi_index_codec *codec_of(const shd_delta *delta) {
     return shdi_index_codec_of(delta->tensor.index_codec);
 }

@@ -349,7 +349,15 @@ static void test_struct_of_a_huge_matrix(void) {
     give(index.data);
 }
 
+static void test_known_codecs(void) {
+    for (int codec = -1; codec < 256; codec++) {
+        CHECK(shd_knows_index_codec(codec) == (codec >= SHD_INDEX_NONE && codec <= SHD_INDEX_ALL));
+        CHECK((shd_values_size(codec, SHD_F32, 1) != 0) == (codec >= SHD_VALUES_F32 && codec <= SHD_VALUES_BITS));
+    }
+}
+
 void test_index(void) {
+    test_known_codecs();
     test_worked_example();
     test_rice_refusals();
     test_rice();

@@ -2,28 +2,65 @@
 
 from __future__ import annotations
 
-from shiradelta.backends import libshd
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from shiradelta.backends.libshd.backend import backend as libshd
 from shiradelta.backends.numpy import NUMPY
 from shiradelta.backends.protocols import Backend
-from shiradelta.errors import DeltaError, ShiraDeltaError
+from shiradelta.errors import ArgumentError, ShiraDeltaError
+from shiradelta.util.registry import Registry
 
-BACKENDS = ("auto", "libshd", "numpy")
+
+@dataclass(frozen=True)
+class FileBackend:
+    """A row of `FILE_BACKENDS`.
+
+    Attributes:
+        name: what a user calls it.
+        load: makes the backend; raises ShiraDeltaError, which says why, where it cannot be had.
+    """
+
+    name: str
+    load: Callable[[], Backend]
 
 
-def choose(name: str = "auto") -> Backend:
-    """The backend of a name; "auto" is libshd where it can be loaded.
+#: The fastest first: "auto" is the first that can be had and knows the codecs.
+FILE_BACKENDS: Registry[FileBackend] = Registry(
+    "backend", (FileBackend("libshd", libshd), FileBackend("numpy", lambda: NUMPY))
+)
+AUTO = "auto"
+
+
+def choose(name: str = AUTO, index_ids: Collection[int] = (), value_ids: Collection[int] = ()) -> Backend:
+    """The backend of a name; "auto" is the fastest that can be had and knows the codecs.
+
+    Args:
+        name: "auto", or a name of `FILE_BACKENDS`.
+        index_ids: index codecs that the work needs.
+        value_ids: value codecs that the work needs.
 
     Raises:
-        DeltaError: an unknown name.
-        ShiraDeltaError: libshd is asked for and cannot be had, and why.
+        ArgumentError: an unknown name, or a backend that does not know one of the codecs.
+        ShiraDeltaError: the backend cannot be had, and why.
     """
-    if name not in BACKENDS:
-        raise DeltaError(f"backend {name!r} is unknown; take {', '.join(BACKENDS)}")
-    if name == "numpy":
-        return NUMPY
-    try:
-        return libshd.backend()
-    except ShiraDeltaError:
-        if name == "libshd":
-            raise
-        return NUMPY
+    if name == AUTO:
+        return _first_that_fits(index_ids, value_ids)
+    if name not in FILE_BACKENDS:
+        raise ArgumentError(f"backend {name!r} is unknown; take {', '.join((AUTO, *FILE_BACKENDS))}")
+    found = FILE_BACKENDS[name].load()
+    unknown = found.unknown_codec(index_ids, value_ids)
+    if unknown:
+        raise ArgumentError(f"backend {name!r} does not know {unknown}; take auto or numpy")
+    return found
+
+
+def _first_that_fits(index_ids: Collection[int], value_ids: Collection[int]) -> Backend:
+    for row in FILE_BACKENDS.values():
+        try:
+            found = row.load()
+        except ShiraDeltaError:
+            continue
+        if not found.unknown_codec(index_ids, value_ids):
+            return found
+    return NUMPY

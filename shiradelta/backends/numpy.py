@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from shiradelta.backends.protocols import Backend
+from shiradelta.backends.protocols import Backend, Decoder
 from shiradelta.errors import FormatError
 from shiradelta.format import arithmetic, container
 from shiradelta.format.arithmetic import Array, Float32, Positions
@@ -16,36 +16,33 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.container import Record, Section
 
 
-class NumpyDecoder:
-    """See `shiradelta.backends.protocols.Decoder`."""
+class NumpyDecoder(Decoder):
+    """Decodes with the codecs' own NumPy."""
 
     def __init__(self, data: Bytes, file: str | None, records: tuple[Record, ...]) -> None:
         self._data, self._file = data, file
 
     def positions(self, record: Record) -> Positions:
-        """Of all blocks."""
         with self._context(record, record.index):
             data = self._section(record.index)
-            return INDEX_CODECS[record.index_codec].decode(data, record.nnz, record.shape)
+            return INDEX_CODECS.by_id[record.index_codec].decode(data, record.nnz, record.shape)
 
     def bits(self, record: Record) -> Array:
-        """Of all groups."""
         with self._context(record, record.values):
             data = self._section(record.values)
-            codec = VALUE_CODECS[record.value_codec]
+            codec = VALUE_CODECS.by_id[record.value_codec]
             codec.check(data, record.nnz, record.element_size)
             values = codec.decode(data, record.nnz, record.element_size, 0, record.nnz)
         return values.view("<u4") if record.adds else values
 
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
-        """Of the blocks that hold the range."""
         with self._context(record, record.index):
             data = self._section(record.index, whole=False)
-            codec = INDEX_CODECS[record.index_codec]
+            codec = INDEX_CODECS.by_id[record.index_codec]
             first, positions = codec.decode_between(data, record.nnz, record.shape, start, stop)
         with self._context(record, record.values), np.errstate(over="ignore", invalid="ignore"):
             data = self._section(record.values, whole=False)
-            values = VALUE_CODECS[record.value_codec].decode(
+            values = VALUE_CODECS.by_id[record.value_codec].decode(
                 data, record.nnz, record.element_size, first, first + positions.size
             )
             if record.adds and not np.all(np.isfinite(values)):
@@ -53,13 +50,11 @@ class NumpyDecoder:
         return positions, values.view("<u4") if record.adds else values
 
     def check(self, record: Record) -> None:
-        """By decoding."""
         if record.nnz:
             self.positions(record)
             self.bits(record)
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
-        """Gather, compute, scatter."""
         if record.nnz:
             positions = self.positions(record)
             weight[positions] = arithmetic.result(record.adds, self.bits(record), weight[positions], dtype, strength)
@@ -110,4 +105,4 @@ def at_least(x: Float32, threshold: float) -> Positions:
     return np.flatnonzero(np.abs(x) >= np.float32(threshold))
 
 
-NUMPY = Backend("numpy", NumpyDecoder, INDEX_CODECS, VALUE_CODECS, arithmetic.fingerprint, at_least)
+NUMPY = Backend("numpy", NumpyDecoder, INDEX_CODECS.by_id, VALUE_CODECS.by_id, arithmetic.fingerprint, at_least)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from shiradelta.format.arithmetic import Array, Float32, Positions
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, IndexCodec, ValueCodec
 from shiradelta.format.container import Record
-from shiradelta.format.registry import IndexCodec as IndexId
-from shiradelta.format.registry import ValueCodec as ValueId
 
 
 class Decoder(Protocol):
@@ -34,11 +33,31 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of everything that touches many elements."""
+    """One implementation of everything that touches many elements.
+
+    Attributes:
+        name: what a user calls it.
+        decoder: makes the decoder of a file from its bytes, its name and its table.
+        index_codecs: id -> codec, of those that it decodes and encodes.
+        value_codecs: the same for values.
+        fingerprint: of elements' bits at positions (FORMAT.md, 6.3).
+        at_least: indices of |x| >= threshold > 0.
+    """
 
     name: str
-    decoder: Callable[[Bytes, str | None, tuple[Record, ...]], Decoder]  # (a file's bytes, its name, its table)
-    index_codecs: Mapping[IndexId, IndexCodec]
-    value_codecs: Mapping[ValueId, ValueCodec]
+    decoder: Callable[[Bytes, str | None, tuple[Record, ...]], Decoder]
+    index_codecs: Mapping[int, IndexCodec]
+    value_codecs: Mapping[int, ValueCodec]
     fingerprint: Callable[[Positions, Array], int]
-    at_least: Callable[[Float32, float], Positions]  # indices of |x| >= threshold > 0
+    at_least: Callable[[Float32, float], Positions]
+
+    def unknown_codec(self, index_ids: Iterable[int], value_ids: Iterable[int]) -> str | None:
+        """Names a codec of these ids that the backend does not know; None if it knows all of them."""
+        for known, ids, registry in (
+            (self.index_codecs, index_ids, INDEX_CODECS),
+            (self.value_codecs, value_ids, VALUE_CODECS),
+        ):
+            for id in ids:
+                if id not in known:
+                    return f"{registry.kind} {registry.by_id[id].name} (id {id})"
+        return None

@@ -17,7 +17,7 @@ from shiradelta.cli.output import echo_json
 def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
     """Show what is in a .shd file."""
     if system:
-        from shiradelta.backends.libshd import describe as describe_system
+        from shiradelta.backends.libshd.library import describe_system
 
         found = describe_system()
         if as_json:

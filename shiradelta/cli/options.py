@@ -103,7 +103,7 @@ def scope(text: str) -> Callable[[Function], Function]:
 
 def values(default: str) -> Callable[[Function], Function]:
     """The option that names a value codec."""
-    choice = RegistryChoice("shiradelta.format.registry:VALUE_CODEC_OF_NAME")
+    choice = RegistryChoice("shiradelta.format.codecs:VALUE_OPTIONS")
     return click.option("--values", type=choice, default=default, show_default=True, help="How the changes are stored.")
 
 

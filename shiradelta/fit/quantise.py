@@ -1,23 +1,32 @@
-"""The value codecs' rounding in torch, so that values are fitted as they will be read (FORMAT.md, section 8).
-
-Same operations in the same order as `shiradelta.format.codecs.affine`, hence the same bits; a test compares them.
-"""
+"""Rounds values in torch as a codec stores them, so that values are fitted as they will be read (FORMAT.md, 8)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from shiradelta.errors import ArgumentError
 from shiradelta.format import registry
+from shiradelta.format.codecs import VALUE_OPTIONS
+from shiradelta.format.codecs.base import TorchRounder
 
 
 class Quantiser:
-    """Rounds the values of several tensors that lie one after the other; groups never span two of them."""
+    """Rounds the values of several tensors that lie one after the other; groups never span two of them.
+
+    Args:
+        codec: what the values will be stored in, as a user names it ("int4").
+        counts: values of each tensor.
+        device: where the values are.
+
+    Raises:
+        ArgumentError: an unknown codec, or a codec whose rounding torch does not know.
+    """
 
     def __init__(self, codec: str, counts: Sequence[int], device: torch.device) -> None:
-        self._round = _ROUND[codec]
+        self._round = rounder(codec).round_torch
         group = registry.GROUP
         groups = [-(-count // group) for count in counts]
         rank = torch.arange(sum(counts), device=device)
@@ -35,35 +44,14 @@ class Quantiser:
         return rounded.view(-1)[self._slots]
 
 
-def _parameter(values: Tensor) -> Tensor:
-    """bf16, as float32 in a column."""
-    return values.bfloat16().float().unsqueeze(1)
+def rounder(option: str) -> TorchRounder:
+    """The codec of an option, if values can be fitted to it.
 
-
-def _int8(values: Tensor) -> Tensor:
-    scale = _parameter(values.abs().nan_to_num(0).amax(1) / 127)
-    return scale * torch.where(scale > 0, (values / scale).round().clamp(-127, 127), 0)
-
-
-def _int4(values: Tensor) -> Tensor:
-    magnitude = values.abs()
-    least = magnitude.nan_to_num(torch.inf).amin(1)
-    lo = _parameter(least)
-    step = _parameter(((magnitude.nan_to_num(0).amax(1) - lo[:, 0]) / 7).clamp(min=0))
-    code = torch.where(step > 0, ((magnitude - lo) / step).round().clamp(0, 7), 0)
-    return torch.copysign(lo + step * code, values)
-
-
-def _sign(values: Tensor) -> Tensor:
-    # Binary64, as the codec sums; the order of so few terms cannot show after rounding to bf16, ties aside.
-    return torch.copysign(_parameter(values.abs().double().nanmean(1).float()), values)
-
-
-_ROUND: dict[str, Callable[[Tensor], Tensor]] = {
-    "f32": lambda values: values,
-    "f16": lambda values: values.half().float(),
-    "bf16": lambda values: values.bfloat16().float(),
-    "int8": _int8,
-    "int4": _int4,
-    "sign": _sign,
-}
+    Raises:
+        ArgumentError: an unknown codec, or a codec whose rounding torch does not know.
+    """
+    codec = VALUE_OPTIONS.find(option)
+    if not isinstance(codec, TorchRounder):
+        known = ", ".join(name for name, other in VALUE_OPTIONS.items() if isinstance(other, TorchRounder))
+        raise ArgumentError(f"value codec {codec.name} cannot be fitted, as it has no round_torch; take {known}")
+    return codec

@@ -16,7 +16,7 @@ from shiradelta.format import registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.operations import OPERATIONS, Operation
-from shiradelta.format.registry import Flag, Incompatible, IndexCodec, ValueCodec
+from shiradelta.format.registry import Flag, Incompatible, IndexId, ValueId
 
 _FLAGS = sum(Flag)
 _CONTROL = bytes([*range(0x20), 0x7F])
@@ -46,8 +46,8 @@ class Record:
     shape: tuple[int, ...]
     dtype: registry.DType
     operation: Operation
-    index_codec: IndexCodec
-    value_codec: ValueCodec
+    index_codec: int
+    value_codec: int
     nnz: int
     base_fingerprint: int | None
     result_fingerprint: int | None
@@ -69,6 +69,16 @@ class Record:
         """Bytes of an element; 0 where the dtype is unspecified."""
         return self.dtype.size
 
+    @property
+    def index_codec_name(self) -> str:
+        """The registry's name of `index_codec`, which is an id."""
+        return INDEX_CODECS.by_id[self.index_codec].name if self.index_codec else IndexId.NONE.name
+
+    @property
+    def value_codec_name(self) -> str:
+        """The registry's name of `value_codec`, which is an id."""
+        return VALUE_CODECS.by_id[self.value_codec].name if self.value_codec else ValueId.NONE.name
+
 
 @dataclass(frozen=True)
 class Container:
@@ -79,6 +89,16 @@ class Container:
     digest: bytes
     minor: int = registry.MINOR
     sizes: Mapping[str, int] = field(default_factory=dict)  # bytes of the parts, for people
+
+    @property
+    def index_codecs(self) -> frozenset[int]:
+        """Ids of the index codecs in use."""
+        return frozenset(record.index_codec for record in self.records) - {IndexId.NONE}
+
+    @property
+    def value_codecs(self) -> frozenset[int]:
+        """Ids of the value codecs in use."""
+        return frozenset(record.value_codec for record in self.records) - {ValueId.NONE}
 
 
 def crc32(data: Bytes | bytes) -> int:
@@ -274,12 +294,10 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
     operation = OPERATIONS.by_id.get(op_id)
     if operation is None:
         raise FormatError("unknown_op", f"id {op_id}")
-    for kind, id, reason in (
-        (IndexCodec, index_id, "unknown_index_codec"),
-        (ValueCodec, value_id, "unknown_value_codec"),
-    ):
-        if not registry.known(kind, id):
-            raise FormatError(reason, f"id {id}")
+    if index_id and index_id not in INDEX_CODECS.by_id:
+        raise FormatError("unknown_index_codec", f"id {index_id}")
+    if value_id and value_id not in VALUE_CODECS.by_id:
+        raise FormatError("unknown_value_codec", f"id {value_id}")
     flags = Flag(flag_bits)
     shape = _parse_shape(rank, dims)
     if nnz > math.prod(shape):
@@ -289,8 +307,8 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
         shape,
         registry.DTYPES[dtype_id],
         operation,
-        IndexCodec(index_id),
-        ValueCodec(value_id),
+        index_id,
+        value_id,
         nnz,
         base_fingerprint if Flag.BASE_FINGERPRINT in flags else None,
         result_fingerprint if Flag.RESULT_FINGERPRINT in flags else None,
@@ -307,8 +325,8 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
         if value and kept is None:
             raise FormatError("reserved_not_zero", "a fingerprint without its flag")
     if record.nnz:
-        index_ok = INDEX_CODECS[record.index_codec].size_is_possible(index_decoded, nnz, record.numel)
-        values_size = VALUE_CODECS[record.value_codec].size(nnz, record.element_size)
+        index_ok = INDEX_CODECS.by_id[record.index_codec].size_is_possible(index_decoded, nnz, record.numel)
+        values_size = VALUE_CODECS.by_id[record.value_codec].size(nnz, record.element_size)
     else:
         index_ok, values_size = index_decoded == 0, 0
     _check_section(record.index, cursor, data, zstd, index_ok)
@@ -326,29 +344,24 @@ def _parse_shape(rank: int, dims: list[int]) -> tuple[int, ...]:
     return shape
 
 
-_ADD_VALUES = frozenset(
-    {ValueCodec.F32, ValueCodec.F16, ValueCodec.BF16, ValueCodec.I8, ValueCodec.I4, ValueCodec.SIGN}
-)
-
-
 def combination_problem(record: Record) -> str | None:
     """What does not go together in a record (FORMAT.md, 3.1)."""
     empty = record.nnz == 0
     whole = record.nnz == record.numel
     unspecified = record.dtype is registry.UNSPECIFIED
-    if (record.index_codec is IndexCodec.NONE) != empty or (record.value_codec is ValueCodec.NONE) != empty:
-        return f"{record.nnz} nonzeros in {record.index_codec.name} and {record.value_codec.name}"
-    if record.index_codec is IndexCodec.ALL and not whole:
+    if (record.index_codec == IndexId.NONE) != empty or (record.value_codec == ValueId.NONE) != empty:
+        return f"{record.nnz} nonzeros in {record.index_codec_name} and {record.value_codec_name}"
+    if record.index_codec == IndexId.ALL and not whole:
         return "ALL without all elements"
     operation = record.operation
     fits = (
         record.dtype.name in operation.dtypes
-        and (empty or (record.value_codec in _ADD_VALUES) == operation.adds)
+        and (empty or VALUE_CODECS.by_id[record.value_codec].adds == operation.adds)
         and (empty or not operation.removes)
-        and (not operation.creates or (whole and (empty or record.index_codec is IndexCodec.ALL)))
+        and (not operation.creates or (whole and (empty or record.index_codec == IndexId.ALL)))
     )
     if not fits:
-        codecs = f"{record.index_codec.name} and {record.value_codec.name}"
+        codecs = f"{record.index_codec_name} and {record.value_codec_name}"
         return f"{operation.title} of {record.dtype.name} with {codecs}"
     for present, never in (
         (record.base_fingerprint, unspecified or operation.creates),

@@ -58,7 +58,7 @@ class Flag(IntFlag):
 
 
 class Op(IntEnum):
-    """What a delta does at its positions (section 6.1)."""
+    """What a delta does at its positions (section 6.1); an id without a row in `OPERATIONS` is reserved."""
 
     ADD = 0
     SET = 1
@@ -67,8 +67,8 @@ class Op(IntEnum):
     DROP = 4
 
 
-class IndexCodec(IntEnum):
-    """How positions are stored (section 4)."""
+class IndexId(IntEnum):
+    """How positions are stored (section 4); an id without a row in `codecs.INDEX_CODECS` is reserved."""
 
     NONE = 0
     RICE = 1
@@ -84,8 +84,8 @@ class IndexCodec(IntEnum):
     FROM_BASE = 11
 
 
-class ValueCodec(IntEnum):
-    """How values are stored (section 5)."""
+class ValueId(IntEnum):
+    """How values are stored (section 5); an id without a row in `codecs.VALUE_CODECS` is reserved."""
 
     NONE = 0
     F32 = 1
@@ -96,19 +96,6 @@ class ValueCodec(IntEnum):
     SIGN = 6
     BITS = 7
     ULP = 8
-
-
-#: Ids that version 1.0 sets aside: a reader refuses them as unknown.
-RESERVED: dict[type[IntEnum], frozenset[int]] = {
-    Op: frozenset({Op.ULP}),
-    IndexCodec: frozenset(range(IndexCodec.RICE_PERMUTED, IndexCodec.FROM_BASE + 1)),
-    ValueCodec: frozenset({ValueCodec.ULP}),
-}
-
-
-def known(kind: type[IntEnum], number: int) -> bool:
-    """Whether `number` is an id of `kind` that this version defines."""
-    return number in kind._value2member_map_ and number not in RESERVED[kind]
 
 
 @dataclass(frozen=True)
@@ -155,16 +142,6 @@ DTYPE_OF_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES if dtype is
 ADD_DTYPES = ("float32", "float16", "bfloat16")
 #: The dtypes that a record with ADD may have.
 ADDABLE = frozenset({UNSPECIFIED.name, *ADD_DTYPES})
-
-#: What a user types for values -> codec.
-VALUE_CODEC_OF_NAME = {
-    "f32": ValueCodec.F32,
-    "f16": ValueCodec.F16,
-    "bf16": ValueCodec.BF16,
-    "int8": ValueCodec.I8,
-    "int4": ValueCodec.I4,
-    "sign": ValueCodec.SIGN,
-}
 
 
 def align(size: int, unit: int) -> int:

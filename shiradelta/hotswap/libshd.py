@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shiradelta.backends.libshd import LoadedTensor, NativeDecoder, apply_sum
+from shiradelta.backends.libshd.decoder import LoadedTensor, NativeDecoder, apply_sum
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, Stack, only_strengths_differ, stacks_of
@@ -15,14 +15,14 @@ from shiradelta.models.live import Target
 
 
 class _Data(NamedTuple):
-    """A tensor's delta for NumPy's way, and the same for the library's."""
+    """A tensor's delta, for NumPy and for the library."""
 
     tensor: StoredTensor
-    loaded: LoadedTensor | None  # None where nothing is listed
+    loaded: LoadedTensor | None  # None where nothing is listed, or where the library does not know the file's codecs
 
 
 class NativeBackend(NumpyBackend):
-    """Adapters on a contiguous tensor are the library's work; SETs below ADDs and strided tensors go NumPy's way."""
+    """libshd patches contiguous tensors; NumPy does SETs below ADDs, strided tensors and codecs unknown to libshd."""
 
     name = "libshd"
 
@@ -30,9 +30,11 @@ class NativeBackend(NumpyBackend):
         """Loading a tensor checks all of it; the file's bytes stay, compressed."""
         patches = []
         for tensor, target, dtype in tensors:
-            decoder = tensor.decoder
-            assert isinstance(decoder, NativeDecoder)
-            loaded = LoadedTensor(decoder, tensor.record) if tensor.nnz else None
+            decoder, loaded = tensor.decoder, None
+            if not isinstance(decoder, NativeDecoder):
+                tensor.check()
+            elif tensor.nnz:
+                loaded = LoadedTensor(decoder, tensor.record)
             patches.append(Patch(target, tensor.record, dtype, _Data(tensor, loaded)))
         return held_as_stored(patches)
 

@@ -17,11 +17,13 @@ import torch
 
 from shiradelta.backends.numpy import unzstd
 from shiradelta.format import arithmetic, registry
-from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.codecs.bits import field_words
+from shiradelta.format.codecs import BITS, F32, VALUE_CODECS
+from shiradelta.format.codecs.base import Bytes, TorchDecoder, ValueCodec
+from shiradelta.format.codecs.bits import bits_dtype
+from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.codecs.rice import Rice
 from shiradelta.format.container import Record, Section
-from shiradelta.format.registry import IndexCodec, ValueCodec
+from shiradelta.format.registry import IndexId
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.io.reader import StoredTensor
@@ -30,18 +32,18 @@ from shiradelta.util.threads import map_in_threads
 
 Tensor = torch.Tensor
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 @dataclass(frozen=True, eq=False)
 class Sections:
     """A patch's sections on the device, out of zstd and with RICE for an index; uint8.
 
-    `low` and `unary` are where these parts of the index start, `codes` where the values' codes do, in bytes.
+    `codec` is what the values are in, which is not the file's codec where the device cannot decode that.  `low` and
+    `unary` are where these parts of the index start, `codes` where the values' codes do, in bytes.
     """
 
     index: Tensor
     values: Tensor
+    codec: TorchDecoder
     k: int
     unary_bits: int
     low: int
@@ -49,15 +51,12 @@ class Sections:
     codes: int
 
     @classmethod
-    def of(cls, index: Tensor, values: Tensor, head: bytes, record: Record) -> Sections:
-        """From a patch's sections and the first bytes of its index."""
+    def of(cls, index: Tensor, values: Tensor, head: bytes, record: Record, codec: TorchDecoder) -> Sections:
+        """Takes a patch's sections, the first bytes of its index, and the codec that the values are in."""
         k, unary_bits = registry.RICE_HEAD.unpack(head) if head else (0, 0)
         low = registry.RICE_HEAD.size + -(-unary_bits // registry.BLOCK_BITS) * 2 * registry.word_size(record.numel)
-        groups = -(-record.nnz // registry.GROUP)
-        codes = {ValueCodec.I8: registry.align(2 * groups, 4), ValueCodec.SIGN: registry.align(2 * groups, 4)}
-        codes[ValueCodec.I4] = 4 * groups
         unary = low + 4 * field_words(record.nnz, k)
-        return cls(index, values, k, unary_bits, low, unary, codes.get(record.value_codec, 0))
+        return cls(index, values, codec, k, unary_bits, low, unary, codec.codes_at(record.nnz))
 
     @property
     def blocks(self) -> int:
@@ -86,7 +85,12 @@ class TorchBackend(Elementwise):
 
     def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
         """One buffer on the device for all sections, each where a file would align it."""
-        parts = [part for tensor, _, _ in tensors for part in _parts(source, tensor)]
+        codecs = [self._resident(tensor.record) for tensor, _, _ in tensors]
+        parts = [
+            part
+            for (tensor, _, _), codec in zip(tensors, codecs, strict=True)
+            for part in (_index(source, tensor), _values(source, tensor, codec))
+        ]
         try:
             buffer, starts = self._upload(source, parts)
             map_in_threads(lambda item: item[0].check(), tensors)  # while the bytes are on their way
@@ -94,11 +98,12 @@ class TorchBackend(Elementwise):
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # the source is free to go
         patches = []
-        for i, (tensor, target, dtype) in enumerate(tensors):
+        for i, ((tensor, target, dtype), codec) in enumerate(zip(tensors, codecs, strict=True)):
             (index, values), (a, b) = parts[2 * i : 2 * i + 2], starts[2 * i : 2 * i + 2]
             head = _bytes_of(source, index)[: registry.RICE_HEAD.size].tobytes()
             index_size, values_size = _bytes_of(source, index).size, _bytes_of(source, values).size
-            sections = Sections.of(buffer[a : a + index_size], buffer[b : b + values_size], head, tensor.record)
+            on_device = buffer[a : a + index_size], buffer[b : b + values_size]
+            sections = Sections.of(*on_device, head, tensor.record, codec)
             patches.append(Patch(target, tensor.record, dtype, sections))
         return Held(patches, buffer.numel())
 
@@ -132,7 +137,7 @@ class TorchBackend(Elementwise):
 
     def bits_type(self, dtype: str) -> torch.dtype:
         """Signed, but for single bytes."""
-        return _BITS[registry.DTYPE_OF_NAME[dtype].size]
+        return bits_dtype(registry.DTYPE_OF_NAME[dtype].size)
 
     def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
         """Work is queued on the stream, behind all that is queued on the one that was last written on.
@@ -169,6 +174,17 @@ class TorchBackend(Elementwise):
 
     # -------------------------------------------------------------------------------------- decoding
 
+    def decodes(self, codec: TorchDecoder) -> bool:
+        """Whether values stay on the device in this codec; otherwise they are decoded when a file is loaded."""
+        return True
+
+    def _resident(self, record: Record) -> TorchDecoder:
+        """The codec that a tensor's values are held in."""
+        own = VALUE_CODECS.by_id[record.value_codec] if record.nnz else None
+        if isinstance(own, TorchDecoder) and self.decodes(own):
+            return own
+        return F32 if record.adds else BITS
+
     def positions(self, patch: Patch) -> Tensor:
         """All blocks at once, as `codecs.rice` does."""
         sections: Sections = patch.data
@@ -190,33 +206,12 @@ class TorchBackend(Elementwise):
         return positions
 
     def payload(self, patch: Patch) -> Tensor:
-        """Values as float32, or elements."""
-        record, data = patch.record, patch.data.values
-        nnz, codec = record.nnz, record.value_codec
-        if not nnz:
-            return torch.zeros(
-                0, dtype=torch.float32 if record.adds else self.bits_type(patch.dtype), device=self.device
-            )
-        groups = -(-nnz // registry.GROUP)
-        rank = torch.arange(nnz, device=self.device)
-        if codec is ValueCodec.BITS:
-            return data[: nnz * record.element_size].view(self.bits_type(patch.dtype))
-        if codec is ValueCodec.F32:
-            return data[: 4 * nnz].view(torch.float32)
-        if codec in (ValueCodec.F16, ValueCodec.BF16):
-            return data[: 2 * nnz].view(torch.float16 if codec is ValueCodec.F16 else torch.bfloat16).float()
-        group = rank // registry.GROUP
-        if codec is ValueCodec.I4:
-            lo, step = data[: 4 * groups].view(torch.bfloat16).float().view(groups, 2).unbind(1)
-            nibble = (data[patch.data.codes + rank // 2] >> (rank % 2 * 4).to(torch.uint8)) & 15
-            magnitude = lo[group] + step[group] * (nibble & 7).float()
-            return torch.where(nibble > 7, -magnitude, magnitude)
-        scale = data[: 2 * groups].view(torch.bfloat16).float()[group]
-        codes = patch.data.codes
-        if codec is ValueCodec.I8:
-            return scale * data[codes : codes + nnz].view(torch.int8).float()
-        minus = (data[codes + rank // 8] >> (rank % 8).to(torch.uint8)) & 1
-        return torch.where(minus > 0, -scale, scale)
+        sections: Sections = patch.data
+        if patch.record.nnz:
+            return sections.codec.decode_torch(sections.values, patch.record.nnz, patch.record.element_size)
+        return torch.zeros(
+            0, dtype=torch.float32 if patch.record.adds else self.bits_type(patch.dtype), device=self.device
+        )
 
     # ------------------------------------------------------------------------------------- elements
 
@@ -273,16 +268,21 @@ class TorchBackend(Elementwise):
             return int(x.sum()) % (1 << 64)
 
 
-def _parts(source: Bytes, tensor: StoredTensor) -> tuple[slice | Bytes, slice | Bytes]:
-    """(index as RICE, values) of a tensor: where they are in the file, or as made from it."""
+def _index(source: Bytes, tensor: StoredTensor) -> slice | Bytes:
+    """A tensor's positions as RICE: where they are in the file, or as made from it."""
     record = tensor.record
-    index: slice | Bytes
-    if record.index_codec is IndexCodec.RICE:
-        index = _stored(source, record.index)
-    else:
-        encoded = Rice().encode(tensor.positions(), record.shape) if record.nnz else b""
-        index = np.frombuffer(bytearray(encoded), np.uint8)
-    return index, _stored(source, record.values)
+    if record.index_codec == IndexId.RICE:
+        return _stored(source, record.index)
+    encoded = Rice().encode(tensor.positions(), record.shape) if record.nnz else b""
+    return np.frombuffer(bytearray(encoded), np.uint8)
+
+
+def _values(source: Bytes, tensor: StoredTensor, codec: ValueCodec) -> slice | Bytes:
+    """A tensor's values in a codec: where they are in the file, or as made from it."""
+    record = tensor.record
+    if codec.id == record.value_codec or not record.nnz:
+        return _stored(source, record.values)
+    return np.frombuffer(bytearray(codec.encode(tensor.values() if codec.adds else tensor.bits())), np.uint8)
 
 
 def _stored(source: Bytes, section: Section) -> slice | Bytes:
@@ -302,7 +302,7 @@ def _signed(constant: int) -> int:
 def _elements(target: Target, positions: Tensor) -> tuple[Tensor, Any]:
     """The tensor's elements as integers that share its memory, and an index of the positions into them."""
     tensor = torch.from_numpy(target.tensor) if is_array(target.tensor) else target.tensor
-    elements = tensor.view(_BITS[tensor.element_size()])
+    elements = tensor.view(bits_dtype(tensor.element_size()))
     if elements.is_contiguous():
         return elements.view(-1), positions
     return elements, torch.unravel_index(positions, elements.shape)

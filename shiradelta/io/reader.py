@@ -161,9 +161,10 @@ def open_delta(source: Source, backend: str = "auto") -> Delta:
 
     Args:
         source: a path (mapped into memory), bytes or an array of them, or a binary file (read to its end).
-        backend: "libshd", "numpy", or "auto" for the best there is; the bits are the same.
+        backend: "libshd", "numpy", or "auto" for the fastest that knows the file's codecs; the bits are the same.
 
     Raises:
+        ArgumentError: the backend does not know one of the file's codecs.
         FormatError: the file is refused; its `reason` is a code of spec/REGISTRY.md.
         ShiraDeltaError: there is no such file, or it cannot be read.
     """
@@ -175,7 +176,8 @@ def open_delta(source: Source, backend: str = "auto") -> Delta:
     else:
         data = np.frombuffer(source if isinstance(source, (bytes, np.ndarray)) else source.read(), np.uint8)
     try:
-        return Delta(data, container.parse(data), file, mapped, choose(backend))
+        parsed = container.parse(data)
+        return Delta(data, parsed, file, mapped, choose(backend, parsed.index_codecs, parsed.value_codecs))
     except FormatError as error:
         error.file = file
         raise

@@ -12,11 +12,12 @@ from typing import IO, cast
 
 import numpy as np
 
-from shiradelta.backends.choose import choose
+from shiradelta.backends.choose import AUTO, choose
 from shiradelta.backends.protocols import Backend
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import arithmetic, container, registry
-from shiradelta.format.codecs import smallest_index_codec
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.codecs import BITS, INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
 from shiradelta.format.container import Record, Section
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import content_digest, tensor_digest
@@ -32,13 +33,13 @@ class DeltaWriter:
     Made by `writing`, which puts the file in place.
     """
 
-    def __init__(self, spool: IO[bytes], values: str, zstd: bool, backend: Backend) -> None:
-        if values not in registry.VALUE_CODEC_OF_NAME:
-            raise DeltaError(f"values {values!r} are unknown; take {', '.join(registry.VALUE_CODEC_OF_NAME)}")
+    def __init__(self, spool: IO[bytes], values: str, zstd: bool, backend: str) -> None:
         self._spool = spool
-        self._codec = registry.VALUE_CODEC_OF_NAME[values]
+        self._codec = VALUE_OPTIONS.find(values)
         self._zstd = zstd
-        self._backend = backend
+        # Positions may need any index codec; a backend that is asked for by name makes do with those that it knows.
+        index_ids = INDEX_CODECS.by_id if backend == AUTO else ()
+        self._backend = choose(backend, index_ids, (self._codec.id, BITS.id))
         self._records: dict[str, Record] = {}
         self._digests: dict[str, bytes] = {}
         self.metadata: dict[str, str] = {}
@@ -47,7 +48,8 @@ class DeltaWriter:
         """Encodes one tensor; returns it as a reader will see it, with quantised values.
 
         Raises:
-            DeltaError: a name that is taken or not allowed, or values that do not fit the codec.
+            DeltaError: a name that is taken or not allowed, values that do not fit the codec, or a tensor that a reader
+            would refuse.
         """
         if name in self._records:
             raise DeltaError(f"tensor {name!r} is given twice")
@@ -64,43 +66,49 @@ class DeltaWriter:
         return stored
 
     def _encode(self, name: str, tensor: TensorDelta) -> tuple[Record, TensorDelta]:
-        nowhere = Section(0, 0, 0, 0)
-        dtype, operation = registry.DTYPE_OF_NAME[tensor.dtype], tensor.operation
-        index_id, value_id = registry.IndexCodec.NONE, registry.ValueCodec.NONE
-        index = values = nowhere
+        operation = tensor.operation
+        index_id, value_id = registry.IndexId.NONE.value, registry.ValueId.NONE.value
+        index = values = Section(0, 0, 0, 0)
         stored = tensor
         if tensor.nnz:
             positions = tensor.positions()
             index_id = smallest_index_codec(positions, tensor.shape, self._backend.index_codecs)
             index = self._store(self._backend.index_codecs[index_id].encode(positions, tensor.shape))
-            value_id = self._codec if operation.adds else registry.ValueCodec.BITS
-            codec = self._backend.value_codecs[value_id]
-            payload = codec.encode(tensor.values() if operation.adds else tensor.bits())
-            values = self._store(payload)
-            decoded = codec.decode(np.frombuffer(payload, np.uint8), tensor.nnz, dtype.size, 0, tensor.nnz)
+            value_id = self._codec.id if operation.adds else BITS.id
+            values, decoded = self._store_values(tensor, value_id)
             stored = TensorDelta.trusted(
-                tensor.shape,
-                None if operation.creates else positions,
-                decoded,
-                tensor.dtype,
-                tensor.op,
-                tensor.base_bits,
+                shape=tensor.shape,
+                positions=None if operation.creates else positions,
+                values=decoded,
+                dtype=tensor.dtype,
+                op=tensor.op,
+                base_bits=tensor.base_bits,
             )
         base_fingerprint, result_fingerprint = _fingerprints(tensor, stored, self._backend)
         record = Record(
-            name,
-            tensor.shape,
-            dtype,
-            operation,
-            index_id,
-            value_id,
-            tensor.nnz,
-            base_fingerprint,
-            result_fingerprint,
-            index,
-            values,
+            name=name,
+            shape=tensor.shape,
+            dtype=registry.DTYPE_OF_NAME[tensor.dtype],
+            operation=operation,
+            index_codec=index_id,
+            value_codec=value_id,
+            nnz=tensor.nnz,
+            base_fingerprint=base_fingerprint,
+            result_fingerprint=result_fingerprint,
+            index=index,
+            values=values,
         )
+        problem = container.combination_problem(record)
+        if problem:
+            raise DeltaError(problem)
         return record, stored
+
+    def _store_values(self, tensor: TensorDelta, id: int) -> tuple[Section, Array]:
+        """(the VALUES section, its values as a reader will decode them)."""
+        codec, count = self._backend.value_codecs[id], tensor.nnz
+        payload = codec.encode(tensor.values() if tensor.operation.adds else tensor.bits())
+        size = registry.DTYPE_OF_NAME[tensor.dtype].size
+        return self._store(payload), codec.decode(np.frombuffer(payload, np.uint8), count, size, 0, count)
 
     def _store(self, payload: bytes) -> Section:
         """Appends a section to the spool; its offset there."""
@@ -175,7 +183,7 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
 
 
 class _Scale:
-    """A spool that forgets what is written to it, all but its size."""
+    """A spool that keeps nothing but the size of what is written to it."""
 
     def __init__(self) -> None:
         self._at = 0
@@ -190,7 +198,7 @@ class _Scale:
 
 def weighing(values: str = "int4", zstd: bool = False, backend: str = "auto") -> DeltaWriter:
     """A `DeltaWriter` that writes nothing and knows its `size`."""
-    return DeltaWriter(cast(IO[bytes], _Scale()), values, zstd, choose(backend))
+    return DeltaWriter(cast(IO[bytes], _Scale()), values, zstd, backend)
 
 
 @contextmanager
@@ -207,7 +215,7 @@ def writing(
         replacing(target) as output,
         tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(target.parent)) as spool,
     ):
-        writer = DeltaWriter(spool, values, zstd, choose(backend))
+        writer = DeltaWriter(spool, values, zstd, backend)
         yield writer
         writer.finish(output)
 
@@ -227,12 +235,13 @@ def save_delta(
         path: the file.
         tensors: name -> delta; taken one at a time, so a lazy mapping keeps memory small.
         metadata: free pairs of strings (spec/REGISTRY.md lists keys in use).
-        values: codec of what is added, "f32", "f16", "bf16", "int8", "int4" or "sign";
+        values: how added values are stored, "f32", "f16", "bf16", "int8", "int4" or "sign" (`VALUE_OPTIONS`);
             set and new are always exact.
         zstd: compress sections where that helps.  For archives: such a file is slower to swap.
-        backend: "libshd", "numpy", or "auto" for the best there is; the bytes are the same.
+        backend: "libshd", "numpy", or "auto" for the fastest that knows the codecs; the bytes are the same.
 
     Raises:
+        ArgumentError: an unknown codec or backend, or a backend that does not know the codec.
         DeltaError: something that the format cannot hold.
         TargetError: the file cannot be written.
     """

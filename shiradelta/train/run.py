@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
 from shiradelta.format import registry
+from shiradelta.format.codecs import VALUE_OPTIONS
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, match_names, open_checkpoint
 from shiradelta.nonzeros.pruning import PRUNE_FROM, PRUNE_UNTIL
@@ -74,8 +75,7 @@ class Settings:
                 raise DeltaError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.fall_from is not None and not 1 <= self.fall_from < math.inf:
             raise DeltaError(f"a density that falls from {self.fall_from:g} x does not fall; give 1 (none) or more")
-        if self.values not in registry.VALUE_CODEC_OF_NAME:
-            raise DeltaError(f"values {self.values!r} are unknown; take {', '.join(registry.VALUE_CODEC_OF_NAME)}")
+        VALUE_OPTIONS.find(self.values)
 
     @property
     def fall(self) -> tuple[int, float]:

@@ -11,19 +11,22 @@ from hypothesis import strategies as st
 
 import shiradelta
 from shiradelta import TensorDelta
-from shiradelta.backends import libshd as native
 from shiradelta.backends.choose import choose
+from shiradelta.backends.libshd import library
+from shiradelta.backends.libshd.backend import backend
+from shiradelta.backends.libshd.decoder import apply_sum
 from shiradelta.backends.numpy import NUMPY, at_least
 from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
 from shiradelta.format.arithmetic import add, fingerprint, scaled
+from shiradelta.format.codecs import VALUE_OPTIONS
 from tests.reference import VALID
 
 try:
-    native.backend()
+    LIBSHD = backend()
 except ShiraDeltaError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-CODECS = ("f32", "f16", "bf16", "int8", "int4", "sign")
+CODECS = [option for option, codec in VALUE_OPTIONS.items() if codec.id in LIBSHD.value_codecs]
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -131,7 +134,7 @@ def test_sums_are_the_same_bits(tmp_path: Path, dtype: str, count: int, same: bo
     saved = [np.empty(tensor.nnz, unsigned) for tensor in tensors]
     for again, scale in enumerate((1.0, -0.3, 3e38)):
         strengths = (scale * generator.uniform(-1, 1, count)).tolist()
-        native.apply_sum(list(zip(loaded, strengths, saved, strict=True)), patched, dtype, from_saved=again > 0)
+        apply_sum(list(zip(loaded, strengths, saved, strict=True)), patched, dtype, from_saved=again > 0)
         assert same_bits(patched, summed(weight, dtype, list(zip(tensors, strengths, strict=True))))
         for tensor, old in zip(tensors, saved, strict=True):
             assert same_bits(old, weight[tensor.positions()])
@@ -155,13 +158,13 @@ def test_fingerprints_are_the_same(positions: list[int], size: int):
     bits = np.random.default_rng(0).integers(
         0, np.iinfo(UNSIGNED[size]).max, at.size, dtype=UNSIGNED[size], endpoint=True
     )
-    assert native.fingerprint(at, bits) == fingerprint(at, bits)
+    assert LIBSHD.fingerprint(at, bits) == fingerprint(at, bits)
 
 
 @given(st.lists(st.floats(width=32), max_size=200), st.floats(min_value=0.0009765625, max_value=2.0**90, width=32))
 def test_selection_is_the_same(values: list[float], threshold: float):
     x = np.array(values, np.float32)
-    assert native.at_least(x, threshold).tolist() == at_least(x, threshold).tolist()
+    assert LIBSHD.at_least(x, threshold).tolist() == at_least(x, threshold).tolist()
 
 
 def test_a_damaged_section_has_reason_tensor_offset_and_file(tmp_path: Path):
@@ -191,11 +194,11 @@ def test_backends_are_chosen_by_name():
 @pytest.fixture
 def reloaded(monkeypatch: pytest.MonkeyPatch):
     """The library is looked for anew, during the test and after it."""
-    for function in (native._library, native.backend):
+    for function in (library.library, backend):
         function.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    for function in (native._library, native.backend):
+    for function in (library.library, backend):
         function.cache_clear()
 
 
@@ -210,8 +213,8 @@ def reloaded(monkeypatch: pytest.MonkeyPatch):
 def test_without_a_fitting_library(reloaded: pytest.MonkeyPatch, path: str | None, abi: int, message: str):
     if path is not None:
         reloaded.setenv("SHIRADELTA_LIBSHD", path)
-    reloaded.setattr(native, "ABI", abi)
+    reloaded.setattr(library, "ABI", abi)
     with pytest.raises(ShiraDeltaError, match=message):
         choose("libshd")
     assert choose("auto") is NUMPY
-    assert message in native.describe()["why"]
+    assert message in library.describe_system()["why"]

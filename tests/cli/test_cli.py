@@ -163,7 +163,7 @@ def test_tensors_that_are_skipped_for_one_reason_share_a_line():
 
 
 def test_renamed_options_and_choices_are_taken_with_a_warning_and_hidden():
-    codecs = RegistryChoice("shiradelta.format.registry:VALUE_CODEC_OF_NAME", {"half": "f16"})
+    codecs = RegistryChoice("shiradelta.format.codecs:VALUE_OPTIONS", {"half": "f16"})
 
     @command()
     @click.option("--prune-from", type=float, default=5.0)

@@ -36,8 +36,7 @@ from shiradelta.fit import run as run_module
 from shiradelta.fit import training as train
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.refit.least_squares import solve
-from shiradelta.format.codecs import VALUE_CODECS
-from shiradelta.format.registry import VALUE_CODEC_OF_NAME
+from shiradelta.format.codecs import VALUE_OPTIONS
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.text.batches import split
 
@@ -187,13 +186,13 @@ def test_the_file_gives_what_was_measured(encoder: tuple[Path, Path], tmp_path: 
     assert sum(distances) / len(held_out) == pytest.approx(report.fit.fitted, rel=1e-4)
 
 
-@pytest.mark.parametrize("codec", ["f32", "f16", "bf16", "int8", "int4", "sign"])
+@pytest.mark.parametrize("codec", VALUE_OPTIONS)
 def test_the_quantiser_is_the_codec(codec: str):
     rng = np.random.default_rng(0)
     counts = [1, 128, 300, 257, 0, 5]
     parts = [(rng.standard_normal(count) * 10.0 ** rng.integers(-4, 3)).astype(np.float32) for count in counts]
     parts[2][:128] = 0.5  # a group without spread
-    implementation = VALUE_CODECS[VALUE_CODEC_OF_NAME[codec]]
+    implementation = VALUE_OPTIONS[codec]
     expected = [
         implementation.decode(np.frombuffer(implementation.encode(part), np.uint8), part.size, 4, 0, part.size)
         for part in parts

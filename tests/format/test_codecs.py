@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
-from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, bits, rice, smallest_index_codec, struct
-from shiradelta.format.registry import IndexCodec, ValueCodec
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, packing, rice, smallest_index_codec, struct
+from shiradelta.format.registry import IndexId, ValueId
 
 Shape = tuple[int, ...]
 
@@ -65,27 +65,27 @@ def lines(draw: st.DrawFn, shape: Shape) -> np.ndarray:
 
 
 @st.composite
-def positions_for(draw: st.DrawFn, id: IndexCodec) -> tuple[np.ndarray, Shape]:
+def positions_for(draw: st.DrawFn, id: IndexId) -> tuple[np.ndarray, Shape]:
     """Positions that the codec can hold, and the shape."""
     shape = draw(shapes)
-    if id is IndexCodec.ALL:
+    if id == IndexId.ALL:
         return np.arange(math.prod(shape)), shape
-    if id is IndexCodec.STRUCT:
+    if id == IndexId.STRUCT:
         return draw(lines(shape)), shape
-    if id is IndexCodec.RAW and draw(st.booleans()):
+    if id == IndexId.RAW and draw(st.booleans()):
         shape = draw(huge_shapes)
         return draw(runs_and_points(shape)), shape
     return draw(runs_and_points(shape) | dense(shape) | lines(shape)), shape
 
 
-index_codecs = pytest.mark.parametrize("id", INDEX_CODECS, ids=attrgetter("name"))
+index_codecs = pytest.mark.parametrize("id", INDEX_CODECS.by_id, ids=INDEX_CODECS)
 
 
-def encoded(id: IndexCodec, positions: np.ndarray, shape: Shape) -> bytes | None:
+def encoded(id: IndexId, positions: np.ndarray, shape: Shape) -> bytes | None:
     """None where the codec does not hold the positions; only STRUCT may say so here."""
-    codec = INDEX_CODECS[id]
+    codec = INDEX_CODECS.by_id[id]
     if codec.size(positions, shape) is None:
-        assert id is IndexCodec.STRUCT
+        assert id == IndexId.STRUCT
         return None
     return codec.encode(positions, shape)
 
@@ -96,7 +96,7 @@ def test_positions_come_back(id, data):
     positions, shape = data.draw(positions_for(id))
     section = encoded(id, positions, shape)
     if section is not None:
-        found = INDEX_CODECS[id].decode(as_bytes(section), positions.size, shape)
+        found = INDEX_CODECS.by_id[id].decode(as_bytes(section), positions.size, shape)
         assert found.dtype == np.int64
         assert np.array_equal(found, positions)
 
@@ -107,8 +107,8 @@ def test_size_is_that_of_the_section(id, data):
     positions, shape = data.draw(positions_for(id))
     section = encoded(id, positions, shape)
     if section is not None:
-        assert INDEX_CODECS[id].size(positions, shape) == len(section)
-        assert INDEX_CODECS[id].size_is_possible(len(section), positions.size, math.prod(shape))
+        assert INDEX_CODECS.by_id[id].size(positions, shape) == len(section)
+        assert INDEX_CODECS.by_id[id].size_is_possible(len(section), positions.size, math.prod(shape))
         assert len(section) % 4 == 0
         assert not section or section.endswith(bytes(registry.SLACK))
 
@@ -122,7 +122,7 @@ def test_a_part_is_a_slice_of_the_whole(id, data):
         return
     ends = st.integers(0, math.prod(shape)) | st.sampled_from([0, math.prod(shape), *positions[:3].tolist()])
     start, stop = sorted([data.draw(ends), data.draw(ends)])
-    rank, part = INDEX_CODECS[id].decode_between(as_bytes(section), positions.size, shape, start, stop)
+    rank, part = INDEX_CODECS.by_id[id].decode_between(as_bytes(section), positions.size, shape, start, stop)
     first, last = np.searchsorted(positions, [start, stop])
     assert np.array_equal(part, positions[first:last])
     assert rank == first or not part.size
@@ -137,7 +137,7 @@ def test_one_bit_of_slack_is_refused(id, data):
         changed = np.frombuffer(section, np.uint8).copy()
         changed[-data.draw(st.integers(1, registry.SLACK))] ^= 1 << data.draw(st.integers(0, 7))
         with pytest.raises(FormatError) as caught:
-            INDEX_CODECS[id].decode(changed, positions.size, shape)
+            INDEX_CODECS.by_id[id].decode(changed, positions.size, shape)
         assert caught.value.reason == "padding_not_zero"
 
 
@@ -145,7 +145,7 @@ def test_one_bit_of_slack_is_refused(id, data):
 def test_the_smallest_codec_is_chosen_and_ties_go_to_the_lowest_id(data):
     shape = data.draw(shapes)
     positions = data.draw(runs_and_points(shape) | dense(shape) | lines(shape))
-    sizes = {id: codec.size(positions, shape) for id, codec in INDEX_CODECS.items()}
+    sizes = {id: codec.size(positions, shape) for id, codec in INDEX_CODECS.by_id.items()}
     best = min(size for size in sizes.values() if size is not None)
     assert smallest_index_codec(positions, shape) == min(id for id, size in sizes.items() if size == best)
 
@@ -163,7 +163,7 @@ def test_best_k_is_the_smallest_of_the_best(gaps):
 @given(shape=huge_shapes.filter(lambda shape: math.prod(shape) <= 1 << 40), data=st.data())
 def test_rice_past_32_bits(shape, data):
     positions = data.draw(runs_and_points(shape))
-    codec = INDEX_CODECS[IndexCodec.RICE]
+    codec = INDEX_CODECS.by_id[IndexId.RICE]
     section = as_bytes(codec.encode(positions, shape))
     assert np.array_equal(codec.decode(section, positions.size, shape), positions)
     start, stop = int(positions[0]), int(positions[-1])
@@ -174,7 +174,7 @@ def test_rice_past_32_bits(shape, data):
 
 def test_rice_directory_is_exact_past_53_bits():
     # Bases that binary64 cannot tell apart: a comparison by way of float would take one for the other.
-    shape, codec = (1 << 56,), INDEX_CODECS[IndexCodec.RICE]
+    shape, codec = (1 << 56,), INDEX_CODECS.by_id[IndexId.RICE]
     positions = (1 << 56) - 1 - np.arange(3000, dtype=np.int64)[::-1]
     section = as_bytes(codec.encode(positions, shape)).copy()
     assert np.array_equal(codec.decode(section, 3000, shape), positions)
@@ -186,7 +186,7 @@ def test_rice_directory_is_exact_past_53_bits():
 
 
 def rice_section(positions: list[int], numel: int) -> np.ndarray:
-    return as_bytes(INDEX_CODECS[IndexCodec.RICE].encode(np.array(positions), (numel,))).copy()
+    return as_bytes(INDEX_CODECS.by_id[IndexId.RICE].encode(np.array(positions), (numel,))).copy()
 
 
 @pytest.mark.parametrize("word", [0, 1, 2, 3], ids=["base_0", "rank_0", "base_1", "rank_1"])
@@ -221,13 +221,13 @@ def test_a_part_of_rice_does_not_look_at_other_blocks():
 @given(st.integers(1, 31), st.data())
 def test_bit_fields_come_back(k, data):
     fields = np.array(data.draw(st.lists(st.integers(0, (1 << k) - 1), min_size=1, max_size=100)))
-    words = np.frombuffer(bits.pack_fields(fields, k), "<u4")
+    words = np.frombuffer(packing.pack_fields(fields, k), "<u4")
     start, stop = sorted([data.draw(st.integers(0, fields.size)), data.draw(st.integers(0, fields.size))])
-    assert words.size == bits.field_words(fields.size, k)
+    assert words.size == packing.field_words(fields.size, k)
     assert sum(int(word) << 32 * i for i, word in enumerate(words)) == sum(
         int(f) << k * i for i, f in enumerate(fields)
     )
-    assert np.array_equal(bits.unpack_fields(words, k, start, stop), fields[start:stop])
+    assert np.array_equal(packing.unpack_fields(words, k, start, stop), fields[start:stop])
 
 
 # --- STRUCT ---
@@ -299,8 +299,8 @@ def test_more_than_256_progressions_are_not_tried():
 
 # --- value codecs ---
 
-value_codecs = pytest.mark.parametrize("id", VALUE_CODECS, ids=attrgetter("name"))
-quantisers = pytest.mark.parametrize("id", [ValueCodec.I8, ValueCodec.I4, ValueCodec.SIGN], ids=attrgetter("name"))
+value_codecs = pytest.mark.parametrize("id", VALUE_CODECS.by_id, ids=VALUE_CODECS)
+quantisers = pytest.mark.parametrize("id", [ValueId.I8, ValueId.I4, ValueId.SIGN], ids=attrgetter("name"))
 magnitudes = st.floats(2.0**-20, 2.0**13, width=32) | st.sampled_from([0.0, 1.0])
 ordinary = st.builds(lambda m, minus: -m if minus else m, magnitudes, st.booleans())
 value_lists = st.lists(ordinary, min_size=1, max_size=300).map(lambda numbers: np.array(numbers, np.float32))
@@ -312,13 +312,13 @@ arrays = st.builds(
 )
 
 
-def inputs(id: ValueCodec, values: np.ndarray) -> tuple[np.ndarray, int]:
+def inputs(id: ValueId, values: np.ndarray) -> tuple[np.ndarray, int]:
     """What the codec takes, and the bytes of an element."""
-    return (values.view(np.uint16), 2) if id is ValueCodec.BITS else (values, 4)
+    return (values.view(np.uint16), 2) if id == ValueId.BITS else (values, 4)
 
 
-def decoded(id: ValueCodec, section: bytes, nnz: int, size: int, start: int = 0, stop: int | None = None):
-    codec = VALUE_CODECS[id]
+def decoded(id: ValueId, section: bytes, nnz: int, size: int, start: int = 0, stop: int | None = None):
+    codec = VALUE_CODECS.by_id[id]
     codec.check(as_bytes(section), nnz, size)
     return codec.decode(as_bytes(section), nnz, size, start, nnz if stop is None else stop)
 
@@ -327,8 +327,8 @@ def decoded(id: ValueCodec, section: bytes, nnz: int, size: int, start: int = 0,
 @given(values=value_lists | arrays)
 def test_value_section_has_its_size_and_slack(id, values):
     values, size = inputs(id, values)
-    section = VALUE_CODECS[id].encode(values)
-    assert len(section) == VALUE_CODECS[id].size(values.size, size)
+    section = VALUE_CODECS.by_id[id].encode(values)
+    assert len(section) == VALUE_CODECS.by_id[id].size(values.size, size)
     assert len(section) % 4 == 0
     assert section.endswith(bytes(registry.SLACK))
     assert decoded(id, section, values.size, size).size == values.size
@@ -338,39 +338,43 @@ def test_value_section_has_its_size_and_slack(id, values):
 @given(values=value_lists | arrays, data=st.data())
 def test_values_of_a_part_are_a_slice_of_the_whole(id, values, data):
     values, size = inputs(id, values)
-    section = VALUE_CODECS[id].encode(values)
+    section = VALUE_CODECS.by_id[id].encode(values)
     start, stop = sorted([data.draw(st.integers(0, values.size)), data.draw(st.integers(0, values.size))])
     part = decoded(id, section, values.size, size, start, stop)
     assert part.tobytes() == decoded(id, section, values.size, size)[start:stop].tobytes()
 
 
-@pytest.mark.parametrize("id", [id for id in VALUE_CODECS if id is not ValueCodec.I4], ids=attrgetter("name"))
+@pytest.mark.parametrize(
+    "id", [id for id in map(ValueId, VALUE_CODECS.by_id) if id != ValueId.I4], ids=attrgetter("name")
+)
 @given(values=value_lists | arrays)
 def test_what_was_read_is_written_as_it_was(id, values):
     """I4 is not among them: its smallest magnitude need not be one of its codes."""
     values, size = inputs(id, values)
-    section = VALUE_CODECS[id].encode(values)
-    assert VALUE_CODECS[id].encode(decoded(id, section, values.size, size)) == section
+    section = VALUE_CODECS.by_id[id].encode(values)
+    assert VALUE_CODECS.by_id[id].encode(decoded(id, section, values.size, size)) == section
 
 
 @value_codecs
 @given(values=value_lists, data=st.data())
 def test_one_bit_of_value_slack_is_refused(id, values, data):
     values, size = inputs(id, values)
-    changed = as_bytes(VALUE_CODECS[id].encode(values)).copy()
+    changed = as_bytes(VALUE_CODECS.by_id[id].encode(values)).copy()
     changed[-data.draw(st.integers(1, registry.SLACK))] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(FormatError) as caught:
-        VALUE_CODECS[id].check(changed, values.size, size)
+        VALUE_CODECS.by_id[id].check(changed, values.size, size)
     assert caught.value.reason == "padding_not_zero"
 
 
-@pytest.mark.parametrize("id", [id for id in VALUE_CODECS if id is not ValueCodec.BITS], ids=attrgetter("name"))
+@pytest.mark.parametrize(
+    "id", [id for id in map(ValueId, VALUE_CODECS.by_id) if id != ValueId.BITS], ids=attrgetter("name")
+)
 @given(values=value_lists)
 def test_signs_are_kept(id, values):
-    found = decoded(id, VALUE_CODECS[id].encode(values), values.size, 4)
+    found = decoded(id, VALUE_CODECS.by_id[id].encode(values), values.size, 4)
     kept = found != 0  # I8 rounds small ones to zero
     assert np.array_equal(np.signbit(found)[kept], np.signbit(values)[kept])
-    if id is not ValueCodec.I8:
+    if id != ValueId.I8:
         assert np.array_equal(np.signbit(found), np.signbit(values))
 
 
@@ -389,14 +393,14 @@ BF16 = 2.0**-8  # the largest relative error of a parameter
 
 @given(values=value_lists | arrays)
 def test_f32_is_exact_and_the_halves_are_nearest(values):
-    for id, error in (ValueCodec.F32, 0.0), (ValueCodec.BF16, 2.0**-8), (ValueCodec.F16, 2.0**-11):
-        found = decoded(id, VALUE_CODECS[id].encode(values), values.size, 4).astype(np.float64)
+    for id, error in (ValueId.F32, 0.0), (ValueId.BF16, 2.0**-8), (ValueId.F16, 2.0**-11):
+        found = decoded(id, VALUE_CODECS.by_id[id].encode(values), values.size, 4).astype(np.float64)
         assert np.all(np.abs(found - values) <= error * np.abs(values) + 2.0**-25 * (error > 0))
 
 
 @given(values=value_lists | arrays)
 def test_i8_is_off_by_half_a_step_at_most(values):
-    found = decoded(ValueCodec.I8, VALUE_CODECS[ValueCodec.I8].encode(values), values.size, 4).astype(np.float64)
+    found = decoded(ValueId.I8, VALUE_CODECS.by_id[ValueId.I8].encode(values), values.size, 4).astype(np.float64)
     # The largest value may lie beyond the last code, as the scale is rounded.
     bound = by_group(values, np.max) / 127 * (0.5 + 127 * BF16 / 2) * (1 + BF16)
     assert np.all(np.abs(found - values) <= bound)
@@ -404,7 +408,7 @@ def test_i8_is_off_by_half_a_step_at_most(values):
 
 @given(values=value_lists | arrays)
 def test_i4_is_off_by_half_a_step_at_most(values):
-    found = decoded(ValueCodec.I4, VALUE_CODECS[ValueCodec.I4].encode(values), values.size, 4).astype(np.float64)
+    found = decoded(ValueId.I4, VALUE_CODECS.by_id[ValueId.I4].encode(values), values.size, 4).astype(np.float64)
     least, most = by_group(values, np.min), by_group(values, np.max)
     step = (most - least + least * BF16) / 7 * (1 + BF16)
     assert np.all(np.abs(np.abs(found) - np.abs(values)) <= step / 2 + 7 * step * BF16 + least * BF16)
@@ -412,7 +416,7 @@ def test_i4_is_off_by_half_a_step_at_most(values):
 
 @given(values=value_lists | arrays)
 def test_sign_is_the_mean_magnitude_of_the_group(values):
-    found = decoded(ValueCodec.SIGN, VALUE_CODECS[ValueCodec.SIGN].encode(values), values.size, 4).astype(np.float64)
+    found = decoded(ValueId.SIGN, VALUE_CODECS.by_id[ValueId.SIGN].encode(values), values.size, 4).astype(np.float64)
     mean = by_group(values, np.mean)
     assert np.all(np.abs(np.abs(found) - mean) <= mean * BF16 + 2.0**-134)
 
@@ -421,18 +425,18 @@ def test_sign_is_the_mean_magnitude_of_the_group(values):
 @pytest.mark.parametrize("values", [[0.0, -0.0], [2.0**-149] * 3, [-(2.0**-133)] * 2, [2.0**-140, -1.0]])
 def test_quantisers_take_zeros_and_denormals(id, values):
     array = np.array(values, np.float32)
-    found = decoded(id, VALUE_CODECS[id].encode(array), array.size, 4)
+    found = decoded(id, VALUE_CODECS.by_id[id].encode(array), array.size, 4)
     assert np.all(np.abs(found) <= np.abs(array).max())
 
 
-@pytest.mark.parametrize("id", [ValueCodec.F16, ValueCodec.BF16, ValueCodec.I8, ValueCodec.I4, ValueCodec.SIGN])
+@pytest.mark.parametrize("id", [ValueId.F16, ValueId.BF16, ValueId.I8, ValueId.I4, ValueId.SIGN])
 def test_values_that_a_codec_cannot_hold_are_an_error(id):
     largest = np.array([3.4028235e38, 3.4028235e38], np.float32)
     with pytest.raises(DeltaError, match="fit"):
-        VALUE_CODECS[id].encode(largest)
+        VALUE_CODECS.by_id[id].encode(largest)
 
 
 def test_a_group_that_rounds_up_has_a_step_of_zero():
     # 1 + 3/512 is not a bf16; lo is above it, and the step must not become negative.
     values = np.full(3, 1 + 3 / 512, np.float32)
-    assert decoded(ValueCodec.I4, VALUE_CODECS[ValueCodec.I4].encode(values), 3, 4).tolist() == [1.0078125] * 3
+    assert decoded(ValueId.I4, VALUE_CODECS.by_id[ValueId.I4].encode(values), 3, 4).tolist() == [1.0078125] * 3

@@ -18,7 +18,7 @@ import torch
 import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.backends.choose import choose
-from shiradelta.backends.libshd import LoadedTensor
+from shiradelta.backends.libshd.decoder import LoadedTensor
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.hotswap import session as hotswap
 from shiradelta.hotswap.layers import Held

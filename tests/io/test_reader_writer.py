@@ -8,7 +8,6 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -18,12 +17,12 @@ from hypothesis import strategies as st
 import shiradelta as sd
 from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.format import arithmetic, registry
-from shiradelta.format.codecs import INDEX_CODECS, smallest_index_codec
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.digest import tensor_digest
 from tests.reference import INVALID, VALID, by_decoder, contents
 
-VALUES = list(registry.VALUE_CODEC_OF_NAME)
+VALUES = list(VALUE_OPTIONS)
 
 
 def random_delta(shape: tuple[int, ...] = (64, 96), count: int = 500, seed: int = 0, **more) -> sd.TensorDelta:
@@ -163,7 +162,7 @@ def test_each_tensor_gets_its_smallest_codec(tmp_path):
         "none": sd.TensorDelta(shape, [], []),
     }
     delta = sd.open_delta(written(tensors, tmp_path))
-    found = {name: tensor.record.index_codec.name for name, tensor in delta.items()}
+    found = {name: tensor.record.index_codec_name for name, tensor in delta.items()}
     assert found == {
         "sparse": "RICE",
         "few": "RAW",
@@ -226,16 +225,16 @@ def test_fingerprint_of_no_positions_is_known_to_be_0(tmp_path):
 SOME_ROWS = [(0, 64), (0, 1), (63, 64), (10, 30), (5, 5), (0, 0), (64, 64)]
 
 
-@pytest.mark.parametrize("codec", list(INDEX_CODECS), ids=attrgetter("name"))
+@pytest.mark.parametrize("codec", INDEX_CODECS.by_id, ids=INDEX_CODECS)
 @pytest.mark.parametrize("rows", SOME_ROWS)
 def test_rows_are_those_of_the_whole(tmp_path, codec, rows):
     shape = (64, 96)
     tensor = {
-        registry.IndexCodec.RICE: random_delta(shape, 300),
-        registry.IndexCodec.RAW: random_delta(shape, 3),
-        registry.IndexCodec.BITMAP: random_delta(shape, 9000),
-        registry.IndexCodec.STRUCT: sd.TensorDelta(shape, np.arange(12, 6144, 96), np.ones(64)),
-        registry.IndexCodec.ALL: sd.TensorDelta(shape, None, np.arange(6144) - 3000.0),
+        registry.IndexId.RICE: random_delta(shape, 300),
+        registry.IndexId.RAW: random_delta(shape, 3),
+        registry.IndexId.BITMAP: random_delta(shape, 9000),
+        registry.IndexId.STRUCT: sd.TensorDelta(shape, np.arange(12, 6144, 96), np.ones(64)),
+        registry.IndexId.ALL: sd.TensorDelta(shape, None, np.arange(6144) - 3000.0),
     }[codec]
     found = sd.open_delta(written({"w": tensor}, tmp_path))["w"]
     assert found.record.index_codec == codec
@@ -256,7 +255,7 @@ def test_rows_do_not_look_at_what_they_do_not_need(tmp_path):
     data = bytearray(written({"w": random_delta((1000, 100), 20000)}, tmp_path, values="bf16"))
     whole = sd.open_delta(bytes(data))["w"]
     expected, record = whole.rows(0, 20), whole.record
-    assert record.index_codec == registry.IndexCodec.RICE
+    assert record.index_codec == registry.IndexId.RICE
     for section in record.index, record.values:
         data[section.offset + section.stored - 600 : section.offset + section.stored - 100] = b"\xff" * 500
     damaged = sd.open_delta(bytes(data))["w"]
@@ -317,7 +316,7 @@ def test_tensors_are_taken_one_at_a_time(tmp_path):
 def test_opening_decodes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "out.shd"
     sd.save_delta(path, {"w": random_delta()})
-    monkeypatch.setattr(type(INDEX_CODECS[registry.IndexCodec.RICE]), "decode", None)
+    monkeypatch.setattr(type(INDEX_CODECS["RICE"]), "decode", None)
     with sd.open_delta(path) as delta:
         assert delta["w"].nnz > 0
         assert "add 64x96" in repr(delta["w"])

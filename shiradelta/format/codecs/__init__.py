@@ -1,7 +1,7 @@
-"""The codecs: id -> codec, one a file.  Sizes, layouts and checks are those of spec/FORMAT.md, 3.2 to 5.
+"""The codecs: one file each, one row each below.
 
-A codec works on the decoded bytes of one section and knows nothing of files.  It raises FormatError with
-a reason code; the reader adds file, tensor and offset.
+Everything else is derived from these registries: what a reader takes, what `--values` offers, which operation goes
+with which codec, what backends are asked for, the parameters of tests.
 """
 
 from __future__ import annotations
@@ -9,35 +9,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shiradelta.format.arithmetic import Positions
-from shiradelta.format.codecs import affine, bitmap, floats, raw, rice, struct
-from shiradelta.format.codecs.base import AllPositions, IndexCodec, ValueCodec
-from shiradelta.format.registry import IndexCodec as IndexId
-from shiradelta.format.registry import ValueCodec as ValueId
+from shiradelta.format.codecs.all import AllPositions
+from shiradelta.format.codecs.base import IndexCodec, ValueCodec
+from shiradelta.format.codecs.bitmap import Bitmap
+from shiradelta.format.codecs.bits import Bits
+from shiradelta.format.codecs.float import Float
+from shiradelta.format.codecs.int4 import Int4
+from shiradelta.format.codecs.int8 import Int8
+from shiradelta.format.codecs.options import ValueOptions
+from shiradelta.format.codecs.raw import Raw
+from shiradelta.format.codecs.rice import Rice
+from shiradelta.format.codecs.sign import Sign
+from shiradelta.format.codecs.struct import Struct
+from shiradelta.format.registry import ValueId
+from shiradelta.util.registry import IdRegistry
 
-__all__ = ["INDEX_CODECS", "VALUE_CODECS", "IndexCodec", "ValueCodec", "smallest_index_codec"]
+__all__ = ["BITS", "F32", "INDEX_CODECS", "VALUE_CODECS", "VALUE_OPTIONS", "smallest_index_codec"]
 
-INDEX_CODECS: Mapping[IndexId, IndexCodec] = {
-    IndexId.RICE: rice.Rice(),
-    IndexId.RAW: raw.Raw(),
-    IndexId.BITMAP: bitmap.Bitmap(),
-    IndexId.STRUCT: struct.Struct(),
-    IndexId.ALL: AllPositions(),
-}
+INDEX_CODECS: IdRegistry[IndexCodec] = IdRegistry("index codec", (Rice(), Raw(), Bitmap(), Struct(), AllPositions()))
 
-VALUE_CODECS: Mapping[ValueId, ValueCodec] = {
-    ValueId.F32: floats.Float("float32"),
-    ValueId.F16: floats.Float("float16"),
-    ValueId.BF16: floats.Float("bfloat16"),
-    ValueId.I8: affine.Int8(),
-    ValueId.I4: affine.Int4(),
-    ValueId.SIGN: affine.Sign(),
-    ValueId.BITS: floats.Bits(),
-}
+F32, BITS = Float(ValueId.F32, "F32", "f32", "float32"), Bits()
+VALUE_CODECS: IdRegistry[ValueCodec] = IdRegistry(
+    "value codec",
+    (
+        F32,
+        Float(ValueId.F16, "F16", "f16", "float16"),
+        Float(ValueId.BF16, "BF16", "bf16", "bfloat16"),
+        Int8(),
+        Int4(),
+        Sign(),
+        BITS,
+    ),
+)
+#: What a user types for values -> codec.
+VALUE_OPTIONS = ValueOptions(VALUE_CODECS)
 
 
 def smallest_index_codec(
-    positions: Positions, shape: tuple[int, ...], codecs: Mapping[IndexId, IndexCodec] = INDEX_CODECS
-) -> IndexId:
-    """The canonical codec for these positions: the smallest section, ties to the lowest id."""
+    positions: Positions, shape: tuple[int, ...], codecs: Mapping[int, IndexCodec] = INDEX_CODECS.by_id
+) -> int:
+    """The id of the canonical codec for these positions: the smallest section, ties to the lowest id."""
     sizes = {id: codec.size(positions, shape) for id, codec in codecs.items()}
     return min((size, id) for id, size in sizes.items() if size is not None)[1]

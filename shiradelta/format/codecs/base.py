@@ -1,8 +1,14 @@
-"""What a codec is, and the parts that several codecs share."""
+"""What a codec is, and helpers that several codecs share.
+
+A codec is one class in one file, and one row in `shiradelta.format.codecs`.  It works on the decoded bytes of one
+section and knows nothing of files: it raises FormatError with a reason code, and the decoder adds file, tensor and
+offset.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,44 +17,106 @@ from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 
+if TYPE_CHECKING:
+    import torch
+
 Bytes = npt.NDArray[np.uint8]
 
 
-class IndexCodec(Protocol):
-    """Positions <-> the bytes of an INDEX section."""
+class IndexCodec(ABC):
+    """Positions <-> the bytes of an INDEX section.
 
+    Attributes:
+        id: its number in a file.
+        name: its name in spec/REGISTRY.md.
+    """
+
+    id: int
+    name: str
+
+    @abstractmethod
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
         """Bytes of `encode`'s result; None where the codec cannot hold these positions."""
 
+    @abstractmethod
     def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
         """Whether a section of `size` bytes can be right, as far as the table tells."""
 
+    @abstractmethod
     def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
         """The canonical section."""
 
+    @abstractmethod
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
         """int64 [nnz], checked."""
 
+    @abstractmethod
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
     ) -> tuple[int, Positions]:
         """(rank of the first, positions) of those with start <= position < stop."""
 
 
-class ValueCodec(Protocol):
-    """Values <-> the bytes of a VALUES section.  `size` is the bytes of one element of the base's dtype."""
+class ValueCodec(ABC):
+    """Values <-> the bytes of a VALUES section.  `size` is the bytes of one element of the base's dtype.
 
+    It may also be a `TorchDecoder` and a `TorchRounder`; see there what happens without.
+
+    Attributes:
+        id: its number in a file.
+        name: its name in spec/REGISTRY.md.
+        option: what a user types to have values stored so; None where no user chooses it.
+        adds: it holds float32 values that are added; otherwise elements' bits, which replace.
+    """
+
+    id: int
+    name: str
+    option: str | None
+    adds: bool = True
+
+    @abstractmethod
     def size(self, nnz: int, size: int) -> int:
         """Bytes of the section."""
 
+    @abstractmethod
     def encode(self, values: Array) -> bytes:
-        """The canonical section, of float32 values (BITS: of unsigned elements)."""
+        """The canonical section, of float32 values if the codec adds, otherwise of unsigned elements.
 
+        Raises:
+            DeltaError: a value does not fit the codec.
+        """
+
+    @abstractmethod
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        """float32 (BITS: unsigned elements) of the nonzeros of rank start to stop - 1."""
+        """The nonzeros of rank start to stop - 1: float32 if the codec adds, otherwise unsigned elements."""
 
+    @abstractmethod
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         """Checks the whole section, which `decode` trusts: parameters or values, padding, slack."""
+
+    def codes_at(self, nnz: int) -> int:
+        """Where the codes start in a section, behind the parameters of the groups; 0 where there are none."""
+        return 0
+
+
+class TorchDecoder(ValueCodec):
+    """A value codec that torch can decode on a device, where the section then stays as it is.
+
+    Live tensors on a device hold the values of any other codec as float32 (or elements' bits), decoded by NumPy when
+    the file is loaded.
+    """
+
+    @abstractmethod
+    def decode_torch(self, data: torch.Tensor, nnz: int, size: int) -> torch.Tensor:
+        """All nonzeros of a checked section in uint8: what `decode` gives, elements as signed integers."""
+
+
+class TorchRounder(ABC):
+    """A value codec that can be fitted: its rounding is known to torch.  Fitting refuses any other by name."""
+
+    @abstractmethod
+    def round_torch(self, groups: torch.Tensor) -> torch.Tensor:
+        """What a reader will see of float32 values, in groups of 128 [groups, 128]; NaN stands for no value."""
 
 
 def part(data: Bytes, offset: int, count: int, dtype: str) -> npt.NDArray[Any]:
@@ -58,7 +126,7 @@ def part(data: Bytes, offset: int, count: int, dtype: str) -> npt.NDArray[Any]:
 
 
 def check_zero(data: Bytes, offset: int) -> None:
-    """Everything from `offset` on is padding or slack."""
+    """Checks that everything from `offset` on is zero: padding or slack."""
     if data[offset:].any():
         raise FormatError("padding_not_zero", "behind the last part of a section")
 
@@ -72,7 +140,7 @@ SLACK = bytes(registry.SLACK)
 
 
 def check_positions(positions: Positions, numel: int) -> None:
-    """The last of increasing positions is inside the tensor."""
+    """Checks that the last of increasing positions is inside the tensor."""
     if positions.size and positions[-1] >= numel:
         raise FormatError("position_range", f"position {positions[-1]} of {numel} elements")
 
@@ -81,29 +149,3 @@ def between(positions: Positions, start: int, stop: int) -> tuple[int, Positions
     """The part of sorted positions that lies in [start, stop), and the rank of its first."""
     first, last = np.searchsorted(positions, [start, stop])
     return int(first), positions[first:last]
-
-
-class AllPositions:
-    """ALL: every position, in no bytes."""
-
-    def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
-        """0, or None if a position is missing."""
-        return 0 if positions.size == int(np.prod(shape, dtype=np.int64)) else None
-
-    def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
-        """Only 0 is."""
-        return size == 0
-
-    def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
-        """Nothing."""
-        return b""
-
-    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
-        """0 to nnz - 1."""
-        return np.arange(nnz, dtype=np.int64)
-
-    def decode_between(
-        self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
-    ) -> tuple[int, Positions]:
-        """The range itself."""
-        return start, np.arange(start, stop, dtype=np.int64)

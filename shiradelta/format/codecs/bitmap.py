@@ -9,8 +9,9 @@ import numpy as np
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs.base import SLACK, Bytes, between, check_positions, check_zero, part
-from shiradelta.format.codecs.bits import find_ones, pack_bitmap
+from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, between, check_positions, check_zero, part
+from shiradelta.format.codecs.packing import find_ones, pack_bitmap
+from shiradelta.format.registry import IndexId
 
 BLOCK = registry.BLOCK_BITS
 
@@ -30,19 +31,19 @@ def _parts(data: Bytes, numel: int) -> tuple[Array, Bytes]:
     return part(data, 0, blocks, f"<u{word}"), data[blocks * word : data.size - registry.SLACK]
 
 
-class Bitmap:
-    """See the module."""
+class Bitmap(IndexCodec):
+    """BITMAP; see the module."""
+
+    id = IndexId.BITMAP
+    name = "BITMAP"
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
-        """About numel / 8."""
         return _section_size(math.prod(shape))
 
     def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
-        """Exactly one is."""
         return size == _section_size(numel)
 
     def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
-        """Directory, bitmap, slack."""
         numel = math.prod(shape)
         ranks = _ranks(positions, numel).astype(f"<u{registry.word_size(numel)}")
         return ranks.tobytes() + pack_bitmap(positions, numel) + SLACK

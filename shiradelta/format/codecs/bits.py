@@ -1,67 +1,44 @@
-"""Bit packing: bitmaps and arrays of k-bit fields in u32 words, bit 0 first."""
+"""BITS: elements of the tensor's own dtype, as they are (FORMAT.md, section 5)."""
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
-from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs.base import Bytes
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.codecs.base import SLACK, Bytes, TorchDecoder, check_zero, padded, part
+from shiradelta.format.registry import ValueId
 
-Words = npt.NDArray[np.uint32]
-
-
-def pack_bitmap(ones: Positions, bits: int) -> bytes:
-    """A bitmap of `bits` bits in whole u32 words, with the bits `ones` set."""
-    flags = np.zeros(-(-bits // 32) * 32, np.uint8)
-    flags[ones] = 1
-    return np.packbits(flags, bitorder="little").tobytes()
+if TYPE_CHECKING:
+    import torch
 
 
-def find_ones(bitmap: Bytes) -> Positions:
-    """The indices of the set bits, increasing."""
-    return np.flatnonzero(np.unpackbits(bitmap, bitorder="little")).astype(np.int64, copy=False)
+def bits_dtype(size: int) -> torch.dtype:
+    """Torch's integers for the bits of elements of `size` bytes: those that every device can index and compare."""
+    import torch
+
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
 
 
-def field_words(count: int, k: int) -> int:
-    """u32 words of `count` fields of k bits."""
-    return -(-count * k // 32)
+class Bits(TorchDecoder):
+    """BITS; a section has elements, padding, slack."""
 
+    id = ValueId.BITS
+    name = "BITS"
+    option = None
+    adds = False
 
-def pack_fields(fields: Array, k: int) -> bytes:
-    """k-bit fields one after the other, 1 <= k <= 31.
+    def size(self, nnz: int, size: int) -> int:
+        return registry.align(nnz * size, 4) + registry.SLACK
 
-    32 fields fill exactly k words, and the j-th of each 32 lies at the same place in them: so the work is
-    32 shifts of whole columns.
-    """
-    groups = -(-fields.size // 32)
-    columns = np.zeros((32, groups), np.uint32)
-    full = fields.size // 32
-    columns[:, :full] = fields[: full * 32].reshape(full, 32).T
-    if full < groups:
-        columns[: fields.size - full * 32, full] = fields[full * 32 :]
-    words = np.zeros((k, groups), np.uint32)
-    for j in range(32):
-        word, shift = divmod(j * k, 32)
-        words[word] |= columns[j] << np.uint32(shift)
-        if shift + k > 32:
-            words[word + 1] |= columns[j] >> np.uint32(32 - shift)
-    return words.T.reshape(-1)[: field_words(fields.size, k)].astype("<u4").tobytes()
+    def encode(self, values: Array) -> bytes:
+        return padded(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()) + SLACK
 
+    def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
+        return part(data, start * size, stop - start, f"<u{size}")
 
-def unpack_fields(words: Words, k: int, start: int, stop: int) -> Positions:
-    """int64: the fields start to stop - 1 of those packed by `pack_fields`, 1 <= k <= 31."""
-    first, last = start // 32, -(-stop // 32)
-    groups = last - first
-    padded = np.zeros(groups * k, np.uint32)
-    taken = words[first * k : last * k]
-    padded[: taken.size] = taken
-    columns = np.ascontiguousarray(padded.reshape(groups, k).T)
-    fields = np.empty((32, groups), np.uint32)
-    for j in range(32):
-        word, shift = divmod(j * k, 32)
-        fields[j] = columns[word] >> np.uint32(shift)
-        if shift + k > 32:
-            fields[j] |= columns[word + 1] << np.uint32(32 - shift)
-    fields &= np.uint32((1 << k) - 1)
-    return fields.T.reshape(-1)[start - first * 32 : stop - first * 32].astype(np.int64)
+    def check(self, data: Bytes, nnz: int, size: int) -> None:
+        check_zero(data, nnz * size)
+
+    def decode_torch(self, data: torch.Tensor, nnz: int, size: int) -> torch.Tensor:
+        return data[: nnz * size].view(bits_dtype(size))

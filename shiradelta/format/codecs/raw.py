@@ -9,22 +9,23 @@ import numpy as np
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
-from shiradelta.format.codecs.base import SLACK, Bytes, between, check_positions, check_zero, part
+from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, between, check_positions, check_zero, part
+from shiradelta.format.registry import IndexId
 
 
-class Raw:
-    """See the module."""
+class Raw(IndexCodec):
+    """RAW; see the module."""
+
+    id = IndexId.RAW
+    name = "RAW"
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
-        """n W + 8."""
         return positions.size * registry.word_size(math.prod(shape)) + registry.SLACK
 
     def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
-        """Exactly one is."""
         return size == nnz * registry.word_size(numel) + registry.SLACK
 
     def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
-        """The words and the slack."""
         return positions.astype(f"<u{registry.word_size(math.prod(shape))}").tobytes() + SLACK
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:

@@ -10,8 +10,9 @@ import numpy as np
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs.base import SLACK, Bytes, check_positions, check_zero, part
-from shiradelta.format.codecs.bits import Words, field_words, find_ones, pack_bitmap, pack_fields, unpack_fields
+from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, check_positions, check_zero, part
+from shiradelta.format.codecs.packing import Words, field_words, find_ones, pack_bitmap, pack_fields, unpack_fields
+from shiradelta.format.registry import IndexId
 
 BLOCK = registry.BLOCK_BITS
 
@@ -90,8 +91,11 @@ def _directory(ones: Positions, low_sum: Positions, k: int, unary_bits: int) -> 
     return np.stack([((edges - rank) << k) + low_before + rank, rank], axis=1)
 
 
-class Rice:
-    """See the module."""
+class Rice(IndexCodec):
+    """RICE; see the module."""
+
+    id = IndexId.RICE
+    name = "RICE"
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
         """Bytes with the best k."""
@@ -105,7 +109,6 @@ class Rice:
         return size >= registry.RICE_HEAD.size + registry.SLACK
 
     def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
-        """With the best k."""
         gaps = gaps_of(positions)
         k = best_k(gaps)
         low = gaps & ((1 << k) - 1)

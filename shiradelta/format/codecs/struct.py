@@ -7,8 +7,9 @@ import numpy as np
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
-from shiradelta.format.codecs.base import SLACK, Bytes, between, check_zero
+from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, between, check_zero
 from shiradelta.format.delta import matrix_shape
+from shiradelta.format.registry import IndexId
 
 ROW, COLUMN, DIAGONAL = 0, 1, 2
 #: (kind, start, step, count)
@@ -131,11 +132,13 @@ def find_entries(positions: Positions, shape: tuple[int, ...]) -> list[Entry] | 
     return entries if len(entries) <= registry.MAX_STRUCT_ENTRIES else None
 
 
-class Struct:
-    """See the module."""
+class Struct(IndexCodec):
+    """STRUCT; see the module."""
+
+    id = IndexId.STRUCT
+    name = "STRUCT"
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
-        """32 bytes an entry; None for positions that are no union of lines."""
         entries = find_entries(positions, shape)
         return None if entries is None else len(entries) * registry.STRUCT_ENTRY.size + registry.SLACK
 
@@ -145,7 +148,6 @@ class Struct:
         return rest == 0 and 1 <= count <= registry.MAX_STRUCT_ENTRIES
 
     def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
-        """The entries, in order."""
         entries = find_entries(positions, shape)
         assert entries is not None, "size() said that it can"
         return b"".join(registry.STRUCT_ENTRY.pack(*entry) for entry in entries) + SLACK

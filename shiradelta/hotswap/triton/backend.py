@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.codecs.base import Bytes, TorchDecoder
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, only_strengths_differ
 from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.hotswap.triton import kernels
@@ -55,6 +55,9 @@ class TritonBackend(TorchBackend):
         held.data = prepare(held, self._there)
         self._compile(held)
         return held
+
+    def decodes(self, codec: TorchDecoder) -> bool:
+        return codec.id in kernels.CODECS
 
     def _compile(self, held: Held) -> None:
         """The kernels of a switch, now and not within the first one: it may take half a second, once a machine."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: The columns of a row, all int64.
+from shiradelta.format.registry import ValueId
+
+#: The columns of a row, all int64: addresses of the parts of both sections and of the weight, then numbers.
 COLUMNS = (
     "directory",
     "low",
@@ -28,6 +30,9 @@ COLUMNS = (
     "room",  # where what is saved lies in the layer's room, in bytes
     "layer",  # its number, where there are several
 )
+DIRECTORY, LOW, UNARY, VALUES, PARAMETERS, WEIGHT, K, UNARY_BITS, NNZ, NUMEL, ROOM, LAYER = map(
+    tl.constexpr, range(len(COLUMNS))
+)
 WIDTH = tl.constexpr(len(COLUMNS))
 BLOCK = tl.constexpr(2048)
 _INT16 = tl.constexpr(tl.pointer_type(tl.int16))
@@ -36,7 +41,9 @@ _INT64 = tl.constexpr(tl.pointer_type(tl.int64))
 _UINT8 = tl.constexpr(tl.pointer_type(tl.uint8))
 _INT8 = tl.constexpr(tl.pointer_type(tl.int8))
 
-F32, F16, BF16, I8, I4, SIGN, BITS = (tl.constexpr(i) for i in range(1, 8))
+#: The value codecs that `_value` and `_put` decode.
+CODECS = (ValueId.F32, ValueId.F16, ValueId.BF16, ValueId.I8, ValueId.I4, ValueId.SIGN, ValueId.BITS)
+F32, F16, BF16, I8, I4, SIGN, BITS = (tl.constexpr(int(id)) for id in CODECS)
 #: Of a sum that has no contribution: a NaN that no sum becomes.
 EMPTY = tl.constexpr(-1)
 
@@ -66,14 +73,14 @@ def _whole(value, BIG: tl.constexpr):
 @triton.jit
 def _targets(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
     """(rank in the tensor, whether its position is inside the tensor, position) of a block's lanes."""
-    k = tl.load(row + 6).to(tl.int32)
-    left = _whole(tl.load(row + 7), BIG) - _whole(block, BIG) * BLOCK
-    nnz = _whole(tl.load(row + 8), BIG)
-    directory = tl.load(row)
+    k = tl.load(row + K).to(tl.int32)
+    left = _whole(tl.load(row + UNARY_BITS), BIG) - _whole(block, BIG) * BLOCK
+    nnz = _whole(tl.load(row + NNZ), BIG)
+    directory = tl.load(row + DIRECTORY)
     base = _whole(_entry(directory, 2 * block, WORD), BIG)
     rank0 = _whole(_entry(directory, 2 * block + 1, WORD), BIG)
     lane = tl.arange(0, BLOCK)
-    unary = tl.load(row + 2).to(_INT32) + block.to(tl.int64) * (BLOCK // 32)
+    unary = tl.load(row + UNARY).to(_INT32) + block.to(tl.int64) * (BLOCK // 32)
     word = tl.load(unary + (lane >> 5), mask=lane < left, other=0)
     bit = (word >> (lane & 31)) & 1
     count = tl.cumsum(bit, 0)
@@ -81,7 +88,7 @@ def _targets(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
     active = (bit == 1) & (index >= 0) & (index < nnz)
     # 32 fields fill k words.  Two words are read, so that a field that crosses from one to the next is whole.
     start = (index & 31).to(tl.int32) * k
-    low = tl.load(row + 1).to(_INT32) + ((index >> 5) * k + (start >> 5))
+    low = tl.load(row + LOW).to(_INT32) + ((index >> 5) * k + (start >> 5))
     first = tl.load(low, mask=active, other=0).to(tl.uint32, bitcast=True)
     second = tl.load(low + 1, mask=active, other=0).to(tl.uint32, bitcast=True)
     shift = (start & 31).to(tl.uint32)
@@ -90,21 +97,21 @@ def _targets(row, block, WORD: tl.constexpr, BIG: tl.constexpr):
     field = _whole(tl.where(active, field, 0), BIG)
     zeros = _whole(lane + 1 - count, BIG)
     position = base + (zeros << k) + tl.cumsum(field, 0) + (count - 1)
-    return index, active & (position >= 0) & (position < _whole(tl.load(row + 9), BIG)), position
+    return index, active & (position >= 0) & (position < _whole(tl.load(row + NUMEL), BIG)), position
 
 
 @triton.jit
 def _blocks(row, BIG: tl.constexpr):
     """How many blocks the index has."""
-    return _whole((tl.load(row + 7) + (BLOCK - 1)) // BLOCK, BIG)
+    return _whole((tl.load(row + UNARY_BITS) + (BLOCK - 1)) // BLOCK, BIG)
 
 
 @triton.jit
 def _base(row, block, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
     """Where a block's positions begin; behind the last block, the number of elements."""
     last = block >= blocks
-    base = _whole(_entry(tl.load(row), tl.where(last, 0, 2 * block), WORD), BIG)
-    return tl.where(last, _whole(tl.load(row + 9), BIG), base)
+    base = _whole(_entry(tl.load(row + DIRECTORY), tl.where(last, 0, 2 * block), WORD), BIG)
+    return tl.where(last, _whole(tl.load(row + NUMEL), BIG), base)
 
 
 @triton.jit
@@ -129,8 +136,8 @@ def _signed(magnitude, minus):
 @triton.jit
 def _value(row, index, active, CODEC: tl.constexpr):
     """float32 of ranks (FORMAT.md, section 5)."""
-    values = tl.load(row + 3)
-    parameters = tl.load(row + 4).to(_INT16)
+    values = tl.load(row + VALUES)
+    parameters = tl.load(row + PARAMETERS).to(_INT16)
     group = index >> 7
     if CODEC == F32:
         value = tl.load(values.to(_INT32) + index, mask=active, other=0).to(tl.float32, bitcast=True)
@@ -148,7 +155,8 @@ def _value(row, index, active, CODEC: tl.constexpr):
         lo = _float(tl.load(parameters + 2 * group, mask=active, other=0))
         step = _float(tl.load(parameters + 2 * group + 1, mask=active, other=0))
         value = _signed(lo + step * (nibble & 7).to(tl.float32), nibble >> 3)
-    else:  # SIGN
+    else:
+        tl.static_assert(CODEC == SIGN, "no kernel decodes this value codec")
         byte = tl.load(values.to(_UINT8) + (index >> 3), mask=active, other=0).to(tl.int32)
         magnitude = _float(tl.load(parameters + group, mask=active, other=0))
         value = _signed(magnitude, (byte >> (index & 7).to(tl.int32)) & 1)
@@ -170,6 +178,7 @@ def _sum(old, contribution, DTYPE: tl.constexpr):
         new = total.to(tl.float16).to(tl.int16, bitcast=True)
         quiet = 0x7E00
     else:
+        tl.static_assert(DTYPE == "float32", "no kernel adds to this dtype")
         weight = old.to(tl.float32, bitcast=True)
         total = weight + contribution
         new = total.to(tl.int32, bitcast=True)
@@ -188,6 +197,7 @@ def _pointer(address, SIZE: tl.constexpr):
     elif SIZE == 4:
         pointer = address.to(_INT32)
     else:
+        tl.static_assert(SIZE == 8, "no kernel moves elements of this size")
         pointer = address.to(_INT64)
     return pointer
 
@@ -195,15 +205,15 @@ def _pointer(address, SIZE: tl.constexpr):
 @triton.jit
 def _put(row, index, active, position, room, strength, CODEC, DTYPE: tl.constexpr, SIZE: tl.constexpr, FILLED):
     """Saves the elements at the positions, unless they are in the room already, and writes the new ones."""
-    weight = _pointer(tl.load(row + 5), SIZE) + position
-    saved = _pointer(room + tl.load(row + 10), SIZE) + index
+    weight = _pointer(tl.load(row + WEIGHT), SIZE) + position
+    saved = _pointer(room + tl.load(row + ROOM), SIZE) + index
     if FILLED:
         old = tl.load(saved, mask=active, other=0)
     else:
         old = tl.load(weight, mask=active, other=0)
         tl.store(saved, old, mask=active)
     if CODEC == BITS:
-        new = tl.load(_pointer(tl.load(row + 3), SIZE) + index, mask=active, other=0)
+        new = tl.load(_pointer(tl.load(row + VALUES), SIZE) + index, mask=active, other=0)
     else:
         new = _sum(old, strength * _value(row, index, active, CODEC), DTYPE)
     tl.store(weight, new, mask=active)
@@ -212,8 +222,8 @@ def _put(row, index, active, position, room, strength, CODEC, DTYPE: tl.constexp
 @triton.jit
 def _put_back(row, index, active, position, room, SIZE: tl.constexpr):
     """Writes the saved elements."""
-    saved = tl.load(_pointer(room + tl.load(row + 10), SIZE) + index, mask=active, other=0)
-    tl.store(_pointer(tl.load(row + 5), SIZE) + position, saved, mask=active)
+    saved = tl.load(_pointer(room + tl.load(row + ROOM), SIZE) + index, mask=active, other=0)
+    tl.store(_pointer(tl.load(row + WEIGHT), SIZE) + position, saved, mask=active)
 
 
 @triton.jit
@@ -248,7 +258,7 @@ def restore_kernel(table, work, room, SIZE: tl.constexpr, WORD: tl.constexpr, BI
 @triton.jit
 def _layer(layers, row):
     """(room, strength) of the layer that a row is of, where there are several."""
-    layer = layers + 2 * tl.load(row + 11)
+    layer = layers + 2 * tl.load(row + LAYER)
     return tl.load(layer), tl.load(layer + 1).to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -282,14 +292,14 @@ def stack_kernel(
         for turn in range(2 * rows):
             row = table + (first + turn % rows) * WIDTH
             room, strength = _layer(layers, row)
-            stop = start + tl.minimum(_whole(tl.load(row + 9), BIG) - start, REGION)
+            stop = start + tl.minimum(_whole(tl.load(row + NUMEL), BIG) - start, REGION)
             blocks = _blocks(row, BIG)
             block = _block_at(row, start, blocks, WORD, BIG)
             while _base(row, block, blocks, WORD, BIG) < stop:
                 index, active, position = _targets(row, block, WORD, BIG)
                 active = active & (position >= start) & (position < stop)
-                weight = _pointer(tl.load(row + 5), SIZE) + position
-                saved = _pointer(room + tl.load(row + 10), SIZE) + index
+                weight = _pointer(tl.load(row + WEIGHT), SIZE) + position
+                saved = _pointer(room + tl.load(row + ROOM), SIZE) + index
                 sum_at = own + (position - start)
                 sum_bits = tl.load(sum_at, mask=active, other=0)
                 sum = sum_bits.to(tl.float32, bitcast=True)
@@ -341,13 +351,13 @@ def overlap_kernel(
     first = tl.load(at + size, mask=active, other=0)
     second = tl.load(at + 2 * size, mask=active, other=0)
     room, strength = _layer(layers, row)
-    old = tl.load(_pointer(room + tl.load(row + 10), SIZE) + first, mask=active, other=0)
+    old = tl.load(_pointer(room + tl.load(row + ROOM), SIZE) + first, mask=active, other=0)
     sum = strength * _value(row, first, active, CODEC)
     room, strength = _layer(layers, other)
     if not FILLED:
-        tl.store(_pointer(room + tl.load(other + 10), SIZE) + second, old, mask=active)
+        tl.store(_pointer(room + tl.load(other + ROOM), SIZE) + second, old, mask=active)
     sum += strength * _value(other, second, active, CODEC)
-    tl.store(_pointer(tl.load(row + 5), SIZE) + position, _sum(old, sum, DTYPE), mask=active)
+    tl.store(_pointer(tl.load(row + WEIGHT), SIZE) + position, _sum(old, sum, DTYPE), mask=active)
 
 
 @triton.jit
@@ -357,7 +367,7 @@ def fingerprint_kernel(table, work, sums, SIZE: tl.constexpr, WORD: tl.constexpr
     number = tl.load(entry)
     row = table + number * WIDTH
     index, active, position = _targets(row, tl.load(entry + 1), WORD, BIG)
-    element = tl.load(_pointer(tl.load(row + 5), SIZE) + position, mask=active, other=0).to(tl.int64)
+    element = tl.load(_pointer(tl.load(row + WEIGHT), SIZE) + position, mask=active, other=0).to(tl.int64)
     if SIZE < 8:
         element = element & ((1 << (8 * SIZE)) - 1)
     x = position.to(tl.uint64) * 0x9E3779B97F4A7C15 + (element + 1).to(tl.uint64) * 0xD1B54A32D192ED03

@@ -23,7 +23,9 @@ from shiradelta.models.live import is_array
 #: Elements that a program of `stack_kernel` sums up at a time: as many as stay in the cache for all programs.
 REGION = 1 << 16
 _BIG = 1 << 31
-_LAYER, _UNARY_BITS, _NNZ, _NUMEL = map(kernels.COLUMNS.index, ("layer", "unary_bits", "nnz", "numel"))
+_LAYER, _UNARY_BITS, _NNZ, _NUMEL = (
+    column.value for column in (kernels.LAYER, kernels.UNARY_BITS, kernels.NNZ, kernels.NUMEL)
+)
 _LANES = kernels.BLOCK.value
 
 Key = TypeVar("Key")
@@ -210,27 +212,28 @@ def _kind(patch: Patch) -> Kind | None:
         return None
     size = registry.DTYPE_OF_NAME[patch.dtype].size
     big = patch.record.numel >= _BIG
-    return Kind(int(patch.record.value_codec), patch.dtype, size, registry.word_size(patch.record.numel), big)
+    return Kind(int(patch.data.codec.id), patch.dtype, size, registry.word_size(patch.record.numel), big)
 
 
 def _row(patch: Patch, room: int) -> tuple[int, ...]:
     """A row of the kernels' table."""
     sections: Sections = patch.data
     index, values = sections.index.data_ptr(), sections.values.data_ptr()
-    return (
-        index + registry.RICE_HEAD.size,
-        index + sections.low,
-        index + sections.unary,
-        values + sections.codes,
-        values,
-        0 if is_array(patch.target.tensor) else patch.target.tensor.data_ptr(),
-        sections.k,
-        sections.unary_bits,
-        patch.record.nnz,
-        patch.record.numel,
-        room,
-        0,
-    )
+    columns = {
+        "directory": index + registry.RICE_HEAD.size,
+        "low": index + sections.low,
+        "unary": index + sections.unary,
+        "values": values + sections.codes,
+        "parameters": values,
+        "weight": 0 if is_array(patch.target.tensor) else patch.target.tensor.data_ptr(),
+        "k": sections.k,
+        "unary_bits": sections.unary_bits,
+        "nnz": patch.record.nnz,
+        "numel": patch.record.numel,
+        "room": room,
+        "layer": 0,
+    }
+    return tuple(columns[name] for name in kernels.COLUMNS)
 
 
 def _entries(columns: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -1,58 +1,50 @@
-"""F32, F16, BF16 and BITS: values as they stand (FORMAT.md, section 5)."""
+"""F32, F16 and BF16: values rounded to a float dtype (FORMAT.md, section 5)."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, from_float32, to_float32
-from shiradelta.format.codecs.base import SLACK, Bytes, check_zero, padded, part
+from shiradelta.format.codecs.base import SLACK, Bytes, TorchDecoder, TorchRounder, check_zero, padded, part
+
+if TYPE_CHECKING:
+    import torch
 
 
-class Float:
-    """F32, F16 or BF16: rounded to a float dtype."""
+class Float(TorchDecoder, TorchRounder):
+    """A codec of one float dtype; a section has elements, padding, slack."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, id: int, name: str, option: str, dtype: str) -> None:
+        self.id, self.name, self.option = id, name, option
         self.dtype = registry.DTYPE_OF_NAME[dtype]
 
     def size(self, nnz: int, size: int) -> int:
-        """The elements, padded, and the slack."""
         return registry.align(nnz * self.dtype.size, 4) + registry.SLACK
 
     def encode(self, values: Array) -> bytes:
-        """Raises DeltaError where a value is too large for the dtype."""
         bits = from_float32(values, self.dtype.name)
         if not np.all(np.isfinite(to_float32(bits, self.dtype.name))):
             raise DeltaError(f"a value of {np.abs(values).max():.4g} does not fit {self.dtype.name}; take f32 or bf16")
         return padded(bits.astype(self.dtype.bits).tobytes()) + SLACK
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        """Widened to float32."""
         return to_float32(part(data, start * self.dtype.size, stop - start, self.dtype.bits), self.dtype.name)
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:
-        """Finite values, padding, slack."""
         if not np.all(np.isfinite(self.decode(data, nnz, size, 0, nnz))):
             raise FormatError("bad_value", "a value is not finite")
         check_zero(data, nnz * self.dtype.size)
 
+    def decode_torch(self, data: torch.Tensor, nnz: int, size: int) -> torch.Tensor:
+        import torch
 
-class Bits:
-    """BITS: elements of the tensor's own dtype."""
+        return data[: nnz * self.dtype.size].view(getattr(torch, self.dtype.name)).float()
 
-    def size(self, nnz: int, size: int) -> int:
-        """The elements, padded, and the slack."""
-        return registry.align(nnz * size, 4) + registry.SLACK
+    def round_torch(self, groups: torch.Tensor) -> torch.Tensor:
+        import torch
 
-    def encode(self, values: Array) -> bytes:
-        """The bytes of unsigned elements."""
-        return padded(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()) + SLACK
-
-    def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        """Unsigned elements."""
-        return part(data, start * size, stop - start, f"<u{size}")
-
-    def check(self, data: Bytes, nnz: int, size: int) -> None:
-        """Padding and slack."""
-        check_zero(data, nnz * size)
+        return groups.to(getattr(torch, self.dtype.name)).float()

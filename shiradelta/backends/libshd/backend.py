@@ -1,0 +1,33 @@
+"""The fast backend: everything that libshd does, and the reference for the rest."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from shiradelta.backends.libshd.decoder import NativeDecoder
+from shiradelta.backends.libshd.encoder import NativeRice, NativeValues, at_least, fingerprint
+from shiradelta.backends.libshd.library import knows_index_codec, knows_value_codec, library
+from shiradelta.backends.protocols import Backend
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
+from shiradelta.format.codecs.base import IndexCodec, ValueCodec
+
+
+@cache
+def backend() -> Backend:
+    """The backend.
+
+    Raises:
+        ShiraDeltaError: the library cannot be had.
+    """
+    library()
+    index: dict[int, IndexCodec] = {id: one for id, one in INDEX_CODECS.by_id.items() if knows_index_codec(id)}
+    values: dict[int, ValueCodec] = {id: one for id, one in VALUE_CODECS.by_id.items() if knows_value_codec(id)}
+    rice = NativeRice()
+    return Backend(
+        "libshd",
+        NativeDecoder,
+        {**index, rice.id: rice},
+        {id: NativeValues(codec) if codec.adds else codec for id, codec in values.items()},
+        fingerprint,
+        at_least,
+    )

@@ -1,0 +1,211 @@
+"""Decoding and applying with libshd, on several threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref, c_double, c_uint64, c_void_p
+from typing import Any
+
+import numpy as np
+
+from shiradelta.backends.libshd.library import (
+    DELTA,
+    FILE,
+    TENSOR,
+    ZSTD_CALLBACK,
+    Status,
+    Weights,
+    address,
+    in_threads,
+    library,
+    new_struct,
+)
+from shiradelta.backends.numpy import NumpyDecoder, has_zstd, unzstd
+from shiradelta.backends.protocols import Decoder
+from shiradelta.errors import FormatError
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.container import Record
+from shiradelta.format.registry import DTYPE_OF_NAME
+
+_FIRST_MISUSE = 64
+_CHECK_SIZES, _CHECK_ALL = 0, 2
+#: Weights that one thread does at a time are a multiple of this: whole cache lines.
+_STRIDE = 64
+
+
+class LoadedTensor:
+    """A tensor's delta, ready in the library: `shd_delta` and what it points to."""
+
+    def __init__(self, decoder: NativeDecoder, record: Record, check: int = _CHECK_ALL) -> None:
+        self._decoder, self.record = decoder, record
+        number = decoder.numbers[record.name]
+        tensor = new_struct(TENSOR)
+        decoder.call(library().shd_tensor_at, record, decoder.file, number, address(tensor))
+        scratch_size = library().shd_scratch_size(decoder.file, address(tensor))
+        self._scratch = np.empty(scratch_size, np.uint8)
+        self._struct = new_struct(DELTA)
+        self.address = address(self._struct)
+        self._call(library().shd_load, decoder.file, number, check, address(self._scratch), scratch_size, self.address)
+        # `block_count` stands right behind the copy of the tensor's record.
+        self.blocks = int(self._struct[tensor.size : tensor.size + 8].view("<u8")[0])
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        self._decoder.call(function, self.record, *arguments)
+
+    def positions(self) -> Positions:
+        """int64 [nnz]."""
+        result = np.empty(self.record.nnz, np.int64)
+
+        def work(first: int, last: int) -> None:
+            rank = library().shd_block_rank(self.address, first)
+            capacity = library().shd_block_rank(self.address, last) - rank
+            part = result[rank : rank + capacity]
+            self._call(library().shd_positions, self.address, first, last, address(part), part.size, byref(c_uint64()))
+
+        in_threads(work, self.blocks, self.record.nnz)
+        return result
+
+    def bits(self, first: int, count: int) -> Array:
+        """Unsigned [count]: of the nonzeros from a rank on."""
+        size = 4 if self.record.adds else self.record.element_size
+        result = np.empty(count, f"<u{size}")
+        function = library().shd_values if self.record.adds else library().shd_elements
+        self._call(function, self.address, first, count, address(result))
+        return result
+
+    def between(self, start: int, stop: int) -> tuple[Positions, Array]:
+        """Positions in [start, stop) and their bits."""
+        rank, count = c_uint64(), c_uint64()
+        find = library().shd_positions_between
+        self._call(find, self.address, start, stop, None, 0, byref(rank), byref(count))
+        positions = np.empty(count.value, np.int64)
+        self._call(find, self.address, start, stop, address(positions), count.value, byref(rank), byref(count))
+        return positions, self.bits(rank.value, count.value)
+
+    def apply(self, weight: Array, dtype: str, strength: float, saved: Array | None = None) -> None:
+        """Patches all elements' bits; `saved`, [nnz] of the same dtype, receives what is overwritten."""
+        weights = Weights(address(weight), 0, weight.size, DTYPE_OF_NAME[dtype].id, 1)
+        room = None if saved is None else address(saved)
+
+        def work(first: int, last: int) -> None:
+            self._call(library().shd_apply, self.address, byref(weights), strength, first, last, room)
+
+        in_threads(work, self.blocks, self.record.nnz)
+
+    def revert(self, weight: Array, dtype: str, saved: Array) -> None:
+        """Puts back what `apply` saved."""
+        weights = Weights(address(weight), 0, weight.size, DTYPE_OF_NAME[dtype].id, 1)
+
+        def work(first: int, last: int) -> None:
+            self._call(library().shd_revert, self.address, byref(weights), first, last, address(saved))
+
+        in_threads(work, self.blocks, self.record.nnz)
+
+
+def apply_sum(
+    addends: Sequence[tuple[LoadedTensor, float, Array]], weight: Array, dtype: str, from_saved: bool = False
+) -> None:
+    """Patches all elements' bits with several ADDs, summed in this order (FORMAT.md, 6.2).
+
+    Args:
+        addends: (delta, strength, saved), of which `saved`, [nnz] of `dtype`, receives the base's elements.
+        weight: all elements' bits, flat.
+        dtype: that of the elements.
+        from_saved: the same deltas are on the weights: the base's elements are taken from `saved`, not from `weight`.
+    """
+    tensors, strengths, saved = zip(*addends, strict=True)
+    count = len(tensors)
+    deltas = (c_void_p * count)(*[tensor.address for tensor in tensors])
+    alphas = (c_double * count)(*strengths)
+    rooms = (c_void_p * count)(*[address(room) for room in saved])
+
+    def work(first: int, last: int) -> None:
+        first, last = first * _STRIDE, min(last * _STRIDE, weight.size)
+        weights = Weights(address(weight) + first * weight.itemsize, first, last - first, DTYPE_OF_NAME[dtype].id, 1)
+        scratch = np.empty(library().shd_sum_scratch_size(count), np.uint8)
+        arguments = deltas, alphas, rooms, count, byref(weights), from_saved, address(scratch), scratch.size
+        tensors[0]._call(library().shd_apply_sum, *arguments)
+
+    in_threads(work, -(-weight.size // _STRIDE), sum(tensor.record.nnz for tensor in tensors))
+
+
+class NativeDecoder(Decoder):
+    """Decodes with libshd.  Holds the file's bytes for as long as the library may read them."""
+
+    def __init__(self, data: Bytes, file: str | None, records: tuple[Record, ...]) -> None:
+        self._data, self._name = data, file
+        self._reference = NumpyDecoder(data, file, records)
+        self.numbers = {record.name: number for number, record in enumerate(records)}
+        self._last: LoadedTensor | None = None
+        self._failure: BaseException | None = None
+        self._struct = new_struct(FILE)
+        self.file = address(self._struct)
+        self._check(library().shd_open, None, self.file, address(data), data.size)
+        zstd = any(record.index.zstd or record.values.zstd for record in records)
+        if zstd and has_zstd():
+            self._zstd = ZSTD_CALLBACK(self._decompress)  # kept: the library calls it later
+            library().shd_set_zstd(self.file, self._zstd, None)
+
+    def call(self, function: Any, record: Record, *arguments: Any) -> None:
+        """Calls the library; a failure becomes the FormatError that it stands for."""
+        self._check(function, record.name, *arguments)
+
+    def _check(self, function: Any, name: str | None, *arguments: Any) -> None:
+        status = Status()
+        code = function(*arguments, byref(status))
+        if code == 0:
+            return
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        reason = library().shd_error_name(code).decode()
+        if code >= _FIRST_MISUSE:
+            raise AssertionError(f"{function.__name__}: {reason}")
+        raise FormatError(reason, offset=status.offset, tensor=name, file=self._name)
+
+    def _decompress(self, _: Any, source: int, source_size: int, result: int, size: int) -> int:
+        """The library's callback.  ctypes would swallow an exception and return 0, so it is kept and raised later."""
+        stored = np.ctypeslib.as_array((ctypes.c_uint8 * source_size).from_address(source))
+        try:
+            ctypes.memmove(result, unzstd(stored, size), size)
+        except FormatError:
+            return 1
+        except BaseException as error:
+            self._failure = error
+            return 1
+        return 0
+
+    def load(self, record: Record) -> LoadedTensor:
+        """The tensor, checked in full; the last one is kept, since positions and values are asked for in turn."""
+        last = self._last
+        if last is None or last.record is not record:
+            last = self._last = LoadedTensor(self, record)
+        return last
+
+    def positions(self, record: Record) -> Positions:
+        return self.load(record).positions()
+
+    def bits(self, record: Record) -> Array:
+        return self.load(record).bits(0, record.nnz)
+
+    def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
+        return LoadedTensor(self, record, _CHECK_SIZES).between(start, stop)
+
+    def check(self, record: Record) -> None:
+        """What loading does; in one call, if nothing needs memory to be decompressed to."""
+        if record.index.zstd or record.values.zstd:
+            LoadedTensor(self, record)
+        else:
+            delta = ctypes.create_string_buffer(library().shd_struct_size(DELTA))
+            self.call(library().shd_load, record, self.file, self.numbers[record.name], _CHECK_ALL, None, 0, delta)
+
+    def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
+        """Decoded and applied in one pass, on several threads."""
+        if not record.nnz:
+            return
+        if weight.ctypes.data % weight.itemsize:  # a tensor may lie anywhere in a safetensors file
+            self._reference.patch(record, weight, dtype, strength)
+        else:
+            self.load(record).apply(weight, dtype, strength)

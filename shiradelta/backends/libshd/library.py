@@ -1,0 +1,178 @@
+"""libshd through ctypes: where the library is, its structs and functions, and which codecs it knows.
+
+The interpreter's lock is released while the library works.  Structs are those of libshd/include/shd.h; a library of
+another ABI is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import shiradelta
+from shiradelta.errors import ShiraDeltaError
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.registry import DTYPE_OF_NAME
+from shiradelta.util import threads
+from shiradelta.util.threads import THREADS
+
+ABI = 1
+#: Nonzeros below which a second thread costs more than it brings.
+_THREAD_NONZEROS = 1 << 16
+
+
+class Status(ctypes.Structure):
+    """`shd_status`."""
+
+    _fields_ = (("code", ctypes.c_int32), ("tensor", c_uint32), ("offset", c_uint64))
+
+
+class Weights(ctypes.Structure):
+    """`shd_weights`."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("first_position", c_uint64),
+        ("count", c_uint64),
+        ("dtype", ctypes.c_int32),
+        ("any_dtype", ctypes.c_int32),
+    )
+
+
+class RicePlan(ctypes.Structure):
+    """`shd_rice`."""
+
+    _fields_ = (
+        ("numel", c_uint64),
+        ("count", c_uint64),
+        ("unary_bits", c_uint64),
+        ("size", c_uint64),
+        ("k", c_uint32),
+        ("word", c_uint32),
+    )
+
+
+ZSTD_CALLBACK = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t)
+#: What `shd_struct_size` takes.
+STATUS, FILE, TENSOR, DELTA, WEIGHTS, RICE = range(6)
+
+_p = c_void_p
+_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "shd_version": (c_char_p, ()),
+    "shd_abi": (c_int, ()),
+    "shd_simd": (c_char_p, ()),
+    "shd_struct_size": (c_size_t, (c_int,)),
+    "shd_error_name": (c_char_p, (c_int,)),
+    "shd_open": (c_int, (_p, _p, c_uint64, POINTER(Status))),
+    "shd_set_zstd": (None, (_p, ZSTD_CALLBACK, _p)),
+    "shd_tensor_at": (c_int, (_p, c_uint32, _p, POINTER(Status))),
+    "shd_scratch_size": (c_uint64, (_p, _p)),
+    "shd_load": (c_int, (_p, c_uint32, c_int, _p, c_uint64, _p, POINTER(Status))),
+    "shd_block_rank": (c_uint64, (_p, c_uint64)),
+    "shd_positions": (c_int, (_p, c_uint64, c_uint64, _p, c_uint64, POINTER(c_uint64), POINTER(Status))),
+    "shd_positions_between": (
+        c_int,
+        (_p, c_uint64, c_uint64, _p, c_uint64, POINTER(c_uint64), POINTER(c_uint64), POINTER(Status)),
+    ),
+    "shd_values": (c_int, (_p, c_uint64, c_uint64, _p, POINTER(Status))),
+    "shd_elements": (c_int, (_p, c_uint64, c_uint64, _p, POINTER(Status))),
+    "shd_apply": (c_int, (_p, POINTER(Weights), c_double, c_uint64, c_uint64, _p, POINTER(Status))),
+    "shd_sum_scratch_size": (c_uint64, (c_uint32,)),
+    "shd_apply_sum": (
+        c_int,
+        (_p, POINTER(c_double), _p, c_uint32, POINTER(Weights), c_int, _p, c_uint64, POINTER(Status)),
+    ),
+    "shd_revert": (c_int, (_p, POINTER(Weights), c_uint64, c_uint64, _p, POINTER(Status))),
+    "shd_fingerprint_elements": (c_int, (_p, c_uint64, _p, c_uint64, c_uint32, POINTER(c_uint64))),
+    "shd_knows_index_codec": (c_int, (c_int,)),
+    "shd_rice_plan": (c_int, (_p, c_uint64, c_uint64, POINTER(RicePlan))),
+    "shd_rice_encode": (c_int, (POINTER(RicePlan), _p, _p, c_uint64)),
+    "shd_values_size": (c_uint64, (c_int, c_int, c_uint64)),
+    "shd_values_encode": (c_int, (c_int, _p, c_uint64, _p, c_uint64)),
+    "shd_select_at_least": (c_int, (_p, c_uint64, c_float, c_uint64, _p, c_uint64, POINTER(c_uint64))),
+}
+
+
+def library_name() -> str:
+    """What the shared library is called here."""
+    return {"win32": "shd.dll", "darwin": "libshd.dylib"}.get(sys.platform, "libshd.so")
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        ShiraDeltaError: there is none, or it has another ABI.
+    """
+    override = os.environ.get("SHIRADELTA_LIBSHD")
+    candidates = [Path(override)] if override else [Path(folder) / library_name() for folder in shiradelta.__path__]
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        raise ShiraDeltaError(
+            f"{library_name()} is not installed with this package (no C compiler when it was built?); install it again"
+            " where there is one, or use backend='numpy'"
+        )
+    try:
+        loaded = ctypes.CDLL(str(path))
+        abi = loaded.shd_abi()
+        functions = {name: getattr(loaded, name) for name in _PROTOTYPES}
+    except (OSError, AttributeError) as error:
+        raise ShiraDeltaError(f"{path}: cannot be loaded ({error}); install shiradelta again") from None
+    if abi != ABI:
+        raise ShiraDeltaError(f"{path}: has ABI {abi}, this package needs {ABI}; install shiradelta again")
+    for name, (result, arguments) in _PROTOTYPES.items():
+        functions[name].restype, functions[name].argtypes = result, arguments
+    for which, struct in ((STATUS, Status), (WEIGHTS, Weights), (RICE, RicePlan)):
+        if loaded.shd_struct_size(which) != ctypes.sizeof(struct):
+            raise ShiraDeltaError(f"{path}: its structs have other sizes; install shiradelta again")
+    return loaded
+
+
+def describe_system() -> dict[str, str]:
+    """What `info --system` shows: the library, or why there is none."""
+    try:
+        loaded = library()
+    except ShiraDeltaError as error:
+        return {"backend": "numpy", "why": str(error)}
+    return {
+        "backend": "libshd",
+        "why": "it is installed and loads",
+        "library": loaded._name,
+        "version": loaded.shd_version().decode(),
+        "simd": loaded.shd_simd().decode(),
+        "threads": str(THREADS),
+    }
+
+
+def knows_index_codec(id: int) -> bool:
+    """Whether the library decodes an index codec."""
+    return bool(library().shd_knows_index_codec(id))
+
+
+def knows_value_codec(id: int) -> bool:
+    """Whether the library decodes a value codec."""
+    return bool(library().shd_values_size(id, DTYPE_OF_NAME["float32"].id, 1))
+
+
+def address(array: Array) -> int:
+    """Where an array's first element lies."""
+    return array.ctypes.data
+
+
+def new_struct(which: int) -> Array:
+    """Memory for a struct whose fields only the library reads."""
+    return np.zeros(library().shd_struct_size(which), np.uint8)
+
+
+def in_threads(work: Callable[[int, int], None], units: int, nonzeros: int) -> None:
+    """Calls `work(first, last)` on as many threads as `nonzeros` are worth; see `in_ranges`."""
+    threads.in_ranges(work, units, min(threads.THREADS, 1 + nonzeros // _THREAD_NONZEROS))

@@ -1,0 +1,52 @@
+"""Groups of 128 values that share bf16 parameters: what I8, I4 and SIGN have in common (FORMAT.md, section 5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shiradelta.errors import DeltaError, FormatError
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array, Float32, bfloat16_bits, from_bfloat16
+
+if TYPE_CHECKING:
+    import torch
+
+GROUP = registry.GROUP
+
+
+def group_count(nnz: int) -> int:
+    """Groups of `nnz` values, the last one perhaps not full."""
+    return -(-nnz // GROUP)
+
+
+def grouped(values: Float32, fill: float) -> Float32:
+    """[groups, 128], the last group filled up."""
+    groups = group_count(values.size)
+    result = np.full(groups * GROUP, fill, np.float32)
+    result[: values.size] = values
+    return result.reshape(groups, GROUP)
+
+
+def parameter(values: Float32) -> tuple[Array, Float32]:
+    """(bf16 bits, the same as float32 in a column)."""
+    bits = bfloat16_bits(values)
+    return bits, from_bfloat16(bits)[:, None]
+
+
+def parameter_torch(values: torch.Tensor) -> torch.Tensor:
+    """Rounded to bf16, as float32 in a column."""
+    return values.bfloat16().float().unsqueeze(1)
+
+
+def check_parameters(bits: Array, largest: Float32) -> None:
+    """Checks that signs are clear and that the largest magnitude that the parameters allow is finite."""
+    if np.any(bits >> 15) or not np.all(np.isfinite(largest)):
+        raise FormatError("bad_value", "a group's parameter is negative or too large")
+
+
+def check_fit(*parameters: Float32, largest: Float32) -> None:
+    """Raises DeltaError where values are too large for their codec."""
+    if not all(np.all(np.isfinite(p)) for p in parameters) or not np.all(np.isfinite(largest)):
+        raise DeltaError("values this large do not fit the codec; take f32 or bf16")

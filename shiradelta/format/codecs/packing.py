@@ -1,0 +1,67 @@
+"""Bit packing: bitmaps and arrays of k-bit fields in u32 words, bit 0 first."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base import Bytes
+
+Words = npt.NDArray[np.uint32]
+
+
+def pack_bitmap(ones: Positions, bits: int) -> bytes:
+    """A bitmap of `bits` bits in whole u32 words, with the bits `ones` set."""
+    flags = np.zeros(-(-bits // 32) * 32, np.uint8)
+    flags[ones] = 1
+    return np.packbits(flags, bitorder="little").tobytes()
+
+
+def find_ones(bitmap: Bytes) -> Positions:
+    """The indices of the set bits, increasing."""
+    return np.flatnonzero(np.unpackbits(bitmap, bitorder="little")).astype(np.int64, copy=False)
+
+
+def field_words(count: int, k: int) -> int:
+    """u32 words of `count` fields of k bits."""
+    return -(-count * k // 32)
+
+
+def pack_fields(fields: Array, k: int) -> bytes:
+    """k-bit fields one after the other, 1 <= k <= 31.
+
+    32 fields fill exactly k words, and the j-th of each 32 lies at the same place in them: so the work is
+    32 shifts of whole columns.
+    """
+    groups = -(-fields.size // 32)
+    columns = np.zeros((32, groups), np.uint32)
+    full = fields.size // 32
+    columns[:, :full] = fields[: full * 32].reshape(full, 32).T
+    if full < groups:
+        columns[: fields.size - full * 32, full] = fields[full * 32 :]
+    words = np.zeros((k, groups), np.uint32)
+    for j in range(32):
+        word, shift = divmod(j * k, 32)
+        words[word] |= columns[j] << np.uint32(shift)
+        if shift + k > 32:
+            words[word + 1] |= columns[j] >> np.uint32(32 - shift)
+    return words.T.reshape(-1)[: field_words(fields.size, k)].astype("<u4").tobytes()
+
+
+def unpack_fields(words: Words, k: int, start: int, stop: int) -> Positions:
+    """int64: the fields start to stop - 1 of those packed by `pack_fields`, 1 <= k <= 31."""
+    first, last = start // 32, -(-stop // 32)
+    groups = last - first
+    padded = np.zeros(groups * k, np.uint32)
+    taken = words[first * k : last * k]
+    padded[: taken.size] = taken
+    columns = np.ascontiguousarray(padded.reshape(groups, k).T)
+    fields = np.empty((32, groups), np.uint32)
+    for j in range(32):
+        word, shift = divmod(j * k, 32)
+        fields[j] = columns[word] >> np.uint32(shift)
+        if shift + k > 32:
+            fields[j] |= columns[word + 1] << np.uint32(32 - shift)
+    fields &= np.uint32((1 << k) - 1)
+    return fields.T.reshape(-1)[start - first * 32 : stop - first * 32].astype(np.int64)
