@@ -13,7 +13,7 @@ from shiradelta.format import arithmetic, container
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.container import Record, Section
+from shiradelta.format.record import Record, Section
 
 
 class NumpyDecoder(Decoder):

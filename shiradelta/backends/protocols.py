@@ -9,7 +9,7 @@ from typing import Protocol
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, IndexCodec, ValueCodec
-from shiradelta.format.container import Record
+from shiradelta.format.record import Record
 
 
 class Decoder(Protocol):

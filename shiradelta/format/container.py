@@ -9,75 +9,17 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.operations import OPERATIONS, Operation
+from shiradelta.format.operations import OPERATIONS
+from shiradelta.format.record import Record, Section, combination_problem
 from shiradelta.format.registry import Flag, Incompatible, IndexId, ValueId
 
 _FLAGS = sum(Flag)
 _CONTROL = bytes([*range(0x20), 0x7F])
-
-
-@dataclass(frozen=True)
-class Section:
-    """Where a section lies.  Sizes in bytes."""
-
-    offset: int
-    stored: int
-    decoded: int
-    crc: int
-    zstd: bool = False
-
-    @property
-    def end(self) -> int:
-        """Where the next section starts."""
-        return registry.align(self.offset + self.stored, registry.SECTION_ALIGNMENT)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One tensor's entry in the table."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: registry.DType
-    operation: Operation
-    index_codec: int
-    value_codec: int
-    nnz: int
-    base_fingerprint: int | None
-    result_fingerprint: int | None
-    index: Section
-    values: Section
-
-    @cached_property
-    def numel(self) -> int:
-        """Elements of the tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def adds(self) -> bool:
-        """Whether values are added; otherwise elements are replaced."""
-        return self.operation.adds
-
-    @property
-    def element_size(self) -> int:
-        """Bytes of an element; 0 where the dtype is unspecified."""
-        return self.dtype.size
-
-    @property
-    def index_codec_name(self) -> str:
-        """The registry's name of `index_codec`, which is an id."""
-        return INDEX_CODECS.by_id[self.index_codec].name if self.index_codec else IndexId.NONE.name
-
-    @property
-    def value_codec_name(self) -> str:
-        """The registry's name of `value_codec`, which is an id."""
-        return VALUE_CODECS.by_id[self.value_codec].name if self.value_codec else ValueId.NONE.name
 
 
 @dataclass(frozen=True)
@@ -342,34 +284,6 @@ def _parse_shape(rank: int, dims: list[int]) -> tuple[int, ...]:
     if any(size > registry.MAX_NUMEL for size in shape) or math.prod(shape) > registry.MAX_NUMEL:
         raise FormatError("bad_shape", f"{list(shape)}")
     return shape
-
-
-def combination_problem(record: Record) -> str | None:
-    """What does not go together in a record (FORMAT.md, 3.1)."""
-    empty = record.nnz == 0
-    whole = record.nnz == record.numel
-    unspecified = record.dtype is registry.UNSPECIFIED
-    if (record.index_codec == IndexId.NONE) != empty or (record.value_codec == ValueId.NONE) != empty:
-        return f"{record.nnz} nonzeros in {record.index_codec_name} and {record.value_codec_name}"
-    if record.index_codec == IndexId.ALL and not whole:
-        return "ALL without all elements"
-    operation = record.operation
-    fits = (
-        record.dtype.name in operation.dtypes
-        and (empty or VALUE_CODECS.by_id[record.value_codec].adds == operation.adds)
-        and (empty or not operation.removes)
-        and (not operation.creates or (whole and (empty or record.index_codec == IndexId.ALL)))
-    )
-    if not fits:
-        codecs = f"{record.index_codec_name} and {record.value_codec_name}"
-        return f"{operation.title} of {record.dtype.name} with {codecs}"
-    for present, never in (
-        (record.base_fingerprint, unspecified or operation.creates),
-        (record.result_fingerprint, unspecified or operation.removes),
-    ):
-        if present is not None and never:
-            return f"a fingerprint on {operation.title} of {record.dtype.name}"
-    return None
 
 
 def _check_section(section: Section, cursor: int, data: Bytes, zstd: bool, size_ok: bool) -> None:

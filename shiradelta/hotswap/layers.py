@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shiradelta.format import registry
-from shiradelta.format.container import Record
+from shiradelta.format.record import Record
 from shiradelta.models.live import Target
 
 #: An array of the backend's kind.

@@ -22,7 +22,7 @@ from shiradelta.format.codecs.base import Bytes, TorchDecoder, ValueCodec
 from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.codecs.rice import Rice
-from shiradelta.format.container import Record, Section
+from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import IndexId
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.layers import Held, Layer, Patch

@@ -17,9 +17,10 @@ from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
 from shiradelta.format import container
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.container import Container, Record
+from shiradelta.format.container import Container
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.format.digest import content_digest, tensor_digest
+from shiradelta.format.record import Record
 
 Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
 

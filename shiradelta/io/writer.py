@@ -18,9 +18,9 @@ from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import arithmetic, container, registry
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import BITS, INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
-from shiradelta.format.container import Record, Section
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import content_digest, tensor_digest
+from shiradelta.format.record import Record, Section, combination_problem
 from shiradelta.util.files import replacing
 
 #: Sections are collected here up to this size, then on disk beside the output.
@@ -98,7 +98,7 @@ class DeltaWriter:
             index=index,
             values=values,
         )
-        problem = container.combination_problem(record)
+        problem = combination_problem(record)
         if problem:
             raise DeltaError(problem)
         return record, stored

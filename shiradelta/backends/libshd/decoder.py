@@ -26,7 +26,7 @@ from shiradelta.backends.protocols import Decoder
 from shiradelta.errors import FormatError
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.container import Record
+from shiradelta.format.record import Record
 from shiradelta.format.registry import DTYPE_OF_NAME
 
 _FIRST_MISUSE = 64
