@@ -1,26 +1,23 @@
-"""Adapters to start from, and PEFT's SHiRA layout: per layer `shira_weight` [nnz] and `shira_indices` [2, nnz]."""
+"""Reads the adapters that training starts from: `.shd` files, and PEFT's SHiRA adapters."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shiradelta.errors import DeltaError, SourceError
+from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32, Positions
 from shiradelta.io.reader import open_delta
 from shiradelta.models.checkpoint import rename_all
-from shiradelta.models.peft import CONFIG, PREFIX, WEIGHTS, parse_shira_key
+from shiradelta.models.peft import WEIGHTS, parse_shira_key
 from shiradelta.models.views import View
 from shiradelta.nonzeros.saved_state import load_state
-from shiradelta.util.files import replacing
 
 
 def read_adapter(
@@ -85,53 +82,3 @@ def _from_peft(path: Path, weights: Mapping[str, nn.Parameter]) -> Iterator[tupl
         yield renamed[name], row * columns + column, found["values"].float().numpy()
     if not held:
         raise SourceError(f"{path}: holds no SHiRA layers; give a PEFT SHiRA adapter or a .shd file")
-
-
-def write_peft(
-    folder: str | os.PathLike[str], modules: Mapping[str, tuple[tuple[int, ...], Tensor, Tensor]], base: str
-) -> int:
-    """Writes a PEFT SHiRA adapter; returns its `r`.
-
-    PEFT wants r·(rows + columns) nonzeros in each layer, the same r in all: layers are filled up with zeros.
-
-    Args:
-        folder: made if it is not there.
-        modules: name of a linear layer -> shape of its weight, positions and values.
-        base: `base_model_name_or_path`.
-
-    Raises:
-        DeltaError: a layer has not enough weights for that many nonzeros.
-    """
-    rank = max(-(-values.numel() // sum(shape)) for shape, _, values in modules.values())
-    tensors = {}
-    for name, (shape, positions, values) in modules.items():
-        count, numel = rank * sum(shape), math.prod(shape)
-        if count > numel:
-            raise DeltaError(f"layer {name!r} has {numel} weights, PEFT wants {count} nonzeros in it; train fewer")
-        taken = positions.long().cpu()
-        free = torch.ones(numel, dtype=torch.bool)
-        free[taken] = False
-        filler = free.nonzero().reshape(-1)[: count - taken.numel()]
-        where, order = torch.cat([taken, filler]).sort()
-        filled = torch.cat([values.cpu().float(), torch.zeros(filler.numel(), dtype=torch.float32)])[order]
-        tensors[f"{PREFIX}{name}.shira_weight"] = filled
-        tensors[f"{PREFIX}{name}.shira_indices"] = torch.stack([where // shape[1], where % shape[1]]).int()
-    config: dict[str, Any] = {
-        "peft_type": "SHIRA",
-        "r": rank,
-        "mask_type": "random",
-        "random_seed": 0,
-        "target_modules": sorted(modules),
-        "base_model_name_or_path": base,
-        "task_type": None,
-        "inference_mode": True,
-    }
-    from safetensors.torch import save
-
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / WEIGHTS) as stream:
-        stream.write(save(tensors, {"format": "pt"}))
-    with replacing(target / CONFIG) as stream:
-        stream.write(json.dumps(config, indent=1).encode())
-    return rank

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shiradelta.errors import DeltaError, TargetError
+from shiradelta.exports import peft_shira
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.writer import weighing, writing
 from shiradelta.models.views import View, views
@@ -25,7 +26,7 @@ from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.weight import WeightNonzeros, flat
 from shiradelta.select.shares import check_scope, exact_count_for, parse_sparsity
 from shiradelta.train import masks
-from shiradelta.train.adapters import read_adapter, write_peft
+from shiradelta.train.adapters import read_adapter
 from shiradelta.train.choose import Choice, OwnMask, avoided, own_mask
 from shiradelta.train.falling import Falling, check_fall
 from shiradelta.train.gradients import Loss, Tell, own_loss
@@ -355,15 +356,17 @@ class Tuner:
         """
         self._attached()
         linear = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
-        modules = {}
+        deltas = {}
         for name, tuned in self._tuned.items():
             layer = name.removesuffix(".weight")
             if layer not in linear or layer == name:
                 raise DeltaError(f"tensor {name!r} is no linear layer's weight, which is all that PEFT's SHiRA takes")
             shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
             values = whole(tuned.values).detach()
-            modules[layer] = shape, tuned.positions, values[tuned.kept.to(values.device)]
-        return write_peft(folder, modules, base)
+            kept = values[tuned.kept.to(values.device)].cpu().float().numpy()
+            deltas[name] = TensorDelta(shape, tuned.positions.cpu().numpy(), kept, "unspecified")
+        peft_shira.write(folder, deltas, base)
+        return peft_shira.rank_of(deltas)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Mask and values, to go on from exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n].
