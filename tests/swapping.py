@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from io import BytesIO
@@ -14,22 +13,26 @@ import pytest
 import torch
 
 import shiradelta as sd
-from shiradelta.backends.choose import choose
+from shiradelta.hotswap.choose import LIVE_BACKENDS, DeviceBackend
 
 GPU = os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ON_CPU = [pytest.mark.skipif(GPU, reason="the weights are on the GPU")]
+
+
+def why_not(row: DeviceBackend) -> str | None:
+    """Why a backend cannot be tested here."""
+    if not row.works_on(DEVICE):
+        return f"the weights are on {DEVICE}"
+    try:
+        row.check()
+    except sd.ShiraDeltaError as error:
+        return str(error)
+    return None
+
+
 BACKENDS = [
-    pytest.param(
-        "libshd",
-        marks=[*ON_CPU, pytest.mark.skipif(choose().name != "libshd", reason="libshd is not installed")],
-    ),
-    pytest.param("numpy", marks=ON_CPU),
-    "torch",
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    ),
+    pytest.param(name, marks=pytest.mark.skipif(why_not(row) is not None, reason=why_not(row) or "works"))
+    for name, row in LIVE_BACKENDS.items()
 ]
 DTYPES = ["float32", "float16", "bfloat16"]
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

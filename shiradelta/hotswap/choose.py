@@ -1,48 +1,115 @@
-"""Which backend a device's live tensors get."""
+"""Which backend works on the live tensors of a device."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from shiradelta.backends.choose import choose
-from shiradelta.errors import DeltaError, ShiraDeltaError
-from shiradelta.hotswap.numpy import NumpyBackend
+from shiradelta.backends.choose import AUTO, choose
+from shiradelta.errors import ArgumentError, ShiraDeltaError
 from shiradelta.hotswap.protocol import LiveBackend
+from shiradelta.util.optional import require
+from shiradelta.util.registry import Registry
 
-BACKENDS = ("auto", "libshd", "numpy", "torch", "triton")
 
+@dataclass(frozen=True)
+class DeviceBackend:
+    """A row of `LIVE_BACKENDS`.
 
-def new_backend(choice: str, device: str) -> LiveBackend:
-    """A backend for a device, named as torch names it.
-
-    Raises:
-        DeltaError: no backend of this name, or it does not work there.
-        ShiraDeltaError: it cannot be had, and why.
+    Attributes:
+        name: what a user calls it.
+        works_on: whether it works on a device, named as torch names it.
+        is_automatic_on: whether "auto" may take it there.
+        check: raises ShiraDeltaError, which says why, where it cannot be had on this machine.
+        make: makes the backend of a device.
     """
-    if choice not in BACKENDS:
-        raise DeltaError(f"backend {choice!r} is unknown; take {', '.join(BACKENDS)}")
-    on_cpu = device == "cpu"
-    if choice in ("numpy", "libshd") and not on_cpu:
-        raise DeltaError(f"backend {choice!r} works on a CPU, the model is on {device}; take torch, triton or auto")
-    if choice == "auto":
-        choice = choose().name if on_cpu else "triton" if device.startswith("cuda") and _has_triton() else "torch"
-    if choice == "numpy":
-        return NumpyBackend()
-    if choice == "libshd":
-        choose("libshd")  # says why, if it cannot be had
-        from shiradelta.hotswap.libshd import NativeBackend
 
-        return NativeBackend()
-    if choice == "torch":
-        from shiradelta.hotswap.torch import TorchBackend
+    name: str
+    works_on: Callable[[str], bool]
+    is_automatic_on: Callable[[str], bool]
+    check: Callable[[], object]
+    make: Callable[[str], LiveBackend]
 
-        return TorchBackend(device)
-    if not _has_triton():
-        raise ShiraDeltaError("backend 'triton' cannot be had; install triton, or take torch")
+
+def _is_cpu(device: str) -> bool:
+    return device == "cpu"
+
+
+def _is_gpu(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def _everywhere(device: str) -> bool:
+    return True
+
+
+def _libshd(device: str) -> LiveBackend:
+    from shiradelta.hotswap.libshd import NativeBackend
+
+    return NativeBackend()
+
+
+def _numpy(device: str) -> LiveBackend:
+    from shiradelta.hotswap.numpy import NumpyBackend
+
+    return NumpyBackend()
+
+
+def _triton(device: str) -> LiveBackend:
     from shiradelta.hotswap.triton.backend import TritonBackend
 
     return TritonBackend(device)
 
 
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _torch(device: str) -> LiveBackend:
+    from shiradelta.hotswap.torch import TorchBackend
+
+    return TorchBackend(device)
+
+
+def _needs(package: str) -> Callable[[], None]:
+    return lambda: require(package, f"backend {package!r}")
+
+
+#: The fastest first: "auto" is the first that is automatic on the device and can be had.
+LIVE_BACKENDS: Registry[DeviceBackend] = Registry(
+    "backend",
+    (
+        DeviceBackend("libshd", _is_cpu, _is_cpu, lambda: choose("libshd"), _libshd),
+        DeviceBackend("numpy", _is_cpu, _is_cpu, lambda: None, _numpy),
+        DeviceBackend("triton", _everywhere, _is_gpu, _needs("triton"), _triton),
+        DeviceBackend("torch", _everywhere, _everywhere, _needs("torch"), _torch),
+    ),
+)
+
+
+def new_backend(choice: str, device: str) -> LiveBackend:
+    """Makes the backend of a device, which is named as torch names it.
+
+    Raises:
+        ArgumentError: no backend has this name, or it does not work on the device.
+        ShiraDeltaError: it cannot be had, and why.
+    """
+    if choice == AUTO:
+        return _first(device).make(device)
+    if choice not in LIVE_BACKENDS:
+        raise ArgumentError(f"backend {choice!r} is unknown; take {', '.join((AUTO, *LIVE_BACKENDS))}")
+    row = LIVE_BACKENDS[choice]
+    if not row.works_on(device):
+        others = ", ".join(name for name, other in LIVE_BACKENDS.items() if other.works_on(device))
+        raise ArgumentError(f"backend {choice!r} does not work on {device}, where the model is; take {AUTO}, {others}")
+    row.check()
+    return row.make(device)
+
+
+def _first(device: str) -> DeviceBackend:
+    """The first that is automatic on the device and can be had; if none can, the last one, which says why."""
+    rows = [row for row in LIVE_BACKENDS.values() if row.is_automatic_on(device)]
+    for row in rows:
+        try:
+            row.check()
+        except ShiraDeltaError:
+            continue
+        return row
+    rows[-1].check()
+    return rows[-1]

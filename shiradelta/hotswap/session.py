@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from shiradelta.backends.choose import AUTO, FILE_BACKENDS
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, TargetError
 from shiradelta.format import arithmetic
 from shiradelta.format.codecs.base import Bytes
@@ -210,7 +211,7 @@ class HotSwap:
 
     def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, strict: bool) -> _Adapter:
         """All of loading that does not look at the weights."""
-        delta = open_delta(data, self._choice if self._choice in ("numpy", "libshd") else "auto")
+        delta = open_delta(data, self._choice if self._choice in FILE_BACKENDS else AUTO)
         matched, unmatched = match(delta, self._targets, self._names, label, strict)
         fits: dict[Target, tuple[StoredTensor, str]] = {}
         for own, other in matched.items():

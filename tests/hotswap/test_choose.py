@@ -1,0 +1,53 @@
+"""Which backend live tensors get: by name, by device, and by what can be had."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from shiradelta.errors import ArgumentError, MissingDependencyError, ShiraDeltaError
+from shiradelta.hotswap.choose import LIVE_BACKENDS, DeviceBackend, new_backend
+from shiradelta.hotswap.numpy import NumpyBackend
+from tests.swapping import why_not
+
+
+@pytest.mark.parametrize("name", [name for name, row in LIVE_BACKENDS.items() if why_not(row) is None])
+def test_a_backend_is_had_by_its_name(name: str):
+    assert new_backend(name, "cpu").name == name
+
+
+@pytest.mark.parametrize("name", [name for name, row in LIVE_BACKENDS.items() if not row.works_on("cuda:0")])
+def test_a_backend_that_does_not_work_on_a_device_is_refused(name: str):
+    with pytest.raises(ArgumentError, match=f"backend '{name}' does not work on cuda:0.* take auto, triton, torch"):
+        new_backend(name, "cuda:0")
+
+
+def test_an_unknown_name_is_refused_with_all_that_are_known():
+    with pytest.raises(ArgumentError, match=", ".join(["auto", *LIVE_BACKENDS])):
+        new_backend("tpu", "cpu")
+
+
+def test_what_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingDependencyError, match="backend 'triton' needs triton"):
+        new_backend("triton", "cpu")
+
+
+@pytest.fixture
+def first() -> Iterator[DeviceBackend]:
+    """A backend that cannot be had."""
+
+    def check() -> None:
+        raise ShiraDeltaError("no such machine here")
+
+    row = DeviceBackend("toy", lambda _: True, lambda _: True, check, lambda _: NumpyBackend())
+    yield LIVE_BACKENDS.add(row)
+    LIVE_BACKENDS.remove("toy")
+
+
+def test_auto_passes_over_what_cannot_be_had(first: DeviceBackend):
+    with pytest.raises(ShiraDeltaError, match="no such machine here"):
+        new_backend("toy", "cpu")
+    assert new_backend("auto", "cpu").name in LIVE_BACKENDS
