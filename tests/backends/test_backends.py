@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 import shiradelta
 from shiradelta import TensorDelta
-from shiradelta.backends.choose import choose
+from shiradelta.backends.choose import FILE_BACKENDS, choose
 from shiradelta.backends.libshd import library
 from shiradelta.backends.libshd.backend import backend
-from shiradelta.backends.libshd.decoder import apply_sum
+from shiradelta.backends.libshd.decoder import NativeDecoder, apply_sum
 from shiradelta.backends.numpy import NUMPY, at_least
-from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
+from shiradelta.errors import ArgumentError, FormatError, ShiraDeltaError
 from shiradelta.format.arithmetic import add, fingerprint, scaled
-from shiradelta.format.codecs import VALUE_OPTIONS
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, VALUE_OPTIONS
 from tests.reference import VALID
 
 try:
@@ -184,11 +184,22 @@ def test_a_damaged_section_has_reason_tensor_offset_and_file(tmp_path: Path):
         assert caught.value.offset is not None
 
 
+def test_a_file_that_the_library_refuses_is_a_format_error():
+    with pytest.raises(FormatError) as caught:
+        NativeDecoder(np.zeros(200, np.uint8), "d.shd", ())
+    assert (caught.value.reason, caught.value.file) == ("bad_magic", "d.shd")
+
+
 def test_backends_are_chosen_by_name():
-    assert choose().name == choose("libshd").name == "libshd"
-    assert choose("numpy") is NUMPY
-    with pytest.raises(DeltaError, match="auto, libshd, numpy"):
+    assert choose().name == "libshd"
+    assert [choose(name).name for name in FILE_BACKENDS] == list(FILE_BACKENDS)
+    with pytest.raises(ArgumentError, match=", ".join(["auto", *FILE_BACKENDS])):
         choose("cuda")
+
+
+def test_the_library_knows_the_codecs_of_the_specification():
+    assert LIBSHD.index_codecs.keys() == INDEX_CODECS.by_id.keys()
+    assert LIBSHD.value_codecs.keys() == VALUE_CODECS.by_id.keys()
 
 
 @pytest.fixture

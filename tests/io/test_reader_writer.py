@@ -176,11 +176,19 @@ def test_each_tensor_gets_its_smallest_codec(tmp_path):
             assert tensor.record.index_codec == smallest_index_codec(tensor.positions(), shape)
 
 
+def test_the_writer_refuses_what_a_reader_would(tmp_path):
+    values = np.ones(1, np.float32)
+    tensor = sd.TensorDelta.trusted((4,), np.array([1]), values, "float64", "add", None)
+    with pytest.raises(DeltaError, match="tensor 'w': ADD of float64 with RAW and F32"):
+        written({"w": tensor}, tmp_path, values="f32")
+    assert not list(tmp_path.iterdir())
+
+
 def test_digest_is_about_contents_alone(tmp_path):
-    tensor = random_delta()
+    tensor = random_delta(dtype="bfloat16")
     plain = sd.open_delta(written({"w": tensor}, tmp_path, values="f32"))
     base = np.zeros(tensor.nnz, np.uint16)
-    known = sd.TensorDelta(tensor.shape, tensor.positions(), tensor.values(), base_bits=base)
+    known = sd.TensorDelta(tensor.shape, tensor.positions(), tensor.values(), dtype="bfloat16", base_bits=base)
     more = sd.open_delta(written({"w": known}, tmp_path, values="f32", metadata={"k": "v"}, zstd=True))
     assert more["w"].base_fingerprint is not None
     assert plain.digest == more.digest
@@ -206,7 +214,7 @@ def test_digest_differs_with_contents(tmp_path, other):
 
 def test_fingerprints_are_those_of_base_and_result(tmp_path):
     positions, base = [3, 4, 9], np.array([0x3F80, 0xBF80, 0x7FC0], np.uint16)
-    tensor = sd.TensorDelta((16,), positions, [0.5, 1.0, 2.0], base_bits=base)
+    tensor = sd.TensorDelta((16,), positions, [0.5, 1.0, 2.0], dtype="bfloat16", base_bits=base)
     found = sd.open_delta(written({"w": tensor}, tmp_path, values="f32"))["w"]
     after = np.array([0x3FC0, 0x0000, 0x7FC0], np.uint16)
     assert found.base_fingerprint == arithmetic.fingerprint(np.array(positions), base)
@@ -215,7 +223,7 @@ def test_fingerprints_are_those_of_base_and_result(tmp_path):
 
 def test_fingerprint_of_no_positions_is_known_to_be_0(tmp_path):
     nothing = np.zeros(0, np.uint16)
-    tensor = sd.TensorDelta((16,), [], nothing, op="set", base_bits=nothing)
+    tensor = sd.TensorDelta((16,), [], nothing, dtype="bfloat16", op="set", base_bits=nothing)
     found = sd.open_delta(written({"w": tensor}, tmp_path))["w"]
     assert (found.base_fingerprint, found.result_fingerprint) == (0, 0)
 
