@@ -20,7 +20,7 @@ def write_adapter(path: Path, layers: int, seed: int) -> None:
     for module, shape in names(layers).items():
         positions = np.flatnonzero(generator.random(shape[0] * shape[1], dtype=np.float32) < 0.01)
         values = generator.standard_normal(positions.size).astype(np.float32)
-        tensors[f"{module}.weight"] = shiradelta.TensorDelta(shape, positions, values)
+        tensors[f"{module}.weight"] = shiradelta.TensorDelta(shape, positions, values, "bfloat16")
     shiradelta.save_delta(path, tensors, values="int8")
 
 

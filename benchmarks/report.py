@@ -48,7 +48,7 @@ def opening(folder: Path, tensors: int = 300, repeats: int = 7) -> None:
             positions = np.flatnonzero(generator.random(256 * 256) < 0.01)
             values = generator.standard_normal(positions.size)
             made[f"model.layers.{number // 7}.part{number % 7}.weight"] = shiradelta.TensorDelta(
-                (256, 256), positions, values
+                (256, 256), positions, values, "bfloat16"
             )
         shiradelta.save_delta(file, made)
     report(dict.fromkeys(files, 1.0), folder / "report.html")

@@ -23,7 +23,7 @@ def main() -> None:
     for density, bar in ((0.001, 1.02), (0.01, 1.02), (0.05, 1.03)):
         positions = np.flatnonzero(generator.random(NUMEL, dtype=np.float32) < density)
         values = generator.standard_normal(positions.size).astype(np.float32)
-        tensor = shiradelta.TensorDelta((1 << 13, 1 << 13), positions, values)
+        tensor = shiradelta.TensorDelta((1 << 13, 1 << 13), positions, values, "bfloat16")
         sizes = {}
         with tempfile.TemporaryDirectory() as folder:
             for codec in ("int4", "int8", "sign"):

@@ -104,7 +104,7 @@ def one_layer(stage: Stage, density: float, seed: int, values: str = "int8") -> 
         base = parameter.data.view(torch.int16).view(-1)[torch.from_numpy(positions).to(stage.device)].cpu().numpy()
         delta = (rng.standard_normal(positions.size) * 0.01).astype(np.float32)
         shape = tuple(parameter.shape)
-        tensors[f"0.{name}"] = sd.TensorDelta(shape, positions, delta, base_bits=base.view(np.uint16))
+        tensors[f"0.{name}"] = sd.TensorDelta(shape, positions, delta, "bfloat16", base_bits=base.view(np.uint16))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.shd"
         sd.save_delta(path, tensors, values=values)

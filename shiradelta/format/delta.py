@@ -45,7 +45,8 @@ class TensorDelta:
             None for all of them, in order.
         values: one per position.  For `add`: finite, taken as float32.  For `set` and `new`: the new
             elements, as an array of the dtype's own size (bfloat16 and fp8 as unsigned integers).
-        dtype: the base tensor's, by torch's name ("bfloat16"), or "unspecified" where no base is known.
+        dtype: the base tensor's, by torch's name ("bfloat16").  "unspecified" fits a tensor of any dtype that `add` is
+            defined for, and only `add` and `drop` do without a dtype.
         op: "add", "set", "new" (the whole tensor is added to the model) or "drop" (taken away).
         base_bits: the base's elements at the positions, as bits: with it, a file gets fingerprints.
         base_fingerprint: the base's fingerprint there, where that alone is known.
@@ -59,7 +60,7 @@ class TensorDelta:
         shape: tuple[int, ...],
         positions: npt.ArrayLike | None,
         values: npt.ArrayLike,
-        dtype: str = "bfloat16",
+        dtype: str = "unspecified",
         op: str = "add",
         base_bits: Array | None = None,
         base_fingerprint: int | None = None,
@@ -81,6 +82,8 @@ class TensorDelta:
         self._positions = None if positions is None else _checked_positions(positions, numel)
         count = numel if self._positions is None else self._positions.size
         self._values = _checked_values(values, count, dtype, operation)
+        if dtype == "unspecified" and (base_bits is not None or base_fingerprint is not None):
+            raise DeltaError("what is known of the base needs its dtype: give it, such as dtype='bfloat16'")
         if base_bits is not None and base_bits.shape != (count,):
             raise DeltaError(f"{base_bits.size} base elements for {count} positions")
         self.base_bits = base_bits

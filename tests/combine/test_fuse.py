@@ -36,8 +36,8 @@ def three(tmp_path: Path) -> dict[Path, float]:
     for seed, strength in enumerate((0.7, -1.3, 1.0)):
         positions, values = sparse(seed)
         tensors = {
-            "shared": TensorDelta(SHAPE, positions, values, base_bits=base[positions]),
-            f"own{seed}": TensorDelta(SHAPE, positions, values, base_bits=base[positions]),
+            "shared": TensorDelta(SHAPE, positions, values, dtype="bfloat16", base_bits=base[positions]),
+            f"own{seed}": TensorDelta(SHAPE, positions, values, dtype="bfloat16", base_bits=base[positions]),
         }
         shiradelta.save_delta(tmp_path / f"{seed}.shd", tensors, metadata={"base": "b"}, values="int8")
         files[tmp_path / f"{seed}.shd"] = strength
@@ -175,7 +175,7 @@ def test_fingerprints_follow_where_they_can(three: dict[Path, float], tmp_path: 
     halves = {}
     for half, positions in enumerate((np.arange(0, 100), np.arange(100, 300))):
         tensor = TensorDelta(
-            SHAPE, positions, np.ones(positions.size), base_bits=np.arange(2000, dtype=np.uint16)[positions]
+            SHAPE, positions, np.ones(positions.size), "bfloat16", base_bits=np.arange(2000, dtype=np.uint16)[positions]
         )
         shiradelta.save_delta(tmp_path / f"h{half}.shd", {"w": tensor})
         halves[tmp_path / f"h{half}.shd"] = 1.0
@@ -192,7 +192,7 @@ def save(path: Path, **tensors: TensorDelta) -> Path:
 
 def test_sets_are_joined_but_never_mixed(tmp_path: Path):
     def setting(*at: int) -> TensorDelta:
-        return TensorDelta((9,), list(at), np.full(len(at), 7, np.uint16), op="set")
+        return TensorDelta((9,), list(at), np.full(len(at), 7, np.uint16), dtype="bfloat16", op="set")
 
     a, b = save(tmp_path / "a.shd", w=setting(1, 3)), save(tmp_path / "b.shd", w=setting(2))
     shiradelta.fuse({a: 1.0, b: 1.0}, tmp_path / "ab.shd")
@@ -214,11 +214,11 @@ def test_sets_are_joined_but_never_mixed(tmp_path: Path):
     [
         (TensorDelta((3, 3), [1], [1.0]), "shapes"),
         (TensorDelta((9,), [1], [1.0], dtype="float32"), "bfloat16|float32"),
-        (TensorDelta((9,), [1], [1.0], base_bits=np.ones(1, np.uint16)), "different bases"),
+        (TensorDelta((9,), [1], [1.0], dtype="bfloat16", base_bits=np.ones(1, np.uint16)), "different bases"),
     ],
 )
 def test_different_bases_are_refused(tmp_path: Path, other: TensorDelta, message: str):
-    a = save(tmp_path / "a.shd", w=TensorDelta((9,), [1], [2.0], base_bits=np.zeros(1, np.uint16)))
+    a = save(tmp_path / "a.shd", w=TensorDelta((9,), [1], [2.0], dtype="bfloat16", base_bits=np.zeros(1, np.uint16)))
     with pytest.raises(BaseMismatchError, match=message):
         shiradelta.fuse({a: 1.0, save(tmp_path / "b.shd", w=other): 1.0}, tmp_path / "x.shd")
 

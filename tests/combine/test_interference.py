@@ -134,7 +134,7 @@ def test_a_tensor_that_one_of_them_changes_counts_in_the_shares_alone(tmp_path: 
 
 def test_what_is_set_has_supports_but_no_direction(tmp_path: Path):
     def setting(*at: int) -> TensorDelta:
-        return TensorDelta((4, 4), list(at), np.full(len(at), 7, np.uint16), op="set")
+        return TensorDelta((4, 4), list(at), np.full(len(at), 7, np.uint16), dtype="bfloat16", op="set")
 
     a = save(tmp_path / "a.shd", {"w": setting(1, 3), "v": TensorDelta((9,), [1], [1.0])})
     b = save(tmp_path / "b.shd", {"w": setting(3, 5), "v": TensorDelta((9,), [2], [1.0])})
@@ -155,11 +155,13 @@ def test_what_is_set_has_supports_but_no_direction(tmp_path: Path):
     [
         (TensorDelta((3, 3), [1], [1.0]), "shapes"),
         (TensorDelta((9,), [1], [1.0], dtype="float32"), "bfloat16 and float32"),
-        (TensorDelta((9,), [1], [1.0], base_bits=np.ones(1, np.uint16)), "different bases"),
+        (TensorDelta((9,), [1], [1.0], dtype="bfloat16", base_bits=np.ones(1, np.uint16)), "different bases"),
     ],
 )
 def test_different_bases_are_refused(tmp_path: Path, other: TensorDelta, message: str):
-    a = save(tmp_path / "a.shd", {"w": TensorDelta((9,), [1], [2.0], base_bits=np.zeros(1, np.uint16))})
+    a = save(
+        tmp_path / "a.shd", {"w": TensorDelta((9,), [1], [2.0], dtype="bfloat16", base_bits=np.zeros(1, np.uint16))}
+    )
     with pytest.raises(BaseMismatchError, match=message):
         measure({a: 1.0, save(tmp_path / "b.shd", {"w": other}): 1.0})
 

@@ -148,7 +148,7 @@ def test_one_delta_alone(files: dict[Path, float], tmp_path: Path):
 def test_set_tensors_and_empty_ones(tmp_path: Path):
     def setting(*at: int) -> dict[str, TensorDelta]:
         empty = TensorDelta((0, 3), [], [])
-        return {"w": TensorDelta((9,), list(at), np.ones(len(at), np.uint16), op="set"), "e": empty}
+        return {"w": TensorDelta((9,), list(at), np.ones(len(at), np.uint16), dtype="bfloat16", op="set"), "e": empty}
 
     for name, at in (("a", (1, 3)), ("b", (3,))):
         shiradelta.save_delta(tmp_path / f"{name}.shd", setting(*at))

@@ -168,7 +168,7 @@ def test_tied_output_embedding_is_written_once(model: Path, tmp_path: Path):
 
 
 def test_set_takes_strength_one_only(model: Path, tmp_path: Path):
-    tensor = TensorDelta((96, 32), [5], np.array([0x3F80], np.uint16), op="set")
+    tensor = TensorDelta((96, 32), [5], np.array([0x3F80], np.uint16), dtype="bfloat16", op="set")
     shiradelta.save_delta(tmp_path / "d.shd", {UP: tensor})
     with pytest.raises(DeltaError, match="strength"):
         shiradelta.apply(model, tmp_path / "d.shd", strength=0.5)
@@ -188,7 +188,7 @@ def test_new_and_dropped_tensors(made: Path, tmp_path: Path, kind: str):
     before = contents(model)
     gone = "model.layers.1.mlp.down_proj.weight"
     deltas = {
-        "score.weight": TensorDelta((2, 32), None, np.arange(64, dtype=np.uint16), op="new"),
+        "score.weight": TensorDelta((2, 32), None, np.arange(64, dtype=np.uint16), "bfloat16", "new"),
         gone: TensorDelta((32, 96), None, [], op="drop"),
         UP: TensorDelta((96, 32), [1, 2], [1.0, -1.0]),
     }
@@ -354,7 +354,7 @@ def test_a_stop_at_every_durable_step(
     delta = made / "a.shd"
     if structural:
         delta = tmp_path / "d.shd"
-        new = TensorDelta((2, 32), None, np.arange(64, dtype=np.uint16), op="new")
+        new = TensorDelta((2, 32), None, np.arange(64, dtype=np.uint16), "bfloat16", "new")
         shiradelta.save_delta(delta, {"score.weight": new, UP: TensorDelta((96, 32), [1, 2], [1.0, -1.0])})
     model = Path(shutil.copytree(made / "bf16", tmp_path / "model"))
     base = contents(model)

@@ -36,7 +36,7 @@ def change(model: Path, name: str) -> None:
 @pytest.fixture
 def head(tmp_path: Path) -> Path:
     """A delta that adds a whole tensor."""
-    new = TensorDelta((2, 32), None, np.arange(64, dtype=np.uint16), op="new")
+    new = TensorDelta((2, 32), None, np.arange(64, dtype=np.uint16), "bfloat16", "new")
     shiradelta.save_delta(tmp_path / "head.shd", {"score.weight": new})
     return tmp_path / "head.shd"
 

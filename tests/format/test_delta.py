@@ -79,11 +79,13 @@ def test_explicit_zeros_are_kept():
         ({"op": "xor"}, "operation 'xor' is unknown"),
         ({"dtype": "int32"}, "use set"),
         ({"dtype": "float64"}, "use set"),
-        ({"op": "set", "dtype": "unspecified"}, "dtype"),
-        ({"op": "new", "dtype": "unspecified", "positions": None}, "dtype"),
-        ({"op": "new"}, "whole tensor"),
-        ({"op": "set", "values": np.zeros(3, np.float32)}, "2 bytes per element"),
-        ({"base_bits": np.zeros(2, np.uint16)}, "2 base elements for 3 positions"),
+        ({"op": "set"}, "give their dtype"),
+        ({"op": "new", "positions": None}, "give their dtype"),
+        ({"base_bits": np.zeros(3, np.uint16)}, "base needs its dtype"),
+        ({"base_fingerprint": 7}, "base needs its dtype"),
+        ({"op": "new", "dtype": "bfloat16"}, "whole tensor"),
+        ({"op": "set", "dtype": "bfloat16", "values": np.zeros(3, np.float32)}, "2 bytes per element"),
+        ({"dtype": "bfloat16", "base_bits": np.zeros(2, np.uint16)}, "2 base elements for 3 positions"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(changed, says):
@@ -111,18 +113,19 @@ def test_set_keeps_every_bit(dtype, values):
 
 
 def test_set_takes_elements_of_any_byte_order():
-    swapped = delta(op="set", values=np.array([0x3F80, 1, 2], ">u2"))
+    swapped = delta(op="set", dtype="bfloat16", values=np.array([0x3F80, 1, 2], ">u2"))
     assert swapped.bits().tolist() == [0x3F80, 1, 2]
 
 
 def test_values_of_set_are_float32_only_where_that_is_exact():
-    assert delta(op="set", values=np.array([0x3F80, 0, 0xC000], np.uint16)).values().tolist() == [1.0, 0.0, -2.0]
+    bits = np.array([0x3F80, 0, 0xC000], np.uint16)
+    assert delta(op="set", dtype="bfloat16", values=bits).values().tolist() == [1.0, 0.0, -2.0]
     with pytest.raises(DeltaError, match="int16"):
         delta(op="set", dtype="int16", values=np.array([1, 2, 3], np.int16)).values()
 
 
 def test_new_and_drop_are_about_whole_tensors():
-    new = sd.TensorDelta((2, 2), None, np.arange(4, dtype=np.uint16), op="new")
+    new = sd.TensorDelta((2, 2), None, np.arange(4, dtype=np.uint16), "bfloat16", "new")
     assert new.positions().tolist() == [0, 1, 2, 3]
     assert new.all_positions
     drop = sd.TensorDelta((2, 2), [1], [5.0], op="drop")
@@ -153,5 +156,6 @@ def test_matrix_shape(shape, matrix):
 
 
 def test_repr_says_what_it_is():
-    assert repr(delta()) == "<TensorDelta add 3x4 bfloat16, 3 of 12>"
-    assert repr(delta(shape=(), positions=[0], values=[1.0])) == "<TensorDelta add scalar bfloat16, 1 of 1>"
+    assert repr(delta()) == "<TensorDelta add 3x4 unspecified, 3 of 12>"
+    scalar = delta(shape=(), positions=[0], values=[1.0], dtype="bfloat16")
+    assert repr(scalar) == "<TensorDelta add scalar bfloat16, 1 of 1>"

@@ -82,7 +82,7 @@ def test_every_kind_of_positions(backend: str, kind: str):
     before = bits(base)
     positions = positions_of(kind, base.numel(), SHAPE[1])
     values = np.random.default_rng(1).normal(size=positions.size)
-    data = adapter({"w": sd.TensorDelta(SHAPE, positions, values, base_bits=before[positions])})
+    data = adapter({"w": sd.TensorDelta(SHAPE, positions, values, dtype="bfloat16", base_bits=before[positions])})
     swap = make({"w": base}, backend, a=data)
     swap.switch("a", 0.5)
     assert np.array_equal(bits(base), formula(before, "bfloat16", [(data, 0.5)]))
@@ -583,9 +583,9 @@ def test_strengths_that_are_not_finite(base: dict[str, torch.Tensor], one: bytes
 
 def test_sets_have_no_strength_and_exclude_each_other(base: dict[str, torch.Tensor]):
     shared = random_delta(SHAPE, 50, 1, op="set")
-    other = sd.TensorDelta(SHAPE, [int(shared.positions()[3])], np.array([1], np.uint16), op="set")
+    other = sd.TensorDelta(SHAPE, [int(shared.positions()[3])], np.array([1], np.uint16), dtype="bfloat16", op="set")
     apart = np.setdiff1d(np.arange(60), shared.positions())[:2]
-    third = sd.TensorDelta(SHAPE, apart, np.array([1, 2], np.uint16), op="set")
+    third = sd.TensorDelta(SHAPE, apart, np.array([1, 2], np.uint16), dtype="bfloat16", op="set")
     swap = make(base, a=adapter({"w": shared}), b=adapter({"w": other}), c=adapter({"w": third}))
     with pytest.raises(DeltaError, match="no strength"):
         swap.switch("a", 0.5)
@@ -602,7 +602,7 @@ def test_one_delta_under_two_names(base: dict[str, torch.Tensor], one: bytes):
 
 
 def test_whole_tensors_are_for_folders(base: dict[str, torch.Tensor]):
-    new = adapter({"n": sd.TensorDelta((2,), None, np.zeros(2, np.uint16), op="new")})
+    new = adapter({"n": sd.TensorDelta((2,), None, np.zeros(2, np.uint16), dtype="bfloat16", op="new")})
     drop = adapter({"w": sd.TensorDelta(SHAPE, None, np.zeros(0), op="drop")})
     with pytest.raises(BaseMismatchError, match=r"'n' is to be added.*use shiradelta\.apply"):
         HotSwap(base).load("new", new)
