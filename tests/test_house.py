@@ -183,6 +183,19 @@ def test_readme_python_runs(made: Path, tmp_path: Path, monkeypatch: pytest.Monk
         exec(compile(block, "README.md", "exec"), scope)
 
 
+def test_choices_of_the_command_line_are_where_options_say():
+    from shiradelta.cli import main
+    from shiradelta.cli.options import RegistryChoice
+
+    types = {id(option.type): option.type for each in main.commands.values() for option in each.params}
+    found = [kind for kind in types.values() if isinstance(kind, RegistryChoice)]
+    assert len(found) >= 5
+    for choice in found:
+        assert choice.choices, choice.path
+        assert not set(choice.renamed) & set(choice.choices), choice.path
+        assert set(choice.renamed.values()) <= set(choice.choices), choice.path
+
+
 def test_readme_commands_exist():
     from shiradelta.cli import main
 

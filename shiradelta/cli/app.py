@@ -1,4 +1,4 @@
-"""The group of all commands; errors of the package end in one line and exit code 1."""
+"""The group of all commands.  An error ends in one line and exit code 1, wrong usage in exit code 2."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class _Commands(click.Group):
                 raise
             click.echo(f"error: {printable(str(error))}; check the path and its permissions", err=True)
         except MemoryError:
-            click.echo("error: out of memory; close other programs, or use a machine with more", err=True)
+            click.echo("error: out of memory; close other programs, or use a machine with more memory", err=True)
         except KeyboardInterrupt:
-            click.echo("interrupted; every file is whole, as it was before or as after", err=True)
+            click.echo("interrupted; every file is whole, as before the command or as after it", err=True)
         return ctx.exit(1)
 
 
@@ -60,7 +60,7 @@ def _print_version(context: click.Context, option: click.Parameter, wanted: bool
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
 )
 def main() -> None:
-    """Sparse weight deltas: small files that are patched into a model and taken out again bit for bit."""
+    """Sparse weight deltas: small files that patch a model and are taken out again bit for bit."""
 
 
 for _command in (convert, train, apply, revert, verify, fuse, report, info):

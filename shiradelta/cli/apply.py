@@ -14,15 +14,18 @@ from shiradelta.cli.output import echo_json, echo_warnings, progress_bar
 @command(short_help="Patch a delta into a model's folder.")
 @click.argument("model")
 @click.argument("delta")
-@click.option("--strength", default=1.0, show_default=True, help="What the changes are multiplied with.")
-@click.option("-o", "--out", help="Write a patched copy to this folder; MODEL stays as it is.")
-@click.option("--no-check", is_flag=True, help="Apply it to a base other than the one it was made against.")
-@click.option("--allow-dtype", is_flag=True, help="Apply it to a base stored in another dtype; not checked then.")
+@click.option("--strength", default=1.0, show_default=True, help="Factor for all changes.")
+@click.option("-o", "--out", metavar="FOLDER", help="Write a patched copy to this folder and leave MODEL as it is.")
+@click.option("--no-check", is_flag=True, help="Allow a base other than the one that the delta was made for.")
+@click.option("--allow-dtype", is_flag=True, help="Allow a base in another dtype; its fingerprints are not checked.")
 @options.as_json
 def apply(
     model: str, delta: str, strength: float, out: str | None, no_check: bool, allow_dtype: bool, as_json: bool
 ) -> None:
-    """Patch DELTA into the weights of the folder MODEL, so that it can be taken out again exactly."""
+    """Patch DELTA into the weights of the folder MODEL.
+
+    `shiradelta revert` takes it out again bit for bit.
+    """
     from shiradelta.folder import apply as directory
 
     with progress_bar("applying") as progress:
@@ -42,7 +45,7 @@ def apply(
         f"{report.folder}: {report.tensors} tensors patched, {report.changed:,} of {report.nonzeros:,} listed weights"
         f" differ now"
         + (f", {report.added} tensors added" if report.added else "")
-        + (f", {report.dropped} taken away" if report.dropped else "")
+        + (f", {report.dropped} tensors removed" if report.dropped else "")
     )
     echo_warnings(report.warnings)
     click.echo(f"take it out again with: shiradelta revert {report.folder}")

@@ -12,19 +12,17 @@ from shiradelta.cli.output import echo_json, echo_warnings, progress_bar, skippe
 from shiradelta.util.text import percent, size, table
 
 
-@command(short_help="A LoRA, a full fine-tune or a diff to a .shd file.")
+@command(short_help="Convert a LoRA, a full fine-tune or a diff to a .shd file.")
 @click.argument("source")
-@click.option("--sparsity", type=float, help="The share of the weights that change.  [default: 0.01]")
+@click.option("--sparsity", type=float, help="Share of the weights that change.  [default: 0.01]")
+@click.option("--target-size", metavar="SIZE", help="Largest size of the file, such as 2MB; finds the sparsity.")
 @click.option(
-    "--target-size", metavar="SIZE", help="Instead: as many weights as a file of at most this size holds, such as 2MB."
+    "--target-error", type=float, help="Largest relative error of the delta, such as 0.3; finds the sparsity."
 )
-@click.option(
-    "--target-error", type=float, help="Instead: as few weights as keep the relative error of the delta, such as 0.3."
-)
-@click.option("--base", metavar="MODEL", help="The base model's folder or file; a full fine-tune needs it.")
+@click.option("--base", metavar="MODEL", help="Folder or file of the base model; required for a full fine-tune.")
 @options.values("int4")
-@click.option("-o", "--out", metavar="FILE", help="The file to write.  [default: SOURCE with .shd]")
-@options.scope("Keep the share in every tensor, or over the whole model.")
+@click.option("-o", "--out", metavar="FILE", help="File to write.  [default: SOURCE with .shd]")
+@options.scope("Apply the sparsity to each tensor, or to the whole model.")
 @click.option(
     "--kind",
     type=RegistryChoice("shiradelta.converters:kinds"),
@@ -32,8 +30,8 @@ from shiradelta.util.text import percent, size, table
     show_default=True,
     help="What SOURCE is.",
 )
-@click.option("--alpha", type=float, help="A LoRA's alpha, over what its files say.")
-@click.option("--zstd", is_flag=True, help="Compress further; slower to swap.")
+@click.option("--alpha", type=float, help="Alpha of a LoRA, instead of the one in its files.")
+@click.option("--zstd", is_flag=True, help="Compress further; switching becomes slower.")
 @click.option(
     "--fit",
     "texts",
@@ -66,7 +64,7 @@ from shiradelta.util.text import percent, size, table
     help="Of a language model's target, the share that is the text's next token; the fine-tune says the rest.",
 )
 @click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
-@click.option("--plot", metavar="FILE", help="Draw where the changes lie, and the fit, to this PNG.")
+@click.option("--plot", metavar="FILE", help="Plot where the changes lie, and the fit, to this PNG.")
 @options.as_json
 def convert(as_json: bool, texts: str | None, device: str | None, **arguments: Any) -> None:
     """Convert a LoRA, a full fine-tune or a diff to a .shd file.

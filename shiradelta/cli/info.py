@@ -11,8 +11,8 @@ from shiradelta.cli.output import echo_json
 
 @command()
 @click.argument("file", required=False)
-@click.option("--system", is_flag=True, help="Show what this installation computes with instead, and why.")
-@click.option("--verify", "full", is_flag=True, help="Decode everything and check the content digest too.")
+@click.option("--system", is_flag=True, help="Show instead which backend this installation uses, and why.")
+@click.option("--verify", "full", is_flag=True, help="Also decode everything and check the content digest.")
 @options.as_json
 def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
     """Show what is in a .shd file."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shiradelta.errors import ShiraDeltaError
+from shiradelta.errors import ArgumentError
 
 if TYPE_CHECKING:
     _Choice = click.Choice[str]
@@ -96,7 +96,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 
 
 def scope(text: str) -> Callable[[Function], Function]:
-    """The option that says over what the share of changed weights is kept."""
+    """The option that says whether the sparsity is that of each tensor or of the whole model."""
     choice = RegistryChoice("shiradelta.select.shares:SCOPES")
     return click.option("--scope", type=choice, default="tensor", show_default=True, help=text)
 
@@ -123,7 +123,8 @@ def with_strengths(arguments: Sequence[str]) -> dict[str | os.PathLike[str], flo
     """File -> strength, from arguments such as style.shd:0.7."""
     found: dict[str | os.PathLike[str], float] = dict(map(_with_strength, arguments))
     if len(found) < len(arguments):
-        raise ShiraDeltaError("a file is given twice; give it once, with one strength")
+        twice = next(name for name in found if sum(_with_strength(each)[0] == name for each in arguments) > 1)
+        raise ArgumentError(f"{os.fspath(twice)} is given twice; give it once, with one strength")
     return found
 
 

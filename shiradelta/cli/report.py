@@ -12,13 +12,13 @@ from shiradelta.cli.output import echo_json, echo_warnings, progress_bar
 from shiradelta.util.text import size
 
 
-@command(short_help="What deltas hold, and how they interfere.")
+@command(short_help="Report what deltas hold and how they interfere.")
 @click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
-@click.option("-o", "--out", metavar="FILE", help="Write it all as one HTML file, which needs no network.")
-@click.option("--png", metavar="FILE", help="Write the heat map, layers by pairs, as a picture.")
+@click.option("-o", "--out", metavar="FILE", help="Write an HTML page that needs no network.")
+@click.option("--png", metavar="FILE", help="Write the heat map, layers by pairs, to this PNG.")
 @options.as_json
 def report(deltas: tuple[str, ...], out: str | None, png: str | None, as_json: bool) -> None:
-    """Say what is in .shd files and how much every two of them get in each other's way, before they are fused."""
+    """Report what is in .shd files and how much each two of them interfere, before they are fused."""
     from shiradelta.combine.report import report as run
     from shiradelta.combine.report.text import summary
 

@@ -12,12 +12,15 @@ from shiradelta.cli.output import echo_json, progress_bar
 from shiradelta.util.text import printable
 
 
-@command(short_help="Take the last delta out again, bit for bit.")
+@command(short_help="Take the last delta out of a model's folder, bit for bit.")
 @click.argument("model")
-@click.option("--force", is_flag=True, help="Put the originals back even if the weights were changed since.")
+@click.option("--force", is_flag=True, help="Restore the original weights even if they were changed since.")
 @options.as_json
 def revert(model: str, force: bool, as_json: bool) -> None:
-    """Take the last delta out of the folder MODEL, bit for bit; an interrupted action is rolled back instead."""
+    """Take the last delta out of the folder MODEL, bit for bit.
+
+    If an action was interrupted, roll that back instead.
+    """
     from shiradelta.folder import apply as directory
 
     with progress_bar("reverting") as progress:

@@ -13,16 +13,16 @@ from shiradelta.cli.output import echo_json
 from shiradelta.util.text import printable
 
 
-@command(short_help="Say whether a folder is base, patched or neither.")
+@command(short_help="Check whether a model's folder is base, patched or neither.")
 @click.argument("model")
 @click.argument("delta", required=False)
 @options.as_json
 def verify(model: str, delta: str | None, as_json: bool) -> None:
-    """Say whether the folder MODEL is exactly its base, exactly patched, or neither (exit code 1).
+    """Check whether the folder MODEL is exactly its base, exactly patched, or neither (exit code 1).
 
-    Looked at are the weights that deltas change: others are not known to them.
+    Only weights listed in the applied deltas are checked.
 
-    With DELTA, a folder on which nothing was applied is compared with that file's fingerprints.
+    If nothing is applied, the folder is compared with the fingerprints in DELTA.
     """
     from shiradelta.folder.verification import verify as run
 

@@ -76,7 +76,7 @@ def test_json_is_json(folder: Path, arguments: tuple[str, ...], keys: set[str]):
         (("convert", "tuned"), "--base"),
         (("convert", "tuned", "--base", "model", "--sparsity", "0"), "sparsity 0.0 is not a share"),
         (("convert", "tuned", "--base", "model", "--sparsity", "1.5"), "sparsity 1.5 is not a share"),
-        (("convert", "tuned", "--base", "model", "--alpha", "3"), "alpha is a LoRA's"),
+        (("convert", "tuned", "--base", "model", "--alpha", "3"), "alpha is an option of lora"),
         (("convert", "a.shd"), "is a .shd file already"),
         (("apply", "nothing", "a.shd"), "nothing: no such folder"),
         (("apply", "model/model.safetensors", "a.shd"), "give the folder"),
@@ -139,7 +139,10 @@ def test_interrupt_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("shiradelta.folder.apply.apply", interrupted)
     result = run("apply", "model", "a.shd")
-    assert (result.exit_code, result.stderr) == (1, "interrupted; every file is whole, as it was before or as after\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "interrupted; every file is whole, as before the command or as after it\n",
+    )
 
 
 def test_help_of_every_command_names_its_options():

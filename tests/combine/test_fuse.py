@@ -259,4 +259,4 @@ def test_command_line(three: dict[Path, float], tmp_path: Path, method: str):
 def test_what_is_of_dropping_alone(three: dict[Path, float], tmp_path: Path):
     outcome = CliRunner().invoke(main, ["fuse", *map(str, three), "-o", str(tmp_path / "x.shd"), "--drop", "0.3"])
     assert outcome.exit_code == 2
-    assert "--drop is of dare and della" in outcome.stderr
+    assert "--drop is an option of dare and della" in outcome.stderr
