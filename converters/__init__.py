@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from shiradelta.select.topk import Rows, row_shape
+
 from . import diff, full, lora  # noqa: F401  each registers its layout
 from .item import Item, Skipped, SkipReason, Source
 from .pipeline import convert, default_output
@@ -18,6 +20,7 @@ __all__ = [
     "SOURCES",
     "ConversionReport",
     "Item",
+    "Rows",
     "SkipReason",
     "Skipped",
     "Source",
@@ -27,6 +30,7 @@ __all__ = [
     "default_output",
     "kinds",
     "open_source",
+    "row_shape",
     "source",
 ]
 
