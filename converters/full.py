@@ -11,7 +11,9 @@ from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Array, Float32, to_float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
-from shiradelta.models.checkpoint import Checkpoint, Slot, match_names
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.names import match_names
+from shiradelta.models.safetensors import Slot
 from shiradelta.select.topk import Rows, row_shape
 
 from .item import Item, Skipped, SkipReason, Source, whole_tensor

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shiradelta.errors import SourceError
-from shiradelta.models.checkpoint import Checkpoint, match_names
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.names import match_names
 from shiradelta.models.peft import ADAPTER, BASE_LAYER, PREFIX, unwrap
 
 from .item import NO_TARGET, Skipped, SkipReason

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import SourceError
-from shiradelta.models.checkpoint import Checkpoint, read_json
+from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.peft import CONFIG, MODULES_TO_SAVE
+from shiradelta.util.json_files import read_json
 
 from .peft_folder import PRODUCTS, check_type
 

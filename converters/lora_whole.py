@@ -9,7 +9,8 @@ import numpy as np
 from shiradelta.format.arithmetic import to_float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
-from shiradelta.models.checkpoint import Checkpoint, tied_slot
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.names import tied_slot
 from shiradelta.models.peft import CONFIG, ORIGINAL_MODULE
 
 from . import diff, full

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import SourceError
-from shiradelta.models.checkpoint import read_json
 from shiradelta.models.peft import CONFIG, WEIGHTS
+from shiradelta.util.json_files import read_json
 
 #: PEFT's types that are a product of factors, times a scale.
 PRODUCTS = ("LORA", "ADALORA", "LOHA", "LOKR")

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from shiradelta.models.names import layer_of
 from shiradelta.util.plots import new_figure, save, tick
-from shiradelta.util.text import layer_of
 
 from .report import ConversionReport, TensorReport
 

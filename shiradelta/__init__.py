@@ -23,7 +23,8 @@ if TYPE_CHECKING:
         SourceError,
         TargetError,
     )
-    from shiradelta.folder.apply import apply, revert
+    from shiradelta.folder.apply import apply
+    from shiradelta.folder.revert import revert
     from shiradelta.folder.verification import verify
     from shiradelta.format.delta import TensorDelta
     from shiradelta.hotswap.session import HotSwap
@@ -60,7 +61,7 @@ _HOMES = {
     "convert": "converters",
     "fuse": "combine.fuse",
     "open_delta": "io.reader",
-    "revert": "folder.apply",
+    "revert": "folder.revert",
     "save_delta": "io.writer",
     "verify": "folder.verification",
 }

@@ -18,14 +18,14 @@ from shiradelta.util.text import percent
 @click.option("-o", "--out", required=True, metavar="FILE", help="File to write.")
 @click.option(
     "--method",
-    type=click.Choice(["sum", "mean", "max", "ties", "disjoint", "dare", "della"]),
+    type=options.RegistryChoice("shiradelta.combine.methods:METHODS"),
     default="sum",
     show_default=True,
     help="How values at the same weight are combined; sum equals applying all deltas together.",
 )
 @options.values("f32")
-@click.option("--drop", default=0.5, show_default=True, help="Share of nonzeros that dare and della drop.")
-@click.option("--seed", default=0, show_default=True, help="Random seed of dare and della.")
+@click.option("--drop", default=0.5, show_default=True, help="Share of nonzeros to drop, for methods that drop some.")
+@click.option("--seed", default=0, show_default=True, help="Random seed, for methods that drop nonzeros.")
 @click.option("--base", metavar="MODEL", help="Folder or file of the base model; puts fingerprints into the result.")
 @options.as_json
 def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
@@ -34,9 +34,11 @@ def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
     Example: shiradelta fuse style.shd:0.7 task.shd:1.0 -o both.shd
     """
     from shiradelta.combine.fuse import fuse as run
+    from shiradelta.combine.methods import methods_with, unused_options
 
-    if arguments["method"] not in ("dare", "della") and (given := options.given("drop", "seed")):
-        raise click.UsageError(f"{given} is an option of dare and della; add --method dare or --method della.")
+    if given := options.given(*unused_options(arguments["method"])):
+        takers = methods_with(given.removeprefix("--"))
+        raise click.UsageError(f"{given} is an option of {' and '.join(takers)}; add --method {takers[0]}, say.")
     with progress_bar("fusing") as progress:
         report = run(options.with_strengths(deltas), **arguments, progress=progress)
     if as_json:

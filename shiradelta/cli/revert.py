@@ -21,10 +21,10 @@ def revert(model: str, force: bool, as_json: bool) -> None:
 
     If an action was interrupted, roll that back instead.
     """
-    from shiradelta.folder import apply as directory
+    from shiradelta.folder.revert import revert as run
 
     with progress_bar("reverting") as progress:
-        report = directory.revert(model, force=force, progress=progress)
+        report = run(model, force=force, progress=progress)
     if as_json:
         echo_json(dataclasses.asdict(report))
         return

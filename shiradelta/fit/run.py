@@ -23,7 +23,7 @@ from shiradelta.fit.refit.skeleton import CannotStreamError
 from shiradelta.fit.refit.stream import stream
 from shiradelta.fit.subject import Subject
 from shiradelta.fit.training import DivergedError, Plan, State, Trainer
-from shiradelta.models.checkpoint import rename_all
+from shiradelta.models.names import rename_all
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.topk import Selection

@@ -19,8 +19,8 @@ from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
-from shiradelta.models.checkpoint import rename_all
 from shiradelta.models.dtypes import torch_dtype
+from shiradelta.models.names import rename_all
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.largest_torch import largest, largest_of_all

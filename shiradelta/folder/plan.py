@@ -1,29 +1,42 @@
-"""What a delta would do to a base: which tensors, whether they fit, and the new elements."""
+"""What a delta changes in a model's folder, and whether it fits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shiradelta.errors import BaseMismatchError, DeltaError
-from shiradelta.format import registry
-from shiradelta.format.digest import tensor_digest
+from shiradelta.errors import BaseMismatchError
 from shiradelta.io.reader import Delta, StoredTensor
-from shiradelta.models.checkpoint import Checkpoint, Slot, match_names
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.compatibility import check_fit, check_strength, check_tied, spec_of
+from shiradelta.models.names import match_names
+from shiradelta.models.safetensors import Slot
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One tensor delta and the tensor of the base that it changes."""
+    """A tensor's delta and the tensor of the base that it changes.
+
+    Attributes:
+        tensor: the delta.
+        slot: where the base's tensor is.
+        name: in the checkpoint; the slot's own name lacks the component.
+    """
 
     tensor: StoredTensor
     slot: Slot
-    name: str  # in the checkpoint: a slot's own name lacks the component
+    name: str
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that a delta does to a base."""
+class FolderPlan:
+    """All changes that a delta makes to a folder.
+
+    Attributes:
+        edits: tensors of which elements change.
+        new: (name, tensor) of tensors that are added.
+        drop: tensors that are removed.
+    """
 
     edits: tuple[Edit, ...]
     new: tuple[tuple[str, StoredTensor], ...]
@@ -31,21 +44,21 @@ class Plan:
 
     @property
     def restructures(self) -> bool:
-        """Whether tensors are added or taken away."""
+        """Whether tensors are added or removed."""
         return bool(self.new or self.drop)
 
 
-def make_plan(checkpoint: Checkpoint, delta: Delta, strength: float, allow_dtype: bool) -> Plan:
-    """Matches every tensor of the delta with the base, and checks names, shapes, dtypes and strength.
+def make_plan(checkpoint: Checkpoint, delta: Delta, strength: float, allow_dtype: bool) -> FolderPlan:
+    """Finds every tensor of the delta in the base, and checks names, shapes, dtypes and the strength.
 
     Raises:
         BaseMismatchError: the delta does not fit this base.
-        DeltaError: the strength is not allowed.
+        DeltaError: the delta cannot have this strength.
     """
     tensors = dict(delta.items())
-    if strength != 1 and any(tensor.op != "add" for tensor in tensors.values()):
-        raise DeltaError(f"{_label(delta)} sets whole values, which have no strength; leave --strength at 1")
-    new = {name: tensor for name, tensor in tensors.items() if tensor.op == "new"}
+    operations = (tensor.operation for tensor in tensors.values())
+    check_strength(_label(delta), strength, operations, "leave --strength at 1")
+    new = {name: tensor for name, tensor in tensors.items() if tensor.operation.creates}
     wanted = {name: tensor.shape for name, tensor in tensors.items() if name not in new}
     found = match_names(wanted, checkpoint)
     missing = [name for name in wanted if name not in found]
@@ -60,11 +73,18 @@ def make_plan(checkpoint: Checkpoint, delta: Delta, strength: float, allow_dtype
             raise BaseMismatchError(f"{_label(delta)} adds tensor {name!r}, which {checkpoint.root} already has")
     edits = [Edit(tensors[name], checkpoint[other], other) for name, other in found.items()]
     for edit in edits:
-        _check_fit(edit, checkpoint, delta, allow_dtype)
-    return Plan(
-        tuple(_unique(edit for edit in edits if edit.tensor.op != "drop")),
-        tuple(new.items()),
-        tuple(edit for edit in edits if edit.tensor.op == "drop"),
+        check_fit(
+            f"{_label(delta)}: tensor {edit.name!r}",
+            edit.tensor,
+            spec_of(edit.slot),
+            str(checkpoint.root),
+            allow_dtype=allow_dtype,
+            option="--allow-dtype",
+        )
+    return FolderPlan(
+        edits=tuple(_unique(edit for edit in edits if not edit.tensor.operation.removes)),
+        new=tuple(new.items()),
+        drop=tuple(edit for edit in edits if edit.tensor.operation.removes),
     )
 
 
@@ -72,38 +92,10 @@ def _label(delta: Delta) -> str:
     return delta.file or f"delta {delta.digest[:12]}"
 
 
-def _check_fit(edit: Edit, checkpoint: Checkpoint, delta: Delta, allow_dtype: bool) -> None:
-    tensor, slot = edit.tensor, edit.slot
-    where = f"{_label(delta)}: tensor {edit.name!r}"
-    if tensor.shape != slot.shape:
-        raise BaseMismatchError(
-            f"{where} has shape {list(slot.shape)} in {checkpoint.root}, the delta was made for {list(tensor.shape)};"
-            " give the model it was made for"
-        )
-    addable = slot.dtype.name in registry.ADDABLE
-    if tensor.op == "add" and not addable:
-        raise BaseMismatchError(
-            f"{where} is stored as {slot.dtype.name} in {checkpoint.root}, to which nothing can be added exactly;"
-            " convert the fine-tune against this base, which stores whole values"
-        )
-    if tensor.dtype in (slot.dtype.name, "unspecified"):
-        return
-    if not (allow_dtype and tensor.op == "add" and addable):
-        hint = "; --allow-dtype applies it all the same" if tensor.op == "add" and addable else ""
-        raise BaseMismatchError(
-            f"{where} is stored as {slot.dtype.name} in {checkpoint.root}, but the delta was made against a"
-            f" {tensor.dtype} base, so it cannot be checked{hint}"
-        )
-
-
 def _unique(edits: Iterable[Edit]) -> list[Edit]:
-    """Edits of tied tensors that are one tensor on disk are written once; they must agree."""
+    """One edit per tensor on disk; edits of tied tensors must agree."""
     kept: dict[str, Edit] = {}
     for edit in edits:
-        other = kept.setdefault(edit.name, edit)
-        if other is not edit and tensor_digest(other.tensor) != tensor_digest(edit.tensor):
-            raise BaseMismatchError(
-                f"tensor {edit.name!r} is tied to another, and the delta changes the two differently; untie the"
-                " base before applying"
-            )
+        first = kept.setdefault(edit.name, edit)
+        check_tied(f"tensor {edit.name!r}", first.tensor, edit.tensor, "untie the base before applying")
     return list(kept.values())

@@ -1,10 +1,10 @@
-"""Writing elements into weight files, and the way back: what an interrupted action needs to become whole again."""
+"""Writes elements into weight files, and rolls interrupted actions back."""
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,20 +12,25 @@ import numpy as np
 
 from shiradelta.errors import TargetError
 from shiradelta.folder import restructure
-from shiradelta.folder.state import Applied, State, StateFolder
+from shiradelta.folder.journal import Applied, FolderState, Journal
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.reader import StoredTensor, open_delta
-from shiradelta.models.checkpoint import Checkpoint, Slot, open_checkpoint
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.compatibility import difference
+from shiradelta.models.safetensors import Slot
+from shiradelta.util.arrays import overlay_values
 from shiradelta.util.files import os_errors
 from shiradelta.util.interrupts import interrupts_held_back
-
-#: Called with (what, done, total) while work goes on.
-Progress = Callable[[str, int, int], None]
+from shiradelta.util.progress import Progress
 
 
 def check_writable(checkpoint: Checkpoint) -> None:
-    """Weights that other folders share (a hub's cache) are never written in place.  Raises TargetError."""
+    """Checks that the weights can be written in place: other folders do not share them, as in a hub's cache.
+
+    Raises:
+        TargetError: a file is shared or read-only.
+    """
     real = checkpoint.root.resolve()
     for shard in checkpoint.shards:
         linked = shard.file.resolve() != real / shard.file.relative_to(checkpoint.root)
@@ -37,7 +42,7 @@ def check_writable(checkpoint: Checkpoint) -> None:
 
 
 def reserve_space(checkpoint: Checkpoint) -> None:
-    """Fills the holes of sparse files: a full disk would otherwise show as a fatal signal in the middle of a patch."""
+    """Fills the holes of sparse files, since a full disk would raise a fatal signal in the middle of a patch."""
     for shard in checkpoint.shards:
         status = shard.file.stat()
         if hasattr(os, "posix_fallocate") and status.st_blocks * 512 < status.st_size:
@@ -46,7 +51,7 @@ def reserve_space(checkpoint: Checkpoint) -> None:
 
 
 def patch(edits: Iterable[tuple[Slot, StoredTensor]], strength: float, total: int, progress: Progress | None) -> None:
-    """Writes the new elements into the files and makes them durable."""
+    """Writes the new elements into the files and syncs them to disk."""
     with ExitStack() as stack:
         maps: dict[Path, mmap.mmap] = {}
         for number, (slot, tensor) in enumerate(edits):
@@ -64,51 +69,60 @@ def patch(edits: Iterable[tuple[Slot, StoredTensor]], strength: float, total: in
             mapped.flush()
 
 
-def overlaid(view: Array, positions: Positions, undo: TensorDelta | None) -> Array:
-    """`view`, elements at `positions`, with the undo's elements where it has some."""
+def without(view: Array, positions: Positions, undo: TensorDelta | None) -> Array:
+    """The elements `view` at `positions` as they were before an action.
+
+    Args:
+        view: the elements after the action.
+        positions: of the elements; increasing.
+        undo: the action's undo delta for the tensor; None if the action left the tensor alone.
+    """
     if undo is None or not undo.nnz:
         return view
-    at = undo.positions()
-    slot = np.minimum(np.searchsorted(at, positions), at.size - 1)
-    return np.where(at[slot] == positions, undo.bits()[slot], view)
+    before: Array = overlay_values(np, view, positions, undo.positions(), undo.bits())
+    return before
 
 
-def recover(folder: StateFolder) -> Applied | None:
-    """Rolls an interrupted action back; returns what it was about."""
-    pending = folder.state.pending
+def recover(journal: Journal) -> Applied | None:
+    """Rolls back an interrupted action, if there is one, and returns its delta."""
+    pending = journal.state.pending
     if pending is not None:
-        undo(folder, pending, None)
-    elif folder.state.applied:
-        folder.tidy()
+        undo(journal, pending, None)
+    elif journal.state.applied:
+        journal.tidy()
     return pending
 
 
-def undo(folder: StateFolder, entry: Applied, progress: Progress | None) -> None:
-    """Puts the originals of the pending `entry` back; may be repeated any number of times.
+def undo(journal: Journal, entry: Applied, progress: Progress | None) -> None:
+    """Puts back the originals of the pending `entry`.  An interrupted undo can be repeated.
 
-    Ctrl-C waits until that is done: half of it would be neither one state nor the other.
+    Ctrl-C is held back until it is done.
 
     Raises:
         TargetError: a file cannot be written, or is not the one that was patched.
     """
     again = "cannot be restored; run `shiradelta revert` again when it can"
-    with interrupts_held_back(), os_errors(folder.root, again):
-        restructure.swap_out(folder.root, folder.originals(entry), entry.replaced)
-        checkpoint = open_checkpoint(folder.root)
+    with interrupts_held_back(), os_errors(journal.root, again):
+        restructure.swap_out(journal.root, journal.originals(entry), entry.replaced)
+        checkpoint = open_checkpoint(journal.root)
         check_writable(checkpoint)
-        with open_delta(folder.undo_file(entry)) as originals:
+        with open_delta(journal.undo_file(entry)) as originals:
             for name, tensor in originals.items():
                 check_same_tensor(checkpoint, name, tensor)
             edits = ((checkpoint[name], tensor) for name, tensor in originals.items())
             patch(edits, 1.0, len(originals), progress)
-        folder.save(State(folder.state.applied))
-        folder.tidy()
+        journal.save(FolderState(journal.state.applied))
+        journal.tidy()
 
 
 def check_same_tensor(checkpoint: Checkpoint, name: str, tensor: TensorDelta) -> None:
-    """Raises TargetError where an undo's tensor is gone from the files, or another."""
+    """Checks that the files still have the tensor that an undo delta was made for.
+
+    Raises:
+        TargetError: the tensor is gone, or has another shape or dtype.
+    """
     slot = checkpoint.get(name)
-    if slot is None or slot.shape != tensor.shape or slot.dtype.name != tensor.dtype:
+    if difference(tensor, slot) is not None:
         found = "gone" if slot is None else f"{slot.dtype.name} {list(slot.shape)} now"
         raise TargetError(
             f"{checkpoint.root}: tensor {name!r} was patched and is {found}; restore the files from their source"

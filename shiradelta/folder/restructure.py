@@ -1,7 +1,7 @@
-"""Adding tensors to, and taking them from, the files of a model's folder.
+"""Adds tensors to the files of a model's folder, and removes them.
 
-Such files are written anew beside the state and then change places with the originals, which wait there: so the
-way back is a rename, and exact.
+The new files are written beside the journal and then swapped with the originals, which are kept there.  So the way back
+is a rename, and exact.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import BaseMismatchError
-from shiradelta.folder.plan import Plan
+from shiradelta.folder.plan import FolderPlan
 from shiradelta.format import registry
 from shiradelta.format.delta import TensorDelta
-from shiradelta.models.checkpoint import Checkpoint, Shard, index_file, read_json
+from shiradelta.models.checkpoint import Checkpoint, index_file
+from shiradelta.models.safetensors import Shard
 from shiradelta.util.files import os_errors, sync_directory
+from shiradelta.util.json_files import read_json
 
 _NEW = ".new"
 
 
-def prepare(checkpoint: Checkpoint, plan: Plan, originals: Path) -> tuple[str, ...]:
-    """Writes the new files to `originals`, each with the suffix .new; returns their names under the root."""
+def prepare(checkpoint: Checkpoint, plan: FolderPlan, originals: Path) -> tuple[str, ...]:
+    """Writes the new files to `originals` with the suffix .new, and returns their names relative to the root."""
     with os_errors(originals):
         originals.mkdir(parents=True, exist_ok=True)
         replaced: list[str] = []
@@ -43,7 +45,7 @@ def prepare(checkpoint: Checkpoint, plan: Plan, originals: Path) -> tuple[str, .
 
 
 def home_of(checkpoint: Checkpoint, name: str) -> Shard:
-    """The file that a new tensor goes to: the last one of its component."""
+    """The file that a new tensor is written to: the last one of its component."""
     component = name.rpartition("/")[0]
     folder = checkpoint.root / component
     homes = [shard for shard in checkpoint.shards if shard.file.parent == folder]
@@ -59,7 +61,7 @@ def _staged(originals: Path, relative: Path) -> Path:
 
 
 def _rewrite(shard: Shard, gone: set[str], come: Mapping[str, TensorDelta], target: Path) -> None:
-    """A copy of a safetensors file without some tensors and with others behind them."""
+    """Copies a safetensors file without some tensors, and with others appended."""
     header: dict[str, Any] = {}
     if "__metadata__" in shard.header:
         header["__metadata__"] = shard.header["__metadata__"]
@@ -102,7 +104,7 @@ def _reindex(
     originals: Path,
     replaced: list[str],
 ) -> list[str]:
-    """The index of a sharded model, updated; its name, unless it is in `replaced` already."""
+    """Writes the updated index of a sharded model; returns its name, unless `replaced` has it already."""
     index = index_file(shard.file.parent)
     if index is None:
         return []
@@ -121,7 +123,7 @@ def _reindex(
 
 
 def swap_in(root: Path, originals: Path, replaced: tuple[str, ...]) -> None:
-    """The new files take their places; the originals wait."""
+    """Puts the new files in place and keeps the originals."""
     for name in replaced:
         os.replace(root / name, originals / name)
         os.replace(originals / (name + _NEW), root / name)
@@ -129,7 +131,7 @@ def swap_in(root: Path, originals: Path, replaced: tuple[str, ...]) -> None:
 
 
 def swap_out(root: Path, originals: Path, replaced: tuple[str, ...]) -> None:
-    """The originals come back, as far as they were moved."""
+    """Puts back the originals that were moved."""
     for name in replaced:
         if (originals / name).exists():
             os.replace(originals / name, root / name)

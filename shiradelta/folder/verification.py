@@ -12,38 +12,51 @@ import numpy as np
 
 from shiradelta.backends.choose import choose
 from shiradelta.errors import BaseMismatchError, TargetError
-from shiradelta.folder.recovery import overlaid, recover
-from shiradelta.folder.state import FOLDER, Applied, StateFolder, locked
+from shiradelta.folder.journal import FOLDER, Applied, Journal, locked
+from shiradelta.folder.recovery import recover, without
 from shiradelta.io.reader import Delta, StoredTensor, open_delta
-from shiradelta.models.checkpoint import Checkpoint, match_names, open_checkpoint
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.compatibility import difference
+from shiradelta.models.names import match_names
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found."""
+    """What `verify` found.
 
-    state: str  # "base", "patched" or "neither"
+    Attributes:
+        state: "base", "patched" or "neither".
+        applied: the deltas on the folder, the last one on top.
+        detail: a sentence for people.
+        recovered: whether an interrupted action was rolled back first.
+    """
+
+    state: str
     applied: tuple[Applied, ...]
     detail: str
-    recovered: bool  # an interrupted action was rolled back first
+    recovered: bool
 
 
 def verify(model_dir: str | os.PathLike[str], delta: Delta | str | os.PathLike[str] | None = None) -> VerifyReport:
-    """Says whether a folder is exactly its base, exactly patched, or neither.
+    """Checks whether a folder is exactly its base, exactly patched, or neither.
 
-    Every element that an applied delta touched is looked at.  Without an applied delta, `delta`'s own
-    fingerprints tell whether the folder is its base or its result at strength 1.
+    Every element that an applied delta changed is compared; other elements are not.  If nothing is applied, the
+    fingerprints of `delta` tell whether the folder is its base or its result at strength 1.
+
+    Args:
+        model_dir: the folder.
+        delta: a delta to look for.
 
     Raises:
-        TargetError: no such folder, or an interrupted action that cannot be rolled back.
-        BaseMismatchError: the delta cannot tell: it has no fingerprints, or nothing in common with the folder.
+        TargetError: there is no such folder, or an interrupted action cannot be rolled back.
+        BaseMismatchError: `delta` has no fingerprints, or nothing in common with the folder.
     """
     root = existing(model_dir)
-    with _state_of(root) as (folder, recovered):
-        if folder is None or not folder.state.applied:
+    with _state_of(root) as (journal, recovered):
+        if journal is None or not journal.state.applied:
             return replace(_verify_unmanaged(root, delta), recovered=recovered)
-        applied = folder.state.applied
-        problem = first_difference(root, folder, applied)
+        applied = journal.state.applied
+        problem = first_difference(root, journal, applied)
         if problem is None and delta is not None:
             with _opened(delta) as opened:
                 if opened.digest not in {entry.digest for entry in applied}:
@@ -54,7 +67,11 @@ def verify(model_dir: str | os.PathLike[str], delta: Delta | str | os.PathLike[s
 
 
 def existing(model_dir: str | os.PathLike[str]) -> Path:
-    """The folder, if it is one."""
+    """The path of a folder that exists.
+
+    Raises:
+        TargetError: there is no such folder.
+    """
     root = Path(model_dir)
     if root.is_file():
         raise TargetError(f"{root}: is a file; give the folder that it is in")
@@ -64,21 +81,21 @@ def existing(model_dir: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _state_of(root: Path) -> Iterator[tuple[StateFolder | None, bool]]:
-    """(what is applied, whether something had to be rolled back); a folder that cannot be written is only read."""
+def _state_of(root: Path) -> Iterator[tuple[Journal | None, bool]]:
+    """(the folder's state, whether something was rolled back); a read-only folder is only read."""
     if not (root / FOLDER).exists():
         yield None, False
     elif os.access(root / FOLDER, os.W_OK):
-        with locked(root) as folder:
-            yield folder, recover(folder) is not None
+        with locked(root) as journal:
+            yield journal, recover(journal) is not None
     else:
-        folder = StateFolder(root)
-        folder.load()
-        if folder.state.pending is not None:
+        journal = Journal(root)
+        journal.load()
+        if journal.state.pending is not None:
             raise TargetError(
-                f"{root}: an action on it was interrupted; make it writable, so that it can be rolled back"
+                f"{root}: an action on it was interrupted; make the folder writable, so that it can be rolled back"
             )
-        yield folder, False
+        yield journal, False
 
 
 @contextmanager
@@ -90,8 +107,8 @@ def _opened(delta: Delta | str | os.PathLike[str]) -> Iterator[Delta]:
             yield opened
 
 
-def first_difference(root: Path, folder: StateFolder, entries: Sequence[Applied]) -> str | None:
-    """The first tensor that is not as these deltas, the last ones applied, left it."""
+def first_difference(root: Path, journal: Journal, entries: Sequence[Applied]) -> str | None:
+    """The first tensor that differs from what these deltas, the last ones applied, left; None if there is none."""
     checkpoint = open_checkpoint(root)
     fingerprint = choose().fingerprint
     above: list[Delta] = []
@@ -100,15 +117,14 @@ def first_difference(root: Path, folder: StateFolder, entries: Sequence[Applied]
             for name, expected in entry.added.items():
                 if name not in checkpoint or _whole_fingerprint(checkpoint, name) != expected:
                     return f"tensor {name!r} is not as {entry.file} added it"
-            undo = stack.enter_context(open_delta(folder.undo_file(entry)))
+            undo = stack.enter_context(open_delta(journal.undo_file(entry)))
             for name, tensor in undo.items():
-                slot = checkpoint.get(name)
-                if slot is None or slot.shape != tensor.shape or slot.dtype.name != tensor.dtype:
-                    return f"tensor {name!r} is gone, or another"
+                if difference(tensor, checkpoint.get(name)) is not None:
+                    return f"tensor {name!r} is gone, or has another shape or dtype"
                 positions = tensor.positions()
                 view = checkpoint.bits(name)[positions]
                 for other in above:
-                    view = overlaid(view, positions, other.get(name))
+                    view = without(view, positions, other.get(name))
                 if fingerprint(positions, view) != tensor.base_fingerprint:
                     return f"tensor {name!r} is not as {entry.file} left it"
             above.append(undo)
@@ -121,7 +137,7 @@ def _whole_fingerprint(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _verify_unmanaged(root: Path, delta: Delta | str | os.PathLike[str] | None) -> VerifyReport:
-    """No delta is applied here, as far as the folder knows."""
+    """`verify` of a folder on which no delta is recorded."""
     if delta is None:
         open_checkpoint(root)
         return VerifyReport(
@@ -140,40 +156,39 @@ def _verify_unmanaged(root: Path, delta: Delta | str | os.PathLike[str] | None) 
 
 
 def _unlike(checkpoint: Checkpoint, delta: Delta) -> dict[str, str | None]:
-    """State -> the first tensor that speaks against it."""
+    """State -> the first tensor that contradicts it; None if all agree."""
     found = match_names({name: tensor.shape for name, tensor in delta.items()}, checkpoint)
     unlike: dict[str, str | None] = {"base": None, "patched": None}
-    told = False
+    compared = False
     for name, tensor in delta.items():
         verdict = _verdict(checkpoint, found.get(name), tensor)
         if verdict is None:
             continue
-        told = True
+        compared = True
         for state in unlike:
             if state not in verdict and unlike[state] is None:
                 unlike[state] = name
-    if not told:
+    if not compared:
         raise BaseMismatchError(
-            f"{delta.file or 'delta'}: has no fingerprint of a tensor in {checkpoint.root}, so it cannot tell; convert"
-            " it again with --base"
+            f"{delta.file or 'delta'}: has no fingerprint of a tensor in {checkpoint.root} to compare; convert it again"
+            " with --base"
         )
     return unlike
 
 
 def _verdict(checkpoint: Checkpoint, name: str | None, tensor: StoredTensor) -> set[str] | None:
-    """The states that a tensor speaks for; None if it cannot tell."""
-    if tensor.op == "new":
+    """The states that a tensor agrees with; None if it has no fingerprint."""
+    if tensor.operation.creates:
         if name is None:
             return {"base"}
         return {"patched"} if _whole_fingerprint(checkpoint, name) == tensor.result_fingerprint else set()
-    if tensor.op == "drop":
+    if tensor.operation.removes:
         return {"patched" if name is None else "base"}
     if name is None:
         return set()
     if tensor.base_fingerprint is None or not tensor.nnz:
         return None
-    slot = checkpoint[name]
-    if slot.shape != tensor.shape or slot.dtype.name != tensor.dtype:
+    if difference(tensor, checkpoint[name]) is not None:
         return set()
     positions = tensor.positions()
     here = choose().fingerprint(positions, checkpoint.bits(name)[positions])

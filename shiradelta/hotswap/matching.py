@@ -5,29 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from shiradelta.errors import BaseMismatchError, TargetError
-from shiradelta.format import registry
 from shiradelta.io.reader import Delta, StoredTensor
-from shiradelta.models.checkpoint import rename_all
+from shiradelta.models.compatibility import TensorSpec, check_fit
 from shiradelta.models.live import Target, is_array
+from shiradelta.models.names import rename_all
 
-#: Checkpoint's name -> model's name, or None for a tensor to leave out.
+#: The file's name of a tensor -> the model's, or None to skip the tensor.
 Names = Mapping[str, str] | Callable[[str], str | None]
 
 
 def match(
     delta: Delta, targets: Mapping[str, Target], names: Names | None, label: str, strict: bool
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """(the file's names -> the model's, names that the model does not have).
+    """Finds a delta's tensors in a model.
+
+    Args:
+        delta: the file.
+        targets: the model's tensors by name.
+        names: the file's names -> the model's, where they differ.
+        label: the file, for messages.
+        strict: refuse a file with tensors that the model does not have.
+
+    Returns:
+        (the file's names -> the model's, names that the model does not have).
 
     Raises:
-        BaseMismatchError: nothing matches, or `strict` and not all; or whole tensors come or go.
+        BaseMismatchError: nothing matches; `strict` is set and something does not; or the delta adds or removes
+            tensors.
     """
     mapped: dict[str, str] = {}
     for name, tensor in delta.items():
-        if tensor.op in ("new", "drop"):
+        if tensor.operation.restructures:
             raise BaseMismatchError(
-                f"{label}: tensor {name!r} is to be {'added' if tensor.op == 'new' else 'taken away'}, which a live"
-                " model cannot have done to it; use shiradelta.apply on its folder and load that"
+                f"{label}: tensor {name!r} is to be {'added' if tensor.operation.creates else 'removed'}, which a live"
+                " model does not allow; use shiradelta.apply on its folder and load that"
             )
         other = names(name) if callable(names) else (names or {}).get(name, name)
         if other is not None:
@@ -39,14 +50,18 @@ def match(
         raise BaseMismatchError(
             f"{label}: {len(unmatched)} of its {len(delta)} tensors are not in the model, the first is"
             f" {unmatched[0]!r} (the model has e.g. {next(iter(targets), 'nothing')!r}); give the model it was made"
-            " for, or HotSwap(model, names=...) to say what is called how"
+            " for, or map the names with HotSwap(model, names=...)"
         )
     return matched, unmatched
 
 
 def check_overlaps(label: str, targets: Iterable[Target]) -> None:
-    """No two tensors that are written may share memory, unless they are disjoint views of one."""
-    before: list[tuple[int, Target]] = []  # (end, target) of those that reach as far as here
+    """Checks that no two tensors share memory, except as disjoint views of one.
+
+    Raises:
+        BaseMismatchError: two do.
+    """
+    before: list[tuple[int, Target]] = []  # (end, target) of the earlier tensors that reach this far
     device = ""
     placed = [(target.memory, target) for target in targets if 0 not in target.shape]
     for (here, start, end), target in sorted(placed, key=lambda pair: pair[0]):
@@ -61,28 +76,34 @@ def check_overlaps(label: str, targets: Iterable[Target]) -> None:
         device = here
 
 
-def check_fit(where: str, tensor: StoredTensor, target: Target, allow_dtype: bool) -> str:
-    """The dtype of the target's elements, if the delta can be applied to them."""
+def check_target(where: str, tensor: StoredTensor, target: Target, allow_dtype: bool) -> str:
+    """Checks that a delta can be applied to a tensor in memory.
+
+    Args:
+        where: delta and tensor, for messages.
+        tensor: the delta.
+        target: the tensor.
+        allow_dtype: take values that were made against another dtype.
+
+    Returns:
+        The dtype of the tensor's elements.
+
+    Raises:
+        TargetError: the tensor cannot be written.
+        BaseMismatchError: the delta does not fit it.
+    """
     if target.refusal is not None:
         raise TargetError(f"{where} {target.refusal}")
-    if tensor.shape != target.shape:
-        raise BaseMismatchError(
-            f"{where} has shape {list(target.shape)} in the model, the delta was made for {list(tensor.shape)}; give"
-            " the model it was made for"
-        )
-    # NumPy has no bfloat16: its bits are kept as uint16, here as everywhere in the package.
-    bare = is_array(target.tensor) and (target.dtype, tensor.dtype) == ("uint16", "bfloat16")
-    dtype = "bfloat16" if bare else target.dtype
-    addable = dtype in registry.ADDABLE
-    if dtype == "?" or (tensor.op == "add" and not addable):
-        raise BaseMismatchError(
-            f"{where} has elements of {target.tensor.dtype} in the model, to which nothing can be added exactly;"
-            " convert the fine-tune against this base, which stores whole values"
-        )
-    if tensor.dtype in (dtype, "unspecified") or (allow_dtype and tensor.op == "add"):
-        return dtype
-    hint = "; allow_dtype=True applies it all the same" if tensor.op == "add" else ""
-    raise BaseMismatchError(
-        f"{where} has elements of {dtype} in the model, but the delta was made against a {tensor.dtype} base, so it"
-        f" cannot be checked{hint}"
+    # NumPy has no bfloat16: a uint16 array stands for it where the delta says so, as everywhere in the package.
+    stands_for_bfloat16 = is_array(target.tensor) and (target.dtype, tensor.dtype) == ("uint16", "bfloat16")
+    dtype = "bfloat16" if stands_for_bfloat16 else target.dtype
+    check_fit(
+        where,
+        tensor,
+        TensorSpec(target.shape, dtype),
+        "the model",
+        allow_dtype=allow_dtype,
+        option="allow_dtype=True",
+        shown=str(target.tensor.dtype) if dtype == "?" else "",
     )
+    return dtype

@@ -1,4 +1,4 @@
-"""`HotSwap`: adapters in and out of a live model's weights, exactly, all or nothing."""
+"""`HotSwap`: switches adapters in a live model's weights, exactly, all or nothing."""
 
 from __future__ import annotations
 
@@ -6,67 +6,28 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
-from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, TargetError
-from shiradelta.format import arithmetic
+from shiradelta.errors import ArgumentError, DeltaError, FormatError, TargetError
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.digest import tensor_digest
 from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.layers import Held, Layer, Patch
-from shiradelta.hotswap.matching import Names, check_fit, check_overlaps, match
+from shiradelta.hotswap.matching import Names, check_overlaps, check_target, match
 from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.hotswap.reading import read_whole
+from shiradelta.hotswap.reports import LoadReport, SwitchReport
 from shiradelta.io.reader import Source, StoredTensor, open_delta
-from shiradelta.models.fingerprint import Remedies, check_fingerprint
+from shiradelta.models.compatibility import Remedies, check_fingerprint, check_strength, check_tied
 from shiradelta.models.live import Target, live_tensors
 from shiradelta.util.interrupts import interrupts_held_back
 
-#: What is on the weights of each kind of memory, in the order of the adapters' digests.
+#: The layers on the weights, for each backend, in the order of the adapters' digests.
 Layers = dict[LiveBackend, list[Layer]]
-_REMEDIES = Remedies("give the base, without the delta in it", "check=False to take it for this one")
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load` found.
-
-    Attributes:
-        name: the adapter's.
-        matched: the file's names -> the model's.
-        unmatched: the file's names that the model does not have.
-        unchecked: matched tensors that no fingerprint was compared for: the file has none, or another dtype.
-        nonzeros: elements that the matched tensors change.
-        nbytes: memory that the adapter takes while it is loaded.
-    """
-
-    name: str
-    matched: Mapping[str, str]
-    unmatched: tuple[str, ...]
-    unchecked: tuple[str, ...]
-    nonzeros: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class SwitchReport:
-    """What a switch left on the model.
-
-    Attributes:
-        active: adapter -> strength.
-        tensors: that adapters are on.
-        nonzeros: of all adapters together.
-        nbytes: memory of the elements that were saved.
-    """
-
-    active: Mapping[str, float]
-    tensors: int
-    nonzeros: int
-    nbytes: int
+_REMEDIES = Remedies("give the base, without the delta in it", "check=False to use it with this one")
 
 
 @dataclass(frozen=True)
@@ -76,32 +37,32 @@ class _Adapter:
     report: LoadReport
 
     def patches(self) -> Iterator[Patch]:
-        """In all kinds of memory."""
+        """The adapter's patches on all devices."""
         return (patch for held in self.held.values() for patch in held.patches)
 
 
 class HotSwap:
-    """Adapters for the weights of a live model.
+    """Switches adapters in the weights of a live model, and reverts to the base bit for bit.
 
-    The weights are at every moment bitwise what the base and the active adapters give (spec/FORMAT.md, section
-    6), whatever came before; after `revert` they are bitwise the base.  What is overwritten is saved, and put back;
-    nothing is ever subtracted.  Tensors stay at their addresses, so compiled models and CUDA graphs go on working.
+    The weights always equal, bit for bit, the base plus the active adapters (spec/FORMAT.md, section 6), whatever was
+    active before; after `revert` they equal the base.  Overwritten elements are saved and put back; nothing is ever
+    subtracted.  Tensors stay at their addresses, so compiled models and CUDA graphs keep working.
 
-    A switch that fails leaves the weights as they were.  Methods may be called from several threads; a model that
-    runs meanwhile on a CPU has to be kept from doing so by the caller.  On CUDA work is queued on the current
-    stream, or the one that is given: what is queued there before sees the old weights, what comes after the new.
+    A switch that fails leaves the weights as they were.  Methods may be called from several threads, but the caller
+    must not run the model on a CPU during a switch.  On CUDA, work is queued on the current stream or the given one:
+    work queued there earlier sees the old weights, later work the new ones.
 
     Args:
         model: a torch module, or a mapping of names to torch tensors, NumPy arrays and modules.  A uint16 array
             stands for bfloat16 where a delta says so.
-        names: where a file's names differ from the model's: a mapping or a function from one to the other.
-            Prefixes such as `model.` or `base_model.model.` are found without.
-        backend: "libshd" and "numpy" (CPU), "torch" (any device), "triton" (CUDA and ROCm), or "auto" for the best
-            there is.  All give the same bits.
+        names: a mapping or a function from the file's names to the model's, if they differ.  Prefixes such as
+            `model.` or `base_model.model.` are found without it.
+        backend: "libshd" or "numpy" (CPU), "torch" (any device), "triton" (CUDA and ROCm), or "auto" for the fastest
+            available.  All give the same bits.
 
     Raises:
-        TargetError: something that is no model.
-        DeltaError: an unknown backend.
+        TargetError: `model` is not a model.
+        DeltaError: the backend is unknown.
     """
 
     def __init__(self, model: Any, names: Names | None = None, backend: str = "auto") -> None:
@@ -116,28 +77,28 @@ class HotSwap:
         self._lock = threading.RLock()
         self._broken: str | None = None
 
-    # ---------------------------------------------------------------------------------------- looking
+    # ---------------------------------------------------------------------------------------- state
 
     @property
     def active(self) -> dict[str, float]:
-        """Adapter -> strength, of those that are on the weights now."""
+        """Adapter -> strength, for the adapters that are active now."""
         with self._lock:
             return dict(self._active)
 
     @property
     def loaded(self) -> dict[str, LoadReport]:
-        """Adapter -> what `load` found, of all that are loaded."""
+        """Adapter -> the report of its `load`, for all adapters that are loaded."""
         with self._lock:
             return {name: adapter.report for name, adapter in self._adapters.items()}
 
     @property
     def nbytes(self) -> int:
-        """Memory of all adapters that are loaded and of the elements that are saved."""
+        """Memory of all loaded adapters and of the saved elements."""
         with self._lock:
             return sum(adapter.report.nbytes for adapter in self._adapters.values()) + self._saved_bytes()
 
     def changed(self) -> int:
-        """Weights whose bits differ from the base's now.
+        """Number of weights whose bits differ from the base's now.
 
         Raises:
             TargetError: the model was moved, or is in an unknown state.
@@ -152,20 +113,20 @@ class HotSwap:
     # ---------------------------------------------------------------------------------------- loading
 
     def load(
-        self, name: str, source: Source, check: bool = True, allow_dtype: bool = False, strict: bool = False
+        self, name: str, source: Source, *, check: bool = True, allow_dtype: bool = False, strict: bool = False
     ) -> LoadReport:
-        """Reads and checks an adapter and copies it, compressed, beside the weights, which stay as they are.
+        """Loads an adapter: reads and checks it, and copies it, compressed, to the device.  The weights do not change.
 
         Args:
-            name: what to call it; not one that is loaded.
+            name: what to call the adapter; the name must be free.
             source: a path, bytes, or a binary file.
-            check: refuse a base whose fingerprint differs.  What is active is looked through.
+            check: refuse a base whose fingerprint differs.  The base is compared, whatever is active.
             allow_dtype: take an adapter that was made against a base of another dtype; it cannot be checked then.
-            strict: refuse it if the model lacks one of its tensors.
+            strict: refuse an adapter with tensors that the model does not have.
 
         Raises:
-            BaseMismatchError: it does not fit the model; nothing matched.
-            TargetError: a tensor cannot be written: quantised, on meta, moved.
+            BaseMismatchError: the adapter does not fit the model.
+            TargetError: a tensor cannot be written: it is quantised, on the meta device, or was moved.
             FormatError: the file is refused.
             DeltaError: the name is taken.
         """
@@ -182,22 +143,22 @@ class HotSwap:
             everything = [adapter, *self._adapters.values()]
             check_overlaps(label, {patch.target for one in everything for patch in one.patches()})
             unchecked = self._check(adapter, label, check)
-            report = LoadReport(**{**vars(adapter.report), "unchecked": unchecked})
-            self._adapters[name] = _Adapter(adapter.digest, adapter.held, report)
+            report = replace(adapter.report, unchecked=unchecked)
+            self._adapters[name] = replace(adapter, report=report)
             return report
 
     def load_async(self, name: str, source: Source, **options: bool) -> Future[LoadReport]:
-        """`load` in a thread of its own; the future has its report, or raises what it raises."""
+        """Calls `load` in a thread; the future has its report, or raises its error."""
         executor = ThreadPoolExecutor(1, thread_name_prefix="shiradelta-load")
         future = executor.submit(self.load, name, source, **options)
         executor.shutdown(wait=False)
         return future
 
     def unload(self, name: str) -> None:
-        """Forgets an adapter that is not active.
+        """Removes an adapter from memory.
 
         Raises:
-            DeltaError: it is not loaded, or active.
+            DeltaError: the adapter is active, or not loaded.
         """
         with self._lock:
             self._known([name])
@@ -210,29 +171,27 @@ class HotSwap:
             raise DeltaError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
     def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, strict: bool) -> _Adapter:
-        """All of loading that does not look at the weights."""
+        """The part of loading that does not read the weights."""
         delta = open_delta(data, self._choice if self._choice in FILE_BACKENDS else AUTO)
         matched, unmatched = match(delta, self._targets, self._names, label, strict)
         fits: dict[Target, tuple[StoredTensor, str]] = {}
         for own, other in matched.items():
             target, tensor = self._targets[other], delta[own]
-            dtype = check_fit(f"{label}: tensor {own!r}", tensor, target, allow_dtype)
-            twin = fits.setdefault(target, (tensor, dtype))[0]
-            if twin is not tensor and tensor_digest(twin) != tensor_digest(tensor):
-                raise BaseMismatchError(
-                    f"{label}: tensor {own!r} is tied to another, and the delta changes the two differently; untie the"
-                    " model before loading"
-                )
+            where = f"{label}: tensor {own!r}"
+            dtype = check_target(where, tensor, target, allow_dtype)
+            first, _ = fits.setdefault(target, (tensor, dtype))
+            check_tied(where, first, tensor, "untie the model before loading")
         groups: dict[LiveBackend, list[tuple[StoredTensor, Target, str]]] = {}
         for target, (tensor, dtype) in fits.items():
             groups.setdefault(self._backend(target), []).append((tensor, target, dtype))
         held = {backend: backend.hold(data, tensors) for backend, tensors in groups.items()}
         nonzeros = sum(tensor.nnz for tensor, _ in fits.values())
-        report = LoadReport(name, matched, unmatched, (), nonzeros, sum(one.nbytes for one in held.values()))
+        nbytes = sum(one.nbytes for one in held.values())
+        report = LoadReport(name, matched, unmatched, unchecked=(), nonzeros=nonzeros, nbytes=nbytes)
         return _Adapter(bytes.fromhex(delta.digest), held, report)
 
     def _check(self, adapter: _Adapter, label: str, check: bool) -> tuple[str, ...]:
-        """Compares the fingerprints; returns the names of what has none to compare."""
+        """Compares the fingerprints; returns the names of tensors that were not compared."""
         known: set[Target] = set()
         for backend, held in adapter.held.items():
             held.check_model()
@@ -255,31 +214,32 @@ class HotSwap:
     # -------------------------------------------------------------------------------------- switching
 
     def switch(
-        self, adapters: str | Mapping[str, float] | None, strength: float = 1.0, stream: Any = None
+        self, adapters: str | Mapping[str, float] | None, strength: float | None = None, stream: Any = None
     ) -> SwitchReport:
-        """Makes exactly these adapters active, instead of those that are.
+        """Makes exactly these adapters active.  On every error the weights stay as they were.
 
         Args:
             adapters: a name, or name -> strength; None or an empty mapping for the base.
-            strength: alpha, where one name is given.
+            strength: alpha, if `adapters` is one name; None for 1.
             stream: the CUDA stream to queue the work on; None for the current one.
 
         Raises:
-            DeltaError: a name that is not loaded, or strengths that are not allowed.
+            ArgumentError: a strength beside a mapping, which has its own.
+            DeltaError: an adapter that is not loaded, or a strength that is not allowed.
             TargetError: the model was moved, or is in an unknown state.
-            On every error the weights are as before.
         """
-        wanted = {adapters: strength} if isinstance(adapters, str) else dict(adapters or {})
+        wanted = _strengths(adapters, strength)
         with self._lock:
             self._usable()
             wanted = self._checked(wanted)
             if _bits(wanted) != _bits(self._active):
                 self._commit(wanted, stream)
+            held = (layer.held for layers in self._layers.values() for layer in layers)
             return SwitchReport(
-                dict(self._active),
-                len(frozenset().union(*(layer.held.targets for layers in self._layers.values() for layer in layers))),
-                sum(self._adapters[name].report.nonzeros for name in self._active),
-                self._saved_bytes(),
+                active=dict(self._active),
+                tensors=len(frozenset().union(*(one.targets for one in held))),
+                nonzeros=sum(self._adapters[name].report.nonzeros for name in self._active),
+                nbytes=self._saved_bytes(),
             )
 
     def revert(self, stream: Any = None) -> SwitchReport:
@@ -288,11 +248,11 @@ class HotSwap:
 
     @contextmanager
     def applied(
-        self, adapters: str | Mapping[str, float] | None, strength: float = 1.0, stream: Any = None
+        self, adapters: str | Mapping[str, float] | None, strength: float | None = None, stream: Any = None
     ) -> Iterator[SwitchReport]:
-        """A block in which these adapters are active, and after which those from before are again.
+        """A context in which these adapters are active; its end makes the previous ones active again.
 
-        Other threads that want to switch wait for its end.
+        Other threads that switch wait for its end.  Arguments and errors are those of `switch`.
         """
         with self._lock:
             before = dict(self._active)
@@ -302,19 +262,17 @@ class HotSwap:
                 try:
                     with interrupts_held_back():
                         self.switch(before, stream=stream)
-                except BaseException:  # one that came before signals were held back
+                except BaseException:  # an interrupt that came before signals were held back
                     self.switch(before, stream=stream)
                     raise
 
     def _checked(self, wanted: Mapping[str, float]) -> dict[str, float]:
-        """Adapters that go together, with strengths that they can have."""
+        """The wanted strengths as floats, if the adapters can be active together."""
         self._known(wanted)
         digests: dict[bytes, str] = {}
         for name, strength in wanted.items():
-            arithmetic.alpha_of(strength)
             adapter = self._adapters[name]
-            if strength != 1 and any(not patch.record.adds for patch in adapter.patches()):
-                raise DeltaError(f"adapter {name!r} sets whole values, which have no strength; leave it at 1")
+            check_strength(f"adapter {name!r}", strength, (patch.record.operation for patch in adapter.patches()))
             twin = digests.setdefault(adapter.digest, name)
             if twin != name:
                 raise DeltaError(f"adapters {twin!r} and {name!r} are the same delta; give it one strength")
@@ -342,9 +300,9 @@ class HotSwap:
                     for backend in {**before, **after}:
                         backend.replace(before.get(backend, []), after.get(backend, []))
                         deliver_interrupts()
-                    for held in touched:  # while a device does what is queued
+                    for held in touched:  # while the device works
                         held.check_model()
-                    _tell_autograd(touched)
+                    _increment_versions(touched)
                     deliver_interrupts()
                 except BaseException:
                     self._roll_back(before, after)
@@ -352,7 +310,7 @@ class HotSwap:
                 self._layers, self._active = after, dict(wanted)
 
     def _new_layers(self, wanted: Mapping[str, float]) -> Layers:
-        """What is to be on the tensors, with room for what it overwrites."""
+        """The layers of the wanted adapters, with room for the elements that they overwrite."""
         order = sorted(wanted, key=lambda name: self._adapters[name].digest)
         chosen: dict[LiveBackend, list[tuple[Held, float]]] = {}
         for name in order:
@@ -365,7 +323,7 @@ class HotSwap:
     def _with_room(
         self, backend: LiveBackend, chosen: Sequence[tuple[Held, float]], before: Sequence[Layer]
     ) -> list[Layer]:
-        """Layers in memory of their own; in the same, if only strengths are others than before."""
+        """Layers with rooms of their own, or with those of `before` if only strengths differ."""
         if [held for held, _ in chosen] == [layer.held for layer in before]:
             pairs = zip(chosen, before, strict=True)
             return [Layer(held, strength, old.room, old.filled) for (held, strength), old in pairs]
@@ -374,11 +332,11 @@ class HotSwap:
         return [Layer(held, strength, backend.room(held.room)) for held, strength in chosen]
 
     def _roll_back(self, before: Layers, after: Layers) -> None:
-        """From anywhere in a commit to where it started; every step may have been done already."""
+        """Undoes a commit that failed at any step."""
         try:
             for backend, layers in after.items():
                 backend.restore(layers)
-            after.clear()  # what it takes to get back is not more than what it took to get there
+            after.clear()  # frees its rooms, so that going back takes no more memory
             for backend, layers in before.items():
                 backend.restore(layers)
                 backend.replace([], layers)
@@ -392,7 +350,7 @@ class HotSwap:
     # --------------------------------------------------------------------------------------- backends
 
     def _backend(self, target: Target) -> LiveBackend:
-        """The backend of the device that a tensor is on."""
+        """The backend of the tensor's device."""
         return self._backends[target.device]
 
     def _ordered(self, stream: Any, reads: bool = False) -> ExitStack:
@@ -406,8 +364,19 @@ class HotSwap:
         return sum(layer.held.room for layers in self._layers.values() for layer in layers)
 
 
+def _strengths(adapters: str | Mapping[str, float] | None, strength: float | None) -> dict[str, float]:
+    """Adapter -> strength, from the arguments of `switch`."""
+    if isinstance(adapters, str):
+        return {adapters: 1.0 if strength is None else strength}
+    if strength is not None:
+        raise ArgumentError(
+            f"strength {strength} is for one adapter given by name; give the strengths as {{name: strength}}"
+        )
+    return dict(adapters or {})
+
+
 def _on_different_tensors(*states: Layers) -> list[Held]:
-    """Of the adapters that are for the same tensors one."""
+    """One adapter of each distinct set of target tensors."""
     found: list[Held] = []
     for layers in states:
         for held in (layer.held for one in layers.values() for layer in one):
@@ -416,8 +385,8 @@ def _on_different_tensors(*states: Layers) -> list[Held]:
     return found
 
 
-def _tell_autograd(helds: Iterable[Held]) -> None:
-    """That their tensors have changed."""
+def _increment_versions(helds: Iterable[Held]) -> None:
+    """Tells autograd that the adapters' tensors have changed."""
     counted = [held.counted for held in helds if held.counted]
     if counted:
         from torch.autograd.graph import increment_version
@@ -427,12 +396,16 @@ def _tell_autograd(helds: Iterable[Held]) -> None:
 
 
 def _bits(strengths: Mapping[str, float]) -> dict[str, bytes]:
-    """Tells apart what gives other results: -0 is not 0."""
+    """Strengths as float32 bits: -0 and 0 give different results."""
     return {name: np.float32(strength).tobytes() for name, strength in strengths.items()}
 
 
 def _check_sets(backend: LiveBackend, helds: Sequence[Held]) -> None:
-    """Raises DeltaError if two adapters set the same element."""
+    """Checks that no two adapters set the same element.
+
+    Raises:
+        DeltaError: two do.
+    """
     setting: dict[Target, list[Patch]] = {}
     for held in helds:
         for patch in held.patches:

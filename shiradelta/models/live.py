@@ -1,8 +1,8 @@
 """A live model as named tensors: a torch module, or a mapping of tensors, arrays and modules.
 
-A tensor is named as the module names it, and as the model's checkpoint does where transformers stacks,
-concatenates or transposes on loading: there a name stands for a view of the tensor in memory, so that a position
-in the checkpoint's tensor is the same position in the view.  Torch is imported only if the caller has done so.
+A tensor has the module's name for it.  Where transformers stacks, concatenates or transposes on loading, the names of
+the checkpoint are known too: each stands for a view of the tensor in memory, so that a position in the checkpoint's
+tensor is the same position in the view.  Torch is used only if the caller has imported it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 import numpy as np
@@ -22,27 +23,58 @@ from shiradelta.models import peft
 Home = tuple[Mapping[str, Any], str]
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
-    """One tensor in memory, whatever names it has.
+class RefusalKind(Enum):
+    """Why the elements of a tensor cannot be written in place."""
+
+    READ_ONLY = auto()
+    BYTE_ORDER = auto()
+    DISTRIBUTED = auto()
+    QUANTISED = auto()
+    META = auto()
+    LAYOUT = auto()
+    EXPANDED = auto()
+    CONVERTED = auto()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the elements of a tensor cannot be written in place, and what to do.
 
     Attributes:
-        name: its first name.
-        tensor: an ndarray, or a torch tensor that takes no gradient; it shares the model's memory.
-        dtype: by torch's name; "?" where the format does not know it.
-        refusal: why it cannot be written, and what to do; None if it can.
+        kind: the reason, for programs.
+        what: the reason, to follow the tensor's name in a message.
+        remedy: what to do.
+    """
+
+    kind: RefusalKind
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One tensor in memory, which may have several names.
+
+    Attributes:
+        name: the first of its names.
+        tensor: an ndarray, or a torch tensor without gradient; it shares the model's memory.
+        dtype: by torch's name; "?" if the format does not know it.
+        refusal: why it cannot be written; None if it can.
         holder: the module's own tensor.
-        home: where the model has it; what is there is looked at in each switch.  A mapping of its own for a tensor
-            without a module.
-        view: how it was taken from the holder; views of one kind share no element.
-        device: "cpu", "cuda:0" and the like.
-        address: the holder's, when the model was looked at; 0 where it cannot change.
+        home: where the model keeps the tensor; every switch checks that it is still there.  For a tensor without a
+            module, a mapping that holds it alone.
+        view: how the tensor was taken from the holder; views of one kind share no element.
+        device: "cpu", "cuda:0" and so on.
+        address: the holder's, when the model was read; 0 if it cannot change.
     """
 
     name: str
     tensor: Any
     dtype: str
-    refusal: str | None = None
+    refusal: Refusal | None = None
     holder: Any = None
     home: Home = ({}, "")
     view: str = ""
@@ -56,12 +88,12 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the names' tensors have it."""
+        """The tensor's shape."""
         return tuple(self.tensor.shape)
 
     @property
     def memory(self) -> tuple[str, int, int]:
-        """(device, first byte, byte behind the last), of all that lies between its elements too."""
+        """(device, first byte, byte after the last) of the range that its elements span."""
         tensor = self.tensor
         strides = tensor.strides if is_array(tensor) else [s * tensor.element_size() for s in tensor.stride()]
         itemsize = tensor.itemsize if is_array(tensor) else tensor.element_size()
@@ -71,13 +103,13 @@ class Target:
         return self.device, start + low, start + high + itemsize
 
     def is_there(self) -> bool:
-        """Whether the model still has the tensor, where it was."""
+        """Whether the model still has the tensor at its address."""
         tensors, name = self.home
         now = tensors.get(name)
         return now is not None and now.data_ptr() == self.address
 
     def moved_error(self) -> TargetError:
-        """Says that it is not."""
+        """The error for a tensor that is no longer there."""
         return TargetError(
             f"tensor {self.name!r} was moved or replaced, or its memory given back, since HotSwap looked at the model;"
             " revert before moving a model, and make a new HotSwap after it"
@@ -85,19 +117,19 @@ class Target:
 
 
 def is_array(tensor: Any) -> bool:
-    """Whether it is NumPy's."""
+    """Whether the tensor is a NumPy array."""
     return isinstance(tensor, np.ndarray)
 
 
 def live_tensors(model: Any) -> dict[str, Target]:
-    """Every name of every tensor of a model; names of the same memory have the same `Target`.
+    """All tensors of a model by name; names of the same memory have the same `Target`.
 
     Args:
-        model: a torch module, or a mapping of names to tensors, arrays and modules (such as a pipeline's
-            `components`, whose tensors are named `component/name`; other values are left out).
+        model: a torch module, or a mapping of names to tensors, arrays and modules.  Tensors of a module in a mapping,
+            such as a pipeline's `components`, are named `component/name`.  Other values are ignored.
 
     Raises:
-        TargetError: it is neither.
+        TargetError: the model is neither.
     """
     if not isinstance(model, Mapping) and not _is_module(model):
         raise TargetError(
@@ -115,7 +147,7 @@ def live_tensors(model: Any) -> dict[str, Target]:
 
 
 def _homes(model: Any) -> dict[int, Home]:
-    """Tensor's id -> the first module's tensors that it is among, and its name there."""
+    """id of a tensor -> the tensors of the first module that has it, and its name there."""
     homes: dict[int, Home] = {}
     for root in model.values() if isinstance(model, Mapping) else [model]:
         for module in root.modules() if _is_module(root) else []:
@@ -136,7 +168,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _named(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any] | None]]:
-    """(name, tensor, (kind of view, tensor that it is a view of)): the module's own names first."""
+    """(name, tensor, (kind of view, tensor that it views)); the module's own names come first."""
     if _is_module(model):
         own = dict(model.named_parameters(remove_duplicate=False))
         own |= model.named_buffers(remove_duplicate=False)
@@ -166,9 +198,11 @@ def _identity(tensor: Any) -> tuple[object, ...]:
 def _target(name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping[int, Home]) -> Target:
     if is_array(tensor):
         known = tensor.dtype.name in registry.DTYPE_OF_NAME
-        refusal = None if tensor.flags.writeable else "is a read-only array; give a writable one"
+        refusal = None
         if tensor.dtype.byteorder == ">":
-            refusal = "has its bytes in big-endian order; convert it first"
+            refusal = Refusal(RefusalKind.BYTE_ORDER, "has its bytes in big-endian order", "convert it first")
+        elif not tensor.flags.writeable:
+            refusal = Refusal(RefusalKind.READ_ONLY, "is a read-only array", "give a writable one")
         return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor)
     kind, holder = view or ("", tensor)
     refusal = _refusal(tensor) if view is None else _refusal(holder) or _view_refusal(tensor, holder)
@@ -181,46 +215,56 @@ def _target(name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping
 _PLAIN = ("Tensor", "Parameter", "Buffer")
 
 
-def _refusal(tensor: Any) -> str | None:
-    """Why a torch tensor's elements cannot be written where they lie."""
+def _refusal(tensor: Any) -> Refusal | None:
+    """Why a torch tensor's elements cannot be written in place."""
     kind, home = type(tensor).__name__, type(tensor).__module__
     if kind not in _PLAIN or not home.startswith("torch"):
         if home.startswith("torch.distributed"):
-            return f"is a {kind}, of which this process has a part; apply the delta before the model is distributed"
-        return (
-            f"is a {home}.{kind}: quantised or wrapped, so its stored bits are not the weights; apply the delta to the"
-            " unquantised checkpoint (shiradelta apply) and quantise the result, or load the model unquantised"
+            return Refusal(
+                RefusalKind.DISTRIBUTED,
+                f"is a {kind}, of which this process has a part",
+                "apply the delta before the model is distributed",
+            )
+        return Refusal(
+            RefusalKind.QUANTISED,
+            f"is a {home}.{kind}: quantised or wrapped, so its stored bits are not the weights",
+            "apply the delta to the unquantised checkpoint (shiradelta apply) and quantise the result, or load the"
+            " model unquantised",
         )
     if tensor.is_meta:
-        return "is on the meta device and has no values yet; load the weights first, without offloading"
+        what = "is on the meta device and has no values yet"
+        return Refusal(RefusalKind.META, what, "load the weights first, without offloading")
     if str(tensor.layout) != "torch.strided" or tensor.is_conj() or tensor.is_neg():
-        return f"is stored as {tensor.layout}, not element by element; make it dense first"
+        what = f"is stored as {tensor.layout}, not element by element"
+        return Refusal(RefusalKind.LAYOUT, what, "make it dense first")
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        return "is expanded: several elements share one place in memory; make it contiguous first"
+        what = "is expanded: several elements share one address"
+        return Refusal(RefusalKind.EXPANDED, what, "make it contiguous first")
     return None
 
 
-def _view_refusal(tensor: Any, holder: Any) -> str | None:
+def _view_refusal(tensor: Any, holder: Any) -> Refusal | None:
     if tensor.untyped_storage().data_ptr() == holder.untyped_storage().data_ptr() and tensor.dtype == holder.dtype:
         return None
-    return (
-        "is not kept as the checkpoint has it (transformers converts it on loading, not only by slicing); apply the"
-        " delta to the checkpoint (shiradelta apply), or convert it against the model's own state dict"
+    return Refusal(
+        RefusalKind.CONVERTED,
+        "is not stored as in the checkpoint (transformers converts it on loading, not only by slicing)",
+        "apply the delta to the checkpoint (shiradelta apply), or convert it against the model's own state dict",
     )
 
 
 def _as_in_checkpoint(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any]]]:
-    """What transformers would save, as views of what is in memory.
+    """The tensors that transformers would save, as views of those in memory.
 
-    Its own code for saving takes stacked and concatenated tensors apart; as long as nothing is copied on the way,
-    each result is a view, whose strides say where every element lies.
+    Its own code for saving takes stacked and concatenated tensors apart.  As long as that copies nothing, each result
+    is a view, whose strides tell where every element is.
     """
     if "transformers" not in sys.modules:
         return
     try:
         from transformers import PreTrainedModel
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before 5.0 weights were loaded as they are
+    except ImportError:  # versions before 5.0 load weights as they are
         return
     roots: list[tuple[str, Any]] = []
     for path, module in model.named_modules():
@@ -241,7 +285,7 @@ def _as_in_checkpoint(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any]]]:
 
 
 def _not_copying() -> Any:
-    """In it, `contiguous` and `clone` return the tensor itself."""
+    """A context in which `contiguous` and `clone` return the tensor itself."""
     from torch import Tensor
     from torch.overrides import TorchFunctionMode
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shiradelta.errors import SourceError
-from shiradelta.models.checkpoint import read_json
+from shiradelta.util.json_files import read_json
 
 
 def pick_device(name: str | None) -> torch.device:

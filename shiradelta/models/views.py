@@ -1,4 +1,4 @@
-"""A model's weights as its checkpoint has them: transformers stacks, transposes and renames some on loading."""
+"""Tensors of the checkpoint as views of a model's weights: transformers stacks and transposes some on loading."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class View:
     """A tensor of the checkpoint as a view of a weight.
 
     Attributes:
-        name: the checkpoint's.
-        shape: of the checkpoint's tensor.
+        name: in the checkpoint.
+        shape: in the checkpoint.
         strides: in elements of the weight.
-        offset: of its first element in the weight.
+        offset: index of the first element in the weight.
     """
 
     name: str
@@ -31,12 +31,16 @@ class View:
     offset: int
 
     def from_weight(self, positions: Positions) -> tuple[Positions, Positions]:
-        """(indices of the positions that lie in it, in the order of the view, and their positions there)."""
+        """Finds the positions of a weight that belong to the view.
+
+        Returns:
+            (their indices in `positions`, in the order of the view; their positions in the view).
+        """
         rest = positions - self.offset
         inside = rest >= 0
         at = np.zeros_like(rest)
         steps = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
-        # From the largest stride down, each dimension takes what it can; views of one weight do not overlap.
+        # Divides by one stride after the other, the largest first; views of one weight do not overlap.
         for dim in sorted(range(len(self.shape)), key=lambda dim: -self.strides[dim]):
             if self.shape[dim] > 1:
                 index = rest // self.strides[dim]
@@ -49,7 +53,7 @@ class View:
         return order, at[order]
 
     def to_weight(self, positions: Positions) -> Positions:
-        """The positions in the weight of positions in the view; in the same order."""
+        """Positions in the weight, given positions in the view, in the same order."""
         if not self.shape:
             return positions + self.offset
         indices = np.unravel_index(positions, self.shape)
@@ -60,11 +64,14 @@ class View:
 
 
 def views(weights: Mapping[str, nn.Parameter], targets: Mapping[str, Target]) -> dict[str, list[View]]:
-    """A weight's name -> its tensors in the checkpoint.
+    """Finds the checkpoint's tensors that each weight holds.
 
     Args:
-        weights: contiguous ones, by name.
-        targets: of the whole model, by every name.
+        weights: contiguous weights by name.
+        targets: all tensors of the model by every name.
+
+    Returns:
+        A weight's name -> its tensors in the checkpoint.
     """
     storages = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
     found: dict[str, dict[tuple[int, ...], View]] = {name: {} for name in weights}

@@ -12,6 +12,7 @@ from shiradelta.backends.numpy import at_least
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32, Positions
 from shiradelta.select.largest import largest
+from shiradelta.util.arrays import sum_of_squares
 
 #: rows(start, stop) -> float32 [stop - start, columns]: makes a few rows (`row_shape`) of a dense delta on demand.
 Rows = Callable[[int, int], Float32]
@@ -77,7 +78,7 @@ def top_k(
     positions = np.concatenate([part.positions for part in found])
     values = np.concatenate([part.values for part in found])
     if threshold == 0 and values.size <= k:  # nothing is left out, so neither may a rounding error be
-        return Selection(positions, values, _energy(values))
+        return Selection(positions, values, sum_of_squares(values))
     kept = largest(np.abs(values), k)
     return Selection(positions[kept], values[kept], sum(part.energy for part in found))
 
@@ -101,17 +102,11 @@ def _reaching(
 ) -> Selection:
     """The elements of some rows whose magnitude reaches the threshold, and the energy of these rows."""
     flat = rows(start, stop).reshape(-1)
-    energy = _energy(flat)
+    energy = sum_of_squares(flat)
     if not math.isfinite(energy):
         raise SourceError(NOT_FINITE)
     at = at_least(flat, float(threshold)) if threshold > 0 else np.flatnonzero(flat)
     return Selection(at + start * columns, flat[at], energy)
-
-
-def _energy(flat: Float32) -> float:
-    """The sum of squares in float64: it cannot overflow, and small differences of it are meaningful."""
-    wide = flat.astype(np.float64)
-    return float(wide @ wide)
 
 
 def _sampled_threshold(rows: Rows, shape: tuple[int, int], k: int) -> np.float32:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shiradelta.models.checkpoint import read_json
+from shiradelta.util.json_files import read_json
 
 
 def find_pooling(*folders: Path) -> str | None:

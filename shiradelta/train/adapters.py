@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32, Positions
 from shiradelta.io.reader import open_delta
-from shiradelta.models.checkpoint import rename_all
+from shiradelta.models.names import rename_all
 from shiradelta.models.peft import WEIGHTS, parse_shira_key
 from shiradelta.models.views import View
 from shiradelta.nonzeros.saved_state import load_state

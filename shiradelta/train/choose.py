@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd as _Convolution
 from shiradelta.errors import DeltaError
 from shiradelta.format.arithmetic import Positions
 from shiradelta.io.reader import Delta, open_delta
-from shiradelta.models.checkpoint import rename_all
+from shiradelta.models.names import rename_all
 from shiradelta.models.views import View
 from shiradelta.select.histogram import CLASSES, Histogram, allocate
 from shiradelta.select.largest_torch import largest, largest_of_groups

@@ -21,7 +21,8 @@ from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
 from shiradelta.format import registry
 from shiradelta.format.codecs import VALUE_OPTIONS
 from shiradelta.models import loading
-from shiradelta.models.checkpoint import Checkpoint, match_names, open_checkpoint
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.names import match_names
 from shiradelta.nonzeros.pruning import PRUNE_FROM, PRUNE_UNTIL
 from shiradelta.nonzeros.saved_state import load_with_about, save_state
 from shiradelta.nonzeros.schedule import cycle

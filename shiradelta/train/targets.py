@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from shiradelta.errors import DeltaError, TargetError
 from shiradelta.format import registry
 from shiradelta.models.layers import is_conv1d
-from shiradelta.models.live import Target, live_tensors
+from shiradelta.models.live import Refusal, RefusalKind, Target, live_tensors
 
 ALL_LINEAR = "all-linear"
 #: As many near names as are told.
@@ -80,13 +81,13 @@ def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[st
     return targets
 
 
-def _for_training(refusal: str) -> str:
-    what, _, _ = refusal.partition(";")
-    if "torch.distributed" in refusal or "of which this process has a part" in refusal:
-        return f"{what}; attach before the model is distributed"
-    if "quantised" in refusal:
-        return f"{what}; train on the unquantised model, and quantise the result"
-    return refusal
+def _for_training(refusal: Refusal) -> str:
+    """The message for training, which has remedies of its own for some kinds of tensors."""
+    remedies = {
+        RefusalKind.DISTRIBUTED: "attach before the model is distributed",
+        RefusalKind.QUANTISED: "train on the unquantised model, and quantise the result",
+    }
+    return str(replace(refusal, remedy=remedies.get(refusal.kind, refusal.remedy)))
 
 
 def _linear_weights(model: nn.Module) -> list[nn.Parameter]:

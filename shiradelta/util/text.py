@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 
@@ -16,12 +15,6 @@ def brief(text: str, width: int = 300) -> str:
     if len(text) <= width:
         return printable(text)
     return f"{printable(text[:width])}... ({len(text):,} characters)"
-
-
-def layer_of(name: str) -> str:
-    """A tensor's name up to its first number, which counts layers ("model.layers.3"); all of it if there is none."""
-    found = re.match(r".*?[._]\d+(?=[._])", name)
-    return found.group() if found else name
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.cli import main
-from shiradelta.combine.fuse import METHODS, disjoint, largest, mean, overlay, ties, weighted_sum
 from shiradelta.combine.interference import measure
+from shiradelta.combine.methods import METHODS, disjoint, largest, mean, methods_with, ties, weighted_sum
+from shiradelta.combine.overlay import overlay
 from shiradelta.errors import BaseMismatchError, DeltaError, TargetError
 from shiradelta.format import arithmetic
+from tests.conftest import write_model
 
 SHAPE = (40, 50)
 
@@ -150,7 +153,7 @@ def test_disjoint_lets_all_give_up_alike():
     assert np.count_nonzero(disjoint(merged) == 1) == 500
 
 
-@pytest.mark.parametrize("method", ["dare", "della"])
+@pytest.mark.parametrize("method", methods_with("seed"))
 def test_dropping_is_seeded_unbiased_and_independent_of_order(three: dict[Path, float], tmp_path: Path, method: str):
     one = {next(iter(three)): 1.0}
     shiradelta.fuse(one, tmp_path / "a.shd", method, drop=0.6)
@@ -223,6 +226,19 @@ def test_different_bases_are_refused(tmp_path: Path, other: TensorDelta, message
         shiradelta.fuse({a: 1.0, save(tmp_path / "b.shd", w=other): 1.0}, tmp_path / "x.shd")
 
 
+def test_the_base_gives_the_dtype_that_no_input_has(tmp_path: Path):
+    base = write_model(tmp_path / "base", {"w": torch.arange(9, dtype=torch.bfloat16)})
+    parts = [TensorDelta((9,), [at], np.float32([1]), "unspecified") for at in (1, 4)]
+    files = {save(tmp_path / f"{number}.shd", w=part): 1.0 for number, part in enumerate(parts)}
+    shiradelta.fuse(files, tmp_path / "out.shd", base=base)
+    with shiradelta.open_delta(tmp_path / "out.shd") as fused:
+        assert fused["w"].dtype == "bfloat16"
+        assert fused["w"].base_fingerprint is not None
+    other = write_model(tmp_path / "other", {"w": torch.arange(8, dtype=torch.bfloat16)})
+    with pytest.raises(BaseMismatchError, match="missing or of another shape or dtype"):
+        shiradelta.fuse(files, tmp_path / "out.shd", base=other)
+
+
 def test_bad_arguments(three: dict[Path, float], tmp_path: Path):
     for arguments, message in (
         ({"method": "median"}, "method"),
@@ -256,7 +272,7 @@ def test_command_line(three: dict[Path, float], tmp_path: Path, method: str):
     shiradelta.open_delta(tmp_path / "out.shd").verify()
 
 
-def test_what_is_of_dropping_alone(three: dict[Path, float], tmp_path: Path):
+def test_options_of_other_methods_are_refused(three: dict[Path, float], tmp_path: Path):
     outcome = CliRunner().invoke(main, ["fuse", *map(str, three), "-o", str(tmp_path / "x.shd"), "--drop", "0.3"])
     assert outcome.exit_code == 2
     assert "--drop is an option of dare and della" in outcome.stderr

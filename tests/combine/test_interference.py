@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import shiradelta
 from shiradelta import TensorDelta
-from shiradelta.combine import interference
-from shiradelta.combine.interference import Meeting, in_model_order, measure, pooled
+from shiradelta.combine import products
+from shiradelta.combine.interference import Meeting, measure, pooled
 from shiradelta.errors import BaseMismatchError, DeltaError
+from shiradelta.models.names import in_model_order
 
 SHAPES = {
     "layers.0.up.weight": (48, 40),
@@ -50,7 +51,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("full", [0, 8, 1 << 40], ids=["sparse", "as it comes", "arrays"])
 def test_every_figure_is_that_of_dense_arrays(files: list[Path], full: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(interference, "_FULL", full)
+    monkeypatch.setattr(products, "_FULL", full)
     strengths = [0.5, -2.0, 1.0]
     found = measure(dict(zip(files, strengths, strict=True)))
     assert found.labels == ("d0", "d1", "d2")
@@ -113,7 +114,7 @@ def test_large_products_are_estimated_within_a_few_percent(monkeypatch: pytest.M
         save(tmp_path / f"{seed}.shd", {"w": TensorDelta((300, 900), positions, np.ones(positions.size))})
     files = {tmp_path / "0.shd": 1.0, tmp_path / "1.shd": 1.0}
     exact = measure(files).total((0, 1))
-    monkeypatch.setattr(interference, "_COUNTED", 1000)
+    monkeypatch.setattr(products, "_COUNTED", 1000)
     estimate = measure(files).total((0, 1))
     assert (exact.estimated, estimate.estimated) == (False, True)
     assert estimate.product == pytest.approx(exact.product, rel=0.05)

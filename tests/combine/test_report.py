@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,3 +315,9 @@ def test_in_a_browser_it_can_be_dark(browser: Browser, page_file: Path):
     (light_ground, light_ink), (dark_ground, dark_ink) = shades
     assert light_ground > 600 > 200 > light_ink
     assert dark_ground < 200 < 600 < dark_ink
+
+
+@pytest.mark.parametrize(("old", "new"), [("Report", "DeltaReport"), ("Adapter", "DeltaProfile")])
+def test_old_names_are_taken_with_a_warning(old: str, new: str):
+    with pytest.warns(DeprecationWarning, match=f"{old} is deprecated; use {new}"):
+        assert getattr(import_module("shiradelta.combine.report"), old).__name__ == new

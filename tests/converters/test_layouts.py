@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from transformers import BertConfig, BertForSequenceClassification
 import shiradelta
 from shiradelta.converters import default_output
 from shiradelta.errors import DeltaError, SourceError, TargetError
-from shiradelta.models.checkpoint import rename_all
 from shiradelta.select.topk import row_shape, top_k
 from tests.conftest import random_tensors, write_lora, write_model
 from tests.converters.test_convert import MODULES, UP, stored
@@ -397,20 +395,6 @@ def test_both_of_two_tied_names(tmp_path: Path, made: Path, same: bool):
 
 
 # ----------------------------------------------------------------------------------- names and places
-
-
-def test_the_prefix_is_the_one_that_finds_most():
-    have = [f"encoder.layer.{i}.weight" for i in range(22)]
-    wanted = ["classifier.bias", "classifier.weight", *(f"vit.{name}" for name in have)]
-    assert rename_all(wanted, dict.fromkeys(have)) == {f"vit.{name}": name for name in have}
-    assert rename_all(have, dict.fromkeys(wanted)) == {name: f"vit.{name}" for name in have}
-
-
-def test_prefixes_of_many_names_are_found_in_linear_time():
-    have = dict.fromkeys(f"layers.{i}.experts.{j}.up.weight" for i in range(60) for j in range(256))
-    start = time.process_time()
-    assert len(rename_all(["head.weight", *(f"model.{name}" for name in have)], have)) == len(have)
-    assert time.process_time() - start < 5
 
 
 def test_only_a_shd_file_is_replaced(tmp_path: Path, made: Path):

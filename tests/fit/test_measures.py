@@ -17,7 +17,6 @@ from shiradelta.cli import main
 from shiradelta.errors import DeltaError, TargetError
 from shiradelta.fit import MASKS, Fit
 from shiradelta.text.batches import split
-from shiradelta.util.text import layer_of
 from tests.fit.test_fit import texts, write_pair
 
 PNG = b"\x89PNG"
@@ -95,19 +94,6 @@ def test_a_plot_that_cannot_be_written_is_told_before_the_work(made: Path, tmp_p
     with pytest.raises(TargetError, match="is not a PNG, so it is not replaced"):
         shiradelta.convert(made / "tuned_a", tmp_path / "a.shd", base=made / "bf16", plot=other)
     assert not (tmp_path / "a.shd").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("model.layers.12.mlp.up_proj.weight", "model.layers.12"),
-        ("unet/down_blocks.0.attentions.1.to_q.weight", "unet/down_blocks.0"),
-        ("lm_head.weight", "lm_head.weight"),
-        ("transformer.h.3.ln_1.weight", "transformer.h.3"),
-    ],
-)
-def test_layers_are_counted_by_the_first_number(name: str, layer: str):
-    assert layer_of(name) == layer
 
 
 def test_masks_of_the_command_line_are_those_of_the_package():

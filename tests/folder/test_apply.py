@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, SourceError, TargetError
-from shiradelta.folder import apply as directory
 from tests.conftest import random_tensors, read, write_model
 from tests.killing import contents, kill_repeatedly, weights
 
@@ -265,7 +264,7 @@ def test_a_second_process_is_told_to_wait(model: Path, made: Path):
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from shiradelta.folder.state import locked\n"
+            "import sys; from pathlib import Path; from shiradelta.folder.journal import locked\n"
             "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()",
             str(model),
         ],
@@ -394,5 +393,10 @@ def test_a_stop_at_every_durable_step(
     assert states == {"base", "patched"}
 
 
-def test_directory_functions_are_the_public_ones():
-    assert shiradelta.apply is directory.apply
+def test_flags_are_keywords(made: Path, tmp_path: Path):
+    model = shutil.copytree(made / "bf16", tmp_path / "model")
+    with pytest.raises(TypeError, match="positional"):
+        shiradelta.apply(model, made / "a.shd", None, 1.0, False, True)
+    shiradelta.apply(model, made / "a.shd")
+    with pytest.raises(TypeError, match="positional"):
+        shiradelta.revert(model, True)

@@ -19,7 +19,7 @@ import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.backends.choose import choose
 from shiradelta.backends.libshd.decoder import LoadedTensor
-from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
+from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.hotswap import session as hotswap
 from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.numpy import NumpyBackend
@@ -279,16 +279,16 @@ def test_applied_goes_back_after_an_interrupt(
     """On its way in, after the weights are written, and on its way out."""
     swap = make(base, one=one)
     before = bits(base["w"])
-    tell_autograd = hotswap._tell_autograd
+    increment_versions = hotswap._increment_versions
     calls: list[int] = []
 
     def interrupted(helds: Any) -> None:
-        tell_autograd(helds)
+        increment_versions(helds)
         calls.append(1)
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(hotswap, "_tell_autograd", interrupted)
+    monkeypatch.setattr(hotswap, "_increment_versions", interrupted)
     with pytest.raises(KeyboardInterrupt), swap.applied("one"):
         pass
     assert swap.active == {}
@@ -456,7 +456,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
-    ("where", "what"), [(NumpyBackend, "write"), (Held, "check_model"), (hotswap, "_tell_autograd")]
+    ("where", "what"), [(NumpyBackend, "write"), (Held, "check_model"), (hotswap, "_increment_versions")]
 )
 def test_an_interrupt_waits_for_a_whole_state(
     monkeypatch: pytest.MonkeyPatch, base: dict[str, torch.Tensor], one: bytes, where: Any, what: str
@@ -581,13 +581,31 @@ def test_strengths_that_are_not_finite(base: dict[str, torch.Tensor], one: bytes
         make(base, one=one).switch("one", strength)
 
 
+def test_a_strength_beside_a_mapping_is_refused(base: dict[str, torch.Tensor], one: bytes):
+    """A mapping has its own strengths, and the base has none."""
+    swap, before = make(base, one=one), bits(base["w"])
+    for adapters in ({"one": 1.0}, {}, None):
+        with pytest.raises(ArgumentError, match=r"strength 0\.1 is for one adapter given by name"):
+            swap.switch(adapters, 0.1)
+        with pytest.raises(ArgumentError, match=r"strength 0\.1"), swap.applied(adapters, 0.1):
+            pass
+    assert swap.active == {}
+    assert np.array_equal(bits(base["w"]), before)
+    assert swap.switch("one").active == {"one": 1.0}
+
+
+def test_flags_of_load_are_keywords(base: dict[str, torch.Tensor], one: bytes):
+    with pytest.raises(TypeError, match="positional"):
+        make(base).load("one", one, False)
+
+
 def test_sets_have_no_strength_and_exclude_each_other(base: dict[str, torch.Tensor]):
     shared = random_delta(SHAPE, 50, 1, op="set")
     other = sd.TensorDelta(SHAPE, [int(shared.positions()[3])], np.array([1], np.uint16), dtype="bfloat16", op="set")
     apart = np.setdiff1d(np.arange(60), shared.positions())[:2]
     third = sd.TensorDelta(SHAPE, apart, np.array([1, 2], np.uint16), dtype="bfloat16", op="set")
     swap = make(base, a=adapter({"w": shared}), b=adapter({"w": other}), c=adapter({"w": third}))
-    with pytest.raises(DeltaError, match="no strength"):
+    with pytest.raises(DeltaError, match="adapter 'a' sets whole values, which have strength 1 only"):
         swap.switch("a", 0.5)
     with pytest.raises(DeltaError, match="set the same elements of tensor 'w'"):
         swap.switch({"a": 1, "b": 1})
@@ -606,7 +624,7 @@ def test_whole_tensors_are_for_folders(base: dict[str, torch.Tensor]):
     drop = adapter({"w": sd.TensorDelta(SHAPE, None, np.zeros(0), op="drop")})
     with pytest.raises(BaseMismatchError, match=r"'n' is to be added.*use shiradelta\.apply"):
         HotSwap(base).load("new", new)
-    with pytest.raises(BaseMismatchError, match="'w' is to be taken away"):
+    with pytest.raises(BaseMismatchError, match="'w' is to be removed"):
         HotSwap(base).load("drop", drop)
 
 

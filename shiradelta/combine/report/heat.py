@@ -11,7 +11,7 @@ from shiradelta.combine.interference import Interference, Meeting
 from shiradelta.util.optional import importing
 from shiradelta.util.plots import new_figure, save, tick
 
-#: Panels with more pairs do not stand side by side.
+#: With more pairs than this, panels are stacked and not side by side.
 _BESIDE = 6
 
 
@@ -28,12 +28,11 @@ def draw(path: Path, found: Interference) -> None:
     layers = list(dict.fromkeys(layer for meetings in by_pair for layer in meetings))
     pairs = [" + ".join(tick(found.labels[i]) for i in pair) for pair in found.pairs]
     panels: tuple[tuple[str, str, Normalize, Callable[[Meeting], float]], ...] = (
-        # By the root, so that a share of 1 % does not look like none.
+        # On a square-root scale, so that a share of 1 % is visible.
         ("shared, of the smaller, %", "Oranges", PowerNorm(0.5, 0, 100), lambda m: 100 * m.shared / max(min(m.nnz), 1)),
         ("opposite signs, of these, %", "RdBu_r", Normalize(0, 100), lambda m: _or_nan(m.opposed_share, 100)),
         ("cosine", "RdBu_r", Normalize(-1, 1), lambda m: _or_nan(m.cosine)),
     )
-    # Side by side, or one below the other where there are many pairs.
     beside = len(panels) if len(by_pair) <= _BESIDE else 1
     below = len(panels) // beside
     width = 3 + beside * max(1.6, 0.5 * len(by_pair))

@@ -7,17 +7,17 @@ from html import escape
 
 from shiradelta.util.text import printable
 
-#: Adapters are A, B, ... wherever their names would be too long.
+#: Deltas are called A, B, ... where their names would be too long.
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def text(value: object) -> str:
-    """For people, with whatever a browser or terminal would act on escaped."""
+    """The value as text, with everything escaped that a browser or terminal would act on."""
     return escape(printable(str(value)))
 
 
 def badge(number: int) -> str:
-    """An adapter's letter, in its colour."""
+    """A delta's letter in its colour."""
     return f'<b class="id" style="--n:{number}">{letter(number)}</b>'
 
 

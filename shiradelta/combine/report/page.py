@@ -1,4 +1,4 @@
-"""The report as one HTML file: no network, no script; it reads on a phone, in the dark, and printed."""
+"""The report as one HTML file without network access or scripts, for screens of all sizes, dark mode and print."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from shiradelta.combine.interference import Meeting
-from shiradelta.combine.report.adapters import Adapter, Axis, Profile
+from shiradelta.combine.report.data import DeltaReport
 from shiradelta.combine.report.markup import badge, bars, cell, letter, table, tabs, text
+from shiradelta.combine.report.profiles import Axis, DeltaProfile, TensorProfile
 from shiradelta.combine.report.verdict import advice
+from shiradelta.models.names import layer_of
 from shiradelta.util.files import replacing
-from shiradelta.util.text import brief, layer_of, percent, shape, size
+from shiradelta.util.text import brief, percent, shape, size
 
-if TYPE_CHECKING:
-    from shiradelta.combine.report import Report
-
-
-#: What the file begins with.
+#: The first bytes of the file.
 START = b"<!doctype html>"
 
 
 class Metric(NamedTuple):
-    """One figure as a heat map: its text, its colour from -1 to 1, what it says."""
+    """One figure of the heat map.
+
+    Attributes:
+        title: of the tab.
+        value: the figure of an overlap.
+        text: the figure, for people.
+        colour: from -1 to 1.
+        says: what the figure means.
+    """
 
     title: str
     value: Callable[[Meeting], float | None]
@@ -40,21 +46,21 @@ _METRICS = (
         lambda m: m.shared / min(m.nnz) if min(m.nnz) else None,
         percent,
         lambda v: v**0.5,
-        "Weights that both change, as a share of those of the one that changes fewer.",
+        "Weights that both change, as a share of the weights that the smaller delta changes.",
     ),
     Metric(
         "Opposite signs",
         lambda m: m.opposed_share,
         percent,
         lambda v: 2 * v - 1,
-        "Shared weights that the two move in opposite directions. About half is what unrelated changes have: pale.",
+        "Shared weights that the two move in opposite directions. Unrelated deltas have about half: pale.",
     ),
     Metric(
         "Cosine",
         lambda m: m.cosine,
         lambda v: f"{v:z.3f}",
         lambda v: v,
-        "Of the two changes as vectors. 0: unrelated; 1: the same change; below 0: they undo each other.",
+        "Cosine between the changes as vectors. 0: unrelated; 1: the same change; below 0: they undo each other.",
     ),
     Metric(
         "AWOM",
@@ -74,13 +80,17 @@ _METRICS = (
 )
 
 
-def write(path: Path, report: Report) -> None:
-    """Writes the file.  Raises TargetError."""
+def write(path: Path, report: DeltaReport) -> None:
+    """Writes the file.
+
+    Raises:
+        TargetError: it cannot be written.
+    """
     with replacing(path) as stream:
         stream.write(render(report).encode())
 
 
-def render(report: Report) -> str:
+def render(report: DeltaReport) -> str:
     """The whole page."""
     names = ", ".join(text(adapter.label) for adapter in report.adapters)
     warnings = "".join(f'<p class="warning">{text(warning)}</p>' for warning in report.interference.warnings)
@@ -98,13 +108,13 @@ def render(report: Report) -> str:
 <header><p class="dim">shiradelta report</p><h1>{names}</h1>{warnings}</header>
 {"".join(sections)}
 <footer class="dim">Shares count listed weights. AWOM and AWOR are those of <i>Sparse High Rank Adapters</i>
-(arXiv:2406.13175). Figures of the weights say how two changes lie to one another, not what a task will lose: try it.
+(arXiv:2406.13175). The figures of the weights tell how much two deltas overlap, not how much a task will lose: try it.
 </footer>
 </html>
 """
 
 
-def _verdicts(report: Report) -> str:
+def _verdicts(report: DeltaReport) -> str:
     cards = []
     for (i, j), sentence in report.verdicts().items():
         total = report.interference.total((i, j))
@@ -122,14 +132,14 @@ def _verdicts(report: Report) -> str:
     return f'<h2>Together</h2><div class="grid">{"".join(cards)}</div>'
 
 
-def _adapters(adapters: Sequence[Adapter]) -> str:
+def _adapters(adapters: Sequence[DeltaProfile]) -> str:
     largest_file = max(adapter.about["bytes"]["file"] for adapter in adapters)
     return f"""<h2>Each by itself</h2><div class="grid">{
         "".join(_adapter(number, adapter, largest_file) for number, adapter in enumerate(adapters))
     }</div>"""
 
 
-def _adapter(number: int, adapter: Adapter, largest_file: int) -> str:
+def _adapter(number: int, adapter: DeltaProfile, largest_file: int) -> str:
     about = adapter.about
     codecs = sorted({f"{t['index_codec']} + {t['value_codec']}" for t in about["tensors"] if t["nnz"]})
     fingerprints = sum(t["base_fingerprint"] is not None for t in about["tensors"])
@@ -147,9 +157,9 @@ def _adapter(number: int, adapter: Adapter, largest_file: int) -> str:
         + f"; fingerprints for {fingerprints} of {len(adapter.profiles)} tensors",
         "digest": about["digest"][:16] + "...",
     }
-    told = [(key, value) for key, value in about["metadata"].items() if key != "base"]
+    others = [(key, value) for key, value in about["metadata"].items() if key != "base"]
     name = os.path.basename(about["file"] or adapter.label)
-    rows = "".join(f"<dt>{text(key)}</dt><dd>{text(brief(value))}</dd>" for key, value in [*facts.items(), *told])
+    rows = "".join(f"<dt>{text(key)}</dt><dd>{text(brief(value))}</dd>" for key, value in [*facts.items(), *others])
     layers = adapter.layers()
     return (
         f'<div class="card"><h3>{badge(number)} {text(name)}</h3>'
@@ -160,7 +170,7 @@ def _adapter(number: int, adapter: Adapter, largest_file: int) -> str:
     )
 
 
-def _heat(report: Report) -> str:
+def _heat(report: DeltaReport) -> str:
     found = report.interference
     by_pair = {pair: found.layers(pair) for pair in found.pairs}
     layers = list(dict.fromkeys(layer for meetings in by_pair.values() for layer in meetings))
@@ -173,7 +183,7 @@ def _heat(report: Report) -> str:
             for pair, meetings in by_pair.items()
             for layer in layers
         }
-        # Only AWOM has no natural scale.
+        # All figures but AWOM have a natural scale.
         top = max((v for v in values.values() if v is not None), default=0) if metric.title == "AWOM" else 1
         rows = [
             [text(short[layer])]
@@ -187,7 +197,7 @@ def _heat(report: Report) -> str:
     return f"<h2>Layer by layer</h2>{tabs('metric', panes)}"
 
 
-def _pairs(report: Report) -> str:
+def _pairs(report: DeltaReport) -> str:
     found = report.interference
     rows = [[f"{badge(i)} {badge(j)}", *_meeting_cells(found.total((i, j)))] for i, j in found.pairs]
     return f"<h2>Every pair</h2>{table(['', *_MEETING_HEAD], rows)}"
@@ -215,7 +225,7 @@ def _meeting_cells(m: Meeting) -> list[str]:
     ]
 
 
-def _densities(adapters: Sequence[Adapter]) -> str:
+def _densities(adapters: Sequence[DeltaProfile]) -> str:
     layers = list(dict.fromkeys(layer for adapter in adapters for layer in adapter.layers()))
     by_adapter = [adapter.layers() for adapter in adapters]
     top = max((d for densities in by_adapter for d in densities.values()), default=0) or 1
@@ -232,14 +242,14 @@ def _densities(adapters: Sequence[Adapter]) -> str:
 
 
 def _shortened(layers: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """The parts with which all names begin, and layer -> the rest."""
+    """(the parts with which all names begin, layer -> the rest of its name)."""
     parts = zip(*(layer.split(".") for layer in layers), strict=False)
     common = ".".join(part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)) if len(layers) > 1 else ""
     return common, {layer: layer[len(common) :].lstrip(".") or layer for layer in layers}
 
 
-def _tensors(report: Report) -> str:
-    """A closed drawer a layer: its tensors' profiles, and how pairs meet in each."""
+def _tensors(report: DeltaReport) -> str:
+    """A closed section for each layer: its tensors' profiles, and the overlap of each pair."""
     profiles = [{p.name: p for p in adapter.profiles} for adapter in report.adapters]
     names = list(dict.fromkeys(name for pair in report.interference.pairs.values() for name in pair))
     names = names or list(profiles[0])
@@ -267,15 +277,15 @@ def _tensors(report: Report) -> str:
             + "</details>"
         )
     return (
-        '<h2>Tensor by tensor</h2><p class="dim">Over rows and columns: how dense each part is, from the first to the'
-        " last, and the share of the nonzeros that the densest tenth holds: 10% were all alike.</p>" + "".join(drawers)
+        '<h2>Tensor by tensor</h2><p class="dim">Over rows and columns: the density of each part, from first to'
+        " last, and the share of the nonzeros in the densest tenth: 10% if all are alike.</p>" + "".join(drawers)
     )
 
 
 _PROFILE_HEAD = ("", "density", "over rows", "over columns", "nonzeros", "largest", "shape", "operation")
 
 
-def _profile_row(leaf: str, number: int, p: Profile) -> list[str]:
+def _profile_row(leaf: str, number: int, p: TensorProfile) -> list[str]:
     return [
         f"{text(leaf)} {badge(number)}",
         percent(p.density),

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from shiradelta.combine.report.data import DeltaReport
 from shiradelta.util.text import percent, printable, size, table
 
-if TYPE_CHECKING:
-    from shiradelta.combine.report import Report
 
-
-def summary(report: Report) -> str:
-    """A table of the deltas, one of the pairs, and the verdicts."""
+def summary(report: DeltaReport) -> str:
+    """A table of the deltas, a table of the pairs, and the verdicts."""
     rows = [["delta", "tensors", "nonzeros", "density", "size", "bits/nonzero"]]
     for adapter in report.adapters:
         about = adapter.about

@@ -1,4 +1,4 @@
-"""What the figures of two deltas mean, in a sentence."""
+"""What the figures of two deltas mean for their use together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from shiradelta.util.text import percent
 
 
 def verdict(one: str, other: str, total: Meeting) -> str:
-    """What to expect of applying or fusing both."""
+    """A sentence that says what to expect of applying or fusing both."""
     if not total.shared:
         return f"{one} and {other} share none of their weights: {advice(total)[1]}."
     smaller = max(min(total.nnz), 1)
@@ -24,7 +24,7 @@ def verdict(one: str, other: str, total: Meeting) -> str:
 def advice(total: Meeting) -> tuple[str, str]:
     """("free", "try" or "conflict", what to do).
 
-    The bounds are rules of thumb: figures of the weights alone cannot tell what a task will lose.
+    The thresholds are rules of thumb: the weights alone cannot tell how much a task will lose.
     """
     share, cosine = total.shared / max(min(total.nnz), 1), total.cosine
     if not total.shared:
@@ -36,5 +36,5 @@ def advice(total: Meeting) -> tuple[str, str]:
     if cosine <= -0.3:
         return "conflict", "they undo each other; take one of them"
     if cosine >= 0.3:
-        return "try", "they largely do the same, which a sum does twice; take mean, or lower strengths"
+        return "try", "they are largely the same change, which a sum makes twice; take mean, or lower strengths"
     return "try", "fuse, and try both tasks; if one loses too much, take ties or lower strengths"

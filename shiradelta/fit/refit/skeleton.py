@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
-from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, rename_all
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
+from shiradelta.models.names import rename_all
 
 
 class CannotStreamError(Exception):

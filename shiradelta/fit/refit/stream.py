@@ -26,8 +26,8 @@ from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
 from shiradelta.fit.teacher import exchanged
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models import loading
-from shiradelta.models.checkpoint import rename_all
 from shiradelta.models.dtypes import torch_dtype
+from shiradelta.models.names import rename_all
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.largest_torch import largest
 from shiradelta.select.topk import Selection

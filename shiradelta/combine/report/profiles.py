@@ -1,4 +1,4 @@
-"""One delta by itself: what it is, and where in each tensor its nonzeros lie."""
+"""One delta by itself: what it holds, and how its nonzeros are spread over each tensor."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from shiradelta.combine.interference import in_model_order
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.io.describe import describe
 from shiradelta.io.reader import Delta
-from shiradelta.util.text import layer_of
+from shiradelta.models.names import in_model_order, layer_of
 
-#: Parts into which rows and columns are cut for a profile.
+#: Parts into which a profile divides rows and columns.
 _PARTS = 40
 
 
@@ -23,8 +22,10 @@ _PARTS = 40
 class Axis:
     """How the nonzeros of a matrix are spread over its rows, or over its columns.
 
-    `density` is that of up to 40 parts of equal width, in order; `densest_tenth` the share of all nonzeros that the
-    densest tenth of the rows (columns) holds: 0.1 or little more where they are spread evenly.
+    Attributes:
+        density: of up to 40 parts of equal width, in order.
+        densest_tenth: share of all nonzeros in the densest tenth of the rows (columns); about 0.1 if they are spread
+            evenly.
     """
 
     density: tuple[float, ...]
@@ -32,8 +33,19 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """One tensor's change.  `largest` is the largest |value| that is added, None where elements are set."""
+class TensorProfile:
+    """One tensor's change.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the tensor.
+        op: the operation.
+        nnz: number of nonzeros.
+        density: share of the tensor's elements that are listed.
+        largest: the largest |value| that is added; None if elements are set.
+        rows: spread of the nonzeros over the rows.
+        columns: spread of the nonzeros over the columns.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -46,28 +58,35 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """One delta: `about` is what `describe` tells, `profiles` are in the order of the model."""
+class DeltaProfile:
+    """One delta.
+
+    Attributes:
+        label: a short name.
+        strength: alpha.
+        about: what `describe` returns.
+        profiles: of the tensors, in the order of the model.
+    """
 
     label: str
     strength: float
     about: dict[str, Any]
-    profiles: tuple[Profile, ...]
+    profiles: tuple[TensorProfile, ...]
 
     @property
     def ops(self) -> dict[str, int]:
-        """Operation -> tensors."""
+        """Operation -> number of tensors."""
         found = [profile.op for profile in self.profiles]
         return {op: found.count(op) for op in dict.fromkeys(found)}
 
     @property
     def largest(self) -> float | None:
-        """The largest |value| that is added anywhere."""
+        """The largest |value| that is added to any tensor."""
         return max((p.largest for p in self.profiles if p.largest is not None), default=None)
 
     @property
     def numel(self) -> int:
-        """Weights of the tensors that it changes."""
+        """Number of weights in the tensors that it changes."""
         return sum(math.prod(profile.shape) for profile in self.profiles)
 
     def layers(self) -> dict[str, float]:
@@ -79,22 +98,22 @@ class Adapter:
         return {layer: nnz / max(numel, 1) for layer, (nnz, numel) in counts.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it: `describe`'s data, with the profiles beside."""
+        """The data of `describe` and the profiles, as JSON shows them."""
         profiles = {profile.name: asdict(profile) for profile in self.profiles}
         return {"label": self.label, "strength": self.strength, **self.about, "profiles": profiles}
 
 
-def look_at(delta: Delta, label: str, strength: float) -> Adapter:
-    """Reads a delta, one tensor in memory at a time."""
-    profiles = tuple(_profile(name, delta[name]) for name in in_model_order(delta))
-    return Adapter(label, strength, describe(delta), profiles)
+def profile(delta: Delta, label: str, strength: float) -> DeltaProfile:
+    """Profiles a delta, with one tensor in memory at a time."""
+    profiles = tuple(_tensor_profile(name, delta[name]) for name in in_model_order(delta))
+    return DeltaProfile(label, strength, describe(delta), profiles)
 
 
-def _profile(name: str, tensor: TensorDelta) -> Profile:
+def _tensor_profile(name: str, tensor: TensorDelta) -> TensorProfile:
     rows, columns = matrix_shape(tensor.shape)
     row, column = np.divmod(tensor.positions(), max(columns, 1))
-    largest = float(np.abs(tensor.values()).max(initial=0)) if tensor.op == "add" else None
-    return Profile(
+    largest = float(np.abs(tensor.values()).max(initial=0)) if tensor.operation.adds else None
+    return TensorProfile(
         name=name,
         shape=tensor.shape,
         op=tensor.op,

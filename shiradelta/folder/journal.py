@@ -1,8 +1,8 @@
-"""What has been applied to a model's folder: `.shiradelta/`, its lock, its journal and its undo deltas.
+"""The journal of a model's folder: which deltas are applied, in `.shiradelta/`, with its lock and its undo deltas.
 
-`state.json` is replaced atomically and is the journal too: an action is written to `pending` before the first
-weight is touched, and taken out in the same replacement that makes it count.  So after a crash a folder is
-either as before (no pending action), or names the undo delta that takes it there.
+`state.json` is replaced atomically.  An action is written to `pending` before the first weight changes, and moved to
+`applied` when the last one has.  So after a crash a folder is either as before (nothing pending), or the journal names
+the undo delta that takes it back.
 """
 
 from __future__ import annotations
@@ -18,18 +18,25 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from shiradelta.errors import SourceError, TargetError
-from shiradelta.models.checkpoint import read_json
 from shiradelta.util.files import os_errors, replacing, sync_directory
+from shiradelta.util.json_files import read_json
 
 FOLDER = ".shiradelta"
 
 
 @dataclass(frozen=True)
 class Applied:
-    """One delta that was applied.
+    """A delta that is applied to a folder.
 
-    `replaced` lists files that were rewritten as a whole, because tensors were added or taken away; their
-    originals wait in `undo/<id>/`.
+    Attributes:
+        id: number of the action, and name of its undo delta.
+        file: name of the delta's file.
+        digest: the delta's content digest.
+        strength: alpha.
+        tensors: number of tensors in the delta.
+        nonzeros: number of nonzeros in the delta.
+        replaced: files that were rewritten because tensors were added or removed; the originals are in `undo/<id>/`.
+        added: names of added tensors -> their fingerprints.
     """
 
     id: int
@@ -39,60 +46,64 @@ class Applied:
     tensors: int
     nonzeros: int
     replaced: tuple[str, ...] = ()
-    added: Mapping[str, int] = field(default_factory=dict)  # whole tensors -> fingerprints
+    added: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class State:
-    """The deltas on a folder, the last one on top, and the action that was begun, if any."""
+class FolderState:
+    """The deltas on a folder, the last one on top, and the action that has begun but not ended, if any."""
 
     applied: tuple[Applied, ...] = ()
     pending: Applied | None = None
 
 
 @dataclass
-class StateFolder:
-    """A model folder's `.shiradelta/`."""
+class Journal:
+    """The `.shiradelta/` of a model's folder."""
 
     root: Path
-    state: State = field(default_factory=State)
+    state: FolderState = field(default_factory=FolderState)
 
     @property
     def path(self) -> Path:
-        """The folder itself."""
+        """The `.shiradelta/` folder."""
         return self.root / FOLDER
 
     def undo_file(self, applied: Applied) -> Path:
-        """The delta that puts the originals back."""
+        """The delta that puts the original elements back."""
         return self.path / "undo" / f"{applied.id:04}.shd"
 
     def originals(self, applied: Applied) -> Path:
-        """Where the originals of replaced files wait."""
+        """The folder that keeps the originals of replaced files."""
         return self.path / "undo" / f"{applied.id:04}"
 
     def load(self) -> None:
-        """Reads state.json, if there is one."""
+        """Reads state.json, if there is one.
+
+        Raises:
+            TargetError: it is damaged, or there is a link.
+        """
         path = self.path / "state.json"
         for link in (self.path, self.path / "undo", *(self.path / "undo").glob("*")):
             if link.is_symlink():
                 raise TargetError(f"{link}: is a link, which this tool never makes; delete it")
         if not path.exists():
-            self.state = State()
+            self.state = FolderState()
             return
         try:
             found = read_json(path)
             if found["version"] != 1:
                 raise ValueError(f"version {found['version']}")
             pending = found["pending"]
-            self.state = State(
+            self.state = FolderState(
                 tuple(_applied(entry) for entry in found["applied"]),
                 None if pending is None else _applied(pending),
             )
         except (SourceError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise TargetError(f"{path}: is damaged ({error}); restore the model's files from their source") from None
 
-    def save(self, state: State) -> None:
-        """Makes a state durable."""
+    def save(self, state: FolderState) -> None:
+        """Writes a state and syncs it to disk."""
         with os_errors(self.path):
             self.path.mkdir(exist_ok=True)
             with replacing(self.path / "state.json") as stream:
@@ -100,7 +111,7 @@ class StateFolder:
         self.state = state
 
     def tidy(self) -> None:
-        """Takes away what no state needs: undo deltas of actions that never began, or are over."""
+        """Deletes undo deltas and originals that the state does not need."""
         kept = self.state.applied + ((self.state.pending,) if self.state.pending else ())
         if not kept:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -112,7 +123,11 @@ class StateFolder:
 
 
 def _applied(entry: dict[str, Any]) -> Applied:
-    """One entry of state.json, which may have come with the folder from anywhere.  Raises ValueError and its like."""
+    """Parses a delta of state.json, which is untrusted: the folder may come from anywhere.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is malformed.
+    """
     found = Applied(**{**entry, "replaced": tuple(entry["replaced"]), "added": dict(entry["added"])})
     numbers = (found.id, found.tensors, found.nonzeros, *found.added.values())
     texts = (found.file, found.digest, *found.replaced, *found.added)
@@ -129,26 +144,26 @@ def _applied(entry: dict[str, Any]) -> Applied:
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[StateFolder]:
-    """The state of a folder, which no other process changes meanwhile.
+def locked(root: Path) -> Iterator[Journal]:
+    """A context that locks a folder against other processes; gives its state.
 
     Raises:
-        TargetError: another process holds it, or it cannot be written.
+        TargetError: another process has locked the folder, or it cannot be written.
     """
-    folder = StateFolder(root)
-    with os_errors(folder.path):
-        folder.path.mkdir(exist_ok=True)
+    journal = Journal(root)
+    with os_errors(journal.path):
+        journal.path.mkdir(exist_ok=True)
         sync_directory(root)
-        lock = FileLock(folder.path / "lock", timeout=0)
+        lock = FileLock(journal.path / "lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
             raise TargetError(f"{root}: another process is changing this folder; try again when it is done") from None
     try:
-        folder.load()
+        journal.load()
         try:
-            yield folder
+            yield journal
         finally:
-            folder.tidy()
+            journal.tidy()
     finally:
         lock.release()

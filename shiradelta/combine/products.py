@@ -1,0 +1,100 @@
+"""The product A1^T A2 of two sparse changes: its spectral norm, and how many of its entries are nonzero."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shiradelta.format.arithmetic import Float32, Positions
+from shiradelta.format.delta import matrix_shape
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+#: Products of more multiplications than this are counted in `_SAMPLE` of their columns only.
+_COUNTED = 1 << 22
+_SAMPLE = 512
+#: Matrices that list at least one in so many elements are multiplied as arrays.
+_FULL = 8
+#: The last of three dimensions is a kernel's size up to this, and a matrix of an expert beyond it.
+_KERNEL = 32
+
+
+def matrices_in(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(number of matrices that a tensor stacks, their rows, their columns)."""
+    if len(shape) == 3 and shape[2] > _KERNEL:
+        return shape[0], shape[1], shape[2]
+    return 1, *matrix_shape(shape)
+
+
+def as_matrix(positions: Positions, values: Float32, shape: tuple[int, ...]) -> csr_array:
+    """A sparse matrix of a tensor's nonzeros, explicit zeros included; block-diagonal if the tensor stacks several."""
+    from scipy.sparse import csr_array
+
+    count, rows, columns = matrices_in(shape)
+    starts = np.searchsorted(positions, np.arange(count * rows + 1) * columns)
+    column = positions % max(columns, 1) + positions // max(rows * columns, 1) * columns
+    return csr_array((values, column, starts), shape=(count * rows, count * columns))
+
+
+def spectral_norm(left: csr_array, right: csr_array) -> float:
+    """The largest singular value of left^T right, by Lanczos; the product is never formed.
+
+    Computed in float64, which holds the fourth power of every float32.  The error is at most 1.5 %; on real and on
+    random adapters four digits are right.
+    """
+    from scipy.sparse.linalg import LinearOperator, svds
+
+    if not _multiplications(left, right):
+        return 0.0
+    m = left.shape[1]
+    if m <= 32:
+        a, b = left.astype(np.float64), right.astype(np.float64)
+        return float(np.linalg.norm((a.T @ b).toarray(), 2))
+    a, b = (_operand(matrix.astype(np.float64)) for matrix in (left, right))
+    a_t, b_t = _transposed(a), _transposed(b)
+    operator = LinearOperator((m, m), dtype=np.float64, matvec=lambda x: a_t @ (b @ x), rmatvec=lambda x: b_t @ (a @ x))
+    start = np.random.default_rng(0).standard_normal(m)
+    if not operator.matvec(start).any():  # all listed values may be zero, and Lanczos needs a nonzero start
+        return 0.0
+    return float(svds(operator, k=1, ncv=24, tol=0.03, v0=start, return_singular_vectors=False)[0])
+
+
+def product_nonzeros(left: csr_array, right: csr_array) -> tuple[float, bool]:
+    """Number of nonzeros of left^T right, from the positions alone.
+
+    Large products are counted in a sample of columns, drawn with a fixed seed, and scaled up.  For independent
+    positions the standard error is below 1 %.
+
+    Returns:
+        (the number, whether it is an estimate).
+    """
+    work, m = _multiplications(left, right), left.shape[1]
+    if not work:
+        return 0.0, False
+    # With ones for values nothing cancels.
+    a, b = (type(x)((np.ones(x.nnz, np.float32), x.indices, x.indptr), shape=x.shape) for x in (left, right))
+    sample = work > _COUNTED and m > _SAMPLE
+    if sample:
+        columns = np.random.default_rng(0).choice(m, _SAMPLE, replace=False)
+        b = b.tocsc()[:, np.sort(columns)].tocsr()
+    product = _transposed(_operand(a)) @ _operand(b)
+    count = np.count_nonzero(product) if isinstance(product, np.ndarray) else product.nnz
+    return (count * m / _SAMPLE, True) if sample else (float(count), False)
+
+
+def _operand(matrix: csr_array) -> Any:
+    """The matrix, as an array if it is so dense that this is faster."""
+    return matrix if matrix.nnz * _FULL < math.prod(matrix.shape) else matrix.toarray()
+
+
+def _transposed(operand: Any) -> Any:
+    """The transpose; of a sparse matrix in CSR form."""
+    return operand.T if isinstance(operand, np.ndarray) else operand.T.tocsr()
+
+
+def _multiplications(left: csr_array, right: csr_array) -> int:
+    """Number of multiplications that left^T right takes."""
+    return int(np.diff(left.indptr).astype(np.int64) @ np.diff(right.indptr).astype(np.int64))

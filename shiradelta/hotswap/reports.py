@@ -1,0 +1,44 @@
+"""What `HotSwap` reports about adapters and switches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load` found.
+
+    Attributes:
+        name: of the adapter.
+        matched: the file's names -> the model's.
+        unmatched: the file's names that the model does not have.
+        unchecked: matched tensors whose fingerprint was not compared: the file has none, or another dtype.
+        nonzeros: number of elements that the adapter changes.
+        nbytes: memory that the adapter takes while it is loaded.
+    """
+
+    name: str
+    matched: Mapping[str, str]
+    unmatched: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    nonzeros: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SwitchReport:
+    """What is on the model after a switch.
+
+    Attributes:
+        active: adapter -> strength.
+        tensors: number of tensors that the active adapters change.
+        nonzeros: of all active adapters together.
+        nbytes: memory of the saved elements.
+    """
+
+    active: Mapping[str, float]
+    tensors: int
+    nonzeros: int
+    nbytes: int

@@ -1,0 +1,36 @@
+"""Merging sorted runs, overlaying values, sums of squares: against plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shiradelta.util.arrays import merge_sorted, overlay_values, sum_of_squares
+
+RUNS = st.sets(st.integers(0, 30), max_size=12).map(sorted)
+
+
+@given(st.lists(RUNS, min_size=1, max_size=4))
+def test_runs_are_merged(runs: list[list[int]]):
+    merged = merge_sorted([np.array(run, np.int64) for run in runs])
+    assert merged.union.tolist() == sorted(set().union(*runs))
+    assert [merged.union[at].tolist() for at in merged.indices] == runs
+    assert merged.shared().tolist() == [sum(number in run for run in runs) > 1 for number in merged.union.tolist()]
+
+
+@pytest.mark.parametrize("xp", [np, torch])
+@given(RUNS, RUNS)
+def test_values_are_overlaid(xp, positions: list[int], other: list[int]):
+    array = np.array if xp is np else torch.tensor
+    values, other_values = [-p for p in positions], [100 + p for p in other]
+    arrays = (array(one, dtype=xp.int64) for one in (values, positions, other, other_values))
+    found = overlay_values(xp, *arrays)
+    assert found.tolist() == [100 + p if p in other else -p for p in positions]
+
+
+def test_sums_of_squares_are_finite_and_precise():
+    assert sum_of_squares(np.float32([3e38, 3e38])) == pytest.approx(2 * float(np.float32(3e38)) ** 2)
+    assert sum_of_squares(np.full(1 << 20, 1e-3, np.float32)) == pytest.approx((1 << 20) * 1e-6, rel=1e-7)
