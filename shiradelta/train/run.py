@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections import Counter
@@ -24,8 +23,8 @@ from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.names import match_names
 from shiradelta.nonzeros.pruning import PRUNE_FROM, PRUNE_UNTIL
-from shiradelta.nonzeros.saved_state import load_with_about, save_state
 from shiradelta.nonzeros.schedule import cycle
+from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.shares import parse_sparsity
 from shiradelta.text.batches import batches, by_length, mean_over, split
@@ -37,11 +36,12 @@ from shiradelta.train.masks import can_be_larger
 from shiradelta.train.targets import find_weights
 from shiradelta.train.tuner import Tuner, attach
 from shiradelta.util.files import check_target
+from shiradelta.util.memory import advising_on_memory
 from shiradelta.util.plots import check_plot, new_figure, save
 
 #: Batches that gradients are summed over for a mask; of all examples, at most so many are kept from training.
 CALIBRATION, HELD_OUT = 16, 256
-EVALUATIONS, SAVE_EVERY = 20, 20  # times; seconds
+EVALUATIONS = 20
 CLIP = 1.0
 _MASK = ".positions"
 
@@ -141,13 +141,12 @@ def run(
     check_target(out, registry.MAGIC, "a .shd file")
     if plot is not None:
         check_plot(plot)
-    try:
+    advice = (
+        f": --batch {max(1, settings.batch // 2)} halves what a step takes, or cut examples with --tokens"
+        f" {max(1, settings.tokens // 2)}"
+    )
+    with advising_on_memory(advice):
         return _Run(model_folder, examples_file, out, settings, device, say, progress).go(plot)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise ShiraDeltaError(
-            f"out of memory: --batch {max(1, settings.batch // 2)} halves what a step takes, or cut examples with"
-            f" --tokens {max(1, settings.tokens // 2)}"
-        ) from None
 
 
 class _Run:
@@ -162,7 +161,6 @@ class _Run:
         progress: Tell,
     ) -> None:
         self.settings, self.out, self.say, self.progress = settings, out, say, progress
-        self.state_path = out.with_name(out.name + ".train")
         checkpoint = open_checkpoint(folder)
         loader, _ = loading.model_class(folder, folder)
         tokenizer = loading.load_tokenizer(folder)
@@ -180,8 +178,8 @@ class _Run:
         self.model = loading.load_model(folder, folder, self.device, dtype).eval()
         self.examples = kind.examples(rows, tokenizer, self.model, settings.tokens, find_pooling(folder))
         self.train, self.held_out = split(len(rows), HELD_OUT, settings.seed)
-        key = [str(folder.resolve()), rows, vars(settings)]
-        self.key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        identity = [str(folder.resolve()), rows, vars(settings)]
+        self.unfinished = UnfinishedRun(out.with_name(out.name + ".train"), identity)
         self.checkpoint = checkpoint
         self.history: list[tuple[int, float, float]] = []
 
@@ -198,7 +196,7 @@ class _Run:
         step = 0
         if resumed is not None:
             step = self._take_up(resumed, tuner, optimizer)
-            self.say(f"going on from step {step} of {settings.steps}, found in {self.state_path}")
+            self.say(f"going on from step {step} of {settings.steps}, found in {self.unfinished.path}")
         what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}"
         self.say(f"{what}; their number falls to a share of {settings.sparsity}" if settings.fall[0] else what)
         self._train(tuner, optimizer, step, before)
@@ -211,7 +209,7 @@ class _Run:
         tuner.save(self.out, settings.values, about)
         tensors, nnz, numel = len(tuner.values), tuner.nnz, tuner.numel
         after = self._measure_file(tuner)
-        self.state_path.unlink(missing_ok=True)
+        self.unfinished.remove()
         if plot is not None:
             draw(plot, self.history)
         return Report(
@@ -299,20 +297,21 @@ class _Run:
         stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed)
         every = max(1, settings.steps // EVALUATIONS)
         mean = self.history[-1][1] if self.history else before
-        saved, kept = time.monotonic(), first
+        kept = first
         try:
             for step, indices in islice(enumerate(stream), first, settings.steps):
                 if step % every == 0 and (not self.history or self.history[-1][0] != step):
                     self.history.append((step, mean, self._measure() if step else before))
-                if time.monotonic() - saved > SAVE_EVERY:
+                if self.unfinished.is_due():
                     self._save(tuner, optimizer, step)
-                    saved, kept = time.monotonic(), step
+                    kept = step
                 mean = 0.9 * mean + 0.1 * self._step(tuner, optimizer, step, indices)
                 self.progress(f"loss {mean:.3f}", step + 1, settings.steps)
             self.history.append((settings.steps, mean, self._measure()))
         except KeyboardInterrupt:
             if kept:
-                self.say(f"the same command goes on from step {kept} of {settings.steps}, kept in {self.state_path}")
+                where = self.unfinished.path
+                self.say(f"the same command goes on from step {kept} of {settings.steps}, kept in {where}")
             raise
 
     def _step(self, tuner: Tuner, optimizer: torch.optim.Optimizer, step: int, indices: Sequence[int]) -> float:
@@ -338,19 +337,15 @@ class _Run:
             for what in ("exp_avg", "exp_avg_sq"):
                 if what in optimizer.state[values]:
                     tensors[f"{name}.{what}"] = optimizer.state[values][what].cpu()
-        about = {"run": self.key, "state": json.dumps({"step": step, "history": self.history}), "base": _digest(tuner)}
-        save_state(self.state_path, tensors, about)
+        self.unfinished.save(tensors, {"step": step, "history": self.history, "base": _digest(tuner)})
 
     def _resumed(self) -> dict[str, Tensor] | None:
-        """The state of this very run, if there is one."""
-        if not self.state_path.exists():
+        """The tensors of this run's state, if there is one."""
+        state = self.unfinished.load(self.say)
+        if state is None:
             return None
-        tensors, about = load_with_about(self.state_path)
-        if about.get("run") != self.key:
-            self.say(f"{self.state_path} is of a run with other settings or examples; starting anew")
-            return None
-        found = json.loads(about["state"])
-        self._first, self._base = int(found["step"]), about.get("base")
+        tensors, found = state
+        self._first, self._base = int(found["step"]), found["base"]
         self.history = [(int(step), float(loss), float(held)) for step, loss, held in found["history"]]
         return tensors
 
@@ -358,7 +353,7 @@ class _Run:
         if _digest(tuner) != self._base:
             raise SourceError(
                 f"{self.checkpoint.root}: its weights are not those that the interrupted run began with; revert it, or"
-                f" take away {self.state_path} to start anew"
+                f" take away {self.unfinished.path} to start anew"
             )
         tuner.load_state_dict({name: t for name, t in state.items() if not name.endswith((".exp_avg", ".exp_avg_sq"))})
         for name, values in tuner.values.items():

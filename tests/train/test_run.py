@@ -82,7 +82,7 @@ def test_an_interrupted_run_goes_on_exactly(
     texts = write(tmp_path / "data.jsonl", "text")
     settings = Settings(**{**vars(SETTINGS), **options, "values": "f32"})
     whole = run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu")
-    monkeypatch.setattr(run_module, "SAVE_EVERY", -1)
+    monkeypatch.setattr("shiradelta.nonzeros.unfinished.SAVE_EVERY", -1)
     step = run_module._Run._step
 
     def stop(self: Any, tuner: Any, optimizer: Any, number: int, indices: Any) -> float:

@@ -1,0 +1,33 @@
+"""Out of memory: one error, whatever ran out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from shiradelta.errors import ShiraDeltaError
+
+#: How torch and its libraries say that memory ran out, in lower case.
+_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+
+
+@contextmanager
+def advising_on_memory(advice: str) -> Iterator[None]:
+    """Turns running out of memory into one line: "out of memory" and `advice`.
+
+    Raises:
+        ShiraDeltaError: memory ran out in the block.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ShiraDeltaError(f"out of memory{advice}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or not."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)

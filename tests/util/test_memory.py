@@ -1,0 +1,29 @@
+"""What counts as running out of memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shiradelta.errors import ShiraDeltaError
+from shiradelta.util.memory import advising_on_memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_running_out_of_memory_becomes_advice(error: Exception):
+    with pytest.raises(ShiraDeltaError, match=r"^out of memory: take less$"), advising_on_memory(": take less"):
+        raise error
+
+
+def test_other_errors_stay():
+    with pytest.raises(RuntimeError, match=r"illegal memory access"), advising_on_memory(": take less"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
