@@ -21,7 +21,7 @@ from benchmarks.table import print_table
 from demo.task import embed, load_base, load_split
 from demo.train_lora import OUT as LORA
 from demo.train_lora import batches, contrastive_loss
-from shiradelta.fit.settings import MASKS, Fit
+from shiradelta.fit import MASKS, Fit
 from shiradelta.select.shares import SCOPES
 
 SPARSITY = 0.01

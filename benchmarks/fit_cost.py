@@ -20,7 +20,7 @@ from benchmarks.table import print_table, seconds
 from shiradelta.fit import Fit
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
-from shiradelta.fit.training import Plan, Trainer
+from shiradelta.fit.training import FitTrainer, TrainingPlan
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.train.targets import find_weights
 
@@ -115,8 +115,16 @@ class Case:
             positions.append(drawn[torch.randperm(len(drawn), device=DEVICE)[:count]].sort().values)
         nonzeros = Nonzeros(weights, [weight.dtype for weight in weights], positions)
         units = [0.02] * len(weights)
-        plan = Plan(100, len(self.batch), 0.01, "int4", nonzeros.counts, units, whole_model=False)
-        trainer = Trainer(self.model, nonzeros, self.behaviour, self.teacher, plan)
+        plan = TrainingPlan(
+            steps=100,
+            micro=len(self.batch),
+            relative_lr=0.01,
+            codec="int4",
+            counts=nonzeros.counts,
+            units=units,
+            whole_model=False,
+        )
+        trainer = FitTrainer(self.model, nonzeros, self.behaviour, self.teacher, plan)
 
         def step() -> None:
             trainer.step(self.batch)

@@ -27,7 +27,8 @@ _CHILD = """
 import sys, time
 import torch
 from shiradelta.converters import convert
-from shiradelta.fit import Fit, run
+from shiradelta.fit import Fit
+from shiradelta.fit.refit import stream
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
@@ -35,8 +36,8 @@ def status(field):
 way, texts, *models = sys.argv[1:]
 if way == "whole":
     def cannot(*arguments):
-        raise run.CannotStreamError("it is compared")
-    run.stream = cannot
+        raise stream.CannotStreamError("it is compared")
+    stream.stream = cannot
 fit = Fit(texts, method="refit", batch=32, tokens=32, held_out=64, device="cpu")
 for base, tuned in (models[:2], models[2:]):  # a small one first: what is loaded for any is not counted
     with open("/proc/self/clear_refs", "w") as file:

@@ -42,16 +42,27 @@ def run_fit(
                 " (for a resized vocabulary, resize_token_embeddings), or convert without fitting"
             )
     try:
-        from shiradelta.fit.fitted import Order, Target
+        from shiradelta.fit.fitted import FitJob, FitTarget
         from shiradelta.fit.run import run
     except ImportError as error:
         raise SourceError(f"fitting needs {error.name}; install shiradelta[fit]") from None
     targets = [
-        Target(item.name, item.dtype, item.matrix, item.dense, counts[item.name])
+        FitTarget(item.name, item.dtype, item.matrix, item.dense, counts[item.name])
         for item in source.items
         if item.dense is not None and item.replacement is None and item.numel
     ]
     if not targets:
         raise SourceError(f"{source_path}: has nothing to fit, for its changes are exact already")
-    whole = [(item.name, item.exact()) for item in source.items if item.exact is not None]
-    return run(Order(fit, targets, whole, Path(base), Path(source_path), values, scope == "model", out, progress))
+    exact = [(item.name, item.exact()) for item in source.items if item.exact is not None]
+    job = FitJob(
+        fit=fit,
+        targets=targets,
+        exact=exact,
+        base=Path(base),
+        source=Path(source_path),
+        codec=values,
+        whole_model=scope == "model",
+        out=out,
+        progress=progress,
+    )
+    return run(job)

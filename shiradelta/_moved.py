@@ -27,6 +27,7 @@ MOVED = {
     "engine.verification": "folder.verification",
     "files": "util.files",
     "fit.loading": "models.loading",
+    "fit.scores": "fit.importance",
     "fit.texts": "text.texts",
     "fit.train": "fit.training",
     "fusion": "combine.fuse",

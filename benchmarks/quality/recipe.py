@@ -25,7 +25,7 @@ import torch
 
 import shiradelta
 from benchmarks.table import print_table
-from shiradelta.fit import Fit, behaviour, run
+from shiradelta.fit import Fit, behaviour, by_training
 from shiradelta.fit import training as train
 
 from .methods import TASKS, applied, load_tuned, prepare, tune
@@ -35,19 +35,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "mask by magnitude": {"mask": "magnitude"},
     "mask by gradient": {"mask": "gradient"},
-    "starts at 2 x": {"run.PRUNE_FROM": 2},
-    "starts at 12 x": {"run.PRUNE_FROM": 12},
+    "starts at 2 x": {"by_training.PRUNE_FROM": 2},
+    "starts at 12 x": {"by_training.PRUNE_FROM": 12},
     "mask fixed at 40 %": {"train.PRUNE_UNTIL": 0.4},
     "mask fixed at 75 %": {"train.PRUNE_UNTIL": 0.75},
-    "half the rate": {"rate": 0.15},
-    "twice the rate": {"rate": 0.6},
+    "half the learning rate": {"relative_lr": 0.15},
+    "twice the learning rate": {"relative_lr": 0.6},
     "400 steps": {"steps": 400},
     "the output alone": {"behaviour.LAST": 1.0},
     "the fine-tune's word alone": {"text_share": 0.0},
     "values not rounded": {"values": "f32"},
     "over the model": {"scope": "model"},
 }
-MODULES = {"run": run, "train": train, "behaviour": behaviour}
+MODULES = {"by_training": by_training, "train": train, "behaviour": behaviour}
 FIELDS = ("task", "source", "seed", "variant", "kept", "second_kept", "divergence", "distance", "seconds")
 
 

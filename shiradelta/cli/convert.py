@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from shiradelta.cli import options
-from shiradelta.cli.options import RegistryChoice, command
+from shiradelta.cli.options import RegistryChoice, command, renamed_option
 from shiradelta.cli.output import echo_json, echo_warnings, progress_bar, skipped_lines
 from shiradelta.util.text import percent, size, table
 
@@ -43,25 +43,28 @@ from shiradelta.util.text import percent, size, table
     type=RegistryChoice("shiradelta.fit:METHODS"),
     default="train",
     show_default=True,
-    help="By gradients, or in closed form from forward passes alone.",
+    help="How: by gradients, or in closed form, from forward passes alone.",
 )
 @click.option(
     "--fit-mask",
-    type=RegistryChoice("shiradelta.fit:MASKS"),
-    default="falling",
+    type=RegistryChoice("shiradelta.fit:MASKS", {"falling": "prune"}),
+    default="prune",
     show_default=True,
-    help="Which weights change: found while training, or by change, change x input, change x gradient.",
+    help="Which weights change: found by pruning while training, by change, by change x input, by change x gradient.",
 )
 @click.option("--fit-steps", type=int, help="Training steps.  [default: 1,000; on a CPU what ten minutes hold]")
-@click.option("--fit-batch", default=128, show_default=True, help="Texts a step.")
-@click.option("--fit-micro", type=int, help="Texts a forward pass, if fewer: takes less memory.")
-@click.option("--fit-rate", default=0.3, show_default=True, help="Learning rate, as a share of a nonzero's size.")
+@click.option("--fit-batch", default=128, show_default=True, help="Texts per step.")
+@click.option("--fit-micro", type=int, help="Texts per forward pass; fewer take less memory.")
+@click.option(
+    "--fit-relative-lr", default=0.3, show_default=True, help="Learning rate, relative to the size of a nonzero."
+)
+@renamed_option("--fit-rate", "--fit-relative-lr")
 @click.option("--fit-tokens", default=128, show_default=True, help="Where texts are cut.")
 @click.option(
     "--fit-text-share",
     default=0.1,
     show_default=True,
-    help="Of a language model's target, the share that is the text's next token; the fine-tune says the rest.",
+    help="Share of a language model's target that is the text's next token; the fine-tune predicts the rest.",
 )
 @click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
 @click.option("--plot", metavar="FILE", help="Plot where the changes lie, and the fit, to this PNG.")
@@ -72,16 +75,16 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     SOURCE is a safetensors file or a folder (PEFT adapter, fine-tuned model).
     """
     from shiradelta.converters import convert as run
-    from shiradelta.fit import Fit
+    from shiradelta.fit import METHODS, Fit
 
     settings = {key.removeprefix("fit_"): arguments.pop(key) for key in list(arguments) if key.startswith("fit_")}
     if texts is None and (given := options.given("fit_", "device")):
-        raise click.UsageError(f"{given} is of fitting; give --fit TEXTS, too.")
-    if settings["method"] == "refit" and (
-        given := options.given("fit_mask", "fit_steps", "fit_rate", "fit_text_share")
+        raise click.UsageError(f"{given} is only for fitting; give --fit TEXTS, too.")
+    if not METHODS.find(settings["method"]).trains and (
+        given := options.given("fit_mask", "fit_steps", "fit_relative_lr", "fit_text_share")
     ):
-        raise click.UsageError(f"{given} is of training; leave it out, or --fit-method refit.")
-    fit = texts and Fit(texts, **settings, device=device, say=lambda line: click.echo(line, err=True))
+        raise click.UsageError(f"{given} is only for training; leave it out, or --fit-method {settings['method']}.")
+    fit = texts and Fit(texts, **settings, device=device, log=lambda line: click.echo(line, err=True))
     with progress_bar("fitting" if fit else "converting") as progress:
         report = run(**arguments, fit=fit or None, progress=progress)
     if as_json:

@@ -1,4 +1,4 @@
-"""What is to be fitted, and what comes out."""
+"""What a fit gets, and what it gives back."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ from typing import Any
 import numpy as np
 
 from shiradelta.errors import SourceError
-from shiradelta.fit import Fit
+from shiradelta.fit.settings import Fit
 from shiradelta.format.arithmetic import Float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.select.topk import NOT_FINITE, Rows, Selection
+from shiradelta.util.progress import Progress
 
 
 @dataclass(frozen=True)
-class Target:
-    """One tensor to be fitted: its dense delta, and how many of its weights may change."""
+class FitTarget:
+    """One tensor to fit: its dense delta, and how many of its weights may change.
+
+    Attributes:
+        name: the tensor's, in the base's files.
+        dtype: the base's, by torch's name.
+        matrix: shape of the dense delta as a matrix.
+        rows: gives a function (first row, last row) -> those rows of the dense delta.
+        count: how many weights may change.
+    """
 
     name: str
     dtype: str
@@ -27,50 +36,59 @@ class Target:
     count: int
 
     def dense(self) -> Float32:
-        """The whole delta, flat.  Raises SourceError where it is not finite."""
+        """The whole delta, flat.
+
+        Raises:
+            SourceError: it is not finite.
+        """
         delta = self.rows()(0, self.matrix[0]).reshape(-1)
         if not np.all(np.isfinite(delta)):
             raise SourceError(f"tensor {self.name!r} {NOT_FINITE}")
         return delta
 
 
-@dataclass(frozen=True)
-class Order:
-    """All that a fit is told.
+@dataclass(frozen=True, kw_only=True)
+class FitJob:
+    """Everything that a fit gets.
 
     Attributes:
         fit: the settings.
-        targets: what to fit.
-        whole: what the file changes beside them, by name; it is the student's and the teacher's.
+        targets: the tensors to fit.
+        exact: further changes of the file, by name; the student and the teacher both have them.
         base, source: where the model and its fine-tune are.
-        codec: of the values.
+        codec: the value codec.
         whole_model: nonzeros may move between tensors.
-        out: the file to be written, beside which the state is kept.
-        progress: is told (what is done, how much of it, of how much).
+        out: the file to write; the state of an interrupted run is kept beside it.
+        progress: called with (what, done, total).
     """
 
     fit: Fit
-    targets: Sequence[Target]
-    whole: Sequence[tuple[str, TensorDelta]]
+    targets: Sequence[FitTarget]
+    exact: Sequence[tuple[str, TensorDelta]]
     base: Path
     source: Path
     codec: str
     whole_model: bool
     out: Path
-    progress: Callable[[str, int, int], None]
+    progress: Progress
 
 
 @dataclass
 class Fitted:
-    """What came out.
+    """The result of a fit.
 
     Attributes:
         tensors: name -> positions and values, not yet quantised.
         measure: what the distances are.
-        base, topk, fitted: distances from the fine-tune, of files as they would be read.
-        further: other measures of the same three, by name.
-        text_share: of the target, what the texts themselves say.
+        texts, held_out: number of texts that were fitted on, and measured on.
+        base, topk, fitted: distance from the fine-tune of the base, of plain top-k, and of the fit, as a reader of the
+            file would measure them.
+        steps: optimizer steps.
+        seconds: time that the fit took.
+        text_share: share of the target that was the text's next token.
+        further: other measures of base, top-k and fit, by name.
         history: (step, distance).
+        warnings: what a user should know.
     """
 
     tensors: dict[str, Selection]
@@ -96,12 +114,12 @@ class Fitted:
                 self.further.setdefault(name, {})[state] = value
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Everything but tensors and warnings, for JSON."""
         return {key: value for key, value in vars(self).items() if key not in ("tensors", "warnings")}
 
     @property
     def metadata(self) -> dict[str, str]:
-        """For the file."""
+        """Metadata of the file."""
         return {
             "distance": f"{self.fitted:.6g}",
             "distance_base": f"{self.base:.6g}",

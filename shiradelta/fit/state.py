@@ -1,40 +1,76 @@
-"""An interrupted fit on disk."""
+"""The state of a fit while it trains, and on disk where it was interrupted."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from shiradelta.errors import SourceError
-from shiradelta.fit.training import State
-from shiradelta.nonzeros import saved_state
+from shiradelta.nonzeros.unfinished import UnfinishedRun
 
 _TENSORS = ("positions", "values", "mean", "square", "best_values")
 _NUMBERS = ("steps", "step", "counts", "failures", "waited", "history", "best")
 
 
-def save_state(path: Path, state: State, key: str) -> None:
-    """Puts it in place atomically.  `key` tells the run: sources, texts and settings."""
-    tensors = {name: getattr(state, name).cpu() for name in _TENSORS if getattr(state, name) is not None}
-    numbers = {name: getattr(state, name) for name in _NUMBERS}
-    saved_state.save_state(path, tensors, {"run": key, "state": json.dumps(numbers)})
+@dataclass
+class FitState:
+    """Everything that a resumed fit needs.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        step: those that are done.
+        counts: nonzeros by tensor.
+        positions, values: of `Nonzeros`.
+        mean, square: Adam's running means of the gradient and of its square.
+        failures: how often training gave NaN.
+        waited: evaluations without a gain.
+        history: (step, distance).
+        best: least loss on the texts held out.
+        best_values: the values that gave it.
+    """
+
+    steps: int
+    step: int
+    counts: list[int]
+    positions: Tensor
+    values: Tensor
+    mean: Tensor
+    square: Tensor
+    failures: int = 0
+    waited: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+    best: float = math.inf
+    best_values: Tensor | None = None
+
+    def copy(self) -> FitState:
+        """A copy whose tensors and lists nothing else writes to."""
+        tensors = {name: tensor.clone() for name in _TENSORS if (tensor := getattr(self, name)) is not None}
+        return replace(self, counts=list(self.counts), history=list(self.history), **tensors)
 
 
-def load_state(path: Path, key: str) -> State | None:
-    """The state of that very run, or None if there is none there.
+def save_state(run: UnfinishedRun, state: FitState) -> None:
+    """Writes a state to disk."""
+    tensors = {name: tensor.cpu() for name in _TENSORS if (tensor := getattr(state, name)) is not None}
+    run.save(tensors, {name: getattr(state, name) for name in _NUMBERS})
+
+
+def load_state(run: UnfinishedRun, log: Callable[[str], None]) -> FitState | None:
+    """The state of this run, or None if there is none.
 
     Raises:
-        SourceError: something else is there.
+        SourceError: the file holds something else.
     """
-    if not path.exists():
+    found = run.load(log)
+    if found is None:
         return None
-    tensors, about = saved_state.load_with_about(path)
-    if about.get("run") not in (None, key):
-        return None
+    tensors, numbers = found
     try:
-        fields: dict[str, Any] = {**json.loads(about["state"]), **tensors}
+        fields: dict[str, Any] = {**numbers, **tensors}
         fields["history"] = [(int(step), float(distance)) for step, distance in fields["history"]]
-        return State(**fields)
+        return FitState(**fields)
     except (KeyError, ValueError, TypeError) as error:
-        raise SourceError(f"{path}: is no interrupted fit ({error}); move it away") from None
+        raise SourceError(f"{run.path}: is not the state of a fit ({error}); move it away") from None

@@ -1,7 +1,7 @@
-"""Training of the nonzeros: Adam, one cycle, falling density, and at last the codec's own rounding.
+"""Trains the nonzeros: Adam, a one-cycle learning rate, pruning, and finally the codec's own rounding.
 
-The recipe is the same for LoRA and full fine-tunes.  Learning rates are in units of what nonzeros would have to be if
-they alone carried the fine-tune's energy, so that it depends neither on the model's scale nor on how far it was tuned.
+The recipe is the same for LoRA and full fine-tunes.  The unit of the learning rate is the size that the nonzeros would
+need to carry the fine-tune's energy alone.  So it depends neither on the model's scale nor on how far it was tuned.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,90 +18,79 @@ from shiradelta.errors import ShiraDeltaError
 from shiradelta.fit.behaviour import Behaviour, Outputs
 from shiradelta.fit.measures import HeldOut
 from shiradelta.fit.quantise import Quantiser
+from shiradelta.fit.state import FitState
 from shiradelta.fit.teacher import Teacher
 from shiradelta.nonzeros.pruning import PRUNE_UNTIL, PruningSchedule, importance, is_due
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.vector import Nonzeros
 
-#: From here on the forward pass sees values as the codec rounds them; gradients pass straight through.
+#: Share of the steps after which the forward pass sees rounded values; gradients pass straight through.
 ROUND_FROM = 0.75
 BETAS = (0.9, 0.999)
 EPSILON = 1e-10
 EVALUATIONS = 20
-#: Evaluations with less gain than this, after which training stops; counted once the mask is fixed.
+#: Training stops after this many evaluations with less gain than this, counted once values are rounded.
 PATIENCE, LEAST_GAIN = 4, 1e-3
-#: NaN this often, each time with half the learning rate, ends it.
+#: Training ends after this many NaNs, each of which halves the learning rate.
 FAILURES = 3
 
 
-@dataclass
-class State:
-    """Everything that a resumed run needs; tensors are tensors of `Nonzeros` and Adam."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What a run of training is to do.
 
-    steps: int  # of the whole run
-    step: int
-    counts: list[int]
-    positions: Tensor
-    values: Tensor
-    mean: Tensor
-    square: Tensor
-    failures: int = 0
-    waited: int = 0
-    history: list[tuple[int, float]] = field(default_factory=list)
-    best: float = math.inf  # loss on the texts held out
-    best_values: Tensor | None = None
-
-    def copy(self) -> State:
-        """Tensors that nothing else writes to."""
-        tensors = {name: getattr(self, name).clone() for name in ("positions", "values", "mean", "square")}
-        best = None if self.best_values is None else self.best_values.clone()
-        return State(
-            self.steps,
-            self.step,
-            list(self.counts),
-            **tensors,
-            failures=self.failures,
-            waited=self.waited,
-            history=list(self.history),
-            best=self.best,
-            best_values=best,
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long, how fast, how many."""
+    Attributes:
+        steps: optimizer steps.
+        micro: texts per forward pass.
+        relative_lr: largest learning rate, relative to `units`.
+        codec: the value codec.
+        counts: nonzeros by tensor in the end.
+        units: unit of the learning rate, by tensor.
+        whole_model: nonzeros may move between tensors.
+    """
 
     steps: int
     micro: int
-    rate: float
+    relative_lr: float
     codec: str
-    counts: Sequence[int]  # nonzeros by tensor in the end
-    units: Sequence[float]  # of the rate, by tensor
-    whole_model: bool  # they may move between tensors
+    counts: Sequence[int]
+    units: Sequence[float]
+    whole_model: bool
 
 
 class DivergedError(ShiraDeltaError):
-    """Training gave NaN again and again."""
+    """Training gave NaN even at a fraction of the learning rate."""
 
 
-class Trainer:
-    """One run of training."""
+class FitTrainer:
+    """One run of training.
+
+    Attributes:
+        state: what is reached.
+        good: the state at the last evaluation, from which an interrupted run goes on.
+    """
 
     def __init__(
-        self, model: nn.Module, nonzeros: Nonzeros, behaviour: Behaviour, teacher: Teacher, plan: Plan
+        self, model: nn.Module, nonzeros: Nonzeros, behaviour: Behaviour, teacher: Teacher, plan: TrainingPlan
     ) -> None:
         self._model, self._nonzeros, self._behaviour, self._teacher = model, nonzeros, behaviour, teacher
         self._plan = plan
         self._begin = nonzeros.counts
         zero = torch.zeros_like(nonzeros.values)
-        self.state = State(plan.steps, 0, nonzeros.counts, nonzeros.positions, nonzeros.values, zero, zero.clone())
-        #: The state at the last look at the texts held out, from which an interrupted run goes on.
+        self.state = FitState(
+            steps=plan.steps,
+            step=0,
+            counts=nonzeros.counts,
+            positions=nonzeros.positions,
+            values=nonzeros.values,
+            mean=zero,
+            square=zero.clone(),
+        )
         self.good = self.state
         self._lay_out()
 
-    def load(self, state: State) -> None:
-        """Goes on from there."""
+    def load(self, state: FitState) -> None:
+        """Goes on from a state."""
         self.state = state = state.copy()
         device = self._nonzeros.values.device
         state.mean, state.square = state.mean.to(device), state.square.to(device)
@@ -111,7 +100,7 @@ class Trainer:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """What depends on the mask."""
+        """Rebuilds everything that depends on the mask."""
         state, nonzeros = self.state, self._nonzeros
         state.counts, state.positions, state.values = nonzeros.counts, nonzeros.positions, nonzeros.values
         self._units = nonzeros.per_tensor(self._plan.units)
@@ -122,12 +111,18 @@ class Trainer:
         batches: Iterator[list[int]],
         held_out: HeldOut,
         progress: Callable[[str, int, int], None],
-        save: Callable[[State], None],
+        save: Callable[[FitState], None],
     ) -> None:
-        """To the end, or until nothing is gained any more; then the best values are in `Nonzeros`.
+        """Trains to the end, or until the loss stops improving; then the best values are in `Nonzeros`.
+
+        Args:
+            batches: texts of each step, from the first step on.
+            held_out: for evaluations.
+            progress: called with (what, done, total).
+            save: called with each state from which a run can go on.
 
         Raises:
-            DivergedError: NaN, although the learning rate was halved.
+            DivergedError: training gave NaN, although the learning rate was halved.
         """
         plan = self._plan
         every = max(1, plan.steps // EVALUATIONS)
@@ -141,7 +136,7 @@ class Trainer:
                 state = self.state
                 end = state.step >= plan.steps
                 if end or (state.step % every == 0 and state.step not in (step for step, _ in state.history[-1:])):
-                    # Losses are looked at here alone: a GPU that is asked after each step waits for the next.
+                    # Losses are read only here: reading one after each step would make the GPU wait.
                     if losses:
                         left = float(torch.stack(losses).mean())
                         if not math.isfinite(left):
@@ -163,14 +158,14 @@ class Trainer:
         self.write()
 
     def step(self, batch: list[int]) -> Tensor:
-        """One optimizer step, within `Nonzeros.attached`; the loss before it."""
+        """Does one optimizer step, within `Nonzeros.attached`; returns the loss before it."""
         loss = self._gradient(batch)
         self._update()
         self.state.step += 1
         return loss
 
     def write(self) -> None:
-        """Puts the values into the weights as this stage of the training sees them."""
+        """Writes the values into the weights, rounded from `ROUND_FROM` on."""
         values = self._nonzeros.values
         self._nonzeros.write(self._quantiser(values) if self._rounding else values)
 
@@ -200,7 +195,7 @@ class Trainer:
         return self._behaviour.loss(student, self._behaviour.target(teacher, part), self._behaviour.weight(settled))
 
     def _gradient(self, batch: list[int]) -> Tensor:
-        """Loss of a batch, NaN if its gradient is not finite; the gradient is in `Nonzeros.grad`."""
+        """Puts the gradient of a batch into `Nonzeros.grad`; returns the loss, NaN if the gradient is not finite."""
         self._nonzeros.grad.zero_()
         self.write()
         total = torch.zeros((), device=self._nonzeros.grad.device)
@@ -214,22 +209,22 @@ class Trainer:
         return torch.where(self._nonzeros.grad.isfinite().all(), total, math.nan)
 
     def time_one(self, batch: list[int]) -> float:
-        """Seconds of a step that changes nothing."""
+        """Seconds that a step takes; it changes nothing."""
         start = time.monotonic()
         with self._nonzeros.attached(self._model):
             float(self._gradient(batch))  # waits for a GPU
         return time.monotonic() - start
 
     def _update(self) -> None:
-        """Adam."""
+        """One step of Adam."""
         state, grad = self.state, self._nonzeros.grad
         first, second = BETAS
         state.mean.lerp_(grad, 1 - first)
         state.square.lerp_(grad.square(), 1 - second)
         count = state.step + 1
         root = (state.square / (1 - second**count)).sqrt_().add_(EPSILON)
-        rate = self._plan.rate * cycle(state.step, self._plan.steps) / 2**state.failures
-        state.values.sub_(self._units * (state.mean / root) * (rate / (1 - first**count)))
+        lr = self._plan.relative_lr * cycle(state.step, self._plan.steps) / 2**state.failures
+        state.values.sub_(self._units * (state.mean / root) * (lr / (1 - first**count)))
 
     def _prune(self) -> None:
         """Prunes the least important nonzeros, when it is time."""
@@ -244,13 +239,13 @@ class Trainer:
         state.mean, state.square = state.mean[kept], state.square[kept]
         self._lay_out()
 
-    def _back_off(self, good: State) -> None:
+    def _back_off(self, good: FitState) -> None:
         failures = self.state.failures + 1
         if failures > FAILURES:
             self.load(good)
             raise DivergedError(
                 f"training gave NaN at step {self.state.step} even at 1/{2 ** (failures - 1)} of the learning rate;"
-                f" give a smaller one, such as --fit-rate {self._plan.rate / 16:.2g}"
+                f" give a smaller one, such as --fit-relative-lr {self._plan.relative_lr / 16:.2g}"
             )
         self.load(good)
         self.state.failures = good.failures = failures

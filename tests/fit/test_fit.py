@@ -31,8 +31,7 @@ from transformers import (
 import shiradelta
 from shiradelta.cli import main
 from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
-from shiradelta.fit import Fit
-from shiradelta.fit import run as run_module
+from shiradelta.fit import Fit, by_training
 from shiradelta.fit import training as train
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.refit.least_squares import solve
@@ -115,7 +114,7 @@ def jsonl(tmp_path: Path) -> Path:
     return path
 
 
-SETTINGS = Fit(texts(), steps=40, batch=16, held_out=24, rate=0.05, device="cpu")
+SETTINGS = Fit(texts(), steps=40, batch=16, held_out=24, relative_lr=0.05, device="cpu")
 
 
 def fit(pair: tuple[Path, Path], out: Path, **settings: Any) -> Any:
@@ -254,7 +253,7 @@ class Interrupted(Exception):  # noqa: N818
 def test_an_interrupted_run_goes_on_exactly(
     encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_module, "SAVE_EVERY", 0)
+    monkeypatch.setattr("shiradelta.nonzeros.unfinished.SAVE_EVERY", 0)
     fit(encoder, tmp_path / "whole.shd")
 
     def interrupt(what: str, done: int, total: int) -> None:
@@ -268,7 +267,7 @@ def test_an_interrupted_run_goes_on_exactly(
         )
     assert (tmp_path / "a.shd.fit").exists()
     assert not (tmp_path / "a.shd").exists()
-    fit(encoder, tmp_path / "a.shd", say=said.append)
+    fit(encoder, tmp_path / "a.shd", log=said.append)
     assert "going on from step 26" in said[0]
     assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
     assert not (tmp_path / "a.shd.fit").exists()
@@ -281,13 +280,13 @@ def test_a_state_of_another_fine_tune_is_not_taken_up(
     tuned = copy_of(encoder[1], tmp_path / "tuned")
     said: list[str] = []
     with monkeypatch.context() as patched:
-        patched.setattr(train.Trainer, "_evaluate", stopping(train.Trainer._evaluate, 30))
+        patched.setattr(train.FitTrainer, "_evaluate", stopping(train.FitTrainer._evaluate, 30))
         with pytest.raises(KeyboardInterrupt):
-            fit((encoder[0], tuned), tmp_path / "a.shd", say=said.append)
+            fit((encoder[0], tuned), tmp_path / "a.shd", log=said.append)
     assert said[-1] == f"the same command goes on from step 28 of 40, which is kept in {tmp_path / 'a.shd.fit'}"
     weights = load_file(tuned / "model.safetensors")
     save_file({name: 2 * weight for name, weight in weights.items()}, tuned / "model.safetensors", {"format": "pt"})
-    fit((encoder[0], tuned), tmp_path / "a.shd", say=said.append)
+    fit((encoder[0], tuned), tmp_path / "a.shd", log=said.append)
     assert not any("going on" in line for line in said)
 
 
@@ -295,17 +294,17 @@ def test_what_is_interrupted_before_anything_is_kept_says_so(
     encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     said: list[str] = []
-    monkeypatch.setattr(train.Trainer, "_evaluate", stopping(train.Trainer._evaluate, 1))
+    monkeypatch.setattr(train.FitTrainer, "_evaluate", stopping(train.FitTrainer._evaluate, 1))
     with pytest.raises(KeyboardInterrupt):
-        fit(encoder, tmp_path / "a.shd", say=said.append)
+        fit(encoder, tmp_path / "a.shd", log=said.append)
     assert said[-1].endswith("the same command begins anew")
     assert not list(tmp_path.iterdir())
 
 
 def stopping(evaluate: Any, step: int) -> Any:
-    """`Trainer._evaluate`, interrupted from a step on."""
+    """`FitTrainer._evaluate`, interrupted from a step on."""
 
-    def stopped(self: train.Trainer, held_out: Any) -> None:
+    def stopped(self: train.FitTrainer, held_out: Any) -> None:
         if self.state.step >= step:
             raise KeyboardInterrupt
         evaluate(self, held_out)
@@ -341,9 +340,8 @@ def test_tensors_that_the_loaded_model_lacks(
         folders.append(folder)
     if renamed.endswith("bias"):
         report = fit((folders[0], folders[1]), tmp_path / "a.shd", method=method)
-        assert "1 tensor is not fitted, for the loaded model has none of that name, such as 'other.weight'" in " ".join(
-            report.warnings
-        )
+        warned = "1 tensor is not fitted, because the loaded model has none of that name, such as 'other.weight'"
+        assert warned in " ".join(report.warnings)
     else:
         with pytest.raises(SourceError, match=r"no tensor 'other.weight'.* carries \d+% of the change"):
             fit((folders[0], folders[1]), tmp_path / "a.shd", method=method)
@@ -360,7 +358,7 @@ def test_a_users_own_model_comes_back_as_it_was(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fit(encoder, tmp_path / "a.shd", model=model, steps=3)
     with monkeypatch.context() as patched:
-        patched.setattr(train.Trainer, "_evaluate", stopping(train.Trainer._evaluate, 4))
+        patched.setattr(train.FitTrainer, "_evaluate", stopping(train.FitTrainer._evaluate, 4))
         with pytest.raises(KeyboardInterrupt):
             fit(encoder, tmp_path / "a.shd", model=model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -376,13 +374,13 @@ def test_a_state_of_another_run_is_not_taken_up(
     with pytest.raises(SourceError, match="not the state of an unfinished run"):
         fit(encoder, tmp_path / "a.shd")
     save_file({}, tmp_path / "a.shd.fit", {"run": "other", "state": "{}"})
-    fit(encoder, tmp_path / "a.shd", say=said.append)
+    fit(encoder, tmp_path / "a.shd", log=said.append)
     assert not any("going on" in line for line in said)
 
 
 def test_training_that_diverges_backs_off_and_stops(encoder: tuple[Path, Path], tmp_path: Path):
-    with pytest.raises(ShiraDeltaError, match=r"NaN at step \d+ .*--fit-rate.*last good state is in"):
-        fit(encoder, tmp_path / "a.shd", rate=1e30)
+    with pytest.raises(ShiraDeltaError, match=r"NaN at step \d+ .*--fit-relative-lr.*last good state is in"):
+        fit(encoder, tmp_path / "a.shd", relative_lr=1e30)
     assert (tmp_path / "a.shd.fit").exists()
     assert not (tmp_path / "a.shd").exists()
 
@@ -487,24 +485,56 @@ def test_bad_models(encoder: tuple[Path, Path], tmp_path: Path):
 
 
 def test_bad_settings():
-    for wrong in ({"steps": 0}, {"mask": "x"}, {"method": "x"}, {"rate": 0.0}, {"batch": -1}):
+    for wrong in ({"steps": 0}, {"mask": "x"}, {"method": "x"}, {"relative_lr": 0.0}, {"batch": -1}):
         with pytest.raises(DeltaError):
             replace(SETTINGS, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [({"mask": "falling"}, {"mask": "prune"}), ({"rate": 0.1}, {"relative_lr": 0.1}), ({"say": print}, {"log": print})],
+)
+def test_old_names_of_settings_are_still_taken(old: dict[str, Any], new: dict[str, Any]):
+    with pytest.warns(DeprecationWarning, match=r"is deprecated; use '?(prune|relative_lr|log)") as warned:
+        found = Fit(["text"], **old)
+    assert found == Fit(["text"], **new)
+    assert [warning.filename for warning in warned] == [__file__]
+    assert replace(found, seed=1) == Fit(["text"], seed=1, **new)
+    with pytest.warns(DeprecationWarning, match="use relative_lr"):
+        assert found.rate == found.relative_lr
+    with pytest.warns(DeprecationWarning, match="use log"):
+        assert found.say is found.log
+
+
+def test_old_names_on_the_command_line_are_still_taken(encoder: tuple[Path, Path], jsonl: Path, tmp_path: Path):
+    arguments = ["convert", encoder[1], "--base", encoder[0], "--fit", jsonl, "--fit-steps", "2", "--fit-batch", "16"]
+    files = []
+    for name, options in (("old", ["--fit-rate", "0.1", "--fit-mask", "falling"]), ("new", ["--fit-relative-lr=0.1"])):
+        files.append(tmp_path / f"{name}.shd")
+        words = [str(word) for word in [*arguments, *options, "-o", files[-1]]]
+        result = CliRunner().invoke(main, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert ("--fit-rate is deprecated; use --fit-relative-lr" in result.stderr) is (name == "old")
+        assert ("falling is deprecated; use prune" in result.stderr) is (name == "old")
+    assert files[0].read_bytes() == files[1].read_bytes()
+    shown = CliRunner().invoke(main, ["convert", "--help"]).output
+    assert "--fit-rate" not in shown
+    assert "falling" not in shown
 
 
 def test_out_of_memory_says_what_to_halve(encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*arguments: object) -> float:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("shiradelta.fit.training.Trainer._gradient", full)
+    monkeypatch.setattr("shiradelta.fit.training.FitTrainer._gradient", full)
     with pytest.raises(ShiraDeltaError, match="--fit-micro 8 halves"):
         fit(encoder, tmp_path / "a.shd")
 
 
 def test_a_cpu_takes_fewer_steps_by_itself(encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    monkeypatch.setattr(run_module, "CPU_SECONDS", 0)
-    report = fit(encoder, tmp_path / "a.shd", steps=None, say=said.append)
-    assert report.fit.steps <= run_module.CPU_LEAST
-    assert f"{run_module.CPU_LEAST} steps of 16 texts on cpu, about" in said[0]
+    monkeypatch.setattr(by_training, "CPU_SECONDS", 0)
+    report = fit(encoder, tmp_path / "a.shd", steps=None, log=said.append)
+    assert report.fit.steps <= by_training.CPU_LEAST
+    assert f"{by_training.CPU_LEAST} steps of 16 texts on cpu, about" in said[0]
     assert math.isfinite(report.fit.fitted)

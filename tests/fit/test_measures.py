@@ -98,7 +98,7 @@ def test_a_plot_that_cannot_be_written_is_told_before_the_work(made: Path, tmp_p
 
 def test_masks_of_the_command_line_are_those_of_the_package():
     option = next(option for option in main.commands["convert"].params if option.name == "fit_mask")
-    assert tuple(option.type.choices) == MASKS
+    assert tuple(option.type.choices) == tuple(MASKS)
 
 
 def test_options_of_fitting_need_texts(made: Path, tmp_path: Path):
@@ -106,7 +106,7 @@ def test_options_of_fitting_need_texts(made: Path, tmp_path: Path):
     for option in (["--fit-mask", "gradient"], ["--fit-steps", "3"], ["--device", "cpu"]):
         result = CliRunner().invoke(main, ["convert", tuned, "--base", base, "-o", str(tmp_path / "a.shd"), *option])
         assert result.exit_code == 2
-        assert f"{option[0]} is of fitting; give --fit TEXTS, too." in result.stderr
+        assert f"{option[0]} is only for fitting; give --fit TEXTS, too." in result.stderr
     with pytest.raises(DeltaError, match="finds its own mask"):
         Fit([], method="refit", mask="gradient")
 
@@ -127,12 +127,12 @@ def test_a_fitted_file_keeps_its_target_size(tmp_path: Path, scope: str, method:
         shiradelta.convert(tuned, tmp_path / "a.shd", base=base, target_error=0.5, fit=settings)
 
 
-@pytest.mark.parametrize("option", [("--fit-steps", "5"), ("--fit-rate", "0.1"), ("--fit-mask", "gradient")])
+@pytest.mark.parametrize("option", [("--fit-steps", "5"), ("--fit-relative-lr", "0.1"), ("--fit-mask", "gradient")])
 def test_what_is_of_training_is_refused_in_closed_form(option: tuple[str, str]):
     arguments = ["convert", "a", "--base", "b", "--fit", "texts.jsonl", "--fit-method", "refit", *option]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
-    assert f"{option[0]} is of training" in result.stderr
+    assert f"{option[0]} is only for training" in result.stderr
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1])

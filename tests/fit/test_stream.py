@@ -16,8 +16,7 @@ from torch import nn
 import shiradelta
 from shiradelta.errors import SourceError
 from shiradelta.fit import Fit
-from shiradelta.fit import run as run_module
-from shiradelta.fit.refit import stream
+from shiradelta.fit.refit import hidden_states, stream
 from shiradelta.fit.refit.skeleton import CannotStreamError
 from tests.fit.test_fit import build, texts, write_tokenizer
 
@@ -96,7 +95,7 @@ SETTINGS = Fit(texts(), method="refit", batch=16, held_out=24, device="cpu")
 
 def refit(pair: tuple[Path, Path], out: Path, **options: Any) -> tuple[Any, list[str]]:
     said: list[str] = []
-    settings = replace(SETTINGS, say=said.append)
+    settings = replace(SETTINGS, log=said.append)
     report = shiradelta.convert(pair[1], out, **{"sparsity": 0.05, **options}, base=pair[0], fit=settings)
     return report, said
 
@@ -106,7 +105,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def cannot(*arguments: object) -> None:
         raise CannotStreamError("the test wants it")
 
-    return lambda: monkeypatch.setattr(run_module, "stream", cannot)
+    return lambda: monkeypatch.setattr(stream, "stream", cannot)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -130,11 +129,11 @@ def test_shards_mapped_files_and_a_pooled_mask(
     torch.manual_seed(0)
     pair = write_pair(MODELS["causal"](), tmp_path, max_shard_size="20KB")
     assert len(list(pair[0].glob("*.safetensors"))) > 3
-    monkeypatch.setattr(stream, "MEMORY", 0)
+    monkeypatch.setattr(hidden_states, "MEMORY", 0)
     before = set(tmp_path.iterdir())
     refit(pair, tmp_path / "a.shd", scope="model", values="int8")
     assert set(tmp_path.iterdir()) == before | {tmp_path / "a.shd"}
-    monkeypatch.setattr(stream, "MEMORY", 1 << 30)
+    monkeypatch.setattr(hidden_states, "MEMORY", 1 << 30)
     refit(pair, tmp_path / "b.shd", scope="model", values="int8")
     assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "b.shd").read_bytes()
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shiradelta.fit.tuned_weights import can_write_exact, write_exact
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
@@ -32,7 +33,7 @@ class Skeleton:
     """
 
     def __init__(
-        self, base: Path, source: Path, whole: Mapping[str, TensorDelta], device: torch.device, dtype: torch.dtype
+        self, base: Path, source: Path, exact: Mapping[str, TensorDelta], device: torch.device, dtype: torch.dtype
     ) -> None:
         loader, config = loading.model_class(base, source)
         with _without_weights(dtype):
@@ -46,7 +47,7 @@ class Skeleton:
         self._checkpoint: Checkpoint = open_checkpoint(base)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.names = rename_all(parameters, self._checkpoint)
-        self._exact = {own: whole[name] for name, own in rename_all(whole, parameters).items()}
+        self._exact = {own: exact[name] for name, own in rename_all(exact, parameters).items()}
         known = {id(parameters[name]) for name in (*self.names, *self._exact)}
         for name, parameter in parameters.items():
             if id(parameter) not in known:
@@ -102,11 +103,8 @@ class Skeleton:
         weights = torch.zeros(shape) if stored is None else self._read(stored)
         weights = weights.to(self._device, self._dtype)
         exact = next((self._exact[name] for name in names if name in self._exact), None)
-        if exact is not None and exact.op in ("add", "set", "new") and exact.shape == shape:
-            at = torch.from_numpy(exact.positions()).to(self._device)
-            values = torch.from_numpy(exact.values().copy()).to(self._device)
-            row = weights.view(-1)
-            row[at] = (row[at].float() + values if exact.op == "add" else values).to(row.dtype)  # rounded once
+        if exact is not None and can_write_exact(shape, exact):
+            write_exact(weights.view(-1), exact)
         return weights
 
     def _read(self, name: str) -> Tensor:

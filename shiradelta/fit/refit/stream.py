@@ -1,17 +1,16 @@
-"""The closed form, layer by layer, for models of which memory holds a few layers.
+"""The method "refit" layer by layer, for models of which memory holds a few layers.
 
-The blocks of the model are filled from the files one after the other.  What goes from one to the next is kept: hidden
-states of the fine-tune, of the student, and, for the texts held out, of the base and of plain top-k as well.
+The blocks of the model are filled from the files one after the other.  Hidden states pass from one block to the next:
+those of the fine-tune, of the student, and, for the texts held out, of the base and of plain top-k as well.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,161 +18,63 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.fit.behaviour import Outputs, check_scales
-from shiradelta.fit.fitted import Fitted, Order, Target
-from shiradelta.fit.quantise import Quantiser
+from shiradelta.fit.fit_texts import FitTexts
+from shiradelta.fit.fitted import FitJob, Fitted
+from shiradelta.fit.refit.hidden_states import HiddenStates, Part
 from shiradelta.fit.refit.least_squares import Enough, own_linears, refit
 from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
-from shiradelta.fit.teacher import exchanged
+from shiradelta.fit.refit.state_weights import STATES, STUDENTS, StateWeights
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models import loading
-from shiradelta.models.dtypes import torch_dtype
 from shiradelta.models.names import rename_all
-from shiradelta.nonzeros.vector import Nonzeros
-from shiradelta.select.largest_torch import largest
 from shiradelta.select.topk import Selection
-from shiradelta.text.batches import batches, by_length, mean_over, split
+from shiradelta.text.batches import by_length, mean_over
 from shiradelta.text.pooling import find_pooling
-from shiradelta.text.texts import read_texts
-
-#: Batches for the moments.
-CALIBRATION = 8
-#: Hidden states beyond this many bytes lie in mapped files instead of in memory.
-MEMORY = 1 << 30
-#: The same model with different weights; the teacher is "tuned".
-STUDENTS = ("base", "topk", "fitted")
-STATES = (*STUDENTS, "tuned")
-
-#: Indices of the examples of one forward pass.
-Part = tuple[int, ...]
 
 
-def stream(order: Order) -> Fitted:
-    """Refits the targets; what memory does not hold lies beside the file to be written.
+def stream(job: FitJob) -> Fitted:
+    """Refits the targets; what memory does not hold is kept beside the file to write.
 
     Raises:
         CannotStreamError: the model has to be in memory as a whole.
-        SourceError: something that is given cannot be used.
+        SourceError: the texts, the model or the fine-tune cannot be used.
     """
-    with tempfile.TemporaryDirectory(prefix=".shiradelta-", dir=order.out.absolute().parent) as scratch:
-        return _Stream(order, HiddenStates(Path(scratch)))()
-
-
-class HiddenStates:
-    """(state, part) -> what enters the next block, on the CPU; in memory, and beyond `MEMORY` in mapped files."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._bytes = folder, 0
-        self._kept: dict[tuple[str, Part], Tensor] = {}
-
-    def __getitem__(self, key: tuple[str, Part]) -> Tensor:
-        return self._kept[key]
-
-    def __setitem__(self, key: tuple[str, Part], hidden: Tensor) -> None:
-        if key not in self._kept:
-            self._bytes += hidden.nbytes
-            if self._bytes <= MEMORY:
-                self._kept[key] = torch.empty_like(hidden, device="cpu")
-            else:
-                file = str(self._folder / str(len(self._kept)))
-                mapped = torch.from_file(file, True, hidden.numel(), dtype=hidden.dtype)
-                self._kept[key] = mapped.view(hidden.shape)
-        self._kept[key].copy_(hidden)
-
-
-class _Weights:
-    """A part of the model, filled with the base's weights, and what they are in each of the states."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], targets: Mapping[str, Target], codec: str) -> None:
-        self._codec = codec
-        self._targets: list[Target] = []
-        self._energy: list[float] = []
-        self._tuned: dict[nn.Parameter, Tensor] = {}
-        positions, values = [], []
-        for name, weight in parameters.items():
-            if name not in targets:
-                continue
-            delta = torch.from_numpy(targets[name].dense()).to(weight.device)
-            if changed := int(delta.count_nonzero()):
-                self._targets.append(targets[name])
-                self._energy.append(float(delta.square().sum()))
-                self._tuned[weight] = (weight.data.float() + delta.view(weight.shape)).to(weight.dtype)
-                positions.append(largest(delta.abs(), min(targets[name].count, changed)))
-                values.append(delta[positions[-1]])
-        stored = [torch_dtype(target.dtype) for target in self._targets]
-        self._nonzeros: dict[str, Nonzeros] = {}
-        for state in ("topk", "fitted") if positions else ():
-            self._nonzeros[state] = Nonzeros(list(self._tuned), stored, positions)
-            self._nonzeros[state].values = torch.cat(values)
-
-    @property
-    def fitted(self) -> Nonzeros | None:
-        """The student's; top-k until they are refitted."""
-        return self._nonzeros.get("fitted")
-
-    def rounded(self, values: Tensor) -> Tensor:
-        """Values of one tensor as a reader will see them."""
-        return Quantiser(self._codec, [len(values)], values.device)(values)
-
-    @contextmanager
-    def of(self, state: str) -> Iterator[None]:
-        """Within, the weights are those of the state."""
-        nonzeros = self._nonzeros.get(state)
-        if nonzeros is not None:
-            nonzeros.write(Quantiser(self._codec, nonzeros.counts, nonzeros.values.device)(nonzeros.values))
-        try:
-            with exchanged(self._tuned if state == "tuned" else {}):
-                yield
-        finally:
-            if nonzeros is not None:
-                nonzeros.write(None)
-
-    def selections(self) -> dict[str, Selection]:
-        """What goes into the file."""
-        if self.fitted is None:
-            return {}
-        return {
-            target.name: Selection(
-                self.fitted.positions[part.span].cpu().numpy(), self.fitted.values[part.span].cpu().numpy(), energy
-            )
-            for target, part, energy in zip(self._targets, self.fitted.parts, self._energy, strict=True)
-        }
+    with tempfile.TemporaryDirectory(prefix=".shiradelta-", dir=job.out.absolute().parent) as scratch:
+        return _Stream(job, HiddenStates(Path(scratch)))()
 
 
 class _Stream:
-    def __init__(self, order: Order, hidden: HiddenStates) -> None:
-        fit, targets, base, source, codec = order.fit, order.targets, order.base, order.source, order.codec
-        self._fit, self._codec, self._hidden, self._progress = fit, codec, hidden, order.progress
-        texts = read_texts(fit.texts)
-        train, held_out = split(len(texts), fit.held_out, fit.seed)
-        tokenizer = loading.load_tokenizer(base, source)
-        self._device = loading.pick_device(fit.device)
-        dtype = loading.pick_dtype(self._device, (target.dtype for target in targets))
-        self._skeleton = Skeleton(base, source, dict(order.whole), self._device, dtype)
+    def __init__(self, job: FitJob, hidden: HiddenStates) -> None:
+        self._fit, self._codec, self._hidden, self._progress = job.fit, job.codec, hidden, job.progress
+        texts = FitTexts(job.fit)
+        tokenizer = loading.load_tokenizer(job.base, job.source)
+        self._device = loading.pick_device(job.fit.device)
+        dtype = loading.pick_dtype(self._device, (target.dtype for target in job.targets))
+        self._skeleton = Skeleton(job.base, job.source, dict(job.exact), self._device, dtype)
         self._model, self._blocks = self._skeleton.model, self._skeleton.blocks
         rest = self._skeleton.fill(self._skeleton.of_rest())
-        pooling = find_pooling(base, source)
-        self._behaviour = TextBehaviour(tokenizer, texts, self._model, fit.tokens, pooling)
+        pooling = find_pooling(job.base, job.source)
+        self._behaviour = TextBehaviour(tokenizer, texts.every, self._model, job.fit.tokens, pooling)
 
         first_names = {id(p): name for name, p in self._model.named_parameters()}
         every = dict(self._model.named_parameters(remove_duplicate=False))
-        found = rename_all([target.name for target in targets], every)
-        missing = [target.name for target in targets if target.name not in found]
+        found = rename_all([target.name for target in job.targets], every)
+        missing = [target.name for target in job.targets if target.name not in found]
         if missing:
             raise CannotStreamError(f"it has no tensor {missing[0]!r}")
-        self._targets = {first_names[id(every[found[target.name]])]: target for target in targets}
-        self._rest = _Weights(rest, self._targets, codec)
-        lengths, size = self._behaviour.lengths, fit.micro or fit.batch
-        self._held_out = [tuple(part) for part in by_length(held_out, lengths, size)]
-        number = max(1, min(CALIBRATION * fit.batch, len(train)) // size)
-        self._calibration = [tuple(part) for part in islice(batches(train, lengths, size, fit.seed), number)]
+        self._targets = {first_names[id(every[found[target.name]])]: target for target in job.targets}
+        self._rest = StateWeights(rest, self._targets, job.codec)
+        lengths = self._behaviour.lengths
+        self._held_out = [tuple(part) for part in by_length(texts.held_out, lengths, job.fit.per_pass)]
+        self._calibration = [tuple(part) for part in texts.calibration(lengths)]
         self._state = "fitted"
-        #: part -> (arguments, keywords) of each block, beside the hidden states.
+        #: part -> (arguments, keywords) of each block, without the hidden states.
         self._calls: dict[Part, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._tuple = False  # whether blocks return their hidden states in one
 
     def __call__(self) -> Fitted:
         start = time.monotonic()
-        self._fit.say(
+        self._fit.log(
             f"least squares by layer on {sum(map(len, self._calibration)):,} texts: {len(self._blocks)} layers on"
             f" {self._device}, one in memory at a time"
         )
@@ -210,7 +111,7 @@ class _Stream:
     # ------------------------------------------------------------------------ before the blocks
 
     def _embed(self) -> list[nn.Module]:
-        """Runs what comes before the blocks; returns the linear layers that come after them."""
+        """Runs the layers before the blocks; returns the linear layers after them."""
         parts = [("tuned", part) for part in (*self._held_out, *self._calibration)]
         parts += [("fitted", part) for part in (*self._held_out, *self._calibration)]
         parts += [(state, part) for state in ("base", "topk") for part in self._held_out]
@@ -224,7 +125,7 @@ class _Stream:
         return [m for m in own_linears(self._model) if id(m) not in inside and m not in early]
 
     def _look(self, part: Part) -> set[nn.Module]:
-        """Runs the first block, to see what it returns; returns the linear layers before it."""
+        """Runs the first block to see the form of its result; returns the linear layers before it."""
         early: set[nn.Module] = set()
         hooks = [
             module.register_forward_pre_hook(lambda module, inputs: early.add(module))
@@ -255,7 +156,7 @@ class _Stream:
         return early
 
     def _enter(self, index: int, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """In place of a block: takes note of the call, and of what enters the first."""
+        """Replaces a block: records the call, and the hidden states that enter the first block."""
         calls = self._calls.setdefault(self._part, [])
         if index == 0:
             self._hidden[self._state, self._part] = hidden
@@ -271,7 +172,7 @@ class _Stream:
 
     def _refit_block(self, index: int) -> dict[str, Selection]:
         filled = self._skeleton.fill(self._skeleton.of_block(index))
-        weights = _Weights(filled, self._targets, self._codec)
+        weights = StateWeights(filled, self._targets, self._codec)
         run = partial(self._run, index)
 
         @contextmanager
@@ -292,7 +193,7 @@ class _Stream:
 
     @torch.no_grad()
     def _run(self, index: int, part: Sequence[int]) -> Tensor:
-        """What a block makes of the state's hidden states."""
+        """The output of a block for the hidden states of the current state."""
         arguments, keywords = self._calls[tuple(part)][index]
         hidden = self._hidden[self._state, tuple(part)].to(self._device)
         return self._unwrapped(self._blocks[index](hidden, *arguments, **keywords))
@@ -304,7 +205,7 @@ class _Stream:
     # ----------------------------------------------------------------------------- after the blocks
 
     def _leave(self, index: int, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """In place of a block: what left the last one."""
+        """Replaces a block: returns the hidden states that left the last block."""
         return self._hidden[self._state, self._part].to(hidden) if index == 0 else hidden
 
     def _measures(self) -> dict[str, dict[str, float]]:
@@ -347,7 +248,7 @@ class _Stream:
 
     @contextmanager
     def _patched(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        """Within, blocks have another forward pass, that gets their number first."""
+        """Within the block, the model's blocks have another forward pass, which gets their number first."""
 
         def called(index: int, *arguments: Any, **keywords: Any) -> Any:
             if not arguments:

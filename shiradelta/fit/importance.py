@@ -1,20 +1,61 @@
-"""Which weights to change, by more than their magnitude."""
+"""Importance of weights by more than the magnitude of their change: times their inputs, or times their gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from shiradelta.fit.behaviour import Behaviour
 from shiradelta.fit.teacher import Teacher
-from shiradelta.nonzeros.weight import flat
+from shiradelta.fit.tuned_weights import TunedWeights
+
+#: (index of a target, |change| of its weights, flat) -> importance of each weight, flat.
+Importance = Callable[[int, Tensor], Tensor]
+
+
+class Scored(Protocol):
+    """What the importance of weights is computed from; `shiradelta.fit.subject.Subject` has it all."""
+
+    model: nn.Module
+    behaviour: Behaviour
+    teacher: Teacher
+    fitted: TunedWeights
+
+    @property
+    def calibration(self) -> Sequence[Sequence[int]]:
+        """Texts by forward pass."""
+
+
+def by_activation(subject: Scored) -> Importance:
+    """|change| times the RMS of the input that the weight multiplies; |change| for weights of no linear layer."""
+    weights = subject.fitted.weights
+
+    def forward() -> None:
+        for part in subject.calibration:
+            subject.behaviour.outputs(subject.model, part)
+
+    norms = input_norms(subject.model, weights, forward)
+
+    def importance(index: int, magnitude: Tensor) -> Tensor:
+        norm = norms.get(index)
+        return magnitude if norm is None else (magnitude.view(-1, norm.numel()) * norm).reshape(-1)
+
+    return importance
+
+
+def by_gradient(subject: Scored) -> Importance:
+    """|change| times the RMS of the gradient of the fitting loss at the base."""
+    weights, parts = subject.fitted.weights, subject.calibration
+    found = rms_gradients(subject.model, weights, subject.behaviour, subject.teacher, parts)
+    return lambda index, magnitude: magnitude * found[index]
 
 
 def input_norms(model: nn.Module, weights: Sequence[nn.Parameter], forward: Callable[[], None]) -> dict[int, Tensor]:
-    """Index of a linear layer's weight -> rms of each of its inputs, over a forward pass."""
+    """Index of a linear layer's weight -> RMS of each of the layer's inputs, over what `forward` runs."""
     index_of = {id(weight): index for index, weight in enumerate(weights)}
     sums: dict[int, Tensor] = {}
     rows: dict[int, int] = {}
@@ -45,7 +86,10 @@ def rms_gradients(
     teacher: Teacher,
     parts: Iterable[Sequence[int]],
 ) -> list[Tensor]:
-    """Flat, one a weight: rms of the fitting loss's gradient at the base over batches.  Takes a model's memory."""
+    """RMS over batches of the fitting loss's gradient at the base: one flat tensor per weight.
+
+    Takes as much memory as the model in float32.
+    """
     sums = [torch.zeros(weight.numel(), device=weight.device) for weight in weights]
     hooks = []
     for weight, total in zip(weights, sums, strict=True):
@@ -67,9 +111,3 @@ def _add_square(total: Tensor, weight: Tensor) -> None:
     assert weight.grad is not None
     total += weight.grad.reshape(-1).float().square()
     weight.grad = None
-
-
-def by_input(delta: Tensor, weight: nn.Parameter, norms: Tensor | None) -> Tensor:
-    """|delta| times the rms of the input that it multiplies; |delta| where there is no such input."""
-    magnitude = delta.abs()
-    return magnitude if norms is None else (magnitude.view(-1, norms.numel()) * norms).reshape(flat(weight).shape)

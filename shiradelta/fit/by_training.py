@@ -1,0 +1,135 @@
+"""The method "train": mask and values by gradient descent, resumable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from shiradelta.fit.choices import MASKS
+from shiradelta.fit.fitted import FitJob, Fitted
+from shiradelta.fit.state import FitState, load_state, save_state
+from shiradelta.fit.subject import Subject
+from shiradelta.fit.training import DivergedError, FitTrainer, TrainingPlan
+from shiradelta.nonzeros.pruning import PRUNE_FROM
+from shiradelta.nonzeros.unfinished import UnfinishedRun
+from shiradelta.nonzeros.vector import Nonzeros
+
+#: Steps on a GPU.  A CPU takes as many as fit into this many seconds, but not fewer than the least.
+STEPS, CPU_SECONDS, CPU_LEAST = 1_000, 600, 40
+
+
+def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
+    """Trains mask and values; afterwards the weights hold them.
+
+    Raises:
+        DivergedError: training gave NaN again and again.
+    """
+    settings, mask = job.fit, MASKS.find(job.fit.mask)
+    path = Path(settings.state) if settings.state is not None else job.out.with_name(job.out.name + ".fit")
+    unfinished = UnfinishedRun(path, _identity(job, subject))
+    tuned = subject.fitted
+    counts = [min(target.count, changed) for target, changed in zip(tuned.targets, tuned.changed, strict=True)]
+    if mask.prunes:
+        positions, values = subject.select(mask, _begin(job, subject, counts))
+    else:
+        positions, values = subject.select(mask, counts, job.whole_model)
+    nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], values)
+    resumed = load_state(unfinished, settings.log)
+    units = [(energy / max(count, 1)) ** 0.5 for energy, count in zip(tuned.energy, counts, strict=True)]
+
+    def trainer(steps: int) -> FitTrainer:
+        plan = TrainingPlan(
+            steps=steps,
+            micro=subject.micro,
+            relative_lr=settings.relative_lr,
+            codec=job.codec,
+            counts=counts,
+            units=units,
+            whole_model=job.whole_model,
+        )
+        return FitTrainer(subject.model, nonzeros, subject.behaviour, subject.teacher, plan)
+
+    seconds = _seconds_per_step(trainer(1), subject)
+    steps = settings.steps or (resumed.steps if resumed else _default_steps(subject, seconds))
+    training = trainer(steps)
+    if resumed is not None:
+        training.load(resumed)
+        settings.log(f"going on from step {resumed.step} of {steps}, found in {path}")
+    left = steps - training.state.step
+    settings.log(
+        f"fitting on {len(subject.texts.train):,} texts: {left} steps of {settings.batch} texts on {subject.device},"
+        f" about {_duration(1.1 * left * seconds)}; if it is interrupted, the same command goes on"
+    )
+
+    def save(reached: FitState) -> None:
+        if unfinished.is_due():
+            save_state(unfinished, reached)
+
+    try:
+        batches = subject.texts.batches(subject.behaviour.lengths)
+        training.run(batches, subject.held_out, job.progress, save)
+    except KeyboardInterrupt:
+        if training.good.step:
+            save_state(unfinished, training.good)
+            settings.log(f"the same command goes on from step {training.good.step} of {steps}, which is kept in {path}")
+        else:
+            settings.log("no state was saved yet, so the same command begins anew")
+        raise
+    except DivergedError as error:
+        save_state(unfinished, training.state)
+        raise DivergedError(f"{error}; the last good state is in {path}") from None
+    unfinished.remove()
+    result.history, result.steps = training.state.history, training.state.step
+
+
+def _identity(job: FitJob, subject: Subject) -> object:
+    """Everything that tells this run apart from others."""
+    fit, tuned = job.fit, subject.fitted
+    targets = zip(tuned.targets, tuned.energy, strict=True)
+    return [
+        *(str(job.base.resolve()), str(job.source.resolve()), job.codec, job.whole_model),
+        [[target.name, target.count, f"{energy:.4g}"] for target, energy in targets],
+        *(fit.mask, fit.steps, fit.batch, subject.micro, fit.relative_lr, fit.tokens, fit.text_share, fit.seed),
+        subject.texts.train[:1],
+        [str(text) for text in subject.texts.every],
+    ]
+
+
+def _begin(job: FitJob, subject: Subject, counts: Sequence[int]) -> list[int]:
+    """Nonzeros by tensor before pruning.
+
+    Where nonzeros may move between tensors, all tensors begin with the same density: the largest changes are
+    distributed very differently from what training keeps.
+    """
+    if not job.whole_model:
+        return [PRUNE_FROM * count for count in counts]
+    weights = subject.fitted.weights
+    density = PRUNE_FROM * sum(counts) / sum(weight.numel() for weight in weights)
+    return [math.ceil(density * weight.numel()) for weight in weights]
+
+
+def _default_steps(subject: Subject, seconds: float) -> int:
+    """Steps where the user gave none, by the seconds of one."""
+    if subject.device.type != "cpu":
+        return STEPS
+    return min(STEPS, max(CPU_LEAST, int(CPU_SECONDS / seconds)))
+
+
+def _seconds_per_step(trainer: FitTrainer, subject: Subject) -> float:
+    """Estimate for texts of mean length, from the second of two steps."""
+    lengths, train = subject.behaviour.lengths, subject.texts.train
+    timed = list(islice(subject.texts.batches(lengths), 2))
+    seconds = [trainer.time_one(batch) for batch in timed][-1]
+    return seconds * _mean_length(lengths, train) / _mean_length(lengths, timed[-1])
+
+
+def _mean_length(lengths: Sequence[int], indices: Sequence[int]) -> float:
+    return sum(lengths[index] + 1 for index in indices) / len(indices)
+
+
+def _duration(seconds: float) -> str:
+    return f"{max(2, round(seconds))} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,108 @@
+"""The masks and methods that a fit can take, one row each.
+
+Rows name their functions by "module:function", so that importing them needs no torch; a row of one's own may have the
+function itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+from shiradelta.util.registry import Registry
+
+#: A function, or where it is.
+Implementation = str | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class FitMask:
+    """A way to choose the weights that change.
+
+    Attributes:
+        name: what a user calls it.
+        help: a few words for the command line.
+        score: (`Subject`) -> function (index of a target, |change|) -> importance of each weight; None takes |change|.
+        prunes: whether training starts with more nonzeros and prunes them, instead of keeping the mask.
+    """
+
+    name: str
+    help: str
+    score: Implementation | None = None
+    prunes: bool = False
+
+    @property
+    def by_magnitude(self) -> bool:
+        """Whether importance is |change| alone."""
+        return self.score is None
+
+    def importance(self, subject: Any) -> Callable[[int, Any], Any]:
+        """The function from (index of a target, |change|) to the importance of each weight."""
+        if self.score is None:
+            return lambda index, magnitude: magnitude
+        score: Callable[[int, Any], Any] = _resolved(self.score)(subject)
+        return score
+
+
+@dataclass(frozen=True)
+class FitMethod:
+    """A way to find the values.
+
+    Attributes:
+        name: what a user calls it.
+        help: a few words for the command line.
+        function: (`FitJob`, `Subject`, `Nonzeros`, `Fitted`) -> None; it leaves the values in `Nonzeros` and in the
+            weights.
+        streamed: (`FitJob`) -> `Fitted`, for models of which memory holds a part; it raises `CannotStreamError` where
+            that is impossible.  None if there is no such way.
+        trains: whether it takes optimizer steps, so that their settings count; others find their own mask.
+    """
+
+    name: str
+    help: str
+    function: Implementation
+    streamed: Implementation | None = None
+    trains: bool = True
+
+    def fit(self, *arguments: Any) -> None:
+        """Runs `function`."""
+        _resolved(self.function)(*arguments)
+
+    def stream(self, job: Any) -> Any:
+        """Runs `streamed`, which has to be there."""
+        assert self.streamed is not None
+        return _resolved(self.streamed)(job)
+
+
+def _resolved(implementation: Implementation) -> Callable[..., Any]:
+    found: Callable[..., Any] = resolve_name(implementation) if isinstance(implementation, str) else implementation
+    return found
+
+
+MASKS: Registry[FitMask] = Registry(
+    "mask",
+    [
+        FitMask("prune", "found by pruning while training", prunes=True),
+        FitMask("magnitude", "by change"),
+        FitMask("activation", "by change x input", "shiradelta.fit.importance:by_activation"),
+        FitMask("gradient", "by change x gradient", "shiradelta.fit.importance:by_gradient"),
+    ],
+)
+#: Names that masks had before -> their names.
+RENAMED_MASKS = {"falling": "prune"}
+
+METHODS: Registry[FitMethod] = Registry(
+    "fitting method",
+    [
+        FitMethod("train", "by gradients", "shiradelta.fit.by_training:fit"),
+        FitMethod(
+            "refit",
+            "in closed form, from forward passes alone",
+            "shiradelta.fit.refit.whole:fit",
+            "shiradelta.fit.refit.stream:stream",
+            trains=False,
+        ),
+    ],
+)

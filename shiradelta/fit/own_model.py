@@ -1,0 +1,35 @@
+"""A user's own model, given back as it came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from shiradelta.fit.fitted import FitJob
+from shiradelta.models.names import rename_all
+
+
+@contextmanager
+def restored(job: FitJob) -> Iterator[None]:
+    """Restores train/eval modes, requires_grad and any overwritten weights of a model that the user gave."""
+    model = job.fit.model
+    if model is None:
+        yield
+        return
+    names = dict(model.named_parameters(remove_duplicate=False))
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in names.values()]
+    overwritten = {names[own] for own in rename_all([name for name, _ in job.exact], names).values()}
+    kept = [(parameter, parameter.detach().clone()) for parameter in overwritten]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for parameter, before in kept:
+                parameter.copy_(before)

@@ -1,0 +1,64 @@
+"""The weights of a part of the model in each state: base, top-k, fitted, tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from shiradelta.fit.fitted import FitTarget
+from shiradelta.fit.rounding import rounded, write_rounded
+from shiradelta.fit.teacher import exchanged
+from shiradelta.fit.tuned_weights import TunedWeights
+from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.select.topk import Selection
+
+#: The same model with different weights; the teacher is "tuned".
+STUDENTS = ("base", "topk", "fitted")
+STATES = (*STUDENTS, "tuned")
+
+
+class StateWeights:
+    """A part of the model, filled with the base's weights, and its weights in each state.
+
+    Args:
+        parameters: the part, by name.
+        targets: parameter's name -> what is fitted to it.
+        codec: the value codec.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], targets: Mapping[str, FitTarget], codec: str) -> None:
+        self._codec = codec
+        self._weights = TunedWeights()
+        for name, weight in parameters.items():
+            if name in targets:
+                self._weights.add(targets[name], weight)
+        students = ("topk", "fitted") if self._weights.targets else ()
+        self._nonzeros = {state: self._weights.topk() for state in students}
+
+    @property
+    def fitted(self) -> Nonzeros | None:
+        """The student's nonzeros: top-k until they are refitted.  None if nothing is fitted."""
+        return self._nonzeros.get("fitted")
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """The values of one tensor as a reader will see them."""
+        return rounded(values, self._codec)
+
+    @contextmanager
+    def of(self, state: str) -> Iterator[None]:
+        """Within the block, the weights are those of the state."""
+        nonzeros = self._nonzeros.get(state)
+        if nonzeros is not None:
+            write_rounded(nonzeros, self._codec)
+        try:
+            with exchanged(self._weights.tuned if state == "tuned" else {}):
+                yield
+        finally:
+            if nonzeros is not None:
+                nonzeros.write(None)
+
+    def selections(self) -> dict[str, Selection]:
+        """The student's nonzeros by the targets' names, as they go into the file."""
+        return {} if self.fitted is None else self._weights.selections(self.fitted)

@@ -1,0 +1,28 @@
+"""The method "refit" with the whole model in memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from shiradelta.fit.fitted import FitJob, Fitted
+from shiradelta.fit.refit.least_squares import own_linears, refit
+from shiradelta.fit.rounding import rounded, write_rounded
+from shiradelta.fit.subject import Subject
+from shiradelta.nonzeros.vector import Nonzeros
+
+
+def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
+    """Refits mask and values of linear layers in closed form; afterwards the weights hold them."""
+    calibration = subject.calibration
+    result.texts = sum(map(len, calibration))
+
+    refit(
+        own_linears(subject.model),
+        partial(subject.behaviour.outputs, subject.model),
+        subject.teacher.in_place,
+        nonzeros,
+        partial(rounded, codec=job.codec),
+        calibration,
+        partial(job.progress, "least squares by layer"),
+    )
+    write_rounded(nonzeros, job.codec)
