@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from threading import Thread
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 #: Threads that one call uses at most: the processors of this process, up to 16.
 THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
@@ -57,6 +59,8 @@ def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], thread
     count = min(threads, len(items))
     if count < 2:
         return [work(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor  # it imports logging, which `shiradelta info` can do without
+
     shares = [items[i::count] for i in range(count)]
     with ThreadPoolExecutor(count) as pool:
         done = list(pool.map(lambda share: [work(item) for item in share], shares))
@@ -68,6 +72,8 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 
 
     At most `threads` + 1 results exist at a time, so memory stays small where results are whole tensors.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
