@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from shiradelta.errors import SourceError
 from shiradelta.fit import Fit
+from shiradelta.util.optional import importing
 from shiradelta.util.progress import Progress
 
 from .item import SkipReason, Source
@@ -31,7 +32,8 @@ def run_fit(
     """Fits the items that have a dense delta to add; model and fine-tune share the others.
 
     Raises:
-        SourceError: fitting is not possible without the base, torch or something to fit.
+        MissingDependencyError: torch or transformers is not installed.
+        SourceError: there is no base, or nothing to fit.
     """
     if base is None:
         raise SourceError(f"{source_path}: fitting needs the model that it was made from; give --base MODEL")
@@ -41,11 +43,9 @@ def run_fit(
                 f"{source_path}: {name!r}: {skipped}; such a tensor cannot be fitted: give the base the same shape"
                 " (for a resized vocabulary, resize_token_embeddings), or convert without fitting"
             )
-    try:
+    with importing("fitting"):
         from shiradelta.fit.fitted import FitJob, FitTarget
         from shiradelta.fit.run import run
-    except ImportError as error:
-        raise SourceError(f"fitting needs {error.name}; install shiradelta[fit]") from None
     targets = [
         FitTarget(item.name, item.dtype, item.matrix, item.dense, counts[item.name])
         for item in source.items

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from shiradelta.errors import BaseMismatchError, DeltaError
+from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.compatibility import Misfit, check_strength, difference
 
@@ -21,7 +21,7 @@ def check_distinct(deltas: Sequence[Delta]) -> None:
     """
     for one, other in pairwise(sorted(deltas, key=lambda delta: delta.digest)):
         if one.digest == other.digest:
-            raise DeltaError(f"{one.file} and {other.file} are the same delta; give it once, with one strength")
+            raise ArgumentError(f"{one.file} and {other.file} are the same delta; give it once, with one strength")
 
 
 def check_alike(name: str, parts: Sequence[Part]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shiradelta.errors import DeltaError
+from shiradelta.errors import ArgumentError, DeltaError
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -65,14 +65,14 @@ def alpha_of(strength: float) -> np.float32:
     """alpha = fl32(strength).
 
     Raises:
-        DeltaError: it is not finite.
+        ArgumentError: it is not finite.
     """
     try:
         number = float(strength)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) < _OVERFLOW:  # false for NaN, too
-        raise DeltaError(f"strength {strength} is not a finite float32; give a finite number")
+        raise ArgumentError(f"strength {strength} is not a finite float32; give a finite number")
     return np.float32(number)
 
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from shiradelta.errors import DeltaError, FormatError
+from shiradelta.errors import ArgumentError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
@@ -151,7 +151,7 @@ def build_metadata(pairs: Mapping[str, str]) -> bytes:
     try:
         encoded = sorted((key.encode(), value.encode()) for key, value in pairs.items())
     except UnicodeEncodeError as error:
-        raise DeltaError(f"metadata {error.object!r} are not Unicode text") from None
+        raise ArgumentError(f"metadata {error.object!r} are not Unicode text") from None
     return b"".join(registry.METADATA_PAIR.pack(len(k), len(v)) + k + v for k, v in encoded)
 
 

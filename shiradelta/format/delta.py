@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from shiradelta.errors import DeltaError
+from shiradelta.errors import ArgumentError, DeltaError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Float32, Positions, to_float32
 from shiradelta.format.operations import OPERATIONS, Operation
@@ -69,7 +69,7 @@ class TensorDelta:
         numel = check_shape(self._shape)
         operation = OPERATIONS.find(op)
         if dtype not in registry.DTYPE_OF_NAME:
-            raise DeltaError(f"dtype {dtype!r} is unknown; it is one of {', '.join(registry.DTYPE_OF_NAME)}")
+            raise ArgumentError(f"dtype {dtype!r} is unknown; it is one of {', '.join(registry.DTYPE_OF_NAME)}")
         if dtype not in operation.dtypes:
             if dtype == "unspecified":
                 raise DeltaError(f"{op} stores elements as they are: give their dtype, such as dtype='bfloat16'")

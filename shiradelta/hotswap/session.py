@@ -163,12 +163,12 @@ class HotSwap:
         with self._lock:
             self._known([name])
             if name in self._active:
-                raise DeltaError(f"adapter {name!r} is active; switch to another or revert before unloading it")
+                raise ArgumentError(f"adapter {name!r} is active; switch to another or revert before unloading it")
             del self._adapters[name]
 
     def _free_name(self, name: str) -> None:
         if name in self._adapters:
-            raise DeltaError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
+            raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
     def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, strict: bool) -> _Adapter:
         """The part of loading that does not read the weights."""
@@ -275,14 +275,14 @@ class HotSwap:
             check_strength(f"adapter {name!r}", strength, (patch.record.operation for patch in adapter.patches()))
             twin = digests.setdefault(adapter.digest, name)
             if twin != name:
-                raise DeltaError(f"adapters {twin!r} and {name!r} are the same delta; give it one strength")
+                raise ArgumentError(f"adapters {twin!r} and {name!r} are the same delta; give it one strength")
         return {name: float(strength) for name, strength in wanted.items()}
 
     def _known(self, names: Mapping[str, float] | Sequence[str]) -> None:
         for name in names:
             if name not in self._adapters:
                 some = ", ".join(self._adapters) or "none"
-                raise DeltaError(f"adapter {name!r} is not loaded ({some} are); load it first")
+                raise ArgumentError(f"adapter {name!r} is not loaded ({some} are); load it first")
 
     def _usable(self) -> None:
         if self._broken is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from shiradelta.backends.choose import choose
 from shiradelta.backends.protocols import Backend, Decoder
-from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError
+from shiradelta.errors import ArgumentError, FormatError, ShiraDeltaError
 from shiradelta.format import container
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
@@ -81,7 +81,7 @@ class StoredTensor(TensorDelta):
         """
         count, columns = matrix_shape(self.shape)
         if not 0 <= start <= stop <= count:
-            raise DeltaError(f"rows {start} to {stop} of a tensor of {count} rows")
+            raise ArgumentError(f"rows {start} to {stop} of a tensor of {count} rows")
         if self.nnz and start < stop and columns:
             positions, bits = self._delta.decoder.between(self.record, start * columns, stop * columns)
         else:

@@ -14,7 +14,7 @@ import numpy as np
 
 from shiradelta.backends.choose import AUTO, choose
 from shiradelta.backends.protocols import Backend
-from shiradelta.errors import DeltaError, FormatError
+from shiradelta.errors import ArgumentError, DeltaError, FormatError
 from shiradelta.format import arithmetic, container, registry
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import BITS, INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
@@ -52,11 +52,11 @@ class DeltaWriter:
             would refuse.
         """
         if name in self._records:
-            raise DeltaError(f"tensor {name!r} is given twice")
+            raise ArgumentError(f"tensor {name!r} is given twice")
         try:
             container.check_name(name.encode())
         except (FormatError, UnicodeEncodeError) as error:
-            raise DeltaError(f"tensor name {name!r} is not allowed: {error}") from None
+            raise ArgumentError(f"tensor name {name!r} is not allowed: {error}") from None
         try:
             record, stored = self._encode(name, tensor)
         except DeltaError as error:

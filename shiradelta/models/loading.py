@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shiradelta.errors import SourceError
+from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.util.json_files import read_json
+from shiradelta.util.optional import importing
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -21,7 +22,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise SourceError(f"device {name!r} cannot be used ({error}); take cpu") from None
+        raise ArgumentError(f"device {name!r} cannot be used ({error}); take cpu") from None
 
 
 def pick_dtype(device: torch.device, stored: Iterable[str]) -> torch.dtype:
@@ -76,8 +77,9 @@ def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
     """transformers' errors become one line, its remarks none."""
+    transformers = _transformers()
     try:
-        with _quiet(_transformers()):
+        with _quiet(transformers):
             yield
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise SourceError(f"{folder}: transformers cannot load it ({_line(error)})") from None
@@ -108,10 +110,8 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 def _transformers() -> Any:
-    try:
+    with importing("loading a model"):
         import transformers
-    except ImportError:
-        raise SourceError("fitting needs transformers; install shiradelta[fit]") from None
     return transformers
 
 
