@@ -16,7 +16,7 @@ from shiradelta.util.registry import Registry
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("shiradelta", "converters")
 #: Classes that several modules name alike, until they are renamed.
-SHARED_NAMES = {"IndexCodec", "Plan", "Target", "ValueCodec", "_Weights"}
+SHARED_NAMES = {"Plan", "Target"}
 
 
 def layers() -> list[set[str]]:

@@ -11,10 +11,6 @@ import pytest
 
 from tests.public import MODULES, SNAPSHOTS
 
-#: To be made so.
-PENDING = {"HotSwap.load: allow_dtype", "HotSwap.load: check", "HotSwap.load: strict"}
-PENDING |= {"apply: allow_dtype", "apply: check", "revert: force"}
-
 
 @pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)
 def test_what_is_public_is_what_the_snapshot_has(path: Path):
@@ -43,4 +39,4 @@ def test_boolean_options_are_taken_by_keyword_only():
         for parameter in inspect.signature(function).parameters.values()
         if isinstance(parameter.default, bool) and parameter.kind is not parameter.KEYWORD_ONLY
     }
-    assert positional - PENDING == set()
+    assert positional == set()
