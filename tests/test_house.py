@@ -15,8 +15,6 @@ from shiradelta.util.registry import Registry
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("shiradelta", "converters")
-#: Classes that several modules name alike, until they are renamed.
-SHARED_NAMES = {"Plan", "Target"}
 
 
 def layers() -> list[set[str]]:
@@ -128,8 +126,7 @@ def test_class_names_are_unique():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 homes.setdefault(node.name, []).append(module)
-    shared = {name: modules for name, modules in homes.items() if len(modules) > 1}
-    assert {name: modules for name, modules in shared.items() if name not in SHARED_NAMES} == {}
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
 
 
 def test_registries_refuse_unknown_names_with_a_list_of_the_known_ones():
