@@ -36,9 +36,9 @@ ON_GPU = DEVICE != "cpu"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 FULL = "full fine-tuning"
-FALLING = "ours, density falls"
-#: Steps of the fall, of a training of 400 steps: something goes after every tenth.
-FALL = 240
+PRUNING = "ours, pruned"
+#: Pruning steps in a training of 400 steps; nonzeros are pruned after every tenth.
+PRUNE_STEPS = 240
 TINY = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 100}
 #: (sequences, tokens of each): the issue's 4,096 tokens, and more, so that activations dominate.
 SETTINGS = [(16, 256), (64, 256)]
@@ -69,11 +69,11 @@ def ours(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
     return model, tuner.detach
 
 
-def ours_falling(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
-    """As many weights at the end; at first, which is what is measured, five times as many."""
+def ours_pruned(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
+    """As many nonzeros at the end.  The first steps, which are measured, have five times as many."""
     weights = find_weights(model, TARGETS).values()
     share = rank * sum(sum(weight.shape) for weight in weights) / sum(weight.numel() for weight in weights)
-    tuner = train.attach(model, share, "wm", TARGETS, fall=FALL)
+    tuner = train.attach(model, share, "wm", TARGETS, prune_steps=PRUNE_STEPS)
     return model, tuner.detach
 
 
@@ -96,7 +96,7 @@ def full(model: nn.Module, rank: int) -> tuple[nn.Module, Callable[[], Any]]:
 Attach = Callable[[nn.Module, int], tuple[nn.Module, Callable[[], Any]]]
 METHODS: dict[str, Attach] = {
     "ours": ours,
-    FALLING: ours_falling,
+    PRUNING: ours_pruned,
     "PEFT LoRA": peft("LoraConfig", lora_alpha=64),
     "PEFT LoRA, bf16 adapters": peft("LoraConfig", lora_alpha=64, cast=False),
     "PEFT DoRA": peft("LoraConfig", lora_alpha=64, use_dora=True),
@@ -187,8 +187,8 @@ def main() -> None:
         if ON_GPU:
             torch.cuda.set_device(DEVICE)
         torch.distributed.init_process_group()
-    # A density that falls needs whole values in one optimizer.
-    methods = [method for method in options.methods if (method, options.spread) != (FALLING, "FSDP2")]
+    # Pruning needs whole values in one optimizer.
+    methods = [method for method in options.methods if (method, options.spread) != (PRUNING, "FSDP2")]
     sizes, rank = (TINY, 4) if options.tiny else (LLAMA_7B, 32)
     stage = None if options.spread == "FSDP2" else base(sizes, options.layers)  # FSDP2 leaves a model in parts
     rows: list[dict[str, Any]] = []

@@ -99,8 +99,8 @@ def train_directly(case: Case, sparsity: float) -> Made:
     task, model, file = case.task, case.task.load(), case.file("trained", sparsity)
     weights = [name for name, _ in model.named_parameters() if is_linear(task, name)]
     calibration = list(islice(task.batches(case.seed + 1_000), CALIBRATION))
-    fall = round(PRUNE_UNTIL * case.tuning_steps)
-    tuner = train.attach(model, sparsity, "snip", weights, calibration, loss=task.loss, fall=fall)
+    prune_steps = round(PRUNE_UNTIL * case.tuning_steps)
+    tuner = train.attach(model, sparsity, "snip", weights, calibration, loss=task.loss, prune_steps=prune_steps)
     optimise(task, model, task.rates["sparse"], case.seed, case.tuning_steps)
     tuner.save(file, values="int4")
     return Made(file.stat().st_size, score_with(task, case.model, file))

@@ -1,7 +1,8 @@
-"""A sparse adapter by transformers' Trainer: small checkpoints, resumable, and at last a file to apply.
+"""Trains a sparse adapter with transformers' Trainer: small checkpoints that can be resumed, and a file to apply.
 
 `python -m examples.train.trainer MODEL TEXTS OUT`: a causal language model's folder, JSON Lines with the key `text`,
-and a folder for checkpoints and `task.shd`.  TRL's trainers, such as SFTTrainer, take model and callback the same way.
+and a folder for checkpoints and `task.shd`.  TRL's trainers, such as SFTTrainer, take the model and the callback in the
+same way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RATE, CALIBRATION = 5e-4, 16
 
 
 def main(folder: str, texts: str, out: str, steps: int = 200) -> Path:
-    """Trains, and says how to apply what came out; returns the file."""
+    """Trains, prints how to apply the file, and returns it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -33,8 +34,8 @@ def main(folder: str, texts: str, out: str, steps: int = 200) -> Path:
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
     calibration = [collate(rows[i : i + 4]) for i in range(0, min(4 * CALIBRATION, len(rows)), 4)]
-    # In six tenths of the steps the density falls, from five times as much, to what turns out to matter.
-    tuner = train.attach(model, sparsity=0.01, mask="snip", calibration=calibration, fall=steps * 6 // 10)
+    # Over 60 % of the steps the density is pruned from 5 % to 1 %, and training finds which weights matter.
+    tuner = train.attach(model, sparsity=0.01, mask="snip", calibration=calibration, prune_steps=steps * 6 // 10)
     print(tuner)
 
     arguments = TrainingArguments(

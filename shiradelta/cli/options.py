@@ -34,12 +34,16 @@ class RegistryChoice(_Choice):
         self.path = path
         self.renamed = dict(renamed or {})
 
+    def rows(self) -> Any:
+        """The registry, or whatever collection of names there is."""
+        module, _, attribute = self.path.partition(":")
+        found = getattr(import_module(module), attribute)
+        return found() if callable(found) else found
+
     @property
     def choices(self) -> tuple[str, ...]:
         """The names, in the registry's order."""
-        module, _, attribute = self.path.partition(":")
-        found = getattr(import_module(module), attribute)
-        return tuple(found() if callable(found) else found)
+        return tuple(self.rows())
 
     @choices.setter
     def choices(self, value: object) -> None:
@@ -50,6 +54,18 @@ class RegistryChoice(_Choice):
             warn_renamed(value, self.renamed[value])
             value = self.renamed[value]
         return super().convert(value, param, ctx)
+
+
+class RegistryOption(click.Option):
+    """An option of type `RegistryChoice` whose help lists the help of each row."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """As click's, with the rows' help."""
+        if isinstance(self.type, RegistryChoice):
+            rows = self.type.rows()
+            listed = ", ".join(f"{name} ({row.help})" for name, row in rows.items())
+            self.help = f"{(self.help or '').partition(':')[0]}: {listed}."
+        return super().get_help_record(ctx)
 
 
 class RenamedOption(click.Option):

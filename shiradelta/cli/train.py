@@ -9,37 +9,42 @@ from typing import Any
 import click
 
 from shiradelta.cli import options
-from shiradelta.cli.options import command
+from shiradelta.cli.options import RegistryChoice, RegistryOption, command
 from shiradelta.cli.output import echo_json, progress_bar
 from shiradelta.util.text import size
 
 
 @command(short_help="Train a sparse adapter.")
 @click.argument("model")
-@click.option("--texts", required=True, help="What to train on: JSON Lines, with keys as above.")
+@click.option("--texts", required=True, help="Examples to train on: JSON Lines, with keys as above.")
 @click.option("-o", "--out", required=True, help="The file to write.")
-@click.option("--sparsity", default="0.01", show_default=True, help="The share of the weights that change, or N:M.")
+@click.option("--sparsity", default="0.01", show_default=True, help="Share of the weights that change, or N:M.")
 @click.option(
     "--mask",
-    type=click.Choice(["snip", "grad", "wm", "rand", "struct"]),
+    cls=RegistryOption,
+    type=RegistryChoice("shiradelta.train.masks:MASKS"),
     default="snip",
     show_default=True,
-    help="Which: by weight times gradient, by gradient, by weight, at random, by rows and diagonals.",
+    help="Which weights change",
 )
-@click.option("--targets", help="Layers to train, such as q_proj,v_proj.  [default: all linear ones but the output's]")
-@options.scope("Train the share of every tensor, or of all of them together.")
+@click.option("--targets", help="Layers to train, such as q_proj,v_proj.  [default: all linear layers but the output]")
+@options.scope("Train the share of every tensor, or of the whole model.")
 @click.option(
-    "--fall-from",
+    "--prune-from",
     type=float,
-    help="Begin at so many times the sparsity, and let training find what matters; 1 keeps the mask.  [default: 5,"
-    " but 1 for struct and N:M]",
+    help="Start with this many times the sparsity, and prune while training; 1 keeps the mask.  [default: 5, but 1 for"
+    " masks that cannot be larger and for N:M]",
 )
-@click.option("--avoid", multiple=True, metavar="FILE", help="A .shd whose weights are not to be touched; repeatable.")
+@options.renamed_option("--fall-from", "--prune-from")
+@click.option("--avoid", multiple=True, metavar="FILE", help="A .shd file whose weights must not change; repeatable.")
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
-@click.option("--batch", default=32, show_default=True, help="Examples a step.")
-@click.option("--rate", default=0.04, show_default=True, help="Learning rate, in units of a weight's rms.")
-@click.option("--tokens", default=256, show_default=True, help="Where examples are cut.")
-@click.option("--seed", default=0, show_default=True, help="Of the order, and of a random mask.")
+@click.option("--batch", default=32, show_default=True, help="Examples per step.")
+@click.option(
+    "--relative-lr", default=0.04, show_default=True, help="Learning rate, relative to the RMS of each weight tensor."
+)
+@options.renamed_option("--rate", "--relative-lr")
+@click.option("--tokens", default=256, show_default=True, help="Longer examples are cut to this many tokens.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the order of examples, and of random masks.")
 @options.values("int4")
 @click.option("--device", help="Where to train.  [default: a GPU, if there is one]")
 @click.option("--plot", help="Draw the losses to this PNG.")
@@ -54,14 +59,15 @@ def train(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train a sparse adapter for the folder MODEL: a share of its weights, the rest as it is.
+    """Train a sparse adapter for the model in the folder MODEL: a share of its weights changes.
 
-    A line of the texts is {"text": ...} for a causal language model, {"prompt": ..., "completion": ...} for one that
-    is to answer, or {"anchor": ..., "positive": ...} for an encoder that is to find one by the other.
+    A line of the texts is {"text": ...} for a causal language model, {"prompt": ..., "completion": ...} for a model
+    that answers, or {"anchor": ..., "positive": ...} for an encoder whose embeddings of the two should match.
 
-    Started again, an interrupted run goes on.
+    The same command resumes an interrupted run.
     """
-    from shiradelta.train.run import Settings, run
+    from shiradelta.train.run import run
+    from shiradelta.train.settings import TrainSettings
 
     names = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
     with progress_bar("training") as progress:
@@ -69,11 +75,11 @@ def train(
             Path(model),
             Path(texts),
             Path(out),
-            Settings(targets=names, **settings),
-            device,
-            None if plot is None else Path(plot),
-            lambda line: click.echo(line, err=True),
-            progress,
+            TrainSettings(targets=names, **settings),
+            device=device,
+            plot=None if plot is None else Path(plot),
+            log=lambda line: click.echo(line, err=True),
+            progress=progress,
         )
     if as_json:
         echo_json(dataclasses.asdict(report))

@@ -53,6 +53,8 @@ class UnfinishedRun:
             key, numbers = about["run"], json.loads(about["state"])
         except (KeyError, ValueError):
             raise SourceError(f"{self.path}: is not the state of an unfinished run; move it away") from None
+        if "base" in about:  # 0.1 kept it here
+            numbers.setdefault("base", about["base"])
         if key != self._key:
             log(f"{self.path} belongs to a run with other settings or inputs; starting anew")
             return None

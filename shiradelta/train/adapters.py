@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,34 +15,32 @@ from shiradelta.format.arithmetic import Float32, Positions
 from shiradelta.io.reader import open_delta
 from shiradelta.models.names import rename_all
 from shiradelta.models.peft import WEIGHTS, parse_shira_key
-from shiradelta.models.views import View
 from shiradelta.nonzeros.saved_state import load_state
+from shiradelta.train.given import WeightNames, is_outside
 
 
 def read_adapter(
-    source: str | os.PathLike[str], weights: Mapping[str, nn.Parameter], views: Mapping[str, Sequence[View]]
+    source: str | os.PathLike[str], weights: Mapping[str, nn.Parameter], names: WeightNames
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The nonzeros of an adapter: name of a weight -> positions [n], increasing, and float32 values [n].
 
     Args:
         source: a `.shd` file, or a PEFT SHiRA adapter (its folder or its safetensors file).
         weights: of the model, by name.
-        views: of them in the checkpoint, by name.
+        names: finds these weights by any of their names.
 
     Raises:
-        SourceError: it is neither; it has tensors that the model does not have; it holds more than additions.
+        SourceError: the source is neither, has tensors that the model does not have, or holds more than additions.
     """
     path = Path(source)
     entries = list(_from_shd(path) if path.suffix == ".shd" else _from_peft(path, weights))
-    offers = {view.name: (name, view) for name, some in views.items() for view in some}
-    offers |= {name: (name, View(name, tuple(w.shape), tuple(w.stride()), 0)) for name, w in weights.items()}
-    renamed = rename_all([name for name, _, _ in entries], offers)
+    found_names = names.find([name for name, _, _ in entries])
     parts: dict[str, list[tuple[Positions, Float32]]] = {}
     for other, positions, values in entries:
-        if other not in renamed:
-            raise SourceError(f"{path}: tensor {other!r} is no target here; attach to the model it was made for")
-        name, view = offers[renamed[other]]
-        if positions.size and (positions.min() < 0 or positions.max() >= math.prod(view.shape)):
+        if other not in found_names:
+            raise SourceError(f"{path}: tensor {other!r} is not a target; attach to the model it was made for")
+        name, view = found_names[other]
+        if is_outside(positions, view):
             raise SourceError(f"{path}: tensor {other!r} has positions outside of the model's {list(view.shape)}")
         parts.setdefault(name, []).append((view.to_weight(positions), values))
     found = {}
@@ -74,7 +71,7 @@ def _from_peft(path: Path, weights: Mapping[str, nn.Parameter]) -> Iterator[tupl
     renamed = rename_all(list(held), weights)
     for name, found in held.items():
         if set(found) != {"values", "indices"} or name not in renamed:
-            raise SourceError(f"{path}: {name!r} is no SHiRA layer of this model; give a PEFT SHiRA adapter or a .shd")
+            raise SourceError(f"{path}: {name!r} is not a SHiRA layer of this model; give a SHiRA adapter or a .shd")
         columns = weights[renamed[name]].shape[-1]
         row, column = found["indices"].long().reshape(2, -1).numpy()  # PEFT stores float32 on Windows
         if column.size and (column.max() >= columns or column.min() < 0):

@@ -1,4 +1,4 @@
-"""Gradients over a calibration set, summed weight by weight while they are made."""
+"""Gradients over a calibration set, summed for each weight as they are made."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError, ShiraDeltaError
+from shiradelta.util.progress import Progress
 
-#: Bytes of sums that are kept at a time: one pass over the calibration set for as many weights as fit.
+#: Bytes of sums held at a time.  Each pass over the calibration set serves as many weights as fit.
 SUMS = 2 << 30
 
 #: loss(model, batch) -> scalar.
 Loss = Callable[[nn.Module, Any], Tensor]
-Tell = Callable[[str, int, int], None]
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that the model itself computes, as those of transformers do of batches with labels.
+    """The loss that the model itself computes, as models of transformers do for batches with labels.
 
     Raises:
-        DeltaError: it gives none.
+        DeltaError: the model does not compute a loss.
     """
     if isinstance(batch, Mapping):
         result = model(**batch)
@@ -43,32 +43,32 @@ def sums(
     weights: Mapping[str, nn.Parameter],
     batches: Sequence[Any],
     loss: Loss,
-    tell: Tell,
+    progress: Progress,
     all_needed: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, magnitudes of a weight's gradient summed over the batches, flat, float32), weight by weight.
+    """(name, |gradient| summed over the batches, flat, float32), weight by weight.
 
-    A gradient is folded into its sum as soon as it is there, and freed: of dense gradients there is one at a time.
-    Sums are kept for as many weights as `SUMS` holds; the batches are gone through once for each such group.  In a
-    distributed run they are summed over all processes.
+    A gradient is added to its sum as soon as it is made, and freed, so there is one dense gradient at a time.  `SUMS`
+    limits how many weights have sums at a time; each such group takes a pass over the batches.  In a distributed run
+    the sums are those over all processes.
 
     Args:
-        model: in evaluation mode while this runs.
+        model: is in evaluation mode while this runs.
         weights: by name; they take gradients while this runs.
-        batches: what `loss` takes; tensors in them are brought to the model's device.
-        loss: of a batch.
-        tell: is told how far it is.
-        all_needed: whether a weight that the loss does not depend on is an error, or is left out.
+        batches: arguments for `loss`; tensors in them are moved to the model's device.
+        loss: loss(model, batch).
+        progress: is called with how far it is.
+        all_needed: whether it is an error if the loss does not depend on a weight; else the weight is left out.
 
     Raises:
-        DeltaError: no batches.
-        ShiraDeltaError: a gradient that is not finite; a weight that the loss does not depend on.
+        DeltaError: there are no batches.
+        ShiraDeltaError: a gradient is not finite, or the loss does not depend on a weight.
     """
     if not batches:
         raise DeltaError("the calibration set is empty; give some batches of the task, or a mask without gradients")
     groups = _groups(weights)
     for number, group in enumerate(groups):
-        totals = _pass(model, {name: weights[name] for name in group}, batches, loss, tell, number, len(groups))
+        totals = _pass(model, {name: weights[name] for name in group}, batches, loss, progress, number, len(groups))
         for name in group:
             total = totals.pop(name, None)
             if total is None and not all_needed:
@@ -101,7 +101,7 @@ def _pass(
     weights: Mapping[str, nn.Parameter],
     batches: Sequence[Any],
     loss: Loss,
-    tell: Tell,
+    progress: Progress,
     number: int,
     count: int,
 ) -> dict[str, Tensor]:
@@ -110,20 +110,20 @@ def _pass(
     training = [module for module in model.modules() if module.training]
     model.requires_grad_(False).eval()
     for module in training:
-        # Where activations are made anew they have to be here, too; transformers does so in training mode alone.
+        # Gradient checkpointing is needed here, too, and transformers does it in training mode only.
         module.training = bool(getattr(module, "gradient_checkpointing", False))
     hooks, before = [], {weight: weight.grad for weight in weights.values()}
     for name, weight in weights.items():
-        weight.grad = None  # what the user has there is none of the mask's
+        weight.grad = None  # keep the user's gradients out of the mask
         weight.requires_grad_(True)
-        hooks.append(weight.register_post_accumulate_grad_hook(partial(_fold, totals, name)))  # type: ignore[no-untyped-call]
+        hooks.append(weight.register_post_accumulate_grad_hook(partial(_add, totals, name)))  # type: ignore[no-untyped-call]
     device = next(iter(weights.values())).device
     try:
         with torch.enable_grad():
             for done, batch in enumerate(batches):
-                tell("gradients for the mask", number * len(batches) + done, count * len(batches))
+                progress("gradients for the mask", number * len(batches) + done, count * len(batches))
                 found = loss(model, to_device(batch, device))
-                if found.requires_grad:  # if not, none of the weights has a part in it
+                if found.requires_grad:  # if not, it depends on none of the weights
                     found.backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
@@ -137,7 +137,7 @@ def _pass(
     return totals
 
 
-def _fold(totals: dict[str, Tensor], name: str, weight: Tensor) -> None:
+def _add(totals: dict[str, Tensor], name: str, weight: Tensor) -> None:
     assert weight.grad is not None
     gradient = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
     magnitude = gradient.reshape(-1).float().abs()
@@ -149,7 +149,7 @@ def _fold(totals: dict[str, Tensor], name: str, weight: Tensor) -> None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors within mappings, lists and tuples, on the device."""
+    """A batch with its tensors, also those in mappings, lists and tuples, on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):

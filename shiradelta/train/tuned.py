@@ -1,4 +1,4 @@
-"""One weight that is tuned, in one process or in FSDP's parts."""
+"""One weight that is tuned: its nonzeros, and the trained values, whole or in FSDP's shards."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from shiradelta.errors import DeltaError
 from shiradelta.models.views import View
 from shiradelta.nonzeros.weight import WeightNonzeros, flat, is_sharded
 
-#: What the values are called beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
+#: Ends the name of the values, which stand beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
 SUFFIX = "_nonzeros"
 
 
 @dataclass
-class Tuned:
+class TunedWeight:
     """One weight that is tuned.
 
     Attributes:
-        nonzeros: of the weight.
-        views: how the checkpoint has it.
-        holders: modules that hold its values, tied ones more than one, and as what.
+        nonzeros: positions, and the base weights there.
+        views: how the checkpoint has the weight.
+        holders: (module, name) of each module that holds the values; tied weights have several.
     """
 
     nonzeros: WeightNonzeros
@@ -32,23 +32,23 @@ class Tuned:
 
     @property
     def kept(self) -> Tensor:
-        """Bool [n], which nonzeros are trained: all, but where the density falls; the others stay zero."""
+        """Bool [n], the nonzeros that are trained: all of them, unless pruning has removed some."""
         kept = self.nonzeros.kept
         return torch.ones_like(self.nonzeros.positions, dtype=torch.bool) if kept is None else kept
 
     @property
     def nnz(self) -> int:
-        """How many are trained."""
+        """Number of nonzeros that are trained."""
         return int(self.kept.sum())
 
     @property
     def positions(self) -> Tensor:
-        """Where these are."""
+        """Positions of the nonzeros that are trained."""
         return self.nonzeros.positions[self.kept]
 
     @property
     def values(self) -> nn.Parameter:
-        """What is trained: float32 [n]."""
+        """The parameter that is trained: float32 [n], pruned values included."""
         module, name = self.holders[0]
         found = module._parameters[name]
         assert found is not None
@@ -56,13 +56,16 @@ class Tuned:
 
     @property
     def weight(self) -> Tensor | None:
-        """None where FSDP gives each process a part of it, which holds the base; it is patched when it is gathered."""
+        """The weight; None where FSDP has sharded it.
+
+        The shards hold the base.  Values are added when the weight is gathered.
+        """
         module, name = self.holders[0]
         found = module._parameters[name.removesuffix(SUFFIX)]
         return None if found is None or is_sharded(found) else found
 
     def write(self, values: Tensor | None) -> None:
-        """Puts base + values, or the base, into the weight."""
+        """Writes base + values into the weight; None restores the base."""
         weight = self.weight
         if weight is not None:
             self.nonzeros.written = None
@@ -72,7 +75,7 @@ class Tuned:
                 self.nonzeros.refresh(weight, values)
 
     def load(self, name: str, positions: Tensor, values: Tensor, kept: Tensor | None) -> None:
-        """Takes up a state; of `kept` None is all."""
+        """Restores a state; None for `kept` means all."""
         weight = self.weight
         if weight is not None:
             self.write(None)
@@ -83,13 +86,13 @@ class Tuned:
             if not torch.equal(positions, self.nonzeros.positions.long().cpu()):
                 raise DeltaError(f"the state of {name!r} has another mask; load it before the model is distributed")
             with torch.no_grad():
-                self.values.copy_(spread(values, self.values))
+                self.values.copy_(shard(values, self.values))
             if kept is not None:
                 self.nonzeros.move(self.nonzeros.positions, self.nonzeros.base, kept)
 
 
 def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """Parameter -> the modules that hold it, and as what."""
+    """Parameter -> (module, name) of each module that holds it."""
     found: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -99,18 +102,18 @@ def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]
 
 
 def compact(positions: Tensor, weight: Tensor) -> Tensor:
-    """In half the memory, where they fit."""
+    """The positions as int32, which is half the memory, if they fit."""
     return positions.int() if weight.numel() < 1 << 31 else positions
 
 
 def whole(values: Tensor) -> Tensor:
-    """Also where FSDP has given each process a part."""
+    """The whole tensor, gathered if FSDP has sharded it."""
     full: Callable[[], Tensor] | None = getattr(values, "full_tensor", None)
     return values if full is None else full()
 
 
-def spread(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as FSDP has another."""
+def shard(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as FSDP has sharded another one."""
     if not hasattr(like, "full_tensor"):
         return whole.to(like.device)
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -48,8 +48,9 @@ def loss(runner: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(runner(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def attach(target: nn.Module, calibration: list[Tensor], fall: int = 0) -> train.Tuner:
-    return train.attach(target, 0.1, "snip", ["table", "0.1", "1.1", "0.0.bias"], calibration, loss=loss, fall=fall)
+def attach(target: nn.Module, calibration: list[Tensor], prune_steps: int = 0) -> train.Tuner:
+    targets = ["table", "0.1", "1.1", "0.0.bias"]
+    return train.attach(target, 0.1, "snip", targets, calibration, loss=loss, prune_steps=prune_steps)
 
 
 def steps(runner: nn.Module, parts: list[Tensor]) -> None:
@@ -106,7 +107,7 @@ def main(out: Path) -> None:
             size = max(float(value.abs().max()) for value in expected.values())
             print(json.dumps({"kind": kind, "values": values, "of": size, "outputs": outputs}), flush=True)
     replica = model()
-    tuner = attach(replica, [halves[rank]], fall=2)
+    tuner = attach(replica, [halves[rank]], prune_steps=2)
     steps(nn.parallel.DistributedDataParallel(replica), mine)
     masks_of_all: list[dict[str, Tensor]] = [{}, {}]
     torch.distributed.all_gather_object(masks_of_all, tuner.positions)

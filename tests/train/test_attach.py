@@ -176,7 +176,7 @@ def test_the_file_is_applied_to_a_folder(kind: str, tmp_path: Path):
     assert shiradelta.verify(tmp_path / "model").state == "patched"
 
 
-@pytest.mark.parametrize("mask", sorted(masks.MASKS))
+@pytest.mark.parametrize("mask", list(masks.MASKS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masks(mask: str, dtype: torch.dtype):
     model = llama(dtype)
@@ -192,23 +192,23 @@ def test_masks(mask: str, dtype: torch.dtype):
 
 
 def test_struct_keeps_the_rank_and_is_cheap():
-    positions = masks.struct((64, 64), 400)
+    positions = masks.rows_and_diagonal((64, 64), 400)
     dense = np.zeros((64, 64))
     dense.reshape(-1)[positions] = np.random.default_rng(0).normal(size=positions.size)
     assert np.linalg.matrix_rank(dense) == 64
     assert abs(positions.size - 400) < 64
-    stacked = masks.struct((3, 8, 8), 3 * 16)
-    assert np.array_equal(stacked[stacked < 64], masks.struct((8, 8), 16))
-    assert stacked.size == 3 * masks.struct((8, 8), 16).size
-    assert masks.struct((50,), 5).size == 5
+    stacked = masks.rows_and_diagonal((3, 8, 8), 3 * 16)
+    assert np.array_equal(stacked[stacked < 64], masks.rows_and_diagonal((8, 8), 16))
+    assert stacked.size == 3 * masks.rows_and_diagonal((8, 8), 16).size
+    assert masks.rows_and_diagonal((50,), 5).size == 5
 
 
 def test_rand_is_bernoulli():
-    counts = [masks.rand(10_000, 0.01, f"{seed}").size for seed in range(400)]
+    counts = [masks.draw(10_000, 0.01, f"{seed}").size for seed in range(400)]
     assert np.mean(counts) == pytest.approx(100, abs=2.5)
     assert np.var(counts) == pytest.approx(99, rel=0.3)
-    assert np.array_equal(masks.rand(1000, 0.1, "a"), masks.rand(1000, 0.1, "a"))
-    hits = np.bincount(np.concatenate([masks.rand(20, 0.5, f"{seed}") for seed in range(2000)]), minlength=20)
+    assert np.array_equal(masks.draw(1000, 0.1, "a"), masks.draw(1000, 0.1, "a"))
+    hits = np.bincount(np.concatenate([masks.draw(20, 0.5, f"{seed}") for seed in range(2000)]), minlength=20)
     assert hits == pytest.approx(1000, abs=120)
 
 
@@ -269,10 +269,10 @@ def test_convolutions_are_matrices_to_patterns():
         if mask == "wm":
             assert torch.equal(positions.div(columns, rounding_mode="floor").bincount(), torch.full((32,), 3))
         else:
-            assert np.array_equal(positions, masks.struct((96, 64 * 3), round(0.05 * 96 * 64 * 3)))
+            assert np.array_equal(positions, masks.rows_and_diagonal((96, 64 * 3), round(0.05 * 96 * 64 * 3)))
 
 
-@pytest.mark.parametrize("mask", sorted(masks.MASKS))
+@pytest.mark.parametrize("mask", list(masks.MASKS))
 def test_masks_apart_from_other_adapters(mask: str, tmp_path: Path):
     model = llama()
     tuner = train.attach(model, 0.1, mask, ["q_proj", "up_proj"], [BATCH])

@@ -264,14 +264,14 @@ def test_compiled():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("fall", [0, 2])
-def test_compiled_with_checkpointing(fall: int):
+@pytest.mark.parametrize("prune_steps", [0, 2])
+def test_compiled_with_checkpointing(prune_steps: int):
     """In one graph: nothing is noted on the way that a recomputation would note again."""
 
     def train_net(compiled: bool) -> list[float]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(9, 32), nn.Linear(32, 32), nn.Linear(32, 9))
-        train.attach(net, 0.1, "wm", ["0", "1"], fall=fall)
+        train.attach(net, 0.1, "wm", ["0", "1"], prune_steps=prune_steps)
 
         def loss() -> Tensor:
             return checkpoint(net, IDS.float() / 60, use_reentrant=False).square().mean()
@@ -298,7 +298,7 @@ def test_weights_that_were_put_in_anew_are_patched_and_given_back():
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path):
-    """DistributedDataParallel and FSDP2, by gloo; masks are the same on both, too, also where the density falls."""
+    """DistributedDataParallel and FSDP2, by gloo; masks are the same on both, too, also with pruning."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("processes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
@@ -338,9 +338,9 @@ def trainer(
 
 
 def test_trainer_ends_with_the_best_mask_and_values(tmp_path: Path):
-    """Which is here the worst, by its loss, and from before much was dropped."""
+    """Which is here the worst, by its loss, and from before much was pruned."""
     model = llama()
-    tuner = train.attach(model, 0.02, "wm", ["q_proj", "down_proj"], fall=6, fall_from=4)
+    tuner = train.attach(model, 0.02, "wm", ["q_proj", "down_proj"], prune_steps=6, prune_from=4)
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     run = trainer(model, tmp_path, 8, tuner, eval_strategy="steps", eval_steps=2, **best)
     run.train()

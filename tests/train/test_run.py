@@ -17,7 +17,8 @@ from shiradelta.cli import main
 from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError, TargetError
 from shiradelta.text.examples import Pairs
 from shiradelta.train import run as run_module
-from shiradelta.train.run import Settings, run
+from shiradelta.train.run import run
+from shiradelta.train.settings import TrainSettings
 from tests.fit.test_fit import WORDS, write_tokenizer
 from tests.train.test_attach import llama
 
@@ -55,7 +56,7 @@ def write(path: Path, kind: str, count: int = 60) -> Path:
     return path
 
 
-SETTINGS = Settings(sparsity=0.1, steps=20, batch=12, rate=0.4, tokens=16)
+SETTINGS = TrainSettings(sparsity=0.1, steps=20, batch=12, relative_lr=0.4, tokens=16)
 
 
 @pytest.mark.parametrize(("model", "kind"), [("causal", "text"), ("causal", "completion"), ("encoder", "pairs")])
@@ -78,9 +79,9 @@ def test_it_learns_and_the_file_fits_the_folder(model: str, kind: str, folders: 
 def test_an_interrupted_run_goes_on_exactly(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ):
-    """Also in the midst of a fall, of each tensor or over the model."""
+    """Also amid pruning, of each tensor or over the model."""
     texts = write(tmp_path / "data.jsonl", "text")
-    settings = Settings(**{**vars(SETTINGS), **options, "values": "f32"})
+    settings = TrainSettings(**{**vars(SETTINGS), **options, "values": "f32"})
     whole = run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu")
     monkeypatch.setattr("shiradelta.nonzeros.unfinished.SAVE_EVERY", -1)
     step = run_module._Run._step
@@ -93,7 +94,7 @@ def test_an_interrupted_run_goes_on_exactly(
     monkeypatch.setattr(run_module._Run, "_step", stop)
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", say=told.append)
+        run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", log=told.append)
     assert "goes on from step 11" in told[-1]
     assert not (tmp_path / "task.shd").exists()
     monkeypatch.setattr(run_module._Run, "_step", step)
@@ -101,7 +102,7 @@ def test_an_interrupted_run_goes_on_exactly(
     with pytest.raises(SourceError, match="not those that the interrupted run began with"):
         run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
     shiradelta.revert(folders / "causal")
-    report = run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", say=told.append)
+    report = run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", log=told.append)
     assert any("going on from step 11" in line for line in told)
     assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
     assert [held for *_, held in report.history] == [held for *_, held in whole.history]
@@ -151,8 +152,8 @@ def test_texts_do_not_train_an_encoder(folders: Path, tmp_path: Path):
 
 
 def test_a_rate_that_is_too_large(folders: Path, tmp_path: Path):
-    settings = Settings(**{**vars(SETTINGS), "rate": 1e38})
-    with pytest.raises(ShiraDeltaError, match="smaller --rate"):
+    settings = TrainSettings(**{**vars(SETTINGS), "relative_lr": 1e38})
+    with pytest.raises(ShiraDeltaError, match="smaller --relative-lr"):
         run(folders / "causal", write(tmp_path / "data.jsonl", "text"), tmp_path / "task.shd", settings, "cpu")
     assert not (tmp_path / "task.shd").exists()
 
@@ -172,22 +173,23 @@ def test_the_example_with_trainer(folders: Path, tmp_path: Path, monkeypatch: py
         ({"steps": -3}, "steps is -3"),
         ({"batch": 0}, "batch is 0"),
         ({"tokens": 0}, "tokens is 0"),
-        ({"rate": float("nan")}, "learning rate of nan"),
+        ({"relative_lr": float("nan")}, "relative learning rate of nan"),
         ({"sparsity": "1:0"}, "not a pattern"),
-        ({"fall_from": 0.5}, "falls from 0.5 x does not fall"),
+        ({"prune_from": 0.5}, "pruning from 0.5 x"),
         ({"values": "int3"}, "'int3' are unknown"),
     ],
 )
 def test_settings_that_cannot_be(setting: dict[str, Any], message: str):
     with pytest.raises(DeltaError, match=message):
-        Settings(**setting)
+        TrainSettings(**setting)
 
 
-def test_density_falls_where_a_mask_can_be_larger():
+def test_pruning_where_a_mask_can_be_larger():
     """By default: not for struct and N:M, which have patterns of their own."""
-    assert Settings(steps=101).fall == (61, 5)
-    assert Settings(fall_from=20).fall == (240, 20)
-    assert [Settings(mask="struct").fall, Settings(sparsity="1:64").fall, Settings(fall_from=1).fall] == [(0, 1)] * 3
+    assert TrainSettings(steps=101).pruning == (61, 5)
+    assert TrainSettings(prune_from=20).pruning == (240, 20)
+    for kept in ({"mask": "struct"}, {"sparsity": "1:64"}, {"prune_from": 1}):
+        assert TrainSettings(**kept).pruning == (0, 1)
 
 
 def test_places_that_cannot_be_written_are_told_before_the_work(folders: Path, tmp_path: Path):
@@ -203,7 +205,7 @@ def test_long_texts_are_cut_where_the_model_ends(folders: Path, tmp_path: Path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
     write_tokenizer(tmp_path / "short")
     (tmp_path / "data.jsonl").write_text((json.dumps({"text": " ".join(WORDS)}) + "\n") * 12)
-    settings = Settings(**{**vars(SETTINGS), "steps": 1, "tokens": 40})
+    settings = TrainSettings(**{**vars(SETTINGS), "steps": 1, "tokens": 40})
     assert run(tmp_path / "short", tmp_path / "data.jsonl", tmp_path / "task.shd", settings, "cpu").steps == 1
 
 

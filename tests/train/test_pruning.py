@@ -1,4 +1,4 @@
-"""Density that falls while an adapter is trained: how many are left, which, and what an optimizer knows of them."""
+"""Pruning while an adapter is trained: how many nonzeros are left, which, and what an optimizer sees of them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def falling(model: nn.Module, **options: Any) -> train.Tuner:
-    options = {"sparsity": 0.02, "mask": "wm", "fall": 6, "fall_from": 4, **options}
+def pruned(model: nn.Module, **options: Any) -> train.Tuner:
+    options = {"sparsity": 0.02, "mask": "wm", "prune_steps": 6, "prune_from": 4, **options}
     return train.attach(model, targets=["q_proj", "down_proj"], calibration=[BATCH], **options)
 
 
@@ -39,10 +39,10 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return loss.item()
 
 
-def fallen(**options: Any) -> tuple[nn.Module, train.Tuner]:
+def trained(**options: Any) -> tuple[nn.Module, train.Tuner]:
     """Trained until the mask is final."""
     model = llama()
-    tuner = falling(model, **options)
+    tuner = pruned(model, **options)
     optimizer = ADAMW(tuner.parameters(), lr=0.01)
     for _ in range(7):
         step(model, optimizer)
@@ -62,10 +62,10 @@ def train_two_layers(model: nn.Module, tuner: train.Tuner) -> None:
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_the_number_falls_and_what_is_dropped_is_the_base_again(name: str):
+def test_nonzeros_are_pruned_and_the_base_is_restored_there(name: str):
     model = llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    tuner = falling(model)
+    tuner = pruned(model)
     mask, parameters = dict(tuner.positions), tuner.parameters()
     sizes = [len(own) for own in parameters]
     optimizer = OPTIMIZERS[name](parameters, lr=0.01)
@@ -87,14 +87,14 @@ def test_the_number_falls_and_what_is_dropped_is_the_base_again(name: str):
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_what_goes_matters_less_than_what_stays():
-    """By |value| times rms gradient; what stays is as if nothing had gone."""
+def test_the_least_important_are_pruned():
+    """By |value| x RMS gradient; the others are as if nothing had been pruned."""
     model = llama()
-    tuner = falling(model, fall=4)
+    tuner = pruned(model, prune_steps=4)
     optimizer = ADAMW(tuner.parameters(), lr=0.01)
     twin_model = copy.deepcopy(model)
     twin = twin_model.__dict__["_shiradelta"]
-    twin._falling = None
+    twin._pruner = None
     reference = ADAMW(twin.parameters(), lr=0.01)
     step(model, optimizer)
     step(twin_model, reference)
@@ -109,9 +109,9 @@ def test_what_goes_matters_less_than_what_stays():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loop_that_keeps_the_last_loss_and_a_compiled_graph(compiled: bool, tmp_path: Path):
-    """A graph that is alive still knows the parameters' sizes; a compiled one is compiled once, not at each fall."""
+    """A graph that is alive still knows the parameters' sizes; a compiled one is compiled once, not at each pruning."""
     model = llama()
-    tuner = falling(model, fall=12)
+    tuner = pruned(model, prune_steps=12)
     graphs = CompileCounterWithBackend("aot_eager")
     optimizer, run = ADAMW(model.parameters(), lr=0.01), torch.compile(model, backend=graphs) if compiled else model
     for _ in range(14):
@@ -131,11 +131,11 @@ def test_a_loop_that_keeps_the_last_loss_and_a_compiled_graph(compiled: bool, tm
     assert all(torch.equal(weight, weights[name]) for name, weight in again.weights.items())
 
 
-def test_what_was_dropped_is_the_base_again_after_others_have_overwritten_the_weights():
-    """A state of the model's own, from before it was dropped."""
+def test_pruned_weights_are_the_base_again_after_others_have_overwritten_them():
+    """A state dict of the model, from before the pruning."""
     model = llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    tuner = falling(model)
+    tuner = pruned(model)
     optimizer = ADAMW(tuner.parameters(), lr=0.01)
     for _ in range(2):
         step(model, optimizer)
@@ -158,7 +158,7 @@ def test_what_was_dropped_is_the_base_again_after_others_have_overwritten_the_we
 
 
 def test_over_the_model_nonzeros_move_between_tensors():
-    model, tuner = fallen(scope="model", mask="snip")
+    model, tuner = trained(scope="model", mask="snip")
     targets = [p for name, p in model.named_parameters() if name.endswith(("q_proj.weight", "down_proj.weight"))]
     assert tuner.nnz == round(0.02 * sum(weight.numel() for weight in targets))
     assert [len(at) for at in tuner.positions.values()] != [round(0.02 * p.numel()) for p in tuner.weights.values()]
@@ -166,7 +166,7 @@ def test_over_the_model_nonzeros_move_between_tensors():
 
 def test_other_weights_than_linear_ones():
     model, targets, _ = make("image")
-    tuner = train.attach(model, 0.2, "rand", targets, fall=3)
+    tuner = train.attach(model, 0.2, "rand", targets, prune_steps=3)
     optimizer = ADAMW(model.parameters(), lr=0.01)
     for _ in range(4):
         optimizer.zero_grad()
@@ -175,10 +175,10 @@ def test_other_weights_than_linear_ones():
     assert all(len(at) == max(1, round(0.2 * tuner.weights[name].numel())) for name, at in tuner.positions.items())
 
 
-def test_a_resumed_run_falls_on_exactly(tmp_path: Path):
+def test_a_resumed_run_prunes_on_exactly(tmp_path: Path):
     def begin() -> tuple[nn.Module, train.Tuner, torch.optim.Optimizer]:
         model = llama()
-        tuner = falling(model)
+        tuner = pruned(model)
         return model, tuner, ADAMW(tuner.parameters(), lr=0.01)
 
     model, tuner, optimizer = begin()
@@ -194,7 +194,7 @@ def test_a_resumed_run_falls_on_exactly(tmp_path: Path):
     tuner.save(tmp_path / "a.shd", "f32")
     with sd.open_delta(tmp_path / "a.shd") as delta:
         assert sum(tensor.nnz for tensor in delta.values()) == tuner.nnz
-    with pytest.raises(DeltaError, match="whose density falls"):
+    with pytest.raises(DeltaError, match="a run that prunes"):
         train.attach(llama(), 0.02, "wm", ["q_proj", "down_proj"]).load_state_dict(state)
 
 
@@ -204,28 +204,28 @@ def test_a_resumed_run_falls_on_exactly(tmp_path: Path):
         ({"mask": "struct"}, "a mask that can be larger"),
         ({"sparsity": "1:64"}, "a mask that can be larger"),
         ({"mask": {"model.layers.0.self_attn.q_proj.weight": torch.arange(4)}}, "a mask that can be larger"),
-        ({"fall_from": 1}, "from above 1 x"),
-        ({"fall": -3}, "1 step or more"),
-        ({"fall": 0}, "1 step or more"),
+        ({"prune_from": 1}, "from above 1 x"),
+        ({"prune_steps": -3}, "1 step or more"),
+        ({"prune_steps": 0}, "1 step or more"),
         ({"sparsity": 0.0001}, "a sparsity of 0.0001 leaves tensor"),
     ],
 )
-def test_falls_that_cannot_be(options: dict[str, Any], message: str):
+def test_pruning_that_is_impossible(options: dict[str, Any], message: str):
     with pytest.raises(DeltaError, match=message):
-        falling(llama(), **options)
+        pruned(llama(), **options)
 
 
-def test_parts_of_values_are_refused(monkeypatch: pytest.MonkeyPatch):
+def test_shards_of_values_are_refused(monkeypatch: pytest.MonkeyPatch):
     model = llama()
-    tuner = falling(model)
+    tuner = pruned(model)
     optimizer = ADAMW(tuner.parameters(), lr=0.01)
-    monkeypatch.setattr("shiradelta.train.falling.is_sharded", lambda values: True)
+    monkeypatch.setattr("shiradelta.train.pruning.is_sharded", lambda values: True)
     with pytest.raises(DeltaError, match="without FSDP"):
         step(model, optimizer)
 
 
 def test_peft_gets_what_was_kept(tmp_path: Path):
-    model, tuner = fallen()
+    model, tuner = trained()
     tuner.save_peft(tmp_path)
     positions = {name: at.tolist() for name, at in tuner.positions.items()}
     tuner.detach()
@@ -234,12 +234,12 @@ def test_peft_gets_what_was_kept(tmp_path: Path):
         assert again.positions[name][values != 0].tolist() == positions[name]
 
 
-def test_descent_in_numbers():
-    descent = pruning.PruningSchedule(10, [100, 50], [10, 5], False)
+def test_the_schedule_in_numbers():
+    schedule = pruning.PruningSchedule(10, [100, 50], [10, 5], False)
     assert [pruning.is_due(done, 10) for done in (0, 1, 9, 10, 12)] == [False, True, True, True, True]
     score = torch.rand(150, generator=torch.Generator().manual_seed(0))
     scores = [score[:100], score[100:]]
-    for mask, own, count in zip(descent.kept(5, scores), scores, [10 + round(90 / 8), 5 + round(45 / 8)], strict=True):
+    for mask, own, count in zip(schedule.kept(5, scores), scores, [10 + round(90 / 8), 5 + round(45 / 8)], strict=True):
         assert int(mask.sum()) == count
         assert own[mask].min() > own[~mask].max()
     assert sum(int(mask.sum()) for mask in pruning.PruningSchedule(10, [100, 50], [10, 5], True).kept(11, scores)) == 15
@@ -253,7 +253,7 @@ def test_a_share_of_all_weights_also_where_the_mask_leaves_some_out():
     model = two_layers()
     with torch.no_grad():
         model[1].weight *= 1e-3
-    tuner = train.attach(model, 0.02, "wm", ["0", "1"], scope="model", fall=3)
+    tuner = train.attach(model, 0.02, "wm", ["0", "1"], scope="model", prune_steps=3)
     assert len(tuner.values) == 1
     train_two_layers(model, tuner)
     assert tuner.nnz == 400
@@ -262,21 +262,21 @@ def test_a_share_of_all_weights_also_where_the_mask_leaves_some_out():
 def test_a_tensor_that_has_too_few_does_not_stop_the_others():
     model = two_layers()
     taken = {"0.weight": torch.arange(5, 10_000)}
-    tuner = train.attach(model, 0.02, "wm", ["0", "1"], avoid=[taken], fall=3)
+    tuner = train.attach(model, 0.02, "wm", ["0", "1"], avoid=[taken], prune_steps=3)
     train_two_layers(model, tuner)
     assert [len(at) for at in tuner.positions.values()] == [5, 200]
 
 
 def test_one_optimizer_has_all_values():
     model = llama()
-    tuner = falling(model)
+    tuner = pruned(model)
     optimizer = ADAMW(tuner.parameters()[:2], lr=0.01)
     with pytest.raises(DeltaError, match="give them to one"):
         step(model, optimizer)
 
 
 def test_values_that_others_have_averaged_are_masked_in_the_file(tmp_path: Path):
-    _, tuner = fallen()
+    _, tuner = trained()
     with torch.no_grad():
         for own in tuner.parameters():
             own += 1

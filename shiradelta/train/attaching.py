@@ -1,0 +1,139 @@
+"""`attach`: makes the nonzeros of a sparse delta the parameters that a model trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.errors import ArgumentError, DeltaError, TargetError
+from shiradelta.models.views import views
+from shiradelta.nonzeros.patched import is_patched
+from shiradelta.nonzeros.pruning import PRUNE_FROM
+from shiradelta.select.shares import check_scope, exact_count_for, parse_sparsity
+from shiradelta.train.adapters import read_adapter
+from shiradelta.train.choose import Choice
+from shiradelta.train.given import OwnMask, WeightNames, avoided, own_mask
+from shiradelta.train.gradients import Loss, own_loss
+from shiradelta.train.masks import MASKS
+from shiradelta.train.pruning import check_pruning
+from shiradelta.train.targets import ALL_LINEAR, check_weights, find_weights
+from shiradelta.train.tuner import Tuner
+from shiradelta.util.deprecated import renamed_arguments
+from shiradelta.util.progress import Progress
+
+
+@renamed_arguments(fall="prune_steps", fall_from="prune_from")
+def attach(
+    model: nn.Module,
+    sparsity: float | str = 0.01,
+    mask: str | OwnMask = "snip",
+    targets: str | Sequence[str] | None = None,
+    calibration: Iterable[Any] = (),
+    *,
+    loss: Loss = own_loss,
+    scope: str = "tensor",
+    avoid: Sequence[Any] = (),
+    seed: int = 0,
+    start: str | os.PathLike[str] | None = None,
+    prune_steps: int = 0,
+    prune_from: float = PRUNE_FROM,
+    progress: Progress | None = None,
+) -> Tuner:
+    """Makes the nonzeros of a sparse delta the only parameters of a model that train.
+
+    The values are float32 parameters beside the weights they change, and start at zero.  Forward passes use the
+    weights themselves, into which the values are written as soon as they change; nothing is cloned.  An optimizer's
+    weight decay acts on the values, so it pulls towards the base weights, not zero.
+
+    Args:
+        model: any torch module whose weights are float32, bfloat16 or float16.  Cast it before, not after.
+        sparsity: share of the weights that change; or a pattern N:M ("1:64"), N of every M in a row.
+        mask: which weights change: "snip" (largest weight x gradient), "grad" (largest gradient), "wm" (largest
+            weight), "rand" (random), "struct" (rows and the diagonal), a registered mask (docs/extend/mask.md); or
+            your own: name -> bool tensor of the weight's shape, or flat integer positions.
+        targets: weights to train: ends of names of layers or parameters, a regular expression, or "all-linear" (the
+            default).
+        calibration: some batches of the task, for masks that need gradients.
+        loss: loss(model, batch) of a calibration batch; by default the loss that the model itself computes.
+        scope: "tensor" keeps the share in every weight, "model" over all of them together.
+        avoid: adapters whose weights must not be changed (`.shd` files, open deltas, positions by name), so that both
+            can be fused without overlap.
+        seed: of random masks.
+        start: an adapter whose mask and values to start from, instead of `mask`: a `.shd` file, or a PEFT SHiRA
+            adapter's folder or file.
+        prune_steps: optimizer steps over which the least important nonzeros are pruned, until the share is `sparsity`;
+            0 keeps the mask.  60 % of all steps is a good number.  Training then finds which weights matter, which is
+            worth several points of quality.  It needs one optimizer for all values, best Adam or its kin, and neither
+            FSDP nor ZeRO.  To resume such a run, keep `Tuner.state_dict()`: the model's own state dict does not record
+            what was pruned.
+        prune_from: pruning starts with this many times the sparsity; values and optimizer state take as many times the
+            memory.
+        progress: is called with (what, done, total).
+
+    Raises:
+        ArgumentError: targets match nothing, the mask does not fit, or the sparsity leaves a weight without an element.
+        DeltaError: there are no calibration batches.
+        TargetError: a weight cannot be trained in place: it is quantised, distributed, or on meta.
+        SourceError: the adapter to start from does not fit.
+        ShiraDeltaError: gradients are not finite.
+    """
+    if any(map(is_patched, model.modules())):
+        raise TargetError("the model, or a part of it, has a tuner already; detach() it first")
+    if isinstance(calibration, Mapping | Tensor):
+        raise ArgumentError("calibration is one batch; give a list of batches, such as [batch]")
+    share, pattern = parse_sparsity(sparsity)
+    check_scope(scope)
+    if pattern is not None and scope == "model":
+        raise ArgumentError("a pattern N:M holds in every row, so scope='model' means nothing with it; give a share")
+    if start is not None and avoid:
+        raise ArgumentError(
+            "an adapter to start from brings its own mask, so avoid means nothing with it; give one of both"
+        )
+    weights = find_weights(model, targets)
+    if prune_steps or prune_from != PRUNE_FROM:
+        check_pruning(prune_steps, prune_from, mask if start is None else None, pattern)
+        if scope == "tensor":
+            for name, weight in weights.items():
+                exact_count_for(share, weight.numel(), name)
+    in_checkpoint = views(weights, check_weights(model, weights))
+    names = WeightNames(weights, in_checkpoint)
+    others = avoided(avoid, names)
+    started = {} if start is None else read_adapter(start, weights, names)
+    if started:
+        positions = {name: where.to(weights[name].device) for name, (where, _) in started.items()}
+    elif isinstance(mask, str):
+        choice = Choice(
+            model=model,
+            weights=weights,
+            views=in_checkpoint,
+            share=min(1.0, share * prune_from) if prune_steps else share,
+            pattern=pattern,
+            whole_model=scope == "model",
+            avoid=others,
+            seed=seed,
+            batches=list(calibration) if mask in MASKS and MASKS[mask].needs_gradients else [],
+            loss=loss,
+            progress=progress or (lambda what, done, total: None),
+            all_needed=targets not in (None, ALL_LINEAR),  # encoders have poolers that not every task uses
+        )
+        positions = choice.by_name(mask)
+    else:
+        positions = own_mask(mask, weights, others)
+    # In the model's order, whatever the mask's: gradients are clipped by sums in this order.
+    positions = {name: positions[name] for name in weights if name in positions and positions[name].numel()}
+    if not positions:
+        raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
+    label = Path(start).name if start is not None else mask if isinstance(mask, str) else "own"
+    tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, {"mask": label})
+    if prune_steps:
+        tuner.prune(prune_steps, share, weights.values() if scope == "model" else None)
+    with torch.no_grad():
+        for name, (_, values) in started.items():
+            tuner.values[name].copy_(values)
+    tuner.write()
+    return tuner

@@ -1,0 +1,117 @@
+"""The built-in masks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shiradelta.format.arithmetic import Positions
+from shiradelta.train.mask_registry import MaskInput, mask, seed_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@mask("snip", "weight x gradient", needs_gradients=True)
+def snip(given: MaskInput) -> Tensor:
+    """Scores: |weight x gradient|, summed over the calibration batches."""
+    assert given.gradients is not None
+    return wm(given).mul_(given.gradients)
+
+
+@mask("grad", "gradient", needs_gradients=True)
+def grad(given: MaskInput) -> Tensor:
+    """Scores: |gradient|, summed over the calibration batches."""
+    assert given.gradients is not None
+    return given.gradients
+
+
+@mask("wm", "weight magnitude")
+def wm(given: MaskInput) -> Tensor:
+    """Scores: |weight|."""
+    return given.weight.reshape(-1).float().abs()
+
+
+def random_scores(given: MaskInput) -> Tensor:
+    """Uniformly random scores, drawn on the CPU so that they are the same for every device."""
+    import torch
+
+    generator = torch.Generator().manual_seed(given.number)
+    return torch.rand(given.weight.numel(), generator=generator).to(given.weight.device)
+
+
+@mask(
+    "rand",
+    "at random",
+    gives="positions",
+    can_be_larger=True,
+    whole_model=True,  # each element is drawn by itself, so it makes no difference which others are there
+    pattern_scores=random_scores,
+)
+def rand(given: MaskInput) -> Positions:
+    """Positions: each element with a probability of the share, independently."""
+    return draw(given.weight.numel(), given.share, given.seed, given.avoid)
+
+
+@mask("struct", "whole rows and the diagonal", gives="positions")
+def struct(given: MaskInput) -> Positions:
+    """Positions: evenly spaced rows and the diagonal."""
+    if given.avoid is None:
+        return rows_and_diagonal(given.shape, given.count)
+    # Whatever the other mask is, some shift of the rows overlaps it least.
+    shifts = range(min(given.shape[0] if given.shape else 1, 64))
+    apart = (
+        np.setdiff1d(rows_and_diagonal(given.shape, given.count, shift), given.avoid, assume_unique=True)
+        for shift in shifts
+    )
+    return max(apart, key=len)
+
+
+def rows_and_diagonal(shape: tuple[int, ...], count: int, start: int = 0) -> Positions:
+    """Positions of evenly spaced rows and of the diagonal, which keeps the rank high.
+
+    Args:
+        shape: a matrix; each of stacked matrices (experts) is chosen from by itself, and other tensors are [first, all
+            others].
+        count: how many elements to come near to; the diagonal is always included.
+        start: the first row, for a mask that overlaps another one less.
+    """
+    if len(shape) == 3:
+        each = rows_and_diagonal(shape[1:], max(1, count // shape[0]), start)
+        steps = np.arange(shape[0], dtype=np.int64) * (shape[1] * shape[2])
+        return (steps[:, None] + each).reshape(-1)
+    if len(shape) < 2:
+        return np.linspace(0, math.prod(shape), max(count, 1), endpoint=False, dtype=np.int64)
+    rows, columns = shape[0], math.prod(shape[1:])
+    diagonal = np.arange(min(rows, columns), dtype=np.int64) * (columns + 1)
+    lines = min(rows, max(0, round((count - diagonal.size) / max(columns, 1))))
+    chosen = (start + np.arange(lines, dtype=np.int64) * rows // max(lines, 1)) % rows
+    elements = (chosen[:, None] * columns + np.arange(columns)).reshape(-1)
+    return np.unique(np.concatenate([elements, diagonal]))
+
+
+def draw(numel: int, share: float, seed: str, avoid: Positions | None = None) -> Positions:
+    """Draws each position with probability `share`, independently.
+
+    Draws how many there are (binomial), then that many positions: the same distribution without a number an element.
+
+    Args:
+        numel: elements of the tensor.
+        share: the probability.
+        seed: any text; the same text gives the same positions on every machine.
+        avoid: positions not to draw, increasing.
+    """
+    generator = np.random.Generator(np.random.Philox(seed_of(seed)))
+    taken = np.zeros(0, np.int64) if avoid is None else avoid
+    count = min(int(generator.binomial(numel, share)), numel - taken.size)
+    if count > (numel - taken.size) // 2:
+        free = np.ones(numel, bool)
+        free[taken] = False
+        return np.sort(generator.choice(np.flatnonzero(free), count, replace=False))
+    found = np.zeros(0, np.int64)
+    while found.size < count:
+        drawn = np.union1d(found, generator.integers(0, numel, count - found.size))
+        found = np.setdiff1d(drawn, taken, assume_unique=True) if taken.size else drawn
+    return found

@@ -1,0 +1,158 @@
+"""The registry of masks, and what a mask's function is given."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shiradelta.errors import ArgumentError
+from shiradelta.format.arithmetic import Positions
+from shiradelta.select.shares import count_for
+from shiradelta.util.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskInput:
+    """What a mask's function is given: one weight, and what to choose from it.
+
+    Attributes:
+        weight: the weight, without autograd.  Not to be changed.
+        shape: of the weight as a matrix; a convolution's is [out, everything else].
+        share: share of the elements to choose.
+        gradients: |gradient| summed over the calibration batches, flat, float32; None unless the mask asks for it.
+        seed: differs between weights and between the user's seeds; the same on every machine.
+        avoid: positions not to choose, increasing; None for none.  They are removed from what the function returns.
+    """
+
+    weight: Tensor
+    shape: tuple[int, ...]
+    share: float
+    gradients: Tensor | None
+    seed: str
+    avoid: Positions | None
+
+    @property
+    def count(self) -> int:
+        """Number of elements to choose."""
+        return count_for(self.share, self.weight.numel())
+
+    @property
+    def number(self) -> int:
+        """The seed as a number of 63 bits, for a random generator."""
+        return seed_of(self.seed)
+
+
+#: Scores of all elements, float32, of the weight's shape or flat.  None is negative; the largest are chosen.
+Scores = Callable[[MaskInput], "Tensor"]
+#: Positions, flat in the weight, increasing; NumPy or torch.
+Chosen = Callable[[MaskInput], "Positions | Tensor"]
+F = TypeVar("F", bound=Callable[[MaskInput], Any])
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The row of a mask: its name, what it can do, and its function.
+
+    Attributes:
+        name: what users call it.
+        help: which weights it chooses, in a few words.
+        scores: its function, where it gives scores.
+        positions: its function, where it gives positions.  A mask that has both gives scores for N:M sparsity.
+        needs_gradients: whether the function needs the gradients of calibration batches.
+        can_be_larger: whether a mask several times as large makes sense to start from, and to prune while training.
+        whole_model: whether the share may be that of all weights together.
+    """
+
+    name: str
+    help: str
+    scores: Scores | None
+    positions: Chosen | None
+    needs_gradients: bool
+    can_be_larger: bool
+    whole_model: bool
+
+
+#: Every mask by name.
+MASKS: Registry[Mask] = Registry("mask")
+
+
+def mask(
+    name: str,
+    help: str,
+    *,
+    gives: str = "scores",
+    needs_gradients: bool = False,
+    can_be_larger: bool | None = None,
+    whole_model: bool | None = None,
+    pattern_scores: Scores | None = None,
+) -> Callable[[F], F]:
+    """Registers the decorated function as a mask.
+
+    Args:
+        name: what users call it.
+        help: which weights it chooses, in a few words.
+        gives: "scores" or "positions": what the function returns.  Scores suit every sparsity: a share of each weight,
+            a share of the model, N:M, and a larger mask to prune from.  Positions suit a share of each weight.
+        needs_gradients: whether the function needs the gradients of calibration batches.
+        can_be_larger: whether a larger mask makes sense to prune from; by default yes for scores, no for positions.
+        whole_model: whether the share may be that of all weights together; by default as `can_be_larger`.
+        pattern_scores: for positions, a function that gives scores where N:M is asked for.
+
+    Raises:
+        ArgumentError: the name is taken, or `gives` is unknown.
+    """
+    if gives not in ("scores", "positions"):
+        raise ArgumentError(f"a mask cannot give {gives!r}; take scores or positions")
+    by_score = gives == "scores"
+
+    def register(function: F) -> F:
+        MASKS.add(
+            Mask(
+                name=name,
+                help=help,
+                scores=function if by_score else pattern_scores,
+                positions=None if by_score else function,
+                needs_gradients=needs_gradients,
+                can_be_larger=by_score if can_be_larger is None else can_be_larger,
+                whole_model=by_score if whole_model is None else whole_model,
+            )
+        )
+        return function
+
+    return register
+
+
+def find_mask(name: str, pattern: tuple[int, int] | None, whole_model: bool) -> Mask:
+    """The row of a mask that can do what is asked.
+
+    Args:
+        name: what the user gave.
+        pattern: (n, m) for N:M sparsity.
+        whole_model: the share is that of all weights together.
+
+    Raises:
+        ArgumentError: there is no such mask, or it cannot do that.
+    """
+    if name not in MASKS:
+        raise ArgumentError(f"mask {name!r} is unknown; take {', '.join(MASKS)}, or give your own by name")
+    found = MASKS[name]
+    if pattern is not None and found.scores is None:
+        raise ArgumentError(f"mask {name!r} gives positions, not scores, so N:M cannot be chosen by it; give a share")
+    if whole_model and not found.whole_model:
+        raise ArgumentError(f"mask {name!r} is chosen in each weight by itself; take scope='tensor'")
+    return found
+
+
+def can_be_larger(mask: object, pattern: tuple[int, int] | None) -> bool:
+    """Whether a mask (a name, or the user's own) can start larger, and be pruned while it trains."""
+    return isinstance(mask, str) and mask in MASKS and MASKS[mask].can_be_larger and pattern is None
+
+
+def seed_of(text: str) -> int:
+    """A number of 63 bits that is the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

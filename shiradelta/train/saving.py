@@ -1,0 +1,98 @@
+"""Trained nonzeros as deltas, as a `.shd` file, and as a PEFT SHiRA adapter."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shiradelta.errors import DeltaError
+from shiradelta.exports import peft_shira
+from shiradelta.format.delta import TensorDelta
+from shiradelta.io.writer import weighing, writing
+from shiradelta.train.tuned import TunedWeight, whole
+
+
+def deltas(tuned: Mapping[str, TunedWeight]) -> dict[str, TensorDelta]:
+    """The trained deltas, by the checkpoint's names; values that are still zero are left out.
+
+    Raises:
+        DeltaError: nothing is trained yet, training gave NaN or infinity, or the model was cast.
+    """
+    found: dict[str, TensorDelta] = {}
+    for name, one in tuned.items():
+        nonzeros = one.nonzeros
+        if one.weight is not None and one.weight.dtype != nonzeros.stored:
+            raise DeltaError(
+                f"tensor {name!r} was cast to {one.weight.dtype} while it was trained; cast the model first, then"
+                " attach"
+            )
+        values = nonzeros.masked(whole(one.values).detach().float().to(nonzeros.positions.device))
+        if not torch.isfinite(values).all():
+            raise DeltaError(
+                f"training gave NaN or infinity in tensor {name!r}; go back to an earlier state, with a smaller"
+                " learning rate or with gradients clipped"
+            )
+        changed = values.nonzero().reshape(-1)
+        positions = nonzeros.positions[changed].long().cpu().numpy()
+        numbers, base = values[changed].cpu().numpy(), _bits(nonzeros.base[changed])
+        dtype = str(nonzeros.stored).removeprefix("torch.")
+        for view in one.views:
+            order, where = view.from_weight(positions)
+            if order.size:
+                found[view.name] = TensorDelta(view.shape, where, numbers[order], dtype, base_bits=base[order])
+    if not found:
+        raise DeltaError("all values are zero: nothing was trained yet")
+    return found
+
+
+def save(
+    path: str | os.PathLike[str], found: Mapping[str, TensorDelta], values: str, metadata: Mapping[str, str]
+) -> float:
+    """Writes a `.shd` file in the first process; returns |stored - trained| / |trained|."""
+    missed = trained = 0.0
+    with writing(path, values) if _is_first_process() else nullcontext(weighing(values)) as writer:
+        writer.metadata.update(metadata)
+        for name, delta in found.items():
+            wanted = delta.values().astype(np.float64)
+            missed += float(np.square(writer.add(name, delta).values() - wanted).sum())
+            trained += float(np.square(wanted).sum())
+    return math.sqrt(missed / trained)
+
+
+def save_peft(folder: str | os.PathLike[str], model: nn.Module, tuned: Mapping[str, TunedWeight], base: str) -> int:
+    """Writes a PEFT SHiRA adapter; returns its `r`.
+
+    Raises:
+        DeltaError: a weight is not that of a linear layer.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {}
+    for name, one in tuned.items():
+        layer = name.removesuffix(".weight")
+        if layer not in linear or layer == name:
+            raise DeltaError(
+                f"tensor {name!r} is not the weight of a linear layer, which is all that PEFT's SHiRA takes"
+            )
+        shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
+        values = whole(one.values).detach()
+        numbers = values[one.kept.to(values.device)].cpu().float().numpy()
+        found[name] = TensorDelta(shape, one.positions.cpu().numpy(), numbers, "unspecified")
+    peft_shira.write(folder, found, base)
+    return peft_shira.rank_of(found)
+
+
+def _bits(weights: Tensor) -> Any:
+    size = weights.element_size()
+    return weights.cpu().view(torch.uint8).numpy().view(f"<u{size}")
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

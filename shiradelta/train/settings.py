@@ -1,0 +1,97 @@
+"""Settings of a training run, and its report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from shiradelta.errors import ArgumentError
+from shiradelta.format.codecs import VALUE_OPTIONS
+from shiradelta.nonzeros.pruning import PRUNE_FROM, PRUNE_UNTIL
+from shiradelta.select.shares import parse_sparsity
+from shiradelta.train.masks import can_be_larger
+from shiradelta.util.deprecated import renamed_arguments
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of a training run; `shiradelta train --help` explains them.
+
+    Raises:
+        ArgumentError: a setting is out of range or unknown.
+    """
+
+    sparsity: float | str = 0.01
+    mask: str = "snip"
+    targets: tuple[str, ...] = ()
+    scope: str = "tensor"
+    avoid: tuple[str, ...] = ()
+    prune_from: float | None = None
+    steps: int = 400
+    batch: int = 32
+    relative_lr: float = 0.04
+    tokens: int = 256
+    seed: int = 0
+    values: str = "int4"
+
+    def __post_init__(self) -> None:
+        parse_sparsity(self.sparsity)
+        if not 0 < self.relative_lr < math.inf:
+            raise ArgumentError(
+                f"a relative learning rate of {self.relative_lr} trains nothing; give one above 0, such as 0.04"
+            )
+        for name in ("steps", "batch", "tokens"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.prune_from is not None and not 1 <= self.prune_from < math.inf:
+            raise ArgumentError(
+                f"pruning from {self.prune_from:g} x the sparsity is impossible; give 1 (no pruning) or more"
+            )
+        VALUE_OPTIONS.find(self.values)
+
+    @property
+    def pruning(self) -> tuple[int, float]:
+        """(steps over which nonzeros are pruned, times the sparsity to start from); (0, 1) without pruning."""
+        larger = can_be_larger(self.mask, parse_sparsity(self.sparsity)[1])
+        begin = (PRUNE_FROM if larger else 1) if self.prune_from is None else self.prune_from
+        return (math.ceil(PRUNE_UNTIL * self.steps) if begin > 1 else 0), begin
+
+    def as_of_0_1(self) -> dict[str, Any]:
+        """The settings by their names of 0.1, by which an interrupted run is recognised."""
+        renamed = {"prune_from": "fall_from", "relative_lr": "rate"}
+        return {renamed.get(name, name): value for name, value in vars(self).items()}
+
+
+_take_old_names = renamed_arguments(fall_from="prune_from", rate="relative_lr")
+TrainSettings.__init__ = _take_old_names(TrainSettings.__init__)  # type: ignore[method-assign]
+
+
+@dataclass(kw_only=True)
+class TrainReport:
+    """The result of a training run.
+
+    Attributes:
+        out: the file.
+        tensors, nnz, numel: tensors trained, nonzeros in them, elements of them.
+        examples, held_out: examples to train on, and to measure on.
+        steps: optimizer steps.
+        before, trained, after: held-out loss of the base, after training, and with the values that the file stores.
+        seconds: duration of the run.
+        file_bytes: size of the file.
+        history: (step, running mean of the training loss, held-out loss).
+    """
+
+    out: str
+    tensors: int
+    nnz: int
+    numel: int
+    examples: int
+    held_out: int
+    steps: int
+    before: float
+    trained: float
+    after: float
+    seconds: float
+    file_bytes: int
+    history: list[tuple[int, float, float]] = field(default_factory=list)

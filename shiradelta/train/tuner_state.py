@@ -1,0 +1,64 @@
+"""The state of a tuner as named tensors, to resume training from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from shiradelta.errors import DeltaError
+from shiradelta.train.pruning import Pruner
+from shiradelta.train.tuned import TunedWeight, whole
+
+#: Key of the optimizer steps that pruning has done, beside the weights' names; and its name in states of 0.1.
+_STEP, _STEP_OF_0_1 = "prune_step", "fall"
+
+
+def state_of(tuned: Mapping[str, TunedWeight], pruner: Pruner | None) -> dict[str, Tensor]:
+    """`NAME.positions` and `NAME.values` of each weight; if pruned, `NAME.kept` and the steps done, too."""
+    state = {}
+    for name, one in tuned.items():
+        state[f"{name}.positions"] = one.nonzeros.positions.long().cpu()
+        state[f"{name}.values"] = whole(one.values).detach().float().cpu()
+        if pruner is not None:
+            state[f"{name}.kept"] = one.kept.cpu().clone()
+    if pruner is not None:
+        state[_STEP] = torch.tensor(pruner.step)
+    return state
+
+
+def restore(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapping[str, Tensor]) -> None:
+    """Restores what `state_of` gave; nothing is changed if it does not fit.
+
+    Raises:
+        DeltaError: the state is that of other weights, or does not fit them.
+    """
+    if _STEP_OF_0_1 in state:
+        state = {_STEP if name == _STEP_OF_0_1 else name: tensor for name, tensor in state.items()}
+    _check(tuned, pruner, state)
+    for name, one in tuned.items():
+        one.load(name, state[f"{name}.positions"], state[f"{name}.values"], state.get(f"{name}.kept"))
+    if pruner is not None:
+        pruner.step = int(state[_STEP])
+
+
+def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapping[str, Tensor]) -> None:
+    if (_STEP in state) is (pruner is None):
+        raise DeltaError("the state is that of a run that prunes, and this one does not, or the other way round")
+    parts = ("positions", "values") if pruner is None else ("positions", "values", "kept")
+    expected = {f"{name}.{part}" for name in tuned for part in parts}
+    expected |= set() if pruner is None else {_STEP}
+    if expected != set(state):
+        odd = sorted(expected ^ set(state))[0]
+        raise DeltaError(f"the state is that of other weights: {odd!r} is on one side only; attach with its targets")
+    for name, one in tuned.items():
+        positions, values = state[f"{name}.positions"], state[f"{name}.values"]
+        kept = state.get(f"{name}.kept", values)
+        sound = positions.dtype in (torch.int32, torch.int64) and positions.dim() == 1
+        sound = sound and positions.shape == values.shape == kept.shape and bool((positions.diff() > 0).all())
+        sound = sound and (kept is values or kept.dtype == torch.bool)
+        if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= one.nonzeros.numel:
+            raise DeltaError(f"the state of {name!r} does not fit a weight of {one.nonzeros.numel} elements")
+    if pruner is not None and (state[_STEP].numel() != 1 or state[_STEP].is_floating_point()):
+        raise DeltaError(f"the state's {_STEP!r} is not a number of steps; take a state that Tuner.state_dict gave")
