@@ -1,7 +1,7 @@
 """KL divergence of a student's logits from a teacher's, in the memory of its gradient.
 
 Logits are the largest tensors of a step: tokens x vocabulary.  Torch's own loss holds several more of that size in
-float32.  Here a few rows at a time are worked on, and all that is kept of them is the gradient, in the logits' dtype.
+float32.  The functions here work on a few rows at a time and keep only the gradient, in the logits' dtype.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Elements that are worked on at a time, in float32: what a GPU's cache holds.
+#: Elements to work on at a time, in float32; as many fit into a GPU's cache.
 CHUNK = 1 << 22
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher, student) in nats, mean over rows [n, choices].
 
-    Of a single output, a regression's, half the squared error.
+    With a single output (a regression), half the squared error.
     """
     if student.shape[-1] == 1:
         return (student.float() - teacher.float()).square().mean() / 2
@@ -27,7 +27,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def divergence_of_labels(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher, student) in nats of logits [n, labels] of which each says whether its label holds; mean over rows."""
+    """KL(teacher, student) in nats of independent labels [n, labels], each with a logit of its own; mean over rows."""
     log = nn.functional.logsigmoid
     s, t = student.float(), teacher.float()
     terms = t.sigmoid() * (log(t) - log(s)) + (-t).sigmoid() * (log(-t) - log(-s))
@@ -35,17 +35,17 @@ def divergence_of_labels(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def log_likelihoods(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of one token a row, in nats: [n] from logits [n, choices]; a few rows at a time."""
+    """Log likelihood of one token per row, in nats: [n] from logits [n, choices]."""
     step = max(1, CHUNK // logits.shape[-1])
     pairs = zip(torch.split(logits, step), torch.split(tokens, step), strict=True)
     return torch.cat([-nn.functional.cross_entropy(part.float(), own, reduction="none") for part, own in pairs])
 
 
 def blend(logits: Tensor, tokens: Tensor, shares: Tensor) -> None:
-    """Gives one token a row a share [n] of the probability, in place; the others keep the rest in proportion.
+    """Moves a share [n] of each row's probability to one token, in place; the others keep their proportions.
 
-    Softmax knows only differences, so that the logit of that token is all that changes.  One that is impossible
-    (-inf) stays so.
+    Softmax depends only on differences, so only the logit of that token changes.  A token that is impossible (-inf)
+    stays impossible.
     """
     own, likelihoods = logits.gather(1, tokens[:, None])[:, 0].float(), log_likelihoods(logits, tokens)
     raised = own - likelihoods + torch.logaddexp(likelihoods, (shares / (1 - shares)).log())

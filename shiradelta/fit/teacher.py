@@ -1,4 +1,4 @@
-"""The fine-tuned model: the student's own module with other weights in it, for as long as it is asked."""
+"""The fine-tuned model: the student's own module, with the fine-tune's weights in it while it runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from torch import Tensor, nn
 
 from shiradelta.fit.behaviour import Behaviour, Outputs
 
-#: Outputs on all examples are kept if they take no more than this; otherwise they are made again in every step.
+#: Outputs on all examples are cached if they take at most this many bytes; otherwise every step computes them again.
 CACHE_BYTES = 4 << 30
 
 
 class Teacher:
-    """Answers what the fine-tune gives; answers are kept if all of them fit."""
+    """Gives the fine-tune's outputs, from a cache if those of all examples fit into it.
+
+    Args:
+        model: the student's module.
+        tuned: parameter -> the fine-tune's weights.
+        behaviour: what is compared.
+    """
 
     def __init__(self, model: nn.Module, tuned: Mapping[nn.Parameter, Tensor], behaviour: Behaviour) -> None:
         self._model, self._tuned, self._behaviour = model, dict(tuned), behaviour
@@ -23,7 +29,7 @@ class Teacher:
         self._kept: Outputs | None = None
 
     def outputs(self, indices: Sequence[int]) -> Outputs:
-        """Of some examples; no gradients."""
+        """The fine-tune's outputs on some examples, without gradients."""
         if self._kept is not None and bool(self._known[indices].all()):
             rows = self._behaviour.rows(indices)
             assert rows is not None
@@ -49,14 +55,14 @@ class Teacher:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model is the teacher."""
+        """Within the block, the model has the fine-tune's weights."""
         with exchanged(self._tuned):
             yield
 
 
 @contextmanager
 def exchanged(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Within, parameters have other weights: pointers are exchanged, nothing is copied."""
+    """Within the block, parameters have other weights.  Pointers are exchanged; nothing is copied."""
     before = {parameter: parameter.data for parameter in weights}
     for parameter, other in weights.items():
         parameter.data = other

@@ -1,4 +1,4 @@
-"""Models and tokenizers as transformers loads them from a folder, and nothing from anywhere else."""
+"""Loads models and tokenizers with transformers, from folders only, never from a hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from shiradelta.util.optional import importing
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is."""
+    """The device of that name, or the best there is.
+
+    Raises:
+        SourceError: the device cannot be used.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -26,22 +30,23 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(device: torch.device, stored: Iterable[str]) -> torch.dtype:
-    """What to compute in: bfloat16 on a GPU if all that is fitted is stored so, else float32."""
+    """The dtype to compute in: bfloat16 on a GPU if all weights to fit are stored in it, else float32."""
     halves = device.type == "cuda" and all(dtype == "bfloat16" for dtype in stored)
     return torch.bfloat16 if halves else torch.float32
 
 
 def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The base's weights in the class of the fine-tune, which may have another head than the base.
+    """Loads the base's weights into the fine-tune's class, which may have another head than the base.
 
     Args:
         base: the base model's folder, or its weights' file.
-        tuned: the fine-tune's folder or file; its config counts if it has one with an architecture.
+        tuned: the fine-tune's folder or file; its config is used if it names an architecture.
         device: where the weights go.
-        dtype: as what.
+        dtype: the weights' dtype in memory.
 
     Raises:
-        SourceError: transformers cannot load it, or the vocabularies differ.
+        SourceError: transformers cannot load the model, or the vocabularies differ.
+        MissingDependencyError: transformers is not installed.
     """
     loader, config = model_class(base, tuned)
     folder = base if base.is_dir() else base.parent
@@ -76,7 +81,7 @@ def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
-    """transformers' errors become one line, its remarks none."""
+    """Turns transformers' errors into one line, and silences its remarks."""
     transformers = _transformers()
     try:
         with _quiet(transformers):
@@ -86,10 +91,11 @@ def _loading(folder: Path) -> Iterator[None]:
 
 
 def load_tokenizer(*folders: Path) -> Any:
-    """The first tokenizer that one of the folders (or the folder of a file) holds.
+    """The first tokenizer in the folders (or in the folder of a file).
 
     Raises:
-        SourceError: none does.
+        SourceError: there is none, or it cannot be loaded.
+        MissingDependencyError: transformers is not installed.
     """
     transformers = _transformers()
     tried = [folder if folder.is_dir() else folder.parent for folder in folders]
@@ -100,7 +106,7 @@ def load_tokenizer(*folders: Path) -> Any:
                     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             except (OSError, ValueError, ImportError) as error:
                 raise SourceError(f"{folder}: its tokenizer cannot be loaded ({_line(error)})") from None
-    raise SourceError(f"{tried[0]}: has no tokenizer, which fitting on texts needs; copy its tokenizer.json there")
+    raise SourceError(f"{tried[0]}: has no tokenizer, which is needed to read texts; copy its tokenizer.json there")
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
@@ -117,7 +123,7 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' own bars and remarks on heads that the base lacks."""
+    """Silences transformers' progress bars, and its remarks on heads that the base lacks."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""How the token vectors of a text become one embedding."""
+"""Pooling: how the token vectors of a text become one embedding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shiradelta.util.json_files import read_json
 
 
 def find_pooling(*folders: Path) -> str | None:
-    """How token vectors become one, if sentence-transformers' files are beside the model to say so."""
+    """The pooling mode in sentence-transformers' files beside a model; None if there are none."""
     for folder in folders:
         path = (folder if folder.is_dir() else folder.parent) / "1_Pooling" / "config.json"
         config = read_json(path) if path.exists() else None
@@ -23,7 +23,7 @@ def find_pooling(*folders: Path) -> str | None:
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str | None) -> Tensor:
-    """[examples, tokens, size] -> one unit vector a text, as sentence-transformers makes it (None: the mean)."""
+    """[texts, tokens, size] -> one unit vector per text, as sentence-transformers computes it; None takes the mean."""
     if pooling == "cls":
         pooled = hidden[:, 0]
     elif pooling == "lasttoken":

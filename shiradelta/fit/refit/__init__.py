@@ -1,1 +1,1 @@
-"""Values in closed form, from forward passes alone."""
+"""The method "refit": values in closed form, from forward passes alone."""

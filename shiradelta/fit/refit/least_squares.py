@@ -1,8 +1,8 @@
-"""Closed form, from forward passes alone: least squares on the inputs' second moments, layer after layer.
+"""Least squares on the second moments of each layer's inputs, layer by layer, from forward passes alone.
 
-Of one linear layer, with the student's inputs X and the outputs Y that the teacher has there, it minimises
-|X (W + S)' - Y|^2 over S with few nonzeros.  X comes from layers that are refitted already: what they could not keep
-is carried over to those that follow.  All that is needed of X and Y is X'X and X'(Y - X W').
+For a linear layer with the student's inputs X and the teacher's outputs Y, it minimises |X (W + S)' - Y|^2 over S with
+few nonzeros.  X comes from layers that are refitted already, so later layers compensate for the error of earlier ones.
+Only X'X and X'(Y - X W') are needed of X and Y.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from shiradelta.models.layers import is_conv1d
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.largest_torch import largest
 
-#: Added to the diagonal, as a share of its mean: some hundred texts do not span all inputs.
+#: Added to the diagonal, as a share of its mean, because some hundred texts do not span all inputs.
 DAMPING = 0.1
-#: How many candidates there are at first, as a multiple of what is kept, and the rounds in which they are dropped.
+#: Number of candidates at first, as a multiple of the nonzeros that are kept, and rounds in which they are pruned.
 CANDIDATES, ROUNDS = 5.0, 4
-#: Elements of the small systems that are solved at a time.
+#: Elements of the small systems that are solved together.
 _SOLVED = 1 << 20
 
 
 class Enough(Exception):  # noqa: N818
-    """Ends a forward pass whose rest is not needed."""
+    """Raised to end a forward pass early."""
 
 
 def refit(
@@ -41,16 +41,16 @@ def refit(
     parts: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Gives linear layers a new mask and new values; all else keeps what it has.
+    """Gives linear layers a new mask and new values; other tensors keep theirs.
 
     Args:
         linears: the layers that may be refitted, as `own_linears` finds them.
         forward: runs the model on some examples.
-        teacher: within, what `forward` runs is the teacher.
-        nonzeros: mask and values to begin with; their number stays, tensor by tensor.
-        rounded: values of one tensor -> as a reader sees them; what rounding does is carried over, too.
+        teacher: a context in which `forward` runs the teacher.
+        nonzeros: mask and values to begin with; each tensor keeps its number of nonzeros.
+        rounded: rounds the values of one tensor as a reader will see them, so that later layers compensate.
         parts: examples of each forward pass.
-        progress: is told (layers done, of all).
+        progress: called with (layers done, number of layers).
     """
     positions = [nonzeros.positions[part.span] for part in nonzeros.parts]
     values = [nonzeros.values[part.span] for part in nonzeros.parts]
@@ -69,7 +69,7 @@ def refit(
     for number, group in enumerate(groups):
         progress(number, len(groups))
         moments = _moments(forward, teacher, group, parts)
-        if moments is None:  # what it has is written
+        if moments is None:  # it keeps its values
             done += [written(index_of[id(module.weight)]) for module in group]
             continue
         inputs, crosses = moments
@@ -87,20 +87,20 @@ def refit(
 
 
 def own_linears(model: nn.Module) -> list[nn.Module]:
-    """Linear layers that alone use their weight: a tied one serves more than its own inputs."""
+    """Linear layers whose weight no other module uses: a tied weight has more inputs than the layer's own."""
     users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     found = (m for m in model.modules() if isinstance(m, nn.Linear) or is_conv1d(m))
     return [module for module in found if users[id(module.weight)] == 1]
 
 
 def _groups(linears: Sequence[nn.Module], forward: Callable[[], object]) -> list[list[nn.Module]]:
-    """Linear layers in the order in which they are called; those that read the same input together."""
+    """Linear layers in the order of their calls; layers with the same input are grouped."""
     groups: list[list[nn.Module]] = []
     last: list[Tensor] = []
     seen: set[int] = set()
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(module.weight) in seen:  # a layer that is called twice has no one input
+        if id(module.weight) in seen:  # a layer that is called twice has two inputs
             return
         seen.add(id(module.weight))
         if last and last[0] is inputs[0]:
@@ -121,13 +121,13 @@ def _moments(
     group: list[nn.Module],
     parts: Sequence[Sequence[int]],
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """X'X of a group's common input, and X'(Y - X W') of each of its layers; None where no part calls all of them."""
+    """(X'X of a group's common input, X'(Y - X W') of each layer); None if no part calls all layers of the group."""
     sums: list[Tensor] = []
     for part in parts:
         with teacher():
             tuned = _outputs(forward, group, part)
         own = _outputs(forward, group, part)
-        if tuned is None or own is None or tuned[0].shape != own[0].shape:  # experts that this part is not sent to
+        if tuned is None or own is None or tuned[0].shape != own[0].shape:  # experts that this part is not routed to
             continue
         (_, expected), (x, found) = tuned, own
         terms = [x.T @ x, *(x.T @ (e - f) for e, f in zip(expected, found, strict=True))]
@@ -138,7 +138,7 @@ def _moments(
 def _outputs(
     forward: Callable[[Sequence[int]], object], group: list[nn.Module], part: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """The group's input and its layers' outputs, as matrices, if all are called; the forward pass goes no further."""
+    """(the group's input, its layers' outputs) as matrices; None if not all are called.  Ends the pass after them."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hook(number: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -166,10 +166,10 @@ def _removing(hooks: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[No
 
 
 def solve(inputs: Tensor, cross: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Positions, increasing, and values of the `count` nonzeros of S [outputs, inputs].
+    """(positions, increasing; values) of the `count` nonzeros of S [outputs, inputs].
 
-    Candidates are taken from the dense solution; in some rounds those are dropped whose loss costs least, given that
-    the others of their row make up for it (the optimal brain surgeon's rule), and the rest is solved again.
+    The candidates are the largest of the dense solution.  Each round prunes those whose removal costs least, given that
+    the others of their row compensate (the rule of the optimal brain surgeon), and solves for the rest again.
     """
     inputs = inputs + DAMPING * inputs.diagonal().mean().clamp(min=1e-12) * torch.eye(len(inputs)).to(inputs)
     dense = torch.linalg.solve(inputs, cross).T.contiguous()
@@ -186,13 +186,13 @@ def solve(inputs: Tensor, cross: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _restricted(inputs: Tensor, cross: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The least-squares values at the positions, and what dropping each alone would cost."""
+    """(least-squares values at the positions, cost of removing each one alone)."""
     size, rows = cross.shape
     row, column = positions // size, positions % size
     counts = torch.bincount(row, minlength=rows)
     first = counts.cumsum(0) - counts
     values, costs = torch.zeros_like(positions, dtype=inputs.dtype), torch.zeros_like(positions, dtype=inputs.dtype)
-    # Rows of like count together, so that little of the padded systems is padding.
+    # Rows of similar count are solved together, so that there is little padding.
     order = counts.argsort()[int((counts == 0).sum()) :]
     while len(order):
         width = int(counts[order[-1]])

@@ -1,4 +1,4 @@
-"""A model of transformers whose layers have no weights until they are filled, one after the other."""
+"""A transformers model whose weights stay empty until a part of it is filled from the files."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ from shiradelta.models.names import rename_all
 
 
 class CannotStreamError(Exception):
-    """Why a model cannot be run a layer at a time."""
+    """A model that cannot be run layer by layer; the message says why."""
 
 
 class Skeleton:
-    """The model, its repeated blocks, and the way of weights into them.
+    """A model without weights, and its repeated blocks, which can be filled and emptied.
+
+    Args:
+        base, source: where the model and its fine-tune are.
+        exact: name -> exact change, written onto the base's weights.
+        device, dtype: of the weights.
 
     Attributes:
-        model: without weights at first.
-        blocks: its longest list of layers, which it calls one after the other.
+        model: the model; it has no weights at first.
+        blocks: the list of layers with the most weights; the model calls them in order.
         names: parameter's name -> name in the base's files.
     """
 
@@ -68,7 +73,7 @@ class Skeleton:
         return {name: p for name, p in self._all().items() if any(p is own for own in block.parameters())}
 
     def of_rest(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of all that is in no block; tied ones under their first name."""
+        """Name -> parameter of everything outside the blocks; tied parameters under their first name."""
         inside = {id(p) for p in self.blocks.parameters()}
         return {name: p for name, p in self._all().items() if id(p) not in inside}
 
@@ -76,7 +81,7 @@ class Skeleton:
         return dict(self.model.named_parameters())
 
     def fill(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Gives them the base's weights, and what is exact in the fine-tune; returns the new parameters."""
+        """Fills parameters with the base's weights and the exact changes; returns the new parameters by name."""
         every: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             every.setdefault(id(parameter), []).append(name)
@@ -87,7 +92,7 @@ class Skeleton:
         return filled
 
     def empty(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Takes the weights of filled parameters away."""
+        """Frees the weights of filled parameters."""
         for name, parameter in parameters.items():
             self._place([name], parameter.data.to("meta"))
 
@@ -138,7 +143,7 @@ def _numel(module: nn.Module) -> int:
 
 @contextmanager
 def _without_weights(dtype: torch.dtype) -> Iterator[None]:
-    """Within, parameters are made on the meta device; buffers, which no file has, are real."""
+    """Within the block, new parameters are on the meta device; buffers are real, because no file has them."""
     register, default = nn.Module.register_parameter, torch.get_default_dtype()
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -147,7 +152,7 @@ def _without_weights(dtype: torch.dtype) -> Iterator[None]:
         register(module, name, parameter)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    torch.set_default_dtype(dtype)  # buffers follow it, as where transformers loads a model
+    torch.set_default_dtype(dtype)  # for buffers, as when transformers loads a model
     try:
         yield
     finally:
