@@ -1,4 +1,4 @@
-"""The product A1^T A2 of two sparse changes: its spectral norm, and how many of its entries are nonzero."""
+"""The product A1^T A2 of two sparse changes: its spectral norm, and how many of its elements are nonzero."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Checkpoint(Mapping[str, Slot]):
         return np.frombuffer(mapped, np.uint8)[slot.offset - start :].view(slot.dtype.bits)
 
     def config(self, name: str) -> dict[str, Any]:
-        """The config.json beside a tensor's file, or nothing."""
+        """The config.json beside a tensor's file; empty if there is none."""
         path = self._slots[name].file.parent / "config.json"
         found = read_json(path) if path.exists() else {}
         return found if isinstance(found, dict) else {}
@@ -99,7 +99,7 @@ def weight_files(root: Path) -> list[Path]:
 
 
 def _weight_files_of(folder: Path) -> list[Path]:
-    """As transformers and diffusers choose: the one file before an index, the plain name before variants."""
+    """The files that transformers and diffusers would load: one file before an index, plain names before variants."""
     found = sorted(folder.glob("*.safetensors"))
     for stem in _STANDARD:
         if folder / f"{stem}.safetensors" in found:
@@ -120,7 +120,7 @@ def _weight_files_of(folder: Path) -> list[Path]:
 
 
 def other_weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """Further weights beside a checkpoint's: variants (fp16), other formats, which a loader may take instead."""
+    """Other weight files in the same folders (fp16 variants, other formats), which a loader may prefer."""
     used = {shard.file for shard in checkpoint.shards}
     folders = sorted({file.parent for file in used})
     beside = (path for folder in folders for path in sorted(folder.iterdir()))
@@ -128,7 +128,12 @@ def other_weight_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at a path.  Raises SourceError."""
+    """Opens the checkpoint at a path.
+
+    Raises:
+        SourceError: there is none, or it is damaged.
+        ShiraDeltaError: the system refuses to read it.
+    """
     try:
         return Checkpoint(Path(path))
     except OSError as error:

@@ -21,7 +21,7 @@ _MAX_HEADER = 100 << 20
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lies: `offset` bytes into `file`."""
+    """Where a tensor is stored: `offset` bytes into `file`."""
 
     name: str
     file: Path
@@ -59,7 +59,7 @@ def read_shard(path: Path) -> Shard:
     """Parses and checks the header of a safetensors file.
 
     Raises:
-        SourceError: it is no safetensors file, or damaged.
+        SourceError: it is not a safetensors file, or damaged.
     """
     try:
         with open(path, "rb") as stream:

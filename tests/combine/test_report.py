@@ -155,7 +155,7 @@ def test_set_tensors_and_empty_ones(tmp_path: Path):
         shiradelta.save_delta(tmp_path / f"{name}.shd", setting(*at))
     html = render(report({tmp_path / "a.shd": 1.0, tmp_path / "b.shd": 1.0}))
     assert "1 of these are set by one of them, so they cannot be fused" in html
-    assert "1 only, for what is set" in html
+    assert "1 only, since whole values are set" in html
 
 
 def test_what_cannot_be_written_leaves_no_trace(files: dict[Path, float], tmp_path: Path):

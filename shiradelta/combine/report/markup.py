@@ -28,7 +28,7 @@ def letter(number: int) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "wide") -> str:
-    """Cells are HTML; a cell that starts with "<td" stands as it is."""
+    """A table of HTML cells; a cell that starts with "<td" is used unchanged."""
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
     body = [
         f"<tr><th>{first}</th>" + "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in rest) + "</tr>"
@@ -41,7 +41,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "wide"
 
 
 def bars(heights: Sequence[float], number: int, kind: str = "spark") -> str:
-    """Bars side by side, the highest as high as the picture."""
+    """A bar chart, scaled to its highest bar."""
     top = max(heights, default=0)
     if not top:
         return ""
@@ -54,7 +54,7 @@ def bars(heights: Sequence[float], number: int, kind: str = "spark") -> str:
 
 
 def tabs(group: str, panes: Mapping[str, str]) -> str:
-    """Titles of which one is chosen, and its pane."""
+    """Tabs: titles to choose from, and a pane for each."""
     heads = "".join(
         f'<input type="radio" name="{group}" id="{group}{i}"{" checked" * (i == 0)}>'
         f'<label for="{group}{i}">{title}</label>'
@@ -64,7 +64,7 @@ def tabs(group: str, panes: Mapping[str, str]) -> str:
 
 
 def cell(value: float | None, words: str, colour: float) -> str:
-    """A square of a heat map; `colour` from -1 to 1."""
+    """A cell of a heat map; `colour` is from -1 to 1."""
     if value is None:
         return '<td class="dim">-</td>'
     strength = min(abs(colour), 1)

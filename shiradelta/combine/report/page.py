@@ -14,6 +14,7 @@ from shiradelta.combine.report.data import DeltaReport
 from shiradelta.combine.report.markup import badge, bars, cell, letter, table, tabs, text
 from shiradelta.combine.report.profiles import Axis, DeltaProfile, TensorProfile
 from shiradelta.combine.report.verdict import advice
+from shiradelta.format.operations import OPERATIONS
 from shiradelta.models.names import layer_of
 from shiradelta.util.files import replacing
 from shiradelta.util.text import brief, percent, shape, size
@@ -75,7 +76,7 @@ _METRICS = (
         lambda m: m.awor,
         lambda v: f"{v:.3f}",
         lambda v: 1 - v,
-        "The share of entries of A<sub>1</sub><sup>T</sup>A<sub>2</sub> that are zero; the more, the more orthogonal.",
+        "The share of elements of A<sub>1</sub><sup>T</sup>A<sub>2</sub> that are zero; the more, the more orthogonal.",
     ),
 )
 
@@ -143,7 +144,7 @@ def _adapter(number: int, adapter: DeltaProfile, largest_file: int) -> str:
     about = adapter.about
     codecs = sorted({f"{t['index_codec']} + {t['value_codec']}" for t in about["tensors"] if t["nnz"]})
     fingerprints = sum(t["base_fingerprint"] is not None for t in about["tensors"])
-    sets = any(op != "add" for op in adapter.ops)
+    any_strength = all(OPERATIONS[op].has_strength for op in adapter.ops)
     facts = {
         "size": f"{size(about['bytes']['file'])}, {about['bits_per_nonzero']:.2f} bits per nonzero"
         f" (entropy of the positions {about['entropy']:.2f})",
@@ -151,7 +152,7 @@ def _adapter(number: int, adapter: DeltaProfile, largest_file: int) -> str:
         f" ({percent(about['nnz'] / max(adapter.numel, 1))})",
         "stored as": ", ".join(codecs) or "-",
         "operation": ", ".join(f"{op} ({count})" for op, count in adapter.ops.items()) or "-",
-        "strength": f"{adapter.strength:g} here; " + ("1 only, for what is set" if sets else "any"),
+        "strength": f"{adapter.strength:g} here; " + ("any" if any_strength else "1 only, since whole values are set"),
         "largest change": "-" if adapter.largest is None else f"{adapter.largest:.3g}",
         "base": about["metadata"].get("base", "not named")
         + f"; fingerprints for {fingerprints} of {len(adapter.profiles)} tensors",
