@@ -1,4 +1,4 @@
-"""The state of an interrupted run, which only the same run takes up again."""
+"""The state of an interrupted run; only the same run resumes from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UnfinishedRun:
         self._saved = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether the last state is so old that another is to be saved."""
+        """Whether it is time to save the state again."""
         return time.monotonic() - self._saved > SAVE_EVERY
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -41,7 +41,7 @@ class UnfinishedRun:
         self._saved = time.monotonic()
 
     def load(self, log: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """(tensors, numbers) of the state; None if there is none, or another run's, which `log` is told.
+        """(tensors, numbers) of the state; None if there is none, or if it is another run's, which is logged.
 
         Raises:
             SourceError: the file is not the state of an unfinished run.

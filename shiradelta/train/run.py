@@ -18,6 +18,7 @@ from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.format import registry
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.dtypes import TORCH_DTYPES
 from shiradelta.models.names import match_names
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.schedule import cycle
@@ -293,13 +294,12 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     for slot in checkpoint.values():
         sizes[slot.dtype.name] += slot.numel
     name = sizes.most_common(1)[0][0]
-    if name not in registry.ADDABLE:
+    if name not in TORCH_DTYPES:
         raise SourceError(
-            f"{checkpoint.root}: its weights are stored as {name}: quantised, or more than float32 can tell; train on"
+            f"{checkpoint.root}: its weights are stored as {name}: quantised, or more precise than float32; train on"
             " the model in bfloat16, float16 or float32"
         )
-    found: torch.dtype = getattr(torch, name)
-    return found
+    return TORCH_DTYPES[name]
 
 
 #: Names of 0.1 -> the classes' names now.

@@ -1,4 +1,4 @@
-"""Which weights of a model are trained."""
+"""Finds the weights of a model to train, and checks that they can be trained."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from shiradelta.models.layers import is_conv1d
 from shiradelta.models.live import Refusal, RefusalKind, Target, live_tensors
 
 ALL_LINEAR = "all-linear"
-#: As many near names as are told.
+#: Number of similar names that a message lists.
 _NEAR = 5
 
 
 def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """The weights to train, by the model's first name for each.
+    """The weights to train, by the first name that the model has for each.
 
     Args:
-        model: where to look.
-        targets: names of modules or parameters, or ends of them ("q_proj", "attn.out_proj", "q_proj.bias",
-            "experts.gate_up_proj"); or one regular expression that fits them in full; or "all-linear", the default:
-            every linear layer but the output's.  A module stands for its matrices, a norm for its weight.
+        model: the model.
+        targets: names of modules or parameters, or ends of names ("q_proj", "attn.out_proj", "q_proj.bias",
+            "experts.gate_up_proj"); or a regular expression that matches whole names; or "all-linear", the default:
+            every linear layer but the output.  A module stands for its matrices, a norm for its weight.
 
     Raises:
-        DeltaError: something that matches nothing; near names are listed.
+        DeltaError: a target matches nothing; the message lists similar names.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     config = getattr(model, "config", None)
@@ -49,7 +49,9 @@ def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
         else:
             fits = [name for name in offers if name == target or name.endswith("." + target)]
         if not fits:
-            raise DeltaError(f"target {target!r} is no layer and no weight of the model; {_near(target, offers)}{hint}")
+            raise DeltaError(
+                f"target {target!r} is neither a layer nor a weight of the model; {_near(target, offers)}{hint}"
+            )
         wanted += [name for offer in fits for name in offers[offer]]
     if not wanted:
         raise DeltaError("targets is empty; name what to train, or leave it out for all linear layers but the output's")
@@ -57,24 +59,24 @@ def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
 
 
 def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[str, Target]:
-    """What the weights are in memory.
+    """The model's tensors by every name, after checking that the weights can be trained in place.
 
     Raises:
-        TargetError: one that cannot be trained in place: quantised, distributed, on meta, expanded, not a float.
+        TargetError: a weight is quantised, distributed, on meta, expanded, or not a float.
     """
     targets = live_tensors(model)
     for name in weights:
         target = targets[name]
         if target.refusal is not None:
             raise TargetError(f"tensor {name!r} {_for_training(target.refusal)}")
-        if target.dtype not in registry.ADDABLE:
+        if target.dtype not in registry.ADD_DTYPES:
             raise TargetError(
-                f"tensor {name!r} has elements of {weights[name].dtype}: quantised, or more than float32 can tell;"
+                f"tensor {name!r} has elements of {weights[name].dtype}: quantised, or more precise than float32;"
                 " train on the model in bfloat16, float16 or float32, and quantise the result"
             )
         if weights[name].is_inference():
             raise TargetError(
-                f"tensor {name!r} was made in inference mode, and takes no gradient; load the model outside"
+                f"tensor {name!r} was made in inference mode, and takes no gradient; load the model outside of it"
             )
         if not weights[name].is_contiguous():
             raise TargetError(f"tensor {name!r} is not contiguous; call .contiguous() on it first")
@@ -103,7 +105,7 @@ def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _of_modules(model: nn.Module) -> Iterable[tuple[str, list[str]]]:
-    """(a module's name, its matrices, or its weight if it has no matrix)."""
+    """(name of a module, its matrices, or its weight if it has no matrix)."""
     for name, module in model.named_modules():
         own = {key: p for key, p in module._parameters.items() if p is not None}
         chosen = [key for key, p in own.items() if p.dim() > 1] or [key for key in own if key == "weight"]
@@ -112,7 +114,7 @@ def _of_modules(model: nn.Module) -> Iterable[tuple[str, list[str]]]:
 
 
 def _first_names(model: nn.Module, wanted: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
-    """In the model's order, tied weights once."""
+    """Parameters by their first names, in the model's order; tied weights once."""
     ids = {id(parameter) for parameter in wanted}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ids}
 
@@ -121,12 +123,14 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise DeltaError(f"target {text!r} is no regular expression ({error}); or give a list of names") from None
+        raise DeltaError(
+            f"target {text!r} is not a regular expression ({error}); give one, or a list of names"
+        ) from None
 
 
 def _near(target: str, offers: Iterable[str]) -> str:
-    """Of the names' ends that have as many parts as the target, those most like it."""
+    """Lists the ends of names that are most similar to the target and have as many parts."""
     parts = target.count(".") + 1
     ends = dict.fromkeys(".".join(offer.split(".")[-parts:]) for offer in offers)
     near = difflib.get_close_matches(target, ends, _NEAR, 0.4) or [end for end in ends if not end.isdigit()][:_NEAR]
-    return "near names are " + ", ".join(near)
+    return "similar names are " + ", ".join(near)

@@ -1,4 +1,4 @@
-"""With transformers' Trainer, and what is derived from it (TRL)."""
+"""Small checkpoints for transformers' Trainer, and for trainers derived from it (TRL)."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ STATE, ADAPTER = "nonzeros.safetensors", "adapter.shd"
 
 
 class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Makes a Trainer's checkpoints small, and resumable: they hold the nonzeros in place of the model.
+    """A Trainer callback that makes checkpoints small: they hold the nonzeros instead of the model.
 
-    Each has `nonzeros.safetensors`, mask and values, and `adapter.shd`, to be applied as it is.  What
-    `trainer.save_model` writes to other folders is the whole patched model.
+    A checkpoint has `nonzeros.safetensors`, with mask and values to resume from, and `adapter.shd`, which can be
+    applied as it is.  `trainer.save_model` still writes the whole patched model to other folders.
 
         trainer = Trainer(model, ..., callbacks=[SparseCheckpoints(tuner)])
 
     Args:
-        tuner: of the model.
-        values: how `adapter.shd` stores them.
+        tuner: the model's tuner.
+        values: the value codec of `adapter.shd`.
     """
 
     def __init__(self, tuner: Tuner, values: str = "int4") -> None:
         self._tuner, self._values = tuner, values
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Takes up the mask of the checkpoint that is resumed from; until the end checkpoints hold nonzeros alone."""
+        """Restores the mask of the checkpoint to resume from; from now on checkpoints hold nonzeros only."""
         path = self._folder(args, state) / STATE
         if state.global_step and path.exists():
             self._tuner.load_state_dict(load_state(path))
         model: Any = self._tuner.model
         save = getattr(type(model), "save_pretrained", None)
         if save is None:
-            return  # a plain module, which the Trainer saves whole
+            return  # a plain module; the Trainer saves it whole
 
         def save_nonzeros(model: Any, folder: Any, state_dict: Any = None, **options: Any) -> None:
-            if _is_checkpoint(args, folder):  # another one is the user's own, after an interruption, say
+            if _is_checkpoint(args, folder):  # another folder is the user's own, after an interruption, say
                 own = {name: p for name, p in model.named_parameters() if name.endswith(SUFFIX)}
                 state_dict = own or state_dict
             save(model, folder, state_dict=state_dict, **options)
@@ -62,11 +62,11 @@ class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
             self._tuner.save(folder / ADAPTER, self._values, {"step": str(state.global_step)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """The weights hold the last, or the best, values."""
+        """Writes the last values into the weights, or the best ones."""
         self._tuner.model.__dict__.pop("save_pretrained", None)
         best = args.load_best_model_at_end and state.best_model_checkpoint
         if best and (path := Path(best) / STATE).exists():
-            self._tuner.load_state_dict(load_state(path))  # the mask too, which the Trainer does not know
+            self._tuner.load_state_dict(load_state(path))  # the mask too; the Trainer does not know it
         else:
             self._tuner.write()
 
@@ -78,6 +78,6 @@ class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
 
 
 def _is_checkpoint(args: Any, folder: Any) -> bool:
-    """Whether a folder is one of the Trainer's, which it calls checkpoint-STEP."""
+    """Whether a folder is a checkpoint of the Trainer: checkpoint-STEP in its output folder."""
     path = Path(folder)
     return Path(args.output_dir) in path.parents and re.fullmatch(r"checkpoint-\d+", path.name) is not None

@@ -321,10 +321,10 @@ def test_own_masks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": ["q_porj"]}, r"'q_porj' is no layer.*q_proj"),
+        ({"targets": ["q_porj"]}, r"'q_porj' is neither a layer.*q_proj"),
         ({"targets": ["q_proj", "attn.k_proj"]}, r"'attn.k_proj'.*self_attn.k_proj"),
-        ({"targets": r".*\.nothing"}, "no layer and no weight"),
-        ({"targets": "*.q_proj"}, "no regular expression"),
+        ({"targets": r".*\.nothing"}, "neither a layer nor a weight"),
+        ({"targets": "*.q_proj"}, "not a regular expression"),
         ({"sparsity": 0.0001, "targets": ["norm"]}, "none of its 32 elements"),
         ({"sparsity": 1.5}, "not a share"),
         ({"sparsity": "3:2"}, "not a pattern"),

@@ -301,7 +301,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path):
     """DistributedDataParallel and FSDP2, by gloo; masks are the same on both, too, also with pruning."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(__file__).with_name("processes.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
     printed = run_command(*command, script, tmp_path, env=environment)
     found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert [line["kind"] for line in found] == ["DDP", "FSDP2"], printed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from click.testing import CliRunner
 from shiradelta import train
 from shiradelta.cli import main
 from shiradelta.errors import ArgumentError
+from shiradelta.nonzeros.saved_state import save_state
+from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.train import run as run_module
+from shiradelta.train.run_state import load_run
 from shiradelta.train.settings import TrainReport, TrainSettings
 from tests.train.test_attach import llama, text_loss
 
@@ -83,6 +88,16 @@ def test_interrupted_runs_of_0_1_are_recognised():
     names = ["sparsity", "mask", "targets", "scope", "avoid", "fall_from", "steps", "batch", "rate"]
     names += ["tokens", "seed", "values"]
     assert list(TrainSettings().as_of_0_1()) == names
+
+
+def test_a_state_of_0_1_on_disk_has_its_base_in_the_metadata(tmp_path: Path):
+    identity = ["model", TrainSettings().as_of_0_1()]
+    unfinished = UnfinishedRun(tmp_path / "a.shd.train", identity)
+    about = {"run": hashlib.sha256(json.dumps(identity).encode()).hexdigest(), "base": "digest"}
+    save_state(unfinished.path, {"w.positions": torch.arange(3)}, {**about, "state": '{"step": 5, "history": []}'})
+    found = load_run(unfinished, print)
+    assert found is not None
+    assert (found.step, found.base, list(found.mask)) == (5, "digest", ["w"])
 
 
 def test_the_command_takes_its_old_options(tmp_path: Path):
