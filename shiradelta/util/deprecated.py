@@ -32,6 +32,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
                     kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
+        call.__dict__["renamed"] = names  # for the snapshot of the public API
         return call
 
     return decorate

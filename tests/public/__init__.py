@@ -40,6 +40,9 @@ def parameters(function: Callable[..., Any]) -> Iterator[str]:
         default = "" if parameter.default is parameter.empty else f" = {plain(parameter.default)}"
         if parameter.name not in ("self", "cls"):
             yield f"    {before}{parameter.name}{after}{default}"
+    renamed = getattr(function, "renamed", None) or getattr(getattr(function, "__init__", None), "renamed", {})
+    for old, new in renamed.items():
+        yield f"    {old}: hidden, use {new}"
 
 
 def plain(value: object) -> str:

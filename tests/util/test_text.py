@@ -1,0 +1,20 @@
+"""Text for people."""
+
+from __future__ import annotations
+
+from shiradelta.util import text
+
+
+def test_what_a_terminal_acts_on_is_escaped():
+    assert text.printable("a\x1b[31m\u202eb") == "a\\x1b[31m\\u202eb"
+    assert text.brief("a" * 400) == "a" * 300 + "... (400 characters)"
+
+
+def test_a_table_has_a_head_and_columns_to_the_right():
+    assert text.table([["name", "n"], ["a", "10"]]) == "name   n\n----  --\na     10"
+
+
+def test_sizes_shapes_and_percentages():
+    assert [text.size(count) for count in (7, 1500, 2e6, 3e12)] == ["7 B", "1.50 KB", "2.00 MB", "3000.00 GB"]
+    assert [text.shape(dimensions) for dimensions in ((), (3,), (4, 5))] == ["scalar", "3", "4x5"]
+    assert [text.percent(share) for share in (0.01, 0.000125, 1)] == ["1%", "0.0125%", "100%"]
