@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shiradelta.errors import DeltaError, MissingDependencyError
+from shiradelta.errors import DeltaError
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.peft import CONFIG, WEIGHTS, shira_key
 from shiradelta.util.files import replacing
+from shiradelta.util.optional import importing
 
 from .layouts import export
 
@@ -41,10 +42,8 @@ def write(folder: str | os.PathLike[str], deltas: Mapping[str, TensorDelta], bas
         MissingDependencyError: safetensors is not installed.
         TargetError: the folder cannot be written.
     """
-    try:
+    with importing("an export to PEFT"):
         from safetensors.numpy import save
-    except ImportError as error:
-        raise MissingDependencyError("an export to PEFT needs safetensors; pip install safetensors") from error
 
     for name, delta in deltas.items():
         if not name.endswith(_SUFFIX) or len(delta.shape) != 2 or delta.op != "add":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shiradelta.errors import SourceError
 from shiradelta.util.files import replacing
+from shiradelta.util.optional import importing
 
 
 def save_state(
@@ -22,7 +23,8 @@ def save_state(
         state: tensors by name.
         about: strings to store with them.
     """
-    from safetensors.torch import save
+    with importing("saving an unfinished run"):
+        from safetensors.torch import save
 
     with replacing(Path(path)) as stream:
         stream.write(save({name: tensor.contiguous() for name, tensor in state.items()}, dict(about or {})))
@@ -43,7 +45,8 @@ def load_with_about(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     Raises:
         SourceError: the file is not a state.
     """
-    from safetensors import SafetensorError, safe_open
+    with importing("an unfinished run"):
+        from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(os.fspath(path), "pt") as stored:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiradelta.errors import DeltaError, ShiraDeltaError
+from shiradelta.errors import ArgumentError, DeltaError, ShiraDeltaError
 from shiradelta.util.progress import Progress
 
 #: Bytes of sums held at a time.  Each pass over the calibration set serves as many weights as fit.
@@ -65,7 +65,7 @@ def sums(
         ShiraDeltaError: a gradient is not finite, or the loss does not depend on a weight.
     """
     if not batches:
-        raise DeltaError("the calibration set is empty; give some batches of the task, or a mask without gradients")
+        raise ArgumentError("the calibration set is empty; give some batches of the task, or a mask without gradients")
     groups = _groups(weights)
     for number, group in enumerate(groups):
         totals = _pass(model, {name: weights[name] for name in group}, batches, loss, progress, number, len(groups))

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from shiradelta.errors import DeltaError, TargetError
+from shiradelta.errors import ArgumentError, DeltaError, TargetError
 from shiradelta.format import registry
 from shiradelta.models.layers import is_conv1d
 from shiradelta.models.live import Refusal, RefusalKind, Target, live_tensors
@@ -38,7 +38,7 @@ def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
     if targets is None or targets == ALL_LINEAR:
         found = _linear_weights(model)
         if not found:
-            raise DeltaError("the model has no linear layer" + (hint or "; name what to train: targets=[...]"))
+            raise ArgumentError("the model has no linear layer" + (hint or "; name what to train: targets=[...]"))
         return _first_names(model, found)
     offers = dict(_of_modules(model))
     offers |= {name: [name] for name in parameters}
@@ -54,7 +54,7 @@ def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
             )
         wanted += [name for offer in fits for name in offers[offer]]
     if not wanted:
-        raise DeltaError("targets is empty; name what to train, or leave it out for all linear layers but the output's")
+        raise ArgumentError("targets is empty; name what to train, or leave it out for all linear layers but the output's")
     return _first_names(model, [parameters[name] for name in wanted])
 
 

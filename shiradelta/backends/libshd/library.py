@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import shiradelta
-from shiradelta.errors import ShiraDeltaError
+from shiradelta.errors import MissingDependencyError, ShiraDeltaError
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.registry import DTYPE_OF_NAME
 from shiradelta.util import threads
@@ -111,13 +111,14 @@ def library() -> ctypes.CDLL:
     """The loaded library.
 
     Raises:
-        ShiraDeltaError: there is none, or it has another ABI.
+        MissingDependencyError: the library was not built.
+        ShiraDeltaError: it cannot be loaded, or has another ABI.
     """
     override = os.environ.get("SHIRADELTA_LIBSHD")
     candidates = [Path(override)] if override else [Path(folder) / library_name() for folder in shiradelta.__path__]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
-        raise ShiraDeltaError(
+        raise MissingDependencyError(
             f"{library_name()} is not installed with this package (no C compiler when it was built?); install it again"
             " where there is one, or use backend='numpy'"
         )
