@@ -54,7 +54,9 @@ def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
             )
         wanted += [name for offer in fits for name in offers[offer]]
     if not wanted:
-        raise ArgumentError("targets is empty; name what to train, or leave it out for all linear layers but the output's")
+        raise ArgumentError(
+            "targets is empty; name what to train, or leave it out for all linear layers but the output's"
+        )
     return _first_names(model, [parameters[name] for name in wanted])
 
 
