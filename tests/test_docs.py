@@ -1,0 +1,124 @@
+"""The documentation says what the code does: tables of registries, and examples that run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shiradelta
+from shiradelta.backends.choose import FILE_BACKENDS
+from shiradelta.errors import ArgumentError
+from shiradelta.exports import EXPORTS
+from shiradelta.format.codecs import INDEX_CODECS
+from shiradelta.util.registry import Registry
+
+EXTEND = Path(__file__).parent.parent / "docs" / "extend"
+#: The examples that no other test executes.
+HERE = {"backend": FILE_BACKENDS, "export": EXPORTS, "index-codec": INDEX_CODECS}
+
+
+def table() -> list[list[str]]:
+    """The rows of the table of registries: kind, registry, members, link."""
+    lines = [line for line in (EXTEND / "index.md").read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def registry_of(path: str) -> Registry[Any]:
+    module, _, name = path.strip("`").rpartition(".")
+    found: Registry[Any] = getattr(import_module(module), name)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "path", "members", "link"), table())
+def test_the_table_of_registries_has_their_members(kind: str, path: str, members: str, link: str):
+    found = registry_of(path)
+    assert members.split(", ") == list(found)
+    page = re.fullmatch(r"\[how-to\]\((.*)\)", link)
+    assert page is not None
+    assert (EXTEND / page[1]).exists()
+
+
+@pytest.mark.parametrize(("kind", "path", "members", "link"), table())
+def test_an_unknown_name_is_refused_with_the_members(kind: str, path: str, members: str, link: str):
+    with pytest.raises(ArgumentError, match=f"{registry_of(path).kind} 'nothing' is unknown; take .*{members[:3]}"):
+        registry_of(path).find("nothing")
+
+
+def example(page: str) -> str:
+    """The page's only block of Python."""
+    blocks = re.findall(r"```python\n(.*?)```", (EXTEND / f"{page}.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    return str(blocks[0])
+
+
+def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Executes the example in a folder and returns its names."""
+    monkeypatch.chdir(folder)
+    scope: dict[str, Any] = {"__name__": "example"}
+    exec(compile(example(page), f"{page}.md", "exec"), scope)
+    return scope
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path):
+    """Holds what the examples name; what they add to the registries is taken out again."""
+    shutil.copy(made / "a.shd", tmp_path / "style.shd")
+    before = {name: set(registry) for name, registry in HERE.items()}
+    yield tmp_path
+    for name, registry in HERE.items():
+        for added in set(registry) - before[name]:
+            registry.remove(added)
+
+
+@pytest.mark.parametrize("page", [path.stem for path in EXTEND.glob("*.md") if "```python" in path.read_text()])
+def test_examples_are_short(page: str):
+    assert len([line for line in example(page).splitlines() if line.strip()]) <= 40
+
+
+def test_every_page_is_in_the_table():
+    linked = {re.sub(r"\[how-to\]\((.*)\)", r"\1", link) for *_, link in table()}
+    assert linked == {path.name for path in EXTEND.glob("*.md")} - {"index.md"}
+
+
+def test_a_new_export_layout(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    run("export", folder, monkeypatch)
+    with shiradelta.open_delta("style.shd") as delta, np.load("style.npz") as stored:
+        assert set(stored) == {f"{name}.{part}" for name in delta for part in ("positions", "values")}
+        for name, tensor in delta.items():
+            assert np.array_equal(stored[f"{name}.positions"], tensor.positions())
+            assert np.array_equal(stored[f"{name}.values"], tensor.values())
+
+
+def test_a_new_backend(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    decoded = run("backend", folder, monkeypatch)["decoded"]
+    with shiradelta.open_delta("style.shd") as delta:
+        assert set(decoded) == set(delta)
+
+
+def test_a_new_index_codec(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is taken where it is smallest, works on NumPy, and is refused by name elsewhere."""
+    run("index-codec", folder, monkeypatch)
+    tensor = shiradelta.TensorDelta((64, 64), np.arange(100, 900), np.ones(800), dtype="float32")
+    shiradelta.save_delta("run.shd", {"w": tensor}, values="f32")
+    with shiradelta.open_delta("run.shd") as delta:
+        assert delta["w"].record.index_codec == INDEX_CODECS["RUN"].id
+        assert np.array_equal(delta["w"].positions(), tensor.positions())
+        assert delta["w"].rows(1, 3)[0].tolist() == list(range(100, 192))
+        delta.verify()
+    weights = {name: np.zeros((64, 64), np.float32) for name in ("w",)}
+    for backend in ("auto", "numpy"):
+        swap = shiradelta.HotSwap(weights, backend=backend)
+        swap.load("run", "run.shd")
+        swap.switch("run")
+        assert np.array_equal(weights["w"], tensor.to_dense())
+        swap.revert()
+    damaged = bytearray(Path("run.shd").read_bytes())
+    INDEX_CODECS.remove("RUN")
+    with pytest.raises(shiradelta.FormatError, match="unknown_index_codec"):
+        shiradelta.open_delta(bytes(damaged))
