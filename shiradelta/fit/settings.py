@@ -64,7 +64,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         if self.mask in RENAMED_MASKS:
-            # Three callers up: this one, the dataclass's `__init__`, the one that takes renamed arguments.
+            # Behind this method, the dataclass's `__init__` and its wrapper stands the caller.
             warn_renamed(f"mask {self.mask!r}", repr(RENAMED_MASKS[self.mask]), stacklevel=4)
             object.__setattr__(self, "mask", RENAMED_MASKS[self.mask])
         method, mask = METHODS.find(self.method), MASKS.find(self.mask)

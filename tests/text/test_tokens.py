@@ -16,7 +16,8 @@ from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models.loading import load_tokenizer
 from shiradelta.text.examples import KINDS
 from shiradelta.text.tokens import TokenTable, check_vocabulary, padding_token, position_limit, token_limit
-from shiradelta.train.run import Settings, run
+from shiradelta.train.run import run
+from shiradelta.train.settings import TrainSettings
 from tests.fit.test_fit import WORDS, write_tokenizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
@@ -59,7 +60,7 @@ def test_training_a_model_with_offset_positions(tmp_path: Path):
     write_tokenizer(tmp_path / "base")
     line = json.dumps({"anchor": LONG, "positive": "w1 w2"}) + "\n"
     (tmp_path / "pairs.jsonl").write_text(line * 12)
-    settings = Settings(sparsity=0.1, steps=1, batch=4, tokens=40)
+    settings = TrainSettings(sparsity=0.1, steps=1, batch=4, tokens=40)
     assert run(tmp_path / "base", tmp_path / "pairs.jsonl", tmp_path / "a.shd", settings, "cpu").steps == 1
 
 
