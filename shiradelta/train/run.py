@@ -35,7 +35,7 @@ from shiradelta.train.run_state import History, RunState, load_run, save_run
 from shiradelta.train.settings import TrainReport, TrainSettings
 from shiradelta.train.targets import find_weights
 from shiradelta.train.tuner import Tuner
-from shiradelta.util.deprecated import renamed_arguments, warn_renamed
+from shiradelta.util.deprecated import renamed_arguments, renamed_names
 from shiradelta.util.files import check_target
 from shiradelta.util.memory import advising_on_memory
 from shiradelta.util.plots import check_plot
@@ -302,12 +302,4 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return TORCH_DTYPES[name]
 
 
-#: Names of 0.1 -> the classes' names now.
-_RENAMED = {"Settings": TrainSettings, "Report": TrainReport}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_renamed(f"{__name__}.{name}", _RENAMED[name].__name__)
-    return _RENAMED[name]
+__getattr__ = renamed_names(__name__, {"Settings": TrainSettings, "Report": TrainReport})

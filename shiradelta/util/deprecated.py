@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from shiradelta.errors import ArgumentError
 
@@ -16,6 +16,23 @@ R = TypeVar("R")
 def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
     """Warns that `old` is called `new` now; `stacklevel` counts from the caller."""
     warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=stacklevel + 1)
+
+
+def renamed_names(module: str, names: Mapping[str, type]) -> Callable[[str], Any]:
+    """Lets a module have classes under their old names, as its `__getattr__`.
+
+    Args:
+        module: its `__name__`.
+        names: old name -> the class.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", names[name].__name__)
+        return names[name]
+
+    return get
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
