@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -52,8 +51,11 @@ _GONE = {old.rpartition(".")[0] for old in MOVED} - {"", "fit", "train"}
 _PREFIX = "shiradelta."
 
 
-class _Finder(MetaPathFinder, Loader):
-    """Finds a moved module, and loads it as the one that has its new name."""
+class _Finder:
+    """Finds a moved module, and loads it as the module that has its new name.
+
+    It has no base class: `importlib.abc` takes a tenth of the time in which the command line starts.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -61,7 +63,9 @@ class _Finder(MetaPathFinder, Loader):
         if not fullname.startswith(_PREFIX):
             return None
         old = fullname.removeprefix(_PREFIX)
-        return ModuleSpec(fullname, self, is_package=old in _GONE) if old in MOVED or old in _GONE else None
+        if old not in MOVED and old not in _GONE:
+            return None
+        return ModuleSpec(fullname, self, is_package=old in _GONE)  # type: ignore[arg-type]  # it loads, too
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         new = MOVED.get(spec.name.removeprefix(_PREFIX))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from tests.public import MODULES, SNAPSHOTS
+from tests.public import MODULES, ROOT, SNAPSHOTS
 
 
 @pytest.mark.parametrize("path", SNAPSHOTS, ids=lambda path: path.stem)
@@ -40,3 +41,10 @@ def test_boolean_options_are_taken_by_keyword_only():
         if isinstance(parameter.default, bool) and parameter.kind is not parameter.KEYWORD_ONLY
     }
     assert positional == set()
+
+
+def test_the_changelog_lists_every_old_name_that_is_still_taken():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n## 0.1.0")[0]
+    for path in SNAPSHOTS:
+        for old, new in re.findall(r"([\w-]+)(?:: hidden, use| means) ([\w-]+)", path.read_text(encoding="utf-8")):
+            assert any(old in line and new in line for line in changes.splitlines()), f"{old} -> {new}"
