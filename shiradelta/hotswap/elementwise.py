@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from shiradelta.hotswap.layers import Array, Held, Layer, LayerPatch, Patch, Stack, stacks_of
+from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.models.live import Target
 from shiradelta.util.arrays import overlay_values
 
 
-class Elementwise(ABC):
+class Elementwise(LiveBackend, ABC):
     """A `LiveBackend` that works tensor by tensor: it decodes, reads, adds and writes."""
 
     name: str

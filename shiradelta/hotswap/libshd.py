@@ -39,12 +39,10 @@ class NativeBackend(NumpyBackend):
         return held_as_stored(patches)
 
     def positions(self, patch: Patch) -> Positions:
-        """Decoded."""
         held: _Data = patch.data
         return held.tensor.positions()
 
     def payload(self, patch: Patch) -> Array:
-        """Decoded."""
         held: _Data = patch.data
         return held.tensor.values() if patch.record.adds else held.tensor.bits()
 

@@ -24,7 +24,6 @@ class NumpyBackend(Elementwise):
     xp = np
 
     def buffer(self, size: int) -> Bytes:
-        """Plain memory."""
         return np.empty(size, np.uint8)
 
     def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
@@ -34,31 +33,25 @@ class NumpyBackend(Elementwise):
         return held_as_stored([Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in tensors])
 
     def room(self, size: int) -> Array:
-        """Plain memory."""
         return np.empty(size, np.uint8)
 
     def bits_type(self, dtype: str) -> Any:
-        """Unsigned, of the elements' size."""
         return registry.DTYPE_OF_NAME[dtype].bits
 
     def positions(self, patch: Patch) -> Positions:
-        """Decoded."""
         tensor: StoredTensor = patch.data
         return tensor.positions()
 
     def payload(self, patch: Patch) -> Array:
-        """Decoded."""
         tensor: StoredTensor = patch.data
         return tensor.values() if patch.record.adds else tensor.bits()
 
     def read(self, target: Target, positions: Positions) -> Array:
-        """A gather."""
         array, index = _indexed(target, positions)
         taken: Array = array[index]
         return taken
 
     def write(self, target: Target, positions: Positions, bits: Array) -> None:
-        """A scatter."""
         array, index = _indexed(target, positions)
         array[index] = bits
 
@@ -67,25 +60,20 @@ class NumpyBackend(Elementwise):
         return union, indices
 
     def zeros(self, like: Array, dtype: str) -> Array:
-        """Made anew."""
         return np.zeros(like.shape, dtype)
 
     def scaled(self, values: Array, strength: float) -> Array:
-        """The definition's."""
         return arithmetic.scaled(values, strength)
 
     def plus(self, one: Array, other: Array) -> Array:
-        """Without the warnings."""
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             total: Array = one + other
         return total
 
     def add(self, bits: Array, dtype: str, contribution: Array) -> Array:
-        """The definition's."""
         return arithmetic.add(bits, dtype, contribution)
 
     def fingerprint(self, positions: Positions, bits: Array) -> int:
-        """The definition's."""
         return arithmetic.fingerprint(positions, bits)
 
 

@@ -132,11 +132,9 @@ class TorchBackend(Elementwise):
         return buffer, starts
 
     def room(self, size: int) -> Tensor:
-        """On the device."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def bits_type(self, dtype: str) -> torch.dtype:
-        """Signed, but for single bytes."""
         return bits_dtype(registry.DTYPE_OF_NAME[dtype].size)
 
     def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
@@ -168,7 +166,6 @@ class TorchBackend(Elementwise):
                 layer.held.patches[0].data.index.record_stream(current)  # the buffer that all are in
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
-        """As every backend."""
         super().replace(before, after)
         self._used([*before, *after])
 
@@ -216,22 +213,18 @@ class TorchBackend(Elementwise):
     # ------------------------------------------------------------------------------------- elements
 
     def read(self, target: Target, positions: Tensor) -> Tensor:
-        """A gather."""
         elements, index = _elements(target, positions)
         return elements[index]
 
     def write(self, target: Target, positions: Tensor, bits: Tensor) -> None:
-        """A scatter."""
         elements, index = _elements(target, positions)
         elements[index] = bits
 
     def merge(self, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """By sorting."""
         union, places = torch.unique(torch.cat(list(parts)), return_inverse=True)
         return union, list(places.split([len(part) for part in parts]))
 
     def zeros(self, like: Tensor, dtype: str) -> Tensor:
-        """On the device."""
         return torch.zeros(like.shape, dtype=getattr(torch, dtype), device=self.device)
 
     def scaled(self, values: Tensor, strength: float) -> Tensor:
@@ -239,7 +232,6 @@ class TorchBackend(Elementwise):
         return values if strength == 1 else values * torch.tensor(strength, dtype=torch.float32, device=self.device)
 
     def plus(self, one: Tensor, other: Tensor) -> Tensor:
-        """As it is."""
         return one + other
 
     def add(self, bits: Tensor, dtype: str, contribution: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from shiradelta import HotSwap
 from shiradelta.backends.choose import choose
 from shiradelta.backends.libshd.decoder import LoadedTensor
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
+from shiradelta.format.codecs import VALUE_OPTIONS
 from shiradelta.hotswap import session as hotswap
 from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.numpy import NumpyBackend
@@ -29,7 +30,7 @@ from tests.swapping import BACKENDS, DEVICE, DTYPES, GPU, adapter, bits, file, f
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 SHAPE = (130, 70)
-VALUES = ["f32", "f16", "bf16", "int8", "int4", "sign"]
+VALUES = list(VALUE_OPTIONS)
 
 
 def make(model: object, backend: str = "auto", **files: bytes) -> HotSwap:

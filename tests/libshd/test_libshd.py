@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import shiradelta as sd
+from shiradelta.format.codecs import VALUE_OPTIONS
 from tests.building import CC, INCLUDE, LIBSHD, WARNINGS, compile_c, library, run
 
 pytestmark = pytest.mark.skipif(CC is None, reason="no C compiler")
@@ -143,7 +144,7 @@ def patch_raw() -> Path:
 
 
 @dtypes
-@pytest.mark.parametrize("values", ["f32", "f16", "bf16", "int8", "int4", "sign"])
+@pytest.mark.parametrize("values", VALUE_OPTIONS)
 def test_c_program_patches_and_reverts(dtype: str, values: str, patch_raw: Path, tmp_path: Path):
     case = Case(tmp_path, dtype, values)
     arguments = [case.delta, "w", case.weights, SHORT[dtype], tmp_path / "undo"]

@@ -50,7 +50,6 @@ class TritonBackend(TorchBackend):
         self._compiled: dict[tuple[object, ...], Any] = {}
 
     def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
-        """With the table of pointers."""
         held = super().hold(source, tensors)
         held.data = prepare(held, self._there)
         self._compile(held)
