@@ -47,7 +47,7 @@ from shiradelta.util.text import percent, size, table
 )
 @click.option(
     "--fit-mask",
-    type=RegistryChoice("shiradelta.fit:MASKS", {"falling": "prune"}),
+    type=RegistryChoice("shiradelta.fit:MASKS", "shiradelta.fit.choices:RENAMED_MASKS"),
     default="prune",
     show_default=True,
     help="Which weights change: found by pruning while training, by change, by change x input, by change x gradient.",

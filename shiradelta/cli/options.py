@@ -26,19 +26,24 @@ class RegistryChoice(_Choice):
     Args:
         path: module and attribute, such as "shiradelta.combine.methods:METHODS": a collection of names, or a
             function that returns one.
-        renamed: old name -> new name, for names that are still taken but not shown.
+        renamed: likewise, a mapping from old names to new ones; old names are taken but not shown.
     """
 
-    def __init__(self, path: str, renamed: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: str, renamed: str = "") -> None:
         super().__init__(())
         self.path = path
-        self.renamed = dict(renamed or {})
+        self._renamed = renamed
 
     def rows(self) -> Any:
         """The registry, or whatever collection of names there is."""
-        module, _, attribute = self.path.partition(":")
-        found = getattr(import_module(module), attribute)
+        found = _load(self.path)
         return found() if callable(found) else found
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """Old name -> new name."""
+        found: Mapping[str, str] = _load(self._renamed) if self._renamed else {}
+        return found
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -50,10 +55,17 @@ class RegistryChoice(_Choice):
         """Ignores what click's constructor sets."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in self.renamed:
-            warn_renamed(value, self.renamed[value])
-            value = self.renamed[value]
+        renamed = self.renamed
+        if value in renamed:
+            warn_renamed(value, renamed[value])
+            value = renamed[value]
         return super().convert(value, param, ctx)
+
+
+def _load(path: str) -> Any:
+    """The attribute of a module that a path such as "package.module:NAME" names."""
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 class RegistryOption(click.Option):

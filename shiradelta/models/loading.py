@@ -71,7 +71,10 @@ def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
     architecture = config["architectures"][0]
     loader = getattr(transformers, architecture, None)
     if loader is None:
-        raise SourceError(f"{config_folder}: transformers has no {architecture}; give model and forward from Python")
+        raise SourceError(
+            f"{config_folder}: transformers has no class {architecture}, which config.json names; give model and"
+            " forward from Python"
+        )
     with _loading(config_folder):
         parsed = transformers.AutoConfig.from_pretrained(config_folder, local_files_only=True)
     if getattr(parsed, "is_encoder_decoder", False):

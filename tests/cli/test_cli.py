@@ -165,8 +165,11 @@ def test_tensors_that_are_skipped_for_one_reason_share_a_line():
     assert skipped_lines(skipped) == ["skipped a and 1 more: nothing changes", "skipped c: is not a matrix"]
 
 
+RENAMED = {"half": "f16"}
+
+
 def test_renamed_options_and_choices_are_taken_with_a_warning_and_hidden():
-    codecs = RegistryChoice("shiradelta.format.codecs:VALUE_OPTIONS", {"half": "f16"})
+    codecs = RegistryChoice("shiradelta.format.codecs:VALUE_OPTIONS", "tests.cli.test_cli:RENAMED")
 
     @command()
     @click.option("--prune-from", type=float, default=5.0)
