@@ -101,7 +101,7 @@ def test_an_extracted_lora_of_full_rank_is_the_fine_tune_on_its_layers(folder: P
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_recipe_varied(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(recipe.run, "STEPS", 40)
+    monkeypatch.setattr(recipe.by_training, "STEPS", 40)
     rows = recipe.measure("echo", "full", 0, ["the recipe", "the output alone"], folder, 0.05, 12)
     assert [row["variant"] for row in rows] == ["the recipe", "the output alone"]
     assert all(0 < row["divergence"] < 1 for row in rows)
@@ -111,7 +111,7 @@ def test_the_recipe_varied(folder: Path, monkeypatch: pytest.MonkeyPatch):
 def test_every_variant_names_something_there_is():
     for settings in recipe.VARIANTS.values():
         with recipe.varied(settings) as rest:
-            assert set(rest) <= {"mask", "rate", "steps", "values", "scope", "text_share"}
+            assert set(rest) <= {"mask", "relative_lr", "steps", "values", "scope", "text_share"}
 
 
 def test_text_of_a_module(tmp_path: Path):
