@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/ready
 
-.PHONY: demo test lint docs bench fuzz vectors clean
+.PHONY: demo test check lint docs bench fuzz vectors clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto
+
+# All tests but the slow ones.
+check: $(STAMP)
+	$(BIN)/python -m pytest -n auto -m 'not slow'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Modules under their names of 0.1, which are taken for one release more.
+"""Modules under their names of 0.1, which are accepted for one more release.
 
 `import shiradelta.fusion` gives `shiradelta.combine.fuse` itself, with a DeprecationWarning that names it.
 """
@@ -12,43 +12,31 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-#: Old name -> new name, both under `shiradelta`.
+#: Old name -> new name, both under `shiradelta`: modules that users had reason to import.
 MOVED = {
     "arithmetic": "format.arithmetic",
-    "backend": "backends.choose",
-    "checkpoint": "models.checkpoint",
-    "codecs": "format.codecs",
     "delta": "format.delta",
     "describe": "io.describe",
     "digest": "format.digest",
-    "engine.directory": "folder.apply",
     "engine.hotswap": "hotswap.session",
     "engine.verification": "folder.verification",
-    "files": "util.files",
-    "fit.loading": "models.loading",
-    "fit.scores": "fit.importance",
-    "fit.texts": "text.texts",
-    "fit.train": "fit.training",
     "fusion": "combine.fuse",
-    "header": "format.container",
     "interference": "combine.interference",
-    "native": "backends.libshd.backend",
-    "patched": "nonzeros.patched",
-    "pruning": "nonzeros.pruning",
     "reader": "io.reader",
-    "reference": "backends.numpy",
     "report": "combine.report",
-    "saved_state": "nonzeros.saved_state",
-    "show": "util.text",
-    "spectrum": "select.spectrum",
-    "train.data": "text.examples",
-    "train.layout": "models.views",
-    "wire": "format.registry",
     "writer": "io.writer",
 }
-#: Packages that are gone, with modules in them that have moved.
-_GONE = {old.rpartition(".")[0] for old in MOVED} - {"", "fit", "train"}
+#: A package that is gone, with modules in it that have moved.
+_GONE = "engine"
 _PREFIX = "shiradelta."
+
+
+def new_name(old: str) -> str | None:
+    """The new name of a module that has moved, or of one inside it; both without `shiradelta.`."""
+    for moved, new in MOVED.items():
+        if old == moved or old.startswith(moved + "."):
+            return new + old[len(moved) :]
+    return None
 
 
 class _Finder:
@@ -63,12 +51,12 @@ class _Finder:
         if not fullname.startswith(_PREFIX):
             return None
         old = fullname.removeprefix(_PREFIX)
-        if old not in MOVED and old not in _GONE:
+        if new_name(old) is None and old != _GONE:
             return None
-        return ModuleSpec(fullname, self, is_package=old in _GONE)  # type: ignore[arg-type]  # it loads, too
+        return ModuleSpec(fullname, self, is_package=old == _GONE)  # type: ignore[arg-type]  # it loads, too
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        new = MOVED.get(spec.name.removeprefix(_PREFIX))
+        new = new_name(spec.name.removeprefix(_PREFIX))
         if new is None:
             return None
         warnings.warn(f"{spec.name} is {_PREFIX}{new} now", DeprecationWarning, stacklevel=2)
@@ -84,5 +72,5 @@ class _Finder:
 
 def install() -> None:
     """Makes the old names importable."""
-    # First, so that `shiradelta.codecs.rice` is not found a second time on the path of `shiradelta.format.codecs`.
+    # First, so that `shiradelta.report.page` is not found a second time on the path of `shiradelta.combine.report`.
     sys.meta_path.insert(0, _Finder())

@@ -19,7 +19,7 @@ def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is.
 
     Raises:
-        SourceError: the device cannot be used.
+        ArgumentError: the device cannot be used.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
