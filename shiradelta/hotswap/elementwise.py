@@ -1,4 +1,4 @@
-"""A backend of live tensors made of a few array operations, which NumPy defines and torch has too.
+"""A backend of live tensors built from a few array operations that NumPy and torch both have.
 
 A backend that fuses these operations overrides `apply`, `replace` and `restore`.
 """
@@ -47,7 +47,7 @@ class Elementwise(LiveBackend, ABC):
 
     @abstractmethod
     def zeros(self, like: Array, dtype: str) -> Array:
-        """As many zeros as `like` has elements, on its device."""
+        """Zeros of the shape of `like`, on its device."""
 
     @abstractmethod
     def scaled(self, values: Array, strength: float) -> Array:
@@ -108,13 +108,13 @@ class Elementwise(LiveBackend, ABC):
         self.write(target, union, new)
 
     def restore(self, layers: Sequence[Layer]) -> None:
-        """Puts saved elements back.  Layers that overlap have saved the same ones."""
+        """Writes saved elements back.  Layers that overlap saved the same elements."""
         for layer in layers:
             for number in np.flatnonzero(layer.filled).tolist():
                 self.restore_one(LayerPatch(layer, number))
 
     def restore_one(self, item: LayerPatch) -> None:
-        """Puts the saved elements of one patch back; the patch is `filled`."""
+        """Writes the saved elements of one patch back; the patch is `filled`."""
         self.write(item.patch.target, self.positions(item.patch), self.saved(item))
 
     def share_positions(self, one: Patch, other: Patch) -> bool:
@@ -135,11 +135,11 @@ class Elementwise(LiveBackend, ABC):
         return count
 
     def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
-        """An empty context: a CPU has done its work when a call returns."""
+        """An empty context: on a CPU, work is done when a call returns."""
         return nullcontext()
 
     def _union(self, patches: Sequence[Patch]) -> tuple[Array, list[Any]]:
-        """(positions of all patches, increasing; the index in them of each patch's positions)."""
+        """(sorted union of the patches' positions, the index in it of each patch's positions)."""
         parts = [self.positions(patch) for patch in patches]
         return self.merge(parts) if len(parts) > 1 else (parts[0], [slice(None)])
 
@@ -155,7 +155,7 @@ class Elementwise(LiveBackend, ABC):
             contribution = self.scaled(payload, item.layer.strength)
             if total is None:
                 total, added = self.zeros(old, "float32"), self.zeros(old, "bool")
-            # Starting from the first contribution and not from +0, which would lose the sign of -0.
+            # The sum starts from the first contribution, not from +0, which would lose the sign of -0.
             total[at] = self.xp.where(added[at], self.plus(total[at], contribution), contribution)
             added[at] = True
         if total is None:

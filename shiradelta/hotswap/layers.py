@@ -1,4 +1,4 @@
-"""What a hot-swap session puts on tensors: compressed patches, and the layers in which they are active."""
+"""Compressed patches of live tensors, and the layers in which they are active."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Array = Any
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """What one adapter does to one tensor, compressed, in the memory where the tensor is.
+    """One delta's change of one tensor, compressed, in the memory where the tensor is.
 
     Attributes:
         target: the tensor.
         record: the delta's row in the file's table.
-        dtype: of the tensor's elements; the file may leave it open.
+        dtype: the dtype of the tensor's elements; the file may leave it open.
         data: what the backend decodes the delta from.
     """
 
@@ -36,13 +36,13 @@ class Patch:
 
 
 class Held:
-    """What a backend holds of one adapter.
+    """One loaded delta, as a backend holds it.
 
     Attributes:
-        patches: one per tensor, in the order of the file's names.
+        patches: the patches, one per tensor, in the order of the file's names.
         targets: the tensors that the patches change.
         nbytes: memory that the patches take.
-        data: what the backend needs to know of all patches together.
+        data: the backend's data about all patches together.
         room: bytes needed to save the elements that the patches change.
         empty: for each patch, whether it changes nothing.
         counted: tensors of the model whose versions autograd counts.
@@ -66,7 +66,7 @@ class Held:
         return self._spans[number]
 
     def has_same_tensors(self, other: Held) -> bool:
-        """Whether both are for the same tensors of the model, as adapters of one kind mostly are."""
+        """Whether both change the same tensors of the model, as deltas of one kind mostly do."""
         return self._there == other._there
 
     def check_memory(self) -> None:
@@ -85,7 +85,7 @@ class Held:
         """Checks that the model still has all tensors.
 
         Raises:
-            TargetError: it has moved or replaced one since HotSwap looked at it.
+            TargetError: a tensor was moved or replaced since HotSwap read the model.
         """
         for target in self._there:
             if not target.is_there():
@@ -93,10 +93,10 @@ class Held:
 
 
 class Layer:
-    """An adapter that is on its tensors, or is about to be.
+    """A delta that is on its tensors, or is about to be.
 
     Attributes:
-        held: the adapter's patches.
+        held: the delta's patches.
         strength: alpha.
         room: bytes for the base's elements.
         filled: for each patch, whether its elements have been saved in the room.
@@ -119,12 +119,12 @@ class LayerPatch(NamedTuple):
         return self.layer.held.patches[self.number]
 
 
-#: What is on one tensor, in the order in which it takes effect: SETs, then ADDs by digest.
+#: The patches on one tensor, in the order in which they take effect: SETs, then ADDs by digest.
 Stack = list[LayerPatch]
 
 
 def stacks_of(layers: Sequence[Layer]) -> dict[Target, Stack]:
-    """What layers, given in the order of their digests, put on each tensor."""
+    """The patches on each tensor, of layers given in the order of their digests."""
     stacks: dict[Target, Stack] = {}
     for layer in layers:
         for number, patch in enumerate(layer.held.patches):
@@ -136,5 +136,5 @@ def stacks_of(layers: Sequence[Layer]) -> dict[Target, Stack]:
 
 
 def only_strengths_differ(before: Sequence[Layer], after: Sequence[Layer]) -> bool:
-    """Whether both have the same adapters in the same rooms."""
+    """Whether both have the same deltas in the same rooms."""
     return len(before) == len(after) and all(a.room is b.room for a, b in zip(before, after, strict=True))

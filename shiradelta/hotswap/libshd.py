@@ -1,4 +1,4 @@
-"""libshd on live CPU tensors: decoded, added, rounded and saved in one pass, on several threads."""
+"""libshd on live CPU tensors: one pass decodes, adds, rounds and saves, on several threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Data(NamedTuple):
     """A tensor's delta, for NumPy and for the library."""
 
     tensor: StoredTensor
-    loaded: LoadedTensor | None  # None where nothing is listed, or where the library does not know the file's codecs
+    loaded: LoadedTensor | None  # None for no nonzeros, or if the library does not know the codecs
 
 
 class NativeBackend(NumpyBackend):
@@ -47,7 +47,7 @@ class NativeBackend(NumpyBackend):
         return held.tensor.values() if patch.record.adds else held.tensor.bits()
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
-        """If only strengths are others, what is summed anew is not restored first: its base is in the layers' room."""
+        """If only strengths change, summed elements are recomputed from the saved base without a restore."""
         if not only_strengths_differ(before, after):
             super().replace(before, after)
             return
@@ -61,10 +61,10 @@ class NativeBackend(NumpyBackend):
             self.apply(stack)
 
     def apply(self, stack: Stack) -> None:
-        """In one pass, if all are ADDs on a contiguous tensor, or one is alone on it."""
+        """Takes one pass on a contiguous tensor, for any one delta or for several ADDs."""
         (layer, number), patch = stack[0], stack[0].patch
         loaded, weight = self._fused(patch)
-        # The bytes were checked and are ours, so while the library works nothing can fail half-way.
+        # The bytes were checked and belong to this process, so the library cannot fail half-way.
         if len(stack) == 1 and loaded is not None and weight is not None:
             loaded.apply(weight, patch.dtype, layer.strength, self.saved(stack[0]))
         elif (summed := self._summed(stack)) is not None:
@@ -76,7 +76,6 @@ class NativeBackend(NumpyBackend):
             layer.filled[number] = True
 
     def restore_one(self, item: LayerPatch) -> None:
-        """In one pass."""
         loaded, weight = self._fused(item.patch)
         if loaded is None or weight is None:
             super().restore_one(item)
@@ -84,14 +83,14 @@ class NativeBackend(NumpyBackend):
             loaded.revert(weight, item.patch.dtype, self.saved(item))
 
     def _fused(self, patch: Patch) -> tuple[LoadedTensor | None, Array | None]:
-        """(the library's tensor, the weight's bits flat), where they go together."""
+        """(the library's tensor, the weight's flat bits); None for what the library cannot work on."""
         held: _Data = patch.data
         array = elements(patch.target)
         fits = array.flags.c_contiguous and array.flags.aligned
         return held.loaded, array.reshape(-1) if fits else None
 
     def _summed(self, stack: Stack) -> tuple[list[tuple[LoadedTensor, float, Array]], Array, str] | None:
-        """What `apply_sum` takes, if it can do the whole stack."""
+        """The arguments of `apply_sum`; None if it cannot do the whole stack."""
         _, weight = self._fused(stack[0].patch)
         if weight is None:
             return None

@@ -18,7 +18,7 @@ from shiradelta.util.arrays import merge_sorted
 
 
 class NumpyBackend(Elementwise):
-    """Tensor by tensor, as the format defines it."""
+    """The reference backend: works tensor by tensor, as the format defines it."""
 
     name = "numpy"
     xp = np
@@ -27,7 +27,7 @@ class NumpyBackend(Elementwise):
         return np.empty(size, np.uint8)
 
     def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
-        """The file's bytes stay, compressed."""
+        """Keeps the file's bytes, compressed."""
         for tensor, _, _ in tensors:
             tensor.check()
         return held_as_stored([Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in tensors])
@@ -78,7 +78,7 @@ class NumpyBackend(Elementwise):
 
 
 def held_as_stored(patches: Sequence[Patch]) -> Held:
-    """Patches whose sections are kept as they lie in the file."""
+    """Wraps patches whose sections stay as stored in the file."""
     return Held(patches, sum(patch.record.index.stored + patch.record.values.stored for patch in patches))
 
 

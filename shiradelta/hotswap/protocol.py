@@ -1,7 +1,7 @@
-"""What a backend of live tensors has to do for a hot-swap session.
+"""The operations that a hot-swap session needs from a backend of live tensors.
 
-A session decides what is to be on which tensor.  A backend holds the compressed deltas beside the tensors and works on
-their elements.
+A session decides which deltas are on which tensor.  A backend holds the compressed deltas beside the tensors and works
+on their elements.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shiradelta.models.live import Target
 class LiveBackend(Protocol):
     """Work on the elements of tensors in one kind of memory.  All backends give the same bits.
 
-    Layers are given in the order of their adapters' digests.
+    Layers are given in the order of their deltas' digests.
     """
 
     name: str
@@ -47,7 +47,7 @@ class LiveBackend(Protocol):
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         """Replaces the layers on the tensors: saves the base's elements and writes the results (FORMAT.md, 6.2).
 
-        Layers that share their room are one adapter with two strengths.  If the call raises, the patches of `after`
+        Layers that share their room are one delta with two strengths.  If the call raises, the patches of `after`
         that may have been written are marked as `filled`.
         """
 
@@ -63,5 +63,5 @@ class LiveBackend(Protocol):
     def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
         """A context whose work follows all earlier work of this backend, on a device's stream if given.
 
-        Later work does not wait for work that only `reads`: the block itself waits for that.
+        With `reads`, leaving the block waits for the work, so later work need not.
         """

@@ -1,7 +1,7 @@
 """The backend in plain torch operations, for any device that torch has.
 
-Positions are kept as RICE, whatever the file has: what a device decodes is then one codec, and any set of positions
-fits it.  Bits are signed integers of the elements' size, which every device can index and compare.
+Positions are stored as RICE, whatever index codec the file has, so a device needs to decode only one codec.  Bits are
+signed integers of the elements' size, which every device can index and compare.
 """
 
 # mypy: disable-error-code="no-any-return, no-untyped-call"
@@ -35,10 +35,10 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class Sections:
-    """A patch's sections on the device, out of zstd and with RICE for an index; uint8.
+    """A patch's sections on the device, decompressed, with the index in RICE; uint8.
 
-    `codec` is what the values are in, which is not the file's codec where the device cannot decode that.  `low` and
-    `unary` are where these parts of the index start, `codes` where the values' codes do, in bytes.
+    `codec` is the codec of `values`; it differs from the file's if the device cannot decode that.  `low`, `unary` and
+    `codes` are the byte offsets of these parts in the index and in the values.
     """
 
     index: Tensor
@@ -52,7 +52,7 @@ class Sections:
 
     @classmethod
     def of(cls, index: Tensor, values: Tensor, head: bytes, record: Record, codec: TorchDecoder) -> Sections:
-        """Takes a patch's sections, the first bytes of its index, and the codec that the values are in."""
+        """Takes a patch's sections, the first bytes of its index, and the codec of its values."""
         k, unary_bits = registry.RICE_HEAD.unpack(head) if head else (0, 0)
         low = registry.RICE_HEAD.size + -(-unary_bits // registry.BLOCK_BITS) * 2 * registry.word_size(record.numel)
         unary = low + 4 * field_words(record.nnz, k)
@@ -60,12 +60,12 @@ class Sections:
 
     @property
     def blocks(self) -> int:
-        """Of the index."""
+        """Number of blocks in the index."""
         return -(-self.unary_bits // registry.BLOCK_BITS)
 
 
 class TorchBackend(Elementwise):
-    """One device.  Its work is in the order in which it was ordered, whatever the streams."""
+    """The backend of one device.  Its work runs in the order of the calls, whatever the streams."""
 
     name = "torch"
     xp = torch
@@ -78,13 +78,13 @@ class TorchBackend(Elementwise):
     # ---------------------------------------------------------------------------------------- memory
 
     def buffer(self, size: int) -> Bytes:
-        """Pinned, so that what is read into it goes to the device at full speed."""
+        """Pinned, so that copies to the device run at full speed."""
         pinned = self.device.type == "cuda"
         empty: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).numpy()
         return empty
 
     def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
-        """One buffer on the device for all sections, each where a file would align it."""
+        """Copies all sections into one buffer on the device, aligned as in a file."""
         codecs = [self._resident(tensor.record) for tensor, _, _ in tensors]
         parts = [
             part
@@ -93,10 +93,10 @@ class TorchBackend(Elementwise):
         ]
         try:
             buffer, starts = self._upload(source, parts)
-            map_in_threads(lambda item: item[0].check(), tensors)  # while the bytes are on their way
+            map_in_threads(lambda item: item[0].check(), tensors)  # while the copy runs
         finally:
             if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # the source is free to go
+                torch.cuda.current_stream(self.device).synchronize()  # the source may be freed now
         patches = []
         for i, ((tensor, target, dtype), codec) in enumerate(zip(tensors, codecs, strict=True)):
             (index, values), (a, b) = parts[2 * i : 2 * i + 2], starts[2 * i : 2 * i + 2]
@@ -108,9 +108,9 @@ class TorchBackend(Elementwise):
         return Held(patches, buffer.numel())
 
     def _upload(self, source: Bytes, parts: Sequence[slice | Bytes]) -> tuple[Tensor, list[int]]:
-        """(a buffer on the device, where in it each part starts).  Neighbours in the file go in one copy.
+        """(a buffer on the device, the offset of each part in it).  Neighbours in the file take one copy.
 
-        The source has to stay until the device has done it.
+        Keep the source alive until the copy has finished.
         """
         copies: list[tuple[int, Bytes]] = []
         starts: list[int] = []
@@ -138,9 +138,9 @@ class TorchBackend(Elementwise):
         return bits_dtype(registry.DTYPE_OF_NAME[dtype].size)
 
     def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
-        """Work is queued on the stream, behind all that is queued on the one that was last written on.
+        """Queues work on the stream, after everything on the stream that last wrote.
 
-        That is more than the work of this backend: a forward pass that was queued after it sees its weights, still.
+        So a forward pass queued there after that write still sees the weights that it wrote.
         """
         return self._queued(stream, reads) if self.device.type == "cuda" else torch.inference_mode()
 
@@ -172,18 +172,18 @@ class TorchBackend(Elementwise):
     # -------------------------------------------------------------------------------------- decoding
 
     def decodes(self, codec: TorchDecoder) -> bool:
-        """Whether values stay on the device in this codec; otherwise they are decoded when a file is loaded."""
+        """Whether the device decodes this codec; values in other codecs are decoded when a file is loaded."""
         return True
 
     def _resident(self, record: Record) -> TorchDecoder:
-        """The codec that a tensor's values are held in."""
+        """The codec of a tensor's values on the device."""
         own = VALUE_CODECS.by_id[record.value_codec] if record.nnz else None
         if isinstance(own, TorchDecoder) and self.decodes(own):
             return own
         return F32 if record.adds else BITS
 
     def positions(self, patch: Patch) -> Tensor:
-        """All blocks at once, as `codecs.rice` does."""
+        """Decodes all blocks at once, as `codecs.rice` does."""
         sections: Sections = patch.data
         nnz, k = patch.record.nnz, sections.k
         if not nnz:
@@ -194,7 +194,7 @@ class TorchBackend(Elementwise):
         rank = torch.arange(nnz, device=self.device)
         positions = ((ones - rank) << k) + rank
         if k:
-            # Two words, so that a field that crosses from one to the next is whole; the slack is behind the last.
+            # A field may cross into the next word, so two are read; the slack follows the last one.
             words = sections.index[sections.low : sections.unary + 8].view(torch.int32)
             at = rank * k
             word = at >> 5
@@ -221,21 +221,21 @@ class TorchBackend(Elementwise):
         elements[index] = bits
 
     def merge(self, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        union, places = torch.unique(torch.cat(list(parts)), return_inverse=True)
-        return union, list(places.split([len(part) for part in parts]))
+        union, indices = torch.unique(torch.cat(list(parts)), return_inverse=True)
+        return union, list(indices.split([len(part) for part in parts]))
 
     def zeros(self, like: Tensor, dtype: str) -> Tensor:
         return torch.zeros(like.shape, dtype=getattr(torch, dtype), device=self.device)
 
     def scaled(self, values: Tensor, strength: float) -> Tensor:
-        """As the reference: strength 1 changes nothing."""
+        # As in the reference, strength 1 takes no product.
         return values if strength == 1 else values * torch.tensor(strength, dtype=torch.float32, device=self.device)
 
     def plus(self, one: Tensor, other: Tensor) -> Tensor:
         return one + other
 
     def add(self, bits: Tensor, dtype: str, contribution: Tensor) -> Tensor:
-        """Rounds bf16 by integer arithmetic, as the reference."""
+        """Rounds bf16 by integer arithmetic, as the reference does."""
         floats = bits.view(getattr(torch, dtype))
         weight = floats.float()
         total = weight + contribution
@@ -248,7 +248,7 @@ class TorchBackend(Elementwise):
         return torch.where(weight.isnan(), bits, torch.where(total.isnan(), quiet, rounded))
 
     def fingerprint(self, positions: Tensor, bits: Tensor) -> int:
-        """In int64, which wraps; shifts are made logical by masking."""
+        """Computes in int64, which wraps; masks make shifts logical."""
         with torch.inference_mode():
             size = bits.element_size()
             wide = bits.to(torch.int64)
@@ -261,7 +261,7 @@ class TorchBackend(Elementwise):
 
 
 def _index(source: Bytes, tensor: StoredTensor) -> slice | Bytes:
-    """A tensor's positions as RICE: where they are in the file, or as made from it."""
+    """A tensor's positions as RICE: their slice of the file, or new bytes."""
     record = tensor.record
     if record.index_codec == IndexId.RICE:
         return _stored(source, record.index)
@@ -270,7 +270,7 @@ def _index(source: Bytes, tensor: StoredTensor) -> slice | Bytes:
 
 
 def _values(source: Bytes, tensor: StoredTensor, codec: ValueCodec) -> slice | Bytes:
-    """A tensor's values in a codec: where they are in the file, or as made from it."""
+    """A tensor's values in a codec: their slice of the file, or new bytes."""
     record = tensor.record
     if codec.id == record.value_codec or not record.nnz:
         return _stored(source, record.values)
@@ -278,7 +278,7 @@ def _values(source: Bytes, tensor: StoredTensor, codec: ValueCodec) -> slice | B
 
 
 def _stored(source: Bytes, section: Section) -> slice | Bytes:
-    """A section, out of zstd."""
+    """A section, decompressed: its slice of the file, or new bytes."""
     where = slice(section.offset, section.offset + section.stored)
     return np.frombuffer(bytearray(unzstd(source[where], section.decoded)), np.uint8) if section.zstd else where
 

@@ -1,7 +1,7 @@
 """The fused backend: every tensor of a device in one launch.
 
-Contiguous tensors go through the kernels; strided ones, and tensors onto which several adapters put more than sums of
-one codec, take the way of plain torch operations.
+Kernels handle contiguous tensors.  Strided tensors, and tensors on which several deltas do more than add values of one
+codec, are done by plain torch operations.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, new_p
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target
 
-#: Warps of a program, whose lanes are 2,048.  The fastest of 4 to 32; fewer registers, hints for the caches and
-#: programmatic dependent launches gained nothing (H100).
+#: Warps per program of 2,048 lanes.  This is the fastest of 4 to 32; fewer registers, cache hints and programmatic
+#: dependent launches gained nothing (H100).
 _WARPS = 16
-#: Programs a processor, where what they have at hand is to stay in the cache.
+#: Programs per multiprocessor, few enough that their data stays in the cache.
 _PROGRAMS = 2
-#: Stands for a pointer where a kernel is compiled and not run.
+#: A pointer for kernels that are compiled but not run.
 _ALIGNED = 1 << 40
-#: Stands for no limit to the programs of a launch.
+#: No limit to the programs of a launch.
 _ALL = 1 << 31
-#: Plans that an adapter keeps, the last that were used.
+#: Number of plans that a delta keeps: the most recently used ones.
 _PLANS = 16
-#: Bytes a nonzero that the overlaps of a plan may take.
+#: Bytes per nonzero that the overlaps of a plan may take.
 _OVERLAP = 0.1
 
 
@@ -59,14 +59,17 @@ class TritonBackend(TorchBackend):
         return codec.id in kernels.CODECS
 
     def _compile(self, held: Held) -> None:
-        """The kernels of a switch, now and not within the first one: it may take half a second, once a machine."""
+        """Compiles the switch kernels now, not during the first switch.
+
+        It may take half a second, once per machine.
+        """
         for x in self._plan([Layer(held, 1, None)]).alone:
             onto = held.data.table, x.entries, _ALIGNED
             self._run(kernels.apply_kernel, x, *onto, 1.0, most=0, FILLED=False, **x.kind.values())
             self._run(kernels.restore_kernel, x, *onto, most=0, **x.kind.elements())
 
     def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
-        """Fused where nothing is on the tensors yet."""
+        """Uses a kernel if no delta is on the tensors yet."""
         if below:
             return super().fingerprints(held, below)
         sums = torch.zeros(len(held.patches), dtype=torch.int64, device=self.device)
@@ -82,12 +85,13 @@ class TritonBackend(TorchBackend):
     # ------------------------------------------------------------------------------------- switching
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
-        """One launch to the base and one from there, as a rule; one in all, if only the strength is another.
+        """Usually two launches: restore the base, then apply the new deltas.  One if only the strength changes.
 
-        (One launch for both was slower than these two, in three ways: going from block to block of the old adapter and
-        through the blocks of the new one between them decodes the new one twice; taking blocks of either in turn, the
-        new ones waiting for those of the old that they meet, took 0.90 x a copy of the weights against 0.82 x; and with
-        no waiting at all, to be put right where they meet, still 0.90 x, against 0.80 x by the device's clock.)
+        Three ways to do both in one launch were slower:
+
+        - Apply the new blocks between the old ones: this decodes each new block twice.
+        - Alternate old and new blocks, with waits where they meet: 0.90 x a copy of the weights, against 0.82 x.
+        - The same without waits, with corrections where they meet: 0.90 x against 0.80 x, by the device's clock.
         """
         if not after:
             self.restore(before)
@@ -95,7 +99,7 @@ class TritonBackend(TorchBackend):
         filled = only_strengths_differ(before, after)
         if not filled:
             self.restore(before)
-        plan = self._plan(after)  # while the device takes out what was there
+        plan = self._plan(after)  # while the device restores the base
         if filled and plan.plain:
             self.restore(before)
             filled = False
@@ -111,9 +115,9 @@ class TritonBackend(TorchBackend):
         self._used([*before, *after])
 
     def restore(self, layers: Sequence[Layer]) -> None:
-        """Fused where all patches are there.
+        """Restores in one launch if every patch of the layer is applied.
 
-        The last layer first: until `overlap_kernel` has run, what it has saved may be the result of those before it.
+        The last layer goes first: until `overlap_kernel` has run, it may have saved the results of earlier layers.
         """
         for layer in reversed(layers):
             if not layer.filled.all():
@@ -149,9 +153,9 @@ class TritonBackend(TorchBackend):
                 layers[layer].filled[number] = True
 
     def _launch(self, kernel: Any, launch: Launch, *arguments: Any, **kind: Any) -> None:
-        """`_run` for kernels that are compiled once for each kind: pointers are multiples of 16, rooms take 64 bits.
+        """As `_run`, for kernels that are compiled once per kind: pointers are multiples of 16, rooms take 64 bits.
 
-        What Triton does to find that out takes longer than all else on the way to the device.
+        Skips Triton's inspection of the arguments, which takes longer than the rest of a launch.
         """
         key = kernel.fn.__name__, *kind.values()
         compiled = self._compiled.get(key)
@@ -159,29 +163,29 @@ class TritonBackend(TorchBackend):
             self._compiled[key] = self._run(kernel, launch, *arguments, **kind)
             return
         named = dict(zip(kernel.arg_names, arguments, strict=False), **kind)
-        # Triton before 3.3 has no constants in its signatures.
+        # The signatures of Triton before 3.3 leave out constants.
         with self._current():
             compiled[len(launch.entries), 1, 1](*[named[name] for name in compiled.src.signature])
 
     def _run(self, kernel: Any, launch: Launch, *arguments: Any, most: int = _ALL, **kind: Any) -> Any:
-        """A program for each entry; at most so many.  With none it is only compiled.
+        """Runs one program per entry, but at most `most` programs.  With `most` = 0 the kernel is only compiled.
 
         Returns:
             The compiled kernel; None from the interpreter.
         """
         grid = (min(len(launch.entries), most),)
         with self._current():
-            # Nothing may be contracted to a fused multiply-add.
+            # A fused multiply-add would round differently.
             return kernel[grid](*arguments, **kind, num_warps=_WARPS, enable_fp_fusion=False)
 
     def _current(self) -> AbstractContextManager[Any]:
-        """Makes the device current, where Triton launches: within `ordered` that may be another backend's."""
+        """Makes the device current, since Triton launches there.  `ordered` of another backend may have set another."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     # -------------------------------------------------------------------------------------- planning
 
     def _plan(self, layers: Sequence[Layer]) -> Plan:
-        """Made once for the same adapters; at its second use, pairs of them are looked through for overlaps."""
+        """The plan for these deltas, made once.  At its second use, overlaps of pairs are searched for."""
         plans: dict[tuple[int, ...], Plan] = layers[0].held.data.plans
         key = tuple(layer.held.data.serial for layer in layers)
         plan = plans.pop(key, None)
@@ -195,7 +199,7 @@ class TritonBackend(TorchBackend):
         return plan
 
     def _overlaps(self, plan: Plan, layers: Sequence[Layer]) -> Overlaps:
-        """Where pairs overlap; nothing if that is too much to keep."""
+        """The positions that pairs of patches share; empty if they would take too much memory."""
         found: Overlaps = []
         left = _OVERLAP * sum(layer.held.data.nonzeros for layer in layers)
         for kind, stack in plan.pairs:
@@ -210,7 +214,7 @@ class TritonBackend(TorchBackend):
         return found
 
     def _there(self, array: NDArray[Any]) -> torch.Tensor:
-        """On the device, without waiting for it."""
+        """Copies an array to the device, without waiting for it."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()

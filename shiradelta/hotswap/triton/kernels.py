@@ -1,9 +1,10 @@
-"""The kernels: a block of RICE a program, all tensors in one launch, sections as they lie in the file.
+"""The kernels: one program per block of RICE, all tensors in one launch, sections as stored in the file.
 
-A program finds its patch's row in a table of pointers by its entry (row, block) in `work`, turns the block's 2,048
-unary bits into positions with two prefix sums (spec/FORMAT.md, 4.2), one lane a bit, and works on the elements there.
-Positions and ranks are masked against the tensor, whatever the section says.  Rounding is integer arithmetic on bits;
-nothing may be contracted to a fused multiply-add (`enable_fp_fusion=False`).
+A program reads its entry (row, block) in `work`, which gives its patch's row in a table of pointers.  It turns the
+block's 2,048 unary bits into positions with two prefix sums (spec/FORMAT.md, 4.2), one lane per bit, and works on the
+elements there.  Positions and ranks are masked against the tensor, so out-of-range positions of a damaged section are
+ignored.  Rounding is integer arithmetic on bits; fused multiply-adds, which round differently, are switched off
+(`enable_fp_fusion=False`).
 """
 
 # mypy: ignore-errors
@@ -27,8 +28,8 @@ COLUMNS = (
     "unary_bits",
     "nnz",
     "numel",
-    "room",  # where what is saved lies in the layer's room, in bytes
-    "layer",  # its number, where there are several
+    "room",  # offset of the saved elements in the layer's room, in bytes
+    "layer",  # the layer's number, if there are several
 )
 DIRECTORY, LOW, UNARY, VALUES, PARAMETERS, WEIGHT, K, UNARY_BITS, NNZ, NUMEL, ROOM, LAYER = map(
     tl.constexpr, range(len(COLUMNS))
@@ -44,7 +45,7 @@ _INT8 = tl.constexpr(tl.pointer_type(tl.int8))
 #: The value codecs that `_value` and `_put` decode.
 CODECS = (ValueId.F32, ValueId.F16, ValueId.BF16, ValueId.I8, ValueId.I4, ValueId.SIGN, ValueId.BITS)
 F32, F16, BF16, I8, I4, SIGN, BITS = (tl.constexpr(int(id)) for id in CODECS)
-#: Of a sum that has no contribution: a NaN that no sum becomes.
+#: Marks an element without a contribution: a NaN pattern that no sum can have.
 EMPTY = tl.constexpr(-1)
 
 
@@ -66,7 +67,7 @@ def _entry(directory, index, WORD: tl.constexpr):
 
 @triton.jit
 def _whole(value, BIG: tl.constexpr):
-    """An integer that counts elements: 64 bits if BIG, and else 32, which are faster."""
+    """An integer that counts elements: 64 bits if BIG, else 32, which is faster."""
     return value.to(tl.int64 if BIG else tl.int32)
 
 
@@ -118,7 +119,7 @@ def _base(row, block, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
 def _block_at(row, position, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
     """The last block that begins at a position or before it, or a block before that.
 
-    By two looks at 2,048 of them: halving would wait for memory eleven times.
+    Two loads of 2,048 block starts; a binary search would need eleven dependent loads.
     """
     lane = _whole(tl.arange(0, BLOCK), BIG)
     step = (blocks + (BLOCK - 1)) // BLOCK
@@ -129,7 +130,7 @@ def _block_at(row, position, blocks, WORD: tl.constexpr, BIG: tl.constexpr):
 
 @triton.jit
 def _signed(magnitude, minus):
-    """Minus sets the sign bit itself: negation by subtraction would lose that of zero."""
+    """Sets the sign bit if `minus`; subtraction would lose the sign of zero."""
     return (magnitude.to(tl.int32, bitcast=True) ^ (minus << 31)).to(tl.float32, bitcast=True)
 
 
@@ -189,7 +190,7 @@ def _sum(old, contribution, DTYPE: tl.constexpr):
 
 @triton.jit
 def _pointer(address, SIZE: tl.constexpr):
-    """To elements of SIZE bytes, as integers."""
+    """Pointer to elements of SIZE bytes, as integers."""
     if SIZE == 1:
         pointer = address.to(_INT8)
     elif SIZE == 2:
@@ -239,7 +240,7 @@ def apply_kernel(
     BIG: tl.constexpr,
     FILLED: tl.constexpr,
 ):
-    """An adapter onto the base; if FILLED, onto itself with another strength."""
+    """Applies a delta to the base; if FILLED, replaces the same delta with another strength."""
     entry = work + 2 * tl.program_id(0)
     row = table + tl.load(entry) * WIDTH
     index, active, position = _targets(row, tl.load(entry + 1), WORD, BIG)
@@ -248,7 +249,7 @@ def apply_kernel(
 
 @triton.jit
 def restore_kernel(table, work, room, SIZE: tl.constexpr, WORD: tl.constexpr, BIG: tl.constexpr):
-    """An adapter's elements back to the base's."""
+    """Restores the base's elements of a delta."""
     entry = work + 2 * tl.program_id(0)
     row = table + tl.load(entry) * WIDTH
     index, active, position = _targets(row, tl.load(entry + 1), WORD, BIG)
@@ -257,7 +258,7 @@ def restore_kernel(table, work, room, SIZE: tl.constexpr, WORD: tl.constexpr, BI
 
 @triton.jit
 def _layer(layers, row):
-    """(room, strength) of the layer that a row is of, where there are several."""
+    """(room, strength) of a row's layer, if there are several layers."""
     layer = layers + 2 * tl.load(row + LAYER)
     return tl.load(layer), tl.load(layer + 1).to(tl.int32).to(tl.float32, bitcast=True)
 
@@ -277,11 +278,11 @@ def stack_kernel(
     BIG: tl.constexpr,
     FILLED: tl.constexpr,
 ):
-    """Several adapters that add, onto the base; if FILLED, onto themselves with other strengths.
+    """Applies the sum of several deltas to the base; if FILLED, replaces the same deltas with other strengths.
 
-    A program goes through regions of REGION elements: entries (first row, rows, region) in `work`.  It adds up the
-    contributions of one row after another in `sums`, its own float32 [REGION], then rounds each sum once.  `sums`
-    holds EMPTY wherever nothing was added, before and after.  `layers` is (room, bits of the strength) of each.
+    A program goes through regions of REGION elements: entries (first row, rows, region) in `work`.  It adds the
+    contributions of one row after another in `sums`, its own float32 [REGION], then rounds each sum once.  Elements
+    of `sums` without a contribution hold EMPTY, before and after.  `layers` has (room, bits of the strength) of each.
     """
     own = _pointer(sums.to(tl.int64), 4) + tl.program_id(0).to(tl.int64) * REGION
     number = tl.program_id(0)
@@ -307,12 +308,12 @@ def stack_kernel(
                     if not FILLED:
                         tl.store(saved, tl.load(weight, mask=active, other=0), mask=active)
                     value = strength * _value(row, index, active, CODEC)
-                    # Starting from the first contribution and not from +0, which would lose the sign of -0.
+                    # The sum starts from the first contribution, not from +0, which would lose the sign of -0.
                     value = tl.where(sum_bits == EMPTY, value, sum + value)
                     bits = tl.where(value == value, value.to(tl.int32, bitcast=True), 0x7FC00000)
                     tl.store(sum_at, bits, mask=active)
                 else:
-                    # Where adapters overlap, the first one here finds the sum and writes.
+                    # Where deltas overlap, the first one here finds the sum and writes it.
                     active = active & (sum_bits != EMPTY)
                     old = tl.load(saved, mask=active, other=0)
                     tl.store(weight, _sum(old, sum, DTYPE), mask=active)
@@ -336,10 +337,10 @@ def overlap_kernel(
     BIG: tl.constexpr,
     FILLED: tl.constexpr,
 ):
-    """Two adapters where they overlap, after each has been put on as if it were alone, the first one first.
+    """Corrects the elements that two deltas share, after each was applied separately, in order.
 
-    An entry is (row, start, count), the second adapter's row being the next one; `lists` is int32 [3, size]: positions
-    and the two ranks there.  What the second one saved is put right, and the sum of both is rounded once.
+    An entry is (row, start, count); the second delta's row follows the first one's.  `lists` is int32 [3, size]:
+    positions, and both ranks there.  Corrects the elements that the second delta saved, and rounds the sum once.
     """
     entry = work + 3 * tl.program_id(0)
     row = table + tl.load(entry) * WIDTH
@@ -362,7 +363,7 @@ def overlap_kernel(
 
 @triton.jit
 def fingerprint_kernel(table, work, sums, SIZE: tl.constexpr, WORD: tl.constexpr, BIG: tl.constexpr):
-    """Adds mix(position, bits) of the elements there to the sum of the row (FORMAT.md, 6.3)."""
+    """Adds mix(position, bits) of a block's elements to the sum of their row (FORMAT.md, 6.3)."""
     entry = work + 2 * tl.program_id(0)
     number = tl.load(entry)
     row = table + number * WIDTH

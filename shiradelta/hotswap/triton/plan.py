@@ -20,7 +20,7 @@ from shiradelta.hotswap.torch import Sections
 from shiradelta.hotswap.triton import kernels
 from shiradelta.models.live import is_array
 
-#: Elements that a program of `stack_kernel` sums up at a time: as many as stay in the cache for all programs.
+#: Elements that a program of `stack_kernel` sums at a time; those of all programs fit into the cache.
 REGION = 1 << 16
 _BIG = 1 << 31
 _LAYER, _UNARY_BITS, _NNZ, _NUMEL = (
@@ -34,7 +34,7 @@ _serials = count()
 
 
 class Kind(NamedTuple):
-    """What a kernel is compiled for."""
+    """The properties of a patch that its kernels are compiled for."""
 
     codec: int
     dtype: str
@@ -43,26 +43,26 @@ class Kind(NamedTuple):
     big: bool  # positions pass 2^31
 
     def values(self) -> dict[str, Any]:
-        """Of kernels that look at values."""
+        """Compile-time arguments of kernels that decode values."""
         return {"CODEC": self.codec, "DTYPE": self.dtype, **self.elements()}
 
     def elements(self) -> dict[str, Any]:
-        """Of kernels that do not."""
+        """Compile-time arguments of kernels that only move elements."""
         return {"SIZE": self.size, "WORD": self.word, "BIG": self.big}
 
 
-#: What is on one tensor: (layer, patch), in the order in which it counts.
+#: The patches on one tensor, as (layer, patch), in the order in which they take effect.
 Stack = list[tuple[int, int]]
-#: (kind, (stack of two, int32 [3, n]: see `overlap_kernel`)), one a tensor.
+#: One per tensor: (kind, (stack of two, the `lists` of `overlap_kernel`, int32 [3, n])).
 Overlaps = list[tuple[Kind, tuple[Stack, torch.Tensor]]]
 
 
 class Launch(NamedTuple):
-    """One launch.
+    """One launch of a kernel.
 
     Attributes:
-        layer: the number of the layer that it is for; -1 for several.
-        patches: numbers of that layer's patches, or (layer, patch) [n, 2] of several.
+        layer: the number of the launch's only layer; -1 for several layers.
+        patches: numbers of that layer's patches, or (layer, patch) [n, 2] for several layers.
         entries: int32 on the device; see the kernels' `work`.
         lists: int32 on the device, for `overlap_kernel`.
     """
@@ -76,15 +76,15 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How to put some layers on.
+    """The launches that apply some layers.
 
     Attributes:
-        alone: launches for patches that are put on as if they were alone, layer after layer.
-        overlaps: launches of `overlap_kernel`, for tensors that two of those are on.
-        sums: launches of `stack_kernel`, for tensors that more layers are on.
-        table: that of both, on the device.
-        plain: stacks that plain torch does.
-        pairs: stacks of `sums` that `overlap_kernel` may be quicker for.
+        alone: launches for patches that are applied separately, layer after layer.
+        overlaps: launches of `overlap_kernel`, for tensors with two separately applied patches.
+        sums: launches of `stack_kernel`, for tensors with several patches that are summed.
+        table: the table of `overlaps` and `sums`, on the device.
+        plain: stacks that plain torch operations apply.
+        pairs: stacks of `sums` for which `overlap_kernel` may be faster.
     """
 
     alone: list[Launch]
@@ -97,13 +97,13 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Of all patches of an adapter.
+    """The device tables for all patches of one delta.
 
     Attributes:
-        rows: of the kernels' table, int64 [patches, columns]; `table` is the same on the device.
-        kinds: None for a patch that plain torch has to do.
-        nonzeros: of all patches.
-        plans: of this adapter and others, by the serial numbers of all that are in them.
+        rows: rows of the kernels' table, int64 [patches, columns]; `table` is the same on the device.
+        kinds: the kind of each patch; None if plain torch operations apply it.
+        nonzeros: number of nonzeros of all patches.
+        plans: plans that begin with this delta, by the serial numbers of their deltas.
     """
 
     rows: NDArray[np.int64]
@@ -119,26 +119,26 @@ There = Callable[[NDArray[Any]], torch.Tensor]
 
 
 def prepare(held: Held, there: There) -> Prepared:
-    """What does not depend on other adapters."""
+    """Makes the tables of a delta, which do not depend on other deltas."""
     rows = [_row(patch, held.span(number).start) for number, patch in enumerate(held.patches)]
     table = np.array(rows, np.int64).reshape(len(rows), len(kernels.COLUMNS))
     return Prepared(table, there(table), [_kind(patch) for patch in held.patches], int(table[:, _NNZ].sum()))
 
 
 def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = None) -> Plan:
-    """How to put layers on.
+    """Plans the launches that apply layers.
 
     Args:
-        layers: in the order of their digests.
+        layers: the layers, in the order of their digests.
         there: copies to the device.
-        overlaps: of all `pairs` of the plan without them; none if they are not to be kept.
+        overlaps: the overlaps of all `pairs` of an earlier plan of these layers; empty if they take too much memory.
     """
     numbers = {id(layer): number for number, layer in enumerate(layers)}
     alone: list[tuple[tuple[Kind, int], int]] = []
     sums: list[tuple[Kind, Stack]] = []
     plain: list[Stack] = []
-    for places in stacks_of(layers).values():
-        stack = [(numbers[id(layer)], number) for layer, number in places]
+    for patches in stacks_of(layers).values():
+        stack = [(numbers[id(layer)], number) for layer, number in patches]
         kinds = {layers[layer].held.data.kinds[number] for layer, number in stack}
         kind = kinds.pop() if len(kinds) == 1 else None
         if kind is None or (len(stack) > 1 and kind.codec == kernels.BITS.value):
@@ -156,14 +156,14 @@ def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = 
 
 
 class _Launches:
-    """Those of a plan, and the rows of its table that they need."""
+    """Makes the launches of a plan, and the table rows that they refer to."""
 
     def __init__(self, layers: Sequence[Layer], there: There) -> None:
         self._layers, self._there = layers, there
         self.rows: list[NDArray[np.int64]] = []
 
     def _add(self, stack: Stack) -> int:
-        """The first of its rows."""
+        """Adds the rows of a stack; returns the index of the first one."""
         first = len(self.rows)
         for layer, number in stack:
             row = self._layers[layer].held.data.rows[number].copy()
@@ -172,20 +172,20 @@ class _Launches:
         return first
 
     def alone(self, key: tuple[Kind, int], patches: Sequence[int]) -> Launch:
-        """A program for each block of patches of a layer."""
+        """Applies patches of one layer separately, with one program per block."""
         kind, layer = key
         numbers = np.array(patches, np.int64)
         blocks = -(-self._layers[layer].held.data.rows[numbers, _UNARY_BITS] // registry.BLOCK_BITS)
         return Launch(kind, layer, numbers, self._there(_entries(numbers[:, None], blocks)))
 
     def sum(self, kind: Kind, stacks: Sequence[Stack]) -> Launch:
-        """An entry for each region of each stack."""
+        """Sums stacks, with one entry per region of each stack."""
         columns = np.array([(self._add(stack), len(stack)) for stack in stacks], np.int64)
         regions = np.array([-(-self.rows[first][_NUMEL] // REGION) for first, _ in columns.tolist()], np.int64)
-        return Launch(kind, -1, _places(stacks), self._there(_entries(columns, regions)))
+        return Launch(kind, -1, _numbers(stacks), self._there(_entries(columns, regions)))
 
     def overlap(self, kind: Kind, found: Sequence[tuple[Stack, torch.Tensor]]) -> Launch:
-        """A program for each 2,048 elements that the two adapters of a stack share."""
+        """Corrects the elements that the two patches of each stack share, with one program per 2,048 elements."""
         entries, start = [], 0
         for stack, shared in found:
             first, size = self._add(stack), shared.shape[1]
@@ -193,16 +193,16 @@ class _Launches:
             start += size
         work = self._there(np.array(entries, np.int32).reshape(-1, 3))
         stacks, lists = zip(*found, strict=True)
-        return Launch(kind, -1, _places(stacks), work, torch.cat(lists, 1))
+        return Launch(kind, -1, _numbers(stacks), work, torch.cat(lists, 1))
 
 
-def _places(stacks: Sequence[Stack]) -> NDArray[np.int64]:
-    """(layer, patch) [n, 2] of all."""
-    return np.array([place for stack in stacks for place in stack], np.int64)
+def _numbers(stacks: Sequence[Stack]) -> NDArray[np.int64]:
+    """(layer, patch) of all stacks, [n, 2]."""
+    return np.array([pair for stack in stacks for pair in stack], np.int64)
 
 
 def _is_pair(kind: Kind, stack: Stack) -> bool:
-    """Whether `overlap_kernel` can do it."""
+    """Whether `overlap_kernel` can handle the stack."""
     return len(stack) == 2 and not kind.big
 
 
@@ -237,13 +237,13 @@ def _row(patch: Patch, room: int) -> tuple[int, ...]:
 
 
 def _entries(columns: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
-    """int32 [sum of counts, columns + 1]: each row of `columns` with 0, 1, ..., up to its count."""
+    """int32 [sum of counts, columns + 1]: each row of `columns`, repeated with 0, 1, ..., its count - 1."""
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.column_stack([np.repeat(columns, counts, axis=0), within]).astype(np.int32)
 
 
 def _groups(pairs: Iterable[tuple[Key, Item]]) -> list[tuple[Key, list[Item]]]:
-    """(key, its items), in the order in which the keys come."""
+    """Groups items by key: (key, its items), in order of first appearance."""
     groups: dict[Key, list[Item]] = {}
     for key, item in pairs:
         groups.setdefault(key, []).append(item)
