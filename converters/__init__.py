@@ -37,7 +37,7 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker knows new names only
 
     def __getattr__(name: str) -> Any:
-        """Names of 0.1, which are taken for one release more."""
+        """Resolves names of 0.1, which are accepted for one more release."""
         from shiradelta.util.deprecated import warn_renamed
 
         if name == "Report":

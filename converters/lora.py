@@ -1,4 +1,4 @@
-"""LoRA and kin (AdaLoRA, LoHa, LoKr): delta = scale * B A or another product, from PEFT's folders and lone files."""
+"""LoRA and variants (AdaLoRA, LoHa, LoKr), from PEFT's folders and single files: delta = scale * B A or similar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .lora_scale import Scale, number
 from .lora_whole import add_whole
 from .sources import SourceFiles, source
 
-#: Models whose layers are stored as [in, out].
+#: Model types whose layers are stored as [in, out].
 _CONV1D = ("gpt2", "gpt", "openai-gpt", "imagegpt")
 
 
@@ -51,10 +51,10 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
             result.skipped[module] = found
         else:
             shapes[module] = found
-    untold = [module for module in shapes if scale.told(module, alphas.get(module)) is None]
-    if untold:
+    no_alpha = [module for module in shapes if scale.alpha_of(module, alphas.get(module)) is None]
+    if no_alpha:
         result.warnings.append(
-            f"{len(untold)} of {len(shapes)} modules have no alpha: it is taken to be their rank, so their scale is 1;"
+            f"{len(no_alpha)} of {len(shapes)} modules have no alpha; their rank is taken for it, so their scale is 1;"
             " --alpha sets another"
         )
     tensors = {module: f"{module}.weight" for module in shapes}
@@ -72,7 +72,7 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
             item = Skipped(SkipReason.DUPLICATE, f"another module changes {name!r} already")
         result.add(module, item)
         taken |= {name} if isinstance(item, Item) else set()
-    if base is None or taken:  # without a match the base is another model, which lacks whatever the file holds
+    if base is None or taken:  # without any match the base is another model
         add_whole(source, others, set(differences), names, scale, base, result)
     lone = Skipped(SkipReason.PARTS, "an alpha without factors")
     result.skipped |= {key: lone for module, key in alpha_keys.items() if module not in modules}
@@ -94,7 +94,7 @@ def _alpha(source: Checkpoint, key: str) -> float:
 
 
 def _factor(source: Checkpoint, module: str, parts: Module, scale: Scale, alpha: float | None) -> float:
-    """What the product of a module's factors is multiplied by."""
+    """The factor on the product of a module's factors."""
     if "E" in parts.keys:
         return scale.adaptive(module)
     if not lycoris.is_lycoris(parts.keys):
@@ -104,7 +104,7 @@ def _factor(source: Checkpoint, module: str, parts: Module, scale: Scale, alpha:
 
 
 def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] | Skipped:
-    """The shape of the product of the factors, or why there is none."""
+    """The shape of the product of the factors, or the reason to skip it."""
     others = lycoris.is_lycoris(parts.keys)
     if not others and set(parts.keys) - {"E"} != {"A", "B"}:
         return Skipped(SkipReason.PARTS, f"only {' '.join(parts.keys)} of A and B is there")
@@ -135,7 +135,7 @@ def _names(
     others: Mapping[str, str],
     base: Checkpoint | None,
 ) -> tuple[dict[str, str], dict[str, Skipped]]:
-    """As `find_tensors`, for the modules and for what is saved whole; without a base the source's names are kept."""
+    """As `find_tensors`, for modules and for tensors saved whole; keeps the source's names without a base."""
     if base is not None:
         whole = {name: source[key].shape for key, name in others.items()}
         return find_tensors(whole | {tensors[module]: shape for module, shape in shapes.items()}, base)
@@ -174,10 +174,10 @@ def _swapped(
             seen |= set() if parts.embedding else {swap}
     for module in square:
         family = base.config(names[module]).get("model_type") in _CONV1D
-        told = scale.orientation(module)
-        if (seen == {True}) or (seen != {False} and (family or told)):
+        stored_transposed = scale.orientation(module)
+        if (seen == {True}) or (seen != {False} and (family or stored_transposed)):
             swapped.add(module)
-        elif len(seen) == 2 and told is None:
+        elif len(seen) == 2 and stored_transposed is None:
             result.warnings.append(f"{module} is square: taken as [out, in], though other layers here are [in, out]")
     return swapped
 
@@ -191,7 +191,7 @@ def _item(
     factor: float,
     swap: bool,
 ) -> Item | Skipped:
-    """The dense delta of one module, or why there is none."""
+    """The dense delta of one module, or the reason to skip it."""
     others = lycoris.is_lycoris(parts.keys)
     if others and swap:
         why = "the base stores it as [in, out], which is not supported for LoHa and LoKr; merge it first"
@@ -237,7 +237,7 @@ def _lycoris(source: Checkpoint, parts: Module, factor: float, swap: bool, shape
 
 
 def _in_rows(matrix: lycoris.MatrixRows, width: int, shape: tuple[int, ...]) -> Rows:
-    """A matrix of `width` columns as rows of `row_shape`; a row of the matrix may hold several of them."""
+    """Reads a matrix of `width` columns in rows of `row_shape`; one row of the matrix may hold several."""
     columns = row_shape(shape)[1]
     pieces = width // columns if columns else 1
 

@@ -26,7 +26,7 @@ _KEY = re.compile(
 )
 _LYCORIS = re.compile(rf"^(?P<module>.+?)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?){_ADAPTER}$")
 _PROCESSOR = re.compile(r"^(?P<layer>.+)\.processor\.(?P<projection>to_\w+)_lora(?P<rest>\.(?:up|down)(?:\.weight)?)$")
-#: Parts of other methods that would be lost without a word if only A and B were taken.
+#: Parts of other methods that would be silently dropped if only A and B were read.
 _UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA's magnitudes need the base's norms; merge it first",
     "dora_scale": "DoRA's magnitudes need the base's norms; merge it first",
@@ -42,7 +42,7 @@ TOKENS = re.compile(rf"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_de
 
 @dataclass
 class Module:
-    """What a file holds of one module."""
+    """The keys of one module in a file."""
 
     keys: dict[str, str] = field(default_factory=dict)  # "A", "B", AdaLoRA's "E", or LyCORIS' name of a part -> key
     embedding: bool = False
@@ -122,7 +122,7 @@ _ORIGINAL = re.compile(r"(?:^|[._])(?:(?:input|output|double|single|joint)_block
 
 @dataclass(frozen=True)
 class _InPipeline:
-    """A tensor's place in a pipeline, read from its name: in one of `components`, as `rest`."""
+    """A tensor's possible names in a pipeline, read from its key: `rest` in one of `components`."""
 
     component: str  # as the file spells it
     components: tuple[str, ...]
@@ -140,7 +140,7 @@ class _InPipeline:
 
 
 class _Base:
-    """Looks for tensors in a base by their places in a pipeline."""
+    """Finds tensors in a base by their names in a pipeline."""
 
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
@@ -157,7 +157,7 @@ class _Base:
         return None
 
     def one_component(self, places: Mapping[str, _InPipeline], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """Which of a file's components the base is: by its folder's name, else by what fits; may be several."""
+        """The components of a file that the base may be: by its folder's name, else by what fits."""
         spelt = {place.component: place.components for place in places.values()}
         root = self.base.root if self.base.root.is_dir() else self.base.root.parent
         named = {component for component, folders in spelt.items() if root.name in folders}
@@ -172,11 +172,11 @@ class _Base:
 
 
 def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tuple[dict[str, str], dict[str, Skipped]]:
-    """(wanted name -> the base's, wanted name -> why there is none).
+    """Finds tensors in a base: (wanted name -> the base's, wanted name -> why there is none).
 
     Args:
         wanted: names as a file has them -> shapes, in any order of the dimensions.
-        base: where to look.
+        base: the checkpoint to search.
     """
     found: dict[str, str] = {}
     lacking: dict[str, Skipped] = {}

@@ -1,4 +1,4 @@
-"""What the product of a LoRA's factors is multiplied by, and what else its configuration says."""
+"""The scale of a LoRA's modules, and other parts of its configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shiradelta.util.json_files import read_json
 
 from .peft_folder import PRODUCTS, check_type
 
-#: Initialisations that take something out of the base, by the start of their names.
+#: Initialisations that also change the base, by the start of their names.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _UNSUPPORTED = {
     "use_dora": "a DoRA, whose magnitudes need the base's norms; merge it first",
@@ -61,21 +61,21 @@ class Scale:
         """The configuration of a module's component."""
         return self.configs.get(module.partition(".")[0], self.configs.get("", {}))
 
-    def told(self, module: str, tensor: float | None) -> float | None:
-        """A module's alpha, or None where nothing says it; `tensor` is what its alpha tensor holds."""
+    def alpha_of(self, module: str, tensor: float | None) -> float | None:
+        """A module's alpha; None if it is unknown.  `tensor` is the value of its alpha tensor."""
         if self.alpha is not None or tensor is not None:
             return self.alpha if self.alpha is not None else tensor
         config = self.config(module)
-        told = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", config.get("alpha")))
-        return None if told is None else number(told, f"{module}: alpha")
+        alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", config.get("alpha")))
+        return None if alpha is None else number(alpha, f"{module}: alpha")
 
     def __call__(self, module: str, rank: int, tensor: float | None) -> float:
-        """The factor on B A of one module; `tensor` is what its alpha tensor holds."""
-        alpha = self.told(module, tensor)
+        """The factor on B A of one module; `tensor` is the value of its alpha tensor."""
+        alpha = self.alpha_of(module, tensor)
         return (rank if alpha is None else alpha) / (math.sqrt(rank) if self.config(module).get("use_rslora") else rank)
 
     def adaptive(self, module: str) -> float:
-        """The factor on B (A * E) of AdaLoRA, which divides by the rank that it began with.
+        """The factor on B (A * E) of AdaLoRA, which divides by its initial rank.
 
         Raises:
             SourceError: the configuration does not say that rank.
@@ -84,30 +84,30 @@ class Scale:
         began = config.get("init_r")
         if not isinstance(began, int) or began < 1:
             raise SourceError(f"{module}: is of an AdaLoRA, whose scale is in {CONFIG}; put that beside the file")
-        alpha = self.told(module, None)
+        alpha = self.alpha_of(module, None)
         return (alpha if alpha is not None and alpha > 0 else began) / (began + 1e-5)
 
     def whole_rank(self, module: str) -> int | None:
-        """The rank that PEFT divides alpha by where the factors do not show it; None without its configuration."""
+        """The rank that PEFT divides alpha by, if the factors do not show it; None without PEFT's configuration."""
         config = self.config(module)
-        told = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
-        return told if isinstance(told, int) and told > 0 and self.of_peft(module) else None
+        rank = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        return rank if isinstance(rank, int) and rank > 0 and self.of_peft(module) else None
 
     def of_peft(self, module: str) -> bool:
         """Whether a module's configuration is PEFT's."""
         return "peft_type" in self.config(module)
 
     def tokens(self, module: str) -> list[int] | None:
-        """The rows of an embedding that were trained; None where nothing says it."""
-        told = self.config(module).get("trainable_token_indices")
-        if isinstance(told, dict):
-            told = next((rows for name, rows in told.items() if f".{module}".endswith(f".{name}")), None)
-        if not isinstance(told, list) or not all(type(row) is int and row >= 0 for row in told):
+        """The trained rows of an embedding; None if the configuration does not list them."""
+        rows = self.config(module).get("trainable_token_indices")
+        if isinstance(rows, dict):
+            rows = next((given for name, given in rows.items() if f".{module}".endswith(f".{name}")), None)
+        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
             return None
-        return told
+        return rows
 
     def orientation(self, module: str) -> bool | None:
-        """Whether the base stores the weight as [in, out] (GPT-2's Conv1D); None where nothing says it."""
+        """Whether the base stores the weight as [in, out] (GPT-2's Conv1D); None if unknown."""
         return self.config(module).get("fan_in_fan_out")
 
     def adds(self, name: str) -> bool | None:
@@ -119,10 +119,10 @@ class Scale:
 
 
 def number(value: Any, what: str) -> float:
-    """A finite float.
+    """Converts a value to a finite float.
 
     Raises:
-        SourceError: the value is not one; `what` says where it stands.
+        SourceError: the value is not a finite number; `what` names it in the message.
     """
     try:
         result = float(value)

@@ -73,7 +73,7 @@ def convert(
         alpha: a LoRA's alpha, which overrides what its files say.
         zstd: compress sections where that helps; for archives.
         metadata: further pairs for the file.
-        backend: "libshd", "numpy", or "auto" for the best that is available.
+        backend: "libshd", "numpy", or "auto" for the fastest available.
         fit: fits the nonzeros, as these settings say; it needs texts and the base.
         plot: a PNG to write: nonzeros and energy by layer, and the distance from the fine-tune while fitting.
         progress: called with (what, done, total) while work goes on.

@@ -1,4 +1,4 @@
-"""The source layouts that `convert` reads: one row each, and finding out which of them a source has.
+"""The source layouts that `convert` reads, one row each; finds the layout of a source.
 
 A layout is a decorated function.  One outside the package works the same way (docs/extend/source.md).
 """
@@ -19,13 +19,13 @@ from shiradelta.util.registry import Registry
 from .item import Source
 from .peft_folder import adapter_weights
 
-#: The kind that stands for the first layout that recognises the source.
+#: The kind that takes the first layout that recognises the source.
 AUTO = "auto"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class SourceFiles:
-    """What a user gave to convert: a path, and the base's checkpoint where there is one.
+    """The files to convert: a path, and the base's checkpoint if there is one.
 
     Attributes:
         path: the source's file or folder.
@@ -37,10 +37,10 @@ class SourceFiles:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The source's safetensors: of a file, of a model's folder, or of PEFT's adapter folder.
+        """The source's tensors, from a safetensors file, a model's folder or PEFT's adapter folder.
 
         Raises:
-            SourceError: it has none, or they cannot be read.
+            SourceError: there are none, or they cannot be read.
         """
         if self.path.suffix in _PICKLES:
             raise SourceError(f"{self.path}: is not a safetensors file; save it as safetensors first")
@@ -102,18 +102,18 @@ def source(
 
 
 def kinds() -> tuple[str, ...]:
-    """What `convert` takes as `kind`: "auto", and the layouts in the order in which they are asked."""
+    """The values of `kind` in `convert`: "auto", and the layouts in the order in which they are asked."""
     return AUTO, *(layout.name for layout in _ordered())
 
 
 def open_source(path: Path, kind: str, base: Checkpoint | None, alpha: float | None) -> Source:
-    """Finds out which layout a source has, and opens it.
+    """Finds the layout of a source, and opens it.
 
     Args:
         path: the source's file or folder.
         kind: a layout's name, or "auto" for the first that recognises the source.
-        base: the base's checkpoint, where there is one.
-        alpha: a LoRA's alpha, over what its files say.
+        base: the base's checkpoint, if there is one.
+        alpha: overrides the alpha in the LoRA's files.
 
     Raises:
         ArgumentError: the kind is unknown, or an option is given that the layout does not take.

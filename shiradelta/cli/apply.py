@@ -26,10 +26,10 @@ def apply(
 
     `shiradelta revert` takes it out again bit for bit.
     """
-    from shiradelta.folder import apply as directory
+    from shiradelta.folder.apply import apply as run
 
     with progress_bar("applying") as progress:
-        report = directory.apply(
+        report = run(
             model,
             delta,
             out=out,

@@ -37,8 +37,8 @@ def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
     from shiradelta.combine.methods import methods_with, unused_options
 
     if given := options.given(*unused_options(arguments["method"])):
-        takers = methods_with(given.removeprefix("--"))
-        raise click.UsageError(f"{given} is an option of {' and '.join(takers)}; add --method {takers[0]}, say.")
+        methods = methods_with(given.removeprefix("--"))
+        raise click.UsageError(f"{given} is an option of {' and '.join(methods)}; add --method {methods[0]}, say.")
     with progress_bar("fusing") as progress:
         report = run(options.with_strengths(deltas), **arguments, progress=progress)
     if as_json:

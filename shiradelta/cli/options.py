@@ -81,7 +81,7 @@ class RegistryOption(click.Option):
 
 
 class RenamedOption(click.Option):
-    """An option under its old name: taken for one more release, hidden from help."""
+    """An option under its old name: accepted for one more release, hidden from help."""
 
     def __init__(self, names: Sequence[str], new: str) -> None:
         super().__init__(names, hidden=True, expose_value=False, help=f"Renamed to {new}.")

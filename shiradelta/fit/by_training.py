@@ -87,7 +87,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
 
 
 def _identity(job: FitJob, subject: Subject) -> object:
-    """Everything that tells this run apart from others."""
+    """The settings and inputs that the run's result depends on; only a run with the same ones is resumed."""
     fit, tuned = job.fit, subject.fitted
     targets = zip(tuned.targets, tuned.energy, strict=True)
     return [
@@ -113,7 +113,7 @@ def _begin(job: FitJob, subject: Subject, counts: Sequence[int]) -> list[int]:
 
 
 def _default_steps(subject: Subject, seconds: float) -> int:
-    """Steps where the user gave none, by the seconds of one."""
+    """The default number of steps, from the seconds that one takes."""
     if subject.device.type != "cpu":
         return STEPS
     return min(STEPS, max(CPU_LEAST, int(CPU_SECONDS / seconds)))

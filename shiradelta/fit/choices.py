@@ -1,7 +1,7 @@
 """The masks and methods that a fit can take, one row each.
 
-Rows name their functions by "module:function", so that importing them needs no torch; a row of one's own may have the
-function itself.
+Rows name their functions as "module:function", so that importing them needs no torch.  Rows added from outside may hold
+the function itself.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from shiradelta.util.registry import Registry
 
-#: A function, or where it is.
+#: A function, or its path "module:function".
 Implementation = str | Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class FitMask:
-    """A way to choose the weights that change.
+    """A fit's mask: how the weights that change are chosen.
 
     Attributes:
         name: what a user calls it.
@@ -48,14 +48,14 @@ class FitMask:
 
 @dataclass(frozen=True)
 class FitMethod:
-    """A way to find the values.
+    """A fit's method: how the values are found.
 
     Attributes:
         name: what a user calls it.
         help: a few words for the command line.
         function: (`FitJob`, `Subject`, `Nonzeros`, `Fitted`) -> None; it leaves the values in `Nonzeros` and in the
             weights.
-        streamed: (`FitJob`) -> `Fitted`, for models of which memory holds a part; it raises `CannotStreamError` where
+        streamed: (`FitJob`) -> `Fitted`, for models that do not fit into memory; it raises `CannotStreamError` where
             that is impossible.  None if there is no such way.
         trains: whether it takes optimizer steps, so that their settings count; others find their own mask.
     """
@@ -71,7 +71,7 @@ class FitMethod:
         _resolved(self.function)(*arguments)
 
     def stream(self, job: Any) -> Any:
-        """Runs `streamed`, which has to be there."""
+        """Runs `streamed`, which must not be None."""
         assert self.streamed is not None
         return _resolved(self.streamed)(job)
 
@@ -90,7 +90,7 @@ MASKS: Registry[FitMask] = Registry(
         FitMask("gradient", "by change x gradient", "shiradelta.fit.importance:by_gradient"),
     ],
 )
-#: Names that masks had before -> their names.
+#: Old names of masks -> new names.
 RENAMED_MASKS = {"falling": "prune"}
 
 METHODS: Registry[FitMethod] = Registry(

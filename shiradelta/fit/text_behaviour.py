@@ -140,10 +140,10 @@ class TextBehaviour(Behaviour):
 
     def _following(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(next token, 1) for each row of the logits; (any token, 0) at the end of a text."""
-        places, there = self._table.places(indices)
-        last = places + 1 == self._table.ends(indices)[:, None]
+        slots, there = self._table.slots(indices)
+        last = slots + 1 == self._table.ends(indices)[:, None]
         follows = ~last[there]
-        tokens = self._table.ids[places[there] + follows]
+        tokens = self._table.ids[slots[there] + follows]
         return tokens.to(self._device, non_blocking=True), follows.float().to(self._device, non_blocking=True)
 
     def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
@@ -179,8 +179,8 @@ class TextBehaviour(Behaviour):
         return divergence_of_labels(student, teacher) if labels else divergence(student, teacher)
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        places, there = self._table.places(indices)
-        of_tokens = places[there].to(self._device, non_blocking=True), len(self._table.ids)
+        slots, there = self._table.slots(indices)
+        of_tokens = slots[there].to(self._device, non_blocking=True), len(self._table.ids)
         of_texts = torch.tensor(indices).to(self._device, non_blocking=True), len(self.lengths)
         return [of_tokens if per_token else of_texts for per_token in self._per_token]
 

@@ -19,7 +19,7 @@ def split(count: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def batches(indices: Sequence[int], lengths: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
-    """Batches without end, each of examples of similar length, so that few tokens are padding.
+    """Yields batches forever, each of examples of similar length, so that few tokens are padding.
 
     The order within an epoch depends only on `seed` and the epoch's number, so a resumed run sees the same batches.
 
@@ -27,7 +27,7 @@ def batches(indices: Sequence[int], lengths: Sequence[int], size: int, seed: int
         indices: the examples to use.
         lengths: tokens of every example, by index.
         size: examples per batch.
-        seed: of the order.
+        seed: the seed of the order.
     """
     size = min(size, len(indices))
     epoch = 0

@@ -123,7 +123,7 @@ class Completions(Texts):
 
 
 class Pairs(Examples):
-    """Pairs that belong together: within a batch, each text has to find its partner."""
+    """Pairs of matching texts: within a batch, each text has to find its partner."""
 
     def _encode(self, rows: Sequence[Sequence[str]]) -> None:
         self._sides = [TokenTable(self._ids(side)) for side in zip(*rows, strict=True)]

@@ -10,7 +10,7 @@ from shiradelta.text.jsonl import TEXT, check_number, read_rows
 
 
 def read_texts(source: str | os.PathLike[str] | Sequence[Any]) -> list[Any]:
-    """The texts of a JSON Lines file with the key `text`, or a sequence as it is.
+    """Reads the texts of a JSON Lines file with the key `text`; returns a sequence unchanged.
 
     Raises:
         SourceError: the file cannot be read, a line has no text, or there are too few.

@@ -1,4 +1,4 @@
-"""Token ids of texts: where they are cut, how batches are padded, and whether they belong to a model."""
+"""Token ids of texts: cuts them, pads batches, and checks that they fit a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TokenTable:
         self._lengths = torch.tensor(self.lengths, dtype=torch.int64)
         self._starts = self._lengths.cumsum(0) - self._lengths
 
-    def places(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def slots(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(index into `ids` of each token of a padded batch [texts, tokens], which of them are not padding)."""
         texts = list(indices)  # a tuple would index dimensions
         lengths, starts = self._lengths[texts], self._starts[texts]
@@ -33,23 +33,23 @@ class TokenTable:
         return starts[:, None] + offsets, offsets < lengths[:, None]
 
     def ends(self, indices: Sequence[int]) -> Tensor:
-        """Index into `ids` just behind each text's last token."""
+        """Index into `ids` just after each text's last token."""
         return (self._starts + self._lengths)[list(indices)]
 
     def padded(self, indices: Sequence[int], pad: int) -> tuple[Tensor, Tensor]:
         """(token ids [texts, tokens], which of them are not padding) of a batch, on the CPU."""
-        places, there = self.places(indices)
-        return torch.where(there, self.ids[torch.where(there, places, 0)], pad), there
+        slots, there = self.slots(indices)
+        return torch.where(there, self.ids[torch.where(there, slots, 0)], pad), there
 
 
 def token_limit(tokens: int, tokenizer: Any, model: nn.Module) -> int:
-    """Tokens after which a text is cut: the smallest of a wish, the tokenizer's limit and the model's positions."""
+    """The longest text in tokens: at most `tokens`, the tokenizer's limit and the model's positions."""
     limit = min(tokens, int(tokenizer.model_max_length))
     return min(limit, position_limit(model) or limit)
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Number of tokens that a model has positions for, if it says so.
+    """Number of tokens that a model has positions for; None if its configuration does not say.
 
     RoBERTa and its kin number positions from `padding_idx + 1`, so that many of their positions are never used.
     """

@@ -33,10 +33,10 @@ def read_adapter(
         SourceError: the source is neither, has tensors that the model does not have, or holds more than additions.
     """
     path = Path(source)
-    entries = list(_from_shd(path) if path.suffix == ".shd" else _from_peft(path, weights))
-    found_names = names.find([name for name, _, _ in entries])
+    tensors = list(_from_shd(path) if path.suffix == ".shd" else _from_peft(path, weights))
+    found_names = names.find([name for name, _, _ in tensors])
     parts: dict[str, list[tuple[Positions, Float32]]] = {}
-    for other, positions, values in entries:
+    for other, positions, values in tensors:
         if other not in found_names:
             raise SourceError(f"{path}: tensor {other!r} is not a target; attach to the model it was made for")
         name, view = found_names[other]

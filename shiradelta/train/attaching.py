@@ -61,19 +61,19 @@ def attach(
         calibration: some batches of the task, for masks that need gradients.
         loss: loss(model, batch) of a calibration batch; by default the loss that the model itself computes.
         scope: "tensor" keeps the share in every weight, "model" over all of them together.
-        avoid: adapters whose weights must not be changed (`.shd` files, open deltas, positions by name), so that both
+        avoid: deltas whose weights must not be changed (`.shd` files, open deltas, positions by name), so that both
             can be fused without overlap.
-        seed: of random masks.
+        seed: the seed of random masks.
         start: an adapter whose mask and values to start from, instead of `mask`: a `.shd` file, or a PEFT SHiRA
             adapter's folder or file.
         prune_steps: optimizer steps over which the least important nonzeros are pruned, until the share is `sparsity`;
-            0 keeps the mask.  60 % of all steps is a good number.  Training then finds which weights matter, which is
-            worth several points of quality.  It needs one optimizer for all values, best Adam or its kin, and neither
-            FSDP nor ZeRO.  To resume such a run, keep `Tuner.state_dict()`: the model's own state dict does not record
-            what was pruned.
-        prune_from: pruning starts with this many times the sparsity; values and optimizer state take as many times the
-            memory.
-        progress: is called with (what, done, total).
+            0 keeps the mask.  60 % of all steps works well.  Training then finds the important weights itself, which
+            gains several points of quality.  Pruning needs one optimizer for all values, preferably Adam or a variant,
+            and neither FSDP nor ZeRO.  To resume such a run, keep `Tuner.state_dict()`: the model's own state dict does
+            not record what was pruned.
+        prune_from: pruning starts with this many times the sparsity; values and optimizer state take that many times
+            the memory.
+        progress: called with (what, done, total).
 
     Raises:
         ArgumentError: targets match nothing, the mask does not fit, or the sparsity leaves a weight without an element.
@@ -89,11 +89,9 @@ def attach(
     share, pattern = parse_sparsity(sparsity)
     check_scope(scope)
     if pattern is not None and scope == "model":
-        raise ArgumentError("a pattern N:M holds in every row, so scope='model' means nothing with it; give a share")
+        raise ArgumentError("a pattern N:M holds in every row, so scope='model' has no effect; give a share")
     if start is not None and avoid:
-        raise ArgumentError(
-            "an adapter to start from brings its own mask, so avoid means nothing with it; give one of both"
-        )
+        raise ArgumentError("an adapter to start from has its own mask, so avoid has no effect; give one of both")
     weights = find_weights(model, targets)
     if prune_steps or prune_from != PRUNE_FROM:
         check_pruning(prune_steps, prune_from, mask if start is None else None, pattern)

@@ -41,9 +41,9 @@ from shiradelta.util.memory import advising_on_memory
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
 
-#: Batches over which gradients are summed for a mask.
+#: Number of batches over which gradients are summed for a mask.
 CALIBRATION = 16
-#: Examples that are held out, at most.
+#: The largest number of held-out examples.
 HELD_OUT = 256
 #: How often the held-out loss is measured.
 EVALUATIONS = 20
@@ -68,11 +68,11 @@ def run(
         model_folder: a folder that transformers loads; the model is trained in the dtype in which it is stored.
         examples_file: JSON Lines (`shiradelta.text.examples`).
         out: the file to write.  The state of an interrupted run is kept beside it, as `OUT.train`.
-        settings: of the run.
+        settings: the settings of the run.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
-        plot: a PNG to draw the losses to.
-        log: is called with lines for the user.
-        progress: is called with how far it is.
+        plot: a PNG of the losses to write.
+        log: called with lines for the user.
+        progress: called with (what, done, total).
 
     Raises:
         SourceError: the model or the examples cannot be used.
@@ -187,7 +187,7 @@ class _Run:
         weights = find_weights(self.model, targets)
         stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed + 1)
         prune_steps, prune_from = settings.pruning
-        starting = prune_steps if resumed is None else 0  # a resumed run goes on pruning the mask of its state
+        starting = prune_steps if resumed is None else 0  # a resumed run continues to prune the mask of its state
         tuner = attach(
             self.model,
             settings.sparsity,
@@ -210,7 +210,7 @@ class _Run:
         return tuner
 
     def _check_stored(self, tuner: Tuner) -> None:
-        """Checks that the folder stores the weights as they are trained: the file is made for its bits."""
+        """Checks that the folder stores the weights with the bits that are trained, since the file is made for them."""
         shapes = {view.name: view.shape for views in tuner.views.values() for view in views}
         found = match_names(shapes, self.checkpoint)
         for name, weight in tuner.weights.items():
@@ -233,7 +233,7 @@ class _Run:
         return mean_over(parts, lambda part: {"loss": self._loss(self.model, part).item()})["loss"]
 
     def _measure_file(self, tuner: Tuner) -> float:
-        """Mean loss on the held-out examples with the values that the file stores, which may have 4 bits."""
+        """Mean loss on the held-out examples with the values as the file stores them, in 4 bits for example."""
         from shiradelta.hotswap.session import HotSwap
 
         tuner.detach()
@@ -280,7 +280,7 @@ class _Run:
 
 
 def _rms(parameter: Tensor) -> float:
-    """Root mean square of a weight; 0.02, which is common for weights, for a bias that is zero everywhere."""
+    """Root mean square of a weight; 0.02, a common value, if all its elements are zero."""
     return float(flat(parameter).float().square().mean().sqrt()) or 0.02
 
 
@@ -288,7 +288,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of most weights of a checkpoint.
 
     Raises:
-        SourceError: weights of that dtype cannot be trained, because they are quantised, say.
+        SourceError: weights of that dtype, such as quantised ones, cannot be trained.
     """
     sizes: Counter[str] = Counter()
     for slot in checkpoint.values():

@@ -1,1 +1,1 @@
-"""What every other folder may use: atomic files, progress, interrupts."""
+"""Helpers for every other folder: atomic files, progress, interrupts."""

@@ -15,7 +15,7 @@ class MergedRuns(NamedTuple):
     Attributes:
         union: every number once, increasing.
         indices: for each run, where its numbers are in the union.
-        first: for each number of all runs, sorted, whether it is the first of its equals.
+        first: for each number of all runs, sorted, whether it is the first of equal ones.
     """
 
     union: NDArray[np.int64]
@@ -59,6 +59,6 @@ def overlay_values(xp: Any, values: Any, positions: Any, other_positions: Any, o
 
 
 def sum_of_squares(values: NDArray[np.float32]) -> float:
-    """Summed in float64: finite whenever all values are, and precise enough to compare close sums."""
+    """The sum of squares in float64: finite if all values are, and precise enough to compare close sums."""
     wide = values.astype(np.float64)
     return float(wide @ wide)

@@ -1,4 +1,4 @@
-"""Old names of arguments, which are taken for one release more (CONTRIBUTING.md, "Deprecation")."""
+"""Old names of arguments and classes, accepted for one more release (CONTRIBUTING.md, "Deprecation")."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from shiradelta.errors import TargetError
 
 
 def sync_directory(path: Path) -> None:
-    """Makes renames in a directory durable, where the system can."""
+    """Makes renames in a folder durable, where the system can."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -26,12 +26,12 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def os_errors(path: Path, what: str = "cannot be written") -> Iterator[None]:
-    """Turns the system's refusals (no space, no permission, ...) into one plain line."""
+    """Turns the system's errors (no space, no permission, ...) into one plain line."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if isinstance(error, shutil.Error):  # a copy's: one entry (source, target, message) a file
+        if isinstance(error, shutil.Error):  # from copying: one (source, target, message) per file
             reason = str(error.args[0][0][2]).split(":")[0]
         elif error.filename is not None and not _is_temporary(str(error.filename), path):
             raise TargetError(f"{error.filename}: {reason}; nothing was changed") from error
@@ -39,20 +39,20 @@ def os_errors(path: Path, what: str = "cannot be written") -> Iterator[None]:
 
 
 def _is_temporary(name: str, path: Path) -> bool:
-    """Whether a name is that of `path`, or of a temporary that stands in for it."""
+    """Whether a name is that of `path` or of its temporary file."""
     return Path(name).name == path.name or Path(name).name.startswith(f".{path.name}.")
 
 
 def check_target(path: Path, start: bytes, kind: str) -> None:
-    """Asked before long work: whether a file can be put at `path`, and replaces none of another kind.
+    """Checks, before long work, that a file can be written to `path` and replaces no file of another kind.
 
     Args:
-        path: where it is to go.
+        path: the file to write.
         start: what files of its kind begin with.
         kind: for people, such as "a PNG".
 
     Raises:
-        TargetError: there is no such folder, it cannot be written to, or something else is there.
+        TargetError: the folder does not exist or cannot be written to, or a file of another kind is there.
     """
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -70,7 +70,7 @@ def check_target(path: Path, start: bytes, kind: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` if the block ends well, and else leaves no trace.
+    """A binary file that replaces `path` if the block succeeds and is deleted otherwise.
 
     Raises:
         TargetError: it cannot be written.

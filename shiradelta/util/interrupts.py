@@ -1,8 +1,9 @@
-"""Signals, held back while a change is half done."""
+"""Holds signals back while a change is half done."""
 
 from __future__ import annotations
 
-# What `signal` wraps: the wrappers look up enumerations, for all signals in more time than a small switch takes.
+# `_signal` is what `signal` wraps.  The wrappers look up enumerations, which for all signals takes longer than a small
+# switch.
 import _signal  # type: ignore[import-not-found]
 import signal
 import threading
@@ -13,9 +14,10 @@ from types import FrameType
 
 @contextmanager
 def interrupts_held_back() -> Iterator[Callable[[], None]]:
-    """Gives a function that delivers signals that came since to their handlers; the block's end does too.
+    """Holds signals back within the block; its end delivers them to their handlers.
 
-    A handler may raise: at Ctrl-C, when a time is up.  Only the main thread runs any, and only it may change them.
+    The context gives a function that delivers earlier.  Handlers may raise, as that of Ctrl-C does.  Only the main
+    thread runs handlers and may change them, so in other threads the context does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

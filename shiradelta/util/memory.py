@@ -1,4 +1,4 @@
-"""Out of memory: one error, whatever ran out of it."""
+"""One error for running out of memory, on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def advising_on_memory(advice: str) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or not."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)

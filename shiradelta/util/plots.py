@@ -1,4 +1,4 @@
-"""Pictures drawn with matplotlib, and checks before the long work that one can be drawn."""
+"""Draws pictures with matplotlib, and checks before long work that one can be drawn."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def tick(name: str) -> str:
-    """A name as the label of an axis: the end of a long name, and no formula for matplotlib."""
+    """Formats a name as an axis label: shortens it to its end, and escapes what matplotlib takes for formulas."""
     short = printable(name) if len(name) <= 24 else "..." + printable(name[-21:])
     return short.replace("$", r"\$")

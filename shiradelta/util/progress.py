@@ -1,8 +1,8 @@
-"""How far long work is."""
+"""The type of progress callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-#: Called with (what, done, total) while work goes on.
+#: A callback that reports how far long work is: (what, done, total).
 Progress = Callable[[str, int, int], None]

@@ -1,6 +1,6 @@
 """A table of all members of one kind, such as the value codecs, the masks or the merge methods.
 
-Each kind has one `Registry`, with one row a member.  Command-line choices, tables in the documentation, parameters of
+Each kind has one `Registry`, with one row per member.  Command-line choices, tables in the documentation, parameters of
 tests and error messages are derived from it, so a new member is one `add`.
 """
 
@@ -14,7 +14,7 @@ from shiradelta.errors import ArgumentError
 
 
 class Named(Protocol):
-    """A row: whatever has a name."""
+    """A row of a registry: any object with a name."""
 
     @property
     def name(self) -> str:
@@ -50,14 +50,14 @@ class Registry(Mapping[str, Row]):
         return row
 
     def remove(self, name: str) -> None:
-        """Takes a member out, as a test does with what it has added."""
+        """Removes a member, for tests that have added one."""
         del self._rows[name]
 
     def find(self, name: object) -> Row:
-        """The row of a name that a user gave.
+        """Finds the row of a name that a user gave.
 
         Raises:
-            ArgumentError: there is none; the message lists those that there are.
+            ArgumentError: the name is unknown; the message lists the known ones.
         """
         row = self._rows.get(name) if isinstance(name, str) else None
         if row is None:
@@ -75,11 +75,11 @@ class Registry(Mapping[str, Row]):
 
 
 class Numbered(Named, Protocol):
-    """A row that has a number in a file, too."""
+    """A row that also has a number in files."""
 
     @property
     def id(self) -> int:
-        """1 byte in a file; unique in its registry."""
+        """The number in files, one byte; unique in its registry."""
 
 
 NumberedRow = TypeVar("NumberedRow", bound=Numbered)

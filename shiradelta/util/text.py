@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    """Text from a file, with everything escaped that a terminal would act on."""
+    """Escapes everything in a text that a terminal would act on."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def brief(text: str, width: int = 300) -> str:
-    """Printable, and of a long text only its beginning."""
+    """As `printable`, cut to the beginning if the text is long."""
     if len(text) <= width:
         return printable(text)
     return f"{printable(text[:width])}... ({len(text):,} characters)"
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows as aligned columns, the first `left` of them to the left; the first row is the head."""
+    """Formats rows as aligned columns, the first `left` columns to the left; the first row is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
@@ -32,7 +32,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, for people."""
+    """Formats a number of bytes for people."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
@@ -41,10 +41,10 @@ def size(count: float) -> str:
 
 
 def shape(dimensions: Sequence[int]) -> str:
-    """4096x11008."""
+    """Formats a shape: 4096x11008."""
     return "x".join(map(str, dimensions)) or "scalar"
 
 
 def percent(share: float) -> str:
-    """Three digits that count: 1.00%, 0.0125%."""
+    """Formats a share with three significant digits: 1.00%, 0.0125%."""
     return f"{share * 100:.3g}%"

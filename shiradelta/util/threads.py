@@ -1,4 +1,4 @@
-"""Work on several threads: how many there are, and what happens where one cannot be had.
+"""Work on several threads: how many to use, and what happens if one cannot be started.
 
 NumPy, libshd, zlib and file reads release the interpreter's lock, so threads of one process run side by side.
 """
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 def in_ranges(work: Callable[[int, int], None], units: int, threads: int = THREADS) -> None:
-    """Calls `work(first, last)` for consecutive ranges that cover 0 to `units` once, each on a thread of its own.
+    """Calls `work(first, last)` for consecutive ranges that cover 0 to `units` once, each on its own thread.
 
     Ranges whose thread cannot be started run on the calling thread, so a system short of threads never leaves the work
     half done.  The first exception is raised when all ranges have ended.
@@ -55,11 +55,11 @@ def in_ranges(work: Callable[[int, int], None], units: int, threads: int = THREA
 
 
 def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: int = THREADS) -> list[Result]:
-    """`[work(item) for item in items]`.  Each thread takes a share at once: handing out single items costs more."""
+    """`[work(item) for item in items]` on several threads.  Each takes one share: single items would cost more."""
     count = min(threads, len(items))
     if count < 2:
         return [work(item) for item in items]
-    from concurrent.futures import ThreadPoolExecutor  # it imports logging, which `shiradelta info` can do without
+    from concurrent.futures import ThreadPoolExecutor  # slow: imports logging
 
     shares = [items[i::count] for i in range(count)]
     with ThreadPoolExecutor(count) as pool:
