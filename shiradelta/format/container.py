@@ -29,7 +29,7 @@ class Container:
     records: tuple[Record, ...]
     metadata: Mapping[str, str]
     digest: bytes
-    minor: int = registry.MINOR
+    minor: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)  # bytes of the parts, for people
 
     @property
@@ -303,7 +303,10 @@ def _check_section(section: Section, cursor: int, data: Bytes, zstd: bool, size_
 
 
 def build(records: Iterable[Record], metadata: Mapping[str, str], digest: bytes, file_size: int) -> bytes:
-    """Everything before the first payload section; the records' offsets are final."""
+    """Everything before the first payload section; the records' offsets are final.
+
+    The minor version is the lowest that defines all that the records use.
+    """
     records = tuple(records)
     names = [record.name.encode() for record in records]
     table = bytearray()
@@ -316,7 +319,7 @@ def build(records: Iterable[Record], metadata: Mapping[str, str], digest: bytes,
     head = registry.HEADER.pack(
         registry.MAGIC,
         registry.MAJOR,
-        registry.MINOR,
+        max((record.minor for record in records), default=0),
         len(records),
         Incompatible.ZSTD if zstd else 0,
         0,

@@ -26,6 +26,7 @@ class Operation:
         creates: the whole tensor is added to the model.
         removes: the whole tensor is taken away from the model; no nonzeros are listed.
         dtypes: names of the dtypes that it is defined for.
+        minor: the minor version of the format that defines it.
     """
 
     id: int
@@ -35,6 +36,7 @@ class Operation:
     creates: bool = False
     removes: bool = False
     dtypes: frozenset[str] = _KNOWN
+    minor: int = 0
 
     @property
     def restructures(self) -> bool:

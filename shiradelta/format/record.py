@@ -60,6 +60,14 @@ class Record:
         return self.dtype.size
 
     @property
+    def minor(self) -> int:
+        """The minor version that defines all that this record uses."""
+        if self.nnz == 0:
+            return self.operation.minor
+        index, values = INDEX_CODECS.by_id[self.index_codec], VALUE_CODECS.by_id[self.value_codec]
+        return max(self.operation.minor, index.minor, values.minor)
+
+    @property
     def index_codec_name(self) -> str:
         """The registry's name of `index_codec`, which is an id."""
         return INDEX_CODECS.by_id[self.index_codec].name if self.index_codec else IndexId.NONE.name

@@ -8,7 +8,6 @@ from enum import IntEnum, IntFlag
 
 MAGIC = b"\x89SHD\r\n\x1a\n"
 MAJOR = 1
-MINOR = 0
 SUFFIX = ".shd"
 
 SECTION_ALIGNMENT = 64

@@ -147,6 +147,38 @@ def test_a_codec_that_torch_decodes_stays_as_it_is_there(log8: Any, backend: str
     np.testing.assert_array_equal(bits(model["w"]), formula(base, "float32", [(data, 1.0)]))
 
 
+def test_the_minor_version_of_a_file_is_the_lowest_that_suffices(tmp_path: Path):
+    class Later(type(VALUE_CODECS["F32"])):  # type: ignore[misc]
+        minor = 1
+
+    class LaterStill(type(INDEX_CODECS["ALL"])):  # type: ignore[misc]
+        id, name, minor = 202, "EVERY", 2
+
+        def size(self, positions: Any, shape: tuple[int, ...]) -> int | None:
+            return -1 if super().size(positions, shape) == 0 else None
+
+    def version(values: str, *tensors: sd.TensorDelta) -> str:
+        sd.save_delta(tmp_path / "a.shd", dict(zip("abc", tensors, strict=False)), values=values, backend="numpy")
+        with sd.open_delta(tmp_path / "a.shd") as delta:
+            return str(delta.version)
+
+    some, whole = sd.TensorDelta((8,), [1], [0.5]), sd.TensorDelta((1,), [0], [0.5])
+    later = VALUE_CODECS.add(Later(201, "LATER", "later", "float32"))
+    try:
+        assert version("f32", some, whole) == "1.0"
+        assert version("later") == "1.0"
+        assert version("later", sd.TensorDelta((8,), [], [])) == "1.0"
+        assert version("later", some) == "1.1"
+        every = INDEX_CODECS.add(LaterStill())
+        try:
+            assert version("later", some) == "1.1"
+            assert version("f32", some, whole) == "1.2"
+        finally:
+            INDEX_CODECS.remove(every.name)
+    finally:
+        VALUE_CODECS.remove(later.name)
+
+
 def test_fitting_refuses_it_by_name(log8: Any):
     with pytest.raises(ArgumentError, match="value codec LOG8 cannot be fitted"):
         Quantiser("log8", [3], torch.device(DEVICE))

@@ -29,10 +29,12 @@ class IndexCodec(ABC):
     Attributes:
         id: its number in a file.
         name: its name in spec/REGISTRY.md.
+        minor: the minor version of the format that defines it; the writer derives the file's from it.
     """
 
     id: int
     name: str
+    minor: int = 0
 
     @abstractmethod
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
@@ -67,12 +69,16 @@ class ValueCodec(ABC):
         name: its name in spec/REGISTRY.md.
         option: what a user types to have values stored so; None where no user chooses it.
         adds: it holds float32 values that are added; otherwise elements' bits, which replace.
+        idempotent: `encode` of what `decode` gives is the same section again.
+        minor: the minor version of the format that defines it; the writer derives the file's from it.
     """
 
     id: int
     name: str
     option: str | None
     adds: bool = True
+    idempotent: bool = True
+    minor: int = 0
 
     @abstractmethod
     def size(self, nnz: int, size: int) -> int:

@@ -35,6 +35,7 @@ class Int4(TorchDecoder, TorchRounder):
     id = ValueId.I4
     name = "I4"
     option = "int4"
+    idempotent = False  # the smallest magnitude need not be among the codes
 
     def size(self, nnz: int, size: int) -> int:
         return self.codes_at(nnz) + registry.align(-(-nnz // 2), 4) + registry.SLACK
