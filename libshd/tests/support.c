@@ -175,6 +175,18 @@ bytes encode_values(int value_codec, const float *values, uint64_t count) {
     return section;
 }
 
+codec_list float_codecs(void) {
+    static const float value = 1;
+    uint8_t section[64];
+    codec_list list = {0, {0}};
+    for (int id = 0; id < 256; id++) {
+        if (shd_values_encode(id, &value, 1, section, sizeof section) == SHD_OK) {
+            list.ids[list.count++] = id;
+        }
+    }
+    return list;
+}
+
 sample build_sample(uint64_t seed, uint64_t rows, uint64_t columns, double density, int value_codec, int dtype) {
     random_state r = {seed};
     sample s = {{NULL, 0}, rows * columns, 0, NULL, NULL};

@@ -52,6 +52,14 @@ void fix_all_checksums(bytes file);
 bytes encode_positions(const int64_t *positions, uint64_t count, uint64_t numel);
 bytes encode_values(int value_codec, const float *values, uint64_t count);
 
+/* The value codecs that the library encodes floats with: all but BITS, in order of id. */
+typedef struct codec_list {
+    int count;
+    int ids[256];
+} codec_list;
+
+codec_list float_codecs(void);
+
 /* One tensor [rows, columns] of RICE and `value_codec`, at random positions. */
 typedef struct sample {
     bytes file;

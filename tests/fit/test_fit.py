@@ -36,6 +36,7 @@ from shiradelta.fit import training as train
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.refit.least_squares import solve
 from shiradelta.format.codecs import VALUE_OPTIONS
+from shiradelta.format.codecs.base import TorchRounder
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.text.batches import split
 
@@ -157,7 +158,7 @@ def test_few_steps_too_end_at_the_sparsity(encoder: tuple[Path, Path], tmp_path:
     assert fit(encoder, tmp_path / "a.shd", steps=steps, scope=scope).nnz == plain.nnz
 
 
-@pytest.mark.parametrize("values", ["int4", "int8", "bf16", "sign"])
+@pytest.mark.parametrize("values", [name for name, codec in VALUE_OPTIONS.items() if isinstance(codec, TorchRounder)])
 def test_the_file_gives_what_was_measured(encoder: tuple[Path, Path], tmp_path: Path, values: str):
     """Distance measured anew, from the applied file, by other code."""
     base, tuned = encoder

@@ -172,9 +172,49 @@ def test_registry_ids(heading, kind, members, nothing):
     """The page, the enumeration of all ids, and the rows of those that are not reserved, agree."""
     rows = registry(heading)
     assert [(int(id), name) for id, name, _ in rows] == [(member.value, member.name) for member in kind]
-    defined = {int(id): name for id, name, status in rows if status == "1.0"}
-    assert {id: row.name.upper() for id, row in members.by_id.items()} | nothing == defined
-    assert all(status == "1.0" or status.startswith("reserved") for _, _, status in rows)
+    defined = {int(id): (name, status) for id, name, status in rows if not status.startswith("reserved")}
+    named = {id: (row.name.upper(), f"1.{row.minor}") for id, row in members.by_id.items()}
+    assert named | {id: (name, "1.0") for id, name in nothing.items()} == defined
+
+
+def test_the_title_is_the_newest_version():
+    rows = [*OPERATIONS.values(), *INDEX_CODECS.values(), *VALUE_CODECS.values()]
+    newest = f"version 1.{max(row.minor for row in rows)}"
+    assert FORMAT.splitlines()[0].endswith(newest)
+    assert REGISTRY.splitlines()[0].endswith(newest)
+    assert f"- **{newest.removeprefix('version ')}** " in FORMAT.split("## 12. ")[1]
+
+
+NEVER = "reserved: never assigned"
+
+
+@pytest.mark.parametrize("what", ["dtype", "op", "index_codec", "value_codec"])
+def test_the_unknown_ids_of_vectors_are_never_assigned(what):
+    """A vector that holds for every version has such an id; one of an id set aside for what comes is named after it."""
+    if what == "dtype":
+        never = {int(id) for id in re.findall(r"\d+", re.findall(r"^The dtypes (.*) are never", REGISTRY, re.M)[0])}
+        aside = set()
+        assert not never & set(ids.DTYPE_OF_ID)
+    else:
+        rows = registry(what.replace("_", " ") + "s")
+        never = {int(id) for id, _, status in rows if status == NEVER}
+        aside = {int(id) for id, _, status in rows if status.startswith("reserved")} - never
+    at = {"dtype": 7, "op": 8, "index_codec": 9, "value_codec": 10}[what]
+    known = {
+        "dtype": set(ids.DTYPE_OF_ID),
+        "op": set(OPERATIONS.by_id),
+        "index_codec": {0, *INDEX_CODECS.by_id},
+        "value_codec": {0, *VALUE_CODECS.by_id},
+    }[what]
+    used = set()
+    for name in (name for name, reason in REFUSED.items() if reason == f"unknown_{what}"):
+        data = (INVALID / f"{name}.shd").read_bytes()
+        table = [data[ids.HEADER_SIZE + ids.RECORD_SIZE * i :] for i in range(int.from_bytes(data[12:16], "little"))]
+        unknown = {record[at] for record in table} - known
+        assert unknown
+        assert unknown <= never or [f"{what}_{id}" for id in unknown] == [name]
+        used |= unknown
+    assert used == never | aside
 
 
 def test_registry_feature_bits():

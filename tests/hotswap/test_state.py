@@ -12,25 +12,29 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shiradelta import HotSwap
 from shiradelta.errors import DeltaError
+from shiradelta.format.codecs import VALUE_OPTIONS
 from tests.swapping import adapter, bits, formula, random_delta, weights
 
 SHAPES = {"w": (9, 11), "v": (40,)}
-NAMES = st.sampled_from([str(i) for i in range(6)])
+ADDS = list(VALUE_OPTIONS)
+COUNT = len(ADDS) + 2
+SETS = {str(i) for i in range(len(ADDS), COUNT)}
+NAMES = st.sampled_from([str(i) for i in range(COUNT)])
 STRENGTHS = st.floats(-4, 4, width=32)
 
 
 def made(number: int, dtype: str) -> bytes:
-    """Numbers 4 and 5 set elements, the others add."""
-    op = "set" if number > 3 else "add"
+    """The last two set elements, the others add, one for each value codec."""
+    op = "add" if number < len(ADDS) else "set"
     tensors = {
         name: random_delta(shape, 6 + 3 * number, 7 * number + i, dtype, op)
         for i, (name, shape) in enumerate(SHAPES.items())
         if number != 2 or name == "w"
     }
-    return adapter(tensors, ["f32", "int8", "int4", "sign"][number % 4])
+    return adapter(tensors, ADDS[number % len(ADDS)])
 
 
-FILES = {dtype: {str(i): made(i, dtype) for i in range(6)} for dtype in ("bfloat16", "float16", "float32")}
+FILES = {dtype: {str(i): made(i, dtype) for i in range(COUNT)} for dtype in ("bfloat16", "float16", "float32")}
 
 
 class Switching(RuleBasedStateMachine):
@@ -67,8 +71,8 @@ class Switching(RuleBasedStateMachine):
 
     @rule(wanted=st.dictionaries(NAMES, STRENGTHS, max_size=3))
     def switch(self, wanted: dict[str, float]) -> None:
-        wanted = {name: 1.0 if int(name) > 3 else strength for name, strength in wanted.items()}
-        if set(wanted) <= self.loaded and not {"4", "5"} <= set(wanted):
+        wanted = {name: 1.0 if name in SETS else strength for name, strength in wanted.items()}
+        if set(wanted) <= self.loaded and not SETS <= set(wanted):
             assert self.swap.switch(wanted).active == wanted
             self.active = wanted
         else:
