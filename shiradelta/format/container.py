@@ -231,7 +231,8 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
     ) = fields
     if reserved or flag_bits & ~_FLAGS:
         raise FormatError("reserved_not_zero", "in a record")
-    if dtype_id >= len(registry.DTYPES):
+    dtype = registry.DTYPE_OF_ID.get(dtype_id)
+    if dtype is None:
         raise FormatError("unknown_dtype", f"id {dtype_id}")
     operation = OPERATIONS.by_id.get(op_id)
     if operation is None:
@@ -247,7 +248,7 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
     record = Record(
         name,
         shape,
-        registry.DTYPES[dtype_id],
+        dtype,
         operation,
         index_id,
         value_id,

@@ -64,6 +64,9 @@ class Op(IntEnum):
     ULP = 2
     NEW = 3
     DROP = 4
+    UNKNOWN_5 = 5  # never assigned, as those below: the conformance vectors use them as unknown ids
+    UNKNOWN_9 = 9
+    UNKNOWN_255 = 255
 
 
 class IndexId(IntEnum):
@@ -81,6 +84,8 @@ class IndexId(IntEnum):
     RANS = 9
     SEEDED = 10
     FROM_BASE = 11
+    UNKNOWN_12 = 12  # never assigned
+    UNKNOWN_255 = 255
 
 
 class ValueId(IntEnum):
@@ -95,6 +100,8 @@ class ValueId(IntEnum):
     SIGN = 6
     BITS = 7
     ULP = 8
+    UNKNOWN_9 = 9  # never assigned
+    UNKNOWN_255 = 255
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,7 @@ DTYPES: tuple[DType, ...] = (
     DType(18, "float8_e5m2fnuz", "F8_E5M2FNUZ", 1),
     DType(19, "complex64", "C64", 8),
 )
+DTYPE_OF_ID = {dtype.id: dtype for dtype in DTYPES}
 DTYPE_OF_NAME = {dtype.name: dtype for dtype in DTYPES}
 DTYPE_OF_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES if dtype is not UNSPECIFIED}
 #: The dtypes of the weights that ADD is defined for.
