@@ -66,7 +66,7 @@ def convert(
         target_error: the largest relative error of the delta instead, |stored - delta| / |delta| over all tensors
             (Frobenius norm, quantisation included): as few weights as reach it, to half a percent.  Not with `fit`.
         base: the base model's folder or file.  A full fine-tune needs it; every delta gets fingerprints from it.
-        values: "f32", "f16", "bf16", "int8", "int4" or "sign".
+        values: how added values are stored, "int4" for example; `shiradelta convert --help` lists the choices.
         scope: "tensor" keeps the share in every tensor, "model" in all of them together, so that a fit may move
             nonzeros between tensors.
         kind: the source's layout, one of `kinds()`; "auto" finds it out.

@@ -1,4 +1,4 @@
-"""A reference reader of the shiradelta format, version 1.0, written from FORMAT.md and REGISTRY.md.
+"""A reference reader of the shiradelta format, version 1, written from FORMAT.md and REGISTRY.md.
 
 It follows FORMAT.md section by section and prefers clarity to speed. It reads and checks a whole
 file in memory; time and memory are linear in the decoded size of the file (STRUCT sorts once).
@@ -21,7 +21,7 @@ from pathlib import Path
 
 Zstd = Callable[[bytes, int], bytes]
 
-# --- REGISTRY.md: only what is usable in version 1.0; every other id is refused as unknown ---
+# --- REGISTRY.md: only what is defined; every other id is refused as unknown ---
 
 # By id, from 0: the name and the bytes of an element.
 DTYPES = [

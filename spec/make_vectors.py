@@ -1,4 +1,4 @@
-"""Makes the conformance vectors of the shiradelta format, version 1.0.
+"""Makes the conformance vectors of the shiradelta format, version 1.
 
     python spec/make_vectors.py            writes vectors/valid and vectors/invalid
     python spec/make_vectors.py --check    says whether the files there are those that it would write
@@ -62,6 +62,8 @@ DTYPES = {
 OPS = {"ADD": 0, "SET": 1, "NEW": 3, "DROP": 4}
 INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5}
 VALUE_CODECS = {"NONE": 0, "F32": 1, "F16": 2, "BF16": 3, "I8": 4, "I4": 5, "SIGN": 6, "BITS": 7}
+#: Operation or codec -> the minor version that defines it, where that is not 0.
+MINORS: dict[str, int] = {}
 MAX_NUMEL = 1 << 56
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 #: What a zstd library made of a section: Huffman and sequences, with a checksum.
@@ -381,6 +383,10 @@ def sign_values(numbers: Sequence[float]) -> Values:
     return replace(sign_stored(magnitudes, signs), source=tuple(numbers))
 
 
+#: The canonical encoders of the value codecs of ADD.
+FLOAT_CODECS = (f32_values, f16_values, bf16_values, i8_values, i4_values, sign_values)
+
+
 def bits_values(elements: Sequence[int], dtype: str) -> Values:
     """BITS."""
     return Values("BITS", tuple(elements), padded(unsigned(elements, DTYPES[dtype][1])) + SLACK)
@@ -502,7 +508,7 @@ class File:
     tensors: tuple[Tensor, ...] = ()
     metadata: Mapping[str, str] | bytes = field(default_factory=dict)
     extension: bytes = b""
-    minor: int = 0
+    minor: int | None = None  # the lowest that suffices
     compatible: int = 0
     canonical: bool = True
     names: bytes | None = None
@@ -516,10 +522,16 @@ class File:
         head = b"shiradelta 1" + struct.pack("<I", len(parts))
         return hashlib.sha256(head + b"".join(parts)).digest()
 
+    @property
+    def written_minor(self) -> int:
+        """Section 8."""
+        used = chain.from_iterable((t.op, t.index.codec, t.values.codec) for t in self.tensors)
+        return max((MINORS.get(name, 0) for name in used), default=0) if self.minor is None else self.minor
+
     def expected(self) -> dict[str, object]:
         """What a reader finds."""
         return {
-            "minor": self.minor,
+            "minor": self.written_minor,
             "digest": self.digest.hex(),
             "metadata": self.metadata,
             "tensors": [tensor.expected() for tensor in self.tensors],
@@ -566,7 +578,7 @@ def build(file: File) -> Built:
         {
             "magic": b"\x89SHD\r\n\x1a\n",
             "major": 1,
-            "minor": file.minor,
+            "minor": file.written_minor,
             "tensor_count": len(file.tensors),
             "incompatible": int(zstd),
             "compatible": file.compatible,
@@ -741,13 +753,12 @@ def valid_other_positions() -> Valid:
 
 def valid_values() -> Valid:
     """Section 5, for ADD."""
-    codecs = (f32_values, f16_values, bf16_values, i8_values, i4_values, sign_values)
-    for codec in codecs:
+    for codec in FLOAT_CODECS:
         name = codec.__name__.removesuffix("_values")
         for count in 1, 2, 127, 128, 129, 259:
             yield f"values_{name}_{count}", one(change((count,), all_of(count), codec))
     odd = [0.0, -0.0, 1e-3, -3.14159, 2.5e-8, -1.17e-38, 1e-41, 65504.0]
-    for codec in codecs:
+    for codec in FLOAT_CODECS:
         name = codec.__name__.removesuffix("_values")
         yield f"values_{name}_odd", one(Tensor((8,), all_of(8), codec(odd)))
     largest = float32(0x7F7FFFFF)
@@ -1214,7 +1225,7 @@ def invalid_layout() -> Invalid:
     ):
         values = change(shape, index).values if index.positions else NO_VALUES
         yield f"size_{name}", "bad_size", bytes_of(Tensor(shape, index, values))
-    for codec in (f32_values, f16_values, bf16_values, i8_values, i4_values, sign_values):
+    for codec in FLOAT_CODECS:
         for count in 1, 129:
             values = codec(halves(count))
             for name, section in ("short", values.section[:-4]), ("long", values.section + bytes(4)):
@@ -1407,12 +1418,7 @@ def invalid_values() -> Invalid:
     """Section 5."""
     numbers = halves(129)
     codecs = {
-        "f32": f32_values(numbers),
-        "f16": f16_values(numbers),
-        "bf16": bf16_values(numbers),
-        "i8": i8_values(numbers),
-        "i4": i4_values(numbers),
-        "sign": sign_values(numbers),
+        **{codec.__name__.removesuffix("_values"): codec(numbers) for codec in FLOAT_CODECS},
         "bits": bits_values([7] * 129, "int8"),
     }
     for name, values in codecs.items():

@@ -235,8 +235,8 @@ def save_delta(
         path: the file.
         tensors: name -> delta; taken one at a time, so a lazy mapping keeps memory small.
         metadata: free pairs of strings (spec/REGISTRY.md lists keys in use).
-        values: how added values are stored, "f32", "f16", "bf16", "int8", "int4" or "sign" (`VALUE_OPTIONS`);
-            set and new are always exact.
+        values: how added values are stored, "int4" for example (`VALUE_OPTIONS` has all of them); set
+            and new are always exact.
         zstd: compress sections where that helps.  For archives: such a file is slower to swap.
         backend: "libshd", "numpy", or "auto" for the fastest that knows the codecs; the bytes are the same.
 
