@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from shiradelta.errors import SourceError
 from shiradelta.format import registry
 
 _MAX_HEADER = 100 << 20
+#: Sizes are 64 bits wide, as in the safetensors library.
+_LIMIT = 1 << 64
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,13 @@ class Shard:
     @property
     def metadata(self) -> dict[str, str]:
         """The file's `__metadata__`."""
-        return dict(self.header.get("__metadata__", {}))
+        return dict(self.header.get("__metadata__") or {})
 
 
 def read_shard(path: Path) -> Shard:
-    """Parses and checks the header of a safetensors file.
+    """Parses and checks the header of a safetensors file, as strictly as the safetensors library does.
+
+    Duplicate names are refused even where the library reads the last one.
 
     Raises:
         SourceError: it is not a safetensors file, or damaged.
@@ -71,27 +78,68 @@ def read_shard(path: Path) -> Shard:
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     try:
-        header = json.loads(raw)
-        metadata = header.get("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        header = json.loads(raw.decode(), object_pairs_hook=_object)
+        if isinstance(header, _Repeating):
+            raise ValueError(f"{header.repeated!r} is in it twice")
+        metadata = header.get("__metadata__")
+        if metadata is not None and not (
+            isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        ):
             raise ValueError("__metadata__ is no mapping of strings")
         slots = tuple(_slot(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{path}: its safetensors header is damaged ({error}); get it again") from None
-    end = max((slot.offset + slot.nbytes for slot in slots), default=8 + length)
-    if end > size:
-        raise SourceError(f"{path}: is cut off at {size} of {end} bytes; get it again")
+    _check_cover(path, slots, 8 + length, size)
     return Shard(path, 8 + length, header, slots)
 
 
+class _Repeating(dict[str, Any]):
+    """A JSON object that has a key more than once."""
+
+    repeated: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeating = _Repeating(found)
+    repeating.repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+    return repeating
+
+
 def _slot(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Slot:
+    name.encode()  # a lone surrogate is no name
+    if isinstance(entry, _Repeating):
+        raise ValueError(f"tensor {name!r} has {entry.repeated!r} twice")
     if entry["dtype"] not in registry.DTYPE_OF_SAFETENSORS:
         raise SourceError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which .shd files do not know")
     dtype = registry.DTYPE_OF_SAFETENSORS[entry["dtype"]]
     begin, end = entry["data_offsets"]
     slot = Slot(name, path, start + begin, tuple(entry["shape"]), dtype)
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *slot.shape)) or (
-        end - begin != slot.nbytes
-    ):
+    if not all(type(number) is int and 0 <= number < _LIMIT for number in (begin, end, *slot.shape)):
+        raise ValueError(f"tensor {name!r} has shape {list(slot.shape)} and offsets {begin}, {end}")
+    if any(product >= _LIMIT for product in accumulate(slot.shape, mul)):
+        raise ValueError(f"tensor {name!r} has shape {list(slot.shape)}, which is too large")
+    if end - begin != slot.nbytes:
         raise ValueError(f"tensor {name!r} has {end - begin} bytes for shape {list(slot.shape)}")
     return slot
+
+
+def _check_cover(path: Path, slots: tuple[Slot, ...], start: int, size: int) -> None:
+    """Checks that the tensors fill the file, one after the other.
+
+    Raises:
+        SourceError: they overlap, leave bytes out, or reach beyond the file's end.
+    """
+    end = start
+    for slot in sorted(slots, key=lambda slot: (slot.offset, slot.nbytes)):
+        if slot.offset != end:
+            hole = slot.offset - end
+            what = f"comes after {hole} bytes of no tensor" if hole > 0 else "overlaps the tensor before it"
+            raise SourceError(f"{path}: its header is damaged (tensor {slot.name!r} {what}); get it again")
+        end += slot.nbytes
+    if end > size:
+        raise SourceError(f"{path}: is cut off at {size} of {end} bytes; get it again")
+    if end < size:
+        raise SourceError(f"{path}: has {size - end} bytes after its last tensor; get it again")
