@@ -106,25 +106,26 @@ class ErrorAim(Aim):
 
     few = False
 
-    def __init__(self, limit: float, counts: Counts, codec: str) -> None:
+    def __init__(self, limit: float, counts: Counts, codec: str, lost: float = 0.0) -> None:
         super().__init__(limit**2, counts, codec)
-        self._wanted = limit
-        self._energy = sum(spectrum.energy for spectrum in counts.spectra.values())
+        self._wanted, self._lost = limit, lost
+        self._energy = lost + sum(spectrum.energy for spectrum in counts.spectra.values())
 
     def model(self, sparsity: float) -> float:
         # The share of the energy that is not selected, without rounding.
         kept = self.counts.kept(sparsity)
         left = sum(spectrum.energy_beyond(kept[name]) for name, spectrum in self.counts.spectra.items())
-        return left / self._energy if self._energy else 0.0
+        return (left + self._lost) / self._energy if self._energy else 0.0
 
     def measured(self, trial: Trial) -> float:
         return trial.error**2
 
     def impossible(self, best: Trial) -> str:
         # Rounding more values to few bits may be worse than leaving them out.
+        skipped = f", and what is skipped {(self._lost / self._energy) ** 0.5:.3g} alone" if self._lost else ""
         return (
             f"an error of {self._wanted:g} cannot be reached with {self.codec} values, which leave {best.error:.3g} at"
-            " best; take --values f32 or a larger error"
+            f" best{skipped}; take --values f32 or a larger error"
         )
 
 

@@ -21,6 +21,7 @@ from shiradelta.util.version import version
 from .aim import Aim, ErrorAim, SizeAim, Trial, find_fitted_sparsity, find_sparsity, parse_size
 from .item import Item, Source
 from .report import ConversionReport, TensorReport
+from .whole import Losses
 
 if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
@@ -33,6 +34,7 @@ class Conversion:
     source: str
     target: Path
     opened: Source
+    losses: Losses
     values: str
     zstd: bool
     backend: str
@@ -47,7 +49,7 @@ class Conversion:
             SourceError: no sparsity does.
         """
         if error is not None:
-            aim: Aim = ErrorAim(error, counts, self.values)
+            aim: Aim = ErrorAim(error, counts, self.values, self.losses.energy)
         else:
             assert size is not None
             if fitted:
@@ -77,6 +79,9 @@ class Conversion:
         """
         report = ConversionReport(self.source, str(self.target), sparsity, self.values, fit=fitted)
         report.skipped.update({name: str(skipped) for name, skipped in self.opened.skipped.items()})
+        report.lost.update(self.losses.energies)
+        report.energy_left_out = self.losses.energy
+        report.warnings.extend(self.losses.warnings)
         report.warnings.extend(self.opened.warnings)
         report.warnings.extend(fitted.warnings if fitted else [])
         selections = fitted.tensors if fitted else {}
@@ -97,6 +102,7 @@ class Conversion:
                 "method": "topk" if fitted is None else "fit",
                 "sparsity": f"{sparsity:g}",
                 **({"energy_kept": f"{report.energy_kept:.4f}"} if fitted is None else fitted.metadata),
+                **self.losses.metadata,
                 **self.pairs,
                 **self.metadata,
             }

@@ -6,7 +6,7 @@ Sparse layouts: PEFT's SHiRA (`MODULE.shira_weight`, `MODULE.shira_indices` [2, 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import numpy as np
@@ -80,8 +80,21 @@ def open_diff(files: SourceFiles) -> Source:
         shapes = {name: source[keys["dense"]].shape if "dense" in keys else () for name, keys in tensors.items()}
         found, lacking = find_tensors(shapes, base)
     for name, keys in tensors.items():
-        result.add(name, _item(source, keys, found[name] or name, base) if name in found else lacking[name])
+        item = _item(source, keys, found[name] or name, base) if name in found else lacking[name]
+        if isinstance(item, Skipped):
+            item = item.called(*keys.values(), found.get(name))
+            if item.energy is None:
+                item = lost_difference(source, keys, item)
+        result.add(name, item)
     return result
+
+
+def lost_difference(source: Checkpoint, keys: Mapping[str, str], skipped: Skipped) -> Skipped:
+    """A difference that is skipped, with its energy; `keys` say where its parts are."""
+    key = keys.get("dense", keys.get("values"))
+    if key is None or source[key].dtype.name not in ADD_DTYPES:
+        return skipped
+    return skipped.of_change(partial(_rows, source, key), source[key].shape)
 
 
 def difference(source: Checkpoint, key: str, name: str, base: Checkpoint) -> Item | Skipped:
@@ -100,7 +113,8 @@ def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint 
         if base is None:
             return Item(name, slot.shape, "unspecified", dense)
         if base[name].shape != slot.shape:
-            return Skipped(SkipReason.SHAPE, f"its shape is {list(slot.shape)}, the base's {list(base[name].shape)}")
+            why = f"its shape is {list(slot.shape)}, the base's {list(base[name].shape)}"
+            return Skipped(SkipReason.SHAPE, why).of_change(dense, slot.shape)
         return Item(name, slot.shape, base[name].dtype.name, dense, base_bits=partial(base.bits, name))
     where = "positions" if "positions" in keys else "indices"
     if where not in keys or "values" not in keys:

@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
 
 
+def refuse_resized(source: Source, path: str | os.PathLike[str]) -> None:
+    """Refuses a fine-tune that has other shapes than its base, for the fitted model could not behave like it.
+
+    Raises:
+        SourceError: a tensor's shape is not the base's.
+    """
+    for name, skipped in source.skipped.items():
+        if skipped.reason is SkipReason.SHAPE:
+            raise SourceError(
+                f"{path}: {name!r}: {skipped}; such a tensor cannot be fitted: give the base the same shape"
+                " (for a resized vocabulary, resize_token_embeddings), or convert without fitting"
+            )
+
+
 def run_fit(
     fit: Fit,
     source: Source,
@@ -37,12 +51,6 @@ def run_fit(
     """
     if base is None:
         raise SourceError(f"{source_path}: fitting needs the model that it was made from; give --base MODEL")
-    for name, skipped in source.skipped.items():
-        if skipped.reason is SkipReason.SHAPE:
-            raise SourceError(
-                f"{source_path}: {name!r}: {skipped}; such a tensor cannot be fitted: give the base the same shape"
-                " (for a resized vocabulary, resize_token_embeddings), or convert without fitting"
-            )
     with importing("fitting"):
         from shiradelta.fit.fitted import FitJob, FitTarget
         from shiradelta.fit.run import run

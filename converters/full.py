@@ -51,7 +51,7 @@ def open_full(files: SourceFiles) -> Source:
             continue
         tied = first.setdefault(found[key], key)
         if tied != key:
-            if not _same(source, key, tied):
+            if not same_bits(source, key, tied):
                 raise SourceError(
                     f"{source.root}: the fine-tune untied its embeddings: {key!r} differs from {tied!r}, and the base"
                     " has one tensor for both; untie them in the base first"
@@ -59,9 +59,7 @@ def open_full(files: SourceFiles) -> Source:
             result.skipped[key] = Skipped(SkipReason.DUPLICATE, f"the same as {tied!r}")
             continue
         item = difference(source, key, base, found[key])
-        result.add(key, item)
-        if isinstance(item, Skipped) and item.reason is SkipReason.SHAPE:
-            result.warnings.append(f"{key} is left out: {item}; resize the base's first to keep it")
+        result.add(key, item.called(found[key]) if isinstance(item, Skipped) else item)
     if lacking:
         result.warnings.append(f"{len(lacking)} tensors of the base are not in the fine-tune; they stay as they are")
     return result
@@ -89,7 +87,7 @@ def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base:
     result.warnings.append(f"{len(added)} tensors that the base lacks are added whole: {named}")
 
 
-def _same(source: Checkpoint, one: str, other: str) -> bool:
+def same_bits(source: Checkpoint, one: str, other: str) -> bool:
     """Whether two tensors have the same bits."""
     if source[one].dtype != source[other].dtype:
         return False
@@ -101,7 +99,10 @@ def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Ite
     """One tensor's change, or why it is skipped."""
     slot, tuned_slot = base[name], source[key]
     if slot.shape != tuned_slot.shape:
-        return Skipped(SkipReason.SHAPE, f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}")
+        why = (
+            f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}; resize the base's first to keep it"
+        )
+        return _resized(Skipped(SkipReason.SHAPE, why), source, key, base, name)
     base_bits, tuned = partial(base.bits, name), partial(source.bits, key)
     dense = partial(_subtraction, source, key, base, name)
     dtype, tuned_dtype = slot.dtype.name, tuned_slot.dtype.name
@@ -109,7 +110,8 @@ def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Ite
         return Item(name, slot.shape, dtype, dense, base_bits=base_bits)
     if dtype != tuned_dtype:
         why = f"it is {tuned_dtype}, the base's {dtype}, and nothing can be added to that exactly"
-        return Skipped(SkipReason.DTYPE, why)
+        skipped = Skipped(SkipReason.DTYPE, why)
+        return skipped.of_change(dense, slot.shape) if {dtype, tuned_dtype} <= _RANKED else skipped
     if dtype in _WIDEN:
         return Item(name, slot.shape, dtype, dense, base_bits=base_bits, replacement=tuned)
     return Item(name, slot.shape, dtype, exact=partial(_all_changes, slot, base_bits, tuned))
@@ -137,6 +139,33 @@ _WIDEN: dict[str, Callable[[Array], Float32]] = {
     "float8_e5m2": lambda bits: (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32),
     "float64": lambda bits: bits.view(np.float64).astype(np.float32),
 }
+#: Dtypes whose values can be subtracted.
+_RANKED = {*ADD_DTYPES, *_WIDEN}
+
+
+def _resized(skipped: Skipped, source: Checkpoint, key: str, base: Checkpoint, name: str) -> Skipped:
+    """A tensor with more or fewer rows than the base's: it changes the rows that both have, and adds or removes others.
+
+    Its energy is unknown where more than the number of rows differs.
+    """
+    tuned, slot = source[key].shape, base[name].shape
+    if not tuned or not slot or tuned[1:] != slot[1:] or not {source[key].dtype.name, base[name].dtype.name} <= _RANKED:
+        return skipped
+    common = min(tuned[0], slot[0])
+    longer, where = (source, key) if tuned[0] > common else (base, name)
+    bits, dtype = longer.bits(where), longer[where].dtype.name
+    count, columns = row_shape(longer[where].shape)
+    shared = common * (count // longer[where].shape[0])
+    change = _subtraction(source, key, base, name)
+
+    def rows(start: int, stop: int) -> Float32:
+        parts = [change(start, min(stop, shared))] if start < shared else []
+        first = max(start, shared)
+        if first < stop:
+            parts.append(_values(bits[first * columns : stop * columns], dtype))
+        return np.concatenate([part.reshape(-1, columns) for part in parts])
+
+    return skipped.of_change(lambda: rows, longer[where].shape)
 
 
 def _values(bits: Array, dtype: str) -> Float32:

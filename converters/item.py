@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta, check_shape
 from shiradelta.models.checkpoint import Checkpoint
-from shiradelta.select.topk import Rows, row_shape
+from shiradelta.select.topk import Rows, row_shape, top_k
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,47 @@ class SkipReason(Enum):
     PARTS = auto()
     #: It takes a base to tell what it is, and none was given.
     NEEDS_BASE = auto()
-    #: The same change is converted under another name, or another one to the same tensor is.
+    #: The same bits are converted under another name, or they are the tensor as it was before the fine-tune.
     DUPLICATE = auto()
+    #: Another change to the same tensor is converted.
+    CONFLICT = auto()
+    #: It describes a change that the source does not hold, such as an alpha without factors.
+    EMPTY = auto()
     #: A method or storage order that is not supported.
     UNSUPPORTED = auto()
+
+    @property
+    def loses(self) -> bool:
+        """Whether a part of the fine-tune is missing from a file without the tensor."""
+        return self not in (SkipReason.DUPLICATE, SkipReason.EMPTY)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A tensor that is not converted: the reason, and a text for the report."""
+    """A tensor that is not converted.
+
+    Attributes:
+        reason: why.
+        text: the reason for the report.
+        energy: computes the squared norm of the change that is lost; None where it is unknown.
+        names: what else the tensor is called, in the source and in the base, for patterns to match.
+    """
 
     reason: SkipReason
     text: str
+    energy: Callable[[], float] | None = None
+    names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.text
+
+    def called(self, *names: str | None) -> Skipped:
+        """The same with further names."""
+        return replace(self, names=(*self.names, *filter(None, names)))
+
+    def of_change(self, rows: Callable[[], Rows], shape: tuple[int, ...]) -> Skipped:
+        """The same, where the change that is lost is known: its rows and its shape."""
+        return replace(self, energy=lambda: top_k(rows(), row_shape(shape), 0).energy)
 
 
 #: The base lacks a tensor.

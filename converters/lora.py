@@ -69,14 +69,28 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
         factor = _factor(source, module, modules[module], scale, alphas.get(module))
         item = _item(source, modules[module], shapes[module], name, base, factor, module in swapped)
         if isinstance(item, Item) and name in taken:
-            item = Skipped(SkipReason.DUPLICATE, f"another module changes {name!r} already")
+            item = Skipped(SkipReason.CONFLICT, f"another module changes {name!r} already")
         result.add(module, item)
         taken |= {name} if isinstance(item, Item) else set()
     if base is None or taken:  # without any match the base is another model
         add_whole(source, others, set(differences), names, scale, base, result)
-    lone = Skipped(SkipReason.PARTS, "an alpha without factors")
+    lone = Skipped(SkipReason.EMPTY, "an alpha without factors")
     result.skipped |= {key: lone for module, key in alpha_keys.items() if module not in modules}
+    for module in modules.keys() & result.skipped.keys():
+        parts, shape = modules[module], shapes.get(module)
+        lost = result.skipped[module].called(*parts.keys.values(), f"{module}.weight", matched.get(module))
+        if shape is not None:
+            lost = lost.of_change(partial(_change, source, module, parts, scale, alphas.get(module), shape), shape)
+        result.skipped[module] = lost
     return result
+
+
+def _change(
+    source: Checkpoint, module: str, parts: Module, scale: Scale, alpha: float | None, shape: tuple[int, ...]
+) -> Rows:
+    """The change of a module by itself, in the factors' own order of dimensions."""
+    change = _lycoris if lycoris.is_lycoris(parts.keys) else _product
+    return change(source, parts, _factor(source, module, parts, scale, alpha), False, shape)
 
 
 def _alpha(source: Checkpoint, key: str) -> float:

@@ -37,10 +37,10 @@ def add_whole(
         names: tensor's name -> the base's name, where the base has it.
         scale: what the configuration says.
         base: the base's checkpoint, or None.
-        result: where items, skipped tensors and a warning go.
+        result: where items and skipped tensors go.
     """
     lost: dict[str, Skipped] = {}
-    taken = {item.name for item in result.items}
+    taken = dict.fromkeys((item.name for item in result.items), "")  # tensor -> the key that is its new value
     for key, name in keys.items():
         found = names.get(name)
         if ORIGINAL_MODULE in key:
@@ -49,24 +49,36 @@ def add_whole(
             why = "saved whole; give --base to tell whether it is new or changed"
             lost[key] = Skipped(SkipReason.NEEDS_BASE, why)
         elif names.get(name, name) in taken:
-            already = Skipped(SkipReason.DUPLICATE, f"{names.get(name, name)!r} is in already")
-            (lost if key in differences else result.skipped)[key] = already
+            target = names.get(name, name)
+            lost[key] = _second(source, key, taken[target], target, key in differences, base)
         else:
             if TOKENS.match(key):
                 item = _tokens(source, key, name, found, scale, base)
             elif key in differences:
                 item = diff.difference(source, key, found, base) if found else NO_TARGET
+                if isinstance(item, Skipped):
+                    item = diff.lost_difference(source, {"dense": key}, item)
             else:
                 item = _whole(source, key, name, found, scale, base)
             if isinstance(item, Skipped):
-                lost[key] = item
+                lost[key] = item.called(name, found)
             else:
                 result.items.append(item)
-                taken.add(item.name)
+                taken[item.name] = "" if key in differences else key
     result.skipped |= lost
-    if lost:
-        key, skipped = next(iter(lost.items()))
-        result.warnings.append(f"{len(lost)} tensors beside the LoRA are left out, such as {key}: {skipped}")
+
+
+def _second(source: Checkpoint, key: str, other: str, found: str, difference: bool, base: Checkpoint) -> Skipped:
+    """A second change to a tensor; nothing is lost where it is the same as the first, or the base's own tensor."""
+    if other and not difference and full.same_bits(source, key, other):
+        return Skipped(SkipReason.DUPLICATE, f"the same as {other!r}")
+    skipped = Skipped(SkipReason.CONFLICT, f"{found!r} is changed by other tensors here already", names=(found,))
+    if difference:
+        return diff.lost_difference(source, {"dense": key}, skipped)
+    item = full.difference(source, key, base, found) if found in base else None
+    if isinstance(item, Item) and item.dense is not None:
+        return skipped.of_change(item.dense, item.shape)
+    return skipped
 
 
 def _tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from shiradelta.errors import ArgumentError, SourceError
@@ -22,6 +23,7 @@ from .conversion import Conversion
 from .plot import draw
 from .report import ConversionReport
 from .sources import open_source
+from .whole import check_whole
 
 DEFAULT_SPARSITY = 0.01
 
@@ -47,6 +49,7 @@ def convert(
     scope: str = "tensor",
     kind: str = "auto",
     alpha: float | None = None,
+    skip: str | Sequence[str] = (),
     zstd: bool = False,
     metadata: dict[str, str] | None = None,
     backend: str = "auto",
@@ -71,6 +74,8 @@ def convert(
             nonzeros between tensors.
         kind: the source's layout, one of `kinds()`; "auto" finds it out.
         alpha: a LoRA's alpha, which overrides what its files say.
+        skip: glob patterns of tensors that may be missing from the file where they cannot be converted, by their names
+            in the source or in the base; any other loss is an error.  What is skipped counts as energy lost.
         zstd: compress sections where that helps; for archives.
         metadata: further pairs for the file.
         backend: "libshd", "numpy", or "auto" for the fastest available.
@@ -82,8 +87,9 @@ def convert(
         What was kept and what was not, by tensor and in all.
 
     Raises:
-        SourceError: the source or the base cannot be read, or nothing in them matches.
-        ArgumentError: an argument is wrong, or two exclude each other.
+        SourceError: the source or the base cannot be read, nothing in them matches, or a part of the source cannot be
+            converted and no pattern allows that.
+        ArgumentError: an argument is wrong, two exclude each other, or a pattern matches nothing.
         TargetError: the file cannot be written.
     """
     target = default_output(source) if out is None else Path(out)
@@ -98,12 +104,18 @@ def convert(
     if not opened.items:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(opened.skipped.items())[:3])
         raise SourceError(f"{source}: nothing in it can be converted ({why or 'no tensors'})")
+    if fit is not None:
+        from .fitting import refuse_resized, run_fit
+
+        refuse_resized(opened, source)
+    losses = check_whole(opened, source, skip)
     counts = Counts(opened.items, scope, progress)
     pairs = {"source": Path(source).resolve().name, **({} if base is None else {"base": Path(base).resolve().name})}
     job = Conversion(
         source=os.fspath(source),
         target=target,
         opened=opened,
+        losses=losses,
         values=values,
         zstd=zstd,
         backend=backend,
@@ -116,8 +128,6 @@ def convert(
     kept = counts(share)
     fitted = None
     if fit is not None:
-        from .fitting import run_fit
-
         fitted = run_fit(fit, opened, kept, source, base, values, scope, target, progress)
     with writing(target, values, zstd, backend) as writer:
         report = job.write(writer, share, kept, fitted)

@@ -59,8 +59,10 @@ class ConversionReport:
         sparsity, values: how much was to be selected, and the value codec.
         tensors: the changed tensors.
         skipped: tensor or module that is not converted -> why.
+        lost: those of the skipped tensors that the file lacks because a pattern allows it -> squared norm of their
+            change; None where it is unknown.
         warnings: what the user should know.
-        energy_left_out: squared norm of the tensors without a selected change.
+        energy_left_out: squared norm of the tensors without a selected change, and of those that are lost.
         file_bytes: the file's size.
         fit: the figures of a fit, where there was one.
     """
@@ -71,6 +73,7 @@ class ConversionReport:
     values: str
     tensors: list[TensorReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, float | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     energy_left_out: float = 0.0
     file_bytes: int = 0
@@ -108,7 +111,9 @@ class ConversionReport:
         """How much of the fine-tune is kept, in a line."""
         fit = self.fit
         if fit is None:
-            return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f})"
+            unknown = sum(energy is None for energy in self.lost.values())
+            apart = f", apart from {unknown} skipped of unknown energy" if unknown else ""
+            return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f}){apart}"
         closer = f", {1 - fit.fitted / fit.base:.0%} of the way" if fit.base and fit.fitted < fit.base else ""
         return f"fitted on {fit.texts:,} texts in {fit.seconds:.0f} s{closer}"
 

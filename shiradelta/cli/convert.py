@@ -31,6 +31,7 @@ from shiradelta.util.text import percent, size, table
     help="What SOURCE is.",
 )
 @click.option("--alpha", type=float, help="Alpha of a LoRA, instead of the one in its files.")
+@options.skip("Let tensors be missing that cannot be converted")
 @click.option("--zstd", is_flag=True, help="Compress further; switching becomes slower.")
 @click.option(
     "--fit",

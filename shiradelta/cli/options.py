@@ -129,6 +129,12 @@ def scope(text: str) -> Callable[[Function], Function]:
     return click.option("--scope", type=choice, default="tensor", show_default=True, help=text)
 
 
+def skip(text: str) -> Callable[[Function], Function]:
+    """The option with patterns of tensors that a command may leave out."""
+    text += ": a glob pattern of their names in the source or in the base.  May be repeated."
+    return click.option("--skip", metavar="PATTERN", multiple=True, help=text)
+
+
 def values(default: str) -> Callable[[Function], Function]:
     """The option that names a value codec."""
     choice = RegistryChoice("shiradelta.format.codecs:VALUE_OPTIONS")

@@ -194,7 +194,10 @@ def test_unmatched_and_incomplete_modules_are_reported(tmp_path: Path, made: Pat
     tensors = load_file(lora / "adapter_model.safetensors")
     del tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"]
     save_file(tensors, lora / "adapter_model.safetensors")
-    report = shiradelta.convert(lora, base=made / "bf16")
+    with pytest.raises(SourceError, match=r"2 tensors cannot be converted: .*only B of A.*no such tensor.*--skip"):
+        shiradelta.convert(lora, base=made / "bf16")
+    assert not (tmp_path / "lora.shd").exists()
+    report = shiradelta.convert(lora, base=made / "bf16", skip=["elsewhere", "*.down_proj"])
     assert [tensor.name for tensor in report.tensors] == [UP]
     assert set(report.skipped.values()) == {"only B of A and B is there", "the base has no such tensor"}
 
@@ -252,11 +255,13 @@ def test_scope_model_changes_the_same_number_in_all(tmp_path: Path, made: Path):
     assert report.nnz == round(0.02 * sum(t.numel() for t in random_tensors(torch.bfloat16).values()))
 
 
-def test_resized_tensors_are_left_out_aloud(tmp_path: Path, made: Path):
+def test_resized_tensors_are_refused_or_skipped_aloud(tmp_path: Path, made: Path):
     tuned = random_tensors(torch.bfloat16, 1)
     tuned["model.embed_tokens.weight"] = torch.zeros(65, 32, dtype=torch.bfloat16)
     write_model(tmp_path / "tuned", tuned)
-    report = shiradelta.convert(tmp_path / "tuned", tmp_path / "d.shd", base=made / "bf16")
+    with pytest.raises(SourceError, match=r"embed_tokens.weight: its shape is \[65, 32\], .*resize the base's"):
+        shiradelta.convert(tmp_path / "tuned", tmp_path / "d.shd", base=made / "bf16")
+    report = shiradelta.convert(tmp_path / "tuned", tmp_path / "d.shd", base=made / "bf16", skip="*embed_tokens*")
     assert "model.embed_tokens.weight" in report.skipped
     assert any("shape" in warning for warning in report.warnings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -146,11 +147,15 @@ def test_only_what_was_to_be_saved_is_new(tmp_path: Path, made: Path, config, ke
         (lora / "adapter_config.json").unlink()
     tensors = load_file(lora / "adapter_model.safetensors")
     save_file({**tensors, f"base_model.model.{key}": torch.ones(32)}, lora / "adapter_model.safetensors")
-    report = shiradelta.convert(lora, base=made / "bf16")
+    skip = [f"*{key}"] if op is None and "alpha" not in key else []
+    if skip:
+        with pytest.raises(SourceError, match=f"1 tensor cannot be converted: [^;]*{re.escape(key)}"):
+            shiradelta.convert(lora, base=made / "bf16")
+    report = shiradelta.convert(lora, base=made / "bf16", skip=skip)
     assert [tensor.op for tensor in report.tensors[2:]] == ([op] if op else [])
     assert bool(report.skipped) == (op is None)
-    if op is None and "alpha" not in key:
-        assert any("left out" in warning and key in warning for warning in report.warnings)
+    if skip:
+        assert any("skipped" in warning and key in warning for warning in report.warnings)
 
 
 def test_a_wrong_base_is_an_error_even_if_a_head_could_be_new(tmp_path: Path, made: Path):
@@ -263,7 +268,12 @@ def test_a_lone_component_takes_one_prefix(tmp_path: Path, style: str, component
     else:
         one, two = (peft(f"text_encoder{n}.{TEXT}", (s, s)) for n, s in (("", 8), ("_2", 12)))
     save_file(one | two, tmp_path / "x.safetensors")
-    report = shiradelta.convert(tmp_path / "x.safetensors", base=base)
+    other = "te1" if size == 12 else "te2"
+    if style == "peft":
+        other = {"te1": "text_encoder.", "te2": "text_encoder_2."}[other]
+    with pytest.raises(SourceError, match=rf"1 tensor cannot be converted: \S*{other}.*the base of"):
+        shiradelta.convert(tmp_path / "x.safetensors", base=base)
+    report = shiradelta.convert(tmp_path / "x.safetensors", base=base, skip=f"*{other}*")
     assert [tensor.name for tensor in report.tensors] == [f"{TEXT}.weight"]
     assert len(report.skipped) == 1
     assert "the base of" in next(iter(report.skipped.values()))
@@ -279,7 +289,10 @@ def test_two_text_encoders_that_both_fit_are_ambiguous(tmp_path: Path):
 @pytest.mark.parametrize("module", ["lora_unet_input_blocks_4_1_to_q", "diffusion_model.double_blocks.0.qkv"])
 def test_the_original_checkpoints_names_are_explained(tmp_path: Path, module: str):
     save_file(kohya("lora_unet_mid_to_q") | kohya(module), tmp_path / "x.safetensors")
-    report = shiradelta.convert(tmp_path / "x.safetensors", base=write_pipeline(tmp_path / "base"))
+    base = write_pipeline(tmp_path / "base")
+    with pytest.raises(SourceError, match=f"{module}: it has the original checkpoint's name"):
+        shiradelta.convert(tmp_path / "x.safetensors", base=base)
+    report = shiradelta.convert(tmp_path / "x.safetensors", base=base, skip=module)
     assert "original checkpoint" in report.skipped[module]
 
 

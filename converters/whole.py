@@ -1,0 +1,117 @@
+"""Whole or refused: what a source holds and the file would lack is an error, unless a pattern allows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from shiradelta.errors import ArgumentError, SourceError
+
+from .item import Skipped, SkipReason, Source
+
+#: Tensors that a message names.
+_NAMED = 3
+#: The pattern that allows whatever cannot be converted; it may match nothing.
+_ANY = "*"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The tensors that patterns allow to be missing from the file.
+
+    Attributes:
+        patterns: the user's patterns.
+        skipped: name -> why it is not converted.
+        energies: name -> squared norm of the lost change; None where it is unknown.
+    """
+
+    patterns: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    energies: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def energy(self) -> float:
+        """The squared norm of all lost changes whose norm is known."""
+        return sum(energy for energy in self.energies.values() if energy is not None)
+
+    @property
+    def unknown(self) -> list[str]:
+        """The tensors whose lost change has an unknown norm."""
+        return [name for name, energy in self.energies.items() if energy is None]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user allowed to be lost, in a line."""
+        if not self.skipped:
+            return []
+        known = "" if self.unknown else "; what they would change counts as energy lost"
+        some = f"; the energy kept does not count {len(self.unknown)} of them, whose change is unknown"
+        return [f"{_count(self.skipped)} skipped, as patterns allow: {_listed(self.skipped)}{known or some}"]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says of them."""
+        return {"skipped": f"{len(self.skipped)} by {' '.join(self.patterns)}"} if self.skipped else {}
+
+
+def check_whole(source: Source, where: object, skip: str | Sequence[str] = ()) -> Losses:
+    """Refuses a source that would be converted in part, apart from what patterns allow.
+
+    Args:
+        source: the opened source.
+        where: its name in messages.
+        skip: glob patterns; a tensor may be lost if one matches a name that it has in the source or in the base.
+
+    Raises:
+        SourceError: a tensor would be lost that no pattern allows.
+        ArgumentError: a pattern matches no tensor that would be lost.
+    """
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    energies: dict[str, float | None] = {}
+    for name, skipped in source.skipped.items():
+        if skipped.reason.loses:
+            energy = _energy(skipped)
+            if energy != 0 or skipped.reason is SkipReason.SHAPE:  # another shape is a change in itself
+                energies[name] = energy
+    allowed = {
+        name: [pattern for pattern in patterns if _matches(pattern, name, source.skipped[name])] for name in energies
+    }
+    refused = {name: str(source.skipped[name]) for name in energies if not allowed[name]}
+    used = {pattern for matching in allowed.values() for pattern in matching} | {_ANY}
+    unused = [pattern for pattern in patterns if pattern not in used]
+    if unused:
+        listed = f"; what cannot be converted is {_listed(refused)}" if refused else "; leave it out"
+        raise ArgumentError(
+            f"{where}: skip pattern {unused[0]!r} matches no tensor that would otherwise be refused{listed}"
+        )
+    if refused:
+        raise SourceError(
+            f"{where}: {_count(refused)} cannot be converted: {_listed(refused)}; give what is lacking, or --skip"
+            " PATTERN (skip=) to leave them out"
+        )
+    return Losses(patterns, {name: str(source.skipped[name]) for name in energies}, energies)
+
+
+def _energy(skipped: Skipped) -> float | None:
+    """The squared norm of a lost change; None where it cannot be computed."""
+    try:
+        energy = math.nan if skipped.energy is None else skipped.energy()
+    except SourceError:  # NaN or infinity in it
+        return None
+    return energy if math.isfinite(energy) else None
+
+
+def _matches(pattern: str, name: str, skipped: Skipped) -> bool:
+    return any(fnmatchcase(each, pattern) for each in (name, *skipped.names))
+
+
+def _count(names: Mapping[str, str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _listed(skipped: Mapping[str, str]) -> str:
+    """The first few with their reasons."""
+    few = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:_NAMED])
+    return few + (f"; and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else "")
