@@ -7,6 +7,7 @@ ShiraDeltaError
  |- SourceError                         something cannot be converted
  |- BaseMismatchError                   a delta was made for another base
  |- TargetError                         a folder or file cannot be written
+ |- DivergedError                       training gave NaN
  `- MissingDependencyError (ImportError)  an optional package is not installed
 """
 
@@ -125,6 +126,10 @@ class SourceError(ShiraDeltaError):
 
 class BaseMismatchError(ShiraDeltaError):
     """A model that the delta was not made for: names, shape, dtype or fingerprint differ."""
+
+
+class DivergedError(ShiraDeltaError):
+    """Fitting or training that gave NaN; the message says at which step, and what to change."""
 
 
 class TargetError(ShiraDeltaError):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from shiradelta.errors import DivergedError
 from shiradelta.fit.choices import MASKS
 from shiradelta.fit.fitted import FitJob, Fitted
 from shiradelta.fit.state import FitState, load_state, save_state
 from shiradelta.fit.subject import Subject
-from shiradelta.fit.training import DivergedError, FitTrainer, TrainingPlan
+from shiradelta.fit.training import FitTrainer, TrainingPlan
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.nonzeros.vector import Nonzeros

@@ -23,7 +23,8 @@ def run(job: FitJob) -> Fitted:
 
     Raises:
         SourceError: the texts, the model or the fine-tune cannot be used.
-        ShiraDeltaError: out of memory, or training gave NaN.
+        DivergedError: training gave NaN.
+        ShiraDeltaError: memory ran out.
     """
     fit, method = job.fit, METHODS.find(job.fit.method)
     with advising_on_memory(_advice(fit)):

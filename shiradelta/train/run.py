@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiradelta.errors import ShiraDeltaError, SourceError
+from shiradelta.errors import DivergedError, SourceError
 from shiradelta.format import registry
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
@@ -77,7 +77,8 @@ def run(
     Raises:
         SourceError: the model or the examples cannot be used.
         TargetError: the file or the plot cannot be written there; raised before the work.
-        ShiraDeltaError: training gave NaN, or memory ran out.
+        DivergedError: training gave NaN.
+        ShiraDeltaError: memory ran out.
     """
     check_target(out, registry.MAGIC, "a .shd file")
     if plot is not None:
@@ -274,7 +275,7 @@ class _Run:
         found = loss.item()
         if not math.isfinite(found) or not torch.isfinite(norm):
             smaller = f"{self.settings.relative_lr / 4:.2g}"
-            raise ShiraDeltaError(f"training gave NaN at step {step}; give a smaller --relative-lr, such as {smaller}")
+            raise DivergedError(f"training gave NaN at step {step}; give a smaller --relative-lr, such as {smaller}")
         optimizer.step()
         return found
 

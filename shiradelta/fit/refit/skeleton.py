@@ -20,7 +20,7 @@ from shiradelta.models.names import rename_all
 
 
 class CannotStreamError(Exception):
-    """A model that cannot be run layer by layer; the message says why."""
+    """Internal: why a model cannot be run layer by layer; `shiradelta.fit.run` then loads it whole."""
 
 
 class Skeleton:
