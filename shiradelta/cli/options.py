@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -72,12 +73,13 @@ class RegistryOption(click.Option):
     """An option of type `RegistryChoice` whose help lists the help of each row."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """As click's, with the rows' help."""
-        if isinstance(self.type, RegistryChoice):
-            rows = self.type.rows()
-            listed = ", ".join(f"{name} ({row.help})" for name, row in rows.items())
-            self.help = f"{(self.help or '').partition(':')[0]}: {listed}."
-        return super().get_help_record(ctx)
+        """As click's, with the rows' help.  Rows may be added later, so the text is made at each call."""
+        if not isinstance(self.type, RegistryChoice):
+            return super().get_help_record(ctx)
+        listed = ", ".join(f"{name} ({row.help})" for name, row in self.type.rows().items())
+        option = copy.copy(self)
+        option.help = f"{self.help}: {listed}."
+        return click.Option.get_help_record(option, ctx)
 
 
 class RenamedOption(click.Option):

@@ -34,6 +34,7 @@ from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import TensorSpec, difference, spec_of
 from shiradelta.models.names import match_names
+from shiradelta.util.arrays import RepeatedPositionError, join_sorted
 from shiradelta.util.files import check_target
 from shiradelta.util.progress import Progress
 from shiradelta.util.threads import ahead
@@ -214,14 +215,12 @@ def _contribution(name: str, part: Part, options: _Options) -> tuple[Positions, 
 
 def _union_of_sets(name: str, parts: Sequence[Part]) -> tuple[Positions, Array]:
     """(positions, bits) of elements that are set, each by one input."""
-    positions = np.concatenate([tensor.positions() for _, tensor, _ in parts])
-    bits = np.concatenate([tensor.bits() for _, tensor, _ in parts])
-    order = np.argsort(positions, kind="stable")
-    positions, bits = positions[order], bits[order]
-    twice = np.flatnonzero(positions[1:] == positions[:-1])
-    if twice.size:
-        raise DeltaError(f"tensor {name!r}: element {positions[twice[0]]} is set by two inputs; leave one of them out")
-    return positions, bits
+    try:
+        return join_sorted([(tensor.positions(), tensor.bits()) for _, tensor, _ in parts])
+    except RepeatedPositionError as error:
+        raise DeltaError(
+            f"tensor {name!r}: element {error.position} is set by two inputs; leave one of them out"
+        ) from None
 
 
 def _find_base(checkpoint: Checkpoint, name: str, spec: TensorSpec) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
+from shiradelta.fit.fitted import DISTANCE
 
 #: Weight of the output in the loss at first; all terms share the rest, which guides the early layers.
 LAST = 0.5
@@ -78,8 +79,8 @@ class Behaviour(ABC):
         """How far a student is from its teacher, in the unit of `measure`."""
 
     def compare(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
-        """`distance` under the name `measure`, then further measures under theirs, on one batch."""
-        return {self.measure: self.distance(student, teacher)}
+        """Measures of one batch by name: `distance` under the key `DISTANCE`, then further ones."""
+        return {DISTANCE: self.distance(student, teacher)}
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]] | None:
         """For each output, where its rows lie among the rows of all examples, and how many those are.

@@ -1,4 +1,4 @@
-"""What a fit gets, and what it gives back."""
+"""The input and the result of a fit."""
 
 from __future__ import annotations
 
@@ -73,14 +73,18 @@ class FitJob:
     progress: Progress
 
 
+#: The key of a fit's main measure, which `Fitted.measure` says in words, among all measures.
+DISTANCE = "distance"
+
+
 @dataclass
 class Fitted:
     """The result of a fit.
 
     Attributes:
         tensors: name -> positions and values, not yet quantised.
-        measure: what the distances are.
-        texts, held_out: number of texts that were fitted on, and measured on.
+        measure: the unit of the distances, in words.
+        texts, held_out: number of texts to fit on, and of held-out texts to measure on.
         base, topk, fitted: distance from the fine-tune of the base, of plain top-k, and of the fit, as a reader of the
             file would measure them.
         steps: optimizer steps.
@@ -106,9 +110,9 @@ class Fitted:
     warnings: list[str] = field(default_factory=list)
 
     def note(self, state: str, measures: Mapping[str, float]) -> None:
-        """Records what was measured of "base", "topk" or "fitted"."""
+        """Records measures of a state, "base", "topk" or "fitted", as `Behaviour.compare` names them."""
         for name, value in measures.items():
-            if name == self.measure:
+            if name == DISTANCE:
                 setattr(self, state, value)
             else:
                 self.further.setdefault(name, {})[state] = value

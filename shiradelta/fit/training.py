@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shiradelta.errors import ShiraDeltaError
+from shiradelta.errors import DivergedError
 from shiradelta.fit.behaviour import Behaviour, Outputs
+from shiradelta.fit.fitted import DISTANCE
 from shiradelta.fit.measures import HeldOut
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.state import FitState
@@ -56,10 +57,6 @@ class TrainingPlan:
     counts: Sequence[int]
     units: Sequence[float]
     whole_model: bool
-
-
-class DivergedError(ShiraDeltaError):
-    """Training gave NaN even at a fraction of the learning rate."""
 
 
 class FitTrainer:
@@ -188,7 +185,7 @@ class FitTrainer:
 
     def _compare(self, part: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         distance = self._behaviour.distance(student, teacher)  # first: the loss may change the teacher's outputs
-        return {"distance": distance, "loss": float(self._loss(student, teacher, part))}
+        return {DISTANCE: distance, "loss": float(self._loss(student, teacher, part))}
 
     def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int]) -> Tensor:
         settled = min(1.0, self.state.step / (PRUNE_UNTIL * self._plan.steps))

@@ -124,7 +124,9 @@ def _apply_in_place(
             (journal.path / "undo").mkdir(exist_ok=True)
             sync_directory(journal.path)
         try:
-            changed = _write_undo(journal, entry, checkpoint, plan, strength, check, delta, progress)
+            changed = _write_undo(
+                journal, entry, checkpoint, plan, strength=strength, check=check, delta=delta, progress=progress
+            )
             if plan.restructures:
                 entry = replace(entry, replaced=restructure.prepare(checkpoint, plan, journal.originals(entry)))
             with interrupts_held_back() as deliver:
@@ -177,6 +179,7 @@ def _write_undo(
     entry: Applied,
     checkpoint: Checkpoint,
     plan: FolderPlan,
+    *,
     strength: float,
     check: bool,
     delta: Delta,

@@ -246,17 +246,17 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
     if nnz > math.prod(shape):
         raise FormatError("bad_count", f"{nnz} nonzeros, {math.prod(shape)} elements")
     record = Record(
-        name,
-        shape,
-        dtype,
-        operation,
-        index_id,
-        value_id,
-        nnz,
-        base_fingerprint if Flag.BASE_FINGERPRINT in flags else None,
-        result_fingerprint if Flag.RESULT_FINGERPRINT in flags else None,
-        Section(index_offset, index_stored, index_decoded, index_crc, Flag.INDEX_ZSTD in flags),
-        Section(values_offset, values_stored, values_decoded, values_crc, Flag.VALUES_ZSTD in flags),
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        operation=operation,
+        index_codec=index_id,
+        value_codec=value_id,
+        nnz=nnz,
+        base_fingerprint=base_fingerprint if Flag.BASE_FINGERPRINT in flags else None,
+        result_fingerprint=result_fingerprint if Flag.RESULT_FINGERPRINT in flags else None,
+        index=Section(index_offset, index_stored, index_decoded, index_crc, Flag.INDEX_ZSTD in flags),
+        values=Section(values_offset, values_stored, values_decoded, values_crc, Flag.VALUES_ZSTD in flags),
     )
     problem = combination_problem(record)
     if problem:

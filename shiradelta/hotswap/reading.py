@@ -1,4 +1,4 @@
-"""Reading a whole file into memory that a backend provides, on several threads."""
+"""Reads a whole file on several threads, into memory that a backend provides."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.io.reader import Source
+from shiradelta.io.reader import Source, bytes_of
 from shiradelta.util.threads import THREADS, map_in_threads
 
-#: Bytes that a thread reads at least.
+#: The fewest bytes that a thread reads.
 _CHUNK = 4 << 20
 
 
 def read_whole(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Bytes]:
-    """Copies a file into memory of our own, which nobody else can change.
+    """Copies a file into memory that nobody else can change.
 
     Args:
         source: a path, bytes, or a binary file.
@@ -31,7 +29,7 @@ def read_whole(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Byt
         ShiraDeltaError: the file cannot be read.
     """
     if not isinstance(source, (str, os.PathLike)):
-        content = np.frombuffer(source if isinstance(source, (bytes, np.ndarray)) else source.read(), np.uint8)
+        content = bytes_of(source)
         data = buffer(content.size)
         data[:] = content
         return "delta", data

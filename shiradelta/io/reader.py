@@ -175,13 +175,18 @@ def open_delta(source: Source, backend: str = "auto") -> Delta:
         file = os.fspath(source)
         data, mapped = _map(Path(file))
     else:
-        data = np.frombuffer(source if isinstance(source, (bytes, np.ndarray)) else source.read(), np.uint8)
+        data = bytes_of(source)
     try:
         parsed = container.parse(data)
         return Delta(data, parsed, file, mapped, choose(backend, parsed.index_codecs, parsed.value_codecs))
     except FormatError as error:
         error.file = file
         raise
+
+
+def bytes_of(source: bytes | Bytes | BinaryIO) -> Bytes:
+    """The bytes of a source that is not a path; a binary file is read to its end."""
+    return np.frombuffer(source if isinstance(source, (bytes, np.ndarray)) else source.read(), np.uint8)
 
 
 def _map(path: Path) -> tuple[Bytes, mmap.mmap | None]:

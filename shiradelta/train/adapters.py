@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from shiradelta.models.names import rename_all
 from shiradelta.models.peft import WEIGHTS, parse_shira_key
 from shiradelta.nonzeros.saved_state import load_state
 from shiradelta.train.given import WeightNames, is_outside
+from shiradelta.util.arrays import RepeatedPositionError, join_sorted
 
 
 def read_adapter(
@@ -45,12 +45,11 @@ def read_adapter(
         parts.setdefault(name, []).append((view.to_weight(positions), values))
     found = {}
     for name, some in parts.items():
-        where = np.concatenate([positions for positions, _ in some])
-        order = np.argsort(where, kind="stable")
-        if np.any(np.diff(where[order]) == 0):
-            raise SourceError(f"{path}: tensor {name!r} has a position twice")
-        values = np.concatenate([values for _, values in some])[order]
-        found[name] = torch.from_numpy(where[order]), torch.from_numpy(values)
+        try:
+            positions, values = join_sorted(some)
+        except RepeatedPositionError:
+            raise SourceError(f"{path}: tensor {name!r} has a position twice; save the adapter again") from None
+        found[name] = torch.from_numpy(positions), torch.from_numpy(values)
     return found
 
 

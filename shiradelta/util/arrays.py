@@ -9,6 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class RepeatedPositionError(Exception):
+    """Internal: `join_sorted` found a position twice; its caller says what that means.
+
+    Attributes:
+        position: the lowest such position.
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"position {position} is there twice")
+        self.position = position
+
+
 class MergedRuns(NamedTuple):
     """Sorted runs of numbers, merged.
 
@@ -40,6 +52,22 @@ def merge_sorted(runs: Sequence[NDArray[np.int64]]) -> MergedRuns:
     indices = np.empty(everything.size, np.int64)
     indices[order] = np.cumsum(first) - 1
     return MergedRuns(ordered[first], np.split(indices, np.cumsum([run.size for run in runs])[:-1]), first)
+
+
+def join_sorted(runs: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Joins (positions, values) of several runs into one, sorted by position.
+
+    Raises:
+        RepeatedPositionError: a position is there twice.
+    """
+    merged = merge_sorted([positions for positions, _ in runs])
+    if not merged.first.all():
+        raise RepeatedPositionError(int(merged.union[np.argmax(merged.shared())]))
+    indices = np.concatenate(merged.indices)
+    values = np.concatenate([values for _, values in runs])
+    joined = np.empty_like(values)
+    joined[indices] = values
+    return merged.union, joined
 
 
 def overlay_values(xp: Any, values: Any, positions: Any, other_positions: Any, other_values: Any) -> Any:

@@ -192,6 +192,15 @@ def test_renamed_options_and_choices_are_taken_with_a_warning_and_hidden():
     assert "[f32|f16|" in text
 
 
+def test_the_help_of_a_registry_is_the_same_each_time():
+    option = next(option for option in main.commands["train"].params if option.name == "mask")
+    context = click.Context(main.commands["train"])
+    records = [option.get_help_record(context) for _ in range(2)]
+    assert records[0] == records[1]
+    assert "random" in records[0][1]
+    assert option.help == "Which weights change"
+
+
 def test_help_imports_neither_numpy_nor_torch():
     code = "import sys; from shiradelta.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -20,7 +20,7 @@ from shiradelta import TensorDelta
 from shiradelta.cli import main
 from shiradelta.combine.interference import Meeting
 from shiradelta.combine.report import report
-from shiradelta.combine.report.markup import bars, cell, letter
+from shiradelta.combine.report.markup import bars, cell, letter, table
 from shiradelta.combine.report.page import render
 from shiradelta.combine.report.verdict import advice, verdict
 from shiradelta.errors import DeltaError, TargetError
@@ -205,6 +205,9 @@ def test_pieces():
     assert [letter(number) for number in (0, 25, 26)] == ["A", "Z", "A1"]
     assert 'd="M0 20h1V0h1V10h1V20H0z"' in bars([0, 2, 1], 0)
     assert bars([], 0) == bars([0, 0], 0) == ""
+    row = table(["", "", ""], [["a", "b", cell(None, "", 0)]])
+    assert '<tr><th>a</th><td>b</td><td class="dim">-</td></tr>' in row
+    assert "<td><td>text</td>" in table(["", ""], [["a", "<td>text"]])
     assert cell(None, "", 0) == '<td class="dim">-</td>'
     assert cell(-0.5, "x", -0.7) == '<td class="n full" style="--a:0.70">x</td>'
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiradelta.util.arrays import merge_sorted, overlay_values, sum_of_squares
+from shiradelta.util.arrays import RepeatedPositionError, join_sorted, merge_sorted, overlay_values, sum_of_squares
 
 RUNS = st.sets(st.integers(0, 30), max_size=12).map(sorted)
 
@@ -19,6 +19,21 @@ def test_runs_are_merged(runs: list[list[int]]):
     assert merged.union.tolist() == sorted(set().union(*runs))
     assert [merged.union[at].tolist() for at in merged.indices] == runs
     assert merged.shared().tolist() == [sum(number in run for run in runs) > 1 for number in merged.union.tolist()]
+
+
+@given(st.lists(RUNS, min_size=1, max_size=4))
+def test_runs_are_joined_or_the_lowest_repeated_position_is_named(runs: list[list[int]]):
+    pairs = [(np.array(run, np.int64), np.array([100 * i + p for p in run], np.int64)) for i, run in enumerate(runs)]
+    everything = [p for run in runs for p in run]
+    repeated = [p for p in everything if everything.count(p) > 1]
+    if repeated:
+        with pytest.raises(RepeatedPositionError) as caught:
+            join_sorted(pairs)
+        assert caught.value.position == min(repeated)
+        return
+    positions, values = join_sorted(pairs)
+    assert positions.tolist() == sorted(everything)
+    assert values.tolist() == [next(100 * i + p for i, run in enumerate(runs) if p in run) for p in positions.tolist()]
 
 
 @pytest.mark.parametrize("xp", [np, torch])

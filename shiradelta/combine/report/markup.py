@@ -11,6 +11,12 @@ from shiradelta.util.text import printable
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
+class Cell(str):
+    """A whole table cell in HTML, with its `<td>`."""
+
+    __slots__ = ()
+
+
 def text(value: object) -> str:
     """The value as text, with everything escaped that a browser or terminal would act on."""
     return escape(printable(str(value)))
@@ -28,10 +34,10 @@ def letter(number: int) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "wide") -> str:
-    """A table of HTML cells; a cell that starts with "<td" is used unchanged."""
+    """A table of rows of HTML; a `Cell` is used unchanged, other strings are put into one."""
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
     body = [
-        f"<tr><th>{first}</th>" + "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in rest) + "</tr>"
+        f"<tr><th>{first}</th>" + "".join(c if isinstance(c, Cell) else f"<td>{c}</td>" for c in rest) + "</tr>"
         for first, *rest in rows
     ]
     return (
@@ -63,10 +69,10 @@ def tabs(group: str, panes: Mapping[str, str]) -> str:
     return f'<div class="tabs">{heads}{"".join(f"<div class=pane>{pane}</div>" for pane in panes.values())}</div>'
 
 
-def cell(value: float | None, words: str, colour: float) -> str:
+def cell(value: float | None, words: str, colour: float) -> Cell:
     """A cell of a heat map; `colour` is from -1 to 1."""
     if value is None:
-        return '<td class="dim">-</td>'
+        return Cell('<td class="dim">-</td>')
     strength = min(abs(colour), 1)
     kind = " ".join([*["n"] * (colour < 0), *["full"] * (strength > 0.6)])
-    return f'<td class="{kind}" style="--a:{strength:.2f}">{words}</td>'
+    return Cell(f'<td class="{kind}" style="--a:{strength:.2f}">{words}</td>')

@@ -27,18 +27,20 @@ class Metric(NamedTuple):
     """One figure of the heat map.
 
     Attributes:
-        title: of the tab.
+        title: the tab's title.
         value: the figure of an overlap.
-        text: the figure, for people.
-        colour: from -1 to 1.
-        says: what the figure means.
+        text: formats the figure for people.
+        colour: maps the figure to a colour, from -1 to 1.
+        help: what the figure means.
+        relative: whether `colour` takes the figure as a share of the map's largest one, as it has no scale of its own.
     """
 
     title: str
     value: Callable[[Meeting], float | None]
     text: Callable[[float], str]
     colour: Callable[[float], float]
-    says: str
+    help: str
+    relative: bool = False
 
 
 _METRICS = (
@@ -70,6 +72,7 @@ _METRICS = (
         lambda v: v,
         "The spectral norm of A<sub>1</sub><sup>T</sup>A<sub>2</sub>: the most that the two interact on any input."
         " Colours are relative to the largest.",
+        relative=True,
     ),
     Metric(
         "AWOR",
@@ -184,8 +187,7 @@ def _heat(report: DeltaReport) -> str:
             for pair, meetings in by_pair.items()
             for layer in layers
         }
-        # All figures but AWOM have a natural scale.
-        top = max((v for v in values.values() if v is not None), default=0) if metric.title == "AWOM" else 1
+        top = max((v for v in values.values() if v is not None), default=0) if metric.relative else 1
         rows = [
             [text(short[layer])]
             + [
@@ -194,7 +196,7 @@ def _heat(report: DeltaReport) -> str:
             ]
             for layer in layers
         ]
-        panes[metric.title] = f'<p class="dim">{metric.says}</p>{table(head, rows, "heat")}'
+        panes[metric.title] = f'<p class="dim">{metric.help}</p>{table(head, rows, "heat")}'
     return f"<h2>Layer by layer</h2>{tabs('metric', panes)}"
 
 

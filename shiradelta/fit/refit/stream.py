@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shiradelta.fit.behaviour import Outputs, check_scales
 from shiradelta.fit.fit_texts import FitTexts
-from shiradelta.fit.fitted import FitJob, Fitted
+from shiradelta.fit.fitted import DISTANCE, FitJob, Fitted
 from shiradelta.fit.refit.hidden_states import HiddenStates, Part
 from shiradelta.fit.refit.least_squares import Enough, own_linears, refit
 from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
@@ -100,7 +100,7 @@ class _Stream:
                 )
             measures = self._measures()
         tensors.update(self._rest.selections())
-        check_scales([measures["base"][self._behaviour.measure]])
+        check_scales([measures["base"][DISTANCE]])
         used, held_out = (sum(map(len, parts)) for parts in (self._calibration, self._held_out))
         result = Fitted(tensors, self._behaviour.measure, used, held_out)
         for state, measure in measures.items():
