@@ -34,6 +34,13 @@ BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(why_not(row) is not None, reason=why_not(row) or "works"))
     for name, row in LIVE_BACKENDS.items()
 ]
+#: For tests of many switches: without a GPU, Triton's interpreter takes seconds for them.
+BACKENDS_IN_TIME = [
+    pytest.param(
+        *backend.values, marks=[*backend.marks, *([pytest.mark.slow] if backend.values == ("triton",) else [])]
+    )
+    for backend in BACKENDS
+]
 DTYPES = ["float32", "float16", "bfloat16"]
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 QUIET = {"float32": 0x7FC00000, "bfloat16": 0x7FC0, "float16": 0x7E00}

@@ -112,7 +112,7 @@ def summed(bits: np.ndarray, dtype: str, addends: list[tuple[TensorDelta, float]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("count", [1, 2, 5, 70])
+@pytest.mark.parametrize("count", [1, 2, 5, pytest.param(70, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("same", [False, True], ids=["other positions", "the same positions"])
 def test_sums_are_the_same_bits(tmp_path: Path, dtype: str, count: int, same: bool):
     """On several threads, of all codecs and of densities from one nonzero to all, over all kinds of weights."""

@@ -62,6 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("source", ["LoRA", "full"])
 def test_every_file_gets_a_row_once(folder: Path, source: str):
@@ -99,6 +100,7 @@ def test_an_extracted_lora_of_full_rank_is_the_fine_tune_on_its_layers(folder: P
     assert task.divergence(tuned, tuned) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_recipe_varied(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recipe.by_training, "STEPS", 40)

@@ -77,6 +77,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", NEEDED)
 def test_a_missing_package_ends_in_one_line(folder: Path, package: str):
     """Everything else works without it."""

@@ -95,6 +95,7 @@ def test_the_service(session: tuple[sd.HotSwap, torch.Tensor]):
         assert client.get("/adapters").json()["loaded"]["add1"]["nonzeros"] == 1
 
 
+@pytest.mark.slow
 def test_a_real_model(tmp_path: Path):
     """A tiny BERT with a tokenizer of its own."""
     transformers = pytest.importorskip("transformers")

@@ -125,7 +125,11 @@ def fit(pair: tuple[Path, Path], out: Path, **settings: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"mask": "gradient"}, {"scope": "model"}, {"micro": 5}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"mask": "gradient"}, {"scope": "model"}, pytest.param({"micro": 5}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_it_comes_closer(pair: tuple[Path, Path], tmp_path: Path, settings: dict[str, Any]):
     report = fit(pair, tmp_path / "a.shd", **settings)
     assert report.fit.fitted < 0.85 * report.fit.topk

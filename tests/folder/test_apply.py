@@ -337,6 +337,7 @@ def test_damaged_weights_are_one_plain_error(tmp_path: Path, made: Path, name: s
 # ---------------------------------------------------------------------------------------------- kill -9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_kill_at_random_moments(made: Path, tmp_path: Path):
     """`python -m tests.killing` does this a hundred times on a real model."""

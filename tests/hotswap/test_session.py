@@ -154,6 +154,7 @@ def test_many_blocks_and_tensors_of_all_ranks(backend: str):
     assert all(np.array_equal(bits(base[name]), before[name]) for name in base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_thousand_switches_leave_nothing_behind(backend: str, dtype: str):

@@ -41,6 +41,7 @@ def needs(*tools: str) -> pytest.MarkDecorator:
 # --- its own tests ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
 def test_own_tests_pass(sanitize: bool, tmp_path: Path):
     """The plain ones fail on any allocation in the library."""
@@ -78,6 +79,7 @@ def test_shared_library_is_small_and_needs_nothing(tmp_path: Path):
     assert shared.stat().st_size <= LARGEST_LIBRARY
 
 
+@pytest.mark.slow
 @needs("cmake")
 def test_cmake_builds_installs_and_is_found(tmp_path: Path):
     build, prefix, user = tmp_path / "build", tmp_path / "prefix", tmp_path / "user"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -121,8 +122,9 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    # Once in many runs a process aborted at its end, in threads of torch: so models let go of the group before it goes,
-    # and no process goes while the other still talks.
+    # Models let go of the group before it is destroyed, and no process leaves while the other still communicates.
     gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # once in many runs torch's threads aborted the process in its destructors, after everything had passed

@@ -107,7 +107,7 @@ def test_the_least_important_are_pruned():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_loop_that_keeps_the_last_loss_and_a_compiled_graph(compiled: bool, tmp_path: Path):
     """A graph that is alive still knows the parameters' sizes; a compiled one is compiled once, not at each pruning."""
     model = llama()
