@@ -68,16 +68,16 @@ def _rewrite(shard: Shard, gone: set[str], come: Mapping[str, TensorDelta], targ
     kept = [slot for slot in sorted(shard.slots, key=lambda slot: slot.offset) if slot.name not in gone]
     cursor = 0
 
-    def place(name: str, dtype: str, shape: tuple[int, ...], size: int) -> None:
+    def append(name: str, dtype: str, shape: tuple[int, ...], size: int) -> None:
         nonlocal cursor
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [cursor, cursor + size]}
         cursor += size
 
     for slot in kept:
-        place(slot.name, slot.dtype.safetensors, slot.shape, slot.nbytes)
+        append(slot.name, slot.dtype.safetensors, slot.shape, slot.nbytes)
     for name, tensor in come.items():
         dtype = registry.DTYPE_OF_NAME[tensor.dtype]
-        place(name, dtype.safetensors, tensor.shape, tensor.numel * dtype.size)
+        append(name, dtype.safetensors, tensor.shape, tensor.numel * dtype.size)
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     with open(shard.file, "rb") as source, open(target, "wb") as output:

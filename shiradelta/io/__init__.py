@@ -1,1 +1,1 @@
-"""`.shd` files as a user meets them: opened, written, described."""
+"""Opens, writes and describes `.shd` files."""

@@ -1,4 +1,4 @@
-"""What is in a `.shd` file, as plain data."""
+"""Describes the contents of a `.shd` file as plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shiradelta.util import text
 
 
 def entropy(nnz: int, numel: int) -> float:
-    """Bits per nonzero that positions drawn independently at this density carry at least."""
+    """The entropy of positions drawn independently at this density, in bits per nonzero."""
     if not 0 < nnz < numel:
         return 0.0
     p = nnz / numel
@@ -19,7 +19,7 @@ def entropy(nnz: int, numel: int) -> float:
 
 
 def describe(delta: Delta) -> dict[str, Any]:
-    """Per tensor and in all; sizes in bytes, fingerprints as hexadecimal."""
+    """Describes each tensor and the whole file: sizes in bytes, fingerprints in hexadecimal."""
     tensors: list[dict[str, Any]] = []
     for name, tensor in delta.items():
         record = tensor.record
@@ -58,7 +58,7 @@ def describe(delta: Delta) -> dict[str, Any]:
 
 
 def summary(about: Mapping[str, Any]) -> str:
-    """What `describe` found, for a terminal: a table of the tensors, the metadata, all in one line."""
+    """Formats `describe`'s result for a terminal: a table of the tensors, the metadata, and a line of totals."""
     rows = [["tensor", "op", "dtype", "shape", "nonzeros", "density", "index", "values", "bits/nonzero"]]
     for t in about["tensors"]:
         figures = [f"{t['nnz']:,}", text.percent(t["density"]), t["index_codec"], t["value_codec"]]

@@ -1,4 +1,4 @@
-"""Files -> deltas.  The file is mapped, and one tensor is decoded at a time."""
+"""Opens `.shd` files: maps the file, and decodes one tensor at a time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
 
 
 class StoredTensor(TensorDelta):
-    """A tensor delta in a file: decoded, and checked, each time that positions or values are asked for.
+    """A tensor delta in a file; decodes and checks it each time that positions or values are read.
 
-    `record` is its entry in the table: codecs, sizes, fingerprints.
+    `record` is its row of the table: codecs, sizes, fingerprints.
     """
 
     def __init__(self, delta: Delta, record: Record) -> None:
@@ -41,22 +41,19 @@ class StoredTensor(TensorDelta):
 
     @property
     def nnz(self) -> int:
-        """Positions that are listed."""
         return self.record.nnz
 
     @property
     def base_fingerprint(self) -> int | None:
-        """As the file has it."""
         return self.record.base_fingerprint
 
     @property
     def result_fingerprint(self) -> int | None:
-        """As the file has it."""
         return self.record.result_fingerprint
 
     @property
     def decoder(self) -> Decoder:
-        """What decodes the file."""
+        """The decoder of the file."""
         return self._delta.decoder
 
     def positions(self) -> Positions:
@@ -70,11 +67,11 @@ class StoredTensor(TensorDelta):
         return np.zeros(0, f"<u{self.record.element_size}" if self.operation.stores_elements else "<u4")
 
     def check(self) -> None:
-        """Goes over all of it and keeps nothing.  Raises FormatError where it is damaged."""
+        """Decodes all of it without keeping it.  Raises FormatError if it is damaged."""
         self._delta.decoder.check(self.record)
 
     def rows(self, start: int, stop: int) -> tuple[Positions, Array]:
-        """Positions (flat, in the whole tensor) and values of the rows start to stop - 1.
+        """(positions, flat in the whole tensor; values) of the rows from start to stop - 1.
 
         A row is an index of the first dimension.  Only the blocks that hold the range are read, so the
         sections' checksums are not looked at.  Values are float32 for add, unsigned bits otherwise.
@@ -130,17 +127,17 @@ class Delta(Mapping[str, StoredTensor]):
         self.close()
 
     def close(self) -> None:
-        """Lets the file go.  Arrays that were decoded stay valid."""
+        """Closes the file.  Decoded arrays stay valid."""
         self._decoder = None
         if self._mapped is not None:
-            # Where a view of BITS values is still in use, the map goes with it.
+            # If a view of BITS values is still in use, the map lives as long as the view.
             with suppress(BufferError):
                 self._mapped.close()
             self._mapped = None
 
     @property
     def decoder(self) -> Decoder:
-        """What decodes this file.  Raises ShiraDeltaError after `close`."""
+        """The decoder of this file.  Raises ShiraDeltaError after `close`."""
         if self._decoder is None:
             raise ShiraDeltaError(f"{self.file or 'delta'} was closed; open it again to read from it")
         return self._decoder
@@ -158,7 +155,7 @@ class Delta(Mapping[str, StoredTensor]):
 
 
 def open_delta(source: Source, backend: str = "auto") -> Delta:
-    """Opens a `.shd` file and checks its header and tables; tensors are decoded when asked for.
+    """Opens a `.shd` file and checks its header and tables; tensors are decoded when they are read.
 
     Args:
         source: a path (mapped into memory), bytes or an array of them, or a binary file (read to its end).

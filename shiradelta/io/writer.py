@@ -1,4 +1,4 @@
-"""Deltas -> files: canonical bytes (spec/FORMAT.md, section 8), one tensor in memory at a time."""
+"""Writes `.shd` files: canonical bytes (spec/FORMAT.md, section 8), one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record, Section, combination_problem
 from shiradelta.util.files import replacing
 
-#: Sections are collected here up to this size, then on disk beside the output.
+#: Sections are collected in memory up to this size, then on disk beside the output.
 SPOOL_BYTES = 16 << 20
 
 
 class DeltaWriter:
-    """Takes tensors one by one, in any order; their encoded sections wait until all are known.
+    """Writes a `.shd` file, tensor by tensor in any order; encoded sections wait until all tensors are known.
 
-    Made by `writing`, which puts the file in place.
+    `writing` makes it, and moves the file into place.
     """
 
     def __init__(self, spool: IO[bytes], values: str, zstd: bool, backend: str) -> None:
         self._spool = spool
         self._codec = VALUE_OPTIONS.find(values)
         self._zstd = zstd
-        # Positions may need any index codec; a backend that is asked for by name makes do with those that it knows.
+        # Positions may need any index codec; a backend given by name uses only the codecs that it knows.
         index_ids = INDEX_CODECS.by_id if backend == AUTO else ()
         self._backend = choose(backend, index_ids, (self._codec.id, BITS.id))
         self._records: dict[str, Record] = {}
@@ -104,14 +104,14 @@ class DeltaWriter:
         return record, stored
 
     def _store_values(self, tensor: TensorDelta, id: int) -> tuple[Section, Array]:
-        """(the VALUES section, its values as a reader will decode them)."""
+        """Encodes values: (the VALUES section, the values as a reader will decode them)."""
         codec, count = self._backend.value_codecs[id], tensor.nnz
         payload = codec.encode(tensor.values() if tensor.operation.adds else tensor.bits())
         size = registry.DTYPE_OF_NAME[tensor.dtype].size
         return self._store(payload), codec.decode(np.frombuffer(payload, np.uint8), count, size, 0, count)
 
     def _store(self, payload: bytes) -> Section:
-        """Appends a section to the spool; its offset there."""
+        """Appends a section to the spool; returns its offset there."""
         stored, zstd = payload, False
         if self._zstd:
             import zstandard
@@ -125,7 +125,7 @@ class DeltaWriter:
 
     @property
     def size(self) -> int:
-        """Bytes of the file, as it would be with what it has now."""
+        """Size of the file in bytes, with the tensors added so far."""
         names_size = sum(len(name.encode()) for name in self._records)
         return container.payload_start(len(self._records), names_size, self.metadata) + self._spool.tell()
 
@@ -168,7 +168,7 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
 
 
 def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) -> tuple[int | None, int | None]:
-    """Of the base and of the result at strength 1, as far as the base is known."""
+    """Fingerprints of the base and of the result at strength 1; None if the base is unknown."""
     if tensor.dtype == "unspecified":
         return None, None
     positions, base = stored.positions(), tensor.base_bits
@@ -183,7 +183,7 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
 
 
 class _Scale:
-    """A spool that keeps nothing but the size of what is written to it."""
+    """A spool that keeps only the size of what is written to it."""
 
     def __init__(self) -> None:
         self._at = 0
@@ -197,7 +197,7 @@ class _Scale:
 
 
 def weighing(values: str = "int4", zstd: bool = False, backend: str = "auto") -> DeltaWriter:
-    """A `DeltaWriter` that writes nothing and knows its `size`."""
+    """A `DeltaWriter` that writes nothing; only its `size` is of use."""
     return DeltaWriter(cast(IO[bytes], _Scale()), values, zstd, backend)
 
 
@@ -205,10 +205,10 @@ def weighing(values: str = "int4", zstd: bool = False, backend: str = "auto") ->
 def writing(
     path: str | os.PathLike[str], values: str = "int4", zstd: bool = False, backend: str = "auto"
 ) -> Iterator[DeltaWriter]:
-    """A `DeltaWriter` whose file is put at `path`, atomically, when the block ends well.
+    """A context with a `DeltaWriter`; its file replaces `path` atomically if the block succeeds.
 
     Raises:
-        TargetError: it cannot be written; what was at `path` is as it was.
+        TargetError: the file cannot be written; `path` is unchanged.
     """
     target = Path(path)
     with (

@@ -1,6 +1,6 @@
 """Whether a delta fits a model: shapes, dtypes, fingerprints, strengths and tied tensors.
 
-Folders, live models and fused files ask the same questions here; the messages differ only in what they name.
+Folders, live models and fused files share these checks; only the names in the messages differ.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TensorSpec(NamedTuple):
 
 
 def spec_of(tensor: TensorDelta | Slot) -> TensorSpec:
-    """Shape and dtype of the tensor that a delta was made for, or of one in a file."""
+    """The spec of the tensor that a delta was made for, or of a stored tensor."""
     return TensorSpec(tensor.shape, tensor.dtype if isinstance(tensor, TensorDelta) else tensor.dtype.name)
 
 
@@ -62,7 +62,14 @@ def misfit(tensor: TensorDelta, target: TensorSpec) -> Misfit | None:
 
 
 def check_fit(
-    where: str, tensor: TensorDelta, target: TensorSpec, place: str, *, allow_dtype: bool, option: str, shown: str = ""
+    where: str,
+    tensor: TensorDelta,
+    target: TensorSpec,
+    model: str,
+    *,
+    allow_dtype: bool,
+    option: str,
+    shown: str = "",
 ) -> None:
     """Checks that a delta can be applied to a tensor.
 
@@ -70,19 +77,19 @@ def check_fit(
         where: delta and tensor, for messages.
         tensor: the delta.
         target: the tensor.
-        place: where the tensor is, for messages.
+        model: the model or folder that has the tensor, for messages.
         allow_dtype: take values that were made against another dtype.
         option: how a user sets `allow_dtype`.
         shown: the target's dtype in messages, where the format has no name for it.
 
     Raises:
-        BaseMismatchError: it cannot.
+        BaseMismatchError: the delta cannot be applied.
     """
     adds, found = tensor.operation.adds, misfit(tensor, target)
-    has = f"{where} has elements of {shown or target.dtype} in {place}"
+    has = f"{where} has elements of {shown or target.dtype} in {model}"
     if found is Misfit.SHAPE:
         raise BaseMismatchError(
-            f"{where} has shape {list(target.shape)} in {place}, the delta was made for {list(tensor.shape)}; give the"
+            f"{where} has shape {list(target.shape)} in {model}, the delta was made for {list(tensor.shape)}; give the"
             " model it was made for"
         )
     if found is Misfit.NOT_ADDABLE:
@@ -125,7 +132,7 @@ def check_strength(where: str, strength: float, operations: Iterable[Operation],
 
 
 class Remedies(NamedTuple):
-    """What a user can do where fingerprints differ.
+    """What a user can do if fingerprints differ.
 
     Attributes:
         result: if the tensor already holds the delta's result.

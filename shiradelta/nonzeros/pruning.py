@@ -1,7 +1,7 @@
 """Pruning while values are trained: when nonzeros are removed, how many, and which.
 
-The density follows a cubic (Zhu and Gupta, arXiv:1710.01878, section 3).  It falls fast at first, while most nonzeros
-do not matter, and slowly towards the end, where each removal costs.
+The density follows a cubic (Zhu and Gupta, arXiv:1710.01878, section 3).  It decreases fast at first, while most
+nonzeros are unimportant, and slowly towards the end, when each removal costs accuracy.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from shiradelta.select.largest_torch import largest_mask
 
-#: Training starts with this many times the nonzeros that are kept.  More costs memory, and leaves the mask less time
-#: to settle.
+#: Training starts with this many times the nonzeros that are kept.  More would cost memory, and leave the mask less
+#: time to settle.
 PRUNE_FROM = 5
 #: Share of all training steps during which nonzeros are pruned; then the mask is final.
 PRUNE_UNTIL = 0.6
@@ -47,7 +47,7 @@ class PruningSchedule:
         """Bool masks of the nonzeros to keep after `step` steps, one a tensor.
 
         Args:
-            step: optimizer steps that are done.
+            step: optimizer steps done.
             scores: importance of each nonzero, by tensor.
         """
         left = max(0.0, 1 - step / self.until) ** 3

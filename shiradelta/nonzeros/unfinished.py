@@ -14,7 +14,7 @@ from torch import Tensor
 from shiradelta.errors import SourceError
 from shiradelta.nonzeros.saved_state import load_with_about, save_state
 
-#: A state is written at most this often, in seconds.
+#: The least time between two saved states, in seconds.
 SAVE_EVERY = 20
 
 

@@ -24,7 +24,7 @@ class VectorPart(WeightNonzeros):
         self.span = span
 
     def refresh(self, weight: Tensor, values: Tensor) -> None:
-        """Does nothing: the loop writes, and what it writes are not always the values themselves."""
+        """Does nothing: the training loop writes, and may write rounded values."""
 
 
 class Nonzeros:
@@ -35,7 +35,7 @@ class Nonzeros:
         base: float32 [n], the base weights at the positions.
         values: float32 [n], added to the base.
         grad: float32 [n], filled by backward passes within `attached`.
-        parts: one a tensor.
+        parts: one per tensor.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class Nonzeros:
         return [part.span.stop - part.span.start for part in self.parts]
 
     def per_tensor(self, numbers: Sequence[float]) -> Tensor:
-        """One number a tensor -> one a nonzero."""
+        """Repeats a number per tensor for each of the tensor's nonzeros."""
         counts = torch.tensor(self.counts, device=self.values.device)
         return torch.tensor(numbers, device=self.values.device).repeat_interleave(counts)
 
     def write(self, values: Tensor | None = None) -> None:
         """Writes base + values into the weights, rounded as they will be stored; None restores the base."""
         total = self.base if values is None else self.base + values
-        rounded: dict[tuple[torch.dtype, torch.dtype], Tensor] = {}  # of all weights at once: there are hundreds
+        rounded: dict[tuple[torch.dtype, torch.dtype], Tensor] = {}  # for all weights at once: there are hundreds
         for part in self.parts:
             weights = flat(part.parameter)
             kind = part.stored, weights.dtype
@@ -152,7 +152,7 @@ class Nonzeros:
             parameter.grad = None
 
     def _where(self, found: Sequence[Tensor]) -> tuple[list[int], Tensor, Tensor]:
-        """Ids of the vectors; indices of their nonzeros in `grad`, and in their gradients put one after the other."""
+        """(ids of the vectors, indices of their nonzeros in `grad`, the same in their concatenated gradients)."""
         ids, start, targets, positions = list(map(id, found)), 0, [], []
         for part in self.parts:
             if id(part.parameter) in ids:

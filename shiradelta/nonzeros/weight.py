@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-#: Elements of a dense gradient that are made at a time: more than any layer of a 7B model has.
+#: Elements of a dense gradient computed at a time: more than any layer of a 7B model has.
 CHUNK = 1 << 26
 
 

@@ -1,4 +1,4 @@
-"""The codecs: one file each, one row each below.
+"""The registries of the codecs: one file and one row per codec.
 
 Everything else is derived from these registries: what a reader takes, what `--values` offers, which operation goes
 with which codec, what backends are asked for, the parameters of tests.

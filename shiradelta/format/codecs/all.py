@@ -12,7 +12,7 @@ from shiradelta.format.registry import IndexId
 
 
 class AllPositions(IndexCodec):
-    """ALL; see the module."""
+    """The index codec ALL."""
 
     id = IndexId.ALL
     name = "ALL"

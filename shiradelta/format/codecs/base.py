@@ -1,4 +1,4 @@
-"""What a codec is, and helpers that several codecs share.
+"""The protocols of codecs, and helpers that several codecs share.
 
 A codec is one class in one file, and one row in `shiradelta.format.codecs`.  It works on the decoded bytes of one
 section and knows nothing of files: it raises FormatError with a reason code, and the decoder adds file, tensor and
@@ -42,7 +42,7 @@ class IndexCodec(ABC):
 
     @abstractmethod
     def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
-        """Whether a section of `size` bytes can be right, as far as the table tells."""
+        """Whether a section may have `size` bytes, judged by the table alone."""
 
     @abstractmethod
     def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
@@ -94,19 +94,19 @@ class ValueCodec(ABC):
 
     @abstractmethod
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        """The nonzeros of rank start to stop - 1: float32 if the codec adds, otherwise unsigned elements."""
+        """Values of the nonzeros with ranks from start to stop - 1: float32 if the codec adds, else unsigned bits."""
 
     @abstractmethod
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         """Checks the whole section, which `decode` trusts: parameters or values, padding, slack."""
 
     def codes_at(self, nnz: int) -> int:
-        """Where the codes start in a section, behind the parameters of the groups; 0 where there are none."""
+        """Offset of the codes in a section, after the groups' parameters; 0 without parameters."""
         return 0
 
 
 class TorchDecoder(ValueCodec):
-    """A value codec that torch can decode on a device, where the section then stays as it is.
+    """A value codec that torch can decode on a device, which then holds the section itself.
 
     Live tensors on a device hold the values of any other codec as float32 (or elements' bits), decoded by NumPy when
     the file is loaded.
@@ -118,11 +118,11 @@ class TorchDecoder(ValueCodec):
 
 
 class TorchRounder(ABC):
-    """A value codec that can be fitted: its rounding is known to torch.  Fitting refuses any other by name."""
+    """A value codec that can be fitted, since torch can round to it.  Fitting refuses other codecs by name."""
 
     @abstractmethod
     def round_torch(self, groups: torch.Tensor) -> torch.Tensor:
-        """What a reader will see of float32 values, in groups of 128 [groups, 128]; NaN stands for no value."""
+        """Rounds float32 values as a reader will see them, in groups [groups, 128]; NaN stands for no value."""
 
 
 def part(data: Bytes, offset: int, count: int, dtype: str) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""BITMAP: one bit an element, with the rank of each 2,048 (FORMAT.md, 4.4)."""
+"""BITMAP: one bit per element, and a rank per 2,048 bits (FORMAT.md, 4.4)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _parts(data: Bytes, numel: int) -> tuple[Array, Bytes]:
 
 
 class Bitmap(IndexCodec):
-    """BITMAP; see the module."""
+    """The index codec BITMAP."""
 
     id = IndexId.BITMAP
     name = "BITMAP"
@@ -49,7 +49,7 @@ class Bitmap(IndexCodec):
         return ranks.tobytes() + pack_bitmap(positions, numel) + SLACK
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
-        """The set bits, checked against count and directory."""
+        """Finds the set bits, and checks them against count and directory."""
         numel = math.prod(shape)
         directory, bitmap = _parts(data, numel)
         ones = find_ones(bitmap)
@@ -67,7 +67,6 @@ class Bitmap(IndexCodec):
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
     ) -> tuple[int, Positions]:
-        """Only the blocks of the range."""
         numel = math.prod(shape)
         directory, bitmap = _parts(data, numel)
         first, last = start // BLOCK, -(-stop // BLOCK)

@@ -17,12 +17,12 @@ GROUP = registry.GROUP
 
 
 def group_count(nnz: int) -> int:
-    """Groups of `nnz` values, the last one perhaps not full."""
+    """Number of groups of `nnz` values; the last one may be shorter."""
     return -(-nnz // GROUP)
 
 
 def grouped(values: Float32, fill: float) -> Float32:
-    """[groups, 128], the last group filled up."""
+    """Values as [groups, 128], with the last group filled up."""
     groups = group_count(values.size)
     result = np.full(groups * GROUP, fill, np.float32)
     result[: values.size] = values
@@ -30,13 +30,13 @@ def grouped(values: Float32, fill: float) -> Float32:
 
 
 def parameter(values: Float32) -> tuple[Array, Float32]:
-    """(bf16 bits, the same as float32 in a column)."""
+    """Rounds to bf16: (bits, the same as float32 in a column)."""
     bits = bfloat16_bits(values)
     return bits, from_bfloat16(bits)[:, None]
 
 
 def parameter_torch(values: torch.Tensor) -> torch.Tensor:
-    """Rounded to bf16, as float32 in a column."""
+    """Rounds to bf16, in torch: float32 in a column."""
     return values.bfloat16().float().unsqueeze(1)
 
 

@@ -31,8 +31,8 @@ def field_words(count: int, k: int) -> int:
 def pack_fields(fields: Array, k: int) -> bytes:
     """k-bit fields one after the other, 1 <= k <= 31.
 
-    32 fields fill exactly k words, and the j-th of each 32 lies at the same place in them: so the work is
-    32 shifts of whole columns.
+    32 fields fill exactly k words, and the j-th of each 32 starts at the same bit of them.  So 32 shifts of whole
+    columns do the work.
     """
     groups = -(-fields.size // 32)
     columns = np.zeros((32, groups), np.uint32)

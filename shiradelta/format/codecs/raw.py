@@ -14,7 +14,7 @@ from shiradelta.format.registry import IndexId
 
 
 class Raw(IndexCodec):
-    """RAW; see the module."""
+    """The index codec RAW."""
 
     id = IndexId.RAW
     name = "RAW"
@@ -29,7 +29,6 @@ class Raw(IndexCodec):
         return positions.astype(f"<u{registry.word_size(math.prod(shape))}").tobytes() + SLACK
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
-        """Checks order, then range."""
         numel = math.prod(shape)
         word = registry.word_size(numel)
         stored = part(data, 0, nnz, f"<u{word}")
@@ -43,7 +42,7 @@ class Raw(IndexCodec):
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
     ) -> tuple[int, Positions]:
-        """A binary search among the words; only what is returned is checked."""
+        """Finds the range by binary search; checks only the positions that it returns."""
         numel = math.prod(shape)
         stored = part(data, 0, nnz, f"<u{registry.word_size(numel)}")
         # Bounds of the words' own dtype keep NumPy from converting the whole array.

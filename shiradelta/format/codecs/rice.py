@@ -25,7 +25,7 @@ def gaps_of(positions: Positions) -> Positions:
 
 
 def best_k(gaps: Positions) -> int:
-    """The smallest k among those that make sum(q) + n k smallest.
+    """The smallest k that minimises sum(q) + n k.
 
     Going from k to k + 1 costs n bits and saves sum(ceil(q / 2)), which never grows with k: so the
     first k at which it saves nothing is the best one.
@@ -77,14 +77,14 @@ class _Parts:
         )
 
     def low_bits(self, start: int, stop: int) -> Positions:
-        """r of the nonzeros of rank start to stop - 1."""
+        """r of the nonzeros with ranks from start to stop - 1."""
         if self.k == 0:
             return np.zeros(stop - start, np.int64)
         return unpack_fields(self.low, self.k, start, stop)
 
 
 def _directory(ones: Positions, low_sum: Positions, k: int, unary_bits: int) -> Positions:
-    """int64 [blocks, 2]: what base and rank must be; low_sum is the running sum of r, [nnz]."""
+    """The expected base and rank of each block, int64 [blocks, 2]; low_sum is the running sum of r, [nnz]."""
     edges = np.arange(0, unary_bits, BLOCK, dtype=np.int64)
     rank = np.searchsorted(ones, edges)
     low_before = np.where(rank > 0, low_sum[rank - 1], 0)
@@ -92,20 +92,19 @@ def _directory(ones: Positions, low_sum: Positions, k: int, unary_bits: int) -> 
 
 
 class Rice(IndexCodec):
-    """RICE; see the module."""
+    """The index codec RICE."""
 
     id = IndexId.RICE
     name = "RICE"
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
-        """Bytes with the best k."""
         gaps = gaps_of(positions)
         k = best_k(gaps)
         unary_bits = int((gaps >> k).sum()) + gaps.size
         return section_size(gaps.size, math.prod(shape), k, unary_bits)
 
     def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
-        """At least the head, one u32 word and the slack; the rest is in the head."""
+        """Whether head, one u32 word and slack fit; the head tells the rest."""
         return size >= registry.RICE_HEAD.size + registry.SLACK
 
     def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
@@ -126,7 +125,7 @@ class Rice(IndexCodec):
         )
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
-        """All blocks at once: the formula of a block holds for any run of them."""
+        """Decodes all blocks at once: the formula of a block holds for any run of blocks."""
         numel = math.prod(shape)
         parts = _Parts.of(data, nnz, numel)
         ones = find_ones(parts.unary)
@@ -152,7 +151,7 @@ class Rice(IndexCodec):
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
     ) -> tuple[int, Positions]:
-        """Decodes the blocks that can hold the range, and no others."""
+        """Decodes only the blocks that can hold the range."""
         numel = math.prod(shape)
         parts = _Parts.of(data, nnz, numel)
         base, rank = parts.directory.T

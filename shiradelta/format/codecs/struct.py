@@ -91,7 +91,7 @@ def _columns_of(positions: Positions, row: int, columns: int) -> Positions:
 
 
 def _whole_columns(positions: Positions, rows: int, columns: int) -> Positions:
-    """Columns of which every element is listed; few survive a look at three rows."""
+    """Columns of which every element is listed; three rows rule out most others."""
     found = _columns_of(positions, 0, columns)
     for row in (rows // 2, rows - 1):
         found = np.intersect1d(found, _columns_of(positions, row, columns), assume_unique=True)
@@ -99,8 +99,8 @@ def _whole_columns(positions: Positions, rows: int, columns: int) -> Positions:
 
 
 def _whole_diagonals(positions: Positions, rest: Positions, rows: int, columns: int) -> Positions | None:
-    """Wholly listed diagonals that hold all of `rest`; None where there are none such."""
-    # A look at a few elements spares the work where positions are scattered: both ends of their diagonals are listed.
+    """Wholly listed diagonals that hold all of `rest`; None if there are none."""
+    # Scattered positions are recognised by a few elements: both ends of a whole diagonal are listed.
     sample = rest[:: max(1, rest.size // 64)]
     d = sample % columns - sample // columns
     length = elements(DIAGONAL, d, rows, columns)
@@ -115,7 +115,7 @@ def _whole_diagonals(positions: Positions, rest: Positions, rows: int, columns: 
 
 
 def find_entries(positions: Positions, shape: tuple[int, ...]) -> list[Entry] | None:
-    """The entries whose union is `positions`, by the rule of FORMAT.md, section 8; None if none is."""
+    """The entries whose union is `positions`, by the rule of FORMAT.md, section 8; None if there are none."""
     rows, columns = matrix_shape(shape)
     if positions.size < min(rows, columns):
         return None
@@ -133,7 +133,7 @@ def find_entries(positions: Positions, shape: tuple[int, ...]) -> list[Entry] | 
 
 
 class Struct(IndexCodec):
-    """STRUCT; see the module."""
+    """The index codec STRUCT."""
 
     id = IndexId.STRUCT
     name = "STRUCT"
@@ -143,7 +143,6 @@ class Struct(IndexCodec):
         return None if entries is None else len(entries) * registry.STRUCT_ENTRY.size + registry.SLACK
 
     def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
-        """One entry to the limit."""
         count, rest = divmod(size - registry.SLACK, registry.STRUCT_ENTRY.size)
         return rest == 0 and 1 <= count <= registry.MAX_STRUCT_ENTRIES
 
@@ -190,5 +189,5 @@ class Struct(IndexCodec):
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
     ) -> tuple[int, Positions]:
-        """The section is small: decoded whole."""
+        """Decodes the whole section, which is small."""
         return between(self.decode(data, nnz, shape), start, stop)
