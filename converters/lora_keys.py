@@ -26,6 +26,10 @@ _KEY = re.compile(
 )
 _LYCORIS = re.compile(rf"^(?P<module>.+?)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?){_ADAPTER}$")
 _PROCESSOR = re.compile(r"^(?P<layer>.+)\.processor\.(?P<projection>to_\w+)_lora(?P<rest>\.(?:up|down)(?:\.weight)?)$")
+#: A factor of an adapter that has a name.
+_NAMED = re.compile(
+    r"\.(?:lora_(?:embedding_)?[ABE]|hada_\w+|lokr_\w+)\.(?P<adapter>(?!(?:weight|bias)$)[^.]+)(?:\.weight)?$"
+)
 #: Parts of other methods that would be silently dropped if only A and B were read.
 _UNSUPPORTED = {
     "lora_magnitude_vector": "DoRA's magnitudes need the base's norms; merge it first",
@@ -68,8 +72,14 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
     """(module -> its factors, module -> its alpha's key, other key -> name of the tensor that it may be).
 
     Raises:
-        SourceError: some belong to a method that cannot be converted.
+        SourceError: some belong to a method that cannot be converted, or to another adapter.
     """
+    adapters = sorted({match["adapter"] for key in source if (match := _NAMED.search(key)) is not None})
+    if len(adapters) > 1 or (adapters and f".{adapters[0]}" != ADAPTER):
+        named = " and ".join(map(repr, adapters))
+        raise SourceError(
+            f"{source.root}: holds factors named after the adapter {named}; save one adapter, without its name"
+        )
     modules: dict[str, Module] = {}
     alphas: dict[str, str] = {}
     others: dict[str, str] = {}

@@ -110,10 +110,10 @@ class Scale:
         """Whether the base stores the weight as [in, out] (GPT-2's Conv1D); None if unknown."""
         return self.config(module).get("fan_in_fan_out")
 
-    def adds(self, name: str) -> bool | None:
-        """Whether a tensor belongs to a module that is saved whole; None without PEFT's configuration."""
+    def adds(self, name: str) -> bool:
+        """Whether PEFT's configuration says that a tensor belongs to a module that is saved whole."""
         if not self.of_peft(name):
-            return None
+            return False
         module = name.rpartition(".")[0]
         return any(f".{saved}." in f".{module}." for saved in self.config(name).get(MODULES_TO_SAVE) or ())
 

@@ -121,9 +121,7 @@ def _whole(
     if tied is not None:
         why = f"the base ties it to {tied!r}, which would change too; untie them in the base first"
         return Skipped(SkipReason.NO_TARGET, why)
-    meant = scale.adds(name)
-    if meant is None:
-        meant = name.endswith((".weight", ".bias"))
-    if not meant:
-        return Skipped(SkipReason.NO_TARGET, "the base has no such tensor, and nothing says that it is new")
-    return whole_tensor(source, key, name)
+    if scale.adds(name):
+        return whole_tensor(source, key, name)
+    why = f"the base has no such tensor, and no {CONFIG} says that it is new (modules_to_save)"
+    return Skipped(SkipReason.NO_TARGET, why)

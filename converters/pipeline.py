@@ -19,6 +19,7 @@ from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
 
 from .aim import parse_size
+from .candidates import refuse_several
 from .conversion import Conversion
 from .plot import draw
 from .report import ConversionReport
@@ -99,6 +100,8 @@ def convert(
     share = _check_arguments(sparsity, target_size, target_error, fit)
     if alpha is not None and not math.isfinite(alpha):
         raise ArgumentError(f"alpha {alpha} is not finite; give a number such as 16")
+    if base is not None:
+        refuse_several(Path(base))
     progress = progress or (lambda what, done, total: None)
     opened = open_source(Path(source), kind, None if base is None else open_checkpoint(base), alpha)
     if not opened.items:

@@ -16,6 +16,7 @@ from shiradelta.format import registry
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.util.registry import Registry
 
+from .candidates import refuse_several
 from .item import Source
 from .peft_folder import adapter_weights
 
@@ -46,6 +47,7 @@ class SourceFiles:
             raise SourceError(f"{self.path}: is not a safetensors file; save it as safetensors first")
         if self.path.suffix == registry.SUFFIX:
             raise SourceError(f"{self.path}: is a {registry.SUFFIX} file already; give what it was made from")
+        refuse_several(self.path)
         return open_checkpoint(adapter_weights(self.path) or self.path)
 
 

@@ -134,7 +134,7 @@ def test_initialisations_that_leave_the_base_alone(tmp_path: Path, init: object)
         ({"modules_to_save": ["score"]}, "score.modules_to_save.default.weight", "new"),
         ({"modules_to_save": ["score"]}, "underscore.weight", None),
         ({}, "score.weight", None),
-        (None, "score.weight", "new"),
+        (None, "score.weight", None),
         (None, f"{UP_MODULE}.diff", None),
         (None, f"{UP_MODULE}.w_norm", None),
         (None, "elsewhere.alpha", None),

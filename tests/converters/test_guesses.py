@@ -1,0 +1,80 @@
+"""No guesses: where a source or a name may be read in two ways, `convert` refuses and names both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import shiradelta
+from shiradelta.errors import SourceError
+from tests.conftest import write_lora, write_model
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+def base_in(folder: Path) -> Path:
+    return write_model(folder, {f"{NAME}.weight": torch.zeros(16, 16)})
+
+
+def factors(module: str, suffix: str = "") -> dict[str, torch.Tensor]:
+    return {
+        f"base_model.model.{module}.lora_A{suffix}.weight": torch.ones(4, 16),
+        f"base_model.model.{module}.lora_B{suffix}.weight": torch.ones(16, 4),
+    }
+
+
+def test_factors_of_two_adapters(tmp_path: Path):
+    save_file(factors(NAME, ".default") | factors(NAME, ".two"), tmp_path / "raw.safetensors")
+    with pytest.raises(SourceError, match="factors named after the adapter 'default' and 'two'"):
+        shiradelta.convert(tmp_path / "raw.safetensors", base=base_in(tmp_path / "base"), alpha=4)
+
+
+@pytest.mark.parametrize("key", ["emb_params", "elsewhere.a1.weight", "score.weight", "score.bias"])
+def test_unknown_parts_are_not_new_tensors(tmp_path: Path, key: str):
+    save_file({**factors(NAME), key: torch.ones(4, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match=f"1 tensor cannot be converted: {key}: .*modules_to_save"):
+        shiradelta.convert(tmp_path / "x.safetensors", base=base_in(tmp_path / "base"), alpha=4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "model"])
+@pytest.mark.parametrize("steps", [(256,), (256, 512, 1024)])
+@pytest.mark.parametrize("base", [True, False])
+def test_a_trainers_output_names_its_checkpoints(tmp_path: Path, kind: str, steps: tuple[int, ...], base: bool):
+    for step in steps:
+        folder = tmp_path / "results" / f"checkpoint-{step}"
+        if kind == "lora":
+            write_lora(folder, {NAME: (16, 16)}, {"lora_alpha": 4})
+        else:
+            base_in(folder)
+    listed = ", ".join(f"checkpoint-{step}" for step in steps)
+    with pytest.raises(SourceError, match=rf"results: holds .*\({listed}\); give the one .*checkpoint-{steps[-1]}$"):
+        shiradelta.convert(tmp_path / "results", base=base_in(tmp_path / "base") if base else None)
+
+
+def test_a_final_state_above_its_checkpoints_is_what_is_meant(tmp_path: Path):
+    write_lora(tmp_path / "results", {NAME: (16, 16)}, {"lora_alpha": 4})
+    write_lora(tmp_path / "results" / "checkpoint-1", {"other": (16, 16)}, {"lora_alpha": 4})
+    report = shiradelta.convert(tmp_path / "results", base=base_in(tmp_path / "base"))
+    assert [tensor.name for tensor in report.tensors] == [f"{NAME}.weight"]
+
+
+def test_pefts_folder_of_several_adapters(tmp_path: Path):
+    write_lora(tmp_path / "lora", {NAME: (16, 16)}, {"lora_alpha": 4})
+    write_lora(tmp_path / "lora" / "two", {NAME: (16, 16)}, {"lora_alpha": 4})
+    with pytest.raises(SourceError, match=r"2 adapters or checkpoints \(adapter_model\.safetensors, two\)"):
+        shiradelta.convert(tmp_path / "lora", base=base_in(tmp_path / "base"))
+    one = tmp_path / "lora" / "adapter_model.safetensors"
+    assert shiradelta.convert(one, base=tmp_path / "base").nnz
+
+
+@pytest.mark.parametrize("which", ["source", "base"])
+def test_states_of_one_model_in_folders_of_any_name(tmp_path: Path, which: str):
+    for epoch in ("epoch_1", "epoch_2"):
+        base_in(tmp_path / "all" / epoch)
+    one = base_in(tmp_path / "one")
+    source, base = (tmp_path / "all", one) if which == "source" else (one, tmp_path / "all")
+    with pytest.raises(SourceError, match=r"2 adapters or checkpoints \(epoch_1, epoch_2\)"):
+        shiradelta.convert(source, base=base)
