@@ -23,7 +23,7 @@ def main() -> None:
     swap = sd.HotSwap(model)
     for item in options.adapters:
         name, _, file = item.partition("=")
-        report = swap.load(name, file, strict=True)
+        report = swap.load(name, file)
         print(f"{name}: {report.nonzeros:,} weights, {report.nbytes:,} bytes")
     uvicorn.run(make_app(swap, embed), port=options.port)
 

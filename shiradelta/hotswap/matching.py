@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
-from shiradelta.errors import BaseMismatchError, TargetError
+from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.compatibility import TensorSpec, check_fit
 from shiradelta.models.live import Target, is_array
@@ -14,8 +15,14 @@ from shiradelta.models.names import rename_all
 Names = Mapping[str, str] | Callable[[str], str | None]
 
 
+#: Allows everything, so it may match nothing.
+_ANY = "*"
+#: Names in an error.
+_NAMED = 8
+
+
 def match(
-    delta: Delta, targets: Mapping[str, Target], names: Names | None, label: str, strict: bool
+    delta: Delta, targets: Mapping[str, Target], names: Names | None, label: str, skip: str | Sequence[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Finds a delta's tensors in a model.
 
@@ -24,35 +31,69 @@ def match(
         targets: the model's tensors by name.
         names: the file's names -> the model's, where they differ.
         label: the file, for messages.
-        strict: refuse a file with tensors that the model does not have.
+        skip: glob patterns of the file's names; these tensors may be left out.
 
     Returns:
-        (the file's names -> the model's, names that the model does not have).
+        (the file's names -> the model's, names that are left out).
 
     Raises:
-        BaseMismatchError: nothing matches; `strict` is set and something does not; or the delta adds or removes
-            tensors.
+        BaseMismatchError: nothing matches, or a tensor does not that no pattern names; or the delta adds or removes a
+            tensor.
+        ArgumentError: a pattern matches no tensor that would be refused without it.
     """
-    mapped: dict[str, str] = {}
-    for name, tensor in delta.items():
-        if tensor.operation.restructures:
+    mapped = {name: other for name in delta if (other := _mapped(names, name)) is not None}
+    found = rename_all([mapped[name] for name in mapped if not delta[name].operation.restructures], targets)
+    matched: dict[str, str] = {}
+    refused: list[str] = []
+    for name, other in mapped.items():
+        if other not in found or delta[name].operation.restructures:
+            refused.append(name)
+        else:
+            matched[name] = found[other]
+            if targets[found[other]].refusal is not None:
+                refused.append(name)
+    allowed = _allowed(label, refused, skip)
+    kept = {name: other for name, other in matched.items() if name not in allowed}
+    matched = kept or matched  # where nothing is left, the reason for the first is the error
+    for name in refused:
+        operation = delta[name].operation
+        if operation.restructures and name not in allowed:
             raise BaseMismatchError(
-                f"{label}: tensor {name!r} is to be {'added' if tensor.operation.creates else 'removed'}, which a live"
-                " model does not allow; use shiradelta.apply on its folder and load that"
+                f"{label}: tensor {name!r} is to be {'added' if operation.creates else 'removed'}, which a live model"
+                " does not allow; use shiradelta.apply on its folder and load that, or leave the tensor out with skip="
             )
-        other = names(name) if callable(names) else (names or {}).get(name, name)
-        if other is not None:
-            mapped[name] = other
-    found = rename_all(list(mapped.values()), targets)
-    matched = {name: found[other] for name, other in mapped.items() if other in found}
-    unmatched = tuple(name for name in delta if name not in matched)
-    if unmatched and (strict or not matched):
+    missing = [name for name in refused if name not in matched and name not in allowed]
+    if missing or not matched:
+        few = missing or list(delta)
+        more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
         raise BaseMismatchError(
-            f"{label}: {len(unmatched)} of its {len(delta)} tensors are not in the model, the first is"
-            f" {unmatched[0]!r} (the model has e.g. {next(iter(targets), 'nothing')!r}); give the model it was made"
-            " for, or map the names with HotSwap(model, names=...)"
+            f"{label}: {len(few)} of its {len(delta)} tensors are not in the model:"
+            f" {', '.join(map(repr, few[:_NAMED]))}{more} (the model has e.g. {next(iter(targets), 'nothing')!r});"
+            " give the model it was made for, map the names with HotSwap(model, names=...), or leave tensors out with"
+            " skip="
         )
-    return matched, unmatched
+    return matched, tuple(name for name in delta if name not in matched)
+
+
+def _mapped(names: Names | None, name: str) -> str | None:
+    return names(name) if callable(names) else (names or {}).get(name, name)
+
+
+def _allowed(label: str, refused: Sequence[str], skip: str | Sequence[str]) -> set[str]:
+    """The refused names that a pattern matches.
+
+    Raises:
+        ArgumentError: a pattern matches none.
+    """
+    allowed: set[str] = set()
+    for pattern in (skip,) if isinstance(skip, str) else skip:
+        matching = {name for name in refused if fnmatchcase(name, pattern)}
+        if not matching and pattern != _ANY:
+            raise ArgumentError(
+                f"{label}: skip pattern {pattern!r} matches no tensor that would otherwise be refused; leave it out"
+            )
+        allowed |= matching
+    return allowed
 
 
 def check_overlaps(label: str, targets: Iterable[Target]) -> None:

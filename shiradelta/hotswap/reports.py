@@ -13,7 +13,7 @@ class LoadReport:
     Attributes:
         name: of the adapter.
         matched: the file's names -> the model's.
-        unmatched: the file's names that the model does not have.
+        unmatched: the file's names that were left out, as `skip` or `names` allowed.
         unchecked: matched tensors whose fingerprint was not compared: the file has none, or another dtype.
         nonzeros: number of elements that the adapter changes.
         nbytes: memory that the adapter takes while it is loaded.

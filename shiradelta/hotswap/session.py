@@ -23,6 +23,7 @@ from shiradelta.hotswap.reports import LoadReport, SwitchReport
 from shiradelta.io.reader import Source, StoredTensor, open_delta
 from shiradelta.models.compatibility import Remedies, check_fingerprint, check_strength, check_tied
 from shiradelta.models.live import Target, live_tensors
+from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.interrupts import interrupts_held_back
 
 #: The layers on the weights, for each backend, in the order of the adapters' digests.
@@ -113,7 +114,14 @@ class HotSwap:
     # ---------------------------------------------------------------------------------------- loading
 
     def load(
-        self, name: str, source: Source, *, check: bool = True, allow_dtype: bool = False, strict: bool = False
+        self,
+        name: str,
+        source: Source,
+        *,
+        check: bool = True,
+        allow_dtype: bool = False,
+        skip: str | Sequence[str] = (),
+        strict: bool | None = None,
     ) -> LoadReport:
         """Loads an adapter: reads and checks it, and copies it, compressed, to the device.  The weights do not change.
 
@@ -122,18 +130,24 @@ class HotSwap:
             source: a path, bytes, or a binary file.
             check: refuse a base whose fingerprint differs.  The base is compared, whatever is active.
             allow_dtype: take an adapter that was made against a base of another dtype; it cannot be checked then.
-            strict: refuse an adapter with tensors that the model does not have.
+            skip: glob patterns of the file's names.  A tensor that the model does not have, or that cannot be written,
+                is an error unless a pattern matches it; it is left out then, and the report's `unmatched` lists it.
+            strict: deprecated; False is `skip="*"`, and True is the default now.
 
         Raises:
+            ArgumentError: a pattern matches no tensor that would be refused without it.
             BaseMismatchError: the adapter does not fit the model.
             TargetError: a tensor cannot be written: it is quantised, on the meta device, or was moved.
             FormatError: the file is refused.
             DeltaError: the name is taken.
         """
+        if strict is not None:
+            warn_renamed(f"strict={strict}", "no argument, which means the same" if strict else 'skip="*"')
+            skip = skip if strict else "*"
         self._free_name(name)
         label, data = read_whole(source, next(iter(self._backends.values())).buffer)
         try:
-            adapter = self._prepare(name, label, data, allow_dtype, strict)
+            adapter = self._prepare(name, label, data, allow_dtype, skip)
         except FormatError as error:
             error.file = error.file or label
             raise
@@ -147,7 +161,7 @@ class HotSwap:
             self._adapters[name] = replace(adapter, report=report)
             return report
 
-    def load_async(self, name: str, source: Source, **options: bool) -> Future[LoadReport]:
+    def load_async(self, name: str, source: Source, **options: Any) -> Future[LoadReport]:
         """Calls `load` in a thread; the future has its report, or raises its error."""
         executor = ThreadPoolExecutor(1, thread_name_prefix="shiradelta-load")
         future = executor.submit(self.load, name, source, **options)
@@ -170,10 +184,10 @@ class HotSwap:
         if name in self._adapters:
             raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
-    def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, strict: bool) -> _Adapter:
+    def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: str | Sequence[str]) -> _Adapter:
         """The part of loading that does not read the weights."""
         delta = open_delta(data, self._choice if self._choice in FILE_BACKENDS else AUTO)
-        matched, unmatched = match(delta, self._targets, self._names, label, strict)
+        matched, unmatched = match(delta, self._targets, self._names, label, skip)
         fits: dict[Target, tuple[StoredTensor, str]] = {}
         for own, other in matched.items():
             target, tensor = self._targets[other], delta[own]

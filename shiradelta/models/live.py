@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any
 
 import numpy as np
@@ -18,40 +17,12 @@ import numpy as np
 from shiradelta.errors import TargetError
 from shiradelta.format import registry
 from shiradelta.models import peft
+from shiradelta.models.refusals import PLAIN, Refusal, RefusalKind, computed_tensors, refusal_of, view_refusal
 
 #: (names -> tensors of a module, a name there).
 Home = tuple[Mapping[str, Any], str]
-
-
-class RefusalKind(Enum):
-    """Why the elements of a tensor cannot be written in place."""
-
-    READ_ONLY = auto()
-    BYTE_ORDER = auto()
-    DISTRIBUTED = auto()
-    QUANTISED = auto()
-    META = auto()
-    LAYOUT = auto()
-    EXPANDED = auto()
-    CONVERTED = auto()
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why the elements of a tensor cannot be written in place, and what to do.
-
-    Attributes:
-        kind: the reason, for programs.
-        what: the reason, to follow the tensor's name in a message.
-        remedy: what to do.
-    """
-
-    kind: RefusalKind
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.what}; {self.remedy}"
+#: Stands for a tensor that a model does not store.
+_NOTHING = np.zeros(0, np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +114,19 @@ def live_tensors(model: Any) -> dict[str, Target]:
         target = _target(name, tensor, view, homes)
         key = id(tensor) if target.refusal else _identity(target.tensor)
         found.setdefault(name, same.setdefault((key, target.dtype), target))
+    for name, refusal in _computed(model):
+        found.setdefault(name, Target(name, _NOTHING, "?", refusal))
     return found
+
+
+def _computed(model: Any) -> Iterator[tuple[str, Refusal]]:
+    """Names of tensors that a model does not store, and why they cannot be written."""
+    if isinstance(model, Mapping):
+        for part, value in model.items():
+            yield from ((f"{part}/{name}", why) for name, why in _computed(value))
+    elif _is_module(model):
+        for name, why in computed_tensors(model):
+            yield name.replace(peft.BASE_LAYER, "."), why
 
 
 def _homes(model: Any) -> dict[int, Home]:
@@ -205,52 +188,11 @@ def _target(name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping
             refusal = Refusal(RefusalKind.READ_ONLY, "is a read-only array", "give a writable one")
         return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor)
     kind, holder = view or ("", tensor)
-    refusal = _refusal(tensor) if view is None else _refusal(holder) or _view_refusal(tensor, holder)
+    refusal = refusal_of(tensor) if view is None else refusal_of(holder) or view_refusal(tensor, holder)
     dtype = str(tensor.dtype).removeprefix("torch.")
     known = dtype in registry.DTYPE_OF_NAME
     home = homes.get(id(holder), ({"": holder}, ""))
     return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, home, kind)
-
-
-_PLAIN = ("Tensor", "Parameter", "Buffer")
-
-
-def _refusal(tensor: Any) -> Refusal | None:
-    """Why a torch tensor's elements cannot be written in place."""
-    kind, home = type(tensor).__name__, type(tensor).__module__
-    if kind not in _PLAIN or not home.startswith("torch"):
-        if home.startswith("torch.distributed"):
-            return Refusal(
-                RefusalKind.DISTRIBUTED,
-                f"is a {kind}, of which this process has a part",
-                "apply the delta before the model is distributed",
-            )
-        return Refusal(
-            RefusalKind.QUANTISED,
-            f"is a {home}.{kind}: quantised or wrapped, so its stored bits are not the weights",
-            "apply the delta to the unquantised checkpoint (shiradelta apply) and quantise the result, or load the"
-            " model unquantised",
-        )
-    if tensor.is_meta:
-        what = "is on the meta device and has no values yet"
-        return Refusal(RefusalKind.META, what, "load the weights first, without offloading")
-    if str(tensor.layout) != "torch.strided" or tensor.is_conj() or tensor.is_neg():
-        what = f"is stored as {tensor.layout}, not element by element"
-        return Refusal(RefusalKind.LAYOUT, what, "make it dense first")
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        what = "is expanded: several elements share one address"
-        return Refusal(RefusalKind.EXPANDED, what, "make it contiguous first")
-    return None
-
-
-def _view_refusal(tensor: Any, holder: Any) -> Refusal | None:
-    if tensor.untyped_storage().data_ptr() == holder.untyped_storage().data_ptr() and tensor.dtype == holder.dtype:
-        return None
-    return Refusal(
-        RefusalKind.CONVERTED,
-        "is not stored as in the checkpoint (transformers converts it on loading, not only by slicing)",
-        "apply the delta to the checkpoint (shiradelta apply), or convert it against the model's own state dict",
-    )
 
 
 def _as_in_checkpoint(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any]]]:
@@ -272,7 +214,7 @@ def _as_in_checkpoint(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any]]]:
             roots.append((path + "." if path else "", module))
     for prefix, root in roots:
         own = root.state_dict(keep_vars=True)
-        if any(type(tensor).__name__ not in _PLAIN or tensor.is_meta for tensor in own.values()):
+        if any(type(tensor).__name__ not in PLAIN or tensor.is_meta for tensor in own.values()):
             continue
         held = {tensor.untyped_storage().data_ptr(): tensor for tensor in own.values()}
         with _not_copying():

@@ -12,7 +12,8 @@ from torch import nn
 from shiradelta.errors import ArgumentError, DeltaError, TargetError
 from shiradelta.format import registry
 from shiradelta.models.layers import is_conv1d
-from shiradelta.models.live import Refusal, RefusalKind, Target, live_tensors
+from shiradelta.models.live import Target, live_tensors
+from shiradelta.models.refusals import Refusal, RefusalKind
 
 ALL_LINEAR = "all-linear"
 #: Number of similar names that a message lists.

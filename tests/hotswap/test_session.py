@@ -339,7 +339,7 @@ def test_loading_in_the_background(base: dict[str, torch.Tensor], one: bytes):
     swap = HotSwap(base)
     assert swap.load_async("one", file(one)).result().nonzeros == 500
     with pytest.raises(DeltaError, match="loaded already"):
-        swap.load_async("one", one, strict=True).result()
+        swap.load_async("one", one, skip="*").result()
     with pytest.raises(FormatError):
         swap.load_async("two", one[:100]).result()
 
@@ -516,13 +516,50 @@ def test_already_patched(base: dict[str, torch.Tensor], one: bytes):
         HotSwap(base).load("one", one)
 
 
-def test_names(base: dict[str, torch.Tensor], one: bytes):
+def test_a_tensor_that_the_model_lacks_is_an_error_unless_a_pattern_names_it(base: dict[str, torch.Tensor]):
+    both = adapter({"w": random_delta(SHAPE, 5, 1), "x.y": random_delta((3,), 1, 2)})
+    swap = HotSwap(base)
+    with pytest.raises(BaseMismatchError, match=r"1 of its 2 tensors are not in the model: 'x\.y' .*skip="):
+        swap.load("both", both)
+    for skip in ("x.*", ["x.y"], ("*",)):
+        report = swap.load(str(skip), both, skip=skip)
+        assert (report.matched, report.unmatched) == ({"w": "w"}, ("x.y",))
+    for skip in ("y", ["*", "w"]):
+        with pytest.raises(
+            ArgumentError, match=r"skip pattern '[yw]' matches no tensor that would otherwise be refused"
+        ):
+            swap.load("useless", both, skip=skip)
+    with pytest.raises(BaseMismatchError, match="2 of its 2 tensors are not in the model"):
+        HotSwap({"unlike": base["w"]}).load("none", both, skip="*")
+
+
+def test_strict_is_taken_for_a_release(base: dict[str, torch.Tensor], one: bytes):
     both = adapter({"w": random_delta(SHAPE, 5, 1), "x": random_delta((3,), 1, 2)})
     swap = HotSwap(base)
-    report = swap.load("both", both)
-    assert (report.matched, report.unmatched) == ({"w": "w"}, ("x",))
-    with pytest.raises(BaseMismatchError, match="1 of its 2 tensors are not in the model, the first is 'x'"):
+    with pytest.warns(DeprecationWarning, match=r'strict=False is deprecated; use skip="\*"'):
+        assert swap.load("both", both, strict=False).unmatched == ("x",)
+    with pytest.warns(DeprecationWarning, match="strict=True is deprecated"):
+        swap.load("one", one, strict=True)
+    with pytest.warns(DeprecationWarning, match="strict=True"), pytest.raises(BaseMismatchError, match="'x'"):
         swap.load("strict", both, strict=True)
+
+
+def test_computed_weights_are_refused_by_name():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    data = adapter({f"{i}.weight": random_delta((4, 4), 2, i) for i in range(2)})
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", torch.nn.Identity())
+    swap = HotSwap(model)
+    with pytest.raises(TargetError, match=r"tensor '0\.weight' is computed by a parametrization; "):
+        swap.load("a", data, check=False, allow_dtype=True)
+    report = swap.load("a", data, check=False, allow_dtype=True, skip="0.*")
+    assert report.unmatched == ("0.weight",)
+    torch.nn.utils.parametrize.register_parametrization(model[1], "weight", torch.nn.Identity())
+    with pytest.raises(TargetError, match="is computed by a parametrization; "):
+        HotSwap(model).load("a", data, check=False, allow_dtype=True, skip="*")
+
+
+def test_names(base: dict[str, torch.Tensor], one: bytes):
+    both = adapter({"w": random_delta(SHAPE, 5, 1), "x": random_delta((3,), 1, 2)})
     with pytest.raises(BaseMismatchError, match=r"the model has e\.g\. 'unlike'"):
         HotSwap({"unlike": base["w"]}).load("one", one)
     with pytest.raises(BaseMismatchError, match=r"the model has e\.g\. 'nothing'"):

@@ -1,0 +1,131 @@
+"""Why a tensor of a live model cannot be written in place: each kind by name, with a remedy.
+
+Layers may have weights that they do not store: parametrizations compute them, quantised layers pack them.  Those have
+their names in checkpoints, so they are looked for here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+
+class RefusalKind(Enum):
+    """Why the elements of a tensor cannot be written in place."""
+
+    READ_ONLY = auto()
+    BYTE_ORDER = auto()
+    DISTRIBUTED = auto()
+    QUANTISED = auto()
+    META = auto()
+    LAYOUT = auto()
+    EXPANDED = auto()
+    CONVERTED = auto()
+    COMPUTED = auto()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the elements of a tensor cannot be written in place, and what to do.
+
+    Attributes:
+        kind: the reason, for programs.
+        what: the reason, to follow the tensor's name in a message.
+        remedy: what to do.
+    """
+
+    kind: RefusalKind
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
+
+
+#: What to do with a quantised tensor.
+_UNQUANTISED = (
+    "apply the delta to the unquantised checkpoint (shiradelta apply) and quantise the result, or load the model"
+    " unquantised"
+)
+
+
+#: Classes of tensors whose elements are stored as they are.
+PLAIN = ("Tensor", "Parameter", "Buffer")
+
+
+def refusal_of(tensor: Any) -> Refusal | None:
+    """Why a torch tensor's elements cannot be written in place."""
+    kind, home = type(tensor).__name__, type(tensor).__module__
+    if kind not in PLAIN or not home.startswith("torch"):
+        if home.startswith("torch.distributed"):
+            return Refusal(
+                RefusalKind.DISTRIBUTED,
+                f"is a {kind}, of which this process has a part",
+                "apply the delta before the model is distributed",
+            )
+        return Refusal(
+            RefusalKind.QUANTISED,
+            f"is a {home}.{kind}: quantised or wrapped, so its stored bits are not the weights",
+            _UNQUANTISED,
+        )
+    if tensor.is_meta:
+        what = "is on the meta device and has no values yet"
+        return Refusal(RefusalKind.META, what, "load the weights first, without offloading")
+    if str(tensor.layout) != "torch.strided" or tensor.is_conj() or tensor.is_neg():
+        what = f"is stored as {tensor.layout}, not element by element"
+        return Refusal(RefusalKind.LAYOUT, what, "make it dense first")
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        what = "is expanded: several elements share one address"
+        return Refusal(RefusalKind.EXPANDED, what, "make it contiguous first")
+    return None
+
+
+def view_refusal(tensor: Any, holder: Any) -> Refusal | None:
+    """Why a view cannot be written that should stand for a checkpoint's tensor."""
+    if tensor.untyped_storage().data_ptr() == holder.untyped_storage().data_ptr() and tensor.dtype == holder.dtype:
+        return None
+    return Refusal(
+        RefusalKind.CONVERTED,
+        "is not stored as in the checkpoint (transformers converts it on loading, not only by slicing)",
+        "apply the delta to the checkpoint (shiradelta apply), or convert it against the model's own state dict",
+    )
+
+
+#: Ends of the names of the parameters from which torch's older hooks compute a weight -> the hook, its remedy.
+_HOOKS = {
+    "_g": ("weight_norm", "call torch.nn.utils.remove_weight_norm first"),
+    "_orig": ("spectral_norm or pruning", "call torch.nn.utils.remove_spectral_norm or prune.remove first"),
+}
+
+
+def computed_tensors(model: Any) -> Iterator[tuple[str, Refusal]]:
+    """Names of tensors that layers of a torch module compute or unpack, and why they cannot be written."""
+    for path, module in model.named_modules():
+        prefix = path + "." if path else ""
+        for name, refusal in _computed_by(module):
+            yield prefix + name, refusal
+
+
+def _computed_by(module: Any) -> Iterator[tuple[str, Refusal]]:
+    from torch.nn.utils import parametrize
+
+    for name in module.parametrizations if parametrize.is_parametrized(module) else ():
+        what = "is computed by a parametrization"
+        remedy = "call torch.nn.utils.parametrize.remove_parametrizations first"
+        yield name, Refusal(RefusalKind.COMPUTED, what, remedy)
+    for end, (hook, remedy) in _HOOKS.items():
+        for name in module._parameters:
+            if name.endswith(end) and name.removesuffix(end) not in module._parameters:
+                yield name.removesuffix(end), Refusal(RefusalKind.COMPUTED, f"is computed by {hook}", remedy)
+    packed = Refusal(RefusalKind.QUANTISED, f"is packed by the quantised layer {type(module).__name__}", _UNQUANTISED)
+    if "qweight" in module._buffers or "qweight" in module._parameters:
+        yield "weight", packed
+    if ".quantized." in type(module).__module__:
+        for name in ("weight", "bias"):
+            if callable(getattr(type(module), name, None)):
+                yield name, packed
+        for get in ("get_weight", "get_bias"):  # recurrent layers
+            if hasattr(module, get):
+                yield from ((name, packed) for name in getattr(module, get)())
