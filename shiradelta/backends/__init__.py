@@ -1,1 +1,1 @@
-"""Who decodes, encodes and applies: the seam, the NumPy reference, libshd."""
+"""Backends that decode, encode and apply: their protocols, the NumPy reference, libshd."""

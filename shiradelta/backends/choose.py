@@ -1,4 +1,4 @@
-"""Which backend works on the bits of a file."""
+"""Chooses the backend that works on the bits of a file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class FileBackend:
 
     Attributes:
         name: what a user calls it.
-        load: makes the backend; raises ShiraDeltaError, which says why, where it cannot be had.
+        load: makes the backend; raises ShiraDeltaError with the reason if it is not available.
     """
 
     name: str
     load: Callable[[], Backend]
 
 
-#: The fastest first: "auto" is the first that can be had and knows the codecs.
+#: The fastest first: "auto" takes the first available one that knows the codecs.
 FILE_BACKENDS: Registry[FileBackend] = Registry(
     "backend", (FileBackend("libshd", libshd), FileBackend("numpy", lambda: NUMPY))
 )
@@ -33,7 +33,7 @@ AUTO = "auto"
 
 
 def choose(name: str = AUTO, index_ids: Collection[int] = (), value_ids: Collection[int] = ()) -> Backend:
-    """The backend of a name; "auto" is the fastest that can be had and knows the codecs.
+    """Finds a backend by name; "auto" takes the fastest available one that knows the codecs.
 
     Args:
         name: "auto", or a name of `FILE_BACKENDS`.
@@ -42,7 +42,7 @@ def choose(name: str = AUTO, index_ids: Collection[int] = (), value_ids: Collect
 
     Raises:
         ArgumentError: an unknown name, or a backend that does not know one of the codecs.
-        ShiraDeltaError: the backend cannot be had, and why.
+        ShiraDeltaError: the backend is not available; the message says why.
     """
     if name == AUTO:
         return _first_that_fits(index_ids, value_ids)

@@ -1,4 +1,4 @@
-"""The reference backend: decoding and applying in NumPy, which defines what all others must give."""
+"""The reference backend: decodes and applies in NumPy; all other backends must give the same bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shiradelta.format.record import Record, Section
 
 
 class NumpyDecoder(Decoder):
-    """Decodes with the codecs' own NumPy."""
+    """Decodes with the codecs' NumPy implementations."""
 
     def __init__(self, data: Bytes, file: str | None, records: tuple[Record, ...]) -> None:
         self._data, self._file = data, file
@@ -69,7 +69,7 @@ class NumpyDecoder(Decoder):
             raise
 
     def _section(self, section: Section, whole: bool = True) -> Bytes:
-        """The decoded bytes of a section; its checksum is looked at if `whole`."""
+        """The decoded bytes of a section; checks its checksum if `whole`."""
         stored = self._data[section.offset : section.offset + section.stored]
         if whole and container.crc32(stored) != section.crc:
             raise FormatError("section_checksum")
@@ -86,13 +86,13 @@ def has_zstd() -> bool:
 
 
 def unzstd(stored: Bytes, decoded: int) -> bytes:
-    """One zstd frame of exactly `decoded` bytes.  Raises FormatError."""
+    """Decompresses one zstd frame of exactly `decoded` bytes.  Raises FormatError."""
     if not has_zstd():
         raise FormatError("zstd_unavailable")
     import zstandard
 
     try:
-        # The frame's own claim decides how much zstandard allocates, so it is looked at first.
+        # zstandard allocates the size that the frame claims, so that is checked first.
         if zstandard.frame_content_size(stored.data) != decoded:
             raise FormatError("bad_zstd", "the frame's content size differs")
         return zstandard.ZstdDecompressor().decompress(stored.data, allow_extra_data=False)

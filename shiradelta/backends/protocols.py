@@ -1,4 +1,4 @@
-"""The seam between the format and the code that works on its bits: NumPy's, which defines them, or libshd's."""
+"""The protocols of file backends: NumPy's, which is the reference, and libshd's."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Decoder(Protocol):
         """Unsigned [nnz], nnz > 0: binary32 of the values for ADD, elements otherwise."""
 
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
-        """Positions in [start, stop) and their bits; reads only the blocks that hold them, no checksums."""
+        """Positions in [start, stop) and their bits; reads only the blocks that hold them, and no checksums."""
 
     def check(self, record: Record) -> None:
-        """Goes over everything that `positions` and `bits` would, and keeps nothing; threads may do so at a time."""
+        """Checks everything that `positions` and `bits` check, without keeping it; safe in several threads."""
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         """Applies a tensor's delta to all its elements' bits, flat and writable.  Dtypes are known to fit."""
@@ -38,7 +38,7 @@ class Backend:
     Attributes:
         name: what a user calls it.
         decoder: makes the decoder of a file from its bytes, its name and its table.
-        index_codecs: id -> codec, of those that it decodes and encodes.
+        index_codecs: id -> codec, for the codecs that it decodes and encodes.
         value_codecs: the same for values.
         fingerprint: of elements' bits at positions (FORMAT.md, 6.3).
         at_least: indices of |x| >= threshold > 0.

@@ -1,1 +1,1 @@
-"""What a `.shd` file is: ids and limits, arithmetic, deltas, codecs, the container (spec/FORMAT.md)."""
+"""The `.shd` format: ids and limits, arithmetic, deltas, codecs, the container (spec/FORMAT.md)."""

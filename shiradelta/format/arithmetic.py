@@ -18,17 +18,17 @@ Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
 
-#: What a result that is not a number becomes.
+#: The bits of a result that is not a number, by dtype.
 QUIET_NAN = {"float32": 0x7FC00000, "bfloat16": 0x7FC0, "float16": 0x7E00}
 
-#: The least number that rounds to float32's infinity.
+#: The smallest number that rounds to float32's infinity.
 _OVERFLOW = 2.0**128 - 2.0**103
 
 
 def bfloat16_bits(values: Float32) -> npt.NDArray[np.uint16]:
     """float32 -> bf16 bits, to nearest, ties to even.  NaN becomes the quiet NaN 0x7FC0."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    # Adding half of the last kept place, less one where that place is even, makes truncation round to even.
+    # Adding half of the last kept digit, less one if that digit is even, makes truncation round to even.
     rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
@@ -65,7 +65,7 @@ def alpha_of(strength: float) -> np.float32:
     """alpha = fl32(strength).
 
     Raises:
-        ArgumentError: it is not finite.
+        ArgumentError: the strength is not a finite float32.
     """
     try:
         number = float(strength)

@@ -1,4 +1,4 @@
-"""Bytes <-> container: the header, the tensor table, names and metadata (spec/FORMAT.md, sections 2 and 3).
+"""Parses and builds containers: header, tensor table, names, metadata (spec/FORMAT.md, sections 2 and 3).
 
 `parse` makes every check that needs no payload; sections are decoded by the reader.
 """
@@ -24,13 +24,13 @@ _CONTROL = bytes([*range(0x20), 0x7F])
 
 @dataclass(frozen=True)
 class Container:
-    """All of a file but its payload."""
+    """A file without its payload."""
 
     records: tuple[Record, ...]
     metadata: Mapping[str, str]
     digest: bytes
     minor: int = 0
-    sizes: Mapping[str, int] = field(default_factory=dict)  # bytes of the parts, for people
+    sizes: Mapping[str, int] = field(default_factory=dict)  # part -> its bytes, for people
 
     @property
     def index_codecs(self) -> frozenset[int]:
@@ -44,18 +44,18 @@ class Container:
 
 
 def crc32(data: Bytes | bytes) -> int:
-    """zlib's, 0 for nothing."""
+    """The CRC-32 of zlib; 0 for no bytes."""
     return zlib.crc32(data if isinstance(data, bytes) else data.data)
 
 
 def check_padding(data: Bytes, start: int, end: int) -> None:
-    """Bytes between sections are zero."""
+    """Checks that bytes between sections are zero."""
     if data[start:end].tobytes().strip(b"\0"):
         raise FormatError("padding_not_zero", "between sections", offset=start)
 
 
 def parse(data: Bytes) -> Container:
-    """Reads and checks everything but the payload of a whole file.
+    """Reads a whole file and checks everything but the payload.
 
     Raises:
         FormatError: in the order and with the reasons of FORMAT.md.
@@ -127,7 +127,7 @@ def parse(data: Bytes) -> Container:
 
 
 def parse_metadata(data: bytes, offset: int) -> dict[str, str]:
-    """Pairs of strings, keys strictly increasing."""
+    """Reads pairs of strings, whose keys must be strictly increasing."""
     pairs: dict[str, str] = {}
     at, before = 0, b""
     while at < len(data):
@@ -186,7 +186,7 @@ def _parse_table(data: Bytes, table: Bytes, names: Bytes, cursor: int, zstd: boo
 
 
 def check_name(raw: bytes) -> str:
-    """The name, if it may stand in a file."""
+    """Decodes a tensor's name, and checks that the format allows it."""
     if not 0 < len(raw) <= registry.MAX_NAME_SIZE:
         raise FormatError("bad_name", f"{len(raw)} bytes")
     try:
@@ -333,12 +333,12 @@ def build(records: Iterable[Record], metadata: Mapping[str, str], digest: bytes,
 
 
 def pad_section(section: bytes) -> bytes:
-    """A section with zeros up to the next one."""
+    """Pads a section with zeros up to the next one."""
     return section + bytes(-len(section) % registry.SECTION_ALIGNMENT)
 
 
 def payload_start(tensor_count: int, names_size: int, metadata: Mapping[str, str]) -> int:
-    """Where the first payload section lies."""
+    """Offset of the first payload section."""
     sizes = (tensor_count * registry.RECORD_SIZE, names_size, len(build_metadata(metadata)))
     return registry.HEADER_SIZE + sum(registry.align(size, registry.SECTION_ALIGNMENT) for size in sizes)
 

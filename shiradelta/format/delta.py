@@ -1,4 +1,4 @@
-"""The in-memory model: what is changed in one tensor.  Everything in the package speaks in this."""
+"""`TensorDelta`, the change of one tensor in memory, which the whole package works with."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class TensorDelta:
             defined for, and only `add` and `drop` do without a dtype.
         op: "add", "set", "new" (the whole tensor is added to the model) or "drop" (taken away).
         base_bits: the base's elements at the positions, as bits: with it, a file gets fingerprints.
-        base_fingerprint: the base's fingerprint there, where that alone is known.
+        base_fingerprint: the base's fingerprint there, if only that is known.
 
     Raises:
-        DeltaError: anything that breaks these rules.
+        DeltaError: the arguments break these rules.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TensorDelta:
         op: str,
         base_bits: Array | None,
     ) -> TensorDelta:
-        """Makes a delta without checks, for the writer, whose codecs guarantee the rules."""
+        """Makes a delta without checks, for the writer, whose codecs keep the rules."""
         made = cls.__new__(cls)
         made._shape, made._positions, made._values, made._dtype = shape, positions, values, dtype
         made._operation, made.base_bits, made._base_fingerprint = OPERATIONS[op], base_bits, None
@@ -122,7 +122,7 @@ class TensorDelta:
 
     @property
     def operation(self) -> Operation:
-        """The operation's row: what it does, and what it needs."""
+        """The operation's row in `OPERATIONS`."""
         return self._operation
 
     @property
@@ -132,7 +132,7 @@ class TensorDelta:
 
     @property
     def nnz(self) -> int:
-        """Positions that are listed, explicit zeros included."""
+        """Number of listed positions, explicit zeros included."""
         return self._values.size
 
     @property
@@ -142,12 +142,12 @@ class TensorDelta:
 
     @property
     def base_fingerprint(self) -> int | None:
-        """The base's fingerprint at the positions (FORMAT.md, 6.3), where known."""
+        """The base's fingerprint at the positions (FORMAT.md, 6.3); None if unknown."""
         return self._base_fingerprint
 
     @property
     def result_fingerprint(self) -> int | None:
-        """The fingerprint of the result at strength 1, where known."""
+        """The fingerprint of the result at strength 1; None if unknown."""
         return None
 
     def positions(self) -> Positions:

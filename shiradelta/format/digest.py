@@ -1,4 +1,4 @@
-"""The content digest: what a delta does, whatever its encoding (spec/FORMAT.md, section 7)."""
+"""The content digest of a delta, which does not depend on its encoding (spec/FORMAT.md, section 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operations: what a delta does to a tensor (spec/FORMAT.md, 6.1), one row each.
+"""The operations, one row each: what a delta does to a tensor (spec/FORMAT.md, 6.1).
 
 Code asks a row what the operation does (`tensor.operation.adds`, `.restructures`) and never compares names.
 """
@@ -16,7 +16,7 @@ _KNOWN = _EVERY - {UNSPECIFIED.name}
 
 @dataclass(frozen=True)
 class Operation:
-    """What a delta does to one tensor.
+    """An operation: what a delta does to one tensor.
 
     Attributes:
         id: its number in a file.

@@ -1,4 +1,4 @@
-"""A tensor's record in the table of a file, and what may stand in it together (spec/FORMAT.md, section 3)."""
+"""A tensor's record in the table of a file, and which of its fields go together (spec/FORMAT.md, section 3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shiradelta.format.registry import IndexId, ValueId
 
 @dataclass(frozen=True)
 class Section:
-    """Where a section lies.  Sizes in bytes."""
+    """Offset, sizes in bytes and checksum of a section."""
 
     offset: int
     stored: int
@@ -24,13 +24,13 @@ class Section:
 
     @property
     def end(self) -> int:
-        """Where the next section starts."""
+        """Offset of the next section."""
         return registry.align(self.offset + self.stored, registry.SECTION_ALIGNMENT)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One tensor's entry in the table."""
+    """One tensor's row of the table."""
 
     name: str
     shape: tuple[int, ...]
@@ -79,7 +79,7 @@ class Record:
 
 
 def combination_problem(record: Record) -> str | None:
-    """What does not go together in a record (FORMAT.md, 3.1)."""
+    """Which fields of a record contradict each other (FORMAT.md, 3.1); None if none do."""
     empty = record.nnz == 0
     whole = record.nnz == record.numel
     unspecified = record.dtype is registry.UNSPECIFIED

@@ -1,4 +1,4 @@
-"""Which backend works on the live tensors of a device."""
+"""Chooses the backend that works on the live tensors of a device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DeviceBackend:
         name: what a user calls it.
         works_on: whether it works on a device, named as torch names it.
         is_automatic_on: whether "auto" may take it there.
-        check: raises ShiraDeltaError, which says why, where it cannot be had on this machine.
+        check: raises ShiraDeltaError with the reason if it is not available on this machine.
         make: makes the backend of a device.
     """
 
@@ -71,7 +71,7 @@ def _needs(package: str) -> Callable[[], None]:
     return lambda: require(package, f"backend {package!r}")
 
 
-#: The fastest first: "auto" is the first that is automatic on the device and can be had.
+#: The fastest first: "auto" takes the first available one that is automatic on the device.
 LIVE_BACKENDS: Registry[DeviceBackend] = Registry(
     "backend",
     (
@@ -88,7 +88,7 @@ def new_backend(choice: str, device: str) -> LiveBackend:
 
     Raises:
         ArgumentError: no backend has this name, or it does not work on the device.
-        ShiraDeltaError: it cannot be had, and why.
+        ShiraDeltaError: the backend is not available; the message says why.
     """
     if choice == AUTO:
         return _first(device).make(device)
@@ -103,7 +103,7 @@ def new_backend(choice: str, device: str) -> LiveBackend:
 
 
 def _first(device: str) -> DeviceBackend:
-    """The first that is automatic on the device and can be had; if none can, the last one, which says why."""
+    """The first available backend that is automatic on the device; if there is none, the last one's error is raised."""
     rows = [row for row in LIVE_BACKENDS.values() if row.is_automatic_on(device)]
     for row in rows:
         try:

@@ -1,1 +1,1 @@
-"""Which weights change: the largest elements of each tensor, and how many of them."""
+"""Selects the weights that change: the largest elements of each tensor, and how many of them."""

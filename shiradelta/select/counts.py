@@ -1,4 +1,4 @@
-"""How many elements of each tensor to select: a share of every tensor, or the largest of the whole model."""
+"""Counts the elements to select from each tensor: a share of every tensor, or the largest of the whole model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shiradelta.util.progress import Progress
 
 
 class Candidate(Protocol):
-    """A tensor to select elements of; one without a dense delta is stored whole."""
+    """A tensor to select elements from; a tensor without a dense delta is stored whole."""
 
     @property
     def name(self) -> str:
@@ -40,7 +40,7 @@ class Counts:
     Args:
         items: the tensors.
         scope: one of `SCOPES`.
-        progress: is called with how far the pass over the tensors is.
+        progress: called with (what, done, total).
     """
 
     def __init__(self, items: Sequence[Candidate], scope: str, progress: Progress) -> None:
@@ -70,5 +70,5 @@ class Counts:
         return {name: count_for(sparsity, item.numel) for name, item in self.dense.items()}
 
     def kept(self, sparsity: float) -> dict[str, int]:
-        """As calling it, but at most as many as a tensor has nonzero elements."""
+        """The same numbers, but at most the number of nonzero elements of each tensor."""
         return {name: min(count, self.spectra[name].nonzero) for name, count in self(sparsity).items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-#: Classes tell magnitudes apart by exponent and 7 bits of mantissa, 0.8 %: the upper 16 bits of a float32 >= 0.
+#: A class is an exponent and 7 bits of mantissa (0.8 %): the upper 16 bits of a float32 >= 0.
 CLASSES = 1 << 15
 
 
@@ -26,15 +26,15 @@ class Histogram:
 
     @classmethod
     def of_counts(cls, counts: npt.NDArray[np.int64]) -> Histogram:
-        """From the number of elements in each of all classes, int64 [CLASSES]."""
+        """Makes a histogram of the number of elements in each class, int64 [CLASSES]."""
         classes = np.flatnonzero(counts)[::-1]
         return cls(classes, counts[classes])
 
 
 def allocate(histograms: Mapping[str, Histogram], k: int) -> dict[str, int]:
-    """How many of the k largest elements of all tensors together lie in each tensor.
+    """Counts how many of the k largest elements of all tensors lie in each tensor.
 
-    Where the limit falls into a class, the class is shared out in proportion.
+    The class at the limit is divided in proportion.
     """
     total = np.zeros(CLASSES, np.int64)
     for histogram in histograms.values():

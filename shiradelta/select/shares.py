@@ -1,4 +1,4 @@
-"""Sparsity: a share of the weights, or N of every M; and the number of elements that a share of a tensor is."""
+"""Parses sparsities, a share of the weights or N of every M, and converts shares to numbers of elements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numbers import Real
 
 from shiradelta.errors import ArgumentError
 
-#: What a share is taken of: each tensor, or the whole model.
+#: Whether a share holds for each tensor or for the whole model.
 SCOPES = ("tensor", "model")
 
 
@@ -52,7 +52,7 @@ def parse_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None
 
 
 def count_for(sparsity: float, numel: int) -> int:
-    """Elements that a share of a tensor is: at least one, unless the tensor has none.
+    """Number of elements in a share of a tensor: at least one, unless the tensor is empty.
 
     Raises:
         ArgumentError: the share is not above 0 and up to 1.
@@ -62,10 +62,10 @@ def count_for(sparsity: float, numel: int) -> int:
 
 
 def exact_count_for(sparsity: float, numel: int, name: str) -> int:
-    """As `count_for`, but refuses where less than half an element would be rounded up to one.
+    """As `count_for`, but refuses to round less than half an element up to one.
 
-    Training asks for this: the weights to train are named, so one that would get a single element by rounding is
-    more likely a mistake.  Conversion takes the tensors of a source as they are, small ones too.
+    Training uses this: the user names the weights to train, so a weight with less than one element is more likely a
+    mistake.  Conversion takes all tensors of a source, small ones too.
 
     Raises:
         ArgumentError: the share of the tensor called `name` rounds to no element.

@@ -1,4 +1,4 @@
-"""Exact top-k by magnitude of a dense delta that is never held in memory whole."""
+"""Exact top-k by magnitude of a dense delta, which is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Selection:
 
     positions: Positions
     values: Float32
-    energy: float  # sum of the squares of all elements, selected or not; exact if all are selected
+    energy: float  # sum of squares of all elements, selected or not; exact if all are selected
 
 
 def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -77,7 +77,7 @@ def top_k(
         threshold = np.float32(threshold / 2) if threshold > 1e-30 else np.float32(0)
     positions = np.concatenate([part.positions for part in found])
     values = np.concatenate([part.values for part in found])
-    if threshold == 0 and values.size <= k:  # nothing is left out, so neither may a rounding error be
+    if threshold == 0 and values.size <= k:  # nothing is left out, so the difference must be exactly zero
         return Selection(positions, values, sum_of_squares(values))
     kept = largest(np.abs(values), k)
     return Selection(positions[kept], values[kept], sum(part.energy for part in found))

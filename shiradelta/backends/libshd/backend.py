@@ -1,4 +1,4 @@
-"""The fast backend: everything that libshd does, and the reference for the rest."""
+"""The fast backend: libshd, and the NumPy reference for what libshd does not do."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from shiradelta.format.codecs.base import IndexCodec, ValueCodec
 
 @cache
 def backend() -> Backend:
-    """The backend.
+    """Makes the backend.
 
     Raises:
-        ShiraDeltaError: the library cannot be had.
+        ShiraDeltaError: the library is not available.
     """
     library()
     index: dict[int, IndexCodec] = {id: one for id, one in INDEX_CODECS.by_id.items() if knows_index_codec(id)}

@@ -1,4 +1,4 @@
-"""Decoding and applying with libshd, on several threads."""
+"""Decodes and applies with libshd, on several threads."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from shiradelta.format.registry import DTYPE_OF_NAME
 
 _FIRST_MISUSE = 64
 _CHECK_SIZES, _CHECK_ALL = 0, 2
-#: Weights that one thread does at a time are a multiple of this: whole cache lines.
+#: A thread works on a multiple of this many weights: whole cache lines.
 _STRIDE = 64
 
 
 class LoadedTensor:
-    """A tensor's delta, ready in the library: `shd_delta` and what it points to."""
+    """A tensor's delta loaded by the library: `shd_delta` and the memory that it points to."""
 
     def __init__(self, decoder: NativeDecoder, record: Record, check: int = _CHECK_ALL) -> None:
         self._decoder, self.record = decoder, record
@@ -48,7 +48,7 @@ class LoadedTensor:
         self._struct = new_struct(DELTA)
         self.address = address(self._struct)
         self._call(library().shd_load, decoder.file, number, check, address(self._scratch), scratch_size, self.address)
-        # `block_count` stands right behind the copy of the tensor's record.
+        # `block_count` follows the copy of the tensor's record.
         self.blocks = int(self._struct[tensor.size : tensor.size + 8].view("<u8")[0])
 
     def _call(self, function: Any, *arguments: Any) -> None:
@@ -68,7 +68,7 @@ class LoadedTensor:
         return result
 
     def bits(self, first: int, count: int) -> Array:
-        """Unsigned [count]: of the nonzeros from a rank on."""
+        """Bits of `count` nonzeros from a rank on, unsigned."""
         size = 4 if self.record.adds else self.record.element_size
         result = np.empty(count, f"<u{size}")
         function = library().shd_values if self.record.adds else library().shd_elements
@@ -95,7 +95,7 @@ class LoadedTensor:
         in_threads(work, self.blocks, self.record.nnz)
 
     def revert(self, weight: Array, dtype: str, saved: Array) -> None:
-        """Puts back what `apply` saved."""
+        """Writes back the elements that `apply` saved."""
         weights = Weights(address(weight), 0, weight.size, DTYPE_OF_NAME[dtype].id, 1)
 
         def work(first: int, last: int) -> None:
@@ -113,7 +113,7 @@ def apply_sum(
         addends: (delta, strength, saved), of which `saved`, [nnz] of `dtype`, receives the base's elements.
         weight: all elements' bits, flat.
         dtype: that of the elements.
-        from_saved: the same deltas are on the weights: the base's elements are taken from `saved`, not from `weight`.
+        from_saved: the same deltas are on the weights, so take the base's elements from `saved`, not from `weight`.
     """
     tensors, strengths, saved = zip(*addends, strict=True)
     count = len(tensors)
@@ -149,7 +149,7 @@ class NativeDecoder(Decoder):
             library().shd_set_zstd(self.file, self._zstd, None)
 
     def call(self, function: Any, record: Record, *arguments: Any) -> None:
-        """Calls the library; a failure becomes the FormatError that it stands for."""
+        """Calls the library; raises its failures as FormatError."""
         self._check(function, record.name, *arguments)
 
     def _check(self, function: Any, name: str | None, *arguments: Any) -> None:
@@ -166,7 +166,7 @@ class NativeDecoder(Decoder):
         raise FormatError(reason, offset=status.offset, tensor=name, file=self._name)
 
     def _decompress(self, _: Any, source: int, source_size: int, result: int, size: int) -> int:
-        """The library's callback.  ctypes would swallow an exception and return 0, so it is kept and raised later."""
+        """The library's callback.  ctypes would swallow an exception and return 0, so `call` raises it later."""
         stored = np.ctypeslib.as_array((ctypes.c_uint8 * source_size).from_address(source))
         try:
             ctypes.memmove(result, unzstd(stored, size), size)
@@ -178,7 +178,7 @@ class NativeDecoder(Decoder):
         return 0
 
     def load(self, record: Record) -> LoadedTensor:
-        """The tensor, checked in full; the last one is kept, since positions and values are asked for in turn."""
+        """Loads and checks a tensor; keeps the last one, since positions and values are read in turn."""
         last = self._last
         if last is None or last.record is not record:
             last = self._last = LoadedTensor(self, record)
@@ -194,7 +194,7 @@ class NativeDecoder(Decoder):
         return LoadedTensor(self, record, _CHECK_SIZES).between(start, stop)
 
     def check(self, record: Record) -> None:
-        """What loading does; in one call, if nothing needs memory to be decompressed to."""
+        """Checks a tensor as loading does, but in one call if nothing has to be decompressed."""
         if record.index.zstd or record.values.zstd:
             LoadedTensor(self, record)
         else:
@@ -202,7 +202,7 @@ class NativeDecoder(Decoder):
             self.call(library().shd_load, record, self.file, self.numbers[record.name], _CHECK_ALL, None, 0, delta)
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
-        """Decoded and applied in one pass, on several threads."""
+        """Decodes and applies in one pass, on several threads."""
         if not record.nnz:
             return
         if weight.ctypes.data % weight.itemsize:  # a tensor may lie anywhere in a safetensors file

@@ -1,4 +1,4 @@
-"""Encoding with libshd: RICE sections, values, fingerprints, and the search for large values."""
+"""Encodes with libshd: RICE sections, values, fingerprints, and the search for large values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shiradelta.format.codecs.rice import Rice
 
 
 class NativeRice(Rice):
-    """RICE, encoded by the library."""
+    """The RICE codec, encoding with the library."""
 
     def _plan(self, positions: Positions, numel: int) -> RicePlan:
         plan = RicePlan()
@@ -34,7 +34,7 @@ class NativeRice(Rice):
 
 
 class NativeValues(ValueCodec):
-    """A value codec, encoded by the library; the rest is the reference's."""
+    """A value codec that encodes with the library, and decodes with the reference."""
 
     def __init__(self, reference: ValueCodec) -> None:
         self._reference = reference
@@ -48,7 +48,7 @@ class NativeValues(ValueCodec):
         section = np.empty(self.size(values.size, 0), np.uint8)
         code = library().shd_values_encode(self.id, address(values), values.size, address(section), section.size)
         if code:
-            return self._reference.encode(values)  # says what does not fit
+            return self._reference.encode(values)  # raises the error that names the value
         return section.tobytes()
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:

@@ -1,6 +1,6 @@
-"""libshd through ctypes: where the library is, its structs and functions, and which codecs it knows.
+"""libshd through ctypes: finds the library, declares its structs and functions, and lists its codecs.
 
-The interpreter's lock is released while the library works.  Structs are those of libshd/include/shd.h; a library of
+The interpreter's lock is released while the library works.  Structs mirror libshd/include/shd.h; a library of
 another ABI is refused.
 """
 
@@ -25,7 +25,7 @@ from shiradelta.util import threads
 from shiradelta.util.threads import THREADS
 
 ABI = 1
-#: Nonzeros below which a second thread costs more than it brings.
+#: With fewer nonzeros than this, a second thread costs more than it gains.
 _THREAD_NONZEROS = 1 << 16
 
 
@@ -61,7 +61,7 @@ class RicePlan(ctypes.Structure):
 
 
 ZSTD_CALLBACK = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t)
-#: What `shd_struct_size` takes.
+#: The arguments of `shd_struct_size`.
 STATUS, FILE, TENSOR, DELTA, WEIGHTS, RICE = range(6)
 
 _p = c_void_p
@@ -102,7 +102,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def library_name() -> str:
-    """What the shared library is called here."""
+    """The file name of the shared library on this system."""
     return {"win32": "shd.dll", "darwin": "libshd.dylib"}.get(sys.platform, "libshd.so")
 
 
@@ -139,7 +139,7 @@ def library() -> ctypes.CDLL:
 
 
 def describe_system() -> dict[str, str]:
-    """What `info --system` shows: the library, or why there is none."""
+    """The library as `info --system` shows it, or why it is not available."""
     try:
         loaded = library()
     except ShiraDeltaError as error:
@@ -165,15 +165,15 @@ def knows_value_codec(id: int) -> bool:
 
 
 def address(array: Array) -> int:
-    """Where an array's first element lies."""
+    """The address of an array's first element."""
     return array.ctypes.data
 
 
 def new_struct(which: int) -> Array:
-    """Memory for a struct whose fields only the library reads."""
+    """Allocates a struct whose fields only the library reads."""
     return np.zeros(library().shd_struct_size(which), np.uint8)
 
 
 def in_threads(work: Callable[[int, int], None], units: int, nonzeros: int) -> None:
-    """Calls `work(first, last)` on as many threads as `nonzeros` are worth; see `in_ranges`."""
+    """Calls `work(first, last)` on as many threads as pay for `nonzeros`; see `in_ranges`."""
     threads.in_ranges(work, units, min(threads.THREADS, 1 + nonzeros // _THREAD_NONZEROS))
