@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -97,7 +98,7 @@ class Case:
     def _save(self, model: Any, name: str) -> Path:
         folder = self.folder / name
         self.architecture.save(model, folder)
-        if self.architecture.texts:
+        if "input_ids" in self.architecture.inputs():
             zoo.write_tokenizer(folder)
         return folder
 
@@ -222,11 +223,13 @@ def _lora(case: Case, name: str, **targets: Any) -> None:
 
 def _fit(case: Case, method: str) -> Path:
     """Fits on texts from the folder, or on examples with the loaded model, and applies the result."""
-    given: dict[str, Any] = {}
     torch.manual_seed(4)
-    if case.architecture.texts:
-        given["texts"] = zoo.texts(EXAMPLES)
-    else:
+    given: dict[str, Any] = {"texts": zoo.texts(EXAMPLES)}
+    if not case.architecture.texts:
+        with suppress(sd.ShiraDeltaError):  # a model that texts are not enough for is refused by name
+            case.convert(
+                case.tuned, f"{method}-on-texts", FIT_DENSITY, Fit(**given, method=method, steps=STEPS, device="cpu")
+            )
         given["texts"] = [case.architecture.inputs() for _ in range(EXAMPLES)]
         given["model"] = case.load(case.base)
         given["forward"] = _outputs

@@ -12,9 +12,26 @@ LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ROUTED: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
-def _experts(name: str, model: str, *usual: str, experts: tuple[str, ...] = STACKED, **options: Any) -> None:
-    build, targets = transformer(model, **options), usual or ("q_proj", "v_proj")
-    add(Architecture(name, "experts", build, text_inputs, usual=targets, experts=experts, texts=True))
+def _experts(
+    name: str,
+    model: str,
+    *usual: str,
+    unwrapped: tuple[str, ...] = (),
+    experts: tuple[str, ...] = STACKED,
+    **options: Any,
+) -> None:
+    add(
+        Architecture(
+            name,
+            "experts",
+            transformer(model, **options),
+            text_inputs,
+            usual=usual or ("q_proj", "v_proj"),
+            unwrapped=unwrapped,
+            experts=experts,
+            texts=True,
+        )
+    )
 
 
 _experts("mixtral", "MixtralForCausalLM", **DECODER, **LOCAL)
@@ -89,6 +106,7 @@ _experts(
 _experts(
     "nemotron-h",
     "NemotronHForCausalLM",
+    unwrapped=("out_proj",),
     experts=("experts.up_proj", "experts.down_proj"),
     **{**DECODER, "num_hidden_layers": 4},
     head_dim=8,
