@@ -1,1 +1,1 @@
-"""Several deltas: fused into one, and compared."""
+"""Fuses several deltas into one, and compares them."""

@@ -9,7 +9,7 @@ from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.compatibility import Misfit, check_strength, difference
 
-#: A delta, its delta of the tensor in question, and its strength.
+#: (a delta, its change of one tensor, its strength).
 Part = tuple[Delta, StoredTensor, float]
 
 
@@ -17,7 +17,7 @@ def check_distinct(deltas: Sequence[Delta]) -> None:
     """Checks that no delta is given twice.
 
     Raises:
-        DeltaError: two are the same.
+        DeltaError: two deltas are the same.
     """
     for one, other in pairwise(sorted(deltas, key=lambda delta: delta.digest)):
         if one.digest == other.digest:
@@ -41,7 +41,7 @@ def check_alike(name: str, parts: Sequence[Part]) -> None:
 
 
 def with_dtype(name: str, deltas: Sequence[Delta]) -> Delta:
-    """The first delta that specifies the dtype of the tensor's base; the first of all if none does."""
+    """The first delta that specifies the base's dtype; the first delta if none does."""
     return next((delta for delta in deltas if delta[name].dtype != "unspecified"), deltas[0])
 
 
@@ -49,7 +49,7 @@ def check_same_base(name: str, deltas: Sequence[Delta]) -> None:
     """Checks that deltas of one tensor agree on its shape and dtype.
 
     Raises:
-        BaseMismatchError: two do not.
+        BaseMismatchError: two of them do not.
     """
     one = with_dtype(name, deltas)
     for other in deltas:

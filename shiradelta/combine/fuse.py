@@ -44,7 +44,7 @@ Source = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` did.
+    """Report of `fuse`.
 
     Attributes:
         out: the file that was written.
@@ -70,7 +70,7 @@ class _Options:
     Attributes:
         method: how contributions are combined.
         drop: share of each delta's nonzeros to drop, for methods that drop some.
-        seed: of the random numbers that choose them.
+        seed: the seed of the random choice.
         inputs: number of deltas.
         checkpoint: the base.
     """
@@ -102,15 +102,15 @@ def fuse(
             another name in `shiradelta.combine.methods.METHODS`.
         values: value codec of the result; with "f32" the sum is exact.
         drop: share of each delta's nonzeros to drop, from 0 to below 1; "dare" and "della" alone use it.
-        seed: of the random numbers of "dare" and "della".
-        base: the base model, for fingerprints in the result.  Without it the result has them where they follow from
-            the inputs: where all list the same positions, or no two list a common one.
+        seed: the seed of "dare" and "della".
+        base: the base model, for fingerprints in the result.  Without it a tensor has them only if they follow from
+            the inputs: if all list the same positions, or no two list a common one.
         progress: called with (tensor, done, total).
 
     Raises:
         BaseMismatchError: the inputs were made against different bases.
         ArgumentError: the method is unknown, or an argument is out of range.
-        DeltaError: inputs that cannot be fused.
+        DeltaError: the inputs cannot be fused.
         FormatError: an input is refused.
         TargetError: the file cannot be written, or is not a `.shd` file.
     """
@@ -163,7 +163,7 @@ def _fuse_tensor(name: str, parts: Sequence[Part], options: _Options) -> tuple[T
     """Fuses one tensor.
 
     Args:
-        name: of the tensor.
+        name: the tensor's name.
         parts: the deltas that have it.
         options: how to fuse.
 
@@ -214,7 +214,7 @@ def _contribution(name: str, part: Part, options: _Options) -> tuple[Positions, 
 
 
 def _union_of_sets(name: str, parts: Sequence[Part]) -> tuple[Positions, Array]:
-    """(positions, bits) of elements that are set, each by one input."""
+    """(positions, bits) of all elements that the inputs set; no two inputs may set the same one."""
     try:
         return join_sorted([(tensor.positions(), tensor.bits()) for _, tensor, _ in parts])
     except RepeatedPositionError as error:
@@ -241,7 +241,9 @@ def _fingerprint(name: str, parts: Sequence[Part], together: Overlay) -> int | N
     """The base's fingerprint at the union, if it follows from the inputs': a fingerprint is a sum over positions."""
     known = [(tensor.nnz, tensor.base_fingerprint) for _, tensor, _ in parts]
     prints = [fingerprint for _, fingerprint in known if fingerprint is not None]
-    if len(prints) < len(parts) or together.nonzeros < sum(nnz for nnz, _ in known):  # unknown, or some were dropped
+    if len(prints) < len(parts) or together.nonzeros < sum(
+        nnz for nnz, _ in known
+    ):  # unknown, or the method dropped some positions
         return None
     if together.positions.size == together.nonzeros:
         return sum(prints) % (1 << 64)

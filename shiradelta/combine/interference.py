@@ -1,4 +1,4 @@
-"""How much deltas interfere: shared weights, opposite signs, and the figures of their product.
+"""Measures how much deltas interfere: shared weights, opposite signs, and the figures of their product.
 
 Everything is computed from the nonzeros, with a few tensors in memory at a time.  AWOM and AWOR are defined in the
 SHiRA paper (arXiv:2406.13175): for two deltas' changes A1, A2 [n, m] of a weight, the spectral norm of A1^T A2 and the
@@ -93,7 +93,7 @@ class Meeting:
         return 1 - self.product / self.product_size if self.product_size else None
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields and derived figures."""
+        """All fields and derived figures as plain values."""
         derived = ("shares", "jaccard", "opposed_share", "cosine", "awor")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
@@ -122,12 +122,12 @@ def pooled(meetings: Iterable[Meeting]) -> Meeting:
 
 @dataclass(frozen=True)
 class Interference:
-    """What `measure` found.
+    """Report of `measure`.
 
     Attributes:
         labels: short names of the deltas, in the order given.
         pairs: (i, j), i < j -> tensor name -> overlap of deltas i and j there, in the order of the model.
-        warnings: for people.
+        warnings: warnings for the user.
     """
 
     labels: tuple[str, ...]
@@ -135,7 +135,7 @@ class Interference:
     warnings: tuple[str, ...] = ()
 
     def title(self, pair: tuple[int, int]) -> str:
-        """The labels of a pair, for people."""
+        """The labels of a pair, in words."""
         return " + ".join(self.labels[i] for i in pair)
 
     def total(self, pair: tuple[int, int]) -> Meeting:
@@ -207,8 +207,8 @@ class _Change:
 
     Attributes:
         tensor: the delta.
-        positions: of its nonzeros.
-        values: what is added, strength included; zeros for elements that are set, whose change depends on
+        positions: the positions of its nonzeros.
+        values: the added values, strength included; zeros for elements that are set, whose change depends on
             the base.
         matrix: the nonzeros as in `as_matrix`.
     """
@@ -260,7 +260,7 @@ def _common(a: Positions, b: Positions, size: int) -> tuple[Positions, Positions
 
 
 def _meet(one: _Change, other: _Change, where: tuple[Positions, Positions]) -> Meeting:
-    """The overlap in a tensor that both change; `where` has the indices of the shared positions in each."""
+    """The overlap in a tensor that both change; `where` indexes the shared positions in each."""
     both_add = one.tensor.operation.adds and other.tensor.operation.adds
     products = one.values[where[0]].astype(np.float64) * other.values[where[1]]
     product, estimated = product_nonzeros(one.matrix, other.matrix)

@@ -19,13 +19,13 @@ from shiradelta.util.registry import Registry
 
 #: The contributions -> the fused values, one per position of the overlay.
 Merge = Callable[[Overlay], Float32]
-#: (one delta's values, share to drop) -> the probability with which each nonzero is kept.
+#: (one delta's values, share to drop) -> the probability of keeping each nonzero.
 Chances = Callable[[Float32, float], npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod:
-    """One way to fuse deltas.
+    """A merge method: one way to fuse deltas.
 
     Attributes:
         name: what users call it.
@@ -138,7 +138,7 @@ def uniform_chances(values: Float32, drop: float) -> npt.NDArray[np.float64]:
 
 
 def chances_by_rank(values: Float32, drop: float) -> npt.NDArray[np.float64]:
-    """Smaller values are dropped more often, from 1.5 `drop` for the smallest to 0.5 `drop` for the largest."""
+    """Drops small values more often: probability 1.5 `drop` for the smallest, 0.5 `drop` for the largest."""
     rank = np.empty(values.size)
     rank[np.argsort(np.abs(values), kind="stable")] = np.linspace(1.5, 0.5, values.size)
     return 1 - np.minimum(drop * rank, 0.99)
@@ -157,7 +157,7 @@ merge_method("della", "DELLA: as dare, but smaller changes are dropped more ofte
 def drop_at_random(
     keep: npt.NDArray[np.float64], positions: Positions, values: Float32, *seed: object
 ) -> tuple[Positions, Float32]:
-    """Drops nonzeros at random and divides the others by their probability of staying.
+    """Drops nonzeros at random and divides the rest by their probability of being kept.
 
     Args:
         keep: for each nonzero, the probability of staying.

@@ -16,14 +16,13 @@ from shiradelta.util.arrays import merge_sorted
 class Overlay:
     """The contributions of several deltas to one tensor, aligned by position.
 
-    Inputs are in the order in which contributions are summed.  An input that does not have the tensor is there with
-    no nonzeros.
+    Inputs are in the order in which contributions are summed.  An input without the tensor has no nonzeros here.
 
     Attributes:
         positions: sorted union of the inputs' positions.
-        shared: for each of these positions, whether several inputs list it.
+        shared: for each of them, whether several inputs list it.
         at: for each input, the indices of its nonzeros in `positions`.
-        values: for each input, what it adds there, strength included.
+        values: for each input, the values that it adds, strength included.
     """
 
     positions: Positions
@@ -52,7 +51,7 @@ class Overlay:
         """For each position, the float32 sum of its contributions in order; 0 where none is kept.
 
         Args:
-            keep: (indices in `positions`, values) of one input -> which of its nonzeros to take; None takes all.
+            keep: (indices in `positions`, values) of one input -> mask of the nonzeros to take; None takes all.
         """
         total = np.zeros(self.positions.size, np.float32)
         begun = np.zeros(self.positions.size, bool)
@@ -63,7 +62,7 @@ class Overlay:
             # Most positions are listed once, so only the shared ones are looked up.
             meets = self.shared[at]
             again, more = at[meets], values[meets]
-            # The first contribution is taken as it is: 0 + -0 would lose its sign.
+            # The first contribution is not added to 0: 0 + -0 would lose its sign.
             so_far = np.where(begun[again], total[again] + more, more)
             total[at] = values
             total[again] = so_far
@@ -71,7 +70,7 @@ class Overlay:
         return total
 
     def meetings(self) -> tuple[int, int]:
-        """(positions that several inputs list, how many of these are moved in opposite directions)."""
+        """(number of positions that several inputs list, number of these with opposite signs)."""
         up, down = (np.zeros(self.positions.size, bool) for _ in range(2))
         for at, values in zip(self.at, self.values, strict=True):
             meets = self.shared[at]

@@ -13,12 +13,12 @@ from shiradelta.format.delta import matrix_shape
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-#: Products of more multiplications than this are counted in `_SAMPLE` of their columns only.
+#: Products of more multiplications than this are counted in only `_SAMPLE` of their columns.
 _COUNTED = 1 << 22
 _SAMPLE = 512
-#: Matrices that list at least one in so many elements are multiplied as arrays.
+#: Matrices with at least one nonzero per this many elements are multiplied as arrays.
 _FULL = 8
-#: The last of three dimensions is a kernel's size up to this, and a matrix of an expert beyond it.
+#: The largest last dimension of a three-dimensional tensor that counts as a kernel size; larger ones are matrices.
 _KERNEL = 32
 
 
@@ -57,7 +57,7 @@ def spectral_norm(left: csr_array, right: csr_array) -> float:
     a_t, b_t = _transposed(a), _transposed(b)
     operator = LinearOperator((m, m), dtype=np.float64, matvec=lambda x: a_t @ (b @ x), rmatvec=lambda x: b_t @ (a @ x))
     start = np.random.default_rng(0).standard_normal(m)
-    if not operator.matvec(start).any():  # all listed values may be zero, and Lanczos needs a nonzero start
+    if not operator.matvec(start).any():  # all values may be explicit zeros, and Lanczos needs a nonzero start
         return 0.0
     return float(svds(operator, k=1, ncv=24, tol=0.03, v0=start, return_singular_vectors=False)[0])
 
@@ -86,7 +86,7 @@ def product_nonzeros(left: csr_array, right: csr_array) -> tuple[float, bool]:
 
 
 def _operand(matrix: csr_array) -> Any:
-    """The matrix, as an array if it is so dense that this is faster."""
+    """The matrix, as an array if it is dense enough for that to be faster."""
     return matrix if matrix.nnz * _FULL < math.prod(matrix.shape) else matrix.toarray()
 
 

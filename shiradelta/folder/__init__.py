@@ -1,1 +1,1 @@
-"""Applying deltas to a model's folder: in place, journaled, taken out bit for bit."""
+"""Applies deltas to a model's folder in place, with a journal, and takes them out bit for bit."""

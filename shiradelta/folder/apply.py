@@ -1,8 +1,8 @@
 """`apply`: patches a delta into the weight files of a model's folder, in place, all or nothing.
 
 The steps: lock the folder; read and check everything; write the undo delta; write the pending action to the journal;
-patch and sync the weights; move the action to the applied ones.  After any interruption the undo delta takes the folder
-back.
+patch and sync the weights; move the action to the applied ones.  After any interruption the undo delta restores the
+folder.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _REMEDIES = Remedies("it has been applied before", "--no-check to apply it to th
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """What `apply` did.
+    """Report of `apply`.
 
     Attributes:
-        folder: that was patched.
-        tensors: number of tensors of which elements were patched.
+        folder: the patched folder.
+        tensors: number of tensors with patched elements.
         nonzeros: number of nonzeros in the delta.
         changed: number of elements whose bits changed.
         added: number of tensors that were added.
         dropped: number of tensors that were removed.
         stack: number of deltas on the folder now.
-        warnings: for people.
+        warnings: warnings for the user.
     """
 
     folder: str
@@ -162,7 +162,7 @@ def _apply_in_place(
 
 
 def _unchecked(plan: FolderPlan, delta: Delta) -> list[str]:
-    """A warning if nothing tells which base the delta was made against."""
+    """A warning if the delta does not say which base it was made against."""
     if not plan.edits or any(edit.tensor.base_fingerprint is not None for edit in plan.edits):
         return []
     file = os.path.basename(delta.file or "the delta")
@@ -170,7 +170,7 @@ def _unchecked(plan: FolderPlan, delta: Delta) -> list[str]:
 
 
 def _relocated(plan: FolderPlan, checkpoint: Checkpoint) -> FolderPlan:
-    """The same plan with the offsets of the rewritten files."""
+    """Updates a plan to the offsets of the rewritten files."""
     return replace(plan, edits=tuple(replace(edit, slot=checkpoint[edit.name]) for edit in plan.edits))
 
 

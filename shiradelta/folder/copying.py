@@ -1,4 +1,4 @@
-"""A copy of a model's folder, to be patched instead of the original."""
+"""Copies a model's folder, to patch the copy instead of the original."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
     try:
         with os_errors(out), _at_rest(root):
             shutil.copytree(root, copy, dirs_exist_ok=True, ignore=_ignore_lock)
-        for path in (copy, *copy.rglob("*")):  # the copy of a read-only file is to be patched
+        for path in (copy, *copy.rglob("*")):  # a read-only file's copy must be writable
             path.chmod(path.stat().st_mode | stat.S_IWUSR | (stat.S_IXUSR if path.is_dir() else 0))
         yield copy
         with os_errors(out):
@@ -45,7 +45,7 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _at_rest(root: Path) -> Iterator[None]:
-    """A context in which no other process changes the folder, if it can be locked."""
+    """Locks the folder against other processes within the block, if it can be locked."""
     state = root / FOLDER
     with locked(root) if state.exists() and os.access(state, os.W_OK) else nullcontext() as journal:
         if journal is not None:

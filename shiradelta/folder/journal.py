@@ -2,7 +2,7 @@
 
 `state.json` is replaced atomically.  An action is written to `pending` before the first weight changes, and moved to
 `applied` when the last one has.  So after a crash a folder is either as before (nothing pending), or the journal names
-the undo delta that takes it back.
+the undo delta that restores it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Applied:
     """A delta that is applied to a folder.
 
     Attributes:
-        id: number of the action, and name of its undo delta.
+        id: number of the action, which names its undo delta.
         file: name of the delta's file.
         digest: the delta's content digest.
         strength: alpha.
@@ -51,7 +51,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class FolderState:
-    """The deltas on a folder, the last one on top, and the action that has begun but not ended, if any."""
+    """The deltas on a folder, the last one on top, and the unfinished action, if any."""
 
     applied: tuple[Applied, ...] = ()
     pending: Applied | None = None
@@ -70,7 +70,7 @@ class Journal:
         return self.root / FOLDER
 
     def undo_file(self, applied: Applied) -> Path:
-        """The delta that puts the original elements back."""
+        """The file of the delta that restores the original elements."""
         return self.path / "undo" / f"{applied.id:04}.shd"
 
     def originals(self, applied: Applied) -> Path:
@@ -145,7 +145,7 @@ def _applied(entry: dict[str, Any]) -> Applied:
 
 @contextmanager
 def locked(root: Path) -> Iterator[Journal]:
-    """A context that locks a folder against other processes; gives its state.
+    """Locks a folder against other processes within the block, and reads its journal.
 
     Raises:
         TargetError: another process has locked the folder, or it cannot be written.

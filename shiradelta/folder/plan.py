@@ -1,4 +1,4 @@
-"""What a delta changes in a model's folder, and whether it fits."""
+"""Plans what a delta changes in a model's folder, and checks that it fits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Edit:
 
     Attributes:
         tensor: the delta.
-        slot: where the base's tensor is.
-        name: in the checkpoint; the slot's own name lacks the component.
+        slot: the file and offset of the base's tensor.
+        name: the name in the checkpoint; the slot's own name lacks the component.
     """
 
     tensor: StoredTensor
@@ -33,9 +33,9 @@ class FolderPlan:
     """All changes that a delta makes to a folder.
 
     Attributes:
-        edits: tensors of which elements change.
-        new: (name, tensor) of tensors that are added.
-        drop: tensors that are removed.
+        edits: the tensors whose elements change.
+        new: (name, tensor) of the tensors to add.
+        drop: the tensors to remove.
     """
 
     edits: tuple[Edit, ...]

@@ -94,7 +94,7 @@ def recover(journal: Journal) -> Applied | None:
 
 
 def undo(journal: Journal, entry: Applied, progress: Progress | None) -> None:
-    """Puts back the originals of the pending `entry`.  An interrupted undo can be repeated.
+    """Restores the originals of the pending `entry`.  An interrupted undo can be repeated.
 
     Ctrl-C is held back until it is done.
 

@@ -1,7 +1,7 @@
 """Adds tensors to the files of a model's folder, and removes them.
 
-The new files are written beside the journal and then swapped with the originals, which are kept there.  So the way back
-is a rename, and exact.
+The new files are written beside the journal and then swapped with the originals, which are kept there.  So undoing is a
+rename, and exact.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from shiradelta.util.progress import Progress
 
 @dataclass(frozen=True)
 class RevertReport:
-    """What `revert` did.
+    """Report of `revert`.
 
     Attributes:
-        delta: that was taken out.
-        interrupted: whether it was an interrupted action, which was rolled back.
-        left: number of deltas that are still on the folder.
+        delta: the delta that was taken out.
+        interrupted: whether an interrupted action was rolled back instead.
+        left: number of deltas still on the folder.
     """
 
     delta: Applied

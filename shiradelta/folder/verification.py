@@ -1,4 +1,4 @@
-"""Is a model's folder exactly its base, exactly patched, or neither?"""
+"""Verifies whether a model's folder is exactly its base, exactly patched, or neither."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shiradelta.models.names import match_names
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found.
+    """Report of `verify`.
 
     Attributes:
         state: "base", "patched" or "neither".
@@ -108,7 +108,7 @@ def _opened(delta: Delta | str | os.PathLike[str]) -> Iterator[Delta]:
 
 
 def first_difference(root: Path, journal: Journal, entries: Sequence[Applied]) -> str | None:
-    """The first tensor that differs from what these deltas, the last ones applied, left; None if there is none."""
+    """The first tensor that differs from the state that the last applied deltas left; None if none differs."""
     checkpoint = open_checkpoint(root)
     fingerprint = choose().fingerprint
     above: list[Delta] = []

@@ -1,4 +1,4 @@
-"""What is in some deltas and how much they overlap: as data, as an HTML file and as a heat map."""
+"""Reports what deltas contain and how much they overlap: as data, as an HTML file and as a heat map."""
 
 from __future__ import annotations
 

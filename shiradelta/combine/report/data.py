@@ -12,10 +12,10 @@ from shiradelta.combine.report.verdict import verdict
 
 @dataclass(frozen=True)
 class DeltaReport:
-    """What `report` found.
+    """Report of `report`: profiles and interference.
 
     Attributes:
-        adapters: each delta by itself.
+        adapters: the profile of each delta.
         interference: how much each pair of deltas overlaps.
     """
 
@@ -23,7 +23,7 @@ class DeltaReport:
     interference: Interference
 
     def verdicts(self) -> dict[tuple[int, int], str]:
-        """Pair -> what to expect of using both, in a sentence."""
+        """Pair -> a sentence on what to expect from using both."""
         labels = self.interference.labels
         return {
             (i, j): verdict(labels[i], labels[j], self.interference.total((i, j))) for i, j in self.interference.pairs

@@ -11,7 +11,7 @@ from shiradelta.combine.interference import Interference, Meeting
 from shiradelta.util.optional import importing
 from shiradelta.util.plots import new_figure, save, tick
 
-#: With more pairs than this, panels are stacked and not side by side.
+#: With more pairs than this, panels are stacked instead of side by side.
 _BESIDE = 6
 
 

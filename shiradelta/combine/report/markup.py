@@ -7,7 +7,7 @@ from html import escape
 
 from shiradelta.util.text import printable
 
-#: Deltas are called A, B, ... where their names would be too long.
+#: Deltas are called A, B, ... if their names would be too long.
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -18,7 +18,7 @@ class Cell(str):
 
 
 def text(value: object) -> str:
-    """The value as text, with everything escaped that a browser or terminal would act on."""
+    """Escapes everything in a value that a browser or terminal would act on."""
     return escape(printable(str(value)))
 
 
@@ -29,8 +29,8 @@ def badge(number: int) -> str:
 
 def letter(number: int) -> str:
     """A to Z, then A1, B1, ..."""
-    turn, place = divmod(number, len(_LETTERS))
-    return _LETTERS[place] + (str(turn) if turn else "")
+    turn, index = divmod(number, len(_LETTERS))
+    return _LETTERS[index] + (str(turn) if turn else "")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "wide") -> str:

@@ -88,14 +88,14 @@ def write(path: Path, report: DeltaReport) -> None:
     """Writes the file.
 
     Raises:
-        TargetError: it cannot be written.
+        TargetError: the file cannot be written.
     """
     with replacing(path) as stream:
         stream.write(render(report).encode())
 
 
 def render(report: DeltaReport) -> str:
-    """The whole page."""
+    """Renders the whole page."""
     names = ", ".join(text(adapter.label) for adapter in report.adapters)
     warnings = "".join(f'<p class="warning">{text(warning)}</p>' for warning in report.interference.warnings)
     sections = [_adapters(report.adapters)]
@@ -245,7 +245,7 @@ def _densities(adapters: Sequence[DeltaProfile]) -> str:
 
 
 def _shortened(layers: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """(the parts with which all names begin, layer -> the rest of its name)."""
+    """(the common beginning of all names, layer -> the rest of its name)."""
     parts = zip(*(layer.split(".") for layer in layers), strict=False)
     common = ".".join(part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)) if len(layers) > 1 else ""
     return common, {layer: layer[len(common) :].lstrip(".") or layer for layer in layers}

@@ -1,4 +1,4 @@
-"""One delta by itself: what it holds, and how its nonzeros are spread over each tensor."""
+"""Profiles one delta: its contents, and how its nonzeros are spread over each tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shiradelta.io.describe import describe
 from shiradelta.io.reader import Delta
 from shiradelta.models.names import in_model_order, layer_of
 
-#: Parts into which a profile divides rows and columns.
+#: Number of parts into which a profile divides rows and columns.
 _PARTS = 40
 
 
@@ -23,7 +23,7 @@ class Axis:
     """How the nonzeros of a matrix are spread over its rows, or over its columns.
 
     Attributes:
-        density: of up to 40 parts of equal width, in order.
+        density: the density of up to 40 parts of equal width, in order.
         densest_tenth: share of all nonzeros in the densest tenth of the rows (columns); about 0.1 if they are spread
             evenly.
     """
@@ -34,11 +34,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class TensorProfile:
-    """One tensor's change.
+    """The profile of one tensor's change.
 
     Attributes:
-        name: of the tensor.
-        shape: of the tensor.
+        name: the tensor's name.
+        shape: the tensor's shape.
         op: the operation.
         nnz: number of nonzeros.
         density: share of the tensor's elements that are listed.
@@ -59,13 +59,13 @@ class TensorProfile:
 
 @dataclass(frozen=True)
 class DeltaProfile:
-    """One delta.
+    """The profile of one delta.
 
     Attributes:
         label: a short name.
         strength: alpha.
-        about: what `describe` returns.
-        profiles: of the tensors, in the order of the model.
+        about: the result of `describe`.
+        profiles: the tensors' profiles, in the order of the model.
     """
 
     label: str

@@ -1,4 +1,4 @@
-"""`report`: what is in some deltas and how much they overlap, as data, as an HTML file and as a heat map."""
+"""`report`: what deltas contain and how much they overlap, as data, as an HTML file and as a heat map."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def report(
 
     Raises:
         BaseMismatchError: the files were made against different bases.
-        ArgumentError: no delta, or a heat map of one.
+        ArgumentError: no delta is given, or a heat map is asked for one delta.
         DeltaError: a delta is given twice, or a strength is not allowed.
         FormatError: a file is refused.
         MissingDependencyError: matplotlib is not installed.
-        TargetError: a file cannot be written, or is something else already.
+        TargetError: a file cannot be written, or a file of another kind has its name.
     """
     if not deltas:
         raise ArgumentError("nothing to report on; give at least one .shd file")

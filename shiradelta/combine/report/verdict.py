@@ -1,4 +1,4 @@
-"""What the figures of two deltas mean for their use together."""
+"""Says in words what two deltas' figures mean for using both."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from shiradelta.util.text import percent
 
 
 def verdict(one: str, other: str, total: Meeting) -> str:
-    """A sentence that says what to expect of applying or fusing both."""
+    """A sentence on what to expect from applying or fusing both."""
     if not total.shared:
         return f"{one} and {other} share none of their weights: {advice(total)[1]}."
     smaller = max(min(total.nnz), 1)
