@@ -1,4 +1,4 @@
-"""Converts what others write (LoRA, full fine-tune, diff) to `.shd`: one file a source layout, all through `convert`.
+"""Converts what others write (LoRA, full fine-tune, diff) to `.shd`: one file per source layout.
 
 A source yields `Item`s, one a tensor; `convert` selects, quantises, writes and reports with one tensor in memory at a
 time.  The folder is installed as `shiradelta.converters`.

@@ -17,17 +17,17 @@ from shiradelta.format import registry
 from shiradelta.format.codecs import VALUE_OPTIONS, rice
 from shiradelta.select.counts import Counts
 
-#: The search ends with a trial that keeps the limit and is this close to it, or once the sparsity is this certain.
+#: The search ends if a trial keeps the limit and is this close to it, or if the sparsity is this certain.
 CLOSE, KNOWN = 0.005, 1.002
 TRIALS = 12
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-#: The most bytes that a fitted file's metadata take, and the padding of a tensor whose count may change.
+#: Upper bounds in bytes: a fitted file's metadata, and the padding of a tensor whose count may change.
 _FIT_METADATA, _PADDING = 1024, 192
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a sparsity gives: the file's bytes, and the relative error of its delta."""
+    """The result of a trial: the file's bytes, and the relative error of its delta."""
 
     size: int
     error: float
@@ -48,7 +48,7 @@ def parse_size(text: str | int) -> int:
 
 
 class Aim(ABC):
-    """A limit, and how to get near it.  `model` and `measured` have the same unit."""
+    """A limit, and how to approach it.  `model` and `measured` have the same unit."""
 
     #: Whether few elements keep the limit (else many do).
     few: bool
@@ -58,20 +58,20 @@ class Aim(ABC):
 
     @abstractmethod
     def model(self, sparsity: float) -> float:
-        """Roughly what a trial would measure; monotone in the sparsity."""
+        """Predicts what a trial would measure; monotone in the sparsity."""
 
     @abstractmethod
     def measured(self, trial: Trial) -> float:
-        """What the limit is compared with."""
+        """The figure of a trial that has to keep the limit."""
 
     @property
     def close(self) -> float:
-        """How far from the limit is close enough."""
+        """The distance from the limit that is close enough."""
         return CLOSE * self.limit
 
     @abstractmethod
     def impossible(self, best: Trial) -> str:
-        """The message where even the end of the range does not keep the limit."""
+        """The message if even the end of the range does not keep the limit."""
 
 
 class SizeAim(Aim):

@@ -1,4 +1,4 @@
-"""What a source yields: tensors to convert, and tensors that are left out with the reason."""
+"""Items of a source: tensors to convert, and tensors that are left out with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's adapter folder: its weights, and the adapter type that its configuration names."""
+"""Reads PEFT's adapter folder: its weights, and the adapter type in its configuration."""
 
 from __future__ import annotations
 

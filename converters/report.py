@@ -1,4 +1,4 @@
-"""What a conversion kept."""
+"""The report of a conversion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEW_TEXTS = 200
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What a conversion kept of one tensor.
+    """The report of one converted tensor.
 
     `energy` is the squared norm of the whole delta, `lost` that of its difference from what the file holds.
     """
@@ -52,7 +52,7 @@ class TensorReport:
 
 @dataclass
 class ConversionReport:
-    """What a conversion kept, by tensor and in all.
+    """The report of a conversion: what it kept, by tensor and in all.
 
     Attributes:
         source, out: where it read and wrote.

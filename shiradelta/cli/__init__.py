@@ -1,4 +1,4 @@
-"""The command line: options, tables and exit codes; one file a command, the work is done elsewhere."""
+"""The command line: options, tables and exit codes, one file per command.  The package itself does the work."""
 
 from __future__ import annotations
 

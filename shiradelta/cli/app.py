@@ -37,7 +37,7 @@ class _Commands(click.Group):
                 raise
             click.echo(f"error: {missing(package, f'shiradelta {ctx.invoked_subcommand}')}", err=True)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of a pipe has gone; click exits without a word
+            if error.errno == errno.EPIPE:  # the reader of a pipe has gone; click exits silently
                 raise
             click.echo(f"error: {printable(str(error))}; check the path and its permissions", err=True)
         except MemoryError:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the kinds of options that click does not have."""
+"""Options that several commands share, and kinds of options that click lacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shiradelta.errors import ArgumentError
 if TYPE_CHECKING:
     _Choice = click.Choice[str]
 else:
-    _Choice = click.Choice  # click 8.1 has no parameter for it
+    _Choice = click.Choice  # click 8.1 has no parameter for this
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -36,7 +36,7 @@ class RegistryChoice(_Choice):
         self._renamed = renamed
 
     def rows(self) -> Any:
-        """The registry, or whatever collection of names there is."""
+        """The registry, or another collection of names."""
         found = _load(self.path)
         return found() if callable(found) else found
 
@@ -64,7 +64,7 @@ class RegistryChoice(_Choice):
 
 
 def _load(path: str) -> Any:
-    """The attribute of a module that a path such as "package.module:NAME" names."""
+    """Imports the object that a path such as "package.module:NAME" names."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)
 
@@ -118,7 +118,7 @@ def renamed_option(old: str, new: str) -> Callable[[Function], Function]:
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Says on stderr that an option or a choice has another name now."""
+    """Warns on stderr that an option or a choice has a new name."""
     click.echo(f"warning: {old} is deprecated; use {new}", err=True)
 
 
@@ -165,7 +165,7 @@ def with_strengths(arguments: Sequence[str]) -> dict[str | os.PathLike[str], flo
 
 
 def _with_strength(argument: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH; a colon that no number follows belongs to the name."""
+    """Parses FILE or FILE:STRENGTH; a colon without a number after it belongs to the name."""
     name, colon, strength = argument.rpartition(":")
     try:
         return (name, float(strength)) if colon else (argument, 1.0)

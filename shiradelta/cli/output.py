@@ -1,4 +1,4 @@
-"""What commands print: JSON, lines on skipped tensors, warnings, progress."""
+"""Prints what commands have in common: JSON, skipped tensors, warnings, progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes deltas in the layouts of other libraries: one file an export layout."""
+"""Writes deltas in the layouts of other libraries: one file per export layout."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shiradelta.format.delta import TensorDelta
 from shiradelta.util.registry import Registry
 
-#: Writes deltas (name of the weight -> its delta) to a file or folder; takes also what the base model is called.
+#: Writes deltas (name of the weight -> its delta) to a file or folder; also takes the base model's name.
 Write = Callable[[str | os.PathLike[str], Mapping[str, TensorDelta], str], None]
 
 

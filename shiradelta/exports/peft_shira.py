@@ -32,7 +32,7 @@ def write(folder: str | os.PathLike[str], deltas: Mapping[str, TensorDelta], bas
     Layers with fewer nonzeros than PEFT wants are filled up with zeros.
 
     Args:
-        folder: made if it does not exist.
+        folder: the adapter's folder; created if it does not exist.
         deltas: name of a linear layer's weight -> its delta.
         base: `base_model_name_or_path`.
 

@@ -1,4 +1,4 @@
-"""What a fit reproduces: a model's outputs on examples, and how far one model's outputs are from another's."""
+"""The behaviour that a fit reproduces: a model's outputs on examples, and the distance between two models' outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shiradelta.fit.fitted import DISTANCE
 
 #: Weight of the output in the loss at first; all terms share the rest, which guides the early layers.
 LAST = 0.5
-#: What a forward pass gives to compare: matrices with one row per token or per text; the output is the last.
+#: The compared results of a forward pass: matrices with one row per token or per text; the last is the output.
 Outputs = list[Tensor]
 
 
@@ -23,7 +23,7 @@ class Behaviour(ABC):
 
     Attributes:
         lengths: tokens of each example; examples of similar length share a batch.
-        text_share: share of the target that the examples themselves give.
+        text_share: share of the target that comes from the examples themselves.
     """
 
     lengths: list[int]
@@ -35,7 +35,7 @@ class Behaviour(ABC):
     @property
     @abstractmethod
     def measure(self) -> str:
-        """What `distance` measures, in words; known after the first call of `outputs`."""
+        """The unit of `distance`, in words; known after the first call of `outputs`."""
 
     @abstractmethod
     def outputs(self, model: nn.Module, indices: Sequence[int]) -> Outputs:
@@ -59,7 +59,7 @@ class Behaviour(ABC):
         check_scales(self._scales)
 
     def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
-        """What a student is trained to give on some examples; may change the teacher's outputs in place."""
+        """The outputs that a student is trained to match; may change the teacher's outputs in place."""
         return teacher
 
     def weight(self, settled: float) -> float:
@@ -83,7 +83,7 @@ class Behaviour(ABC):
         return {DISTANCE: self.distance(student, teacher)}
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]] | None:
-        """For each output, where its rows lie among the rows of all examples, and how many those are.
+        """For each output: (the indices of its rows among the rows of all examples, the number of those).
 
         None if that is unknown, so that outputs cannot be cached.
         """

@@ -1,4 +1,4 @@
-"""The texts of a fit: which to fit on, which to measure on, and in what batches."""
+"""Divides the texts of a fit into texts to fit on and held-out ones, and into batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FitTexts:
 
     Attributes:
         every: all texts.
-        train, held_out: indices of the texts to fit on, and of those to measure on.
+        train, held_out: indices of the texts to fit on, and of the held-out texts.
 
     Raises:
         SourceError: the texts cannot be read, or are too few.
@@ -31,7 +31,7 @@ class FitTexts:
         self.train, self.held_out = split(len(self.every), fit.held_out, fit.seed)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Batches of the optimizer, without end; `lengths` has the tokens of every text."""
+        """Batches for the optimizer, forever; `lengths` has the tokens of every text."""
         return batches(self.train, lengths, self._fit.batch, self._fit.seed)
 
     def calibration(self, lengths: Sequence[int]) -> list[list[int]]:

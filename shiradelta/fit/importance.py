@@ -18,7 +18,7 @@ Importance = Callable[[int, Tensor], Tensor]
 
 
 class Scored(Protocol):
-    """What the importance of weights is computed from; `shiradelta.fit.subject.Subject` has it all."""
+    """The inputs of importance scores; `shiradelta.fit.subject.Subject` has all of them."""
 
     model: nn.Module
     behaviour: Behaviour

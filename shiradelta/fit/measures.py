@@ -1,4 +1,4 @@
-"""How far a model is from the fine-tune on the texts held out."""
+"""Measures how far a model is from the fine-tune on held-out texts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from shiradelta.text.batches import by_length, mean_over
 
 
 class HeldOut:
-    """Compares a model with the fine-tune on the texts held out.
+    """Compares a model with the fine-tune on held-out texts.
 
     Args:
         model: its weights may change between measurements.
-        behaviour: what is compared.
+        behaviour: the outputs to compare.
         teacher: the fine-tune.
         indices: the texts.
         batch: texts per forward pass.
@@ -33,7 +33,7 @@ class HeldOut:
         return self.mean(self._behaviour.compare)
 
     def mean(self, measure: Callable[[Sequence[int], Outputs, Outputs], Mapping[str, float]]) -> dict[str, float]:
-        """Means over all texts of what is measured of (texts, the model's outputs, the teacher's) of a batch."""
+        """Means over all texts of `measure`(texts of a batch, the model's outputs, the teacher's outputs)."""
 
         def of_batch(part: Sequence[int]) -> Mapping[str, float]:
             return measure(part, self._behaviour.outputs(self._model, part), self._teacher.outputs(part))

@@ -1,4 +1,4 @@
-"""A user's own model, given back as it came."""
+"""Restores a user's own model after a fit."""
 
 from __future__ import annotations
 

@@ -32,12 +32,12 @@ class Quantiser:
         rank = torch.arange(sum(counts), device=device)
         padding = torch.tensor([g * group - count for g, count in zip(groups, counts, strict=True)], device=device)
         before = torch.cumsum(padding, 0) - padding
-        #: Where each value lies among groups of full size.
+        #: The index of each value among groups of full size.
         self._slots = rank + before.repeat_interleave(torch.tensor(counts, device=device))
         self._size = sum(groups) * group
 
     def __call__(self, values: Tensor) -> Tensor:
-        """What a reader of the file will see."""
+        """Rounds the values as a reader of the file will see them."""
         grouped = torch.full((self._size,), torch.nan, device=values.device)
         grouped[self._slots] = values
         rounded = self._round(grouped.view(-1, registry.GROUP))

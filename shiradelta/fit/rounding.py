@@ -1,4 +1,4 @@
-"""Values as a reader of the file will see them."""
+"""Rounds values as a reader of the file will see them."""
 
 from __future__ import annotations
 

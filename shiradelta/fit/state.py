@@ -1,4 +1,4 @@
-"""The state of a fit while it trains, and on disk where it was interrupted."""
+"""The state of a fit while it trains; on disk, to resume an interrupted one."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class FitState:
 
     Attributes:
         steps: optimizer steps of the whole run.
-        step: those that are done.
+        step: optimizer steps done.
         counts: nonzeros by tensor.
-        positions, values: of `Nonzeros`.
+        positions, values: the vectors of `Nonzeros`.
         mean, square: Adam's running means of the gradient and of its square.
         failures: how often training gave NaN.
         waited: evaluations without a gain.
         history: (step, distance).
         best: least loss on the texts held out.
-        best_values: the values that gave it.
+        best_values: the values with that loss.
     """
 
     steps: int

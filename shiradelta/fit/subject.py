@@ -25,22 +25,22 @@ from shiradelta.nonzeros.weight import flat
 from shiradelta.select.largest_torch import largest, largest_of_all
 from shiradelta.text.pooling import find_pooling
 
-#: Largest share of the change's energy that may be in tensors that the loaded model lacks: they are not fitted.
+#: Largest share of the change's energy in tensors that the loaded model lacks, which are not fitted.
 MOST_MISSING = 0.1
 
 
 class Subject:
-    """A model with its texts and its teacher.  Dense deltas are made when they are needed, one at a time.
+    """A model to fit, with its texts and its teacher.  Dense deltas are computed on demand, one at a time.
 
     Attributes:
         model: the base.
         device: where it is.
-        texts: to fit and to measure on.
-        behaviour: what is reproduced.
+        texts: the texts to fit and to measure on.
+        behaviour: the outputs that are reproduced.
         fitted: the tensors to fit.
-        tied: further names of fitted tensors -> the name that each is fitted under.
+        tied: further names of fitted tensors -> the name under which each is fitted.
         teacher: the fine-tune.
-        warnings: what a user should know.
+        warnings: warnings for the user.
         micro: texts per forward pass.
 
     Raises:
@@ -70,7 +70,7 @@ class Subject:
             if own is not None and can_write_exact(names[own].shape, delta):
                 write_exact(flat(names[own]), delta)
         self.teacher = Teacher(self.model, self.fitted.tuned, self.behaviour)
-        # On texts to fit on, so that nothing of those held out is used.
+        # Only texts to fit on, so that held-out texts have no influence.
         with torch.no_grad():
             self.behaviour.calibrate(
                 (part, self.behaviour.outputs(self.model, part), self.teacher.outputs(part))
@@ -130,7 +130,7 @@ class Subject:
             found: Tensor = importance(index, dense(self.fitted.targets[index], self.device).abs())
             return found
 
-        if whole_model and not mask.by_magnitude:  # by magnitude, counts are shared out that way already
+        if whole_model and not mask.by_magnitude:  # counts are distributed by magnitude already
             positions = largest_of_all([scores(index) for index in range(len(counts))], sum(counts))
         else:
             pairs = zip(counts, self.fitted.changed, strict=True)
@@ -145,7 +145,7 @@ class Subject:
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """Compares the model, as it is, with the fine-tune on the texts held out."""
+        """Compares the model in its present state with the fine-tune on the held-out texts."""
         return HeldOut(self.model, self.behaviour, self.teacher, self.texts.held_out, self.micro)
 
 

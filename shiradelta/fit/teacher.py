@@ -15,12 +15,12 @@ CACHE_BYTES = 4 << 30
 
 
 class Teacher:
-    """Gives the fine-tune's outputs, from a cache if those of all examples fit into it.
+    """Computes the fine-tune's outputs; caches them if the outputs of all examples fit.
 
     Args:
         model: the student's module.
         tuned: parameter -> the fine-tune's weights.
-        behaviour: what is compared.
+        behaviour: the outputs to compare.
     """
 
     def __init__(self, model: nn.Module, tuned: Mapping[nn.Parameter, Tensor], behaviour: Behaviour) -> None:

@@ -22,11 +22,11 @@ LIKELIHOOD_LOST = "likelihood lost on the texts, nats"
 
 
 class OutputKind(Enum):
-    """What a model's last output is; the value says how its distance is measured."""
+    """The kind of a model's last output; the value names the measure of its distance."""
 
     EMBEDDING = HIDDEN_ERROR
     LOGITS = "KL divergence of the output, nats"
-    LABELS = "KL divergence of the labels, nats"  # logits of labels of which any number can hold
+    LABELS = "KL divergence of the labels, nats"  # logits of independent labels, of which any number may apply
 
 
 class TextBehaviour(Behaviour):
@@ -42,7 +42,7 @@ class TextBehaviour(Behaviour):
     Args:
         tokenizer: the model's.
         texts: strings.
-        model: sets limits on tokens, and says what its logits are.
+        model: sets limits on tokens; its configuration says what its logits are.
         tokens: longer texts are cut.
         pooling: how token vectors become an embedding; None if unknown.
         text_share: largest share of the target that is the next token; `calibrate` scales it down.
@@ -127,13 +127,13 @@ class TextBehaviour(Behaviour):
         return teacher
 
     def weight(self, settled: float) -> float:
-        """Rises to 1 where the model's use is known."""
+        """Rises to 1 if the model's use is known."""
         used = self._output is not OutputKind.EMBEDDING or self._pooling is not None
         first = super().weight(settled)
         return first + (1 - first) * settled if used else first
 
     def lost(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
-        """How much less likely a language model finds the texts than the fine-tune does, in nats per token."""
+        """The likelihood of the texts that a language model lost against the fine-tune, in nats per token."""
         tokens, there = self._following(indices)
         theirs, own = (log_likelihoods(outputs[-1], tokens) for outputs in (teacher, student))
         return float(((theirs - own) * there).sum() / there.sum().clamp(min=1))

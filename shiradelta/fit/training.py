@@ -25,20 +25,20 @@ from shiradelta.nonzeros.pruning import PRUNE_UNTIL, PruningSchedule, importance
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.vector import Nonzeros
 
-#: Share of the steps after which the forward pass sees rounded values; gradients pass straight through.
+#: Share of the steps after which the forward pass uses rounded values; gradients pass straight through.
 ROUND_FROM = 0.75
 BETAS = (0.9, 0.999)
 EPSILON = 1e-10
 EVALUATIONS = 20
 #: Training stops after this many evaluations with less gain than this, counted once values are rounded.
 PATIENCE, LEAST_GAIN = 4, 1e-3
-#: Training ends after this many NaNs, each of which halves the learning rate.
+#: Training ends after this many NaNs.  Each one halves the learning rate.
 FAILURES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What a run of training is to do.
+    """The plan of a training run.
 
     Attributes:
         steps: optimizer steps.
@@ -47,7 +47,7 @@ class TrainingPlan:
         codec: the value codec.
         counts: nonzeros by tensor in the end.
         units: unit of the learning rate, by tensor.
-        whole_model: nonzeros may move between tensors.
+        whole_model: whether nonzeros may move between tensors.
     """
 
     steps: int
@@ -63,8 +63,8 @@ class FitTrainer:
     """One run of training.
 
     Attributes:
-        state: what is reached.
-        good: the state at the last evaluation, from which an interrupted run goes on.
+        state: the current state.
+        good: the state at the last evaluation, from which an interrupted run resumes.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class FitTrainer:
         self._lay_out()
 
     def load(self, state: FitState) -> None:
-        """Goes on from a state."""
+        """Resumes from a state."""
         self.state = state = state.copy()
         device = self._nonzeros.values.device
         state.mean, state.square = state.mean.to(device), state.square.to(device)
@@ -206,7 +206,7 @@ class FitTrainer:
         return torch.where(self._nonzeros.grad.isfinite().all(), total, math.nan)
 
     def time_one(self, batch: list[int]) -> float:
-        """Seconds that a step takes; it changes nothing."""
+        """Measures the seconds that a step takes, without changing anything."""
         start = time.monotonic()
         with self._nonzeros.attached(self._model):
             float(self._gradient(batch))  # waits for a GPU
@@ -224,7 +224,7 @@ class FitTrainer:
         state.values.sub_(self._units * (state.mean / root) * (lr / (1 - first**count)))
 
     def _prune(self) -> None:
-        """Prunes the least important nonzeros, when it is time."""
+        """Prunes the least important nonzeros if it is due."""
         state, plan = self.state, self._plan
         until = plan.steps * PRUNE_UNTIL
         if len(state.values) <= sum(plan.counts) or not is_due(state.step, until):

@@ -1,4 +1,4 @@
-"""A delta written onto a model's weights: exact changes, and the dense deltas of the tensors that are fitted."""
+"""Writes a fine-tune onto a model's weights: exact changes, and the dense deltas of the fitted tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TunedWeights:
     Tensors that the fine-tune left alone are not fitted, as with plain top-k.
 
     Attributes:
-        targets: what is fitted.
-        weights: where that is in the model.
-        changed: how many weights of each target the fine-tune changed.
+        targets: the tensors to fit.
+        weights: the model's weights of the targets.
+        changed: number of weights that the fine-tune changed, by target.
         energy: sum of squares of each target's dense delta.
-        tuned: weight -> the fine-tune's.
+        tuned: weight -> the fine-tune's weight.
     """
 
     def __init__(self) -> None:
@@ -70,14 +70,14 @@ def dense(target: FitTarget, device: torch.device) -> Tensor:
     """A target's dense delta, flat.
 
     Raises:
-        SourceError: it is not finite.
+        SourceError: the delta is not finite.
     """
     return torch.from_numpy(target.dense()).to(device)
 
 
 def write_exact(weights: Tensor, delta: TensorDelta) -> None:
     """Writes a delta onto flat weights in place; a sum is made in float32 and rounded once to the weights' dtype."""
-    # Copies where they are read-only, which torch warns of.
+    # Read-only arrays are copied: torch warns of them.
     positions, values = (
         torch.from_numpy(np.require(array, requirements="W")).to(weights.device)
         for array in (delta.positions(), delta.values())

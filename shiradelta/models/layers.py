@@ -1,4 +1,4 @@
-"""Which layers store their weight transposed."""
+"""Recognises layers that store their weight transposed."""
 
 from __future__ import annotations
 

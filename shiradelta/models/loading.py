@@ -16,7 +16,7 @@ from shiradelta.util.optional import importing
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is.
+    """The device of that name, or the best available one.
 
     Raises:
         ArgumentError: the device cannot be used.

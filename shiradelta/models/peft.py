@@ -1,4 +1,4 @@
-"""Names that PEFT gives to modules, tensors and files, and the layout of its SHiRA adapters."""
+"""PEFT's names of modules, tensors and files, and the layout of its SHiRA adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BASE_LAYER = ".base_layer."
 MODULES_TO_SAVE = "modules_to_save"
 #: Between a module that is trained whole and its weights before training.
 ORIGINAL_MODULE = ".original_module."
-#: The name of an adapter that has been given none; it ends a key that is saved with `state_dict`.
+#: The default name of an adapter, which ends the keys that `state_dict` saves.
 ADAPTER = ".default"
 #: The files of an adapter's folder.
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

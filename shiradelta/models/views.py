@@ -1,4 +1,4 @@
-"""Tensors of the checkpoint as views of a model's weights: transformers stacks and transposes some on loading."""
+"""The checkpoint's tensors as views of a model's weights, some of them stacked or transposed on loading."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class View:
     """A tensor of the checkpoint as a view of a weight.
 
     Attributes:
-        name: in the checkpoint.
-        shape: in the checkpoint.
-        strides: in elements of the weight.
+        name: the name in the checkpoint.
+        shape: the shape in the checkpoint.
+        strides: strides in elements of the weight.
         offset: index of the first element in the weight.
     """
 

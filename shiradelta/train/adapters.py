@@ -22,11 +22,11 @@ from shiradelta.util.arrays import RepeatedPositionError, join_sorted
 def read_adapter(
     source: str | os.PathLike[str], weights: Mapping[str, nn.Parameter], names: WeightNames
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The nonzeros of an adapter: name of a weight -> positions [n], increasing, and float32 values [n].
+    """Reads the nonzeros of an adapter: name of a weight -> positions [n], increasing, and float32 values [n].
 
     Args:
         source: a `.shd` file, or a PEFT SHiRA adapter (its folder or its safetensors file).
-        weights: of the model, by name.
+        weights: the model's weights by name.
         names: finds these weights by any of their names.
 
     Raises:

@@ -47,7 +47,7 @@ def random_scores(given: MaskInput) -> Tensor:
     "at random",
     gives="positions",
     can_be_larger=True,
-    whole_model=True,  # each element is drawn by itself, so it makes no difference which others are there
+    whole_model=True,  # each element is drawn independently, so the others make no difference
     pattern_scores=random_scores,
 )
 def rand(given: MaskInput) -> Positions:
@@ -60,7 +60,7 @@ def struct(given: MaskInput) -> Positions:
     """Positions: evenly spaced rows and the diagonal."""
     if given.avoid is None:
         return rows_and_diagonal(given.shape, given.count)
-    # Whatever the other mask is, some shift of the rows overlaps it least.
+    # One of the shifts of the rows overlaps the other mask least.
     shifts = range(min(given.shape[0] if given.shape else 1, 64))
     apart = (
         np.setdiff1d(rows_and_diagonal(given.shape, given.count, shift), given.avoid, assume_unique=True)
@@ -75,7 +75,7 @@ def rows_and_diagonal(shape: tuple[int, ...], count: int, start: int = 0) -> Pos
     Args:
         shape: a matrix; each of stacked matrices (experts) is chosen from by itself, and other tensors are [first, all
             others].
-        count: how many elements to come near to; the diagonal is always included.
+        count: approximate number of elements; the diagonal is always included.
         start: the first row, for a mask that overlaps another one less.
     """
     if len(shape) == 3:
@@ -95,7 +95,8 @@ def rows_and_diagonal(shape: tuple[int, ...], count: int, start: int = 0) -> Pos
 def draw(numel: int, share: float, seed: str, avoid: Positions | None = None) -> Positions:
     """Draws each position with probability `share`, independently.
 
-    Draws how many there are (binomial), then that many positions: the same distribution without a number an element.
+    Draws the number of positions (binomial), then that many positions: the same distribution, without a random number
+    per element.
 
     Args:
         numel: elements of the tensor.

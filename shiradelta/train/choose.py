@@ -1,4 +1,4 @@
-"""From a mask's name to positions by weight."""
+"""Chooses the positions to train in each weight, by a mask's name."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from shiradelta.util.progress import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What to choose from, and how much.
+    """The weights to choose from, and how much to choose.
 
     Attributes:
         model: the whole model.
         weights: the weights to choose from, by name.
-        views: how the checkpoint has the weights, by name.
-        share: of each weight, or of all weights together.
-        pattern: (n, m) to choose n of every m instead.
-        whole_model: the share is that of all weights together.
+        views: the checkpoint's views of the weights, by name.
+        share: share of each weight, or of all weights together.
+        pattern: (n, m) to choose n of every m elements instead.
+        whole_model: whether the share is that of all weights together.
         avoid: positions by weight that must not be chosen, increasing.
         seed: for masks that are random.
         batches: calibration batches, for masks that need gradients.
         loss: loss(model, batch).
-        progress: is called with how far it is.
+        progress: called with (what, done, total).
         all_needed: whether it is an error if the loss does not depend on a weight; else the weight is left out.
     """
 
@@ -133,7 +133,7 @@ class Choice:
             yield name, scores
 
     def _counts(self, mask: Mask) -> dict[str, int]:
-        """How many of the largest scores of all weights together lie in each weight."""
+        """Counts how many of the largest scores of all weights lie in each weight."""
         total = count_for(self.share, sum(weight.numel() for weight in self.weights.values()))
         histograms = {}
         for name, scores in self._scores(mask):

@@ -1,4 +1,4 @@
-"""Positions that users give: masks of their own, and adapters whose weights to avoid."""
+"""Reads positions that users give: their own masks, and deltas whose weights to avoid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OwnMask = Mapping[str, Any]
 
 
 def own_mask(mask: OwnMask, weights: Mapping[str, nn.Parameter], avoid: Mapping[str, Positions]) -> dict[str, Tensor]:
-    """Positions by weight, increasing, of a user's own mask, without those to avoid.
+    """Positions by weight, increasing, of a user's own mask, without positions to avoid.
 
     Weights that the mask does not name are left out.
 
@@ -98,7 +98,7 @@ def is_outside(positions: Positions, view: View) -> bool:
 
 
 def avoided(others: Sequence[Any], names: WeightNames) -> dict[str, Positions]:
-    """Positions by weight that other adapters change.
+    """Positions by weight that other deltas change.
 
     Args:
         others: `.shd` files, open deltas, or mappings of names to positions (such as `Tuner.positions`).

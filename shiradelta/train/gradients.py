@@ -1,4 +1,4 @@
-"""Gradients over a calibration set, summed for each weight as they are made."""
+"""Sums the gradients of each weight over a calibration set."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def sums(
         weights: by name; they take gradients while this runs.
         batches: arguments for `loss`; tensors in them are moved to the model's device.
         loss: loss(model, batch).
-        progress: is called with how far it is.
+        progress: called with (what, done, total).
         all_needed: whether it is an error if the loss does not depend on a weight; else the weight is left out.
 
     Raises:
@@ -123,7 +123,7 @@ def _pass(
             for done, batch in enumerate(batches):
                 progress("gradients for the mask", number * len(batches) + done, count * len(batches))
                 found = loss(model, to_device(batch, device))
-                if found.requires_grad:  # if not, it depends on none of the weights
+                if found.requires_grad:  # otherwise the loss depends on none of the weights
                     found.backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
@@ -149,7 +149,7 @@ def _add(totals: dict[str, Tensor], name: str, weight: Tensor) -> None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors, also those in mappings, lists and tuples, on a device."""
+    """Moves the tensors of a batch, also in mappings, lists and tuples, to a device."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):

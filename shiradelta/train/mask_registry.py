@@ -1,4 +1,4 @@
-"""The registry of masks, and what a mask's function is given."""
+"""The registry of masks, and the input of a mask's function."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MaskInput:
-    """What a mask's function is given: one weight, and what to choose from it.
+    """The input of a mask's function: one weight, and how much to choose from it.
 
     Attributes:
-        weight: the weight, without autograd.  Not to be changed.
-        shape: of the weight as a matrix; a convolution's is [out, everything else].
+        weight: the weight, without autograd; the function must not change it.
+        shape: the weight's shape as a matrix; for a convolution [out, everything else].
         share: share of the elements to choose.
         gradients: |gradient| summed over the calibration batches, flat, float32; None unless the mask asks for it.
         seed: differs between weights and between the user's seeds; the same on every machine.
@@ -47,7 +47,7 @@ class MaskInput:
         return seed_of(self.seed)
 
 
-#: Scores of all elements, float32, of the weight's shape or flat.  None is negative; the largest are chosen.
+#: Scores of all elements, float32, in the weight's shape or flat, at least 0.  The largest are chosen.
 Scores = Callable[[MaskInput], "Tensor"]
 #: Positions, flat in the weight, increasing; NumPy or torch.
 Chosen = Callable[[MaskInput], "Positions | Tensor"]
@@ -128,15 +128,15 @@ def mask(
 
 
 def find_mask(name: str, pattern: tuple[int, int] | None, whole_model: bool) -> Mask:
-    """The row of a mask that can do what is asked.
+    """Finds a mask by name, and checks that it supports the given options.
 
     Args:
-        name: what the user gave.
+        name: the name that the user gave.
         pattern: (n, m) for N:M sparsity.
-        whole_model: the share is that of all weights together.
+        whole_model: whether the share is that of all weights together.
 
     Raises:
-        ArgumentError: there is no such mask, or it cannot do that.
+        ArgumentError: the mask is unknown, or does not support an option.
     """
     if name not in MASKS:
         raise ArgumentError(f"mask {name!r} is unknown; take {', '.join(MASKS)}, or give your own by name")
@@ -149,7 +149,7 @@ def find_mask(name: str, pattern: tuple[int, int] | None, whole_model: bool) -> 
 
 
 def can_be_larger(mask: object, pattern: tuple[int, int] | None) -> bool:
-    """Whether a mask (a name, or the user's own) can start larger, and be pruned while it trains."""
+    """Whether a mask (a name, or the user's own) can start larger, to be pruned while training."""
     return isinstance(mask, str) and mask in MASKS and MASKS[mask].can_be_larger and pattern is None
 
 

@@ -1,4 +1,4 @@
-"""Masks: which weights are trained.  One registry, one row a mask (docs/extend/mask.md).
+"""Masks, which choose the weights to train.  One registry, one row per mask (docs/extend/mask.md).
 
 The built-in ones are those of Sparse High Rank Adapters (Bhardwaj et al., arXiv:2406.13175, section 3.1).  Importing
 this module does not import torch, so that the command line can list the masks quickly.

@@ -1,4 +1,4 @@
-"""The losses of a training run as a picture."""
+"""Plots the losses of a training run."""
 
 from __future__ import annotations
 

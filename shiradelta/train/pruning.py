@@ -16,7 +16,7 @@ from shiradelta.train.tuned import TunedWeight
 
 
 def check_pruning(steps: int, begin: float, mask: str | OwnMask | None, pattern: tuple[int, int] | None) -> None:
-    """Raises ArgumentError if pruning cannot go so, or cannot start from such a mask."""
+    """Raises ArgumentError if the pruning settings are impossible, or the mask cannot be pruned."""
     if steps < 1 or not begin > 1:
         raise ArgumentError(
             f"pruning in {steps} steps from {begin:g} x the sparsity is impossible; give 1 step or more, from above 1 x"
@@ -32,24 +32,24 @@ def check_pruning(steps: int, begin: float, mask: str | OwnMask | None, pattern:
 class Pruner:
     """Follows an optimizer's steps, and prunes nonzeros when it is time.
 
-    Importance is |value| x RMS gradient where the optimizer keeps a running mean square of the gradients, as Adam and
-    its kin do, and |value| with other optimizers.  Pruned values stay zero.  Parameters keep their size, because
+    Importance is |value| x RMS gradient if the optimizer keeps a running mean square of the gradients, as Adam and its
+    variants do, and |value| with other optimizers.  Pruned values stay zero.  Parameters keep their size, because
     training loops, DistributedDataParallel and compiled graphs rely on it.
 
     Args:
         steps: optimizer steps until the mask is final.
-        share: share of each weight that is left then.
+        share: share of each weight left then.
         of: number of elements that `share` is a share of, where nonzeros may move between weights; None otherwise.
 
     Attributes:
-        step: optimizer steps that are done.
+        step: optimizer steps done.
     """
 
     def __init__(self, steps: int, share: float, of: int | None) -> None:
         self._steps, self._share, self._of, self.step = steps, share, of, 0
 
     def after_step(self, tuned: Sequence[TunedWeight], optimizer: torch.optim.Optimizer) -> None:
-        """Prunes if it is time after this step, and undoes what the step did to pruned values.
+        """Prunes if it is due after this step, and resets pruned values to zero.
 
         Raises:
             DeltaError: the optimizer does not have all of the values, or has shards of them.

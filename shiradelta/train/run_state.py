@@ -26,10 +26,10 @@ class RunState:
     """The state of an interrupted run.
 
     Attributes:
-        tensors: those of `Tuner.state_dict`, and Adam's moments.
-        step: optimizer steps that are done.
+        tensors: the tensors of `Tuner.state_dict`, and Adam's moments.
+        step: optimizer steps done.
         base: digest of the base weights at the mask when the run started.
-        history: up to this step.
+        history: the history up to this step.
     """
 
     tensors: Mapping[str, Tensor]
@@ -48,7 +48,7 @@ class RunState:
 
         Args:
             tuner: with the mask of the state.
-            optimizer: Adam or its kin.
+            optimizer: Adam or a variant.
             model: the model's folder, for the message.
             path: the state's file, for the message.
 
@@ -84,7 +84,7 @@ def save_run(
 
 
 def load_run(unfinished: UnfinishedRun, log: Callable[[str], None]) -> RunState | None:
-    """The state of this very run, if there is one.
+    """The saved state of this run; None if there is none.
 
     Raises:
         SourceError: the file is not a state.

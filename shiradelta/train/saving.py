@@ -1,4 +1,4 @@
-"""Trained nonzeros as deltas, as a `.shd` file, and as a PEFT SHiRA adapter."""
+"""Saves trained nonzeros: as deltas, as a `.shd` file, and as a PEFT SHiRA adapter."""
 
 from __future__ import annotations
 

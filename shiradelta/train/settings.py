@@ -1,4 +1,4 @@
-"""Settings of a training run, and its report."""
+"""The settings and the report of a training run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TrainSettings:
         return (math.ceil(PRUNE_UNTIL * self.steps) if begin > 1 else 0), begin
 
     def as_of_0_1(self) -> dict[str, Any]:
-        """The settings by their names of 0.1, by which an interrupted run is recognised."""
+        """The settings under their names in 0.1, which identify an interrupted run."""
         renamed = {"prune_from": "fall_from", "relative_lr": "rate"}
         return {renamed.get(name, name): value for name, value in vars(self).items()}
 

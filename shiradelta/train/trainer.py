@@ -44,7 +44,7 @@ class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
             return  # a plain module; the Trainer saves it whole
 
         def save_nonzeros(model: Any, folder: Any, state_dict: Any = None, **options: Any) -> None:
-            if _is_checkpoint(args, folder):  # another folder is the user's own, after an interruption, say
+            if _is_checkpoint(args, folder):  # another folder is the user's own, for example after an interruption
                 own = {name: p for name, p in model.named_parameters() if name.endswith(SUFFIX)}
                 state_dict = own or state_dict
             save(model, folder, state_dict=state_dict, **options)
@@ -62,7 +62,7 @@ class SparseCheckpoints(TrainerCallback):  # type: ignore[misc]
             self._tuner.save(folder / ADAPTER, self._values, {"step": str(state.global_step)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Writes the last values into the weights, or the best ones."""
+        """Writes the last values into the weights, or the best ones if the Trainer loads these."""
         self._tuner.model.__dict__.pop("save_pretrained", None)
         best = args.load_best_model_at_end and state.best_model_checkpoint
         if best and (path := Path(best) / STATE).exists():

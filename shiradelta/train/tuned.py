@@ -1,4 +1,4 @@
-"""One weight that is tuned: its nonzeros, and the trained values, whole or in FSDP's shards."""
+"""One tuned weight: its nonzeros, and the trained values, whole or in FSDP's shards."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from shiradelta.errors import DeltaError
 from shiradelta.models.views import View
 from shiradelta.nonzeros.weight import WeightNonzeros, flat, is_sharded
 
-#: Ends the name of the values, which stand beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
+#: Suffix of the values' name, beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
 SUFFIX = "_nonzeros"
 
 
 @dataclass
 class TunedWeight:
-    """One weight that is tuned.
+    """One tuned weight.
 
     Attributes:
-        nonzeros: positions, and the base weights there.
-        views: how the checkpoint has the weight.
+        nonzeros: the positions, and the base weights there.
+        views: the checkpoint's views of the weight.
         holders: (module, name) of each module that holds the values; tied weights have several.
     """
 

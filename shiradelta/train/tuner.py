@@ -1,4 +1,4 @@
-"""`Tuner`: the nonzeros of a model while they are trained."""
+"""`Tuner`: holds the nonzeros of a model while they are trained."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Tuner:
         return {name: value for name, value in self.__dict__.items() if name != "_hook"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For a copy of the model, by `copy.deepcopy(model)` or a pickle, which has a tuner of its own."""
+        """Restores the tuner of a copied model; `copy.deepcopy` and pickles copy the tuner too."""
         self.__dict__.update(state)
         if self._is_attached:
             self._follow_optimizers()
@@ -105,7 +105,7 @@ class Tuner:
 
     @property
     def views(self) -> dict[str, Sequence[View]]:
-        """The model's names -> how the checkpoint has these weights."""
+        """The model's names -> the checkpoint's views of these weights."""
         return {name: tuned.views for name, tuned in self._tuned.items()}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -140,7 +140,7 @@ class Tuner:
             tuned.nonzeros.prune(tuned.kept)
 
     def fall(self, steps: int, share: float, among: Iterable[Tensor] | None) -> None:
-        """The old name of `prune`."""
+        """Deprecated name of `prune`."""
         warn_renamed("Tuner.fall", "Tuner.prune")
         self.prune(steps, share, among)
 

@@ -18,7 +18,7 @@ class HiddenStates:
     """(state, part) -> hidden states that enter the next block, on the CPU.
 
     Args:
-        folder: for the files that hold what exceeds `MEMORY`.
+        folder: the folder of the files for everything beyond `MEMORY`.
     """
 
     def __init__(self, folder: Path) -> None:

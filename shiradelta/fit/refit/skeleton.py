@@ -29,7 +29,7 @@ class Skeleton:
     Args:
         base, source: where the model and its fine-tune are.
         exact: name -> exact change, written onto the base's weights.
-        device, dtype: of the weights.
+        device, dtype: the device and dtype of the weights.
 
     Attributes:
         model: the model; it has no weights at first.

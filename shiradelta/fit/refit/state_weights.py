@@ -23,8 +23,8 @@ class StateWeights:
     """A part of the model, filled with the base's weights, and its weights in each state.
 
     Args:
-        parameters: the part, by name.
-        targets: parameter's name -> what is fitted to it.
+        parameters: the part's parameters by name.
+        targets: parameter's name -> the target to fit.
         codec: the value codec.
     """
 

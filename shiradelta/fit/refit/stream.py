@@ -1,4 +1,4 @@
-"""The method "refit" layer by layer, for models of which memory holds a few layers.
+"""The method "refit" layer by layer, for models of which only a few layers fit into memory.
 
 The blocks of the model are filled from the files one after the other.  Hidden states pass from one block to the next:
 those of the fine-tune, of the student, and, for the texts held out, of the base and of plain top-k as well.
@@ -33,7 +33,7 @@ from shiradelta.text.pooling import find_pooling
 
 
 def stream(job: FitJob) -> Fitted:
-    """Refits the targets; what memory does not hold is kept beside the file to write.
+    """Refits the targets; hidden states that exceed the memory are kept beside the output file.
 
     Raises:
         CannotStreamError: the model has to be in memory as a whole.
@@ -209,7 +209,7 @@ class _Stream:
         return self._hidden[self._state, self._part].to(hidden) if index == 0 else hidden
 
     def _measures(self) -> dict[str, dict[str, float]]:
-        """State -> its measures on the texts held out, by name."""
+        """State -> its measures on the held-out texts, by name."""
 
         def compare(part: Sequence[int]) -> dict[tuple[str, str], float]:
             with self._rest_as("tuned"):
