@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from shiradelta.text.pooling import find_pooling
+from shiradelta.errors import ArgumentError, SourceError
+from shiradelta.text.pooling import POOLING_MODES, find_pooling, pool
 
 
 @pytest.mark.parametrize(
@@ -18,6 +20,9 @@ from shiradelta.text.pooling import find_pooling
         ({"pooling_mode_lasttoken": True}, "lasttoken"),
         ({"pooling_mode_max_tokens": True}, "max"),
         ({"pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_weightedmean_tokens": True}, "weightedmean"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len_tokens"),
+        ({"word_embedding_dimension": 8}, "mean"),
         (None, None),
     ],
 )
@@ -28,3 +33,42 @@ def test_pooling_is_what_sentence_transformers_wrote(
         (tmp_path / "1_Pooling").mkdir()
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
     assert find_pooling(tmp_path / "nothing.safetensors", tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        (["mean_tokens", "max_tokens"], r"several pooling modes are set \(mean_tokens, max_tokens\)"),
+        (["median_tokens"], "pooling_mode_median_tokens is unknown; one of mean_tokens, cls_token"),
+    ],
+)
+def test_modes_that_cannot_be_used_are_refused_by_name(modes: list[str], message: str, tmp_path: Path):
+    (tmp_path / "1_Pooling").mkdir()
+    path = tmp_path / "1_Pooling" / "config.json"
+    path.write_text(json.dumps({f"pooling_mode_{mode}": True for mode in modes}))
+    with pytest.raises(SourceError, match=message) as refused:
+        find_pooling(tmp_path)
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", POOLING_MODES)
+def test_padding_is_left_out_and_the_mode_counts(name: str):
+    hidden = torch.tensor([[[1.0, 0], [0, 2], [9, 9]], [[3, 1], [2, 5], [4, 2]]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    expected = {
+        "mean": [[0.5, 1], [3, 8 / 3]],
+        "cls": [[1, 0], [3, 1]],
+        "max": [[1, 2], [4, 5]],
+        "lasttoken": [[0, 2], [4, 2]],
+        "weightedmean": [[1 / 3, 4 / 3], [19 / 6, 17 / 6]],
+        "mean_sqrt_len_tokens": [[0.5, 1], [3, 8 / 3]],
+    }[name]
+    unit = torch.nn.functional.normalize(torch.tensor(expected, dtype=torch.float32), dim=-1)
+    torch.testing.assert_close(pool(hidden, mask, name), unit)
+    if name == "mean":
+        assert torch.equal(pool(hidden, mask, None), pool(hidden, mask, name))
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ArgumentError, match="pooling mode 'median' is unknown; take mean, cls"):
+        pool(torch.zeros(1, 2, 3), torch.ones(1, 2), "median")
