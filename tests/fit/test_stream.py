@@ -196,3 +196,15 @@ def test_one_layer_has_weights_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(stream._Stream, "_run", counted)
     refit(pair, tmp_path / "a.shd")
     assert set(filled) == {1}
+
+
+def test_calls_are_the_same_only_if_nothing_in_them_differs():
+    cache = object()
+    call = ((torch.ones(2), None), {"flag": True, "scale": 0.5, "mode": "a", "dtype": torch.float16, "cache": cache})
+    again = ((torch.ones(2), None), {"flag": True, "scale": 0.5, "mode": "a", "dtype": torch.float16, "cache": cache})
+    assert stream._same(call, again)
+    changes = {"flag": False, "scale": 1, "mode": "b", "dtype": torch.bfloat16, "cache": object()}
+    for name, value in changes.items():
+        assert not stream._same(call, (call[0], {**call[1], name: value})), name
+    for arguments in ((torch.zeros(2), None), (torch.ones(2), 1), (torch.ones(2),), [torch.ones(2), None]):
+        assert not stream._same(call, (arguments, call[1]))

@@ -265,12 +265,20 @@ class _Stream:
                 del block.forward
 
 
+#: Types whose values tell all about them.
+_PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device)
+
+
 def _same(one: Any, other: Any) -> bool:
-    """Whether two calls have the same arguments."""
+    """Whether two calls have the same arguments; objects of unknown types are the same only if they are identical."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
+        return torch.equal(one, other)
     if isinstance(one, tuple | list):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return True
+    return isinstance(one, _PLAIN) and bool(one == other)
