@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from shiradelta.errors import DivergedError
-from shiradelta.fit.choices import MASKS
+from shiradelta.fit.choices import MASKS, RENAMED_MASKS
 from shiradelta.fit.fitted import FitJob, Fitted
 from shiradelta.fit.state import FitState, load_state, save_state
 from shiradelta.fit.subject import Subject
@@ -88,13 +88,18 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
 
 
 def _identity(job: FitJob, subject: Subject) -> object:
-    """The settings and inputs that the run's result depends on; only a run with the same ones is resumed."""
+    """The settings and inputs that the run's result depends on; only a run with the same ones is resumed.
+
+    As in 0.1, whose interrupted runs are resumed as well: in its order, with the mask by its old name.
+    """
     fit, tuned = job.fit, subject.fitted
     targets = zip(tuned.targets, tuned.energy, strict=True)
+    masks_of_0_1 = {new: old for old, new in RENAMED_MASKS.items()}
     return [
         *(str(job.base.resolve()), str(job.source.resolve()), job.codec, job.whole_model),
-        [[target.name, target.count, f"{energy:.4g}"] for target, energy in targets],
-        *(fit.mask, fit.steps, fit.batch, subject.micro, fit.relative_lr, fit.tokens, fit.text_share, fit.seed),
+        *([target.name, target.count, f"{energy:.4g}"] for target, energy in targets),
+        *(masks_of_0_1.get(fit.mask, fit.mask), fit.steps, fit.batch, subject.micro),
+        *(fit.relative_lr, fit.tokens, fit.text_share, fit.seed),
         subject.texts.train[:1],
         [str(text) for text in subject.texts.every],
     ]
