@@ -67,7 +67,7 @@ class Subject:
         self.warnings = _not_fitted(missing)
         for name, delta in job.exact:
             own = rename_all([name], names).get(name)
-            if own is not None and can_write_exact(names[own].shape, delta):
+            if own is not None and can_write_exact(name, names[own].shape, delta):
                 write_exact(flat(names[own]), delta)
         self.teacher = Teacher(self.model, self.fitted.tuned, self.behaviour)
         # Only texts to fit on, so that held-out texts have no influence.

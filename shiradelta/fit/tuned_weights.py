@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shiradelta.errors import SourceError
 from shiradelta.fit.fitted import FitTarget
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.dtypes import torch_dtype
@@ -82,11 +83,22 @@ def write_exact(weights: Tensor, delta: TensorDelta) -> None:
         torch.from_numpy(np.require(array, requirements="W")).to(weights.device)
         for array in (delta.positions(), delta.values())
     )
-    if delta.op == "add":
+    if delta.operation.adds:
         values = weights[positions].float() + values
     weights[positions] = values.to(weights.dtype)
 
 
-def can_write_exact(shape: tuple[int, ...], delta: TensorDelta) -> bool:
-    """Whether a delta gives new values for weights of this shape; "drop" gives none."""
-    return delta.op in ("add", "set", "new") and tuple(shape) == delta.shape
+def can_write_exact(name: str, shape: tuple[int, ...], delta: TensorDelta) -> bool:
+    """Whether a delta has values for the weights of this name and shape; a removal has none.
+
+    Raises:
+        SourceError: the delta is for another shape.
+    """
+    if delta.operation.removes:
+        return False
+    if tuple(shape) != delta.shape:
+        raise SourceError(
+            f"tensor {name!r} has shape {list(shape)} in the model, but its change has {list(delta.shape)}; give the"
+            " model that belongs to the files"
+        )
+    return True

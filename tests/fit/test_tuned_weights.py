@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shiradelta.errors import SourceError
 from shiradelta.fit.fitted import FitTarget
 from shiradelta.fit.refit.skeleton import Skeleton
 from shiradelta.fit.tuned_weights import TunedWeights, can_write_exact, write_exact
@@ -42,9 +43,14 @@ def test_set_and_new_replace():
 
 def test_what_has_no_values_for_a_weight_is_not_written():
     delta = TensorDelta((2, 3), [1], np.float32([7]), "float32")
-    assert can_write_exact((2, 3), delta)
-    assert not can_write_exact((3, 2), delta)
-    assert not can_write_exact((2, 3), TensorDelta((2, 3), None, [], "float32", "drop"))
+    assert can_write_exact("w", (2, 3), delta)
+    assert not can_write_exact("w", (2, 3), TensorDelta((2, 3), None, [], "float32", "drop"))
+
+
+def test_an_exact_change_of_another_shape_is_refused_by_name():
+    delta = TensorDelta((2, 3), [1], np.float32([7]), "float32")
+    with pytest.raises(SourceError, match=r"'w' has shape \[3, 2\] in the model, but its change has \[2, 3\]"):
+        can_write_exact("w", (3, 2), delta)
 
 
 def test_a_model_filled_layer_by_layer_has_the_same_exact_changes(tmp_path: Path):

@@ -108,7 +108,7 @@ class Skeleton:
         weights = torch.zeros(shape) if stored is None else self._read(stored)
         weights = weights.to(self._device, self._dtype)
         exact = next((self._exact[name] for name in names if name in self._exact), None)
-        if exact is not None and can_write_exact(shape, exact):
+        if exact is not None and can_write_exact(names[0], shape, exact):
             write_exact(weights.view(-1), exact)
         return weights
 
