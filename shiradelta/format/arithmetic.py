@@ -50,7 +50,13 @@ def to_float32(bits: Array, dtype: str) -> Float32:
 
 
 def from_float32(values: Float32, dtype: str) -> Array:
-    """float32 -> elements' bits, to nearest, ties to even; overflow to infinity, NaN to the quiet NaN."""
+    """float32 -> elements' bits, to nearest, ties to even; overflow to infinity, NaN to the quiet NaN.
+
+    Raises:
+        DeltaError: the format defines no rounding to this dtype.
+    """
+    if dtype not in QUIET_NAN:
+        raise DeltaError(f"float32 is not rounded to {dtype} elements; take {', '.join(QUIET_NAN)}")
     if dtype == "bfloat16":
         return bfloat16_bits(values)
     with np.errstate(over="ignore"):

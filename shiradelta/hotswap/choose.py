@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +38,11 @@ def _is_cpu(device: str) -> bool:
 
 def _is_gpu(device: str) -> bool:
     return device.startswith("cuda")
+
+
+def _runs_triton(device: str) -> bool:
+    """GPUs, and the CPU where Triton's interpreter is on."""
+    return _is_gpu(device) or (_is_cpu(device) and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _everywhere(device: str) -> bool:
@@ -77,7 +83,7 @@ LIVE_BACKENDS: Registry[DeviceBackend] = Registry(
     (
         DeviceBackend("libshd", _is_cpu, _is_cpu, lambda: choose("libshd"), _libshd),
         DeviceBackend("numpy", _is_cpu, _is_cpu, lambda: None, _numpy),
-        DeviceBackend("triton", _everywhere, _is_gpu, _needs("triton"), _triton),
+        DeviceBackend("triton", _runs_triton, _is_gpu, _needs("triton"), _triton),
         DeviceBackend("torch", _everywhere, _everywhere, _needs("torch"), _torch),
     ),
 )

@@ -7,7 +7,7 @@ signed integers of the elements' size, which every device can index and compare.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from shiradelta.backends.numpy import unzstd
+from shiradelta.errors import DeltaError
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.codecs import BITS, F32, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, TorchDecoder, ValueCodec
@@ -235,15 +236,17 @@ class TorchBackend(Elementwise):
         return one + other
 
     def add(self, bits: Tensor, dtype: str, contribution: Tensor) -> Tensor:
-        """Rounds bf16 by integer arithmetic, as the reference does."""
+        """Adds in float32.
+
+        Raises:
+            DeltaError: the format defines no sums of this dtype.
+        """
+        if dtype not in _ROUNDED:
+            raise DeltaError(f"{dtype} elements cannot be added to; take {', '.join(_ROUNDED)}")
         floats = bits.view(getattr(torch, dtype))
         weight = floats.float()
         total = weight + contribution
-        if dtype == "bfloat16":
-            whole = total.view(torch.int32)
-            rounded = ((whole + ((whole >> 16) & 1) + 0x7FFF) >> 16).to(torch.int16)
-        else:
-            rounded = total.to(floats.dtype).view(bits.dtype)
+        rounded = _ROUNDED[dtype](total)
         quiet = arithmetic.QUIET_NAN[dtype]
         return torch.where(weight.isnan(), bits, torch.where(total.isnan(), quiet, rounded))
 
@@ -285,6 +288,20 @@ def _stored(source: Bytes, section: Section) -> slice | Bytes:
 
 def _bytes_of(source: Bytes, part: slice | Bytes) -> Bytes:
     return source[part] if isinstance(part, slice) else part
+
+
+def _bfloat16_bits(values: Tensor) -> Tensor:
+    """Rounds by integer arithmetic, as the reference does."""
+    whole = values.view(torch.int32)
+    return ((whole + ((whole >> 16) & 1) + 0x7FFF) >> 16).to(torch.int16)
+
+
+#: Dtype -> the function that rounds float32 to its bits.
+_ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "float32": lambda values: values.view(torch.int32),
+    "float16": lambda values: values.to(torch.float16).view(torch.int16),
+    "bfloat16": _bfloat16_bits,
+}
 
 
 def _signed(constant: int) -> int:

@@ -194,3 +194,8 @@ def test_fingerprint_does_not_depend_on_the_order(pairs, rng):
 
     shuffled = rng.sample(pairs, len(pairs))
     assert of(shuffled) == of(pairs) == sum(of([pair]) for pair in pairs) % (1 << 64)
+
+
+def test_float32_is_rounded_only_to_the_dtypes_that_can_be_added_to():
+    with pytest.raises(DeltaError, match="float32 is not rounded to float64 elements; take float32, bfloat16, float16"):
+        arithmetic.from_float32(np.ones(2, np.float32), "float64")

@@ -10,18 +10,28 @@ import pytest
 from shiradelta.errors import ArgumentError, MissingDependencyError, ShiraDeltaError
 from shiradelta.hotswap.choose import LIVE_BACKENDS, DeviceBackend, new_backend
 from shiradelta.hotswap.numpy import NumpyBackend
-from tests.swapping import why_not
+from tests.swapping import DEVICE, why_not
 
 
 @pytest.mark.parametrize("name", [name for name, row in LIVE_BACKENDS.items() if why_not(row) is None])
 def test_a_backend_is_had_by_its_name(name: str):
-    assert new_backend(name, "cpu").name == name
+    assert new_backend(name, DEVICE).name == name
 
 
 @pytest.mark.parametrize("name", [name for name, row in LIVE_BACKENDS.items() if not row.works_on("cuda:0")])
 def test_a_backend_that_does_not_work_on_a_device_is_refused(name: str):
     with pytest.raises(ArgumentError, match=f"backend '{name}' does not work on cuda:0.* take auto, triton, torch"):
         new_backend(name, "cuda:0")
+
+
+def test_triton_works_on_gpus_and_in_its_interpreter(monkeypatch: pytest.MonkeyPatch):
+    works_on = LIVE_BACKENDS["triton"].works_on
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert [works_on(device) for device in ("cuda:1", "cpu", "mps")] == [True, True, False]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert [works_on(device) for device in ("cuda:1", "cpu", "mps")] == [True, False, False]
+    with pytest.raises(ArgumentError, match="backend 'triton' does not work on cpu"):
+        new_backend("triton", "cpu")
 
 
 def test_an_unknown_name_is_refused_with_all_that_are_known():
@@ -32,7 +42,7 @@ def test_an_unknown_name_is_refused_with_all_that_are_known():
 def test_what_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(MissingDependencyError, match="backend 'triton' needs triton"):
-        new_backend("triton", "cpu")
+        new_backend("triton", "cuda:0")
 
 
 @pytest.fixture

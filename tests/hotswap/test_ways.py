@@ -6,8 +6,10 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 
 import shiradelta as sd
+from shiradelta.hotswap.choose import new_backend
 from tests.swapping import BACKENDS, BACKENDS_IN_TIME, adapter, bits, formula, random_delta, weights
 
 #: Triton's interpreter computes in NumPy.
@@ -130,3 +132,9 @@ def test_sums_in_other_dtypes(backend: str, dtype: str):
         assert np.array_equal(bits(tensor), formula(before, dtype, [(data[x], s) for x, s in wanted.items()]))
     swap.revert()
     assert np.array_equal(bits(tensor), before)
+
+
+def test_torch_adds_only_to_dtypes_that_the_format_defines_sums_of():
+    backend = new_backend("torch", "cpu")
+    with pytest.raises(sd.DeltaError, match="float64 elements cannot be added to; take float32, float16, bfloat16"):
+        backend.add(torch.ones(2, dtype=torch.int64), "float64", torch.ones(2))  # type: ignore[attr-defined]
