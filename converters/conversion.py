@@ -119,7 +119,7 @@ class Conversion:
             else:
                 assert item.exact is not None
                 tensor = item.exact()
-                selected = tensor.values() if tensor.op == "add" else np.zeros(0, np.float32)
+                selected = tensor.values() if tensor.operation.adds else np.zeros(0, np.float32)
                 energy = float((selected.astype("f8") ** 2).sum())
             stored = writer.add(item.name, tensor) if tensor.nnz else tensor
         except SourceError as error:

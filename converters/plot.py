@@ -53,7 +53,7 @@ def _draw_layers(axes: Any, report: ConversionReport) -> None:
 
     layers: dict[str, list[TensorReport]] = {}
     for tensor in report.tensors:
-        if tensor.op != "new":
+        if not tensor.operation.creates:
             layers.setdefault(layer_of(tensor.name), []).append(tensor)
     numbers = range(len(layers))
     nonzeros = [sum(t.nnz for t in tensors) for tensors in layers.values()]

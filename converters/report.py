@@ -9,6 +9,7 @@ import numpy as np
 
 from shiradelta.format.arithmetic import Float32
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.operations import OPERATIONS, Operation
 from shiradelta.util import text
 
 if TYPE_CHECKING:
@@ -39,10 +40,15 @@ class TensorReport:
     def of(cls, name: str, tensor: TensorDelta, stored: TensorDelta, energy: float, selected: Float32) -> TensorReport:
         """Compares the selected differences with what the file holds: quantised if added, exact if set."""
         kept = selected.astype(np.float64)
-        held = stored.values().astype(np.float64) if tensor.op == "add" else kept
+        held = stored.values().astype(np.float64) if tensor.operation.adds else kept
         rounding = kept - held
         lost = max(energy - float(kept @ kept), 0.0) + float(rounding @ rounding)
         return cls(name, tensor.op, tensor.shape, tensor.nnz, tensor.numel, energy, lost)
+
+    @property
+    def operation(self) -> Operation:
+        """What the delta does to the tensor."""
+        return OPERATIONS[self.op]
 
     @property
     def energy_kept(self) -> float:
@@ -87,7 +93,7 @@ class ConversionReport:
     @property
     def numel(self) -> int:
         """Elements of the tensors that the file does not hold whole."""
-        return sum(tensor.numel for tensor in self.tensors if tensor.op != "new")
+        return sum(tensor.numel for tensor in self.tensors if not tensor.operation.creates)
 
     @property
     def bits_per_nonzero(self) -> float:

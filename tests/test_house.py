@@ -145,6 +145,17 @@ def test_registries_refuse_unknown_names_with_a_list_of_the_known_ones():
         assert all(name in str(caught.value) for name in registry)
 
 
+def test_operations_are_asked_by_their_rows_and_never_compared_by_name():
+    """A new operation then needs its row in `OPERATIONS` only: code asks `.operation.adds`, `.creates`, `.removes`."""
+    for module, path in sources().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                named = any(isinstance(side, ast.Attribute) and side.attr == "op" for side in sides)
+                literal = any(isinstance(inner, ast.Constant) for side in sides for inner in ast.walk(side))
+                assert not (named and literal), f"{module}, line {node.lineno}: {ast.unparse(node)}"
+
+
 def test_public_methods_are_documented_where_they_are_introduced():
     """An override says something only where it differs."""
     for module in sources():

@@ -97,7 +97,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     echo_warnings(report.warnings)
     if report.fit is not None:
         click.echo(f"\n{table(report.measures)}\n")
-    changed = sum(t.nnz for t in report.tensors if t.op != "new")
+    changed = sum(t.nnz for t in report.tensors if not t.operation.creates)
     click.echo(
         f"{len(report.tensors)} tensors converted, {len(report.skipped)} skipped; {changed:,} of {report.numel:,}"
         f" weights change ({percent(changed / max(report.numel, 1))}); {report.summary}\n"

@@ -46,7 +46,7 @@ def write(folder: str | os.PathLike[str], deltas: Mapping[str, TensorDelta], bas
         from safetensors.numpy import save
 
     for name, delta in deltas.items():
-        if not name.endswith(_SUFFIX) or len(delta.shape) != 2 or delta.op != "add":
+        if not name.endswith(_SUFFIX) or len(delta.shape) != 2 or not delta.operation.adds:
             what = f"{delta.op} with shape {list(delta.shape)}"
             raise DeltaError(f"tensor {name!r} is {what}; PEFT's SHiRA takes only additions to a linear layer's weight")
     if not deltas:

@@ -56,7 +56,7 @@ def read_adapter(
 def _from_shd(path: Path) -> Iterator[tuple[str, Positions, Float32]]:
     with open_delta(path) as delta:
         for name, tensor in delta.items():
-            if tensor.op != "add":
+            if not tensor.operation.adds:
                 raise SourceError(f"{path}: tensor {name!r} is {tensor.op}, not add; only additions can be trained on")
             yield name, tensor.positions(), tensor.values().copy()
 

@@ -124,7 +124,7 @@ def _positions(other: Any) -> Iterator[tuple[str, Positions]]:
             yield from _positions(delta)
     elif isinstance(other, Delta):
         for name, tensor in other.items():
-            if tensor.op != "drop":
+            if not tensor.operation.removes:
                 yield name, tensor.positions()
     elif isinstance(other, Mapping):
         for name, positions in other.items():
