@@ -19,10 +19,8 @@ from .item import Item, Skipped, SkipReason, Source
 from .lora_keys import Module, find_tensors, parse_key, refuse_unmerged, sort_keys
 from .lora_scale import Scale, number
 from .lora_whole import add_whole
+from .orientation import find_transposed
 from .sources import SourceFiles, source
-
-#: Model types whose layers are stored as [in, out].
-_CONV1D = ("gpt2", "gpt", "openai-gpt", "imagegpt")
 
 
 def _recognises(files: SourceFiles) -> bool:
@@ -63,7 +61,7 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     names, lacking = _names(source, tensors, shapes, others, base)
     result.skipped |= {module: lacking[tensor] for module, tensor in tensors.items() if tensor in lacking}
     matched = {module: names[tensor] for module, tensor in tensors.items() if tensor in names}
-    swapped = _swapped({m: modules[m] for m in matched}, shapes, scale, matched, base, result)
+    swapped = find_transposed({m: modules[m] for m in matched}, shapes, scale, matched, base, result)
     taken: set[str] = set()
     for module, name in matched.items():
         factor = _factor(source, module, modules[module], scale, alphas.get(module))
@@ -159,41 +157,6 @@ def _names(
             f"{source.root}: {mangled[0]!r} has underscores for dots, so its tensor is unknown; give --base MODEL"
         )
     return {tensor: tensor for tensor in tensors.values()}, {}
-
-
-def _swapped(
-    modules: Mapping[str, Module],
-    shapes: Mapping[str, tuple[int, ...]],
-    scale: Scale,
-    names: Mapping[str, str],
-    base: Checkpoint | None,
-    result: Source,
-) -> set[str]:
-    """The modules whose tensors are (B A)^T: embeddings, and layers that are stored as [in, out].
-
-    The base's shapes decide.  A square tensor follows the other ones of its source, then the configurations.
-    """
-    if base is None:
-        return {module for module, parts in modules.items() if parts.embedding or scale.orientation(module)}
-    swapped: set[str] = set()
-    seen: set[bool] = set()
-    square: list[str] = []
-    for module, parts in modules.items():
-        shape = shapes[module]
-        if len(shape) == 2 and shape[0] == shape[1] and not parts.embedding:
-            square.append(module)
-        elif len(shape) == 2 and base[names[module]].shape in (shape, shape[::-1]):
-            swap = parts.embedding if shape[0] == shape[1] else base[names[module]].shape != shape
-            swapped |= {module} if swap else set()
-            seen |= set() if parts.embedding else {swap}
-    for module in square:
-        family = base.config(names[module]).get("model_type") in _CONV1D
-        stored_transposed = scale.orientation(module)
-        if (seen == {True}) or (seen != {False} and (family or stored_transposed)):
-            swapped.add(module)
-        elif len(seen) == 2 and stored_transposed is None:
-            result.warnings.append(f"{module} is square: taken as [out, in], though other layers here are [in, out]")
-    return swapped
 
 
 def _item(

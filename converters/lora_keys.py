@@ -117,6 +117,14 @@ def refuse_unmerged(source: Checkpoint) -> None:
 
 # ---------------------------------------------------------------------------- the base's names
 
+#: LyCORIS' names in a module that it wraps: no component, dots became underscores.
+_LYCORIS_PREFIX = "lycoris_"
+#: Where an original checkpoint in one file (Stable Diffusion's) has its components.
+_SINGLE_FILE = {
+    "unet": ("model.diffusion_model.",),
+    "te": ("cond_stage_model.transformer.",),
+    "te1": ("conditioner.embedders.0.transformer.",),
+}
 _KOHYA = re.compile(r"lora_(?P<component>unet|transformer|te\d?)_(?P<rest>.+)")
 _DIFFUSERS = re.compile(r"(?P<component>unet|transformer|text_encoder(?:_\d)?)\.(?P<rest>.+)")
 #: kohya's names of components -> a pipeline's.
@@ -128,6 +136,12 @@ _COMPONENTS = {
     "te3": ("text_encoder_3",),
 }
 _ORIGINAL = re.compile(r"(?:^|[._])(?:(?:input|output|double|single|joint)_blocks|middle_block)[._]")
+
+_DIFFUSERS_BLOCKS = re.compile(r"(?:^|[._])(?:(?:down|up|mid|transformer|single_transformer)_blocks?)[._]")
+
+
+def _mangle(name: str) -> str:
+    return name.removesuffix(".weight").replace(".", "_")
 
 
 @dataclass(frozen=True)
@@ -155,14 +169,41 @@ class _Base:
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
         self.components = {name.partition("/")[0] for name in base if "/" in name}
-        self.mangled = {name.removesuffix(".weight").replace(".", "_"): name for name in base}
+        self.single_file = any(name.startswith(_SINGLE_FILE["unet"]) for name in base)
+        self.original = any(_ORIGINAL.search(name) for name in base)
+        self._mangled: dict[str, list[str]] = {}
+        for name in base:
+            self._mangled.setdefault(_mangle(name), []).append(name)
+
+    def by_mangled(self, name: str) -> str | None:
+        """The tensor of a name whose dots became underscores.
+
+        Raises:
+            SourceError: several tensors have that name.
+        """
+        names = self._mangled.get(_mangle(name), [])
+        if not names and name.startswith(_LYCORIS_PREFIX):
+            bare = name.removeprefix(_LYCORIS_PREFIX)
+            folders = [f"{component}/" for component in sorted(self.components)] or [""]
+            names = [found for folder in folders for found in self._mangled.get(_mangle(folder + bare), [])]
+        if len(names) > 1:
+            raise SourceError(
+                f"{self.base.root}: {name!r} may be {' or '.join(map(repr, names))}; rename it in the source"
+            )
+        return names[0] if names else None
+
+    def _places(self, place: _InPipeline) -> list[str]:
+        """What may stand before a place's name."""
+        if self.components:
+            return [f"{component}/" for component in place.components]
+        return [*_SINGLE_FILE.get(place.component, ()), ""] if self.single_file else [""]
 
     def find(self, place: _InPipeline) -> str | None:
-        for prefix in [f"{component}/" for component in place.components] if self.components else [""]:
-            name = prefix + place.rest
+        for prefix in self._places(place):
+            name: str | None = prefix + place.rest
             if place.mangled:
-                name = self.mangled.get(name.removesuffix(".weight").replace(".", "_"), "")
-            if name in self.base:
+                name = self.by_mangled(prefix + place.rest)
+            if name is not None and name in self.base:
                 return name
         return None
 
@@ -192,7 +233,7 @@ def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tup
     lacking: dict[str, Skipped] = {}
     there = _Base(base)
     places = {name: place for name in wanted if name not in base and (place := _InPipeline.of(name)) is not None}
-    if not there.components:
+    if not there.components and not there.single_file:
         chosen = there.one_component(places, wanted)
         for name, place in places.items():
             if len(chosen) > 1:
@@ -208,11 +249,16 @@ def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tup
     rest = [name for name in wanted if name not in found and name not in lacking]
     matched = match_names(dict.fromkeys(rest, ()), base)
     for name in rest:
-        tensor = matched.get(name) or there.mangled.get(name.removesuffix(".weight"))
+        tensor = matched.get(name) or there.by_mangled(name)
         if tensor is not None:
             found[name] = tensor
-        elif _ORIGINAL.search(name):
+        elif _ORIGINAL.search(name) and not there.original:
             why = "it has the original checkpoint's name, the base has diffusers'; convert its keys first"
+            lacking[name] = Skipped(SkipReason.NO_TARGET, why)
+        elif there.original and _DIFFUSERS_BLOCKS.search(name):
+            why = (
+                "it has diffusers' name, the base has the original checkpoint's; give the pipeline in diffusers' layout"
+            )
             lacking[name] = Skipped(SkipReason.NO_TARGET, why)
         else:
             lacking[name] = NO_TARGET

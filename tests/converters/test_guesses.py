@@ -78,3 +78,68 @@ def test_states_of_one_model_in_folders_of_any_name(tmp_path: Path, which: str):
     source, base = (tmp_path / "all", one) if which == "source" else (one, tmp_path / "all")
     with pytest.raises(SourceError, match=r"2 adapters or checkpoints \(epoch_1, epoch_2\)"):
         shiradelta.convert(source, base=base)
+
+
+def kohya(name: str) -> dict[str, torch.Tensor]:
+    parts = {"lora_down.weight": torch.ones(4, 16), "lora_up.weight": torch.ones(16, 4), "alpha": torch.tensor(4.0)}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+UNET = "input_blocks.4.1.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        (f"lora_unet_{UNET.replace('.', '_')}", f"model.diffusion_model.{UNET}"),
+        ("lora_te1_text_fc1", "conditioner.embedders.0.transformer.text.fc1"),
+        ("lora_te_text_fc2", "cond_stage_model.transformer.text.fc2"),
+    ],
+)
+def test_kohyas_names_in_an_original_checkpoint(tmp_path: Path, key: str, found: str):
+    names = (
+        f"model.diffusion_model.{UNET}",
+        "conditioner.embedders.0.transformer.text.fc1",
+        "cond_stage_model.transformer.text.fc2",
+    )
+    base = write_model(tmp_path / "base", {f"{name}.weight": torch.zeros(16, 16) for name in names})
+    save_file(kohya(key), tmp_path / "x.safetensors")
+    report = shiradelta.convert(tmp_path / "x.safetensors", base=base)
+    assert [tensor.name for tensor in report.tensors] == [f"{found}.weight"]
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        ("lora_unet_input_blocks_9_9_to_q", "the base has no such tensor"),
+        ("lora_unet_down_blocks_1_attn_to_q", "it has diffusers' name, the base has the original checkpoint's"),
+    ],
+)
+def test_the_reason_on_an_original_checkpoint_is_true(tmp_path: Path, key: str, why: str):
+    base = write_model(tmp_path / "base", {f"model.diffusion_model.{UNET}.weight": torch.zeros(16, 16)})
+    save_file(kohya(key), tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match=f"{key}: {why}"):
+        shiradelta.convert(tmp_path / "x.safetensors", base=base)
+
+
+def test_lycoris_own_prefix(tmp_path: Path):
+    base = write_model(tmp_path / "base", {"blocks.0.attn.to_q.weight": torch.zeros(16, 16)})
+    save_file(kohya("lycoris_blocks_0_attn_to_q"), tmp_path / "x.safetensors")
+    report = shiradelta.convert(tmp_path / "x.safetensors", base=base)
+    assert [tensor.name for tensor in report.tensors] == ["blocks.0.attn.to_q.weight"]
+
+
+def test_a_lycoris_name_in_two_components(tmp_path: Path):
+    for component in ("unet", "text_encoder"):
+        write_model(tmp_path / "base" / component, {"mid.to_q.weight": torch.zeros(16, 16)})
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    save_file(kohya("lycoris_mid_to_q"), tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match=r"may be 'text_encoder/mid\.to_q\.weight' or 'unet/mid\.to_q\.weight'"):
+        shiradelta.convert(tmp_path / "x.safetensors", base=tmp_path / "base")
+
+
+def test_two_names_with_the_same_underscores(tmp_path: Path):
+    base = write_model(tmp_path / "base", {f"{name}.weight": torch.zeros(16, 16) for name in ("a.b_c", "a_b.c")})
+    save_file(kohya("lora_unet_a_b_c"), tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match=r"may be 'a\.b_c\.weight' or 'a_b\.c\.weight'"):
+        shiradelta.convert(tmp_path / "x.safetensors", base=base)
