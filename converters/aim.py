@@ -1,4 +1,4 @@
-"""Finds the sparsity that gives a file of some size, or a delta of some error.
+"""Finds the sparsity for a given file size, or for a given error of the delta.
 
 A model predicts both from the codecs' sizes and the distribution of magnitudes, and says where to try.  A trial is the
 whole conversion without the writing, so the file keeps the limit by measure, not by prediction.

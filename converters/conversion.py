@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion, apart from how many elements are kept."""
+    """A conversion without its sparsity: everything but how many elements are kept."""
 
     source: str
     target: Path

@@ -27,7 +27,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def divergence_of_labels(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher, student) in nats of independent labels [n, labels], each with a logit of its own; mean over rows."""
+    """KL(teacher, student) in nats of independent labels [n, labels], one logit per label; mean over rows."""
     log = nn.functional.logsigmoid
     s, t = student.float(), teacher.float()
     terms = t.sigmoid() * (log(t) - log(s)) + (-t).sigmoid() * (log(-t) - log(-s))

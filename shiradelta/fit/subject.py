@@ -34,7 +34,7 @@ class Subject:
 
     Attributes:
         model: the base.
-        device: where it is.
+        device: the model's device.
         texts: the texts to fit and to measure on.
         behaviour: the outputs that are reproduced.
         fitted: the tensors to fit.
@@ -87,7 +87,7 @@ class Subject:
         return TextBehaviour(tokenizer, self.texts.every, self.model, fit.tokens, pooling, fit.text_share)
 
     def _match(self, job: FitJob, names: Mapping[str, nn.Parameter]) -> list[FitTarget]:
-        """Finds the targets in the model; returns those that it lacks."""
+        """Finds the targets in the model; returns the missing ones."""
         found = rename_all([target.name for target in job.targets], names)
         if not found:
             name = job.targets[0].name
@@ -120,8 +120,8 @@ class Subject:
         """(positions by target, the fine-tune's values there) of the most important weights.
 
         Args:
-            mask: says what is important.
-            counts: how many weights of each target.
+            mask: the mask, which defines importance.
+            counts: number of weights of each target.
             whole_model: rank the weights of all targets together.
         """
         importance = mask.importance(self)

@@ -92,7 +92,7 @@ def scaled(values: Float32, strength: float) -> Float32:
 
 
 def add(bits: Array, dtype: str, contribution: Float32) -> Array:
-    """ADD: bits of round(fl32(W + s)); W that is NaN is left as it is (section 6.1)."""
+    """ADD: bits of round(fl32(W + s)); NaN weights stay unchanged (section 6.1)."""
     weight = to_float32(bits, dtype)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         result = from_float32(weight + contribution, dtype)

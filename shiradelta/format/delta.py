@@ -161,7 +161,7 @@ class TensorDelta:
         return self._values if self._operation.stores_elements else self._values.view(np.uint32)
 
     def values(self) -> Float32:
-        """float32 [nnz]: what is added, or the new elements where float32 holds them exactly."""
+        """float32 [nnz]: the added values, or new elements if float32 holds them exactly."""
         bits = self.bits()
         return to_float32(bits, self.dtype) if self._operation.stores_elements else bits.view(np.float32)
 

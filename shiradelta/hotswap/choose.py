@@ -19,7 +19,7 @@ class DeviceBackend:
 
     Attributes:
         name: what a user calls it.
-        works_on: whether it works on a device, named as torch names it.
+        works_on: whether it works on a device, given by torch's name for it.
         is_automatic_on: whether "auto" may take it there.
         check: raises ShiraDeltaError with the reason if it is not available on this machine.
         make: makes the backend of a device.
@@ -90,7 +90,7 @@ LIVE_BACKENDS: Registry[DeviceBackend] = Registry(
 
 
 def new_backend(choice: str, device: str) -> LiveBackend:
-    """Makes the backend of a device, which is named as torch names it.
+    """Makes the backend of a device, given by torch's name for it.
 
     Raises:
         ArgumentError: no backend has this name, or it does not work on the device.

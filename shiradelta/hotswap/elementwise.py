@@ -123,7 +123,7 @@ class Elementwise(LiveBackend, ABC):
         return len(union) < one.record.nnz + other.record.nnz
 
     def changed(self, layers: Sequence[Layer]) -> int:
-        """Number of elements, among those that the layers list, whose bits differ from the base's."""
+        """Number of elements at the layers' positions whose bits differ from the base's."""
         count = 0
         for stack in stacks_of(layers).values():
             union, indices = self._union([item.patch for item in stack])

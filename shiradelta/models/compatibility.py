@@ -31,8 +31,8 @@ class TensorSpec(NamedTuple):
     """Shape and dtype of a tensor.
 
     Attributes:
-        shape: of the tensor.
-        dtype: by torch's name; "unspecified" fits every dtype, and "?" is one that the format does not know.
+        shape: the tensor's shape.
+        dtype: its dtype by torch's name; "unspecified" fits every dtype, "?" is unknown to the format.
     """
 
     shape: tuple[int, ...]
@@ -121,10 +121,10 @@ def check_tied(where: str, one: TensorDelta, other: TensorDelta, remedy: str) ->
 
 
 def check_strength(where: str, strength: float, operations: Iterable[Operation], remedy: str = "leave it at 1") -> None:
-    """Checks that operations can have a strength other than 1, if it is another.
+    """Checks that operations allow the strength, if it is not 1.
 
     Raises:
-        DeltaError: they cannot, or the strength is no finite float32.
+        DeltaError: they do not, or the strength is not a finite float32.
     """
     arithmetic.alpha_of(strength)
     if strength != 1 and not all(operation.has_strength for operation in operations):
@@ -135,8 +135,8 @@ class Remedies(NamedTuple):
     """What a user can do if fingerprints differ.
 
     Attributes:
-        result: if the tensor already holds the delta's result.
-        other: if it is any other tensor.
+        result: the remedy if the tensor already holds the delta's result.
+        other: the remedy for any other tensor.
     """
 
     result: str

@@ -60,7 +60,7 @@ def _derived(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
-    """For copies and pickles: a derived class cannot be found by its name, so it is made again."""
+    """Restores a copied or pickled module; pickle cannot find its derived class by name, so it is derived again."""
     kind: Any = type(module).__mro__[1]
     make, given, *state = kind.__reduce_ex__(module, protocol)
     if make is copyreg.__newobj__:  # type: ignore[attr-defined]

@@ -44,7 +44,7 @@ class PruningSchedule:
     whole_model: bool
 
     def kept(self, step: int, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Bool masks of the nonzeros to keep after `step` steps, one a tensor.
+        """Bool masks of the nonzeros to keep after `step` steps, one per tensor.
 
         Args:
             step: optimizer steps done.

@@ -59,7 +59,7 @@ class Choice:
         """Positions by weight, int64, increasing, on the weight's device.
 
         Raises:
-            ArgumentError: the mask is unknown or cannot do what is asked, or the share of a weight is no element.
+            ArgumentError: the mask is unknown or lacks a capability, or the share of a weight rounds to no element.
         """
         mask = find_mask(name, self.pattern, self.whole_model)
         if not self.whole_model and self.pattern is None:

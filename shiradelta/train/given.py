@@ -88,7 +88,7 @@ class WeightNames:
         self._offers |= {name: (name, View(name, tuple(w.shape), tuple(w.stride()), 0)) for name, w in weights.items()}
 
     def find(self, names: Sequence[str]) -> dict[str, tuple[str, View]]:
-        """Given name -> (the weight's name, the view that the given name stands for), for those that are found."""
+        """Finds weights: given name -> (the weight's name, the view under the given name); others are left out."""
         return {name: self._offers[other] for name, other in rename_all(names, self._offers).items()}
 
 

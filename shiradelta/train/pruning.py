@@ -30,7 +30,7 @@ def check_pruning(steps: int, begin: float, mask: str | OwnMask | None, pattern:
 
 
 class Pruner:
-    """Follows an optimizer's steps, and prunes nonzeros when it is time.
+    """Follows an optimizer's steps, and prunes nonzeros when pruning is due.
 
     Importance is |value| x RMS gradient if the optimizer keeps a running mean square of the gradients, as Adam and its
     variants do, and |value| with other optimizers.  Pruned values stay zero.  Parameters keep their size, because
@@ -52,7 +52,7 @@ class Pruner:
         """Prunes if it is due after this step, and resets pruned values to zero.
 
         Raises:
-            DeltaError: the optimizer does not have all of the values, or has shards of them.
+            DeltaError: the optimizer lacks some of the values, or has shards of them.
         """
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(is_sharded(one.values) or id(one.values) not in own for one in tuned):

@@ -87,7 +87,7 @@ def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[st
 
 
 def _for_training(refusal: Refusal) -> str:
-    """The message for training, which has remedies of its own for some kinds of tensors."""
+    """The message for training, which has its own remedies for some kinds of tensors."""
     remedies = {
         RefusalKind.DISTRIBUTED: "attach before the model is distributed",
         RefusalKind.QUANTISED: "train on the unquantised model, and quantise the result",

@@ -132,8 +132,8 @@ class Tuner:
 
         Args:
             steps: optimizer steps until the mask is final.
-            share: share that is left then.
-            among: weights; the share is that of all of them together.  None keeps the share in each weight.
+            share: share left then.
+            among: weights of which the share is taken together.  None keeps the share in each weight.
         """
         self._pruner = Pruner(steps, share, None if among is None else sum(weight.numel() for weight in among))
         for tuned in self._tuned.values():

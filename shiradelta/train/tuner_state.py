@@ -29,7 +29,7 @@ def state_of(tuned: Mapping[str, TunedWeight], pruner: Pruner | None) -> dict[st
 
 
 def restore(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapping[str, Tensor]) -> None:
-    """Restores what `state_of` gave; nothing is changed if it does not fit.
+    """Restores a state of `state_of`; changes nothing if it does not fit.
 
     Raises:
         DeltaError: the state is that of other weights, or does not fit them.

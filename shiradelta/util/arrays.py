@@ -17,7 +17,7 @@ class RepeatedPositionError(Exception):
     """
 
     def __init__(self, position: int) -> None:
-        super().__init__(f"position {position} is there twice")
+        super().__init__(f"position {position} occurs twice")
         self.position = position
 
 
@@ -58,7 +58,7 @@ def join_sorted(runs: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple
     """Joins (positions, values) of several runs into one, sorted by position.
 
     Raises:
-        RepeatedPositionError: a position is there twice.
+        RepeatedPositionError: a position occurs twice.
     """
     merged = merge_sorted([positions for positions, _ in runs])
     if not merged.first.all():

@@ -49,7 +49,7 @@ def check_target(path: Path, start: bytes, kind: str) -> None:
     Args:
         path: the file to write.
         start: what files of its kind begin with.
-        kind: for people, such as "a PNG".
+        kind: the kind of file, in words, such as "a PNG".
 
     Raises:
         TargetError: the folder does not exist or cannot be written to, or a file of another kind is there.

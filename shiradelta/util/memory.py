@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from shiradelta.errors import ShiraDeltaError
 
-#: How torch and its libraries say that memory ran out, in lower case.
+#: Messages of torch and its libraries for running out of memory, in lower case.
 _SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 

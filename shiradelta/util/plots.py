@@ -22,7 +22,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
-        TargetError: the folder does not exist, or something other than a PNG is there.
+        TargetError: the folder does not exist, or a file at `path` is not a PNG.
     """
     require("matplotlib", _PURPOSE)
     check_target(Path(path), _PNG, "a PNG")

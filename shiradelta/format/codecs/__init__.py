@@ -41,7 +41,7 @@ VALUE_CODECS: IdRegistry[ValueCodec] = IdRegistry(
         BITS,
     ),
 )
-#: What a user types for values -> codec.
+#: Option that a user gives for values -> codec.
 VALUE_OPTIONS = ValueOptions(VALUE_CODECS)
 
 

@@ -56,7 +56,7 @@ class IndexCodec(ABC):
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
     ) -> tuple[int, Positions]:
-        """(rank of the first, positions) of those with start <= position < stop."""
+        """(rank of the first one, positions) of all positions in [start, stop)."""
 
 
 class ValueCodec(ABC):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def bits_dtype(size: int) -> torch.dtype:
-    """Torch's integers for the bits of elements of `size` bytes: those that every device can index and compare."""
+    """Torch's integer dtype for the bits of elements of `size` bytes, which every device can index and compare."""
     import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]

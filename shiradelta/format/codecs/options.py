@@ -1,4 +1,4 @@
-"""What a user types to choose a value codec."""
+"""The options by which users choose a value codec."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ValueOptions(Mapping[str, ValueCodec]):
         """The codec of an option that a user gave.
 
         Raises:
-            ArgumentError: there is none; the message lists those that there are.
+            ArgumentError: the option is unknown; the message lists the known ones.
         """
         found = self._all().get(option) if isinstance(option, str) else None
         if found is None:

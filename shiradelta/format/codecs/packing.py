@@ -50,7 +50,7 @@ def pack_fields(fields: Array, k: int) -> bytes:
 
 
 def unpack_fields(words: Words, k: int, start: int, stop: int) -> Positions:
-    """int64: the fields start to stop - 1 of those packed by `pack_fields`, 1 <= k <= 31."""
+    """The packed fields from start to stop - 1, int64; 1 <= k <= 31."""
     first, last = start // 32, -(-stop // 32)
     groups = last - first
     padded = np.zeros(groups * k, np.uint32)

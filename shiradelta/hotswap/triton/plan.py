@@ -1,6 +1,6 @@
-"""What the fused backend launches: tables of pointers, and lists of what each program does.
+"""Plans the launches of the fused backend: tables of pointers, and lists of work for each program.
 
-A switch is short, so whatever does not depend on memory or strength is prepared once and kept.
+Switches are short, so everything that does not depend on memory or strength is prepared once and kept.
 """
 
 from __future__ import annotations
