@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
-from shiradelta.exports import peft_shira
+from shiradelta.exports import EXPORTS
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.writer import weighing, writing
 from shiradelta.train.tuned import TunedWeight, whole
@@ -66,26 +66,28 @@ def save(
     return math.sqrt(missed / trained)
 
 
-def save_peft(folder: str | os.PathLike[str], model: nn.Module, tuned: Mapping[str, TunedWeight], base: str) -> int:
-    """Writes a PEFT SHiRA adapter; returns its `r`.
+def export(
+    folder: str | os.PathLike[str], model: nn.Module, tuned: Mapping[str, TunedWeight], layout: str, base: str
+) -> dict[str, TensorDelta]:
+    """Writes the trained nonzeros in an export layout; returns them, zeros included, by the model's names.
 
     Raises:
-        DeltaError: a weight is not that of a linear layer.
+        ArgumentError: the layout is unknown.
+        DeltaError: a weight is not that of a linear layer, or the layout cannot hold the deltas.
     """
+    write = EXPORTS.find(layout).write
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {}
     for name, one in tuned.items():
         layer = name.removesuffix(".weight")
         if layer not in linear or layer == name:
-            raise DeltaError(
-                f"tensor {name!r} is not the weight of a linear layer, which is all that PEFT's SHiRA takes"
-            )
+            raise DeltaError(f"tensor {name!r} is not the weight of a linear layer, which is all that exports take")
         shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
         values = whole(one.values).detach()
         numbers = values[one.kept.to(values.device)].cpu().float().numpy()
         found[name] = TensorDelta(shape, one.positions.cpu().numpy(), numbers, "unspecified")
-    peft_shira.write(folder, found, base)
-    return peft_shira.rank_of(found)
+    write(folder, found, base)
+    return found
 
 
 def _bits(weights: Tensor) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shiradelta.errors import DeltaError
+from shiradelta.exports.peft_shira import rank_of
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.views import View
 from shiradelta.nonzeros.patched import patch, unpatch
@@ -207,6 +208,25 @@ class Tuner:
         about = {"method": "train", **self._metadata, "sparsity": f"{self.nnz / self.numel:.6g}", **(metadata or {})}
         return saving.save(path, found, values, about)
 
+    def export(self, folder: str | os.PathLike[str], layout: str = "peft-shira", base: str = "") -> None:
+        """Exports the trained nonzeros to another library's layout.
+
+        Args:
+            folder: the file or folder to write.
+            layout: a name of `shiradelta.exports.EXPORTS`.
+            base: the base model's name, for layouts that store it.
+
+        Raises:
+            ArgumentError: the layout is unknown.
+            DeltaError: a weight is not that of a linear layer, or the layout cannot hold the deltas.
+            TargetError: the layout's files cannot be written.
+        """
+        self._export(folder, layout, base)
+
+    def _export(self, folder: str | os.PathLike[str], layout: str, base: str) -> dict[str, TensorDelta]:
+        self._check_attached()
+        return saving.export(folder, self.model, self._tuned, layout, base)
+
     def save_peft(self, folder: str | os.PathLike[str], base: str = "") -> int:
         """Writes a PEFT SHiRA adapter, for `PeftModel.from_pretrained`; returns its `r`.
 
@@ -219,8 +239,7 @@ class Tuner:
         Raises:
             DeltaError: a weight is not that of a linear layer, which is all that PEFT's SHiRA holds.
         """
-        self._check_attached()
-        return saving.save_peft(folder, self.model, self._tuned, base)
+        return rank_of(self._export(folder, "peft-shira", base))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Mask and values, to resume exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n].

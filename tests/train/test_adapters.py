@@ -12,7 +12,8 @@ from torch import nn
 
 import shiradelta
 from shiradelta import train
-from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
+from shiradelta.errors import ArgumentError, DeltaError, ShiraDeltaError, SourceError
+from shiradelta.exports import EXPORTS, export
 from tests.train.test_attach import IDS, llama, make, text_loss, train_sparse
 
 pytestmark = [  # PEFT's own
@@ -35,6 +36,28 @@ def test_what_is_trained_is_loaded_by_peft(tmp_path: Path):
     assert rank == -(-round(0.1 * 32 * 48) // (32 + 48))
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "peft"))
     torch.testing.assert_close(output(loaded), output(model), rtol=1e-5, atol=1e-6)
+    tuner.export(tmp_path / "export", base="some/base")
+    for path in (tmp_path / "peft").iterdir():
+        assert path.read_bytes() == (tmp_path / "export" / path.name).read_bytes()
+
+
+def test_training_is_exported_to_any_layout(tmp_path: Path):
+    model = llama()
+    tuner = train.attach(model, 0.1, "wm", ["q_proj"])
+    seen: dict[str, object] = {}
+
+    def write(folder: object, deltas: dict[str, object], base: str) -> None:
+        seen.update(folder=folder, names=set(deltas), base=base)
+
+    export("seen", "What it gets.")(write)  # type: ignore[arg-type]
+    try:
+        tuner.export(tmp_path / "seen", "seen", "some/base")
+    finally:
+        EXPORTS.remove("seen")
+    names = {name for name, _ in model.named_parameters() if name.endswith("q_proj.weight")}
+    assert seen == {"folder": tmp_path / "seen", "names": names, "base": "some/base"}
+    with pytest.raises(ArgumentError, match="export layout 'seen' is unknown; take peft-shira"):
+        tuner.export(tmp_path / "seen", "seen")
 
 
 def test_training_starts_from_a_peft_adapter(tmp_path: Path):
