@@ -27,7 +27,7 @@ class FitTexts:
 
     def __init__(self, fit: Fit) -> None:
         self._fit = fit
-        self.every: list[Any] = read_texts(fit.texts)
+        self.every: list[Any] = read_texts(fit.texts, fit.log)
         self.train, self.held_out = split(len(self.every), fit.held_out, fit.seed)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:

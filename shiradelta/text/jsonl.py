@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,14 +35,18 @@ TEXT = ExampleKind("text", ("text",))
 Kind = TypeVar("Kind", bound=ExampleKind)
 
 
-def read_rows(path: str | os.PathLike[str], kinds: Iterable[Kind]) -> tuple[Kind, list[list[str]]]:
+def read_rows(
+    path: str | os.PathLike[str], kinds: Iterable[Kind], skipped: Callable[[int], None] | None = None
+) -> tuple[Kind, list[list[str]]]:
     """(kind, one list of texts per example) of a JSON Lines file.
 
-    The first line decides the kind.  Empty lines, and examples whose texts are all blank, are skipped.
+    The first line decides the kind.  Empty lines are skipped.
 
     Args:
         path: the file.
         kinds: the kinds to accept.
+        skipped: called with the number of examples whose texts are all blank, which are skipped; without it they are
+            refused.
 
     Raises:
         SourceError: the file cannot be read, a line is not an example of the file's kind, or there are too few.
@@ -51,6 +55,7 @@ def read_rows(path: str | os.PathLike[str], kinds: Iterable[Kind]) -> tuple[Kind
     shapes = " or ".join(one.shape for one in kinds)
     kind: Kind | None = None
     rows: list[list[str]] = []
+    blank = 0
     for where, found in _lines(Path(path), shapes):
         if not isinstance(found, dict):
             raise SourceError(f"{where}: is not an object; write {shapes}")
@@ -59,8 +64,14 @@ def read_rows(path: str | os.PathLike[str], kinds: Iterable[Kind]) -> tuple[Kind
         if kind is None:
             keys = ", ".join(map(str, list(found)[:3]))
             raise SourceError(f"{where}: is no example, its keys are {keys or 'none'}; write {shapes}")
-        if row := _row(found, kind, where):
-            rows.append(row)
+        row = _row(found, kind, where)
+        if skipped is not None and not any(text.strip() for text in row):
+            blank += 1
+            continue
+        _check_not_blank(row, kind, where)
+        rows.append(row)
+    if skipped is not None and blank:
+        skipped(blank)
     check_number(len(rows), os.fspath(path))
     assert kind is not None
     return kind, rows
@@ -93,8 +104,8 @@ def _parsed(line: str, where: str, shapes: str) -> Any:
         raise SourceError(f"{where}: is not JSON; write one object a line, such as {shapes}") from None
 
 
-def _row(found: dict[str, Any], kind: ExampleKind, where: str) -> list[str] | None:
-    """The texts of an example; None if all are blank."""
+def _row(found: dict[str, Any], kind: ExampleKind, where: str) -> list[str]:
+    """The texts of an example."""
     row = []
     for key in kind.keys:
         if key not in found:
@@ -102,9 +113,11 @@ def _row(found: dict[str, Any], kind: ExampleKind, where: str) -> list[str] | No
         if not isinstance(found[key], str):
             raise SourceError(f"{where}: the value of {key!r} is not a text; write {kind.shape}")
         row.append(found[key])
-    if not any(text.strip() for text in row):
-        return None
+    return row
+
+
+def _check_not_blank(row: list[str], kind: ExampleKind, where: str) -> None:
+    """Raises SourceError if one of an example's texts is blank."""
     for key, text in zip(kind.keys, row, strict=True):
         if not text.strip():
             raise SourceError(f"{where}: the text of {key!r} is blank; leave the line out")
-    return row

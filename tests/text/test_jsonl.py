@@ -24,7 +24,12 @@ def test_a_file_may_begin_with_a_byte_order_mark(kind: ExampleKind, tmp_path: Pa
 def test_texts_are_read_from_a_file_or_taken_as_they_are(tmp_path: Path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "a", "label": 1}\n\n{"text": " "}\n' * LEAST)
-    assert read_texts(path) == read_texts(str(path)) == ["a"] * LEAST
+    said: list[str] = []
+    assert read_texts(path) == read_texts(str(path), said.append) == ["a"] * LEAST
+    assert said == [f"{path}: {LEAST} blank texts skipped"]
+    path.write_text('{"text": "  "}\n' * 99)
+    with pytest.raises(SourceError, match="0 examples are too few"):
+        read_texts(path)
     assert read_texts(range(LEAST)) == list(range(LEAST))
     with pytest.raises(SourceError, match="the texts to fit on: 9 examples are too few"):
         read_texts(range(LEAST - 1))
@@ -35,7 +40,7 @@ def test_texts_are_read_from_a_file_or_taken_as_they_are(tmp_path: Path):
     [
         ("", "0 examples are too few"),
         ('{"text": "w1"}\n' * 9, "9 examples are too few"),
-        ('{"text": "  "}\n' * 99, "0 examples are too few"),
+        ('{"text": "a"}\n\n{"text": "  "}\n', "line 3: the text of 'text' is blank; leave the line out"),
         ("no json\n", 'line 1: is not JSON; write one object a line, such as {"text": "..."} or {"prompt": "..."'),
         ('\n["b"]\n', 'line 2: is not an object; write {"text": "..."} or {"prompt"'),
         ('{"label": 1}\n', 'line 1: is no example, its keys are label; write {"text": "..."} or {"prompt": "..."'),
