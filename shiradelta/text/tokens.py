@@ -64,10 +64,17 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def check_vocabulary(largest: int, model: nn.Module) -> None:
-    """Raises SourceError if a tokenizer gives tokens that the model has no embedding for."""
+    """Raises SourceError if a tokenizer gives tokens that the model has no embedding for.
+
+    The message begins with the model's folder, where that is known.
+    """
     size = vocabulary(model)
     if largest >= size:
-        raise SourceError(f"the tokenizer gives token {largest}, the model has {size}; they do not belong together")
+        folder = getattr(model, "name_or_path", "")
+        where = f"{folder}: " if folder else ""
+        raise SourceError(
+            f"{where}the tokenizer gives token {largest}, the model has {size}; they do not belong together"
+        )
 
 
 def vocabulary(model: nn.Module) -> int:

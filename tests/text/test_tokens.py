@@ -87,3 +87,7 @@ def test_tokens_beyond_the_model_are_refused():
     check_vocabulary(99, gpt2())
     with pytest.raises(SourceError, match="the tokenizer gives token 100, the model has 100; they do not belong"):
         check_vocabulary(100, gpt2())
+    model = gpt2()
+    model.name_or_path = "models/small"
+    with pytest.raises(SourceError, match=r"^models/small: the tokenizer gives token 100"):
+        check_vocabulary(100, model)
