@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from shiradelta.cli import options
-from shiradelta.cli.options import RegistryChoice, command, renamed_option
+from shiradelta.cli.options import RegistryChoice, RegistryOption, command, renamed_option
 from shiradelta.cli.output import echo_json, echo_warnings, progress_bar, skipped_lines
 from shiradelta.util.text import percent, size, table
 
@@ -41,17 +41,19 @@ from shiradelta.util.text import percent, size, table
 )
 @click.option(
     "--fit-method",
+    cls=RegistryOption,
     type=RegistryChoice("shiradelta.fit:METHODS"),
     default="train",
     show_default=True,
-    help="How: by gradients, or in closed form, from forward passes alone.",
+    help="How values are fitted",
 )
 @click.option(
     "--fit-mask",
+    cls=RegistryOption,
     type=RegistryChoice("shiradelta.fit:MASKS", "shiradelta.fit.choices:RENAMED_MASKS"),
     default="prune",
     show_default=True,
-    help="Which weights change: found by pruning while training, by change, by change x input, by change x gradient.",
+    help="Which weights change",
 )
 @click.option("--fit-steps", type=int, help="Training steps.  [default: 1,000; on a CPU what ten minutes hold]")
 @click.option("--fit-batch", default=128, show_default=True, help="Texts per step.")

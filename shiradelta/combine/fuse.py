@@ -98,11 +98,10 @@ def fuse(
     Args:
         deltas: file -> strength.
         out: the file to write.
-        method: "sum" (the same as applying the deltas together), "mean", "max", "ties", "disjoint", "dare", "della", or
-            another name in `shiradelta.combine.methods.METHODS`.
+        method: a name of `shiradelta.combine.methods.METHODS`; "sum" is the same as applying the deltas together.
         values: value codec of the result; with "f32" the sum is exact.
-        drop: share of each delta's nonzeros to drop, from 0 to below 1; "dare" and "della" alone use it.
-        seed: the seed of "dare" and "della".
+        drop: share of each delta's nonzeros to drop, from 0 to below 1, for methods that drop some.
+        seed: the random seed, for methods that drop nonzeros.
         base: the base model, for fingerprints in the result.  Without it a tensor has them only if they follow from
             the inputs: if all list the same positions, or no two list a common one.
         progress: called with (tensor, done, total).

@@ -238,7 +238,8 @@ def save_delta(
         values: how added values are stored, "int4" for example (`VALUE_OPTIONS` has all of them); set
             and new are always exact.
         zstd: compress sections where that helps.  For archives: such a file is slower to swap.
-        backend: "libshd", "numpy", or "auto" for the fastest that knows the codecs; the bytes are the same.
+        backend: a name of `shiradelta.backends.choose.FILE_BACKENDS`, or "auto" for the fastest that knows the codecs;
+            the bytes are the same.
 
     Raises:
         ArgumentError: an unknown codec or backend, or a backend that does not know the codec.
