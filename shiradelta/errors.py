@@ -76,6 +76,7 @@ class FormatError(ShiraDeltaError):
         offset: bytes from the start of the file, where known.
         tensor: the tensor concerned, where there is one.
         file: the file's name, where it has one.
+        remedy: what to do, where more is known than the reason.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class FormatError(ShiraDeltaError):
         self.offset = offset
         self.tensor = tensor
         self.file = file
+        self.remedy: str | None = None
 
     def __str__(self) -> str:
         where = self.file or "delta"
@@ -101,7 +103,9 @@ class FormatError(ShiraDeltaError):
         if self.offset is not None:
             where += f", byte {self.offset}"
         what = REASONS[self.reason] + (f" ({self.detail})" if self.detail else "")
-        remedy = _REMEDIES.get(self.reason, "the file is damaged or was not made to the format; get it again")
+        remedy = self.remedy or _REMEDIES.get(
+            self.reason, "the file is damaged or was not made to the format; get it again"
+        )
         return f"{where}: refused, {what} [{self.reason}]; {remedy}"
 
 

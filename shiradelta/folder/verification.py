@@ -15,6 +15,7 @@ from shiradelta.errors import BaseMismatchError, TargetError
 from shiradelta.folder.journal import FOLDER, Applied, Journal, locked
 from shiradelta.folder.recovery import recover, without
 from shiradelta.io.reader import Delta, StoredTensor, open_delta
+from shiradelta.io.recognise import Wanted, explain
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import difference
 from shiradelta.models.names import match_names
@@ -73,6 +74,8 @@ def existing(model_dir: str | os.PathLike[str]) -> Path:
         TargetError: there is no such folder.
     """
     root = Path(model_dir)
+    if not root.is_dir() and (message := explain(root, Wanted.FOLDER)) is not None:
+        raise TargetError(message)
     if root.is_file():
         raise TargetError(f"{root}: is a file; give the folder that it is in")
     if not root.is_dir():

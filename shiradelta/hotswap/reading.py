@@ -9,6 +9,7 @@ from pathlib import Path
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.io.reader import Source, bytes_of
+from shiradelta.io.recognise import Wanted, explain
 from shiradelta.util.threads import THREADS, map_in_threads
 
 #: The fewest bytes that a thread reads.
@@ -46,5 +47,6 @@ def read_whole(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Byt
         if sum(map_in_threads(read, range(0, data.size, chunk))) != data.size:
             raise ShiraDeltaError(f"{label}: was cut short while it was read; try again")
     except OSError as error:
-        raise ShiraDeltaError(f"{label}: cannot be read ({error.strerror}); check the path") from None
+        message = explain(path, Wanted.DELTA) or f"{label}: cannot be read ({error.strerror}); check the path"
+        raise ShiraDeltaError(message) from None
     return label, data

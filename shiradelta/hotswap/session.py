@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.hotswap.reading import read_whole
 from shiradelta.hotswap.reports import LoadReport, SwitchReport
 from shiradelta.io.reader import Source, StoredTensor, open_delta
+from shiradelta.io.recognise import explain_refusal
 from shiradelta.models.compatibility import Remedies, check_fingerprint, check_strength, check_tied
 from shiradelta.models.live import Target, live_tensors
 from shiradelta.util.deprecated import warn_renamed
@@ -150,6 +153,8 @@ class HotSwap:
             adapter = self._prepare(name, label, data, allow_dtype, skip)
         except FormatError as error:
             error.file = error.file or label
+            if isinstance(source, (str, os.PathLike)):
+                explain_refusal(error, Path(source))
             raise
         with self._lock:
             self._usable()

@@ -21,6 +21,7 @@ from shiradelta.format.container import Container
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record
+from shiradelta.io.recognise import Wanted, explain, explain_refusal
 
 Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
 
@@ -178,6 +179,8 @@ def open_delta(source: Source, backend: str = "auto") -> Delta:
         return Delta(data, parsed, file, mapped, choose(backend, parsed.index_codecs, parsed.value_codecs))
     except FormatError as error:
         error.file = file
+        if file is not None:
+            explain_refusal(error, Path(file))
         raise
 
 
@@ -194,4 +197,5 @@ def _map(path: Path) -> tuple[Bytes, mmap.mmap | None]:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             return np.frombuffer(mapped, np.uint8), mapped
     except OSError as error:
-        raise ShiraDeltaError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        message = explain(path, Wanted.DELTA) or f"{path}: cannot be read ({error.strerror}); check the path"
+        raise ShiraDeltaError(message) from None

@@ -15,6 +15,7 @@ import numpy as np
 
 from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.format.arithmetic import Array
+from shiradelta.io.recognise import Wanted, explain
 from shiradelta.models.safetensors import Slot, read_shard
 from shiradelta.util.json_files import read_json
 
@@ -131,9 +132,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens the checkpoint at a path.
 
     Raises:
-        SourceError: there is none, or it is damaged.
+        SourceError: there is none, it is damaged, or it is something else.
         ShiraDeltaError: the system refuses to read it.
     """
+    if (message := explain(Path(path), Wanted.WEIGHTS)) is not None:
+        raise SourceError(message)
     try:
         return Checkpoint(Path(path))
     except OSError as error:

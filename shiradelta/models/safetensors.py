@@ -18,6 +18,7 @@ from typing import Any
 
 from shiradelta.errors import SourceError
 from shiradelta.format import registry
+from shiradelta.io.recognise import Wanted, explain
 
 _MAX_HEADER = 100 << 20
 #: Sizes are 64 bits wide, as in the safetensors library.
@@ -73,7 +74,8 @@ def read_shard(path: Path) -> Shard:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise SourceError(f"{path}: is not a safetensors file, or cut off; get it again")
+                message = explain(path, Wanted.WEIGHTS)
+                raise SourceError(message or f"{path}: is not a safetensors file, or cut off; get it again")
             raw = stream.read(length)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None

@@ -1,0 +1,227 @@
+"""What a path is that is not what was asked for, so that an error can say so and tell what to do.
+
+Each kind of thing is a row of `THINGS`.  The rows are asked only after something went wrong, or read a few bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+
+from shiradelta.errors import FormatError
+from shiradelta.format import registry
+from shiradelta.util.registry import Registry
+
+
+class Wanted(Enum):
+    """What a path should have been."""
+
+    DELTA = auto()
+    FOLDER = auto()
+    WEIGHTS = auto()
+
+
+@dataclass(frozen=True)
+class Thing:
+    """The row of something that a user may give by mistake.
+
+    Attributes:
+        name: what it is called.
+        recognises: whether a path is such a thing.
+        what: what it is, to follow the path in a message.
+        remedies: what was wanted -> what to do; what is not here is no mistake.  `{path}` stands for the path.
+    """
+
+    name: str
+    recognises: Callable[[Path], bool]
+    what: str
+    remedies: Mapping[Wanted, str]
+
+
+THINGS: Registry[Thing] = Registry("thing")
+
+
+def explain(path: Path, wanted: Wanted) -> str | None:
+    """A message that says what a path is and what to do; None if nothing is known about it."""
+    thing = _recognise(path, wanted)
+    return None if thing is None else f"{path}: {thing.what}; {thing.remedies[wanted].replace('{path}', str(path))}"
+
+
+def explain_refusal(error: FormatError, path: Path) -> None:
+    """Puts into the error of a refused `.shd` file what the file is instead, where that is known."""
+    if error.reason in ("bad_magic", "truncated") and (thing := _recognise(path, Wanted.DELTA)) is not None:
+        error.detail, error.remedy = f"it {thing.what}", thing.remedies[Wanted.DELTA].replace("{path}", str(path))
+
+
+def _recognise(path: Path, wanted: Wanted) -> Thing | None:
+    return next((thing for thing in THINGS.values() if wanted in thing.remedies and _holds(thing, path)), None)
+
+
+def _holds(thing: Thing, path: Path) -> bool:
+    try:
+        return thing.recognises(path)
+    except (OSError, ValueError, RecursionError):  # unreadable, which is another error
+        return False
+
+
+def _starts(path: Path, magic: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as stream:
+        return stream.read(len(magic)) == magic
+
+
+def _has_only(path: Path, *suffixes: str) -> bool:
+    """Whether a folder has such files and no safetensors, nor its subfolders."""
+    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*/*.safetensors")):
+        return False
+    return any(file.suffix in suffixes for file in path.iterdir())
+
+
+def _is_zip_with(path: Path, end: str) -> bool:
+    if not _starts(path, b"PK\x03\x04"):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(end) for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _is_url(path: Path) -> bool:
+    return bool(re.match(r"(?:https?|hf|s3|gs):/", str(path))) and not path.exists()
+
+
+def _is_hub_id(path: Path) -> bool:
+    if path.exists() or path.parent.exists() or path.suffix in (registry.SUFFIX, ".safetensors"):
+        return False
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path.as_posix()))
+
+
+def _is_gguf(path: Path) -> bool:
+    return _starts(path, b"GGUF") or _has_only(path, ".gguf")
+
+
+def _is_arrays(path: Path) -> bool:
+    return _starts(path, b"\x93NUMPY") or _is_zip_with(path, ".npy")
+
+
+def _is_safetensors(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as stream:
+        head = stream.read(9)
+    return len(head) == 9 and head[8:] in (b"{", b" ") and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
+
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.is_file():
+        named = path.suffix in _PICKLES or _starts(path, b"\x80")  # a safetensors file may start so, too
+        return (named and not _is_safetensors(path)) or _is_zip_with(path, "/data.pkl")
+    return _has_only(path, *_PICKLES)
+
+
+def _is_delta(path: Path) -> bool:
+    return _starts(path, registry.MAGIC)
+
+
+def _is_adapter(path: Path) -> bool:
+    """A folder with an adapter's configuration and no weights but the adapter's."""
+    return (path / "adapter_config.json").is_file() and all(
+        file.name.startswith("adapter_model") for file in path.glob("*.safetensors")
+    )
+
+
+#: Quantisations that store packed weights under other names, shapes or dtypes than the model's.
+_PACKED = ("bitsandbytes", "awq", "gptq")
+
+
+def _is_quantised(path: Path) -> bool:
+    # A folder with deltas on it is let through, so that they can be reverted; an adapter's config.json is its base's.
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if path.name.startswith("adapter_") or not config.is_file() or (config.parent / ".shiradelta").exists():
+        return False
+    about = json.loads(config.read_text(encoding="utf-8"))
+    quantised = about.get("quantization_config") if isinstance(about, dict) else None
+    if not isinstance(quantised, dict):
+        return False
+    method = str(quantised.get("quant_method", "")).lower()
+    return method in _PACKED or bool(quantised.get("load_in_4bit") or quantised.get("load_in_8bit"))
+
+
+_GET = "download it, and give the path of the file or folder"
+_HUB = "if it is a hub's id, download it (hf download {path} --local-dir FOLDER) and give the path of the folder"
+_SAFETENSORS = "give the model's weights as safetensors"
+_ORDER = "give the model's folder first and the delta after it"
+_CONVERT = "`shiradelta convert {path}` makes a .shd file of it"
+
+for _row in (
+    Thing("URL", _is_url, "is a URL, and only local paths are read", dict.fromkeys(Wanted, _GET)),
+    Thing("hub id", _is_hub_id, "no such file or folder", dict.fromkeys(Wanted, _HUB)),
+    Thing(
+        "Git LFS pointer",
+        lambda path: _starts(path, b"version https://git-lfs"),
+        "is a Git LFS pointer, which stands for the file",
+        dict.fromkeys(Wanted, "run `git lfs pull` in its repository, or download the file itself"),
+    ),
+    Thing(
+        "GGUF",
+        _is_gguf,
+        "has its weights in a GGUF, llama.cpp's format",
+        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), "give the safetensors that it was made from")
+        | {Wanted.DELTA: "give a .shd file"},
+    ),
+    Thing(
+        "NumPy file",
+        _is_arrays,
+        "is NumPy's (.npz or .npy), not a safetensors file",
+        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), "save its arrays with safetensors.numpy.save_file first")
+        | {Wanted.DELTA: "shiradelta.save_delta makes a .shd file of arrays"},
+    ),
+    Thing(
+        "pickle",
+        _is_pickle,
+        "has its weights in a pickle of PyTorch (.bin, .pt, .ckpt), not in safetensors",
+        dict.fromkeys(Wanted, "save it as safetensors first"),
+    ),
+    Thing(
+        "delta",
+        _is_delta,
+        "is a .shd file, a delta and no model",
+        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), _ORDER),
+    ),
+    Thing(
+        "adapter",
+        _is_adapter,
+        "is the folder of an adapter (adapter_config.json), not of a model",
+        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), "give the model that it was made for")
+        | {Wanted.DELTA: _CONVERT},
+    ),
+    Thing(
+        "quantised model",
+        _is_quantised,
+        "belongs to a quantised model (quantization_config in its config.json), whose stored bits are not the weights",
+        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), "give the unquantised model, and quantise the result"),
+    ),
+    Thing(
+        "safetensors file",
+        _is_safetensors,
+        "is a safetensors file, not a .shd file",
+        {Wanted.DELTA: _CONVERT},
+    ),
+    Thing(
+        "folder",
+        Path.is_dir,
+        "is a folder, not a .shd file",
+        {Wanted.DELTA: "`shiradelta verify {path}` says which deltas are on it; give MODEL before DELTA"},
+    ),
+):
+    THINGS.add(_row)

@@ -1,0 +1,136 @@
+"""What a user gives by mistake is called by its name, with what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import shiradelta
+from shiradelta.errors import FormatError, ShiraDeltaError
+from shiradelta.folder.verification import existing
+from shiradelta.io.recognise import THINGS, Wanted
+from shiradelta.models.checkpoint import open_checkpoint
+
+#: How something is opened that should have been this.
+OPENED: dict[Wanted, Callable[[Path], object]] = {
+    Wanted.DELTA: shiradelta.open_delta,
+    Wanted.FOLDER: lambda path: open_checkpoint(existing(path)),
+    Wanted.WEIGHTS: open_checkpoint,
+}
+
+
+def lfs(path: Path) -> Path:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    return path
+
+
+def gguf(path: Path) -> Path:
+    path.write_bytes(b"GGUF\3\0\0\0" + bytes(200))
+    return path
+
+
+def arrays(path: Path) -> Path:
+    np.savez(path, w=np.ones(3))
+    return path
+
+
+def pickle(path: Path) -> Path:
+    torch.save({"w": torch.ones(3)}, path)
+    return path
+
+
+def delta(path: Path) -> Path:
+    shiradelta.save_delta(path, {"w": shiradelta.TensorDelta((2,), [0], [1.0], "float32")})
+    return path
+
+
+def weights(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    save_file({"w": np.ones(3, np.float32)}, path)
+    return path
+
+
+def adapter(folder: Path) -> Path:
+    weights(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def quantised(folder: Path, method: str) -> Path:
+    weights(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    return folder
+
+
+#: (name in THINGS, makes it in a folder).
+CASES: list[tuple[str, Callable[[Path], Path]]] = [
+    ("URL", lambda at: Path("https://example.org/model")),
+    ("hub id", lambda at: Path("some-user/model-7B")),
+    ("Git LFS pointer", lambda at: lfs(at / "x.safetensors")),
+    ("Git LFS pointer", lambda at: lfs(at / "x.shd")),
+    ("GGUF", lambda at: gguf(at / "x.gguf")),
+    ("GGUF", lambda at: gguf(at / "x.gguf").parent),
+    ("NumPy file", lambda at: arrays(at / "x.npz")),
+    ("pickle", lambda at: pickle(at / "x.bin")),
+    ("pickle", lambda at: pickle(at / "weights")),
+    ("pickle", lambda at: pickle(at / "pytorch_model.bin").parent),
+    ("delta", lambda at: delta(at / "x.shd")),
+    ("adapter", lambda at: adapter(at / "adapter")),
+    ("quantised model", lambda at: quantised(at / "m", "bitsandbytes")),
+    ("quantised model", lambda at: quantised(at / "m", "awq")),
+    ("quantised model", lambda at: quantised(at / "m", "gptq")),
+    ("safetensors file", lambda at: weights(at / "x.safetensors")),
+    ("folder", lambda at: weights(at / "model" / "model.safetensors").parent),
+]
+
+
+def test_each_thing_has_a_case():
+    assert {name for name, _ in CASES} == set(THINGS)
+
+
+@pytest.mark.parametrize(("name", "make"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
+def test_things_are_called_by_their_name(tmp_path: Path, name: str, make: Callable[[Path], Path]):
+    path, thing = make(tmp_path), THINGS[name]
+    for one in thing.remedies:
+        with pytest.raises(ShiraDeltaError) as caught:
+            OPENED[one](path)
+        message = str(caught.value)
+        assert message.startswith(str(path))
+        assert thing.what in message
+        assert message.endswith("; " + thing.remedies[one].replace("{path}", str(path)))
+        assert "\n" not in message
+
+
+def test_a_pointer_among_the_shards_is_called_so(tmp_path: Path):
+    lfs(tmp_path / "model.safetensors")
+    with pytest.raises(ShiraDeltaError, match=r"model\.safetensors: is a Git LFS pointer.*git lfs pull"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_refused_delta_keeps_its_reason(tmp_path: Path):
+    for read in (shiradelta.open_delta, lambda path: shiradelta.HotSwap({}).load("a", path)):
+        with pytest.raises(
+            FormatError, match=r"it has its weights in a GGUF.*\[bad_magic\]; give a \.shd file$"
+        ) as caught:
+            read(gguf(tmp_path / "x.shd"))
+        assert caught.value.reason == "bad_magic"
+
+
+def test_what_is_as_wanted_is_taken(tmp_path: Path):
+    """A pipeline's folder with a pickle of the training's settings, a safetensors file that
+    starts as a pickle does, and an adapter's file beside its base's config.
+    """
+    weights(tmp_path / "unet" / "model.safetensors")
+    pickle(tmp_path / "training_args.bin")
+    assert list(open_checkpoint(tmp_path)) == ["unet/w"]
+    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).ljust(0x280).encode()
+    (tmp_path / "x.bin").write_bytes(len(header).to_bytes(8, "little") + header + b"0")  # starts as a pickle does
+    assert list(open_checkpoint(tmp_path / "x.bin")) == ["w"]
+    quantised(tmp_path / "out", "bitsandbytes")
+    assert list(open_checkpoint(weights(tmp_path / "out" / "adapter_model.safetensors"))) == ["w"]
