@@ -12,7 +12,7 @@ from typing import Any
 
 from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
-from shiradelta.models.peft import CONFIG, MODULES_TO_SAVE
+from shiradelta.models.peft import CONFIG, MODULES_TO_SAVE, WEIGHTS
 from shiradelta.util.json_files import read_json
 
 from .peft_folder import PRODUCTS, check_type
@@ -44,13 +44,17 @@ class Scale:
     def of(cls, checkpoint: Checkpoint, alpha: float | None) -> Scale:
         """Reads adapter_config.json beside a checkpoint, or the checkpoint's metadata.
 
+        A file under another name than PEFT's may lie beside another adapter's configuration, so its metadata win.
+
         Raises:
             SourceError: the configuration cannot be read, or names a method that cannot be converted.
         """
         file = checkpoint.shards[0].file
         beside = file.parent / CONFIG
-        where: Path = beside if beside.exists() else file
-        configs = {"": read_json(beside)} if beside.exists() else _in_metadata(checkpoint.shards[0].metadata)
+        own = _in_metadata(checkpoint.shards[0].metadata)
+        from_beside = beside.exists() and (file.name == WEIGHTS or not own)
+        where: Path = beside if from_beside else file
+        configs = {"": read_json(beside)} if from_beside else own
         for config in configs.values():
             if not isinstance(config, dict):
                 raise SourceError(f"{where}: is not a PEFT configuration; get it again")
@@ -70,9 +74,24 @@ class Scale:
         return None if alpha is None else number(alpha, f"{module}: alpha")
 
     def __call__(self, module: str, rank: int, tensor: float | None) -> float:
-        """The factor on B A of one module; `tensor` is the value of its alpha tensor."""
+        """The factor on B A of one module; `tensor` is the value of its alpha tensor.
+
+        Raises:
+            SourceError: the alpha would be that of a configuration with another rank.
+        """
+        if self.alpha is None and tensor is None:
+            self._check_rank(module, rank)
         alpha = self.alpha_of(module, tensor)
         return (rank if alpha is None else alpha) / (math.sqrt(rank) if self.config(module).get("use_rslora") else rank)
+
+    def _check_rank(self, module: str, rank: int) -> None:
+        config = self.config(module)
+        configured = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        if config.get("peft_type") == "LORA" and type(configured) is int and configured != rank:
+            raise SourceError(
+                f"{module}: has rank {rank}, and {CONFIG} says {configured}, so it is another adapter's; put the right"
+                " one beside the file, or give --alpha"
+            )
 
     def adaptive(self, module: str) -> float:
         """The factor on B (A * E) of AdaLoRA, which divides by its initial rank.

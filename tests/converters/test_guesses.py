@@ -143,3 +143,22 @@ def test_two_names_with_the_same_underscores(tmp_path: Path):
     save_file(kohya("lora_unet_a_b_c"), tmp_path / "x.safetensors")
     with pytest.raises(SourceError, match=r"may be 'a\.b_c\.weight' or 'a_b\.c\.weight'"):
         shiradelta.convert(tmp_path / "x.safetensors", base=base)
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_a_configuration_of_another_rank_is_another_adapters(tmp_path: Path, alpha: float | None):
+    lora = write_lora(tmp_path / "lora", {NAME: (16, 16)}, {"r": 8, "lora_alpha": 16})
+    if alpha is None:
+        with pytest.raises(SourceError, match=r"q_proj: has rank 4, and adapter_config\.json says 8"):
+            shiradelta.convert(lora, base=base_in(tmp_path / "base"))
+    else:
+        assert shiradelta.convert(lora, base=base_in(tmp_path / "base"), alpha=alpha).nnz
+
+
+@pytest.mark.parametrize(("name", "scale"), [("style.safetensors", 8 / 4), ("adapter_model.safetensors", 4 / 4)])
+def test_a_files_own_metadata_win_over_another_adapters_configuration(tmp_path: Path, name: str, scale: float):
+    lora = write_lora(tmp_path / "lora", {NAME: (16, 16)}, {"lora_alpha": 4})
+    save_file(factors(NAME), lora / name, {"ss_network_alpha": "8"})
+    shiradelta.convert(lora / name, tmp_path / "x.shd", 1.0, base_in(tmp_path / "base"), "f32")
+    with shiradelta.open_delta(tmp_path / "x.shd") as delta:
+        assert delta[f"{NAME}.weight"].to_dense() == pytest.approx(scale * 4)  # factors of ones, rank 4
