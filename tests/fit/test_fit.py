@@ -30,7 +30,7 @@ from transformers import (
 
 import shiradelta
 from shiradelta.cli import main
-from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError
+from shiradelta.errors import DeltaError, DivergedError, ShiraDeltaError, SourceError
 from shiradelta.fit import Fit, by_training
 from shiradelta.fit import training as train
 from shiradelta.fit.quantise import Quantiser
@@ -384,7 +384,7 @@ def test_a_state_of_another_run_is_not_taken_up(
 
 
 def test_training_that_diverges_backs_off_and_stops(encoder: tuple[Path, Path], tmp_path: Path):
-    with pytest.raises(ShiraDeltaError, match=r"NaN at step \d+ .*--fit-relative-lr.*last good state is in"):
+    with pytest.raises(DivergedError, match=r"NaN at step \d+ .*--fit-relative-lr.*last good state is in"):
         fit(encoder, tmp_path / "a.shd", relative_lr=1e30)
     assert (tmp_path / "a.shd.fit").exists()
     assert not (tmp_path / "a.shd").exists()
