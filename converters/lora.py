@@ -16,7 +16,7 @@ from shiradelta.select.topk import Rows, row_shape
 
 from . import diff, lycoris
 from .item import Item, Skipped, SkipReason, Source
-from .lora_keys import Module, find_tensors, parse_key, refuse_unmerged, sort_keys
+from .lora_keys import Module, find_attention, find_tensors, parse_key, refuse_unmerged, sort_keys
 from .lora_scale import Scale, number
 from .lora_whole import add_whole
 from .orientation import find_transposed
@@ -55,7 +55,12 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
             f"{len(no_alpha)} of {len(shapes)} modules have no alpha; their rank is taken for it, so their scale is 1;"
             " --alpha sets another"
         )
-    tensors = {module: f"{module}.weight" for module in shapes}
+    attention = find_attention(modules)
+    tensors = {module: f"{module}.{'in_proj_' if module in attention else ''}weight" for module in shapes}
+    if attention:
+        result.warnings.append(
+            f"{min(attention)}.out_proj changes by twice its factors' product, as PEFT 0.21 runs and merges it"
+        )
     differences = {key: parsed[0] for key in others if (parsed := diff.parse_key(key)) and parsed[1] == "dense"}
     others |= differences
     names, lacking = _names(source, tensors, shapes, others, base)
@@ -65,6 +70,7 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     taken: set[str] = set()
     for module, name in matched.items():
         factor = _factor(source, module, modules[module], scale, alphas.get(module))
+        factor *= 2 if module in attention.values() else 1
         item = _item(source, modules[module], shapes[module], name, base, factor, module in swapped)
         if isinstance(item, Item) and name in taken:
             item = Skipped(SkipReason.CONFLICT, f"another module changes {name!r} already")

@@ -101,6 +101,16 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
     return modules, alphas, others
 
 
+def find_attention(modules: Mapping[str, Module]) -> dict[str, str]:
+    """`nn.MultiheadAttention` -> its `out_proj`, which PEFT 0.21 adapts along with it and adds to the base twice."""
+    inner = f"{BASE_LAYER}out_proj.lora_A"
+    return {
+        module.removesuffix(".out_proj"): module
+        for module, parts in modules.items()
+        if inner in parts.keys.get("A", "") and module.removesuffix(".out_proj") in modules
+    }
+
+
 def refuse_unmerged(source: Checkpoint) -> None:
     """Refuses a whole model with LoRA layers still in it.
 

@@ -101,3 +101,21 @@ def test_without_a_base_a_square_one_is_refused(tmp_path: Path, module: str, con
     lora = write_lora(tmp_path / "lora", {module: (16, 16)}, {"lora_alpha": 4, "fan_in_fan_out": configured})
     with pytest.raises(SourceError, match=rf"{module}: is square.*--base MODEL"):
         shiradelta.convert(lora)
+
+
+def test_attention_whose_inputs_are_packed(tmp_path: Path):
+    """PEFT 0.21 adds the change of `out_proj` twice, in its forward pass and in its merge."""
+    torch.manual_seed(0)
+    plain = torch.nn.ModuleDict({"mha": torch.nn.MultiheadAttention(16, 2)})
+    base = write_model(tmp_path / "base", {name: tensor.clone() for name, tensor in plain.state_dict().items()})
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    tuned = get_peft_model(plain, LoraConfig(r=2, target_modules=["mha"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "lora")
+    report = shiradelta.convert(tmp_path / "lora", None, 1.0, base, "f32")
+    assert {tensor.name for tensor in report.tensors} == {"mha.in_proj_weight", "mha.out_proj.weight"}
+    assert any("mha.out_proj changes by twice" in warning for warning in report.warnings)
+    merged = tuned.merge_and_unload().state_dict()
+    with shiradelta.open_delta(tmp_path / "lora.shd") as delta:
+        for name in delta:
+            change = torch.from_numpy(delta[name].to_dense())
+            torch.testing.assert_close(change, merged[name] - before[name], atol=1e-6, rtol=1e-4)
