@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shiradelta.errors import BaseMismatchError
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.checkpoint import Checkpoint
-from shiradelta.models.compatibility import check_fit, check_strength, check_tied, spec_of
+from shiradelta.models.compatibility import check_fit, check_strength, check_tied, remedy_of, spec_of
 from shiradelta.models.names import match_names
 from shiradelta.models.safetensors import Slot
 
@@ -66,7 +66,8 @@ def make_plan(checkpoint: Checkpoint, delta: Delta, strength: float, allow_dtype
         some = "none" if not found else f"only {len(found)}"
         raise BaseMismatchError(
             f"{_label(delta)}: {some} of its {len(wanted)} tensors are in {checkpoint.root}, the first missing is"
-            f" {missing[0]!r} (the base has e.g. {next(iter(checkpoint), 'nothing')!r}); give the model it was made for"
+            f" {missing[0]!r} (the base has e.g. {next(iter(checkpoint), 'nothing')!r});"
+            f" {remedy_of(tensors.values())}"
         )
     for name in new:
         if name in checkpoint:

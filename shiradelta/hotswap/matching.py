@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
 from shiradelta.io.reader import Delta, StoredTensor
-from shiradelta.models.compatibility import TensorSpec, check_fit
+from shiradelta.models.compatibility import TensorSpec, check_fit, remedy_of
 from shiradelta.models.live import Target, is_array
 from shiradelta.models.names import rename_all
 
@@ -69,7 +69,7 @@ def match(
         raise BaseMismatchError(
             f"{label}: {len(few)} of its {len(delta)} tensors are not in the model:"
             f" {', '.join(map(repr, few[:_NAMED]))}{more} (the model has e.g. {next(iter(targets), 'nothing')!r});"
-            " give the model it was made for, map the names with HotSwap(model, names=...), or leave tensors out with"
+            f" {remedy_of(delta.values())}, map the names with HotSwap(model, names=...), or leave tensors out with"
             " skip="
         )
     return matched, tuple(name for name in delta if name not in matched)

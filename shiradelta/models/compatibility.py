@@ -61,6 +61,16 @@ def misfit(tensor: TensorDelta, target: TensorSpec) -> Misfit | None:
     return Misfit.NOT_ADDABLE if found is not Misfit.SHAPE and not exact else found
 
 
+def remedy_of(tensors: Iterable[TensorDelta]) -> str:
+    """What to do with a delta whose names or shapes do not fit; without a base, its tensors have no dtype."""
+    if {tensor.dtype for tensor in tensors if not tensor.operation.creates} == {UNSPECIFIED.name}:
+        return (
+            "it was made without a base, so its names and shapes were not compared with a model's: convert it again"
+            " with --base"
+        )
+    return "give the model it was made for"
+
+
 def check_fit(
     where: str,
     tensor: TensorDelta,
@@ -89,8 +99,8 @@ def check_fit(
     has = f"{where} has elements of {shown or target.dtype} in {model}"
     if found is Misfit.SHAPE:
         raise BaseMismatchError(
-            f"{where} has shape {list(target.shape)} in {model}, the delta was made for {list(tensor.shape)}; give the"
-            " model it was made for"
+            f"{where} has shape {list(target.shape)} in {model}, the delta was made for {list(tensor.shape)};"
+            f" {remedy_of([tensor])}"
         )
     if found is Misfit.NOT_ADDABLE:
         raise BaseMismatchError(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
+import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.errors import BaseMismatchError, DeltaError
 from shiradelta.format.operations import OPERATIONS
@@ -17,9 +21,11 @@ from shiradelta.models.compatibility import (
     difference,
     misfit,
 )
+from tests.conftest import write_model
 
 ADD = TensorDelta((3, 4), [1, 5], [1.0, 2.0], "bfloat16")
 ANY = TensorDelta((3, 4), [1, 5], [1.0, 2.0], "unspecified")
+NEW = TensorDelta((2,), None, np.ones(2, np.float32), "float32", op="new")
 SET = TensorDelta((3, 4), [1], np.array([7], np.int32), "int32", op="set")
 
 
@@ -79,3 +85,15 @@ def test_tied_tensors_have_the_same_delta():
     check_tied("x", ADD, TensorDelta((3, 4), [1, 5], [1.0, 2.0], "bfloat16"), "untie them")
     with pytest.raises(BaseMismatchError, match=r"x is tied to another, .* differently; untie them"):
         check_tied("x", ADD, TensorDelta((3, 4), [1, 5], [1.0, 3.0], "bfloat16"), "untie them")
+
+
+def test_a_delta_made_without_a_base_says_so_where_it_does_not_fit(tmp_path: Path):
+    model = write_model(tmp_path / "model", {"v": torch.zeros(3, 4), "w": torch.zeros(4, 3)})
+    for tensor, remedy in ((ANY, "it was made without a base, .*--base"), (ADD, "give the model it was made for")):
+        for name, what in (("w", r"has shape \[4, 3\]"), ("elsewhere", "are (in|not in)")):
+            shiradelta.save_delta(tmp_path / "x.shd", {name: tensor, "new": NEW})
+            with pytest.raises(BaseMismatchError, match=f"{what} .*; {remedy}"):
+                shiradelta.apply(model, tmp_path / "x.shd")
+            shiradelta.save_delta(tmp_path / "x.shd", {name: tensor})
+            with pytest.raises(BaseMismatchError, match=f"{what} .*; {remedy}"):
+                shiradelta.HotSwap({"w": torch.zeros(4, 3)}).load("x", tmp_path / "x.shd")
