@@ -2,6 +2,7 @@
 #include "bytes.h"
 #include "floats.h"
 #include "index.h"
+#include "operations.h"
 #include "values.h"
 #include "weights.h"
 
@@ -212,14 +213,16 @@ static int run_walk(work *w, const shd_weights *weights, uint64_t first_block, u
 static uint32_t number_of(const shd_delta *delta) { return delta == NULL ? SHD_NO_TENSOR : delta->tensor.number; }
 
 /* The visitor that applies an op. */
-static int visitor_of(int op, visit_fn *visit) {
-    switch (op) {
-    case SHD_OP_ADD: *visit = visit_add; return SHD_OK;
-    case SHD_OP_SET:
-    case SHD_OP_NEW: *visit = visit_set; return SHD_OK;
-    case SHD_OP_DROP: return SHD_WRONG_OPERATION; /* it changes no elements */
-    default: return SHD_UNKNOWN_OP;
+static int visitor_of(uint32_t op, visit_fn *visit) {
+    const shdi_operation *operation = shdi_operation_of(op);
+    if (operation == NULL) {
+        return SHD_UNKNOWN_OP;
     }
+    if (operation->removes) {
+        return SHD_WRONG_OPERATION; /* it changes no elements */
+    }
+    *visit = operation->adds ? visit_add : visit_set;
+    return SHD_OK;
 }
 
 int shd_apply(const shd_delta *delta, const shd_weights *weights, double strength, uint64_t first_block,

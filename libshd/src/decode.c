@@ -81,7 +81,7 @@ int shd_values(const shd_delta *delta, uint64_t first_rank, uint64_t count, floa
     if (delta == NULL || (values == NULL && count != 0) || !ranks_exist(delta, first_rank, count)) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
     }
-    if (delta->tensor.value_codec == SHD_VALUES_BITS) {
+    if (shdi_values_are_elements(delta->tensor.value_codec)) {
         return shdi_fail(status, SHD_WRONG_OPERATION, delta->tensor.number, 0);
     }
     shdi_float_environment environment = shdi_float_enter();
@@ -94,7 +94,7 @@ int shd_elements(const shd_delta *delta, uint64_t first_rank, uint64_t count, vo
     if (delta == NULL || (elements == NULL && count != 0) || !ranks_exist(delta, first_rank, count)) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
     }
-    if (delta->tensor.value_codec != SHD_VALUES_BITS && delta->tensor.value_codec != SHD_VALUES_NONE) {
+    if (!shdi_values_are_elements(delta->tensor.value_codec) && delta->tensor.value_codec != SHD_VALUES_NONE) {
         return shdi_fail(status, SHD_WRONG_OPERATION, delta->tensor.number, 0);
     }
     uint32_t size = shd_dtype_size(delta->tensor.dtype);

@@ -29,7 +29,7 @@ static shdi_fault add_positions(shdi_sha256 *hash, const shd_delta *delta) {
 
 static shdi_fault add_values(shdi_sha256 *hash, const shd_delta *delta) {
     const shd_tensor *tensor = &delta->tensor;
-    if (tensor->value_codec == SHD_VALUES_BITS) {
+    if (shdi_values_are_elements(tensor->value_codec)) {
         shdi_sha256_add(hash, delta->values, (size_t)(tensor->nnz * shd_dtype_size(tensor->dtype)));
         return shdi_ok();
     }

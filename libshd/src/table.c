@@ -4,6 +4,7 @@
 #include "bytes.h"
 #include "dtypes.h"
 #include "index.h"
+#include "operations.h"
 #include "section.h"
 #include "utf8.h"
 #include "values.h"
@@ -89,12 +90,8 @@ static refusal check_ids(const uint8_t *record, shd_tensor *tensor) {
     if (!shdi_dtype_is_known(tensor->dtype)) {
         return shdi_fault_at(SHD_UNKNOWN_DTYPE, AT_DTYPE);
     }
-    switch (tensor->op) {
-    case SHD_OP_ADD:
-    case SHD_OP_SET:
-    case SHD_OP_NEW:
-    case SHD_OP_DROP: break;
-    default: return shdi_fault_at(SHD_UNKNOWN_OP, AT_OP);
+    if (shdi_operation_of(tensor->op) == NULL) {
+        return shdi_fault_at(SHD_UNKNOWN_OP, AT_OP);
     }
     if (shdi_index_codec_of(tensor->index_codec) == NULL) {
         return shdi_fault_at(SHD_UNKNOWN_INDEX_CODEC, AT_INDEX_CODEC);
@@ -139,35 +136,28 @@ static int goes_together(const shd_tensor *tensor) {
         return 0;
     }
     int is_unspecified = tensor->dtype == SHD_UNSPECIFIED;
-    int bits_or_none = no_values || tensor->value_codec == SHD_VALUES_BITS;
-    switch (tensor->op) {
-    case SHD_OP_ADD:
-        if (!(is_unspecified || shdi_dtype_is_addable(tensor->dtype)) || tensor->value_codec == SHD_VALUES_BITS) {
-            return 0;
-        }
-        break;
-    case SHD_OP_SET:
-        if (is_unspecified || !bits_or_none) {
-            return 0;
-        }
-        break;
-    case SHD_OP_NEW:
-        if (is_unspecified || !bits_or_none || tensor->nnz != tensor->numel ||
-            (tensor->numel != 0 && tensor->index_codec != SHD_INDEX_ALL)) {
-            return 0;
-        }
-        break;
-    case SHD_OP_DROP:
-        if (!no_nonzeros) {
-            return 0;
-        }
-        break;
-    default: return 0; /* check_ids() has refused it as SHD_UNKNOWN_OP */
+    int are_elements = shdi_values_are_elements(tensor->value_codec);
+    const shdi_operation *operation = shdi_operation_of(tensor->op);
+    if (operation == NULL) {
+        return 0; /* check_ids() has refused it as SHD_UNKNOWN_OP */
+    }
+    if (operation->adds && (!(is_unspecified || shdi_dtype_is_addable(tensor->dtype)) || are_elements)) {
+        return 0;
+    }
+    if (operation->removes && !no_nonzeros) {
+        return 0;
+    }
+    if (!operation->adds && !operation->removes && (is_unspecified || !(no_values || are_elements))) {
+        return 0;
+    }
+    if (operation->creates &&
+        (tensor->nnz != tensor->numel || (tensor->numel != 0 && tensor->index_codec != SHD_INDEX_ALL))) {
+        return 0;
     }
     uint32_t fingerprints = tensor->flags & (SHD_HAS_BASE_FINGERPRINT | SHD_HAS_RESULT_FINGERPRINT);
     return !((is_unspecified && fingerprints != 0) ||
-             (tensor->op == SHD_OP_NEW && (fingerprints & SHD_HAS_BASE_FINGERPRINT) != 0) ||
-             (tensor->op == SHD_OP_DROP && (fingerprints & SHD_HAS_RESULT_FINGERPRINT) != 0));
+             (operation->creates && (fingerprints & SHD_HAS_BASE_FINGERPRINT) != 0) ||
+             (operation->removes && (fingerprints & SHD_HAS_RESULT_FINGERPRINT) != 0));
 }
 
 static refusal check_fingerprints(const uint8_t *record, shd_tensor *tensor) {

@@ -34,6 +34,11 @@ static const codec_row *codec_of(uint32_t id) {
 
 int shdi_value_codec_is_known(uint32_t id) { return codec_of(id) != NULL; }
 
+int shdi_values_are_elements(uint32_t id) {
+    const codec_row *codec = codec_of(id);
+    return codec != NULL && codec->element_bits == BITS_OF_DTYPE;
+}
+
 /* ---- Layout ---- */
 
 static uint64_t parameters_size(const codec_row *codec, uint64_t count) {

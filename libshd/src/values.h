@@ -21,6 +21,9 @@ shdi_encode_fn shdi_encode_f32, shdi_encode_f16, shdi_encode_bf16, shdi_encode_i
 /* The id is one of the registry's, SHD_VALUES_NONE included. */
 int shdi_value_codec_is_known(uint32_t id);
 
+/* The codec stores elements as bits of the tensor's dtype, not floats. */
+int shdi_values_are_elements(uint32_t id);
+
 /* Values of ranks [rank, rank + count), which exist, as binary32. Refuses those that section 5 does. Values that are no
  * floats are SHD_WRONG_OPERATION, an unknown codec is SHD_UNKNOWN_VALUE_CODEC. */
 shdi_fault shdi_values_decode(const shd_delta *delta, uint64_t rank, uint64_t count, float *values);

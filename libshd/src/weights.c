@@ -3,6 +3,7 @@
 
 #include "dtypes.h"
 #include "floats.h"
+#include "operations.h"
 
 /* ---- What a call may do ---- */
 
@@ -32,14 +33,14 @@ int shdi_check_weights(const shd_delta *delta, const shd_weights *weights, const
 }
 
 int shdi_check_strength(const shd_tensor *tensor, double strength) {
-    int allowed;
-    switch (tensor->op) {
-    case SHD_OP_ADD: allowed = shdi_is_finite((float)strength); break;
-    case SHD_OP_SET:
-    case SHD_OP_NEW: allowed = strength == 1.0; break;
-    case SHD_OP_DROP: return SHD_WRONG_OPERATION;
-    default: return SHD_UNKNOWN_OP;
+    const shdi_operation *operation = shdi_operation_of(tensor->op);
+    if (operation == NULL) {
+        return SHD_UNKNOWN_OP;
     }
+    if (operation->removes) {
+        return SHD_WRONG_OPERATION;
+    }
+    int allowed = operation->adds ? shdi_is_finite((float)strength) : strength == 1.0;
     return allowed ? SHD_OK : SHD_BAD_STRENGTH;
 }
 

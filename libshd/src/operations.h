@@ -1,0 +1,22 @@
+/* The operations of REGISTRY.md. */
+#ifndef SHD_OPERATIONS_H
+#define SHD_OPERATIONS_H
+
+#include "internal.h"
+
+SHDI_BEGIN
+
+/* What an operation does to a tensor. The flags are 0 or 1; an operation without any replaces elements. */
+typedef struct shdi_operation {
+    uint8_t is_known;
+    uint8_t adds;    /* floats are added to elements, with a strength */
+    uint8_t creates; /* the whole tensor is new */
+    uint8_t removes; /* the whole tensor goes; there are no nonzeros */
+} shdi_operation;
+
+/* The operation of an id. NULL for an unknown id. */
+const shdi_operation *shdi_operation_of(uint32_t id);
+
+SHDI_END
+
+#endif
