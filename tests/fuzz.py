@@ -38,6 +38,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `tests` is found, as under pytest
 
 import shiradelta as sd
+from shiradelta.backends.choose import FILE_BACKENDS
 from shiradelta.errors import FormatError
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.registry import DTYPE_OF_NAME
@@ -347,7 +348,7 @@ def by_package(data: bytes, seed: int, backend: str) -> tuple[Outcome, list[byte
 
 
 #: The package's, as far as they are there; the first decides what a file is counted as.
-BACKENDS = [name for name in ("numpy", "libshd") if is_available(name)]
+BACKENDS = [name for name in reversed([*FILE_BACKENDS]) if is_available(name)]
 
 
 def problem_of(data: bytes, seed: int) -> tuple[str, str | None]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import shiradelta as sd
+from shiradelta.backends.choose import FILE_BACKENDS
 from shiradelta.errors import REASONS, FormatError
 from shiradelta.format import arithmetic
 from shiradelta.format import registry as ids
@@ -82,7 +83,7 @@ def test_refusal_is_one_line_that_names_file_and_reason(name):
     assert f"[{reason}]" in text
 
 
-@pytest.mark.parametrize("backend", [name for name in ("numpy", "libshd") if is_available(name)])
+@pytest.mark.parametrize("backend", [name for name in FILE_BACKENDS if is_available(name)])
 def test_parts_of_an_invalid_file_are_refused_or_consistent(backend):
     """rows() does not look at everything, so it may accept what the whole is refused for."""
     for name in REFUSED:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import shiradelta as sd
+from shiradelta.hotswap.choose import LIVE_BACKENDS
 from tests.swapping import GPU, adapter, bits, formula, random_delta, weights
 
 pytestmark = pytest.mark.skipif(not GPU, reason="no GPU, or Triton's interpreter is on")
@@ -31,7 +32,7 @@ def session(layer: torch.nn.Linear, backend: str = "auto") -> tuple[sd.HotSwap, 
     return swap, files
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", [name for name, row in LIVE_BACKENDS.items() if row.works_on("cuda")])
 def test_work_before_sees_the_old_weights_and_work_after_the_new(layer: torch.nn.Linear, backend: str):
     """Forward passes and switches are queued on a stream without waiting for any of them."""
     swap, files = session(layer, backend)
@@ -111,7 +112,7 @@ def test_memory(layer: torch.nn.Linear):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", [name for name, row in LIVE_BACKENDS.items() if row.works_on("cuda")])
 def test_a_model_on_two_gpus(backend: str):
     """Each part on its own device's stream, whichever device is current."""
     model = {f"w{i}": weights(SHAPE, "bfloat16", i).to(f"cuda:{i}") for i in range(2)}
