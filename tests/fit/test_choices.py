@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from shiradelta.cli import main
 from shiradelta.errors import ArgumentError
@@ -25,10 +26,10 @@ def option(name: str) -> Any:
 
 @pytest.mark.parametrize(("name", "registry"), [("fit_mask", MASKS), ("fit_method", METHODS)])
 def test_the_command_line_has_every_row_and_explains_it(name: str, registry: Any):
-    found = option(name)
-    assert tuple(found.type.choices) == tuple(registry)
+    assert tuple(option(name).type.choices) == tuple(registry)
+    shown = " ".join(CliRunner().invoke(main, ["convert", "--help"]).output.split())
     for row in registry.values():
-        assert row.help in found.help
+        assert f"{row.name} ({row.help})" in shown
 
 
 @pytest.fixture
