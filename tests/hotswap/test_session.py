@@ -24,7 +24,19 @@ from shiradelta.format.codecs import VALUE_OPTIONS
 from shiradelta.hotswap import session as hotswap
 from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.numpy import NumpyBackend
-from tests.swapping import BACKENDS, DEVICE, DTYPES, GPU, adapter, bits, file, formula, random_delta, weights
+from tests.swapping import (
+    BACKENDS,
+    BACKENDS_IN_TIME,
+    DEVICE,
+    DTYPES,
+    GPU,
+    adapter,
+    bits,
+    file,
+    formula,
+    random_delta,
+    weights,
+)
 
 # Triton's interpreter computes in NumPy, which warns of infinities and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -43,7 +55,7 @@ def make(model: object, backend: str = "auto", **files: bytes) -> HotSwap:
 # ------------------------------------------------------------------------------------------------ bits
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values", VALUES)
 def test_every_value_codec_on_every_dtype(backend: str, dtype: str, values: str):
@@ -138,7 +150,7 @@ def test_positions_past_31_and_32_bits(backend: str, numel: int, dtype: str):
     assert not base[at].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_many_blocks_and_tensors_of_all_ranks(backend: str):
     shapes = {"scalar": (), "vector": (50,), "cube": (7, 11, 13), "large": (300, 1000), "empty": (0, 4), "none": (5, 5)}
     base = {name: weights(shape, "bfloat16", i) for i, (name, shape) in enumerate(shapes.items())}

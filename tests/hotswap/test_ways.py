@@ -10,7 +10,7 @@ import torch
 
 import shiradelta as sd
 from shiradelta.hotswap.choose import new_backend
-from tests.swapping import BACKENDS, BACKENDS_IN_TIME, adapter, bits, formula, random_delta, weights
+from tests.swapping import BACKENDS_IN_TIME, adapter, bits, formula, random_delta, weights
 
 #: Triton's interpreter computes in NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -82,6 +82,7 @@ def test_every_way_gives_the_formula(backend: str, files: dict[str, bytes]):
             assert np.array_equal(bits(tensor), formula(before[name], "bfloat16", chosen, name)), (way, name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_a_pair_that_fails_at_its_overlaps_leaves_the_base(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
     """By then the second adapter has saved, where both are, what the first has made of the base."""
@@ -117,7 +118,7 @@ def test_a_pair_that_fails_at_its_overlaps_leaves_the_base(files: dict[str, byte
         assert np.array_equal(bits(tensor), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_sums_in_other_dtypes(backend: str, dtype: str):
     shape = (100, 90)

@@ -62,6 +62,7 @@ def test_own_tests_pass(sanitize: bool, tmp_path: Path):
     assert run(program).endswith(" 0 failed\n")
 
 
+@pytest.mark.slow
 @linux
 @needs("nm", "strip")
 def test_shared_library_is_small_and_needs_nothing(tmp_path: Path):

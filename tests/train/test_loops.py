@@ -263,6 +263,7 @@ def test_compiled():
     assert train_net(compiled=True) == pytest.approx(train_net(compiled=False), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("prune_steps", [0, 2])
 def test_compiled_with_checkpointing(prune_steps: int):
@@ -297,6 +298,7 @@ def test_weights_that_were_put_in_anew_are_patched_and_given_back():
     assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path):
     """DistributedDataParallel and FSDP2, by gloo; masks are the same on both, too, also with pruning."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -74,7 +74,13 @@ def test_it_learns_and_the_file_fits_the_folder(model: str, kind: str, folders: 
 
 
 @pytest.mark.parametrize(
-    "options", [{"sparsity": "1:8"}, {"sparsity": 0.02}, {"sparsity": 0.02, "scope": "model"}], ids=str
+    "options",
+    [
+        pytest.param({"sparsity": "1:8"}, marks=pytest.mark.slow),
+        {"sparsity": 0.02},
+        pytest.param({"sparsity": 0.02, "scope": "model"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_an_interrupted_run_goes_on_exactly(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
