@@ -35,7 +35,7 @@ bench: $(STAMP)
 # All readers against each other, then libshd's own fuzz targets; each for so many seconds.
 fuzz: TIME ?= 60
 fuzz: $(STAMP)
-	$(BIN)/python tests/fuzz.py --count 1000000000 --seconds $(TIME)
+	$(BIN)/python -m tests.fuzz --count 1000000000 --seconds $(TIME)
 	libshd/fuzz/run.sh $(TIME) build/fuzz
 
 vectors: $(STAMP)

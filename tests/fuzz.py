@@ -1,8 +1,8 @@
 """A deterministic fuzzer of the format: mutated vectors, read by both backends of the package and by the decoder.
 
-    python tests/fuzz.py --count 100000 --seed 1          the full job
-    python tests/fuzz.py --seconds 60 --seed 1            as much of it as that time allows
-    python tests/fuzz.py --seed 1 --only 4711 --keep DIR  one case again, its file kept
+    python -m tests.fuzz --count 100000 --seed 1          the full job
+    python -m tests.fuzz --seconds 60 --seed 1            as much of it as that time allows
+    python -m tests.fuzz --seed 1 --only 4711 --keep DIR  one case again, its file kept
 
 Every file must be read completely or be refused with a reason, all readers must say the same, and both backends must
 make the same of the same weights.  Anything else is a finding: another exception, contents that break an invariant, a
@@ -33,9 +33,6 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import numpy as np
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `tests` is found, as under pytest
 
 import shiradelta as sd
 from shiradelta.backends.choose import FILE_BACKENDS
