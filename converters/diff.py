@@ -19,7 +19,7 @@ from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.peft import ADAPTER, PREFIX, parse_shira_key
 from shiradelta.select.topk import Rows, row_shape
 
-from .item import Item, Skipped, SkipReason, Source
+from .item import CONVERTED, Item, Skipped, SkipReason, Source
 from .lora_keys import find_tensors
 from .sources import SourceFiles, source
 
@@ -77,8 +77,10 @@ def open_diff(files: SourceFiles) -> Source:
     result = Source()
     found, lacking = dict.fromkeys(tensors, ""), dict[str, Skipped]()
     if base is not None:
-        shapes = {name: source[keys["dense"]].shape if "dense" in keys else () for name, keys in tensors.items()}
-        found, lacking = find_tensors(shapes, base)
+        shapes = {name: source[keys["dense"]].shape if "dense" in keys else None for name, keys in tensors.items()}
+        in_base = find_tensors(shapes, base)
+        found = in_base.found
+        lacking = in_base.lacking | dict.fromkeys(in_base.converted, CONVERTED)
     for name, keys in tensors.items():
         item = _item(source, keys, found[name] or name, base) if name in found else lacking[name]
         if isinstance(item, Skipped):

@@ -12,7 +12,7 @@ from shiradelta.format.arithmetic import Array, Float32, to_float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
-from shiradelta.models.names import match_names
+from shiradelta.models.library import match_names
 from shiradelta.models.safetensors import Slot
 from shiradelta.select.topk import Rows, row_shape
 
@@ -37,7 +37,11 @@ def open_full(files: SourceFiles) -> Source:
     refuse_unmerged(source)
     if base is None:
         raise SourceError(f"{files.path}: a full fine-tune needs the model that it was made from; give --base MODEL")
-    found = match_names({name: slot.shape for name, slot in source.items()}, base)
+    matched = match_names({name: slot.shape for name, slot in source.items()}, base)
+    found = matched.names
+    if matched.unclear:
+        why = next(iter(matched.unclear.values()))
+        raise SourceError(f"{source.root}: {why} of {base.root}; rename it in the source")
     if not found:
         result.skipped = dict.fromkeys(source, Skipped(SkipReason.NO_TARGET, f"{base.root} has no such tensor"))
         return result

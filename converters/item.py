@@ -111,6 +111,8 @@ class Skipped:
 
 #: The base lacks a tensor.
 NO_TARGET = Skipped(SkipReason.NO_TARGET, "the base has no such tensor")
+#: The base has it, but stacked, split or transposed.
+CONVERTED = Skipped(SkipReason.UNSUPPORTED, "the base stores it in another form, as other tensors; merge it first")
 
 
 @dataclass

@@ -16,7 +16,8 @@ from shiradelta.select.topk import Rows, row_shape
 
 from . import diff, lycoris
 from .item import Item, Skipped, SkipReason, Source
-from .lora_keys import Module, find_attention, find_tensors, parse_key, refuse_unmerged, sort_keys
+from .lora_converted import Change, add_converted
+from .lora_keys import BaseTensors, Module, find_attention, find_tensors, parse_key, refuse_unmerged, sort_keys
 from .lora_scale import Scale, number
 from .lora_whole import add_whole
 from .orientation import find_transposed
@@ -63,8 +64,9 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
         )
     differences = {key: parsed[0] for key in others if (parsed := diff.parse_key(key)) and parsed[1] == "dense"}
     others |= differences
-    names, lacking = _names(source, tensors, shapes, others, base)
-    result.skipped |= {module: lacking[tensor] for module, tensor in tensors.items() if tensor in lacking}
+    there = _tensors(source, tensors, shapes, others, base)
+    names = there.found
+    result.skipped |= {module: there.lacking[tensor] for module, tensor in tensors.items() if tensor in there.lacking}
     matched = {module: names[tensor] for module, tensor in tensors.items() if tensor in names}
     swapped = find_transposed({m: modules[m] for m in matched}, shapes, scale, matched, base, result)
     taken: set[str] = set()
@@ -76,8 +78,16 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
             item = Skipped(SkipReason.CONFLICT, f"another module changes {name!r} already")
         result.add(module, item)
         taken |= {name} if isinstance(item, Item) else set()
+    if base is not None:
+        changes = {
+            module: Change(partial(_change, source, module, modules[module], scale, alphas.get(module), shape), shape)
+            for module, shape in shapes.items()
+            if tensors[module] in there.converted
+        }
+        add_converted(changes, {module: there.converted[tensors[module]] for module in changes}, base, result)
+        taken |= {item.name for item in result.items}
     if base is None or taken:  # without any match the base is another model
-        add_whole(source, others, set(differences), names, scale, base, result)
+        add_whole(source, others, set(differences), names, scale, base, result, there.tied)
     lone = Skipped(SkipReason.EMPTY, "an alpha without factors")
     result.skipped |= {key: lone for module, key in alpha_keys.items() if module not in modules}
     for module in modules.keys() & result.skipped.keys():
@@ -146,23 +156,23 @@ def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] 
     return (b[0], *a[1:])
 
 
-def _names(
+def _tensors(
     source: Checkpoint,
     tensors: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     others: Mapping[str, str],
     base: Checkpoint | None,
-) -> tuple[dict[str, str], dict[str, Skipped]]:
+) -> BaseTensors:
     """As `find_tensors`, for modules and for tensors saved whole; keeps the source's names without a base."""
     if base is not None:
-        whole = {name: source[key].shape for key, name in others.items()}
+        whole: dict[str, tuple[int, ...] | None] = {name: source[key].shape for key, name in others.items()}
         return find_tensors(whole | {tensors[module]: shape for module, shape in shapes.items()}, base)
     mangled = [module for module in tensors if "." not in module and "_" in module]
     if mangled:
         raise SourceError(
             f"{source.root}: {mangled[0]!r} has underscores for dots, so its tensor is unknown; give --base MODEL"
         )
-    return {tensor: tensor for tensor in tensors.values()}, {}
+    return BaseTensors({tensor: tensor for tensor in tensors.values()})
 
 
 def _item(

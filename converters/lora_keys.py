@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
-from shiradelta.models.names import match_names
+from shiradelta.models.library import Converted, match_names
+from shiradelta.models.names import Named
 from shiradelta.models.peft import ADAPTER, BASE_LAYER, PREFIX, unwrap
 
 from .item import NO_TARGET, Skipped, SkipReason
@@ -217,7 +218,7 @@ class _Base:
                 return name
         return None
 
-    def one_component(self, places: Mapping[str, _InPipeline], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    def one_component(self, places: Mapping[str, _InPipeline], shapes: Named) -> set[str]:
         """The components of a file that the base may be: by its folder's name, else by what fits."""
         spelt = {place.component: place.components for place in places.values()}
         root = self.base.root if self.base.root.is_dir() else self.base.root.parent
@@ -227,20 +228,37 @@ class _Base:
         fits = Counter(
             place.component
             for name, place in places.items()
-            if (found := self.find(place)) and sorted(self.base[found].shape) == sorted(shapes[name])
+            if (found := self.find(place)) and sorted(self.base[found].shape) == sorted(shapes[name] or ())
         )
         return {component for component in spelt if fits[component] == max(fits.values(), default=0)}
 
 
-def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tuple[dict[str, str], dict[str, Skipped]]:
-    """Finds tensors in a base: (wanted name -> the base's, wanted name -> why there is none).
+@dataclass
+class BaseTensors:
+    """The tensors of a base that a source changes.
+
+    Attributes:
+        found: wanted name -> the base's name.
+        tied: wanted name -> the base's name of the tensor that it is tied to; it is in `found`, too.
+        converted: wanted name -> where the base has its elements, if it stores them in another form.
+        lacking: wanted name -> why there is none.
+    """
+
+    found: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    converted: dict[str, Converted] = field(default_factory=dict)
+    lacking: dict[str, Skipped] = field(default_factory=dict)
+
+
+def find_tensors(wanted: Named, base: Checkpoint) -> BaseTensors:
+    """Finds tensors in a base.
 
     Args:
         wanted: names as a file has them -> shapes, in any order of the dimensions.
         base: the checkpoint to search.
     """
-    found: dict[str, str] = {}
-    lacking: dict[str, Skipped] = {}
+    result = BaseTensors()
+    found, lacking = result.found, result.lacking
     there = _Base(base)
     places = {name: place for name in wanted if name not in base and (place := _InPipeline.of(name)) is not None}
     if not there.components and not there.single_file:
@@ -257,11 +275,16 @@ def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tup
         if name not in lacking and (tensor := there.find(place)) is not None:
             found[name] = tensor
     rest = [name for name in wanted if name not in found and name not in lacking]
-    matched = match_names(dict.fromkeys(rest, ()), base)
+    matched = match_names({name: wanted[name] for name in rest}, base)
+    result.tied, result.converted = matched.tied, matched.converted
     for name in rest:
-        tensor = matched.get(name) or there.by_mangled(name)
+        tensor = matched.names.get(name) or there.by_mangled(name)
         if tensor is not None:
             found[name] = tensor
+        elif name in matched.converted:
+            continue
+        elif name in matched.unclear:
+            lacking[name] = Skipped(SkipReason.NO_TARGET, f"{matched.unclear[name]} of {base.root}")
         elif _ORIGINAL.search(name) and not there.original:
             why = "it has the original checkpoint's name, the base has diffusers'; convert its keys first"
             lacking[name] = Skipped(SkipReason.NO_TARGET, why)
@@ -272,4 +295,4 @@ def find_tensors(wanted: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tup
             lacking[name] = Skipped(SkipReason.NO_TARGET, why)
         else:
             lacking[name] = NO_TARGET
-    return found, lacking
+    return result

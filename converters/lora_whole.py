@@ -10,7 +10,6 @@ from shiradelta.format.arithmetic import to_float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
-from shiradelta.models.names import tied_slot
 from shiradelta.models.peft import CONFIG, ORIGINAL_MODULE
 
 from . import diff, full
@@ -27,6 +26,7 @@ def add_whole(
     scale: Scale,
     base: Checkpoint | None,
     result: Source,
+    tied: Mapping[str, str],
 ) -> None:
     """Adds the tensors that a LoRA saves whole: changed ones, and new ones where the LoRA means to add them.
 
@@ -38,8 +38,10 @@ def add_whole(
         scale: what the configuration says.
         base: the base's checkpoint, or None.
         result: where items and skipped tensors go.
+        tied: tensor's name -> the base's tensor that it is tied to.
     """
     lost: dict[str, Skipped] = {}
+    names = {name: found for name, found in names.items() if name not in tied}
     taken = dict.fromkeys((item.name for item in result.items), "")  # tensor -> the key that is its new value
     for key, name in keys.items():
         found = names.get(name)
@@ -59,7 +61,7 @@ def add_whole(
                 if isinstance(item, Skipped):
                     item = diff.lost_difference(source, {"dense": key}, item)
             else:
-                item = _whole(source, key, name, found, scale, base)
+                item = _whole(source, key, name, found, scale, base, tied.get(name))
             if isinstance(item, Skipped):
                 lost[key] = item.called(name, found)
             else:
@@ -112,12 +114,11 @@ def _tokens(
 
 
 def _whole(
-    source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint
+    source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint, tied: str | None
 ) -> Item | Skipped:
     """A tensor saved whole: its change, or the tensor itself where the LoRA means to add it."""
     if found is not None:
         return full.difference(source, key, base, found)
-    tied = tied_slot(base, name, source[key].shape)
     if tied is not None:
         why = f"the base ties it to {tied!r}, which would change too; untie them in the base first"
         return Skipped(SkipReason.NO_TARGET, why)

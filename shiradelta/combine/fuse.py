@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from shiradelta.io.reader import open_delta
 from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import TensorSpec, difference, spec_of
-from shiradelta.models.names import match_names
+from shiradelta.models.library import match_names
 from shiradelta.util.arrays import RepeatedPositionError, join_sorted
 from shiradelta.util.files import check_target
 from shiradelta.util.progress import Progress
@@ -73,6 +73,7 @@ class _Options:
         seed: the seed of the random choice.
         inputs: number of deltas.
         checkpoint: the base.
+        names: the inputs' names -> the base's.
     """
 
     method: MergeMethod
@@ -80,6 +81,7 @@ class _Options:
     seed: int
     inputs: int
     checkpoint: Checkpoint | None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def fuse(
@@ -129,7 +131,10 @@ def fuse(
         opened = [(stack.enter_context(open_delta(path)), strength) for path, strength in deltas.items()]
         opened.sort(key=lambda pair: pair[0].digest)
         check_distinct([delta for delta, _ in opened])
-        names = sorted({name for delta, _ in opened for name in delta}, key=str.encode)
+        shapes = {name: tensor.shape for delta, _ in opened for name, tensor in delta.items()}
+        names = sorted(shapes, key=str.encode)
+        if checkpoint is not None:
+            options = replace(options, names=match_names(shapes, checkpoint).names)
         shared = conflicts = nnz = 0
         with writing(out, values) as writer:
 
@@ -176,7 +181,7 @@ def _fuse_tensor(name: str, parts: Sequence[Part], options: _Options) -> tuple[T
     spec = spec_of(with_dtype(name, [delta for delta, _, _ in parts])[name])
     base = None
     if options.checkpoint is not None:
-        in_base = _find_base(options.checkpoint, name, spec)
+        in_base = _find_base(options.checkpoint, options.names.get(name), name, spec)
         spec, base = spec_of(options.checkpoint[in_base]), options.checkpoint.bits(in_base)
     if not first.operation.adds:
         positions, bits = _union_of_sets(name, parts)
@@ -222,13 +227,12 @@ def _union_of_sets(name: str, parts: Sequence[Part]) -> tuple[Positions, Array]:
         ) from None
 
 
-def _find_base(checkpoint: Checkpoint, name: str, spec: TensorSpec) -> str:
-    """The name of a tensor in the base.
+def _find_base(checkpoint: Checkpoint, found: str | None, name: str, spec: TensorSpec) -> str:
+    """The name of a tensor in the base, once it has been checked.
 
     Raises:
         BaseMismatchError: the base does not have it, or its shape or dtype differs.
     """
-    found = match_names({name: spec.shape}, checkpoint).get(name)
     if found is None or difference(checkpoint[found], spec) is not None:
         raise BaseMismatchError(
             f"{checkpoint.root}: tensor {name!r} is missing or of another shape or dtype; give the inputs' base"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from shiradelta.fit.fitted import FitJob
-from shiradelta.models.names import rename_all
+from shiradelta.models.names import find_names
 
 
 @contextmanager
@@ -21,7 +21,8 @@ def restored(job: FitJob) -> Iterator[None]:
     names = dict(model.named_parameters(remove_duplicate=False))
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in names.values()]
-    overwritten = {names[own] for own in rename_all([name for name, _ in job.exact], names).values()}
+    exact = find_names({name: delta.shape for name, delta in job.exact}, dict.fromkeys(names)).names
+    overwritten = {names[own] for own in exact.values()}
     kept = [(parameter, parameter.detach().clone()) for parameter in overwritten]
     try:
         yield

@@ -20,7 +20,7 @@ from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.fit.tuned_weights import TunedWeights, can_write_exact, dense, write_exact
 from shiradelta.models import loading
-from shiradelta.models.names import rename_all
+from shiradelta.models.names import find_names
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.largest_torch import largest, largest_of_all
 from shiradelta.text.pooling import find_pooling
@@ -65,8 +65,9 @@ class Subject:
         missing = self._match(job, names)
         self._check_missing(job, missing)
         self.warnings = _not_fitted(missing)
+        found = find_names({name: delta.shape for name, delta in job.exact}, dict.fromkeys(names)).names
         for name, delta in job.exact:
-            own = rename_all([name], names).get(name)
+            own = found.get(name)
             if own is not None and can_write_exact(name, names[own].shape, delta):
                 write_exact(flat(names[own]), delta)
         self.teacher = Teacher(self.model, self.fitted.tuned, self.behaviour)
@@ -88,7 +89,7 @@ class Subject:
 
     def _match(self, job: FitJob, names: Mapping[str, nn.Parameter]) -> list[FitTarget]:
         """Finds the targets in the model; returns the missing ones."""
-        found = rename_all([target.name for target in job.targets], names)
+        found = find_names({target.name: None for target in job.targets}, dict.fromkeys(names)).names
         if not found:
             name = job.targets[0].name
             raise SourceError(f"{job.base}: the loaded model has no tensor {name!r}; give model and forward")

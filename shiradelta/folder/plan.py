@@ -9,7 +9,7 @@ from shiradelta.errors import BaseMismatchError
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.compatibility import check_fit, check_strength, check_tied, remedy_of, spec_of
-from shiradelta.models.names import match_names
+from shiradelta.models.library import match_names
 from shiradelta.models.safetensors import Slot
 
 
@@ -60,8 +60,14 @@ def make_plan(checkpoint: Checkpoint, delta: Delta, strength: float, allow_dtype
     check_strength(_label(delta), strength, operations, "leave --strength at 1")
     new = {name: tensor for name, tensor in tensors.items() if tensor.operation.creates}
     wanted = {name: tensor.shape for name, tensor in tensors.items() if name not in new}
-    found = match_names(wanted, checkpoint)
+    matched = match_names(wanted, checkpoint)
+    found = matched.names
     missing = [name for name in wanted if name not in found]
+    if matched.unclear:
+        name, why = next(iter(matched.unclear.items()))
+        raise BaseMismatchError(
+            f"{_label(delta)}: {why} of {checkpoint.root}; rename {name!r} in the source, and convert it again"
+        )
     if missing:
         some = "none" if not found else f"only {len(found)}"
         raise BaseMismatchError(

@@ -18,7 +18,7 @@ from shiradelta.io.reader import Delta, StoredTensor, open_delta
 from shiradelta.io.recognise import Wanted, explain
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import difference
-from shiradelta.models.names import match_names
+from shiradelta.models.library import match_names
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _verify_unmanaged(root: Path, delta: Delta | str | os.PathLike[str] | None) 
 
 def _unlike(checkpoint: Checkpoint, delta: Delta) -> dict[str, str | None]:
     """State -> the first tensor that contradicts it; None if all agree."""
-    found = match_names({name: tensor.shape for name, tensor in delta.items()}, checkpoint)
+    found = match_names({name: tensor.shape for name, tensor in delta.items()}, checkpoint).names
     unlike: dict[str, str | None] = {"base": None, "patched": None}
     compared = False
     for name, tensor in delta.items():

@@ -9,7 +9,7 @@ from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.compatibility import TensorSpec, check_fit, remedy_of
 from shiradelta.models.live import Target, is_array
-from shiradelta.models.names import rename_all
+from shiradelta.models.names import Found, Named, find_names
 
 #: The file's name of a tensor -> the model's, or None to skip the tensor.
 Names = Mapping[str, str] | Callable[[str], str | None]
@@ -42,7 +42,9 @@ def match(
         ArgumentError: a pattern matches no tensor that would be refused without it.
     """
     mapped = {name: other for name in delta if (other := _mapped(names, name)) is not None}
-    found = rename_all([mapped[name] for name in mapped if not delta[name].operation.restructures], targets)
+    wanted = {other: delta[name].shape for name, other in mapped.items() if not delta[name].operation.restructures}
+    searched = _find(wanted, targets)
+    found = searched.names
     matched: dict[str, str] = {}
     refused: list[str] = []
     for name, other in mapped.items():
@@ -63,6 +65,10 @@ def match(
                 " does not allow; use shiradelta.apply on its folder and load that, or leave the tensor out with skip="
             )
     missing = [name for name in refused if name not in matched and name not in allowed]
+    unclear = [name for name in missing if mapped[name] in searched.unclear]
+    if unclear:
+        why = searched.unclear[mapped[unclear[0]]]
+        raise BaseMismatchError(f"{label}: {why} of the model; map the names with HotSwap(model, names=...)")
     if missing or not matched:
         few = missing or list(delta)
         more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
@@ -73,6 +79,20 @@ def match(
             " skip="
         )
     return matched, tuple(name for name in delta if name not in matched)
+
+
+def _find(wanted: Named, targets: Mapping[str, Target]) -> Found:
+    """Finds names among all that the model's tensors have: those in memory come before those in the checkpoint."""
+    shapes = {name: target.shape for name, target in targets.items()}
+    found = Found({name: name for name in wanted if name in shapes})
+    for of_checkpoint in (False, True):
+        rest = {name: shape for name, shape in wanted.items() if name not in found.names}
+        have = {name: shape for name, shape in shapes.items() if bool(targets[name].view) is of_checkpoint}
+        searched = find_names(rest, have)
+        found.unclear |= searched.unclear
+        found.names |= searched.names
+    found.unclear = {name: why for name, why in found.unclear.items() if name not in found.names}
+    return found
 
 
 def _mapped(names: Names | None, name: str) -> str | None:

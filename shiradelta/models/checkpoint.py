@@ -28,14 +28,21 @@ class Checkpoint(Mapping[str, Slot]):
     """Name -> `Slot`, of a safetensors file, a model's folder, or a pipeline's folder of such folders.
 
     In a pipeline a name is `component/name`, the component being the subfolder.
+
+    Attributes:
+        root: the file or folder.
+        shards: the files.
+        folders: what stands before the names of a folder's tensors ("unet/", or "" in a model's folder) -> the folder.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.shards = tuple(read_shard(file) for file in weight_files(root))
+        self.folders: dict[str, Path] = {}
         self._slots: dict[str, Slot] = {}
         for shard in self.shards:
             prefix = "" if shard.file.parent == root or root.is_file() else f"{shard.file.parent.name}/"
+            self.folders[prefix] = shard.file.parent
             for slot in shard.slots:
                 name = prefix + slot.name
                 if name in self._slots:

@@ -17,7 +17,9 @@ import numpy as np
 from shiradelta.errors import TargetError
 from shiradelta.format import registry
 from shiradelta.models import peft
-from shiradelta.models.refusals import PLAIN, Refusal, RefusalKind, computed_tensors, refusal_of, view_refusal
+from shiradelta.models.refusals import CONVERTED, Refusal, RefusalKind, computed_tensors, refusal_of
+from shiradelta.models.saved import SavedTensor, saved_tensors
+from shiradelta.models.views import contiguous
 
 #: (names -> tensors of a module, a name there).
 Home = tuple[Mapping[str, Any], str]
@@ -111,6 +113,9 @@ def live_tensors(model: Any) -> dict[str, Target]:
     same: dict[tuple[object, ...], Target] = {}
     homes = _homes(model)
     for name, tensor, view in _named(model):
+        if isinstance(view, Refusal):
+            found.setdefault(name, Target(name, _NOTHING, "?", view))
+            continue
         target = _target(name, tensor, view, homes)
         key = id(tensor) if target.refusal else _identity(target.tensor)
         found.setdefault(name, same.setdefault((key, target.dtype), target))
@@ -150,17 +155,20 @@ def _is_tensor(value: Any) -> bool:
     return is_array(value) or (torch is not None and isinstance(value, torch.Tensor))
 
 
-def _named(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any] | None]]:
-    """(name, tensor, (kind of view, tensor that it views)); the module's own names come first."""
+def _named(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any] | Refusal | None]]:
+    """(name, tensor, (kind of view, tensor that it views) or why there is none); the module's own names come first."""
     if _is_module(model):
         own = dict(model.named_parameters(remove_duplicate=False))
         own |= model.named_buffers(remove_duplicate=False)
+        saved = {tensor.name: tensor for tensor in saved_tensors(model) if not _is_own(tensor, own)}
         for name, tensor in own.items():
-            yield name, tensor, None
+            if name not in saved:
+                yield name, tensor, None
         for name, tensor in own.items():  # PEFT puts this between a layer and its weight
             if peft.BASE_LAYER in name:
                 yield name.replace(peft.BASE_LAYER, "."), tensor, None
-        yield from _as_in_checkpoint(model)
+        for name, stored in saved.items():
+            yield name, *_as_saved(stored, own)
         return
     for name, value in model.items():
         if _is_module(value):
@@ -168,6 +176,22 @@ def _named(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any] | None]]:
                 yield f"{name}/{inner}", tensor, view
         elif _is_tensor(value):
             yield name, value, None
+
+
+def _is_own(saved: SavedTensor, own: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint holds a tensor under its name in memory, as it is."""
+    return saved.renamed is not None and own[saved.renamed] is own.get(saved.name)
+
+
+def _as_saved(saved: SavedTensor, own: Mapping[str, Any]) -> tuple[Any, tuple[str, Any] | Refusal]:
+    """(a checkpoint's tensor as a view of a weight, (kind of view, the weight)), or why it is no view."""
+    if saved.parts is not None and len(saved.parts) == 1:
+        weight, view = saved.parts[0]
+        if view.is_whole and view.stored == contiguous(view.shape):
+            box, holder = view.weight, own[weight]
+            tensor = holder.detach().as_strided(box.shape, box.strides, holder.storage_offset() + box.offset)
+            return tensor, ("as in the checkpoint", holder)
+    return _NOTHING, CONVERTED
 
 
 def _identity(tensor: Any) -> tuple[object, ...]:
@@ -188,53 +212,8 @@ def _target(name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping
             refusal = Refusal(RefusalKind.READ_ONLY, "is a read-only array", "give a writable one")
         return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor)
     kind, holder = view or ("", tensor)
-    refusal = refusal_of(tensor) if view is None else refusal_of(holder) or view_refusal(tensor, holder)
+    refusal = refusal_of(holder)
     dtype = str(tensor.dtype).removeprefix("torch.")
     known = dtype in registry.DTYPE_OF_NAME
     home = homes.get(id(holder), ({"": holder}, ""))
     return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, home, kind)
-
-
-def _as_in_checkpoint(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any]]]:
-    """The tensors that transformers would save, as views of those in memory.
-
-    Its own code for saving takes stacked and concatenated tensors apart.  As long as that copies nothing, each result
-    is a view, whose strides tell where every element is.
-    """
-    if "transformers" not in sys.modules:
-        return
-    try:
-        from transformers import PreTrainedModel
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # versions before 5.0 load weights as they are
-        return
-    roots: list[tuple[str, Any]] = []
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and not any(path.startswith(root) for root, _ in roots):
-            roots.append((path + "." if path else "", module))
-    for prefix, root in roots:
-        own = root.state_dict(keep_vars=True)
-        if any(type(tensor).__name__ not in PLAIN or tensor.is_meta for tensor in own.values()):
-            continue
-        held = {tensor.untyped_storage().data_ptr(): tensor for tensor in own.values()}
-        with _not_copying():
-            saved = revert_weight_conversion(root, {name: tensor.detach() for name, tensor in own.items()})
-        fallback = next(iter(own.values()), None)
-        for name, tensor in saved.items():
-            holder = held.get(tensor.untyped_storage().data_ptr(), fallback)
-            if name not in own:
-                yield prefix + name, tensor, ("as in the checkpoint", holder)
-
-
-def _not_copying() -> Any:
-    """A context in which `contiguous` and `clone` return the tensor itself."""
-    from torch import Tensor
-    from torch.overrides import TorchFunctionMode
-
-    class NotCopying(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function in (Tensor.contiguous, Tensor.clone):
-                return args[0]
-            return function(*args, **(kwargs or {}))
-
-    return NotCopying()

@@ -76,7 +76,7 @@ def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
             " forward from Python"
         )
     with _loading(config_folder):
-        parsed = transformers.AutoConfig.from_pretrained(config_folder, local_files_only=True)
+        parsed = transformers.AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
     if getattr(parsed, "is_encoder_decoder", False):
         raise SourceError(f"{folder}: an encoder-decoder has two inputs; give model and forward from Python")
     return loader, parsed
@@ -87,7 +87,7 @@ def _loading(folder: Path) -> Iterator[None]:
     """Turns transformers' errors into one line, and silences its remarks."""
     transformers = _transformers()
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             yield
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise SourceError(f"{folder}: transformers cannot load it ({_line(error)})") from None
@@ -105,7 +105,7 @@ def load_tokenizer(*folders: Path) -> Any:
     for folder in tried:
         if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
             try:
-                with _quiet(transformers):
+                with quiet(transformers):
                     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             except (OSError, ValueError, ImportError) as error:
                 raise SourceError(f"{folder}: its tokenizer cannot be loaded ({_line(error)})") from None
@@ -125,7 +125,7 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Silences transformers' progress bars, and its remarks on heads that the base lacks."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,94 +1,136 @@
-"""Tensor names: matching those of a delta with those of a model, and what a name says about its tensor."""
+"""Tensor names: finding those of a delta or a fine-tune in a model, and what a name says about its tensor.
+
+The exact name comes first.  Names that are missing are found a group at a time, by one prefix in place of another: the
+vision half of a model may get another prefix than its language half.  `shiradelta.models.stored` goes on where a
+library renames, stacks or ties tensors on loading.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from shiradelta.models.checkpoint import Checkpoint
+Shape = tuple[int, ...]
+#: Names with their shapes; None where a shape is unknown.
+Named = Mapping[str, Shape | None]
 
-#: Prefixes that `rename_all` tries.
-_TRIED = 4
+_NUMBER = re.compile(r"\d+")
 
 
-def tied_slot(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
-    """The stored name of a tied output embedding, which files leave out; None if `name` is no such tensor.
+@dataclass
+class Found:
+    """The result of a search for names.
 
-    Args:
-        checkpoint: where to look.
-        name: of the tensor that the files lack.
-        shape: of that tensor.
+    Attributes:
+        names: wanted name -> existing name.
+        unclear: wanted name -> why it cannot be told which tensor it is.
     """
-    component, _, leaf = name.rpartition("/")
-    if not leaf.endswith(("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")):
-        return None
-    inputs = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-    found = [
-        other
-        for other, slot in checkpoint.items()
-        if other.endswith(inputs) and other.rpartition("/")[0] == component and slot.shape == shape
-    ]
-    if len(found) == 1 and checkpoint.config(found[0]).get("tie_word_embeddings", True):
-        return found[0]
-    return None
+
+    names: dict[str, str] = field(default_factory=dict)
+    unclear: dict[str, str] = field(default_factory=dict)
 
 
-def match_names(wanted: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict[str, str]:
-    """Finds names in a checkpoint: as `rename_all`, and tied output embeddings under the input's name.
+def find_names(wanted: Named, have: Named) -> Found:
+    """Finds names among others: as they are, or with another prefix (`bert.encoder` for `encoder`).
+
+    A prefix is replaced for a group of names, all that begin with it, if exactly one other prefix finds most of them.
+    Prefixes with different numbers never replace each other, and one that is not only lengthened or shortened has to
+    lead to numbered layers.  Names of other shapes than wanted do not count, but are found along with their group.
 
     Args:
-        wanted: name -> shape.
-        checkpoint: where to look.
-
-    Returns:
-        wanted name -> name in the checkpoint, without those that are not found.
-    """
-    best = rename_all(wanted, checkpoint)
-    for name, shape in wanted.items():
-        if name not in best and (tied := tied_slot(checkpoint, name, shape)) is not None:
-            best[name] = tied
-    return best
-
-
-def rename_all(wanted: Collection[str], have: Collection[str]) -> dict[str, str]:
-    """Finds names among others, with one prefix added or removed if that finds more (`bert.encoder` for `encoder`).
-
-    Args:
-        wanted: the names to find.
+        wanted: the names to find; the dimensions of their shapes may be in any order.
         have: the names that exist.
-
-    Returns:
-        wanted name -> existing name, without those that are not found.
     """
-    best: dict[str, str] = {}
-    for rename in _renamings(wanted, have):
-        found = {name: other for name in wanted if (other := rename(name)) is not None and other in have}
-        if len(found) > len(best):
-            best = found
-    return best
-
-
-@dataclass(frozen=True)
-class _Rename:
-    """Replaces one prefix by another; None for names without it."""
-
-    away: str = ""
-    put: str = ""
-
-    def __call__(self, name: str) -> str | None:
-        return self.put + name[len(self.away) :] if name.startswith(self.away) else None
-
-
-def _renamings(wanted: Collection[str], have: Collection[str]) -> list[_Rename]:
-    """The identity, and the prefixes that would find most of the missing names."""
-    missing = dict.fromkeys(name for name in wanted if name not in have)
-    finds: Counter[_Rename] = Counter()
+    found = Found({name: name for name in wanted if name in have})
+    missing = [name for name in wanted if name not in found.names]
     if missing:
-        finds.update(_Rename(put=head) for other in have for head, tail in _tails(other) if tail in missing)
-        finds.update(_Rename(away=head) for name in missing for head, tail in _tails(name) if tail in have)
-    return [_Rename(), *(rename for rename, _ in finds.most_common(_TRIED))]
+        _Search(wanted, have, found).group("", missing)
+        _refuse_repeated(found, missing)
+    return found
+
+
+def _refuse_repeated(found: Found, renamed: Iterable[str]) -> None:
+    """Makes names unclear of which several were found under one new name."""
+    first: dict[str, str] = {}
+    for name in [name for name in renamed if name in found.names]:
+        other = first.setdefault(found.names[name], name)
+        if other != name:
+            why = f"{other!r} and {name!r} may both be {found.names[name]!r}"
+            found.unclear |= {other: why, name: why}
+    for name in found.unclear:
+        found.names.pop(name, None)
+
+
+class _Search:
+    """A search for missing names, group by group."""
+
+    def __init__(self, wanted: Named, have: Named, found: Found) -> None:
+        self._wanted, self._found = wanted, found
+        self._free = {name: shape for name, shape in have.items() if name not in found.names}
+        self._prefixes: dict[str, list[str]] = {}  # tail of an existing name -> what stands before it
+        for name in self._free:
+            for head, tail in _tails(name):
+                self._prefixes.setdefault(tail, []).append(head)
+
+    def group(self, prefix: str, names: Sequence[str]) -> None:
+        """Finds names that begin with a prefix: all by one other prefix if that is possible, else in smaller groups."""
+        hits = self._hits(prefix, names)
+        most = max(hits.values(), key=len, default=set())
+        if most and all(some <= most for some in hits.values()):
+            best = [other for other, some in hits.items() if some == most]
+            cut = len(prefix)
+            for name in names:
+                fits = [other + name[cut:] for other in best if other + name[cut:] in self._free]
+                if len(best) == 1 and fits:
+                    self._found.names[name] = fits[0]
+                elif name in most:
+                    self._found.unclear[name] = f"{name!r} may be {' or '.join(map(repr, sorted(fits)))}"
+            names = [name for name in names if name not in self._found.names and name not in self._found.unclear]
+        for longer, some in _by_next_part(prefix, names).items():
+            self.group(longer, some)
+
+    def _hits(self, prefix: str, names: Sequence[str]) -> dict[str, set[str]]:
+        """Other prefix -> the names whose tensors it finds."""
+        others: dict[str, None] = {}
+        for name in names:
+            tail = name[len(prefix) :]
+            others |= dict.fromkeys(head + prefix for head in self._prefixes.get(name, ()))
+            others |= {rest: None for _, rest in _tails(prefix) if rest + tail in self._free}
+            others |= {"": None} if tail in self._free else {}
+            if _NUMBER.search(tail):  # the tail of every layer's `weight` says nothing
+                others |= dict.fromkeys(self._prefixes.get(tail, ()))
+        others.pop(prefix, None)
+        hits = {}
+        for other in others:
+            some = {name for name in names if self._fits(name, other + name[len(prefix) :])}
+            if some and _may_replace(prefix, other, any(_NUMBER.search(name, len(prefix)) for name in some)):
+                hits[other] = some
+        return hits
+
+    def _fits(self, name: str, other: str) -> bool:
+        if other not in self._free:
+            return False
+        wanted, have = self._wanted[name], self._free[other]
+        return wanted is None or have is None or sorted(wanted) == sorted(have)
+
+
+def _may_replace(prefix: str, other: str, numbered: bool) -> bool:
+    """Whether one prefix may stand for another; `numbered` says that they lead to numbered layers."""
+    longer, shorter = (prefix, other) if len(prefix) > len(other) else (other, prefix)
+    if longer.endswith(shorter):
+        return numbered or not _NUMBER.search(longer.removesuffix(shorter))
+    return numbered and _NUMBER.findall(prefix) == _NUMBER.findall(other)
+
+
+def _by_next_part(prefix: str, names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by their prefix with one more part; without those that have no more."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        cut = re.compile("[./]").search(name, len(prefix))
+        if cut is not None:
+            groups.setdefault(name[: cut.end()], []).append(name)
+    return groups
 
 
 def _tails(name: str) -> Iterator[tuple[str, str]]:

@@ -82,15 +82,12 @@ def refusal_of(tensor: Any) -> Refusal | None:
     return None
 
 
-def view_refusal(tensor: Any, holder: Any) -> Refusal | None:
-    """Why a view cannot be written that should stand for a checkpoint's tensor."""
-    if tensor.untyped_storage().data_ptr() == holder.untyped_storage().data_ptr() and tensor.dtype == holder.dtype:
-        return None
-    return Refusal(
-        RefusalKind.CONVERTED,
-        "is not stored as in the checkpoint (transformers converts it on loading, not only by slicing)",
-        "apply the delta to the checkpoint (shiradelta apply), or convert it against the model's own state dict",
-    )
+#: Why a tensor of the checkpoint cannot be written that the library puts together, or takes apart, on loading.
+CONVERTED = Refusal(
+    RefusalKind.CONVERTED,
+    "is not stored as in the checkpoint (transformers converts it on loading, not only by slicing)",
+    "apply the delta to the checkpoint (shiradelta apply), or convert it against the model's own state dict",
+)
 
 
 #: Ends of the names of the parameters from which torch's older hooks compute a weight -> the hook, its remedy.

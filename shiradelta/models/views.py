@@ -1,46 +1,52 @@
-"""The checkpoint's tensors as views of a model's weights, some of them stacked or transposed on loading."""
+"""Boxes of elements that tensors of a checkpoint share with weights in memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch import nn
 
 from shiradelta.format.arithmetic import Positions
-from shiradelta.models.live import Target
-from shiradelta.models.peft import BASE_LAYER
+from shiradelta.models.names import Shape
 
 
 @dataclass(frozen=True)
-class View:
-    """A tensor of the checkpoint as a view of a weight.
+class Box:
+    """A strided box of a flat array.
 
     Attributes:
-        name: the name in the checkpoint.
-        shape: the shape in the checkpoint.
-        strides: strides in elements of the weight.
-        offset: index of the first element in the weight.
+        shape: its dimensions.
+        strides: in elements of the array.
+        offset: index of the first element in the array.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
+    shape: Shape
+    strides: Shape
+    offset: int = 0
 
-    def from_weight(self, positions: Positions) -> tuple[Positions, Positions]:
-        """Finds the positions of a weight that belong to the view.
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def of(self, flat: Any) -> Any:
+        """The box of a flat NumPy array, as a view."""
+        strides = tuple(stride * flat.itemsize for stride in self.strides)
+        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides)
+
+    def inside(self, positions: Positions) -> tuple[Positions, Positions]:
+        """Finds positions of the array that lie in the box.
 
         Returns:
-            (their indices in `positions`, in the order of the view; their positions in the view).
+            (their indices in `positions`, their positions in the box, row by row).
         """
         rest = positions - self.offset
         inside = rest >= 0
         at = np.zeros_like(rest)
-        steps = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
-        # Divides by one stride after the other, the largest first; views of one weight do not overlap.
+        steps = contiguous(self.shape).strides
+        # Divides by one stride after the other, the largest first; no element of a box has two positions.
         for dim in sorted(range(len(self.shape)), key=lambda dim: -self.strides[dim]):
             if self.shape[dim] > 1:
                 index = rest // self.strides[dim]
@@ -49,46 +55,67 @@ class View:
                 rest = rest - index * self.strides[dim]
         inside &= rest == 0
         chosen = np.flatnonzero(inside)
-        order = chosen[np.argsort(at[chosen], kind="stable")]
-        return order, at[order]
+        return chosen, at[chosen]
 
-    def to_weight(self, positions: Positions) -> Positions:
-        """Positions in the weight, given positions in the view, in the same order."""
-        if not self.shape:
-            return positions + self.offset
-        indices = np.unravel_index(positions, self.shape)
-        where = np.full_like(positions, self.offset)
-        for index, stride in zip(indices, self.strides, strict=True):
+    def positions(self, at: Positions) -> Positions:
+        """Positions in the array, given positions in the box, in the same order."""
+        where = np.full_like(at, self.offset)
+        for index, stride in zip(np.unravel_index(at, self.shape) if self.shape else (), self.strides, strict=True):
             where += index * stride
         return where
 
 
-def views(weights: Mapping[str, nn.Parameter], targets: Mapping[str, Target]) -> dict[str, list[View]]:
-    """Finds the checkpoint's tensors that each weight holds.
+def contiguous(shape: Shape) -> Box:
+    """The box of a whole array, row by row."""
+    return Box(shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
 
-    Args:
-        weights: contiguous weights by name.
-        targets: all tensors of the model by every name.
 
-    Returns:
-        A weight's name -> its tensors in the checkpoint.
+@dataclass(frozen=True)
+class View:
+    """Elements that a tensor of the checkpoint shares with a weight: all of its own, or a part.
+
+    Attributes:
+        name: the tensor's name in the checkpoint.
+        shape: the tensor's shape there.
+        weight: the elements in the flat weight.
+        stored: the same elements, in the same order, in the flat tensor of the checkpoint.
     """
-    storages = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
-    found: dict[str, dict[tuple[int, ...], View]] = {name: {} for name in weights}
-    own = {name for name, target in targets.items() if not target.view and target.name == name}
-    for name, target in targets.items():
-        if name in own or target.refusal is not None or BASE_LAYER in name:
-            continue
-        weight_name = storages.get(target.tensor.untyped_storage().data_ptr())
-        if weight_name is None:
-            continue
-        offset = target.tensor.storage_offset() - weights[weight_name].storage_offset()
-        view = View(name, target.shape, tuple(target.tensor.stride()), offset)
-        found[weight_name].setdefault((offset, *view.shape, *view.strides), view)
-    result = {}
-    for name, weight in weights.items():
-        other = list(found[name].values())
-        whole = sum(math.prod(view.shape) for view in other) == weight.numel()
-        shape, strides = tuple(weight.shape), tuple(weight.stride())
-        result[name] = other if whole else [View(name, shape, strides, 0)]
-    return result
+
+    name: str
+    shape: Shape
+    weight: Box
+    stored: Box
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weight has all elements of the tensor."""
+        return self.weight.numel == math.prod(self.shape)
+
+    def from_weight(self, positions: Positions) -> tuple[Positions, Positions]:
+        """Finds the positions of a weight that belong to the view.
+
+        Returns:
+            (their indices in `positions`, in the order of the checkpoint's tensor; their positions in that tensor).
+        """
+        return _moved(positions, self.weight, self.stored)
+
+    def to_weight(self, positions: Positions) -> tuple[Positions, Positions]:
+        """Finds the positions of the checkpoint's tensor that belong to the view.
+
+        Returns:
+            (their indices in `positions`, in the order of the weight; their positions in the weight).
+        """
+        return _moved(positions, self.stored, self.weight)
+
+
+def _moved(positions: Positions, source: Box, target: Box) -> tuple[Positions, Positions]:
+    chosen, at = source.inside(positions)
+    moved = target.positions(at)
+    order = np.argsort(moved, kind="stable")
+    return chosen[order], moved[order]
+
+
+def whole_view(name: str, shape: Shape) -> View:
+    """The view of a weight that is stored as it is."""
+    box = contiguous(shape)
+    return View(name, shape, box, box)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32, Positions
 from shiradelta.io.reader import open_delta
-from shiradelta.models.names import rename_all
+from shiradelta.models.names import find_names
 from shiradelta.models.peft import WEIGHTS, parse_shira_key
 from shiradelta.nonzeros.saved_state import load_state
 from shiradelta.train.given import WeightNames, is_outside
@@ -39,10 +39,11 @@ def read_adapter(
     for other, positions, values in tensors:
         if other not in found_names:
             raise SourceError(f"{path}: tensor {other!r} is not a target; attach to the model it was made for")
-        name, view = found_names[other]
-        if is_outside(positions, view):
-            raise SourceError(f"{path}: tensor {other!r} has positions outside of the model's {list(view.shape)}")
-        parts.setdefault(name, []).append((view.to_weight(positions), values))
+        for name, view in found_names[other]:
+            if is_outside(positions, view):
+                raise SourceError(f"{path}: tensor {other!r} has positions outside of the model's {list(view.shape)}")
+            order, where = view.to_weight(positions)
+            parts.setdefault(name, []).append((where, values[order]))
     found = {}
     for name, some in parts.items():
         try:
@@ -67,7 +68,7 @@ def _from_peft(path: Path, weights: Mapping[str, nn.Parameter]) -> Iterator[tupl
         parsed = parse_shira_key(key)
         if parsed is not None:
             held.setdefault(parsed[0], {})[parsed[1]] = tensor
-    renamed = rename_all(list(held), weights)
+    renamed = find_names(dict.fromkeys(held), dict.fromkeys(weights)).names
     for name, found in held.items():
         if set(found) != {"values", "indices"} or name not in renamed:
             raise SourceError(f"{path}: {name!r} is not a SHiRA layer of this model; give a SHiRA adapter or a .shd")

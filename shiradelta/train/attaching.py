@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import ArgumentError, DeltaError, TargetError
-from shiradelta.models.views import views
+from shiradelta.models.saved import stored_views
 from shiradelta.nonzeros.patched import is_patched
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.select.shares import check_scope, exact_count_for, parse_sparsity
@@ -98,7 +98,8 @@ def attach(
         if scope == "tensor":
             for name, weight in weights.items():
                 exact_count_for(share, weight.numel(), name)
-    in_checkpoint = views(weights, check_weights(model, weights))
+    check_weights(model, weights)
+    in_checkpoint = stored_views(model, weights)
     names = WeightNames(weights, in_checkpoint)
     others = avoided(avoid, names)
     started = {} if start is None else read_adapter(start, weights, names)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from shiradelta.errors import ArgumentError
 from shiradelta.format.arithmetic import Positions
 from shiradelta.io.reader import Delta, open_delta
-from shiradelta.models.names import rename_all
-from shiradelta.models.views import View
+from shiradelta.models.names import find_names
+from shiradelta.models.views import View, whole_view
 
 #: A user's own mask: name -> bool tensor of the weight's shape, or flat integer positions in any order.
 OwnMask = Mapping[str, Any]
@@ -33,7 +33,7 @@ def own_mask(mask: OwnMask, weights: Mapping[str, nn.Parameter], avoid: Mapping[
     """
     if not isinstance(mask, Mapping):
         raise ArgumentError(f"the mask is a {type(mask).__name__}; give a mask's name, or a mapping of weights' names")
-    found = rename_all(list(mask), weights)
+    found = find_names(dict.fromkeys(mask), dict.fromkeys(weights)).names
     unknown = [name for name in mask if name not in found]
     if unknown or not mask:
         raise ArgumentError(
@@ -76,7 +76,7 @@ def _own_positions(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
 
 
 class WeightNames:
-    """Finds weights by their names in the checkpoint or in the model, and takes positions over.
+    """Finds weights by their names in the checkpoint or in the model.
 
     Args:
         weights: of the model, by name.
@@ -84,12 +84,18 @@ class WeightNames:
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], views: Mapping[str, Sequence[View]]) -> None:
-        self._offers = {view.name: (name, view) for name, own in views.items() for view in own}
-        self._offers |= {name: (name, View(name, tuple(w.shape), tuple(w.stride()), 0)) for name, w in weights.items()}
+        self._offers: dict[str, list[tuple[str, View]]] = {}
+        for name, own in views.items():
+            for view in own:
+                self._offers.setdefault(view.name, []).append((name, view))
+        for name, weight in weights.items():
+            self._offers.setdefault(name, [(name, whole_view(name, tuple(weight.shape)))])
 
-    def find(self, names: Sequence[str]) -> dict[str, tuple[str, View]]:
-        """Finds weights: given name -> (the weight's name, the view under the given name); others are left out."""
-        return {name: self._offers[other] for name, other in rename_all(names, self._offers).items()}
+    def find(self, names: Sequence[str]) -> dict[str, list[tuple[str, View]]]:
+        """Finds weights: given name -> (a weight's name, the elements that it has); others are left out."""
+        have = {name: offers[0][1].shape for name, offers in self._offers.items()}
+        found = find_names(dict.fromkeys(names), have).names
+        return {name: self._offers[other] for name, other in found.items()}
 
 
 def is_outside(positions: Positions, view: View) -> bool:
@@ -110,11 +116,11 @@ def avoided(others: Sequence[Any], names: WeightNames) -> dict[str, Positions]:
     found: dict[str, list[Positions]] = {}
     for other in others:
         listed = dict(_positions(other))
-        for given, (name, view) in names.find(list(listed)).items():
-            positions = listed[given]
-            if is_outside(positions, view):
-                raise ArgumentError(f"{other}: tensor {given!r} has positions outside of the model's weight")
-            found.setdefault(name, []).append(view.to_weight(positions))
+        for given, weights in names.find(list(listed)).items():
+            for name, view in weights:
+                if is_outside(listed[given], view):
+                    raise ArgumentError(f"{other}: tensor {given!r} has positions outside of the model's weight")
+                found.setdefault(name, []).append(view.to_weight(listed[given])[1])
     return {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
 
 

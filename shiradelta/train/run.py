@@ -19,7 +19,7 @@ from shiradelta.format import registry
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
-from shiradelta.models.names import match_names
+from shiradelta.models.library import match_names
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.unfinished import UnfinishedRun
@@ -213,7 +213,7 @@ class _Run:
     def _check_stored(self, tuner: Tuner) -> None:
         """Checks that the folder stores the weights with the bits that are trained, since the file is made for them."""
         shapes = {view.name: view.shape for views in tuner.views.values() for view in views}
-        found = match_names(shapes, self.checkpoint)
+        found = match_names(shapes, self.checkpoint).names
         for name, weight in tuner.weights.items():
             own = str(weight.dtype).removeprefix("torch.")
             for view in tuner.views[name]:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
 from shiradelta.exports import EXPORTS
+from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.writer import weighing, writing
 from shiradelta.train.tuned import TunedWeight, whole
+from shiradelta.util.arrays import join_sorted
 
 
 def deltas(tuned: Mapping[str, TunedWeight]) -> dict[str, TensorDelta]:
@@ -25,7 +27,8 @@ def deltas(tuned: Mapping[str, TunedWeight]) -> dict[str, TensorDelta]:
     Raises:
         DeltaError: nothing is trained yet, training gave NaN or infinity, or the model was cast.
     """
-    found: dict[str, TensorDelta] = {}
+    parts: dict[str, list[tuple[Positions, Float32, Array]]] = {}  # several weights may be stored in one tensor
+    kinds: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, one in tuned.items():
         nonzeros = one.nonzeros
         if one.weight is not None and one.weight.dtype != nonzeros.stored:
@@ -46,9 +49,16 @@ def deltas(tuned: Mapping[str, TunedWeight]) -> dict[str, TensorDelta]:
         for view in one.views:
             order, where = view.from_weight(positions)
             if order.size:
-                found[view.name] = TensorDelta(view.shape, where, numbers[order], dtype, base_bits=base[order])
-    if not found:
+                parts.setdefault(view.name, []).append((where, numbers[order], base[order]))
+                kinds[view.name] = view.shape, dtype
+    if not parts:
         raise DeltaError("all values are zero: nothing was trained yet")
+    found = {}
+    for name, some in parts.items():
+        shape, dtype = kinds[name]
+        positions, joined = join_sorted([(where, numbers) for where, numbers, _ in some])
+        _, bits = join_sorted([(where, base) for where, _, base in some])
+        found[name] = TensorDelta(shape, positions, joined, dtype, base_bits=bits)
     return found
 
 

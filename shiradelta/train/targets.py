@@ -12,7 +12,7 @@ from torch import nn
 from shiradelta.errors import ArgumentError, DeltaError, TargetError
 from shiradelta.format import registry
 from shiradelta.models.layers import is_conv1d
-from shiradelta.models.live import Target, live_tensors
+from shiradelta.models.live import live_tensors
 from shiradelta.models.refusals import Refusal, RefusalKind
 
 ALL_LINEAR = "all-linear"
@@ -61,8 +61,8 @@ def find_weights(model: nn.Module, targets: str | Sequence[str] | None) -> dict[
     return _first_names(model, [parameters[name] for name in wanted])
 
 
-def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[str, Target]:
-    """The model's tensors by every name, after checking that the weights can be trained in place.
+def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Checks that weights can be trained in place.
 
     Raises:
         TargetError: a weight is quantised, distributed, on meta, expanded, or not a float.
@@ -83,7 +83,6 @@ def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> dict[st
             )
         if not weights[name].is_contiguous():
             raise TargetError(f"tensor {name!r} is not contiguous; call .contiguous() on it first")
-    return targets
 
 
 def _for_training(refusal: Refusal) -> str:

@@ -1,4 +1,4 @@
-"""Names of tensors: what they say, and in which order they stand."""
+"""Names of tensors: finding them among others, what they say, and in which order they stand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from shiradelta.models.names import in_model_order, layer_of, rename_all
+from shiradelta.models.names import Found, Shape, find_names, in_model_order, layer_of
 
 
 @pytest.mark.parametrize(
@@ -27,15 +27,85 @@ def test_names_are_sorted_with_numbers_by_value():
     assert in_model_order(names) == ["a.w", "h.2.w", "h.10.w", "unet/h.2.w"]
 
 
-def test_the_prefix_is_the_one_that_finds_most():
+def find(wanted: list[str], have: list[str]) -> Found:
+    return find_names(dict.fromkeys(wanted), dict.fromkeys(have))
+
+
+def stack(prefix: str, count: int = 3) -> list[str]:
+    return [f"{prefix}layers.{i}.{kind}.weight" for i in range(count) for kind in ("q_proj", "up_proj")]
+
+
+def test_a_prefix_is_added_or_removed():
     have = [f"encoder.layer.{i}.weight" for i in range(22)]
     wanted = ["classifier.bias", "classifier.weight", *(f"vit.{name}" for name in have)]
-    assert rename_all(wanted, dict.fromkeys(have)) == {f"vit.{name}": name for name in have}
-    assert rename_all(have, dict.fromkeys(wanted)) == {name: f"vit.{name}" for name in have}
+    assert find(wanted, have).names == {f"vit.{name}": name for name in have}
+    assert find(have, wanted).names == {name: f"vit.{name}" for name in have}
+
+
+def test_each_group_has_a_prefix_of_its_own():
+    have = [*stack("language_model.model."), "language_model.model.norm.weight", "language_model.lm_head.weight"]
+    have += [*stack("vision_tower.vision_model.", 2), "multi_modal_projector.linear.weight"]
+    wanted = [*stack("model.language_model."), "model.language_model.norm.weight", "lm_head.weight"]
+    wanted += [*stack("model.vision_tower.vision_model.", 2), "model.multi_modal_projector.linear.weight"]
+    assert find(wanted, have) == Found(dict(zip(wanted, have, strict=True)))
+    assert find(have, wanted) == Found(dict(zip(have, wanted, strict=True)))
+
+
+def test_an_exact_name_is_never_dropped_for_a_prefix():
+    have = [*stack(""), "lm_head.weight"]
+    wanted = [*stack("model."), "lm_head.weight"]
+    assert find(wanted, have).names == dict(zip(wanted, have, strict=True))
+    assert find(have, wanted).names == dict(zip(have, wanted, strict=True))
+
+
+def test_names_that_fit_two_tensors_are_unclear_and_both_are_named():
+    found = find(stack(""), [*stack("model.encoder."), *stack("model.decoder.")])
+    assert not found.names
+    assert found.unclear["layers.0.q_proj.weight"] == (
+        "'layers.0.q_proj.weight' may be 'model.decoder.layers.0.q_proj.weight' or"
+        " 'model.encoder.layers.0.q_proj.weight'"
+    )
+    assert found.unclear.keys() == set(stack(""))
+
+
+def test_further_names_tell_which_prefix_is_meant():
+    have = [*stack("model.encoder."), "model.encoder.conv1.weight", *stack("model.decoder.")]
+    wanted = [*stack(""), "conv1.weight"]
+    assert find(wanted, have).names == {name: f"model.encoder.{name}" for name in wanted}
+
+
+def test_shapes_tell_which_prefix_is_meant_and_a_resized_tensor_goes_with_its_group():
+    have: dict[str, Shape | None] = dict.fromkeys(stack("vision."), (4, 4)) | dict.fromkeys(stack("text."), (8, 2))
+    have["text.embed.weight"] = (100, 8)
+    wanted: dict[str, Shape | None] = dict.fromkeys(stack(""), (2, 8)) | {"embed.weight": (104, 8)}
+    assert find_names(wanted, have).names == {name: f"text.{name}" for name in wanted}
+
+
+def test_two_names_for_one_tensor_are_unclear():
+    found = find([*stack("text."), *stack("vision.")], stack(""))
+    assert not found.names
+    assert found.unclear["text.layers.0.q_proj.weight"] == (
+        "'text.layers.0.q_proj.weight' and 'vision.layers.0.q_proj.weight' may both be 'layers.0.q_proj.weight'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "have"),
+    [
+        ("score.weight", "classifier.weight"),  # another head
+        ("pooler.dense.weight", "encoder.layer.0.dense.weight"),
+        ("layers.0.q_proj.weight", "layers.1.q_proj.weight"),
+        ("model.layers.0.mlp.0.weight", "h.1.mlp.0.weight"),
+        ("layers.0.dense.weight", "dense.weight"),
+    ],
+)
+def test_a_lone_name_is_not_taken_for_another(wanted: str, have: str):
+    assert find([wanted], [have]) == Found()
 
 
 def test_prefixes_of_many_names_are_found_in_linear_time():
-    have = dict.fromkeys(f"layers.{i}.experts.{j}.up.weight" for i in range(60) for j in range(256))
+    have = [f"layers.{i}.experts.{j}.up.weight" for i in range(60) for j in range(256)]
     start = time.process_time()
-    assert len(rename_all(["head.weight", *(f"model.{name}" for name in have)], have)) == len(have)
+    assert len(find(["head.weight", *(f"model.{name}" for name in have)], have).names) == len(have)
+    assert not find([f"model.{name.replace('up', 'down')}" for name in have], have).names
     assert time.process_time() - start < 5

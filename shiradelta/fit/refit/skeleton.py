@@ -16,7 +16,7 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
-from shiradelta.models.names import rename_all
+from shiradelta.models.names import find_names
 
 
 class CannotStreamError(Exception):
@@ -51,8 +51,10 @@ class Skeleton:
         self._device, self._dtype = device, dtype
         self._checkpoint: Checkpoint = open_checkpoint(base)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self.names = rename_all(parameters, self._checkpoint)
-        self._exact = {own: exact[name] for name, own in rename_all(exact, parameters).items()}
+        stored = {name: slot.shape for name, slot in self._checkpoint.items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.names = find_names(shapes, stored).names
+        self._exact = {own: exact[name] for name, own in find_names(dict.fromkeys(exact), shapes).names.items()}
         known = {id(parameters[name]) for name in (*self.names, *self._exact)}
         for name, parameter in parameters.items():
             if id(parameter) not in known:

@@ -26,7 +26,7 @@ from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
 from shiradelta.fit.refit.state_weights import STATES, STUDENTS, StateWeights
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models import loading
-from shiradelta.models.names import rename_all
+from shiradelta.models.names import find_names
 from shiradelta.select.topk import Selection
 from shiradelta.text.batches import by_length, mean_over
 from shiradelta.text.pooling import find_pooling
@@ -58,7 +58,7 @@ class _Stream:
 
         first_names = {id(p): name for name, p in self._model.named_parameters()}
         every = dict(self._model.named_parameters(remove_duplicate=False))
-        found = rename_all([target.name for target in job.targets], every)
+        found = find_names({target.name: None for target in job.targets}, dict.fromkeys(every)).names
         missing = [target.name for target in job.targets if target.name not in found]
         if missing:
             raise CannotStreamError(f"it has no tensor {missing[0]!r}")

@@ -1,0 +1,193 @@
+"""Finds tensors in a checkpoint as the library that loads it does.
+
+transformers renames, stacks, splits, transposes and ties tensors on loading.  The model is built from its config.json
+without weights, and asked how it would be saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.names import Found, Named, Shape, find_names
+from shiradelta.models.saved import SavedTensor, saved_tensors
+from shiradelta.models.views import View
+from shiradelta.util.json_files import read_json
+
+#: Ends of the names of output layers that models may tie to their input embeddings, and of those.
+_OUTPUTS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight", "lm_head.decoder.weight")
+_INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A tensor in memory that is stored as one or more others: renamed and stacked, split or transposed.
+
+    Attributes:
+        shape: its shape in memory.
+        views: the checkpoint's tensors that hold its elements.
+    """
+
+    shape: Shape
+    views: tuple[View, ...]
+
+
+@dataclass
+class FoundInBase(Found):
+    """The result of a search in a checkpoint.
+
+    Attributes:
+        tied: wanted name -> the stored name of the tensor that it is tied to; it is in `names`, too.
+        converted: wanted name -> where its elements are, if they are stored in another form.
+    """
+
+    tied: dict[str, str] = field(default_factory=dict)
+    converted: dict[str, Converted] = field(default_factory=dict)
+
+
+def match_names(wanted: Named, checkpoint: Checkpoint) -> FoundInBase:
+    """Finds tensors in a checkpoint: as `find_names`, then as the library that loads it would.
+
+    Args:
+        wanted: names as in a file or in memory -> their shapes, with dimensions in any order; None if unknown.
+        checkpoint: where to look.
+    """
+    by_name = find_names(wanted, {name: slot.shape for name, slot in checkpoint.items()})
+    found = FoundInBase(by_name.names, by_name.unclear)
+    for name in wanted:
+        if name not in found.names and (tied := _tied_by_name(checkpoint, name, wanted[name])) is not None:
+            found.names[name] = found.tied[name] = tied
+            found.unclear.pop(name, None)
+    for prefix, folder in checkpoint.folders.items():
+        missing = {name: wanted[name] for name in wanted if name not in found.names and name.startswith(prefix)}
+        if missing and (library := library_of(folder)) is not None:
+            _Loaded(library, checkpoint, prefix).find(missing, found)
+    return found
+
+
+def _tied_by_name(checkpoint: Checkpoint, name: str, shape: Shape | None) -> str | None:
+    """The stored name of a tied output embedding, as most models call them."""
+    component, _, leaf = name.rpartition("/")
+    if not leaf.endswith(_OUTPUTS):
+        return None
+    found = [
+        other
+        for other, slot in checkpoint.items()
+        if other.endswith(_INPUTS)
+        and other.rpartition("/")[0] == component
+        and (shape is None or sorted(slot.shape) == sorted(shape))
+    ]
+    if len(found) == 1 and checkpoint.config(found[0]).get("tie_word_embeddings", True):
+        return found[0]
+    return None
+
+
+@dataclass(frozen=True)
+class Library:
+    """A model as transformers loads it.
+
+    Attributes:
+        shapes: name in memory -> shape of a parameter or a stored buffer; tied ones have several names.
+        first: name in memory -> the first name of the same tensor.
+        saved: name in the checkpoint -> tensor.
+    """
+
+    shapes: Mapping[str, Shape]
+    first: Mapping[str, str]
+    saved: Mapping[str, SavedTensor]
+
+    @classmethod
+    def of_model(cls, model: Any) -> Library:
+        """The library's view of a torch module."""
+        own = model.state_dict(keep_vars=True)
+        seen: dict[int, str] = {}
+        first = {name: seen.setdefault(id(tensor), name) for name, tensor in own.items()}
+        saved = {tensor.name: tensor for tensor in saved_tensors(model)}
+        return cls({name: tuple(tensor.shape) for name, tensor in own.items()}, first, saved)
+
+    @cached_property
+    def stored(self) -> dict[str, list[tuple[SavedTensor, View]]]:
+        """First name in memory -> the saved tensors that hold its elements, and which."""
+        stored: dict[str, list[tuple[SavedTensor, View]]] = {}
+        for tensor in self.saved.values():
+            for weight, view in tensor.parts or ():
+                stored.setdefault(self.first[weight], []).append((tensor, view))
+        return stored
+
+    @cached_property
+    def tied(self) -> set[str]:
+        """First names of tensors that have several."""
+        return {first for name, first in self.first.items() if name != first}
+
+
+def library_of(folder: Path) -> Library | None:
+    """The model of a folder; None if it is no model of transformers' own classes, or transformers is missing."""
+    try:
+        return _library(folder, (folder / "config.json").stat().st_mtime_ns)
+    except (OSError, ImportError):
+        return None
+
+
+@lru_cache(maxsize=4)
+def _library(folder: Path, changed: int) -> Library | None:
+    """As `library_of`; `changed` tells a configuration from the one that was there before."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        return None
+    import torch
+    import transformers
+
+    from shiradelta.models.loading import quiet
+
+    with quiet(transformers), torch.device("meta"):
+        try:
+            parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            names = config.get("architectures") or []
+            kind = getattr(transformers, names[0], None) if names else None
+            model = transformers.AutoModel.from_config(parsed) if kind is None else kind(parsed)
+            model.tie_weights()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError):
+            return None  # it has code of its own, or a newer version of transformers wrote it
+        return Library.of_model(model)
+
+
+class _Loaded:
+    """A folder's tensors under the names that the library gives them."""
+
+    def __init__(self, library: Library, checkpoint: Checkpoint, prefix: str) -> None:
+        self._library, self._prefix = library, prefix
+        there = {name[len(prefix) :]: slot.shape for name, slot in checkpoint.items() if name.startswith(prefix)}
+        self._saved = find_names({name: tensor.shape for name, tensor in library.saved.items()}, there).names
+        self._in_memory = find_names(library.shapes, there).names
+
+    def find(self, wanted: Named, found: FoundInBase) -> None:
+        """Adds to a result what the library finds."""
+        bare = {name[len(self._prefix) :]: shape for name, shape in wanted.items()}
+        memory = find_names(bare, self._library.shapes).names
+        saved = find_names(bare, {name: tensor.shape for name, tensor in self._library.saved.items()}).names
+        for name in bare:
+            full = self._prefix + name
+            if name in memory:
+                self._add(full, memory[name], found)
+            elif name in saved and (renamed := self._library.saved[saved[name]].renamed) in self._in_memory:
+                found.names[full] = self._prefix + self._in_memory[renamed]
+            if full in found.names or full in found.converted:
+                found.unclear.pop(full, None)
+
+    def _add(self, wanted: str, name: str, found: FoundInBase) -> None:
+        """Adds where a tensor in memory is stored."""
+        first = self._library.first[name]
+        stored = [(tensor, view) for tensor, view in self._library.stored.get(first, []) if tensor.name in self._saved]
+        same = [self._saved[tensor.name] for tensor, _ in stored if tensor.renamed is not None]
+        if same:
+            found.names[wanted] = self._prefix + same[0]
+            if first in self._library.tied and not find_names({name: None}, {same[0]: None}).names:
+                found.tied[wanted] = found.names[wanted]
+        elif sum(view.weight.numel for _, view in stored) == math.prod(self._library.shapes[name]):
+            views = tuple(replace(view, name=self._prefix + self._saved[view.name]) for _, view in stored)
+            found.converted[wanted] = Converted(self._library.shapes[name], views)
