@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.peft import CONFIG, MODULES_TO_SAVE, WEIGHTS
 from shiradelta.util.json_files import read_json
+from shiradelta.util.text import brief
 
+from .patterns import PatternTable
 from .peft_folder import PRODUCTS, check_type
 
 #: Initialisations that also change the base, by the start of their names.
@@ -26,6 +28,28 @@ _UNSUPPORTED = {
     "kasa_config": "a KaSA, which cuts what is small out of the base; merge it first",
     "target_parameters": "an adapter of parameters (target_parameters), such as experts; merge it first",
 }
+#: Keys whose value depends on the module, by patterns.
+_PATTERNS = ("alpha_pattern", "rank_pattern")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+#: Key -> (whether a value that is not null is right, what it should be).
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_whole, "a positive integer"),
+    "init_r": (_is_whole, "a positive integer"),
+    "rank_pattern": (lambda found: isinstance(found, dict), "ranks by name"),  # AdaLoRA's are lists
+    "alpha_pattern": (lambda found: isinstance(found, dict), "alphas by name"),
+    MODULES_TO_SAVE: (_is_names, "a list of names"),
+    "fan_in_fan_out": (lambda found: isinstance(found, bool), "true or false"),
+    "use_rslora": (lambda found: isinstance(found, bool), "true or false"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +59,12 @@ class Scale:
     Attributes:
         configs: component -> its configuration; "" for all components.
         alpha: the user's, which overrides the others.
+        where: the file of the configurations.
     """
 
     configs: Mapping[str, Mapping[str, Any]]
     alpha: float | None
+    where: Path = Path(CONFIG)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, alpha: float | None) -> Scale:
@@ -51,7 +77,7 @@ class Scale:
         """
         file = checkpoint.shards[0].file
         beside = file.parent / CONFIG
-        own = _in_metadata(checkpoint.shards[0].metadata)
+        own = _in_metadata(checkpoint.shards[0].metadata, file)
         from_beside = beside.exists() and (file.name == WEIGHTS or not own)
         where: Path = beside if from_beside else file
         configs = {"": read_json(beside)} if from_beside else own
@@ -59,18 +85,35 @@ class Scale:
             if not isinstance(config, dict):
                 raise SourceError(f"{where}: is not a PEFT configuration; get it again")
             _check(config, where)
-        return cls(configs, alpha)
+        return cls(configs, alpha, where)
 
     def config(self, module: str) -> Mapping[str, Any]:
         """The configuration of a module's component."""
-        return self.configs.get(module.partition(".")[0], self.configs.get("", {}))
+        return self.configs.get(self._component(module), {})
+
+    def _component(self, module: str) -> str:
+        component = module.partition(".")[0]
+        return component if component in self.configs else ""
+
+    def _of_pattern(self, key: str, module: str, default: Any) -> Any:
+        """A module's value by the patterns under a key of its configuration; `default` where none matches."""
+        table = self._tables.get((self._component(module), key))
+        return default if table is None else table.value(module, default)
+
+    @cached_property
+    def _tables(self) -> dict[tuple[str, str], PatternTable]:
+        return {
+            (component, key): PatternTable(config.get(key) or {}, f"{self.where}: {key}")
+            for component, config in self.configs.items()
+            for key in _PATTERNS
+        }
 
     def alpha_of(self, module: str, tensor: float | None) -> float | None:
         """A module's alpha; None if it is unknown.  `tensor` is the value of its alpha tensor."""
         if self.alpha is not None or tensor is not None:
             return self.alpha if self.alpha is not None else tensor
         config = self.config(module)
-        alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", config.get("alpha")))
+        alpha = self._of_pattern("alpha_pattern", module, config.get("lora_alpha", config.get("alpha")))
         return None if alpha is None else number(alpha, f"{module}: alpha")
 
     def __call__(self, module: str, rank: int, tensor: float | None) -> float:
@@ -86,7 +129,7 @@ class Scale:
 
     def _check_rank(self, module: str, rank: int) -> None:
         config = self.config(module)
-        configured = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        configured = self._of_pattern("rank_pattern", module, config.get("r"))
         if config.get("peft_type") == "LORA" and type(configured) is int and configured != rank:
             raise SourceError(
                 f"{module}: has rank {rank}, and {CONFIG} says {configured}, so it is another adapter's; put the right"
@@ -109,7 +152,7 @@ class Scale:
     def whole_rank(self, module: str) -> int | None:
         """The rank that PEFT divides alpha by, if the factors do not show it; None without PEFT's configuration."""
         config = self.config(module)
-        rank = _pattern(config.get("rank_pattern") or {}, module, config.get("r"))
+        rank = self._of_pattern("rank_pattern", module, config.get("r"))
         return rank if isinstance(rank, int) and rank > 0 and self.of_peft(module) else None
 
     def of_peft(self, module: str) -> bool:
@@ -148,12 +191,16 @@ def number(value: Any, what: str) -> float:
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise SourceError(f"{what} {value!r} is not a finite number; give --alpha")
+        raise SourceError(f"{what} {brief(repr(value), 80)} is not a finite number; give --alpha")
     return result
 
 
 def _check(config: Mapping[str, Any], where: Path) -> None:
     check_type(config, where, *PRODUCTS)
+    for key, (is_right, what) in _FIELDS.items():
+        value = config.get(key)
+        if value is not None and not is_right(value):
+            raise SourceError(f"{where}: {key} is {brief(repr(value), 80)}, not {what}; get it again")
     for key, why in _UNSUPPORTED.items():
         if config.get(key):
             raise SourceError(f"{where}: {why}")
@@ -165,25 +212,21 @@ def _check(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's name, which is PEFT's rule."""
-    try:
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-    except re.error as error:
-        raise SourceError(f"alpha_pattern {error.pattern!r} is not a regular expression ({error}); repair it") from None
-
-
-def _in_metadata(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _in_metadata(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, Any]]:
     """The configurations in a file's own metadata: diffusers' JSON, or kohya's pair."""
+    if "lora_adapter_metadata" in metadata:
+        try:
+            found = json.loads(metadata["lora_adapter_metadata"])
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise SourceError(f"{file}: lora_adapter_metadata in it is not a configuration in JSON; get it again")
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in found.items():
+            component, _, name = key.rpartition(".")  # "unet.lora_alpha"
+            configs.setdefault(component, {})[name] = value
+        return configs if len(configs) > 1 else dict(zip([""], configs.values(), strict=False))
     try:
-        if "lora_adapter_metadata" in metadata:
-            configs: dict[str, dict[str, Any]] = {}
-            for key, value in json.loads(metadata["lora_adapter_metadata"]).items():
-                component, _, name = key.rpartition(".")  # "unet.lora_alpha"
-                configs.setdefault(component, {})[name] = value
-            return configs if len(configs) > 1 else dict(zip([""], configs.values(), strict=False))
-        if "ss_network_alpha" in metadata:
-            return {"": {"lora_alpha": float(metadata["ss_network_alpha"])}}
-    except (ValueError, AttributeError):
-        pass
-    return {}
+        return {"": {"lora_alpha": float(metadata["ss_network_alpha"])}}
+    except (KeyError, ValueError):  # kohya writes None where each module has an alpha
+        return {}

@@ -9,6 +9,7 @@ from typing import Any
 from shiradelta.errors import SourceError
 from shiradelta.models.peft import CONFIG, WEIGHTS
 from shiradelta.util.json_files import read_json
+from shiradelta.util.text import brief
 
 #: PEFT's types that are a product of factors, times a scale.
 PRODUCTS = ("LORA", "ADALORA", "LOHA", "LOKR")
@@ -37,4 +38,6 @@ def check_type(config: Mapping[str, Any], where: object, *types: str) -> None:
     """
     found = str(config.get("peft_type") or types[0]).rpartition(".")[2].upper()
     if found not in types:
-        raise SourceError(f"{where}: is of type {found}; only {' and '.join(types)} can be converted: merge it first")
+        raise SourceError(
+            f"{where}: is of type {brief(found, 80)}; only {' and '.join(types)} can be converted: merge it first"
+        )

@@ -22,6 +22,7 @@ from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record
 from shiradelta.io.recognise import Wanted, explain, explain_refusal
+from shiradelta.util.files import open_regular
 
 Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
 
@@ -191,7 +192,7 @@ def bytes_of(source: bytes | Bytes | BinaryIO) -> Bytes:
 
 def _map(path: Path) -> tuple[Bytes, mmap.mmap | None]:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             if not os.fstat(stream.fileno()).st_size:
                 return np.zeros(0, np.uint8), None
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

@@ -19,6 +19,8 @@ from typing import Any
 from shiradelta.errors import SourceError
 from shiradelta.format import registry
 from shiradelta.io.recognise import Wanted, explain
+from shiradelta.util.files import open_regular
+from shiradelta.util.text import brief
 
 _MAX_HEADER = 100 << 20
 #: Sizes are 64 bits wide, as in the safetensors library.
@@ -70,7 +72,7 @@ def read_shard(path: Path) -> Shard:
         SourceError: it is not a safetensors file, or damaged.
     """
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -89,8 +91,11 @@ def read_shard(path: Path) -> Shard:
         ):
             raise ValueError("__metadata__ is no mapping of strings")
         slots = tuple(_slot(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{path}: its safetensors header is damaged ({error}); get it again") from None
+    except RecursionError:
+        raise SourceError(f"{path}: its safetensors header is damaged (nested too deep); get it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else brief(str(error))
+        raise SourceError(f"{path}: its safetensors header is damaged ({what}); get it again") from None
     _check_cover(path, slots, 8 + length, size)
     return Shard(path, 8 + length, header, slots)
 
@@ -111,14 +116,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _slot(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Slot:
-    name.encode()  # a lone surrogate is no name
+    size = len(name.encode())  # a lone surrogate is no name
+    if size > registry.MAX_NAME_SIZE:
+        raise ValueError(f"tensor {name[:80]!r}... has a name of {size:,} bytes")
     if isinstance(entry, _Repeating):
         raise ValueError(f"tensor {name!r} has {entry.repeated!r} twice")
     if entry["dtype"] not in registry.DTYPE_OF_SAFETENSORS:
-        raise SourceError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which .shd files do not know")
-    dtype = registry.DTYPE_OF_SAFETENSORS[entry["dtype"]]
+        dtype = brief(str(entry["dtype"]), 80)
+        raise SourceError(f"{path}: tensor {name!r} has dtype {dtype}, which .shd files do not know")
+    known = registry.DTYPE_OF_SAFETENSORS[entry["dtype"]]
     begin, end = entry["data_offsets"]
-    slot = Slot(name, path, start + begin, tuple(entry["shape"]), dtype)
+    slot = Slot(name, path, start + begin, tuple(entry["shape"]), known)
     if not all(type(number) is int and 0 <= number < _LIMIT for number in (begin, end, *slot.shape)):
         raise ValueError(f"tensor {name!r} has shape {list(slot.shape)} and offsets {begin}, {end}")
     if any(product >= _LIMIT for product in accumulate(slot.shape, mul)):

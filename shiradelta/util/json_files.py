@@ -7,17 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import SourceError
+from shiradelta.util.files import open_regular
+
+#: The most bytes that are read; the index of a model with 200,000 tensors has 30 million.
+_MOST_BYTES = 100 << 20
 
 
 def read_json(path: Path) -> Any:
     """The contents of a JSON file.
 
     Raises:
-        SourceError: it cannot be read, or is not JSON.
+        SourceError: it cannot be read, is not JSON, or is too large or too deep to be a configuration or an index.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as stream:
+            raw = stream.read(_MOST_BYTES + 1)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if len(raw) > _MOST_BYTES:
+        raise SourceError(f"{path}: has more than {_MOST_BYTES >> 20} MiB, too many for a JSON file; get it again")
+    try:
+        return json.loads(raw.decode())
+    except RecursionError:
+        raise SourceError(f"{path}: its JSON is nested too deep; get it again") from None
     except ValueError as error:
         raise SourceError(f"{path}: is not JSON ({error}); get it again") from None

@@ -1,0 +1,167 @@
+"""Sources from strangers: each is converted or refused in one line, soon.  What a fuzzer found has its name here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import shiradelta
+from shiradelta.errors import ShiraDeltaError, SourceError
+from tests.conftest import write_lora
+from tests.converters.test_convert import MODULES
+
+DEEP = "[" * 200_000 + "]" * 200_000
+
+
+def refusal(source: Path, **options: Any) -> str:
+    """The one line that refuses a source; nothing is written."""
+    out = source.parent / "out.shd"
+    with pytest.raises(ShiraDeltaError) as caught:
+        shiradelta.convert(source, out, **options)
+    assert not out.exists()
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 1000
+    return line
+
+
+# ------------------------------------------------------------------------------------------ configurations
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\], not alphas by name; get it again"),
+        ({"alpha_pattern": {"q": {}}, "lora_alpha": {}}, r"up_proj: alpha \{\} is not a finite number"),
+        ({"alpha_pattern": {"(a+)+b|.*": "x"}}, "'x' is not a finite number"),
+        ({"alpha_pattern": {r"(.)\1": 1}}, "adapter_config.json: alpha_pattern: .* unbounded time"),
+        ({"rank_pattern": "q_proj"}, "rank_pattern is 'q_proj', not ranks by name"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern: .* is not a regular expression"),
+        ({"r": 4.0}, "r is 4.0, not a positive integer"),
+        ({"r": True}, "r is True, not a positive integer"),
+        ({"r": 0}, "r is 0, not a positive integer"),
+        ({"r": 10**400}, "says 1000"),
+        ({"lora_alpha": 10**400}, "is not a finite number"),
+        ({"lora_alpha": float("inf")}, "inf is not a finite number"),
+        ({"use_rslora": "no"}, "use_rslora is 'no', not true or false"),
+        ({"fan_in_fan_out": 1}, "fan_in_fan_out is 1, not true or false"),
+        ({"modules_to_save": 5}, "modules_to_save is 5, not a list of names"),
+        ({"modules_to_save": "score"}, "modules_to_save is 'score', not a list of names"),
+        ({"modules_to_save": [["score"]]}, "not a list of names"),
+        ({"peft_type": {"a": 1}}, "can be converted"),
+        ({"peft_type": "A" * 100_000}, "can be converted"),
+        ({"init_r": -1}, "init_r is -1, not a positive integer"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_configurations_of_other_types_are_refused_by_key(tmp_path: Path, config: dict[str, Any], message: str):
+    assert re.search(message, refusal(write_lora(tmp_path / "lora", MODULES, config)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DEEP, "is nested too deep|nested too deep"),
+        ('{"r": ' + "9" * 10_000 + "}", "is not JSON"),
+        ("[]", "is not a PEFT configuration"),
+        ("{", "is not JSON"),
+        ("\ud800", "is not JSON"),
+        ('{"peft_type": "LORA\\ud800"}', "only LORA"),
+    ],
+)
+def test_configurations_that_are_hardly_json(tmp_path: Path, text: str, message: str):
+    lora = write_lora(tmp_path / "lora", MODULES, {})
+    (lora / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert re.search(message, refusal(lora))
+
+
+def test_a_configuration_of_gigabytes_is_not_read(tmp_path: Path):
+    lora = write_lora(tmp_path / "lora", MODULES, {})
+    with open(lora / "adapter_config.json", "wb") as stream:
+        stream.truncate(8 << 30)
+    assert "more than 100 MiB" in refusal(lora)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", DEEP, '"x"'])
+def test_damaged_metadata_are_no_missing_metadata(tmp_path: Path, text: str):
+    """Without an alpha the rank would be taken for it."""
+    lora = write_lora(tmp_path / "lora", MODULES, {})
+    (lora / "adapter_config.json").unlink()
+    tensors = load_file(lora / "adapter_model.safetensors")
+    save_file(tensors, lora / "x.safetensors", metadata={"lora_adapter_metadata": text})
+    assert "lora_adapter_metadata in it is not a configuration" in refusal(lora / "x.safetensors")
+
+
+# ------------------------------------------------------------------------------------- files that are none
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path: Path, name: str):
+    lora = write_lora(tmp_path / "lora", MODULES, {})
+    (lora / name).unlink()
+    os.mkfifo(lora / name)
+    assert name in refusal(lora)
+
+
+def write_index(folder: Path, weight_map: object) -> Path:
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"a": "\0"},
+        {"a": "x\ud800.safetensors"},
+        {"a": "x" * 300},
+        {"a": ""},
+        {"a": "."},
+        {"a": ".."},
+        {"a": "../x.safetensors"},
+        {"a": "/dev/zero"},
+        {"a": 1},
+        {"a": ["x"]},
+        {"a": None, "b": "x"},
+        ["a"],
+        None,
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_an_index_with_impossible_names(tmp_path: Path, made: Path, weight_map: object):
+    refusal(write_index(tmp_path / "tuned", weight_map), base=made / "bf16")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_an_index_that_names_a_pipe_or_a_device(tmp_path: Path, made: Path):
+    folder = write_index(tmp_path / "tuned", {"a": "x.safetensors"})
+    os.mkfifo(folder / "x.safetensors")
+    assert "not a regular file" in refusal(folder, base=made / "bf16")
+    (folder / "x.safetensors").unlink()
+    (folder / "x.safetensors").symlink_to("/dev/zero")
+    assert "not a regular file" in refusal(folder, base=made / "bf16")
+
+
+def test_a_name_longer_than_any_file_may_have(tmp_path: Path):
+    save_file({"a." * 600 + "diff": torch.ones(4)}, tmp_path / "x.safetensors")
+    assert "has a name of 1,204 bytes" in refusal(tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_for_a_delta_is_refused_at_once(tmp_path: Path, model: Path):
+    os.mkfifo(tmp_path / "x.shd")
+    with pytest.raises(ShiraDeltaError, match="not a regular file"):
+        shiradelta.apply(model, tmp_path / "x.shd")
+
+
+def test_refusals_are_source_errors(tmp_path: Path):
+    with pytest.raises(SourceError):
+        shiradelta.convert(write_lora(tmp_path / "lora", MODULES, {"r": "4"}))
