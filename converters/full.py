@@ -47,9 +47,15 @@ def open_full(files: SourceFiles) -> Source:
         return result
     used = set(found.values())
     lacking = [name for name in base if name not in used]
-    _check_added([key for key in source if key not in found], lacking, source, base, result)
+    homeless = {key: folder for key in source if key not in found and (folder := _folder_of(key)) not in base.folders}
+    added = [key for key in source if key not in found and key not in homeless]
+    _check_added(added, lacking, source, base, result)
     first: dict[str, str] = {}  # the base's name -> the fine-tune's
     for key in source:
+        if key in homeless:
+            why = f"{base.root} has no folder {homeless[key]!r} for it; copy that of the fine-tune to the base first"
+            result.skipped[key] = Skipped(SkipReason.NO_TARGET, why)
+            continue
         if key not in found:
             result.items.append(whole_tensor(source, key, key))
             continue
@@ -67,6 +73,12 @@ def open_full(files: SourceFiles) -> Source:
     if lacking:
         result.warnings.append(f"{len(lacking)} tensors of the base are not in the fine-tune; they stay as they are")
     return result
+
+
+def _folder_of(name: str) -> str:
+    """The folder of a component or module that a tensor is in, as `Checkpoint.folders` names it."""
+    folder, slash, _ = name.rpartition("/")
+    return folder + slash
 
 
 def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base: Checkpoint, result: Source) -> None:

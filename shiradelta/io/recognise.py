@@ -147,7 +147,8 @@ _PACKED = ("bitsandbytes", "awq", "gptq")
 def _is_quantised(path: Path) -> bool:
     # A folder with deltas on it is let through, so that they can be reverted; an adapter's config.json is its base's.
     config = (path if path.is_dir() else path.parent) / "config.json"
-    if path.name.startswith("adapter_") or not config.is_file() or (config.parent / ".shiradelta").exists():
+    managed = (config.parent / ".shiradelta" / "state.json").exists()
+    if path.name.startswith("adapter_") or not config.is_file() or managed:
         return False
     about = json.loads(config.read_text(encoding="utf-8"))
     quantised = about.get("quantization_config") if isinstance(about, dict) else None

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: safetensors files, sharded models and pipelines, as one mapping of named tensors.
+"""Checkpoints on disk: safetensors files, sharded models, and folders of models, as one mapping of named tensors.
 
 Elements are seen as bit patterns, unsigned integers of the dtype's size, through a memory map.
 """
@@ -17,6 +17,7 @@ from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.format.arithmetic import Array
 from shiradelta.io.recognise import Wanted, explain
 from shiradelta.models.safetensors import Slot, read_shard
+from shiradelta.models.sentence import LIST, SentenceModule, modules_of
 from shiradelta.util.json_files import read_json
 
 #: Weight files of one model, by preference, as transformers and diffusers name them.
@@ -25,9 +26,10 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class Checkpoint(Mapping[str, Slot]):
-    """Name -> `Slot`, of a safetensors file, a model's folder, or a pipeline's folder of such folders.
+    """Name -> `Slot`, of a safetensors file, a model's folder, or a folder of such folders.
 
-    In a pipeline a name is `component/name`, the component being the subfolder.
+    In a pipeline a name is `component/name`, the component being the subfolder.  So it is in sentence-transformers'
+    folders: `2_Dense/linear.weight`; the tensors of a module in the folder itself have plain names.
 
     Attributes:
         root: the file or folder.
@@ -41,7 +43,8 @@ class Checkpoint(Mapping[str, Slot]):
         self.folders: dict[str, Path] = {}
         self._slots: dict[str, Slot] = {}
         for shard in self.shards:
-            prefix = "" if shard.file.parent == root or root.is_file() else f"{shard.file.parent.name}/"
+            within = Path() if root.is_file() else shard.file.parent.relative_to(root)
+            prefix = "".join(f"{part}/" for part in within.parts)
             self.folders[prefix] = shard.file.parent
             for slot in shard.slots:
                 name = prefix + slot.name
@@ -96,14 +99,56 @@ def weight_files(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise SourceError(f"{root}: no such file or folder; check the path")
-    # Beside the components of a pipeline there may lie one file with all of them, which nothing loads from there.
-    files = [] if (root / "model_index.json").exists() else _weight_files_of(root)
-    if not files:
-        for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != "."):
-            files += _weight_files_of(folder)
+    index = root / "model_index.json"
+    modules = modules_of(root)
+    if modules is not None:
+        files = [file for module in modules for file in _files_of_module(root, module)]
+    elif index.exists():
+        # Beside the components there may lie one file with all of them, which nothing loads from there.
+        about = read_json(index)
+        listed = set(about) if isinstance(about, dict) else set()
+        files = [file for folder in _subfolders(root) for file in _files_of_part(root, folder, folder.name in listed)]
+    else:
+        files = _weight_files_of(root) or [file for folder in _subfolders(root) for file in _weight_files_of(folder)]
     if not files:
         raise SourceError(f"{root}: holds no .safetensors weights; give a model's folder, saved as safetensors")
     return files
+
+
+def _subfolders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _files_of_part(root: Path, folder: Path, listed: bool) -> list[Path]:
+    """The weight files of a folder within a model's.
+
+    Raises:
+        SourceError: it is listed as a part of the model, and has its weights in another format.
+    """
+    if listed and folder != root and not _is_patched(root) and (message := explain(folder, Wanted.WEIGHTS)) is not None:
+        raise SourceError(message)
+    return _weight_files_of(folder)
+
+
+def _files_of_module(root: Path, module: SentenceModule) -> list[Path]:
+    """The weight files of a module of sentence-transformers'.
+
+    Raises:
+        SourceError: it has its weights in another format, or lacks them.
+    """
+    folder = root / module.path
+    files = _files_of_part(root, folder, listed=True)
+    if module.has_weights and not files and not _is_patched(root):
+        raise SourceError(
+            next(filter(None, (explain(path, Wanted.WEIGHTS) for path in sorted(folder.glob("*.*")))), None)
+            or f"{folder}: has no .safetensors weights, and {LIST} lists it as {module.kind}; get its files, too"
+        )
+    return files
+
+
+def _is_patched(root: Path) -> bool:
+    """Whether deltas are on a folder, which then is let through, so that they can be reverted."""
+    return (root / ".shiradelta" / "state.json").exists()
 
 
 def _weight_files_of(folder: Path) -> list[Path]:
@@ -130,7 +175,7 @@ def _weight_files_of(folder: Path) -> list[Path]:
 def other_weight_files(checkpoint: Checkpoint) -> list[Path]:
     """Other weight files in the same folders (fp16 variants, other formats), which a loader may prefer."""
     used = {shard.file for shard in checkpoint.shards}
-    folders = sorted({file.parent for file in used})
+    folders = sorted({file.parent for file in used} | ({checkpoint.root} if checkpoint.root.is_dir() else set()))
     beside = (path for folder in folders for path in sorted(folder.iterdir()))
     return [path for path in beside if path.suffix in (".safetensors", ".bin", ".pt", ".ckpt") and path not in used]
 

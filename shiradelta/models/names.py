@@ -1,7 +1,8 @@
 """Tensor names: finding those of a delta or a fine-tune in a model, and what a name says about its tensor.
 
 The exact name comes first.  Names that are missing are found a group at a time, by one prefix in place of another: the
-vision half of a model may get another prefix than its language half.  `shiradelta.models.stored` goes on where a
+vision half of a model may get another prefix than its language half.  A module of sentence-transformers' is called by
+its folder on disk (`2_Dense/`) and by its number in memory (`2.`).  `shiradelta.models.stored` goes on where a
 library renames, stacks or ties tensors on loading.
 """
 
@@ -16,6 +17,8 @@ Shape = tuple[int, ...]
 Named = Mapping[str, Shape | None]
 
 _NUMBER = re.compile(r"\d+")
+#: The folder of a module of sentence-transformers'.
+_FOLDER = re.compile(r"(\d+)_\w+/")
 
 
 @dataclass
@@ -72,6 +75,7 @@ class _Search:
         for name in self._free:
             for head, tail in _tails(name):
                 self._prefixes.setdefault(tail, []).append(head)
+        self._folders = {cut.group() for cut in map(_FOLDER.match, self._free) if cut}
 
     def group(self, prefix: str, names: Sequence[str]) -> None:
         """Finds names that begin with a prefix: all by one other prefix if that is possible, else in smaller groups."""
@@ -92,7 +96,9 @@ class _Search:
 
     def _hits(self, prefix: str, names: Sequence[str]) -> dict[str, set[str]]:
         """Other prefix -> the names whose tensors it finds."""
-        others: dict[str, None] = {}
+        others: dict[str, None] = {folder: None for folder in self._folders if _child(folder) == prefix}
+        if (child := _child(prefix)) is not None:
+            others[child] = None
         for name in names:
             tail = name[len(prefix) :]
             others |= dict.fromkeys(head + prefix for head in self._prefixes.get(name, ()))
@@ -118,9 +124,17 @@ class _Search:
 def _may_replace(prefix: str, other: str, numbered: bool) -> bool:
     """Whether one prefix may stand for another; `numbered` says that they lead to numbered layers."""
     longer, shorter = (prefix, other) if len(prefix) > len(other) else (other, prefix)
+    if _child(longer) == shorter:
+        return True
     if longer.endswith(shorter):
         return numbered or not _NUMBER.search(longer.removesuffix(shorter))
     return numbered and _NUMBER.findall(prefix) == _NUMBER.findall(other)
+
+
+def _child(prefix: str) -> str | None:
+    """What a sentence-transformers module is called in memory, given its folder; None for another prefix."""
+    folder = _FOLDER.fullmatch(prefix)
+    return f"{folder[1]}." if folder else None
 
 
 def _by_next_part(prefix: str, names: Iterable[str]) -> dict[str, list[str]]:

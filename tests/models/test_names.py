@@ -103,6 +103,18 @@ def test_a_lone_name_is_not_taken_for_another(wanted: str, have: str):
     assert find([wanted], [have]) == Found()
 
 
+def test_a_sentence_transformers_module_is_called_by_its_folder_or_its_number():
+    on_disk = [*stack(""), "2_Dense/linear.weight", "3_Dense/linear.weight"]
+    in_memory = [*stack("0.auto_model."), "2.linear.weight", "3.linear.weight"]
+    assert find(on_disk, in_memory).names == dict(zip(on_disk, in_memory, strict=True))
+    assert find(in_memory, on_disk).names == dict(zip(in_memory, on_disk, strict=True))
+    assert find(["2.linear.weight"], ["3_Dense/linear.weight", "12_Dense/linear.weight"]) == Found()
+    assert find(["2_Dense/linear.weight"], ["3.linear.weight", "linear.weight"]) == Found()
+    both = find(["2.linear.weight"], ["2_Dense/linear.weight", "2_Other/linear.weight"])
+    assert not both.names
+    assert both.unclear.keys() == {"2.linear.weight"}
+
+
 def test_prefixes_of_many_names_are_found_in_linear_time():
     have = [f"layers.{i}.experts.{j}.up.weight" for i in range(60) for j in range(256)]
     start = time.process_time()
