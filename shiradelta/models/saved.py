@@ -37,7 +37,7 @@ class SavedTensor:
         if self.parts is None or len(self.parts) != 1:
             return None
         name, view = self.parts[0]
-        return name if view.is_whole and view.weight == view.stored == contiguous(self.shape) else None
+        return name if view.is_same else None
 
 
 def saved_tensors(model: Any) -> Iterator[SavedTensor]:
@@ -136,7 +136,7 @@ def _parts(
             return None
         weight, holder = found
         box = Box(tuple(part.shape), tuple(part.stride()), part.storage_offset() - holder.storage_offset())
-        parts.append((weight, View(name, shape, box, stored)))
+        parts.append((weight, View(name, shape, box, stored, holder.numel())))
     return parts
 
 

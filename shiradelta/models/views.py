@@ -79,17 +79,24 @@ class View:
         shape: the tensor's shape there.
         weight: the elements in the flat weight.
         stored: the same elements, in the same order, in the flat tensor of the checkpoint.
+        numel: number of elements of the weight.
     """
 
     name: str
     shape: Shape
     weight: Box
     stored: Box
+    numel: int
 
     @property
     def is_whole(self) -> bool:
         """Whether the weight has all elements of the tensor."""
         return self.weight.numel == math.prod(self.shape)
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the weight is the tensor as it is, element by element; it may be renamed."""
+        return self.numel == self.weight.numel and self.weight == self.stored == contiguous(self.shape)
 
     def from_weight(self, positions: Positions) -> tuple[Positions, Positions]:
         """Finds the positions of a weight that belong to the view.
@@ -118,4 +125,4 @@ def _moved(positions: Positions, source: Box, target: Box) -> tuple[Positions, P
 def whole_view(name: str, shape: Shape) -> View:
     """The view of a weight that is stored as it is."""
     box = contiguous(shape)
-    return View(name, shape, box, box)
+    return View(name, shape, box, box, box.numel)
