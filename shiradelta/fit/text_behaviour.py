@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from shiradelta.fit.behaviour import Behaviour, Outputs
 from shiradelta.fit.divergence import blend, divergence, divergence_of_labels, log_likelihoods
 from shiradelta.text.pooling import pool
 from shiradelta.text.tokens import TokenTable, check_vocabulary, padding_token, token_limit
+from shiradelta.util.text import brief
 
 COSINE = "cosine of embeddings"
 HIDDEN_ERROR = "relative error of hidden states"
@@ -104,6 +106,19 @@ class TextBehaviour(Behaviour):
             rows.append(logits.flatten(0, 1)[kept] if logits.dim() == 3 else logits)
         self._per_token.append(logits is not None and logits.dim() == 3)
         return rows
+
+    def check(self, model: nn.Module, base: Path) -> None:
+        """Raises SourceError if texts alone do not run the model, or it gives no hidden states."""
+        try:
+            with torch.no_grad():
+                self.outputs(model, [min(range(len(self.lengths)), key=self.lengths.__getitem__)])
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {brief(str(error), 160)}"
+            raise SourceError(
+                f"{base}: texts alone do not run {type(model).__name__} ({why}); give model and forward from Python"
+            ) from error
 
     def calibrate(self, batches: Iterable[tuple[Sequence[int], Outputs, Outputs]]) -> None:
         """Also scales `text_share` by the likelihood that the fine-tune gained on the texts, over the divergence."""

@@ -78,8 +78,18 @@ def check_vocabulary(largest: int, model: nn.Module) -> None:
 
 
 def vocabulary(model: nn.Module) -> int:
-    """Number of tokens that a model has embeddings for."""
-    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    """Number of tokens that a model has embeddings for.
+
+    Raises:
+        SourceError: the model has no embeddings of tokens, or is made of several that have.
+    """
+    try:
+        return int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        raise SourceError(
+            f"{type(model).__name__} has no token embeddings of its own, so texts alone do not run it; from Python, Fit"
+            " takes model and forward, and attach takes any module"
+        ) from None
 
 
 def padding_token(tokenizer: Any, model: nn.Module) -> int:
