@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.table import print_table, seconds
 from shiradelta.fit import Fit
+from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.fit.training import FitTrainer, TrainingPlan
@@ -78,7 +79,7 @@ class Case:
         self.behaviour = TextBehaviour(RandomTokens(vocabulary), [str(tokens)] * texts, self.model, tokens)
         self.weights = list(find_weights(self.model, linears).values())
         generator = torch.Generator(DEVICE).manual_seed(0)
-        tuned = {
+        tuned: dict[Tensor, Tensor] = {
             weight: weight.data
             + 0.02 * weight.data.std() * torch.randn(weight.shape, generator=generator, device=DEVICE)
             for weight in self.weights
@@ -119,7 +120,7 @@ class Case:
             steps=100,
             micro=len(self.batch),
             relative_lr=0.01,
-            codec="int4",
+            quantiser=lambda nonzeros: Quantiser("int4", nonzeros.counts, nonzeros.values.device),
             counts=nonzeros.counts,
             units=units,
             whole_model=False,

@@ -55,7 +55,7 @@ def run_fit(
         from shiradelta.fit.fitted import FitJob, FitTarget
         from shiradelta.fit.run import run
     targets = [
-        FitTarget(item.name, item.dtype, item.matrix, item.dense, counts[item.name])
+        FitTarget(item.name, item.dtype, item.shape, item.dense, counts[item.name])
         for item in source.items
         if item.dense is not None and item.replacement is None and item.numel
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
             steps=steps,
             micro=subject.micro,
             relative_lr=settings.relative_lr,
-            codec=job.codec,
+            quantiser=partial(tuned.quantiser, codec=job.codec),
             counts=counts,
             units=units,
             whole_model=job.whole_model,

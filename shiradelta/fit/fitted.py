@@ -13,7 +13,7 @@ from shiradelta.errors import SourceError
 from shiradelta.fit.settings import Fit
 from shiradelta.format.arithmetic import Float32
 from shiradelta.format.delta import TensorDelta
-from shiradelta.select.topk import NOT_FINITE, Rows, Selection
+from shiradelta.select.topk import NOT_FINITE, Rows, Selection, row_shape
 from shiradelta.util.progress import Progress
 
 
@@ -22,16 +22,16 @@ class FitTarget:
     """One tensor to fit: its dense delta, and how many of its weights may change.
 
     Attributes:
-        name: the tensor's, in the base's files.
+        name: the tensor's, in the base's files; a weight's in memory, where it is joined from several tensors.
         dtype: the base's, by torch's name.
-        matrix: shape of the dense delta as a matrix.
-        rows: gives a function (first row, last row) -> those rows of the dense delta.
+        shape: the tensor's.
+        rows: gives a function (first row, last row) -> those rows of the dense delta, which `row_shape` cuts.
         count: how many weights may change.
     """
 
     name: str
     dtype: str
-    matrix: tuple[int, int]
+    shape: tuple[int, ...]
     rows: Callable[[], Rows]
     count: int
 
@@ -41,7 +41,7 @@ class FitTarget:
         Raises:
             SourceError: it is not finite.
         """
-        delta = self.rows()(0, self.matrix[0]).reshape(-1)
+        delta = self.rows()(0, row_shape(self.shape)[0]).reshape(-1)
         if not np.all(np.isfinite(delta)):
             raise SourceError(f"tensor {self.name!r} {NOT_FINITE}")
         return delta

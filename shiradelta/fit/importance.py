@@ -48,19 +48,24 @@ def by_activation(subject: Scored) -> Importance:
 
 
 def by_gradient(subject: Scored) -> Importance:
-    """|change| times the RMS of the gradient of the fitting loss at the base."""
-    weights, parts = subject.fitted.weights, subject.calibration
-    found = rms_gradients(subject.model, weights, subject.behaviour, subject.teacher, parts)
-    return lambda index, magnitude: magnitude * found[index]
+    """|change| times the RMS of the gradient of the fitting loss at the base; |change| for buffers, which have none."""
+    trained = {i: weight for i, weight in enumerate(subject.fitted.weights) if isinstance(weight, nn.Parameter)}
+    gradients = rms_gradients(
+        subject.model, list(trained.values()), subject.behaviour, subject.teacher, subject.calibration
+    )
+    found = dict(zip(trained, gradients, strict=True))
+    return lambda index, magnitude: magnitude * found[index] if index in found else magnitude
 
 
-def input_norms(model: nn.Module, weights: Sequence[nn.Parameter], forward: Callable[[], None]) -> dict[int, Tensor]:
+def input_norms(model: nn.Module, weights: Sequence[Tensor], forward: Callable[[], None]) -> dict[int, Tensor]:
     """Index of a linear layer's weight -> RMS of each of the layer's inputs, over what `forward` runs."""
     index_of = {id(weight): index for index, weight in enumerate(weights)}
     sums: dict[int, Tensor] = {}
     rows: dict[int, int] = {}
 
     def hook(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs:  # called by keyword, as no layer of torch is
+            return
         x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
         sums[index] = sums.get(index, torch.zeros_like(x[0])) + x.square().sum(0)
         rows[index] = rows.get(index, 0) + len(x)
@@ -81,7 +86,7 @@ def input_norms(model: nn.Module, weights: Sequence[nn.Parameter], forward: Call
 
 def rms_gradients(
     model: nn.Module,
-    weights: Sequence[nn.Parameter],
+    weights: Sequence[Tensor],
     behaviour: Behaviour,
     teacher: Teacher,
     parts: Iterable[Sequence[int]],

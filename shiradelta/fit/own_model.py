@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from shiradelta.fit.fitted import FitJob
-from shiradelta.models.names import find_names
+from shiradelta.fit.stored import LoadedWeights, make_contiguous
+from shiradelta.fit.tuned_weights import exact_homes
 
 
 @contextmanager
@@ -21,16 +23,21 @@ def restored(job: FitJob) -> Iterator[None]:
     names = dict(model.named_parameters(remove_duplicate=False))
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in names.values()]
-    exact = find_names({name: delta.shape for name, delta in job.exact}, dict.fromkeys(names)).names
-    overwritten = {names[own] for own in exact.values()}
-    kept = [(parameter, parameter.detach().clone()) for parameter in overwritten]
+    spread = [(weight, weight.data) for weight in (*names.values(), *model.buffers()) if not weight.is_contiguous()]
+    kept: dict[Tensor, Tensor] = {}
     try:
+        make_contiguous(model)
+        if job.exact:
+            overwritten = exact_homes(job.exact, LoadedWeights(model))
+            kept = {weight: weight.detach().clone() for weight, _, _ in overwritten}
         yield
     finally:
         for module, training in modes:
             module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        for weight, before in spread:
+            weight.data = before.to(weight.device)
         with torch.no_grad():
-            for parameter, before in kept:
-                parameter.copy_(before)
+            for weight, before in kept.items():
+                weight.copy_(before)

@@ -20,12 +20,13 @@ class Quantiser:
         codec: what the values will be stored in, as a user names it ("int4").
         counts: values of each tensor.
         device: where the values are.
+        order: indices of the values tensor by tensor, as the file has them; None if they lie so.  Others become zero.
 
     Raises:
         ArgumentError: an unknown codec, or a codec whose rounding torch does not know.
     """
 
-    def __init__(self, codec: str, counts: Sequence[int], device: torch.device) -> None:
+    def __init__(self, codec: str, counts: Sequence[int], device: torch.device, order: Tensor | None = None) -> None:
         self._round = rounder(codec).round_torch
         group = registry.GROUP
         groups = [-(-count // group) for count in counts]
@@ -34,14 +35,16 @@ class Quantiser:
         before = torch.cumsum(padding, 0) - padding
         #: The index of each value among groups of full size.
         self._slots = rank + before.repeat_interleave(torch.tensor(counts, device=device))
-        self._size = sum(groups) * group
+        self._size, self._order = sum(groups) * group, order
 
     def __call__(self, values: Tensor) -> Tensor:
         """Rounds the values as a reader of the file will see them."""
         grouped = torch.full((self._size,), torch.nan, device=values.device)
-        grouped[self._slots] = values
-        rounded = self._round(grouped.view(-1, registry.GROUP))
-        return rounded.view(-1)[self._slots]
+        grouped[self._slots] = values if self._order is None else values[self._order]
+        rounded = self._round(grouped.view(-1, registry.GROUP)).view(-1)[self._slots]
+        if self._order is None:
+            return rounded
+        return torch.zeros_like(values).index_copy_(0, self._order, rounded)
 
 
 def rounder(option: str) -> TorchRounder:

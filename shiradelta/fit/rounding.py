@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shiradelta.fit.quantise import Quantiser
+from shiradelta.fit.tuned_weights import TunedWeights
 from shiradelta.nonzeros.vector import Nonzeros
 
 
@@ -13,6 +14,6 @@ def rounded(values: Tensor, codec: str) -> Tensor:
     return Quantiser(codec, [len(values)], values.device)(values)
 
 
-def write_rounded(nonzeros: Nonzeros, codec: str) -> None:
+def write_rounded(nonzeros: Nonzeros, weights: TunedWeights, codec: str) -> None:
     """Writes all nonzeros into the weights, with values rounded as the codec stores them."""
-    nonzeros.write(Quantiser(codec, nonzeros.counts, nonzeros.values.device)(nonzeros.values))
+    nonzeros.write(weights.quantiser(nonzeros, codec)(nonzeros.values))

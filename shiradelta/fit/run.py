@@ -51,7 +51,7 @@ def _fit_whole(job: FitJob) -> Fitted:
     result.text_share = subject.behaviour.text_share if method.trains else 0.0
     nonzeros = subject.fitted.topk()
     try:
-        write_rounded(nonzeros, job.codec)
+        write_rounded(nonzeros, subject.fitted, job.codec)
         result.note("topk", subject.held_out.measures())
         nonzeros.write(None)
         method.fit(job, subject, nonzeros, result)
@@ -59,7 +59,7 @@ def _fit_whole(job: FitJob) -> Fitted:
     finally:
         nonzeros.write(None)
     result.tensors = subject.fitted.selections(nonzeros)
-    result.tensors |= {name: result.tensors[first] for name, first in subject.tied.items()}
+    result.tensors |= {name: result.tensors[first] for name, first in subject.tied.items() if first in result.tensors}
     result.seconds = time.monotonic() - start
     return result
 

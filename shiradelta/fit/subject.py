@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from shiradelta.fit.custom_behaviour import CustomBehaviour
 from shiradelta.fit.fit_texts import FitTexts
 from shiradelta.fit.fitted import FitJob, FitTarget
 from shiradelta.fit.measures import HeldOut
+from shiradelta.fit.stored import LoadedWeights, group, make_contiguous
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
-from shiradelta.fit.tuned_weights import TunedWeights, can_write_exact, dense, write_exact
+from shiradelta.fit.tuned_weights import TunedWeights, dense, exact_homes, write_exact
 from shiradelta.models import loading
-from shiradelta.models.names import find_names
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.largest_torch import largest, largest_of_all
 from shiradelta.text.pooling import find_pooling
@@ -58,18 +58,15 @@ class Subject:
             dtype = loading.pick_dtype(self.device, (target.dtype for target in job.targets))
             self.model = loading.load_model(job.base, job.source, self.device, dtype)
         self.model.eval().requires_grad_(False)
+        make_contiguous(self.model)
         self.behaviour = self._behaviour(job.base, job.source)
-        names = dict(self.model.named_parameters(remove_duplicate=False))
+        weights = LoadedWeights(self.model)
         self.fitted = TunedWeights()
-        self.tied: dict[str, str] = {}
-        missing = self._match(job, names)
+        missing = self._match(job, weights)
         self._check_missing(job, missing)
         self.warnings = _not_fitted(missing)
-        found = find_names({name: delta.shape for name, delta in job.exact}, dict.fromkeys(names)).names
-        for name, delta in job.exact:
-            own = found.get(name)
-            if own is not None and can_write_exact(name, names[own].shape, delta):
-                write_exact(flat(names[own]), delta)
+        for weight, view, delta in exact_homes(job.exact, weights):
+            write_exact(flat(weight), delta, view)
         self.teacher = Teacher(self.model, self.fitted.tuned, self.behaviour)
         # Only texts to fit on, so that held-out texts have no influence.
         with torch.no_grad():
@@ -85,36 +82,32 @@ class Subject:
         if fit.forward is not None:
             return CustomBehaviour(self.texts.every, fit.forward, fit.loss)
         tokenizer, pooling = loading.load_tokenizer(base, source), find_pooling(base, source)
-        return TextBehaviour(tokenizer, self.texts.every, self.model, fit.tokens, pooling, fit.text_share)
+        behaviour = TextBehaviour(tokenizer, self.texts.every, self.model, fit.tokens, pooling, fit.text_share)
+        behaviour.check(self.model, base)
+        return behaviour
 
-    def _match(self, job: FitJob, names: Mapping[str, nn.Parameter]) -> list[FitTarget]:
-        """Finds the targets in the model; returns the missing ones."""
-        found = find_names({target.name: None for target in job.targets}, dict.fromkeys(names)).names
-        if not found:
+    def _match(self, job: FitJob, weights: LoadedWeights) -> list[tuple[FitTarget, str]]:
+        """Finds the targets in the model; returns the missing ones, and why they are."""
+        homes = weights.find({target.name: target.shape for target in job.targets})
+        if not homes.found:
             name = job.targets[0].name
             raise SourceError(f"{job.base}: the loaded model has no tensor {name!r}; give model and forward")
-        first: dict[nn.Parameter, str] = {}
-        for target in job.targets:
-            if target.name not in found:
-                continue
-            weight = names[found[target.name]]
-            if weight in self.fitted.tuned:
-                self.tied[target.name] = first[weight]
-            else:
-                first[weight] = target.name
-                self.fitted.add(target, weight)
+        pieces, self.tied = group(job.targets, homes)
+        for name, own in pieces.items():
+            self.fitted.add(name, weights.by_name[name], own)
         if not self.fitted.targets:
             raise SourceError(f"{job.source}: nothing in it changes the base")
-        return [target for target in job.targets if target.name not in found]
+        return [(target, homes.missing[target.name]) for target in job.targets if target.name in homes.missing]
 
-    def _check_missing(self, job: FitJob, missing: Sequence[FitTarget]) -> None:
+    def _check_missing(self, job: FitJob, missing: Sequence[tuple[FitTarget, str]]) -> None:
         """Raises SourceError if the model lacks tensors that carry much of the change."""
-        lost = sum(float(dense(target, self.device).square().sum()) for target in missing)
+        lost = sum(float(dense(target, self.device).square().sum()) for target, _ in missing)
         energy = lost + sum(self.fitted.energy)
         if lost > MOST_MISSING * energy:
+            target, why = missing[0]
             raise SourceError(
-                f"{job.base}: it has no tensor {missing[0].name!r} once loaded; what is renamed or stacked on loading"
-                f" carries {lost / energy:.0%} of the change, which a fit would not see: convert without fitting"
+                f"{job.base}: {target.name!r} cannot be fitted, because {why}; such tensors carry"
+                f" {lost / energy:.0%} of the change, which a fit would not see: convert without fitting"
             )
 
     def select(self, mask: FitMask, counts: Sequence[int], whole_model: bool = False) -> tuple[list[Tensor], Tensor]:
@@ -128,8 +121,10 @@ class Subject:
         importance = mask.importance(self)
 
         def scores(index: int) -> Tensor:
-            found: Tensor = importance(index, dense(self.fitted.targets[index], self.device).abs())
-            return found
+            magnitude = dense(self.fitted.targets[index], self.device).abs()
+            found: Tensor = importance(index, magnitude)
+            # Elements that the fine-tune left come last: the file may hold no tensor for them.
+            return found.masked_fill(magnitude == 0, -1)
 
         if whole_model and not mask.by_magnitude:  # counts are distributed by magnitude already
             positions = largest_of_all([scores(index) for index in range(len(counts))], sum(counts))
@@ -150,12 +145,17 @@ class Subject:
         return HeldOut(self.model, self.behaviour, self.teacher, self.texts.held_out, self.micro)
 
 
-def _not_fitted(targets: Sequence[FitTarget]) -> list[str]:
-    """The warning of targets that the loaded model lacks."""
-    if not targets:
-        return []
-    these = "1 tensor is" if len(targets) == 1 else f"{len(targets)} tensors are"
+def _not_fitted(missing: Sequence[tuple[FitTarget, str]]) -> list[str]:
+    """The warnings of targets that the loaded model lacks, one for each reason."""
+    by_reason: dict[str, list[tuple[FitTarget, str]]] = {}
+    for target, why in missing:
+        by_reason.setdefault(why, []).append((target, why))
     return [
-        f"{these} not fitted, because the loaded model has none of that name, such as {targets[0].name!r}; they keep"
-        " their largest changes, and the distances do not include them"
+        f"{_count(some)} not fitted, because {why}, such as {some[0][0].name!r}; they keep their largest changes, and"
+        " the distances do not include them"
+        for why, some in by_reason.items()
     ]
+
+
+def _count(targets: Sequence[object]) -> str:
+    return "1 tensor is" if len(targets) == 1 else f"{len(targets)} tensors are"

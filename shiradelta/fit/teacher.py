@@ -19,11 +19,11 @@ class Teacher:
 
     Args:
         model: the student's module.
-        tuned: parameter -> the fine-tune's weights.
+        tuned: weight -> the fine-tune's weights.
         behaviour: the outputs to compare.
     """
 
-    def __init__(self, model: nn.Module, tuned: Mapping[nn.Parameter, Tensor], behaviour: Behaviour) -> None:
+    def __init__(self, model: nn.Module, tuned: Mapping[Tensor, Tensor], behaviour: Behaviour) -> None:
         self._model, self._tuned, self._behaviour = model, dict(tuned), behaviour
         self._known = torch.zeros(len(behaviour.lengths), dtype=torch.bool)
         self._kept: Outputs | None = None
@@ -61,7 +61,7 @@ class Teacher:
 
 
 @contextmanager
-def exchanged(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+def exchanged(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Within the block, parameters have other weights.  Pointers are exchanged; nothing is copied."""
     before = {parameter: parameter.data for parameter in weights}
     for parameter, other in weights.items():

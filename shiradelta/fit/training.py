@@ -44,7 +44,7 @@ class TrainingPlan:
         steps: optimizer steps.
         micro: texts per forward pass.
         relative_lr: largest learning rate, relative to `units`.
-        codec: the value codec.
+        quantiser: makes what rounds the values of nonzeros as the file stores them.
         counts: nonzeros by tensor in the end.
         units: unit of the learning rate, by tensor.
         whole_model: whether nonzeros may move between tensors.
@@ -53,7 +53,7 @@ class TrainingPlan:
     steps: int
     micro: int
     relative_lr: float
-    codec: str
+    quantiser: Callable[[Nonzeros], Quantiser]
     counts: Sequence[int]
     units: Sequence[float]
     whole_model: bool
@@ -101,7 +101,7 @@ class FitTrainer:
         state, nonzeros = self.state, self._nonzeros
         state.counts, state.positions, state.values = nonzeros.counts, nonzeros.positions, nonzeros.values
         self._units = nonzeros.per_tensor(self._plan.units)
-        self._quantiser = Quantiser(self._plan.codec, nonzeros.counts, nonzeros.values.device)
+        self._quantiser = self._plan.quantiser(nonzeros)
 
     def run(
         self,

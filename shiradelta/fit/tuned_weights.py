@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shiradelta.errors import SourceError
 from shiradelta.fit.fitted import FitTarget
+from shiradelta.fit.quantise import Quantiser
+from shiradelta.fit.stored import LoadedWeights, Piece, joined
+from shiradelta.format.arithmetic import Positions
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.dtypes import torch_dtype
+from shiradelta.models.views import View
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.largest_torch import largest
 from shiradelta.select.topk import Selection
@@ -21,8 +26,8 @@ class TunedWeights:
     Tensors that the fine-tune left alone are not fitted, as with plain top-k.
 
     Attributes:
-        targets: the tensors to fit.
-        weights: the model's weights of the targets.
+        targets: the tensors to fit, each a weight in memory.
+        weights: the model's weights of the targets: parameters and buffers.
         changed: number of weights that the fine-tune changed, by target.
         energy: sum of squares of each target's dense delta.
         tuned: weight -> the fine-tune's weight.
@@ -30,15 +35,28 @@ class TunedWeights:
 
     def __init__(self) -> None:
         self.targets: list[FitTarget] = []
-        self.weights: list[nn.Parameter] = []
+        self.weights: list[Tensor] = []
         self.changed: list[int] = []
         self.energy: list[float] = []
-        self.tuned: dict[nn.Parameter, Tensor] = {}
+        self.tuned: dict[Tensor, Tensor] = {}
+        self._pieces: list[Sequence[Piece]] = []
+        self._energy_of: dict[str, float] = {}  # by names in the files
         self._positions: list[Tensor] = []
         self._values: list[Tensor] = []
 
-    def add(self, target: FitTarget, weight: nn.Parameter) -> None:
-        """Takes a target, if the fine-tune changed it; `weight` holds the base."""
+    def add(self, name: str, weight: Tensor, pieces: Sequence[Piece]) -> None:
+        """Takes a weight, if the fine-tune changed it.
+
+        Args:
+            name: the weight's, in memory.
+            weight: holds the base.
+            pieces: what tensors to fit share with it.
+        """
+        if len(pieces) == 1 and pieces[0].view.is_same:
+            target, chosen = pieces[0].target, None
+        else:
+            chosen = torch.cat([self._topk_of(piece, weight.device) for piece in pieces]).sort().values
+            target = joined(name, weight, pieces, chosen.numel())
         delta = dense(target, weight.device)
         changed = int(delta.count_nonzero())
         if not changed:
@@ -48,8 +66,28 @@ class TunedWeights:
         self.changed.append(changed)
         self.energy.append(float(delta.square().sum()))
         self.tuned[weight] = (weight.data.float() + delta.view(weight.shape)).to(weight.dtype)
-        self._positions.append(largest(delta.abs(), min(target.count, changed)))
-        self._values.append(delta[self._positions[-1]])
+        if chosen is None:
+            chosen = largest(delta.abs(), min(target.count, changed))
+            self._energy_of[target.name] = self.energy[-1]
+        self._pieces.append(pieces)
+        self._positions.append(chosen)
+        self._values.append(delta[chosen])
+
+    def _topk_of(self, piece: Piece, device: torch.device) -> Tensor:
+        """Positions in the weight of those of a tensor's largest changes that the piece has."""
+        delta = dense(piece.target, device)
+        self._energy_of[piece.target.name] = float(delta.square().sum())
+        chosen = largest(delta.abs(), min(piece.target.count, int(delta.count_nonzero())))
+        return torch.from_numpy(piece.view.to_weight(chosen.cpu().numpy())[1]).to(device)
+
+    @property
+    def covered(self) -> set[Tensor]:
+        """The weights of which the tensors to fit have all elements; a file cannot hold changes of others."""
+        return {
+            weight
+            for weight, pieces in zip(self.weights, self._pieces, strict=True)
+            if sum(piece.view.weight.numel for piece in pieces) == weight.numel()
+        }
 
     def topk(self) -> Nonzeros:
         """The fine-tune's largest changes, `count` of each target."""
@@ -58,13 +96,36 @@ class TunedWeights:
         return nonzeros
 
     def selections(self, nonzeros: Nonzeros) -> dict[str, Selection]:
-        """The nonzeros by the targets' names, as they go into the file."""
+        """The nonzeros by names in the files, as they go into the file."""
+        values = nonzeros.values.cpu().numpy()
         return {
-            target.name: Selection(
-                nonzeros.positions[part.span].cpu().numpy(), nonzeros.values[part.span].cpu().numpy(), energy
-            )
-            for target, part, energy in zip(self.targets, nonzeros.parts, self.energy, strict=True)
+            name: Selection(positions, values[indices], self._energy_of[name])
+            for name, (indices, positions) in self._in_file(nonzeros).items()
         }
+
+    def quantiser(self, nonzeros: Nonzeros, codec: str) -> Quantiser:
+        """Rounds the values of nonzeros as a reader of the file will see them."""
+        device = nonzeros.values.device
+        if all(len(pieces) == 1 and pieces[0].view.is_same for pieces in self._pieces):
+            return Quantiser(codec, nonzeros.counts, device)
+        indices = [found for found, _ in self._in_file(nonzeros).values()]
+        order = torch.from_numpy(np.concatenate(indices)).to(device)
+        return Quantiser(codec, [found.size for found in indices], device, order)
+
+    def _in_file(self, nonzeros: Nonzeros) -> dict[str, tuple[Positions, Positions]]:
+        """Name in the files -> (indices of its nonzeros in the vector, their positions in the tensor, increasing)."""
+        parts: dict[str, list[tuple[Positions, Positions]]] = {}
+        for pieces, part in zip(self._pieces, nonzeros.parts, strict=True):
+            positions = nonzeros.positions[part.span].cpu().numpy()
+            for piece in pieces:
+                chosen, at = piece.view.from_weight(positions)
+                parts.setdefault(piece.target.name, []).append((chosen + part.span.start, at))
+        found = {}
+        for name, some in parts.items():
+            indices, at = (np.concatenate(arrays) for arrays in zip(*some, strict=True))
+            order = np.argsort(at, kind="stable")
+            found[name] = indices[order], at[order]
+        return found
 
 
 def dense(target: FitTarget, device: torch.device) -> Tensor:
@@ -76,29 +137,36 @@ def dense(target: FitTarget, device: torch.device) -> Tensor:
     return torch.from_numpy(target.dense()).to(device)
 
 
-def write_exact(weights: Tensor, delta: TensorDelta) -> None:
-    """Writes a delta onto flat weights in place; a sum is made in float32 and rounded once to the weights' dtype."""
+def write_exact(weights: Tensor, delta: TensorDelta, view: View | None = None) -> None:
+    """Writes a delta onto flat weights in place; a sum is made in float32 and rounded once to the weights' dtype.
+
+    Args:
+        weights: flat.
+        delta: the change of a tensor of the checkpoint.
+        view: the elements that the two share; None for all, in the same order.
+    """
+    at, changes = delta.positions(), delta.values()
+    if view is not None and not view.is_same:
+        chosen, at = view.to_weight(at)
+        changes = changes[chosen]
     # Read-only arrays are copied: torch warns of them.
     positions, values = (
-        torch.from_numpy(np.require(array, requirements="W")).to(weights.device)
-        for array in (delta.positions(), delta.values())
+        torch.from_numpy(np.require(array, requirements="W")).to(weights.device) for array in (at, changes)
     )
     if delta.operation.adds:
         values = weights[positions].float() + values
     weights[positions] = values.to(weights.dtype)
 
 
-def can_write_exact(name: str, shape: tuple[int, ...], delta: TensorDelta) -> bool:
-    """Whether a delta has values for the weights of this name and shape; a removal has none.
+def exact_homes(
+    exact: Sequence[tuple[str, TensorDelta]], weights: LoadedWeights
+) -> Iterator[tuple[Tensor, View, TensorDelta]]:
+    """Exact changes with the weights that they change; those of tensors that the model lacks are left out.
 
     Raises:
-        SourceError: the delta is for another shape.
+        SourceError: a change is for another shape.
     """
-    if delta.operation.removes:
-        return False
-    if tuple(shape) != delta.shape:
-        raise SourceError(
-            f"tensor {name!r} has shape {list(shape)} in the model, but its change has {list(delta.shape)}; give the"
-            " model that belongs to the files"
-        )
-    return True
+    changes = {name: delta for name, delta in exact if not delta.operation.removes}
+    homes = weights.find({name: delta.shape for name, delta in changes.items()})
+    for name, home in homes.found.items():
+        yield from ((weights.by_name[weight], view, changes[name]) for weight, view in home)

@@ -104,6 +104,8 @@ class View:
         Returns:
             (their indices in `positions`, in the order of the checkpoint's tensor; their positions in that tensor).
         """
+        if self.is_same:
+            return np.arange(positions.size), positions
         return _moved(positions, self.weight, self.stored)
 
     def to_weight(self, positions: Positions) -> tuple[Positions, Positions]:
@@ -112,6 +114,8 @@ class View:
         Returns:
             (their indices in `positions`, in the order of the weight; their positions in the weight).
         """
+        if self.is_same:
+            return np.arange(positions.size), positions
         return _moved(positions, self.stored, self.weight)
 
 

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiradelta.nonzeros.patched import patch, unpatch
+from shiradelta.nonzeros.patched import NonzerosOf, patch, unpatch
 from shiradelta.nonzeros.weight import CHUNK, WeightNonzeros, flat
 
 
 class VectorPart(WeightNonzeros):
     """The nonzeros of one weight, which are the slice `span` of the vectors of `Nonzeros`."""
 
-    def __init__(
-        self, parameter: nn.Parameter, stored: torch.dtype, span: slice, positions: Tensor, base: Tensor
-    ) -> None:
+    def __init__(self, parameter: Tensor, stored: torch.dtype, span: slice, positions: Tensor, base: Tensor) -> None:
         super().__init__(parameter, stored, positions, base)
         self.span = span
 
@@ -39,7 +37,7 @@ class Nonzeros:
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], stored: Sequence[torch.dtype], positions: Sequence[Tensor]
+        self, parameters: Sequence[Tensor], stored: Sequence[torch.dtype], positions: Sequence[Tensor]
     ) -> None:
         self._parameters, self._stored = list(parameters), list(stored)
         self.parts: list[VectorPart] = []
@@ -104,12 +102,13 @@ class Nonzeros:
 
         Torch makes the gradient of one weight after another.  A hook gathers it at the positions, and frees the rest.
         Embeddings, of which a batch uses few rows, and weights that are too large for a whole gradient are patched.
+        Buffers take no gradient: the functions that use them, such as batch norms, may have none.
         """
         tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-        patched = {
+        patched: dict[Any, NonzerosOf] = {
             p: partial(self._source, i) for i, p in enumerate(self._parameters) if p in tables or p.numel() > CHUNK
         }
-        own = [(i, p) for i, p in enumerate(self._parameters) if p not in patched]
+        own = [(i, p) for i, p in enumerate(self._parameters) if p not in patched and isinstance(p, nn.Parameter)]
         patch(model, patched)
         hooks: list[Any] = []
         for index, parameter in own:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 #: Elements of a dense gradient computed at a time: more than any layer of a 7B model has.
 CHUNK = 1 << 26
@@ -25,7 +25,7 @@ class WeightNonzeros:
             else overwrites the weight.
     """
 
-    def __init__(self, parameter: nn.Parameter, stored: torch.dtype, positions: Tensor, base: Tensor) -> None:
+    def __init__(self, parameter: Tensor, stored: torch.dtype, positions: Tensor, base: Tensor) -> None:
         self.parameter: Tensor = parameter
         self.stored = stored
         self.numel = parameter.numel()

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 from shiradelta.fit.fitted import FitTarget
 from shiradelta.fit.refit.skeleton import Skeleton
-from shiradelta.fit.tuned_weights import TunedWeights, can_write_exact, write_exact
+from shiradelta.fit.stored import LoadedWeights, Piece
+from shiradelta.fit.tuned_weights import TunedWeights, exact_homes, write_exact
 from shiradelta.format.delta import TensorDelta
+from shiradelta.models.views import whole_view
 from tests.fit.test_fit import write_pair
 
 
@@ -41,16 +43,14 @@ def test_set_and_new_replace():
     assert weights.tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_what_has_no_values_for_a_weight_is_not_written():
+def test_a_removal_is_not_written_and_another_shape_is_refused_by_name():
+    weights = LoadedWeights(nn.Linear(3, 2))
     delta = TensorDelta((2, 3), [1], np.float32([7]), "float32")
-    assert can_write_exact("w", (2, 3), delta)
-    assert not can_write_exact("w", (2, 3), TensorDelta((2, 3), None, [], "float32", "drop"))
-
-
-def test_an_exact_change_of_another_shape_is_refused_by_name():
-    delta = TensorDelta((2, 3), [1], np.float32([7]), "float32")
-    with pytest.raises(SourceError, match=r"'w' has shape \[3, 2\] in the model, but its change has \[2, 3\]"):
-        can_write_exact("w", (3, 2), delta)
+    ((weight, view, found),) = exact_homes([("weight", delta), ("other", delta)], weights)
+    assert (weight is weights.by_name["weight"], view.is_same, found is delta) == (True, True, True)
+    assert not list(exact_homes([("weight", TensorDelta((2, 3), None, [], "float32", "drop"))], weights))
+    with pytest.raises(SourceError, match=r"'bias' has shape \[2\] in the model, but its change has \[2, 3\]"):
+        list(exact_homes([("bias", delta)], weights))
 
 
 def test_a_model_filled_layer_by_layer_has_the_same_exact_changes(tmp_path: Path):
@@ -68,9 +68,10 @@ def test_a_model_filled_layer_by_layer_has_the_same_exact_changes(tmp_path: Path
 def test_only_what_the_fine_tune_changed_is_fitted():
     tuned = TunedWeights()
     for name, delta in (("a", [0.0, 3, -4, 1]), ("b", [0.0] * 4)):
-        rows = torch.tensor([delta]).numpy()
+        rows = torch.tensor(delta)[:, None].numpy()
         weight = torch.nn.Parameter(torch.ones(4))
-        tuned.add(FitTarget(name, "float32", (1, 4), lambda rows=rows: lambda a, b: rows[a:b], 2), weight)
+        target = FitTarget(name, "float32", (4,), lambda rows=rows: lambda a, b: rows[a:b], 2)
+        tuned.add(name, weight, [Piece(target, whole_view(name, (4,)))])
     assert ([target.name for target in tuned.targets], tuned.changed, tuned.energy) == (["a"], [3], [26])
     (selection,) = tuned.selections(tuned.topk()).values()
     assert selection.positions.tolist() == [1, 2]

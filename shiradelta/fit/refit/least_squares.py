@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from shiradelta.fit.tuned_weights import TunedWeights
 from shiradelta.models.layers import is_conv1d
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.largest_torch import largest
@@ -24,6 +25,8 @@ from shiradelta.select.largest_torch import largest
 DAMPING = 0.1
 #: Number of candidates at first, as a multiple of the nonzeros that are kept, and rounds in which they are pruned.
 CANDIDATES, ROUNDS = 5.0, 4
+#: Relative error within which two ways to compute a linear layer agree in bfloat16.
+ALIKE = 0.02
 #: Elements of the small systems that are solved together.
 _SOLVED = 1 << 20
 
@@ -40,7 +43,7 @@ def refit(
     rounded: Callable[[Tensor], Tensor],
     parts: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+) -> list[int]:
     """Gives linear layers a new mask and new values; other tensors keep theirs.
 
     Args:
@@ -51,6 +54,9 @@ def refit(
         rounded: rounds the values of one tensor as a reader will see them, so that later layers compensate.
         parts: examples of each forward pass.
         progress: called with (layers done, number of layers).
+
+    Returns:
+        Indices of the tensors that keep theirs.
     """
     positions = [nonzeros.positions[part.span] for part in nonzeros.parts]
     values = [nonzeros.values[part.span] for part in nonzeros.parts]
@@ -58,19 +64,22 @@ def refit(
 
     def written(index: int) -> Nonzeros:
         part = nonzeros.parts[index]
-        one = Nonzeros([cast(nn.Parameter, part.parameter)], [part.stored], [positions[index]])
+        one = Nonzeros([part.parameter], [part.stored], [positions[index]])
         one.write(rounded(values[index]))
         return one
 
     nonzeros.write(None)
     groups = _groups([module for module in linears if id(module.weight) in index_of], lambda: forward(parts[0]))
     linear = {index_of[id(module.weight)] for group in groups for module in group}
-    done = [written(index) for index in index_of.values() if index not in linear]
+    left = [index for index in index_of.values() if index not in linear]
+    done = [written(index) for index in left]
     for number, group in enumerate(groups):
         progress(number, len(groups))
         moments = _moments(forward, teacher, group, parts)
-        if moments is None:  # it keeps its values
-            done += [written(index_of[id(module.weight)]) for module in group]
+        if moments is None or not moments[0].any():  # no example reaches it, or only zeros do: it keeps its values
+            kept = [index_of[id(module.weight)] for module in group]
+            done += map(written, kept)
+            left += kept
             continue
         inputs, crosses = moments
         for module, cross in zip(group, crosses, strict=True):
@@ -84,6 +93,7 @@ def refit(
     for one in done:
         one.write(None)
     nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], torch.cat(values))
+    return left
 
 
 def own_linears(model: nn.Module) -> list[nn.Module]:
@@ -93,14 +103,36 @@ def own_linears(model: nn.Module) -> list[nn.Module]:
     return [module for module in found if users[id(module.weight)] == 1]
 
 
+def left_out(model: nn.Module, fitted: TunedWeights, left: Sequence[int]) -> list[str]:
+    """Names of matrices and stacks of matrices among the weights that `refit` left; of embeddings that is expected."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = ((fitted.targets[index].name, fitted.weights[index]) for index in left)
+    return [name for name, weight in weights if weight.dim() > 1 and id(weight) not in tables]
+
+
+def left_out_warnings(names: Sequence[str]) -> list[str]:
+    """The warning of weights that `left_out` names."""
+    if not names:
+        return []
+    some = "1 weight keeps its" if len(names) == 1 else f"{len(names)} weights keep their"
+    return [
+        f"{some} largest changes, because least squares refits plain linear layers that the texts reach, not stacked"
+        f" experts, convolutions and the like, such as {names[0]!r}; method 'train' fits them"
+    ]
+
+
 def _groups(linears: Sequence[nn.Module], forward: Callable[[], object]) -> list[list[nn.Module]]:
-    """Linear layers in the order of their calls; layers with the same input are grouped."""
+    """Linear layers in the order of their calls; layers with the same input are grouped.
+
+    Layers whose class computes something else than a linear layer, such as routers, are left out.
+    """
     groups: list[list[nn.Module]] = []
     last: list[Tensor] = []
     seen: set[int] = set()
+    others: set[nn.Module] = set()
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(module.weight) in seen:  # a layer that is called twice has two inputs
+        if id(module.weight) in seen or not inputs:  # a layer that is called twice has two inputs
             return
         seen.add(id(module.weight))
         if last and last[0] is inputs[0]:
@@ -109,10 +141,26 @@ def _groups(linears: Sequence[nn.Module], forward: Callable[[], object]) -> list
             groups.append([module])
             last[:] = [inputs[0]]
 
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        if not inputs or not _is_linear(module, inputs[0], output):
+            others.add(module)
+
     hooks = [module.register_forward_pre_hook(hook) for module in linears]
+    hooks += [module.register_forward_hook(after) for module in linears]
     with torch.no_grad(), _removing(hooks):
         forward()
-    return groups
+    kept = ([module for module in group if module not in others] for group in groups)
+    return [group for group in kept if group]
+
+
+def _is_linear(module: nn.Module, x: Tensor, output: object) -> bool:
+    """Whether a layer's output is that of a plain linear layer; a class derived from one may compute anything."""
+    if type(module).forward is nn.Linear.forward or is_conv1d(module):
+        return True
+    expected = nn.Linear.forward(cast(nn.Linear, module), x)
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return False
+    return bool((output.float() - expected.float()).norm() <= ALIKE * expected.float().norm())
 
 
 def _moments(

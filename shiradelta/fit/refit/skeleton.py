@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shiradelta.fit.tuned_weights import can_write_exact, write_exact
+from shiradelta.errors import SourceError
+from shiradelta.fit.fitted import FitTarget
+from shiradelta.fit.stored import LoadedWeights, Piece, group
+from shiradelta.fit.tuned_weights import write_exact
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
-from shiradelta.models.names import find_names
+from shiradelta.models.views import View
 
 
 class CannotStreamError(Exception):
@@ -34,7 +37,7 @@ class Skeleton:
     Attributes:
         model: the model; it has no weights at first.
         blocks: the list of layers with the most weights; the model calls them in order.
-        names: parameter's name -> name in the base's files.
+        names: name of a parameter or buffer -> name in the base's files.
     """
 
     def __init__(
@@ -50,24 +53,58 @@ class Skeleton:
         self.blocks = _blocks(self.model)
         self._device, self._dtype = device, dtype
         self._checkpoint: Checkpoint = open_checkpoint(base)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        stored = {name: slot.shape for name, slot in self._checkpoint.items()}
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        self.names = find_names(shapes, stored).names
-        self._exact = {own: exact[name] for name, own in find_names(dict.fromkeys(exact), shapes).names.items()}
-        known = {id(parameters[name]) for name in (*self.names, *self._exact)}
-        for name, parameter in parameters.items():
-            if id(parameter) not in known:
+        self._loaded = LoadedWeights(self.model)
+        self.names = self._names_in_files()
+        self._exact = self._exact_changes(exact)
+        for name in self._all():
+            if name not in self.names and name not in self._exact:
                 raise CannotStreamError(f"the files have no {name!r}, which transformers makes from others")
-            slot = self._checkpoint[self.names[name]] if name in self.names else None
-            if slot and (slot.shape != parameter.shape or slot.dtype.name not in TORCH_DTYPES):
-                raise CannotStreamError(f"the files have {name!r} as {slot.dtype.name} {list(slot.shape)}")
-        for buffer, tensor in self.model.named_buffers():
-            if buffer in self._checkpoint and self._checkpoint[buffer].dtype.name in TORCH_DTYPES:
-                tensor.copy_(self._read(buffer))
+        for name, tensor in self.model.named_buffers():
+            if name in self.names:
+                tensor.copy_(self._read(self.names[name]).view(tensor.shape))
         for module in self.model.modules():
             for name, tensor in module.named_buffers(recurse=False):
                 module._buffers[name] = tensor.to(device)
+
+    def _names_in_files(self) -> dict[str, str]:
+        try:
+            found = self._loaded.find({name: slot.shape for name, slot in self._checkpoint.items()}).found
+        except SourceError as error:
+            raise CannotStreamError(str(error)) from None
+        names: dict[str, str] = {}
+        for name, home in found.items():
+            own, view = home[0]
+            if _is_same(home) and (own not in names or view.name == own):  # of tied ones, the first has the values
+                names[own] = name
+        for own, name in names.items():
+            slot = self._checkpoint[name]
+            if slot.dtype.name not in TORCH_DTYPES:
+                raise CannotStreamError(f"the files have {own!r} as {slot.dtype.name} {list(slot.shape)}")
+        return names
+
+    def _exact_changes(self, exact: Mapping[str, TensorDelta]) -> dict[str, TensorDelta]:
+        changes = {name: delta for name, delta in exact.items() if not delta.operation.removes}
+        found = self._loaded.find({name: delta.shape for name, delta in changes.items()}).found
+        for name, home in found.items():
+            if not _is_same(home):
+                raise CannotStreamError(f"the model has {name!r} in another form than the files")
+        return {home[0][0]: changes[name] for name, home in found.items()}
+
+    def pieces(self, targets: Sequence[FitTarget]) -> tuple[dict[str, list[Piece]], dict[str, str]]:
+        """The targets as `shiradelta.fit.stored.group` returns them; each is a parameter of the model.
+
+        Raises:
+            CannotStreamError: one is not.
+        """
+        homes = self._loaded.find({target.name: target.shape for target in targets})
+        parameters = self._all()
+        for target in targets:
+            home = homes.found.get(target.name)
+            if home is None:
+                raise CannotStreamError(f"{target.name!r} is not fitted, because {homes.missing[target.name]}")
+            if not _is_same(home) or home[0][0] not in parameters:
+                raise CannotStreamError(f"{target.name!r} is no parameter of the model by itself")
+        return group(targets, homes)
 
     def of_block(self, index: int) -> dict[str, nn.Parameter]:
         """Name -> parameter, empty or filled, of one block."""
@@ -106,11 +143,10 @@ class Skeleton:
         return parameter
 
     def _weights(self, names: list[str], shape: torch.Size) -> Tensor:
-        stored = next((self.names[name] for name in names if name in self.names), None)
-        weights = torch.zeros(shape) if stored is None else self._read(stored)
+        stored, exact = self.names.get(names[0]), self._exact.get(names[0])
+        weights = torch.zeros(shape) if stored is None else self._read(stored).view(shape)
         weights = weights.to(self._device, self._dtype)
-        exact = next((self._exact[name] for name in names if name in self._exact), None)
-        if exact is not None and can_write_exact(names[0], shape, exact):
+        if exact is not None:
             write_exact(weights.view(-1), exact)
         return weights
 
@@ -119,6 +155,11 @@ class Skeleton:
         bits = np.array(self._checkpoint.bits(name))
         kind = {2: np.int16, 4: np.int32}[slot.dtype.size]
         return torch.from_numpy(bits.view(kind)).view(TORCH_DTYPES[slot.dtype.name]).view(slot.shape)
+
+
+def _is_same(home: Sequence[tuple[str, View]]) -> bool:
+    """Whether a weight in memory is a tensor of the files, element by element."""
+    return len(home) == 1 and home[0][1].is_same
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from shiradelta.fit.fitted import FitTarget
 from shiradelta.fit.rounding import rounded, write_rounded
+from shiradelta.fit.stored import Piece
 from shiradelta.fit.teacher import exchanged
 from shiradelta.fit.tuned_weights import TunedWeights
 from shiradelta.nonzeros.vector import Nonzeros
@@ -24,18 +24,23 @@ class StateWeights:
 
     Args:
         parameters: the part's parameters by name.
-        targets: parameter's name -> the target to fit.
+        pieces: parameter's name -> what tensors to fit share with it.
         codec: the value codec.
+
+    Attributes:
+        weights: the weights to fit.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], targets: Mapping[str, FitTarget], codec: str) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], pieces: Mapping[str, Sequence[Piece]], codec: str
+    ) -> None:
         self._codec = codec
-        self._weights = TunedWeights()
+        self.weights = TunedWeights()
         for name, weight in parameters.items():
-            if name in targets:
-                self._weights.add(targets[name], weight)
-        students = ("topk", "fitted") if self._weights.targets else ()
-        self._nonzeros = {state: self._weights.topk() for state in students}
+            if name in pieces:
+                self.weights.add(name, weight, pieces[name])
+        students = ("topk", "fitted") if self.weights.targets else ()
+        self._nonzeros = {state: self.weights.topk() for state in students}
 
     @property
     def fitted(self) -> Nonzeros | None:
@@ -51,9 +56,9 @@ class StateWeights:
         """Within the block, the weights are those of the state."""
         nonzeros = self._nonzeros.get(state)
         if nonzeros is not None:
-            write_rounded(nonzeros, self._codec)
+            write_rounded(nonzeros, self.weights, self._codec)
         try:
-            with exchanged(self._weights.tuned if state == "tuned" else {}):
+            with exchanged(self.weights.tuned if state == "tuned" else {}):
                 yield
         finally:
             if nonzeros is not None:
@@ -61,4 +66,4 @@ class StateWeights:
 
     def selections(self) -> dict[str, Selection]:
         """The student's nonzeros by the targets' names, as they go into the file."""
-        return {} if self.fitted is None else self._weights.selections(self.fitted)
+        return {} if self.fitted is None else self.weights.selections(self.fitted)

@@ -21,12 +21,11 @@ from shiradelta.fit.behaviour import Outputs, check_scales
 from shiradelta.fit.fit_texts import FitTexts
 from shiradelta.fit.fitted import DISTANCE, FitJob, Fitted
 from shiradelta.fit.refit.hidden_states import HiddenStates, Part
-from shiradelta.fit.refit.least_squares import Enough, own_linears, refit
+from shiradelta.fit.refit.least_squares import Enough, left_out, left_out_warnings, own_linears, refit
 from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
 from shiradelta.fit.refit.state_weights import STATES, STUDENTS, StateWeights
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models import loading
-from shiradelta.models.names import find_names
 from shiradelta.select.topk import Selection
 from shiradelta.text.batches import by_length, mean_over
 from shiradelta.text.pooling import find_pooling
@@ -56,20 +55,15 @@ class _Stream:
         pooling = find_pooling(job.base, job.source)
         self._behaviour = TextBehaviour(tokenizer, texts.every, self._model, job.fit.tokens, pooling)
 
-        first_names = {id(p): name for name, p in self._model.named_parameters()}
-        every = dict(self._model.named_parameters(remove_duplicate=False))
-        found = find_names({target.name: None for target in job.targets}, dict.fromkeys(every)).names
-        missing = [target.name for target in job.targets if target.name not in found]
-        if missing:
-            raise CannotStreamError(f"it has no tensor {missing[0]!r}")
-        self._targets = {first_names[id(every[found[target.name]])]: target for target in job.targets}
-        self._rest = StateWeights(rest, self._targets, job.codec)
+        self._pieces, self._tied = self._skeleton.pieces(job.targets)
+        self._rest = StateWeights(rest, self._pieces, job.codec)
         lengths = self._behaviour.lengths
         self._held_out = [tuple(part) for part in by_length(texts.held_out, lengths, job.fit.per_pass)]
         self._calibration = [tuple(part) for part in texts.calibration(lengths)]
         self._state = "fitted"
         #: part -> (arguments, keywords) of each block, without the hidden states.
         self._calls: dict[Part, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._left: list[str] = []
         self._tuple = False  # whether blocks return their hidden states in one
 
     def __call__(self) -> Fitted:
@@ -90,7 +84,7 @@ class _Stream:
             tensors.update(self._refit_block(index))
         with self._patched(self._leave):
             if self._rest.fitted is not None:
-                refit(
+                left = refit(
                     late,
                     self._outputs,
                     partial(self._rest_as, "tuned"),
@@ -98,11 +92,14 @@ class _Stream:
                     self._rest.rounded,
                     self._calibration,
                 )
+                self._left += left_out(self._model, self._rest.weights, left)
             measures = self._measures()
         tensors.update(self._rest.selections())
+        tensors.update({name: tensors[first] for name, first in self._tied.items() if first in tensors})
         check_scales([measures["base"][DISTANCE]])
         used, held_out = (sum(map(len, parts)) for parts in (self._calibration, self._held_out))
         result = Fitted(tensors, self._behaviour.measure, used, held_out)
+        result.warnings = left_out_warnings(self._left)
         for state, measure in measures.items():
             result.note(state, measure)
         result.seconds = time.monotonic() - start
@@ -172,7 +169,7 @@ class _Stream:
 
     def _refit_block(self, index: int) -> dict[str, Selection]:
         filled = self._skeleton.fill(self._skeleton.of_block(index))
-        weights = StateWeights(filled, self._targets, self._codec)
+        weights = StateWeights(filled, self._pieces, self._codec)
         run = partial(self._run, index)
 
         @contextmanager
@@ -182,7 +179,8 @@ class _Stream:
 
         if weights.fitted is not None:
             linears = own_linears(self._blocks[index])
-            refit(linears, run, teacher, weights.fitted, weights.rounded, self._calibration)
+            left = refit(linears, run, teacher, weights.fitted, weights.rounded, self._calibration)
+            self._left += left_out(self._blocks[index], weights.weights, left)
         for state in STATES:
             parts = self._held_out + (self._calibration if state in ("fitted", "tuned") else [])
             with self._as(state), weights.of(state):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from shiradelta.fit.fitted import FitJob, Fitted
-from shiradelta.fit.refit.least_squares import own_linears, refit
+from shiradelta.fit.refit.least_squares import left_out, left_out_warnings, own_linears, refit
 from shiradelta.fit.rounding import rounded, write_rounded
 from shiradelta.fit.subject import Subject
 from shiradelta.nonzeros.vector import Nonzeros
@@ -16,8 +16,10 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     calibration = subject.calibration
     result.texts = sum(map(len, calibration))
 
-    refit(
-        own_linears(subject.model),
+    covered = subject.fitted.covered
+    linears = [module for module in own_linears(subject.model) if module.weight in covered]
+    left = refit(
+        linears,
         partial(subject.behaviour.outputs, subject.model),
         subject.teacher.in_place,
         nonzeros,
@@ -25,4 +27,5 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
         calibration,
         partial(job.progress, "least squares by layer"),
     )
-    write_rounded(nonzeros, job.codec)
+    result.warnings += left_out_warnings(left_out(subject.model, subject.fitted, left))
+    write_rounded(nonzeros, subject.fitted, job.codec)
