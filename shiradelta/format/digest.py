@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from shiradelta.format import registry
 from shiradelta.format.delta import TensorDelta
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 
 def tensor_digest(tensor: TensorDelta) -> bytes:
@@ -20,7 +23,7 @@ def tensor_digest(tensor: TensorDelta) -> bytes:
         *tensor.shape,
         tensor.nnz,
     )
-    digest = hashlib.sha256(head)
+    digest = _sha256(head)
     digest.update(tensor.positions().astype("<i8", copy=False).data)
     bits = tensor.bits()
     digest.update(bits.astype(bits.dtype.newbyteorder("<"), copy=False).data)
@@ -30,7 +33,13 @@ def tensor_digest(tensor: TensorDelta) -> bytes:
 def content_digest(tensors: Iterable[tuple[str, bytes]]) -> bytes:
     """The digest of (name, T) pairs, which are in byte order of the names."""
     pairs = [(name.encode(), digest) for name, digest in tensors]
-    whole = hashlib.sha256(registry.DIGEST_SEED + struct.pack("<I", len(pairs)))
+    whole = _sha256(registry.DIGEST_SEED + struct.pack("<I", len(pairs)))
     for name, digest in pairs:
         whole.update(struct.pack("<H", len(name)) + name + digest)
     return whole.digest()
+
+
+def _sha256(start: bytes) -> _Hash:
+    import hashlib  # loads OpenSSL, which whoever only lists a file does not need
+
+    return hashlib.sha256(start)

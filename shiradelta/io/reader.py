@@ -21,8 +21,7 @@ from shiradelta.format.container import Container
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record
-from shiradelta.io.recognise import Wanted, explain, explain_refusal
-from shiradelta.util.files import open_regular
+from shiradelta.util.regular_file import open_regular
 
 Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
 
@@ -181,6 +180,8 @@ def open_delta(source: Source, backend: str = "auto") -> Delta:
     except FormatError as error:
         error.file = file
         if file is not None:
+            from shiradelta.io.recognise import explain_refusal  # only a refusal needs it
+
             explain_refusal(error, Path(file))
         raise
 
@@ -198,5 +199,7 @@ def _map(path: Path) -> tuple[Bytes, mmap.mmap | None]:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             return np.frombuffer(mapped, np.uint8), mapped
     except OSError as error:
+        from shiradelta.io.recognise import Wanted, explain
+
         message = explain(path, Wanted.DELTA) or f"{path}: cannot be read ({error.strerror}); check the path"
         raise ShiraDeltaError(message) from None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -86,6 +85,8 @@ def _has_only(path: Path, *suffixes: str) -> bool:
 def _is_zip_with(path: Path, end: str) -> bool:
     if not _starts(path, b"PK\x03\x04"):
         return False
+    import zipfile  # takes as long to import as the rest of the reader
+
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(end) for name in archive.namelist())

@@ -19,7 +19,7 @@ from typing import Any
 from shiradelta.errors import SourceError
 from shiradelta.format import registry
 from shiradelta.io.recognise import Wanted, explain
-from shiradelta.util.files import open_regular
+from shiradelta.util.regular_file import open_regular
 from shiradelta.util.text import brief
 
 _MAX_HEADER = 100 << 20

@@ -1,11 +1,9 @@
-"""Files: opened only if they are regular ones; written so that nothing is ever half-written (a temporary, a rename)."""
+"""Writing files so that nothing is ever half-written: a temporary beside the target, then a rename."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,30 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shiradelta.errors import TargetError
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file to read bytes.
-
-    A name from another file may be that of a pipe or a device, where `open` would wait or never end.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file; also where the name is impossible (NUL, surrogates).
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except ValueError as error:
-        raise OSError(errno.EINVAL, f"impossible name: {error}", str(path)) from None
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            directory = (errno.EISDIR, os.strerror(errno.EISDIR))
-            raise OSError(*(directory if stat.S_ISDIR(mode) else (errno.EINVAL, "not a regular file")), str(path))
-        return open(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
 
 
 def sync_directory(path: Path) -> None:

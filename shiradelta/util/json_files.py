@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import SourceError
-from shiradelta.util.files import open_regular
+from shiradelta.util.regular_file import open_regular
 
 #: The most bytes that are read; the index of a model with 200,000 tensors has 30 million.
 _MOST_BYTES = 100 << 20

@@ -1,0 +1,33 @@
+"""Opens files that others name, which may be pipes or devices."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file to read bytes.
+
+    A name from another file may be that of a pipe or a device, where `open` would wait or never end.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file; also where the name is impossible (NUL, surrogates).
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"impossible name: {error}", str(path)) from None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            directory = (errno.EISDIR, os.strerror(errno.EISDIR))
+            raise OSError(*(directory if stat.S_ISDIR(mode) else (errno.EINVAL, "not a regular file")), str(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
