@@ -7,8 +7,8 @@ on tensors whose copies are recorded instead of made, so that the elements of ev
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shiradelta.models.names import Shape
@@ -62,29 +62,35 @@ def saved_tensors(model: Any) -> Iterator[SavedTensor]:
         if any(type(tensor).__name__ not in PLAIN for tensor in own.values()):
             continue
         copies = _Copies()
-        with _recording(copies):
-            saved = revert_weight_conversion(root, {name: tensor.detach() for name, tensor in own.items()})
+        with _recording(copies):  # layers that PEFT wraps are converted under their own names
+            bare = {name.replace(BASE_LAYER, "."): tensor.detach() for name, tensor in own.items()}
+            saved = revert_weight_conversion(root, bare)
         weights: dict[int, list[tuple[str, Any]]] = {}
         for name, tensor in own.items():
             weights.setdefault(_storage(tensor), []).append((name, tensor))
-        for name, tensor in saved.items():
+        # Of tied tensors, those that the library leaves out come last.
+        tied = getattr(root, "all_tied_weights_keys", None) or {}
+        left_out = {id(tensor) for name, tensor in bare.items() if name in tied}
+        for name, tensor in sorted(saved.items(), key=lambda item: id(item[1]) in left_out):
             parts = _parts(name, tensor, weights, copies)
             named = None if parts is None else tuple((prefix + weight, view) for weight, view in parts)
             yield SavedTensor(prefix + name, tuple(tensor.shape), named)
 
 
+#: Pairs of tensors of one shape: elements of a source, and the same elements in a tensor that was made of it.
+_Pairs = list[tuple[Any, Any]]
+
+
 class _Copies:
-    """Copies that were not made: storage of a result -> (tensor, the part of the result that it fills)."""
+    """Copies that were not made: storage of a result -> (result, a function that pairs sources with a result)."""
 
     def __init__(self) -> None:
-        self.made: dict[int, list[tuple[Any, Any]]] = {}
-        self._results: list[Any] = []  # keeps the storages alive, so that no other gets the same number
+        self.made: dict[int, tuple[Any, Callable[[Any], _Pairs]]] = {}
 
-    def record(self, shape: Sequence[int], like: Any, fill: Callable[[Any], list[tuple[Any, Any]]]) -> Any:
-        """A tensor without elements that stands for a copy."""
+    def record(self, shape: Sequence[int], like: Any, pairs: Callable[[Any], _Pairs]) -> Any:
+        """A tensor without elements that stands for a copy; it is kept, so that no other gets its storage's number."""
         result = like.new_empty(tuple(shape), device="meta")
-        self._results.append(result)
-        self.made[_storage(result)] = fill(result)
+        self.made[_storage(result)] = result, pairs
         return result
 
 
@@ -107,7 +113,7 @@ def stored_views(model: Any, weights: Mapping[str, Any]) -> dict[str, list[View]
                 found[name].setdefault(view.weight, view)
     result = {}
     for name, weight in weights.items():
-        views = [replace(view, name=view.name.replace(BASE_LAYER, ".")) for view in found[name].values()]
+        views = list(found[name].values())
         whole = sum(view.weight.numel for view in views) == weight.numel()
         result[name] = views if whole else [whole_view(name.replace(BASE_LAYER, "."), tuple(weight.shape))]
     return result
@@ -123,21 +129,99 @@ def _parts(
 ) -> list[tuple[str, View]] | None:
     """The weights that a saved tensor was made of; None if that cannot be told."""
     shape = tuple(tensor.shape)
-    if _storage(tensor) in weights:
-        sources = [(tensor, contiguous(shape))]
-    elif _storage(tensor) in copies.made and tensor.is_contiguous() and not tensor.storage_offset():
-        sources = [(part, _box(region)) for part, region in copies.made[_storage(tensor)]]
-    else:
-        return None
+    for weight, own in weights.get(_storage(tensor), []):
+        if _place(own) == _place(tensor):  # whatever its strides
+            return [(weight, whole_view(name, shape))]
     parts = []
-    for part, stored in sources:
-        found = _holder(part, weights.get(_storage(part), []))
-        if found is None:
+    for part, stored in _sources(tensor, tensor.new_empty(shape, device="meta"), weights, copies) or ():
+        found = _holder(part, weights[_storage(part)])
+        repeats = any(size > 1 and not stride for size, stride in zip(part.shape, part.stride(), strict=True))
+        if found is None or repeats:
             return None
         weight, holder = found
         box = Box(tuple(part.shape), tuple(part.stride()), part.storage_offset() - holder.storage_offset())
-        parts.append((weight, View(name, shape, box, stored, holder.numel())))
-    return parts
+        parts.append((weight, View(name, shape, box, _box(stored), holder.numel())))
+    return parts or None
+
+
+def _sources(tensor: Any, stored: Any, weights: Collection[int], copies: _Copies) -> _Pairs | None:
+    """Pairs pieces of weights with a saved tensor, whose elements `tensor` has; None if that cannot be told.
+
+    Args:
+        tensor: elements of a weight or of a copy.
+        stored: the same elements in the saved tensor.
+        weights: the weights' storages.
+        copies: what was copied.
+    """
+    if _storage(tensor) in weights:
+        return [(tensor, stored)]
+    if _storage(tensor) not in copies.made:
+        return None
+    copy, pairs = copies.made[_storage(tensor)]
+    try:
+        whole = tensor.is_contiguous() and tensor.numel() == copy.numel()
+        found = pairs(stored.view(copy.shape)) if whole else _cut(tensor, stored, pairs(copy))
+    except RuntimeError:  # no view has the elements in this order
+        return None
+    deeper = [_sources(source, piece, weights, copies) for source, piece in found or ()]
+    return None if not deeper or None in deeper else [pair for some in deeper for pair in some or ()]
+
+
+def _cut(tensor: Any, stored: Any, pairs: _Pairs) -> _Pairs | None:
+    """Pairs the sources of a copy with a saved tensor that has some of the copy's elements, in another order.
+
+    Args:
+        tensor: a view of the copy.
+        stored: the same elements in the saved tensor.
+        pairs: the copy's sources, and where it has them.
+    """
+    for dim in sorted(range(tensor.dim()), key=lambda dim: int(tensor.shape[dim])):
+        found: list[tuple[int, int, int]] = []  # (number of the source, first index, index after the last one)
+        for i in range(tensor.shape[dim]):
+            fits = (n for n, pair in enumerate(pairs) if _moved(tensor.narrow(dim, i, 1), *pair) is not None)
+            number = next(fits, None)
+            if number is None:
+                break
+            first = found.pop()[1] if found and found[-1][0] == number else i
+            found.append((number, first, i + 1))
+        else:
+            cut = [((dim, first, stop - first), pairs[number]) for number, first, stop in found]
+            moved = [(_moved(tensor.narrow(*where), *pair), stored.narrow(*where)) for where, pair in cut]
+            if all(source is not None for source, _ in moved):
+                return moved
+    return None
+
+
+def _moved(tensor: Any, source: Any, region: Any) -> Any:
+    """The elements of a source that a view of a copy has; None if not all of them lie in the source's region."""
+    dims = sorted((dim for dim in range(region.dim()) if region.shape[dim] > 1), key=lambda dim: -region.stride(dim))
+
+    def along(distance: int) -> list[int] | None:
+        """A distance in the copy, as steps along the region's dimensions."""
+        steps = [0] * region.dim()
+        for dim in dims:
+            steps[dim], distance = divmod(distance, region.stride(dim))
+        return None if distance else steps
+
+    start = along(tensor.storage_offset() - region.storage_offset())
+    ways = [along(stride if size > 1 else 0) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    if start is None or None in ways or min(start, default=0) < 0:
+        return None
+    last = list(start)
+    for size, way in zip(tensor.shape, ways, strict=True):
+        last = [at + step * (size - 1) for at, step in zip(last, way or (), strict=True)]
+    if any(at >= size for at, size in zip(last, region.shape, strict=True)):
+        return None
+
+    def reach(steps: Sequence[int]) -> int:
+        return sum(step * stride for step, stride in zip(steps, source.stride(), strict=True))
+
+    strides = [reach(way or ()) for way in ways]
+    return source.as_strided(tensor.shape, strides, source.storage_offset() + reach(start))
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _box(tensor: Any) -> Box:
