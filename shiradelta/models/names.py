@@ -9,7 +9,7 @@ library renames, stacks or ties tensors on loading.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
@@ -34,7 +34,7 @@ class Found:
     unclear: dict[str, str] = field(default_factory=dict)
 
 
-def find_names(wanted: Named, have: Named) -> Found:
+def find_names(wanted: Named, have: Named, same: Mapping[str, Hashable] | None = None) -> Found:
     """Finds names among others: as they are, or with another prefix (`bert.encoder` for `encoder`).
 
     A prefix is replaced for a group of names, all that begin with it, if exactly one other prefix finds most of them.
@@ -44,11 +44,12 @@ def find_names(wanted: Named, have: Named) -> Found:
     Args:
         wanted: the names to find; the dimensions of their shapes may be in any order.
         have: the names that exist.
+        same: existing name -> a mark that all names of one tensor share; names without one are of different tensors.
     """
     found = Found({name: name for name in wanted if name in have})
     missing = [name for name in wanted if name not in found.names]
     if missing:
-        _Search(wanted, have, found).group("", missing)
+        _Search(wanted, have, found, same or {}).group("", missing)
         _refuse_repeated(found, missing)
     return found
 
@@ -68,8 +69,8 @@ def _refuse_repeated(found: Found, renamed: Iterable[str]) -> None:
 class _Search:
     """A search for missing names, group by group."""
 
-    def __init__(self, wanted: Named, have: Named, found: Found) -> None:
-        self._wanted, self._found = wanted, found
+    def __init__(self, wanted: Named, have: Named, found: Found, same: Mapping[str, Hashable]) -> None:
+        self._wanted, self._found, self._same = wanted, found, same
         self._free = {name: shape for name, shape in have.items() if name not in found.names}
         self._prefixes: dict[str, list[str]] = {}  # tail of an existing name -> what stands before it
         for name in self._free:
@@ -82,8 +83,13 @@ class _Search:
         hits = self._hits(prefix, names)
         most = max(hits.values(), key=len, default=set())
         if most and all(some <= most for some in hits.values()):
-            best = [other for other, some in hits.items() if some == most]
             cut = len(prefix)
+            tensors: dict[tuple[Hashable, ...], str] = {}  # prefixes of the same tensors count once
+            for other, found in hits.items():
+                if found == most:
+                    ends = [other + name[cut:] for name in sorted(most)]
+                    tensors.setdefault(tuple(self._same.get(end, end) for end in ends), other)
+            best = list(tensors.values())
             for name in names:
                 fits = [other + name[cut:] for other in best if other + name[cut:] in self._free]
                 if len(best) == 1 and fits:

@@ -68,6 +68,17 @@ def test_names_that_fit_two_tensors_are_unclear_and_both_are_named():
     assert found.unclear.keys() == set(stack(""))
 
 
+def test_names_of_one_tensor_count_once():
+    have = [*stack("model.language_model."), *stack("language_model.model.")]
+    same = {name: name.rpartition("layers")[2] for name in have}
+    assert find(stack(""), have).unclear.keys() == set(stack(""))
+    found = find_names(dict.fromkeys(stack("")), dict.fromkeys(have), same)
+    assert not found.unclear
+    assert [same[name] for name in found.names.values()] == [name.rpartition("layers")[2] for name in stack("")]
+    del same[have[0]]
+    assert find_names(dict.fromkeys(stack("")), dict.fromkeys(have), same).unclear
+
+
 def test_further_names_tell_which_prefix_is_meant():
     have = [*stack("model.encoder."), "model.encoder.conv1.weight", *stack("model.decoder.")]
     wanted = [*stack(""), "conv1.weight"]
