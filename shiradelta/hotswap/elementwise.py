@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from shiradelta.format.arithmetic import Positions
 from shiradelta.hotswap.layers import Array, Held, Layer, LayerPatch, Patch, Stack, stacks_of
 from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.models.live import Target
@@ -66,6 +67,10 @@ class Elementwise(LiveBackend, ABC):
         """The fingerprint of elements at their positions (FORMAT.md, 6.3)."""
 
     @abstractmethod
+    def host(self, array: Array) -> Array:
+        """The array in NumPy."""
+
+    @abstractmethod
     def bits_type(self, dtype: str) -> Any:
         """The array library's type for the bits of elements."""
 
@@ -79,12 +84,21 @@ class Elementwise(LiveBackend, ABC):
         stacks = stacks_of(below)
         return [self._fingerprint_of(patch, stacks.get(patch.target, [])) for patch in held.patches]
 
-    def _fingerprint_of(self, patch: Patch, below: Stack) -> int:
+    def base(self, patch: Patch, below: Stack) -> tuple[Positions, Array]:
+        """(a patch's positions, the base's elements there as unsigned bits), in NumPy."""
+        positions, bits = map(self.host, self._base(patch, below))
+        return positions, bits.view(f"u{bits.itemsize}")
+
+    def _base(self, patch: Patch, below: Stack) -> tuple[Array, Array]:
+        """(a patch's positions, the base's bits there)."""
         positions = self.positions(patch)
         bits = self.read(patch.target, positions)
         for item in below:
             bits = overlay_values(self.xp, bits, positions, self.positions(item.patch), self.saved(item))
-        return self.fingerprint(positions, bits)
+        return positions, bits
+
+    def _fingerprint_of(self, patch: Patch, below: Stack) -> int:
+        return self.fingerprint(*self._base(patch, below))
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         """Restores the base, then applies the new layers."""

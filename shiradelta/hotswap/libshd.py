@@ -10,8 +10,8 @@ from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, Stack, only_strengths_differ, stacks_of
 from shiradelta.hotswap.numpy import NumpyBackend, elements, held_as_stored
+from shiradelta.hotswap.protocol import Fit
 from shiradelta.io.reader import StoredTensor
-from shiradelta.models.live import Target
 
 
 class _Data(NamedTuple):
@@ -26,10 +26,10 @@ class NativeBackend(NumpyBackend):
 
     name = "libshd"
 
-    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
-        """Loading a tensor checks all of it; the file's bytes stay, compressed."""
+    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
+        """Loading a tensor checks all of it; the files' bytes stay, compressed."""
         patches = []
-        for tensor, target, dtype in tensors:
+        for tensor, target, dtype in (fit for _, tensors in files for fit in tensors):
             decoder, loaded = tensor.decoder, None
             if not isinstance(decoder, NativeDecoder):
                 tensor.check()

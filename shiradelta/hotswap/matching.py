@@ -65,7 +65,7 @@ def match(
                 " does not allow; use shiradelta.apply on its folder and load that, or leave the tensor out with skip="
             )
     missing = [name for name in refused if name not in matched and name not in allowed]
-    unclear = [name for name in missing if mapped[name] in searched.unclear]
+    unclear = [name for name in (missing if matched else mapped) if mapped[name] in searched.unclear]
     if unclear:
         why = searched.unclear[mapped[unclear[0]]]
         raise BaseMismatchError(f"{label}: {why} of the model; map the names with HotSwap(model, names=...)")
@@ -82,17 +82,9 @@ def match(
 
 
 def _find(wanted: Named, targets: Mapping[str, Target]) -> Found:
-    """Finds names among all that the model's tensors have: those in memory come before those in the checkpoint."""
-    shapes = {name: target.shape for name, target in targets.items()}
-    found = Found({name: name for name in wanted if name in shapes})
-    for of_checkpoint in (False, True):
-        rest = {name: shape for name, shape in wanted.items() if name not in found.names}
-        have = {name: shape for name, shape in shapes.items() if bool(targets[name].view) is of_checkpoint}
-        searched = find_names(rest, have)
-        found.unclear |= searched.unclear
-        found.names |= searched.names
-    found.unclear = {name: why for name, why in found.unclear.items() if name not in found.names}
-    return found
+    """Finds names among all that the model's tensors have, in memory or in the checkpoint."""
+    have = {name: target.known_shape for name, target in targets.items()}
+    return find_names(wanted, have, {name: id(target) for name, target in targets.items()})
 
 
 def _mapped(names: Names | None, name: str) -> str | None:
@@ -158,6 +150,7 @@ def check_target(where: str, tensor: StoredTensor, target: Target, allow_dtype: 
     # NumPy has no bfloat16: a uint16 array stands for it where the delta says so, as everywhere in the package.
     stands_for_bfloat16 = is_array(target.tensor) and (target.dtype, tensor.dtype) == ("uint16", "bfloat16")
     dtype = "bfloat16" if stands_for_bfloat16 else target.dtype
+    stored = target.parts[0][0] if target.parts else target
     check_fit(
         where,
         tensor,
@@ -165,6 +158,6 @@ def check_target(where: str, tensor: StoredTensor, target: Target, allow_dtype: 
         "the model",
         allow_dtype=allow_dtype,
         option="allow_dtype=True",
-        shown=str(target.tensor.dtype) if dtype == "?" else "",
+        shown=str(stored.tensor.dtype) if dtype == "?" else "",
     )
     return dtype

@@ -12,6 +12,7 @@ from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.layers import Held, Patch
+from shiradelta.hotswap.protocol import Fit
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target, is_array
 from shiradelta.util.arrays import merge_sorted
@@ -26,11 +27,15 @@ class NumpyBackend(Elementwise):
     def buffer(self, size: int) -> Bytes:
         return np.empty(size, np.uint8)
 
-    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
-        """Keeps the file's bytes, compressed."""
-        for tensor, _, _ in tensors:
+    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
+        """Keeps the files' bytes, compressed."""
+        fits = [fit for _, tensors in files for fit in tensors]
+        for tensor, _, _ in fits:
             tensor.check()
-        return held_as_stored([Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in tensors])
+        return held_as_stored([Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in fits])
+
+    def host(self, array: Array) -> Array:
+        return array
 
     def room(self, size: int) -> Array:
         return np.empty(size, np.uint8)

@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.hotswap.layers import Array, Held, Layer, Patch
+from shiradelta.hotswap.layers import Array, Held, Layer, Patch, Stack
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target
+
+#: A delta, the tensor that it changes, and the dtype of the tensor's elements.
+Fit = tuple[StoredTensor, Target, str]
 
 
 class LiveBackend(Protocol):
@@ -27,12 +31,11 @@ class LiveBackend(Protocol):
     def buffer(self, size: int) -> Bytes:
         """Host memory to read a file into."""
 
-    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
-        """Checks the tensors' deltas completely and copies them, compressed, to where the targets are.
+    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
+        """Checks deltas completely and copies them, compressed, to where the targets are.
 
         Args:
-            source: the file, in memory from `buffer`, which nobody changes.
-            tensors: (delta, target, dtype of the target's elements).
+            files: (a file in memory from `buffer`, which nobody changes; deltas in it).
 
         Raises:
             FormatError: a section is damaged.
@@ -43,6 +46,12 @@ class LiveBackend(Protocol):
 
     def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
         """Fingerprints of the base at each patch's positions; `below` is what is on the targets now."""
+
+    def base(self, patch: Patch, below: Stack) -> tuple[Positions, Array]:
+        """(a patch's positions, the base's elements there as unsigned bits), in NumPy.
+
+        `below` is what is on the target now.
+        """
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         """Replaces the layers on the tensors: saves the base's elements and writes the results (FORMAT.md, 6.2).

@@ -16,22 +16,23 @@ import numpy as np
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
 from shiradelta.errors import ArgumentError, DeltaError, FormatError, TargetError
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.base_check import check_base, checkable
 from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.hotswap.matching import Names, check_overlaps, check_target, match
-from shiradelta.hotswap.protocol import LiveBackend
+from shiradelta.hotswap.protocol import Fit, LiveBackend
 from shiradelta.hotswap.reading import read_whole
 from shiradelta.hotswap.reports import LoadReport, SwitchReport
+from shiradelta.hotswap.transcode import take_apart
 from shiradelta.io.reader import Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
-from shiradelta.models.compatibility import Remedies, check_fingerprint, check_strength, check_tied
+from shiradelta.models.compatibility import check_strength, check_tied
 from shiradelta.models.live import Target, live_tensors
 from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.interrupts import interrupts_held_back
 
 #: The layers on the weights, for each backend, in the order of the adapters' digests.
 Layers = dict[LiveBackend, list[Layer]]
-_REMEDIES = Remedies("give the base, without the delta in it", "check=False to use it with this one")
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,9 @@ class HotSwap:
             warn_renamed(f"strict={strict}", "no argument, which means the same" if strict else 'skip="*"')
             skip = skip if strict else "*"
         self._free_name(name)
-        label, data = read_whole(source, next(iter(self._backends.values())).buffer)
+        label, data = read_whole(source, self._buffer)
         try:
-            adapter = self._prepare(name, label, data, allow_dtype, skip)
+            adapter, parts = self._prepare(name, label, data, allow_dtype, skip)
         except FormatError as error:
             error.file = error.file or label
             if isinstance(source, (str, os.PathLike)):
@@ -161,7 +162,7 @@ class HotSwap:
             self._free_name(name)
             everything = [adapter, *self._adapters.values()]
             check_overlaps(label, {patch.target for one in everything for patch in one.patches()})
-            unchecked = self._check(adapter, label, check)
+            unchecked = self._check(adapter, parts, label, check)
             report = replace(adapter.report, unchecked=unchecked)
             self._adapters[name] = replace(adapter, report=report)
             return report
@@ -189,9 +190,12 @@ class HotSwap:
         if name in self._adapters:
             raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
-    def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: str | Sequence[str]) -> _Adapter:
-        """The part of loading that does not read the weights."""
-        delta = open_delta(data, self._choice if self._choice in FILE_BACKENDS else AUTO)
+    def _prepare(
+        self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: str | Sequence[str]
+    ) -> tuple[_Adapter, list[Fit]]:
+        """The part of loading that does not read the weights: (the adapter, its deltas of tensors in parts)."""
+        choice = self._choice if self._choice in FILE_BACKENDS else AUTO
+        delta = open_delta(data, choice)
         matched, unmatched = match(delta, self._targets, self._names, label, skip)
         fits: dict[Target, tuple[StoredTensor, str]] = {}
         for own, other in matched.items():
@@ -200,33 +204,29 @@ class HotSwap:
             dtype = check_target(where, tensor, target, allow_dtype)
             first, _ = fits.setdefault(target, (tensor, dtype))
             check_tied(where, first, tensor, "untie the model before loading")
-        groups: dict[LiveBackend, list[tuple[StoredTensor, Target, str]]] = {}
-        for target, (tensor, dtype) in fits.items():
-            groups.setdefault(self._backend(target), []).append((tensor, target, dtype))
-        held = {backend: backend.hold(data, tensors) for backend, tensors in groups.items()}
+        whole = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if not target.parts]
+        parts = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.parts]
+        files = [(data, whole)]
+        if parts:
+            files.append(take_apart(label, parts, fits, choice, self._buffer))
+        groups: dict[LiveBackend, list[tuple[Bytes, list[Fit]]]] = {}
+        for source, found in files:
+            for backend, fitting in self._by_backend(found).items():
+                groups.setdefault(backend, []).append((source, fitting))
+        held = {backend: backend.hold(sources) for backend, sources in groups.items()}
         nonzeros = sum(tensor.nnz for tensor, _ in fits.values())
         nbytes = sum(one.nbytes for one in held.values())
         report = LoadReport(name, matched, unmatched, unchecked=(), nonzeros=nonzeros, nbytes=nbytes)
-        return _Adapter(bytes.fromhex(delta.digest), held, report)
+        return _Adapter(bytes.fromhex(delta.digest), held, report), parts
 
-    def _check(self, adapter: _Adapter, label: str, check: bool) -> tuple[str, ...]:
+    def _check(self, adapter: _Adapter, parts: Sequence[Fit], label: str, check: bool) -> tuple[str, ...]:
         """Compares the fingerprints; returns the names of tensors that were not compared."""
-        known: set[Target] = set()
-        for backend, held in adapter.held.items():
+        for held in adapter.held.values():
             held.check_model()
-            mine = [
-                (number, patch)
-                for number, patch in enumerate(held.patches)
-                if patch.record.base_fingerprint is not None and patch.record.dtype.name == patch.dtype
-            ]
-            known.update(patch.target for _, patch in mine)
-            if check and mine:
-                with self._ordered(None, reads=True):
-                    found = backend.fingerprints(held, self._layers.get(backend, []))
-                for number, patch in mine:
-                    record = patch.record
-                    fingerprints = found[number], record.base_fingerprint, record.result_fingerprint
-                    check_fingerprint(f"{label}: tensor {record.name!r}", *fingerprints, _REMEDIES)
+        known = checkable(adapter.held, parts)
+        if check and known:
+            with self._ordered(None, reads=True):
+                check_base(label, adapter.held, parts, self._layers)
         names = adapter.report.matched
         return tuple(name for name, other in names.items() if not check or self._targets[other] not in known)
 
@@ -368,9 +368,16 @@ class HotSwap:
 
     # --------------------------------------------------------------------------------------- backends
 
-    def _backend(self, target: Target) -> LiveBackend:
-        """The backend of the tensor's device."""
-        return self._backends[target.device]
+    def _buffer(self, size: int) -> Bytes:
+        """Memory to read a file into."""
+        return next(iter(self._backends.values())).buffer(size)
+
+    def _by_backend(self, fits: Iterable[Fit]) -> dict[LiveBackend, list[Fit]]:
+        """Deltas by the backend of their targets' devices."""
+        found: dict[LiveBackend, list[Fit]] = {}
+        for fit in fits:
+            found.setdefault(self._backends[fit[1].device], []).append(fit)
+        return found
 
     def _ordered(self, stream: Any, reads: bool = False) -> ExitStack:
         """`ordered` of all backends."""

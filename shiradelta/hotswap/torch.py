@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from shiradelta.format.codecs.rice import Rice
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import IndexId
 from shiradelta.hotswap.elementwise import Elementwise
-from shiradelta.hotswap.layers import Held, Layer, Patch
+from shiradelta.hotswap.layers import Array, Held, Layer, Patch
+from shiradelta.hotswap.protocol import Fit
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target, is_array
 from shiradelta.util.threads import map_in_threads
@@ -84,53 +85,54 @@ class TorchBackend(Elementwise):
         empty: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).numpy()
         return empty
 
-    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
+    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
         """Copies all sections into one buffer on the device, aligned as in a file."""
-        codecs = [self._resident(tensor.record) for tensor, _, _ in tensors]
+        fits = [(source, *fit) for source, tensors in files for fit in tensors]
+        codecs = [self._resident(tensor.record) for _, tensor, _, _ in fits]
         parts = [
             part
-            for (tensor, _, _), codec in zip(tensors, codecs, strict=True)
+            for (source, tensor, _, _), codec in zip(fits, codecs, strict=True)
             for part in (_index(source, tensor), _values(source, tensor, codec))
         ]
         try:
-            buffer, starts = self._upload(source, parts)
-            map_in_threads(lambda item: item[0].check(), tensors)  # while the copy runs
+            buffer, starts = self._upload(parts)
+            map_in_threads(lambda fit: fit[1].check(), fits)  # while the copy runs
         finally:
             if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # the source may be freed now
+                torch.cuda.current_stream(self.device).synchronize()  # the sources may be freed now
         patches = []
-        for i, ((tensor, target, dtype), codec) in enumerate(zip(tensors, codecs, strict=True)):
+        for i, ((_, tensor, target, dtype), codec) in enumerate(zip(fits, codecs, strict=True)):
             (index, values), (a, b) = parts[2 * i : 2 * i + 2], starts[2 * i : 2 * i + 2]
-            head = _bytes_of(source, index)[: registry.RICE_HEAD.size].tobytes()
-            index_size, values_size = _bytes_of(source, index).size, _bytes_of(source, values).size
-            on_device = buffer[a : a + index_size], buffer[b : b + values_size]
+            head = index.content[: registry.RICE_HEAD.size].tobytes()
+            on_device = buffer[a : a + index.size], buffer[b : b + values.size]
             sections = Sections.of(*on_device, head, tensor.record, codec)
             patches.append(Patch(target, tensor.record, dtype, sections))
         return Held(patches, buffer.numel())
 
-    def _upload(self, source: Bytes, parts: Sequence[slice | Bytes]) -> tuple[Tensor, list[int]]:
-        """(a buffer on the device, the offset of each part in it).  Neighbours in the file take one copy.
+    def _upload(self, parts: Sequence[_Part]) -> tuple[Tensor, list[int]]:
+        """(a buffer on the device, the offset of each part in it).  Neighbours in a file take one copy.
 
-        Keep the source alive until the copy has finished.
+        Keep the parts alive until the copy has finished.
         """
-        copies: list[tuple[int, Bytes]] = []
+        copies: list[tuple[int, _Part]] = []
         starts: list[int] = []
-        cursor, first, last = 0, 0, -1  # `source[first:last]` is the copy that the last part belongs to
+        cursor = 0
         for part in parts:
-            size = _bytes_of(source, part).size
-            if isinstance(part, slice) and part.start == registry.align(last, registry.SECTION_ALIGNMENT) and last >= 0:
-                starts.append(copies[-1][0] + part.start - first)
-                copies[-1] = copies[-1][0], source[first : part.stop]
-                last = part.stop
+            start, before = copies[-1] if copies else (0, None)
+            if before is not None and before.is_followed_by(part):
+                starts.append(start + part.start - before.start)
+                copies[-1] = start, before._replace(stop=part.stop)
             else:
                 starts.append(registry.align(cursor, registry.SECTION_ALIGNMENT))
-                copies.append((starts[-1], _bytes_of(source, part)))
-                first, last = (part.start, part.stop) if isinstance(part, slice) else (0, -1)
-            cursor = starts[-1] + size
+                copies.append((starts[-1], part))
+            cursor = starts[-1] + part.size
         buffer = torch.empty(cursor, dtype=torch.uint8, device=self.device)
-        for start, content in copies:
-            buffer[start : start + content.size].copy_(torch.from_numpy(content), non_blocking=True)
+        for start, part in copies:
+            buffer[start : start + part.size].copy_(torch.from_numpy(part.content), non_blocking=True)
         return buffer, starts
+
+    def host(self, array: Tensor) -> Array:
+        return array.cpu().numpy()
 
     def room(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -263,31 +265,53 @@ class TorchBackend(Elementwise):
             return int(x.sum()) % (1 << 64)
 
 
-def _index(source: Bytes, tensor: StoredTensor) -> slice | Bytes:
-    """A tensor's positions as RICE: their slice of the file, or new bytes."""
+class _Part(NamedTuple):
+    """A section in memory: bytes from start to stop - 1 of a file, or of an array of its own."""
+
+    source: Bytes
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, content: bytes) -> _Part:
+        """New bytes."""
+        return cls(np.frombuffer(bytearray(content), np.uint8), 0, len(content))
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.stop - self.start
+
+    @property
+    def content(self) -> Bytes:
+        """The bytes."""
+        return self.source[self.start : self.stop]
+
+    def is_followed_by(self, other: _Part) -> bool:
+        """Whether another section is the next one in the same file."""
+        return other.source is self.source and other.start == registry.align(self.stop, registry.SECTION_ALIGNMENT)
+
+
+def _index(source: Bytes, tensor: StoredTensor) -> _Part:
+    """A tensor's positions as RICE: in the file, or new bytes."""
     record = tensor.record
     if record.index_codec == IndexId.RICE:
         return _stored(source, record.index)
-    encoded = Rice().encode(tensor.positions(), record.shape) if record.nnz else b""
-    return np.frombuffer(bytearray(encoded), np.uint8)
+    return _Part.of(Rice().encode(tensor.positions(), record.shape) if record.nnz else b"")
 
 
-def _values(source: Bytes, tensor: StoredTensor, codec: ValueCodec) -> slice | Bytes:
-    """A tensor's values in a codec: their slice of the file, or new bytes."""
+def _values(source: Bytes, tensor: StoredTensor, codec: ValueCodec) -> _Part:
+    """A tensor's values in a codec: in the file, or new bytes."""
     record = tensor.record
     if codec.id == record.value_codec or not record.nnz:
         return _stored(source, record.values)
-    return np.frombuffer(bytearray(codec.encode(tensor.values() if codec.adds else tensor.bits())), np.uint8)
+    return _Part.of(codec.encode(tensor.values() if codec.adds else tensor.bits()))
 
 
-def _stored(source: Bytes, section: Section) -> slice | Bytes:
-    """A section, decompressed: its slice of the file, or new bytes."""
-    where = slice(section.offset, section.offset + section.stored)
-    return np.frombuffer(bytearray(unzstd(source[where], section.decoded)), np.uint8) if section.zstd else where
-
-
-def _bytes_of(source: Bytes, part: slice | Bytes) -> Bytes:
-    return source[part] if isinstance(part, slice) else part
+def _stored(source: Bytes, section: Section) -> _Part:
+    """A section, decompressed: in the file, or new bytes."""
+    where = _Part(source, section.offset, section.offset + section.stored)
+    return _Part.of(unzstd(where.content, section.decoded)) if section.zstd else where
 
 
 def _bfloat16_bits(values: Tensor) -> Tensor:

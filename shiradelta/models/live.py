@@ -1,15 +1,17 @@
 """A live model as named tensors: a torch module, or a mapping of tensors, arrays and modules.
 
-A tensor has the module's name for it.  Where transformers stacks, concatenates or transposes on loading, the names of
-the checkpoint are known too: each stands for a view of the tensor in memory, so that a position in the checkpoint's
-tensor is the same position in the view.  Torch is used only if the caller has imported it.
+A tensor has the module's name for it.  Where transformers renames, stacks or splits on loading, the names of the
+checkpoint are known too.  Where each of its tensors is one piece of a weight in memory, its name stands for that piece;
+where it is several weights, or has its elements in another order, its name stands for its parts.  Torch is used only if
+the caller has imported it.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,14 @@ import numpy as np
 from shiradelta.errors import TargetError
 from shiradelta.format import registry
 from shiradelta.models import peft
+from shiradelta.models.names import Shape
 from shiradelta.models.refusals import CONVERTED, Refusal, RefusalKind, computed_tensors, refusal_of
 from shiradelta.models.saved import SavedTensor, saved_tensors
-from shiradelta.models.views import contiguous
+from shiradelta.models.views import View, contiguous
 
 #: (names -> tensors of a module, a name there).
 Home = tuple[Mapping[str, Any], str]
-#: Stands for a tensor that a model does not store.
+#: Stands for a tensor that a model does not have in one piece.
 _NOTHING = np.zeros(0, np.uint8)
 
 
@@ -40,7 +43,8 @@ class Target:
         home: where the model keeps the tensor; every switch checks that it is still there.  For a tensor without a
             module, a mapping that holds it alone.
         view: how the tensor was taken from the holder; views of one kind share no element.
-        device: "cpu", "cuda:0" and so on.
+        parts: the weights that have its elements, and which, where no piece of memory is the tensor; empty otherwise.
+        device: "cpu", "cuda:0" and so on; "meta" for a tensor in parts.
         address: the holder's, when the model was read; 0 if it cannot change.
     """
 
@@ -51,18 +55,25 @@ class Target:
     holder: Any = None
     home: Home = ({}, "")
     view: str = ""
+    parts: tuple[tuple[Target, View], ...] = ()
     device: str = field(init=False)
     address: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "device", str(getattr(self.tensor, "device", "cpu")))
+        device = "meta" if self.tensor is _NOTHING else str(getattr(self.tensor, "device", "cpu"))
+        object.__setattr__(self, "device", device)
         still = self.refusal is not None or is_array(self.tensor)
         object.__setattr__(self, "address", 0 if still else self.holder.data_ptr())
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
-        return tuple(self.tensor.shape)
+        return self.parts[0][1].shape if self.parts else tuple(self.tensor.shape)
+
+    @property
+    def known_shape(self) -> Shape | None:
+        """The tensor's shape; None for one that a layer computes or packs."""
+        return self.shape if self.parts or self.tensor is not _NOTHING else None
 
     @property
     def memory(self) -> tuple[str, int, int]:
@@ -112,13 +123,15 @@ def live_tensors(model: Any) -> dict[str, Target]:
     found: dict[str, Target] = {}
     same: dict[tuple[object, ...], Target] = {}
     homes = _homes(model)
-    for name, tensor, view in _named(model):
-        if isinstance(view, Refusal):
-            found.setdefault(name, Target(name, _NOTHING, "?", view))
-            continue
-        target = _target(name, tensor, view, homes)
-        key = id(tensor) if target.refusal else _identity(target.tensor)
-        found.setdefault(name, same.setdefault((key, target.dtype), target))
+
+    def stored(named: _Named) -> Target:
+        target = _target(named, homes)
+        key = id(named.tensor) if target.refusal else _identity(target.tensor)
+        return same.setdefault((key, target.dtype), target)
+
+    for named in _named(model):
+        target = _in_parts(named, stored) if named.tensor is _NOTHING else stored(named)
+        found.setdefault(named.name, target)
     for name, refusal in _computed(model):
         found.setdefault(name, Target(name, _NOTHING, "?", refusal))
     return found
@@ -155,43 +168,89 @@ def _is_tensor(value: Any) -> bool:
     return is_array(value) or (torch is not None and isinstance(value, torch.Tensor))
 
 
-def _named(model: Any) -> Iterator[tuple[str, Any, tuple[str, Any] | Refusal | None]]:
-    """(name, tensor, (kind of view, tensor that it views) or why there is none); the module's own names come first."""
+@dataclass(frozen=True)
+class _Named:
+    """A name of a tensor.
+
+    Attributes:
+        name: the name.
+        tensor: the tensor, with or without gradient.
+        holder: the module's own tensor that it is a view of; None for itself.
+        view: how it was taken from the holder.
+        parts: the weights that have its elements, where no piece of memory is the tensor; empty if that is not known.
+    """
+
+    name: str
+    tensor: Any
+    holder: Any = None
+    view: str = ""
+    parts: tuple[tuple[_Named, View], ...] = ()
+
+    def inside(self, component: str) -> _Named:
+        """The same with names as in a mapping of components."""
+        parts = tuple((weight.inside(component), view) for weight, view in self.parts)
+        return replace(self, name=f"{component}/{self.name}", parts=parts)
+
+
+def _named(model: Any) -> Iterator[_Named]:
+    """All names of tensors; the module's own come first."""
     if _is_module(model):
         own = dict(model.named_parameters(remove_duplicate=False))
         own |= model.named_buffers(remove_duplicate=False)
-        saved = {tensor.name: tensor for tensor in saved_tensors(model) if not _is_own(tensor, own)}
+        in_checkpoint = list(_in_checkpoint(list(saved_tensors(model)), own))
+        taken = {named.name for named in in_checkpoint}
         for name, tensor in own.items():
-            if name not in saved:
-                yield name, tensor, None
+            if name not in taken:
+                yield _Named(name, tensor)
         for name, tensor in own.items():  # PEFT puts this between a layer and its weight
             if peft.BASE_LAYER in name:
-                yield name.replace(peft.BASE_LAYER, "."), tensor, None
-        for name, stored in saved.items():
-            yield name, *_as_saved(stored, own)
+                yield _Named(name.replace(peft.BASE_LAYER, "."), tensor)
+        yield from in_checkpoint
         return
     for name, value in model.items():
         if _is_module(value):
-            for inner, tensor, view in _named(value):
-                yield f"{name}/{inner}", tensor, view
+            yield from (named.inside(name) for named in _named(value))
         elif _is_tensor(value):
-            yield name, value, None
+            yield _Named(name, value)
 
 
-def _is_own(saved: SavedTensor, own: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint holds a tensor under its name in memory, as it is."""
-    return saved.renamed is not None and own[saved.renamed] is own.get(saved.name)
+def _in_checkpoint(saved: Sequence[SavedTensor], own: Mapping[str, Any]) -> Iterator[_Named]:
+    """The names of the checkpoint's tensors that are not the same in memory."""
+    # A weight and a piece of it cannot both be patched, so all tensors in a weight count as parts if one has to.
+    cut = {weight for tensor in saved for weight, view in tensor.parts or () if not _is_piece(tensor, view)}
+    for tensor in saved:
+        parts = tuple((_Named(weight, own[weight]), view) for weight, view in tensor.parts or ())
+        whole = None if tensor.renamed is None else own[tensor.renamed]
+        if whole is not None and tuple(whole.shape) == tensor.shape:
+            if whole is not own.get(tensor.name):
+                yield _Named(tensor.name, whole)
+        elif parts and cut.isdisjoint(weight.name for weight, _ in parts):
+            ((weight, view),) = parts
+            box, holder = view.weight, weight.tensor
+            piece = holder.detach().as_strided(box.shape, box.strides, holder.storage_offset() + box.offset)
+            yield _Named(tensor.name, piece, holder, "as in the checkpoint")
+        else:
+            yield _Named(tensor.name, _NOTHING, parts=parts)
 
 
-def _as_saved(saved: SavedTensor, own: Mapping[str, Any]) -> tuple[Any, tuple[str, Any] | Refusal]:
-    """(a checkpoint's tensor as a view of a weight, (kind of view, the weight)), or why it is no view."""
-    if saved.parts is not None and len(saved.parts) == 1:
-        weight, view = saved.parts[0]
-        if view.is_whole and view.stored == contiguous(view.shape):
-            box, holder = view.weight, own[weight]
-            tensor = holder.detach().as_strided(box.shape, box.strides, holder.storage_offset() + box.offset)
-            return tensor, ("as in the checkpoint", holder)
-    return _NOTHING, CONVERTED
+def _is_piece(saved: SavedTensor, view: View) -> bool:
+    """Whether a checkpoint's tensor is one contiguous piece of a weight, but not all of it."""
+    strides = zip(view.shape, view.weight.strides, view.stored.strides, strict=False)
+    in_order = all(size == 1 or one == other for size, one, other in strides)
+    return view.stored == contiguous(view.shape) and in_order and saved.renamed is None
+
+
+def _in_parts(named: _Named, stored: Callable[[_Named], Target]) -> Target:
+    """A tensor that consists of weights in memory, or has its elements in another order there."""
+    parts = tuple((stored(weight), view) for weight, view in named.parts)
+    refusal = next((weight.refusal for weight, _ in parts if weight.refusal is not None), None)
+    dtypes = sorted({weight.dtype for weight, _ in parts})
+    if not parts or sum(view.weight.numel for _, view in parts) != math.prod(parts[0][1].shape):
+        return Target(named.name, _NOTHING, "?", CONVERTED)
+    if refusal is None and len(dtypes) > 1:
+        what = f"consists of weights of different dtypes ({', '.join(dtypes)})"
+        refusal = Refusal(RefusalKind.CONVERTED, what, "cast the model to one dtype first")
+    return Target(named.name, _NOTHING, dtypes[0], refusal, parts=parts)
 
 
 def _identity(tensor: Any) -> tuple[object, ...]:
@@ -202,7 +261,8 @@ def _identity(tensor: Any) -> tuple[object, ...]:
     return str(tensor.device), address, tuple(tensor.shape), strides
 
 
-def _target(name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping[int, Home]) -> Target:
+def _target(named: _Named, homes: Mapping[int, Home]) -> Target:
+    name, tensor = named.name, named.tensor
     if is_array(tensor):
         known = tensor.dtype.name in registry.DTYPE_OF_NAME
         refusal = None
@@ -211,9 +271,9 @@ def _target(name: str, tensor: Any, view: tuple[str, Any] | None, homes: Mapping
         elif not tensor.flags.writeable:
             refusal = Refusal(RefusalKind.READ_ONLY, "is a read-only array", "give a writable one")
         return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor)
-    kind, holder = view or ("", tensor)
+    holder = tensor if named.holder is None else named.holder
     refusal = refusal_of(holder)
     dtype = str(tensor.dtype).removeprefix("torch.")
     known = dtype in registry.DTYPE_OF_NAME
     home = homes.get(id(holder), ({"": holder}, ""))
-    return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, home, kind)
+    return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, home, named.view)

@@ -82,10 +82,10 @@ def refusal_of(tensor: Any) -> Refusal | None:
     return None
 
 
-#: Why a tensor of the checkpoint cannot be written that the library puts together, or takes apart, on loading.
+#: Why a tensor of the checkpoint cannot be written whose elements the library computes on loading.
 CONVERTED = Refusal(
     RefusalKind.CONVERTED,
-    "is not stored as in the checkpoint (transformers converts it on loading, not only by slicing)",
+    "is not stored as in the checkpoint (transformers computes it on loading, not only by moving elements)",
     "apply the delta to the checkpoint (shiradelta apply), or convert it against the model's own state dict",
 )
 

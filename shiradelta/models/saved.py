@@ -14,7 +14,7 @@ from typing import Any
 from shiradelta.models.names import Shape
 from shiradelta.models.peft import BASE_LAYER
 from shiradelta.models.refusals import PLAIN
-from shiradelta.models.views import Box, View, contiguous, whole_view
+from shiradelta.models.views import Box, View, whole_view
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,12 @@ class Box:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """(index of the first element in the array, index after the last one)."""
+        reach = sum(stride * (size - 1) for stride, size in zip(self.strides, self.shape, strict=True))
+        return self.offset, self.offset + (reach + 1 if self.numel else 0)
+
     def of(self, flat: Any) -> Any:
         """The box of a flat NumPy array, as a view."""
         strides = tuple(stride * flat.itemsize for stride in self.strides)

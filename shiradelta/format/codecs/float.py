@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Float(TorchDecoder, TorchRounder):
     """A codec of one float dtype; a section has elements, padding, slack."""
 
+    option: str
+
     def __init__(self, id: int, name: str, option: str, dtype: str) -> None:
         self.id, self.name, self.option = id, name, option
         self.dtype = registry.DTYPE_OF_NAME[dtype]

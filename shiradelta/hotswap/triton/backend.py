@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, only_strengths_differ
+from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.hotswap.triton import kernels
 from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, new_plan, prepare
-from shiradelta.io.reader import StoredTensor
-from shiradelta.models.live import Target
 
 #: Warps per program of 2,048 lanes.  This is the fastest of 4 to 32; fewer registers, cache hints and programmatic
 #: dependent launches gained nothing (H100).
@@ -49,8 +48,8 @@ class TritonBackend(TorchBackend):
         self._programs = _PROGRAMS * processors
         self._compiled: dict[tuple[object, ...], Any] = {}
 
-    def hold(self, source: Bytes, tensors: Sequence[tuple[StoredTensor, Target, str]]) -> Held:
-        held = super().hold(source, tensors)
+    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
+        held = super().hold(files)
         held.data = prepare(held, self._there)
         self._compile(held)
         return held
