@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32, Positions
 from shiradelta.io.reader import open_delta
-from shiradelta.models.names import find_names
+from shiradelta.models.names import Shape, find_names
 from shiradelta.models.peft import WEIGHTS, parse_shira_key
 from shiradelta.nonzeros.saved_state import load_state
 from shiradelta.train.given import WeightNames, is_outside
@@ -34,16 +34,30 @@ def read_adapter(
     """
     path = Path(source)
     tensors = list(_from_shd(path) if path.suffix == ".shd" else _from_peft(path, weights))
-    found_names = names.find([name for name, _, _ in tensors])
+    found_names, unclear = names.find({name: shape for name, shape, _, _ in tensors})
+    if unclear:
+        raise SourceError(f"{path}: {next(iter(unclear.values()))} of the model; attach to the one that is meant")
     parts: dict[str, list[tuple[Positions, Float32]]] = {}
-    for other, positions, values in tensors:
+    for other, shape, positions, values in tensors:
         if other not in found_names:
             raise SourceError(f"{path}: tensor {other!r} is not a target; attach to the model it was made for")
+        held = 0
         for name, view in found_names[other]:
+            if shape not in (None, view.shape):
+                raise SourceError(
+                    f"{path}: tensor {other!r} has shape {list(view.shape)} in the model, the adapter was made for"
+                    f" {list(shape)}; attach to the model it was made for"
+                )
             if is_outside(positions, view):
                 raise SourceError(f"{path}: tensor {other!r} has positions outside of the model's {list(view.shape)}")
             order, where = view.to_weight(positions)
             parts.setdefault(name, []).append((where, values[order]))
+            held += order.size
+        if held < positions.size:  # the checkpoint has several weights in one tensor
+            raise SourceError(
+                f"{path}: tensor {other!r} changes weights that are not targets, beside"
+                f" {', '.join(repr(name) for name, _ in found_names[other])}; give them all as targets"
+            )
     found = {}
     for name, some in parts.items():
         try:
@@ -54,15 +68,17 @@ def read_adapter(
     return found
 
 
-def _from_shd(path: Path) -> Iterator[tuple[str, Positions, Float32]]:
+def _from_shd(path: Path) -> Iterator[tuple[str, Shape | None, Positions, Float32]]:
     with open_delta(path) as delta:
         for name, tensor in delta.items():
             if not tensor.operation.adds:
                 raise SourceError(f"{path}: tensor {name!r} is {tensor.op}, not add; only additions can be trained on")
-            yield name, tensor.positions(), tensor.values().copy()
+            yield name, tensor.shape, tensor.positions(), tensor.values().copy()
 
 
-def _from_peft(path: Path, weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Positions, Float32]]:
+def _from_peft(
+    path: Path, weights: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, Shape | None, Positions, Float32]]:
     held: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_state(path / WEIGHTS if path.is_dir() else path).items():
         parsed = parse_shira_key(key)
@@ -76,6 +92,6 @@ def _from_peft(path: Path, weights: Mapping[str, nn.Parameter]) -> Iterator[tupl
         row, column = found["indices"].long().reshape(2, -1).numpy()  # PEFT stores float32 on Windows
         if column.size and (column.max() >= columns or column.min() < 0):
             raise SourceError(f"{path}: {name!r} has a column outside of the model's {columns}")
-        yield renamed[name], row * columns + column, found["values"].float().numpy()
+        yield renamed[name], None, row * columns + column, found["values"].float().numpy()
     if not held:
         raise SourceError(f"{path}: holds no SHiRA layers; give a PEFT SHiRA adapter or a .shd file")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shiradelta.errors import ArgumentError
 from shiradelta.format.arithmetic import Positions
 from shiradelta.io.reader import Delta, open_delta
-from shiradelta.models.names import find_names
+from shiradelta.models.names import Named, Shape, find_names
 from shiradelta.models.views import View, whole_view
 
 #: A user's own mask: name -> bool tensor of the weight's shape, or flat integer positions in any order.
@@ -90,12 +90,23 @@ class WeightNames:
                 self._offers.setdefault(view.name, []).append((name, view))
         for name, weight in weights.items():
             self._offers.setdefault(name, [(name, whole_view(name, tuple(weight.shape)))])
+        self._shapes = {name: offers[0][1].shape for name, offers in self._offers.items()}
+        self._same = {
+            name: frozenset((weight, view.weight) for weight, view in offers) for name, offers in self._offers.items()
+        }
 
-    def find(self, names: Sequence[str]) -> dict[str, list[tuple[str, View]]]:
-        """Finds weights: given name -> (a weight's name, the elements that it has); others are left out."""
-        have = {name: offers[0][1].shape for name, offers in self._offers.items()}
-        found = find_names(dict.fromkeys(names), have).names
-        return {name: self._offers[other] for name, other in found.items()}
+    def find(self, names: Named) -> tuple[dict[str, list[tuple[str, View]]], dict[str, str]]:
+        """Finds weights.
+
+        Args:
+            names: names with the shapes of their tensors, where these are known.
+
+        Returns:
+            (given name -> (a weight's name, the elements that it has), given name -> why it is unclear); names that
+            the weights do not have are left out.
+        """
+        found = find_names(names, self._shapes, self._same)
+        return {name: self._offers[other] for name, other in found.names.items()}, found.unclear
 
 
 def is_outside(positions: Positions, view: View) -> bool:
@@ -111,29 +122,37 @@ def avoided(others: Sequence[Any], names: WeightNames) -> dict[str, Positions]:
         names: of the model's weights.
 
     Raises:
-        ArgumentError: something else is given, or a position is outside of its weight.
+        ArgumentError: something else is given, a position is outside of its weight, or a name fits several weights.
     """
     found: dict[str, list[Positions]] = {}
     for other in others:
-        listed = dict(_positions(other))
-        for given, weights in names.find(list(listed)).items():
+        listed = {name: (shape, positions) for name, shape, positions in _positions(other)}
+        known, unclear = names.find({name: shape for name, (shape, _) in listed.items()})
+        if unclear:
+            label = other if isinstance(other, str | os.PathLike) else "avoid"
+            raise ArgumentError(
+                f"{label}: {next(iter(unclear.values()))} of the model; give positions under the model's names"
+            )
+        for given, weights in known.items():
+            _, positions = listed[given]
             for name, view in weights:
-                if is_outside(listed[given], view):
+                if is_outside(positions, view):
                     raise ArgumentError(f"{other}: tensor {given!r} has positions outside of the model's weight")
-                found.setdefault(name, []).append(view.to_weight(listed[given])[1])
+                found.setdefault(name, []).append(view.to_weight(positions)[1])
     return {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
 
 
-def _positions(other: Any) -> Iterator[tuple[str, Positions]]:
+def _positions(other: Any) -> Iterator[tuple[str, Shape | None, Positions]]:
+    """(name, shape of the tensor, where it is known, positions)."""
     if isinstance(other, str | os.PathLike | bytes):
         with open_delta(other) as delta:
             yield from _positions(delta)
     elif isinstance(other, Delta):
         for name, tensor in other.items():
             if not tensor.operation.removes:
-                yield name, tensor.positions()
+                yield name, tensor.shape, tensor.positions()
     elif isinstance(other, Mapping):
         for name, positions in other.items():
-            yield name, np.asarray(positions.cpu() if isinstance(positions, Tensor) else positions, np.int64)
+            yield name, None, np.asarray(positions.cpu() if isinstance(positions, Tensor) else positions, np.int64)
     else:
         raise ArgumentError(f"avoid has {type(other).__name__}; give .shd files, open deltas or positions by name")
