@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -12,15 +12,18 @@ from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32, to_float32
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.library import Converted, shared_tensors
 from shiradelta.select.topk import Rows, row_shape
 
 from . import diff, lycoris
 from .item import Item, Skipped, SkipReason, Source
 from .lora_converted import Change, add_converted
 from .lora_keys import BaseTensors, Module, find_attention, find_tensors, parse_key, refuse_unmerged, sort_keys
+from .lora_parameters import find_parameters, stacked_rows
 from .lora_scale import Scale, number
+from .lora_tied import TiedModules
 from .lora_whole import add_whole
-from .orientation import find_transposed
+from .orientation import Weight, find_transposed
 from .sources import SourceFiles, source
 
 
@@ -42,6 +45,7 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     refuse_unmerged(source)
     scale = Scale.of(source, alpha)
     modules, alpha_keys, others = sort_keys(source)
+    modules = find_parameters(modules, scale, source, base)
     alphas = {module: _alpha(source, key) for module, key in alpha_keys.items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for module, parts in modules.items():
@@ -50,14 +54,18 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
             result.skipped[module] = found
         else:
             shapes[module] = found
-    no_alpha = [module for module in shapes if scale.alpha_of(module, alphas.get(module)) is None]
+    no_alpha = [
+        module
+        for module in shapes
+        if _rank(source, module, modules[module], scale) and scale.alpha_of(module, alphas.get(module)) is None
+    ]
     if no_alpha:
         result.warnings.append(
             f"{len(no_alpha)} of {len(shapes)} modules have no alpha; their rank is taken for it, so their scale is 1;"
             " --alpha sets another"
         )
     attention = find_attention(modules)
-    tensors = {module: f"{module}.{'in_proj_' if module in attention else ''}weight" for module in shapes}
+    tensors = {module: _tensor(module, modules[module], module in attention) for module in shapes}
     if attention:
         result.warnings.append(
             f"{min(attention)}.out_proj changes by twice its factors' product, as PEFT 0.21 runs and merges it"
@@ -68,43 +76,80 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     names = there.found
     result.skipped |= {module: there.lacking[tensor] for module, tensor in tensors.items() if tensor in there.lacking}
     matched = {module: names[tensor] for module, tensor in tensors.items() if tensor in names}
-    swapped = find_transposed({m: modules[m] for m in matched}, shapes, scale, matched, base, result)
-    taken: set[str] = set()
-    for module, name in matched.items():
-        factor = _factor(source, module, modules[module], scale, alphas.get(module))
-        factor *= 2 if module in attention.values() else 1
-        item = _item(source, modules[module], shapes[module], name, base, factor, module in swapped)
-        if isinstance(item, Item) and name in taken:
-            item = Skipped(SkipReason.CONFLICT, f"another module changes {name!r} already")
-        result.add(module, item)
-        taken |= {name} if isinstance(item, Item) else set()
+    converted = {module: there.converted[tensor] for module, tensor in tensors.items() if tensor in there.converted}
+    weights = _weights(matched, converted, tensors, base)
+    changing = {module: modules[module] for module in weights if modules[module].stack is None}
+    swapped = find_transposed(changing, shapes, scale, weights, base, result)
+    for module in swapped:
+        if lycoris.is_lycoris(modules[module].keys):
+            why = "the base stores it as [in, out], which is not supported for LoHa and LoKr; merge it first"
+            result.skipped[module] = Skipped(SkipReason.UNSUPPORTED, why)
+    changed = [module for module in weights if module not in result.skipped]
+    factors = {module: _factor(source, module, modules[module], scale, alphas.get(module)) for module in shapes}
+    factors |= {module: 2 * factors[module] for module in attention.values() if module in factors}
+    asks = bool(others) or any(parts.embedding for parts in modules.values())
+    shared = shared_tensors(base) if base is not None and asks else {}
+    tied = TiedModules(source, modules, factors, tensors, there.tied, shared, scale)
+    for module in [module for module in changed if module in matched]:
+        item = _item(source, modules[module], shapes[module], matched[module], base, factors[module], module in swapped)
+        skipped = item if isinstance(item, Skipped) else tied.add(module, item)
+        if skipped is not None:
+            result.skipped[module] = skipped
+    result.items += tied.items
+    result.warnings += tied.warnings
     if base is not None:
         changes = {
-            module: Change(partial(_change, source, module, modules[module], scale, alphas.get(module), shape), shape)
-            for module, shape in shapes.items()
-            if tensors[module] in there.converted
+            module: _change(source, modules[module], shapes[module], factors[module], module in swapped)
+            for module in changed
+            if module in converted
         }
-        add_converted(changes, {module: there.converted[tensors[module]] for module in changes}, base, result)
-        taken |= {item.name for item in result.items}
-    if base is None or taken:  # without any match the base is another model
-        add_whole(source, others, set(differences), names, scale, base, result, there.tied)
+        add_converted(changes, converted, base, result)
+    if base is None or result.items:  # without any match the base is another model
+        add_whole(source, others, set(differences), names, scale, base, result, there.tied, shared)
     lone = Skipped(SkipReason.EMPTY, "an alpha without factors")
     result.skipped |= {key: lone for module, key in alpha_keys.items() if module not in modules}
     for module in modules.keys() & result.skipped.keys():
-        parts, shape = modules[module], shapes.get(module)
-        lost = result.skipped[module].called(*parts.keys.values(), f"{module}.weight", matched.get(module))
-        if shape is not None:
-            lost = lost.of_change(partial(_change, source, module, parts, scale, alphas.get(module), shape), shape)
+        lost = result.skipped[module].called(
+            *modules[module].keys.values(), tensors.get(module, f"{module}.weight"), matched.get(module)
+        )
+        if module in shapes:
+            change = _change(source, modules[module], shapes[module], factors[module], False)
+            lost = lost.of_change(change.rows, change.shape)
         result.skipped[module] = lost
     return result
 
 
-def _change(
-    source: Checkpoint, module: str, parts: Module, scale: Scale, alpha: float | None, shape: tuple[int, ...]
-) -> Rows:
-    """The change of a module by itself, in the factors' own order of dimensions."""
-    change = _lycoris if lycoris.is_lycoris(parts.keys) else _product
-    return change(source, parts, _factor(source, module, parts, scale, alpha), False, shape)
+def _tensor(module: str, parts: Module, attention: bool) -> str:
+    """The name of the tensor that a module changes."""
+    if parts.stack is not None:
+        return module
+    return f"{module}.{'in_proj_' if attention else ''}weight"
+
+
+def _weights(
+    matched: Mapping[str, str], converted: Mapping[str, Converted], tensors: Mapping[str, str], base: Checkpoint | None
+) -> dict[str, Weight]:
+    """What the base says of modules' weights: those stored as they are, and those stored in another form."""
+    if base is None:
+        return {module: Weight(name, None, {}) for module, name in matched.items()}
+    found = {module: Weight(name, base[name].shape, base.config(name)) for module, name in matched.items()}
+    return found | {
+        module: Weight(tensors[module], stored.shape, base.config(stored.views[0].name))
+        for module, stored in converted.items()
+    }
+
+
+def _change(source: Checkpoint, parts: Module, shape: tuple[int, ...], factor: float, swap: bool) -> Change:
+    """The change of a module by itself: in the factors' own order of dimensions, or transposed."""
+    shape = shape[::-1] if swap else shape
+    return Change(partial(_dense(parts), source, parts, factor, swap, shape), shape)
+
+
+def _dense(parts: Module) -> Callable[[Checkpoint, Module, float, bool, tuple[int, ...]], Rows]:
+    """The function that opens the change of a module."""
+    if parts.stack is not None:
+        return _stacked
+    return _lycoris if lycoris.is_lycoris(parts.keys) else _product
 
 
 def _alpha(source: Checkpoint, key: str) -> float:
@@ -125,10 +170,16 @@ def _factor(source: Checkpoint, module: str, parts: Module, scale: Scale, alpha:
     """The factor on the product of a module's factors."""
     if "E" in parts.keys:
         return scale.adaptive(module)
-    if not lycoris.is_lycoris(parts.keys):
-        return scale(module, source[parts.keys["A"]].shape[0], alpha)
-    rank = lycoris.rank(source, parts.keys) or scale.whole_rank(module)
+    rank = _rank(source, module, parts, scale)
     return 1.0 if rank is None else scale(module, rank, alpha)
+
+
+def _rank(source: Checkpoint, module: str, parts: Module, scale: Scale) -> int | None:
+    """What a module's alpha is divided by; None for a LoKr of whole factors, which has no scale."""
+    if lycoris.is_lycoris(parts.keys):
+        return lycoris.rank(source, parts.keys) or scale.whole_rank(module)
+    experts = 1 if parts.stack is None else parts.stack.experts
+    return source[parts.keys["A"]].shape[0] // experts
 
 
 def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] | Skipped:
@@ -141,6 +192,8 @@ def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] 
             raise SourceError(
                 f"{source.root}: {key!r} is {source[key].dtype.name}; LoRA factors are {', '.join(ADD_DTYPES)}"
             )
+    if parts.stack is not None:
+        return parts.stack.shape
     if others:
         if of_peft and "lokr_w2" in parts.keys and len(source[parts.keys["lokr_w2"]].shape) == 3:
             return Skipped(
@@ -186,15 +239,13 @@ def _item(
 ) -> Item | Skipped:
     """The dense delta of one module, or the reason to skip it."""
     others = lycoris.is_lycoris(parts.keys)
-    if others and swap:
-        why = "the base stores it as [in, out], which is not supported for LoHa and LoKr; merge it first"
-        return Skipped(SkipReason.UNSUPPORTED, why)
-    shape = shape[::-1] if swap else shape
-    if others and base is not None and _is_flat(shape, base[name].shape):
-        shape = base[name].shape
-    dense = partial(_lycoris if others else _product, source, parts, factor, swap, shape)
+    change = _change(source, parts, shape, factor, swap)
+    shape, dense = change.shape, change.rows
     if base is None:
         return Item(name, shape, "unspecified", dense)
+    if others and _is_flat(shape, base[name].shape):
+        shape = base[name].shape
+        dense = partial(_lycoris, source, parts, factor, swap, shape)
     slot = base[name]
     if slot.shape != shape:
         why = f"it changes a tensor of shape {list(shape)}, the base's {name!r} has {list(slot.shape)}"
@@ -222,6 +273,12 @@ def _product(source: Checkpoint, parts: Module, factor: float, swap: bool, shape
         return made
 
     return _in_rows(product, right.shape[1], shape)
+
+
+def _stacked(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
+    """factor * the change of a parameter that PEFT adapts by name."""
+    assert parts.stack is not None
+    return stacked_rows(source, parts, parts.stack, factor)
 
 
 def _lycoris(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:

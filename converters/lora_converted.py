@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from shiradelta.format.arithmetic import Float32
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.library import Converted
-from shiradelta.models.views import View
+from shiradelta.models.views import Box, View
 from shiradelta.select.topk import Rows, row_shape
 
 from .item import Item, Skipped, SkipReason, Source
@@ -26,8 +26,8 @@ class Change:
     """The change of one module's weight.
 
     Attributes:
-        rows: opens it, in the factors' order of dimensions.
-        shape: its shape in that order.
+        rows: opens it.
+        shape: its shape.
     """
 
     rows: Callable[[], Rows]
@@ -47,32 +47,28 @@ def add_converted(
     """
     taken = {item.name for item in result.items}
     parts: dict[str, list[tuple[str, View]]] = {}
-    for module, where in stored.items():
-        found = _problem(module, changes[module].shape, where, base, taken)
+    for module, change in changes.items():
+        where = stored[module]
+        found = _problem(change.shape, where, base, taken)
         if found is not None:
             result.skipped[module] = found
             continue
         for view in where.views:
             parts.setdefault(view.name, []).append((module, view))
 
-    @lru_cache(_KEPT)
-    def flat(module: str) -> Float32:
-        """A module's change in the order of its weight in memory."""
-        shape = changes[module].shape
-        whole = changes[module].rows()(0, row_shape(shape)[0]).reshape(shape)
-        return np.ascontiguousarray(whole if shape == stored[module].shape else whole.T).reshape(-1)
-
+    opened = lru_cache(_KEPT)(lambda module: changes[module].rows())
     for name, some in parts.items():
         slot = base[name]
-        dense = partial(_assembled, slot.shape, some, flat)
+        held = [
+            (view, partial(_part, partial(opened, module), changes[module].shape, view.weight)) for module, view in some
+        ]
+        dense = partial(_assembled, slot.shape, held)
         result.items.append(Item(name, slot.shape, slot.dtype.name, dense, base_bits=partial(base.bits, name)))
 
 
-def _problem(
-    module: str, shape: tuple[int, ...], where: Converted, base: Checkpoint, taken: set[str]
-) -> Skipped | None:
+def _problem(shape: tuple[int, ...], where: Converted, base: Checkpoint, taken: set[str]) -> Skipped | None:
     """Why a module's weight cannot be changed."""
-    if shape not in (where.shape, where.shape[::-1]):
+    if shape != where.shape:
         why = f"it changes a tensor of shape {list(shape)}, the model's has {list(where.shape)}"
         return Skipped(SkipReason.PARTS, why)
     for view in where.views:
@@ -88,11 +84,21 @@ def _problem(
     return None
 
 
-def _assembled(shape: tuple[int, ...], parts: Sequence[tuple[str, View]], flat: Callable[[str], Float32]) -> Rows:
+def _part(opened: Callable[[], Rows], shape: tuple[int, ...], box: Box) -> Float32:
+    """A box of a change, of which only the rows are made that it spans."""
+    columns = row_shape(shape)[1]
+    last = box.offset + sum((size - 1) * stride for size, stride in zip(box.shape, box.strides, strict=True))
+    first = box.offset // columns
+    rows = opened()(first, last // columns + 1)
+    part: Float32 = replace(box, offset=box.offset - first * columns).of(rows.reshape(-1))
+    return part
+
+
+def _assembled(shape: tuple[int, ...], parts: Sequence[tuple[View, Callable[[], Float32]]]) -> Rows:
     """A tensor of the base, put together from the weights in memory that it holds."""
     count, columns = row_shape(shape)
     whole = np.zeros(count * columns, np.float32)
-    for module, view in parts:
-        view.stored.of(whole)[...] = view.weight.of(flat(module))
+    for view, part in parts:
+        view.stored.of(whole)[...] += part()  # tied weights share elements
     matrix = whole.reshape(count, columns)
     return lambda start, stop: matrix[start:stop]

@@ -41,20 +41,45 @@ _UNSUPPORTED = {
     "lokr_t": "a Tucker-decomposed LoKr; merge it first",
     "lora_B.bias": "a LoRA with biases; merge it first",
 }
+#: A module, and the wrappers around it that are within others: PEFT wraps a module once for each of its parameters that
+#: it adapts by name.
+NESTED = re.compile(rf"(.+?)((?:{re.escape(BASE_LAYER.rstrip('.'))})*)")
 #: Rows of an embedding that PEFT trains (trainable_token_indices).
 TOKENS = re.compile(rf"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta{_ADAPTER}$")
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A parameter that PEFT adapts by name: a matrix, or a stack of matrices of which each has factors of its own.
+
+    Attributes:
+        shape: the parameter's in memory.
+        transposed: whether a matrix changes by (B A)^T instead of B A.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def experts(self) -> int:
+        """Number of matrices."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+
 @dataclass
 class Module:
-    """The keys of one module in a file."""
+    """The keys of one module in a file, or of one parameter that has factors of its own."""
 
     keys: dict[str, str] = field(default_factory=dict)  # "A", "B", AdaLoRA's "E", or LyCORIS' name of a part -> key
     embedding: bool = False
+    stack: Stack | None = None
 
 
 def parse_key(key: str) -> tuple[str, str, bool] | None:
-    """(module, part, whether the module is an embedding), or None for a key that is not a factor."""
+    """(module, part, whether the module is an embedding), or None for a key that is not a factor.
+
+    A module keeps the wrappers at its end (`experts.base_layer`): see `NESTED`.
+    """
     lycoris = _LYCORIS.match(key)
     if lycoris is not None:
         return unwrap(lycoris["module"]), lycoris["part"], False
@@ -66,7 +91,8 @@ def parse_key(key: str) -> tuple[str, str, bool] | None:
     if match is None:
         return None
     side = match["ab"] or {"down": "A", "up": "B"}[match["updown"]]
-    return unwrap(match["module"]), side, match["embedding"] is not None
+    module, nested = NESTED.fullmatch(match["module"]).groups()  # type: ignore[union-attr]  # it matches any string
+    return unwrap(module) + nested, side, match["embedding"] is not None
 
 
 def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], dict[str, str]]:
@@ -89,6 +115,8 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
         if parsed is not None:
             module, side, embedding = parsed
             parts = modules.setdefault(module, Module())
+            if side in parts.keys:
+                raise SourceError(f"{source.root}: {parts.keys[side]!r} and {key!r} are the same factor; remove one")
             parts.keys[side], parts.embedding = key, embedding
         elif key.endswith(".alpha"):
             alphas[key.removesuffix(".alpha").removeprefix(PREFIX)] = key

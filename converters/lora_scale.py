@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,12 +22,15 @@ from .peft_folder import PRODUCTS, check_type
 
 #: Initialisations that also change the base, by the start of their names.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: PEFT's types whose factors keep the configuration's rank; AdaLoRA's do not.
+_FIXED_RANK = ("LORA", "LOHA", "LOKR")
+#: The configuration's key that lists parameters that are adapted by name.
+PARAMETERS = "target_parameters"
 _UNSUPPORTED = {
     "use_dora": "a DoRA, whose magnitudes need the base's norms; merge it first",
     "layer_replication": "an adapter of repeated layers (layer_replication); merge it first",
     "alora_invocation_tokens": "an activated LoRA, which depends on the text; no change of weights does the same",
     "kasa_config": "a KaSA, which cuts what is small out of the base; merge it first",
-    "target_parameters": "an adapter of parameters (target_parameters), such as experts; merge it first",
 }
 #: Keys whose value depends on the module, by patterns.
 _PATTERNS = ("alpha_pattern", "rank_pattern")
@@ -47,6 +51,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (lambda found: isinstance(found, dict), "ranks by name"),  # AdaLoRA's are lists
     "alpha_pattern": (lambda found: isinstance(found, dict), "alphas by name"),
     MODULES_TO_SAVE: (_is_names, "a list of names"),
+    PARAMETERS: (_is_names, "a list of names"),
+    "ensure_weight_tying": (lambda found: isinstance(found, bool), "true or false"),
     "fan_in_fan_out": (lambda found: isinstance(found, bool), "true or false"),
     "use_rslora": (lambda found: isinstance(found, bool), "true or false"),
 }
@@ -130,7 +136,7 @@ class Scale:
     def _check_rank(self, module: str, rank: int) -> None:
         config = self.config(module)
         configured = self._of_pattern("rank_pattern", module, config.get("r"))
-        if config.get("peft_type") == "LORA" and type(configured) is int and configured != rank:
+        if config.get("peft_type") in _FIXED_RANK and type(configured) is int and configured != rank:
             raise SourceError(
                 f"{module}: has rank {rank}, and {CONFIG} says {configured}, so it is another adapter's; put the right"
                 " one beside the file, or give --alpha"
@@ -167,6 +173,20 @@ class Scale:
         if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
             return None
         return rows
+
+    def parameters(self, module: str) -> list[str]:
+        """Names that parameters of a module have in it, of those that PEFT adapts by name."""
+        targets = (target.rpartition(".") for target in self.config(module).get(PARAMETERS) or ())
+        return list(dict.fromkeys(leaf for path, _, leaf in targets if not path or f".{module}".endswith(f".{path}")))
+
+    def ties(self, module: str) -> bool:
+        """Whether PEFT gives tied weights one pair of factors."""
+        return bool(self.config(module).get("ensure_weight_tying"))
+
+    def peft_version(self, module: str) -> tuple[int, ...] | None:
+        """The version of PEFT that wrote a module's configuration; None if it does not say, or of no release."""
+        version = str(self.config(module).get("peft_version") or "")
+        return tuple(map(int, version.split("."))) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})+", version) else None
 
     def orientation(self, module: str) -> bool | None:
         """Whether the base stores the weight as [in, out] (GPT-2's Conv1D); None if unknown."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from . import diff, full
 from .item import NO_TARGET, Item, Skipped, SkipReason, Source, whole_tensor
 from .lora_keys import TOKENS
 from .lora_scale import Scale
+from .whole import energy_of
 
 
 def add_whole(
@@ -27,6 +28,7 @@ def add_whole(
     base: Checkpoint | None,
     result: Source,
     tied: Mapping[str, str],
+    shared: Mapping[str, Sequence[str]],
 ) -> None:
     """Adds the tensors that a LoRA saves whole: changed ones, and new ones where the LoRA means to add them.
 
@@ -39,11 +41,12 @@ def add_whole(
         base: the base's checkpoint, or None.
         result: where items and skipped tensors go.
         tied: tensor's name -> the base's tensor that it is tied to.
+        shared: the base's tensors of which the library makes several -> the names of the others.
     """
     lost: dict[str, Skipped] = {}
     names = {name: found for name, found in names.items() if name not in tied}
     taken = dict.fromkeys((item.name for item in result.items), "")  # tensor -> the key that is its new value
-    for key, name in keys.items():
+    for key, name in sorted(keys.items(), key=lambda item: item[1] in tied):
         found = names.get(name)
         if ORIGINAL_MODULE in key:
             result.skipped[key] = Skipped(SkipReason.DUPLICATE, "the module as it was before")
@@ -60,8 +63,13 @@ def add_whole(
                 item = diff.difference(source, key, found, base) if found else NO_TARGET
                 if isinstance(item, Skipped):
                     item = diff.lost_difference(source, {"dense": key}, item)
+            elif name in tied:
+                item = _tied(source, key, base, tied[name], taken.get(tied[name], ""))
             else:
-                item = _whole(source, key, name, found, scale, base, tied.get(name))
+                item = _whole(source, key, name, found, scale, base)
+                if found is not None and found in shared and isinstance(item, Item):
+                    same = [other for other, wanted in keys.items() if tied.get(wanted) == found]
+                    item = _shared(source, key, item, same, shared[found])
             if isinstance(item, Skipped):
                 lost[key] = item.called(name, found)
             else:
@@ -114,15 +122,40 @@ def _tokens(
 
 
 def _whole(
-    source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint, tied: str | None
+    source: Checkpoint, key: str, name: str, found: str | None, scale: Scale, base: Checkpoint
 ) -> Item | Skipped:
     """A tensor saved whole: its change, or the tensor itself where the LoRA means to add it."""
     if found is not None:
         return full.difference(source, key, base, found)
-    if tied is not None:
-        why = f"the base ties it to {tied!r}, which would change too; untie them in the base first"
-        return Skipped(SkipReason.NO_TARGET, why)
     if scale.adds(name):
         return whole_tensor(source, key, name)
     why = f"the base has no such tensor, and no {CONFIG} says that it is new (modules_to_save)"
     return Skipped(SkipReason.NO_TARGET, why)
+
+
+def _tied(source: Checkpoint, key: str, base: Checkpoint, tied: str, value: str) -> Skipped:
+    """A tensor that the base ties to another, whose new value may be that of `value` in the source.
+
+    Nothing is lost where it is the same, or as in the base.
+    """
+    if value and full.same_bits(source, key, value):
+        return Skipped(SkipReason.DUPLICATE, f"the same as {value!r}")
+    item = full.difference(source, key, base, tied)
+    skipped = _would_change(item, tied)
+    if isinstance(item, Item) and energy_of(skipped) == 0:
+        return Skipped(SkipReason.DUPLICATE, f"the same as the base's {tied!r}")
+    return skipped
+
+
+def _shared(source: Checkpoint, key: str, item: Item, same: Sequence[str], others: Sequence[str]) -> Item | Skipped:
+    """The change of a tensor that several layers share: all of them have to change alike."""
+    if len(same) == len(others) and all(full.same_bits(source, key, other) for other in same):
+        return item
+    skipped = _would_change(item, " and ".join(others))
+    return item if energy_of(skipped) == 0 else skipped
+
+
+def _would_change(item: Item | Skipped, others: str) -> Skipped:
+    why = f"the base ties it to {others!r}, which would change too; untie them in the base first"
+    skipped = Skipped(SkipReason.NO_TARGET, why)
+    return skipped.of_change(item.dense, item.shape) if isinstance(item, Item) and item.dense is not None else skipped

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
@@ -17,11 +19,26 @@ _FAMILIES = ("gpt2", "gpt", "openai-gpt", "imagegpt", "decision_transformer", "c
 _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 
 
+@dataclass(frozen=True)
+class Weight:
+    """What is known of the weight that a module changes.
+
+    Attributes:
+        name: its name.
+        shape: its shape; None without a base.
+        config: the configuration beside it.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    config: Mapping[str, Any]
+
+
 def find_transposed(
     modules: Mapping[str, Module],
     shapes: Mapping[str, tuple[int, ...]],
     scale: Scale,
-    names: Mapping[str, str],
+    weights: Mapping[str, Weight],
     base: Checkpoint | None,
     result: Source,
 ) -> set[str]:
@@ -39,14 +56,14 @@ def find_transposed(
     seen: set[bool] = set()
     square: list[str] = []
     for module, parts in modules.items():
-        shape = shapes[module]
+        shape, stored = shapes[module], weights[module].shape
         if len(shape) == 2 and shape[0] == shape[1] and not parts.embedding:
             square.append(module)
-        elif len(shape) == 2 and base[names[module]].shape in (shape, shape[::-1]):
-            swap = parts.embedding if shape[0] == shape[1] else base[names[module]].shape != shape
+        elif len(shape) == 2 and stored in (shape, shape[::-1]):
+            swap = parts.embedding if shape[0] == shape[1] else stored != shape
             transposed |= {module} if swap else set()
             seen |= set() if parts.embedding else {swap}
-    transposed |= {module for module in square if _square(module, scale, names[module], base, seen, result)}
+    transposed |= {module for module in square if _square(module, scale, weights[module], base, seen, result)}
     return transposed
 
 
@@ -61,9 +78,9 @@ def _without_base(module: str, parts: Module, shape: tuple[int, ...], scale: Sca
     return configured
 
 
-def _square(module: str, scale: Scale, name: str, base: Checkpoint, seen: set[bool], result: Source) -> bool:
+def _square(module: str, scale: Scale, weight: Weight, base: Checkpoint, seen: set[bool], result: Source) -> bool:
     """Whether a square tensor is stored as [in, out]; `seen` says which orders the source's other layers have."""
-    model_type = base.config(name).get("model_type")
+    name, model_type = weight.name, weight.config.get("model_type")
     if model_type in _FAMILIES:
         return "h" in module.split(".") or _leaf(name.removesuffix(".weight")) in _CONV1D
     configured = scale.orientation(module)

@@ -72,7 +72,7 @@ def check_whole(source: Source, where: object, skip: str | Sequence[str] = ()) -
     energies: dict[str, float | None] = {}
     for name, skipped in source.skipped.items():
         if skipped.reason.loses:
-            energy = _energy(skipped)
+            energy = energy_of(skipped)
             if energy != 0 or skipped.reason is SkipReason.SHAPE:  # another shape is a change in itself
                 energies[name] = energy
     allowed = {
@@ -94,7 +94,7 @@ def check_whole(source: Source, where: object, skip: str | Sequence[str] = ()) -
     return Losses(patterns, {name: str(source.skipped[name]) for name in energies}, energies)
 
 
-def _energy(skipped: Skipped) -> float | None:
+def energy_of(skipped: Skipped) -> float | None:
     """The squared norm of a lost change; None where it cannot be computed."""
     try:
         energy = math.nan if skipped.energy is None else skipped.energy()

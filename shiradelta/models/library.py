@@ -70,6 +70,16 @@ def match_names(wanted: Named, checkpoint: Checkpoint) -> FoundInBase:
     return found
 
 
+def shared_tensors(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """A checkpoint's tensors of which the library makes several, all the same: name -> the other names in memory."""
+    shared: dict[str, list[str]] = {}
+    for prefix, folder in checkpoint.folders.items():
+        library = library_of(folder)
+        if library is not None and library.tied:
+            shared |= _Loaded(library, checkpoint, prefix).shared()
+    return shared
+
+
 def _tied_by_name(checkpoint: Checkpoint, name: str, shape: Shape | None) -> str | None:
     """The stored name of a tied output embedding, as most models call them."""
     component, _, leaf = name.rpartition("/")
@@ -95,11 +105,13 @@ class Library:
         shapes: name in memory -> shape of a parameter or a stored buffer; tied ones have several names.
         first: name in memory -> the first name of the same tensor.
         saved: name in the checkpoint -> tensor.
+        transposed: modules that say that their stacked matrices are [in, out].
     """
 
     shapes: Mapping[str, Shape]
     first: Mapping[str, str]
     saved: Mapping[str, SavedTensor]
+    transposed: frozenset[str] = frozenset()
 
     @classmethod
     def of_model(cls, model: Any) -> Library:
@@ -108,7 +120,8 @@ class Library:
         seen: dict[int, str] = {}
         first = {name: seen.setdefault(id(tensor), name) for name, tensor in own.items()}
         saved = {tensor.name: tensor for tensor in saved_tensors(model)}
-        return cls({name: tuple(tensor.shape) for name, tensor in own.items()}, first, saved)
+        transposed = frozenset(name for name, part in model.named_modules() if getattr(part, "is_transposed", False))
+        return cls({name: tuple(tensor.shape) for name, tensor in own.items()}, first, saved, transposed)
 
     @cached_property
     def stored(self) -> dict[str, list[tuple[SavedTensor, View]]]:
@@ -178,6 +191,19 @@ class _Loaded:
                 found.names[full] = self._prefix + self._in_memory[renamed]
             if full in found.names or full in found.converted:
                 found.unclear.pop(full, None)
+
+    def shared(self) -> dict[str, list[str]]:
+        """As `shared_tensors`; a name that is stored as well has a tensor of its own."""
+        shared: dict[str, list[str]] = {}
+        for first in self._library.tied:
+            names = [name for name, other in self._library.first.items() if other == first]
+            stored = [name for name in names if name in self._in_memory] or [first]
+            found = FoundInBase()
+            self._add(first, first, found)
+            others = [self._prefix + name for name in names if name not in stored]
+            if first in found.names and others:
+                shared[found.names[first]] = others
+        return shared
 
     def _add(self, wanted: str, name: str, found: FoundInBase) -> None:
         """Adds where a tensor in memory is stored."""

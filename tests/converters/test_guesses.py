@@ -162,3 +162,60 @@ def test_a_files_own_metadata_win_over_another_adapters_configuration(tmp_path: 
     shiradelta.convert(lora / name, tmp_path / "x.shd", 1.0, base_in(tmp_path / "base"), "f32")
     with shiradelta.open_delta(tmp_path / "x.shd") as delta:
         assert delta[f"{NAME}.weight"].to_dense() == pytest.approx(scale * 4)  # factors of ones, rank 4
+
+
+LOKR = {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.ones(4, 4)}
+PLAIN = {"lora_down.weight": torch.ones(4, 16), "lora_up.weight": torch.ones(16, 4)}
+DIFFUSERS = {"lora_adapter_metadata": '{"unet.r": 4, "unet.lora_alpha": 8}'}
+
+
+@pytest.mark.parametrize(
+    ("parts", "metadata", "options", "warns"),
+    [
+        (PLAIN, {}, {}, True),
+        (PLAIN, {"ss_network_alpha": "nothing"}, {}, True),
+        (PLAIN, {"ss_network_alpha": "8"}, {}, False),
+        (PLAIN, DIFFUSERS, {}, False),
+        (PLAIN, {}, {"alpha": 8.0}, False),
+        ({**PLAIN, "alpha": torch.tensor(8.0)}, {}, {}, False),
+        (LOKR, {}, {}, False),
+        ({**LOKR, "alpha": torch.tensor(8.0)}, {}, {}, False),
+    ],
+)
+def test_a_missing_alpha_is_said_where_there_is_a_scale(
+    tmp_path: Path, parts: dict[str, torch.Tensor], metadata: dict[str, str], options: dict[str, float], warns: bool
+):
+    """A LoKr of whole factors has no scale."""
+    save_file({f"{NAME}.{part}": tensor for part, tensor in parts.items()}, tmp_path / "x.safetensors", metadata)
+    base = base_in(tmp_path / "base")
+    report = shiradelta.convert(tmp_path / "x.safetensors", None, 1.0, base, "f32", **options)
+    assert any("alpha" in warning for warning in report.warnings) == warns
+    with shiradelta.open_delta(tmp_path / "x.shd") as delta:
+        wanted = 1 if parts.keys() >= LOKR.keys() else 4 * (1 if warns else 2)  # factors of ones, rank 4
+        assert delta[f"{NAME}.weight"].to_dense() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "fits"), [("LOHA", 2, True), ("LOHA", 3, False), ("LOKR", 2, True), ("LOKR", 3, False)]
+)
+def test_the_rank_of_lora_s_kin_is_checked_too(tmp_path: Path, kind: str, rank: int, fits: bool):
+    loha = {f"hada_w{n}_{side}": torch.ones((16, 2) if side == "a" else (2, 16)) for n in "12" for side in "ab"}
+    lokr = {"lokr_w1": torch.ones(4, 4), "lokr_w2_a": torch.ones(4, 2), "lokr_w2_b": torch.ones(2, 4)}
+    lora = write_lora(tmp_path / "lora", {NAME: (16, 16)}, {"peft_type": kind, "r": rank, "alpha": 4})
+    tensors = {f"base_model.model.{NAME}.{part}": t for part, t in (loha if kind == "LOHA" else lokr).items()}
+    save_file(tensors, lora / "adapter_model.safetensors")
+    base = base_in(tmp_path / "base")
+    if fits:
+        assert shiradelta.convert(lora, base=base).nnz
+    else:
+        with pytest.raises(SourceError, match=r"q_proj: has rank 2, and adapter_config\.json says 3"):
+            shiradelta.convert(lora, base=base)
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_a_configuration_beside_another_file_is_checked(tmp_path: Path, base: bool):
+    """A file of any name, without metadata of its own, beside the configuration of another adapter."""
+    lora = write_lora(tmp_path / "lora", {NAME: (16, 16)}, {"r": 8, "lora_alpha": 16})
+    save_file(factors(NAME), lora / "style.safetensors")
+    with pytest.raises(SourceError, match=r"q_proj: has rank 4, and adapter_config\.json says 8"):
+        shiradelta.convert(lora / "style.safetensors", base=base_in(tmp_path / "base") if base else None)

@@ -110,7 +110,7 @@ def test_pefts_other_methods_are_refused(tmp_path: Path, bert, config: LoraConfi
         ({"init_lora_weights": "loftq"}, "loftq"),
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
-        ({"target_parameters": ["experts.up"]}, "target_parameters"),
+        ({"target_parameters": [UP]}, "whose shapes the base has"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"peft_type": "SHIRA"}, "SHIRA"),
         ({"alpha_pattern": {"(": 1}}, "regular expression"),
