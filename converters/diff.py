@@ -19,8 +19,8 @@ from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.peft import ADAPTER, PREFIX, parse_shira_key
 from shiradelta.select.topk import Rows, row_shape
 
+from .base_names import find_tensors
 from .item import CONVERTED, Item, Skipped, SkipReason, Source
-from .lora_keys import find_tensors
 from .sources import SourceFiles, source
 
 #: suffix of a file's key -> (suffix of the tensor's name, what the key holds)

@@ -16,9 +16,10 @@ from shiradelta.models.library import Converted, shared_tensors
 from shiradelta.select.topk import Rows, row_shape
 
 from . import diff, lycoris
+from .base_names import BaseTensors, find_tensors
 from .item import Item, Skipped, SkipReason, Source
 from .lora_converted import Change, add_converted
-from .lora_keys import BaseTensors, Module, find_attention, find_tensors, parse_key, refuse_unmerged, sort_keys
+from .lora_keys import Module, find_attention, parse_key, refuse_unmerged, sort_keys
 from .lora_parameters import find_parameters, stacked_rows
 from .lora_scale import Scale, number
 from .lora_tied import TiedModules

@@ -20,7 +20,8 @@ from shiradelta.models.names import find_names
 from shiradelta.models.peft import CONFIG
 from shiradelta.select.topk import Rows, row_shape
 
-from .lora_keys import NESTED, Module, Stack, find_tensors
+from .base_names import find_tensors
+from .lora_keys import NESTED, Module, Stack
 from .lora_scale import PARAMETERS, Scale
 
 #: The first release of PEFT that asks a module whether its matrices are [in, out], and the first that does so rightly.
@@ -42,7 +43,7 @@ def find_parameters(
         SourceError: it cannot be told which parameters they are, or how their factors multiply.
     """
     wrappers: dict[str, list[str]] = {}
-    for name in sorted(modules, key=len, reverse=True):  # the innermost first
+    for name in modules:
         wrappers.setdefault(NESTED.fullmatch(name)[1], []).append(name)  # type: ignore[index]  # it matches any string
     leaves = {module: scale.parameters(module) for module in wrappers}
     if base is None and any(leaves.values()):
@@ -62,7 +63,7 @@ def find_parameters(
                 f"{source.root}: {module!r} has factors for {len(names)} parameters, and {len(there)} of the base's"
                 f" are among {PARAMETERS} in {CONFIG}: {', '.join(there) or 'none'}; give the right base and {CONFIG}"
             )
-        parts = [modules[name] for name in names]
+        parts = [modules[name] for name in sorted(names, key=len, reverse=True)]  # the innermost first
         for name, one in zip(_assigned(module, there, order, parts, shapes, source), parts, strict=True):
             stack = _stack(name, one, shapes[name], name in transposed if order else None, scale, source)
             result[name] = Module(one.keys, stack=stack)

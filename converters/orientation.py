@@ -15,8 +15,9 @@ from .lora_scale import Scale
 
 #: Model types with Conv1D layers.
 _FAMILIES = ("gpt2", "gpt", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-#: Names of Conv1D layers.  Other models give them to plain linear layers (GPT-BigCode).
+#: Names of Conv1D layers.  Other models give them to plain linear layers (GPT-BigCode, and CLIP as it was published).
 _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
+_CLIP = ".resblocks."
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def _square(module: str, scale: Scale, weight: Weight, base: Checkpoint, seen: s
         if configured is None:
             result.warnings.append(f"{module} is square: taken as [out, in], though other layers here are [in, out]")
         return bool(configured)
-    if seen or model_type is not None:
-        return seen == {True}
+    if seen or model_type is not None or _CLIP in name:
+        return seen == {True} and _CLIP not in name
     if _leaf(name.removesuffix(".weight")) in _CONV1D:
         stored = _by_biases(base)
         if stored is None and configured is None:

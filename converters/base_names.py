@@ -1,0 +1,239 @@
+"""Finds the tensors of a base that a file means: by their names in the model, in a pipeline, or in one file of it.
+
+kohya's names have underscores for dots, and say the component (`lora_unet_`, `lora_te1_`); diffusers' begin with it
+(`unet.`, `text_encoder.`).  An original checkpoint in one file has names of its own: see `original_names`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from shiradelta.errors import SourceError
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.library import Converted, match_names
+from shiradelta.models.names import Named
+
+from .item import NO_TARGET, Skipped, SkipReason
+from .original_names import SINGLE_FILE, is_original, is_single_file, layers_per_block, library_names, library_unet
+
+#: LyCORIS' names in a module that it wraps: no component, dots became underscores.
+_LYCORIS_PREFIX = "lycoris_"
+_KOHYA = re.compile(r"lora_(?P<component>unet|transformer|te\d?)_(?P<rest>.+)")
+_DIFFUSERS = re.compile(r"(?P<component>unet|transformer|text_encoder(?:_\d)?)\.(?P<rest>.+)")
+#: kohya's names of components -> a pipeline's.
+_COMPONENTS = {
+    "unet": ("unet", "transformer"),
+    "te": ("text_encoder",),
+    "te1": ("text_encoder",),
+    "te2": ("text_encoder_2",),
+    "te3": ("text_encoder_3",),
+}
+#: Components that are text encoders of CLIP.
+_TEXT_ENCODERS = ("te", "te1", "te2", "text_encoder", "text_encoder_2")
+_DIFFUSERS_BLOCKS = re.compile(r"(?:^|[._])(?:(?:down|up|mid|transformer|single_transformer)_blocks?)[._]")
+
+
+def _mangle(name: str) -> str:
+    return name.removesuffix(".weight").replace(".", "_")
+
+
+def _by_mangled(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by what they are with underscores for dots."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_mangle(name), []).append(name)
+    return found
+
+
+@dataclass(frozen=True)
+class _InPipeline:
+    """A tensor's possible names in a pipeline, read from its key: `rest` in one of `components`."""
+
+    component: str  # as the file spells it
+    components: tuple[str, ...]
+    rest: str
+    mangled: bool  # dots became underscores
+
+    @classmethod
+    def of(cls, name: str) -> _InPipeline | None:
+        match = _KOHYA.match(name) or _DIFFUSERS.match(name)
+        if match is None:
+            return None
+        component, mangled = match["component"], match.re is _KOHYA
+        components = _COMPONENTS.get(component, (component,)) if mangled else (component,)
+        return cls(component, components, match["rest"], mangled)
+
+
+class _Base:
+    """Finds tensors in a base by their names in a pipeline."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self.components = {name.partition("/")[0] for name in base if "/" in name}
+        self.single_file = is_single_file(base)
+        self.original = any(map(is_original, base))
+        self._mangled = _by_mangled(base)
+        self._libraries: dict[str, tuple[dict[str, str | Converted], dict[str, list[str]]]] = {}
+
+    def by_mangled(self, name: str) -> str | None:
+        """The tensor of a name whose dots became underscores.
+
+        Raises:
+            SourceError: several tensors have that name.
+        """
+        names = self._mangled.get(_mangle(name), [])
+        if not names and name.startswith(_LYCORIS_PREFIX):
+            bare = name.removeprefix(_LYCORIS_PREFIX)
+            folders = [f"{component}/" for component in sorted(self.components)] or [""]
+            names = [found for folder in folders for found in self._mangled.get(_mangle(folder + bare), [])]
+        if len(names) > 1:
+            raise SourceError(
+                f"{self.base.root}: {name!r} may be {' or '.join(map(repr, names))}; rename it in the source"
+            )
+        return names[0] if names else None
+
+    def _places(self, place: _InPipeline) -> list[str]:
+        """What may stand before a place's name."""
+        if self.components:
+            return [f"{component}/" for component in place.components]
+        return [*SINGLE_FILE.get(place.component, ()), ""] if self.single_file else [""]
+
+    def find(self, place: _InPipeline) -> str | Converted | None:
+        """The tensor of a place: under its name, or under that of the original checkpoint or of the library.
+
+        Raises:
+            SourceError: several tensors have that name.
+        """
+        if self.single_file and (found := self._in_single_file(place)) is not None:
+            return found
+        for prefix in self._places(place):
+            for rest in self._spellings(place, prefix):
+                name: str | None = prefix + rest
+                if place.mangled:
+                    name = self.by_mangled(prefix + rest)
+                if name is not None and name in self.base:
+                    return name
+        return None
+
+    def _spellings(self, place: _InPipeline, prefix: str) -> list[str]:
+        """The names that a tensor of a component may have there."""
+        rest = place.rest
+        if place.component in _TEXT_ENCODERS:  # transformers 5 has this part in the name only of some classes
+            dot = "_" if place.mangled else "."
+            head = f"text_model{dot}"
+            return [rest, rest.removeprefix(head) if rest.startswith(head) else head + rest]
+        if not self.original and (layers := self._layers.get(prefix)) is not None:
+            return [rest, *filter(None, [library_unet(rest, layers)])]
+        return [rest]
+
+    @cached_property
+    def _layers(self) -> dict[str, int | None]:
+        """What stands before the names of a model -> residual blocks in each block, if it is a U-Net."""
+        return {prefix: layers_per_block(self.base, prefix) for prefix in (*self._folders, "")}
+
+    @property
+    def _folders(self) -> list[str]:
+        return [f"{component}/" for component in self.components]
+
+    def _in_single_file(self, place: _InPipeline) -> str | Converted | None:
+        """The tensor of a name of diffusers or transformers in an original checkpoint."""
+        if place.component not in self._libraries:
+            names = library_names(self.base, place.component)
+            self._libraries[place.component] = names, _by_mangled(names)
+        names, mangled = self._libraries[place.component]
+        for rest in self._spellings(place, ""):
+            several = mangled.get(_mangle(rest), []) if place.mangled else [rest]
+            if len(several) > 1:
+                either = " or ".join(map(repr, several))
+                raise SourceError(f"{self.base.root}: {place.rest!r} may be {either}; rename it in the source")
+            if several and several[0] in names:
+                return names[several[0]]
+        return None
+
+    def one_component(self, places: Mapping[str, _InPipeline], shapes: Named) -> set[str]:
+        """The components of a file that the base may be: by its folder's name, else by what fits."""
+        spelt = {place.component: place.components for place in places.values()}
+        root = self.base.root if self.base.root.is_dir() else self.base.root.parent
+        named = {component for component, folders in spelt.items() if root.name in folders}
+        if len(named) == 1 or len(spelt) < 2:
+            return named or set(spelt)
+        fits = Counter(
+            place.component
+            for name, place in places.items()
+            if isinstance(found := self.find(place), str)
+            and sorted(self.base[found].shape) == sorted(shapes[name] or ())
+        )
+        return {component for component in spelt if fits[component] == max(fits.values(), default=0)}
+
+
+@dataclass
+class BaseTensors:
+    """The tensors of a base that a source changes.
+
+    Attributes:
+        found: wanted name -> the base's name.
+        tied: wanted name -> the base's name of the tensor that it is tied to; it is in `found`, too.
+        converted: wanted name -> where the base has its elements, if it stores them in another form.
+        lacking: wanted name -> why there is none.
+    """
+
+    found: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    converted: dict[str, Converted] = field(default_factory=dict)
+    lacking: dict[str, Skipped] = field(default_factory=dict)
+
+
+def find_tensors(wanted: Named, base: Checkpoint) -> BaseTensors:
+    """Finds tensors in a base.
+
+    Args:
+        wanted: names as a file has them -> shapes, in any order of the dimensions.
+        base: the checkpoint to search.
+    """
+    result = BaseTensors()
+    found, lacking = result.found, result.lacking
+    there = _Base(base)
+    places = {name: place for name in wanted if name not in base and (place := _InPipeline.of(name)) is not None}
+    if not there.components and not there.single_file:
+        chosen = there.one_component(places, wanted)
+        for name, place in places.items():
+            if len(chosen) > 1:
+                either = " or of ".join(sorted(chosen))
+                why = f"the base may be that of {either}; give the pipeline's folder, or name the base's so"
+                lacking[name] = Skipped(SkipReason.NO_TARGET, why)
+            elif place.component not in chosen:
+                why = f"it is of {place.component}, the base of {', '.join(chosen)}"
+                lacking[name] = Skipped(SkipReason.NO_TARGET, why)
+    for name, place in places.items():
+        where = there.find(place) if name not in lacking else None
+        if isinstance(where, Converted):
+            result.converted[name] = where
+        elif where is not None:
+            found[name] = where
+    rest = [name for name in wanted if name not in found and name not in lacking and name not in result.converted]
+    matched = match_names({name: wanted[name] for name in rest}, base)
+    result.tied = matched.tied
+    result.converted |= matched.converted
+    for name in rest:
+        tensor = matched.names.get(name) or there.by_mangled(name)
+        if tensor is not None:
+            found[name] = tensor
+        elif name in matched.converted:
+            continue
+        elif name in matched.unclear:
+            lacking[name] = Skipped(SkipReason.NO_TARGET, f"{matched.unclear[name]} of {base.root}")
+        elif is_original(name) and not there.original:
+            why = "it has the original checkpoint's name, the base has diffusers'; convert its keys first"
+            lacking[name] = Skipped(SkipReason.NO_TARGET, why)
+        elif there.original and _DIFFUSERS_BLOCKS.search(name):
+            why = (
+                "it has diffusers' name, the base has the original checkpoint's; give the pipeline in diffusers' layout"
+            )
+            lacking[name] = Skipped(SkipReason.NO_TARGET, why)
+        else:
+            lacking[name] = NO_TARGET
+    return result
