@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from itertools import islice
 
 Shape = tuple[int, ...]
 #: Names with their shapes; None where a shape is unknown.
@@ -19,6 +21,12 @@ Named = Mapping[str, Shape | None]
 _NUMBER = re.compile(r"\d+")
 #: The folder of a module of sentence-transformers'.
 _FOLDER = re.compile(r"(\d+)_\w+/")
+#: Parts of a name that may be its prefix; models have a dozen.
+_MOST_PARTS = 32
+#: Comparisons of names in one search, some seconds.
+_MOST_COMPARED = 1 << 20
+#: Names that a message lists.
+_NAMED = 4
 
 
 @dataclass
@@ -72,15 +80,25 @@ class _Search:
     def __init__(self, wanted: Named, have: Named, found: Found, same: Mapping[str, Hashable]) -> None:
         self._wanted, self._found, self._same = wanted, found, same
         self._free = {name: shape for name, shape in have.items() if name not in found.names}
+        self._left = _MOST_COMPARED
         self._prefixes: dict[str, list[str]] = {}  # tail of an existing name -> what stands before it
+        #: The same where numbered layers follow: (tail, numbers before it) -> what stands before it
+        self._numbered: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for name in self._free:
+            numbers = _numbers(name)
             for head, tail in _tails(name):
                 self._prefixes.setdefault(tail, []).append(head)
+                before = _numbers(head)
+                if len(before) < len(numbers):
+                    self._numbered.setdefault((tail, before), []).append(head)
         self._folders = {cut.group() for cut in map(_FOLDER.match, self._free) if cut}
 
     def group(self, prefix: str, names: Sequence[str]) -> None:
         """Finds names that begin with a prefix: all by one other prefix if that is possible, else in smaller groups."""
         hits = self._hits(prefix, names)
+        if self._left < 0:
+            self._found.unclear |= {name: f"{name!r} may be any of too many tensors" for name in names}
+            return
         most = max(hits.values(), key=len, default=set())
         if most and all(some <= most for some in hits.values()):
             cut = len(prefix)
@@ -95,24 +113,34 @@ class _Search:
                 if len(best) == 1 and fits:
                     self._found.names[name] = fits[0]
                 elif name in most:
-                    self._found.unclear[name] = f"{name!r} may be {' or '.join(map(repr, sorted(fits)))}"
+                    self._found.unclear[name] = f"{name!r} may be {_either(fits)}"
             names = [name for name in names if name not in self._found.names and name not in self._found.unclear]
-        for longer, some in _by_next_part(prefix, names).items():
-            self.group(longer, some)
+        if len(re.findall("[./]", prefix)) < _MOST_PARTS:
+            for longer, some in _by_next_part(prefix, names).items():
+                self.group(longer, some)
 
     def _hits(self, prefix: str, names: Sequence[str]) -> dict[str, set[str]]:
         """Other prefix -> the names whose tensors it finds."""
         others: dict[str, None] = {folder: None for folder in self._folders if _child(folder) == prefix}
         if (child := _child(prefix)) is not None:
             others[child] = None
+        numbers = _numbers(prefix)
         for name in names:
             tail = name[len(prefix) :]
-            others |= dict.fromkeys(head + prefix for head in self._prefixes.get(name, ()))
+            longer = self._prefixes.get(name, ())
+            # The tail of every layer's `weight` says nothing.
+            beside = self._numbered.get((tail, numbers), ())
+            self._left -= len(longer) + len(beside)
+            if self._left < 0:
+                return {}
+            others |= dict.fromkeys(head + prefix for head in longer)
             others |= {rest: None for _, rest in _tails(prefix) if rest + tail in self._free}
             others |= {"": None} if tail in self._free else {}
-            if _NUMBER.search(tail):  # the tail of every layer's `weight` says nothing
-                others |= dict.fromkeys(self._prefixes.get(tail, ()))
+            others |= dict.fromkeys(beside)
         others.pop(prefix, None)
+        self._left -= len(others) * len(names)
+        if self._left < 0:
+            return {}
         hits = {}
         for other in others:
             some = {name for name in names if self._fits(name, other + name[len(prefix) :])}
@@ -127,6 +155,12 @@ class _Search:
         return wanted is None or have is None or sorted(wanted) == sorted(have)
 
 
+def _either(names: Sequence[str]) -> str:
+    """The first few of some names, for a message."""
+    more = f" or {len(names) - _NAMED} others" if len(names) > _NAMED else ""
+    return " or ".join(map(repr, nsmallest(_NAMED, names))) + more
+
+
 def _may_replace(prefix: str, other: str, numbered: bool) -> bool:
     """Whether one prefix may stand for another; `numbered` says that they lead to numbered layers."""
     longer, shorter = (prefix, other) if len(prefix) > len(other) else (other, prefix)
@@ -134,7 +168,11 @@ def _may_replace(prefix: str, other: str, numbered: bool) -> bool:
         return True
     if longer.endswith(shorter):
         return numbered or not _NUMBER.search(longer.removesuffix(shorter))
-    return numbered and _NUMBER.findall(prefix) == _NUMBER.findall(other)
+    return numbered and _numbers(prefix) == _numbers(other)
+
+
+def _numbers(prefix: str) -> tuple[str, ...]:
+    return tuple(_NUMBER.findall(prefix))
 
 
 def _child(prefix: str) -> str | None:
@@ -154,8 +192,9 @@ def _by_next_part(prefix: str, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _tails(name: str) -> Iterator[tuple[str, str]]:
-    """The name split in two, after each separator."""
-    return ((name[: cut.end()], name[cut.end() :]) for cut in re.finditer("[./]", name))
+    """The name split in two, after each of its first separators."""
+    cuts = islice(re.finditer("[./]", name), _MOST_PARTS)
+    return ((name[: cut.end()], name[cut.end() :]) for cut in cuts)
 
 
 def layer_of(name: str) -> str:

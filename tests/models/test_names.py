@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from shiradelta.models import names
 from shiradelta.models.names import Found, Shape, find_names, in_model_order, layer_of
 
 
@@ -132,3 +133,34 @@ def test_prefixes_of_many_names_are_found_in_linear_time():
     assert len(find(["head.weight", *(f"model.{name}" for name in have)], have).names) == len(have)
     assert not find([f"model.{name.replace('up', 'down')}" for name in have], have).names
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("wanted", "have"),
+    [
+        ([f"a{i}.0.weight" for i in range(20_000)], [f"b{i}.0.weight" for i in range(20_000)]),
+        (
+            [f"{'ab' * (i % 50)}.{'c' * i}.w" for i in range(1000)],
+            [f"{'ab' * (i % 50)}.{'d' * i}.w" for i in range(1000)],
+        ),
+        (["a." * 500 + "weight"], ["b." * 500 + "weight"]),
+        (["a." * 500 + "0.weight"], ["b." + "a." * 500 + "0.weight"]),
+    ],
+    ids=["numbers", "lengths", "parts", "a part more"],
+)
+def test_strange_names_are_searched_soon(wanted: list[str], have: list[str]):
+    began = time.perf_counter()
+    find(wanted, have)
+    assert time.perf_counter() - began < 10
+
+
+def test_a_search_that_would_take_hours_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(names, "_MOST_COMPARED", 1 << 16)
+    letters = [f"{i:b}".replace("0", "p").replace("1", "q") for i in range(4000)]
+    found = find([f"a{x}.0.weight" for x in letters], [f"b{x}.0.weight" for x in letters])
+    assert not found.names
+    assert found.unclear.keys() == {f"a{x}.0.weight" for x in letters}
+    assert found.unclear["ap.0.weight"] == (
+        "'ap.0.weight' may be 'bp.0.weight' or 'bq.0.weight' or 'bqp.0.weight' or 'bqpp.0.weight' or 3996 others"
+    )
+    assert sum("may be any of too many tensors" in why for why in found.unclear.values()) > 2000
