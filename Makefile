@@ -32,10 +32,11 @@ docs: $(STAMP)
 bench: $(STAMP)
 	for name in size startup convert apply; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
-# All readers against each other, then libshd's own fuzz targets; each for so many seconds.
+# All readers against each other, damaged sources, then libshd's own fuzz targets; each for so many seconds.
 fuzz: TIME ?= 60
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --count 1000000000 --seconds $(TIME)
+	$(BIN)/python -m tests.fuzz_sources --count 1000000000 --seconds $(TIME)
 	libshd/fuzz/run.sh $(TIME) build/fuzz
 
 vectors: $(STAMP)

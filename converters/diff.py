@@ -143,8 +143,11 @@ def _integers(source: Checkpoint, key: str) -> Array:
     """Integers, which PEFT stores as float32 on Windows."""
     slot = source[key]
     bits = source.bits(key)
-    if slot.dtype.name.startswith("float"):
-        return to_float32(bits, slot.dtype.name).astype(np.int64)
+    if slot.dtype.name in ADD_DTYPES:
+        numbers = to_float32(bits, slot.dtype.name)
+        if not np.array_equal(numbers, np.floor(numbers)) or np.any(np.abs(numbers) >= 1 << 62):
+            raise SourceError(f"has {key!r} in {slot.dtype.name}, and not all of it are integers; get the file again")
+        return numbers.astype(np.int64)
     return bits.view(np.dtype(slot.dtype.name).newbyteorder("<")).astype(np.int64)
 
 
@@ -153,6 +156,8 @@ def _sparse(source: Checkpoint, keys: dict[str, str], where: str, name: str, bas
     indices = _integers(source, keys[where])
     values = to_float32(source.bits(keys["values"]), source[keys["values"]].dtype.name)
     if where == "indices":
+        if indices.size % 2:
+            raise SourceError(f"has {indices.size} indices, which are no pairs; get the file again")
         row, column = indices.reshape(2, -1)
         if row.size and (row.min() < 0 or column.min() < 0 or column.max() >= matrix_shape(slot.shape)[1]):
             raise SourceError(f"has an index outside of shape {list(slot.shape)}; give the right base")

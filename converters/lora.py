@@ -170,9 +170,13 @@ def _alpha(source: Checkpoint, key: str) -> float:
 def _factor(source: Checkpoint, module: str, parts: Module, scale: Scale, alpha: float | None) -> float:
     """The factor on the product of a module's factors."""
     if "E" in parts.keys:
-        return scale.adaptive(module)
-    rank = _rank(source, module, parts, scale)
-    return 1.0 if rank is None else scale(module, rank, alpha)
+        factor = scale.adaptive(module)
+    else:
+        rank = _rank(source, module, parts, scale)
+        factor = 1.0 if rank is None else scale(module, rank, alpha)
+    if abs(factor) > float(np.finfo(np.float32).max):
+        raise SourceError(f"{module}: a scale of {factor:g} is beyond float32; give --alpha")
+    return factor
 
 
 def _rank(source: Checkpoint, module: str, parts: Module, scale: Scale) -> int | None:
@@ -205,6 +209,8 @@ def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] 
     a, b = source[parts.keys["A"]].shape, source[parts.keys["B"]].shape
     if len(a) != len(b) or not 2 <= len(a) <= 5 or a[0] != b[1] or not a[0]:
         return Skipped(SkipReason.PARTS, f"shapes {list(b)} and {list(a)} do not multiply")
+    if "E" in parts.keys and source[parts.keys["E"]].numel != a[0]:
+        return Skipped(SkipReason.PARTS, f"E has {source[parts.keys['E']].numel} values for rank {a[0]}")
     if math.prod(b[2:]) != 1:
         return Skipped(SkipReason.PARTS, f"B of shape {list(b)} is not a 1 x 1 convolution")
     return (b[0], *a[1:])
@@ -257,6 +263,7 @@ def _item(
     return Item(name, shape, slot.dtype.name, dense, base_bits=partial(base.bits, name))
 
 
+@lycoris.no_remarks
 def _product(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
     """factor * B A (transposed if `swap`), a few rows at a time."""
     rank = source[parts.keys["A"]].shape[0]
@@ -269,6 +276,7 @@ def _product(source: Checkpoint, parts: Module, factor: float, swap: bool, shape
     scaled: Float32 = np.ascontiguousarray(left) * np.float32(factor)
     right = np.ascontiguousarray(right)
 
+    @lycoris.no_remarks
     def product(start: int, stop: int) -> Float32:
         made: Float32 = scaled[start:stop] @ right
         return made

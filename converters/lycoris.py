@@ -19,6 +19,8 @@ from .item import Skipped, SkipReason
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 #: Rows [start, stop) of a matrix.
 MatrixRows = Callable[[int, int], Float32]
+#: An overflow gives infinity or NaN, which the selection refuses with the tensor's name.
+no_remarks = np.errstate(over="ignore", invalid="ignore")
 
 
 def is_lycoris(keys: Mapping[str, str]) -> bool:
@@ -29,6 +31,8 @@ def is_lycoris(keys: Mapping[str, str]) -> bool:
 def matrix_shape(source: Checkpoint, keys: Mapping[str, str]) -> tuple[int, int] | Skipped:
     """(rows, columns) of the change, or why there is none."""
     shapes = {part: source[key].shape for part, key in keys.items()}
+    if any(0 in shape for shape in shapes.values()):
+        return Skipped(SkipReason.PARTS, "one of its factors has no elements")
     if "hada_w1_a" in keys or "hada_w2_a" in keys:
         if set(keys) != set(_LOHA):
             return Skipped(SkipReason.PARTS, f"only {' '.join(sorted(keys))} of {' '.join(_LOHA)} is there")
@@ -52,6 +56,7 @@ def rank(source: Checkpoint, keys: Mapping[str, str]) -> int | None:
     return next((source[keys[part]].shape[0] for part in inner), None)
 
 
+@no_remarks
 def matrix_rows(source: Checkpoint, keys: Mapping[str, str], factor: float) -> MatrixRows:
     """factor * the change, computed a few rows at a time."""
 
@@ -63,6 +68,7 @@ def matrix_rows(source: Checkpoint, keys: Mapping[str, str], factor: float) -> M
     if "hada_w1_a" in keys:
         a1, b1, a2, b2 = map(read, _LOHA)
 
+        @no_remarks
         def hadamard(start: int, stop: int) -> Float32:
             product: Float32 = (a1[start:stop] @ b1) * (a2[start:stop] @ b2) * scale
             return product
@@ -73,6 +79,7 @@ def matrix_rows(source: Checkpoint, keys: Mapping[str, str], factor: float) -> M
     )
     one = one * scale
 
+    @no_remarks
     def kronecker(start: int, stop: int) -> Float32:
         rows = np.arange(start, stop)
         outer = one[rows // len(two)][:, :, None] * two[rows % len(two)][:, None, :]

@@ -12,24 +12,14 @@ Case i of a seed is the same file on every machine, as long as the vectors are t
 
 from __future__ import annotations
 
-import argparse
-import math
-import multiprocessing
-import os
 import random
-import signal
 import struct
 import sys
-import time
-import traceback
-import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.sharedctypes import Synchronized
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +29,9 @@ from shiradelta.backends.choose import FILE_BACKENDS
 from shiradelta.errors import FormatError
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.registry import DTYPE_OF_NAME
+from tests.fuzzing import Case, Report, judged, main
 from tests.reference import INVALID, VALID, Outcome, by_decoder, contents, decoder, is_available, unzstd
 
-MEMORY_LIMIT = 256 << 20
 SECONDS_PER_FILE = 5.0
 #: Larger tensors are decoded, but not applied.
 MOST_WEIGHTS = 1 << 14
@@ -255,29 +245,6 @@ def case(files: Sequence[bytes], seed: int, i: int) -> bytes:
 # --- one file, read and judged ---
 
 
-class TooSlow(BaseException):
-    """Not an Exception, so that nobody catches it on the way."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TooSlow; does nothing where the system has no such timer."""
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(_signal: int, _frame: object) -> None:
-        raise TooSlow
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def check_invariants(tensor: sd.TensorDelta) -> None:
     """What every accepted tensor keeps."""
     positions, bits = tensor.positions(), tensor.bits()
@@ -348,14 +315,10 @@ def by_package(data: bytes, seed: int, backend: str) -> tuple[Outcome, list[byte
 BACKENDS = [name for name in reversed([*FILE_BACKENDS]) if is_available(name)]
 
 
-def problem_of(data: bytes, seed: int) -> tuple[str, str | None]:
+def difference_in(data: bytes, seed: int) -> tuple[str, str | None]:
     """(what the readers said, what is wrong with it)."""
-    try:
-        with time_limit(SECONDS_PER_FILE):
-            results = {name: by_package(data, seed, name) for name in BACKENDS}
-            outcomes = {name: outcome for name, (outcome, _) in results.items()} | {"decoder": by_decoder(data)}
-    except (Exception, TooSlow):
-        return "failure", traceback.format_exc()
+    results = {name: by_package(data, seed, name) for name in BACKENDS}
+    outcomes = {name: outcome for name, (outcome, _) in results.items()} | {"decoder": by_decoder(data)}
     said = {name: outcome if isinstance(outcome, str) else "accepted" for name, outcome in outcomes.items()}
     first = outcomes[BACKENDS[0]]
     if any(outcome != first for outcome in outcomes.values()):
@@ -366,133 +329,24 @@ def problem_of(data: bytes, seed: int) -> tuple[str, str | None]:
     return said[BACKENDS[0]], None
 
 
-# --- many files ---
-
-
-@dataclass
-class Report:
-    """What came of a run."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    problems: list[tuple[int, str]] = field(default_factory=list)  # (case, what)
-    slowest: float = 0.0
-    done: int = 0
-
-    def add(self, other: Report) -> None:
-        """Takes up what came of some more cases."""
-        self.outcomes += other.outcomes
-        self.problems += other.problems
-        self.slowest = max(self.slowest, other.slowest)
-        self.done += other.done
-
-    def __str__(self) -> str:
-        rows = [f"{count:>9,}  {outcome}" for outcome, count in self.outcomes.most_common()]
-        head = f"{self.done:,} files, {len(self.problems)} problems, slowest {self.slowest * 1000:.0f} ms"
-        return "\n".join([head, *rows, *(f"case {i}: {what}" for i, what in self.problems)])
-
-
 def run_case(files: Sequence[bytes], seed: int, i: int) -> Report:
     """One case, in this process."""
     data = case(files, seed, i)
-    began = time.perf_counter()
-    outcome, problem = problem_of(data, i)
-    problems = [] if problem is None else [(i, problem)]
-    return Report(Counter([outcome]), problems, time.perf_counter() - began, 1)
+    return judged(i, partial(difference_in, data, i), SECONDS_PER_FILE)
 
 
-CASES_PER_REPORT = 200
+def start() -> Case:
+    """The fuzzer; see `tests.fuzzing`."""
+    return partial(run_case, corpus())
 
 
-def _child(seed: int, cases: range, end: float, current: Synchronized[int], pipe: Connection) -> None:
-    """Sends reports until time.time() is `end`; `current` is the case at which it was if it dies."""
-    warnings.simplefilter("error")
-    files = corpus()
-    limit_memory()
-    for start in range(cases.start, cases.stop, CASES_PER_REPORT):
-        report = Report()
-        for i in range(start, min(start + CASES_PER_REPORT, cases.stop)):
-            current.value = i
-            report.add(run_case(files, seed, i))
-        pipe.send(report)
-        if time.time() > end:
-            break
-
-
-def limit_memory() -> None:
-    """Lets this process have MEMORY_LIMIT more than it has now, where the system can."""
-    with suppress(ImportError, OSError):
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_LIMIT
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def run(
-    seed: int, count: int, progress: Callable[[Report], None] = lambda report: None, seconds: float = math.inf
-) -> Report:
-    """All cases in a child process, so that a crash or too much memory is a finding and not the end."""
-    context = multiprocessing.get_context("spawn")
-    total, end = Report(), time.time() + seconds
-    while total.done < count:
-        current = context.Value("q", -1)
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(seed, range(total.done, count), end, current, sender), daemon=True)
-        child.start()
-        sender.close()
-        with suppress(EOFError), receiver:
-            while True:
-                total.add(receiver.recv())
-                progress(total)
-        child.join()
-        if child.exitcode:
-            if current.value < total.done:
-                raise RuntimeError(f"the child process could not start, exit code {child.exitcode}")
-            total.problems.append((current.value, f"the process died, exit code {child.exitcode}"))
-            total.done = current.value + 1
-        if time.time() > end:
-            break
-    return total
-
-
-def show_progress(count: int) -> Callable[[Report], None]:
-    """A line that is written over, on a terminal; a line for every twentieth otherwise."""
-    began = time.monotonic()
-    shown = 0
-
-    def show(report: Report) -> None:
-        nonlocal shown
-        rate = report.done / (time.monotonic() - began)
-        line = f"{report.done:,} of {count:,} files, {rate:.0f}/s, {len(report.problems)} problems"
-        if sys.stderr.isatty():
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
-        elif report.done * 20 // count > shown:
-            shown = report.done * 20 // count
-            print(line, file=sys.stderr, flush=True)
-
-    return show
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command line; the exit code is 1 where there are problems."""
-    parser = argparse.ArgumentParser(description="Reads mutated vectors with all readers.")
-    parser.add_argument("--count", type=int, default=100_000, help="number of files")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", type=int, metavar="CASE", help="one case, in this process")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="where to write the files with problems, or --only's")
-    options = parser.parse_args(arguments)
-    if options.only is None:
-        report = run(options.seed, options.count, show_progress(options.count), options.seconds)
-    else:
-        report = run_case(corpus(), options.seed, options.only)
-    print(report)
-    if options.keep is not None:
-        options.keep.mkdir(parents=True, exist_ok=True)
-        for i in {i for i, _ in report.problems} if options.only is None else {options.only}:
-            (options.keep / f"{options.seed}-{i}.shd").write_bytes(case(corpus(), options.seed, i))
-    return 1 if report.problems else 0
+def keep(seed: int, i: int, folder: Path) -> None:
+    """Writes a case's file."""
+    (folder / f"{seed}-{i}.shd").write_bytes(case(corpus(), seed, i))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # By the module's own name: the child process imports `start` from it.
+    from tests import fuzz
+
+    sys.exit(main(sys.argv[1:], "Reads mutated vectors with all readers.", 100_000, fuzz.start, keep))

@@ -88,5 +88,6 @@ def overlay_values(xp: Any, values: Any, positions: Any, other_positions: Any, o
 
 def sum_of_squares(values: NDArray[np.float32]) -> float:
     """The sum of squares in float64: finite if all values are, and precise enough to compare close sums."""
-    wide = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        wide = values.astype(np.float64)
     return float(wide @ wide)

@@ -162,6 +162,68 @@ def test_a_pipe_for_a_delta_is_refused_at_once(tmp_path: Path, model: Path):
         shiradelta.apply(model, tmp_path / "x.shd")
 
 
+# ------------------------------------------------------------------------------------- what the fuzzer has found
+
+
+def lora_of(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A file with a LoRA of one module, and further tensors."""
+    save_file({"a.b.lora_A.weight": torch.ones(2, 8), "a.b.lora_B.weight": torch.ones(8, 2), **tensors}, path)
+    return path
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_adalora_with_another_number_of_singular_values(tmp_path: Path, count: int):
+    lora = write_lora(tmp_path / "lora", {"a.b": (8, 8)}, {"peft_type": "ADALORA", "init_r": 4})
+    tensors = load_file(lora / "adapter_model.safetensors") | {"base_model.model.a.b.lora_E": torch.ones(count, 1)}
+    save_file(tensors, lora / "adapter_model.safetensors")
+    assert f"E has {count} values for rank 4" in refusal(lora)
+
+
+@pytest.mark.parametrize("alpha", [1e30, 1e300])
+def test_a_scale_that_overflows(tmp_path: Path, alpha: float):
+    large = {"a.b.lora_B.weight": torch.full((8, 2), 1e30)}
+    line = refusal(lora_of(tmp_path / "x.safetensors", large), alpha=alpha)
+    assert re.search("beyond float32|has NaN or infinity in it", line)
+
+
+def test_lycoris_factors_that_overflow(tmp_path: Path):
+    parts = {"w1_a": (8, 2), "w1_b": (2, 8), "w2_a": (8, 2), "w2_b": (2, 8)}
+    save_file(
+        {f"a.b.hada_{part}": torch.full(shape, 1e20) for part, shape in parts.items()}, tmp_path / "x.safetensors"
+    )
+    assert "has NaN or infinity in it" in refusal(tmp_path / "x.safetensors", alpha=1)
+
+
+def test_lycoris_factors_without_elements(tmp_path: Path):
+    save_file({"a.b.lokr_w1": torch.ones(0, 4), "a.b.lokr_w2": torch.ones(4, 4)}, tmp_path / "x.safetensors")
+    assert "one of its factors has no elements" in refusal(tmp_path / "x.safetensors")
+
+
+def test_a_signalling_nan(tmp_path: Path):
+    bits = torch.tensor([0x7F800001] * 16, dtype=torch.int32).view(torch.float32)
+    lora = lora_of(tmp_path / "x.safetensors", {"a.b.lora_B.weight": bits.reshape(8, 2)})
+    assert "has NaN or infinity in it" in refusal(lora)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (torch.tensor([1, 2, 3], dtype=torch.int64), "3 indices, which are no pairs"),
+        (torch.tensor([1.0, 0.5, 1.0, 0.5]), "not all of it are integers"),
+        (torch.tensor([1.0, torch.nan]), "not all of it are integers"),
+        (torch.tensor([1.0, torch.inf]), "not all of it are integers"),
+        (torch.tensor([1.0, 1e30]), "not all of it are integers"),
+        (torch.tensor([-1.0, 2.0], dtype=torch.bfloat16), "index outside of shape"),
+        (torch.tensor([-1, 2], dtype=torch.int32), "index outside of shape"),
+    ],
+)
+def test_indices_that_are_none(tmp_path: Path, made: Path, where: torch.Tensor, message: str):
+    name = "model.layers.0.mlp.up_proj"
+    tensors = {f"{name}.shira_indices": where, f"{name}.shira_weight": torch.ones(max(1, where.numel() // 2))}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert message in refusal(tmp_path / "x.safetensors", base=made / "bf16")
+
+
 def test_refusals_are_source_errors(tmp_path: Path):
     with pytest.raises(SourceError):
         shiradelta.convert(write_lora(tmp_path / "lora", MODULES, {"r": "4"}))

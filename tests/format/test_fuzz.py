@@ -6,14 +6,14 @@ import pytest
 
 from shiradelta.errors import REASONS
 from shiradelta.format.codecs import raw
-from tests import fuzz
+from tests import fuzz, fuzzing
 from tests.reference import VALID, by_decoder, by_package
 
 COUNT = 3000
 
 
 def test_all_readers_agree_on_mutated_files():
-    report = fuzz.run(seed=0, count=COUNT)
+    report = fuzzing.run(fuzz.start, seed=0, count=COUNT)
     assert not report.problems, str(report)
     assert report.done == sum(report.outcomes.values()) == COUNT
     assert report.outcomes["accepted"] > COUNT // 50
@@ -44,20 +44,23 @@ def test_a_missing_check_is_found(monkeypatch):
     monkeypatch.setattr(raw, "check_zero", lambda data, offset: None)
     data = (VALID / "raw.shd").read_bytes()
     end = fuzz.layout(data).sections[0][1]
-    _, problem = fuzz.problem_of(fuzz.repaired(fuzz.put(data, end - 1, 1, 1)), 0)
+    _, problem = fuzz.difference_in(fuzz.repaired(fuzz.put(data, end - 1, 1, 1)), 0)
     assert problem.startswith("numpy: accepted, ")
     assert problem.endswith("decoder: padding_not_zero")
 
 
 def test_another_exception_is_found(monkeypatch):
     monkeypatch.setattr(raw.Raw, "decode", lambda *_: 1 // 0)
-    outcome, problem = fuzz.problem_of((VALID / "raw.shd").read_bytes(), 0)
-    assert outcome == "failure"
-    assert "ZeroDivisionError" in problem
+    report = fuzzing.judged(0, lambda: fuzz.difference_in((VALID / "raw.shd").read_bytes(), 0), 5)
+    assert report.outcomes["failure"] == 1
+    assert "ZeroDivisionError" in report.problems[0][1]
 
 
 def test_a_difference_in_patching_is_found(monkeypatch):
     if "libshd" not in fuzz.BACKENDS:
         pytest.skip("the package was built without libshd")
     monkeypatch.setattr("shiradelta.format.arithmetic.result", lambda adds, bits, weight, *_: weight)
-    assert fuzz.problem_of((VALID / "example.shd").read_bytes(), 0) == ("difference", "the backends patch differently")
+    assert fuzz.difference_in((VALID / "example.shd").read_bytes(), 0) == (
+        "difference",
+        "the backends patch differently",
+    )
