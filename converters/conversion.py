@@ -19,6 +19,7 @@ from shiradelta.util.progress import Progress
 from shiradelta.util.version import version
 
 from .aim import Aim, ErrorAim, SizeAim, Trial, find_fitted_sparsity, find_sparsity, parse_size
+from .exactness import count_inexact
 from .item import Item, Source
 from .report import ConversionReport, TensorReport
 from .whole import Losses
@@ -66,13 +67,25 @@ class Conversion:
     def _weigh(self, sparsity: float, kept: Mapping[str, int]) -> Trial:
         """The conversion without the writing."""
         writer = weighing(self.values, self.zstd, self.backend)
-        report = self.write(writer, sparsity, kept, None)
+        report = self.write(writer, sparsity, kept, None, compare=False)
         return Trial(writer.size, report.error)
 
     def write(
-        self, writer: DeltaWriter, sparsity: float, kept: Mapping[str, int], fitted: Fitted | None
+        self,
+        writer: DeltaWriter,
+        sparsity: float,
+        kept: Mapping[str, int],
+        fitted: Fitted | None,
+        compare: bool = True,
     ) -> ConversionReport:
         """Selects, unless fitting has done so, and gives all tensors to the writer.
+
+        Args:
+            writer: takes the tensors.
+            sparsity: the share of weights that change, for the report.
+            kept: name -> how many elements are selected.
+            fitted: the result of a fit, if there was one.
+            compare: count the elements that are not the fine-tune's.
 
         Raises:
             SourceError: nothing changes the base.
@@ -87,13 +100,11 @@ class Conversion:
         selections = fitted.tensors if fitted else {}
         for number, item in enumerate(self.opened.items):
             self.progress(item.name, number, len(self.opened.items))
-            tensor = self._add(writer, item, kept.get(item.name, 0), selections.get(item.name))
+            tensor = self._add(writer, item, kept.get(item.name, 0), selections.get(item.name), compare)
             if tensor.nnz:
                 report.tensors.append(tensor)
             else:
-                none = "none of its changes is among the largest" if tensor.energy else "nothing changes"
-                report.skipped[item.name] = none
-                report.energy_left_out += tensor.energy
+                report.leave_out(tensor)
         if not report.tensors:
             raise SourceError(f"{self.source}: nothing in it changes the base")
         writer.metadata.update(
@@ -102,6 +113,7 @@ class Conversion:
                 "method": "topk" if fitted is None else "fit",
                 "sparsity": f"{sparsity:g}",
                 **({"energy_kept": f"{report.energy_kept:.4f}"} if fitted is None else fitted.metadata),
+                **({"exactness": report.exactness} if report.exact is not None else {}),
                 **self.losses.metadata,
                 **self.pairs,
                 **self.metadata,
@@ -109,8 +121,8 @@ class Conversion:
         )
         return report
 
-    def _add(self, writer: DeltaWriter, item: Item, k: int, fitted: Selection | None) -> TensorReport:
-        """Adds one tensor, if any of it is selected."""
+    def _add(self, writer: DeltaWriter, item: Item, k: int, fitted: Selection | None, compare: bool) -> TensorReport:
+        """Adds one tensor, if any of it is selected; `compare` counts the elements that are not the fine-tune's."""
         try:
             if item.dense is not None:
                 selection = fitted or top_k(item.dense(), item.matrix, k, choose(self.backend).at_least)
@@ -122,6 +134,7 @@ class Conversion:
                 selected = tensor.values() if tensor.operation.adds else np.zeros(0, np.float32)
                 energy = float((selected.astype("f8") ** 2).sum())
             stored = writer.add(item.name, tensor) if tensor.nnz else tensor
+            inexact = count_inexact(item, stored) if compare else None
         except SourceError as error:
             raise SourceError(f"tensor {item.name!r} {error}") from None
-        return TensorReport.of(item.name, tensor, stored, energy, selected)
+        return TensorReport.of(item.name, tensor, stored, energy, selected, inexact)

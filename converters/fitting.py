@@ -57,7 +57,7 @@ def run_fit(
     targets = [
         FitTarget(item.name, item.dtype, item.shape, item.dense, counts[item.name])
         for item in source.items
-        if item.dense is not None and item.replacement is None and item.numel
+        if item.dense is not None and not item.replaces and item.numel
     ]
     if not targets:
         raise SourceError(f"{source_path}: has nothing to fit, for its changes are exact already")

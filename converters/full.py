@@ -123,14 +123,14 @@ def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Ite
     dense = partial(_subtraction, source, key, base, name)
     dtype, tuned_dtype = slot.dtype.name, tuned_slot.dtype.name
     if dtype in ADD_DTYPES and tuned_dtype in ADD_DTYPES:
-        return Item(name, slot.shape, dtype, dense, base_bits=base_bits)
+        return Item(name, slot.shape, dtype, dense, base_bits=base_bits, tuned=tuned, tuned_dtype=tuned_dtype)
     if dtype != tuned_dtype:
         why = f"it is {tuned_dtype}, the base's {dtype}, and nothing can be added to that exactly"
         skipped = Skipped(SkipReason.DTYPE, why)
         return skipped.of_change(dense, slot.shape) if {dtype, tuned_dtype} <= _RANKED else skipped
     if dtype in _WIDEN:
-        return Item(name, slot.shape, dtype, dense, base_bits=base_bits, replacement=tuned)
-    return Item(name, slot.shape, dtype, exact=partial(_all_changes, slot, base_bits, tuned))
+        return Item(name, slot.shape, dtype, dense, base_bits=base_bits, tuned=tuned, replaces=True)
+    return Item(name, slot.shape, dtype, exact=partial(_all_changes, slot, base_bits, tuned), tuned=tuned)
 
 
 def _all_changes(slot: Slot, base_bits: Callable[[], Array], tuned_bits: Callable[[], Array]) -> TensorDelta:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from functools import partial
 
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta, check_shape
@@ -24,7 +25,9 @@ class Item:
         dense: opens the dense delta (see `shiradelta.select.topk.Rows`), or None.
         exact: makes the tensor delta to store where nothing is selected, or None.
         base_bits: maps the base's elements, flat; None without a base.
-        replacement: maps the fine-tune's elements, for a dtype that nothing can be added to: selected ones are set.
+        tuned: maps the fine-tune's elements, flat; None if the source holds a change and not the result.
+        tuned_dtype: their dtype, if it is not the base's.
+        replaces: selected elements are set to the fine-tune's, in a dtype that nothing can be added to.
     """
 
     name: str
@@ -33,7 +36,9 @@ class Item:
     dense: Callable[[], Rows] | None = None
     exact: Callable[[], TensorDelta] | None = None
     base_bits: Callable[[], Array] | None = None
-    replacement: Callable[[], Array] | None = None
+    tuned: Callable[[], Array] | None = None
+    tuned_dtype: str | None = None
+    replaces: bool = False
 
     @property
     def numel(self) -> int:
@@ -48,8 +53,9 @@ class Item:
     def delta(self, positions: Positions, values: Float32) -> TensorDelta:
         """The tensor delta of selected elements."""
         base = None if self.base_bits is None else self.base_bits()[positions]
-        if self.replacement is not None:
-            return TensorDelta(self.shape, positions, self.replacement()[positions], self.dtype, "set", base_bits=base)
+        if self.replaces:
+            assert self.tuned is not None
+            return TensorDelta(self.shape, positions, self.tuned()[positions], self.dtype, "set", base_bits=base)
         return TensorDelta(self.shape, positions, values, self.dtype, base_bits=base)
 
 
@@ -139,4 +145,5 @@ def whole_tensor(source: Checkpoint, key: str, name: str) -> Item:
         slot.shape,
         slot.dtype.name,
         exact=lambda: TensorDelta(slot.shape, None, source.bits(key), slot.dtype.name, "new"),
+        tuned=partial(source.bits, key),
     )

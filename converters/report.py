@@ -26,6 +26,8 @@ class TensorReport:
     """The report of one converted tensor.
 
     `energy` is the squared norm of the whole delta, `lost` that of its difference from what the file holds.
+    `inexact` counts the elements that are not the fine-tune's, bit for bit, once the delta is on the base; None if the
+    source does not say what the fine-tune's elements are, as a LoRA does not.
     """
 
     name: str
@@ -35,15 +37,24 @@ class TensorReport:
     numel: int
     energy: float
     lost: float
+    inexact: int | None = None
 
     @classmethod
-    def of(cls, name: str, tensor: TensorDelta, stored: TensorDelta, energy: float, selected: Float32) -> TensorReport:
+    def of(
+        cls,
+        name: str,
+        tensor: TensorDelta,
+        stored: TensorDelta,
+        energy: float,
+        selected: Float32,
+        inexact: int | None = None,
+    ) -> TensorReport:
         """Compares the selected differences with what the file holds: quantised if added, exact if set."""
         kept = selected.astype(np.float64)
         held = stored.values().astype(np.float64) if tensor.operation.adds else kept
         rounding = kept - held
         lost = max(energy - float(kept @ kept), 0.0) + float(rounding @ rounding)
-        return cls(name, tensor.op, tensor.shape, tensor.nnz, tensor.numel, energy, lost)
+        return cls(name, tensor.op, tensor.shape, tensor.nnz, tensor.numel, energy, lost, inexact)
 
     @property
     def operation(self) -> Operation:
@@ -71,6 +82,8 @@ class ConversionReport:
         energy_left_out: squared norm of the tensors without a selected change, and of those that are lost.
         file_bytes: the file's size.
         fit: the figures of a fit, where there was one.
+        inexact_left_out: elements of the tensors without a selected change that are not the fine-tune's; None if
+            unknown.
     """
 
     source: str
@@ -84,6 +97,19 @@ class ConversionReport:
     energy_left_out: float = 0.0
     file_bytes: int = 0
     fit: Fitted | None = None
+    inexact_left_out: int | None = 0
+
+    def leave_out(self, tensor: TensorReport) -> None:
+        """Takes a tensor of which nothing is selected."""
+        if tensor.energy:
+            self.skipped[tensor.name] = "none of its changes is among the largest"
+        else:  # zeros may have changed their sign
+            self.skipped[tensor.name] = "nothing changes that can be added" if tensor.inexact else "nothing changes"
+        self.energy_left_out += tensor.energy
+        if tensor.inexact is None and tensor.energy:
+            self.inexact_left_out = None
+        elif self.inexact_left_out is not None:
+            self.inexact_left_out += tensor.inexact or 0
 
     @property
     def nnz(self) -> int:
@@ -113,8 +139,39 @@ class ConversionReport:
         return float((1 - self.energy_kept) ** 0.5)
 
     @property
+    def inexact(self) -> int | None:
+        """Elements of converted tensors that are not the fine-tune's, bit for bit, once the file is on the base.
+
+        None if the source does not say what the fine-tune's elements are.
+        """
+        counts = [self.inexact_left_out, *(tensor.inexact for tensor in self.tensors)]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
+    @property
+    def exact(self) -> bool | None:
+        """Whether base and file give the fine-tune's weights, bit for bit; None if the source does not tell them."""
+        inexact = self.inexact
+        return None if inexact is None else not inexact and not self.lost
+
+    @property
+    def exactness(self) -> str:
+        """The same in words; empty if it is unknown."""
+        if self.exact is None:
+            return ""
+        if self.exact:
+            return "exact"
+        elements = f"{self.inexact:,} element{'s differ' if self.inexact != 1 else ' differs'}" if self.inexact else ""
+        tensors = f"{len(self.lost)} tensor{'s are' if len(self.lost) > 1 else ' is'} skipped" if self.lost else ""
+        return f"not exact: {' and '.join(filter(None, (elements, tensors)))}"
+
+    @property
     def summary(self) -> str:
         """How much of the fine-tune is kept, in a line."""
+        return "; ".join(filter(None, (self._kept, self.exactness)))
+
+    @property
+    def _kept(self) -> str:
         fit = self.fit
         if fit is None:
             unknown = sum(energy is None for energy in self.lost.values())
@@ -126,11 +183,13 @@ class ConversionReport:
     @property
     def rows(self) -> list[list[str]]:
         """The rows of a table for people: what changes."""
-        rows = [["tensor", "op", "shape", "nonzeros", "density", "energy kept"]]
+        known = any(t.inexact is not None for t in self.tensors)
+        rows = [["tensor", "op", "shape", "nonzeros", "density", "energy kept", *(["inexact"] if known else [])]]
         for t in self.tensors:
             density = text.percent(t.nnz / t.numel)
             kept = "-" if self.fit else f"{t.energy_kept:.1%}"
-            rows.append([text.printable(t.name), t.op, text.shape(t.shape), f"{t.nnz:,}", density, kept])
+            inexact = ["-" if t.inexact is None else f"{t.inexact:,}"] if known else []
+            rows.append([text.printable(t.name), t.op, text.shape(t.shape), f"{t.nnz:,}", density, kept, *inexact])
         return rows
 
     @property
@@ -175,5 +234,7 @@ class ConversionReport:
             "bits_per_nonzero": self.bits_per_nonzero,
             "energy_kept": self.energy_kept if self.fit is None else None,
             "error": self.error if self.fit is None else None,
+            "exact": self.exact,
+            "inexact": self.inexact,
             "fit": None if self.fit is None else self.fit.as_dict(),
         }
