@@ -18,7 +18,7 @@ from shiradelta.fit.fitted import FitJob, FitTarget
 from shiradelta.fit.measures import HeldOut
 from shiradelta.fit.stored import LoadedWeights, group, make_contiguous
 from shiradelta.fit.teacher import Teacher
-from shiradelta.fit.text_behaviour import TextBehaviour
+from shiradelta.fit.text_behaviour import TextBehaviour, not_run
 from shiradelta.fit.tuned_weights import TunedWeights, dense, exact_homes, write_exact
 from shiradelta.models import loading
 from shiradelta.nonzeros.weight import flat
@@ -64,7 +64,7 @@ class Subject:
         self.fitted = TunedWeights()
         missing = self._match(job, weights)
         self._check_missing(job, missing)
-        self.warnings = _not_fitted(missing)
+        self.warnings = _not_fitted(missing) + ([] if job.fit.forward else not_run(job.base, job.source))
         for weight, view, delta in exact_homes(job.exact, weights):
             write_exact(flat(weight), delta, view)
         self.teacher = Teacher(self.model, self.fitted.tuned, self.behaviour)

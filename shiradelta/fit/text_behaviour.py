@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shiradelta.errors import SourceError
 from shiradelta.fit.behaviour import Behaviour, Outputs
 from shiradelta.fit.divergence import blend, divergence, divergence_of_labels, log_likelihoods
+from shiradelta.models.sentence import modules_not_run
 from shiradelta.text.pooling import pool
 from shiradelta.text.tokens import TokenTable, check_vocabulary, padding_token, token_limit
 from shiradelta.util.text import brief
@@ -21,6 +22,13 @@ COSINE = "cosine of embeddings"
 HIDDEN_ERROR = "relative error of hidden states"
 EQUAL_ANSWERS = "share of equal answers"
 LIKELIHOOD_LOST = "likelihood lost on the texts, nats"
+
+
+def not_run(*folders: Path) -> list[str]:
+    """The warning of modules of sentence-transformers' that a fit on texts does not run."""
+    modules = modules_not_run(*folders)
+    listed = ", ".join(modules)
+    return [f"the fit does not run {listed}: its distances are those of the embeddings before"] if modules else []
 
 
 class OutputKind(Enum):

@@ -13,6 +13,8 @@ from shiradelta.util.json_files import read_json
 LIST = "modules.json"
 #: Where a Router lists the modules in its subfolders; config.json before version 5.
 _ROUTERS = ("router_config.json", "config.json")
+#: Classes of modules that fits and training on texts run, or that change nothing in them.
+_RUN = ("Transformer", "Pooling", "Normalize", "Dropout")
 #: Classes of modules that always have weights.
 _WEIGHTY = (
     "Transformer",
@@ -68,6 +70,15 @@ def modules_of(folder: Path) -> tuple[SentenceModule, ...] | None:
         raise SourceError(f"{listing}: is not a list of modules ({error}); get it again") from None
     every = [inner for module in found for inner in (module, *_routed(folder, module))]
     return tuple({module.path: module for module in reversed(every)}.values())[::-1]
+
+
+def modules_not_run(*folders: Path) -> list[str]:
+    """The modules that fits and training on texts do not run, by path, of the first folder with modules.json."""
+    for folder in folders:
+        modules = modules_of(folder if folder.is_dir() else folder.parent)
+        if modules is not None:
+            return [module.path or module.kind for module in modules if module.kind not in _RUN]
+    return []
 
 
 def _module(path: Any, kind: Any, listing: Path) -> SentenceModule:

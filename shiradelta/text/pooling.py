@@ -6,15 +6,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
+from shiradelta.models.sentence import modules_of
 from shiradelta.util.json_files import read_json
 from shiradelta.util.registry import Registry
 
-_PREFIX = "pooling_mode_"
+#: sentence-transformers 6 names the mode or a list of modes; before, a key for each mode was true or false.
+_MODE, _PREFIX = "pooling_mode", "pooling_mode_"
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,31 @@ def find_pooling(*folders: Path) -> str | None:
         SourceError: the files set a mode that `POOLING_MODES` lacks, or several modes.
     """
     for folder in folders:
-        path = (folder if folder.is_dir() else folder.parent) / "1_Pooling" / "config.json"
+        path = _home(folder if folder.is_dir() else folder.parent) / "config.json"
         config = read_json(path) if path.exists() else None
         if isinstance(config, dict):
+            if _MODE in config:
+                return _named(config[_MODE], path)
             return _mode_of(
                 [key.removeprefix(_PREFIX) for key in config if key.startswith(_PREFIX) and config[key]], path
             )
     return None
+
+
+def _home(folder: Path) -> Path:
+    """The folder of the pooling module."""
+    pooling = [module.path for module in modules_of(folder) or () if module.kind == "Pooling"]
+    return folder / (pooling[0] if pooling else "1_Pooling")
+
+
+def _named(found: Any, path: Path) -> str:
+    """The mode that sentence-transformers 6 calls by its name."""
+    names = found if isinstance(found, list) else [found]
+    if not all(isinstance(name, str) and name in POOLING_MODES for name in names) or not names:
+        raise SourceError(f"{path}: {_MODE} {found!r} is unknown; one of {', '.join(POOLING_MODES)} can be used")
+    if len(names) > 1:
+        raise SourceError(f"{path}: several pooling modes are set ({', '.join(names)}); only one can be used")
+    return str(names[0])
 
 
 def _mode_of(keys: list[str], path: Path) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shiradelta.errors import ArgumentError, SourceError
+from shiradelta.models.sentence import modules_not_run
 from shiradelta.text.pooling import POOLING_MODES, find_pooling, pool
 
 
@@ -23,6 +24,8 @@ from shiradelta.text.pooling import POOLING_MODES, find_pooling, pool
         ({"pooling_mode_mean_tokens": False, "pooling_mode_weightedmean_tokens": True}, "weightedmean"),
         ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len_tokens"),
         ({"word_embedding_dimension": 8}, "mean"),
+        ({"embedding_dimension": 8, "pooling_mode": "cls"}, "cls"),
+        ({"pooling_mode": ["lasttoken"]}, "lasttoken"),
         (None, None),
     ],
 )
@@ -33,6 +36,26 @@ def test_pooling_is_what_sentence_transformers_wrote(
         (tmp_path / "1_Pooling").mkdir()
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
     assert find_pooling(tmp_path / "nothing.safetensors", tmp_path) == expected
+
+
+def test_the_pooling_module_is_where_modules_json_says(tmp_path: Path):
+    kinds = {"": "Transformer", "1_WeightedLayerPooling": "WeightedLayerPooling", "2_Pooling": "Pooling"}
+    listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    (tmp_path / "2_Pooling").mkdir()
+    (tmp_path / "2_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "max"}))
+    assert find_pooling(tmp_path) == "max"
+    assert modules_not_run(tmp_path / "no.safetensors") == ["1_WeightedLayerPooling"]
+
+
+@pytest.mark.parametrize("mode", ["median", ["mean", "max"], [], 3, [["mean"]], None])
+def test_a_named_mode_that_cannot_be_used_is_refused(mode: object, tmp_path: Path):
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    with pytest.raises(
+        SourceError, match=r"1_Pooling/config\.json: (pooling_mode .* is unknown|several pooling modes)"
+    ):
+        find_pooling(tmp_path)
 
 
 @pytest.mark.parametrize(

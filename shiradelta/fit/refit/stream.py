@@ -24,7 +24,7 @@ from shiradelta.fit.refit.hidden_states import HiddenStates, Part
 from shiradelta.fit.refit.least_squares import Enough, left_out, left_out_warnings, own_linears, refit
 from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
 from shiradelta.fit.refit.state_weights import STATES, STUDENTS, StateWeights
-from shiradelta.fit.text_behaviour import TextBehaviour
+from shiradelta.fit.text_behaviour import TextBehaviour, not_run
 from shiradelta.models import loading
 from shiradelta.select.topk import Selection
 from shiradelta.text.batches import by_length, mean_over
@@ -60,6 +60,7 @@ class _Stream:
         lengths = self._behaviour.lengths
         self._held_out = [tuple(part) for part in by_length(texts.held_out, lengths, job.fit.per_pass)]
         self._calibration = [tuple(part) for part in texts.calibration(lengths)]
+        self._warnings = not_run(job.base, job.source)
         self._state = "fitted"
         #: part -> (arguments, keywords) of each block, without the hidden states.
         self._calls: dict[Part, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -99,7 +100,7 @@ class _Stream:
         check_scales([measures["base"][DISTANCE]])
         used, held_out = (sum(map(len, parts)) for parts in (self._calibration, self._held_out))
         result = Fitted(tensors, self._behaviour.measure, used, held_out)
-        result.warnings = left_out_warnings(self._left)
+        result.warnings = self._warnings + left_out_warnings(self._left)
         for state, measure in measures.items():
             result.note(state, measure)
         result.seconds = time.monotonic() - start
