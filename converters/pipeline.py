@@ -10,7 +10,9 @@ from pathlib import Path
 from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.fit import Fit
 from shiradelta.format import registry
+from shiradelta.io.recognise import Wanted, explain
 from shiradelta.io.writer import writing
+from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.select.counts import Counts
 from shiradelta.select.shares import check_share
@@ -19,7 +21,6 @@ from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
 
 from .aim import parse_size
-from .candidates import refuse_several
 from .conversion import Conversion
 from .plot import draw
 from .report import ConversionReport
@@ -27,6 +28,7 @@ from .sources import open_source
 from .whole import check_whole
 
 DEFAULT_SPARSITY = 0.01
+_MISSING = "no such file or folder; check the path"
 
 
 def default_output(source: str | os.PathLike[str]) -> Path:
@@ -36,6 +38,17 @@ def default_output(source: str | os.PathLike[str]) -> Path:
         return path.with_suffix(registry.SUFFIX)
     path = path.resolve() if path.name in ("", "..") else path
     return path.with_name(path.name + registry.SUFFIX)
+
+
+def _check_named(source: Path) -> None:
+    """Refuses a source that no file can be named after, before anything is said of that file.
+
+    Raises:
+        SourceError: it is not there, or is called like a `.shd` file.
+    """
+    if not source.exists() or default_output(source) == source:
+        message = explain(source, Wanted.SOURCE)
+        raise SourceError(message or f"{source}: {'is called .shd; rename it' if source.exists() else _MISSING}")
 
 
 def convert(
@@ -93,6 +106,8 @@ def convert(
         ArgumentError: an argument is wrong, two exclude each other, or a pattern matches nothing.
         TargetError: the file cannot be written.
     """
+    if out is None:
+        _check_named(Path(source))
     target = default_output(source) if out is None else Path(out)
     check_target(target, registry.MAGIC, "a .shd file")
     if plot is not None:

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from shiradelta.errors import ArgumentError, SourceError
-from shiradelta.format import registry
+from shiradelta.io.recognise import Wanted
+from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.util.registry import Registry
 
-from .candidates import refuse_several
 from .item import Source
 from .peft_folder import adapter_weights
 
 #: The kind that takes the first layout that recognises the source.
 AUTO = "auto"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class SourceFiles:
@@ -43,12 +42,8 @@ class SourceFiles:
         Raises:
             SourceError: there are none, or they cannot be read.
         """
-        if self.path.suffix in _PICKLES:
-            raise SourceError(f"{self.path}: is not a safetensors file; save it as safetensors first")
-        if self.path.suffix == registry.SUFFIX:
-            raise SourceError(f"{self.path}: is a {registry.SUFFIX} file already; give what it was made from")
         refuse_several(self.path)
-        return open_checkpoint(adapter_weights(self.path) or self.path)
+        return open_checkpoint(adapter_weights(self.path) or self.path, Wanted.SOURCE)
 
 
 Recognise = Callable[[SourceFiles], bool]

@@ -16,6 +16,7 @@ from shiradelta.folder.journal import FOLDER, Applied, Journal, locked
 from shiradelta.folder.recovery import recover, without
 from shiradelta.io.reader import Delta, StoredTensor, open_delta
 from shiradelta.io.recognise import Wanted, explain
+from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import difference
 from shiradelta.models.library import match_names
@@ -72,6 +73,7 @@ def existing(model_dir: str | os.PathLike[str]) -> Path:
 
     Raises:
         TargetError: there is no such folder.
+        SourceError: it holds several models or adapters.
     """
     root = Path(model_dir)
     if not root.is_dir() and (message := explain(root, Wanted.FOLDER)) is not None:
@@ -80,6 +82,8 @@ def existing(model_dir: str | os.PathLike[str]) -> Path:
         raise TargetError(f"{root}: is a file; give the folder that it is in")
     if not root.is_dir():
         raise TargetError(f"{root}: no such folder; check the path")
+    if not (root / FOLDER / "state.json").exists():
+        refuse_several(root)
     return root
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
+from shiradelta.util.lfs import LFS_POINTER, LFS_REMEDY, LFS_WHAT
 from shiradelta.util.registry import Registry
 
 
@@ -23,6 +24,8 @@ class Wanted(Enum):
     DELTA = auto()
     FOLDER = auto()
     WEIGHTS = auto()
+    SOURCE = auto()
+    TEXTS = auto()
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,18 @@ def _is_pickle(path: Path) -> bool:
     return _has_only(path, *_PICKLES)
 
 
+def _is_json(path: Path) -> bool:
+    return path.suffix in (".json", ".jsonl") and (_starts(path, b"{") or _starts(path, b"["))
+
+
 def _is_delta(path: Path) -> bool:
     return _starts(path, registry.MAGIC)
 
 
 def _is_adapter(path: Path) -> bool:
-    """A folder with an adapter's configuration and no weights but the adapter's."""
+    """An adapter's weights, or a folder with its configuration and no other weights."""
+    if path.is_file():
+        return path.name.startswith("adapter_model") and (path.parent / "adapter_config.json").is_file()
     return (path / "adapter_config.json").is_file() and all(
         file.name.startswith("adapter_model") for file in path.glob("*.safetensors")
     )
@@ -161,7 +170,7 @@ def _is_quantised(path: Path) -> bool:
 
 _GET = "download it, and give the path of the file or folder"
 _HUB = "if it is a hub's id, download it (hf download {path} --local-dir FOLDER) and give the path of the folder"
-_SAFETENSORS = "give the model's weights as safetensors"
+_TENSORS = (Wanted.FOLDER, Wanted.WEIGHTS, Wanted.SOURCE)
 _ORDER = "give the model's folder first and the delta after it"
 _CONVERT = "`shiradelta convert {path}` makes a .shd file of it"
 
@@ -170,40 +179,39 @@ for _row in (
     Thing("hub id", _is_hub_id, "no such file or folder", dict.fromkeys(Wanted, _HUB)),
     Thing(
         "Git LFS pointer",
-        lambda path: _starts(path, b"version https://git-lfs"),
-        "is a Git LFS pointer, which stands for the file",
-        dict.fromkeys(Wanted, "run `git lfs pull` in its repository, or download the file itself"),
+        lambda path: _starts(path, LFS_POINTER),
+        LFS_WHAT,
+        dict.fromkeys(Wanted, LFS_REMEDY),
+    ),
+    Thing(
+        "delta",
+        _is_delta,
+        "is a .shd file, a delta and no model",
+        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), _ORDER) | {Wanted.SOURCE: "give what it was made from"},
     ),
     Thing(
         "GGUF",
         _is_gguf,
         "has its weights in a GGUF, llama.cpp's format",
-        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), "give the safetensors that it was made from")
-        | {Wanted.DELTA: "give a .shd file"},
+        dict.fromkeys(_TENSORS, "give the safetensors that it was made from") | {Wanted.DELTA: "give a .shd file"},
     ),
     Thing(
         "NumPy file",
         _is_arrays,
         "is NumPy's (.npz or .npy), not a safetensors file",
-        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), "save its arrays with safetensors.numpy.save_file first")
+        dict.fromkeys(_TENSORS, "save its arrays with safetensors.numpy.save_file first")
         | {Wanted.DELTA: "shiradelta.save_delta makes a .shd file of arrays"},
     ),
     Thing(
         "pickle",
         _is_pickle,
         "has its weights in a pickle of PyTorch (.bin, .pt, .ckpt), not in safetensors",
-        dict.fromkeys(Wanted, "save it as safetensors first"),
-    ),
-    Thing(
-        "delta",
-        _is_delta,
-        "is a .shd file, a delta and no model",
-        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), _ORDER),
+        dict.fromkeys((*_TENSORS, Wanted.DELTA), "save it as safetensors first"),
     ),
     Thing(
         "adapter",
         _is_adapter,
-        "is the folder of an adapter (adapter_config.json), not of a model",
+        "is an adapter (adapter_config.json is with it), not a model",
         dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), "give the model that it was made for")
         | {Wanted.DELTA: _CONVERT},
     ),
@@ -211,7 +219,13 @@ for _row in (
         "quantised model",
         _is_quantised,
         "belongs to a quantised model (quantization_config in its config.json), whose stored bits are not the weights",
-        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), "give the unquantised model, and quantise the result"),
+        dict.fromkeys(_TENSORS, "give the unquantised model, and quantise the result"),
+    ),
+    Thing(
+        "JSON file",
+        _is_json,
+        "is a JSON file, which holds no weights",
+        dict.fromkeys(_TENSORS, "give the model's folder") | {Wanted.DELTA: "give a .shd file"},
     ),
     Thing(
         "safetensors file",

@@ -139,8 +139,9 @@ def _files_of_module(root: Path, module: SentenceModule) -> list[Path]:
     folder = root / module.path
     files = _files_of_part(root, folder, listed=True)
     if module.has_weights and not files and not _is_patched(root):
+        others = sorted(path for path in folder.glob("*.*") if path.suffix != ".json")
         raise SourceError(
-            next(filter(None, (explain(path, Wanted.WEIGHTS) for path in sorted(folder.glob("*.*")))), None)
+            next(filter(None, (explain(path, Wanted.WEIGHTS) for path in others)), None)
             or f"{folder}: has no .safetensors weights, and {LIST} lists it as {module.kind}; get its files, too"
         )
     return files
@@ -180,14 +181,18 @@ def other_weight_files(checkpoint: Checkpoint) -> list[Path]:
     return [path for path in beside if path.suffix in (".safetensors", ".bin", ".pt", ".ckpt") and path not in used]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], wanted: Wanted = Wanted.WEIGHTS) -> Checkpoint:
     """Opens the checkpoint at a path.
+
+    Args:
+        path: the file or folder.
+        wanted: what it has to be, for messages.
 
     Raises:
         SourceError: there is none, it is damaged, or it is something else.
         ShiraDeltaError: the system refuses to read it.
     """
-    if (message := explain(Path(path), Wanted.WEIGHTS)) is not None:
+    if (message := explain(Path(path), wanted)) is not None:
         raise SourceError(message)
     try:
         return Checkpoint(Path(path))

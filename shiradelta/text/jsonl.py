@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shiradelta.errors import SourceError
+from shiradelta.io.recognise import Wanted, explain
 
 #: Fewer examples leave nothing to measure on.
 LEAST = 10
@@ -85,6 +86,8 @@ def check_number(count: int, where: str) -> None:
 
 def _lines(path: Path, shapes: str) -> Iterator[tuple[str, Any]]:
     """(where the line is, its value) of each line that is not empty."""
+    if (message := explain(path, Wanted.TEXTS)) is not None:
+        raise SourceError(message)
     try:
         with open(path, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):

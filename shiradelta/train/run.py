@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from shiradelta.errors import DivergedError, SourceError
 from shiradelta.format import registry
 from shiradelta.models import loading
+from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
 from shiradelta.models.library import match_names
+from shiradelta.models.sentence import modules_not_run
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.unfinished import UnfinishedRun
@@ -112,6 +114,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.settings, self.out, self.log, self.progress = settings, out, log, progress
+        refuse_several(folder)
         checkpoint = open_checkpoint(folder)
         loader, _ = loading.model_class(folder, folder)
         tokenizer = loading.load_tokenizer(folder)
@@ -120,6 +123,11 @@ class _Run:
             raise SourceError(
                 f"{folder}: {loader.__name__} does not predict the next token, which {' and '.join(kind.keys)}"
                 " train; for an encoder, give pairs: anchor and positive"
+            )
+        if not kind.predicts and (left_out := modules_not_run(folder)):
+            raise SourceError(
+                f"{folder}: {' and '.join(kind.keys)} train the embedding, and its {', '.join(left_out)} would not be"
+                " run; train the SentenceTransformer in a loop of your own (shiradelta.train.attach)"
             )
         self.device = loading.pick_device(device)
         dtype = _stored_dtype(checkpoint)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import SourceError
+from shiradelta.util.lfs import LFS_POINTER, LFS_REMEDY, LFS_WHAT
 from shiradelta.util.regular_file import open_regular
 
 #: The most bytes that are read; the index of a model with 200,000 tensors has 30 million.
@@ -26,6 +27,8 @@ def read_json(path: Path) -> Any:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if len(raw) > _MOST_BYTES:
         raise SourceError(f"{path}: has more than {_MOST_BYTES >> 20} MiB, too many for a JSON file; get it again")
+    if raw.startswith(LFS_POINTER):
+        raise SourceError(f"{path}: {LFS_WHAT}; {LFS_REMEDY}")
     try:
         return json.loads(raw.decode())
     except RecursionError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from shiradelta.errors import FormatError, ShiraDeltaError
 from shiradelta.folder.verification import existing
 from shiradelta.io.recognise import THINGS, Wanted
 from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.text.jsonl import TEXT, read_rows
 
 #: How something is opened that should have been this.
 OPENED: dict[Wanted, Callable[[Path], object]] = {
     Wanted.DELTA: shiradelta.open_delta,
     Wanted.FOLDER: lambda path: open_checkpoint(existing(path)),
     Wanted.WEIGHTS: open_checkpoint,
+    Wanted.SOURCE: shiradelta.convert,
+    Wanted.TEXTS: lambda path: read_rows(path, [TEXT]),
 }
 
 
@@ -51,7 +55,7 @@ def delta(path: Path) -> Path:
 
 
 def weights(path: Path) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"w": np.ones(3, np.float32)}, path)
     return path
 
@@ -60,6 +64,11 @@ def adapter(folder: Path) -> Path:
     weights(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
     return folder
+
+
+def as_json(path: Path) -> Path:
+    path.write_text("{}")
+    return path
 
 
 def quantised(folder: Path, method: str) -> Path:
@@ -82,6 +91,10 @@ CASES: list[tuple[str, Callable[[Path], Path]]] = [
     ("pickle", lambda at: pickle(at / "pytorch_model.bin").parent),
     ("delta", lambda at: delta(at / "x.shd")),
     ("adapter", lambda at: adapter(at / "adapter")),
+    ("adapter", lambda at: adapter(at / "adapter") / "adapter_model.safetensors"),
+    ("delta", lambda at: delta(at / "renamed.bin")),
+    ("JSON file", lambda at: as_json(at / "config.json")),
+    ("JSON file", lambda at: as_json(at / "texts.jsonl")),
     ("quantised model", lambda at: quantised(at / "m", "bitsandbytes")),
     ("quantised model", lambda at: quantised(at / "m", "awq")),
     ("quantised model", lambda at: quantised(at / "m", "gptq")),
@@ -105,6 +118,66 @@ def test_things_are_called_by_their_name(tmp_path: Path, name: str, make: Callab
         assert thing.what in message
         assert message.endswith("; " + thing.remedies[one].replace("{path}", str(path)))
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "awq", "gptq"])
+def test_a_quantised_component_is_called_so(tmp_path: Path, method: str):
+    weights(tmp_path / "vae" / "model.safetensors")
+    quantised(tmp_path / "unet", method)
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet"], "vae": ["diffusers", "Vae"]}))
+    with pytest.raises(ShiraDeltaError, match=r"/unet: belongs to a quantised model .* give the unquantised model"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("make", "file"), [(gguf, "unet.gguf"), (pickle, "diffusion_pytorch_model.bin")])
+def test_a_component_in_another_format_is_called_so(tmp_path: Path, make: Callable[[Path], Path], file: str):
+    weights(tmp_path / "vae" / "model.safetensors")
+    (tmp_path / "unet").mkdir()
+    make(tmp_path / "unet" / file)
+    assert list(open_checkpoint(tmp_path)) == ["vae/w"]  # nothing says that it is a component
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet"], "vae": ["diffusers", "Vae"]}))
+    with pytest.raises(ShiraDeltaError, match=r"/unet: has its weights in a (GGUF|pickle)"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_quantised_folder_is_called_so_where_it_would_be_patched(tmp_path: Path):
+    folder = quantised(tmp_path / "m", "awq")
+    for change in (shiradelta.apply, shiradelta.verify):
+        with pytest.raises(ShiraDeltaError, match="belongs to a quantised model"):
+            change(folder, delta(tmp_path / "x.shd"))
+    assert not (folder / ".shiradelta").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.json", "modules.json", "adapter_config.json", "model_index.json"]
+)
+def test_a_pointer_in_place_of_json_is_called_so(tmp_path: Path, name: str):
+    weights(tmp_path / ("adapter_model.safetensors" if name == "adapter_config.json" else "model-00001.safetensors"))
+    lfs(tmp_path / name)
+    with pytest.raises(ShiraDeltaError, match=rf"{re.escape(name)}: is a Git LFS pointer.*git lfs pull"):
+        shiradelta.convert(tmp_path, tmp_path / "x.shd")
+
+
+@pytest.mark.parametrize("names", [("checkpoint-10", "checkpoint-20"), ("checkpoint-10",), ("one", "other")])
+def test_folders_of_states_are_refused_by_every_command(tmp_path: Path, names: tuple[str, ...]):
+    for name in names:
+        weights(tmp_path / "out" / name / "model.safetensors")
+    file = delta(tmp_path / "x.shd")
+    for call in (
+        lambda: shiradelta.apply(tmp_path / "out", file),
+        lambda: shiradelta.verify(tmp_path / "out"),
+        lambda: shiradelta.verify(tmp_path / "out", file),
+        lambda: shiradelta.revert(tmp_path / "out"),
+        lambda: shiradelta.convert(tmp_path / "out", base=tmp_path / "out" / names[0]),
+        lambda: shiradelta.convert(tmp_path / "out" / names[0], base=tmp_path / "out"),
+    ):
+        with pytest.raises(ShiraDeltaError, match=rf"out: holds .* give the one that is meant: .*/out/{names[-1]}"):
+            call()
+
+
+def test_a_path_that_is_not_there_comes_before_the_file_beside_it(tmp_path: Path):
+    with pytest.raises(ShiraDeltaError, match=r"nothing/tuned: no such file or folder"):
+        shiradelta.convert(tmp_path / "nothing" / "tuned")
 
 
 def test_a_pointer_among_the_shards_is_called_so(tmp_path: Path):
@@ -133,4 +206,5 @@ def test_what_is_as_wanted_is_taken(tmp_path: Path):
     (tmp_path / "x.bin").write_bytes(len(header).to_bytes(8, "little") + header + b"0")  # starts as a pickle does
     assert list(open_checkpoint(tmp_path / "x.bin")) == ["w"]
     quantised(tmp_path / "out", "bitsandbytes")
-    assert list(open_checkpoint(weights(tmp_path / "out" / "adapter_model.safetensors"))) == ["w"]
+    adapter(tmp_path / "out")
+    assert list(open_checkpoint(tmp_path / "out" / "adapter_model.safetensors", Wanted.SOURCE)) == ["w"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.peft import CONFIG, WEIGHTS
+from shiradelta.models.sentence import LIST
 
 #: A folder that transformers' Trainer writes at some step.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -23,7 +24,7 @@ def refuse_several(path: Path) -> None:
     Raises:
         SourceError: the candidates.
     """
-    if not path.is_dir() or (path / "model_index.json").exists():
+    if not path.is_dir() or (path / "model_index.json").exists() or (path / LIST).exists():
         return
     folders = [folder for folder in path.iterdir() if folder.is_dir() and folder.name[0] != "."]
     folders = sorted(filter(_has_weights, folders), key=lambda folder: (len(folder.name), folder.name))
