@@ -120,11 +120,17 @@ def check_overlaps(label: str, targets: Iterable[Target]) -> None:
     for (here, start, end), target in sorted(placed, key=lambda pair: pair[0]):
         before = [(reach, other) for reach, other in before if reach > start] if here == device else []
         for _, other in before:
-            if not (target.view and target.view == other.view and target.holder is other.holder):
+            if target.view and target.view == other.view and target.holder is other.holder:
+                continue
+            if target.holder is other.holder is not None:
                 raise BaseMismatchError(
-                    f"{label}: tensors {other.name!r} and {target.name!r} share memory without being the same; untie"
-                    " them before loading"
+                    f"{label}: adapters change tensors {other.name!r} and {target.name!r}, one of which is part of the"
+                    " other in the model; load adapters that name both as the checkpoint does"
                 )
+            raise BaseMismatchError(
+                f"{label}: tensors {other.name!r} and {target.name!r} share memory without being the same; untie"
+                " them before loading"
+            )
         before.append((end, target))
         device = here
 

@@ -60,8 +60,8 @@ class HotSwap:
     Args:
         model: a torch module, or a mapping of names to torch tensors, NumPy arrays and modules.  A uint16 array
             stands for bfloat16 where a delta says so.
-        names: a mapping or a function from the file's names to the model's, if they differ.  Prefixes such as
-            `model.` or `base_model.model.` are found without it.
+        names: a mapping or a function from the file's names to the model's, if they differ.  Names in memory, names
+            in the checkpoint, and either with another prefix (`base_model.model.`) are found without it.
         backend: "libshd" or "numpy" (CPU), "torch" (any device), "triton" (CUDA and ROCm), or "auto" for the fastest
             available.  All give the same bits.
 

@@ -175,7 +175,7 @@ def test_an_expert_and_the_stack_that_it_is_in():
     model = mixtral().to(torch.bfloat16)
     swap = HotSwap(model)
     swap.load("a", adapter({"model.layers.0.block_sparse_moe.experts.0.w2.weight": random_delta((32, 48), 4, 1)}))
-    with pytest.raises(BaseMismatchError, match="share memory without being the same"):
+    with pytest.raises(BaseMismatchError, match=r"one of which is part of the other .* as the checkpoint does"):
         swap.load("b", adapter({"model.layers.0.mlp.experts.down_proj": random_delta((4, 32, 48), 9, 1)}))
 
 
