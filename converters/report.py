@@ -189,7 +189,7 @@ class ConversionReport:
             density = text.percent(t.nnz / t.numel)
             kept = "-" if self.fit else f"{t.energy_kept:.1%}"
             inexact = ["-" if t.inexact is None else f"{t.inexact:,}"] if known else []
-            rows.append([text.printable(t.name), t.op, text.shape(t.shape), f"{t.nnz:,}", density, kept, *inexact])
+            rows.append([t.name, t.op, text.shape(t.shape), f"{t.nnz:,}", density, kept, *inexact])
         return rows
 
     @property

@@ -8,7 +8,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_warnings, progress_bar
+from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar
 
 
 @command(short_help="Patch a delta into a model's folder.")
@@ -41,11 +41,11 @@ def apply(
     if as_json:
         echo_json(dataclasses.asdict(report))
         return
-    click.echo(
+    echo_lines(
         f"{report.folder}: {report.tensors} tensors patched, {report.changed:,} of {report.nonzeros:,} listed weights"
         f" differ now"
         + (f", {report.added} tensors added" if report.added else "")
         + (f", {report.dropped} tensors removed" if report.dropped else "")
     )
     echo_warnings(report.warnings)
-    click.echo(f"take it out again with: shiradelta revert {report.folder}")
+    echo_lines(f"take it out again with: shiradelta revert {report.folder}")

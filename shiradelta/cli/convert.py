@@ -8,7 +8,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import RegistryChoice, RegistryOption, command, renamed_option
-from shiradelta.cli.output import echo_json, echo_warnings, progress_bar, skipped_lines
+from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar, skipped_lines
 from shiradelta.util.text import percent, size, table
 
 
@@ -87,7 +87,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
         given := options.given("fit_mask", "fit_steps", "fit_relative_lr", "fit_text_share")
     ):
         raise click.UsageError(f"{given} is only for training; leave it out, or --fit-method {settings['method']}.")
-    fit = texts and Fit(texts, **settings, device=device, log=lambda line: click.echo(line, err=True))
+    fit = texts and Fit(texts, **settings, device=device, log=lambda line: echo_lines(line, err=True))
     with progress_bar("fitting" if fit else "converting") as progress:
         report = run(**arguments, fit=fit or None, progress=progress)
     if as_json:
@@ -100,8 +100,8 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     if report.fit is not None:
         click.echo(f"\n{table(report.measures)}\n")
     changed = sum(t.nnz for t in report.tensors if not t.operation.creates)
-    click.echo(
+    echo_lines(
         f"{len(report.tensors)} tensors converted, {len(report.skipped)} skipped; {changed:,} of {report.numel:,}"
-        f" weights change ({percent(changed / max(report.numel, 1))}); {report.summary}\n"
-        f"{report.out}: {size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero"
+        f" weights change ({percent(changed / max(report.numel, 1))}); {report.summary}",
+        f"{report.out}: {size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero",
     )

@@ -9,7 +9,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, progress_bar
+from shiradelta.cli.output import echo_json, echo_lines, progress_bar
 from shiradelta.util.text import percent
 
 
@@ -44,9 +44,9 @@ def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
     if as_json:
         echo_json(dataclasses.asdict(report))
         return
-    click.echo(
-        f"{report.out}: {report.tensors} tensors, {report.nnz:,} nonzeros of {report.input_nnz:,} in the inputs\n"
+    echo_lines(
+        f"{report.out}: {report.tensors} tensors, {report.nnz:,} nonzeros of {report.input_nnz:,} in the inputs",
         f"{report.shared:,} of them ({percent(report.shared / max(report.nnz, 1))}) are in several inputs,"
         f" {percent(report.conflicts / max(report.shared, 1))} of these with opposite signs;"
-        " `shiradelta report` shows more"
+        " `shiradelta report` shows more",
     )

@@ -6,7 +6,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json
+from shiradelta.cli.output import echo_json, echo_lines
 
 
 @command()
@@ -23,7 +23,7 @@ def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
         if as_json:
             echo_json(found)
         else:
-            click.echo("\n".join(f"{key:>8}: {value}" for key, value in found.items()))
+            echo_lines(*(f"{key:>8}: {value}" for key, value in found.items()))
         return
     if file is None:
         raise click.UsageError("Missing argument 'FILE'.")

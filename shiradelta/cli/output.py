@@ -19,10 +19,15 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
 
 
+def echo_lines(*lines: str, err: bool = False) -> None:
+    """Prints lines, each escaped: the names of files and tensors in them stay in their line."""
+    for line in lines:
+        click.echo(printable(line), err=err)
+
+
 def echo_warnings(warnings: Iterable[str]) -> None:
     """Prints each warning as a line on stderr."""
-    for warning in warnings:
-        click.echo(f"warning: {printable(warning)}", err=True)
+    echo_lines(*(f"warning: {warning}" for warning in warnings), err=True)
 
 
 def skipped_lines(skipped: Mapping[str, str]) -> list[str]:

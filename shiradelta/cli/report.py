@@ -8,7 +8,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_warnings, progress_bar
+from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar
 from shiradelta.util.text import size
 
 
@@ -30,4 +30,4 @@ def report(deltas: tuple[str, ...], out: str | None, png: str | None, as_json: b
     click.echo(summary(made))
     echo_warnings(made.interference.warnings)
     for written in filter(None, (out, png)):
-        click.echo(f"{written}: written, {size(os.path.getsize(written))}")
+        echo_lines(f"{written}: written, {size(os.path.getsize(written))}")

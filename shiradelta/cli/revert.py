@@ -8,8 +8,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, progress_bar
-from shiradelta.util.text import printable
+from shiradelta.cli.output import echo_json, echo_lines, progress_bar
 
 
 @command(short_help="Take the last delta out of a model's folder, bit for bit.")
@@ -30,4 +29,4 @@ def revert(model: str, force: bool, as_json: bool) -> None:
         return
     did = "rolled back the interrupted action on" if report.interrupted else "took out"
     rest = f"{report.left} more applied" if report.left else "the folder is its base again"
-    click.echo(f"{model}: {did} {printable(report.delta.file)}, bit for bit; {rest}")
+    echo_lines(f"{model}: {did} {report.delta.file}, bit for bit; {rest}")

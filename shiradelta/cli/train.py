@@ -10,7 +10,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import RegistryChoice, RegistryOption, command
-from shiradelta.cli.output import echo_json, progress_bar
+from shiradelta.cli.output import echo_json, echo_lines, progress_bar
 from shiradelta.util.text import size
 
 
@@ -78,15 +78,15 @@ def train(
             TrainSettings(targets=names, **settings),
             device=device,
             plot=None if plot is None else Path(plot),
-            log=lambda line: click.echo(line, err=True),
+            log=lambda line: echo_lines(line, err=True),
             progress=progress,
         )
     if as_json:
         echo_json(dataclasses.asdict(report))
         return
-    click.echo(
+    echo_lines(
         f"{report.nnz:,} of {report.numel:,} weights in {report.tensors} tensors trained, {report.steps} steps in"
         f" {report.seconds:.0f} s; loss on {report.held_out} examples held out: {report.before:.4g} before,"
-        f" {report.trained:.4g} after, {report.after:.4g} with the file's values\n"
-        f"{report.out}: {size(report.file_bytes)}; patch it in with: shiradelta apply {model} {report.out}"
+        f" {report.trained:.4g} after, {report.after:.4g} with the file's values",
+        f"{report.out}: {size(report.file_bytes)}; patch it in with: shiradelta apply {model} {report.out}",
     )

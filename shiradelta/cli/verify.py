@@ -9,8 +9,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json
-from shiradelta.util.text import printable
+from shiradelta.cli.output import echo_json, echo_lines
 
 
 @command(short_help="Check whether a model's folder is base, patched or neither.")
@@ -31,7 +30,7 @@ def verify(model: str, delta: str | None, as_json: bool) -> None:
         echo_json(dataclasses.asdict(report))
     else:
         if report.recovered:
-            click.echo(f"{model}: an interrupted action was rolled back")
-        click.echo(f"{model}: {report.state}: {printable(report.detail)}")
+            echo_lines(f"{model}: an interrupted action was rolled back")
+        echo_lines(f"{model}: {report.state}: {report.detail}")
     if report.state == "neither":
         sys.exit(1)

@@ -63,10 +63,11 @@ def summary(about: Mapping[str, Any]) -> str:
     for t in about["tensors"]:
         figures = [f"{t['nnz']:,}", text.percent(t["density"]), t["index_codec"], t["value_codec"]]
         bits = f"{t['bits_per_nonzero']:.2f}"
-        rows.append([text.printable(t["name"]), t["op"], t["dtype"], text.shape(t["shape"]), *figures, bits])
+        rows.append([t["name"], t["op"], t["dtype"], text.shape(t["shape"]), *figures, bits])
     pairs = [f"{text.printable(key)}: {text.brief(value)}" for key, value in about["metadata"].items()]
+    file = text.printable(str(about["file"]))
     whole = (
-        f"{about['file']}: format {about['version']}, {len(about['tensors'])} tensors, {about['nnz']:,} nonzeros,"
+        f"{file}: format {about['version']}, {len(about['tensors'])} tensors, {about['nnz']:,} nonzeros,"
         f" {text.size(about['bytes']['file'])}, {about['bits_per_nonzero']:.2f} bits per nonzero"
         f" (entropy of the positions {about['entropy']:.2f})"
     )

@@ -18,7 +18,8 @@ def brief(text: str, width: int = 300) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Formats rows as aligned columns, the first `left` columns to the left; the first row is the head."""
+    """Formats rows as aligned, escaped columns, the first `left` columns to the left; the first row is the head."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):

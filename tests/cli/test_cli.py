@@ -128,6 +128,32 @@ def test_names_cannot_act_on_the_terminal(folder: Path):
     assert not set(result.stdout) & set("\x1b\x07\u009b\u202e")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="such names are impossible there")
+def test_names_of_files_cannot_act_on_the_terminal_either(folder: Path, made: Path):
+    strange = "\x1b[31m\n\u202ex"
+    model, delta = f"model{strange}", f"a{strange}.shd"
+    (folder / "model").rename(folder / model)
+    (folder / "a.shd").rename(folder / delta)
+    (folder / f"tuned{strange}").symlink_to(folder / "tuned")
+    shutil.copy(made / "b.shd", f"b{strange}.shd")
+    done = [
+        run("info", delta),
+        run("report", delta, f"b{strange}.shd", "-o", f"page{strange}.html"),
+        run("fuse", delta, f"b{strange}.shd", "-o", f"both{strange}.shd"),
+        run("convert", f"tuned{strange}", "--base", model, "-o", f"c{strange}.shd"),
+        run("verify", model, delta),
+        run("apply", model, delta),
+        run("verify", model),
+        run("revert", model),
+        run("info", f"gone{strange}.shd"),
+    ]
+    assert [result.exit_code for result in done] == [0] * 8 + [1]
+    for result in done:
+        assert r"\x1b[31m\n\u202ex" in result.output
+        assert not set(result.output) & set("\x1b\u202e")
+        assert "\nx" not in result.output
+
+
 def test_no_progress_bar_in_a_pipe_and_one_on_a_terminal(folder: Path):
     command = [sys.executable, "-m", "shiradelta.cli", "convert", "tuned", "--base", "model", "--sparsity", "0.9"]
     piped = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -13,9 +13,7 @@ def summary(report: DeltaReport) -> str:
         about = adapter.about
         density, bits = percent(about["nnz"] / max(adapter.numel, 1)), f"{about['bits_per_nonzero']:.2f}"
         file_size = size(about["bytes"]["file"])
-        rows.append(
-            [printable(adapter.label), str(len(adapter.profiles)), f"{about['nnz']:,}", density, file_size, bits]
-        )
+        rows.append([adapter.label, str(len(adapter.profiles)), f"{about['nnz']:,}", density, file_size, bits])
     parts = [table(rows)]
     found = report.interference
     if found.pairs:
@@ -24,7 +22,7 @@ def summary(report: DeltaReport) -> str:
             m = found.total(pair)
             rows.append(
                 [
-                    printable(found.title(pair)),
+                    found.title(pair),
                     f"{m.shared:,}",
                     " / ".join(map(percent, m.shares)),
                     f"{m.chance:,.0f}",
