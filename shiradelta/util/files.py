@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
+import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from shiradelta.errors import TargetError
+
+#: How errors end after which everything is as before.
+NOTHING_CHANGED = "nothing was changed"
 
 
 def sync_directory(path: Path) -> None:
@@ -25,17 +28,26 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def os_errors(path: Path, what: str = "cannot be written") -> Iterator[None]:
-    """Turns the system's errors (no space, no permission, ...) into one plain line."""
+def os_errors(path: Path, what: str = "cannot be written", ending: str = NOTHING_CHANGED) -> Iterator[None]:
+    """Turns the system's errors (no space, no permission, ...) into one plain line.
+
+    Args:
+        path: the file or folder that the block is about.
+        what: what cannot be done with it.
+        ending: what is so after an error, or what to do.
+    """
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        if isinstance(error, shutil.Error):  # from copying: one (source, target, message) per file
-            reason = str(error.args[0][0][2]).split(":")[0]
-        elif error.filename is not None and not _is_temporary(str(error.filename), path):
-            raise TargetError(f"{error.filename}: {reason}; nothing was changed") from error
-        raise TargetError(f"{path}: {what} ({reason}); nothing was changed") from error
+        raise TargetError(one_line(error, path, what, ending)) from error
+
+
+def one_line(error: OSError, path: Path, what: str = "cannot be written", ending: str = NOTHING_CHANGED) -> str:
+    """The system's error as one plain line, as `os_errors` gives it."""
+    reason = error.strerror or str(error)
+    if error.filename is not None and not _is_temporary(str(error.filename), path):
+        return f"{error.filename}: {reason}; {ending}"
+    return f"{path}: {what} ({reason}); {ending}"
 
 
 def _is_temporary(name: str, path: Path) -> bool:
@@ -75,26 +87,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         TargetError: it cannot be written.
     """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with os_errors(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with open(descriptor, "w+b") as stream:
+        try:  # around the opening, too: a signal may come right after it
+            with open(temporary, "x+b") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(name, _mode(path))
-            os.replace(name, path)
+            with suppress(FileNotFoundError):
+                os.chmod(temporary, path.stat().st_mode & 0o777)
+            os.replace(temporary, path)
         except BaseException:
-            os.unlink(name)
+            with suppress(OSError):
+                temporary.unlink()
             raise
+    with os_errors(path.parent, "cannot be synced to disk", f"{path} is written, but may not outlast a power cut"):
         sync_directory(path.parent)
-
-
-def _mode(path: Path) -> int:
-    """The mode of the file to be replaced, or that of any new file (mkstemp's is private)."""
-    try:
-        return path.stat().st_mode & 0o777
-    except FileNotFoundError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
