@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from shiradelta.errors import ShiraDeltaError
+from shiradelta.util.interrupts import terminations_raised
 from shiradelta.util.optional import missing
 from shiradelta.util.text import printable
 
@@ -20,7 +21,7 @@ class _Modules(Mapping[str, click.Command]):
     Each is imported when it is needed, so that `info` starts about as fast as numpy and click can be imported.
     """
 
-    names = ("convert", "train", "apply", "revert", "verify", "fuse", "report", "info")
+    names = ("convert", "train", "apply", "revert", "verify", "commit", "fuse", "report", "info")
 
     def __getitem__(self, name: str) -> click.Command:
         if name not in self.names:
@@ -43,7 +44,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with terminations_raised():
+                return super().invoke(ctx)
         except ShiraDeltaError as error:
             click.echo(f"error: {printable(str(error))}", err=True)
         except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Holds signals back while a change is half done."""
+"""Holds signals back while a change is half done, and lets those that end a process clean up first."""
 
 from __future__ import annotations
 
@@ -38,3 +38,31 @@ def interrupts_held_back() -> Iterator[Callable[[], None]]:
         for number, handler in handlers.items():
             _signal.signal(number, handler)
         deliver()
+
+
+@contextmanager
+def terminations_raised() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP raise SystemExit within the block, so that temporary files are removed.
+
+    A handler of someone else's, or a signal that is ignored, is left alone.  Only the main thread may do this; in
+    others the context does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in replaced:
+            signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the cleaning up
+        raise SystemExit(128 + number)
+
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    replaced = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in replaced:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
