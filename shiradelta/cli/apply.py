@@ -18,9 +18,17 @@ from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress
 @click.option("-o", "--out", metavar="FOLDER", help="Write a patched copy to this folder and leave MODEL as it is.")
 @click.option("--no-check", is_flag=True, help="Allow a base other than the one that the delta was made for.")
 @click.option("--allow-dtype", is_flag=True, help="Allow a base in another dtype; its fingerprints are not checked.")
+@options.no_lock
 @options.as_json
 def apply(
-    model: str, delta: str, strength: float, out: str | None, no_check: bool, allow_dtype: bool, as_json: bool
+    model: str,
+    delta: str,
+    strength: float,
+    out: str | None,
+    no_check: bool,
+    allow_dtype: bool,
+    no_lock: bool,
+    as_json: bool,
 ) -> None:
     """Patch DELTA into the weights of the folder MODEL.
 
@@ -36,6 +44,7 @@ def apply(
             strength=strength,
             check=not no_check,
             allow_dtype=allow_dtype,
+            lock=not no_lock,
             progress=progress,
         )
     if as_json:

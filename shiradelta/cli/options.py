@@ -125,6 +125,13 @@ def warn_renamed(old: str, new: str) -> None:
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
+no_lock = click.option(
+    "--no-lock",
+    is_flag=True,
+    help="Do without the lock, on a file system that has none.  No other process may use MODEL meanwhile.",
+)
+
+
 def scope(text: str) -> Callable[[Function], Function]:
     """The option that says whether the sparsity is that of each tensor or of the whole model."""
     choice = RegistryChoice("shiradelta.select.shares:SCOPES")

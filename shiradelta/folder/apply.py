@@ -8,6 +8,7 @@ folder.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +18,23 @@ import numpy as np
 from shiradelta.backends.choose import choose
 from shiradelta.errors import TargetError
 from shiradelta.folder import restructure
+from shiradelta.folder.comparison import without
 from shiradelta.folder.copying import copied
-from shiradelta.folder.journal import Applied, FolderState, Journal, locked
+from shiradelta.folder.digests import digest_of, digests_of, model_files
+from shiradelta.folder.journal import FOLDER, Journal, locked, originals_name, undo_name
 from shiradelta.folder.plan import FolderPlan, make_plan
-from shiradelta.folder.recovery import check_writable, patch, recover, reserve_space, undo, without
+from shiradelta.folder.recovery import give_up, recover
+from shiradelta.folder.state import Applied, FolderState, check_names
 from shiradelta.folder.verification import existing
+from shiradelta.folder.weights import WeightFiles, check_writable, relative_files
 from shiradelta.format import arithmetic
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.reader import Delta, open_delta
-from shiradelta.io.writer import writing
+from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, other_weight_files
 from shiradelta.models.compatibility import Remedies, check_fingerprint
-from shiradelta.util.files import os_errors, sync_directory
+from shiradelta.util.directory import Directory
+from shiradelta.util.files import NOTHING_CHANGED, one_line, os_errors
 from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
 
@@ -69,6 +75,7 @@ def apply(
     *,
     check: bool = True,
     allow_dtype: bool = False,
+    lock: bool = True,
     progress: Progress | None = None,
 ) -> ApplyReport:
     """Patches a delta into the safetensors files of a model's folder.  On every error the weights stay as they were.
@@ -80,6 +87,7 @@ def apply(
         strength: alpha, the factor of the values.
         check: refuse a base whose fingerprint differs.
         allow_dtype: accept a base of another dtype than the delta was made against; it cannot be checked then.
+        lock: False does without the lock against other processes, on a file system that has none.
         progress: called with (what, done, total).
 
     Raises:
@@ -92,63 +100,58 @@ def apply(
     with ExitStack() as stack:
         opened = delta if isinstance(delta, Delta) else stack.enter_context(open_delta(delta))
         if out is None:
-            return _apply_in_place(root, opened, strength, check, allow_dtype, progress)
+            return _apply_in_place(root, opened, strength, check, allow_dtype, lock, progress)
         with copied(root, Path(out)) as copy:
-            report = _apply_in_place(copy, opened, strength, check, allow_dtype, progress)
+            report = _apply_in_place(copy, opened, strength, check, allow_dtype, lock, progress)
         return replace(report, folder=os.fspath(out))
 
 
 def _apply_in_place(
-    root: Path, delta: Delta, strength: float, check: bool, allow_dtype: bool, progress: Progress | None
+    root: Path,
+    delta: Delta,
+    strength: float,
+    check: bool,
+    allow_dtype: bool,
+    lock: bool,
+    progress: Progress | None,
 ) -> ApplyReport:
     arithmetic.alpha_of(strength)  # refused before anything is written
-    with locked(root) as journal:
+    delta.verify()  # the digest that it carries tells deltas apart
+    with os_errors(root, "cannot be read"):
+        if not os.path.lexists(root / FOLDER):
+            _check_writable(root)
+    with os_errors(root, "cannot be read"), locked(root, lock=lock) as journal:
         recover(journal)
-        for entry in journal.state.applied:
-            if entry.digest == delta.digest:
-                raise TargetError(f"{root}: {entry.file} is applied already; revert it first")
-        checkpoint = open_checkpoint(root)
-        plan = make_plan(checkpoint, delta, strength, allow_dtype)
-        entry = Applied(
-            id=max((applied.id for applied in journal.state.applied), default=0) + 1,
-            file=os.path.basename(delta.file or delta.digest[:12]),
-            digest=delta.digest,
-            strength=strength,
-            tensors=len(delta),
-            nonzeros=delta.nnz,
-            added={name: tensor.result_fingerprint or 0 for name, tensor in plan.new},
-        )
-        check_writable(checkpoint)
-        reserve_space(checkpoint)
-        with os_errors(journal.path):
-            (journal.path / "undo").mkdir(exist_ok=True)
-            sync_directory(journal.path)
-        try:
-            changed = _write_undo(
-                journal, entry, checkpoint, plan, strength=strength, check=check, delta=delta, progress=progress
+        for applied in journal.state.applied:
+            if applied.digest == delta.digest:
+                raise TargetError(f"{root}: {applied.file} is applied already; revert it first")
+        with WeightFiles(journal.folder, _check_writable(root)) as files:
+            checkpoint = open_checkpoint(root)
+            files.check()
+            plan = make_plan(checkpoint, delta, strength, allow_dtype)
+            files.reserve_space()
+            others = [f"{file} is left as it is" for file in other_weight_files(checkpoint)]
+            before = journal.state
+            entry = Applied(
+                id=max((applied.id for applied in before.applied), default=0) + 1,
+                file=os.path.basename(delta.file or delta.digest[:12]),
+                digest=delta.digest,
+                strength=float(strength),
+                tensors=len(delta),
+                nonzeros=delta.nnz,
+                added={name: tensor.result_fingerprint or 0 for name, tensor in plan.new},
             )
-            if plan.restructures:
-                entry = replace(entry, replaced=restructure.prepare(checkpoint, plan, journal.originals(entry)))
-            with interrupts_held_back() as deliver:
-                journal.save(FolderState(journal.state.applied, entry))
-                if plan.restructures:
-                    restructure.swap_in(root, journal.originals(entry), entry.replaced)
-                    plan = _relocated(plan, open_checkpoint(root))
-
-                def between(what: str, done: int, total: int) -> None:
-                    deliver()
-                    if progress:
-                        progress(what, done, total)
-
-                with os_errors(root):
-                    patch(((edit.slot, edit.tensor) for edit in plan.edits), strength, len(plan.edits), between)
-                journal.save(FolderState((*journal.state.applied, entry)))
-        except BaseException:
-            if journal.state.pending is not None:
-                undo(journal, journal.state.pending, None)
-            journal.tidy()
-            raise
-        others = (f"{file} is left as it is" for file in other_weight_files(checkpoint))
+            try:
+                entry, base, changed = _prepare(journal, entry, checkpoint, plan, delta, check, progress)
+                files.check()
+                _carry_out(journal, replace(before, base=base), entry, files, plan, progress)
+            except BaseException as error:
+                ending = give_up(journal, before, entry)
+                if isinstance(error, OSError):
+                    raise TargetError(one_line(error, root, ending=ending)) from error
+                if ending != NOTHING_CHANGED:
+                    raise TargetError(f"{str(error) or type(error).__name__}; {ending}") from error
+                raise
         return ApplyReport(
             folder=os.fspath(root),
             tensors=len(plan.edits),
@@ -161,6 +164,76 @@ def _apply_in_place(
         )
 
 
+def _check_writable(root: Path) -> list[str]:
+    """The weight files of a folder, which can be written in place and recorded."""
+    checkpoint = open_checkpoint(root)
+    every = model_files(checkpoint)
+    with os_errors(root), Directory(root) as folder:
+        check_writable(folder, every)
+    check_names(root, every)
+    return relative_files(checkpoint)
+
+
+def _prepare(
+    journal: Journal,
+    entry: Applied,
+    checkpoint: Checkpoint,
+    plan: FolderPlan,
+    delta: Delta,
+    check: bool,
+    progress: Progress | None,
+) -> tuple[Applied, Mapping[str, str], int]:
+    """Writes all that takes the action back.
+
+    Returns:
+        The action, complete; the digests of the base's files; the number of elements that change.
+    """
+    undo_folder, name = journal.undo_folder(), undo_name(entry)
+    undo_folder.remove(originals_name(entry))
+    with undo_folder.replacing(name) as output, writing_to(output, scratch=undo_folder.path) as writer:
+        changed = _write_undo(writer, journal, entry, checkpoint, plan, check, delta, progress)
+    after: dict[str, str] = {}
+    if plan.restructures:
+        originals = undo_folder.make_folder(originals_name(entry))
+        after = restructure.prepare(journal.folder, checkpoint, plan, originals, entry.strength)
+    files = {edit.slot.file.relative_to(checkpoint.root).as_posix() for edit in plan.edits} | after.keys()
+    applied = journal.state.applied
+    now = digests_of(journal.folder, files if applied else model_files(checkpoint))
+    entry = replace(
+        entry,
+        replaced=tuple(after),
+        before={file: now[file] for file in sorted(files)},
+        after=after,
+        undo=digest_of(undo_folder, name),
+    )
+    return entry, journal.state.base if applied else now, changed
+
+
+def _carry_out(
+    journal: Journal,
+    below: FolderState,
+    entry: Applied,
+    files: WeightFiles,
+    plan: FolderPlan,
+    progress: Progress | None,
+) -> None:
+    """Changes the weights, between two entries in the journal."""
+    edits = [edit for edit in plan.edits if edit.slot.file.relative_to(journal.root).as_posix() not in entry.replaced]
+    with interrupts_held_back() as deliver:
+
+        def between(what: str, done: int, total: int) -> None:
+            deliver()
+            if progress:
+                progress(what, done, total)
+
+        journal.save(replace(below, pending=entry))
+        originals = journal.originals(entry)
+        if originals is not None:
+            restructure.swap_in(journal.folder, originals, entry.replaced)
+        files.patch(((edit.slot, edit.tensor) for edit in edits), entry.strength, len(edits), between)
+        journal.save(replace(below, applied=(*below.applied, entry)))
+
+
 def _unchecked(plan: FolderPlan, delta: Delta) -> list[str]:
     """A warning if the delta does not say which base it was made against."""
     if not plan.edits or any(edit.tensor.base_fingerprint is not None for edit in plan.edits):
@@ -169,30 +242,21 @@ def _unchecked(plan: FolderPlan, delta: Delta) -> list[str]:
     return [f"{file} has no fingerprints to compare with this base; convert with --base to get some"]
 
 
-def _relocated(plan: FolderPlan, checkpoint: Checkpoint) -> FolderPlan:
-    """Updates a plan to the offsets of the rewritten files."""
-    return replace(plan, edits=tuple(replace(edit, slot=checkpoint[edit.name]) for edit in plan.edits))
-
-
 def _write_undo(
+    writer: DeltaWriter,
     journal: Journal,
     entry: Applied,
     checkpoint: Checkpoint,
     plan: FolderPlan,
-    *,
-    strength: float,
     check: bool,
     delta: Delta,
     progress: Progress | None,
 ) -> int:
     """Checks every fingerprint and writes the undo delta; returns the number of elements that change."""
-    undos = [open_delta(journal.undo_file(applied)) for applied in reversed(journal.state.applied)]
     backend = choose()
     changed = 0
     with ExitStack() as stack:
-        for undo in undos:
-            stack.enter_context(undo)
-        writer = stack.enter_context(writing(journal.undo_file(entry)))
+        undos = [stack.enter_context(journal.open_undo(applied)) for applied in reversed(journal.state.applied)]
         for number, edit in enumerate(plan.edits):
             if progress:
                 progress("checking", number, len(plan.edits))
@@ -205,7 +269,9 @@ def _write_undo(
                 where = f"{delta.file or 'delta'}: tensor {edit.name!r}"
                 recorded = edit.tensor.base_fingerprint, edit.tensor.result_fingerprint
                 check_fingerprint(where, backend.fingerprint(positions, view), *recorded, _REMEDIES)
-            new = arithmetic.result(edit.tensor.operation.adds, edit.tensor.bits(), old, edit.slot.dtype.name, strength)
+            new = arithmetic.result(
+                edit.tensor.operation.adds, edit.tensor.bits(), old, edit.slot.dtype.name, entry.strength
+            )
             changed += int(np.count_nonzero(new != old))
             undo_tensor = TensorDelta(edit.slot.shape, positions, old, edit.slot.dtype.name, "set", base_bits=new)
             writer.add(edit.name, undo_tensor)

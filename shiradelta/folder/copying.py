@@ -3,55 +3,95 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from shiradelta.errors import TargetError
-from shiradelta.folder.journal import FOLDER, locked
-from shiradelta.folder.recovery import recover
-from shiradelta.util.files import os_errors
+from shiradelta.folder.journal import FOLDER, LOCK, reading
+from shiradelta.folder.weights import relative_files
+from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.util.directory import Directory, copy_contents, what_is
+from shiradelta.util.files import os_errors, sync_directory
 
 
 @contextmanager
 def copied(root: Path, out: Path) -> Iterator[Path]:
     """A context with a copy of a folder, which becomes `out` if the block succeeds and is deleted otherwise.
 
+    The folder itself is only read.  It may come from anywhere, so links, devices and the like are refused by name.
+    Links are followed where the weights are links, and in a hub's cache, which links to its own blobs.
+
     Raises:
-        TargetError: `out` exists, lies inside the folder, or cannot be written.
+        TargetError: `out` exists, lies inside the folder, or cannot be written; there is something that is not copied.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TargetError(f"{out}: exists already; give a new folder")
     if out.resolve().is_relative_to(root.resolve()):
         raise TargetError(f"{out}: lies inside {root}; give a folder outside it")
-    with os_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        copy = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    weights = set(relative_files(open_checkpoint(root)))
+    copy = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os_errors(out), _at_rest(root):
-            shutil.copytree(root, copy, dirs_exist_ok=True, ignore=_ignore_lock)
-        for path in (copy, *copy.rglob("*")):  # a read-only file's copy must be writable
-            path.chmod(path.stat().st_mode | stat.S_IWUSR | (stat.S_IXUSR if path.is_dir() else 0))
+        with os_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            copy.mkdir()
+        with reading(root), os_errors(out), Directory(root) as source, Directory(copy) as target:
+            _Copier(root, weights).copy(source, target, "")
         yield copy
         with os_errors(out):
             os.replace(copy, out)
+            sync_directory(out.parent)
     except BaseException:
         shutil.rmtree(copy, ignore_errors=True)
         raise
 
 
-@contextmanager
-def _at_rest(root: Path) -> Iterator[None]:
-    """Locks the folder against other processes within the block, if it can be locked."""
-    state = root / FOLDER
-    with locked(root) if state.exists() and os.access(state, os.W_OK) else nullcontext() as journal:
-        if journal is not None:
-            recover(journal)
-        yield
+class _Copier:
+    """Copies folders; knows which links may be followed.
+
+    Attributes:
+        root: the model's folder.
+        weights: its weight files, relative to it.
+    """
+
+    def __init__(self, root: Path, weights: set[str]) -> None:
+        self.root = root
+        self.weights = weights
+        above = (folder.parent for folder in root.resolve().parents if folder.name == "snapshots")
+        self._blobs = next((folder / "blobs" for folder in above), None)
+
+    def copy(self, source: Directory, target: Directory, inside: str) -> None:
+        """Copies everything in a folder, durably; `inside` is what stands before its names in the model's folder."""
+        for name in source.names():
+            status, path = source.status(name), source.path / name
+            if status is None or (inside, name) == (f"{FOLDER}/", LOCK):
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                self.copy(source.folder(name), target.make_folder(name), f"{inside}{name}/")
+            elif stat.S_ISREG(status.st_mode):
+                source.copy(name, target, name)
+            elif stat.S_ISLNK(status.st_mode) and self._may_follow(inside + name, path):
+                _copy_linked(path, target, name)
+            else:
+                raise TargetError(
+                    f"{path}: {what_is(status)}, and is not copied; delete it, or put a file in its place"
+                )
+        target.sync()
+
+    def _may_follow(self, file: str, path: Path) -> bool:
+        """Whether a link is that of a weight file, or one of a hub's cache to its own blobs."""
+        return file in self.weights or (self._blobs is not None and path.resolve().parent == self._blobs)
 
 
-def _ignore_lock(folder: str, names: list[str]) -> set[str]:
-    return {"lock"} & set(names) if Path(folder).name == FOLDER else set()
+def _copy_linked(path: Path, target: Directory, name: str) -> None:
+    """Copies the regular file that a link leads to."""
+    with ExitStack() as stack:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        stream = stack.enter_context(os.fdopen(descriptor, "rb"))
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise TargetError(f"{path}: leads to what {what_is(status)}, and is not copied; put a file in its place")
+        copy_contents(stream, target, name)

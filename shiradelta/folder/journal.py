@@ -3,79 +3,94 @@
 `state.json` is replaced atomically.  An action is written to `pending` before the first weight changes, and moved to
 `applied` when the last one has.  So after a crash a folder is either as before (nothing pending), or the journal names
 the undo delta that restores it.
+
+`.shiradelta/` and the lock in it are never removed: a process that waits for a removed lock would hold another one than
+the next process.  Undo deltas are removed only when a state that does not name them is durable.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+import hashlib
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from filelock import FileLock, Timeout
+import numpy as np
 
-from shiradelta.errors import SourceError, TargetError
-from shiradelta.util.files import os_errors, replacing, sync_directory
-from shiradelta.util.json_files import read_json
+from shiradelta.errors import TargetError
+from shiradelta.folder.state import Applied, FolderState, parse_state
+from shiradelta.io.reader import Delta, open_delta
+from shiradelta.util.directory import Directory
+from shiradelta.util.files import os_errors
+from shiradelta.util.locks import NO_LOCKS, try_lock
 
 FOLDER = ".shiradelta"
-
-
-@dataclass(frozen=True)
-class Applied:
-    """A delta that is applied to a folder.
-
-    Attributes:
-        id: number of the action, which names its undo delta.
-        file: name of the delta's file.
-        digest: the delta's content digest.
-        strength: alpha.
-        tensors: number of tensors in the delta.
-        nonzeros: number of nonzeros in the delta.
-        replaced: files that were rewritten because tensors were added or removed; the originals are in `undo/<id>/`.
-        added: names of added tensors -> their fingerprints.
-    """
-
-    id: int
-    file: str
-    digest: str
-    strength: float
-    tensors: int
-    nonzeros: int
-    replaced: tuple[str, ...] = ()
-    added: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FolderState:
-    """The deltas on a folder, the last one on top, and the unfinished action, if any."""
-
-    applied: tuple[Applied, ...] = ()
-    pending: Applied | None = None
+LOCK = "lock"
+_STATE = "state.json"
+_UNDO = "undo"
+_LARGEST_STATE = 64 << 20
 
 
 @dataclass
 class Journal:
-    """The `.shiradelta/` of a model's folder."""
+    """The `.shiradelta/` of a model's folder.
 
-    root: Path
+    Attributes:
+        folder: the model's folder.
+        own: the `.shiradelta/` in it.
+        state: what was read or written last.
+    """
+
+    folder: Directory
+    own: Directory
     state: FolderState = field(default_factory=FolderState)
+    _durable: bool = False
 
     @property
-    def path(self) -> Path:
-        """The `.shiradelta/` folder."""
-        return self.root / FOLDER
+    def root(self) -> Path:
+        """The path of the model's folder."""
+        return self.folder.path
 
-    def undo_file(self, applied: Applied) -> Path:
+    def undo_path(self, applied: Applied) -> Path:
         """The file of the delta that restores the original elements."""
-        return self.path / "undo" / f"{applied.id:04}.shd"
+        return self.own.path / _UNDO / undo_name(applied)
 
-    def originals(self, applied: Applied) -> Path:
-        """The folder that keeps the originals of replaced files."""
-        return self.path / "undo" / f"{applied.id:04}"
+    def undo_folder(self) -> Directory:
+        """The folder of undo deltas, made if there is none."""
+        return self.own.make_folder(_UNDO)
+
+    def originals(self, applied: Applied) -> Directory | None:
+        """The folder that keeps the originals of rewritten files, if there is one."""
+        undo = self._undo_folder()
+        name = originals_name(applied)
+        return None if undo is None or undo.status(name) is None else undo.folder(name)
+
+    def open_undo(self, applied: Applied) -> Delta:
+        """Opens an undo delta.
+
+        Raises:
+            TargetError: it is missing, or is not the one that was written.
+            FormatError: it is damaged.
+        """
+        path = self.undo_path(applied)
+        undo = self._undo_folder()
+        if undo is None or undo.status(path.name) is None:
+            raise TargetError(f"{path}: is missing; restore the model's files from their source")
+        with undo.reading(path.name) as stream:
+            empty = not os.fstat(stream.fileno()).st_size
+            raw = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        if applied.undo and hashlib.sha256(raw).hexdigest() != applied.undo:
+            raise TargetError(
+                f"{path}: is not the undo delta that was written for {applied.file}; restore the model's files from"
+                " their source"
+            )
+        delta = open_delta(np.frombuffer(raw, np.uint8))
+        delta.file = os.fspath(path)
+        return delta
 
     def load(self) -> None:
         """Reads state.json, if there is one.
@@ -83,87 +98,160 @@ class Journal:
         Raises:
             TargetError: it is damaged, or there is a link.
         """
-        path = self.path / "state.json"
-        for link in (self.path, self.path / "undo", *(self.path / "undo").glob("*")):
-            if link.is_symlink():
-                raise TargetError(f"{link}: is a link, which this tool never makes; delete it")
-        if not path.exists():
-            self.state = FolderState()
-            return
+        self._durable = False
+        undo = self._undo_folder()
+        if undo is not None:
+            for name in undo.names():
+                status = undo.status(name)
+                if status is not None and stat.S_ISLNK(status.st_mode):
+                    raise TargetError(f"{undo.path / name}: is a link, which this tool never makes; delete it")
+        raw = self.read()
         try:
-            found = read_json(path)
-            if found["version"] != 1:
-                raise ValueError(f"version {found['version']}")
-            pending = found["pending"]
-            self.state = FolderState(
-                tuple(_applied(entry) for entry in found["applied"]),
-                None if pending is None else _applied(pending),
-            )
-        except (SourceError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise TargetError(f"{path}: is damaged ({error}); restore the model's files from their source") from None
+            self.state = FolderState() if raw is None else parse_state(raw)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise TargetError(
+                f"{self.own.path / _STATE}: is damaged ({error}); restore the model's files from their source"
+            ) from None
+
+    def read(self) -> bytes | None:
+        """The bytes of state.json; None if there is none."""
+        if self.own.status(_STATE) is None:
+            return None
+        with self.own.reading(_STATE) as stream:
+            return stream.read(_LARGEST_STATE)
 
     def save(self, state: FolderState) -> None:
-        """Writes a state and syncs it to disk."""
-        with os_errors(self.path):
-            self.path.mkdir(exist_ok=True)
-            with replacing(self.path / "state.json") as stream:
-                stream.write(json.dumps({"version": 1, **asdict(state)}, indent=1).encode())
-        self.state = state
+        """Writes a state and syncs it to disk.
+
+        Raises:
+            OSError: it is not durable.  `load` tells what the disk has now: the state from before, or the new one.
+        """
+        self._durable = False
+        with self.own.replacing(_STATE) as stream:
+            stream.write(state.to_json())
+        self.state, self._durable = state, True
+
+    def forget(self) -> None:
+        """Removes the state and what belongs to it, durably.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        self.own.remove(_STATE)
+        self.own.sync()
+        self.state, self._durable = FolderState(), True
+        self.tidy()
 
     def tidy(self) -> None:
-        """Deletes undo deltas and originals that the state does not need."""
+        """Removes undo deltas and originals that the state does not need, and what a killed command has left.
+
+        What cannot be removed stays for the next command.
+        """
         kept = self.state.applied + ((self.state.pending,) if self.state.pending else ())
-        if not kept:
-            shutil.rmtree(self.path, ignore_errors=True)
-            return
-        needed = {self.undo_file(applied) for applied in kept} | {self.originals(applied) for applied in kept}
-        for path in (*(self.path / "undo").glob("*"), *(self.path / "undo").glob(".*"), *self.path.glob(".*.tmp")):
-            if path not in needed:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        needed = {name(entry) for entry in kept for name in (undo_name, originals_name)}
+        with suppress(OSError):
+            if not self._durable:  # it was read, and its writer may have failed to make it durable
+                self.own.sync()
+                self._durable = True
+            for name in self.own.names():
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self.own.remove(name)
+            undo = self._undo_folder()
+            for name in [] if undo is None else undo.names():
+                if undo is not None and name not in needed:
+                    undo.remove(name)
+
+    def _undo_folder(self) -> Directory | None:
+        return None if self.own.status(_UNDO) is None else self.own.folder(_UNDO)
 
 
-def _applied(entry: dict[str, Any]) -> Applied:
-    """Parses a delta of state.json, which is untrusted: the folder may come from anywhere.
+def undo_name(applied: Applied) -> str:
+    """The name of an action's undo delta."""
+    return f"{applied.id:04}.shd"
 
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is malformed.
-    """
-    found = Applied(**{**entry, "replaced": tuple(entry["replaced"]), "added": dict(entry["added"])})
-    numbers = (found.id, found.tensors, found.nonzeros, *found.added.values())
-    texts = (found.file, found.digest, *found.replaced, *found.added)
-    if not all(type(n) is int and n >= 0 for n in numbers) or not all(type(text) is str for text in texts):
-        raise ValueError("an entry of another type")
-    if not isinstance(found.strength, (int, float)):
-        raise ValueError("a strength that is no number")
-    for name in found.replaced:
-        path = PurePosixPath(name)
-        inside = not path.is_absolute() and not {"..", FOLDER} & set(path.parts) and "\\" not in name
-        if not inside or not name.endswith((".safetensors", ".safetensors.index.json")):
-            raise ValueError(f"{name!r} is no weight file of this folder")
-    return found
+
+def originals_name(applied: Applied) -> str:
+    """The name of the folder of an action's originals."""
+    return f"{applied.id:04}"
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[Journal]:
+def locked(root: Path, *, lock: bool = True) -> Iterator[Journal]:
     """Locks a folder against other processes within the block, and reads its journal.
 
+    Args:
+        root: the folder.
+        lock: False does without, on a file system that cannot lock.
+
     Raises:
-        TargetError: another process has locked the folder, or it cannot be written.
+        TargetError: another process has locked the folder, it cannot be locked, or it cannot be written.
     """
-    journal = Journal(root)
-    with os_errors(journal.path):
-        journal.path.mkdir(exist_ok=True)
-        sync_directory(root)
-        lock = FileLock(journal.path / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise TargetError(f"{root}: another process is changing this folder; try again when it is done") from None
+    with ExitStack() as stack:
+        with os_errors(root / FOLDER):
+            folder = stack.enter_context(Directory(root))
+            own = folder.make_folder(FOLDER)
+            if lock:
+                descriptor = own.open_file(LOCK, os.O_RDWR | os.O_CREAT)
+                stack.callback(os.close, descriptor)
+                _take(folder, own, descriptor)
+        journal = Journal(folder, own)
+        with os_errors(own.path, "cannot be read"):
+            journal.load()
+        yield journal
+
+
+def _take(folder: Directory, own: Directory, descriptor: int) -> None:
+    """Takes the lock.  Somebody may have deleted its folder in between, and another process made a new one."""
     try:
-        journal.load()
-        try:
-            yield journal
-        finally:
-            journal.tidy()
-    finally:
-        lock.release()
+        taken = try_lock(descriptor)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise TargetError(
+            f"{own.path / LOCK}: this file system cannot lock files ({error.strerror}), so two processes could lose"
+            " the way back; give --no-lock if no other process uses the folder"
+        ) from None
+    status = own.status(LOCK)
+    same = status is not None and os.path.samestat(status, os.fstat(descriptor)) and own.is_this(folder.status(FOLDER))
+    if not taken or not same:
+        raise TargetError(f"{folder.path}: another process is using this folder; try again when it is done")
+
+
+@contextmanager
+def reading(root: Path) -> Iterator[Journal | None]:
+    """Reads a folder's journal, None if there is none, and changes nothing; the folder may be read-only.
+
+    Raises:
+        TargetError: another process changes the folder.
+    """
+    busy = TargetError(f"{root}: another process is changing this folder; try again when it is done")
+    with ExitStack() as stack:
+        with os_errors(root / FOLDER, "cannot be read"):
+            folder = stack.enter_context(Directory(root))
+            journal = None if folder.status(FOLDER) is None else Journal(folder, folder.folder(FOLDER))
+            if journal is not None:
+                if journal.own.status(LOCK) is not None and not _share(journal.own, stack):
+                    raise busy
+                journal.load()
+            before = None if journal is None else journal.read()
+        yield journal
+        with os_errors(root / FOLDER, "cannot be read"):
+            if folder.status(FOLDER) is not None if journal is None else journal.read() != before:
+                raise busy
+
+
+def _share(own: Directory, stack: ExitStack) -> bool:
+    """Takes the lock together with other readers; False if a writer has it.
+
+    Where it cannot be read or locked, the caller looks whether the state has changed in the end.
+    """
+    try:
+        descriptor = own.open_file(LOCK)
+        stack.callback(os.close, descriptor)
+        return try_lock(descriptor, shared=True)
+    except PermissionError:
+        return True
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return True
+        raise

@@ -1,47 +1,62 @@
 """Adds tensors to the files of a model's folder, and removes them.
 
-The new files are written beside the journal and then swapped with the originals, which are kept there.  So undoing is a
-rename, and exact.
+The new files are written beside the undo deltas, with all their changes, and then put in the place of the originals,
+which keep a second name there.  So at every moment each file is the original or the new one, and undoing is exact.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import stat
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from shiradelta.errors import BaseMismatchError
-from shiradelta.folder.plan import FolderPlan
+from shiradelta.folder.plan import Edit, FolderPlan
 from shiradelta.format import registry
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.checkpoint import Checkpoint, index_file
 from shiradelta.models.safetensors import Shard
-from shiradelta.util.files import os_errors, sync_directory
+from shiradelta.util.directory import Directory
 from shiradelta.util.json_files import read_json
 
 _NEW = ".new"
+_BACK = ".back"
 
 
-def prepare(checkpoint: Checkpoint, plan: FolderPlan, originals: Path) -> tuple[str, ...]:
-    """Writes the new files to `originals` with the suffix .new, and returns their names relative to the root."""
-    with os_errors(originals):
-        originals.mkdir(parents=True, exist_ok=True)
-        replaced: list[str] = []
-        dropped = {(edit.slot.file, edit.slot.name) for edit in plan.drop}
-        homes = [(home_of(checkpoint, name), name, tensor) for name, tensor in plan.new]
-        for shard in checkpoint.shards:
-            gone = {name for file, name in dropped if file == shard.file}
-            come = {name.rpartition("/")[2]: tensor for home, name, tensor in homes if home is shard}
-            if gone or come:
-                relative = shard.file.relative_to(checkpoint.root)
-                _rewrite(shard, gone, come, _staged(originals, relative))
-                replaced.append(relative.as_posix())
-                replaced += _reindex(checkpoint.root, shard, gone, come, originals, replaced)
-        sync_directory(originals)
-    return tuple(replaced)
+def prepare(
+    folder: Directory, checkpoint: Checkpoint, plan: FolderPlan, originals: Directory, strength: float
+) -> dict[str, str]:
+    """Writes the new files to `originals` with the suffix .new, durably; returns name -> SHA-256 of each."""
+    made: dict[str, str] = {}
+    indexes: dict[str, Any] = {}
+    dropped = {(edit.slot.file, edit.slot.name) for edit in plan.drop}
+    homes = [(home_of(checkpoint, name), name, tensor) for name, tensor in plan.new]
+    for shard in checkpoint.shards:
+        gone = {name for file, name in dropped if file == shard.file}
+        come = {name.rpartition("/")[2]: tensor for home, name, tensor in homes if home is shard}
+        if gone or come:
+            file = shard.file.relative_to(checkpoint.root).as_posix()
+            edits = {edit.slot.name: edit for edit in plan.edits if edit.slot.file == shard.file}
+            made[file] = _rewrite(folder, file, shard, gone, come, edits, strength, originals)
+            index = index_file(shard.file.parent)
+            if index is not None:
+                name = index.relative_to(checkpoint.root).as_posix()
+                weight_map = indexes.setdefault(name, read_json(index))["weight_map"]
+                for each in gone:
+                    weight_map.pop(each, None)
+                weight_map |= dict.fromkeys(come, shard.file.name)
+    for name, content in indexes.items():
+        raw = json.dumps(content, indent=2, sort_keys=True).encode()
+        home, own = _below(originals, name)
+        with home.making(own + _NEW, _mode(folder, name)) as output:
+            output.write(raw)
+        made[name] = hashlib.sha256(raw).hexdigest()
+    _sync(originals, made)
+    return made
 
 
 def home_of(checkpoint: Checkpoint, name: str) -> Shard:
@@ -54,14 +69,17 @@ def home_of(checkpoint: Checkpoint, name: str) -> Shard:
     return homes[-1]
 
 
-def _staged(originals: Path, relative: Path) -> Path:
-    path = originals / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(path.name + _NEW)
-
-
-def _rewrite(shard: Shard, gone: set[str], come: Mapping[str, TensorDelta], target: Path) -> None:
-    """Copies a safetensors file without some tensors, and with others appended."""
+def _rewrite(
+    folder: Directory,
+    file: str,
+    shard: Shard,
+    gone: set[str],
+    come: Mapping[str, TensorDelta],
+    edits: Mapping[str, Edit],
+    strength: float,
+    originals: Directory,
+) -> str:
+    """Copies a safetensors file without some tensors, with others patched and others appended; returns its SHA-256."""
     header: dict[str, Any] = {}
     if "__metadata__" in shard.header:
         header["__metadata__"] = shard.header["__metadata__"]
@@ -80,65 +98,99 @@ def _rewrite(shard: Shard, gone: set[str], come: Mapping[str, TensorDelta], targ
         append(name, dtype.safetensors, tensor.shape, tensor.numel * dtype.size)
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(shard.file, "rb") as source, open(target, "wb") as output:
+    source_home, source_name = folder.home(file)
+    home, name = _below(originals, file)
+    with (
+        source_home.reading(source_name) as source,
+        home.making(name + _NEW, _mode(folder, file)) as stream,
+    ):
+        output = _HashedOutput(stream)
         output.write(len(raw).to_bytes(8, "little") + raw)
         for slot in kept:
             source.seek(slot.offset)
+            if slot.name in edits:
+                bits = np.frombuffer(source.read(slot.nbytes), slot.dtype.bits).copy()
+                edits[slot.name].tensor.patch(bits, slot.dtype.name, strength)
+                output.write(bits.tobytes())
+                continue
             remaining = slot.nbytes
-            while remaining:
-                chunk = source.read(min(remaining, 1 << 20))
+            while remaining and (chunk := source.read(min(remaining, 1 << 20))):
                 output.write(chunk)
                 remaining -= len(chunk)
         for tensor in come.values():
             output.write(tensor.bits().tobytes())
-        output.flush()
-        os.fsync(output.fileno())
-    shutil.copymode(shard.file, target)
+    return output.digest.hexdigest()
 
 
-def _reindex(
-    root: Path,
-    shard: Shard,
-    gone: set[str],
-    come: Mapping[str, TensorDelta],
-    originals: Path,
-    replaced: list[str],
-) -> list[str]:
-    """Writes the updated index of a sharded model; returns its name, unless `replaced` has it already."""
-    index = index_file(shard.file.parent)
-    if index is None:
+class _HashedOutput:
+    """Writes to a stream, and hashes what it writes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self.digest.update(data)
+
+
+def swap_in(folder: Directory, originals: Directory, replaced: Iterable[str]) -> None:
+    """Puts the new files in place and keeps the originals.
+
+    The originals' second names are durable before a new file takes the first one.
+    """
+    names = list(replaced)
+    for name in names:
+        home, own = folder.home(name)
+        home.keep(own, *_below(originals, name))
+    _sync(originals, names)
+    for name in names:
+        inside, own = _below(originals, name)
+        inside.move(own + _NEW, *folder.home(name))
+    _sync(folder, names)
+    _sync(originals, names)
+
+
+def put_back(folder: Directory, originals: Directory, replaced: Iterable[str]) -> None:
+    """Puts originals back.  They keep their second name, so this can be repeated after an interruption."""
+    names = list(replaced)
+    for name in names:
+        inside, own = originals.home(name)
+        inside.remove(own + _BACK)
+        inside.keep(own, inside, own + _BACK)
+        inside.move(own + _BACK, *folder.home(name))
+    _sync(folder, names)
+
+
+def saved_files(originals: Directory | None, replaced: Iterable[str]) -> list[str]:
+    """Those of some files whose originals were kept."""
+    if originals is None:
         return []
-    relative = index.relative_to(root)
-    staged = _staged(originals, relative)
-    content = read_json(staged if staged.exists() else index)
-    weight_map = content["weight_map"]
-    for name in gone:
-        weight_map.pop(name, None)
-    weight_map |= dict.fromkeys(come, shard.file.name)
-    with open(staged, "w", encoding="utf-8") as output:
-        json.dump(content, output, indent=2, sort_keys=True)
-        output.flush()
-        os.fsync(output.fileno())
-    return [] if relative.as_posix() in replaced else [relative.as_posix()]
-
-
-def swap_in(root: Path, originals: Path, replaced: tuple[str, ...]) -> None:
-    """Puts the new files in place and keeps the originals."""
+    found = []
     for name in replaced:
-        os.replace(root / name, originals / name)
-        os.replace(originals / (name + _NEW), root / name)
-    _sync(root, originals, replaced)
+        folder, _, own = name.rpartition("/")
+        if not folder or originals.status(folder) is not None:
+            home = originals.folder(folder) if folder else originals
+            if home.status(own) is not None:
+                found.append(name)
+    return found
 
 
-def swap_out(root: Path, originals: Path, replaced: tuple[str, ...]) -> None:
-    """Puts back the originals that were moved."""
-    for name in replaced:
-        if (originals / name).exists():
-            os.replace(originals / name, root / name)
-    if replaced:
-        _sync(root, originals, replaced)
+def _below(originals: Directory, name: str) -> tuple[Directory, str]:
+    """The folder, made if there is none, and the name of a file among the originals."""
+    folder, _, own = name.rpartition("/")
+    return (originals.make_folder(folder) if folder else originals), own
 
 
-def _sync(root: Path, originals: Path, replaced: tuple[str, ...]) -> None:
-    for folder in {(base / name).parent for name in replaced for base in (root, originals)}:
-        sync_directory(folder)
+def _mode(folder: Directory, name: str) -> int | None:
+    home, own = folder.home(name)
+    status = home.status(own)
+    return None if status is None else stat.S_IMODE(status.st_mode)
+
+
+def _sync(folder: Directory, names: Iterable[str]) -> None:
+    """Syncs the folders of some files, and the folder itself."""
+    inner = {name.rpartition("/")[0] for name in names}
+    for each in sorted(inner - {""}):
+        folder.folder(each).sync()
+    folder.sync()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from shiradelta.errors import TargetError
-from shiradelta.folder.journal import FOLDER, Applied, FolderState, locked
-from shiradelta.folder.recovery import check_writable, recover, undo
-from shiradelta.folder.verification import existing, first_difference
+from shiradelta.errors import ShiraDeltaError, TargetError
+from shiradelta.folder.comparison import first_difference
+from shiradelta.folder.journal import FOLDER, Journal, locked
+from shiradelta.folder.recovery import ending_of, plan_restoration, recover, restore
+from shiradelta.folder.state import Applied, FolderState
+from shiradelta.folder.verification import existing
+from shiradelta.folder.weights import check_writable, relative_files
 from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.util.files import one_line, os_errors
 from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
 
@@ -29,34 +33,64 @@ class RevertReport:
     left: int
 
 
-def revert(model_dir: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None) -> RevertReport:
+def revert(
+    model_dir: str | os.PathLike[str], *, force: bool = False, lock: bool = True, progress: Progress | None = None
+) -> RevertReport:
     """Takes the last delta out of a model's folder, bit for bit, or rolls back an interrupted action.
 
     Args:
         model_dir: the folder.
         force: put the originals back even if the weights have changed since.
+        lock: False does without the lock against other processes, on a file system that has none.
         progress: called with (what, done, total).
 
     Raises:
         TargetError: nothing is applied, something else has changed the weights since, or the folder cannot be written.
     """
     root = existing(model_dir)
-    if not (root / FOLDER).exists():
+    if not os.path.lexists(root / FOLDER):
         raise TargetError(f"{root}: no delta is applied to it; nothing to revert")
-    with locked(root) as journal:
-        interrupted = recover(journal)
+    with os_errors(root, "cannot be read"), locked(root, lock=lock) as journal:
+        interrupted = recover(journal, force=force)
         if interrupted is not None:
             return RevertReport(interrupted, interrupted=True, left=len(journal.state.applied))
         if not journal.state.applied:
             raise TargetError(f"{root}: no delta is applied to it; nothing to revert")
         top = journal.state.applied[-1]
-        check_writable(open_checkpoint(root))
-        if not journal.undo_file(top).exists():
-            raise TargetError(f"{journal.undo_file(top)}: is missing; restore the model's files from their source")
-        changed = None if force else first_difference(root, journal, [top])
-        if changed is not None:
-            raise TargetError(f"{root}: {changed}; --force puts the originals back all the same")
-        with interrupts_held_back():
-            journal.save(FolderState(journal.state.applied[:-1], top))
-            undo(journal, top, progress)
+        _take_out(journal, top, force, progress)
         return RevertReport(top, interrupted=False, left=len(journal.state.applied))
+
+
+def _take_out(journal: Journal, top: Applied, force: bool, progress: Progress | None) -> None:
+    root, before = journal.root, journal.state
+    checkpoint = open_checkpoint(root)
+    check_writable(journal.folder, relative_files(checkpoint))
+    if not force and (changed := first_difference(checkpoint, journal, [top])) is not None:
+        raise TargetError(f"{root}: {changed}; --force puts the originals back all the same")
+    below, started = FolderState(before.applied[:-1], None, before.base), False
+    try:
+        plan = plan_restoration(journal, top, proven=True, force=force)
+        journal.open_undo(top).close()
+        with interrupts_held_back():
+            try:
+                journal.save(FolderState(below.applied, top, before.base))
+                started = True
+                restore(journal, top, plan, progress)
+                journal.save(below)
+            except OSError:
+                _stay(journal, before, started)
+                raise
+            journal.tidy()
+    except OSError as error:
+        ending = ending_of(journal, before, "the delta is taken out all the same, but a power cut may lose that")
+        raise TargetError(one_line(error, root, "cannot be restored", ending)) from error
+
+
+def _stay(journal: Journal, before: FolderState, started: bool) -> None:
+    """Saves the state from before again if no weight was written; without success the next command rolls back."""
+    try:
+        journal.load()
+        if not started and journal.state != before:
+            journal.save(before)
+    except (ShiraDeltaError, OSError):
+        return

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from shiradelta.backends.choose import choose
-from shiradelta.errors import BaseMismatchError, TargetError
-from shiradelta.folder.journal import FOLDER, Applied, Journal, locked
-from shiradelta.folder.recovery import recover, without
+from shiradelta.errors import BaseMismatchError, ShiraDeltaError, TargetError
+from shiradelta.folder.comparison import Past, first_difference, unlike_base, unlike_delta
+from shiradelta.folder.digests import digests_of
+from shiradelta.folder.journal import FOLDER, Journal, reading
+from shiradelta.folder.state import Applied
 from shiradelta.io.reader import Delta, StoredTensor, open_delta
 from shiradelta.io.recognise import Wanted, explain
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import difference
 from shiradelta.models.library import match_names
+from shiradelta.util.deprecated import warn_renamed
+from shiradelta.util.files import os_errors
 
 
 @dataclass(frozen=True)
@@ -27,45 +29,110 @@ class VerifyReport:
     """Report of `verify`.
 
     Attributes:
-        state: "base", "patched" or "neither".
+        state: "base", "patched", "neither", or "unknown" if there is nothing to compare with.
         applied: the deltas on the folder, the last one on top.
         detail: a sentence for people.
-        recovered: whether an interrupted action was rolled back first.
+        interrupted: whether an action was interrupted, which `revert` rolls back.
     """
 
     state: str
     applied: tuple[Applied, ...]
     detail: str
-    recovered: bool
+    interrupted: bool = False
+
+    @property
+    def recovered(self) -> bool:
+        """Deprecated: `verify` rolls nothing back any more, so it is always False."""
+        warn_renamed("VerifyReport.recovered", "interrupted")
+        return False
 
 
-def verify(model_dir: str | os.PathLike[str], delta: Delta | str | os.PathLike[str] | None = None) -> VerifyReport:
-    """Checks whether a folder is exactly its base, exactly patched, or neither.
+def verify(
+    model_dir: str | os.PathLike[str], delta: Delta | str | os.PathLike[str] | None = None, *, full: bool = False
+) -> VerifyReport:
+    """Checks whether a folder is exactly its base, exactly patched, or neither; it changes nothing.
 
-    Every element that an applied delta changed is compared; other elements are not.  If nothing is applied, the
-    fingerprints of `delta` tell whether the folder is its base or its result at strength 1.
+    Every element that an applied delta changed is compared.  With `delta`, its own fingerprints and values are, too; if
+    nothing is applied, they tell whether the folder is its base or its result at strength 1.  Without it, the digests
+    that the last revert left tell whether the folder is its base.
 
     Args:
         model_dir: the folder.
         delta: a delta to look for.
+        full: compare all weights with the digests of the base's files, those that no delta changes, too.
 
     Raises:
-        TargetError: there is no such folder, or an interrupted action cannot be rolled back.
+        TargetError: there is no such folder, or another process is changing it.
         BaseMismatchError: `delta` has no fingerprints, or nothing in common with the folder.
+        FormatError: `delta` is damaged, or carries the digest of another one.
     """
     root = existing(model_dir)
-    with _state_of(root) as (journal, recovered):
-        if journal is None or not journal.state.applied:
-            return replace(_verify_unmanaged(root, delta), recovered=recovered)
-        applied = journal.state.applied
-        problem = first_difference(root, journal, applied)
-        if problem is None and delta is not None:
-            with _opened(delta) as opened:
-                if opened.digest not in {entry.digest for entry in applied}:
-                    problem = f"{opened.file} is not among the deltas that are applied"
-        names = ", ".join(f"{entry.file} at {entry.strength:g}" for entry in applied)
-        state = "patched" if problem is None else "neither"
-        return VerifyReport(state, applied, problem or f"exactly {names}, at the weights that are changed", recovered)
+    with ExitStack() as stack:
+        stack.enter_context(os_errors(root, "cannot be read"))
+        opened = None if delta is None else stack.enter_context(_opened(delta))
+        if opened is not None:
+            opened.verify()
+        journal = stack.enter_context(reading(root))
+        if journal is not None and journal.state.pending is not None:
+            return _verify_interrupted(journal, journal.state.pending)
+        if journal is not None and journal.state.applied:
+            return _verify_applied(journal, opened, full)
+        recorded = journal if journal is not None and journal.state.base else None
+        if opened is not None:
+            report = _verify_by_fingerprints(root, opened)
+            return _in_full(report, recorded) if full else report
+        if recorded is None:
+            checkpoint = open_checkpoint(root)
+            return VerifyReport(
+                "unknown", (), f"nothing is recorded of these {len(checkpoint)} tensors; give DELTA to compare with it"
+            )
+        problem = unlike_base(recorded)
+        what = "every weight file is the recorded base's (SHA-256)"
+        return VerifyReport("base" if problem is None else "neither", (), problem or what)
+
+
+def _verify_applied(journal: Journal, delta: Delta | None, full: bool) -> VerifyReport:
+    """`verify` of a folder with deltas on it."""
+    applied = journal.state.applied
+    checkpoint = open_checkpoint(journal.root)
+    problem = first_difference(checkpoint, journal, applied)
+    if problem is None and delta is not None:
+        entry = next((each for each in applied if each.digest == delta.digest), None)
+        if entry is None:
+            problem = f"{delta.file} is not among the deltas that are applied"
+        else:
+            problem = unlike_delta(checkpoint, journal, delta, entry)
+    names = ", ".join(f"{entry.file} at {entry.strength:g}" for entry in applied)
+    if problem is not None:
+        return VerifyReport("neither", applied, problem)
+    report = VerifyReport("patched", applied, f"exactly {names}, at the weights that are changed")
+    return _in_full(report, journal if journal.state.base else None) if full else report
+
+
+def _in_full(report: VerifyReport, journal: Journal | None) -> VerifyReport:
+    """A report, after a comparison of all weights with the digests of the base's files."""
+    if report.state == "neither":
+        return report
+    if journal is None:
+        what = "no digests of the base's files are recorded here, so only the listed weights could be compared"
+        return replace(report, state="unknown", detail=f"{report.detail}; {what}")
+    problem = unlike_base(journal)
+    if problem is not None:
+        return replace(report, state="neither", detail=problem)
+    return replace(report, detail=f"{report.detail}, and all others are the base's (SHA-256)")
+
+
+def _verify_interrupted(journal: Journal, pending: Applied) -> VerifyReport:
+    """`verify` of a folder on which an action was interrupted: the weights tell how far it came."""
+    applied, how = journal.state.applied, "an action was interrupted; `shiradelta revert` rolls it back"
+    if pending.before and digests_of(journal.folder, pending.before) == dict(pending.before):
+        state = "patched" if applied else "base"
+        return VerifyReport(state, applied, f"the weights are as before it, but {how}", interrupted=True)
+    with suppress(ShiraDeltaError):
+        if first_difference(open_checkpoint(journal.root), journal, (*applied, pending)) is None:
+            done = f"{pending.file} at {pending.strength:g} is on it, but {how}"
+            return VerifyReport("patched", (*applied, pending), done, interrupted=True)
+    return VerifyReport("neither", applied, how, interrupted=True)
 
 
 def existing(model_dir: str | os.PathLike[str]) -> Path:
@@ -76,33 +143,16 @@ def existing(model_dir: str | os.PathLike[str]) -> Path:
         SourceError: it holds several models or adapters.
     """
     root = Path(model_dir)
-    if not root.is_dir() and (message := explain(root, Wanted.FOLDER)) is not None:
-        raise TargetError(message)
-    if root.is_file():
-        raise TargetError(f"{root}: is a file; give the folder that it is in")
-    if not root.is_dir():
-        raise TargetError(f"{root}: no such folder; check the path")
-    if not (root / FOLDER / "state.json").exists():
-        refuse_several(root)
+    with os_errors(root, "cannot be read"):
+        if not root.is_dir() and (message := explain(root, Wanted.FOLDER)) is not None:
+            raise TargetError(message)
+        if root.is_file():
+            raise TargetError(f"{root}: is a file; give the folder that it is in")
+        if not root.is_dir():
+            raise TargetError(f"{root}: no such folder; check the path")
+        if not (root / FOLDER / "state.json").exists():
+            refuse_several(root)
     return root
-
-
-@contextmanager
-def _state_of(root: Path) -> Iterator[tuple[Journal | None, bool]]:
-    """(the folder's state, whether something was rolled back); a read-only folder is only read."""
-    if not (root / FOLDER).exists():
-        yield None, False
-    elif os.access(root / FOLDER, os.W_OK):
-        with locked(root) as journal:
-            yield journal, recover(journal) is not None
-    else:
-        journal = Journal(root)
-        journal.load()
-        if journal.state.pending is not None:
-            raise TargetError(
-                f"{root}: an action on it was interrupted; make the folder writable, so that it can be rolled back"
-            )
-        yield journal, False
 
 
 @contextmanager
@@ -114,52 +164,14 @@ def _opened(delta: Delta | str | os.PathLike[str]) -> Iterator[Delta]:
             yield opened
 
 
-def first_difference(root: Path, journal: Journal, entries: Sequence[Applied]) -> str | None:
-    """The first tensor that differs from the state that the last applied deltas left; None if none differs."""
-    checkpoint = open_checkpoint(root)
-    fingerprint = choose().fingerprint
-    above: list[Delta] = []
-    with ExitStack() as stack:
-        for entry in reversed(entries):
-            for name, expected in entry.added.items():
-                if name not in checkpoint or _whole_fingerprint(checkpoint, name) != expected:
-                    return f"tensor {name!r} is not as {entry.file} added it"
-            undo = stack.enter_context(open_delta(journal.undo_file(entry)))
-            for name, tensor in undo.items():
-                if difference(tensor, checkpoint.get(name)) is not None:
-                    return f"tensor {name!r} is gone, or has another shape or dtype"
-                positions = tensor.positions()
-                view = checkpoint.bits(name)[positions]
-                for other in above:
-                    view = without(view, positions, other.get(name))
-                if fingerprint(positions, view) != tensor.base_fingerprint:
-                    return f"tensor {name!r} is not as {entry.file} left it"
-            above.append(undo)
-    return None
-
-
-def _whole_fingerprint(checkpoint: Checkpoint, name: str) -> int:
-    bits = checkpoint.bits(name)
-    return choose().fingerprint(np.arange(bits.size, dtype=np.int64), bits)
-
-
-def _verify_unmanaged(root: Path, delta: Delta | str | os.PathLike[str] | None) -> VerifyReport:
+def _verify_by_fingerprints(root: Path, delta: Delta) -> VerifyReport:
     """`verify` of a folder on which no delta is recorded."""
-    if delta is None:
-        open_checkpoint(root)
-        return VerifyReport(
-            "base",
-            (),
-            "no delta is recorded here, so nothing was compared; give DELTA to compare with its fingerprints",
-            False,
-        )
-    with _opened(delta) as opened:
-        label = opened.file or "delta"
-        unlike = _unlike(open_checkpoint(root), opened)
-        for state, what in (("base", "base"), ("patched", "result")):
-            if unlike[state] is None:
-                return VerifyReport(state, (), f"exactly the {what} of {label}, at the weights that it changes", False)
-        return VerifyReport("neither", (), f"tensor {unlike['base']!r} is neither base nor result of {label}", False)
+    label = delta.file or "delta"
+    unlike = _unlike(open_checkpoint(root), delta)
+    for state, what in (("base", "base"), ("patched", "result")):
+        if unlike[state] is None:
+            return VerifyReport(state, (), f"exactly the {what} of {label}, at the weights that it changes")
+    return VerifyReport("neither", (), f"tensor {unlike['base']!r} is neither base nor result of {label}")
 
 
 def _unlike(checkpoint: Checkpoint, delta: Delta) -> dict[str, str | None]:
@@ -188,7 +200,7 @@ def _verdict(checkpoint: Checkpoint, name: str | None, tensor: StoredTensor) -> 
     if tensor.operation.creates:
         if name is None:
             return {"base"}
-        return {"patched"} if _whole_fingerprint(checkpoint, name) == tensor.result_fingerprint else set()
+        return {"patched"} if Past(dict(checkpoint)).fingerprint(name) == tensor.result_fingerprint else set()
     if tensor.operation.removes:
         return {"patched" if name is None else "base"}
     if name is None:

@@ -211,10 +211,28 @@ def writing(
         TargetError: the file cannot be written; `path` is unchanged.
     """
     target = Path(path)
-    with (
-        replacing(target) as output,
-        tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(target.parent)) as spool,
-    ):
+    with replacing(target) as output, writing_to(output, values, zstd, backend, target.parent) as writer:
+        yield writer
+
+
+@contextmanager
+def writing_to(
+    output: IO[bytes],
+    values: str = "int4",
+    zstd: bool = False,
+    backend: str = "auto",
+    scratch: Path | None = None,
+) -> Iterator[DeltaWriter]:
+    """A context with a `DeltaWriter` that writes to an open file when the block succeeds.
+
+    Args:
+        output: the file.
+        values: how added values are stored.
+        zstd: compress sections where that helps.
+        backend: a name of `shiradelta.backends.choose.FILE_BACKENDS`, or "auto".
+        scratch: the folder of a nameless file for what is too large for memory; None for the system's.
+    """
+    with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=None if scratch is None else str(scratch)) as spool:
         writer = DeltaWriter(spool, values, zstd, backend)
         yield writer
         writer.finish(output)

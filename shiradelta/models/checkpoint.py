@@ -62,24 +62,28 @@ class Checkpoint(Mapping[str, Slot]):
         return len(self._slots)
 
     def bits(self, name: str) -> Array:
-        """The tensor's elements as a flat, read-only, mapped array of unsigned integers.
-
-        Each call makes a map of its own, so that memory is one tensor's and not the model's.
-        """
-        slot = self._slots[name]
-        if slot.nbytes == 0:
-            return np.zeros(0, slot.dtype.bits)
-        start = slot.offset - slot.offset % mmap.ALLOCATIONGRANULARITY
-        length = slot.offset + slot.nbytes - start
-        with open(slot.file, "rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=start)
-        return np.frombuffer(mapped, np.uint8)[slot.offset - start :].view(slot.dtype.bits)
+        """The tensor's elements, as `bits_of` gives them."""
+        return bits_of(self._slots[name])
 
     def config(self, name: str) -> dict[str, Any]:
         """The config.json beside a tensor's file; empty if there is none."""
         path = self._slots[name].file.parent / "config.json"
         found = read_json(path) if path.exists() else {}
         return found if isinstance(found, dict) else {}
+
+
+def bits_of(slot: Slot) -> Array:
+    """A stored tensor's elements as a flat, read-only, mapped array of unsigned integers.
+
+    Each call makes a map of its own, so that memory is one tensor's and not the model's.
+    """
+    if slot.nbytes == 0:
+        return np.zeros(0, slot.dtype.bits)
+    start = slot.offset - slot.offset % mmap.ALLOCATIONGRANULARITY
+    length = slot.offset + slot.nbytes - start
+    with open(slot.file, "rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+    return np.frombuffer(mapped, np.uint8)[slot.offset - start :].view(slot.dtype.bits)
 
 
 def index_file(folder: Path) -> Path | None:

@@ -57,7 +57,8 @@ def test_the_whole_way(folder: Path):
         (("convert", "tuned", "--base", "model"), {"nnz", "energy_kept", "tensors", "skipped", "bits_per_nonzero"}),
         (("info", "a.shd"), {"nnz", "digest", "tensors", "metadata", "bytes"}),
         (("apply", "model", "a.shd"), {"tensors", "changed"}),
-        (("verify", "model"), {"state", "detail"}),
+        (("verify", "model", "a.shd"), {"state", "detail"}),
+        (("commit", "model"), {"deltas", "files"}),
     ],
 )
 def test_json_is_json(folder: Path, arguments: tuple[str, ...], keys: set[str]):
@@ -118,6 +119,18 @@ def test_verify_of_something_else_is_exit_code_1(folder: Path):
     result = run("verify", "tuned", "a.shd")
     assert result.exit_code == 1
     assert "neither" in result.stdout
+
+
+def test_verify_without_anything_to_compare_with_is_exit_code_1(folder: Path):
+    result = run("verify", "model")
+    assert result.exit_code == 1
+    assert "unknown" in result.stdout
+    assert "digests recorded: 1" in run("commit", "model").stdout
+    result = run("verify", "model")
+    assert result.exit_code == 0
+    assert "base: every weight file is the recorded base's" in result.stdout
+    assert "nothing is recorded" in run("commit", "model", "--forget").stdout
+    assert run("verify", "model").exit_code == 1
 
 
 def test_names_cannot_act_on_the_terminal(folder: Path):

@@ -28,6 +28,7 @@ COMMANDS = {
     "apply": ["apply", "model", "a.shd"],
     "verify": ["verify", "model"],
     "revert": ["revert", "model"],
+    "commit": ["commit", "model"],
     "fuse": ["fuse", "a.shd", "b.shd", "-o", "fused.shd"],
     "report": ["report", "a.shd", "b.shd"],
     "png": ["report", "a.shd", "b.shd", "--png", "heat.png"],
@@ -37,7 +38,6 @@ COMMANDS = {
 SLOW = {"fit", "train"}
 #: Package -> commands that cannot do without it.
 NEEDED: dict[str, set[str]] = {
-    "filelock": {"apply", "verify", "revert"},
     "matplotlib": {"plot", "png"},
     "safetensors": set(),
     "scipy": {"report", "png"},
@@ -100,7 +100,7 @@ def test_a_bare_checkout_works_with_numpy(folder: Path):
     """Neither installed nor built: only the source tree and the packages that it needs are on the path."""
     packages = folder / "packages"
     packages.mkdir()
-    for name in ("click", "filelock", "numpy"):
+    for name in ("click", "numpy"):
         spec = find_spec(name)
         assert spec is not None
         assert spec.origin is not None

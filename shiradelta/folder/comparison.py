@@ -1,0 +1,194 @@
+"""Compares a folder's weights with what the journal and the deltas say that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from shiradelta.backends.choose import choose
+from shiradelta.errors import TargetError
+from shiradelta.folder.digests import digest_of, model_files
+from shiradelta.folder.journal import Journal
+from shiradelta.folder.restructure import saved_files
+from shiradelta.folder.state import Applied
+from shiradelta.folder.weights import slots_of
+from shiradelta.format import arithmetic
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.delta import TensorDelta
+from shiradelta.io.reader import Delta
+from shiradelta.models.checkpoint import Checkpoint, bits_of, open_checkpoint
+from shiradelta.models.compatibility import difference
+from shiradelta.models.library import match_names
+from shiradelta.models.safetensors import Slot
+from shiradelta.util.arrays import overlay_values
+from shiradelta.util.directory import Directory
+
+
+def without(view: Array, positions: Positions, undo: TensorDelta | None) -> Array:
+    """The elements `view` at `positions` as they were before an action.
+
+    Args:
+        view: the elements after the action.
+        positions: of the elements; increasing.
+        undo: the action's undo delta for the tensor; None if the action left the tensor alone.
+    """
+    if undo is None or not undo.nnz:
+        return view
+    before: Array = overlay_values(np, view, positions, undo.positions(), undo.bits())
+    return before
+
+
+class Past:
+    """A folder's tensors as they are, or were before its last deltas.
+
+    Attributes:
+        slots: name -> where its bits are, before some undo deltas.
+        undo: the undo delta of the last delta that was taken away; None in the present.
+    """
+
+    def __init__(
+        self, slots: Mapping[str, Slot], undos: tuple[Delta, ...] = (), since: Mapping[str, int] | None = None
+    ):
+        self.slots = slots
+        self._undos = undos
+        self._since = since or {}
+
+    @property
+    def undo(self) -> Delta | None:
+        """The undo delta that was applied last."""
+        return self._undos[-1] if self._undos else None
+
+    def before(self, journal: Journal, entry: Applied, stack: ExitStack) -> Past:
+        """The tensors before the delta on top; files are closed with `stack`."""
+        undos = (*self._undos, stack.enter_context(journal.open_undo(entry)))
+        slots = {name: slot for name, slot in self.slots.items() if name not in entry.added}
+        since = dict(self._since)
+        originals = journal.originals(entry)
+        if originals is not None:
+            files = [file for file in saved_files(originals, entry.replaced) if file.endswith(".safetensors")]
+            for name, slot in slots_of(originals.path, files).items():
+                slots[name], since[name] = slot, len(undos)
+        return Past(slots, undos, since)
+
+    def bits(self, name: str, positions: Positions | None = None) -> Array:
+        """A tensor's elements, at some positions or all."""
+        slot = self.slots[name]
+        every = np.arange(slot.numel, dtype=np.int64) if positions is None else positions
+        view: Array = bits_of(slot)[every]
+        for undo in self._undos[self._since.get(name, 0) :]:
+            view = without(view, every, undo.get(name))
+        return view
+
+    def fingerprint(self, name: str, positions: Positions | None = None) -> int:
+        """The fingerprint of those elements."""
+        bits = self.bits(name, positions)
+        return choose().fingerprint(np.arange(bits.size, dtype=np.int64) if positions is None else positions, bits)
+
+
+def first_difference(checkpoint: Checkpoint, journal: Journal, entries: Sequence[Applied]) -> str | None:
+    """The first tensor that differs from the state that the last applied deltas left; None if none differs."""
+    with ExitStack() as stack:
+        now = Past(dict(checkpoint))
+        for entry in reversed(entries):
+            for name, expected in entry.added.items():
+                if name not in now.slots or now.fingerprint(name) != expected:
+                    return f"tensor {name!r} is not as {entry.file} added it"
+            before = now.before(journal, entry, stack)
+            undo = before.undo
+            if undo is None or not _accounts_for(undo, entry, now):
+                return f"the undo delta of {entry.file} does not list the weights that it changes"
+            for name, tensor in undo.items():
+                if difference(tensor, now.slots.get(name)) is not None:
+                    return f"tensor {name!r} is gone, or has another shape or dtype"
+                if now.fingerprint(name, tensor.positions()) != tensor.base_fingerprint:
+                    return f"tensor {name!r} is not as {entry.file} left it"
+            now = before
+    return None
+
+
+def _accounts_for(undo: Delta, entry: Applied, now: Past) -> bool:
+    """Whether an undo delta lists as many weights as its delta, where that is known.
+
+    Tied tensors are listed once, and dropped ones not at all; then there are fewer tensors.
+    """
+    added = sum(now.slots[name].numel for name in entry.added)
+    if len(undo) + len(entry.added) == entry.tensors:
+        return undo.nnz + added == entry.nonzeros
+    return len(undo) + len(entry.added) < entry.tensors and (len(undo) > 0 or entry.nonzeros == added)
+
+
+def unlike_delta(checkpoint: Checkpoint, journal: Journal, delta: Delta, entry: Applied) -> str | None:
+    """The first tensor that is not what a delta gives on the base that it was made for; None if there is none.
+
+    The base's bits must have the delta's own fingerprints, and what follows them must be its result.
+
+    Args:
+        checkpoint: the folder's weights.
+        journal: the folder's journal.
+        delta: the delta.
+        entry: its entry in the journal.
+    """
+    with ExitStack() as stack:
+        levels = {len(journal.state.applied): Past(dict(checkpoint))}
+        for number, each in reversed(list(enumerate(journal.state.applied))):
+            levels[number] = levels[number + 1].before(journal, each, stack)
+        number = journal.state.applied.index(entry)
+        base, before, after = levels[0], levels[number], levels[number + 1]
+        changed = {
+            name: tensor.shape
+            for name, tensor in delta.items()
+            if not (tensor.operation.creates or tensor.operation.removes)
+        }
+        found = match_names(changed, checkpoint).names
+        for name, tensor in delta.items():
+            operation, own = tensor.operation, found.get(name, name)
+            if operation.removes:
+                if name in after.slots:
+                    return f"tensor {name!r} is there, which {entry.file} removes"
+                continue
+            slot = after.slots.get(own)
+            if slot is None or slot.shape != tensor.shape:
+                return f"tensor {name!r} is gone, or has another shape"
+            if operation.creates:
+                if not np.array_equal(after.bits(own), tensor.bits()):
+                    return f"tensor {name!r} is not the one that {entry.file} adds"
+                continue
+            positions, dtype = tensor.positions(), slot.dtype.name
+            known = tensor.base_fingerprint if tensor.dtype == dtype and own in base.slots else None
+            if known is not None and known != base.fingerprint(own, positions):
+                return f"tensor {name!r} was patched on another base than that of {entry.file}"
+            wanted = arithmetic.result(
+                operation.adds, tensor.bits(), before.bits(own, positions), dtype, entry.strength
+            )
+            if not np.array_equal(after.bits(own, positions), wanted):
+                return f"tensor {name!r} is not what {entry.file} gives"
+    return None
+
+
+def unlike_base(journal: Journal) -> str | None:
+    """What differs from the base's files, once all deltas are taken out, by their recorded digests; None if nothing."""
+    wanted, applied = journal.state.base, journal.state.applied
+    files = set(model_files(open_checkpoint(journal.root)))
+    if files != set(wanted) and not any(entry.replaced for entry in applied):
+        return f"{min(files ^ set(wanted))} is missing, or is not one of the base's weight files"
+    with ExitStack() as stack:
+        undos = {entry.id: stack.enter_context(journal.open_undo(entry)) for entry in applied}
+        for file, digest in wanted.items():
+            folder: Directory = journal.folder
+            overlays: list[Delta] = []
+            for entry in reversed(applied):
+                if file in entry.replaced:
+                    originals = journal.originals(entry)
+                    if originals is None:
+                        raise TargetError(f"{journal.undo_path(entry)}: its originals are missing; get the model again")
+                    folder, overlays = originals, []
+                elif file.endswith(".safetensors"):
+                    overlays.append(undos[entry.id])
+            try:
+                if digest_of(folder, file, overlays) != digest:
+                    return f"{file} is not the base's, even without the deltas (SHA-256)"
+            except FileNotFoundError:
+                return f"{file} is missing"
+    return None

@@ -1,0 +1,151 @@
+"""What `state.json` says: the deltas on a folder, the unfinished action, and digests of the weight files.
+
+The file is never trusted, since a folder may come from anywhere.  What it names is checked here by its form, and by
+those who use it against the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shiradelta.errors import TargetError
+
+#: A weight file or its index, in the model's folder or in a component's.
+_WEIGHT_FILE = re.compile(r"(?:[^./\\\0][^/\\\0]*/)?[^./\\\0][^/\\\0]*\.safetensors(?:\.index(?:\.[\w-]+)?\.json)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_VERSION = 2
+#: Fields of an action that files of version 1 lack.
+_SINCE_2 = {"before": {}, "after": {}, "undo": ""}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A delta that is applied to a folder.
+
+    Attributes:
+        id: number of the action, which names its undo delta.
+        file: name of the delta's file.
+        digest: the delta's content digest.
+        strength: alpha.
+        tensors: number of tensors in the delta.
+        nonzeros: number of nonzeros in the delta.
+        replaced: files that were rewritten because tensors were added or removed; the originals are in `undo/<id>/`.
+        added: names of added tensors -> their fingerprints.
+        before: files that the action changes -> their SHA-256 before it; empty if an older version applied it.
+        after: files that were rewritten -> the SHA-256 of the new ones.
+        undo: SHA-256 of the file of the undo delta.
+    """
+
+    id: int
+    file: str
+    digest: str
+    strength: float
+    tensors: int
+    nonzeros: int
+    replaced: tuple[str, ...] = ()
+    added: Mapping[str, int] = field(default_factory=dict)
+    before: Mapping[str, str] = field(default_factory=dict)
+    after: Mapping[str, str] = field(default_factory=dict)
+    undo: str = ""
+
+
+@dataclass(frozen=True)
+class FolderState:
+    """What is recorded of a folder.
+
+    Attributes:
+        applied: the deltas on it, the last one on top.
+        pending: the unfinished action, if any: an apply or a revert.  Either is taken back by its undo delta.
+        base: weight files and their indexes -> their SHA-256 in the base; empty if it is not known.
+    """
+
+    applied: tuple[Applied, ...] = ()
+    pending: Applied | None = None
+    base: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """The bytes of state.json, with a checksum over the rest."""
+        content = {"version": _VERSION, **asdict(self)}
+        return json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode()
+
+
+def parse_state(raw: bytes) -> FolderState:
+    """Parses state.json, of this version or an older one.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is malformed or damaged.
+    """
+    found = json.loads(raw)
+    version = found.pop("version")
+    if version not in (1, _VERSION):
+        raise ValueError(f"version {version}")
+    if version == _VERSION and found.pop("checksum") != _checksum({"version": version, **found}):
+        raise ValueError("its checksum is wrong")
+    base = _digests(found["base"]) if version == _VERSION else {}
+    old = _SINCE_2 if version == 1 else {}
+    applied = tuple(_applied({**old, **entry}) for entry in found["applied"])
+    pending = None if found["pending"] is None else _applied({**old, **found["pending"]})
+    ids = [entry.id for entry in (*applied, *([pending] if pending else []))]
+    if sorted(set(ids)) != ids:
+        raise ValueError("actions out of order")
+    return FolderState(applied, pending, base)
+
+
+def check_names(root: Path, files: Iterable[str]) -> None:
+    """Checks that weight files have names that can be recorded.
+
+    Raises:
+        TargetError: one has not.
+    """
+    for name in files:
+        if not _WEIGHT_FILE.fullmatch(name):
+            raise TargetError(f"{root / name}: cannot be patched in place under this name; give --out FOLDER")
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _applied(entry: dict[str, Any]) -> Applied:
+    """Parses one action."""
+    if not isinstance(entry["replaced"], list):
+        raise TypeError("replaced is no list")
+    found = Applied(**{**entry, "replaced": tuple(entry["replaced"]), "added": dict(entry["added"])})
+    numbers = (found.id, found.tensors, found.nonzeros, *found.added.values())
+    if not all(type(number) is int and 0 <= number < 1 << 64 for number in numbers) or found.id >= 1 << 31:
+        raise ValueError("a number of another type, or too large")
+    texts = (found.file, found.digest, found.undo, *found.replaced, *found.added)
+    if not all(type(text) is str and text.encode() is not None for text in texts):
+        raise ValueError("a text of another type")
+    if type(found.strength) not in (int, float) or not math.isfinite(found.strength):
+        raise ValueError("a strength that is no number")
+    for name in found.replaced:
+        _check_name(name)
+    before, after = _digests(found.before), _digests(found.after)
+    if found.undo and not _SHA256.fullmatch(found.undo):
+        raise ValueError("undo is no digest")
+    if before and not set(found.replaced) == set(after) <= set(before):
+        raise ValueError("files without their digests")
+    return found
+
+
+def _digests(found: Any) -> dict[str, str]:
+    """Checks a mapping from weight files to digests."""
+    for name, digest in dict(found).items():
+        _check_name(name)
+        if type(digest) is not str or not _SHA256.fullmatch(digest):
+            raise ValueError(f"{name!r} has no digest")
+    return dict(found)
+
+
+def _check_name(name: Any) -> None:
+    if type(name) is not str or not _WEIGHT_FILE.fullmatch(name):
+        raise ValueError(f"{name!r} is no weight file of this folder")
+    name.encode()
