@@ -1,0 +1,127 @@
+"""Every system call of apply and revert fails, once and from then on: no bit is lost, and no report is untrue."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shiradelta
+from shiradelta import TensorDelta
+from shiradelta.errors import ShiraDeltaError
+from tests.faults import READS, WRITES, check_true, failing, take_all_out
+from tests.killing import weights
+
+UP = "model.layers.0.mlp.up_proj.weight"
+GONE = "model.layers.1.mlp.down_proj.weight"
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="system calls of POSIX")
+
+
+@pytest.fixture(scope="module")
+def deltas(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A plain delta, one on top of it, and one that adds and drops tensors."""
+    folder = tmp_path_factory.mktemp("deltas")
+    tensors = {
+        "score.weight": TensorDelta((2, 32), None, np.arange(64, dtype=np.uint16), "bfloat16", "new"),
+        GONE: TensorDelta((32, 96), None, [], op="drop"),
+        UP: TensorDelta((96, 32), [1, 2], [1.0, -1.0]),
+    }
+    shiradelta.save_delta(folder / "whole.shd", tensors, values="f32")
+    return {"a": made / "a.shd", "b": made / "b.shd", "whole": folder / "whole.shd"}
+
+
+#: Kind of model, deltas that are on it, and the delta that is applied; None to revert.
+SCENARIOS: dict[str, tuple[str, list[str], str | None]] = {
+    "apply": ("bf16", [], "a"),
+    "apply on top": ("bf16", ["a"], "b"),
+    "apply whole tensors": ("sharded", [], "whole"),
+    "apply whole tensors on top": ("bf16", ["a"], "whole"),
+    "revert": ("bf16", ["a"], None),
+    "revert one of two": ("sharded", ["a", "b"], None),
+    "revert whole tensors": ("sharded", ["whole"], None),
+    "revert whole tensors on top": ("bf16", ["a", "whole"], None),
+}
+
+
+#: The rest takes minutes.
+QUICK = {("apply", WRITES, False), ("revert whole tensors on top", WRITES, True)}
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power is cut here, so nothing has to be synced."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "calls", "persistent"),
+    [
+        pytest.param(*row, marks=[] if row in QUICK else pytest.mark.slow)
+        for row in product(SCENARIOS, (WRITES, READS), (False, True))
+    ],
+)
+@pytest.mark.usefixtures("quick_disk")
+def test_every_call_fails(
+    made: Path, deltas: dict[str, Path], tmp_path: Path, scenario: str, calls: tuple[str, ...], persistent: bool
+):
+    kind, below, top = SCENARIOS[scenario]
+    template = Path(shutil.copytree(made / kind, tmp_path / "template"))
+    states = [weights(template)]
+    for name in below:
+        shiradelta.apply(template, deltas[name])
+        states.append(weights(template))
+    before = len(states) - 1
+
+    def act(model: Path) -> None:
+        if top is None:
+            shiradelta.revert(model)
+        else:
+            shiradelta.apply(model, deltas[top])
+
+    if top is not None:
+        done = Path(shutil.copytree(template, tmp_path / "done"))
+        act(done)
+        states.append(weights(done))
+    number, hit = 0, True
+    while hit:
+        number += 1
+        model = Path(shutil.copytree(template, tmp_path / f"model{number}"))
+        error = errno.ENOSPC if number % 3 == 0 else errno.EIO
+        said = ""
+        with failing(number, error, calls, persistent=persistent) as faults:
+            try:
+                act(model)
+            except ShiraDeltaError as refusal:
+                said = str(refusal)
+        hit = faults.hit
+        assert "\n" not in said
+        if "nothing was changed" in said:
+            assert weights(model) == states[before], f"call {number}: {said}"
+            assert len(shiradelta.verify(model).applied) == before
+        check_true(model, states)
+        take_all_out(model, states[0])
+        shutil.rmtree(model)
+    assert number > 30
+
+
+@pytest.mark.parametrize("leftover", ["undo/.0001.shd.x.tmp", ".state.json.x.tmp", "undo/0001/x.safetensors.new"])
+@pytest.mark.parametrize("act", [shiradelta.apply, lambda model, delta: shiradelta.revert(model)])
+def test_what_a_killed_command_left_is_in_nobodys_way(
+    made: Path, model: Path, leftover: str, act: Callable[[Path, Path], object]
+):
+    base = weights(model)
+    shiradelta.apply(model, made / "a.shd")
+    path = model / ".shiradelta" / leftover
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"left")
+    act(model, made / "b.shd")
+    assert leftover.startswith("undo/0001/") or not path.exists()
+    take_all_out(model, base)
+    assert not path.exists()
