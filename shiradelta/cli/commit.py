@@ -8,8 +8,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json
-from shiradelta.util.text import printable
+from shiradelta.cli.output import echo_json, echo_lines
 
 
 @command(short_help="Make the present weights of a model's folder its base.")
@@ -29,6 +28,6 @@ def commit(model: str, forget: bool, no_lock: bool, as_json: bool) -> None:
     if as_json:
         echo_json(dataclasses.asdict(report))
         return
-    with_ = ", ".join(printable(entry.file) for entry in report.deltas)
+    with_ = ", ".join(entry.file for entry in report.deltas)
     did = "nothing is recorded of it any more" if forget else f"is a base now; digests recorded: {report.files}"
-    click.echo(f"{model}: {did}" + (f"; {with_} cannot be taken out any more" if with_ else ""))
+    echo_lines(f"{model}: {did}" + (f"; {with_} cannot be taken out any more" if with_ else ""))
