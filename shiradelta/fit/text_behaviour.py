@@ -108,7 +108,7 @@ class TextBehaviour(Behaviour):
         logits = getattr(result, "logits", None)
         if logits is None:
             self._output = OutputKind.EMBEDDING
-            rows.append(pool(result.hidden_states[-1], mask, self._pooling))
+            rows.append(pool(result.hidden_states[-1], mask, self._pooling, model))
         else:
             self._output = self._logits
             rows.append(logits.flatten(0, 1)[kept] if logits.dim() == 3 else logits)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from shiradelta.errors import ArgumentError, SourceError
+from shiradelta.models.embedder import with_head
+from shiradelta.models.sentence import encoder_folder
 from shiradelta.util.json_files import read_json
 from shiradelta.util.optional import importing
 
@@ -38,6 +40,8 @@ def pick_dtype(device: torch.device, stored: Iterable[str]) -> torch.dtype:
 def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Loads the base's weights into the fine-tune's class, which may have another head than the base.
 
+    Of a sentence-transformers model, the modules after the pooling are loaded, too (`Embedder`).
+
     Args:
         base: the base model's folder, or its weights' file.
         tuned: the fine-tune's folder or file; its config is used if it names an architecture.
@@ -49,20 +53,20 @@ def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype
         MissingDependencyError: transformers is not installed.
     """
     loader, config = model_class(base, tuned)
-    folder = base if base.is_dir() else base.parent
+    folder = encoder_folder(base)
     with _loading(folder):
         model: nn.Module = loader.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
-    return model.to(device)
+    return with_head(model, base, tuned).to(device, dtype)
 
 
 def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
     """The class and the configuration of the fine-tune's model; arguments and errors are those of `load_model`."""
     transformers = _transformers()
-    folder = base if base.is_dir() else base.parent
-    own, theirs = _config(folder), _config(tuned if tuned.is_dir() else tuned.parent)
+    folder = encoder_folder(base)
+    own, theirs = _config(folder), _config(encoder_folder(tuned))
     if own is None:
         raise SourceError(f"{folder}: has no config.json that names its architecture; give the base model's folder")
-    config, config_folder = (own, folder) if theirs is None else (theirs, tuned if tuned.is_dir() else tuned.parent)
+    config, config_folder = (own, folder) if theirs is None else (theirs, encoder_folder(tuned))
     if config.get("vocab_size") != own.get("vocab_size"):
         raise SourceError(
             f"{tuned}: its vocabulary has {config.get('vocab_size')} tokens, the base's {own.get('vocab_size')}; resize"
@@ -101,7 +105,7 @@ def load_tokenizer(*folders: Path) -> Any:
         MissingDependencyError: transformers is not installed.
     """
     transformers = _transformers()
-    tried = [folder if folder.is_dir() else folder.parent for folder in folders]
+    tried = [encoder_folder(folder) for folder in folders]
     for folder in tried:
         if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
             try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -13,8 +13,10 @@ from shiradelta.util.json_files import read_json
 LIST = "modules.json"
 #: Where a Router lists the modules in its subfolders; config.json before version 5.
 _ROUTERS = ("router_config.json", "config.json")
-#: Classes of modules that fits and training on texts run, or that change nothing in them.
-_RUN = ("Transformer", "Pooling", "Normalize", "Dropout")
+#: Classes of modules that change nothing where texts are run: the others have their own place there.
+_PLAIN = ("Transformer", "Pooling", "Dropout")
+#: Activations of a Dense module that are known by their names.
+ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU", "SiLU", "Sigmoid", "LeakyReLU", "ELU", "Mish", "Softplus")
 #: Classes of modules that always have weights.
 _WEIGHTY = (
     "Transformer",
@@ -72,13 +74,79 @@ def modules_of(folder: Path) -> tuple[SentenceModule, ...] | None:
     return tuple({module.path: module for module in reversed(every)}.values())[::-1]
 
 
+def encoder_folder(path: Path) -> Path:
+    """The folder of the model that transformers loads, given a model's folder or file."""
+    folder = path if path.is_dir() else path.parent
+    encoders = [module.path for module in modules_of(folder) or () if module.kind == "Transformer"]
+    return folder / encoders[0] if encoders else folder
+
+
+@dataclass(frozen=True)
+class HeadModule:
+    """A module that follows the pooling.
+
+    Attributes:
+        number: its name in memory.
+        path: its folder, relative to the model's.
+        kind: "Dense", "LayerNorm" or "Normalize".
+        settings: its config.json.
+    """
+
+    number: str
+    path: str
+    kind: str
+    settings: dict[str, Any] = field(compare=False)
+
+
+def head_of(folder: Path) -> list[HeadModule]:
+    """The modules after the pooling, where one of them changes the embedding; none if one cannot be run."""
+    modules = modules_of(folder) or ()
+    kinds = [module.kind for module in modules]
+    if "Pooling" not in kinds or _unknown(folder, modules):
+        return []
+    after = [module for module in modules[kinds.index("Pooling") + 1 :] if module.kind not in _PLAIN]
+    if all(module.kind == "Normalize" for module in after):  # as embeddings are anyway
+        return []
+    return [_head_module(folder, module) for module in after]
+
+
 def modules_not_run(*folders: Path) -> list[str]:
     """The modules that fits and training on texts do not run, by path, of the first folder with modules.json."""
     for folder in folders:
-        modules = modules_of(folder if folder.is_dir() else folder.parent)
-        if modules is not None:
-            return [module.path or module.kind for module in modules if module.kind not in _RUN]
+        home = folder if folder.is_dir() else folder.parent
+        if (modules := modules_of(home)) is not None:
+            return [module.path or module.kind for module in _unknown(home, modules)]
     return []
+
+
+def _unknown(folder: Path, modules: Sequence[SentenceModule]) -> list[SentenceModule]:
+    """All modules that matter, if one of them cannot be run."""
+    kinds = [module.kind for module in modules]
+    pooled = kinds.index("Pooling") if "Pooling" in kinds else len(kinds)
+    rest = [(place > pooled, module) for place, module in enumerate(modules) if module.kind not in _PLAIN]
+    if all(after and _can_be_run(_head_module(folder, module)) for after, module in rest):
+        return []
+    return [module for _, module in rest if module.kind != "Normalize"]
+
+
+def _head_module(folder: Path, module: SentenceModule) -> HeadModule:
+    config = folder / module.path / "config.json"
+    about = read_json(config) if config.is_file() else None
+    number = module.path.partition("_")[0]
+    return HeadModule(number, module.path, module.kind, about if isinstance(about, dict) else {})
+
+
+def _can_be_run(module: HeadModule) -> bool:
+    """Whether a module is known, down to its settings."""
+    about, place = module.settings, "sentence_embedding"
+    if not module.number.isdecimal():
+        return False
+    if module.kind == "Dense":
+        activation = str(about.get("activation_function") or "torch.nn.Tanh")
+        inside = activation.startswith("torch.nn.") and activation.rpartition(".")[2] in ACTIVATIONS
+        ends = {about.get("module_input_name") or place, about.get("module_output_name") or place}
+        return inside and ends == {place}
+    return module.kind in ("LayerNorm", "Normalize")
 
 
 def _module(path: Any, kind: Any, listing: Path) -> SentenceModule:

@@ -142,7 +142,7 @@ class Pairs(Examples):
         hidden = getattr(model(**batch), "last_hidden_state", None)
         if hidden is None:
             raise SourceError("the model gives no last_hidden_state, which pairs train; give an encoder, or texts")
-        return pool(hidden.float(), batch["attention_mask"], self._pooling)
+        return pool(hidden.float(), batch["attention_mask"], self._pooling, model)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
+from shiradelta.models.embedder import Embedder
 from shiradelta.models.sentence import modules_of
 from shiradelta.util.json_files import read_json
 from shiradelta.util.registry import Registry
@@ -119,16 +120,19 @@ def _mode_of(keys: list[str], path: Path) -> str:
     return names[keys[0]] if keys else _DEFAULT
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: str | None) -> Tensor:
+def pool(hidden: Tensor, mask: Tensor, pooling: str | None, model: nn.Module | None = None) -> Tensor:
     """[texts, tokens, size] -> one unit vector per text, as sentence-transformers computes it.
 
     Args:
         hidden: hidden states.
         mask: 1 for tokens, 0 for padding.
         pooling: a name of `POOLING_MODES`; None takes the mean.
+        model: the model that made the hidden states; an `Embedder` runs its modules on the pooled vectors.
 
     Raises:
         ArgumentError: the mode is unknown.
     """
     pooled = POOLING_MODES.find(_DEFAULT if pooling is None else pooling).pool(hidden, mask)
+    if isinstance(model, Embedder):
+        pooled = model.embedding(pooled)
     return nn.functional.normalize(pooled.float(), dim=-1)

@@ -19,6 +19,7 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
+from shiradelta.models.sentence import head_of
 from shiradelta.models.views import View
 
 
@@ -44,6 +45,8 @@ class Skeleton:
         self, base: Path, source: Path, exact: Mapping[str, TensorDelta], device: torch.device, dtype: torch.dtype
     ) -> None:
         loader, config = loading.model_class(base, source)
+        if head := head_of(base if base.is_dir() else base.parent):
+            raise CannotStreamError(f"its embedding goes through {head[0].path}")
         with _without_weights(dtype):
             model: nn.Module = loader(config)
         model.tie_weights()  # type: ignore[operator]
