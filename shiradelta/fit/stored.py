@@ -64,9 +64,10 @@ class LoadedWeights:
             SourceError: the model has a tensor in another shape.
         """
         library, homes = self._library, Homes()
-        saved = find_names(wanted, {name: tensor.shape for name, tensor in library.saved.items()})
-        rest = {name: shape for name, shape in wanted.items() if name not in saved.names}
-        own = find_names(rest, library.shapes)
+        other = {name: shape for name, shape in wanted.items() if name in library.saved or name not in library.shapes}
+        saved = find_names(other, {name: tensor.shape for name, tensor in library.saved.items()})
+        searched = {*saved.names, *saved.unclear}
+        own = find_names({name: shape for name, shape in wanted.items() if name not in searched}, library.shapes)
         for name, shape in wanted.items():
             if name in saved.names:
                 parts = library.saved[saved.names[name]].parts

@@ -122,6 +122,36 @@ def test_exact_changes_reach_the_weights_that_hold_them_and_go_again(kind: Any, 
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+@kinds
+def test_files_in_the_form_of_the_memory_are_found_as_they_are(kind: Any):
+    model = kind()
+    own = model.state_dict(keep_vars=True)
+    homes = LoadedWeights(model).find({name: tuple(weight.shape) for name, weight in own.items()})
+    assert not homes.missing
+    for name, weight in own.items():
+        ((first, view),) = homes.found[name]
+        assert view.is_same
+        assert own[first] is weight
+
+
+@pytest.mark.parametrize("method", ["train", "refit"])
+def test_a_tied_tensor_that_is_stored_twice_changes_alike(method: str, tmp_path: Path):
+    torch.manual_seed(0)
+    base, tuned = write_pair(tied(), tmp_path)
+    for folder in (base, tuned):
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    fit = replace(SETTINGS, method=method, steps=5)
+    report = shiradelta.convert(tuned, tmp_path / "a.shd", 0.05, base, fit=fit)
+    with shiradelta.open_delta(tmp_path / "a.shd") as delta:
+        one, other = delta["lm_head.weight"], delta["model.embed_tokens.weight"]
+        assert one.positions().tolist() == other.positions().tolist()
+        assert one.values().tolist() == other.values().tolist()
+    shiradelta.apply(base, tmp_path / "a.shd", out=tmp_path / "patched")
+    assert distance(tmp_path / "patched", tuned, tmp_path / "b.shd") == pytest.approx(report.fit.fitted, rel=1e-4)
+
+
 def target(name: str, delta: Sequence[float], count: int, dtype: str = "float32") -> FitTarget:
     rows = np.float32(delta)[:, None]
     return FitTarget(name, dtype, (len(delta),), lambda: lambda a, b: rows[a:b], count)
