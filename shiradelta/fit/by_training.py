@@ -48,7 +48,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
             steps=steps,
             micro=subject.micro,
             relative_lr=settings.relative_lr,
-            quantiser=partial(tuned.quantiser, codec=job.codec),
+            quantiser=partial(tuned.quantiser_of, codec=job.codec),
             counts=counts,
             units=units,
             whole_model=job.whole_model,

@@ -28,8 +28,9 @@ def restored(job: FitJob) -> Iterator[None]:
     try:
         make_contiguous(model)
         if job.exact:
-            overwritten = exact_homes(job.exact, LoadedWeights(model))
-            kept = {weight: weight.detach().clone() for weight, _, _ in overwritten}
+            weights = LoadedWeights(model)
+            overwritten = {weights.by_name[name] for name, _, _ in exact_homes(job.exact, weights)}
+            kept = {weight: weight.detach().clone() for weight in overwritten}
         yield
     finally:
         for module, training in modes:

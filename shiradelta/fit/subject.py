@@ -65,8 +65,8 @@ class Subject:
         missing = self._match(job, weights)
         self._check_missing(job, missing)
         self.warnings = _not_fitted(missing) + ([] if job.fit.forward else not_run(job.base, job.source))
-        for weight, view, delta in exact_homes(job.exact, weights):
-            write_exact(flat(weight), delta, view)
+        for name, view, delta in exact_homes(job.exact, weights):
+            write_exact(flat(weights.by_name[name]), delta, view)
         self.teacher = Teacher(self.model, self.fitted.tuned, self.behaviour)
         # Only texts to fit on, so that held-out texts have no influence.
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -100,32 +100,46 @@ class TunedWeights:
         values = nonzeros.values.cpu().numpy()
         return {
             name: Selection(positions, values[indices], self._energy_of[name])
-            for name, (indices, positions) in self._in_file(nonzeros).items()
+            for name, (indices, positions) in self._in_file(_by_index(nonzeros)).items()
         }
 
-    def quantiser(self, nonzeros: Nonzeros, codec: str) -> Quantiser:
-        """Rounds the values of nonzeros as a reader of the file will see them."""
-        device = nonzeros.values.device
-        if all(len(pieces) == 1 and pieces[0].view.is_same for pieces in self._pieces):
-            return Quantiser(codec, nonzeros.counts, device)
-        indices = [found for found, _ in self._in_file(nonzeros).values()]
+    def quantiser(self, positions: Mapping[int, Tensor], codec: str) -> Quantiser:
+        """Rounds values of some weights as a reader of the file will see them.
+
+        Args:
+            positions: index of a weight -> positions of its nonzeros; their values lie one after the other.
+            codec: the value codec.
+        """
+        device = self.weights[0].device
+        if all(len(self._pieces[index]) == 1 and self._pieces[index][0].view.is_same for index in positions):
+            return Quantiser(codec, [at.numel() for at in positions.values()], device)
+        indices = [found for found, _ in self._in_file(positions).values()]
         order = torch.from_numpy(np.concatenate(indices)).to(device)
         return Quantiser(codec, [found.size for found in indices], device, order)
 
-    def _in_file(self, nonzeros: Nonzeros) -> dict[str, tuple[Positions, Positions]]:
+    def quantiser_of(self, nonzeros: Nonzeros, codec: str) -> Quantiser:
+        """The same for all weights."""
+        return self.quantiser(_by_index(nonzeros), codec)
+
+    def _in_file(self, positions: Mapping[int, Tensor]) -> dict[str, tuple[Positions, Positions]]:
         """Name in the files -> (indices of its nonzeros in the vector, their positions in the tensor, increasing)."""
         parts: dict[str, list[tuple[Positions, Positions]]] = {}
-        for pieces, part in zip(self._pieces, nonzeros.parts, strict=True):
-            positions = nonzeros.positions[part.span].cpu().numpy()
-            for piece in pieces:
-                chosen, at = piece.view.from_weight(positions)
-                parts.setdefault(piece.target.name, []).append((chosen + part.span.start, at))
+        start = 0
+        for index, here in positions.items():
+            for piece in self._pieces[index]:
+                chosen, at = piece.view.from_weight(here.cpu().numpy())
+                parts.setdefault(piece.target.name, []).append((chosen + start, at))
+            start += here.numel()
         found = {}
         for name, some in parts.items():
             indices, at = (np.concatenate(arrays) for arrays in zip(*some, strict=True))
             order = np.argsort(at, kind="stable")
             found[name] = indices[order], at[order]
         return found
+
+
+def _by_index(nonzeros: Nonzeros) -> dict[int, Tensor]:
+    return dict(enumerate(nonzeros.positions[part.span] for part in nonzeros.parts))
 
 
 def dense(target: FitTarget, device: torch.device) -> Tensor:
@@ -160,8 +174,8 @@ def write_exact(weights: Tensor, delta: TensorDelta, view: View | None = None) -
 
 def exact_homes(
     exact: Sequence[tuple[str, TensorDelta]], weights: LoadedWeights
-) -> Iterator[tuple[Tensor, View, TensorDelta]]:
-    """Exact changes with the weights that they change; those of tensors that the model lacks are left out.
+) -> Iterator[tuple[str, View, TensorDelta]]:
+    """Exact changes with the names of the weights that they change; those that the model lacks are left out.
 
     Raises:
         SourceError: a change is for another shape.
@@ -169,4 +183,4 @@ def exact_homes(
     changes = {name: delta for name, delta in exact if not delta.operation.removes}
     homes = weights.find({name: delta.shape for name, delta in changes.items()})
     for name, home in homes.found.items():
-        yield from ((weights.by_name[weight], view, changes[name]) for weight, view in home)
+        yield from ((weight, view, changes[name]) for weight, view in home)

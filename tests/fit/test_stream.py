@@ -49,6 +49,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": gpt2,
     "gemma3": gemma3,
     "opt": lambda: opt(32),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA, num_local_experts=2)),
+    "nomic": lambda: transformers.NomicBertModel(transformers.NomicBertConfig(**LAYERS, pad_token_id=0)),
     "distilbert": lambda: transformers.DistilBertModel(
         transformers.DistilBertConfig(vocab_size=64, dim=32, n_layers=3, n_heads=2, hidden_dim=64)
     ),
@@ -58,10 +60,6 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "albert": (
         lambda: transformers.AlbertModel(transformers.AlbertConfig(**LAYERS, embedding_size=16)),
         "it has no list of layers",
-    ),
-    "mixtral": (
-        lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA, num_local_experts=2)),
-        "which transformers makes from others",
     ),
 }
 

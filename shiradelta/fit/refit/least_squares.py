@@ -8,7 +8,7 @@ Only X'X and X'(Y - X W') are needed of X and Y.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import cast
@@ -40,7 +40,7 @@ def refit(
     forward: Callable[[Sequence[int]], object],
     teacher: Callable[[], AbstractContextManager[None]],
     nonzeros: Nonzeros,
-    rounded: Callable[[Tensor], Tensor],
+    quantiser: Callable[[Mapping[int, Tensor]], Callable[[Tensor], Tensor]],
     parts: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[int]:
@@ -51,7 +51,8 @@ def refit(
         forward: runs the model on some examples.
         teacher: a context in which `forward` runs the teacher.
         nonzeros: mask and values to begin with; each tensor keeps its number of nonzeros.
-        rounded: rounds the values of one tensor as a reader will see them, so that later layers compensate.
+        quantiser: takes the positions of some tensors, by index; what it returns rounds their values as a reader will
+            see them, so that later layers compensate.
         parts: examples of each forward pass.
         progress: called with (layers done, number of layers).
 
@@ -62,36 +63,38 @@ def refit(
     values = [nonzeros.values[part.span] for part in nonzeros.parts]
     index_of = {id(part.parameter): index for index, part in enumerate(nonzeros.parts)}
 
-    def written(index: int) -> Nonzeros:
-        part = nonzeros.parts[index]
-        one = Nonzeros([part.parameter], [part.stored], [positions[index]])
-        one.write(rounded(values[index]))
-        return one
+    def write(indices: Sequence[int]) -> None:
+        if indices:
+            here = {index: positions[index] for index in indices}
+            parts_of = [nonzeros.parts[index] for index in indices]
+            some = Nonzeros([p.parameter for p in parts_of], [p.stored for p in parts_of], list(here.values()))
+            some.write(quantiser(here)(torch.cat([values[index] for index in indices])))
+            done.append(some)
 
     nonzeros.write(None)
     groups = _groups([module for module in linears if id(module.weight) in index_of], lambda: forward(parts[0]))
     linear = {index_of[id(module.weight)] for group in groups for module in group}
     left = [index for index in index_of.values() if index not in linear]
-    done = [written(index) for index in left]
+    done: list[Nonzeros] = []
+    write(left)
     for number, group in enumerate(groups):
         progress(number, len(groups))
+        indices = [index_of[id(module.weight)] for module in group]
         moments = _moments(forward, teacher, group, parts)
         if moments is None or not moments[0].any():  # no example reaches it, or only zeros do: it keeps its values
-            kept = [index_of[id(module.weight)] for module in group]
-            done += map(written, kept)
-            left += kept
+            write(indices)
+            left += indices
             continue
         inputs, crosses = moments
-        for module, cross in zip(group, crosses, strict=True):
-            index = index_of[id(module.weight)]
+        for module, index, cross in zip(group, indices, crosses, strict=True):
             positions[index], values[index] = solve(inputs, cross, positions[index].numel())
             if is_conv1d(module):
                 rows, columns = len(inputs), cross.shape[1]
                 positions[index], order = (positions[index] % rows * columns + positions[index] // rows).sort()
                 values[index] = values[index][order]
-            done.append(written(index))
-    for one in done:
-        one.write(None)
+        write(indices)
+    for some in done:
+        some.write(None)
     nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], torch.cat(values))
     return left
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from shiradelta.errors import SourceError
 from shiradelta.fit.fitted import FitTarget
 from shiradelta.fit.stored import LoadedWeights, Piece, group
-from shiradelta.fit.tuned_weights import write_exact
+from shiradelta.fit.tuned_weights import exact_homes, write_exact
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
 from shiradelta.models.sentence import head_of
-from shiradelta.models.views import View
+from shiradelta.models.views import Box, View
 
 
 class CannotStreamError(Exception):
@@ -38,7 +38,7 @@ class Skeleton:
     Attributes:
         model: the model; it has no weights at first.
         blocks: the list of layers with the most weights; the model calls them in order.
-        names: name of a parameter or buffer -> name in the base's files.
+        stored: name of a parameter or buffer -> (name in the base's files, the elements that the two share).
     """
 
     def __init__(
@@ -57,56 +57,54 @@ class Skeleton:
         self._device, self._dtype = device, dtype
         self._checkpoint: Checkpoint = open_checkpoint(base)
         self._loaded = LoadedWeights(self.model)
-        self.names = self._names_in_files()
-        self._exact = self._exact_changes(exact)
-        for name in self._all():
-            if name not in self.names and name not in self._exact:
+        self.stored = self._in_files()
+        self._exact: dict[str, list[tuple[View, TensorDelta]]] = {}
+        for weight, view, delta in exact_homes(list(exact.items()), self._loaded):
+            self._exact.setdefault(weight, []).append((view, delta))
+        for name, parameter in self._all().items():
+            views = [view for _, view in self.stored.get(name, ())] + [view for view, _ in self._exact.get(name, ())]
+            if sum(box.numel for box in {view.weight for view in views}) < parameter.numel():
                 raise CannotStreamError(f"the files have no {name!r}, which transformers makes from others")
-        for name, tensor in self.model.named_buffers():
-            if name in self.names:
-                tensor.copy_(self._read(self.names[name]).view(tensor.shape))
+        for name, buffer in self.model.named_buffers():
+            if name in self.stored or name in self._exact:
+                buffer.copy_(self._weights(name, buffer.shape, buffer.dtype))
         for module in self.model.modules():
             for name, tensor in module.named_buffers(recurse=False):
                 module._buffers[name] = tensor.to(device)
 
-    def _names_in_files(self) -> dict[str, str]:
+    def _in_files(self) -> dict[str, list[tuple[str, View]]]:
         try:
             found = self._loaded.find({name: slot.shape for name, slot in self._checkpoint.items()}).found
         except SourceError as error:
             raise CannotStreamError(str(error)) from None
-        names: dict[str, str] = {}
+        stored: dict[str, dict[Box, tuple[str, View]]] = {}
         for name, home in found.items():
-            own, view = home[0]
-            if _is_same(home) and (own not in names or view.name == own):  # of tied ones, the first has the values
-                names[own] = name
-        for own, name in names.items():
             slot = self._checkpoint[name]
             if slot.dtype.name not in TORCH_DTYPES:
-                raise CannotStreamError(f"the files have {own!r} as {slot.dtype.name} {list(slot.shape)}")
-        return names
-
-    def _exact_changes(self, exact: Mapping[str, TensorDelta]) -> dict[str, TensorDelta]:
-        changes = {name: delta for name, delta in exact.items() if not delta.operation.removes}
-        found = self._loaded.find({name: delta.shape for name, delta in changes.items()}).found
-        for name, home in found.items():
-            if not _is_same(home):
-                raise CannotStreamError(f"the model has {name!r} in another form than the files")
-        return {home[0][0]: changes[name] for name, home in found.items()}
+                raise CannotStreamError(f"the files have {name!r} as {slot.dtype.name} {list(slot.shape)}")
+            for own, view in home:
+                views = stored.setdefault(own, {})
+                if view.weight not in views or view.name == own:  # of tied ones, the first has the values
+                    views[view.weight] = name, view
+        return {own: list(views.values()) for own, views in stored.items()}
 
     def pieces(self, targets: Sequence[FitTarget]) -> tuple[dict[str, list[Piece]], dict[str, str]]:
-        """The targets as `shiradelta.fit.stored.group` returns them; each is a parameter of the model.
+        """The targets as `shiradelta.fit.stored.group` returns them; each is in one block, or outside them.
 
         Raises:
             CannotStreamError: one is not.
         """
         homes = self._loaded.find({target.name: target.shape for target in targets})
-        parameters = self._all()
+        places: dict[str, int | None] = dict.fromkeys(self.of_rest())
+        for index in range(len(self.blocks)):
+            places |= dict.fromkeys(self.of_block(index), index)
         for target in targets:
             home = homes.found.get(target.name)
             if home is None:
                 raise CannotStreamError(f"{target.name!r} is not fitted, because {homes.missing[target.name]}")
-            if not _is_same(home) or home[0][0] not in parameters:
-                raise CannotStreamError(f"{target.name!r} is no parameter of the model by itself")
+            own = [name for name, _ in home]
+            if any(name not in places for name in own) or len({places[name] for name in own}) > 1:
+                raise CannotStreamError(f"{target.name!r} is in several layers, or in a buffer")
         return group(targets, homes)
 
     def of_block(self, index: int) -> dict[str, nn.Parameter]:
@@ -130,7 +128,7 @@ class Skeleton:
         filled = {}
         for name, parameter in parameters.items():
             names = every[id(parameter)]
-            filled[name] = self._place(names, self._weights(names, parameter.shape))
+            filled[name] = self._place(names, self._weights(names[0], parameter.shape, self._dtype))
         return filled
 
     def empty(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -145,24 +143,26 @@ class Skeleton:
             setattr(self.model.get_submodule(module), leaf, parameter)
         return parameter
 
-    def _weights(self, names: list[str], shape: torch.Size) -> Tensor:
-        stored, exact = self.names.get(names[0]), self._exact.get(names[0])
-        weights = torch.zeros(shape) if stored is None else self._read(stored).view(shape)
-        weights = weights.to(self._device, self._dtype)
-        if exact is not None:
-            write_exact(weights.view(-1), exact)
+    def _weights(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        stored = self.stored.get(name, ())
+        if len(stored) == 1 and stored[0][1].is_same:
+            weights = self._read(stored[0][0]).to(self._device, dtype).view(shape)
+        else:
+            weights = torch.zeros(shape, device=self._device, dtype=dtype)
+            for file, view in stored:
+                at, source = view.weight, view.stored
+                part = self._read(file).as_strided(source.shape, source.strides, source.offset)
+                weights.as_strided(at.shape, at.strides, at.offset).copy_(part)
+        for view, delta in self._exact.get(name, ()):
+            write_exact(weights.view(-1), delta, view)
         return weights
 
     def _read(self, name: str) -> Tensor:
+        """A tensor of the files, flat."""
         slot = self._checkpoint[name]
         bits = np.array(self._checkpoint.bits(name))
         kind = {2: np.int16, 4: np.int32}[slot.dtype.size]
-        return torch.from_numpy(bits.view(kind)).view(TORCH_DTYPES[slot.dtype.name]).view(slot.shape)
-
-
-def _is_same(home: Sequence[tuple[str, View]]) -> bool:
-    """Whether a weight in memory is a tensor of the files, element by element."""
-    return len(home) == 1 and home[0][1].is_same
+        return torch.from_numpy(bits.view(kind)).view(TORCH_DTYPES[slot.dtype.name])
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

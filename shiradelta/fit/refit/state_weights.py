@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from shiradelta.fit.rounding import rounded, write_rounded
+from shiradelta.fit.quantise import Quantiser
+from shiradelta.fit.rounding import write_rounded
 from shiradelta.fit.stored import Piece
 from shiradelta.fit.teacher import exchanged
 from shiradelta.fit.tuned_weights import TunedWeights
@@ -47,9 +48,9 @@ class StateWeights:
         """The student's nonzeros: top-k until they are refitted.  None if nothing is fitted."""
         return self._nonzeros.get("fitted")
 
-    def rounded(self, values: Tensor) -> Tensor:
-        """The values of one tensor as a reader will see them."""
-        return rounded(values, self._codec)
+    def quantiser(self, positions: Mapping[int, Tensor]) -> Quantiser:
+        """Rounds values of some weights, by their index, as a reader will see them."""
+        return self.weights.quantiser(positions, self._codec)
 
     @contextmanager
     def of(self, state: str) -> Iterator[None]:

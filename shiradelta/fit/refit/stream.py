@@ -86,11 +86,11 @@ class _Stream:
         with self._patched(self._leave):
             if self._rest.fitted is not None:
                 left = refit(
-                    late,
+                    [module for module in late if module.weight in self._rest.weights.covered],
                     self._outputs,
                     partial(self._rest_as, "tuned"),
                     self._rest.fitted,
-                    self._rest.rounded,
+                    self._rest.quantiser,
                     self._calibration,
                 )
                 self._left += left_out(self._model, self._rest.weights, left)
@@ -179,8 +179,8 @@ class _Stream:
                 yield
 
         if weights.fitted is not None:
-            linears = own_linears(self._blocks[index])
-            left = refit(linears, run, teacher, weights.fitted, weights.rounded, self._calibration)
+            linears = [m for m in own_linears(self._blocks[index]) if m.weight in weights.weights.covered]
+            left = refit(linears, run, teacher, weights.fitted, weights.quantiser, self._calibration)
             self._left += left_out(self._blocks[index], weights.weights, left)
         for state in STATES:
             parts = self._held_out + (self._calibration if state in ("fitted", "tuned") else [])

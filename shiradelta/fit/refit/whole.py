@@ -6,7 +6,7 @@ from functools import partial
 
 from shiradelta.fit.fitted import FitJob, Fitted
 from shiradelta.fit.refit.least_squares import left_out, left_out_warnings, own_linears, refit
-from shiradelta.fit.rounding import rounded, write_rounded
+from shiradelta.fit.rounding import write_rounded
 from shiradelta.fit.subject import Subject
 from shiradelta.nonzeros.vector import Nonzeros
 
@@ -23,7 +23,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
         partial(subject.behaviour.outputs, subject.model),
         subject.teacher.in_place,
         nonzeros,
-        partial(rounded, codec=job.codec),
+        partial(subject.fitted.quantiser, codec=job.codec),
         calibration,
         partial(job.progress, "least squares by layer"),
     )
