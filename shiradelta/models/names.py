@@ -48,6 +48,7 @@ def find_names(wanted: Named, have: Named, same: Mapping[str, Hashable] | None =
     A prefix is replaced for a group of names, all that begin with it, if exactly one other prefix finds most of them.
     Prefixes with different numbers never replace each other, and one that is not only lengthened or shortened has to
     lead to numbered layers.  Names of other shapes than wanted do not count, but are found along with their group.
+    Where several prefixes find as many, those lose whose tensors other names have.
 
     Args:
         wanted: the names to find; the dimensions of their shapes may be in any order.
@@ -57,9 +58,24 @@ def find_names(wanted: Named, have: Named, same: Mapping[str, Hashable] | None =
     found = Found({name: name for name in wanted if name in have})
     missing = [name for name in wanted if name not in found.names]
     if missing:
-        _Search(wanted, have, found, same or {}).group("", missing)
+        search = _Search(wanted, have, found, same or {})
+        search.group("", missing)
+        if found.unclear and not search.given_up:
+            _search_rest(wanted, have, found, same or {})
         _refuse_repeated(found, missing)
     return found
+
+
+def _search_rest(wanted: Named, have: Named, found: Found, same: Mapping[str, Hashable]) -> None:
+    """Looks for unclear names among tensors that no other name has: one half of a model tells which the other is."""
+    taken = {same.get(name, name) for name in found.names.values()}
+    rest = {name: shape for name, shape in have.items() if same.get(name, name) not in taken}
+    if len(rest) < len(have):
+        again = Found()
+        unclear = {name: wanted[name] for name in found.unclear}
+        _Search(unclear, rest, again, same).group("", list(unclear))
+        found.names |= again.names
+        found.unclear = {name: why for name, why in found.unclear.items() if name not in again.names}
 
 
 def _refuse_repeated(found: Found, renamed: Iterable[str]) -> None:
@@ -93,10 +109,15 @@ class _Search:
                     self._numbered.setdefault((tail, before), []).append(head)
         self._folders = {cut.group() for cut in map(_FOLDER.match, self._free) if cut}
 
+    @property
+    def given_up(self) -> bool:
+        """Whether the names cannot be compared in some seconds."""
+        return self._left < 0
+
     def group(self, prefix: str, names: Sequence[str]) -> None:
         """Finds names that begin with a prefix: all by one other prefix if that is possible, else in smaller groups."""
         hits = self._hits(prefix, names)
-        if self._left < 0:
+        if self.given_up:
             self._found.unclear |= {name: f"{name!r} may be any of too many tensors" for name in names}
             return
         most = max(hits.values(), key=len, default=set())

@@ -93,6 +93,23 @@ def test_shapes_tell_which_prefix_is_meant_and_a_resized_tensor_goes_with_its_gr
     assert find_names(wanted, have).names == {name: f"text.{name}" for name in wanted}
 
 
+def test_one_half_of_a_model_tells_the_other():
+    """The language model's names fit both halves, but those of the vision tower only one."""
+    have = [*stack("language_model.model."), *stack("vision_tower.encoder.")]
+    wanted = [*stack("model.language_model."), *stack("model.vision_tower.encoder.")]
+    assert find(wanted, have) == Found(dict(zip(wanted, have, strict=True)))
+    assert find(wanted[: len(wanted) // 2], have).names == {}
+    assert set(find(wanted[: len(wanted) // 2], have).unclear) == set(wanted[: len(wanted) // 2])
+
+
+def test_what_is_left_is_unclear_if_several_names_fit_it():
+    have = [*stack("decoder."), *stack("encoder.")]
+    wanted = [*stack("model.decoder."), *stack("a."), *stack("b.")]
+    found = find(wanted, have)
+    assert found.names == dict(zip(stack("model.decoder."), stack("decoder."), strict=True))
+    assert set(found.unclear) == {*stack("a."), *stack("b.")}
+
+
 def test_two_names_for_one_tensor_are_unclear():
     found = find([*stack("text."), *stack("vision.")], stack(""))
     assert not found.names
