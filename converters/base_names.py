@@ -18,7 +18,15 @@ from shiradelta.models.library import Converted, match_names
 from shiradelta.models.names import Named
 
 from .item import NO_TARGET, Skipped, SkipReason
-from .original_names import SINGLE_FILE, is_original, is_single_file, layers_per_block, library_names, library_unet
+from .original_names import (
+    SINGLE_FILE,
+    is_numbered,
+    is_original,
+    is_single_file,
+    layers_per_block,
+    library_names,
+    library_unet,
+)
 
 #: LyCORIS' names in a module that it wraps: no component, dots became underscores.
 _LYCORIS_PREFIX = "lycoris_"
@@ -227,7 +235,8 @@ def find_tensors(wanted: Named, base: Checkpoint) -> BaseTensors:
         elif name in matched.unclear:
             lacking[name] = Skipped(SkipReason.NO_TARGET, f"{matched.unclear[name]} of {base.root}")
         elif is_original(name) and not there.original:
-            why = "it has the original checkpoint's name, the base has diffusers'; convert its keys first"
+            remedy = "put the config.json of its U-Net beside the weights, or " if is_numbered(name) else ""
+            why = f"it has the original checkpoint's name, the base has diffusers'; {remedy}convert its keys first"
             lacking[name] = Skipped(SkipReason.NO_TARGET, why)
         elif there.original and _DIFFUSERS_BLOCKS.search(name):
             why = (

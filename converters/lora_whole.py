@@ -57,7 +57,9 @@ def add_whole(
             target = names.get(name, name)
             lost[key] = _second(source, key, taken[target], target, key in differences, base)
         else:
-            if TOKENS.match(key):
+            if TOKENS.match(key) and name in tied:
+                item = _would_change(NO_TARGET, tied[name])
+            elif TOKENS.match(key):
                 item = _tokens(source, key, name, found, scale, base)
             elif key in differences:
                 item = diff.difference(source, key, found, base) if found else NO_TARGET

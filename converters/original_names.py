@@ -30,6 +30,7 @@ SINGLE_FILE["text_encoder_2"], SINGLE_FILE["text_encoder_3"] = SINGLE_FILE["te2"
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
 
 _ORIGINAL = re.compile(r"(?:^|[._])(?:(?:input|output|double|single|joint)_blocks|middle_block)[._]")
+_NUMBERED = re.compile(r"(?:^|[._])(?:(?:input|output)_blocks|middle_block)[._]")
 _BLOCK = re.compile(r"(input|output)_blocks[._](\d+)[._](\d+)(?:[._](.+))?")
 _MIDDLE = re.compile(r"middle_block[._]([012])(?:[._](.+))?")
 _MIDDLE_PARTS = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
@@ -71,6 +72,11 @@ _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 def is_original(name: str) -> bool:
     """Whether a tensor of a denoising model has its name in the original checkpoint, dots or underscores."""
     return _ORIGINAL.search(name) is not None
+
+
+def is_numbered(name: str) -> bool:
+    """Whether it is a U-Net's, where numbers of blocks count its layers."""
+    return _NUMBERED.search(name) is not None
 
 
 def is_single_file(base: Checkpoint) -> bool:

@@ -121,7 +121,10 @@ def convert(
     opened = open_source(Path(source), kind, None if base is None else open_checkpoint(base), alpha)
     if not opened.items:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(opened.skipped.items())[:3])
-        raise SourceError(f"{source}: nothing in it can be converted ({why or 'no tensors'})")
+        raise SourceError(
+            f"{source}: nothing in it can be converted ({why or 'no tensors'}); give the base that it was made from, or"
+            " rename its tensors as the base's"
+        )
     if fit is not None:
         from .fitting import refuse_resized, run_fit
 

@@ -180,6 +180,36 @@ def test_both_layers_of_a_base_that_stores_both(tmp_path: Path):
         torch.testing.assert_close(before["lm_head.weight"] + change, weight)
 
 
+@pytest.mark.parametrize("ensured", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "tied"),
+    [
+        ([3, 5], True),
+        ({"embed_tokens": [3, 5], "lm_head": [3, 5]}, True),
+        ({"lm_head": [3, 5]}, False),
+    ],
+)
+def test_trained_rows(tmp_path: Path, rows: Any, tied: bool, ensured: bool):
+    """PEFT ties those of the output to those of the embedding, unless only the output has any."""
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": rows, "ensure_weight_tying": ensured}
+    tuned, _ = make(tmp_path, llama, **settings)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter += 1
+    tuned.save_pretrained(tmp_path / "lora")
+    if not tied:
+        with pytest.raises(
+            SourceError, match=r"lm_head\S*: the base ties it to 'model.embed_tokens.weight', which would"
+        ):
+            shiradelta.convert(tmp_path / "lora", base=tmp_path / "base")
+        return
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        runs = tuned(tokens).logits
+        torch.testing.assert_close(converted(tmp_path, llama)[1](tokens).logits, runs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_same_tensor_twice_without_a_tie_is_a_conflict(tmp_path: Path):
     make(tmp_path, llama, target_modules=["q_proj"])
     file = tmp_path / "lora" / "adapter_model.safetensors"
