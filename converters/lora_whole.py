@@ -57,6 +57,7 @@ def add_whole(
             target = names.get(name, name)
             lost[key] = _second(source, key, taken[target], target, key in differences, base)
         else:
+            item: Item | Skipped
             if TOKENS.match(key) and name in tied:
                 item = _would_change(NO_TARGET, tied[name])
             elif TOKENS.match(key):
