@@ -109,6 +109,9 @@ def test_pefts_other_methods_are_refused(tmp_path: Path, bert, config: LoraConfi
         ({"init_lora_weights": "corda"}, "corda"),
         ({"init_lora_weights": "loftq"}, "loftq"),
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"arrow_config": {"top_k": 3}}, "Arrow router"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         ({"target_parameters": [UP]}, "whose shapes the base has"),
         ({"peft_type": "IA3"}, "IA3"),
@@ -122,7 +125,7 @@ def test_configurations_that_are_refused(tmp_path: Path, config: dict[str, objec
         shiradelta.convert(write_lora(tmp_path / "lora", MODULES, config))
 
 
-@pytest.mark.parametrize("init", [True, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_leave_the_base_alone(tmp_path: Path, init: object):
     assert converted(write_lora(tmp_path / "lora", MODULES, {"lora_alpha": 4, "init_lora_weights": init}))
 
