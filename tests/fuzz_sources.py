@@ -11,6 +11,7 @@ warning, much memory.
 
 from __future__ import annotations
 
+import random
 import sys
 import tempfile
 from functools import partial
@@ -22,10 +23,11 @@ import numpy as np
 import shiradelta as sd
 from shiradelta.folder.plan import make_plan
 from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.models.library import library_of
 from shiradelta.text.pooling import find_pooling
 from tests.fuzzing import Case, Report, judged, main
 from tests.strange_sources import case
-from tests.whole_sources import UP, Strange, write
+from tests.whole_sources import KINDS, UP, Strange, whole, write
 
 SECONDS_PER_CASE = 10.0
 LONGEST_LINE = 1500
@@ -81,9 +83,14 @@ def run_case(patch: bytes, seed: int, i: int) -> Report:
 
 def start() -> Case:
     """The fuzzer; see `tests.fuzzing`."""
-    import transformers  # noqa: F401  not while a case runs, whose time and memory are limited
-
-    return partial(run_case, delta())
+    patch = delta()
+    # Imports what is needed, not while a case runs, whose time and memory are limited.
+    for kind in (*KINDS, "target"):
+        tried(whole(kind, random.Random(0)), patch)
+    with tempfile.TemporaryDirectory() as folder:
+        write(whole("bert", random.Random(0)).files, Path(folder))
+        assert library_of(Path(folder) / "base") is not None
+    return partial(run_case, patch)
 
 
 def keep(seed: int, i: int, folder: Path) -> None:

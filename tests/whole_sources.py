@@ -243,6 +243,28 @@ def pipeline(rng: Random) -> Tree:
     return tree | folder("base/text_encoder", model(rng)) | folder("base/unet", {"a.weight": bf16(rng, 4, 4)})
 
 
+BERT = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 12,
+}
+
+
+def bert(rng: Random) -> Tree:
+    """A LoRA whose module needs transformers' own names to be found."""
+    module = "bert.encoder.layer.0.attention.self.query"
+    return adapter({f"{module}.lora_A.weight": f32(rng, 2, 8), f"{module}.lora_B.weight": f32(rng, 8, 2)})
+
+
+def bert_base(rng: Random) -> Tree:
+    shapes = {"embeddings.word_embeddings.weight": [12, 8], "encoder.layer.0.attention.self.query.weight": [8, 8]}
+    return folder("base", {name: f32(rng, *shape) for name, shape in shapes.items()}, config=BERT)
+
+
 def sentence(at: str) -> Tree:
     """What sentence-transformers lays beside a model."""
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
@@ -253,12 +275,13 @@ def sentence(at: str) -> Tree:
     }
 
 
+_BASES = {kohya: pipeline, diffusers: pipeline, bert: bert_base}
 #: Kind -> (its files, whether it needs the base, what makes the base).
 KINDS: dict[str, tuple[Callable[[Random], Tree], bool, Callable[[Random], Tree]]] = {
-    made.__name__: (made, needs, pipeline if made in (kohya, diffusers) else lambda rng: folder("base", model(rng)))
+    made.__name__: (made, needs, _BASES.get(made, lambda rng: folder("base", model(rng))))
     for made, needs in (
         *((peft, True), (adalora, False), (lycoris, True), (kohya, True), (diffusers, True), (shira, True)),
-        *((sparse, True), (dense, False), (full, True)),
+        *((sparse, True), (dense, False), (full, True), (bert, True)),
     )
 }
 

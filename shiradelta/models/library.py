@@ -152,21 +152,10 @@ def _library(folder: Path, changed: int) -> Library | None:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         return None
-    import torch
-    import transformers
+    from shiradelta.models.empty import build_empty
 
-    from shiradelta.models.loading import quiet
-
-    with quiet(transformers), torch.device("meta"):
-        try:
-            parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            names = config.get("architectures") or []
-            kind = getattr(transformers, names[0], None) if names else None
-            model = transformers.AutoModel.from_config(parsed) if kind is None else kind(parsed)
-            model.tie_weights()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError):
-            return None  # it has code of its own, or a newer version of transformers wrote it
-        return Library.of_model(model)
+    model = build_empty(folder, config)
+    return None if model is None else Library.of_model(model)
 
 
 class _Loaded:

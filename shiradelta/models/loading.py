@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from shiradelta.models.embedder import with_head
 from shiradelta.models.sentence import encoder_folder
 from shiradelta.util.json_files import read_json
 from shiradelta.util.optional import importing
+from shiradelta.util.text import brief
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -72,18 +73,30 @@ def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
             f"{tuned}: its vocabulary has {config.get('vocab_size')} tokens, the base's {own.get('vocab_size')}; resize"
             " the base's embeddings first, or convert without fitting"
         )
-    architecture = config["architectures"][0]
-    loader = getattr(transformers, architecture, None)
+    loader = class_of(config)
     if loader is None:
+        named = config["architectures"]
+        named = brief(str(named[0] if isinstance(named, list) else named), 80)
         raise SourceError(
-            f"{config_folder}: transformers has no class {architecture}, which config.json names; give model and"
-            " forward from Python"
+            f"{config_folder}: transformers has no class {named}, which config.json names; give model and forward from"
+            " Python"
         )
     with _loading(config_folder):
         parsed = transformers.AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
     if getattr(parsed, "is_encoder_decoder", False):
         raise SourceError(f"{folder}: an encoder-decoder has two inputs; give model and forward from Python")
     return loader, parsed
+
+
+def class_of(config: Mapping[str, Any]) -> Any:
+    """The model class that a config.json names; None if it names none of transformers' models."""
+    transformers = _transformers()
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        return None
+    found = getattr(transformers, names[0], None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
 
 
 @contextmanager

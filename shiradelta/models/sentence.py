@@ -9,6 +9,7 @@ from typing import Any
 
 from shiradelta.errors import SourceError
 from shiradelta.util.json_files import read_json
+from shiradelta.util.text import brief
 
 LIST = "modules.json"
 #: Where a Router lists the modules in its subfolders; config.json before version 5.
@@ -69,7 +70,7 @@ def modules_of(folder: Path) -> tuple[SentenceModule, ...] | None:
     try:
         found = [_module(entry["path"], entry["type"], listing) for entry in read_json(listing)]
     except (KeyError, TypeError) as error:
-        raise SourceError(f"{listing}: is not a list of modules ({error}); get it again") from None
+        raise SourceError(f"{listing}: is not a list of modules ({brief(str(error), 200)}); get it again") from None
     every = [inner for module in found for inner in (module, *_routed(folder, module))]
     return tuple({module.path: module for module in reversed(every)}.values())[::-1]
 

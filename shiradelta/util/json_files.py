@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ def read_json(path: Path) -> Any:
     """
     try:
         with open_regular(path) as stream:
-            raw = stream.read(_MOST_BYTES + 1)
+            if os.fstat(stream.fileno()).st_size > _MOST_BYTES:
+                raise SourceError(
+                    f"{path}: has more than {_MOST_BYTES >> 20} MiB, too many for a JSON file; get it again"
+                )
+            raw = stream.read()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if len(raw) > _MOST_BYTES:
-        raise SourceError(f"{path}: has more than {_MOST_BYTES >> 20} MiB, too many for a JSON file; get it again")
     if raw.startswith(LFS_POINTER):
         raise SourceError(f"{path}: {LFS_WHAT}; {LFS_REMEDY}")
     try:

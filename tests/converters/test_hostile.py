@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import shiradelta
 from shiradelta.errors import ShiraDeltaError, SourceError
+from shiradelta.models.checkpoint import open_checkpoint
 from tests.conftest import write_lora
 from tests.converters.test_convert import MODULES
 
@@ -222,6 +223,14 @@ def test_indices_that_are_none(tmp_path: Path, made: Path, where: torch.Tensor, 
     tensors = {f"{name}.shira_indices": where, f"{name}.shira_weight": torch.ones(max(1, where.numel() // 2))}
     save_file(tensors, tmp_path / "x.safetensors")
     assert message in refusal(tmp_path / "x.safetensors", base=made / "bf16")
+
+
+@pytest.mark.parametrize("kind", [10**4000, "x" * 100_000, ["x"] * 10_000, None])
+def test_a_module_of_no_type(tmp_path: Path, model: Path, kind: object):
+    (model / "modules.json").write_text(json.dumps([{"path": "0_Transformer", "type": kind}]))
+    with pytest.raises(ShiraDeltaError) as caught:
+        open_checkpoint(model)
+    assert len(str(caught.value)) < 1000
 
 
 def test_refusals_are_source_errors(tmp_path: Path):
