@@ -32,7 +32,7 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": "an activated LoRA, which depends on the text; no change of weights does the same",
     "use_bdlora": "a BD-LoRA, whose factors are blocks on a diagonal; merge it first",
     "use_qalora": "a QALoRA, whose factors act on averages of inputs; merge it first",
-    "arrow_config": "an Arrow router of several adapters, which depends on the text; no change of weights does the same",
+    "arrow_config": "an Arrow router of adapters, which depends on the text; no change of weights does the same",
     "kasa_config": "a KaSA, which cuts what is small out of the base; merge it first",
 }
 #: Keys whose value depends on the module, by patterns.
