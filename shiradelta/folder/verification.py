@@ -12,10 +12,10 @@ from shiradelta.backends.choose import choose
 from shiradelta.errors import BaseMismatchError, ShiraDeltaError, TargetError
 from shiradelta.folder.comparison import Past, first_difference, unlike_base, unlike_delta
 from shiradelta.folder.digests import digests_of
-from shiradelta.folder.journal import FOLDER, Journal, reading
+from shiradelta.folder.journal import Journal, reading
 from shiradelta.folder.state import Applied
 from shiradelta.io.reader import Delta, StoredTensor, open_delta
-from shiradelta.io.recognise import Wanted, explain
+from shiradelta.io.recognise import Wanted, explain, is_patched
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import difference
@@ -150,7 +150,7 @@ def existing(model_dir: str | os.PathLike[str]) -> Path:
             raise TargetError(f"{root}: is a file; give the folder that it is in")
         if not root.is_dir():
             raise TargetError(f"{root}: no such folder; check the path")
-        if not (root / FOLDER / "state.json").exists():
+        if not is_patched(root):
             refuse_several(root)
     return root
 

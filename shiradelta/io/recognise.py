@@ -60,6 +60,11 @@ def explain_refusal(error: FormatError, path: Path) -> None:
         error.detail, error.remedy = f"it {thing.what}", thing.remedies[Wanted.DELTA].replace("{path}", str(path))
 
 
+def is_patched(folder: Path) -> bool:
+    """Whether deltas are on a model's folder, which then is let through, so that they can be reverted."""
+    return any((folder / ".shiradelta" / "undo").glob("*.shd"))
+
+
 def _recognise(path: Path, wanted: Wanted) -> Thing | None:
     return next((thing for thing in THINGS.values() if wanted in thing.remedies and _holds(thing, path)), None)
 
@@ -157,8 +162,7 @@ _PACKED = ("bitsandbytes", "awq", "gptq")
 def _is_quantised(path: Path) -> bool:
     # A folder with deltas on it is let through, so that they can be reverted; an adapter's config.json is its base's.
     config = (path if path.is_dir() else path.parent) / "config.json"
-    managed = (config.parent / ".shiradelta" / "state.json").exists()
-    if path.name.startswith("adapter_") or not config.is_file() or managed:
+    if path.name.startswith("adapter_") or not config.is_file() or is_patched(config.parent):
         return False
     about = json.loads(config.read_text(encoding="utf-8"))
     quantised = about.get("quantization_config") if isinstance(about, dict) else None

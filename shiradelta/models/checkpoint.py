@@ -15,7 +15,7 @@ import numpy as np
 
 from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.format.arithmetic import Array
-from shiradelta.io.recognise import Wanted, explain
+from shiradelta.io.recognise import Wanted, explain, is_patched
 from shiradelta.models.safetensors import Slot, read_shard
 from shiradelta.models.sentence import LIST, SentenceModule, modules_of
 from shiradelta.util.json_files import read_json
@@ -129,7 +129,7 @@ def _files_of_part(root: Path, folder: Path, listed: bool) -> list[Path]:
     Raises:
         SourceError: it is listed as a part of the model, and has its weights in another format.
     """
-    if listed and folder != root and not _is_patched(root) and (message := explain(folder, Wanted.WEIGHTS)) is not None:
+    if listed and folder != root and not is_patched(root) and (message := explain(folder, Wanted.WEIGHTS)) is not None:
         raise SourceError(message)
     return _weight_files_of(folder)
 
@@ -142,18 +142,13 @@ def _files_of_module(root: Path, module: SentenceModule) -> list[Path]:
     """
     folder = root / module.path
     files = _files_of_part(root, folder, listed=True)
-    if module.has_weights and not files and not _is_patched(root):
+    if module.has_weights and not files and not is_patched(root):
         others = sorted(path for path in folder.glob("*.*") if path.suffix != ".json")
         raise SourceError(
             next(filter(None, (explain(path, Wanted.WEIGHTS) for path in others)), None)
             or f"{folder}: has no .safetensors weights, and {LIST} lists it as {module.kind}; get its files, too"
         )
     return files
-
-
-def _is_patched(root: Path) -> bool:
-    """Whether deltas are on a folder, which then is let through, so that they can be reverted."""
-    return (root / ".shiradelta" / "state.json").exists()
 
 
 def _weight_files_of(folder: Path) -> list[Path]:

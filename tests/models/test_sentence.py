@@ -17,6 +17,7 @@ from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.sentence import SentenceModule, modules_of
 from shiradelta.train import attach
+from tests.killing import contents
 
 ENCODER = {f"encoder.layer.{i}.dense.weight": (8, 8) for i in range(2)} | {"embeddings.word_embeddings.weight": (20, 8)}
 #: Folder -> its tensors, as sentence-transformers names them.
@@ -93,7 +94,7 @@ HOMES = ["", "0_Transformer"]
 @pytest.mark.parametrize("home", HOMES)
 def test_every_module_is_converted_applied_and_reverted(tmp_path: Path, home: str):
     base, tuned = (sentences(tmp_path / name, seed, home) for seed, name in enumerate(("base", "tuned")))
-    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    before = contents(base)
     prefix = f"{home}/" if home else ""
     report = shiradelta.convert(tuned, tmp_path / "a.shd", sparsity=1, base=base, values="f32")
     every = {path + "/" if path else "": shapes for path, shapes in {home: ENCODER, **MODULES}.items()}
@@ -103,7 +104,7 @@ def test_every_module_is_converted_applied_and_reverted(tmp_path: Path, home: st
     check_equal(weights(base), weights(tuned))
     assert shiradelta.verify(base, tmp_path / "a.shd").state == "patched"
     shiradelta.revert(base)
-    assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
+    assert contents(base) == before
 
 
 @pytest.mark.parametrize("home", HOMES)
@@ -211,6 +212,8 @@ def test_a_folder_with_a_delta_on_it_can_be_reverted_without_a_module(tmp_path: 
     pickled(base / "3_Dense")
     shiradelta.revert(base)
     assert (base / "model.safetensors").read_bytes() == before
+    with pytest.raises(SourceError, match="3_Dense: has its weights in a pickle"):
+        shiradelta.apply(base, tmp_path / "a.shd")
 
 
 @pytest.mark.parametrize(
