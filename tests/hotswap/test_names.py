@@ -57,6 +57,8 @@ def qwen25_vl() -> Any:
 
 
 VLMS = [gemma3, llava, qwen2_vl, qwen25_vl]
+#: For tests that repeat what another one tries with all models, under other circumstances.
+SOME_VLMS = [gemma3, qwen2_vl, *(pytest.param(make, marks=pytest.mark.slow) for make in (llava, qwen25_vl))]
 
 
 def made(make: Callable[[], Any]) -> Any:
@@ -123,7 +125,7 @@ def test_names_of_vision_language_models(make: Callable[[], Any], tmp_path: Path
     check(model, of_language(model))
 
 
-@pytest.mark.parametrize("make", VLMS)
+@pytest.mark.parametrize("make", SOME_VLMS)
 def test_names_of_vision_language_models_that_were_loaded(make: Callable[[], Any], tmp_path: Path):
     """A loaded model is saved under the names that it was loaded from, such as the hub's of older versions."""
     model = made(make)
@@ -134,7 +136,7 @@ def test_names_of_vision_language_models_that_were_loaded(make: Callable[[], Any
     assert in_checkpoint(model, tmp_path / "last").keys() == stored.keys()
 
 
-@pytest.mark.parametrize("make", VLMS)
+@pytest.mark.parametrize("make", SOME_VLMS)
 def test_names_of_a_whole_model_on_its_parts(make: Callable[[], Any], tmp_path: Path):
     """The model without its head, and its language model alone."""
     model = made(make)
