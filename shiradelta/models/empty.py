@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,11 +55,11 @@ def build_empty(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:
         try:
             parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             kind = class_of(config)
-            model: nn.Module = transformers.AutoModel.from_config(parsed) if kind is None else kind(parsed)
+            model: Any = transformers.AutoModel.from_config(parsed) if kind is None else kind(parsed)
             model.tie_weights()
         except Exception:  # whatever a class of transformers makes of a configuration that is not its own
             return None
-    return model
+    return cast(nn.Module, model)
 
 
 def _is_plausible(config: Mapping[str, Any]) -> bool:
