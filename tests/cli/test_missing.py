@@ -96,6 +96,7 @@ def test_a_missing_package_ends_in_one_line(folder: Path, package: str):
         assert "install" in stderr, (name, stderr)
 
 
+@pytest.mark.slow
 def test_a_bare_checkout_works_with_numpy(folder: Path):
     """Neither installed nor built: only the source tree and the packages that it needs are on the path."""
     packages = folder / "packages"

@@ -165,6 +165,7 @@ def test_what_cannot_be_written_leaves_no_trace(files: dict[Path, float], tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_files_of_another_kind_are_not_replaced(files: dict[Path, float], tmp_path: Path):
     """Such as the first of them, where somebody forgot to name the page."""
     first = next(iter(files))
@@ -193,6 +194,7 @@ def test_names_and_metadata_that_mean_harm(tmp_path: Path):
     assert page.index("bits per nonzero") < page.index("&lt;script&gt;")
 
 
+@pytest.mark.slow
 def test_heat_map_as_png(files: dict[Path, float], tmp_path: Path):
     image = pytest.importorskip("matplotlib.image")
     report(files, png=tmp_path / "heat.png")
@@ -224,6 +226,7 @@ def test_advice(shared: int, opposed: int, cosine: float, level: str):
     assert f"{shared}% of their weights" in sentence or not shared
 
 
+@pytest.mark.slow
 def test_command_line(files: dict[Path, float], tmp_path: Path):
     arguments = ["report", *map(str, files), "-o", str(tmp_path / "r.html"), "--png", str(tmp_path / "h.png")]
     result = CliRunner().invoke(main, arguments)

@@ -127,7 +127,13 @@ def fit(pair: tuple[Path, Path], out: Path, **settings: Any) -> Any:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"mask": "gradient"}, {"scope": "model"}, pytest.param({"micro": 5}, marks=pytest.mark.slow)],
+    [
+        {},
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in ({"mask": "gradient"}, {"scope": "model"}, {"micro": 5})
+        ),
+    ],
     ids=str,
 )
 def test_it_comes_closer(pair: tuple[Path, Path], tmp_path: Path, settings: dict[str, Any]):
@@ -138,6 +144,7 @@ def test_it_comes_closer(pair: tuple[Path, Path], tmp_path: Path, settings: dict
         assert [t.nnz for t in report.tensors] == [round(0.05 * t.numel) for t in report.tensors]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["magnitude", "activation"])
 def test_other_masks(encoder: tuple[Path, Path], tmp_path: Path, mask: str):
     report = fit(encoder, tmp_path / "a.shd", mask=mask)
@@ -149,6 +156,7 @@ def test_refit_comes_closer_without_gradients(pair: tuple[Path, Path], tmp_path:
     assert report.fit.fitted < report.fit.topk < report.fit.base
 
 
+@pytest.mark.slow
 def test_more_steps_bring_the_distance_down(encoder: tuple[Path, Path], tmp_path: Path):
     short, long = (fit(encoder, tmp_path / "a.shd", steps=steps, mask="magnitude").fit for steps in (5, 80))
     assert long.fitted < short.fitted
@@ -162,6 +170,7 @@ def test_few_steps_too_end_at_the_sparsity(encoder: tuple[Path, Path], tmp_path:
     assert fit(encoder, tmp_path / "a.shd", steps=steps, scope=scope).nnz == plain.nnz
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [name for name, codec in VALUE_OPTIONS.items() if isinstance(codec, TorchRounder)])
 def test_the_file_gives_what_was_measured(encoder: tuple[Path, Path], tmp_path: Path, values: str):
     """Distance measured anew, from the applied file, by other code."""

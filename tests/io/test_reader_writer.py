@@ -315,6 +315,7 @@ class Lazy(Mapping[str, sd.TensorDelta]):
         return len(self.names)
 
 
+@pytest.mark.slow
 def test_tensors_are_taken_one_at_a_time(tmp_path):
     lazy = Lazy(20)
     assert len(sd.open_delta(written(lazy, tmp_path))) == 20
@@ -352,6 +353,7 @@ def old(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(old):
     before = old.read_bytes()
     with pytest.raises(TargetError, match="No space left"):

@@ -216,6 +216,7 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
+@pytest.mark.slow
 @needs("c++")
 def test_cpp_program_patches_a_model_and_reverts(patch_safetensors: Path, tmp_path: Path):
     """Tensors that lie at odd offsets, among them one that no delta is for and a name that JSON escapes."""

@@ -252,6 +252,7 @@ def test_gradients_of_gradients_are_refused():
     torch.autograd.grad(model(x).sum(), x)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_compiled():
     def train_net(compiled: bool) -> list[float]:
