@@ -20,7 +20,7 @@ from shiradelta.errors import TargetError
 from shiradelta.folder import restructure
 from shiradelta.folder.comparison import without
 from shiradelta.folder.copying import copied
-from shiradelta.folder.digests import digest_of, digests_of, model_files
+from shiradelta.folder.digests import digest_of, digests_meanwhile, model_files
 from shiradelta.folder.journal import FOLDER, Journal, locked, originals_name, undo_name
 from shiradelta.folder.plan import FolderPlan, make_plan
 from shiradelta.folder.recovery import give_up, recover
@@ -190,19 +190,21 @@ def _prepare(
     """
     undo_folder, name = journal.undo_folder(), undo_name(entry)
     undo_folder.remove(originals_name(entry))
-    with undo_folder.replacing(name) as output, writing_to(output, scratch=undo_folder.path) as writer:
-        changed = _write_undo(writer, journal, entry, checkpoint, plan, check, delta, progress)
-    after: dict[str, str] = {}
-    if plan.restructures:
-        originals = undo_folder.make_folder(originals_name(entry))
-        after = restructure.prepare(journal.folder, checkpoint, plan, originals, entry.strength)
-    files = {edit.slot.file.relative_to(checkpoint.root).as_posix() for edit in plan.edits} | after.keys()
     applied = journal.state.applied
-    now = digests_of(journal.folder, files if applied else model_files(checkpoint))
+    edited = {edit.slot.file.relative_to(checkpoint.root).as_posix() for edit in plan.edits}
+    touched = edited | restructure.rewritten_files(checkpoint, plan)
+    with digests_meanwhile(journal.folder, touched if applied else model_files(checkpoint)) as digests:
+        with undo_folder.replacing(name) as output, writing_to(output, scratch=undo_folder.path) as writer:
+            changed = _write_undo(writer, journal, entry, checkpoint, plan, check, delta, progress)
+        after: dict[str, str] = {}
+        if plan.restructures:
+            originals = undo_folder.make_folder(originals_name(entry))
+            after = restructure.prepare(journal.folder, checkpoint, plan, originals, entry.strength)
+        now = digests()
     entry = replace(
         entry,
         replaced=tuple(after),
-        before={file: now[file] for file in sorted(files)},
+        before={file: now[file] for file in sorted(touched)},
         after=after,
         undo=digest_of(undo_folder, name),
     )

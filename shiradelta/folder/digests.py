@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -15,19 +17,20 @@ from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.checkpoint import Checkpoint, index_file
 from shiradelta.models.safetensors import Slot, read_shard
 from shiradelta.util.directory import Directory
-from shiradelta.util.threads import map_in_threads
+from shiradelta.util.threads import THREADS, map_in_threads
 
 #: Bytes that are hashed, and elements that are copied, at a time.
 _WINDOW = 1 << 22
 
 
-def digest_of(folder: Directory, file: str, undos: Sequence[Delta] = ()) -> str:
+def digest_of(folder: Directory, file: str, undos: Sequence[Delta] = (), stopped: Event | None = None) -> str:
     """SHA-256 of a weight file as it is once undo deltas are applied one after the other; it is only read.
 
     Args:
         folder: the model's folder, or a folder of originals.
         file: the file, relative to it.
         undos: the undo deltas, the one to be applied first in front.
+        stopped: set by another thread when the digest is not needed any more.
 
     Raises:
         TargetError: the file is a link, or its tensors are not those of the undo deltas.
@@ -50,10 +53,10 @@ def digest_of(folder: Directory, file: str, undos: Sequence[Delta] = ()) -> str:
             if listed:
                 for tensor in listed:
                     check_same_tensor(folder.path, slot, full, tensor)
-                _update(digest, data[cursor : slot.offset])
+                _update(digest, data[cursor : slot.offset], stopped)
                 cursor = slot.offset + slot.nbytes
                 _update_without(digest, data[slot.offset : cursor], slot, listed)
-    _update(digest, data[cursor:])
+    _update(digest, data[cursor:], stopped)
     return digest.hexdigest()
 
 
@@ -63,6 +66,20 @@ def digests_of(folder: Directory, files: Iterable[str], undos: Sequence[Delta] =
     return dict(zip(names, map_in_threads(lambda name: digest_of(folder, name, undos), names), strict=True))
 
 
+@contextmanager
+def digests_meanwhile(folder: Directory, files: Iterable[str]) -> Iterator[Callable[[], dict[str, str]]]:
+    """Computes digests on threads of their own within the block; the context's function waits for them."""
+    from concurrent.futures import ThreadPoolExecutor  # slow: imports logging
+
+    stopped = Event()
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = {file: pool.submit(digest_of, folder, file, (), stopped) for file in files}
+        try:
+            yield lambda: {file: future.result() for file, future in waiting.items()}
+        finally:
+            stopped.set()
+
+
 def model_files(checkpoint: Checkpoint) -> list[str]:
     """The weight files and their indexes, relative to the checkpoint's folder."""
     files = {shard.file for shard in checkpoint.shards}
@@ -70,8 +87,10 @@ def model_files(checkpoint: Checkpoint) -> list[str]:
     return sorted(file.relative_to(checkpoint.root).as_posix() for file in files | indexes)
 
 
-def _update(digest: Any, data: np.ndarray[Any, Any]) -> None:
+def _update(digest: Any, data: np.ndarray[Any, Any], stopped: Event | None) -> None:
     for start in range(0, data.size, _WINDOW):
+        if stopped is not None and stopped.is_set():
+            return
         digest.update(data[start : start + _WINDOW])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -33,22 +33,17 @@ def prepare(
     """Writes the new files to `originals` with the suffix .new, durably; returns name -> SHA-256 of each."""
     made: dict[str, str] = {}
     indexes: dict[str, Any] = {}
-    dropped = {(edit.slot.file, edit.slot.name) for edit in plan.drop}
-    homes = [(home_of(checkpoint, name), name, tensor) for name, tensor in plan.new]
-    for shard in checkpoint.shards:
-        gone = {name for file, name in dropped if file == shard.file}
-        come = {name.rpartition("/")[2]: tensor for home, name, tensor in homes if home is shard}
-        if gone or come:
-            file = shard.file.relative_to(checkpoint.root).as_posix()
-            edits = {edit.slot.name: edit for edit in plan.edits if edit.slot.file == shard.file}
-            made[file] = _rewrite(folder, file, shard, gone, come, edits, strength, originals)
-            index = index_file(shard.file.parent)
-            if index is not None:
-                name = index.relative_to(checkpoint.root).as_posix()
-                weight_map = indexes.setdefault(name, read_json(index))["weight_map"]
-                for each in gone:
-                    weight_map.pop(each, None)
-                weight_map |= dict.fromkeys(come, shard.file.name)
+    for shard, gone, come in _changes(checkpoint, plan):
+        file = shard.file.relative_to(checkpoint.root).as_posix()
+        edits = {edit.slot.name: edit for edit in plan.edits if edit.slot.file == shard.file}
+        made[file] = _rewrite(folder, file, shard, gone, come, edits, strength, originals)
+        index = index_file(shard.file.parent)
+        if index is not None:
+            name = index.relative_to(checkpoint.root).as_posix()
+            weight_map = indexes.setdefault(name, read_json(index))["weight_map"]
+            for each in gone:
+                weight_map.pop(each, None)
+            weight_map |= dict.fromkeys(come, shard.file.name)
     for name, content in indexes.items():
         raw = json.dumps(content, indent=2, sort_keys=True).encode()
         home, own = _below(originals, name)
@@ -57,6 +52,26 @@ def prepare(
         made[name] = hashlib.sha256(raw).hexdigest()
     _sync(originals, made)
     return made
+
+
+def _changes(checkpoint: Checkpoint, plan: FolderPlan) -> Iterator[tuple[Shard, set[str], dict[str, TensorDelta]]]:
+    """(file, names that go, tensors that come) of each file that is rewritten."""
+    dropped = {(edit.slot.file, edit.slot.name) for edit in plan.drop}
+    homes = [(home_of(checkpoint, name), name, tensor) for name, tensor in plan.new]
+    for shard in checkpoint.shards:
+        gone = {name for file, name in dropped if file == shard.file}
+        come: dict[str, TensorDelta] = {
+            name.rpartition("/")[2]: tensor for home, name, tensor in homes if home is shard
+        }
+        if gone or come:
+            yield shard, gone, come
+
+
+def rewritten_files(checkpoint: Checkpoint, plan: FolderPlan) -> set[str]:
+    """The files that `prepare` writes anew, indexes too."""
+    shards = {shard.file for shard, _, _ in _changes(checkpoint, plan)}
+    indexes = {index for file in shards if (index := index_file(file.parent)) is not None}
+    return {file.relative_to(checkpoint.root).as_posix() for file in shards | indexes}
 
 
 def home_of(checkpoint: Checkpoint, name: str) -> Shard:
