@@ -14,20 +14,30 @@ from shiradelta.cli.output import echo_json, echo_lines, progress_bar
 @command(short_help="Take the last delta out of a model's folder, bit for bit.")
 @click.argument("model")
 @click.option("--force", is_flag=True, help="Restore the original weights even if they were changed since.")
+@click.option("--all", "every", is_flag=True, help="Take out every delta, the last one first; JSON is a list then.")
 @options.no_lock
 @options.as_json
-def revert(model: str, force: bool, no_lock: bool, as_json: bool) -> None:
+def revert(model: str, force: bool, every: bool, no_lock: bool, as_json: bool) -> None:
     """Take the last delta out of the folder MODEL, bit for bit.
 
     If an action was interrupted, roll that back instead.
     """
     from shiradelta.folder.revert import revert as run
+    from shiradelta.folder.revert import revert_all as run_all
 
     with progress_bar("reverting") as progress:
-        report = run(model, force=force, lock=not no_lock, progress=progress)
+        if every:
+            reports = run_all(model, force=force, lock=not no_lock, progress=progress)
+        else:
+            reports = [run(model, force=force, lock=not no_lock, progress=progress)]
     if as_json:
-        echo_json(dataclasses.asdict(report))
+        found = [dataclasses.asdict(report) for report in reports]
+        echo_json(found if every else found[0])
         return
-    did = "rolled back the interrupted action on" if report.interrupted else "took out"
-    rest = f"{report.left} more applied" if report.left else "the folder is its base again"
-    echo_lines(f"{model}: {did} {report.delta.file}, bit for bit; {rest}")
+    rolled = [report.delta.file for report in reports if report.interrupted]
+    out = [report.delta.file for report in reports if not report.interrupted]
+    did = [f"rolled back the interrupted action on {rolled[0]}"] if rolled else []
+    did += [f"took out {', '.join(out)}"] if out else []
+    none = "no delta is on it any more" if force else "the folder is its base again"
+    rest = f"{reports[-1].left} more applied" if reports[-1].left else none
+    echo_lines(f"{model}: {' and '.join(did)}, bit for bit; {rest}")

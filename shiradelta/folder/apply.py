@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from shiradelta.backends.choose import choose
 from shiradelta.errors import TargetError
 from shiradelta.folder import restructure
 from shiradelta.folder.comparison import without
@@ -24,6 +23,7 @@ from shiradelta.folder.digests import digest_of, digests_meanwhile, model_files
 from shiradelta.folder.journal import FOLDER, Journal, locked, originals_name, undo_name
 from shiradelta.folder.plan import FolderPlan, make_plan
 from shiradelta.folder.recovery import give_up, recover
+from shiradelta.folder.stacking import StackFit
 from shiradelta.folder.state import Applied, FolderState, check_names
 from shiradelta.folder.verification import existing
 from shiradelta.folder.weights import WeightFiles, check_writable, relative_files
@@ -32,14 +32,12 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, other_weight_files
-from shiradelta.models.compatibility import Remedies, check_fingerprint
 from shiradelta.util.directory import Directory
 from shiradelta.util.files import NOTHING_CHANGED, one_line, os_errors
 from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
 
 Path_ = str | os.PathLike[str]
-_REMEDIES = Remedies("it has been applied before", "--no-check to apply it to this one")
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,8 @@ def apply(
     progress: Progress | None = None,
 ) -> ApplyReport:
     """Patches a delta into the safetensors files of a model's folder.  On every error the weights stay as they were.
+
+    A delta may have been made for the folder's base, or be a successor: made for what the deltas on it give.
 
     Args:
         model_dir: the folder: a single model.safetensors, a sharded model, or a pipeline of such folders.
@@ -195,7 +195,7 @@ def _prepare(
     touched = edited | restructure.rewritten_files(checkpoint, plan)
     with digests_meanwhile(journal.folder, touched if applied else model_files(checkpoint)) as digests:
         with undo_folder.replacing(name) as output, writing_to(output, scratch=undo_folder.path) as writer:
-            changed = _write_undo(writer, journal, entry, checkpoint, plan, check, delta, progress)
+            changed, successor = _write_undo(writer, journal, entry, checkpoint, plan, check, delta, progress)
         after: dict[str, str] = {}
         if plan.restructures:
             originals = undo_folder.make_folder(originals_name(entry))
@@ -207,6 +207,7 @@ def _prepare(
         before={file: now[file] for file in sorted(touched)},
         after=after,
         undo=digest_of(undo_folder, name),
+        successor=successor,
     )
     return entry, journal.state.base if applied else now, changed
 
@@ -253,28 +254,30 @@ def _write_undo(
     check: bool,
     delta: Delta,
     progress: Progress | None,
-) -> int:
-    """Checks every fingerprint and writes the undo delta; returns the number of elements that change."""
-    backend = choose()
+) -> tuple[int, bool]:
+    """Checks every fingerprint and writes the undo delta.
+
+    Returns:
+        The number of elements that change; whether the delta is a successor of those on the folder.
+    """
     changed = 0
     with ExitStack() as stack:
         undos = [stack.enter_context(journal.open_undo(applied)) for applied in reversed(journal.state.applied)]
+        fit = StackFit(delta.file or "delta", entry.strength, len(undos) > 0)
         for number, edit in enumerate(plan.edits):
             if progress:
                 progress("checking", number, len(plan.edits))
             positions = edit.tensor.positions()
             old = checkpoint.bits(edit.name)[positions]
             if check and edit.tensor.dtype == edit.slot.dtype.name:
-                view = old
+                base = old
                 for undo in undos:
-                    view = without(view, positions, undo.get(edit.name))
-                where = f"{delta.file or 'delta'}: tensor {edit.name!r}"
-                recorded = edit.tensor.base_fingerprint, edit.tensor.result_fingerprint
-                check_fingerprint(where, backend.fingerprint(positions, view), *recorded, _REMEDIES)
+                    base = without(base, positions, undo.get(edit.name))
+                fit.check(edit.name, edit.tensor, positions, base, old)
             new = arithmetic.result(
                 edit.tensor.operation.adds, edit.tensor.bits(), old, edit.slot.dtype.name, entry.strength
             )
             changed += int(np.count_nonzero(new != old))
             undo_tensor = TensorDelta(edit.slot.shape, positions, old, edit.slot.dtype.name, "set", base_bits=new)
             writer.add(edit.name, undo_tensor)
-    return changed
+    return changed, fit.is_successor

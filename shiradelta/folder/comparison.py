@@ -122,7 +122,8 @@ def _accounts_for(undo: Delta, entry: Applied, now: Past) -> bool:
 def unlike_delta(checkpoint: Checkpoint, journal: Journal, delta: Delta, entry: Applied) -> str | None:
     """The first tensor that is not what a delta gives on the base that it was made for; None if there is none.
 
-    The base's bits must have the delta's own fingerprints, and what follows them must be its result.
+    The base's bits, for a successor those beneath it, must have the delta's own fingerprints, and what follows them
+    must be its result.
 
     Args:
         checkpoint: the folder's weights.
@@ -156,8 +157,9 @@ def unlike_delta(checkpoint: Checkpoint, journal: Journal, delta: Delta, entry: 
                     return f"tensor {name!r} is not the one that {entry.file} adds"
                 continue
             positions, dtype = tensor.positions(), slot.dtype.name
-            known = tensor.base_fingerprint if tensor.dtype == dtype and own in base.slots else None
-            if known is not None and known != base.fingerprint(own, positions):
+            under = before if entry.successor else base
+            known = tensor.base_fingerprint if tensor.dtype == dtype and own in under.slots else None
+            if known is not None and known != under.fingerprint(own, positions):
                 return f"tensor {name!r} was patched on another base than that of {entry.file}"
             wanted = arithmetic.result(
                 operation.adds, tensor.bits(), before.bits(own, positions), dtype, entry.strength

@@ -61,6 +61,20 @@ def revert(
         return RevertReport(top, interrupted=False, left=len(journal.state.applied))
 
 
+def revert_all(
+    model_dir: str | os.PathLike[str], *, force: bool = False, lock: bool = True, progress: Progress | None = None
+) -> list[RevertReport]:
+    """Takes every delta out of a model's folder, the last one first; the arguments and errors are those of `revert`.
+
+    Returns:
+        A report for each.  After an error those that were taken out stay out.
+    """
+    reports = [revert(model_dir, force=force, lock=lock, progress=progress)]
+    while reports[-1].left:
+        reports.append(revert(model_dir, force=force, lock=lock, progress=progress))
+    return reports
+
+
 def _take_out(journal: Journal, top: Applied, force: bool, progress: Progress | None) -> None:
     root, before = journal.root, journal.state
     checkpoint = open_checkpoint(root)

@@ -41,6 +41,7 @@ class Applied:
         before: files that the action changes -> their SHA-256 before it; empty if an older version applied it.
         after: files that were rewritten -> the SHA-256 of the new ones.
         undo: SHA-256 of the file of the undo delta.
+        successor: whether the delta was made for what was on the folder then, not for the folder's base.
     """
 
     id: int
@@ -54,6 +55,7 @@ class Applied:
     before: Mapping[str, str] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
     undo: str = ""
+    successor: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def _applied(entry: dict[str, Any]) -> Applied:
         raise ValueError("a text of another type")
     if type(found.strength) not in (int, float) or not math.isfinite(found.strength):
         raise ValueError("a strength that is no number")
+    if type(found.successor) is not bool:
+        raise ValueError("successor is neither true nor false")
     for name in found.replaced:
         _check_name(name)
     before, after = _digests(found.before), _digests(found.after)

@@ -59,6 +59,7 @@ def test_the_whole_way(folder: Path):
         (("apply", "model", "a.shd"), {"tensors", "changed"}),
         (("verify", "model", "a.shd"), {"state", "detail"}),
         (("commit", "model"), {"deltas", "files"}),
+        (("list", "model"), {"applied", "pending", "base"}),
     ],
 )
 def test_json_is_json(folder: Path, arguments: tuple[str, ...], keys: set[str]):
@@ -119,6 +120,19 @@ def test_verify_of_something_else_is_exit_code_1(folder: Path):
     result = run("verify", "tuned", "a.shd")
     assert result.exit_code == 1
     assert "neither" in result.stdout
+
+
+def test_all_deltas_are_listed_and_reverted(folder: Path, made: Path):
+    before = contents(folder / "model")
+    assert "no delta is on it" in run("list", "model").stdout
+    run("apply", "model", "a.shd")
+    run("apply", "model", str(made / "b.shd"), "--strength", "0.5")
+    lines = run("list", "model").stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["b.shd at 0.5", "a.shd at 1"]
+    reverted = run("revert", "model", "--all").stdout
+    assert "took out b.shd, a.shd" in reverted
+    assert "the folder is its base again" in reverted
+    assert contents(folder / "model") == before
 
 
 def test_verify_without_anything_to_compare_with_is_exit_code_1(folder: Path):

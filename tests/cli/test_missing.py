@@ -27,6 +27,7 @@ COMMANDS = {
     "train help": ["train", "--help"],
     "apply": ["apply", "model", "a.shd"],
     "verify": ["verify", "model"],
+    "list": ["list", "model"],
     "revert": ["revert", "model"],
     "commit": ["commit", "model"],
     "fuse": ["fuse", "a.shd", "b.shd", "-o", "fused.shd"],
