@@ -102,7 +102,8 @@ def weight_files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise SourceError(f"{root}: no such file or folder; check the path")
+        what = "not a regular file" if root.exists() else "no such file or folder"
+        raise SourceError(f"{root}: {what}; check the path")
     index = root / "model_index.json"
     modules = modules_of(root)
     if modules is not None:
