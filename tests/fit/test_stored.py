@@ -68,7 +68,11 @@ def distance(patched: Path, tuned: Path, out: Path) -> float:
     return found
 
 
-@kinds
+#: The others need nothing that these do not.
+FITTED = [pytest.param(kind, marks=[] if kind in (stacked, fused_on_disk) else pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", FITTED, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("method", ["train", "refit"])
 def test_the_file_holds_the_checkpoints_tensors_and_gives_what_was_measured(kind: Any, method: str, tmp_path: Path):
     torch.manual_seed(0)

@@ -106,7 +106,8 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("gemma3", "gpt2") else name for name in MODELS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("gemma3", "gpt2", "nomic") else name for name in MODELS],
 )
 def test_it_is_what_the_whole_model_gives(name: str, tmp_path: Path, whole: Callable[[], None]):
     torch.manual_seed(0)
