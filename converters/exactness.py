@@ -38,7 +38,8 @@ def count_inexact(item: Item, stored: TensorDelta) -> int | None:
     positions, payload, adds = stored.positions(), stored.bits(), stored.operation.adds
     for i in range(0, positions.size, _BLOCK):
         part = slice(i, i + _BLOCK)
-        old, wanted = base[positions[part]], tuned[positions[part]]
+        assert stored.base_bits is not None  # as the item's base is known
+        old, wanted = stored.base_bits[part], tuned[positions[part]]
         new = arithmetic.result(adds, payload[part], old, item.dtype, 1.0)
         inexact += _differing(new, wanted, *dtypes) - _differing(old, wanted, *dtypes)
     return inexact
