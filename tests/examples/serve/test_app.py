@@ -44,7 +44,7 @@ def client(session: Session, folder: Path) -> Iterator[Any]:
     def compute(texts: list[str]) -> list[list[float]]:
         assert "fail" not in texts, "an error of the model"
         if "slow" in texts:
-            time.sleep(0.5)
+            time.sleep(0.2)
         return [[float(weight[0, 0])] for _ in texts]
 
     app = make_app(swap, compute, tokenize, Adapters(swap, folder, LIMITS), LIMITS)
@@ -89,7 +89,7 @@ def test_bad_requests_are_refused_and_their_neighbours_answered(client: Any, cas
     headers = {"Content-Type": "application/json"}
     with ThreadPoolExecutor(5) as threads:
         slow = threads.submit(client.post, "/embed", json={"texts": ["slow"]})  # so that the others wait together
-        time.sleep(0.1)
+        time.sleep(0.05)
         good = [threads.submit(client.post, "/embed", json={"texts": ["a"], "adapter": "add1"}) for _ in range(2)]
         bad = threads.submit(client.post, "/embed", content=body, headers=headers)
         good += [threads.submit(client.post, "/embed", json={"texts": ["a"]})]
