@@ -1,12 +1,14 @@
-"""kill -9 at random moments within the writing of apply and revert, on a real model's folder in bf16.
+"""Signals at random moments within the writing of apply and revert, on a real model's folder in bf16.
 
-After every kill `verify` tells what the weights are and changes nothing, and a last revert must leave the base.
+After each `verify` tells what the weights are and changes nothing, and a last revert must leave the base.  SIGKILL ends
+a process at once; after the others it cleans up first.
 `python -m tests.killing --count 100` prints how it went.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import signal
@@ -26,23 +28,37 @@ from shiradelta.folder.verification import VerifyReport
 
 #: Says when the weights begin to be written and when all is done.
 _VICTIM = """
-import sys, shiradelta
+import signal, sys, shiradelta
+from shiradelta.util.interrupts import terminations_raised
 
 def tell(what, done, total):
     if what == "patching" and done == 0:
         print("writing", flush=True)
 
-if sys.argv[1] == "apply":
-    shiradelta.apply(*sys.argv[2:], progress=tell)
-else:
-    shiradelta.revert(sys.argv[2], progress=tell)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
+with terminations_raised():
+    if sys.argv[1] == "apply":
+        shiradelta.apply(*sys.argv[2:], progress=tell)
+    else:
+        shiradelta.revert(sys.argv[2], progress=tell)
 print("done", flush=True)
 """
 
 
-def writing_seconds(action: str, model: Path, delta: Path, kill_after: float | None = None) -> float:
-    """Runs an action in a process of its own; kills it so long after its writing began.  Seconds of the writing."""
-    child = subprocess.Popen([sys.executable, "-c", _VICTIM, action, str(model), str(delta)], stdout=subprocess.PIPE)
+#: What ends a process from outside.
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if os.name != "nt" else ()
+
+
+def writing_seconds(
+    action: str,
+    model: Path,
+    delta: Path,
+    kill_after: float | None = None,
+    number: signal.Signals = signal.SIGTERM,
+) -> float:
+    """Runs an action in a process of its own; ends it so long after its writing began.  Seconds of the writing."""
+    command = [sys.executable, "-c", _VICTIM, action, str(model), str(delta)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert child.stdout is not None
     assert child.stdout.readline() == b"writing\n"
     start = time.perf_counter()
@@ -50,7 +66,7 @@ def writing_seconds(action: str, model: Path, delta: Path, kill_after: float | N
         assert child.stdout.readline() == b"done\n"
     else:
         time.sleep(kill_after)
-        child.send_signal(signal.SIGKILL)
+        child.send_signal(number)
     spent = time.perf_counter() - start
     child.communicate()
     return spent
@@ -76,7 +92,7 @@ def check_report(
 
 
 def kill_repeatedly(base: Path, delta: Path, count: int, seed: int, work: Path) -> Counter[str]:
-    """Kills apply and revert in turn; how often which state was found, and that an action was rolled back."""
+    """Ends apply and revert in turn; how often which state was found, and that an action was rolled back."""
     generator = random.Random(seed)
     before = contents(base)
     model = Path(shutil.copytree(base, work / "timed"))
@@ -90,12 +106,14 @@ def kill_repeatedly(base: Path, delta: Path, count: int, seed: int, work: Path) 
         model = Path(shutil.copytree(base, work / f"model{number}"))
         if action == "revert":
             shiradelta.apply(model, delta)
-        writing_seconds(action, model, delta, kill_after=generator.uniform(0, spans[action]))
+        ended_by = SIGNALS[number // 2 % len(SIGNALS)]
+        writing_seconds(action, model, delta, generator.uniform(0, spans[action]), ended_by)
         found = weights(model)
         report = shiradelta.verify(model, delta)
         assert weights(model) == found
         check_report(report, found, weights(base), patched)
-        seen[f"{action}: {report.state}" + (", interrupted" if report.interrupted else "")] += 1
+        assert ended_by is signal.SIGKILL or not report.interrupted
+        seen[f"{ended_by.name}, {action}: {report.state}" + (", interrupted" if report.interrupted else "")] += 1
         if report.interrupted or report.state == "patched":
             shiradelta.revert(model)
         assert contents(model) == before
@@ -118,7 +136,7 @@ def main() -> None:
         save_file(tensors, work / "base" / "model.safetensors", metadata={"format": "pt"})
         shiradelta.convert(lora, work / "delta.shd", base=work / "base", sparsity=0.05)
         seen = kill_repeatedly(work / "base", work / "delta.shd", options.count, options.seed, work)
-    print(f"{options.count} kills within the writing; each left base, patched, or a way back to the base:")
+    print(f"{options.count} signals within the writing; each left base, patched, or a way back to the base:")
     for outcome, times in sorted(seen.items()):
         print(f"  {times:4}  {outcome}")
 
