@@ -232,6 +232,7 @@ def _carry_out(
         journal.save(replace(below, pending=entry))
         originals = journal.originals(entry)
         if originals is not None:
+            files.close(entry.replaced)
             restructure.swap_in(journal.folder, originals, entry.replaced)
         files.patch(((edit.slot, edit.tensor) for edit in edits), entry.strength, len(edits), between)
         journal.save(replace(below, applied=(*below.applied, entry)))

@@ -6,7 +6,6 @@ import mmap
 import os
 import stat
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -82,26 +81,30 @@ class WeightFiles:
         self._files = tuple(files)
         check_writable(folder, self._files)
         self._folder = folder
-        self._stack = ExitStack()
         self._descriptors: dict[Path, int] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         try:
             for file in self._files:
                 home, name = folder.home(file)
                 descriptor = home.open_file(name, os.O_RDWR)
-                self._stack.callback(os.close, descriptor)
                 self._descriptors[home.path / name] = descriptor
                 if os.fstat(descriptor).st_nlink > 1:
                     _check_shared(home.path / name, os.fstat(descriptor))
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
 
     def __enter__(self) -> WeightFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self.close()
+
+    def close(self, files: Iterable[str] | None = None) -> None:
+        """Closes some files, or all: Windows replaces no file that is open."""
+        chosen = set(self._descriptors) if files is None else {self._folder.path / file for file in files}
+        for path in chosen & set(self._descriptors):
+            os.close(self._descriptors.pop(path))
 
     def check(self) -> None:
         """Checks that the names still stand for these files.
