@@ -190,7 +190,7 @@ def unlike_base(journal: Journal) -> str | None:
                     overlays.append(undos[entry.id])
             try:
                 if digest_of(folder, file, overlays) != digest:
-                    return f"{file} is not the base's, even without the deltas (SHA-256)"
+                    return f"{file} is not the base's{', even without the deltas' if applied else ''} (SHA-256)"
             except FileNotFoundError:
                 return f"{file} is missing"
     return None

@@ -87,8 +87,10 @@ def verify(
                 "unknown", (), f"nothing is recorded of these {len(checkpoint)} tensors; give DELTA to compare with it"
             )
         problem = unlike_base(recorded)
-        what = "every weight file is the recorded base's (SHA-256)"
-        return VerifyReport("base" if problem is None else "neither", (), problem or what)
+        if problem is not None:
+            meant = "if that is meant, `shiradelta commit` makes the present weights the base"
+            return VerifyReport("neither", (), f"{problem}; {meant}")
+        return VerifyReport("base", (), "every weight file is the recorded base's (SHA-256)")
 
 
 def _verify_applied(journal: Journal, delta: Delta | None, full: bool) -> VerifyReport:
