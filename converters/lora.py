@@ -19,7 +19,7 @@ from . import diff, lycoris
 from .base_names import BaseTensors, find_tensors
 from .item import Item, Skipped, SkipReason, Source
 from .lora_converted import Change, add_converted
-from .lora_keys import Module, find_attention, parse_key, refuse_unmerged, sort_keys
+from .lora_keys import Module, find_attention, has_adapter_name, parse_key, refuse_unmerged, sort_keys
 from .lora_parameters import find_parameters, stacked_rows
 from .lora_scale import Scale, number
 from .lora_tied import TiedModules
@@ -30,7 +30,7 @@ from .sources import SourceFiles, source
 
 def _recognises(files: SourceFiles) -> bool:
     refuse_unmerged(files.checkpoint)
-    return any(parse_key(key) for key in files.checkpoint)
+    return any(parse_key(key) or has_adapter_name(key) for key in files.checkpoint)
 
 
 @source(

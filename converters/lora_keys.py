@@ -90,6 +90,11 @@ def parse_key(key: str) -> tuple[str, str, bool] | None:
     return unwrap(module) + nested, side, match["embedding"] is not None
 
 
+def has_adapter_name(key: str) -> bool:
+    """Whether a key is a factor's that names its adapter; `sort_keys` refuses all names but the default."""
+    return _NAMED.search(key) is not None
+
+
 def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], dict[str, str]]:
     """(module -> its factors, module -> its alpha's key, other key -> name of the tensor that it may be).
 

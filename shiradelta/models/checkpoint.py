@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from shiradelta.util.json_files import read_json
 
 #: Weight files of one model, by preference, as transformers and diffusers name them.
 _STANDARD = ("model", "diffusion_pytorch_model", "pytorch_model")
+#: The end of a shard's name.
+_SHARD = re.compile(r"-\d+-of-(?P<count>\d+)\.safetensors$")
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -170,6 +173,12 @@ def _weight_files_of(folder: Path) -> list[Path]:
     if len(found) > 1:
         names_found = ", ".join(path.name for path in found[:4])
         raise SourceError(f"{folder}: several weight files ({names_found}, ...) and no index; keep one in the folder")
+    for path in found:
+        part = _SHARD.search(path.name)
+        if part is not None and int(part["count"]) > 1:
+            raise SourceError(
+                f"{path}: is one of {int(part['count'])} shards, and no index lists them; get all of them"
+            )
     return found
 
 

@@ -2,13 +2,14 @@
 
 The exact name comes first.  Names that are missing are found a group at a time, by one prefix in place of another: the
 vision half of a model may get another prefix than its language half.  A module of sentence-transformers' is called by
-its folder on disk (`2_Dense/`) and by its number in memory (`2.`).  `shiradelta.models.stored` goes on where a
+its folder on disk (`2_Dense/`) and by its number in memory (`2.`).  `shiradelta.models.library` goes on where a
 library renames, stacks or ties tensors on loading.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
@@ -19,6 +20,8 @@ Shape = tuple[int, ...]
 Named = Mapping[str, Shape | None]
 
 _NUMBER = re.compile(r"\d+")
+#: Parts of names that only wrap a model.
+_WRAPPERS = frozenset({"model", "base_model", "auto_model", "module"})
 #: The folder of a module of sentence-transformers'.
 _FOLDER = re.compile(r"(\d+)_\w+/")
 #: Parts of a name that may be its prefix; models have a dozen.
@@ -46,9 +49,9 @@ def find_names(wanted: Named, have: Named, same: Mapping[str, Hashable] | None =
     """Finds names among others: as they are, or with another prefix (`bert.encoder` for `encoder`).
 
     A prefix is replaced for a group of names, all that begin with it, if exactly one other prefix finds most of them.
-    Prefixes with different numbers never replace each other, and one that is not only lengthened or shortened has to
-    lead to numbered layers.  Names of other shapes than wanted do not count, but are found along with their group.
-    Where several prefixes find as many, those lose whose tensors other names have.
+    Prefixes with different numbers never replace each other.  One that is not only lengthened or shortened has to lead
+    to numbered layers, and to have all words of the other, or the other all of its: an encoder is no decoder.  Names of
+    other shapes than wanted do not count, but are found along with their group.
 
     Args:
         wanted: the names to find; the dimensions of their shapes may be in any order.
@@ -58,24 +61,9 @@ def find_names(wanted: Named, have: Named, same: Mapping[str, Hashable] | None =
     found = Found({name: name for name in wanted if name in have})
     missing = [name for name in wanted if name not in found.names]
     if missing:
-        search = _Search(wanted, have, found, same or {})
-        search.group("", missing)
-        if found.unclear and not search.given_up:
-            _search_rest(wanted, have, found, same or {})
+        _Search(wanted, have, found, same or {}).group("", missing)
         _refuse_repeated(found, missing)
     return found
-
-
-def _search_rest(wanted: Named, have: Named, found: Found, same: Mapping[str, Hashable]) -> None:
-    """Looks for unclear names among tensors that no other name has: one half of a model tells which the other is."""
-    taken = {same.get(name, name) for name in found.names.values()}
-    rest = {name: shape for name, shape in have.items() if same.get(name, name) not in taken}
-    if len(rest) < len(have):
-        again = Found()
-        unclear = {name: wanted[name] for name in found.unclear}
-        _Search(unclear, rest, again, same).group("", list(unclear))
-        found.names |= again.names
-        found.unclear = {name: why for name, why in found.unclear.items() if name not in again.names}
 
 
 def _refuse_repeated(found: Found, renamed: Iterable[str]) -> None:
@@ -187,9 +175,20 @@ def _may_replace(prefix: str, other: str, numbered: bool) -> bool:
     longer, shorter = (prefix, other) if len(prefix) > len(other) else (other, prefix)
     if _child(longer) == shorter:
         return True
-    if longer.endswith(shorter):
-        return numbered or not _NUMBER.search(longer.removesuffix(shorter))
-    return numbered and _numbers(prefix) == _numbers(other)
+    more = longer.removesuffix(shorter)
+    if longer.endswith(shorter) and more[-1:] in ("", ".", "/"):
+        return numbered or not _NUMBER.search(more)
+    return numbered and _numbers(prefix) == _numbers(other) and _same_part(prefix, other)
+
+
+def _same_part(prefix: str, other: str) -> bool:
+    """Whether two prefixes may mean the same part of a model: one has all words of the other, in any order.
+
+    `language_model.model` may be `model.language_model`; an encoder is no decoder, and text is not vision.
+    """
+    one, two = (Counter(word for word in re.split("[./]", name) if word not in _WRAPPERS) for name in (prefix, other))
+    one, two = (Counter({word: n for word, n in words.items() if not word.isdecimal()}) for words in (one, two))
+    return one <= two or two <= one
 
 
 def _numbers(prefix: str) -> tuple[str, ...]:

@@ -26,10 +26,21 @@ def factors(module: str, suffix: str = "") -> dict[str, torch.Tensor]:
     }
 
 
-def test_factors_of_two_adapters(tmp_path: Path):
-    save_file(factors(NAME, ".default") | factors(NAME, ".two"), tmp_path / "raw.safetensors")
-    with pytest.raises(SourceError, match="factors named after the adapter 'default' and 'two'"):
-        shiradelta.convert(tmp_path / "raw.safetensors", base=base_in(tmp_path / "base"), alpha=4)
+@pytest.mark.parametrize("names", [("default", "two"), ("one", "two"), ("style",)], ids="-".join)
+@pytest.mark.parametrize("base", [True, False])
+def test_factors_of_adapters_with_names(tmp_path: Path, names: tuple[str, ...], base: bool):
+    save_file({k: t for name in names for k, t in factors(NAME, f".{name}").items()}, tmp_path / "raw.safetensors")
+    named = " and ".join(map(repr, names))
+    with pytest.raises(SourceError, match=f"factors named after the adapter {named}"):
+        shiradelta.convert(tmp_path / "raw.safetensors", base=base_in(tmp_path / "base") if base else None)
+
+
+@pytest.mark.parametrize("part", ["tuned", "base"])
+def test_one_of_several_shards_is_not_the_model(tmp_path: Path, part: str):
+    folders = {name: base_in(tmp_path / name) for name in ("tuned", "base")}
+    (folders[part] / "model.safetensors").rename(folders[part] / "model-00001-of-00002.safetensors")
+    with pytest.raises(SourceError, match=r"model-00001-of-00002\.safetensors: is one of 2 shards"):
+        shiradelta.convert(folders["tuned"], base=folders["base"])
 
 
 @pytest.mark.parametrize("key", ["emb_params", "elsewhere.a1.weight", "score.weight", "score.bias"])
