@@ -14,6 +14,8 @@ from benchmarks.architectures.columns import COLUMNS, Case, NotApplicableError
 from benchmarks.architectures.rows import ROWS
 from shiradelta import SourceError
 
+pytestmark = pytest.mark.slow
+
 
 def test_there_are_sixty_architectures_of_transformers():
     assert sum(row.needs == ("transformers",) for row in ROWS.values()) >= 60

@@ -13,6 +13,8 @@ import pytest
 
 from tests.killing import contents
 
+pytestmark = pytest.mark.slow
+
 #: Ends itself by SIGTERM at the n-th call that makes a file durable.
 RUN = """
 import os, signal, sys

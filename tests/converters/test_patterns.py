@@ -111,6 +111,7 @@ def test_many_patterns_and_many_modules_take_no_time():
     assert time.perf_counter() - began < 5
 
 
+@pytest.mark.slow
 def test_patterns_that_take_long_together_are_refused():
     table = PatternTable({f"(a|b)*a(a|b){{{i}}}": i for i in range(300, 330)}, "here")
     names = [f"{i:b}".replace("0", "a").replace("1", "b") * 200 for i in range(100)]

@@ -17,6 +17,8 @@ import shiradelta
 from shiradelta.errors import SourceError
 from tests.conftest import write_model
 
+pytestmark = pytest.mark.slow
+
 TEXT = "text_model.encoder.layers.0"
 CLIP_G = "conditioner.embedders.1.model.transformer.resblocks.0"
 Q = "attentions.0.transformer_blocks.0.attn1.to_q"

@@ -163,6 +163,7 @@ def test_more_steps_bring_the_distance_down(encoder: tuple[Path, Path], tmp_path
     assert long.history[-1][1] < long.history[0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 def test_few_steps_too_end_at_the_sparsity(encoder: tuple[Path, Path], tmp_path: Path, steps: int, scope: str):
@@ -336,6 +337,7 @@ def test_a_tensor_that_no_loss_reaches_keeps_its_largest_changes(encoder: tuple[
         assert one[name].positions().tolist() == other[name].positions().tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["train", "refit"])
 @pytest.mark.parametrize(
     "renamed", ["encoder.layer.0.intermediate.dense.weight", "encoder.layer.0.attention.self.key.bias"]

@@ -19,6 +19,8 @@ from shiradelta.fit import MASKS, Fit
 from shiradelta.text.batches import split
 from tests.fit.test_fit import texts, write_pair
 
+pytestmark = pytest.mark.slow
+
 PNG = b"\x89PNG"
 SETTINGS = Fit(texts(), steps=5, batch=16, held_out=24, device="cpu", tokens=32)
 

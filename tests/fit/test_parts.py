@@ -19,6 +19,8 @@ from shiradelta.models import loading
 from shiradelta.nonzeros.vector import Nonzeros
 from tests.fit.test_fit import SETTINGS, build, texts, write_pair, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 def behaviour(model: nn.Module, folder: Path, pooling: str = "mean") -> TextBehaviour:
     write_tokenizer(folder)

@@ -27,6 +27,8 @@ from shiradelta.text.batches import split
 from tests.fit.test_fit import SETTINGS, write_tokenizer
 from tests.fit.test_stream import LAYERS, LLAMA, TOKENS, write_pair
 
+pytestmark = pytest.mark.slow
+
 
 def stacked() -> nn.Module:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA, num_local_experts=3))

@@ -19,6 +19,8 @@ from shiradelta.fit.refit import hidden_states, stream
 from shiradelta.fit.refit.skeleton import CannotStreamError
 from tests.fit.test_fit import build, texts, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 LAYERS = {**SIZES, "num_hidden_layers": 3, "max_position_embeddings": 32, "initializer_range": 0.2}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}

@@ -21,7 +21,7 @@ from tests.killing import weights
 UP = "model.layers.0.mlp.up_proj.weight"
 GONE = "model.layers.1.mlp.down_proj.weight"
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="system calls of POSIX")
+pytestmark = [pytest.mark.skipif(os.name == "nt", reason="system calls of POSIX"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

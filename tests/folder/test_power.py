@@ -20,7 +20,10 @@ from tests.folder.test_faults import GONE, UP
 from tests.killing import weights
 from tests.power import Disk, recorded
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the path of a descriptor in /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="finds the path of a descriptor in /proc"),
+    pytest.mark.slow,
+]
 
 #: Outcomes that are tried of each moment.
 TRIES = 4

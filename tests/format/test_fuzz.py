@@ -12,6 +12,7 @@ from tests.reference import VALID, by_decoder, by_package
 COUNT = 3000
 
 
+@pytest.mark.slow
 def test_all_readers_agree_on_mutated_files():
     report = fuzzing.run(fuzz.start, seed=0, count=COUNT)
     assert not report.problems, str(report)

@@ -19,7 +19,7 @@ from tests.swapping import BACKENDS_IN_TIME, DEVICE, adapter, bits, formula, ran
 transformers = pytest.importorskip("transformers", minversion="5.0")
 loading = pytest.importorskip("transformers.core_model_loading")
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.slow]
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 60}
 DECODER = {**SMALL, "num_key_value_heads": 2}

@@ -15,6 +15,8 @@ from shiradelta import HotSwap
 from shiradelta.errors import BaseMismatchError, TargetError
 from tests.swapping import adapter, bits, formula, random_delta
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 TEXT: dict[str, Any] = {

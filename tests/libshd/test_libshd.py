@@ -284,6 +284,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @needs("c++")
 @pytest.mark.parametrize("model", HOSTILE.values(), ids=HOSTILE.keys())
 def test_cpp_program_refuses_other_models(model: bytes, patch_safetensors: Path, tmp_path: Path):

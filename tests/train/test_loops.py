@@ -28,6 +28,8 @@ from tests.building import run as run_command
 from tests.train import processes as train_processes
 from tests.train.test_attach import BATCH, IDS, llama, text_loss, train_dense, train_sparse
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["q_proj", "down_proj", "embed_tokens"]
 
 

@@ -22,6 +22,8 @@ from shiradelta.train.settings import TrainSettings
 from tests.fit.test_fit import WORDS, write_tokenizer
 from tests.train.test_attach import llama
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
