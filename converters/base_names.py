@@ -16,6 +16,7 @@ from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.library import Converted, match_names
 from shiradelta.models.names import Named
+from shiradelta.models.sentence import folder_of
 
 from .item import NO_TARGET, Skipped, SkipReason
 from .original_names import (
@@ -165,8 +166,8 @@ class _Base:
     def one_component(self, places: Mapping[str, _InPipeline], shapes: Named) -> set[str]:
         """The components of a file that the base may be: by its folder's name, else by what fits."""
         spelt = {place.component: place.components for place in places.values()}
-        root = self.base.root if self.base.root.is_dir() else self.base.root.parent
-        named = {component for component, folders in spelt.items() if root.name in folders}
+        folder = folder_of(self.base.root).name
+        named = {component for component, folders in spelt.items() if folder in folders}
         if len(named) == 1 or len(spelt) < 2:
             return named or set(spelt)
         fits = Counter(

@@ -37,7 +37,7 @@ def open_full(files: SourceFiles) -> Source:
     refuse_unmerged(source)
     if base is None:
         raise SourceError(f"{files.path}: a full fine-tune needs the model that it was made from; give --base MODEL")
-    matched = match_names({name: slot.shape for name, slot in source.items()}, base)
+    matched = match_names(source.shapes, base)
     found = matched.names
     if matched.unclear:
         why = next(iter(matched.unclear.values()))

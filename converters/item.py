@@ -9,7 +9,9 @@ from functools import partial
 
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta, check_shape
+from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.safetensors import Slot
 from shiradelta.select.topk import Rows, row_shape, top_k
 
 
@@ -113,6 +115,14 @@ class Skipped:
     def of_change(self, rows: Callable[[], Rows], shape: tuple[int, ...]) -> Skipped:
         """The same, where the change that is lost is known: its rows and its shape."""
         return replace(self, energy=lambda: top_k(rows(), row_shape(shape), 0).energy)
+
+
+def not_addable(name: str, slot: Slot) -> Skipped | None:
+    """Why nothing can be added to a tensor of the base; None if it can."""
+    if slot.dtype.name in ADD_DTYPES:
+        return None
+    why = f"the base stores {name!r} as {slot.dtype.name}, to which nothing can be added exactly"
+    return Skipped(SkipReason.DTYPE, why)
 
 
 #: The base lacks a tensor.

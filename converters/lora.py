@@ -17,7 +17,7 @@ from shiradelta.select.topk import Rows, row_shape
 
 from . import diff, lycoris
 from .base_names import BaseTensors, find_tensors
-from .item import Item, Skipped, SkipReason, Source
+from .item import Item, Skipped, SkipReason, Source, not_addable
 from .lora_converted import Change, add_converted
 from .lora_keys import Module, find_attention, has_adapter_name, parse_key, refuse_unmerged, sort_keys
 from .lora_parameters import find_parameters, stacked_rows
@@ -257,10 +257,8 @@ def _item(
     if slot.shape != shape:
         why = f"it changes a tensor of shape {list(shape)}, the base's {name!r} has {list(slot.shape)}"
         return Skipped(SkipReason.PARTS, why)
-    if slot.dtype.name not in ADD_DTYPES:
-        why = f"the base stores {name!r} as {slot.dtype.name}, to which nothing can be added exactly"
-        return Skipped(SkipReason.DTYPE, why)
-    return Item(name, shape, slot.dtype.name, dense, base_bits=partial(base.bits, name))
+    item = Item(name, shape, slot.dtype.name, dense, base_bits=partial(base.bits, name))
+    return not_addable(name, slot) or item
 
 
 @lycoris.no_remarks

@@ -9,13 +9,12 @@ from functools import lru_cache, partial
 import numpy as np
 
 from shiradelta.format.arithmetic import Float32
-from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.library import Converted
 from shiradelta.models.views import Box, View
 from shiradelta.select.topk import Rows, row_shape
 
-from .item import Item, Skipped, SkipReason, Source
+from .item import Item, Skipped, SkipReason, Source, not_addable
 
 #: Changes that are kept in memory: a stacked weight is stored as many tensors, one after the other.
 _KEPT = 2
@@ -76,9 +75,8 @@ def _problem(shape: tuple[int, ...], where: Converted, base: Checkpoint, taken: 
         if slot.shape != view.shape:
             why = f"the base's {view.name!r} has shape {list(slot.shape)}, not {list(view.shape)}"
             return Skipped(SkipReason.PARTS, why)
-        if slot.dtype.name not in ADD_DTYPES:
-            why = f"the base stores {view.name!r} as {slot.dtype.name}, to which nothing can be added exactly"
-            return Skipped(SkipReason.DTYPE, why)
+        if (refused := not_addable(view.name, slot)) is not None:
+            return refused
         if view.name in taken:
             return Skipped(SkipReason.CONFLICT, f"another module changes {view.name!r} already")
     return None

@@ -65,7 +65,7 @@ class LoadedWeights:
         """
         library, homes = self._library, Homes()
         other = {name: shape for name, shape in wanted.items() if name in library.saved or name not in library.shapes}
-        saved = find_names(other, {name: tensor.shape for name, tensor in library.saved.items()})
+        saved = find_names(other, library.saved_shapes)
         searched = {*saved.names, *saved.unclear}
         own = find_names({name: shape for name, shape in wanted.items() if name not in searched}, library.shapes)
         for name, shape in wanted.items():

@@ -17,6 +17,7 @@ import numpy as np
 from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.format.arithmetic import Array
 from shiradelta.io.recognise import Wanted, explain, is_patched
+from shiradelta.models.names import Shape
 from shiradelta.models.safetensors import Slot, read_shard
 from shiradelta.models.sentence import LIST, SentenceModule, modules_of
 from shiradelta.util.json_files import read_json
@@ -63,6 +64,11 @@ class Checkpoint(Mapping[str, Slot]):
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Name -> shape."""
+        return {name: slot.shape for name, slot in self._slots.items()}
 
     def bits(self, name: str) -> Array:
         """The tensor's elements, as `bits_of` gives them."""

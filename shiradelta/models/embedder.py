@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
-from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
-from shiradelta.models.dtypes import torch_dtype
-from shiradelta.models.sentence import HeadModule, head_of
+from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.models.dtypes import to_torch
+from shiradelta.models.sentence import HeadModule, folder_of, head_of
 
 
 class Embedder(nn.Module):
@@ -104,7 +102,7 @@ def with_head(encoder: nn.Module, base: Path, tuned: Path) -> nn.Module:
     Raises:
         SourceError: the weights of a module are missing, or the fine-tune has other modules.
     """
-    base, tuned = (path if path.is_dir() else path.parent for path in (base, tuned))
+    base, tuned = folder_of(base), folder_of(tuned)
     head = head_of(base)
     if not head:
         return encoder
@@ -118,7 +116,9 @@ def _loaded(module: HeadModule, base: Path) -> nn.Module:
     if module.kind == "Normalize":
         return _Normalize()
     checkpoint = open_checkpoint(base / module.path)
-    weights = {name: _tensor(checkpoint, name) for name in checkpoint}
+    weights = {
+        name: to_torch(checkpoint.bits(name), slot.dtype.name).view(slot.shape) for name, slot in checkpoint.items()
+    }
     try:
         return _Norm(weights) if module.kind == "LayerNorm" else _Dense(weights, module.settings)
     except (KeyError, RuntimeError) as error:
@@ -130,10 +130,3 @@ def _linear(weights: Mapping[str, Tensor], name: str) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     return linear
-
-
-def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    slot = checkpoint[name]
-    bits = np.array(checkpoint.bits(name))
-    dtype = torch_dtype(slot.dtype.name)
-    return torch.from_numpy(bits.view({2: np.int16, 4: np.int32}[slot.dtype.size])).view(dtype).view(slot.shape)

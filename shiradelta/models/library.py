@@ -57,7 +57,7 @@ def match_names(wanted: Named, checkpoint: Checkpoint) -> FoundInBase:
         wanted: names as in a file or in memory -> their shapes, with dimensions in any order; None if unknown.
         checkpoint: where to look.
     """
-    by_name = find_names(wanted, {name: slot.shape for name, slot in checkpoint.items()})
+    by_name = find_names(wanted, checkpoint.shapes)
     found = FoundInBase(by_name.names, by_name.unclear)
     for name in wanted:
         if name not in found.names and (tied := _tied_by_name(checkpoint, name, wanted[name])) is not None:
@@ -124,6 +124,11 @@ class Library:
         return cls({name: tuple(tensor.shape) for name, tensor in own.items()}, first, saved, transposed)
 
     @cached_property
+    def saved_shapes(self) -> dict[str, Shape]:
+        """Name in the checkpoint -> shape."""
+        return {name: tensor.shape for name, tensor in self.saved.items()}
+
+    @cached_property
     def stored(self) -> dict[str, list[tuple[SavedTensor, View]]]:
         """First name in memory -> the saved tensors that hold its elements, and which."""
         stored: dict[str, list[tuple[SavedTensor, View]]] = {}
@@ -163,15 +168,21 @@ class _Loaded:
 
     def __init__(self, library: Library, checkpoint: Checkpoint, prefix: str) -> None:
         self._library, self._prefix = library, prefix
-        there = {name[len(prefix) :]: slot.shape for name, slot in checkpoint.items() if name.startswith(prefix)}
-        self._saved = find_names({name: tensor.shape for name, tensor in library.saved.items()}, there).names
-        self._in_memory = find_names(library.shapes, there).names
+        self._there = {
+            name[len(prefix) :]: shape for name, shape in checkpoint.shapes.items() if name.startswith(prefix)
+        }
+        self._saved = find_names(library.saved_shapes, self._there).names
+
+    @cached_property
+    def _in_memory(self) -> dict[str, str]:
+        """Names in memory under which the folder has tensors -> its names."""
+        return find_names(self._library.shapes, self._there).names
 
     def find(self, wanted: Named, found: FoundInBase) -> None:
         """Adds to a result what the library finds."""
         bare = {name[len(self._prefix) :]: shape for name, shape in wanted.items()}
         memory = find_names(bare, self._library.shapes).names
-        saved = find_names(bare, {name: tensor.shape for name, tensor in self._library.saved.items()}).names
+        saved = find_names(bare, self._library.saved_shapes).names
         for name in bare:
             full = self._prefix + name
             if name in memory:

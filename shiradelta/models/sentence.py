@@ -75,9 +75,14 @@ def modules_of(folder: Path) -> tuple[SentenceModule, ...] | None:
     return tuple({module.path: module for module in reversed(every)}.values())[::-1]
 
 
+def folder_of(path: Path) -> Path:
+    """A model's folder, given the folder or its weights' file."""
+    return path if path.is_dir() else path.parent
+
+
 def encoder_folder(path: Path) -> Path:
     """The folder of the model that transformers loads, given a model's folder or file."""
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     encoders = [module.path for module in modules_of(folder) or () if module.kind == "Transformer"]
     return folder / encoders[0] if encoders else folder
 
@@ -114,7 +119,7 @@ def head_of(folder: Path) -> list[HeadModule]:
 def modules_not_run(*folders: Path) -> list[str]:
     """The modules that fits and training on texts do not run, by path, of the first folder with modules.json."""
     for folder in folders:
-        home = folder if folder.is_dir() else folder.parent
+        home = folder_of(folder)
         if (modules := modules_of(home)) is not None:
             return [module.path or module.kind for module in _unknown(home, modules)]
     return []

@@ -95,11 +95,6 @@ class View:
     numel: int
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the weight has all elements of the tensor."""
-        return self.weight.numel == math.prod(self.shape)
-
-    @property
     def is_same(self) -> bool:
         """Whether the weight is the tensor as it is, element by element; it may be renamed."""
         return self.numel == self.weight.numel and self.weight == self.stored == contiguous(self.shape)

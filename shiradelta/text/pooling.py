@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 from shiradelta.models.embedder import Embedder
-from shiradelta.models.sentence import modules_of
+from shiradelta.models.sentence import folder_of, modules_of
 from shiradelta.util.json_files import read_json
 from shiradelta.util.registry import Registry
 
@@ -83,7 +83,7 @@ def find_pooling(*folders: Path) -> str | None:
         SourceError: the files set a mode that `POOLING_MODES` lacks, or several modes.
     """
     for folder in folders:
-        path = _home(folder if folder.is_dir() else folder.parent) / "config.json"
+        path = _home(folder_of(folder)) / "config.json"
         config = read_json(path) if path.exists() else None
         if isinstance(config, dict):
             if _MODE in config:

@@ -12,18 +12,9 @@ import pytest
 from shiradelta.models import empty
 from shiradelta.models.empty import build_empty
 from shiradelta.models.library import library_of
+from tests.whole_sources import BERT
 
 pytest.importorskip("transformers")
-
-BERT = {
-    "model_type": "bert",
-    "architectures": ["BertModel"],
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "vocab_size": 12,
-}
 
 
 def built(folder: Path, config: dict[str, Any]) -> object:

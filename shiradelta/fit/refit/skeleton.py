@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +17,8 @@ from shiradelta.fit.tuned_weights import exact_homes, write_exact
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models import loading
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
-from shiradelta.models.dtypes import TORCH_DTYPES
-from shiradelta.models.sentence import head_of
+from shiradelta.models.dtypes import TORCH_DTYPES, to_torch
+from shiradelta.models.sentence import folder_of, head_of
 from shiradelta.models.views import Box, View
 
 
@@ -45,7 +44,7 @@ class Skeleton:
         self, base: Path, source: Path, exact: Mapping[str, TensorDelta], device: torch.device, dtype: torch.dtype
     ) -> None:
         loader, config = loading.model_class(base, source)
-        if head := head_of(base if base.is_dir() else base.parent):
+        if head := head_of(folder_of(base)):
             raise CannotStreamError(f"its embedding goes through {head[0].path}")
         with _without_weights(dtype):
             model: nn.Module = loader(config)
@@ -74,7 +73,7 @@ class Skeleton:
 
     def _in_files(self) -> dict[str, list[tuple[str, View]]]:
         try:
-            found = self._loaded.find({name: slot.shape for name, slot in self._checkpoint.items()}).found
+            found = self._loaded.find(self._checkpoint.shapes).found
         except SourceError as error:
             raise CannotStreamError(str(error)) from None
         stored: dict[str, dict[Box, tuple[str, View]]] = {}
@@ -159,10 +158,7 @@ class Skeleton:
 
     def _read(self, name: str) -> Tensor:
         """A tensor of the files, flat."""
-        slot = self._checkpoint[name]
-        bits = np.array(self._checkpoint.bits(name))
-        kind = {2: np.int16, 4: np.int32}[slot.dtype.size]
-        return torch.from_numpy(bits.view(kind)).view(TORCH_DTYPES[slot.dtype.name])
+        return to_torch(self._checkpoint.bits(name), self._checkpoint[name].dtype.name)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
