@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,15 @@ from shiradelta.errors import TargetError
 from shiradelta.format import registry
 from shiradelta.models import peft
 from shiradelta.models.names import Shape
-from shiradelta.models.refusals import CONVERTED, Refusal, RefusalKind, computed_tensors, refusal_of
+from shiradelta.models.refusals import (
+    CONVERTED,
+    GATHERED,
+    Refusal,
+    RefusalKind,
+    computed_tensors,
+    gathered_by_fsdp,
+    refusal_of,
+)
 from shiradelta.models.saved import SavedTensor, saved_tensors
 from shiradelta.models.views import View, contiguous
 
@@ -123,9 +131,10 @@ def live_tensors(model: Any) -> dict[str, Target]:
     found: dict[str, Target] = {}
     same: dict[tuple[object, ...], Target] = {}
     homes = _homes(model)
+    gathered = {id(tensor) for root in _modules(model) for tensor in gathered_by_fsdp(root)}
 
     def stored(named: _Named) -> Target:
-        target = _target(named, homes)
+        target = _target(named, homes, gathered)
         key = id(named.tensor) if target.refusal else _identity(target.tensor)
         return same.setdefault((key, target.dtype), target)
 
@@ -150,12 +159,17 @@ def _computed(model: Any) -> Iterator[tuple[str, Refusal]]:
 def _homes(model: Any) -> dict[int, Home]:
     """id of a tensor -> the tensors of the first module that has it, and its name there."""
     homes: dict[int, Home] = {}
-    for root in model.values() if isinstance(model, Mapping) else [model]:
-        for module in root.modules() if _is_module(root) else []:
+    for root in _modules(model):
+        for module in root.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     homes.setdefault(id(tensor), (tensors, name))
     return homes
+
+
+def _modules(model: Any) -> list[Any]:
+    """The torch modules that a model is, or consists of."""
+    return [value for value in (model.values() if isinstance(model, Mapping) else [model]) if _is_module(value)]
 
 
 def _is_module(value: Any) -> bool:
@@ -261,7 +275,7 @@ def _identity(tensor: Any) -> tuple[object, ...]:
     return str(tensor.device), address, tuple(tensor.shape), strides
 
 
-def _target(named: _Named, homes: Mapping[int, Home]) -> Target:
+def _target(named: _Named, homes: Mapping[int, Home], gathered: Container[int]) -> Target:
     name, tensor = named.name, named.tensor
     if is_array(tensor):
         known = tensor.dtype.name in registry.DTYPE_OF_NAME
@@ -272,7 +286,7 @@ def _target(named: _Named, homes: Mapping[int, Home]) -> Target:
             refusal = Refusal(RefusalKind.READ_ONLY, "is a read-only array", "give a writable one")
         return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor)
     holder = tensor if named.holder is None else named.holder
-    refusal = refusal_of(holder)
+    refusal = GATHERED if id(holder) in gathered else refusal_of(holder)
     dtype = str(tensor.dtype).removeprefix("torch.")
     known = dtype in registry.DTYPE_OF_NAME
     home = homes.get(id(holder), ({"": holder}, ""))

@@ -82,6 +82,34 @@ def refusal_of(tensor: Any) -> Refusal | None:
     return None
 
 
+#: Why a parameter that FSDP2 has gathered cannot be written: `reshard()` frees it, and the shards stay as they are.
+GATHERED = Refusal(
+    RefusalKind.DISTRIBUTED,
+    "is a copy that FSDP2 has gathered, which reshard() throws away",
+    "apply the delta before the model is distributed",
+)
+
+
+def gathered_by_fsdp(model: Any) -> Iterator[Any]:
+    """The parameters of a torch module that FSDP2 has gathered: inside `unshard()`, and after a forward pass."""
+    for module in model.modules():
+        if not hasattr(module, "_get_fsdp_state"):
+            continue
+        try:
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            owners = [
+                (one._module_info.module, one._module_info.param_name) for group in groups for one in group.fsdp_params
+            ]
+        except AttributeError:  # another release of torch: without its lists, every parameter may be one
+            yield from (tensor for tensor in module.parameters() if type(tensor).__name__ in PLAIN)
+            continue
+        for owner, name in owners:
+            tensor = owner._parameters.get(name)
+            if tensor is not None and type(tensor).__name__ in PLAIN:
+                yield tensor
+
+
 #: Why a tensor of the checkpoint cannot be written whose elements the library computes on loading.
 CONVERTED = Refusal(
     RefusalKind.CONVERTED,

@@ -1,0 +1,95 @@
+"""Models that FSDP2 has distributed: nothing is written that `reshard()` would throw away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from shiradelta import HotSwap
+from shiradelta.errors import TargetError
+from tests.swapping import adapter, bits, formula, random_delta
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(fsdp, "fully_shard") or not dist.is_gloo_available():
+    pytest.skip("torch has no FSDP2 here", allow_module_level=True)
+
+pytestmark = pytest.mark.slow  # a group of processes takes seconds to begin
+
+NAMES = ("0.weight", "1.0.weight", "1.0.bias")
+DATA = adapter(
+    {name: random_delta((8, 8) if "weight" in name else (8,), 3, i, "float32") for i, name in enumerate(NAMES)}
+)
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A group of this process alone."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def net() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Sequential(torch.nn.Linear(8, 8)))
+
+
+@pytest.fixture
+def model(mesh: object) -> torch.nn.Sequential:
+    """Of its three tensors, FSDP2 ignores the bias."""
+    whole = net()
+    for part in (whole[1], whole):
+        fsdp.fully_shard(part, mesh=mesh, ignored_params={whole[1][0].bias})
+    return whole
+
+
+@pytest.mark.parametrize("backend", ["auto", "numpy", "torch"])
+@pytest.mark.parametrize("how", ["unshard", "forward"])
+@pytest.mark.parametrize("lists", [True, False], ids=["", "another release of torch"])
+def test_gathered_weights_are_refused_by_name(
+    model: torch.nn.Sequential, how: str, backend: str, lists: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if how == "unshard":
+        model.unshard()
+    else:
+        with torch.no_grad():
+            model(torch.eye(8))  # the outer module keeps its weights
+    assert type(model[0].weight) is torch.nn.Parameter
+    if not lists:
+        monkeypatch.setattr(type(model), "_get_fsdp_state", lambda self: object())
+    with pytest.raises(TargetError, match=r"'0\.weight' is a copy that FSDP2 has gathered, which reshard\(\) throws"):
+        HotSwap(model, backend=backend).load("a", DATA)
+    with pytest.raises(TargetError, match=r"'0\.weight' is a copy that FSDP2"):
+        HotSwap({"part": model}, names=lambda name: f"part/{name}", backend=backend).load("a", DATA)
+
+
+def test_shards_are_refused_and_what_fsdp_ignores_is_not(model: torch.nn.Sequential):
+    before = bits(model[1][0].bias)
+    swap = HotSwap(model)
+    with pytest.raises(TargetError, match=r"tensor '0\.weight' is a DTensor"):
+        swap.load("all", DATA)
+    model.unshard()
+    model.reshard()
+    swap = HotSwap(model)
+    swap.load("bias", DATA, skip="*.weight")
+    swap.switch("bias")
+    assert np.array_equal(bits(model[1][0].bias), formula(before, "float32", [(DATA, 1)], "1.0.bias"))
+    swap.revert()
+    assert np.array_equal(bits(model[1][0].bias), before)
+
+
+def test_a_model_that_is_distributed_after_loading(mesh: object):
+    model = net()
+    swap = HotSwap(model)
+    swap.load("a", DATA)
+    fsdp.fully_shard(model, mesh=mesh)
+    for gather in (model.reshard, model.unshard):
+        gather()
+        with pytest.raises(TargetError, match="was moved or replaced"):
+            swap.switch("a")
+    assert swap.active == {}
