@@ -21,6 +21,7 @@ from shiradelta.select.topk import Rows, row_shape
 
 from .base_names import find_tensors
 from .item import CONVERTED, Item, Skipped, SkipReason, Source
+from .peft_config import check_parts, read_configs
 from .sources import SourceFiles, source
 
 #: suffix of a file's key -> (suffix of the tensor's name, what the key holds)
@@ -74,6 +75,10 @@ def open_diff(files: SourceFiles) -> Source:
     for key in source:
         name, what = parse_key(key) or (key, "dense")
         tensors.setdefault(name, {})[what] = key
+    shira = {name: keys for name, keys in tensors.items() if any(map(parse_shira_key, keys.values()))}
+    configs, where = read_configs(source) if shira else ({}, source.root)
+    for keys in shira.values():
+        check_parts(configs.get("", {}), keys, next(iter(keys.values())), where)
     result = Source()
     found, lacking = dict.fromkeys(tensors, ""), dict[str, Skipped]()
     if base is not None:

@@ -78,7 +78,7 @@ class SkipReason(Enum):
     DUPLICATE = auto()
     #: Another change to the same tensor is converted.
     CONFLICT = auto()
-    #: It describes a change that the source does not hold, such as an alpha without factors.
+    #: It changes no weights by itself: an alpha without factors, or what only training uses.
     EMPTY = auto()
     #: A method or storage order that is not supported.
     UNSUPPORTED = auto()

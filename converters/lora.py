@@ -19,13 +19,28 @@ from . import diff, lycoris
 from .base_names import BaseTensors, find_tensors
 from .item import Item, Skipped, SkipReason, Source, not_addable
 from .lora_converted import Change, add_converted
-from .lora_keys import Module, find_attention, has_adapter_name, parse_key, refuse_unmerged, sort_keys
+from .lora_keys import (
+    TRAINING,
+    Module,
+    find_attention,
+    find_halves,
+    has_adapter_name,
+    parse_key,
+    refuse_unmerged,
+    sort_keys,
+)
 from .lora_parameters import find_parameters, stacked_rows
 from .lora_scale import Scale, number
 from .lora_tied import TiedModules
 from .lora_whole import add_whole
 from .orientation import Weight, find_transposed
+from .peft_config import check_parts
 from .sources import SourceFiles, source
+
+
+HALF = Skipped(
+    SkipReason.PARTS, "is half of the change of an nn.MultiheadAttention, of which PEFT saves in_proj and out_proj"
+)
 
 
 def _recognises(files: SourceFiles) -> bool:
@@ -46,11 +61,16 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     refuse_unmerged(source)
     scale = Scale.of(source, alpha)
     modules, alpha_keys, others = sort_keys(source)
+    training = [key for key in others if TRAINING.search(key)]
+    others = {key: name for key, name in others.items() if key not in training}
+    for module, parts in modules.items():
+        check_parts(scale.config(module), parts.keys, next(iter(parts.keys.values())), scale.where)
     modules = find_parameters(modules, scale, source, base)
     alphas = {module: _alpha(source, key) for module, key in alpha_keys.items()}
     shapes: dict[str, tuple[int, ...]] = {}
+    halves = find_halves(modules, base or ())
     for module, parts in modules.items():
-        found = _shape(source, parts, scale.of_peft(module))
+        found = HALF if module in halves else _shape(source, parts, scale.of_peft(module))
         if isinstance(found, Skipped):
             result.skipped[module] = found
         else:
@@ -109,6 +129,7 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
         add_whole(source, others, set(differences), names, scale, base, result, there.tied, shared)
     lone = Skipped(SkipReason.EMPTY, "an alpha without factors")
     result.skipped |= {key: lone for module, key in alpha_keys.items() if module not in modules}
+    result.skipped |= dict.fromkeys(training, Skipped(SkipReason.EMPTY, "PEFT uses it in training only"))
     for module in modules.keys() & result.skipped.keys():
         lost = result.skipped[module].called(
             *modules[module].keys.values(), tensors.get(module, f"{module}.weight"), matched.get(module)

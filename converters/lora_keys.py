@@ -8,7 +8,7 @@ Keys read: `MODULE.lora_A.weight` and `lora_B` (PEFT, diffusers), `lora_embeddin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from shiradelta.errors import SourceError
@@ -41,6 +41,10 @@ _UNSUPPORTED = {
 NESTED = re.compile(rf"(.+?)((?:{re.escape(BASE_LAYER.rstrip('.'))})*)")
 #: Rows of an embedding that PEFT trains (trainable_token_indices).
 TOKENS = re.compile(rf"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta{_ADAPTER}$")
+
+#: What PEFT saves of methods that differ from LoRA in training only (VeLoRA, MonteCLoRA).
+TRAINING = re.compile(r"\.lora_(?:velora_embed|monteclora_sampler)(?:\.|$)")
+_INNER = f"{BASE_LAYER}out_proj.lora_"
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,23 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
 
 def find_attention(modules: Mapping[str, Module]) -> dict[str, str]:
     """`nn.MultiheadAttention` -> its `out_proj`, which PEFT 0.21 adapts along with it and adds to the base twice."""
-    inner = f"{BASE_LAYER}out_proj.lora_A"
     return {
-        module.removesuffix(".out_proj"): module
+        attention: module
         for module, parts in modules.items()
-        if inner in parts.keys.get("A", "") and module.removesuffix(".out_proj") in modules
+        if _is_inner(parts) and (attention := module.removesuffix(".out_proj")) in modules
     }
+
+
+def find_halves(modules: Mapping[str, Module], base: Collection[str]) -> set[str]:
+    """Modules that are one half of an `nn.MultiheadAttention`, whose other half is not there."""
+    pairs = find_attention(modules)
+    halves = {module for module, parts in modules.items() if _is_inner(parts)} - set(pairs.values())
+    stored = {name.removesuffix(".in_proj_weight") for name in base if name.endswith(".in_proj_weight")}
+    return halves | ((modules.keys() & stored) - pairs.keys())
+
+
+def _is_inner(parts: Module) -> bool:
+    return any(_INNER in key for key in parts.keys.values())
 
 
 def refuse_unmerged(source: Checkpoint) -> None:

@@ -22,7 +22,8 @@ from shiradelta.select.topk import Rows, row_shape
 
 from .base_names import find_tensors
 from .lora_keys import NESTED, Module, Stack
-from .lora_scale import PARAMETERS, Scale
+from .lora_scale import Scale
+from .peft_config import PARAMETERS
 
 #: The first release of PEFT that asks a module whether its matrices are [in, out], and the first that does so rightly.
 _ASKS, _ASKS_RIGHTLY = (0, 19), (0, 19, 1)

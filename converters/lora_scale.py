@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,52 +12,16 @@ from typing import Any
 
 from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
-from shiradelta.models.peft import CONFIG, MODULES_TO_SAVE, WEIGHTS
-from shiradelta.util.json_files import read_json
+from shiradelta.models.peft import CONFIG, MODULES_TO_SAVE
 from shiradelta.util.text import brief
 
 from .patterns import PatternTable
-from .peft_folder import PRODUCTS, check_type
+from .peft_config import PARAMETERS, read_configs, type_of
 
-#: Initialisations that also change the base, by the start of their names.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: PEFT's types whose factors keep the configuration's rank; AdaLoRA's do not.
 _FIXED_RANK = ("LORA", "LOHA", "LOKR")
-#: The configuration's key that lists parameters that are adapted by name.
-PARAMETERS = "target_parameters"
-_UNSUPPORTED = {
-    "use_dora": "a DoRA, whose magnitudes need the base's norms; merge it first",
-    "layer_replication": "an adapter of repeated layers (layer_replication); merge it first",
-    "alora_invocation_tokens": "an activated LoRA, which depends on the text; no change of weights does the same",
-    "use_bdlora": "a BD-LoRA, whose factors are blocks on a diagonal; merge it first",
-    "use_qalora": "a QALoRA, whose factors act on averages of inputs; merge it first",
-    "arrow_config": "an Arrow router of adapters, which depends on the text; no change of weights does the same",
-    "kasa_config": "a KaSA, which cuts what is small out of the base; merge it first",
-}
 #: Keys whose value depends on the module, by patterns.
 _PATTERNS = ("alpha_pattern", "rank_pattern")
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-#: Key -> (whether a value that is not null is right, what it should be).
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_whole, "a positive integer"),
-    "init_r": (_is_whole, "a positive integer"),
-    "rank_pattern": (lambda found: isinstance(found, dict), "ranks by name"),  # AdaLoRA's are lists
-    "alpha_pattern": (lambda found: isinstance(found, dict), "alphas by name"),
-    MODULES_TO_SAVE: (_is_names, "a list of names"),
-    PARAMETERS: (_is_names, "a list of names"),
-    "ensure_weight_tying": (lambda found: isinstance(found, bool), "true or false"),
-    "fan_in_fan_out": (lambda found: isinstance(found, bool), "true or false"),
-    "use_rslora": (lambda found: isinstance(found, bool), "true or false"),
-}
 
 
 @dataclass(frozen=True)
@@ -77,23 +40,12 @@ class Scale:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, alpha: float | None) -> Scale:
-        """Reads adapter_config.json beside a checkpoint, or the checkpoint's metadata.
-
-        A file under another name than PEFT's may lie beside another adapter's configuration, so its metadata win.
+        """As the configuration beside a checkpoint or in its metadata says (`read_configs`).
 
         Raises:
             SourceError: the configuration cannot be read, or names a method that cannot be converted.
         """
-        file = checkpoint.shards[0].file
-        beside = file.parent / CONFIG
-        own = _in_metadata(checkpoint.shards[0].metadata, file)
-        from_beside = beside.exists() and (file.name == WEIGHTS or not own)
-        where: Path = beside if from_beside else file
-        configs = {"": read_json(beside)} if from_beside else own
-        for config in configs.values():
-            if not isinstance(config, dict):
-                raise SourceError(f"{where}: is not a PEFT configuration; get it again")
-            _check(config, where)
+        configs, where = read_configs(checkpoint)
         return cls(configs, alpha, where)
 
     def config(self, module: str) -> Mapping[str, Any]:
@@ -139,7 +91,7 @@ class Scale:
     def _check_rank(self, module: str, rank: int) -> None:
         config = self.config(module)
         configured = self._of_pattern("rank_pattern", module, config.get("r"))
-        if config.get("peft_type") in _FIXED_RANK and type(configured) is int and configured != rank:
+        if type_of(config) in _FIXED_RANK and type(configured) is int and configured != rank:
             raise SourceError(
                 f"{module}: has rank {rank}, and {CONFIG} says {configured}, so it is another adapter's; put the right"
                 " one beside the file, or give --alpha"
@@ -216,40 +168,3 @@ def number(value: Any, what: str) -> float:
     if not math.isfinite(result):
         raise SourceError(f"{what} {brief(repr(value), 80)} is not a finite number; give --alpha")
     return result
-
-
-def _check(config: Mapping[str, Any], where: Path) -> None:
-    check_type(config, where, *PRODUCTS)
-    for key, (is_right, what) in _FIELDS.items():
-        value = config.get(key)
-        if value is not None and not is_right(value):
-            raise SourceError(f"{where}: {key} is {brief(repr(value), 80)}, not {what}; get it again")
-    for key, why in _UNSUPPORTED.items():
-        if config.get(key):
-            raise SourceError(f"{where}: {why}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise SourceError(
-            f"{where}: init_lora_weights {start!r} changed the base too; save it as a plain LoRA"
-            " (PEFT: path_initial_model_for_weight_conversion) first"
-        )
-
-
-def _in_metadata(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, Any]]:
-    """The configurations in a file's own metadata: diffusers' JSON, or kohya's pair."""
-    if "lora_adapter_metadata" in metadata:
-        try:
-            found = json.loads(metadata["lora_adapter_metadata"])
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise SourceError(f"{file}: lora_adapter_metadata in it is not a configuration in JSON; get it again")
-        configs: dict[str, dict[str, Any]] = {}
-        for key, value in found.items():
-            component, _, name = key.rpartition(".")  # "unet.lora_alpha"
-            configs.setdefault(component, {})[name] = value
-        return configs if len(configs) > 1 else dict(zip([""], configs.values(), strict=False))
-    try:
-        return {"": {"lora_alpha": float(metadata["ss_network_alpha"])}}
-    except (KeyError, ValueError):  # kohya writes None where each module has an alpha
-        return {}

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from shiradelta.errors import SourceError
 from shiradelta.models.peft import CONFIG, WEIGHTS
 from shiradelta.models.sentence import modules_of
 from shiradelta.util.json_files import read_json
-from shiradelta.util.text import brief
 
-#: PEFT's types that are a product of factors, times a scale.
-PRODUCTS = ("LORA", "ADALORA", "LOHA", "LOKR")
+from .peft_config import check_type
 
 
 def adapter_weights(path: Path) -> Path | None:
@@ -26,7 +22,7 @@ def adapter_weights(path: Path) -> Path | None:
     weights, config = path / WEIGHTS, path / CONFIG
     if config.exists():
         about = read_json(config)
-        check_type(about if isinstance(about, dict) else {}, config, *PRODUCTS, "SHIRA")
+        check_type(about if isinstance(about, dict) else {}, config)
         if not weights.exists():
             raise SourceError(f"{path}: has no {WEIGHTS}; save the adapter as safetensors first")
         others = [module for module in modules_of(path) or () if module.path and module.has_weights]
@@ -36,16 +32,3 @@ def adapter_weights(path: Path) -> Path | None:
                 f" the model, or give {weights} for the adapter alone"
             )
     return weights if weights.exists() else None
-
-
-def check_type(config: Mapping[str, Any], where: object, *types: str) -> None:
-    """Refuses a PEFT configuration of another type.
-
-    Raises:
-        SourceError: its type is not among `types`.
-    """
-    found = str(config.get("peft_type") or types[0]).rpartition(".")[2].upper()
-    if found not in types:
-        raise SourceError(
-            f"{where}: is of type {brief(found, 80)}; only {' and '.join(types)} can be converted: merge it first"
-        )

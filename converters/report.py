@@ -150,15 +150,19 @@ class ConversionReport:
 
     @property
     def exact(self) -> bool | None:
-        """Whether base and file give the fine-tune's weights, bit for bit; None if the source does not tell them."""
+        """Whether base and file give the fine-tune's weights, bit for bit; None if the source does not tell them.
+
+        A LoRA and a difference say how weights change.  What they become depends on who adds the change: PEFT's product
+        of factors rounds as its dtype, library and device do.
+        """
         inexact = self.inexact
         return None if inexact is None else not inexact and not self.lost
 
     @property
     def exactness(self) -> str:
-        """The same in words; empty if it is unknown."""
+        """The same in words."""
         if self.exact is None:
-            return ""
+            return "exactness unknown, as the source says how weights change, not what they become"
         if self.exact:
             return "exact"
         elements = f"{self.inexact:,} element{'s differ' if self.inexact != 1 else ' differs'}" if self.inexact else ""
@@ -168,7 +172,7 @@ class ConversionReport:
     @property
     def summary(self) -> str:
         """How much of the fine-tune is kept, in a line."""
-        return "; ".join(filter(None, (self._kept, self.exactness)))
+        return f"{self._kept}; {self.exactness}"
 
     @property
     def _kept(self) -> str:
@@ -235,6 +239,7 @@ class ConversionReport:
             "energy_kept": self.energy_kept if self.fit is None else None,
             "error": self.error if self.fit is None else None,
             "exact": self.exact,
+            "exactness": self.exactness,
             "inexact": self.inexact,
             "fit": None if self.fit is None else self.fit.as_dict(),
         }
