@@ -37,7 +37,6 @@ from .orientation import Weight, find_transposed
 from .peft_config import check_parts
 from .sources import SourceFiles, source
 
-
 HALF = Skipped(
     SkipReason.PARTS, "is half of the change of an nn.MultiheadAttention, of which PEFT saves in_proj and out_proj"
 )

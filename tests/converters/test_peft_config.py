@@ -60,7 +60,7 @@ def test_pefts_defaults_are_accepted():
 @pytest.mark.parametrize("value", [True, 1, "x", [0], {"a": None}, 0.5])
 def test_an_unknown_key_is_refused_by_name(tmp_path: Path, value: object):
     lora = write_adapter(tmp_path / "lora", "LORA", use_tomorrow=value)
-    with pytest.raises(SourceError, match=r"sets 'use_tomorrow' to .*; merge it with PEFT and convert the merged model"):
+    with pytest.raises(SourceError, match=r"sets .use_tomorrow. to .*; merge it with PEFT and convert"):
         shiradelta.convert(lora)
 
 
