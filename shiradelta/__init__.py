@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         FormatError,
         MissingDependencyError,
         ShiraDeltaError,
+        SignatureError,
         SourceError,
         TargetError,
     )
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from shiradelta.hotswap.session import HotSwap
     from shiradelta.io.reader import open_delta
     from shiradelta.io.writer import save_delta
+    from shiradelta.signing.sign import sign
+    from shiradelta.signing.verify import verify_signature
 
     __version__: str
 
@@ -43,6 +46,7 @@ __all__ = [
     "HotSwap",
     "MissingDependencyError",
     "ShiraDeltaError",
+    "SignatureError",
     "SourceError",
     "TargetError",
     "TensorDelta",
@@ -52,7 +56,9 @@ __all__ = [
     "open_delta",
     "revert",
     "save_delta",
+    "sign",
     "verify",
+    "verify_signature",
 ]
 
 #: Name -> its module.  Errors are in `errors`.
@@ -65,7 +71,9 @@ _HOMES = {
     "open_delta": "io.reader",
     "revert": "folder.revert",
     "save_delta": "io.writer",
+    "sign": "signing.sign",
     "verify": "folder.verification",
+    "verify_signature": "signing.verify",
 }
 
 

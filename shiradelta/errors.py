@@ -7,6 +7,7 @@ ShiraDeltaError
  |- SourceError                         something cannot be converted
  |- BaseMismatchError                   a delta was made for another base
  |- TargetError                         a folder or file cannot be written
+ |- SignatureError                      a file is not signed by a key that is trusted
  |- DivergedError                       training gave NaN
  `- MissingDependencyError (ImportError)  an optional package is not installed
 """
@@ -138,3 +139,7 @@ class DivergedError(ShiraDeltaError):
 
 class TargetError(ShiraDeltaError):
     """A model's folder or an output file that cannot be written: a lock, a link, a full disk, an unknown state."""
+
+
+class SignatureError(ShiraDeltaError):
+    """A file that is not signed by a given key, a signature that cannot be read, or a key that cannot be used."""

@@ -14,6 +14,7 @@ from examples.serve.adapters import Adapters
 from examples.serve.app import make_app
 from examples.serve.limits import Limits
 from examples.serve.model import Embedder
+from shiradelta.signing.keys import public_keys
 
 KEY = "SERVE_API_KEY"
 
@@ -24,6 +25,13 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a folder of transformers")
     parser.add_argument("load", nargs="*", metavar="NAME", help="adapters to load at the start")
     parser.add_argument("--adapters", type=Path, metavar="FOLDER", help="NAME.shd in it is the adapter NAME")
+    parser.add_argument(
+        "--signed-by",
+        type=Path,
+        action="append",
+        metavar="KEY",
+        help="load only adapters that are signed by a public key in this file; may be repeated",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -36,9 +44,11 @@ def main() -> None:
     key = os.environ.get(KEY)
     if key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         parser.error(f"without an API key only this machine may ask; set {KEY}, or leave --host out")
+    if options.signed_by is not None:
+        public_keys(options.signed_by)  # a key that cannot be used ends the service now, not its first load
     embedder = Embedder(options.model, options.device, limits)
     swap = sd.HotSwap(embedder.model)
-    adapters = Adapters(swap, options.adapters, limits)
+    adapters = Adapters(swap, options.adapters, limits, options.signed_by)
     for name in options.load:
         report = adapters.load(name)
         print(f"{name}: {report.nonzeros:,} weights, {report.nbytes:,} bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import shiradelta as sd
@@ -23,10 +24,13 @@ class Adapters:
         swap: the model's session.
         folder: where the files are; None for a service without adapters.
         limits: `adapters` and `adapter_bytes` of them.
+        keys: files of public keys; only what one of them has signed is loaded.  None for any file of the folder.
     """
 
-    def __init__(self, swap: sd.HotSwap, folder: Path | None, limits: Limits | None = None) -> None:
-        self._swap, self._limits = swap, limits or Limits()
+    def __init__(
+        self, swap: sd.HotSwap, folder: Path | None, limits: Limits | None = None, keys: Sequence[Path] | None = None
+    ) -> None:
+        self._swap, self._limits, self._keys = swap, limits or Limits(), keys
         self._folder = None if folder is None else folder.resolve()
         self._used = OrderedDict.fromkeys(swap.loaded)  # the least recently used first
 
@@ -58,11 +62,11 @@ class Adapters:
 
         Raises:
             UnknownAdapterError: the folder has no such adapter.
-            ShiraDeltaError: the file is damaged or does not fit the model.
+            ShiraDeltaError: the file is damaged, does not fit the model, or is not signed.
             MemoryError: it takes more memory alone than all adapters may.
         """
         if name not in self._swap.loaded:
-            report = self._swap.load(name, self.file(name))
+            report = self._swap.load(name, self.file(name), key=self._keys)
             if report.nbytes > self._limits.adapter_bytes:
                 self._swap.unload(name)
                 raise MemoryError(f"it takes {report.nbytes:,} bytes of {self._limits.adapter_bytes:,}")

@@ -18,6 +18,7 @@ from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress
 @click.option("-o", "--out", metavar="FOLDER", help="Write a patched copy to this folder and leave MODEL as it is.")
 @click.option("--no-check", is_flag=True, help="Allow a base other than the one that the delta was made for.")
 @click.option("--allow-dtype", is_flag=True, help="Allow a base in another dtype; its fingerprints are not checked.")
+@options.trusted
 @options.no_lock
 @options.as_json
 def apply(
@@ -27,6 +28,8 @@ def apply(
     out: str | None,
     no_check: bool,
     allow_dtype: bool,
+    keys: tuple[str, ...],
+    signature: str | None,
     no_lock: bool,
     as_json: bool,
 ) -> None:
@@ -44,6 +47,8 @@ def apply(
             strength=strength,
             check=not no_check,
             allow_dtype=allow_dtype,
+            key=keys or None,
+            signature=signature,
             lock=not no_lock,
             progress=progress,
         )

@@ -29,13 +29,18 @@ def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
         raise click.UsageError("Missing argument 'FILE'.")
     from shiradelta.io.describe import describe, summary
     from shiradelta.io.reader import open_delta
+    from shiradelta.signing.form import describe_signature
 
     with open_delta(file) as delta:
         if full:
             delta.verify()
         about = describe(delta)
+    signature = about["signature"] = describe_signature(file)
     if as_json:
         echo_json(about)
         return
     checked = "checked in full" if full else "tables checked; --verify checks everything"
     click.echo(f"{summary(about)}; {checked}\ndigest {about['digest']}")
+    if signature is not None:
+        says = f"{signature['file']}: a signature by the key {signature['key']}, not verified; `shiradelta verify` does"
+        echo_lines(signature["problem"] or says)

@@ -132,6 +132,19 @@ no_lock = click.option(
 )
 
 
+def trusted(function: Function) -> Function:
+    """The options that name the keys that are trusted, and the signature."""
+    key = click.option(
+        "--key",
+        "keys",
+        metavar="FILE",
+        multiple=True,
+        help="Refuse DELTA unless it is signed by a public key in this file.  May be repeated; any key is enough.",
+    )
+    signature = click.option("--signature", metavar="FILE", help="Signature of DELTA.  [default: DELTA.sig]")
+    return key(signature(function))
+
+
 def scope(text: str) -> Callable[[Function], Function]:
     """The option that says whether the sparsity is that of each tensor or of the whole model."""
     choice = RegistryChoice("shiradelta.select.shares:SCOPES")

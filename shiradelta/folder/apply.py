@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shiradelta.errors import TargetError
+from shiradelta.errors import ArgumentError, TargetError
 from shiradelta.folder import restructure
 from shiradelta.folder.comparison import without
 from shiradelta.folder.copying import copied
@@ -32,6 +32,8 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, other_weight_files
+from shiradelta.signing.keys import Keys
+from shiradelta.signing.verify import open_signed
 from shiradelta.util.directory import Directory
 from shiradelta.util.files import NOTHING_CHANGED, one_line, os_errors
 from shiradelta.util.interrupts import interrupts_held_back
@@ -73,6 +75,8 @@ def apply(
     *,
     check: bool = True,
     allow_dtype: bool = False,
+    key: Keys | None = None,
+    signature: Path_ | None = None,
     lock: bool = True,
     progress: Progress | None = None,
 ) -> ApplyReport:
@@ -87,6 +91,8 @@ def apply(
         strength: alpha, the factor of the values.
         check: refuse a base whose fingerprint differs.
         allow_dtype: accept a base of another dtype than the delta was made against; it cannot be checked then.
+        key: a file of public keys, or several: refuse what is not signed by one of them (see `verify_signature`).
+        signature: the signature file; None for the name of `delta` with ".sig" behind it.
         lock: False does without the lock against other processes, on a file system that has none.
         progress: called with (what, done, total).
 
@@ -95,10 +101,18 @@ def apply(
         DeltaError: the delta cannot have this strength.
         TargetError: the folder cannot be written.
         FormatError: the delta is refused.
+        SignatureError: it is not signed by any of the keys.
     """
+    if key is not None and isinstance(delta, Delta):
+        raise ArgumentError("an open delta has no signature beside it; give the path of the file")
+    if key is None and signature is not None:
+        raise ArgumentError("a signature proves nothing without a key; give the public key, too")
     root = existing(model_dir)
     with ExitStack() as stack:
-        opened = delta if isinstance(delta, Delta) else stack.enter_context(open_delta(delta))
+        if isinstance(delta, Delta):
+            opened = delta
+        else:
+            opened = stack.enter_context(open_delta(delta) if key is None else open_signed(delta, key, signature)[0])
         if out is None:
             return _apply_in_place(root, opened, strength, check, allow_dtype, lock, progress)
         with copied(root, Path(out)) as copy:

@@ -28,6 +28,7 @@ from shiradelta.io.reader import Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
 from shiradelta.models.compatibility import check_strength, check_tied
 from shiradelta.models.live import Target, live_tensors
+from shiradelta.signing.keys import Keys
 from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.interrupts import interrupts_held_back
 
@@ -125,6 +126,7 @@ class HotSwap:
         check: bool = True,
         allow_dtype: bool = False,
         skip: str | Sequence[str] = (),
+        key: Keys | None = None,
         strict: bool | None = None,
     ) -> LoadReport:
         """Loads an adapter: reads and checks it, and copies it, compressed, to the device.  The weights do not change.
@@ -136,6 +138,7 @@ class HotSwap:
             allow_dtype: take an adapter that was made against a base of another dtype; it cannot be checked then.
             skip: glob patterns of the file's names.  A tensor that the model does not have, or that cannot be written,
                 is an error unless a pattern matches it; it is left out then, and the report's `unmatched` lists it.
+            key: a file of public keys, or several: refuse what is not signed by one of them (see `verify_signature`).
             strict: deprecated; False is `skip="*"`, and True is the default now.
 
         Raises:
@@ -144,12 +147,13 @@ class HotSwap:
             TargetError: a tensor cannot be written: it is quantised, on the meta device, or was moved.
             FormatError: the file is refused.
             DeltaError: the name is taken.
+            SignatureError: the file is not signed by any of the keys.
         """
         if strict is not None:
             warn_renamed(f"strict={strict}", "no argument, which means the same" if strict else 'skip="*"')
             skip = skip if strict else "*"
         self._free_name(name)
-        label, data = read_whole(source, self._buffer)
+        label, data = read_whole(source, self._buffer, key)
         try:
             adapter, parts = self._prepare(name, label, data, allow_dtype, skip)
         except FormatError as error:

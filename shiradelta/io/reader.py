@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -167,13 +167,14 @@ def open_delta(source: Source, backend: str = "auto") -> Delta:
         FormatError: the file is refused; its `reason` is a code of spec/REGISTRY.md.
         ShiraDeltaError: there is no such file, or it cannot be read.
     """
-    file: str | None = None
-    mapped: mmap.mmap | None = None
-    if isinstance(source, (str, os.PathLike)):
-        file = os.fspath(source)
-        data, mapped = _map(Path(file))
-    else:
-        data = bytes_of(source)
+    if not isinstance(source, (str, os.PathLike)):
+        return parse_delta(bytes_of(source), None, backend)
+    data, mapped = _map(Path(source))
+    return parse_delta(data, os.fspath(source), backend, mapped)
+
+
+def parse_delta(data: Bytes, file: str | None, backend: str = "auto", mapped: mmap.mmap | None = None) -> Delta:
+    """`open_delta` of bytes that came from `file`."""
     try:
         parsed = container.parse(data)
         return Delta(data, parsed, file, mapped, choose(backend, parsed.index_codecs, parsed.value_codecs))
@@ -186,18 +187,31 @@ def open_delta(source: Source, backend: str = "auto") -> Delta:
         raise
 
 
-def bytes_of(source: bytes | Bytes | BinaryIO) -> Bytes:
-    """The bytes of a source that is not a path; a binary file is read to its end."""
+def bytes_of(source: Source) -> Bytes:
+    """The bytes of a source, in memory; a binary file is read to its end.
+
+    Raises:
+        ShiraDeltaError: there is no such file, or it cannot be read.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        with explained(Path(source)), open_regular(Path(source)) as stream:
+            source = stream.read()
     return np.frombuffer(source if isinstance(source, (bytes, np.ndarray)) else source.read(), np.uint8)
 
 
 def _map(path: Path) -> tuple[Bytes, mmap.mmap | None]:
+    with explained(path), open_regular(path) as stream:
+        if not os.fstat(stream.fileno()).st_size:
+            return np.zeros(0, np.uint8), None
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, np.uint8), mapped
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns the system's errors into one line, which says what the path is where it is no `.shd` file."""
     try:
-        with open_regular(path) as stream:
-            if not os.fstat(stream.fileno()).st_size:
-                return np.zeros(0, np.uint8), None
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            return np.frombuffer(mapped, np.uint8), mapped
+        yield
     except OSError as error:
         from shiradelta.io.recognise import Wanted, explain
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from shiradelta.errors import MissingDependencyError
 
 #: Package -> the extra of pyproject.toml that installs it.  Others are installed by their own names.
-EXTRAS = {"matplotlib": "plot", "safetensors": "fit", "torch": "fit", "transformers": "fit"}
+EXTRAS = {"cryptography": "sign", "matplotlib": "plot", "safetensors": "fit", "torch": "fit", "transformers": "fit"}
 
 
 def missing(package: str, purpose: str) -> MissingDependencyError:

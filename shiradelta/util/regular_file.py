@@ -31,3 +31,14 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_small(path: Path, most: int) -> bytes | None:
+    """The bytes of a regular file; None if it has more than `most`, which are not read then.
+
+    Raises:
+        OSError: as `open_regular`, or it cannot be read.
+    """
+    with open_regular(path) as stream:
+        data = stream.read(most + 1)
+    return data if len(data) <= most else None

@@ -34,11 +34,17 @@ COMMANDS = {
     "report": ["report", "a.shd", "b.shd"],
     "png": ["report", "a.shd", "b.shd", "--png", "heat.png"],
     "info": ["info", "a.shd", "--verify"],
+    "sign": ["sign", "a.shd", "--key", "private.pem"],
 }
+if find_spec("cryptography") is None:
+    del COMMANDS["sign"]
+#: Of RFC 8032, section 7.1.
+KEY = "MC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g"
 #: Commands that load torch and transformers.
 SLOW = {"fit", "train"}
 #: Package -> commands that cannot do without it.
 NEEDED: dict[str, set[str]] = {
+    "cryptography": {"sign"} & set(COMMANDS),
     "matplotlib": {"plot", "png"},
     "safetensors": set(),
     "scipy": {"report", "png"},
@@ -74,6 +80,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
     shutil.copytree(made / "tuned_a", tmp_path / "tuned")
     shutil.copy(made / "a.shd", tmp_path)
     shutil.copy(made / "b.shd", tmp_path)
+    (tmp_path / "private.pem").write_text(f"-----BEGIN PRIVATE KEY-----\n{KEY}\n-----END PRIVATE KEY-----\n")
     (tmp_path / "texts.jsonl").write_text('{"text": "one two three"}\n' * 40)
     return tmp_path
 

@@ -13,6 +13,7 @@ from examples.serve.adapters import Adapters
 from examples.serve.batches import UnknownAdapterError
 from examples.serve.limits import Limits
 from tests.examples.serve.conftest import adding
+from tests.signing.conftest import write_keys
 from tests.swapping import adapter
 
 Session = tuple[sd.HotSwap, torch.Tensor]
@@ -101,3 +102,16 @@ def test_a_damaged_file_leaves_all_as_it_was(session: Session, folder: Path):
     with pytest.raises(sd.FormatError):
         Adapters(swap, folder, Limits(adapters=2)).load("add3")
     assert set(swap.loaded) == {"add1", "add2"}
+
+
+def test_only_signed_adapters_are_loaded(session: Session, folder: Path, tmp_path: Path):
+    pytest.importorskip("cryptography")
+    keys = write_keys(tmp_path)
+    sd.sign(folder / "add3.shd", keys / "private.pem")
+    sd.sign(folder / "add4.shd", keys / "other_private.pem")
+    adapters = Adapters(session[0], folder, keys=[keys / "public.pem"])
+    for name in ("add4", "add5"):
+        with pytest.raises(sd.SignatureError):
+            adapters.load(name)
+    adapters.load("add3")
+    assert set(session[0].loaded) == {"add1", "add2", "add3"}
