@@ -24,8 +24,10 @@ class Embedder:
     """
 
     def __init__(self, folder: Path, device: str = "cpu", limits: Limits | None = None) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        self.model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval().to(device)
+        # Without trust_remote_code the user would be asked, and a "y" would run the folder's code.
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), **local)
+        self.model = AutoModel.from_pretrained(str(folder), use_safetensors=True, **local).eval().to(device)
         positions = getattr(self.model.config, "max_position_embeddings", None) or self._tokenizer.model_max_length
         self._most = min((limits or Limits()).tokens, positions, self._tokenizer.model_max_length)
         self._device = device

@@ -17,6 +17,9 @@ from shiradelta.util.json_files import read_json
 from shiradelta.util.optional import importing
 from shiradelta.util.text import brief
 
+#: How everything is loaded.  Without trust_remote_code the user would be asked, and a "y" would run the folder's code.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the best available one.
@@ -56,7 +59,7 @@ def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype
     loader, config = model_class(base, tuned)
     folder = encoder_folder(base)
     with _loading(folder):
-        model: nn.Module = loader.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+        model: nn.Module = loader.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True, **_LOCAL)
     return with_head(model, base, tuned).to(device, dtype)
 
 
@@ -82,7 +85,7 @@ def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
             " Python"
         )
     with _loading(config_folder):
-        parsed = transformers.AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
+        parsed = transformers.AutoConfig.from_pretrained(config_folder, **_LOCAL)
     if getattr(parsed, "is_encoder_decoder", False):
         raise SourceError(f"{folder}: an encoder-decoder has two inputs; give model and forward from Python")
     return loader, parsed
@@ -123,7 +126,7 @@ def load_tokenizer(*folders: Path) -> Any:
         if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
             try:
                 with quiet(transformers):
-                    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                    return transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
             except (OSError, ValueError, ImportError) as error:
                 raise SourceError(f"{folder}: its tokenizer cannot be loaded ({_line(error)})") from None
     raise SourceError(f"{tried[0]}: has no tokenizer, which is needed to read texts; copy its tokenizer.json there")
