@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.library import Converted, match_names
-from shiradelta.models.names import Named
+from shiradelta.models.names import Named, search_the_rest
 from shiradelta.models.sentence import folder_of
 
 from .item import NO_TARGET, Skipped, SkipReason
@@ -88,22 +87,20 @@ class _Base:
         self._mangled = _by_mangled(base)
         self._libraries: dict[str, tuple[dict[str, str | Converted], dict[str, list[str]]]] = {}
 
-    def by_mangled(self, name: str) -> str | None:
-        """The tensor of a name whose dots became underscores.
-
-        Raises:
-            SourceError: several tensors have that name.
-        """
+    def by_mangled(self, name: str) -> str | Skipped | None:
+        """The tensor of a name whose dots became underscores, or why it is unclear which."""
         names = self._mangled.get(_mangle(name), [])
         if not names and name.startswith(_LYCORIS_PREFIX):
             bare = name.removeprefix(_LYCORIS_PREFIX)
             folders = [f"{component}/" for component in sorted(self.components)] or [""]
             names = [found for folder in folders for found in self._mangled.get(_mangle(folder + bare), [])]
         if len(names) > 1:
-            raise SourceError(
-                f"{self.base.root}: {name!r} may be {' or '.join(map(repr, names))}; rename it in the source"
-            )
+            return self._unclear(name, names)
         return names[0] if names else None
+
+    def _unclear(self, name: str, names: Iterable[str]) -> Skipped:
+        either = " or ".join(map(repr, names))
+        return Skipped(SkipReason.NO_TARGET, f"{name!r} may be {either} of {self.base.root}; rename it in the source")
 
     def _places(self, place: _InPipeline) -> list[str]:
         """What may stand before a place's name."""
@@ -111,20 +108,14 @@ class _Base:
             return [f"{component}/" for component in place.components]
         return [*SINGLE_FILE.get(place.component, ()), ""] if self.single_file else [""]
 
-    def find(self, place: _InPipeline) -> str | Converted | None:
-        """The tensor of a place: under its name, or under that of the original checkpoint or of the library.
-
-        Raises:
-            SourceError: several tensors have that name.
-        """
+    def find(self, place: _InPipeline) -> str | Converted | Skipped | None:
+        """The tensor of a place: under its name, or under that of the original checkpoint or of the library."""
         if self.single_file and (found := self._in_single_file(place)) is not None:
             return found
         for prefix in self._places(place):
             for rest in self._spellings(place, prefix):
-                name: str | None = prefix + rest
-                if place.mangled:
-                    name = self.by_mangled(prefix + rest)
-                if name is not None and name in self.base:
+                name = self.by_mangled(prefix + rest) if place.mangled else prefix + rest
+                if isinstance(name, Skipped) or (name is not None and name in self.base):
                     return name
         return None
 
@@ -148,7 +139,7 @@ class _Base:
     def _folders(self) -> list[str]:
         return [f"{component}/" for component in self.components]
 
-    def _in_single_file(self, place: _InPipeline) -> str | Converted | None:
+    def _in_single_file(self, place: _InPipeline) -> str | Converted | Skipped | None:
         """The tensor of a name of diffusers or transformers in an original checkpoint."""
         if place.component not in self._libraries:
             names = library_names(self.base, place.component)
@@ -157,8 +148,7 @@ class _Base:
         for rest in self._spellings(place, ""):
             several = mangled.get(_mangle(rest), []) if place.mangled else [rest]
             if len(several) > 1:
-                either = " or ".join(map(repr, several))
-                raise SourceError(f"{self.base.root}: {place.rest!r} may be {either}; rename it in the source")
+                return self._unclear(place.rest, several)
             if several and several[0] in names:
                 return names[several[0]]
         return None
@@ -196,13 +186,29 @@ class BaseTensors:
     lacking: dict[str, Skipped] = field(default_factory=dict)
 
 
-def find_tensors(wanted: Named, base: Checkpoint) -> BaseTensors:
+def find_tensors(wanted: Named, base: Checkpoint, may_lack: Callable[[str], bool] = lambda name: False) -> BaseTensors:
     """Finds tensors in a base.
 
     Args:
         wanted: names as a file has them -> shapes, in any order of the dimensions.
         base: the checkpoint to search.
+        may_lack: whether the user allows that a name is lacking; it does not make others unclear then.
     """
+    lacking: dict[str, Skipped] = {}
+
+    def search(some: Named) -> tuple[BaseTensors, dict[str, Skipped]]:
+        found = _find_tensors(some, base)
+        lacking.update(found.lacking)
+        return found, found.lacking
+
+    result = search_the_rest(wanted, search, may_lack)
+    there = {*result.found, *result.converted}
+    result.lacking = {name: why for name, why in lacking.items() if name not in there}
+    return result
+
+
+def _find_tensors(wanted: Named, base: Checkpoint) -> BaseTensors:
+    """As `find_tensors`, for names of which none may be lacking."""
     result = BaseTensors()
     found, lacking = result.found, result.lacking
     there = _Base(base)
@@ -221,6 +227,8 @@ def find_tensors(wanted: Named, base: Checkpoint) -> BaseTensors:
         where = there.find(place) if name not in lacking else None
         if isinstance(where, Converted):
             result.converted[name] = where
+        elif isinstance(where, Skipped):
+            lacking[name] = where
         elif where is not None:
             found[name] = where
     rest = [name for name in wanted if name not in found and name not in lacking and name not in result.converted]
@@ -229,7 +237,9 @@ def find_tensors(wanted: Named, base: Checkpoint) -> BaseTensors:
     result.converted |= matched.converted
     for name in rest:
         tensor = matched.names.get(name) or there.by_mangled(name)
-        if tensor is not None:
+        if isinstance(tensor, Skipped):
+            lacking[name] = tensor
+        elif tensor is not None:
             found[name] = tensor
         elif name in matched.converted:
             continue

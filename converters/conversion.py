@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from .exactness import count_inexact
 from .item import Item, Source
 from .report import ConversionReport, TensorReport
 from .whole import Losses
+
+#: What a file's metadata say of a figure that cannot be computed.
+UNKNOWN = "unknown"
 
 if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
@@ -50,6 +54,11 @@ class Conversion:
             SourceError: no sparsity does.
         """
         if error is not None:
+            if self.losses.unknown:  # trials for a size do without the error
+                raise SourceError(
+                    f"{self.source}: the error is unknown, as nothing tells the change of {self.losses.unknown[0]!r},"
+                    " which is skipped; give a sparsity or a target size"
+                )
             aim: Aim = ErrorAim(error, counts, self.values, self.losses.energy)
         else:
             assert size is not None
@@ -68,7 +77,7 @@ class Conversion:
         """The conversion without the writing."""
         writer = weighing(self.values, self.zstd, self.backend)
         report = self.write(writer, sparsity, kept, None, compare=False)
-        return Trial(writer.size, report.error)
+        return Trial(writer.size, math.nan if report.error is None else report.error)
 
     def write(
         self,
@@ -107,12 +116,13 @@ class Conversion:
                 report.leave_out(tensor)
         if not report.tensors:
             raise SourceError(f"{self.source}: nothing in it changes the base")
+        kept_energy = UNKNOWN if report.energy_kept is None else f"{report.energy_kept:.4f}"
         writer.metadata.update(
             {
                 "created_by": f"shiradelta {version()}",
                 "method": "topk" if fitted is None else "fit",
                 "sparsity": f"{sparsity:g}",
-                **({"energy_kept": f"{report.energy_kept:.4f}"} if fitted is None else fitted.metadata),
+                **({"energy_kept": kept_energy} if fitted is None else fitted.metadata),
                 **({"exactness": report.exactness} if report.exact is not None else {}),
                 **self.losses.metadata,
                 **self.pairs,

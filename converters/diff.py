@@ -83,7 +83,7 @@ def open_diff(files: SourceFiles) -> Source:
     found, lacking = dict.fromkeys(tensors, ""), dict[str, Skipped]()
     if base is not None:
         shapes = {name: source[keys["dense"]].shape if "dense" in keys else None for name, keys in tensors.items()}
-        in_base = find_tensors(shapes, base)
+        in_base = find_tensors(shapes, base, lambda name: files.may_lack(name, *tensors[name].values()))
         found = in_base.found
         lacking = in_base.lacking | dict.fromkeys(in_base.converted, CONVERTED)
     for name, keys in tensors.items():

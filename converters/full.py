@@ -13,6 +13,7 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.library import match_names
+from shiradelta.models.names import Named, search_the_rest
 from shiradelta.models.safetensors import Slot
 from shiradelta.select.topk import Rows, row_shape
 
@@ -37,21 +38,21 @@ def open_full(files: SourceFiles) -> Source:
     refuse_unmerged(source)
     if base is None:
         raise SourceError(f"{files.path}: a full fine-tune needs the model that it was made from; give --base MODEL")
-    matched = match_names(source.shapes, base)
-    found = matched.names
-    if matched.unclear:
-        why = next(iter(matched.unclear.values()))
-        raise SourceError(f"{source.root}: {why} of {base.root}; rename it in the source")
+    found, unclear = _find(source, base, files.may_lack)
+    for key, why in unclear.items():
+        result.skipped[key] = Skipped(SkipReason.NO_TARGET, f"{why} of {base.root}; rename it in the source")
     if not found:
-        result.skipped = dict.fromkeys(source, Skipped(SkipReason.NO_TARGET, f"{base.root} has no such tensor"))
+        other = Skipped(SkipReason.NO_TARGET, f"{base.root} has no such tensor")
+        result.skipped |= {key: other for key in source if key not in unclear}
         return result
     used = set(found.values())
     lacking = [name for name in base if name not in used]
-    homeless = {key: folder for key in source if key not in found and (folder := _folder_of(key)) not in base.folders}
-    added = [key for key in source if key not in found and key not in homeless]
+    missing = [key for key in source if key not in found and key not in unclear]
+    homeless = {key: folder for key in missing if (folder := _folder_of(key)) not in base.folders}
+    added = [key for key in missing if key not in homeless]
     _check_added(added, lacking, source, base, result)
     first: dict[str, str] = {}  # the base's name -> the fine-tune's
-    for key in source:
+    for key in (key for key in source if key not in unclear):
         if key in homeless:
             why = f"{base.root} has no folder {homeless[key]!r} for it; copy that of the fine-tune to the base first"
             result.skipped[key] = Skipped(SkipReason.NO_TARGET, why)
@@ -61,18 +62,37 @@ def open_full(files: SourceFiles) -> Source:
             continue
         tied = first.setdefault(found[key], key)
         if tied != key:
-            if not same_bits(source, key, tied):
-                raise SourceError(
-                    f"{source.root}: the fine-tune untied its embeddings: {key!r} differs from {tied!r}, and the base"
-                    " has one tensor for both; untie them in the base first"
-                )
-            result.skipped[key] = Skipped(SkipReason.DUPLICATE, f"the same as {tied!r}")
+            same = Skipped(SkipReason.DUPLICATE, f"the same as {tied!r}")
+            result.skipped[key] = same if same_bits(source, key, tied) else _untied(source, key, base, found[key], tied)
             continue
         item = difference(source, key, base, found[key])
         result.add(key, item.called(found[key]) if isinstance(item, Skipped) else item)
     if lacking:
         result.warnings.append(f"{len(lacking)} tensors of the base are not in the fine-tune; they stay as they are")
     return result
+
+
+def _find(
+    source: Checkpoint, base: Checkpoint, may_lack: Callable[[str], bool]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(the fine-tune's name -> the base's, the fine-tune's name -> why it is unclear which is meant)."""
+    unclear: dict[str, str] = {}
+
+    def search(some: Named) -> tuple[dict[str, str], dict[str, str]]:
+        matched = match_names(some, base)
+        unclear.update(matched.unclear)
+        return matched.names, matched.unclear
+
+    found = search_the_rest(source.shapes, search, may_lack)
+    return found, {key: why for key, why in unclear.items() if key not in found}
+
+
+def _untied(source: Checkpoint, key: str, base: Checkpoint, name: str, tied: str) -> Skipped:
+    """A tensor that the fine-tune has beside the one that the base ties it to."""
+    why = f"the fine-tune untied its embeddings: it differs from {tied!r}, and the base has one tensor for both"
+    skipped = Skipped(SkipReason.CONFLICT, f"{why}; untie them in the base first", names=(name,))
+    item = difference(source, key, base, name)
+    return skipped.of_change(item.dense, item.shape) if isinstance(item, Item) and item.dense else skipped
 
 
 def _folder_of(name: str) -> str:

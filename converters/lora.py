@@ -92,7 +92,10 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
         )
     differences = {key: parsed[0] for key in others if (parsed := diff.parse_key(key)) and parsed[1] == "dense"}
     others |= differences
-    there = _tensors(source, tensors, shapes, others, base)
+    called = {tensor: [module, *modules[module].keys.values()] for module, tensor in tensors.items()}
+    for key, name in others.items():
+        called.setdefault(name, []).append(key)
+    there = _tensors(source, tensors, shapes, others, base, lambda name: files.may_lack(name, *called[name]))
     names = there.found
     result.skipped |= {module: there.lacking[tensor] for module, tensor in tensors.items() if tensor in there.lacking}
     matched = {module: names[tensor] for module, tensor in tensors.items() if tensor in names}
@@ -242,11 +245,12 @@ def _tensors(
     shapes: Mapping[str, tuple[int, ...]],
     others: Mapping[str, str],
     base: Checkpoint | None,
+    may_lack: Callable[[str], bool],
 ) -> BaseTensors:
     """As `find_tensors`, for modules and for tensors saved whole; keeps the source's names without a base."""
     if base is not None:
         whole: dict[str, tuple[int, ...] | None] = {name: source[key].shape for key, name in others.items()}
-        return find_tensors(whole | {tensors[module]: shape for module, shape in shapes.items()}, base)
+        return find_tensors(whole | {tensors[module]: shape for module, shape in shapes.items()}, base, may_lack)
     mangled = [module for module in tensors if "." not in module and "_" in module]
     if mangled:
         raise SourceError(

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
 
-from .item import Source
+from .item import Skipped, SkipReason, Source
 from .lora_keys import Module
 from .lora_scale import Scale
 
@@ -48,11 +47,10 @@ def find_transposed(
     The base's shapes decide.  A square tensor goes with the architecture or the other layers.  PEFT takes
     `fan_in_fan_out` from the layer's kind too, whatever the configuration says.
 
-    Raises:
-        SourceError: a square tensor may be either.
+    A square tensor that may be either is skipped.
     """
     if base is None:
-        return {name for name, parts in modules.items() if _without_base(name, parts, shapes[name], scale)}
+        return {name for name, parts in modules.items() if _without_base(name, parts, shapes[name], scale, result)}
     transposed: set[str] = set()
     seen: set[bool] = set()
     square: list[str] = []
@@ -68,14 +66,13 @@ def find_transposed(
     return transposed
 
 
-def _without_base(module: str, parts: Module, shape: tuple[int, ...], scale: Scale) -> bool:
+def _without_base(module: str, parts: Module, shape: tuple[int, ...], scale: Scale, result: Source) -> bool:
     if parts.embedding:
         return True
     configured = bool(scale.orientation(module))
     if len(shape) == 2 and shape[0] == shape[1] and (configured or _leaf(module) in _CONV1D):
-        raise SourceError(
-            f"{module}: is square, and its layer may be a Linear ([out, in]) or a Conv1D ([in, out]); give --base MODEL"
-        )
+        why = "is square, and its layer may be a Linear ([out, in]) or a Conv1D ([in, out]); give --base MODEL"
+        result.skipped[module] = Skipped(SkipReason.NEEDS_BASE, why)
     return configured
 
 
@@ -94,9 +91,9 @@ def _square(module: str, scale: Scale, weight: Weight, base: Checkpoint, seen: s
     if _leaf(name.removesuffix(".weight")) in _CONV1D:
         stored = _by_biases(base)
         if stored is None and configured is None:
-            raise SourceError(
-                f"{module}: is square, and {name!r} may be a Linear ([out, in]) or a Conv1D ([in, out]); put the base's"
-                " config.json beside its weights"
+            why = f"is square, and {name!r} may be a Linear ([out, in]) or a Conv1D ([in, out])"
+            result.skipped[module] = Skipped(
+                SkipReason.UNSUPPORTED, f"{why}; put the base's config.json beside its weights"
             )
         return bool(configured if stored is None else stored)
     if configured:

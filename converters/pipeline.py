@@ -25,7 +25,7 @@ from .conversion import Conversion
 from .plot import draw
 from .report import ConversionReport
 from .sources import open_source
-from .whole import check_whole
+from .whole import as_patterns, check_whole
 
 DEFAULT_SPARSITY = 0.01
 _MISSING = "no such file or folder; check the path"
@@ -118,7 +118,8 @@ def convert(
     if base is not None:
         refuse_several(Path(base))
     progress = progress or (lambda what, done, total: None)
-    opened = open_source(Path(source), kind, None if base is None else open_checkpoint(base), alpha)
+    patterns = as_patterns(skip)
+    opened = open_source(Path(source), kind, None if base is None else open_checkpoint(base), alpha, patterns)
     if not opened.items:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(opened.skipped.items())[:3])
         raise SourceError(
@@ -129,7 +130,7 @@ def convert(
         from .fitting import refuse_resized, run_fit
 
         refuse_resized(opened, source)
-    losses = check_whole(opened, source, skip)
+    losses = check_whole(opened, source, patterns)
     counts = Counts(opened.items, scope, progress)
     pairs = {"source": Path(source).resolve().name, **({} if base is None else {"base": Path(base).resolve().name})}
     job = Conversion(

@@ -127,16 +127,21 @@ class ConversionReport:
         return self.file_bytes * 8 / self.nnz if self.nnz else 0.0
 
     @property
-    def energy_kept(self) -> float:
-        """The share of the fine-tune's squared norm that the file holds."""
+    def energy_kept(self) -> float | None:
+        """The share of the fine-tune's squared norm that the file holds; None where what is lost is unknown."""
+        if None in self.lost.values():
+            return None
         energy = sum((tensor.energy for tensor in self.tensors), self.energy_left_out)
         lost = sum((tensor.lost for tensor in self.tensors), self.energy_left_out)
         return 1 - lost / energy if energy else 1.0
 
     @property
-    def error(self) -> float:
-        """The relative error of the delta in the file: |stored - delta| / |delta|, Frobenius norms of all tensors."""
-        return float((1 - self.energy_kept) ** 0.5)
+    def error(self) -> float | None:
+        """The relative error of the delta in the file: |stored - delta| / |delta|, Frobenius norms of all tensors.
+
+        None where what is lost is unknown.
+        """
+        return None if self.energy_kept is None else float((1 - self.energy_kept) ** 0.5)
 
     @property
     def inexact(self) -> int | None:
@@ -165,8 +170,8 @@ class ConversionReport:
             return "exactness unknown, as the source says how weights change, not what they become"
         if self.exact:
             return "exact"
-        elements = f"{self.inexact:,} element{'s differ' if self.inexact != 1 else ' differs'}" if self.inexact else ""
-        tensors = f"{len(self.lost)} tensor{'s are' if len(self.lost) > 1 else ' is'} skipped" if self.lost else ""
+        elements = text.count(self.inexact, "element differs", "elements differ") if self.inexact else ""
+        tensors = text.count(self.lost, "tensor is skipped", "tensors are skipped") if self.lost else ""
         return f"not exact: {' and '.join(filter(None, (elements, tensors)))}"
 
     @property
@@ -178,9 +183,11 @@ class ConversionReport:
     def _kept(self) -> str:
         fit = self.fit
         if fit is None:
-            unknown = sum(energy is None for energy in self.lost.values())
-            apart = f", apart from {unknown} skipped of unknown energy" if unknown else ""
-            return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f}){apart}"
+            unknown = [name for name, energy in self.lost.items() if energy is None]
+            if self.energy_kept is None:
+                lost = text.count(unknown, "skipped tensor")
+                return f"unknown share of the update's energy kept, as nothing tells the change of {lost}"
+            return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f})"
         closer = f", {1 - fit.fitted / fit.base:.0%} of the way" if fit.base and fit.fitted < fit.base else ""
         return f"fitted on {fit.texts:,} texts in {fit.seconds:.0f} s{closer}"
 
@@ -219,9 +226,10 @@ class ConversionReport:
             )
         elif fit is not None and fit.texts < FEW_TEXTS:
             self.warnings.append(f"fitted on {fit.texts} texts only; some thousands come closer")
-        if self.fit is None and self.energy_kept < LITTLE:
+        kept = self.energy_kept
+        if self.fit is None and kept is not None and kept < LITTLE:
             self.warnings.append(
-                f"only {self.energy_kept:.0%} of the update's energy is kept: top-k alone loses most of this fine-tune;"
+                f"only {kept:.0%} of the update's energy is kept: top-k alone loses most of this fine-tune;"
                 " --fit TEXTS brings most of it back, a larger --sparsity some"
             )
 

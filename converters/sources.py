@@ -5,7 +5,7 @@ A layout is a decorated function.  One outside the package works the same way (d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,21 +19,27 @@ from shiradelta.util.registry import Registry
 
 from .item import Source
 from .peft_folder import adapter_weights
+from .whole import matches
 
 #: The kind that takes the first layout that recognises the source.
 AUTO = "auto"
 
 
 class SourceFiles:
-    """The files to convert: a path, and the base's checkpoint if there is one.
+    """The files to convert: a path, the base's checkpoint if there is one, and what may be left out.
 
     Attributes:
         path: the source's file or folder.
         base: the base's checkpoint, or None.
+        skip: glob patterns of tensors that may be lacking.
     """
 
-    def __init__(self, path: Path, base: Checkpoint | None = None) -> None:
-        self.path, self.base = path, base
+    def __init__(self, path: Path, base: Checkpoint | None = None, skip: Sequence[str] = ()) -> None:
+        self.path, self.base, self.skip = path, base, tuple(skip)
+
+    def may_lack(self, *names: str) -> bool:
+        """Whether the user allows that a tensor of these names is left out."""
+        return matches(self.skip, *names)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -103,7 +109,9 @@ def kinds() -> tuple[str, ...]:
     return AUTO, *(layout.name for layout in _ordered())
 
 
-def open_source(path: Path, kind: str, base: Checkpoint | None, alpha: float | None) -> Source:
+def open_source(
+    path: Path, kind: str, base: Checkpoint | None, alpha: float | None, skip: Sequence[str] = ()
+) -> Source:
     """Finds the layout of a source, and opens it.
 
     Args:
@@ -111,12 +119,13 @@ def open_source(path: Path, kind: str, base: Checkpoint | None, alpha: float | N
         kind: a layout's name, or "auto" for the first that recognises the source.
         base: the base's checkpoint, if there is one.
         alpha: overrides the alpha in the LoRA's files.
+        skip: glob patterns of tensors that may be lacking.
 
     Raises:
         ArgumentError: the kind is unknown, or an option is given that the layout does not take.
         SourceError: no layout recognises the source, or it cannot be converted.
     """
-    files = SourceFiles(path, base)
+    files = SourceFiles(path, base, skip)
     layout = _recognise(files) if kind == AUTO else _find(kind)
     options: Mapping[str, object] = {} if alpha is None else {"alpha": alpha}
     for option in options:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from shiradelta.errors import ArgumentError, SourceError
+from shiradelta.util.text import count
 
 from .item import Skipped, SkipReason, Source
 
@@ -46,9 +47,10 @@ class Losses:
         """What the user allowed to be lost, in a line."""
         if not self.skipped:
             return []
-        known = "" if self.unknown else "; what they would change counts as energy lost"
-        some = f"; the energy kept does not count {len(self.unknown)} of them, whose change is unknown"
-        return [f"{_count(self.skipped)} skipped, as patterns allow: {_listed(self.skipped)}{known or some}"]
+        counted = "what they would change counts as energy lost"
+        if self.unknown:
+            counted = f"the energy kept is unknown, as nothing tells the change of {', '.join(self.unknown[:_NAMED])}"
+        return [f"{count(self.skipped, 'tensor')} skipped, as patterns allow: {_listed(self.skipped)}; {counted}"]
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -68,7 +70,7 @@ def check_whole(source: Source, where: object, skip: str | Sequence[str] = ()) -
         SourceError: a tensor would be lost that no pattern allows.
         ArgumentError: a pattern matches no tensor that would be lost.
     """
-    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    patterns = as_patterns(skip)
     energies: dict[str, float | None] = {}
     for name, skipped in source.skipped.items():
         if skipped.reason.loses:
@@ -76,7 +78,8 @@ def check_whole(source: Source, where: object, skip: str | Sequence[str] = ()) -
             if energy != 0 or skipped.reason is SkipReason.SHAPE:  # another shape is a change in itself
                 energies[name] = energy
     allowed = {
-        name: [pattern for pattern in patterns if _matches(pattern, name, source.skipped[name])] for name in energies
+        name: [pattern for pattern in patterns if matches((pattern,), name, *source.skipped[name].names)]
+        for name in energies
     }
     refused = {name: str(source.skipped[name]) for name in energies if not allowed[name]}
     used = {pattern for matching in allowed.values() for pattern in matching} | {_ANY}
@@ -88,10 +91,15 @@ def check_whole(source: Source, where: object, skip: str | Sequence[str] = ()) -
         )
     if refused:
         raise SourceError(
-            f"{where}: {_count(refused)} cannot be converted: {_listed(refused)}; give what is lacking, or --skip"
-            " PATTERN (skip=) to leave them out"
+            f"{where}: {count(refused, 'tensor')} cannot be converted: {_listed(refused)}; give what is lacking, or"
+            " --skip PATTERN (skip=) to leave them out"
         )
     return Losses(patterns, {name: str(source.skipped[name]) for name in energies}, energies)
+
+
+def as_patterns(skip: str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns of a `skip` argument, which may be one."""
+    return (skip,) if isinstance(skip, str) else tuple(skip)
 
 
 def energy_of(skipped: Skipped) -> float | None:
@@ -103,12 +111,9 @@ def energy_of(skipped: Skipped) -> float | None:
     return energy if math.isfinite(energy) else None
 
 
-def _matches(pattern: str, name: str, skipped: Skipped) -> bool:
-    return any(fnmatchcase(each, pattern) for each in (name, *skipped.names))
-
-
-def _count(names: Mapping[str, str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+def matches(patterns: Sequence[str], *names: str) -> bool:
+    """Whether one of the patterns matches one of a tensor's names."""
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _listed(skipped: Mapping[str, str]) -> str:

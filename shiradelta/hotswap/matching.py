@@ -9,7 +9,7 @@ from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.compatibility import TensorSpec, check_fit, remedy_of
 from shiradelta.models.live import Target, is_array
-from shiradelta.models.names import Found, Named, find_names
+from shiradelta.models.names import Found, Named, find_names, search_the_rest
 
 #: The file's name of a tensor -> the model's, or None to skip the tensor.
 Names = Mapping[str, str] | Callable[[str], str | None]
@@ -43,7 +43,7 @@ def match(
     """
     mapped = {name: other for name in delta if (other := _mapped(names, name)) is not None}
     wanted = {other: delta[name].shape for name, other in mapped.items() if not delta[name].operation.restructures}
-    searched = _find(wanted, targets)
+    searched = _find(wanted, targets, {other: name for name, other in mapped.items()}, skip)
     found = searched.names
     matched: dict[str, str] = {}
     refused: list[str] = []
@@ -81,10 +81,24 @@ def match(
     return matched, tuple(name for name in delta if name not in matched)
 
 
-def _find(wanted: Named, targets: Mapping[str, Target]) -> Found:
-    """Finds names among all that the model's tensors have, in memory or in the checkpoint."""
+def _find(wanted: Named, targets: Mapping[str, Target], own: Mapping[str, str], skip: str | Sequence[str]) -> Found:
+    """Finds names among all that the model's tensors have, in memory or in the checkpoint.
+
+    Args:
+        wanted: the names to find, with shapes.
+        targets: the model's tensors by name.
+        own: a wanted name -> the file's name of the tensor.
+        skip: glob patterns of the file's names that may be left out.
+    """
     have = {name: target.known_shape for name, target in targets.items()}
-    return find_names(wanted, have, {name: id(target) for name, target in targets.items()})
+    same = {name: id(target) for name, target in targets.items()}
+    patterns = (skip,) if isinstance(skip, str) else skip
+
+    def search(some: Named) -> tuple[Found, list[str]]:
+        found = find_names(some, have, same)
+        return found, [name for name in some if name not in found.names]
+
+    return search_the_rest(wanted, search, lambda name: any(fnmatchcase(own[name], pattern) for pattern in patterns))
 
 
 def _mapped(names: Names | None, name: str) -> str | None:

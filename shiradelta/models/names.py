@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import islice
+from typing import TypeVar
 
 Shape = tuple[int, ...]
 #: Names with their shapes; None where a shape is unknown.
 Named = Mapping[str, Shape | None]
+ResultT = TypeVar("ResultT")
 
 _NUMBER = re.compile(r"\d+")
 #: Parts of names that only wrap a model.
@@ -64,6 +66,28 @@ def find_names(wanted: Named, have: Named, same: Mapping[str, Hashable] | None =
         _Search(wanted, have, found, same or {}).group("", missing)
         _refuse_repeated(found, missing)
     return found
+
+
+def search_the_rest(
+    wanted: Named,
+    search: Callable[[Named], tuple[ResultT, Collection[str]]],
+    may_lack: Callable[[str], bool],
+) -> ResultT:
+    """Searches for names; then again without those that were not found and may be lacking.
+
+    A name that the user leaves out may have been what made others unclear.
+
+    Args:
+        wanted: the names to find, with shapes.
+        search: names -> (the result, the names that it lacks).
+        may_lack: whether the user allows that a name is lacking.
+    """
+    while True:
+        result, lacking = search(wanted)
+        left_out = set(filter(may_lack, lacking))
+        if not left_out or len(left_out) == len(lacking):
+            return result
+        wanted = {name: shape for name, shape in wanted.items() if name not in left_out}
 
 
 def _refuse_repeated(found: Found, renamed: Iterable[str]) -> None:

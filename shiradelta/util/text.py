@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def printable(text: str) -> str:
@@ -44,6 +44,18 @@ def size(count: float) -> str:
 def shape(dimensions: Sequence[int]) -> str:
     """Formats a shape: 4096x11008."""
     return "x".join(map(str, dimensions)) or "scalar"
+
+
+def count(number: int | Collection[object], what: str, plural: str = "") -> str:
+    """Formats a number of things, or how many things there are: 1 tensor, 2,000 tensors.
+
+    Args:
+        number: the number, or a collection of the things.
+        what: one thing.
+        plural: several of them, where that is not `what` with an s.
+    """
+    number = number if isinstance(number, int) else len(number)
+    return f"{number:,} {what if number == 1 else plural or f'{what}s'}"
 
 
 def percent(share: float) -> str:

@@ -268,5 +268,5 @@ def test_a_name_that_two_tensors_of_a_single_file_may_have(tmp_path: Path):
     names = [f"model.diffusion_model.input_blocks.4.1.{leaf}" for leaf in ("a_b.c", "a.b_c")]
     base = write_single(tmp_path / "sd.safetensors", *names)
     save_file(kohya("lora_unet_down_blocks_1_attentions_0_a_b_c"), tmp_path / "x.safetensors")
-    with pytest.raises(SourceError, match=r"may be '\S*a\S*weight' or '\S*a\S*weight'; rename it in the source"):
+    with pytest.raises(SourceError, match=r"may be '\S*a\S*weight' or '\S*a\S*weight' of \S*; rename"):
         shiradelta.convert(tmp_path / "x.safetensors", base=base)

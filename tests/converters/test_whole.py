@@ -19,6 +19,8 @@ from tests.conftest import write_lora, write_model
 
 HERE, ELSEWHERE = "here", "other.elsewhere"
 MODULES = {HERE: (24, 16), ELSEWHERE: (40, 16)}
+#: Parts of a kohya file -> shapes.
+PARTS = {"lora_down": (4, 16), "lora_up": (16, 4)}
 
 
 def write(folder: Path) -> tuple[Path, Path]:
@@ -108,8 +110,74 @@ def test_what_cannot_be_counted_is_said(tmp_path: Path):
     save_file(tensors, lora / "adapter_model.safetensors")
     report = shiradelta.convert(lora, None, 1.0, base, "f32", skip="*")
     assert report.lost == {ELSEWHERE: None}
-    assert "apart from 1 skipped of unknown energy" in report.summary
-    assert any("does not count 1" in warning for warning in report.warnings)
+    assert (report.energy_kept, report.error, report.as_dict()["energy_kept"]) == (None, None, None)
+    assert "unknown share of the update's energy kept" in report.summary
+    assert any(f"the energy kept is unknown, as nothing tells the change of {ELSEWHERE}" in w for w in report.warnings)
+    with shiradelta.open_delta(tmp_path / "lora.shd") as delta:
+        assert delta.metadata["energy_kept"] == "unknown"
+    shown = CliRunner().invoke(main, ["info", str(tmp_path / "lora.shd")])
+    assert "energy_kept: unknown" in shown.stdout
+    assert shiradelta.convert(lora, base=base, skip="*", target_size="2KB").energy_kept is None
+    with pytest.raises(SourceError, match=f"the error is unknown, as nothing tells the change of '{ELSEWHERE}'"):
+        shiradelta.convert(lora, base=base, skip="*", target_error=0.5)
+
+
+def test_a_tensor_of_another_width_has_an_unknown_change(tmp_path: Path):
+    base, tuned = ({"embed": torch.randn(24, width), "w": torch.randn(4, 4)} for width in (8, 12))
+    write_model(tmp_path / "base", base)
+    write_model(tmp_path / "tuned", tuned)
+    arguments = ["convert", str(tmp_path / "tuned"), "--base", str(tmp_path / "base"), "--skip", "embed"]
+    shown = CliRunner().invoke(main, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "100" not in shown.stdout.partition("weights change")[2]
+    found = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
+    assert (found["energy_kept"], found["error"], found["lost"]) == (None, None, {"embed": None})
+
+
+def stacked(*prefixes: str) -> dict[str, tuple[int, int]]:
+    return {f"{prefix}layers.{i}.proj": (16, 16) for prefix in prefixes for i in range(3)}
+
+
+@pytest.mark.parametrize("kind", ["lora", "diff", "full"])
+def test_a_skipped_tensor_makes_no_other_unclear(tmp_path: Path, kind: str):
+    """Text and vision both may be the base's layers, until one of them is left out."""
+    shapes = {f"{module}.weight": shape for module, shape in stacked("").items()}
+    base = write_model(tmp_path / "base", {name: torch.zeros(shape) for name, shape in shapes.items()})
+    if kind == "lora":
+        source = write_lora(tmp_path / "source", stacked("text.", "vision."), {"lora_alpha": 8})
+    else:
+        ones = {f"{name}.weight": torch.ones(shape) for name, shape in stacked("text.", "vision.").items()}
+        source = write_model(tmp_path / "source", ones)
+    with pytest.raises(SourceError, match=r"may both be 'layers\.\d\.proj\.weight'"):
+        shiradelta.convert(source, base=base, kind=kind)
+    report = shiradelta.convert(source, None, 1.0, base, "f32", kind=kind, skip="*vision.*")
+    assert {tensor.name for tensor in report.tensors} == shapes.keys()
+    assert len(report.lost) == 3
+    with pytest.raises(SourceError, match="nothing in it can be converted"):
+        shiradelta.convert(source, base=base, kind=kind, skip="*")
+
+
+def test_a_skipped_half_may_be_what_an_underscore_hides(tmp_path: Path):
+    names = ("a.b_c", "a_b.c", "d")
+    base = write_model(tmp_path / "base", {f"{name}.weight": torch.zeros(16, 16) for name in names})
+    keys = ("lora_unet_a_b_c", "lora_unet_d")
+    factors = {f"{key}.{part}.weight": torch.ones(shape) for key in keys for part, shape in PARTS.items()}
+    save_file(factors, tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match=r"'a_b_c.weight' may be 'a\.b_c\.weight' or 'a_b\.c\.weight'"):
+        shiradelta.convert(tmp_path / "x.safetensors", base=base)
+    report = shiradelta.convert(tmp_path / "x.safetensors", base=base, skip="*a_b_c*")
+    assert [tensor.name for tensor in report.tensors] == ["d.weight"]
+
+
+def test_an_untied_output_may_be_skipped(tmp_path: Path):
+    """Its change counts as lost."""
+    base, tuned = torch.randn(24, 8), torch.randn(24, 8)
+    write_model(tmp_path / "base", {"embed_tokens.weight": base})
+    write_model(tmp_path / "tuned", {"embed_tokens.weight": base + 1, "lm_head.weight": tuned})
+    with pytest.raises(SourceError, match=r"lm_head\.weight: the fine-tune untied its embeddings"):
+        shiradelta.convert(tmp_path / "tuned", base=tmp_path / "base")
+    report = shiradelta.convert(tmp_path / "tuned", None, 1.0, tmp_path / "base", "f32", skip="lm_head*")
+    assert report.lost == {"lm_head.weight": pytest.approx(float(((tuned - base).double() ** 2).sum()), rel=1e-4)}
 
 
 def test_an_error_includes_what_is_skipped(tmp_path: Path):

@@ -545,6 +545,18 @@ def test_a_tensor_that_the_model_lacks_is_an_error_unless_a_pattern_names_it(bas
         HotSwap({"unlike": base["w"]}).load("none", both, skip="*")
 
 
+def test_a_tensor_that_is_left_out_makes_no_other_unclear():
+    """The layers of text and of vision both fit the model's, until one half is left out."""
+    shape, layers = (8, 8), [f"layers.{i}.w" for i in range(2)]
+    both = adapter({f"{part}.{name}": random_delta(shape, 4, 1) for part in ("text", "vision") for name in layers})
+    swap = HotSwap({name: weights(shape, "bfloat16") for name in layers})
+    with pytest.raises(BaseMismatchError, match=r"may both be 'layers\.0\.w'"):
+        swap.load("both", both)
+    report = swap.load("text", both, skip="vision.*")
+    assert report.matched == {f"text.{name}": name for name in layers}
+    assert report.unmatched == tuple(f"vision.{name}" for name in layers)
+
+
 def test_strict_is_taken_for_a_release(base: dict[str, torch.Tensor], one: bytes):
     both = adapter({"w": random_delta(SHAPE, 5, 1), "x": random_delta((3,), 1, 2)})
     swap = HotSwap(base)
