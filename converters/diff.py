@@ -18,6 +18,7 @@ from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.peft import ADAPTER, PREFIX, parse_shira_key
 from shiradelta.select.topk import Rows, row_shape
+from shiradelta.util.text import count
 
 from .base_names import find_tensors
 from .item import CONVERTED, Item, Skipped, SkipReason, Source
@@ -162,13 +163,15 @@ def _sparse(source: Checkpoint, keys: dict[str, str], where: str, name: str, bas
     values = to_float32(source.bits(keys["values"]), source[keys["values"]].dtype.name)
     if where == "indices":
         if indices.size % 2:
-            raise SourceError(f"has {indices.size} indices, which are no pairs; get the file again")
+            held = count(indices.size, "index", "indices")
+            raise SourceError(f"has {held}, which are no pairs; get the file again")
         row, column = indices.reshape(2, -1)
         if row.size and (row.min() < 0 or column.min() < 0 or column.max() >= matrix_shape(slot.shape)[1]):
             raise SourceError(f"has an index outside of shape {list(slot.shape)}; give the right base")
         indices = row * matrix_shape(slot.shape)[1] + column
     if indices.size != values.size:
-        raise SourceError(f"has {indices.size} indices for {values.size} values; get the file again")
+        held = f"{count(indices.size, 'index', 'indices')} for {count(values.size, 'value')}"
+        raise SourceError(f"has {held}; get the file again")
     if indices.size and (indices.min() < 0 or indices.max() >= slot.numel):
         raise SourceError(f"has an index outside of shape {list(slot.shape)}; give the right base")
     if not np.all(np.isfinite(values)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,11 +12,14 @@ from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Array, Float32, to_float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
-from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.io.recognise import Wanted, explain
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.library import match_names
 from shiradelta.models.names import Named, search_the_rest
 from shiradelta.models.safetensors import Slot
+from shiradelta.models.sentence import LIST, unlisted_modules
 from shiradelta.select.topk import Rows, row_shape
+from shiradelta.util.text import count
 
 from .item import Item, Skipped, SkipReason, Source, whole_tensor
 from .lora_keys import refuse_unmerged
@@ -38,6 +42,7 @@ def open_full(files: SourceFiles) -> Source:
     refuse_unmerged(source)
     if base is None:
         raise SourceError(f"{files.path}: a full fine-tune needs the model that it was made from; give --base MODEL")
+    _skip_unlisted(source, base, result)
     found, unclear = _find(source, base, files.may_lack)
     for key, why in unclear.items():
         result.skipped[key] = Skipped(SkipReason.NO_TARGET, f"{why} of {base.root}; rename it in the source")
@@ -54,7 +59,10 @@ def open_full(files: SourceFiles) -> Source:
     first: dict[str, str] = {}  # the base's name -> the fine-tune's
     for key in (key for key in source if key not in unclear):
         if key in homeless:
-            why = f"{base.root} has no folder {homeless[key]!r} for it; copy that of the fine-tune to the base first"
+            remedy = f"copy the fine-tune's {LIST} to the base first"
+            if not (base.root / homeless[key]).is_dir():
+                remedy = "copy that of the fine-tune to the base first"
+            why = f"{base.root} has no folder {homeless[key]!r} for it; {remedy}"
             result.skipped[key] = Skipped(SkipReason.NO_TARGET, why)
             continue
         if key not in found:
@@ -68,8 +76,23 @@ def open_full(files: SourceFiles) -> Source:
         item = difference(source, key, base, found[key])
         result.add(key, item.called(found[key]) if isinstance(item, Skipped) else item)
     if lacking:
-        result.warnings.append(f"{len(lacking)} tensors of the base are not in the fine-tune; they stay as they are")
+        some = count(lacking, "tensor of the base is", "tensors of the base are")
+        result.warnings.append(f"{some} not in the fine-tune, and left as in the base")
     return result
+
+
+def _skip_unlisted(source: Checkpoint, base: Checkpoint, result: Source) -> None:
+    """Skips the modules of sentence-transformers in the fine-tune's folder that no modules.json lists."""
+    for folder in unlisted_modules(source.root):
+        why = f"{source.root} has no {LIST} that lists {folder.name}; copy the base's {LIST} to it"
+        skipped = Skipped(SkipReason.NO_TARGET, why)
+        part = None if explain(folder, Wanted.WEIGHTS) else open_checkpoint(folder)
+        for key in part or ():
+            assert part is not None
+            name = f"{folder.name}/{key}"
+            result.skipped[name] = lost_change(skipped, difference(part, key, base, name) if name in base else None)
+        if part is None:
+            result.skipped[f"{folder.name}/"] = skipped
 
 
 def _find(
@@ -91,8 +114,14 @@ def _untied(source: Checkpoint, key: str, base: Checkpoint, name: str, tied: str
     """A tensor that the fine-tune has beside the one that the base ties it to."""
     why = f"the fine-tune untied its embeddings: it differs from {tied!r}, and the base has one tensor for both"
     skipped = Skipped(SkipReason.CONFLICT, f"{why}; untie them in the base first", names=(name,))
-    item = difference(source, key, base, name)
-    return skipped.of_change(item.dense, item.shape) if isinstance(item, Item) and item.dense else skipped
+    return lost_change(skipped, difference(source, key, base, name))
+
+
+def lost_change(skipped: Skipped, item: Item | Skipped | None) -> Skipped:
+    """A tensor that is skipped, with the energy of the change that would have been converted, if that is known."""
+    if isinstance(item, Skipped):
+        return replace(skipped, energy=item.energy)
+    return skipped.of_change(item.dense, item.shape) if item is not None and item.dense is not None else skipped
 
 
 def _folder_of(name: str) -> str:
@@ -115,12 +144,14 @@ def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base:
     pairs = [(key, names.pop(0)) for key in added if (names := free.get(source[key].shape))]
     if 2 * len(pairs) > len(added) and len(pairs) > _HEAD * len(source):
         key, name = max(pairs, key=lambda pair: source[pair[0]].numel)
+        some = count(pairs, "tensor has another name", "tensors have other names")
         raise SourceError(
-            f"{source.root}: {len(pairs)} of its tensors have other names than the base's: it has {key!r} and lacks"
-            f" {name!r} of the same shape; rename them as the base's first"
+            f"{source.root}: {some} than the base's: it has {key!r} and lacks {name!r} of the same shape; rename them"
+            " as the base's first"
         )
     named = ", ".join(added[:3]) + (", ..." if len(added) > 3 else "")
-    result.warnings.append(f"{len(added)} tensors that the base lacks are added whole: {named}")
+    some = count(added, "tensor that the base lacks is", "tensors that the base lacks are")
+    result.warnings.append(f"{some} added whole: {named}")
 
 
 def same_bits(source: Checkpoint, one: str, other: str) -> bool:

@@ -14,6 +14,7 @@ from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.library import Converted, shared_tensors
 from shiradelta.select.topk import Rows, row_shape
+from shiradelta.util.text import count
 
 from . import diff, lycoris
 from .base_names import BaseTensors, find_tensors
@@ -81,7 +82,7 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     ]
     if no_alpha:
         result.warnings.append(
-            f"{len(no_alpha)} of {len(shapes)} modules have no alpha; their rank is taken for it, so their scale is 1;"
+            f"no alpha for {len(no_alpha)} of {count(shapes, 'module')}; the rank is taken for it, so the scale is 1;"
             " --alpha sets another"
         )
     attention = find_attention(modules)
@@ -233,7 +234,7 @@ def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] 
     if len(a) != len(b) or not 2 <= len(a) <= 5 or a[0] != b[1] or not a[0]:
         return Skipped(SkipReason.PARTS, f"shapes {list(b)} and {list(a)} do not multiply")
     if "E" in parts.keys and source[parts.keys["E"]].numel != a[0]:
-        return Skipped(SkipReason.PARTS, f"E has {source[parts.keys['E']].numel} values for rank {a[0]}")
+        return Skipped(SkipReason.PARTS, f"E has {count(source[parts.keys['E']].numel, 'value')} for rank {a[0]}")
     if math.prod(b[2:]) != 1:
         return Skipped(SkipReason.PARTS, f"B of shape {list(b)} is not a 1 x 1 convolution")
     return (b[0], *a[1:])

@@ -19,6 +19,7 @@ from shiradelta.models.library import library_of
 from shiradelta.models.names import find_names
 from shiradelta.models.peft import CONFIG
 from shiradelta.select.topk import Rows, row_shape
+from shiradelta.util.text import count
 
 from .base_names import find_tensors
 from .lora_keys import NESTED, Module, Stack
@@ -61,7 +62,7 @@ def find_parameters(
             continue
         if len(there) != len(names):
             raise SourceError(
-                f"{source.root}: {module!r} has factors for {len(names)} parameters, and {len(there)} of the base's"
+                f"{source.root}: {module!r} has factors for {count(names, 'parameter')}, and {len(there)} of the base's"
                 f" are among {PARAMETERS} in {CONFIG}: {', '.join(there) or 'none'}; give the right base and {CONFIG}"
             )
         parts = [modules[name] for name in sorted(names, key=len, reverse=True)]  # the innermost first

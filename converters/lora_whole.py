@@ -11,6 +11,7 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.peft import CONFIG, ORIGINAL_MODULE
+from shiradelta.util.text import count
 
 from . import diff, full
 from .item import NO_TARGET, Item, Skipped, SkipReason, Source, whole_tensor
@@ -88,10 +89,7 @@ def _second(source: Checkpoint, key: str, other: str, found: str, difference: bo
     skipped = Skipped(SkipReason.CONFLICT, f"{found!r} is changed by other tensors here already", names=(found,))
     if difference:
         return diff.lost_difference(source, {"dense": key}, skipped)
-    item = full.difference(source, key, base, found) if found in base else None
-    if isinstance(item, Item) and item.dense is not None:
-        return skipped.of_change(item.dense, item.shape)
-    return skipped
+    return full.lost_change(skipped, full.difference(source, key, base, found) if found in base else None)
 
 
 def _tokens(
@@ -106,7 +104,7 @@ def _tokens(
         return Skipped(SkipReason.PARTS, f"{CONFIG} does not say which rows these are")
     shape, dtype = base[found].shape, base[found].dtype.name
     if slot.shape != (len(rows), *shape[1:]) or len(set(rows)) < len(rows) or max(rows, default=0) >= shape[0]:
-        why = f"{len(rows)} rows of shape {list(slot.shape)} do not fit {found!r} of {list(shape)}"
+        why = f"{found!r} of {list(shape)} does not have {count(rows, 'row')} of shape {list(slot.shape)}"
         return Skipped(SkipReason.PARTS, why)
     if slot.dtype.name not in ADD_DTYPES or dtype not in ADD_DTYPES:
         why = f"it is {slot.dtype.name}, the base's {dtype}, and nothing can be added to that exactly"
@@ -160,5 +158,4 @@ def _shared(source: Checkpoint, key: str, item: Item, same: Sequence[str], other
 
 def _would_change(item: Item | Skipped, others: str) -> Skipped:
     why = f"the base ties it to {others!r}, which would change too; untie them in the base first"
-    skipped = Skipped(SkipReason.NO_TARGET, why)
-    return skipped.of_change(item.dense, item.shape) if isinstance(item, Item) and item.dense is not None else skipped
+    return full.lost_change(Skipped(SkipReason.NO_TARGET, why), item)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shiradelta.errors import SourceError
 from shiradelta.models.peft import CONFIG, WEIGHTS
-from shiradelta.models.sentence import modules_of
+from shiradelta.models.sentence import modules_of, unlisted_modules
 from shiradelta.util.json_files import read_json
 
 from .peft_config import check_type
@@ -25,10 +25,11 @@ def adapter_weights(path: Path) -> Path | None:
         check_type(about if isinstance(about, dict) else {}, config)
         if not weights.exists():
             raise SourceError(f"{path}: has no {WEIGHTS}; save the adapter as safetensors first")
-        others = [module for module in modules_of(path) or () if module.path and module.has_weights]
+        others = [module.path for module in modules_of(path) or () if module.path and module.has_weights]
+        others += [folder.name for folder in unlisted_modules(path)]
         if others:
             raise SourceError(
-                f"{path}: holds an adapter, and the weights of {others[0].path} beside it; merge the adapter and save"
+                f"{path}: holds an adapter, and the weights of {others[0]} beside it; merge the adapter and save"
                 f" the model, or give {weights} for the adapter alone"
             )
     return weights if weights.exists() else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shiradelta.models.names import layer_of
 from shiradelta.util.plots import new_figure, save, tick
+from shiradelta.util.text import count
 
 from .report import ConversionReport, TensorReport
 
@@ -42,7 +43,7 @@ def _draw_steps(axes: Any, fit: Fitted) -> None:
         axes.plot(*zip(*fit.history, strict=True), marker=".", color="tab:blue", label="while fitting")
     else:
         axes.set_xticks([])
-    title = f"distance from the fine-tune, {fit.held_out} texts held out"
+    title = f"distance from the fine-tune, {count(fit.held_out, 'text')} held out"
     axes.set(xlabel="step" if fit.history else "closed form", ylabel=fit.measure, title=title, ylim=(0, None))
     axes.legend()
 
@@ -67,7 +68,7 @@ def _draw_layers(axes: Any, report: ConversionReport) -> None:
     every = -(-len(layers) // _TICKS)
     axes.set_xticks(numbers[::every], [tick(name) for name in list(layers)[::every]], rotation=90, fontsize=7)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(title=f"{report.nnz:,} nonzeros by layer", ylim=(0, None))
+    axes.set(title=f"{count(report.nnz, 'nonzero')} by layer", ylim=(0, None))
     axes.legend()
 
 

@@ -189,7 +189,7 @@ class ConversionReport:
                 return f"unknown share of the update's energy kept, as nothing tells the change of {lost}"
             return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f})"
         closer = f", {1 - fit.fitted / fit.base:.0%} of the way" if fit.base and fit.fitted < fit.base else ""
-        return f"fitted on {fit.texts:,} texts in {fit.seconds:.0f} s{closer}"
+        return f"fitted on {text.count(fit.texts, 'text')} in {fit.seconds:.0f} s{closer}"
 
     @property
     def rows(self) -> list[list[str]]:
@@ -212,7 +212,7 @@ class ConversionReport:
         states = ("base", "topk", "fitted")
         found = {fit.measure: {state: getattr(fit, state) for state in states}, **fit.further}
         return [
-            [f"against the fine-tune, {fit.held_out} texts held out", "base", "top-k", "fitted"],
+            [f"against the fine-tune, {text.count(fit.held_out, 'text')} held out", "base", "top-k", "fitted"],
             *([name, *(f"{values[state]:.4g}" for state in states)] for name, values in found.items()),
         ]
 
@@ -225,7 +225,7 @@ class ConversionReport:
                 " kind that the model will see, or more steps"
             )
         elif fit is not None and fit.texts < FEW_TEXTS:
-            self.warnings.append(f"fitted on {fit.texts} texts only; some thousands come closer")
+            self.warnings.append(f"fitted on {text.count(fit.texts, 'text')} only; some thousands come closer")
         kept = self.energy_kept
         if self.fit is None and kept is not None and kept < LITTLE:
             self.warnings.append(

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.io.recognise import Wanted
-from shiradelta.models.candidates import refuse_several
+from shiradelta.models.candidates import refuse_several, unread_files
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.util.registry import Registry
 
@@ -48,7 +48,7 @@ class SourceFiles:
         Raises:
             SourceError: there are none, or they cannot be read.
         """
-        refuse_several(self.path)
+        refuse_several(self.path, lora=True)
         return open_checkpoint(adapter_weights(self.path) or self.path, Wanted.SOURCE)
 
 
@@ -132,7 +132,10 @@ def open_source(
         if option not in layout.options:
             takers = ", ".join(other.name for other in _ordered() if option in other.options)
             raise ArgumentError(f"{option} is an option of {takers}, and {path} is of kind {layout.name}; leave it out")
-    return layout.open(files, **options)
+    opened = layout.open(files, **options)
+    if "checkpoint" in vars(files):  # a layout may read files of its own
+        opened.warnings += unread_files(files.path, files.checkpoint)
+    return opened
 
 
 def _ordered() -> list[SourceLayout]:

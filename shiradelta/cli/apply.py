@@ -9,6 +9,7 @@ import click
 from shiradelta.cli import options
 from shiradelta.cli.options import command
 from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar
+from shiradelta.util.text import count
 
 
 @command(short_help="Patch a delta into a model's folder.")
@@ -56,10 +57,10 @@ def apply(
         echo_json(dataclasses.asdict(report))
         return
     echo_lines(
-        f"{report.folder}: {report.tensors} tensors patched, {report.changed:,} of {report.nonzeros:,} listed weights"
-        f" differ now"
-        + (f", {report.added} tensors added" if report.added else "")
-        + (f", {report.dropped} tensors removed" if report.dropped else "")
+        f"{report.folder}: {count(report.tensors, 'tensor')} patched, {report.changed:,} of"
+        f" {count(report.nonzeros, 'listed weight')} changed"
+        + (f", {count(report.added, 'tensor')} added" if report.added else "")
+        + (f", {count(report.dropped, 'tensor')} removed" if report.dropped else "")
     )
     echo_warnings(report.warnings)
     echo_lines(f"take it out again with: shiradelta revert {report.folder}")

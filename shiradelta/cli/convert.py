@@ -9,7 +9,7 @@ import click
 from shiradelta.cli import options
 from shiradelta.cli.options import RegistryChoice, RegistryOption, command, renamed_option
 from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar, skipped_lines
-from shiradelta.util.text import percent, size, table
+from shiradelta.util.text import count, percent, size, table
 
 
 @command(short_help="Convert a LoRA, a full fine-tune or a diff to a .shd file.")
@@ -101,7 +101,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
         click.echo(f"\n{table(report.measures)}\n")
     changed = sum(t.nnz for t in report.tensors if not t.operation.creates)
     echo_lines(
-        f"{len(report.tensors)} tensors converted, {len(report.skipped)} skipped; {changed:,} of {report.numel:,}"
-        f" weights change ({percent(changed / max(report.numel, 1))}); {report.summary}",
+        f"{count(report.tensors, 'tensor')} converted, {len(report.skipped)} skipped; {changed:,} of"
+        f" {count(report.numel, 'weight')} changed ({percent(changed / max(report.numel, 1))}); {report.summary}",
         f"{report.out}: {size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero",
     )

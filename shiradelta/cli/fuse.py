@@ -10,7 +10,7 @@ import click
 from shiradelta.cli import options
 from shiradelta.cli.options import command
 from shiradelta.cli.output import echo_json, echo_lines, progress_bar
-from shiradelta.util.text import percent
+from shiradelta.util.text import count, percent
 
 
 @command(short_help="Fuse several deltas into one.")
@@ -45,7 +45,8 @@ def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
         echo_json(dataclasses.asdict(report))
         return
     echo_lines(
-        f"{report.out}: {report.tensors} tensors, {report.nnz:,} nonzeros of {report.input_nnz:,} in the inputs",
+        f"{report.out}: {count(report.tensors, 'tensor')}, {count(report.nnz, 'nonzero')} of"
+        f" {report.input_nnz:,} in the inputs",
         f"{report.shared:,} of them ({percent(report.shared / max(report.nnz, 1))}) are in several inputs,"
         f" {percent(report.conflicts / max(report.shared, 1))} of these with opposite signs;"
         " `shiradelta report` shows more",

@@ -9,6 +9,7 @@ import click
 from shiradelta.cli import options
 from shiradelta.cli.options import command
 from shiradelta.cli.output import echo_json, echo_lines
+from shiradelta.util.text import count
 
 
 @command(short_help="Show which deltas are on a model's folder.")
@@ -32,8 +33,8 @@ def list(model: str, as_json: bool) -> None:
     for entry in reversed(state.applied):
         kind = ", made for what is beneath it" if entry.successor else ""
         echo_lines(
-            f"{entry.file} at {entry.strength:g}: {entry.tensors} tensors, {entry.nonzeros:,} nonzeros{kind}; digest"
-            f" {entry.digest[:12]}"
+            f"{entry.file} at {entry.strength:g}: {count(entry.tensors, 'tensor')}, {count(entry.nonzeros, 'nonzero')}"
+            f"{kind}; digest {entry.digest[:12]}"
         )
     if not state.applied:
         echo_lines(f"{model}: no delta is on it")

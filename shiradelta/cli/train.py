@@ -11,7 +11,7 @@ import click
 from shiradelta.cli import options
 from shiradelta.cli.options import RegistryChoice, RegistryOption, command
 from shiradelta.cli.output import echo_json, echo_lines, progress_bar
-from shiradelta.util.text import size
+from shiradelta.util.text import count, size
 
 
 @command(short_help="Train a sparse adapter.")
@@ -85,8 +85,9 @@ def train(
         echo_json(dataclasses.asdict(report))
         return
     echo_lines(
-        f"{report.nnz:,} of {report.numel:,} weights in {report.tensors} tensors trained, {report.steps} steps in"
-        f" {report.seconds:.0f} s; loss on {report.held_out} examples held out: {report.before:.4g} before,"
+        f"{report.nnz:,} of {count(report.numel, 'weight')} in {count(report.tensors, 'tensor')} trained,"
+        f" {count(report.steps, 'step')} in {report.seconds:.0f} s; loss on"
+        f" {count(report.held_out, 'example')} held out: {report.before:.4g} before,"
         f" {report.trained:.4g} after, {report.after:.4g} with the file's values",
         f"{report.out}: {size(report.file_bytes)}; patch it in with: shiradelta apply {model} {report.out}",
     )

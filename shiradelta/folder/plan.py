@@ -11,6 +11,7 @@ from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.compatibility import check_fit, check_strength, check_tied, remedy_of, spec_of
 from shiradelta.models.library import match_names
 from shiradelta.models.safetensors import Slot
+from shiradelta.util.text import count
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,9 @@ def make_plan(checkpoint: Checkpoint, delta: Delta, strength: float, allow_dtype
             f"{_label(delta)}: {why} of {checkpoint.root}; rename {name!r} in the source, and convert it again"
         )
     if missing:
-        some = "none" if not found else f"only {len(found)}"
         raise BaseMismatchError(
-            f"{_label(delta)}: {some} of its {len(wanted)} tensors are in {checkpoint.root}, the first missing is"
-            f" {missing[0]!r} (the base has e.g. {next(iter(checkpoint), 'nothing')!r});"
+            f"{_label(delta)}: {len(found)} of {count(wanted, 'tensor')} found in {checkpoint.root}, the first missing"
+            f" is {missing[0]!r} (the base has e.g. {next(iter(checkpoint), 'nothing')!r});"
             f" {remedy_of(tensors.values())}"
         )
     for name in new:

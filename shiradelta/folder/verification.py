@@ -16,12 +16,13 @@ from shiradelta.folder.journal import Journal, reading
 from shiradelta.folder.state import Applied
 from shiradelta.io.reader import Delta, StoredTensor, open_delta
 from shiradelta.io.recognise import Wanted, explain, is_patched
-from shiradelta.models.candidates import refuse_several
+from shiradelta.models.candidates import refuse_several_folders
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import difference
 from shiradelta.models.library import match_names
 from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.files import os_errors
+from shiradelta.util.text import count
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def verify(
         if recorded is None:
             checkpoint = open_checkpoint(root)
             return VerifyReport(
-                "unknown", (), f"nothing is recorded of these {len(checkpoint)} tensors; give DELTA to compare with it"
+                "unknown",
+                (),
+                f"nothing is recorded of {count(checkpoint, 'tensor')} here; give DELTA to compare with it",
             )
         problem = unlike_base(recorded)
         if problem is not None:
@@ -153,7 +156,7 @@ def existing(model_dir: str | os.PathLike[str]) -> Path:
         if not root.is_dir():
             raise TargetError(f"{root}: no such folder; check the path")
         if not is_patched(root):
-            refuse_several(root)
+            refuse_several_folders(root)
     return root
 
 

@@ -10,6 +10,7 @@ from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.compatibility import TensorSpec, check_fit, remedy_of
 from shiradelta.models.live import Target, is_array
 from shiradelta.models.names import Found, Named, find_names, search_the_rest
+from shiradelta.util.text import count
 
 #: The file's name of a tensor -> the model's, or None to skip the tensor.
 Names = Mapping[str, str] | Callable[[str], str | None]
@@ -73,7 +74,7 @@ def match(
         few = missing or list(delta)
         more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
         raise BaseMismatchError(
-            f"{label}: {len(few)} of its {len(delta)} tensors are not in the model:"
+            f"{label}: {len(few)} of {count(delta, 'tensor')} not found in the model:"
             f" {', '.join(map(repr, few[:_NAMED]))}{more} (the model has e.g. {next(iter(targets), 'nothing')!r});"
             f" {remedy_of(delta.values())}, map the names with HotSwap(model, names=...), or leave tensors out with"
             " skip="

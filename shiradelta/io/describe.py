@@ -67,8 +67,9 @@ def summary(about: Mapping[str, Any]) -> str:
     pairs = [f"{text.printable(key)}: {text.brief(value)}" for key, value in about["metadata"].items()]
     file = text.printable(str(about["file"]))
     whole = (
-        f"{file}: format {about['version']}, {len(about['tensors'])} tensors, {about['nnz']:,} nonzeros,"
-        f" {text.size(about['bytes']['file'])}, {about['bits_per_nonzero']:.2f} bits per nonzero"
+        f"{file}: format {about['version']}, {text.count(about['tensors'], 'tensor')},"
+        f" {text.count(about['nnz'], 'nonzero')}, {text.size(about['bytes']['file'])},"
+        f" {about['bits_per_nonzero']:.2f} bits per nonzero"
         f" (entropy of the positions {about['entropy']:.2f})"
     )
     return "\n".join([text.table(rows), *pairs, whole])

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from shiradelta.errors import SourceError
-from shiradelta.models.checkpoint import open_checkpoint
-from shiradelta.models.peft import CONFIG, WEIGHTS
+from shiradelta.models.checkpoint import INDEX_SUFFIX, STANDARD, Checkpoint, open_checkpoint, shards_of
+from shiradelta.models.peft import CONFIG, LORA_WEIGHTS, WEIGHTS
 from shiradelta.models.sentence import LIST
 
 #: A folder that transformers' Trainer writes at some step.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _NAMED = 5
+_PIPELINE = "model_index.json"
+#: Pickles of the weights that loaders take from the safetensors file beside them.
+_PICKLES = ("adapter_model.bin", "pytorch_lora_weights.bin", "pytorch_model.bin", "diffusion_pytorch_model.bin")
 
 
-def refuse_several(path: Path) -> None:
+def refuse_several(path: Path, *, lora: bool = False) -> None:
+    """Refuses what `refuse_several_folders` does, and a folder whose own files can be read as several.
+
+    Two formats of the same weights, or of several precisions, are no several: all loaders take the same of them.
+
+    Args:
+        path: a file or folder.
+        lora: whether a LoRA may be meant.
+
+    Raises:
+        SourceError: the candidates.
+    """
+    if path.is_dir():
+        _refuse(path, _readings(path, lora), "models or adapters in files of its own")
+    refuse_several_folders(path)
+
+
+def refuse_several_folders(path: Path) -> None:
     """Refuses a folder with several adapters or checkpoints, such as a trainer's output.
 
     A model or an adapter in the folder itself is what loaders take, whatever checkpoints lie beside it.  An adapter
@@ -24,7 +45,7 @@ def refuse_several(path: Path) -> None:
     Raises:
         SourceError: the candidates.
     """
-    if not path.is_dir() or (path / "model_index.json").exists() or (path / LIST).exists():
+    if not path.is_dir() or (path / _PIPELINE).exists() or (path / LIST).exists():
         return
     folders = [folder for folder in path.iterdir() if folder.is_dir() and folder.name[0] != "."]
     folders = sorted(filter(_has_weights, folders), key=lambda folder: (len(folder.name), folder.name))
@@ -34,13 +55,50 @@ def refuse_several(path: Path) -> None:
         others = [name for name in adapters if name not in checkpoints]
         candidates = [WEIGHTS, *others] if others else []
     elif _has_weights(path):
-        candidates = []
+        return
     else:
         candidates = list(dict.fromkeys(adapters + checkpoints)) or _twins(folders)
-    if candidates:
+        if len(candidates) == 1:
+            (only,) = candidates
+            raise SourceError(
+                f"{path}: holds an adapter or checkpoint ({only}); give the one that is meant: {path / only}"
+            )
+    _refuse(path, candidates, "adapters or checkpoints")
+
+
+def unread_files(folder: Path, checkpoint: Checkpoint) -> list[str]:
+    """The weight files in a source's folder that are not read, in a line each; none where a file was given."""
+    if not folder.is_dir():
+        return []
+    read = {shard.file for shard in checkpoint.shards}
+    found = [file for file in sorted(folder.iterdir()) if file not in read]
+    names = [file.name for file in found if file.suffix == ".safetensors" or file.name in _PICKLES]
+    return [f"{name} is not read: {', '.join(sorted(file.name for file in read)[:_NAMED])} is" for name in names]
+
+
+def _refuse(path: Path, candidates: Sequence[str], what: str) -> None:
+    if len(candidates) > 1:
         few = ", ".join(candidates[:_NAMED]) + (", ..." if len(candidates) > _NAMED else "")
-        what = "an adapter or checkpoint" if len(candidates) == 1 else f"{len(candidates)} adapters or checkpoints"
-        raise SourceError(f"{path}: holds {what} ({few}); give the one that is meant: {path / candidates[-1]}")
+        one = next(name for name in reversed(candidates) if not name.endswith(".json"))
+        raise SourceError(f"{path}: holds {len(candidates)} {what} ({few}); give the one that is meant: {path / one}")
+
+
+def _readings(folder: Path, lora: bool) -> list[str]:
+    """The files in a folder of which each is a model or an adapter by itself."""
+    models = [_PIPELINE] if (folder / _PIPELINE).exists() else []
+    for stem in STANDARD if not models else ():
+        single, index = f"{stem}.safetensors", folder / f"{stem}{INDEX_SUFFIX}"
+        models += [single] if (folder / single).exists() else []
+        models += [index.name] if index.exists() and shards_of(index) != [single] else []
+    if not models:
+        models = [name for name in _PICKLES if name.endswith("pytorch_model.bin") and (folder / name).exists()][:1]
+    adapters = [_in_any_format(folder, name) for name in ((LORA_WEIGHTS, WEIGHTS) if lora else (WEIGHTS,))]
+    return [*models, *filter(None, adapters)]
+
+
+def _in_any_format(folder: Path, name: str) -> str | None:
+    formats = (name, name.replace(".safetensors", ".bin"))
+    return next((file for file in formats if (folder / file).exists()), None)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -23,10 +23,10 @@ from shiradelta.models.sentence import LIST, SentenceModule, modules_of
 from shiradelta.util.json_files import read_json
 
 #: Weight files of one model, by preference, as transformers and diffusers name them.
-_STANDARD = ("model", "diffusion_pytorch_model", "pytorch_model")
+STANDARD = ("model", "diffusion_pytorch_model", "pytorch_model")
 #: The end of a shard's name.
 _SHARD = re.compile(r"-\d+-of-(?P<count>\d+)\.safetensors$")
-_INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class Checkpoint(Mapping[str, Slot]):
@@ -95,10 +95,25 @@ def bits_of(slot: Slot) -> Array:
     return np.frombuffer(mapped, np.uint8)[slot.offset - start :].view(slot.dtype.bits)
 
 
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index lists.
+
+    Raises:
+        SourceError: it is no index, or lists files of other folders.
+    """
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a shard outside the folder")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise SourceError(f"{index}: is not an index of shards ({error}); get it again") from None
+    return names
+
+
 def index_file(folder: Path) -> Path | None:
     """The index of a sharded model in a folder: the plain one, or that of its only variant (`.index.fp16.json`)."""
-    found = sorted(folder.glob("*" + _INDEX_SUFFIX)) or sorted(folder.glob(f"*{_INDEX_SUFFIX[:-5]}.*.json"))
-    standard = [folder / (stem + _INDEX_SUFFIX) for stem in _STANDARD]
+    found = sorted(folder.glob("*" + INDEX_SUFFIX)) or sorted(folder.glob(f"*{INDEX_SUFFIX[:-5]}.*.json"))
+    standard = [folder / (stem + INDEX_SUFFIX) for stem in STANDARD]
     return next((path for path in standard if path in found), found[0] if len(found) == 1 else None)
 
 
@@ -164,18 +179,12 @@ def _files_of_module(root: Path, module: SentenceModule) -> list[Path]:
 def _weight_files_of(folder: Path) -> list[Path]:
     """The files that transformers and diffusers would load: one file before an index, plain names before variants."""
     found = sorted(folder.glob("*.safetensors"))
-    for stem in _STANDARD:
+    for stem in STANDARD:
         if folder / f"{stem}.safetensors" in found:
             return [folder / f"{stem}.safetensors"]
     index = index_file(folder)
     if index is not None:
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise ValueError("a shard outside the folder")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise SourceError(f"{index}: is not an index of shards ({error}); get it again") from None
-        return [folder / name for name in names]
+        return [folder / name for name in shards_of(index)]
     if len(found) > 1:
         names_found = ", ".join(path.name for path in found[:4])
         raise SourceError(f"{folder}: several weight files ({names_found}, ...) and no index; keep one in the folder")

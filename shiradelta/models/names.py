@@ -16,6 +16,8 @@ from heapq import nsmallest
 from itertools import islice
 from typing import TypeVar
 
+from shiradelta.util.text import count
+
 Shape = tuple[int, ...]
 #: Names with their shapes; None where a shape is unknown.
 Named = Mapping[str, Shape | None]
@@ -190,7 +192,7 @@ class _Search:
 
 def _either(names: Sequence[str]) -> str:
     """The first few of some names, for a message."""
-    more = f" or {len(names) - _NAMED} others" if len(names) > _NAMED else ""
+    more = f" or {count(len(names) - _NAMED, 'other')}" if len(names) > _NAMED else ""
     return " or ".join(map(repr, nsmallest(_NAMED, names))) + more
 
 

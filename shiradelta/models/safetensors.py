@@ -20,7 +20,7 @@ from shiradelta.errors import SourceError
 from shiradelta.format import registry
 from shiradelta.io.recognise import Wanted, explain
 from shiradelta.util.regular_file import open_regular
-from shiradelta.util.text import brief
+from shiradelta.util.text import brief, count
 
 _MAX_HEADER = 100 << 20
 #: Sizes are 64 bits wide, as in the safetensors library.
@@ -152,4 +152,4 @@ def _check_cover(path: Path, slots: tuple[Slot, ...], start: int, size: int) -> 
     if end > size:
         raise SourceError(f"{path}: is cut off at {size} of {end} bytes; get it again")
     if end < size:
-        raise SourceError(f"{path}: has {size - end} bytes after its last tensor; get it again")
+        raise SourceError(f"{path}: has {count(size - end, 'byte')} after its last tensor; get it again")

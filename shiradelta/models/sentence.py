@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -14,6 +15,8 @@ from shiradelta.util.text import brief
 LIST = "modules.json"
 #: Where a Router lists the modules in its subfolders; config.json before version 5.
 _ROUTERS = ("router_config.json", "config.json")
+#: How the folder of a module is called, and how its weights' files end.
+_NUMBERED, _WEIGHTS = re.compile(r"\d+_\w+"), (".safetensors", ".bin")
 #: Classes of modules that change nothing where texts are run: the others have their own place there.
 _PLAIN = ("Transformer", "Pooling", "Dropout")
 #: Activations of a Dense module that are known by their names.
@@ -73,6 +76,14 @@ def modules_of(folder: Path) -> tuple[SentenceModule, ...] | None:
         raise SourceError(f"{listing}: is not a list of modules ({brief(str(error), 200)}); get it again") from None
     every = [inner for module in found for inner in (module, *_routed(folder, module))]
     return tuple({module.path: module for module in reversed(every)}.values())[::-1]
+
+
+def unlisted_modules(folder: Path) -> list[Path]:
+    """Folders with weights that are called like modules (`2_Dense`) where no modules.json lists any."""
+    if not folder.is_dir() or (folder / LIST).exists():
+        return []
+    numbered = (path for path in sorted(folder.iterdir()) if _NUMBERED.fullmatch(path.name) and path.is_dir())
+    return [path for path in numbered if any(file.suffix in _WEIGHTS for file in path.iterdir())]
 
 
 def folder_of(path: Path) -> Path:

@@ -294,7 +294,7 @@ def test_pefts_own_shira_adapter(tmp_path: Path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"w.positions": torch.tensor([0, 4]), "w.values": torch.ones(1)}, "2 indices for 1 values"),
+        ({"w.positions": torch.tensor([0, 4]), "w.values": torch.ones(1)}, "2 indices for 1 value"),
         ({"w.positions": torch.tensor([0, 16]), "w.values": torch.ones(2)}, "outside of shape"),
         ({"w.positions": torch.tensor([0, -1]), "w.values": torch.ones(2)}, "outside of shape"),
         ({"w.positions": torch.tensor([3, 3]), "w.values": torch.ones(2)}, "twice"),

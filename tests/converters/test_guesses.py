@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,62 @@ def test_a_configuration_beside_another_file_is_checked(tmp_path: Path, base: bo
     save_file(factors(NAME), lora / "style.safetensors")
     with pytest.raises(SourceError, match=r"q_proj: has rank 4, and adapter_config\.json says 8"):
         shiradelta.convert(lora / "style.safetensors", base=base_in(tmp_path / "base") if base else None)
+
+
+#: Files of one folder that are several readings of it, and whether a base may have them.
+READINGS: dict[tuple[str, ...], bool] = {
+    ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"): True,
+    ("adapter_model.safetensors", "pytorch_lora_weights.bin"): True,
+    ("model.safetensors", "adapter_model.safetensors"): False,
+    ("model.safetensors", "adapter_model.bin"): False,
+    ("pytorch_model.bin", "adapter_model.safetensors"): True,
+    ("model.safetensors", "pytorch_lora_weights.safetensors"): True,
+    ("model.safetensors.index.json", "adapter_model.safetensors"): False,
+    ("model.safetensors", "model.safetensors.index.json"): False,
+    ("model.safetensors", "diffusion_pytorch_model.safetensors"): False,
+    ("model_index.json", "pytorch_lora_weights.safetensors"): True,
+}
+
+
+def fill(folder: Path, *files: str) -> Path:
+    """A folder with such files: whole models, adapters, an index, pickles."""
+    folder.mkdir()
+    for name in files:
+        if name.endswith(".json"):
+            shard = "model-00001-of-00001.safetensors"
+            save_file({f"{NAME}.weight": torch.ones(16, 16)}, folder / shard)
+            (folder / name).write_text(json.dumps({"weight_map": {f"{NAME}.weight": shard}}))
+        elif name.endswith(".bin"):
+            torch.save({}, folder / name)
+        else:
+            whole = {f"{NAME}.weight": torch.ones(16, 16)}
+            save_file(factors(NAME) if "adapter" in name or "lora" in name else whole, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("files", READINGS)
+def test_files_of_one_folder_that_are_several_models_or_adapters(tmp_path: Path, files: tuple[str, ...]):
+    folder, one = fill(tmp_path / "folder", *files), base_in(tmp_path / "one")
+    with pytest.raises(SourceError, match=r"folder: holds 2 models or adapters .*\((\S+), (\S+)\); give .*: \S+$") as e:
+        shiradelta.convert(folder, base=one)
+    assert all(name in str(e.value) for name in files)
+    for name in files:
+        if name.endswith(".safetensors"):
+            assert shiradelta.convert(folder / name, tmp_path / "x.shd", base=one, alpha=None).nnz
+    if not READINGS[files]:
+        with pytest.raises(SourceError, match="folder: holds 2 models or adapters"):
+            shiradelta.convert(one, base=folder)
+
+
+@pytest.mark.parametrize(
+    ("read", "unread"),
+    [
+        ("adapter_model.safetensors", "adapter_model.bin"),
+        ("model.safetensors", "pytorch_model.bin"),
+        ("model.safetensors", "model.fp16.safetensors"),
+        ("adapter_model.safetensors", "style.safetensors"),
+    ],
+)
+def test_files_that_loaders_pass_over_are_said_not_to_be_read(tmp_path: Path, read: str, unread: str):
+    report = shiradelta.convert(fill(tmp_path / "folder", read, unread), base=base_in(tmp_path / "base"))
+    assert f"{unread} is not read: {read} is" in report.warnings

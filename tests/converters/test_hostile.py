@@ -177,7 +177,7 @@ def test_adalora_with_another_number_of_singular_values(tmp_path: Path, count: i
     lora = write_lora(tmp_path / "lora", {"a.b": (8, 8)}, {"peft_type": "ADALORA", "init_r": 4})
     tensors = load_file(lora / "adapter_model.safetensors") | {"base_model.model.a.b.lora_E": torch.ones(count, 1)}
     save_file(tensors, lora / "adapter_model.safetensors")
-    assert f"E has {count} values for rank 4" in refusal(lora)
+    assert f"E has {count} value{'s' if count != 1 else ''} for rank 4" in refusal(lora)
 
 
 @pytest.mark.parametrize("alpha", [1e30, 1e300])

@@ -383,7 +383,7 @@ def test_layers_of_another_name_are_not_new(tmp_path: Path, made: Path, renamed:
             shiradelta.convert(tmp_path / "tuned", base=made / "bf16")
     else:
         report = shiradelta.convert(tmp_path / "tuned", base=made / "bf16")
-        assert "1 tensors that the base lacks are added whole: score.weight" in report.warnings
+        assert "1 tensor that the base lacks is added whole: score.weight" in report.warnings
 
 
 def test_an_exchanged_head_is_new(tmp_path: Path, bert):

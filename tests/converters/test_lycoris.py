@@ -79,7 +79,7 @@ def test_trained_rows_of_an_embedding(bert: BertModel, tmp_path: Path):
     with shiradelta.open_delta(tmp_path / "a.shd") as delta:
         torch.testing.assert_close(torch.from_numpy(delta[name].to_dense()), wanted)
     about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    for rows, message in ((None, "does not say which rows"), ({"word_embeddings": [7]}, "do not fit")):
+    for rows, message in ((None, "does not say which rows"), ({"word_embeddings": [7]}, "does not have 1 row")):
         changed = json.dumps({**about, "trainable_token_indices": rows})
         (tmp_path / "adapter" / "adapter_config.json").write_text(changed)
         with pytest.raises(SourceError, match=message):

@@ -134,7 +134,7 @@ def test_base_in_another_dtype_is_named_with_its_option(made: Path, tmp_path: Pa
 
 def test_names_that_are_not_there(model: Path, tmp_path: Path):
     shiradelta.save_delta(tmp_path / "d.shd", {"nowhere.weight": TensorDelta((4,), [1], [1.0])})
-    with pytest.raises(BaseMismatchError, match="none of its 1 tensors"):
+    with pytest.raises(BaseMismatchError, match="0 of 1 tensor found in"):
         shiradelta.apply(model, tmp_path / "d.shd")
 
 

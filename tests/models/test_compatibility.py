@@ -90,7 +90,7 @@ def test_tied_tensors_have_the_same_delta():
 def test_a_delta_made_without_a_base_says_so_where_it_does_not_fit(tmp_path: Path):
     model = write_model(tmp_path / "model", {"v": torch.zeros(3, 4), "w": torch.zeros(4, 3)})
     for tensor, remedy in ((ANY, "it was made without a base, .*--base"), (ADD, "give the model it was made for")):
-        for name, what in (("w", r"has shape \[4, 3\]"), ("elsewhere", "are (in|not in)")):
+        for name, what in (("w", r"has shape \[4, 3\]"), ("elsewhere", "found in")):
             shiradelta.save_delta(tmp_path / "x.shd", {name: tensor, "new": NEW})
             with pytest.raises(BaseMismatchError, match=f"{what} .*; {remedy}"):
                 shiradelta.apply(model, tmp_path / "x.shd")

@@ -193,7 +193,7 @@ def test_a_search_that_would_take_hours_is_given_up(monkeypatch: pytest.MonkeyPa
     wanted, have = stack("", 40), [f"{x}.{name}" for x in letters for name in stack("", 1)]
     assert find(wanted, have).unclear["layers.0.q_proj.weight"] == (
         "'layers.0.q_proj.weight' may be 'p.layers.0.q_proj.weight' or 'q.layers.0.q_proj.weight' or"
-        " 'qp.layers.0.q_proj.weight' or 'qpp.layers.0.q_proj.weight' or 3996 others"
+        " 'qp.layers.0.q_proj.weight' or 'qpp.layers.0.q_proj.weight' or 3,996 others"
     )
     monkeypatch.setattr(names, "_MOST_COMPARED", 1 << 10)
     found = find(wanted, have)

@@ -277,3 +277,42 @@ def test_a_lora_on_the_whole_model_reaches_its_modules(tmp_path: Path):
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
     report = shiradelta.convert(tmp_path / "lora", tmp_path / "a.shd", sparsity=1, base=base)
     assert [tensor.name for tensor in report.tensors] == ["encoder.layer.0.dense.weight", "3_Dense/linear.weight"]
+
+
+@pytest.mark.parametrize("of_base", [True, False])
+def test_modules_that_no_list_names_are_not_lost(tmp_path: Path, of_base: bool):
+    """The fine-tune was copied without modules.json: only its encoder would be read."""
+    base, tuned = sentences(tmp_path / "base", 1), sentences(tmp_path / "tuned", 2)
+    (tuned / "modules.json").unlink()
+    if not of_base:
+        (base / "modules.json").unlink()
+    with pytest.raises(SourceError, match=r"1_WeightedLayerPooling/layer_weights: .*tuned has no modules\.json that"):
+        shiradelta.convert(tuned, base=base)
+    report = shiradelta.convert(tuned, None, 1.0, base, "f32", skip="[1-9]_*/*")
+    assert len(report.tensors) == len(ENCODER)
+    names = {f"{folder}/{name}" for folder, shapes in MODULES.items() for name in shapes}
+    assert report.lost.keys() == names
+    assert (report.energy_kept is not None) == of_base
+    shutil.copy(tmp_path / "tuned" / "5_LayerNorm" / "model.safetensors", tuned / "adapter_model.safetensors")
+    (tuned / "model.safetensors").unlink()
+    (tuned / "adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"holds an adapter, and the weights of 1_WeightedLayerPooling beside it"):
+        shiradelta.convert(tuned, base=base)
+
+
+def test_a_base_without_a_list_of_its_modules(tmp_path: Path):
+    base, tuned = sentences(tmp_path / "base", 1), sentences(tmp_path / "tuned", 2)
+    (base / "modules.json").unlink()
+    with pytest.raises(SourceError, match=r"has no folder '3_Dense/' for it; copy the fine-tune's modules\.json"):
+        shiradelta.convert(tuned, base=base, skip=["1_*"])
+
+
+def test_a_module_in_a_pickle_that_no_list_names(tmp_path: Path):
+    base, tuned = sentences(tmp_path / "base", 1), sentences(tmp_path / "tuned", 2)
+    for folder in MODULES:
+        shutil.rmtree(tuned / folder)
+    (tuned / "modules.json").unlink()
+    (tuned / "2_Dense").mkdir()
+    torch.save({}, tuned / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=r"2_Dense/: \S* has no modules\.json"):
+        shiradelta.convert(tuned, base=base)

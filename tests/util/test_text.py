@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from shiradelta.util import text
 
 
@@ -18,3 +20,14 @@ def test_sizes_shapes_and_percentages():
     assert [text.size(count) for count in (7, 1500, 2e6, 3e12)] == ["7 B", "1.50 KB", "2.00 MB", "3000.00 GB"]
     assert [text.shape(dimensions) for dimensions in ((), (3,), (4, 5))] == ["scalar", "3", "4x5"]
     assert [text.percent(share) for share in (0.01, 0.000125, 1)] == ["1%", "0.0125%", "100%"]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0 tensors"), (1, "1 tensor"), (["a"], "1 tensor"), (2000, "2,000 tensors")]
+)
+def test_counts_of_things(number: int | list[str], said: str):
+    assert text.count(number, "tensor") == said
+
+
+def test_a_plural_of_its_own():
+    assert [text.count(n, "index", "indices") for n in (1, 2)] == ["1 index", "2 indices"]
