@@ -6,6 +6,7 @@ with which codec, what backends are asked for, the parameters of tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from shiradelta.format.arithmetic import Positions
@@ -49,5 +50,10 @@ def smallest_index_codec(
     positions: Positions, shape: tuple[int, ...], codecs: Mapping[int, IndexCodec] = INDEX_CODECS.by_id
 ) -> int:
     """The id of the canonical codec for these positions: the smallest section, ties to the lowest id."""
-    sizes = {id: codec.size(positions, shape) for id, codec in codecs.items()}
-    return min((size, id) for id, size in sizes.items() if size is not None)[1]
+    best: tuple[float, int] = math.inf, 0
+    for id, codec in sorted(codecs.items(), key=lambda row: row[1].least):
+        if codec.least > best[0]:  # a small tensor is not searched for whole lines
+            break
+        size = codec.size(positions, shape)
+        best = best if size is None else min(best, (size, id))
+    return best[1]

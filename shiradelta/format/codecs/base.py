@@ -30,11 +30,13 @@ class IndexCodec(ABC):
         id: its number in a file.
         name: its name in spec/REGISTRY.md.
         minor: the minor version of the format that defines it; the writer derives the file's from it.
+        least: bytes of its smallest section.
     """
 
     id: int
     name: str
     minor: int = 0
+    least: int = 0
 
     @abstractmethod
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:

@@ -137,6 +137,7 @@ class Struct(IndexCodec):
 
     id = IndexId.STRUCT
     name = "STRUCT"
+    least = registry.STRUCT_ENTRY.size + registry.SLACK
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
         entries = find_entries(positions, shape)
