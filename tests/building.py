@@ -1,15 +1,19 @@
-"""libshd built by plain `cc`, once a process, for the tests that use it without the package."""
+"""libshd built by plain `cc` for the tests that use it without the package."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+
+from shiradelta.util.locks import try_lock
 
 LIBSHD = Path(__file__).parent.parent / "libshd"
 CC = shutil.which(os.environ.get("CC", "cc"))
@@ -34,17 +38,41 @@ def compile_c(output: Path, *sources: Path, options: Sequence[str] = (), librari
 
 
 @cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
+def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="libshd-")  # kept by the cache, removed at exit
+
+
+def scratch() -> Path:
+    """A folder of this process for what it builds."""
+    return Path(_temporary().name)
 
 
 @cache
 def library() -> Path:
-    """`libshd.a`; its objects do for the shared library, too."""
-    folder = Path(_folder().name)
+    """`libshd.a`; its objects do for the shared library, too.
+
+    It stays in `build/` until the sources change, so that the processes of a test run share one.
+    """
     options = ("-std=c11", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", *WARNINGS)
-    run(CC, *options, "-c", *sorted((LIBSHD / "src").glob("*.c")), cwd=folder)
-    run("ar", "rcs", "libshd.a", *sorted(folder.glob("*.o")), cwd=folder)
+    sources = sorted((LIBSHD / "src").glob("*.c"))
+    about = hashlib.sha256(run(CC, "--version").encode() + repr(options).encode())
+    for path in [*sources, *sorted((LIBSHD / "src").glob("*.h")), *sorted((LIBSHD / "include").glob("*.h"))]:
+        about.update(path.read_bytes())
+    home = LIBSHD.parent / "build" / "libshd-tests"
+    home.mkdir(parents=True, exist_ok=True)
+    folder = home / about.hexdigest()[:16]
+    with open(home / "lock", "w") as lock:
+        while not try_lock(lock.fileno()):
+            time.sleep(0.05)
+        if not folder.exists():
+            for old in home.glob("*/"):
+                shutil.rmtree(old)
+            made = scratch() / "library"
+            made.mkdir()
+            run(CC, *options, "-c", *sources, cwd=made)
+            run("ar", "rcs", "libshd.a", *sorted(made.glob("*.o")), cwd=made)
+            shutil.move(made, home / "new")
+            os.replace(home / "new", folder)
     return folder / "libshd.a"
 
 
@@ -52,4 +80,4 @@ def library() -> Path:
 def dump() -> Path:
     """The program that prints what files hold."""
     libraries = [str(library()), *(["-ldl"] if sys.platform == "linux" else [])]
-    return compile_c(library().parent / "dump", LIBSHD / "tests" / "dump.c", libraries=libraries)
+    return compile_c(scratch() / "dump", LIBSHD / "tests" / "dump.c", libraries=libraries)

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 import shiradelta
 
-# The same examples in every run; HYPOTHESIS_PROFILE=long looks for new ones.
-settings.register_profile("short", max_examples=60, derandomize=True, deadline=None)
+# The same examples in every run, more of them in CI; HYPOTHESIS_PROFILE=long looks for new ones.
+settings.register_profile("short", max_examples=30, derandomize=True, deadline=None)
+settings.register_profile("ci", max_examples=80, derandomize=True, deadline=None)
 settings.register_profile("long", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 

@@ -13,6 +13,8 @@ import pytest
 import shiradelta
 from tests.killing import weights
 
+#: Every how many calls one fails in a scenario that is not `QUICK`.
+STRIDE = 4 if os.environ.get("HYPOTHESIS_PROFILE", "short") == "short" else 1
 #: Functions of `os` that change something; writes of streams fail in `fdopen`'s.
 WRITES = (
     "open",

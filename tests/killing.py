@@ -20,9 +20,6 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
 import shiradelta
 from shiradelta.folder.verification import VerifyReport
 
@@ -123,6 +120,9 @@ def kill_repeatedly(base: Path, delta: Path, count: int, seed: int, work: Path) 
 
 def main() -> None:
     """The full run, on all-MiniLM-L6-v2 in bf16 and the demo's LoRA."""
+    import torch  # not above: every process of a test would wait for it
+    from safetensors.torch import load_file, save_file
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -78,7 +77,7 @@ def by_package(data: bytes, zstd: bool = True, backend: str = "numpy") -> Outcom
 
 def by_libshd(data: bytes, zstd: bool = True) -> Outcome:
     """What libshd says, without the package."""
-    path = building.library().parent / f"{os.getpid()}.shd"
+    path = building.scratch() / "vector.shd"
     path.write_bytes(data)
     lines = building.run(building.dump(), *([] if zstd else ["--without-zstd"]), path).splitlines()
     outcome, about = map(json.loads, lines)

@@ -181,6 +181,7 @@ def test_names_of_files_cannot_act_on_the_terminal_either(folder: Path, made: Pa
         assert "\nx" not in result.output
 
 
+@pytest.mark.slow
 def test_no_progress_bar_in_a_pipe_and_one_on_a_terminal(folder: Path):
     command = [sys.executable, "-m", "shiradelta.cli", "convert", "tuned", "--base", "model", "--sparsity", "0.9"]
     piped = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -96,6 +96,7 @@ def test_no_error_takes_every_change(diff: Path, tmp_path: Path):
     assert (report.error, report.sparsity) == (0, 1)
 
 
+@pytest.mark.slow
 def test_small_errors_are_told_from_none(tmp_path: Path):
     """Also where sums of squares differ in their last digits."""
     change = np.random.default_rng(0).standard_normal((512, 2048)).astype(np.float32)

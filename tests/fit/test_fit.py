@@ -265,6 +265,7 @@ class Interrupted(Exception):  # noqa: N818
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_exactly(
     encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -288,6 +289,7 @@ def test_an_interrupted_run_goes_on_exactly(
     assert not (tmp_path / "a.shd.fit").exists()
 
 
+@pytest.mark.slow
 def test_a_state_of_another_fine_tune_is_not_taken_up(
     encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -385,6 +387,7 @@ def test_a_users_own_model_comes_back_as_it_was(
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_state_of_another_run_is_not_taken_up(
     encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -550,6 +553,7 @@ def test_out_of_memory_says_what_to_halve(encoder: tuple[Path, Path], tmp_path: 
         fit(encoder, tmp_path / "a.shd")
 
 
+@pytest.mark.slow
 def test_a_cpu_takes_fewer_steps_by_itself(encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(by_training, "CPU_SECONDS", 0)

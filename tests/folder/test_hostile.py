@@ -163,6 +163,7 @@ def test_holes_of_sparse_files_are_filled_first(model: Path):
 AS_A_USER = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.name == "nt" or (os.geteuid() == 0 and not shutil.which("setpriv")), reason="root writes anywhere"
 )

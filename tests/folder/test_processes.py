@@ -41,7 +41,7 @@ def test_four_processes_never_lose_the_way_back(model: Path, made: Path):
     spawn = multiprocessing.get_context("spawn")
     for round_ in range(2):
         workers = [
-            spawn.Process(target=work, args=(model, [made / "a.shd", made / "b.shd"], 2.0, 4 * round_ + i))
+            spawn.Process(target=work, args=(model, [made / "a.shd", made / "b.shd"], 1.0, 4 * round_ + i))
             for i in range(4)
         ]
         for worker in workers:

@@ -161,6 +161,7 @@ def test_a_sentence_transformers_module_is_called_by_its_folder_or_its_number():
     assert both.unclear.keys() == {"2.linear.weight"}
 
 
+@pytest.mark.slow
 def test_prefixes_of_many_names_are_found_in_linear_time():
     have = [f"layers.{i}.experts.{j}.up.weight" for i in range(60) for j in range(256)]
     start = time.process_time()
@@ -172,7 +173,11 @@ def test_prefixes_of_many_names_are_found_in_linear_time():
 @pytest.mark.parametrize(
     ("wanted", "have"),
     [
-        ([f"a{i}.0.weight" for i in range(20_000)], [f"b{i}.0.weight" for i in range(20_000)]),
+        pytest.param(
+            [f"a{i}.0.weight" for i in range(20_000)],
+            [f"b{i}.0.weight" for i in range(20_000)],
+            marks=pytest.mark.slow,
+        ),
         (
             [f"{'ab' * (i % 50)}.{'c' * i}.w" for i in range(1000)],
             [f"{'ab' * (i % 50)}.{'d' * i}.w" for i in range(1000)],
@@ -183,9 +188,9 @@ def test_prefixes_of_many_names_are_found_in_linear_time():
     ids=["numbers", "lengths", "parts", "a part more"],
 )
 def test_strange_names_are_searched_soon(wanted: list[str], have: list[str]):
-    began = time.perf_counter()
+    began = time.process_time()
     find(wanted, have)
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_search_that_would_take_hours_is_given_up(monkeypatch: pytest.MonkeyPatch):
