@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -133,6 +133,20 @@ def stacks_of(layers: Sequence[Layer]) -> dict[Target, Stack]:
     for stack in stacks.values():
         stack.sort(key=lambda item: item.patch.record.adds)  # stable
     return stacks
+
+
+def different_tensors(states: Iterable[Sequence[Layer]]) -> list[Held]:
+    """One delta of each distinct set of target tensors."""
+    found: list[Held] = []
+    for held in (layer.held for layers in states for layer in layers):
+        if not any(held.has_same_tensors(other) for other in found):
+            found.append(held)
+    return found
+
+
+def targets_below(states: Iterable[Sequence[Layer]]) -> frozenset[Target]:
+    """All tensors that layers change."""
+    return frozenset().union(*(held.targets for held in different_tensors(states)))
 
 
 def only_strengths_differ(before: Sequence[Layer], after: Sequence[Layer]) -> bool:

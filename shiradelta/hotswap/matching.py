@@ -1,11 +1,13 @@
-"""Whether a delta fits a live model: names, shapes, dtypes, shared memory."""
+"""Whether a delta fits a live model, and others: names, shapes, dtypes, shared memory, elements that are set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
+from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, TargetError
+from shiradelta.hotswap.layers import Held, Patch
+from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.compatibility import TensorSpec, check_fit, remedy_of
 from shiradelta.models.live import Target, is_array
@@ -182,3 +184,22 @@ def check_target(where: str, tensor: StoredTensor, target: Target, allow_dtype: 
         shown=str(stored.tensor.dtype) if dtype == "?" else "",
     )
     return dtype
+
+
+def check_sets(backend: LiveBackend, helds: Sequence[Held]) -> None:
+    """Checks that no two adapters set the same element.
+
+    Raises:
+        DeltaError: two do.
+    """
+    setting: dict[Target, list[Patch]] = {}
+    for held in helds:
+        for patch in held.patches:
+            if not patch.record.adds and patch.record.nnz:
+                setting.setdefault(patch.target, []).append(patch)
+    for target, patches in setting.items():
+        for i, one in enumerate(patches):
+            if any(backend.share_positions(one, other) for other in patches[:i]):
+                raise DeltaError(
+                    f"two adapters set the same elements of tensor {target.name!r}; only one of them can be active"
+                )

@@ -42,3 +42,18 @@ class SwitchReport:
     tensors: int
     nonzeros: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class RebaseReport:
+    """What `rebase` found.
+
+    Attributes:
+        changed: the tensors that were seen to be changed from outside.
+        kept: the tensors with an active adapter on them that were not; it is a part of the new base there.
+        unchecked: adapter -> matched tensors whose fingerprint was not compared with the new base.
+    """
+
+    changed: tuple[str, ...]
+    kept: tuple[str, ...]
+    unchecked: Mapping[str, tuple[str, ...]]

@@ -7,22 +7,23 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NoReturn
 
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
-from shiradelta.errors import ArgumentError, DeltaError, FormatError, TargetError
+from shiradelta.errors import ArgumentError, FormatError, TargetError
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.base_check import check_base, checkable
 from shiradelta.hotswap.choose import new_backend
-from shiradelta.hotswap.layers import Held, Layer, Patch
-from shiradelta.hotswap.matching import Names, check_overlaps, check_target, match
+from shiradelta.hotswap.layers import Held, Layer, different_tensors, targets_below
+from shiradelta.hotswap.loaded import Loaded, targets_of
+from shiradelta.hotswap.matching import Names, check_overlaps, check_sets, check_target, match
+from shiradelta.hotswap.outside import FORKED, NO_COPIES, RELOAD, Watch, survive_forks
 from shiradelta.hotswap.protocol import Fit, LiveBackend
 from shiradelta.hotswap.reading import read_whole
-from shiradelta.hotswap.reports import LoadReport, SwitchReport
+from shiradelta.hotswap.reports import LoadReport, RebaseReport, SwitchReport
+from shiradelta.hotswap.strengths import are_same, strengths_of
 from shiradelta.hotswap.transcode import take_apart
 from shiradelta.io.reader import Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
@@ -36,17 +37,6 @@ from shiradelta.util.interrupts import interrupts_held_back
 Layers = dict[LiveBackend, list[Layer]]
 
 
-@dataclass(frozen=True)
-class _Adapter:
-    digest: bytes
-    held: Mapping[LiveBackend, Held]
-    report: LoadReport
-
-    def patches(self) -> Iterator[Patch]:
-        """The adapter's patches on all devices."""
-        return (patch for held in self.held.values() for patch in held.patches)
-
-
 class HotSwap:
     """Switches adapters in the weights of a live model, and reverts to the base bit for bit.
 
@@ -58,6 +48,9 @@ class HotSwap:
     must not run the model on a CPU during a switch.  On CUDA, work is queued on the current stream or the given one:
     work queued there earlier sees the old weights, later work the new ones.
 
+    After something else has written the weights, all methods refuse to read or write them until `rebase`; docs/live.md
+    says what is noticed.
+
     Args:
         model: a torch module, or a mapping of names to torch tensors, NumPy arrays and modules.  A uint16 array
             stands for bfloat16 where a delta says so.
@@ -65,23 +58,28 @@ class HotSwap:
             in the checkpoint, and either with another prefix (`base_model.model.`) are found without it.
         backend: "libshd" or "numpy" (CPU), "torch" (any device), "triton" (CUDA and ROCm), or "auto" for the fastest
             available.  All give the same bits.
+        allow_shared: take weights in memory that other processes share.  Nothing else may write them.
 
     Raises:
         TargetError: `model` is not a model.
         DeltaError: the backend is unknown.
     """
 
-    def __init__(self, model: Any, names: Names | None = None, backend: str = "auto") -> None:
-        self._targets = live_tensors(model)
+    def __init__(
+        self, model: Any, names: Names | None = None, backend: str = "auto", *, allow_shared: bool = False
+    ) -> None:
+        self._targets = live_tensors(model, allow_shared=allow_shared)
         self._names = names
         self._choice = backend
         devices = {target.device for target in self._targets.values()} - {"meta"} or {"cpu"}
         self._backends = {device: new_backend(backend, device) for device in sorted(devices)}
-        self._adapters: dict[str, _Adapter] = {}
+        self._adapters: dict[str, Loaded] = {}
         self._active: dict[str, float] = {}
         self._layers: Layers = {}
         self._lock = threading.RLock()
         self._broken: str | None = None
+        self._watch = Watch()
+        survive_forks(self)
 
     # ---------------------------------------------------------------------------------------- state
 
@@ -107,14 +105,25 @@ class HotSwap:
         """Number of weights whose bits differ from the base's now.
 
         Raises:
-            TargetError: the model was moved, or is in an unknown state.
+            TargetError: the model was moved, changed from outside, or is in an unknown state.
         """
         with self._lock, self._ordered(None, reads=True):
             self._usable()
-            for held in _on_different_tensors(self._layers):
+            for held in different_tensors(self._layers.values()):
                 held.check_memory()
                 held.check_model()
+            self._watch.check()
             return sum(backend.changed(layers) for backend, layers in self._layers.items())
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ArgumentError(NO_COPIES)
+
+    def _after_fork(self) -> None:
+        """Goes on in a process that was forked, with its own copy of the weights."""
+        if not self._lock.acquire(blocking=False):
+            self._lock, self._broken = threading.RLock(), FORKED
+            self._lock.acquire()
+        self._lock.release()
 
     # ---------------------------------------------------------------------------------------- loading
 
@@ -144,7 +153,7 @@ class HotSwap:
         Raises:
             ArgumentError: a pattern matches no tensor that would be refused without it.
             BaseMismatchError: the adapter does not fit the model.
-            TargetError: a tensor cannot be written: it is quantised, on the meta device, or was moved.
+            TargetError: a tensor cannot be written (quantised, on the meta device), was moved or changed from outside.
             FormatError: the file is refused.
             DeltaError: the name is taken.
             SignatureError: the file is not signed by any of the keys.
@@ -155,7 +164,7 @@ class HotSwap:
         self._free_name(name)
         label, data = read_whole(source, self._buffer, key)
         try:
-            adapter, parts = self._prepare(name, label, data, allow_dtype, skip)
+            adapter = self._prepare(name, label, data, allow_dtype, skip)
         except FormatError as error:
             error.file = error.file or label
             if isinstance(source, (str, os.PathLike)):
@@ -164,11 +173,12 @@ class HotSwap:
         with self._lock:
             self._usable()
             self._free_name(name)
-            everything = [adapter, *self._adapters.values()]
-            check_overlaps(label, {patch.target for one in everything for patch in one.patches()})
-            unchecked = self._check(adapter, parts, label, check)
-            report = replace(adapter.report, unchecked=unchecked)
-            self._adapters[name] = replace(adapter, report=report)
+            check_overlaps(label, targets_of([adapter, *self._adapters.values()]))
+            self._watch.check()
+            report = replace(adapter.report, unchecked=self._check(adapter, check, self._layers))
+            adapters = {**self._adapters, name: replace(adapter, report=report)}
+            self._watch.follow(targets_of(adapters.values()))
+            self._adapters = adapters
             return report
 
     def load_async(self, name: str, source: Source, **options: Any) -> Future[LoadReport]:
@@ -188,16 +198,15 @@ class HotSwap:
             self._known([name])
             if name in self._active:
                 raise ArgumentError(f"adapter {name!r} is active; switch to another or revert before unloading it")
-            del self._adapters[name]
+            self._adapters = {other: adapter for other, adapter in self._adapters.items() if other != name}
+            self._watch.follow(targets_of(self._adapters.values()))
 
     def _free_name(self, name: str) -> None:
         if name in self._adapters:
             raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
-    def _prepare(
-        self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: str | Sequence[str]
-    ) -> tuple[_Adapter, list[Fit]]:
-        """The part of loading that does not read the weights: (the adapter, its deltas of tensors in parts)."""
+    def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: str | Sequence[str]) -> Loaded:
+        """The part of loading that does not read the weights."""
         choice = self._choice if self._choice in FILE_BACKENDS else AUTO
         delta = open_delta(data, choice)
         matched, unmatched = match(delta, self._targets, self._names, label, skip)
@@ -219,18 +228,20 @@ class HotSwap:
                 groups.setdefault(backend, []).append((source, fitting))
         held = {backend: backend.hold(sources) for backend, sources in groups.items()}
         nonzeros = sum(tensor.nnz for tensor, _ in fits.values())
-        nbytes = sum(one.nbytes for one in held.values())
+        sections = (section for tensor, _, _ in parts for section in (tensor.record.index, tensor.record.values))
+        nbytes = sum(one.nbytes for one in held.values()) + sum(section.stored for section in sections)
         report = LoadReport(name, matched, unmatched, unchecked=(), nonzeros=nonzeros, nbytes=nbytes)
-        return _Adapter(bytes.fromhex(delta.digest), held, report), parts
+        return Loaded(bytes.fromhex(delta.digest), held, parts, report, label)
 
-    def _check(self, adapter: _Adapter, parts: Sequence[Fit], label: str, check: bool) -> tuple[str, ...]:
-        """Compares the fingerprints; returns the names of tensors that were not compared."""
+    def _check(self, adapter: Loaded, check: bool, layers: Layers) -> tuple[str, ...]:
+        """Compares the fingerprints, below the layers; returns the names of tensors that were not compared."""
         for held in adapter.held.values():
+            held.check_memory()
             held.check_model()
-        known = checkable(adapter.held, parts)
+        known = checkable(adapter.held, adapter.parts)
         if check and known:
             with self._ordered(None, reads=True):
-                check_base(label, adapter.held, parts, self._layers)
+                check_base(adapter.label, adapter.held, adapter.parts, layers)
         names = adapter.report.matched
         return tuple(name for name, other in names.items() if not check or self._targets[other] not in known)
 
@@ -249,18 +260,19 @@ class HotSwap:
         Raises:
             ArgumentError: a strength beside a mapping, which has its own.
             DeltaError: an adapter that is not loaded, or a strength that is not allowed.
-            TargetError: the model was moved, or is in an unknown state.
+            TargetError: the model was moved, changed from outside, or is in an unknown state.
         """
-        wanted = _strengths(adapters, strength)
+        wanted = strengths_of(adapters, strength)
         with self._lock:
             self._usable()
             wanted = self._checked(wanted)
-            if _bits(wanted) != _bits(self._active):
+            if are_same(wanted, self._active):
+                self._watch.check()
+            else:
                 self._commit(wanted, stream)
-            held = (layer.held for layers in self._layers.values() for layer in layers)
             return SwitchReport(
                 active=dict(self._active),
-                tensors=len(frozenset().union(*(one.targets for one in held))),
+                tensors=len(targets_below(self._layers.values())),
                 nonzeros=sum(self._adapters[name].report.nonzeros for name in self._active),
                 nbytes=self._saved_bytes(),
             )
@@ -268,6 +280,32 @@ class HotSwap:
     def revert(self, stream: Any = None) -> SwitchReport:
         """Puts the base back, bit for bit."""
         return self.switch(None, stream=stream)
+
+    def rebase(self, *, check: bool = True) -> RebaseReport:
+        """Takes the weights as they are now as the base, whoever wrote them.  Afterwards nothing is active.
+
+        Nothing is written, and saved elements are dropped.  An adapter that is still on a tensor becomes part of the
+        base, so revert before other code writes the weights, or have it write all of them.
+
+        Args:
+            check: refuse a base that an adapter's fingerprint does not fit, if `load` compared it.
+
+        Raises:
+            BaseMismatchError: an adapter was made for another base.  Everything stays as it was.
+            TargetError: a tensor was moved or replaced.
+        """
+        with self._lock:
+            unchecked = {
+                name: self._check(adapter, check and adapter.was_compared, {})
+                for name, adapter in self._adapters.items()
+            }
+            changed = {target.name for target in self._watch.changed()}
+            active = {
+                target.name for layers in self._layers.values() for layer in layers for target in layer.held.targets
+            }
+            self._layers, self._active, self._broken = {}, {}, None
+            self._watch.accept()
+            return RebaseReport(tuple(sorted(changed)), tuple(sorted(active - changed)), unchecked)
 
     @contextmanager
     def applied(
@@ -315,9 +353,10 @@ class HotSwap:
         before = self._layers
         with self._ordered(stream):
             after = self._new_layers(wanted)
-            touched = _on_different_tensors(before, after)
+            touched = different_tensors([*before.values(), *after.values()])
             for held in touched:
                 held.check_memory()
+            self._watch.claim()
             with interrupts_held_back() as deliver_interrupts:
                 try:
                     for backend in {**before, **after}:
@@ -330,6 +369,8 @@ class HotSwap:
                 except BaseException:
                     self._roll_back(before, after)
                     raise
+                finally:
+                    self._watch.record()
                 self._layers, self._active = after, dict(wanted)
 
     def _new_layers(self, wanted: Mapping[str, float]) -> Layers:
@@ -351,7 +392,7 @@ class HotSwap:
             pairs = zip(chosen, before, strict=True)
             return [Layer(held, strength, old.room, old.filled) for (held, strength), old in pairs]
         if len(chosen) > 1:
-            _check_sets(backend, [held for held, _ in chosen])
+            check_sets(backend, [held for held, _ in chosen])
         return [Layer(held, strength, backend.room(held.room)) for held, strength in chosen]
 
     def _roll_back(self, before: Layers, after: Layers) -> None:
@@ -365,8 +406,7 @@ class HotSwap:
                 backend.replace([], layers)
         except BaseException as error:
             self._broken = (
-                f"the weights are in an unknown state, because undoing a failed switch failed too ({error}); load the"
-                " model again"
+                f"the weights are in an unknown state, because undoing a failed switch failed too ({error}); {RELOAD}"
             )
             raise TargetError(self._broken) from error
 
@@ -394,27 +434,6 @@ class HotSwap:
         return sum(layer.held.room for layers in self._layers.values() for layer in layers)
 
 
-def _strengths(adapters: str | Mapping[str, float] | None, strength: float | None) -> dict[str, float]:
-    """Adapter -> strength, from the arguments of `switch`."""
-    if isinstance(adapters, str):
-        return {adapters: 1.0 if strength is None else strength}
-    if strength is not None:
-        raise ArgumentError(
-            f"strength {strength} is for one adapter given by name; give the strengths as {{name: strength}}"
-        )
-    return dict(adapters or {})
-
-
-def _on_different_tensors(*states: Layers) -> list[Held]:
-    """One adapter of each distinct set of target tensors."""
-    found: list[Held] = []
-    for layers in states:
-        for held in (layer.held for one in layers.values() for layer in one):
-            if not any(held.has_same_tensors(other) for other in found):
-                found.append(held)
-    return found
-
-
 def _increment_versions(helds: Iterable[Held]) -> None:
     """Tells autograd that the adapters' tensors have changed."""
     counted = [held.counted for held in helds if held.counted]
@@ -423,27 +442,3 @@ def _increment_versions(helds: Iterable[Held]) -> None:
 
         for tensors in counted:
             increment_version(tensors)
-
-
-def _bits(strengths: Mapping[str, float]) -> dict[str, bytes]:
-    """Strengths as float32 bits: -0 and 0 give different results."""
-    return {name: np.float32(strength).tobytes() for name, strength in strengths.items()}
-
-
-def _check_sets(backend: LiveBackend, helds: Sequence[Held]) -> None:
-    """Checks that no two adapters set the same element.
-
-    Raises:
-        DeltaError: two do.
-    """
-    setting: dict[Target, list[Patch]] = {}
-    for held in helds:
-        for patch in held.patches:
-            if not patch.record.adds and patch.record.nnz:
-                setting.setdefault(patch.target, []).append(patch)
-    for target, patches in setting.items():
-        for i, one in enumerate(patches):
-            if any(backend.share_positions(one, other) for other in patches[:i]):
-                raise DeltaError(
-                    f"two adapters set the same elements of tensor {target.name!r}; only one of them can be active"
-                )

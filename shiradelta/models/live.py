@@ -23,6 +23,7 @@ from shiradelta.models.names import Shape
 from shiradelta.models.refusals import (
     CONVERTED,
     GATHERED,
+    SHARED,
     Refusal,
     RefusalKind,
     computed_tensors,
@@ -30,6 +31,7 @@ from shiradelta.models.refusals import (
     refusal_of,
 )
 from shiradelta.models.saved import SavedTensor, saved_tensors
+from shiradelta.models.shared import SharedMemory
 from shiradelta.models.views import View, contiguous
 
 #: (names -> tensors of a module, a name there).
@@ -113,12 +115,13 @@ def is_array(tensor: Any) -> bool:
     return isinstance(tensor, np.ndarray)
 
 
-def live_tensors(model: Any) -> dict[str, Target]:
+def live_tensors(model: Any, *, allow_shared: bool = True) -> dict[str, Target]:
     """All tensors of a model by name; names of the same memory have the same `Target`.
 
     Args:
         model: a torch module, or a mapping of names to tensors, arrays and modules.  Tensors of a module in a mapping,
             such as a pipeline's `components`, are named `component/name`.  Other values are ignored.
+        allow_shared: take tensors in memory that other processes share; otherwise they have a refusal.
 
     Raises:
         TargetError: the model is neither.
@@ -133,8 +136,12 @@ def live_tensors(model: Any) -> dict[str, Target]:
     homes = _homes(model)
     gathered = {id(tensor) for root in _modules(model) for tensor in gathered_by_fsdp(root)}
 
+    shared = () if allow_shared else SharedMemory()
+
     def stored(named: _Named) -> Target:
         target = _target(named, homes, gathered)
+        if target.refusal is None and target.device == "cpu" and target.memory[1] in shared:
+            target = replace(target, refusal=SHARED)
         key = id(named.tensor) if target.refusal else _identity(target.tensor)
         return same.setdefault((key, target.dtype), target)
 

@@ -24,6 +24,7 @@ class RefusalKind(Enum):
     EXPANDED = auto()
     CONVERTED = auto()
     COMPUTED = auto()
+    SHARED = auto()
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ def refusal_of(tensor: Any) -> Refusal | None:
         what = "is expanded: several elements share one address"
         return Refusal(RefusalKind.EXPANDED, what, "make it contiguous first")
     return None
+
+
+#: Why a tensor cannot be written that another process may write.
+SHARED = Refusal(
+    RefusalKind.SHARED,
+    "is in memory that other processes or a file share, and may change at any time",
+    "give a copy of its own, or allow_shared=True if nothing else writes it",
+)
 
 
 #: Why a parameter that FSDP2 has gathered cannot be written: `reshard()` frees it, and the shards stay as they are.

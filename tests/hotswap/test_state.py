@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shiradelta import HotSwap
-from shiradelta.errors import DeltaError
+from shiradelta.errors import DeltaError, TargetError
 from shiradelta.format.codecs import VALUE_OPTIONS
 from tests.swapping import adapter, bits, formula, random_delta, weights
 
@@ -89,6 +89,19 @@ class Switching(RuleBasedStateMachine):
     def revert(self) -> None:
         self.swap.revert()
         self.active = {}
+
+    @precondition(lambda self: self.loaded)
+    @rule(seed=st.integers(1, 99), counted=st.booleans(), noticed=st.booleans())
+    def write_from_outside(self, seed: int, counted: bool, noticed: bool) -> None:
+        """A new base, while anything is active."""
+        for i, (name, tensor) in enumerate(self.tensors.items()):
+            (tensor if counted else tensor.data).copy_(weights(SHAPES[name], self.dtype, seed + i, special=True))
+        now = {name: bits(tensor) for name, tensor in self.tensors.items()}
+        for call in (self.swap.revert, lambda: self.swap.switch(self.active)) if noticed else ():
+            with pytest.raises(TargetError, match="changed from outside"):
+                call()
+        self.swap.rebase()
+        self.base, self.active = now, {}
 
     @precondition(lambda self: self.loaded)
     @rule(data=st.data(), at=st.integers(1, 4))

@@ -1,0 +1,238 @@
+"""Notices weights that something else than the session has written: a trainer, `load_state_dict`, another session.
+
+A torch tensor counts the operations that write it, and its version tells.  Some writes are not counted: through
+`.data`, by fused optimizers, by collectives, by kernels that take an address.  NumPy arrays, and tensors that were made
+in inference mode, count nothing.  So a few elements are compared as well, where that waits for no device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from operator import attrgetter, methodcaller
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import numpy as np
+
+from shiradelta.errors import TargetError
+from shiradelta.models.live import Home, Target, is_array
+
+#: What to do if nothing is known of the weights.
+RELOAD = "load the model's weights again, then call rebase()"
+#: Why a session cannot be used that another thread used when the process was forked.
+FORKED = (
+    "the weights are in an unknown state in this process, because it was forked while another thread used the HotSwap;"
+    f" {RELOAD}"
+)
+#: Why sessions cannot be copied.
+NO_COPIES = (
+    "a HotSwap cannot be copied or pickled, because it holds saved weights of its model; make a new one for the other"
+    " model"
+)
+#: Number of elements of a tensor that are compared.
+_ELEMENTS = 32
+#: Number of tensors with versions whose elements are compared: uncounted writes mostly are of the whole model.
+_TENSORS = 32
+#: (device, first byte, byte after the last, tensor).
+_Span = tuple[str, int, int, Target]
+Columns = list[list[Any]]
+_ADDRESS, _VERSION = methodcaller("data_ptr"), attrgetter("_version")
+
+#: Guards what sessions know of each other.
+_registry = threading.Lock()
+_watches: WeakSet[Watch] = WeakSet()
+#: Sessions whose lock a forked process takes over.
+_sessions: WeakSet[Forkable] = WeakSet()
+
+
+class _Readings:
+    """What was read of tensors, to compare with what is read later.
+
+    Args:
+        read: reads all tensors at once, from what `follow` is given for each.  Returns columns of a value a tensor,
+            which are faster to make than rows.
+    """
+
+    def __init__(self, read: Callable[[Sequence[Any]], Columns]) -> None:
+        self._read = read
+        self._targets: list[Target] = []
+        self._sources: list[Any] = []
+        self._known = read([])
+
+    def follow(self, sources: Mapping[Target, Any]) -> None:
+        """Follows these tensors, and no others.  What is known of those that were followed before stays."""
+        known = dict(zip(self._targets, zip(*self._known, strict=True), strict=True))
+        new = [target for target in sources if target not in known]
+        known |= zip(new, zip(*self._read([sources[target] for target in new]), strict=True), strict=True)
+        self._targets, self._sources = list(sources), list(sources.values())
+        rows = [known[target] for target in sources]
+        self._known = [[row[i] for row in rows] for i in range(len(self._known))]
+
+    def are_same(self) -> bool:
+        """Whether all tensors still read as they did."""
+        return self._read(self._sources) == self._known
+
+    def changed(self) -> list[Target]:
+        """The tensors that read differently now."""
+        rows = zip(zip(*self._read(self._sources), strict=True), zip(*self._known, strict=True), strict=True)
+        return [target for target, (now, before) in zip(self._targets, rows, strict=True) if now != before]
+
+    def record(self) -> None:
+        """Takes what is read now as known."""
+        self._known = self._read(self._sources)
+
+
+class Watch:
+    """The tensors that a session's adapters change, as the session last wrote or checked them."""
+
+    def __init__(self) -> None:
+        self._kinds = self._counted, self._uncounted, self._samples = (
+            _Readings(_versions),
+            _Readings(_objects),
+            _Readings(_sampled),
+        )
+        self._spans: list[_Span] = []  # in the order of the addresses
+        self._foreign: set[Target] = set()  # what other sessions have written
+        with _registry:
+            _watches.add(self)
+
+    def follow(self, targets: Iterable[Target]) -> None:
+        """Watches these tensors, and no others.  What is known of those that were watched before stays."""
+        every = dict.fromkeys(targets)
+        there = {target: target.home for target in every if not is_array(target.tensor)}
+        counted = {target: home for target, home in there.items() if not target.holder.is_inference()}
+        on_cpu = [target for target in counted if target.device == "cpu"]
+        few = set(on_cpu[:: -(-len(on_cpu) // _TENSORS)] if on_cpu else [])
+        sampled = [target for target in every if target in few or (target.device == "cpu" and target not in counted)]
+        self._counted.follow(counted)
+        self._uncounted.follow({target: home for target, home in there.items() if target not in counted})
+        self._samples.follow({target: _sampler(target) for target in sampled})
+        self._spans = sorted(((*target.memory, target) for target in every), key=lambda span: span[:3])
+        self._foreign.intersection_update(every)
+
+    def check(self) -> None:
+        """Checks that nothing else has written the tensors, as far as that can be told.
+
+        Raises:
+            TargetError: something has, or a tensor was moved or replaced.
+        """
+        if not self._foreign and all(readings.are_same() for readings in self._kinds):
+            return
+        changed = self.changed()
+        for target in changed:
+            if target.address and not target.is_there():
+                raise target.moved_error()
+        others = f" (and {len(changed) - 1} others)" if len(changed) > 1 else ""
+        raise TargetError(
+            f"tensor {changed[0].name!r}{others} was changed from outside since HotSwap last wrote or checked it; call"
+            " rebase() to take the weights as they are now as the base, or make a new HotSwap"
+        )
+
+    def changed(self) -> list[Target]:
+        """The tensors that something else has written, moved or replaced, as far as that can be told."""
+        found = {target: None for readings in self._kinds for target in readings.changed()}
+        return [*found, *(target for target in self._foreign if target not in found)]
+
+    def claim(self) -> None:
+        """Announces that the session is about to write its tensors, to all sessions that have the same memory.
+
+        Of several that do so at once in threads the first goes on.
+
+        Raises:
+            TargetError: another session has written, or is writing.
+        """
+        with _registry:
+            self.check()
+            for other in list(_watches):
+                if other is not self:
+                    other._foreign.update(other._within(self._spans))
+
+    def record(self) -> None:
+        """Takes the tensors as they are now as what the session has written."""
+        for readings in self._kinds:
+            readings.record()
+
+    def accept(self) -> None:
+        """As `record`, whoever has written."""
+        self.record()
+        self._foreign.clear()
+
+    def _within(self, spans: Sequence[_Span]) -> Iterator[Target]:
+        """The tensors that have memory in common with one of the spans."""
+        starts = [span[:2] for span in spans]
+        reach = list(accumulate(((device, end) for device, _, end, _ in spans), max))
+        for device, start, end, target in self._spans:
+            before = bisect_left(starts, (device, end))
+            if before and reach[before - 1] > (device, start):
+                yield target
+
+
+def _versions(homes: Sequence[Home]) -> Columns:
+    """Identities, addresses and versions of the tensors that the model has there."""
+    tensors: list[Any] = [have.get(name) for have, name in homes]
+    try:
+        return [list(map(id, tensors)), list(map(_ADDRESS, tensors)), list(map(_VERSION, tensors))]
+    except (AttributeError, RuntimeError):  # one was taken away, or replaced by one without a version
+        return [*_objects(homes), [None] * len(tensors)]
+
+
+def _objects(homes: Sequence[Home]) -> Columns:
+    """Identities and addresses of the tensors that the model has there."""
+    tensors: list[Any] = [have.get(name) for have, name in homes]
+    return [list(map(id, tensors)), [0 if tensor is None else tensor.data_ptr() for tensor in tensors]]
+
+
+def _sampled(samplers: Sequence[Callable[[], object]]) -> Columns:
+    """The elements that the samplers read."""
+    try:
+        return [[read() for read in samplers]]
+    except RuntimeError:  # the memory of one was given back
+        return [[None] * len(samplers)]
+
+
+def _sampler(target: Target) -> Callable[[], object]:
+    """Reads a few elements of a CPU tensor, which are spread over it."""
+    tensor, numel = target.tensor, math.prod(target.shape)
+    step = numel // _ELEMENTS | 1  # odd, so that it does not always meet the same column
+    if is_array(tensor):
+        bits = tensor.view(f"u{tensor.itemsize}")
+        if bits.flags.c_contiguous:
+            return bits.reshape(-1)[step // 2 :: step].tobytes  # type: ignore[no-any-return]
+        index = np.unravel_index(np.arange(step // 2, numel, step), bits.shape)
+        return lambda: bits[index].tobytes()
+    from shiradelta.format.codecs.bits import bits_dtype
+
+    bits = tensor.view(bits_dtype(tensor.element_size()))
+    if bits.is_contiguous():
+        return bits.view(-1)[step // 2 :: step].tolist  # type: ignore[no-any-return]
+    at = tuple(axis.tolist() for axis in np.unravel_index(np.arange(step // 2, numel, step), tuple(bits.shape)))
+    return lambda: bits[at].tolist()
+
+
+class Forkable(Protocol):
+    """A session with a lock."""
+
+    def _after_fork(self) -> None:
+        """Called in the new process, which has the thread that forked only."""
+
+
+def survive_forks(session: Forkable) -> None:
+    """Has `session._after_fork` called in each process that is forked from this one."""
+    with _registry:
+        _sessions.add(session)
+
+
+def _after_fork() -> None:
+    global _registry
+    _registry = threading.Lock()
+    for session in list(_sessions):
+        session._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
