@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record, Section
+from shiradelta.util.arrays import ranges
 
 
 class NumpyDecoder(Decoder):
@@ -28,12 +30,21 @@ class NumpyDecoder(Decoder):
             return INDEX_CODECS.by_id[record.index_codec].decode(data, record.nnz, record.shape)
 
     def bits(self, record: Record) -> Array:
+        return np.concatenate(list(self.bits_windows(record)))
+
+    def position_windows(self, record: Record) -> Iterator[Positions]:
+        with self._context(record, record.index):
+            data = self._section(record.index)
+            yield from INDEX_CODECS.by_id[record.index_codec].windows(data, record.nnz, record.shape)
+
+    def bits_windows(self, record: Record) -> Iterator[Array]:
         with self._context(record, record.values):
             data = self._section(record.values)
             codec = VALUE_CODECS.by_id[record.value_codec]
             codec.check(data, record.nnz, record.element_size)
-            values = codec.decode(data, record.nnz, record.element_size, 0, record.nnz)
-        return values.view("<u4") if record.adds else values
+            for start, stop in ranges(record.nnz):
+                values = codec.decode(data, record.nnz, record.element_size, start, stop)
+                yield values.view("<u4") if record.adds else values
 
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
         with self._context(record, record.index):
@@ -51,8 +62,8 @@ class NumpyDecoder(Decoder):
 
     def check(self, record: Record) -> None:
         if record.nnz:
-            self.positions(record)
-            self.bits(record)
+            for _ in chain(self.position_windows(record), self.bits_windows(record)):
+                pass
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         if record.nnz:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,12 @@ class Decoder(Protocol):
 
     def bits(self, record: Record) -> Array:
         """Unsigned [nnz], nnz > 0: binary32 of the values for ADD, elements otherwise."""
+
+    def position_windows(self, record: Record) -> Iterator[Positions]:
+        """What `positions` gives, in runs of at most `WINDOW`; all is checked when the last one was taken."""
+
+    def bits_windows(self, record: Record) -> Iterator[Array]:
+        """What `bits` gives, in runs of at most `WINDOW`; all is checked when the last one was taken."""
 
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
         """Positions in [start, stop) and their bits; reads only the blocks that hold them, and no checksums."""

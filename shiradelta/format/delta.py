@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from shiradelta.errors import ArgumentError, DeltaError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Float32, Positions, to_float32
 from shiradelta.format.operations import OPERATIONS, Operation
+from shiradelta.util.arrays import ranges
 
 if TYPE_CHECKING:
     from scipy.sparse import coo_array
@@ -159,6 +161,20 @@ class TensorDelta:
     def bits(self) -> Array:
         """Unsigned [nnz]: the new elements' bits for set and new, the binary32 bits of the values for add."""
         return self._values if self._operation.stores_elements else self._values.view(np.uint32)
+
+    def position_windows(self) -> Iterator[Positions]:
+        """What `positions` gives, in runs of at most `WINDOW`: little memory, whatever the tensor's size.
+
+        Those of a file are checked in full only when the last run was taken.
+        """
+        for start, stop in ranges(self.nnz):
+            yield np.arange(start, stop, dtype=np.int64) if self._positions is None else self._positions[start:stop]
+
+    def bits_windows(self) -> Iterator[Array]:
+        """What `bits` gives, in runs of at most `WINDOW`, as `position_windows`."""
+        bits = self.bits()
+        for start, stop in ranges(bits.size):
+            yield bits[start:stop]
 
     def values(self) -> Float32:
         """float32 [nnz]: the added values, or new elements if float32 holds them exactly."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from shiradelta.format import registry
@@ -24,9 +25,8 @@ def tensor_digest(tensor: TensorDelta) -> bytes:
         tensor.nnz,
     )
     digest = _sha256(head)
-    digest.update(tensor.positions().astype("<i8", copy=False).data)
-    bits = tensor.bits()
-    digest.update(bits.astype(bits.dtype.newbyteorder("<"), copy=False).data)
+    for part in chain(tensor.position_windows(), tensor.bits_windows()):
+        digest.update(part.astype(part.dtype.newbyteorder("<"), copy=False).data)
     return digest.digest()
 
 

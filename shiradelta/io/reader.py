@@ -67,6 +67,12 @@ class StoredTensor(TensorDelta):
             return self._delta.decoder.bits(self.record)
         return np.zeros(0, f"<u{self.record.element_size}" if self.operation.stores_elements else "<u4")
 
+    def position_windows(self) -> Iterator[Positions]:
+        return self._delta.decoder.position_windows(self.record) if self.nnz else iter(())
+
+    def bits_windows(self) -> Iterator[Array]:
+        return self._delta.decoder.bits_windows(self.record) if self.nnz else iter(())
+
     def check(self) -> None:
         """Decodes all of it without keeping it.  Raises FormatError if it is damaged."""
         self._delta.decoder.check(self.record)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: The most nonzeros that are decoded at a time where a whole tensor is not needed: a multiple of a block and a group.
+WINDOW = 1 << 17
+
+
+def ranges(count: int, step: int = WINDOW) -> Iterator[tuple[int, int]]:
+    """Cuts 0 to `count` into consecutive (start, stop) of at most `step`."""
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
 
 
 class RepeatedPositionError(Exception):
@@ -52,6 +61,15 @@ def merge_sorted(runs: Sequence[NDArray[np.int64]]) -> MergedRuns:
     indices = np.empty(everything.size, np.int64)
     indices[order] = np.cumsum(first) - 1
     return MergedRuns(ordered[first], np.split(indices, np.cumsum([run.size for run in runs])[:-1]), first)
+
+
+def distinct(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Every number once, increasing; fast where the numbers are runs of increasing ones, unlike `numpy.unique`."""
+    if np.all(numbers[1:] > numbers[:-1]):
+        return numbers
+    ordered: NDArray[np.int64] = np.sort(numbers, kind="stable")
+    first: NDArray[np.bool_] = np.append(True, ordered[1:] != ordered[:-1])
+    return ordered[first]
 
 
 def join_sorted(runs: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[np.int64], NDArray[Any]]:

@@ -16,6 +16,7 @@ from shiradelta.format import registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, packing, rice, smallest_index_codec, struct
 from shiradelta.format.codecs.base import ValueCodec
 from shiradelta.format.registry import IndexId, ValueId
+from shiradelta.util.arrays import WINDOW
 
 Shape = tuple[int, ...]
 
@@ -61,7 +62,7 @@ def lines(draw: st.DrawFn, shape: Shape) -> np.ndarray:
     chosen = []
     for kind in draw(st.lists(st.sampled_from([struct.ROW, struct.COLUMN, struct.DIAGONAL]), min_size=1, max_size=5)):
         line = draw(st.integers(*struct.line_range(kind, rows, columns)))
-        chosen.append(struct.positions_on((kind, line, 1, 1), rows, columns))
+        chosen.append(struct.positions_in([(kind, line, 1, 1)], (0, 0, rows, columns), columns))
     return np.unique(np.concatenate(chosen))
 
 
@@ -100,6 +101,36 @@ def test_positions_come_back(id, data):
         found = INDEX_CODECS.by_id[id].decode(as_bytes(section), positions.size, shape)
         assert found.dtype == np.int64
         assert np.array_equal(found, positions)
+
+
+def large_positions(id: IndexId) -> tuple[np.ndarray, Shape]:
+    """Positions of several windows that the codec can hold, and the shape."""
+    numel = 3 * WINDOW + 100
+    if id == IndexId.ALL:
+        return np.arange(numel), (numel,)
+    if id == IndexId.STRUCT:
+        lines = [(struct.ROW, 2, 300, 2), (struct.COLUMN, 7, 3, 60), (struct.DIAGONAL, -200, 17, 40)]
+        return struct.positions_in(lines, (0, 0, 1500, 2000), 2000), (1500, 2000)
+    return np.flatnonzero(np.random.default_rng(0).random(numel) < 0.5), (numel,)
+
+
+@index_codecs
+def test_positions_come_in_windows(id):
+    positions, shape = large_positions(id)
+    section = encoded(id, positions, shape)
+    assert section is not None
+    found = list(INDEX_CODECS.by_id[id].windows(as_bytes(section), positions.size, shape))
+    assert len(found) > 1
+    assert max(part.size for part in found) <= WINDOW
+    assert np.array_equal(np.concatenate(found), positions)
+
+
+@pytest.mark.parametrize("lines", [[(0, 3, 1, 2)], [(1, 0, 1, 40), (2, -5, 1, 1)], [(0, 1, 2, 2), (2, -39, 7, 12)]])
+def test_blocks_of_lines_pass_over_what_is_empty(lines, monkeypatch):
+    monkeypatch.setattr(struct, "WINDOW", 16)
+    parts = [struct.positions_in(lines, block, 50) for block in struct.blocks_of(lines, (0, 0, 40, 50))]
+    assert all(part.size for part in parts)
+    assert np.array_equal(np.concatenate(parts), struct.positions_in(lines, (0, 0, 40, 50), 50))
 
 
 @index_codecs
@@ -245,8 +276,7 @@ def test_bit_fields_come_back(k, data):
 )
 def test_entries_are_found_by_the_rule(shape, entries):
     rows, columns = struct.matrix_shape(shape)
-    found = [struct.positions_on(entry, rows, columns) for entry in entries]
-    assert struct.find_entries(np.unique(np.concatenate(found)), shape) == entries
+    assert struct.find_entries(struct.positions_in(entries, (0, 0, rows, columns), columns), shape) == entries
 
 
 def entries_by_the_rule(positions: np.ndarray, shape: Shape) -> list[struct.Entry] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import byref, c_double, c_uint64, c_void_p
 from typing import Any
 
@@ -27,7 +27,8 @@ from shiradelta.errors import FormatError
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record
-from shiradelta.format.registry import DTYPE_OF_NAME
+from shiradelta.format.registry import BLOCK_BITS, DTYPE_OF_NAME, IndexId
+from shiradelta.util.arrays import WINDOW, ranges
 
 _FIRST_MISUSE = 64
 _CHECK_SIZES, _CHECK_ALL = 0, 2
@@ -59,13 +60,24 @@ class LoadedTensor:
         result = np.empty(self.record.nnz, np.int64)
 
         def work(first: int, last: int) -> None:
-            rank = library().shd_block_rank(self.address, first)
-            capacity = library().shd_block_rank(self.address, last) - rank
-            part = result[rank : rank + capacity]
-            self._call(library().shd_positions, self.address, first, last, address(part), part.size, byref(c_uint64()))
+            rank = self._rank(first)
+            self._decode(first, last, result[rank : self._rank(last)])
 
         in_threads(work, self.blocks, self.record.nnz)
         return result
+
+    def positions_of_blocks(self, first: int, last: int) -> Positions:
+        """int64, of the blocks from first to last - 1."""
+        result = np.empty(self._rank(last) - self._rank(first), np.int64)
+        self._decode(first, last, result)
+        return result
+
+    def _rank(self, block: int) -> int:
+        """The number of nonzeros before a block."""
+        return int(library().shd_block_rank(self.address, block))
+
+    def _decode(self, first: int, last: int, room: Positions) -> None:
+        self._call(library().shd_positions, self.address, first, last, address(room), room.size, byref(c_uint64()))
 
     def bits(self, first: int, count: int) -> Array:
         """Bits of `count` nonzeros from a rank on, unsigned."""
@@ -189,6 +201,20 @@ class NativeDecoder(Decoder):
 
     def bits(self, record: Record) -> Array:
         return self.load(record).bits(0, record.nnz)
+
+    def position_windows(self, record: Record) -> Iterator[Positions]:
+        """By blocks; those of a STRUCT, which is one block, are the reference's."""
+        loaded = self.load(record)
+        if record.index_codec == IndexId.STRUCT:
+            yield from self._reference.position_windows(record)
+            return
+        for first, last in ranges(loaded.blocks, WINDOW // BLOCK_BITS):
+            yield loaded.positions_of_blocks(first, last)
+
+    def bits_windows(self, record: Record) -> Iterator[Array]:
+        loaded = self.load(record)
+        for first, last in ranges(record.nnz):
+            yield loaded.bits(first, last - first)
 
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
         return LoadedTensor(self, record, _CHECK_SIZES).between(start, stop)

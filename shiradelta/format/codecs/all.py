@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes, IndexCodec
 from shiradelta.format.registry import IndexId
+from shiradelta.util.arrays import ranges
 
 
 class AllPositions(IndexCodec):
@@ -28,6 +30,10 @@ class AllPositions(IndexCodec):
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
         return np.arange(nnz, dtype=np.int64)
+
+    def windows(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Iterator[Positions]:
+        for start, stop in ranges(nnz):
+            yield np.arange(start, stop, dtype=np.int64)
 
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int

@@ -8,6 +8,7 @@ offset.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.util.arrays import ranges
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +55,15 @@ class IndexCodec(ABC):
     @abstractmethod
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
         """int64 [nnz], checked."""
+
+    def windows(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Iterator[Positions]:
+        """What `decode` gives, in runs of at most `WINDOW`; everything has been checked when the last one was taken.
+
+        A codec that can decode a part overrides this, so that its files are read in little memory.
+        """
+        positions = self.decode(data, nnz, shape)
+        for start, stop in ranges(nnz):
+            yield positions[start:stop]
 
     @abstractmethod
     def decode_between(

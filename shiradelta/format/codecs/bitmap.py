@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -10,8 +11,9 @@ from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, between, check_positions, check_zero, part
-from shiradelta.format.codecs.packing import find_ones, pack_bitmap
+from shiradelta.format.codecs.packing import count_ones, find_ones, pack_bitmap
 from shiradelta.format.registry import IndexId
+from shiradelta.util.arrays import ranges
 
 BLOCK = registry.BLOCK_BITS
 
@@ -49,20 +51,27 @@ class Bitmap(IndexCodec):
         return ranks.tobytes() + pack_bitmap(positions, numel) + SLACK
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
+        return np.concatenate(list(self.windows(data, nnz, shape)))
+
+    def windows(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Iterator[Positions]:
         """Finds the set bits, and checks them against count and directory."""
         numel = math.prod(shape)
         directory, bitmap = _parts(data, numel)
-        ones = find_ones(bitmap)
-        inside = int(np.searchsorted(ones, numel))
-        positions = ones[:inside]
+        padding = int(np.count_nonzero(find_ones(bitmap[numel // 8 :]) >= numel % 8))
+        inside = count_ones(bitmap) - padding
         if inside != nnz:
             raise FormatError("bad_index", f"{inside} ones for {nnz} nonzeros")
-        if not np.array_equal(directory, _ranks(positions, numel)):
-            raise FormatError("bad_directory", "rank of a block")
-        if inside != ones.size:
+        rank = 0
+        for start, stop in ranges(numel):
+            ones = find_ones(bitmap[start // 8 : -(-stop // 8)])
+            ones = ones[: np.searchsorted(ones, stop - start)]
+            if not np.array_equal(directory[start // BLOCK : -(-stop // BLOCK)], rank + _ranks(ones, stop - start)):
+                raise FormatError("bad_directory", "rank of a block")
+            rank += ones.size
+            yield ones + start
+        if padding:
             raise FormatError("padding_not_zero", "bits behind the last element")
         check_zero(data, data.size - registry.SLACK)
-        return positions
 
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int

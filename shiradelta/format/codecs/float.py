@@ -10,6 +10,7 @@ from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, from_float32, to_float32
 from shiradelta.format.codecs.base import SLACK, Bytes, TorchDecoder, TorchRounder, check_zero, padded, part
+from shiradelta.util.arrays import ranges
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ class Float(TorchDecoder, TorchRounder):
         return to_float32(part(data, start * self.dtype.size, stop - start, self.dtype.bits), self.dtype.name)
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:
-        if not np.all(np.isfinite(self.decode(data, nnz, size, 0, nnz))):
+        if not all(np.all(np.isfinite(self.decode(data, nnz, size, start, stop))) for start, stop in ranges(nnz)):
             raise FormatError("bad_value", "a value is not finite")
         check_zero(data, nnz * self.dtype.size)
 

@@ -22,6 +22,7 @@ from shiradelta.format.codecs.groups import (
     grouped,
     parameter,
     parameter_torch,
+    parameters_of,
 )
 from shiradelta.format.registry import ValueId
 
@@ -60,11 +61,10 @@ class Int4(TorchDecoder, TorchRounder):
         return parameters + padded((nibbles[::2] | (nibbles[1::2] << 4)).tobytes()) + SLACK
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        groups = group_count(nnz)
-        parameters = from_bfloat16(part(data, 0, 2 * groups, "<u2")).reshape(groups, 2)
+        parameters, group = parameters_of(data, 2, start, stop)
         rank = np.arange(start, stop)
         nibbles = data[self.codes_at(nnz) + rank // 2] >> ((rank % 2) * 4).astype(np.uint8)
-        lo, step = parameters[rank // GROUP].T
+        lo, step = parameters[group].T
         magnitude: Float32 = lo + step * (nibbles & 7).astype(np.float32)
         return np.where(nibbles & 8, -magnitude, magnitude)
 

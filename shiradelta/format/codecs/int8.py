@@ -18,6 +18,7 @@ from shiradelta.format.codecs.groups import (
     grouped,
     parameter,
     parameter_torch,
+    parameters_of,
 )
 from shiradelta.format.registry import ValueId
 
@@ -50,9 +51,9 @@ class Int8(TorchDecoder, TorchRounder):
         return padded(bits.astype("<u2").tobytes()) + padded(codes.tobytes()) + SLACK
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        scale = from_bfloat16(part(data, 0, group_count(nnz), "<u2"))
+        scale, group = parameters_of(data, 1, start, stop)
         codes = part(data, self.codes_at(nnz) + start, stop - start, "i1")
-        values: Array = scale[np.arange(start, stop) // GROUP] * codes.astype(np.float32)
+        values: Array = scale[group, 0] * codes.astype(np.float32)
         return values
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:

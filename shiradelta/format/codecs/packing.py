@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.util.arrays import WINDOW, ranges
 
 Words = npt.NDArray[np.uint32]
 
@@ -21,6 +22,13 @@ def pack_bitmap(ones: Positions, bits: int) -> bytes:
 def find_ones(bitmap: Bytes) -> Positions:
     """The indices of the set bits, increasing."""
     return np.flatnonzero(np.unpackbits(bitmap, bitorder="little")).astype(np.int64, copy=False)
+
+
+def count_ones(bitmap: Bytes) -> int:
+    """The number of set bits."""
+    return sum(
+        int(np.count_nonzero(np.unpackbits(bitmap[start:stop]))) for start, stop in ranges(bitmap.size, WINDOW // 8)
+    )
 
 
 def field_words(count: int, k: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, between, check_positions, check_zero, part
 from shiradelta.format.registry import IndexId
+from shiradelta.util.arrays import ranges
 
 
 class Raw(IndexCodec):
@@ -29,6 +31,9 @@ class Raw(IndexCodec):
         return positions.astype(f"<u{registry.word_size(math.prod(shape))}").tobytes() + SLACK
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
+        return np.concatenate(list(self.windows(data, nnz, shape)))
+
+    def windows(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Iterator[Positions]:
         numel = math.prod(shape)
         word = registry.word_size(numel)
         stored = part(data, 0, nnz, f"<u{word}")
@@ -37,7 +42,8 @@ class Raw(IndexCodec):
         if stored[-1] >= numel:
             raise FormatError("position_range", f"position {stored[-1]} of {numel} elements")
         check_zero(data, nnz * word)
-        return stored.astype(np.int64)
+        for start, stop in ranges(nnz):
+            yield stored[start:stop].astype(np.int64)
 
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,17 @@ from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, check_positions, check_zero, part
-from shiradelta.format.codecs.packing import Words, field_words, find_ones, pack_bitmap, pack_fields, unpack_fields
+from shiradelta.format.codecs.packing import (
+    Words,
+    count_ones,
+    field_words,
+    find_ones,
+    pack_bitmap,
+    pack_fields,
+    unpack_fields,
+)
 from shiradelta.format.registry import IndexId
+from shiradelta.util.arrays import ranges
 
 BLOCK = registry.BLOCK_BITS
 
@@ -83,11 +93,32 @@ class _Parts:
         return unpack_fields(self.low, self.k, start, stop)
 
 
-def _directory(ones: Positions, low_sum: Positions, k: int, unary_bits: int) -> Positions:
-    """The expected base and rank of each block, int64 [blocks, 2]; low_sum is the running sum of r, [nnz]."""
-    edges = np.arange(0, unary_bits, BLOCK, dtype=np.int64)
-    rank = np.searchsorted(ones, edges)
-    low_before = np.where(rank > 0, low_sum[rank - 1], 0)
+@dataclass
+class _Before:
+    """What lies before a run of blocks: its ones, and the sum of their r."""
+
+    rank: int = 0
+    low_sum: int = 0
+
+
+def _directory(
+    ones: Positions, low_sum: Positions, k: int, start: int, stop: int, before: _Before | None = None
+) -> Positions:
+    """The expected base and rank of the blocks from bit start to stop, int64 [blocks, 2].
+
+    Args:
+        ones: the bits there that are one.
+        low_sum: the running sum of r, one for each of `ones`.
+        k: that of the section.
+        start: a multiple of the block.
+        stop: another, or the number of unary bits.
+        before: what lies before `start`.
+    """
+    before = before or _Before()
+    edges = np.arange(start, stop, BLOCK, dtype=np.int64)
+    inside = np.searchsorted(ones, edges)
+    low_before = np.concatenate([[before.low_sum], low_sum])[inside]
+    rank = before.rank + inside
     return np.stack([((edges - rank) << k) + low_before + rank, rank], axis=1)
 
 
@@ -117,7 +148,7 @@ class Rice(IndexCodec):
         return b"".join(
             (
                 registry.RICE_HEAD.pack(k, unary_bits),
-                _directory(ones, np.cumsum(low), k, unary_bits).astype(f"<u{word}").tobytes(),
+                _directory(ones, np.cumsum(low), k, 0, unary_bits).astype(f"<u{word}").tobytes(),
                 pack_fields(low, k) if k else b"",
                 pack_bitmap(ones, unary_bits),
                 SLACK,
@@ -125,28 +156,40 @@ class Rice(IndexCodec):
         )
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
-        """Decodes all blocks at once: the formula of a block holds for any run of blocks."""
+        return np.concatenate(list(self.windows(data, nnz, shape)))
+
+    def windows(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Iterator[Positions]:
+        """Decodes several blocks at once: the formula of a block holds for any run of blocks."""
         numel = math.prod(shape)
         parts = _Parts.of(data, nnz, numel)
-        ones = find_ones(parts.unary)
-        padding = int(ones.size - np.searchsorted(ones, parts.unary_bits))
-        ones = ones[: ones.size - padding]
-        if ones.size != nnz or ones[-1] != parts.unary_bits - 1:
-            raise FormatError("bad_index", f"{ones.size} ones for {nnz} nonzeros, or zeros behind the last")
+        last = parts.unary_bits - 1
+        tail = find_ones(parts.unary[last // 8 :]) if parts.unary_bits else np.zeros(0, np.int64)
+        padding = int(np.count_nonzero(tail > last % 8))
+        found = count_ones(parts.unary) - padding
+        if found != nnz or last % 8 not in tail:
+            raise FormatError("bad_index", f"{found} ones for {nnz} nonzeros, or zeros behind the last")
         # Shifting could overflow int64: the zeros alone must not carry a position out of the tensor.
         if (parts.unary_bits - nnz) > (numel >> parts.k):
             raise FormatError("position_range", f"the quotients sum to {parts.unary_bits - nnz}")
-        low_sum = np.cumsum(parts.low_bits(0, nnz))
-        count = np.arange(nnz, dtype=np.int64)
-        positions: Positions = ((ones - count) << parts.k) + low_sum + count
-        check_positions(positions, numel)
-        if not np.array_equal(parts.directory, _directory(ones, low_sum, parts.k, parts.unary_bits)):
+        before, directory_fits = _Before(), True
+        for start, stop in ranges(parts.unary_bits):
+            ones = find_ones(parts.unary[start // 8 : -(-stop // 8)]) + start
+            ones = ones[: np.searchsorted(ones, stop)]
+            count = np.arange(before.rank, before.rank + ones.size, dtype=np.int64)
+            low_sum = before.low_sum + np.cumsum(parts.low_bits(before.rank, before.rank + ones.size))
+            positions: Positions = ((ones - count) << parts.k) + low_sum + count
+            check_positions(positions, numel)
+            expected = _directory(ones, low_sum, parts.k, start, stop, before)
+            directory_fits &= np.array_equal(parts.directory[start // BLOCK : -(-stop // BLOCK)], expected)
+            if ones.size:
+                before = _Before(before.rank + ones.size, int(low_sum[-1]))
+            yield positions
+        if not directory_fits:
             raise FormatError("bad_directory", "base or rank of a block")
         unused_low = nnz * parts.k % 32
         if padding or (unused_low and parts.low[-1] >> unused_low):
             raise FormatError("padding_not_zero", "unused bits of low or unary")
         check_zero(data, parts.end)
-        return positions
 
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int

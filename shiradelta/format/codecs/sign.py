@@ -8,7 +8,7 @@ import numpy as np
 
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
-from shiradelta.format.arithmetic import Array, from_bfloat16
+from shiradelta.format.arithmetic import Array, Float32, from_bfloat16
 from shiradelta.format.codecs.base import SLACK, Bytes, TorchDecoder, TorchRounder, check_zero, padded, part
 from shiradelta.format.codecs.groups import (
     GROUP,
@@ -18,6 +18,7 @@ from shiradelta.format.codecs.groups import (
     grouped,
     parameter,
     parameter_torch,
+    parameters_of,
 )
 from shiradelta.format.codecs.packing import pack_bitmap
 from shiradelta.format.registry import ValueId
@@ -49,10 +50,11 @@ class Sign(TorchDecoder, TorchRounder):
         return padded(bits.astype("<u2").tobytes()) + signs + SLACK
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        lo = from_bfloat16(part(data, 0, group_count(nnz), "<u2"))
+        parameters, group = parameters_of(data, 1, start, stop)
+        lo: Float32 = parameters[group, 0]
         rank = np.arange(start, stop)
         minus = (data[self.codes_at(nnz) + rank // 8] >> (rank % 8).astype(np.uint8)) & 1
-        return np.where(minus, -lo[rank // GROUP], lo[rank // GROUP])
+        return np.where(minus, -lo, lo)
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         groups = group_count(nnz)

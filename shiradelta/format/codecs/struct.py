@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
-from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, between, check_zero
+from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, check_zero
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.registry import IndexId
+from shiradelta.util.arrays import WINDOW, distinct, ranges
 
 ROW, COLUMN, DIAGONAL = 0, 1, 2
 #: (kind, start, step, count)
@@ -28,21 +31,70 @@ def elements(kind: int, lines: Positions, rows: int, columns: int) -> Positions 
     return columns if kind == ROW else rows
 
 
-def lines_of(entry: Entry) -> Positions:
-    """The lines that an entry lists; the step of a single one may be any number."""
+def lines_of(entry: Entry, start: int = 0, stop: int | None = None) -> Positions:
+    """The lines that an entry lists, or those from number start to stop - 1; the step of one may be any number."""
+    _, line, step, count = entry
+    return line + (step if count > 1 else 0) * np.arange(start, count if stop is None else stop, dtype=np.int64)
+
+
+def lines_between(entry: Entry, least: int, most: int) -> tuple[int, int]:
+    """The numbers (first, behind the last) of an entry's lines that lie from `least` to `most`."""
     _, start, step, count = entry
-    return start + (step if count > 1 else 0) * np.arange(count, dtype=np.int64)
+    first = max(-(-(least - start) // step), 0)
+    return first, max(min((most - start) // step + 1, count), first)
 
 
-def positions_on(entry: Entry, rows: int, columns: int) -> Positions:
-    """The positions on an entry's lines, line after line."""
-    kind, lines = entry[0], lines_of(entry)
-    first, stride = ((lines * columns, 1), (lines, columns), (_corner(lines, columns), columns + 1))[kind]
-    lengths = np.broadcast_to(elements(kind, lines, rows, columns), lines.shape)
-    ends = np.cumsum(lengths)
-    steps = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-    positions: Positions = np.repeat(first, lengths) + steps * stride
-    return positions
+#: A part of a matrix: from row and column, to row and column.
+Block = tuple[int, int, int, int]
+
+
+def _lines_in(entry: Entry, block: Block) -> tuple[int, int]:
+    """The numbers of an entry's lines that have an element in a block that is not empty."""
+    top, left, bottom, right = block
+    least, most = ((top, bottom - 1), (left, right - 1), (left - bottom + 1, right - 1 - top))[entry[0]]
+    return lines_between(entry, least, most)
+
+
+def blocks_of(entries: list[Entry], block: Block) -> Iterator[Block]:
+    """Parts of a block that hold all its elements, in order: whole rows, or part of one.
+
+    Each has at most a few `WINDOW` elements.  A part without elements is passed over whatever its size.
+    """
+    top, left, bottom, right = block
+    counts = [stop - start for start, stop in (_lines_in(entry, block) for entry in entries)]
+    longest = (right - left, bottom - top, min(right - left, bottom - top))
+    most = sum(count * longest[entry[0]] for entry, count in zip(entries, counts, strict=True))
+    if not most:
+        return
+    if most <= WINDOW or (bottom - top, right - left) == (1, 1):
+        yield block
+    elif bottom - top > 1:
+        middle = (top + bottom) // 2
+        yield from blocks_of(entries, (top, left, middle, right))
+        yield from blocks_of(entries, (middle, left, bottom, right))
+    else:
+        middle = (left + right) // 2
+        yield from blocks_of(entries, (top, left, bottom, middle))
+        yield from blocks_of(entries, (top, middle, bottom, right))
+
+
+def positions_in(entries: list[Entry], block: Block, columns: int) -> Positions:
+    """The positions of the elements in a block of a matrix, increasing."""
+    top, left, bottom, right = block
+    found = [np.zeros(0, np.int64)]
+    for entry in entries:
+        lines = lines_of(entry, *_lines_in(entry, block))
+        if entry[0] == ROW:
+            cells = lines[:, None] * columns + np.arange(left, right)
+        elif entry[0] == COLUMN:
+            cells = np.arange(top, bottom)[:, None] * columns + lines
+        else:
+            start = np.maximum(top, left - lines)
+            length = np.minimum(bottom, right - lines) - start
+            row = np.arange(length.sum()) + np.repeat(start - np.cumsum(length) + length, length)
+            cells = row * columns + row + np.repeat(lines, length)
+        found.append(cells.reshape(-1))
+    return distinct(np.concatenate(found))
 
 
 def _corner(diagonals: Positions, columns: int) -> Positions:
@@ -153,7 +205,24 @@ class Struct(IndexCodec):
         return b"".join(registry.STRUCT_ENTRY.pack(*entry) for entry in entries) + SLACK
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
-        """Checks entry by entry, so that no more than a few times nnz positions are ever made."""
+        return np.concatenate(list(self.windows(data, nnz, shape)))
+
+    def windows(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Iterator[Positions]:
+        """Decodes one part of the matrix after the other."""
+        entries, found = self._checked(data, nnz, shape), 0
+        for block in blocks_of(entries, (0, 0, *matrix_shape(shape))):
+            positions = positions_in(entries, block, matrix_shape(shape)[1])
+            found += positions.size
+            if found > nnz:
+                break
+            for start, stop in ranges(positions.size):
+                yield positions[start:stop]
+        if found != nnz:
+            raise FormatError("bad_index", f"{found} elements for {nnz} nonzeros")
+        check_zero(data, data.size - registry.SLACK)
+
+    def _checked(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> list[Entry]:
+        """The entries, each checked, which list at most nnz elements of each kind."""
         rows, columns = matrix_shape(shape)
         entries = list(registry.STRUCT_ENTRY.iter_unpack(data[: data.size - registry.SLACK].tobytes()))
         before, listed = (-1, 0), 0
@@ -170,12 +239,7 @@ class Struct(IndexCodec):
             if listed > nnz:
                 raise FormatError("bad_index", f"more elements than the {nnz} nonzeros")
             before = kind, last
-        found = [positions_on(entry, rows, columns) for entry in entries]
-        positions = np.unique(np.concatenate(found))
-        if positions.size != nnz:
-            raise FormatError("bad_index", f"{positions.size} elements for {nnz} nonzeros")
-        check_zero(data, data.size - registry.SLACK)
-        return positions
+        return entries
 
     @staticmethod
     def _listed(entry: Entry, rows: int, columns: int, limit: int) -> int:
@@ -185,10 +249,17 @@ class Struct(IndexCodec):
             return count * (columns if kind == ROW else rows)
         if count > limit:  # every diagonal has an element
             return count
-        return int(np.sum(elements(kind, lines_of(entry), rows, columns)))
+        return sum(
+            int(np.sum(elements(kind, lines_of(entry, start, stop), rows, columns))) for start, stop in ranges(count)
+        )
 
     def decode_between(
         self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int
     ) -> tuple[int, Positions]:
-        """Decodes the whole section, which is small."""
-        return between(self.decode(data, nnz, shape), start, stop)
+        """Walks over the section from its start, which is small."""
+        rank, parts = 0, [np.zeros(0, np.int64)]
+        for positions in self.windows(data, nnz, shape):
+            first, last = np.searchsorted(positions, [start, stop])
+            rank += int(first)
+            parts.append(positions[first:last])
+        return rank, np.concatenate(parts)
