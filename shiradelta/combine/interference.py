@@ -21,7 +21,7 @@ import numpy as np
 from shiradelta.combine.checks import check_distinct, check_same_base, different_bases, too_large
 from shiradelta.combine.fuse import Source
 from shiradelta.combine.overlay import overlay
-from shiradelta.combine.products import as_matrix, matrices_in, product_nonzeros, spectral_norm
+from shiradelta.combine.products import factors, matrices_in, product_nonzeros, spectral_norm
 from shiradelta.format.arithmetic import Float32, Positions, scaled
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.reader import Delta, open_delta
@@ -32,7 +32,7 @@ from shiradelta.util.progress import Progress
 from shiradelta.util.threads import ahead
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_array
+    pass
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ def measure(deltas: Mapping[Source, float], progress: Progress | None = None) ->
             return _in_tensor(name, opened)
 
         pairs: dict[tuple[int, int], dict[str, Meeting]] = {pair: {} for pair in combinations(range(len(opened)), 2)}
+        if not pairs:  # there is nothing to compare
+            names = []
         for number, (name, met) in enumerate(zip(names, ahead(work, names), strict=True)):
             if progress:
                 progress(name, number, len(names))
@@ -210,13 +212,11 @@ class _Change:
         positions: the positions of its nonzeros.
         values: the added values, strength included; zeros for elements that are set, whose change depends on
             the base.
-        matrix: the nonzeros as in `as_matrix`.
     """
 
     tensor: TensorDelta
     positions: Positions
     values: Float32
-    matrix: csr_array
 
 
 def _decoded(delta: Delta, name: str, strength: float) -> _Change:
@@ -226,17 +226,37 @@ def _decoded(delta: Delta, name: str, strength: float) -> _Change:
     values = scaled(tensor.values(), strength) if tensor.operation.adds else np.zeros(positions.size, np.float32)
     if not np.all(np.isfinite(values)):
         raise too_large(name)
-    return _Change(tensor, positions, values, as_matrix(positions, values, tensor.shape))
+    return _Change(tensor, positions, values)
+
+
+def _alone(delta: Delta, name: str, strength: float) -> float:
+    """The sum of squares of a change that no other delta meets."""
+    tensor = delta[name]
+    check_strength(f"{delta.file}: tensor {name!r}", strength, [tensor.operation])
+    if not tensor.operation.adds:
+        return 0.0
+    total = sum(sum_of_squares(scaled(bits.view(np.float32), strength)) for bits in tensor.bits_windows())
+    if not math.isfinite(total):
+        raise too_large(name)
+    return total
 
 
 def _in_tensor(name: str, opened: Sequence[tuple[Delta, float]]) -> dict[tuple[int, int], Meeting]:
     """The overlap of every pair of deltas of which at least one changes the tensor."""
     having = [i for i, (delta, _) in enumerate(opened) if name in delta]
     check_same_base(name, [opened[i][0] for i in having])
+    result = {}
+    if len(having) == 1:
+        nnz, squares = opened[having[0]][0][name].nnz, _alone(opened[having[0]][0], name, opened[having[0]][1])
+        for pair in combinations(range(len(opened)), 2):
+            if having[0] in pair:
+                first = having[0] == pair[0]
+                counts, sums = ((nnz, 0), (squares, 0.0)) if first else ((0, nnz), (0.0, squares))
+                result[pair] = Meeting(counts, squares=sums)
+        return result
     changes = {i: _decoded(opened[i][0], name, opened[i][1]) for i in having}
     laid = overlay([(change.positions, change.values) for change in changes.values()])
     at = dict(zip(having, laid.at, strict=True))
-    result = {}
     for i, j in combinations(range(len(opened)), 2):
         one, other = changes.get(i), changes.get(j)
         if one and other:
@@ -263,8 +283,10 @@ def _meet(one: _Change, other: _Change, where: tuple[Positions, Positions]) -> M
     """The overlap in a tensor that both change; `where` indexes the shared positions in each."""
     both_add = one.tensor.operation.adds and other.tensor.operation.adds
     products = one.values[where[0]].astype(np.float64) * other.values[where[1]]
-    product, estimated = product_nonzeros(one.matrix, other.matrix)
-    count, _, columns = matrices_in(one.tensor.shape)
+    shape = one.tensor.shape
+    left, right = factors((one.positions, one.values), (other.positions, other.values), shape)
+    product, estimated = product_nonzeros(left, right)
+    count, _, columns = matrices_in(shape)
     return Meeting(
         nnz=(one.tensor.nnz, other.tensor.nnz),
         shared=products.size,
@@ -273,7 +295,7 @@ def _meet(one: _Change, other: _Change, where: tuple[Positions, Positions]) -> M
         opposed=int(np.count_nonzero(products < 0)),
         dot=float(products.sum()),
         squares=(sum_of_squares(one.values), sum_of_squares(other.values)) if both_add else (0.0, 0.0),
-        awom=spectral_norm(one.matrix, other.matrix) if both_add else None,
+        awom=spectral_norm(left, right) if both_add else None,
         product=product,
         product_size=count * columns**2,
         estimated=estimated,

@@ -16,6 +16,8 @@ from shiradelta.models.names import in_model_order, layer_of
 
 #: Number of parts into which a profile divides rows and columns.
 _PARTS = 40
+#: The most rows or columns that are counted one by one: memory does not grow with the shape.
+_LINES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Axis:
     Attributes:
         density: the density of up to 40 parts of equal width, in order.
         densest_tenth: share of all nonzeros in the densest tenth of the rows (columns); about 0.1 if they are spread
-            evenly.
+            evenly.  Of more than 2^20 rows (columns), groups of neighbours are taken.
     """
 
     density: tuple[float, ...]
@@ -111,8 +113,14 @@ def profile(delta: Delta, label: str, strength: float) -> DeltaProfile:
 
 def _tensor_profile(name: str, tensor: TensorDelta) -> TensorProfile:
     rows, columns = matrix_shape(tensor.shape)
-    row, column = np.divmod(tensor.positions(), max(columns, 1))
-    largest = float(np.abs(tensor.values()).max(initial=0)) if tensor.operation.adds else None
+    over_rows, over_columns = _Counts(rows), _Counts(columns)
+    for positions in tensor.position_windows():
+        row, column = np.divmod(positions, columns)
+        over_rows.add(row)
+        over_columns.add(column)
+    largest = None
+    if tensor.operation.adds:
+        largest = float(max((np.abs(bits.view(np.float32)).max() for bits in tensor.bits_windows()), default=0))
     return TensorProfile(
         name=name,
         shape=tensor.shape,
@@ -120,17 +128,39 @@ def _tensor_profile(name: str, tensor: TensorDelta) -> TensorProfile:
         nnz=tensor.nnz,
         density=tensor.nnz / max(tensor.numel, 1),
         largest=largest,
-        rows=_axis(row, rows, columns),
-        columns=_axis(column, columns, rows),
+        rows=over_rows.axis(columns),
+        columns=over_columns.axis(rows),
     )
 
 
-def _axis(index: Positions, length: int, across: int) -> Axis:
-    counts = np.bincount(index, minlength=length)
-    if not counts.any():
-        return Axis((), 0.0)
-    edges = np.linspace(0, length, min(length, _PARTS) + 1).round().astype(np.int64)
-    density = np.add.reduceat(counts, edges[:-1]) / (np.diff(edges) * across)
-    tenth = -(-length // 10)
-    densest = np.partition(counts, length - tenth)[length - tenth :].sum() / counts.sum()
-    return Axis(tuple(float(d) for d in density), float(densest))
+class _Counts:
+    """How many nonzeros each row, or each column, of a matrix has; neighbours are counted together in a large one.
+
+    Args:
+        length: the number of rows, or of columns.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._width = max(-(-length // _LINES), 1)
+        self._counts = np.zeros(-(-length // self._width), np.int64)
+
+    def add(self, lines: Positions) -> None:
+        """Counts one nonzero in each of these rows, or columns."""
+        if lines.size:
+            groups = lines // self._width
+            first = groups.min()
+            counts = np.bincount(groups - first)
+            self._counts[first : first + counts.size] += counts
+
+    def axis(self, across: int) -> Axis:
+        """The spread over rows, which have `across` elements, or over columns."""
+        counts, length = self._counts, self._counts.size
+        if not counts.any():
+            return Axis((), 0.0)
+        edges = np.linspace(0, length, min(length, _PARTS) + 1).round().astype(np.int64)
+        widths = np.diff(np.minimum(edges * self._width, self._length))
+        density = np.add.reduceat(counts, edges[:-1]) / (widths * across)
+        tenth = -(-length // 10)
+        densest = np.partition(counts, length - tenth)[length - tenth :].sum() / counts.sum()
+        return Axis(tuple(float(d) for d in density), float(densest))
