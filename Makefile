@@ -9,6 +9,9 @@ STAMP := $(VENV)/ready
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
+# Containers set it; without what Python compiles, each of the processes that tests start would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A worker that has done its tests takes over others': the long ones stand together.
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
