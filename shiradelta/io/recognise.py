@@ -5,15 +5,15 @@ Each kind of thing is a row of `THINGS`.  The rows are asked only after somethin
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 
-from shiradelta.errors import FormatError
+from shiradelta.errors import FormatError, SourceError
 from shiradelta.format import registry
+from shiradelta.util.json_files import read_json
 from shiradelta.util.lfs import LFS_POINTER, LFS_REMEDY, LFS_WHAT
 from shiradelta.util.registry import Registry
 
@@ -72,7 +72,7 @@ def _recognise(path: Path, wanted: Wanted) -> Thing | None:
 def _holds(thing: Thing, path: Path) -> bool:
     try:
         return thing.recognises(path)
-    except (OSError, ValueError, RecursionError):  # unreadable, which is another error
+    except (OSError, ValueError, SourceError):  # unreadable, which is another error
         return False
 
 
@@ -164,7 +164,7 @@ def _is_quantised(path: Path) -> bool:
     config = (path if path.is_dir() else path.parent) / "config.json"
     if path.name.startswith("adapter_") or not config.is_file() or is_patched(config.parent):
         return False
-    about = json.loads(config.read_text(encoding="utf-8"))
+    about = read_json(config)
     quantised = about.get("quantization_config") if isinstance(about, dict) else None
     if not isinstance(quantised, dict):
         return False

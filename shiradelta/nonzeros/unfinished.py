@@ -50,8 +50,8 @@ class UnfinishedRun:
             return None
         tensors, about = load_with_about(self.path)
         try:
-            key, numbers = about["run"], json.loads(about["state"])
-        except (KeyError, ValueError):
+            key, numbers = about["run"], dict(json.loads(about["state"]))
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise SourceError(f"{self.path}: is not the state of an unfinished run; move it away") from None
         if "base" in about:  # 0.1 kept it here
             numbers.setdefault("base", about["base"])

@@ -103,7 +103,7 @@ def _lines(path: Path, shapes: str) -> Iterator[tuple[str, Any]]:
 def _parsed(line: str, where: str, shapes: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where it is nested deeper than any example
         raise SourceError(f"{where}: is not JSON; write one object a line, such as {shapes}") from None
 
 
@@ -115,6 +115,8 @@ def _row(found: dict[str, Any], kind: ExampleKind, where: str) -> list[str]:
             raise SourceError(f"{where}: lacks the key {key!r}; every line of the file needs the form {kind.shape}")
         if not isinstance(found[key], str):
             raise SourceError(f"{where}: the value of {key!r} is not a text; write {kind.shape}")
+        if any("\ud800" <= character <= "\udfff" for character in found[key]):  # no tokenizer takes half a character
+            raise SourceError(f"{where}: the text of {key!r} has a lone surrogate, which is no character; take it out")
         row.append(found[key])
     return row
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 import shiradelta
 from shiradelta.errors import FormatError, ShiraDeltaError
 from shiradelta.folder.verification import existing
-from shiradelta.io.recognise import THINGS, Wanted
+from shiradelta.io.recognise import THINGS, Wanted, explain
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.text.jsonl import TEXT, read_rows
 
@@ -146,6 +147,14 @@ def test_a_quantised_folder_is_called_so_where_it_would_be_patched(tmp_path: Pat
         with pytest.raises(ShiraDeltaError, match="belongs to a quantised model"):
             change(folder, delta(tmp_path / "x.shd"))
     assert not (folder / ".shiradelta").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its files have no holes")
+def test_a_configuration_of_gigabytes_is_not_read(tmp_path: Path):
+    weights(tmp_path / "model.safetensors")
+    with open(tmp_path / "config.json", "wb") as stream:
+        stream.truncate(1 << 40)
+    assert explain(tmp_path, Wanted.FOLDER) is None
 
 
 @pytest.mark.parametrize(

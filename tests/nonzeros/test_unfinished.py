@@ -35,7 +35,7 @@ def test_a_state_comes_back_to_the_same_run_only(tmp_path: Path):
 
 def test_something_else_is_refused(tmp_path: Path):
     path = tmp_path / "state"
-    for about in (None, {"run": "key"}, {"run": "key", "state": "no json"}):
+    for about in (None, {"run": "key"}, {"run": "key", "state": "no json"}, {"run": "key", "state": "3"}):
         save_file({}, path, about)
         with pytest.raises(SourceError, match="not the state of an unfinished run; move it away"):
             UnfinishedRun(path, []).load(print)

@@ -48,6 +48,8 @@ def test_texts_are_read_from_a_file_or_taken_as_they_are(tmp_path: Path):
         ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', "line 2: lacks the key 'text'; every line"),
         ('{"prompt": "a", "completion": " "}\n', "line 1: the text of 'completion' is blank"),
         ('{"prompt": "a"}\n', "line 1: is no example, its keys are prompt"),
+        ('{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1: is not JSON"),
+        ('{"text": "\\ud800"}\n', "line 1: the text of 'text' has a lone surrogate"),
         (b'{"text": "\xe4"}\n', "is not UTF-8; save it as UTF-8"),
         (None, "cannot be read"),
     ],
