@@ -130,6 +130,19 @@ def test_files_are_short_enough_to_hold_in_the_head():
             assert len(path.read_text().splitlines()) <= 450, path
 
 
+def test_nothing_is_evaluated_unpickled_or_fetched():
+    """Files are data, extensions are what the user imports, and there is no network."""
+    refused = {"pickle", "marshal", "shelve", "socket", "urllib", "http", "requests", "subprocess", "runpy"}
+    for module, path in sources().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                assert not {name.partition(".")[0] for name in names} & refused, module
+                assert "entry_points" not in names, module
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), module
+
+
 def test_class_names_are_unique():
     """A name says what a class is without the module that it stands in; private ones count, too."""
     homes: dict[str, list[str]] = {}

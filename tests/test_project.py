@@ -50,6 +50,13 @@ def test_security_names_the_way_to_report_and_the_supported_version():
     assert f"the newest release, now {PROJECT['version'].rpartition('.')[0]} " in security
 
 
+def test_the_threat_model_names_tests_that_are_there():
+    rows = [line for line in text("SECURITY.md").splitlines() if "`tests/" in line]
+    assert len(rows) >= 16
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", "\n".join(rows)):
+        assert f"def {name}(" in text(file), f"{file}::{name}"
+
+
 def test_citation_is_of_this_version():
     citation = parsed(ROOT / "CITATION.cff")
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
