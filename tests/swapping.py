@@ -15,7 +15,7 @@ import torch
 import shiradelta as sd
 from shiradelta.hotswap.choose import LIVE_BACKENDS, DeviceBackend
 
-GPU = os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available()
+GPU = os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 

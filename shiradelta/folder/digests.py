@@ -17,6 +17,7 @@ from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.checkpoint import Checkpoint, index_file
 from shiradelta.models.safetensors import Slot, read_shard
 from shiradelta.util.directory import Directory
+from shiradelta.util.interrupts import uninterrupted
 from shiradelta.util.threads import THREADS, map_in_threads
 
 #: Bytes that are hashed, and elements that are copied, at a time.
@@ -72,12 +73,13 @@ def digests_meanwhile(folder: Directory, files: Iterable[str]) -> Iterator[Calla
     from concurrent.futures import ThreadPoolExecutor  # slow: imports logging
 
     stopped = Event()
-    with ThreadPoolExecutor(THREADS) as pool:
+    pool = ThreadPoolExecutor(THREADS)
+    try:
         waiting = {file: pool.submit(digest_of, folder, file, (), stopped) for file in files}
-        try:
-            yield lambda: {file: future.result() for file, future in waiting.items()}
-        finally:
-            stopped.set()
+        yield lambda: {file: future.result() for file, future in waiting.items()}
+    finally:
+        stopped.set()
+        uninterrupted(pool.shutdown)
 
 
 def model_files(checkpoint: Checkpoint) -> list[str]:

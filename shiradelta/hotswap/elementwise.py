@@ -148,8 +148,12 @@ class Elementwise(LiveBackend, ABC):
             count += int((now != base).sum())
         return count
 
+    def stream(self, given: Any) -> Any:
+        """None: on a CPU, work is done when a call returns."""
+        return None
+
     def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
-        """An empty context: on a CPU, work is done when a call returns."""
+        """An empty context."""
         return nullcontext()
 
     def _union(self, patches: Sequence[Patch]) -> tuple[Array, list[Any]]:

@@ -69,8 +69,14 @@ class LiveBackend(Protocol):
     def changed(self, layers: Sequence[Layer]) -> int:
         """Number of elements whose bits differ from the base's now."""
 
+    def stream(self, given: Any) -> Any:
+        """The stream to queue work on: the given one if it is this device's, or the calling thread's current one.
+
+        None on a CPU.
+        """
+
     def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
-        """A context whose work follows all earlier work of this backend, on a device's stream if given.
+        """A context whose work follows all earlier work of this backend, on a stream that `stream` gave.
 
         With `reads`, leaving the block waits for the work, so later work need not.
         """

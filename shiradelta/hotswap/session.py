@@ -6,8 +6,9 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,11 +17,11 @@ from shiradelta.errors import ArgumentError, FormatError, TargetError
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.base_check import check_base, checkable
 from shiradelta.hotswap.choose import new_backend
-from shiradelta.hotswap.layers import Held, Layer, different_tensors, targets_below
+from shiradelta.hotswap.devices import Devices, Layers, Streams, new_layers
+from shiradelta.hotswap.layers import Held, different_tensors, targets_below
 from shiradelta.hotswap.loaded import Loaded, targets_of
-from shiradelta.hotswap.matching import Names, check_overlaps, check_sets, check_target, match
+from shiradelta.hotswap.matching import Names, check_overlaps, check_target, match
 from shiradelta.hotswap.outside import FORKED, NO_COPIES, RELOAD, Watch, survive_forks
-from shiradelta.hotswap.protocol import Fit, LiveBackend
 from shiradelta.hotswap.reading import read_whole
 from shiradelta.hotswap.reports import LoadReport, RebaseReport, SwitchReport
 from shiradelta.hotswap.strengths import are_same, strengths_of
@@ -31,10 +32,7 @@ from shiradelta.models.compatibility import check_strength, check_tied
 from shiradelta.models.live import Target, live_tensors
 from shiradelta.signing.keys import Keys
 from shiradelta.util.deprecated import warn_renamed
-from shiradelta.util.interrupts import interrupts_held_back
-
-#: The layers on the weights, for each backend, in the order of the adapters' digests.
-Layers = dict[LiveBackend, list[Layer]]
+from shiradelta.util.interrupts import uninterrupted
 
 
 class HotSwap:
@@ -44,9 +42,10 @@ class HotSwap:
     active before; after `revert` they equal the base.  Overwritten elements are saved and put back; nothing is ever
     subtracted.  Tensors stay at their addresses, so compiled models and CUDA graphs keep working.
 
-    A switch that fails leaves the weights as they were.  Methods may be called from several threads, but the caller
-    must not run the model on a CPU during a switch.  On CUDA, work is queued on the current stream or the given one:
-    work queued there earlier sees the old weights, later work the new ones.
+    A switch that fails leaves the weights as they were.  So does one that an exception from outside reaches, such as
+    Ctrl-C: it is raised when the weights are whole again, and `active` says what they are.  Methods may be called from
+    several threads, but the caller must not run the model on a CPU during a switch.  On CUDA, work is queued on the
+    current stream or the given one: work queued there earlier sees the old weights, later work the new ones.
 
     After something else has written the weights, all methods refuse to read or write them until `rebase`; docs/live.md
     says what is noticed.
@@ -72,11 +71,12 @@ class HotSwap:
         self._names = names
         self._choice = backend
         devices = {target.device for target in self._targets.values()} - {"meta"} or {"cpu"}
-        self._backends = {device: new_backend(backend, device) for device in sorted(devices)}
+        self._devices = Devices({device: new_backend(backend, device) for device in sorted(devices)})
         self._adapters: dict[str, Loaded] = {}
         self._active: dict[str, float] = {}
         self._layers: Layers = {}
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # of the thread that uses the session
+        self._working = threading.Lock()  # of the thread that changes weights, which no exception from outside reaches
         self._broken: str | None = None
         self._watch = Watch()
         survive_forks(self)
@@ -87,6 +87,7 @@ class HotSwap:
     def active(self) -> dict[str, float]:
         """Adapter -> strength, for the adapters that are active now."""
         with self._lock:
+            self._settle()
             return dict(self._active)
 
     @property
@@ -99,6 +100,7 @@ class HotSwap:
     def nbytes(self) -> int:
         """Memory of all loaded adapters and of the saved elements."""
         with self._lock:
+            self._settle()
             return sum(adapter.report.nbytes for adapter in self._adapters.values()) + self._saved_bytes()
 
     def changed(self) -> int:
@@ -107,7 +109,8 @@ class HotSwap:
         Raises:
             TargetError: the model was moved, changed from outside, or is in an unknown state.
         """
-        with self._lock, self._ordered(None, reads=True):
+        with self._lock, self._devices.ordered(reads=True):
+            self._settle()
             self._usable()
             for held in different_tensors(self._layers.values()):
                 held.check_memory()
@@ -123,6 +126,8 @@ class HotSwap:
         if not self._lock.acquire(blocking=False):
             self._lock, self._broken = threading.RLock(), FORKED
             self._lock.acquire()
+        if self._working.locked():
+            self._working, self._broken = threading.Lock(), FORKED
         self._lock.release()
 
     # ---------------------------------------------------------------------------------------- loading
@@ -162,7 +167,7 @@ class HotSwap:
             warn_renamed(f"strict={strict}", "no argument, which means the same" if strict else 'skip="*"')
             skip = skip if strict else "*"
         self._free_name(name)
-        label, data = read_whole(source, self._buffer, key)
+        label, data = read_whole(source, self._devices.buffer, key)
         try:
             adapter = self._prepare(name, label, data, allow_dtype, skip)
         except FormatError as error:
@@ -171,6 +176,7 @@ class HotSwap:
                 explain_refusal(error, Path(source))
             raise
         with self._lock:
+            self._settle()
             self._usable()
             self._free_name(name)
             check_overlaps(label, targets_of([adapter, *self._adapters.values()]))
@@ -195,6 +201,7 @@ class HotSwap:
             DeltaError: the adapter is active, or not loaded.
         """
         with self._lock:
+            self._settle()
             self._known([name])
             if name in self._active:
                 raise ArgumentError(f"adapter {name!r} is active; switch to another or revert before unloading it")
@@ -221,12 +228,8 @@ class HotSwap:
         parts = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.parts]
         files = [(data, whole)]
         if parts:
-            files.append(take_apart(label, parts, fits, choice, self._buffer))
-        groups: dict[LiveBackend, list[tuple[Bytes, list[Fit]]]] = {}
-        for source, found in files:
-            for backend, fitting in self._by_backend(found).items():
-                groups.setdefault(backend, []).append((source, fitting))
-        held = {backend: backend.hold(sources) for backend, sources in groups.items()}
+            files.append(take_apart(label, parts, fits, choice, self._devices.buffer))
+        held = self._devices.hold(files)
         nonzeros = sum(tensor.nnz for tensor, _ in fits.values())
         sections = (section for tensor, _, _ in parts for section in (tensor.record.index, tensor.record.values))
         nbytes = sum(one.nbytes for one in held.values()) + sum(section.stored for section in sections)
@@ -240,7 +243,7 @@ class HotSwap:
             held.check_model()
         known = checkable(adapter.held, adapter.parts)
         if check and known:
-            with self._ordered(None, reads=True):
+            with self._devices.ordered(reads=True):
                 check_base(adapter.label, adapter.held, adapter.parts, layers)
         names = adapter.report.matched
         return tuple(name for name, other in names.items() if not check or self._targets[other] not in known)
@@ -251,6 +254,8 @@ class HotSwap:
         self, adapters: str | Mapping[str, float] | None, strength: float | None = None, stream: Any = None
     ) -> SwitchReport:
         """Makes exactly these adapters active.  On every error the weights stay as they were.
+
+        An exception from outside that comes in the last microseconds finds the adapters active: `active` says so.
 
         Args:
             adapters: a name, or name -> strength; None or an empty mapping for the base.
@@ -264,18 +269,14 @@ class HotSwap:
         """
         wanted = strengths_of(adapters, strength)
         with self._lock:
-            self._usable()
-            wanted = self._checked(wanted)
-            if are_same(wanted, self._active):
-                self._watch.check()
-            else:
-                self._commit(wanted, stream)
-            return SwitchReport(
-                active=dict(self._active),
-                tensors=len(targets_below(self._layers.values())),
-                nonzeros=sum(self._adapters[name].report.nonzeros for name in self._active),
-                nbytes=self._saved_bytes(),
-            )
+            self._settle()
+            before, streams = (self._layers, self._active), self._devices.streams(stream)
+            try:
+                (report,) = uninterrupted(partial(self._switch, wanted, streams))
+                return report
+            except BaseException:
+                uninterrupted(partial(self._take_back, *before, streams))
+                raise
 
     def revert(self, stream: Any = None) -> SwitchReport:
         """Puts the base back, bit for bit."""
@@ -295,6 +296,7 @@ class HotSwap:
             TargetError: a tensor was moved or replaced.
         """
         with self._lock:
+            self._settle()
             unchecked = {
                 name: self._check(adapter, check and adapter.was_compared, {})
                 for name, adapter in self._adapters.items()
@@ -316,15 +318,15 @@ class HotSwap:
         Other threads that switch wait for its end.  Arguments and errors are those of `switch`.
         """
         with self._lock:
-            before = dict(self._active)
+            self._settle()
+            go_back = partial(self._switch, self._active, self._devices.streams(stream))
             try:
                 yield self.switch(adapters, strength, stream)
             finally:
                 try:
-                    with interrupts_held_back():
-                        self.switch(before, stream=stream)
-                except BaseException:  # an interrupt that came before signals were held back
-                    self.switch(before, stream=stream)
+                    uninterrupted(go_back)
+                except BaseException:  # it may have come before the work began
+                    uninterrupted(go_back)
                     raise
 
     def _checked(self, wanted: Mapping[str, float]) -> dict[str, float]:
@@ -345,55 +347,60 @@ class HotSwap:
                 some = ", ".join(self._adapters) or "none"
                 raise ArgumentError(f"adapter {name!r} is not loaded ({some} are); load it first")
 
+    def _settle(self) -> None:
+        """Waits for work whose caller did not, because two exceptions from outside came at once."""
+        with self._working:
+            pass
+
     def _usable(self) -> None:
         if self._broken is not None:
             raise TargetError(self._broken)
 
-    def _commit(self, wanted: Mapping[str, float], stream: Any) -> None:
+    def _switch(self, wanted: Mapping[str, float], streams: Streams) -> SwitchReport:
+        """`switch`, on a thread that no exception from outside reaches."""
+        with self._working:
+            self._usable()
+            wanted = self._checked(wanted)
+            if are_same(wanted, self._active):
+                self._watch.check()
+            else:
+                self._commit(wanted, streams)
+            return SwitchReport(
+                active=dict(self._active),
+                tensors=len(targets_below(self._layers.values())),
+                nonzeros=sum(self._adapters[name].report.nonzeros for name in self._active),
+                nbytes=self._saved_bytes(),
+            )
+
+    def _commit(self, wanted: dict[str, float], streams: Streams) -> None:
         before = self._layers
-        with self._ordered(stream):
-            after = self._new_layers(wanted)
+        with self._devices.ordered(streams):
+            adapters = sorted((self._adapters[name].digest, name) for name in wanted)
+            after = new_layers([(self._adapters[name].held, wanted[name]) for _, name in adapters], before)
             touched = different_tensors([*before.values(), *after.values()])
             for held in touched:
                 held.check_memory()
             self._watch.claim()
-            with interrupts_held_back() as deliver_interrupts:
-                try:
-                    for backend in {**before, **after}:
-                        backend.replace(before.get(backend, []), after.get(backend, []))
-                        deliver_interrupts()
-                    for held in touched:  # while the device works
-                        held.check_model()
-                    _increment_versions(touched)
-                    deliver_interrupts()
-                except BaseException:
-                    self._roll_back(before, after)
-                    raise
-                finally:
-                    self._watch.record()
-                self._layers, self._active = after, dict(wanted)
+            try:
+                for backend in {**before, **after}:
+                    backend.replace(before.get(backend, []), after.get(backend, []))
+                for held in touched:  # while the device works
+                    held.check_model()
+                _increment_versions(touched)
+            except BaseException:
+                self._roll_back(before, after)
+                raise
+            finally:
+                self._watch.record()
+            self._layers, self._active = after, wanted
 
-    def _new_layers(self, wanted: Mapping[str, float]) -> Layers:
-        """The layers of the wanted adapters, with room for the elements that they overwrite."""
-        order = sorted(wanted, key=lambda name: self._adapters[name].digest)
-        chosen: dict[LiveBackend, list[tuple[Held, float]]] = {}
-        for name in order:
-            for backend, held in self._adapters[name].held.items():
-                chosen.setdefault(backend, []).append((held, wanted[name]))
-        return {
-            backend: self._with_room(backend, pairs, self._layers.get(backend, [])) for backend, pairs in chosen.items()
-        }
-
-    def _with_room(
-        self, backend: LiveBackend, chosen: Sequence[tuple[Held, float]], before: Sequence[Layer]
-    ) -> list[Layer]:
-        """Layers with rooms of their own, or with those of `before` if only strengths differ."""
-        if [held for held, _ in chosen] == [layer.held for layer in before]:
-            pairs = zip(chosen, before, strict=True)
-            return [Layer(held, strength, old.room, old.filled) for (held, strength), old in pairs]
-        if len(chosen) > 1:
-            check_sets(backend, [held for held, _ in chosen])
-        return [Layer(held, strength, backend.room(held.room)) for held, strength in chosen]
+    def _take_back(self, layers: Layers, active: dict[str, float], streams: Streams) -> None:
+        """Undoes a switch that was complete when an exception from outside came: these layers are active again."""
+        with self._working, self._devices.ordered(streams):
+            if self._layers is not layers and self._broken is None:
+                self._roll_back(layers, self._layers)
+                self._watch.record()
+                self._layers, self._active = layers, active
 
     def _roll_back(self, before: Layers, after: Layers) -> None:
         """Undoes a commit that failed at any step."""
@@ -409,26 +416,6 @@ class HotSwap:
                 f"the weights are in an unknown state, because undoing a failed switch failed too ({error}); {RELOAD}"
             )
             raise TargetError(self._broken) from error
-
-    # --------------------------------------------------------------------------------------- backends
-
-    def _buffer(self, size: int) -> Bytes:
-        """Memory to read a file into."""
-        return next(iter(self._backends.values())).buffer(size)
-
-    def _by_backend(self, fits: Iterable[Fit]) -> dict[LiveBackend, list[Fit]]:
-        """Deltas by the backend of their targets' devices."""
-        found: dict[LiveBackend, list[Fit]] = {}
-        for fit in fits:
-            found.setdefault(self._backends[fit[1].device], []).append(fit)
-        return found
-
-    def _ordered(self, stream: Any, reads: bool = False) -> ExitStack:
-        """`ordered` of all backends."""
-        with ExitStack() as stack:
-            for backend in self._backends.values():
-                stack.enter_context(backend.ordered(stream, reads))
-            return stack.pop_all()
 
     def _saved_bytes(self) -> int:
         return sum(layer.held.room for layers in self._layers.values() for layer in layers)

@@ -8,7 +8,7 @@ signed integers of the elements' size, which every device can index and compare.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -140,6 +140,12 @@ class TorchBackend(Elementwise):
     def bits_type(self, dtype: str) -> torch.dtype:
         return bits_dtype(registry.DTYPE_OF_NAME[dtype].size)
 
+    def stream(self, given: Any) -> Any:
+        if self.device.type != "cuda":
+            return None
+        of_device = given is not None and given.device == self.device
+        return given if of_device else torch.cuda.current_stream(self.device)
+
     def ordered(self, stream: Any, reads: bool = False) -> AbstractContextManager[None]:
         """Queues work on the stream, after everything on the stream that last wrote.
 
@@ -149,15 +155,12 @@ class TorchBackend(Elementwise):
 
     @contextmanager
     def _queued(self, stream: Any, reads: bool) -> Iterator[None]:
-        own = stream if stream is not None and stream.device == self.device else None
-        on_own = torch.cuda.stream(own) if own is not None else nullcontext()
-        with torch.inference_mode(), torch.cuda.device(self.device), on_own:
-            current = own or torch.cuda.current_stream()
-            if self._stream is not None and self._stream != current:
-                current.wait_stream(self._stream)
+        with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(stream):
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
             if not reads:
-                self._stream = current
-            self._streams.add(current)
+                self._stream = stream
+            self._streams.add(stream)
             yield
 
     def _used(self, layers: Sequence[Layer]) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from threading import Thread
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
+from shiradelta.util.interrupts import Job, uninterrupted
 
 #: Threads that one call uses at most: the processors of this process, up to 16.
 THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
@@ -25,33 +24,14 @@ Result = TypeVar("Result")
 def in_ranges(work: Callable[[int, int], None], units: int, threads: int = THREADS) -> None:
     """Calls `work(first, last)` for consecutive ranges that cover 0 to `units` once, each on its own thread.
 
-    Ranges whose thread cannot be started run on the calling thread, so a system short of threads never leaves the work
-    half done.  The first exception is raised when all ranges have ended.
+    All ranges have ended when the call ends, whatever is raised; see `uninterrupted`.
     """
     count = max(min(threads, units), 1)
-    edges = [units * i // count for i in range(count + 1)]
-    failures: list[BaseException] = []
-
-    def guarded(first: int, last: int) -> None:
-        try:
-            work(first, last)
-        except BaseException as error:
-            failures.append(error)
-
-    started, here = [], [(edges[0], edges[1])]
-    for part in pairwise(edges[1:]):
-        try:
-            thread = Thread(target=guarded, args=part)
-            thread.start()
-            started.append(thread)
-        except (RuntimeError, MemoryError):
-            here.append(part)
-    for part in here:
-        guarded(*part)
-    for thread in started:
-        thread.join()
-    if failures:
-        raise failures[0]
+    if count == 1:
+        work(0, units)
+    else:
+        edges = [units * i // count for i in range(count + 1)]
+        uninterrupted(*(partial(work, *edge) for edge in pairwise(edges)))
 
 
 def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: int = THREADS) -> list[Result]:
@@ -59,11 +39,11 @@ def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], thread
     count = min(threads, len(items))
     if count < 2:
         return [work(item) for item in items]
-    from concurrent.futures import ThreadPoolExecutor  # slow: imports logging
 
-    shares = [items[i::count] for i in range(count)]
-    with ThreadPoolExecutor(count) as pool:
-        done = list(pool.map(lambda share: [work(item) for item in share], shares))
+    def do(share: Sequence[Item]) -> list[Result]:
+        return [work(item) for item in share]
+
+    done = uninterrupted(*(partial(do, items[i::count]) for i in range(count)))
     return [done[i % count][i // count] for i in range(len(items))]
 
 
@@ -72,17 +52,24 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 
 
     At most `threads` + 1 results exist at a time, so memory stays small where results are whole tensors.
     """
-    from concurrent.futures import ThreadPoolExecutor
+    waiting: deque[Job[Result]] = deque()
 
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    def give_up() -> None:
+        for job in waiting:
+            job.give_up()
+
+    def next_result() -> Result:
+        result = waiting[0].result()
+        waiting.popleft()
+        return result
+
+    try:
+        for item in items:
+            waiting.append(Job(partial(work, item)))
+            waiting[-1].start()
+            if len(waiting) > threads:
+                yield next_result()
+        while waiting:
+            yield next_result()
+    finally:
+        uninterrupted(give_up)

@@ -108,7 +108,7 @@ class Switching(RuleBasedStateMachine):
     def fail(self, data: st.DataObject, at: int) -> None:
         """The at-th write does half its work and raises."""
         name = data.draw(st.sampled_from(sorted(self.loaded)))
-        backend = self.swap._backends["cpu"]
+        backend = self.swap._devices._backends["cpu"]
         write, calls = type(backend).write, 0
 
         def failing(target: object, positions: object, new: object) -> None:

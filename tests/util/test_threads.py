@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
 
+from shiradelta.util import interrupts
 from shiradelta.util.threads import ahead, in_ranges, map_in_threads
 
 
@@ -19,10 +19,11 @@ def test_ranges_cover_everything_once(units: int, threads: int):
 
 
 def test_the_caller_works_where_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch):
-    def refuse(self: threading.Thread) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("shiradelta.util.threads.Thread.start", refuse)
+    monkeypatch.setattr(interrupts, "_idle", [])
+    monkeypatch.setattr(interrupts, "start_new_thread", refuse)
     seen: list[tuple[int, int]] = []
     in_ranges(lambda first, last: seen.append((first, last)), 9, 3)
     assert seen == [(0, 3), (3, 6), (6, 9)]

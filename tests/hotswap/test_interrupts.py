@@ -1,0 +1,66 @@
+"""A switch that an exception from outside reaches; `python -m tests.hotswap.interrupts` does this 5,000 times."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shiradelta import HotSwap
+from shiradelta.hotswap.layers import Held
+from tests.hotswap.interrupts import (
+    WAYS,
+    Interrupted,
+    by_exception,
+    in_another_thread,
+    interrupt_repeatedly,
+    interruptible,
+)
+from tests.swapping import adapter, bits, random_delta
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", ["numpy", "libshd", "torch"])
+def test_the_weights_are_what_the_session_says(backend: str, way: str):
+    where, interrupt = WAYS[way]
+    with interruptible():
+        seen = where(lambda: interrupt_repeatedly(backend, interrupt, 5, 0, 70_000))
+    assert set(seen) <= {"as before", "as wanted"}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "libshd", "torch"])
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("main", [True, False])
+def test_it_is_raised_when_the_weights_are_as_before(
+    monkeypatch: pytest.MonkeyPatch, backend: str, at: int, main: bool
+):
+    """`applied` ends with the weights from before, too, if the exception reaches it on its way out."""
+    model = {"w": torch.randn((40, 30)).bfloat16()}
+    swap = HotSwap(model, backend=backend)
+    swap.load("a", adapter({"w": random_delta((40, 30), 100, 0)}))
+    before, calls, own = bits(model["w"]), [], Held.check_model
+
+    def interrupted(held: Held) -> None:
+        """After the weights are written."""
+        calls.append(held)
+        if len(calls) == at:
+            by_exception(switching[0])
+        own(held)
+
+    switching: list[int] = []
+
+    def switch() -> list[Any]:
+        switching.append(threading.get_ident())
+        with pytest.raises(Interrupted), swap.applied("a"):
+            pass
+        return [swap.active, bits(model["w"])]
+
+    monkeypatch.setattr(Held, "check_model", interrupted)
+    active, now = switch() if main else in_another_thread(switch)
+    assert len(calls) == at
+    assert active == {}
+    assert np.array_equal(now, before)
