@@ -166,9 +166,12 @@ def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Ite
     """One tensor's change, or why it is skipped."""
     slot, tuned_slot = base[name], source[key]
     if slot.shape != tuned_slot.shape:
-        why = (
-            f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}; resize the base's first to keep it"
-        )
+        remedy = "resize the base's first to keep it"
+        if slot.shape == (*tuned_slot.shape[:-2], *tuned_slot.shape[:-3:-1]):
+            remedy = (
+                "the base has it transposed, as some releases of transformers save it: load and save the base first"
+            )
+        why = f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}; {remedy}"
         return _resized(Skipped(SkipReason.SHAPE, why), source, key, base, name)
     base_bits, tuned = partial(base.bits, name), partial(source.bits, key)
     dense = partial(_subtraction, source, key, base, name)

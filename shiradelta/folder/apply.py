@@ -117,7 +117,8 @@ def apply(
             return _apply_in_place(root, opened, strength, check, allow_dtype, lock, progress)
         with copied(root, Path(out)) as copy:
             report = _apply_in_place(copy, opened, strength, check, allow_dtype, lock, progress)
-        return replace(report, folder=os.fspath(out))
+        warnings = tuple(warning.replace(os.fspath(copy), os.fspath(out)) for warning in report.warnings)
+        return replace(report, folder=os.fspath(out), warnings=warnings)
 
 
 def _apply_in_place(

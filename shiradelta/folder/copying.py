@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from shiradelta.errors import TargetError
+from shiradelta.errors import ShiraDeltaError, TargetError
 from shiradelta.folder.journal import FOLDER, LOCK, reading
 from shiradelta.folder.weights import relative_files
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.util.directory import Directory, copy_contents, what_is
-from shiradelta.util.files import os_errors, sync_directory
+from shiradelta.util.files import os_errors, sync_directory, temporary_name
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
     if out.resolve().is_relative_to(root.resolve()):
         raise TargetError(f"{out}: lies inside {root}; give a folder outside it")
     weights = set(relative_files(open_checkpoint(root)))
-    copy = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
+    copy = out.with_name(temporary_name(out.name))
     try:
         with os_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +43,13 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
         with os_errors(out):
             os.replace(copy, out)
             sync_directory(out.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(copy, ignore_errors=True)
+        if isinstance(
+            error, ShiraDeltaError
+        ):  # what does not fit is the user's folder, what cannot be written is `out`
+            named = os.fspath(out if isinstance(error, TargetError) else root)
+            error.args = tuple(str(each).replace(os.fspath(copy), named) for each in error.args)
         raise
 
 

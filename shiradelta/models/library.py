@@ -23,6 +23,9 @@ from shiradelta.util.json_files import read_json
 _OUTPUTS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight", "lm_head.decoder.weight")
 _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
+#: Keys of a configuration under which transformers looks for that of the text.
+_TEXT_PARTS = ("text_config", "decoder", "generator", "text_encoder")
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -81,7 +84,7 @@ def shared_tensors(checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def _tied_by_name(checkpoint: Checkpoint, name: str, shape: Shape | None) -> str | None:
-    """The stored name of a tied output embedding, as most models call them."""
+    """The stored name of an output embedding that the configuration says is tied, as most models call them."""
     component, _, leaf = name.rpartition("/")
     if not leaf.endswith(_OUTPUTS):
         return None
@@ -92,9 +95,16 @@ def _tied_by_name(checkpoint: Checkpoint, name: str, shape: Shape | None) -> str
         and other.rpartition("/")[0] == component
         and (shape is None or sorted(slot.shape) == sorted(shape))
     ]
-    if len(found) == 1 and checkpoint.config(found[0]).get("tie_word_embeddings", True):
-        return found[0]
-    return None
+    return found[0] if len(found) == 1 and _says_tied(checkpoint.config(found[0])) else None
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration, or the text's within it, says that embeddings are tied, and none says otherwise.
+
+    Where it says nothing the library's default decides, which differs by model.
+    """
+    parts = [config, *(part for name in _TEXT_PARTS if isinstance(part := config.get(name), dict))]
+    return {bool(part["tie_word_embeddings"]) for part in parts if "tie_word_embeddings" in part} == {True}
 
 
 @dataclass(frozen=True)

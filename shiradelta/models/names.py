@@ -28,6 +28,13 @@ _NUMBER = re.compile(r"\d+")
 _WRAPPERS = frozenset({"model", "base_model", "auto_model", "module"})
 #: The folder of a module of sentence-transformers'.
 _FOLDER = re.compile(r"(\d+)_\w+/")
+#: Ends of names in old checkpoints, which transformers renames on loading -> those of today.
+_TODAY = {
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+    ".weight_g": ".parametrizations.weight.original0",
+    ".weight_v": ".parametrizations.weight.original1",
+}
 #: Parts of a name that may be its prefix; models have a dozen.
 _MOST_PARTS = 32
 #: Comparisons of names in one search, some seconds.
@@ -63,9 +70,35 @@ def find_names(wanted: Named, have: Named, same: Mapping[str, Hashable] | None =
         same: existing name -> a mark that all names of one tensor share; names without one are of different tensors.
     """
     found = Found({name: name for name in wanted if name in have})
+    ours = _todays(name for name in wanted if name not in found.names)
+    if ours:
+        theirs = _todays(name for name in have if name not in found.names)
+        marks = {now: (same or {}).get(name, name) for now, name in theirs.items()}
+        rest = _find_today(
+            {now: wanted[name] for now, name in ours.items()}, {now: have[name] for now, name in theirs.items()}, marks
+        )
+        found.names |= {ours[now]: theirs[other] for now, other in rest.names.items()}
+        found.unclear = {ours[now]: why for now, why in rest.unclear.items()}
+    return found
+
+
+def _todays(names: Iterable[str]) -> dict[str, str]:
+    """Today's spelling of names -> the names; one that is there in both keeps its own."""
+    found = {name: name for name in names}
+    for old in [name for name in found if name.endswith(tuple(_TODAY))]:
+        end = next(end for end in _TODAY if old.endswith(end))
+        now = old.removesuffix(end) + _TODAY[end]
+        if now not in found:
+            found[now] = found.pop(old)
+    return found
+
+
+def _find_today(wanted: Named, have: Named, same: Mapping[str, Hashable]) -> Found:
+    """As `find_names`, for names as they are spelt today."""
+    found = Found({name: name for name in wanted if name in have})
     missing = [name for name in wanted if name not in found.names]
     if missing:
-        _Search(wanted, have, found, same or {}).group("", missing)
+        _Search(wanted, have, found, same).group("", missing)
         _refuse_repeated(found, missing)
     return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shiradelta.errors import TargetError
-from shiradelta.util.files import sync_directory
+from shiradelta.util.files import sync_directory, temporary_name
 
 #: Whether calls are relative to a descriptor; otherwise names are looked at before they are used.
 BY_DESCRIPTOR = (
@@ -166,7 +165,7 @@ class Directory:
         fail, too.
         """
         before = self.status(name)
-        temporary = f".{name}.{secrets.token_hex(8)}.tmp"
+        temporary = temporary_name(name)
         try:
             with self.making(temporary, None if before is None else stat.S_IMODE(before.st_mode)) as stream:
                 yield stream

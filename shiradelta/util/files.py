@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -46,13 +47,23 @@ def one_line(error: OSError, path: Path, what: str = "cannot be written", ending
     """The system's error as one plain line, as `os_errors` gives it."""
     reason = error.strerror or str(error)
     if error.filename is not None and not _is_temporary(str(error.filename), path):
-        return f"{error.filename}: {reason}; {ending}"
+        return f"{final_name(str(error.filename))}: {reason}; {ending}"
     return f"{path}: {what} ({reason}); {ending}"
 
 
 def _is_temporary(name: str, path: Path) -> bool:
     """Whether a name is that of `path` or of its temporary file."""
     return Path(name).name == path.name or Path(name).name.startswith(f".{path.name}.")
+
+
+def temporary_name(name: str) -> str:
+    """What a file or folder is called until it is complete."""
+    return f".{name}.{secrets.token_hex(8)}.tmp"
+
+
+def final_name(name: str) -> str:
+    """The name that a temporary file will have, with what stands before it; other names stay."""
+    return re.sub(r"(^|[/\\])\.([^/\\]+)\.[0-9a-f]{16}\.tmp$", r"\1\2", name)
 
 
 def check_target(path: Path, start: bytes, kind: str) -> None:
@@ -87,7 +98,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         TargetError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     with os_errors(path):
         try:  # around the opening, too: a signal may come right after it
             with open(temporary, "x+b") as stream:

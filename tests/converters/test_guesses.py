@@ -290,3 +290,40 @@ def test_files_of_one_folder_that_are_several_models_or_adapters(tmp_path: Path,
 def test_files_that_loaders_pass_over_are_said_not_to_be_read(tmp_path: Path, read: str, unread: str):
     report = shiradelta.convert(fill(tmp_path / "folder", read, unread), base=base_in(tmp_path / "base"))
     assert f"{unread} is not read: {read} is" in report.warnings
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({}, False),
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"text_config": {"tie_word_embeddings": False}}, False),
+        ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, False),
+        ({"vision_config": {"tie_word_embeddings": True}}, False),
+        (None, False),
+    ],
+)
+def test_an_output_layer_is_not_taken_for_tied_without_evidence(
+    tmp_path: Path, config: dict[str, object] | None, tied: bool
+):
+    base = write_model(tmp_path / "base", {"model.embed_tokens.weight": torch.zeros(24, 16)})
+    (base / "config.json").unlink()
+    if config is not None:
+        (base / "config.json").write_text(json.dumps(config))
+    lora = write_lora(tmp_path / "lora", {"lm_head": (24, 16)}, {"lora_alpha": 8})
+    if tied:
+        report = shiradelta.convert(lora, base=base)
+        assert [tensor.name for tensor in report.tensors] == ["model.embed_tokens.weight"]
+    else:
+        with pytest.raises(SourceError, match="lm_head: the base has no such tensor"):
+            shiradelta.convert(lora, base=base)
+
+
+def test_experts_that_another_release_saves_transposed(tmp_path: Path):
+    """As the hub's Qwen3-VL-MoE: the remedy is to save the base anew, not to resize it."""
+    base = write_model(tmp_path / "base", {"experts.down_proj": torch.zeros(2, 4, 6), "w": torch.zeros(4, 4)})
+    tuned = write_model(tmp_path / "tuned", {"experts.down_proj": torch.ones(2, 6, 4), "w": torch.ones(4, 4)})
+    with pytest.raises(SourceError, match=r"\[2, 6, 4\], the base's \[2, 4, 6\]; the base has it transposed"):
+        shiradelta.convert(tuned, base=base)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, SourceError, TargetError
+from shiradelta.util.files import one_line
 from tests.conftest import random_tensors, read, write_model
 from tests.killing import check_report, contents, kill_repeatedly, weights
 
@@ -402,3 +403,21 @@ def test_flags_are_keywords(made: Path, tmp_path: Path):
     shiradelta.apply(model, made / "a.shd")
     with pytest.raises(TypeError, match="positional"):
         shiradelta.revert(model, True)
+
+
+def test_no_message_names_the_temporary_copy(model: Path, made: Path, tmp_path: Path):
+    """Neither an error that the delta does not fit, nor a warning."""
+    out = tmp_path / "out"
+    for name, shape in (("nowhere.weight", (4,)), ("model.layers.0.norm.weight", (5,))):
+        shiradelta.save_delta(tmp_path / "d.shd", {name: TensorDelta(shape, [1], [1.0])})
+        with pytest.raises(BaseMismatchError) as refused:
+            shiradelta.apply(model, tmp_path / "d.shd", out=out)
+        assert ".tmp" not in str(refused.value)
+        assert name == "model.layers.0.norm.weight" or f"found in {model}," in str(refused.value)
+    (model / "pytorch_model.bin").write_bytes(b"")
+    assert f"{out / 'pytorch_model.bin'} is left as it is" in shiradelta.apply(model, made / "a.shd", out=out).warnings
+
+
+def test_an_error_of_the_system_names_no_temporary():
+    error = OSError(28, "No space left on device", ".state.json.0123456789abcdef.tmp")
+    assert one_line(error, Path("model")) == "state.json: No space left on device; nothing was changed"

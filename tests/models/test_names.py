@@ -204,3 +204,22 @@ def test_a_search_that_would_take_hours_is_given_up(monkeypatch: pytest.MonkeyPa
     found = find(wanted, have)
     assert not found.names
     assert found.unclear == {name: f"{name!r} may be any of too many tensors" for name in wanted}
+
+
+OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+OLD |= {f"conv.weight_{end}": f"conv.parametrizations.weight.original{i}" for i, end in enumerate("gv")}
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_names_of_old_checkpoints_are_found_under_todays(prefix: str):
+    olds = [f"layers.{i}.{old}" for i in range(2) for old in OLD]
+    todays = [f"{prefix}layers.{i}.{today}" for i in range(2) for today in OLD.values()]
+    assert find(olds, todays) == Found(dict(zip(olds, todays, strict=True)))
+    assert find(todays, olds) == Found(dict(zip(todays, olds, strict=True)))
+    assert find(olds, [*olds, *todays]).names == {name: name for name in olds}
+
+
+def test_a_model_with_both_spellings_keeps_them_apart():
+    both = ["a.LayerNorm.gamma", "a.LayerNorm.weight"]
+    assert find(both, both).names == {name: name for name in both}
+    assert find(["a.LayerNorm.gamma"], ["b.LayerNorm.gamma", "b.LayerNorm.weight"]).names == {}
