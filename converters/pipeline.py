@@ -16,6 +16,7 @@ from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.select.counts import Counts
 from shiradelta.select.shares import check_share
+from shiradelta.util.arguments import ArgumentKind, as_patterns, checked
 from shiradelta.util.files import check_target
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
@@ -25,7 +26,7 @@ from .conversion import Conversion
 from .plot import draw
 from .report import ConversionReport
 from .sources import open_source
-from .whole import as_patterns, check_whole
+from .whole import check_whole
 
 DEFAULT_SPARSITY = 0.01
 _MISSING = "no such file or folder; check the path"
@@ -51,6 +52,13 @@ def _check_named(source: Path) -> None:
         raise SourceError(message or f"{source}: {'is called .shd; rename it' if source.exists() else _MISSING}")
 
 
+def _is_fit(value: object) -> bool:
+    from shiradelta.fit.settings import Fit  # imports torch's part of the package only where a fit is asked for
+
+    return isinstance(value, Fit)
+
+
+@checked(fit=ArgumentKind("a shiradelta.fit.Fit", _is_fit))
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
@@ -63,7 +71,7 @@ def convert(
     scope: str = "tensor",
     kind: str = "auto",
     alpha: float | None = None,
-    skip: str | Sequence[str] = (),
+    skip: str | Sequence[str] | None = (),
     zstd: bool = False,
     metadata: dict[str, str] | None = None,
     backend: str = "auto",

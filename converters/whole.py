@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from shiradelta.errors import ArgumentError, SourceError
+from shiradelta.util.arguments import as_patterns
 from shiradelta.util.text import count
 
 from .item import Skipped, SkipReason, Source
@@ -95,11 +96,6 @@ def check_whole(source: Source, where: object, skip: str | Sequence[str] = ()) -
             " --skip PATTERN (skip=) to leave them out"
         )
     return Losses(patterns, {name: str(source.skipped[name]) for name in energies}, energies)
-
-
-def as_patterns(skip: str | Sequence[str]) -> tuple[str, ...]:
-    """The patterns of a `skip` argument, which may be one."""
-    return (skip,) if isinstance(skip, str) else tuple(skip)
 
 
 def energy_of(skipped: Skipped) -> float | None:

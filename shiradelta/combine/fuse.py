@@ -34,6 +34,7 @@ from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import TensorSpec, difference, spec_of
 from shiradelta.models.library import match_names
+from shiradelta.util.arguments import STRENGTHS, checked
 from shiradelta.util.arrays import RepeatedPositionError, join_sorted
 from shiradelta.util.files import check_target
 from shiradelta.util.progress import Progress
@@ -84,6 +85,7 @@ class _Options:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
+@checked(deltas=STRENGTHS)
 def fuse(
     deltas: Mapping[Source, float],
     out: Source,

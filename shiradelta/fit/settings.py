@@ -9,6 +9,7 @@ from typing import Any
 
 from shiradelta.errors import ArgumentError
 from shiradelta.fit.choices import MASKS, METHODS, RENAMED_MASKS
+from shiradelta.util.arguments import ANY, CALL, NUMBER, PATH, TEXT, WHOLE, ArgumentKind, checked, is_path
 from shiradelta.util.deprecated import renamed_arguments, warn_renamed
 
 
@@ -64,8 +65,8 @@ class Fit:
 
     def __post_init__(self) -> None:
         if self.mask in RENAMED_MASKS:
-            # Behind this method, the dataclass's `__init__` and its wrapper stands the caller.
-            warn_renamed(f"mask {self.mask!r}", repr(RENAMED_MASKS[self.mask]), stacklevel=4)
+            # Behind this method, the dataclass's `__init__` and its two wrappers stands the caller.
+            warn_renamed(f"mask {self.mask!r}", repr(RENAMED_MASKS[self.mask]), stacklevel=5)
             object.__setattr__(self, "mask", RENAMED_MASKS[self.mask])
         method, mask = METHODS.find(self.method), MASKS.find(self.mask)
         if not method.trains and not mask.prunes:
@@ -97,4 +98,11 @@ class Fit:
         return self.log
 
 
-Fit.__init__ = renamed_arguments(rate="relative_lr", say="log")(Fit.__init__)  # type: ignore[method-assign]
+_TEXTS = ArgumentKind(
+    "a JSON Lines file, or a list of texts", lambda value: is_path(value) or hasattr(value, "__getitem__")
+)
+_COUNTS = dict.fromkeys(("steps", "batch", "micro", "tokens", "held_out"), WHOLE)
+_FUNCTIONS = dict.fromkeys(("forward", "loss", "log"), CALL)
+_OTHERS = {"texts": _TEXTS, "mask": TEXT, "relative_lr": NUMBER, "text_share": NUMBER, "device": TEXT, "state": PATH}
+_checked = checked(**_OTHERS, **_COUNTS, **_FUNCTIONS, model=ANY)(Fit.__init__)
+Fit.__init__ = renamed_arguments(rate="relative_lr", say="log")(_checked)  # type: ignore[method-assign]

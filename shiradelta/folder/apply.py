@@ -29,11 +29,12 @@ from shiradelta.folder.verification import existing
 from shiradelta.folder.weights import WeightFiles, check_writable, relative_files
 from shiradelta.format import arithmetic
 from shiradelta.format.delta import TensorDelta
-from shiradelta.io.reader import Delta, open_delta
+from shiradelta.io.reader import DELTA, Delta, open_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, other_weight_files
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import open_signed
+from shiradelta.util.arguments import checked
 from shiradelta.util.directory import Directory
 from shiradelta.util.files import NOTHING_CHANGED, one_line, os_errors
 from shiradelta.util.interrupts import interrupts_held_back
@@ -67,6 +68,7 @@ class ApplyReport:
     warnings: tuple[str, ...] = ()
 
 
+@checked(delta=DELTA)
 def apply(
     model_dir: Path_,
     delta: Delta | Path_,

@@ -12,6 +12,7 @@ from shiradelta.folder.journal import locked
 from shiradelta.folder.state import Applied, FolderState, check_names
 from shiradelta.folder.verification import existing
 from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.util.arguments import checked
 from shiradelta.util.files import os_errors
 
 
@@ -28,6 +29,7 @@ class CommitReport:
     files: int
 
 
+@checked()
 def commit(model_dir: str | os.PathLike[str], *, forget: bool = False, lock: bool = True) -> CommitReport:
     """Makes the present weights of a model's folder its base: the deltas on it cannot be taken out any more.
 

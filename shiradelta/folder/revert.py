@@ -13,6 +13,7 @@ from shiradelta.folder.state import Applied, FolderState
 from shiradelta.folder.verification import existing
 from shiradelta.folder.weights import check_writable, relative_files
 from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.util.arguments import checked
 from shiradelta.util.files import one_line, os_errors
 from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
@@ -33,6 +34,7 @@ class RevertReport:
     left: int
 
 
+@checked()
 def revert(
     model_dir: str | os.PathLike[str], *, force: bool = False, lock: bool = True, progress: Progress | None = None
 ) -> RevertReport:

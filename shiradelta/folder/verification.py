@@ -14,12 +14,13 @@ from shiradelta.folder.comparison import Past, first_difference, unlike_base, un
 from shiradelta.folder.digests import digests_of
 from shiradelta.folder.journal import Journal, reading
 from shiradelta.folder.state import Applied
-from shiradelta.io.reader import Delta, StoredTensor, open_delta
+from shiradelta.io.reader import DELTA, Delta, StoredTensor, open_delta
 from shiradelta.io.recognise import Wanted, explain, is_patched
 from shiradelta.models.candidates import refuse_several_folders
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import difference
 from shiradelta.models.library import match_names
+from shiradelta.util.arguments import checked
 from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.files import os_errors
 from shiradelta.util.text import count
@@ -48,6 +49,7 @@ class VerifyReport:
         return False
 
 
+@checked(delta=DELTA)
 def verify(
     model_dir: str | os.PathLike[str], delta: Delta | str | os.PathLike[str] | None = None, *, full: bool = False
 ) -> VerifyReport:

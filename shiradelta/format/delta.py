@@ -13,6 +13,7 @@ from shiradelta.errors import ArgumentError, DeltaError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Float32, Positions, to_float32
 from shiradelta.format.operations import OPERATIONS, Operation
+from shiradelta.util.arguments import ARRAY, SHAPE, TEXT, WHOLE, ArgumentKind, checked
 from shiradelta.util.arrays import ranges
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+POSITIONS = ArgumentKind("an array of whole numbers, or None", lambda value: value is None or ARRAY.holds(value))
+
+
 class TensorDelta:
     """A sparse change of one tensor; immutable.
 
@@ -57,6 +61,9 @@ class TensorDelta:
         DeltaError: the arguments break these rules.
     """
 
+    @checked(
+        shape=SHAPE, positions=POSITIONS, values=ARRAY, dtype=TEXT, op=TEXT, base_bits=ARRAY, base_fingerprint=WHOLE
+    )
     def __init__(
         self,
         shape: tuple[int, ...],

@@ -152,3 +152,13 @@ def targets_below(states: Iterable[Sequence[Layer]]) -> frozenset[Target]:
 def only_strengths_differ(before: Sequence[Layer], after: Sequence[Layer]) -> bool:
     """Whether both have the same deltas in the same rooms."""
     return len(before) == len(after) and all(a.room is b.room for a, b in zip(before, after, strict=True))
+
+
+def increment_versions(helds: Iterable[Held]) -> None:
+    """Tells autograd that the adapters' tensors have changed."""
+    counted = [held.counted for held in helds if held.counted]
+    if counted:
+        from torch.autograd.graph import increment_version
+
+        for tensors in counted:
+            increment_version(tensors)

@@ -25,7 +25,7 @@ _NAMED = 8
 
 
 def match(
-    delta: Delta, targets: Mapping[str, Target], names: Names | None, label: str, skip: str | Sequence[str]
+    delta: Delta, targets: Mapping[str, Target], names: Names | None, label: str, skip: Sequence[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Finds a delta's tensors in a model.
 
@@ -84,7 +84,7 @@ def match(
     return matched, tuple(name for name in delta if name not in matched)
 
 
-def _find(wanted: Named, targets: Mapping[str, Target], own: Mapping[str, str], skip: str | Sequence[str]) -> Found:
+def _find(wanted: Named, targets: Mapping[str, Target], own: Mapping[str, str], skip: Sequence[str]) -> Found:
     """Finds names among all that the model's tensors have, in memory or in the checkpoint.
 
     Args:
@@ -95,27 +95,26 @@ def _find(wanted: Named, targets: Mapping[str, Target], own: Mapping[str, str], 
     """
     have = {name: target.known_shape for name, target in targets.items()}
     same = {name: id(target) for name, target in targets.items()}
-    patterns = (skip,) if isinstance(skip, str) else skip
 
     def search(some: Named) -> tuple[Found, list[str]]:
         found = find_names(some, have, same)
         return found, [name for name in some if name not in found.names]
 
-    return search_the_rest(wanted, search, lambda name: any(fnmatchcase(own[name], pattern) for pattern in patterns))
+    return search_the_rest(wanted, search, lambda name: any(fnmatchcase(own[name], pattern) for pattern in skip))
 
 
 def _mapped(names: Names | None, name: str) -> str | None:
     return names(name) if callable(names) else (names or {}).get(name, name)
 
 
-def _allowed(label: str, refused: Sequence[str], skip: str | Sequence[str]) -> set[str]:
+def _allowed(label: str, refused: Sequence[str], skip: Sequence[str]) -> set[str]:
     """The refused names that a pattern matches.
 
     Raises:
         ArgumentError: a pattern matches none.
     """
     allowed: set[str] = set()
-    for pattern in (skip,) if isinstance(skip, str) else skip:
+    for pattern in skip:
         matching = {name for name in refused if fnmatchcase(name, pattern)}
         if not matching and pattern != _ANY:
             raise ArgumentError(

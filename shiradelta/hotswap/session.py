@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +18,7 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.base_check import check_base, checkable
 from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.devices import Devices, Layers, Streams, new_layers
-from shiradelta.hotswap.layers import Held, different_tensors, targets_below
+from shiradelta.hotswap.layers import different_tensors, increment_versions, targets_below
 from shiradelta.hotswap.loaded import Loaded, targets_of
 from shiradelta.hotswap.matching import Names, check_overlaps, check_target, match
 from shiradelta.hotswap.outside import FORKED, NO_COPIES, RELOAD, Watch, survive_forks
@@ -31,6 +31,7 @@ from shiradelta.io.recognise import explain_refusal
 from shiradelta.models.compatibility import check_strength, check_tied
 from shiradelta.models.live import Target, live_tensors
 from shiradelta.signing.keys import Keys
+from shiradelta.util.arguments import ANY, BOOL, NAMES, OPEN, SWITCHED, as_patterns, checked
 from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.interrupts import uninterrupted
 
@@ -64,6 +65,7 @@ class HotSwap:
         DeltaError: the backend is unknown.
     """
 
+    @checked(model=ANY, names=NAMES, allow_shared=BOOL)
     def __init__(
         self, model: Any, names: Names | None = None, backend: str = "auto", *, allow_shared: bool = False
     ) -> None:
@@ -132,6 +134,7 @@ class HotSwap:
 
     # ---------------------------------------------------------------------------------------- loading
 
+    @checked(source=OPEN, strict=BOOL)
     def load(
         self,
         name: str,
@@ -139,7 +142,7 @@ class HotSwap:
         *,
         check: bool = True,
         allow_dtype: bool = False,
-        skip: str | Sequence[str] = (),
+        skip: str | Sequence[str] | None = (),
         key: Keys | None = None,
         strict: bool | None = None,
     ) -> LoadReport:
@@ -169,7 +172,7 @@ class HotSwap:
         self._free_name(name)
         label, data = read_whole(source, self._devices.buffer, key)
         try:
-            adapter = self._prepare(name, label, data, allow_dtype, skip)
+            adapter = self._prepare(name, label, data, allow_dtype, as_patterns(skip))
         except FormatError as error:
             error.file = error.file or label
             if isinstance(source, (str, os.PathLike)):
@@ -194,6 +197,7 @@ class HotSwap:
         executor.shutdown(wait=False)
         return future
 
+    @checked()
     def unload(self, name: str) -> None:
         """Removes an adapter from memory.
 
@@ -212,7 +216,7 @@ class HotSwap:
         if name in self._adapters:
             raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
-    def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: str | Sequence[str]) -> Loaded:
+    def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: Sequence[str]) -> Loaded:
         """The part of loading that does not read the weights."""
         choice = self._choice if self._choice in FILE_BACKENDS else AUTO
         delta = open_delta(data, choice)
@@ -250,6 +254,7 @@ class HotSwap:
 
     # -------------------------------------------------------------------------------------- switching
 
+    @checked(adapters=SWITCHED, stream=ANY)
     def switch(
         self, adapters: str | Mapping[str, float] | None, strength: float | None = None, stream: Any = None
     ) -> SwitchReport:
@@ -282,6 +287,7 @@ class HotSwap:
         """Puts the base back, bit for bit."""
         return self.switch(None, stream=stream)
 
+    @checked()
     def rebase(self, *, check: bool = True) -> RebaseReport:
         """Takes the weights as they are now as the base, whoever wrote them.  Afterwards nothing is active.
 
@@ -386,7 +392,7 @@ class HotSwap:
                     backend.replace(before.get(backend, []), after.get(backend, []))
                 for held in touched:  # while the device works
                     held.check_model()
-                _increment_versions(touched)
+                increment_versions(touched)
             except BaseException:
                 self._roll_back(before, after)
                 raise
@@ -419,13 +425,3 @@ class HotSwap:
 
     def _saved_bytes(self) -> int:
         return sum(layer.held.room for layers in self._layers.values() for layer in layers)
-
-
-def _increment_versions(helds: Iterable[Held]) -> None:
-    """Tells autograd that the adapters' tensors have changed."""
-    counted = [held.counted for held in helds if held.counted]
-    if counted:
-        from torch.autograd.graph import increment_version
-
-        for tensors in counted:
-            increment_version(tensors)

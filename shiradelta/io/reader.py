@@ -21,6 +21,7 @@ from shiradelta.format.container import Container
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record
+from shiradelta.util.arguments import OPEN, ArgumentKind, checked, is_path
 from shiradelta.util.regular_file import open_regular
 
 Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
@@ -161,6 +162,11 @@ class Delta(Mapping[str, StoredTensor]):
             raise FormatError("digest_mismatch", offset=80, file=self.file)
 
 
+#: An argument that is a delta.
+DELTA = ArgumentKind("a path or an open delta", lambda value: isinstance(value, Delta) or is_path(value))
+
+
+@checked(source=OPEN)
 def open_delta(source: Source, backend: str = "auto") -> Delta:
     """Opens a `.shd` file and checks its header and tables; tensors are decoded when they are read.
 

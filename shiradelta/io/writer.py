@@ -21,6 +21,7 @@ from shiradelta.format.codecs import BITS, INDEX_CODECS, VALUE_OPTIONS, smallest
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record, Section, combination_problem
+from shiradelta.util.arguments import ArgumentKind, checked
 from shiradelta.util.files import replacing
 
 #: Sections are collected in memory up to this size, then on disk beside the output.
@@ -238,6 +239,11 @@ def writing_to(
         writer.finish(output)
 
 
+def _are_deltas(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+@checked(tensors=ArgumentKind("a mapping of names to TensorDelta", _are_deltas))
 def save_delta(
     path: str | os.PathLike[str],
     tensors: Mapping[str, TensorDelta],

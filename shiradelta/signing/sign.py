@@ -11,6 +11,7 @@ from shiradelta.errors import TargetError
 from shiradelta.io.reader import bytes_of, parse_delta
 from shiradelta.signing.form import START, Signature, signature_file
 from shiradelta.signing.keys import Passphrase, private_key
+from shiradelta.util.arguments import ANY, PATH, checked
 from shiradelta.util.files import check_target, replacing
 
 
@@ -33,6 +34,7 @@ class SignReport:
     warnings: tuple[str, ...] = ()
 
 
+@checked(delta=PATH, key=PATH, passphrase=ANY)
 def sign(
     delta: str | os.PathLike[str],
     key: str | os.PathLike[str],

@@ -12,6 +12,7 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.io.reader import Delta, Source, bytes_of, parse_delta
 from shiradelta.signing.form import read_signature, signature_file
 from shiradelta.signing.keys import Keys, public_keys
+from shiradelta.util.arguments import OPEN, checked
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class SignatureReport:
     sha256: str
 
 
+@checked(delta=OPEN)
 def verify_signature(delta: Source, key: Keys, signature: str | os.PathLike[str] | None = None) -> SignatureReport:
     """Checks that a `.shd` file is, byte for byte, what the owner of a key has signed, and that it is whole.
 

@@ -23,11 +23,32 @@ from shiradelta.train.masks import MASKS
 from shiradelta.train.pruning import check_pruning
 from shiradelta.train.targets import ALL_LINEAR, check_weights, find_weights
 from shiradelta.train.tuner import Tuner
+from shiradelta.util.arguments import CALL, NUMBER, PATH, TEXTS, WHOLE, ArgumentKind, checked
 from shiradelta.util.deprecated import renamed_arguments
 from shiradelta.util.progress import Progress
 
+_DELTAS = ArgumentKind("a list of deltas", lambda value: isinstance(value, Sequence) and not isinstance(value, str))
+_MODEL = ArgumentKind("a torch module", lambda value: isinstance(value, nn.Module))
+_SHARE = ArgumentKind(
+    "a share such as 0.01, or a pattern such as '1:64'", lambda v: isinstance(v, str) or NUMBER.holds(v)
+)
+_MASK = ArgumentKind("a mask's name, or a mapping of names to masks", lambda value: isinstance(value, str | Mapping))
+_BATCHES = ArgumentKind("a list of batches", lambda value: isinstance(value, Iterable) and not isinstance(value, str))
+
 
 @renamed_arguments(fall="prune_steps", fall_from="prune_from")
+@checked(
+    model=_MODEL,
+    sparsity=_SHARE,
+    mask=_MASK,
+    targets=TEXTS,
+    calibration=_BATCHES,
+    loss=CALL,
+    avoid=_DELTAS,
+    start=PATH,
+    prune_steps=WHOLE,
+    prune_from=NUMBER,
+)
 def attach(
     model: nn.Module,
     sparsity: float | str = 0.01,

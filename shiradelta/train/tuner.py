@@ -21,6 +21,7 @@ from shiradelta.nonzeros.weight import WeightNonzeros, flat
 from shiradelta.train import saving, tuner_state
 from shiradelta.train.pruning import Pruner
 from shiradelta.train.tuned import SUFFIX, TunedWeight, compact, holders
+from shiradelta.util.arguments import PATH, TEXT, checked
 from shiradelta.util.deprecated import warn_renamed
 
 
@@ -184,6 +185,7 @@ class Tuner:
         self._check_attached()
         return saving.deltas(self._tuned)
 
+    @checked()
     def save(
         self, path: str | os.PathLike[str], values: str = "int4", metadata: Mapping[str, str] | None = None
     ) -> float:
@@ -208,6 +210,7 @@ class Tuner:
         about = {"method": "train", **self._metadata, "sparsity": f"{self.nnz / self.numel:.6g}", **(metadata or {})}
         return saving.save(path, found, values, about)
 
+    @checked(folder=PATH, layout=TEXT, base=TEXT)
     def export(self, folder: str | os.PathLike[str], layout: str = "peft-shira", base: str = "") -> None:
         """Exports the trained nonzeros to another library's layout.
 

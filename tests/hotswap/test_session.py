@@ -293,7 +293,7 @@ def test_applied_goes_back_after_an_interrupt(
     """On its way in, after the weights are written, and on its way out."""
     swap = make(base, one=one)
     before = bits(base["w"])
-    increment_versions = hotswap._increment_versions
+    increment_versions = hotswap.increment_versions
     calls: list[int] = []
 
     def interrupted(helds: Any) -> None:
@@ -302,7 +302,7 @@ def test_applied_goes_back_after_an_interrupt(
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(hotswap, "_increment_versions", interrupted)
+    monkeypatch.setattr(hotswap, "increment_versions", interrupted)
     with pytest.raises(KeyboardInterrupt), swap.applied("one"):
         pass
     assert swap.active == {}
@@ -470,7 +470,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
-    ("where", "what"), [(NumpyBackend, "write"), (Held, "check_model"), (hotswap, "_increment_versions")]
+    ("where", "what"), [(NumpyBackend, "write"), (Held, "check_model"), (hotswap, "increment_versions")]
 )
 def test_an_interrupt_waits_for_a_whole_state(
     monkeypatch: pytest.MonkeyPatch, base: dict[str, torch.Tensor], one: bytes, where: Any, what: str

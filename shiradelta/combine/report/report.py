@@ -13,11 +13,13 @@ from shiradelta.combine.report.data import DeltaReport
 from shiradelta.combine.report.profiles import profile
 from shiradelta.errors import ArgumentError
 from shiradelta.io.reader import open_delta
+from shiradelta.util.arguments import STRENGTHS, checked
 from shiradelta.util.files import check_target
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
 
 
+@checked(deltas=STRENGTHS)
 def report(
     deltas: Mapping[Source, float],
     out: Source | None = None,
