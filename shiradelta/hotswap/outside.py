@@ -12,15 +12,15 @@ import os
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
-from operator import attrgetter, methodcaller
+from itertools import accumulate, chain
+from operator import attrgetter, is_, methodcaller
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
 
 from shiradelta.errors import TargetError
-from shiradelta.models.live import Home, Target, is_array
+from shiradelta.models.live import Target, is_array
 
 #: What to do if nothing is known of the weights.
 RELOAD = "load the model's weights again, then call rebase()"
@@ -37,10 +37,9 @@ NO_COPIES = (
 #: Number of elements of a tensor that are compared.
 _ELEMENTS = 32
 #: Number of tensors with versions whose elements are compared: uncounted writes mostly are of the whole model.
-_TENSORS = 32
+_TENSORS = 16
 #: (device, first byte, byte after the last, tensor).
 _Span = tuple[str, int, int, Target]
-Columns = list[list[Any]]
 _ADDRESS, _VERSION = methodcaller("data_ptr"), attrgetter("_version")
 
 #: Guards what sessions know of each other.
@@ -54,33 +53,31 @@ class _Readings:
     """What was read of tensors, to compare with what is read later.
 
     Args:
-        read: reads all tensors at once, from what `follow` is given for each.  Returns columns of a value a tensor,
-            which are faster to make than rows.
+        read: reads all tensors at once, from what `follow` is given for each.
     """
 
-    def __init__(self, read: Callable[[Sequence[Any]], Columns]) -> None:
+    def __init__(self, read: Callable[[Sequence[Any]], list[Any]]) -> None:
         self._read = read
         self._targets: list[Target] = []
         self._sources: list[Any] = []
-        self._known = read([])
+        self._known: list[Any] = []
 
     def follow(self, sources: Mapping[Target, Any]) -> None:
         """Follows these tensors, and no others.  What is known of those that were followed before stays."""
-        known = dict(zip(self._targets, zip(*self._known, strict=True), strict=True))
+        known = dict(zip(self._targets, self._known, strict=True))
         new = [target for target in sources if target not in known]
-        known |= zip(new, zip(*self._read([sources[target] for target in new]), strict=True), strict=True)
+        known |= zip(new, self._read([sources[target] for target in new]), strict=True)
         self._targets, self._sources = list(sources), list(sources.values())
-        rows = [known[target] for target in sources]
-        self._known = [[row[i] for row in rows] for i in range(len(self._known))]
+        self._known = [known[target] for target in sources]
 
     def are_same(self) -> bool:
         """Whether all tensors still read as they did."""
         return self._read(self._sources) == self._known
 
-    def changed(self) -> list[Target]:
+    def changed(self) -> Iterator[Target]:
         """The tensors that read differently now."""
-        rows = zip(zip(*self._read(self._sources), strict=True), zip(*self._known, strict=True), strict=True)
-        return [target for target, (now, before) in zip(self._targets, rows, strict=True) if now != before]
+        now = self._read(self._sources)
+        return (target for target, a, b in zip(self._targets, now, self._known, strict=True) if a != b)
 
     def record(self) -> None:
         """Takes what is read now as known."""
@@ -91,11 +88,11 @@ class Watch:
     """The tensors that a session's adapters change, as the session last wrote or checked them."""
 
     def __init__(self) -> None:
-        self._kinds = self._counted, self._uncounted, self._samples = (
-            _Readings(_versions),
-            _Readings(_objects),
-            _Readings(_sampled),
-        )
+        self._objects: dict[Target, Any] = {}  # what the model has there, for tensors of torch
+        self._homes: tuple[list[Any], list[str]] = [], []  # where it has them
+        self._expected: list[Any] = []
+        self._addresses: list[int] = []
+        self._versions, self._samples = _Readings(_versions), _Readings(_sampled)
         self._spans: list[_Span] = []  # in the order of the addresses
         self._foreign: set[Target] = set()  # what other sessions have written
         with _registry:
@@ -104,63 +101,83 @@ class Watch:
     def follow(self, targets: Iterable[Target]) -> None:
         """Watches these tensors, and no others.  What is known of those that were watched before stays."""
         every = dict.fromkeys(targets)
-        there = {target: target.home for target in every if not is_array(target.tensor)}
-        counted = {target: home for target, home in there.items() if not target.holder.is_inference()}
+        objects = {target: _object(target) for target in every if not is_array(target.tensor)} | {
+            target: known for target, known in self._objects.items() if target in every
+        }
+        counted = {target: tensor for target, tensor in objects.items() if not tensor.is_inference()}
         on_cpu = [target for target in counted if target.device == "cpu"]
         few = set(on_cpu[:: -(-len(on_cpu) // _TENSORS)] if on_cpu else [])
         sampled = [target for target in every if target in few or (target.device == "cpu" and target not in counted)]
-        self._counted.follow(counted)
-        self._uncounted.follow({target: home for target, home in there.items() if target not in counted})
+        self._versions.follow(counted)
         self._samples.follow({target: _sampler(target) for target in sampled})
+        self._objects, self._expected = objects, list(objects.values())
+        self._homes = [target.home[0] for target in objects], [target.home[1] for target in objects]
+        self._addresses = [target.address for target in objects]
         self._spans = sorted(((*target.memory, target) for target in every), key=lambda span: span[:3])
         self._foreign.intersection_update(every)
 
     def check(self) -> None:
-        """Checks that nothing else has written the tensors, as far as that can be told.
+        """Checks that nothing else has written, moved or replaced the tensors, as far as that can be told.
 
         Raises:
-            TargetError: something has, or a tensor was moved or replaced.
+            TargetError: something has.
         """
-        if not self._foreign and all(readings.are_same() for readings in self._kinds):
-            return
+        if list(map(_ADDRESS, self._expected)) != self._addresses or not self._are_same():
+            raise self._error()
+
+    def _are_same(self) -> bool:
+        """`check` but for the addresses.  This is on the way of every switch; the loops run in C."""
+        return (
+            not self._foreign
+            and all(map(is_, map(dict.get, *self._homes), self._expected))
+            and self._versions.are_same()
+            and self._samples.are_same()
+        )
+
+    def _error(self) -> TargetError:
         changed = self.changed()
         for target in changed:
             if target.address and not target.is_there():
-                raise target.moved_error()
+                return target.moved_error()
         others = f" (and {len(changed) - 1} others)" if len(changed) > 1 else ""
-        raise TargetError(
+        return TargetError(
             f"tensor {changed[0].name!r}{others} was changed from outside since HotSwap last wrote or checked it; call"
             " rebase() to take the weights as they are now as the base, or make a new HotSwap"
         )
 
     def changed(self) -> list[Target]:
         """The tensors that something else has written, moved or replaced, as far as that can be told."""
-        found = {target: None for readings in self._kinds for target in readings.changed()}
-        return [*found, *(target for target in self._foreign if target not in found)]
+        moved = (target for target, known in self._objects.items() if _object(target) is not known)
+        moved_in_place = (target for target in self._objects if not target.is_there())
+        found = (moved, moved_in_place, self._versions.changed(), self._samples.changed(), self._foreign)
+        return list(dict.fromkeys(chain.from_iterable(found)))
 
     def claim(self) -> None:
         """Announces that the session is about to write its tensors, to all sessions that have the same memory.
 
-        Of several that do so at once in threads the first goes on.
+        Of several that do so at once in threads the first goes on.  Addresses are left to the session, which looks at
+        them while a device works.
 
         Raises:
-            TargetError: another session has written, or is writing.
+            TargetError: something else has written or replaced a tensor, or is writing it.
         """
         with _registry:
-            self.check()
+            if not self._are_same():
+                raise self._error()
             for other in list(_watches):
                 if other is not self:
                     other._foreign.update(other._within(self._spans))
 
     def record(self) -> None:
         """Takes the tensors as they are now as what the session has written."""
-        for readings in self._kinds:
-            readings.record()
+        self._versions.record()
+        self._samples.record()
 
     def accept(self) -> None:
-        """As `record`, whoever has written."""
-        self.record()
-        self._foreign.clear()
+        """Takes the tensors as they are now, whoever has written or replaced them."""
+        every = [target for *_, target in self._spans]
+        self.follow([])
+        self.follow(every)
 
     def _within(self, spans: Sequence[_Span]) -> Iterator[Target]:
         """The tensors that have memory in common with one of the spans."""
@@ -172,27 +189,23 @@ class Watch:
                 yield target
 
 
-def _versions(homes: Sequence[Home]) -> Columns:
-    """Identities, addresses and versions of the tensors that the model has there."""
-    tensors: list[Any] = [have.get(name) for have, name in homes]
-    try:
-        return [list(map(id, tensors)), list(map(_ADDRESS, tensors)), list(map(_VERSION, tensors))]
-    except (AttributeError, RuntimeError):  # one was taken away, or replaced by one without a version
-        return [*_objects(homes), [None] * len(tensors)]
+def _object(target: Target) -> Any:
+    """What the model has in the place of a tensor now."""
+    tensors, name = target.home
+    return tensors.get(name)
 
 
-def _objects(homes: Sequence[Home]) -> Columns:
-    """Identities and addresses of the tensors that the model has there."""
-    tensors: list[Any] = [have.get(name) for have, name in homes]
-    return [list(map(id, tensors)), [0 if tensor is None else tensor.data_ptr() for tensor in tensors]]
+def _versions(tensors: Sequence[Any]) -> list[Any]:
+    """How often torch has written the tensors."""
+    return list(map(_VERSION, tensors))
 
 
-def _sampled(samplers: Sequence[Callable[[], object]]) -> Columns:
+def _sampled(samplers: Sequence[Callable[[], object]]) -> list[Any]:
     """The elements that the samplers read."""
     try:
-        return [[read() for read in samplers]]
+        return [read() for read in samplers]
     except RuntimeError:  # the memory of one was given back
-        return [[None] * len(samplers)]
+        return [None] * len(samplers)
 
 
 def _sampler(target: Target) -> Callable[[], object]:

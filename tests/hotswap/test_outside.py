@@ -118,7 +118,7 @@ def test_writes_from_outside_are_refused_until_rebase(how: str, active: bool, ba
             swap.switch("a")
 
 
-@pytest.mark.parametrize("backend", ["auto", "numpy", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_optimizer_step_inside_applied_is_not_mixed_with_the_base(backend: str):
     model = layer()
     swap = HotSwap(model, backend=backend)
@@ -173,7 +173,7 @@ def test_another_parameter_on_the_same_memory_has_versions_of_its_own():
         swap.revert()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["auto", "numpy", "torch"])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_arrays(backend: str, order: str):
     array = np.asarray(bits(layer().weight).view(np.float32).reshape(SHAPE), order=order)
@@ -311,7 +311,7 @@ def one_of(kind: str) -> tuple[Any, Any]:
     return weight, weight.data if kind == "data" else weight
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("kind", ["parameter", "data", "array", "views", "inference"])
 def test_two_sessions_on_one_model(kind: str, backend: str):
     """Deltas so sparse that no sampled element changes."""
