@@ -27,6 +27,8 @@ STANDARD = ("model", "diffusion_pytorch_model", "pytorch_model")
 #: The end of a shard's name.
 _SHARD = re.compile(r"-\d+-of-(?P<count>\d+)\.safetensors$")
 INDEX_SUFFIX = ".safetensors.index.json"
+#: How far the search for other folders goes that a message names: levels, folders a level, names.
+_DEPTH, _WIDTH, _NAMED = 4, 50, 3
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -144,8 +146,20 @@ def weight_files(root: Path) -> list[Path]:
     else:
         files = _weight_files_of(root) or [file for folder in _subfolders(root) for file in _weight_files_of(folder)]
     if not files:
-        raise SourceError(f"{root}: holds no .safetensors weights; give a model's folder, saved as safetensors")
+        deeper = _deeper(root)
+        remedy = f"give the folder that is meant: {deeper}" if deeper else "give a model's folder, saved as safetensors"
+        raise SourceError(f"{root}: holds no .safetensors weights{' itself' if deeper else ''}; {remedy}")
     return files
+
+
+def _deeper(root: Path) -> str:
+    """Some folders with weights far below a folder, such as a run's checkpoints, for a message."""
+    found: list[str] = []
+    level = _subfolders(root)
+    for _ in range(_DEPTH):
+        level = [folder for above in level[:_WIDTH] for folder in _subfolders(above)]
+        found += [str(folder) for folder in level[:_WIDTH] if any(folder.glob("*.safetensors"))]
+    return ", ".join(found[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
 
 
 def _subfolders(root: Path) -> list[Path]:

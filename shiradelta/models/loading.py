@@ -20,6 +20,9 @@ from shiradelta.util.text import brief
 #: How everything is loaded.  Without trust_remote_code the user would be asked, and a "y" would run the folder's code.
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
+#: What to do with a model that the commands cannot load or run.
+_FROM_PYTHON = "the commands do not run it: from Python, Fit(model=, forward=) fits any module, and attach trains it"
+
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the best available one.
@@ -81,13 +84,13 @@ def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
         named = config["architectures"]
         named = brief(str(named[0] if isinstance(named, list) else named), 80)
         raise SourceError(
-            f"{config_folder}: transformers has no class {named}, which config.json names; give model and forward from"
-            " Python"
+            f"{config_folder}: transformers has no class {named}, which config.json names; upgrade transformers, or"
+            f" correct the name; {_FROM_PYTHON}"
         )
     with _loading(config_folder):
         parsed = transformers.AutoConfig.from_pretrained(config_folder, **_LOCAL)
     if getattr(parsed, "is_encoder_decoder", False):
-        raise SourceError(f"{folder}: an encoder-decoder has two inputs; give model and forward from Python")
+        raise SourceError(f"{folder}: an encoder-decoder has two inputs; {_FROM_PYTHON}")
     return loader, parsed
 
 

@@ -480,7 +480,9 @@ def test_bad_models(encoder: tuple[Path, Path], tmp_path: Path):
         fit((copy_of(base, tmp_path / "mute", "tokenizer"), tuned), out)
     with pytest.raises(SourceError, match=r"no config\.json that names its architecture"):
         fit((copy_of(base, tmp_path / "bare", "config"), tuned), out)
-    with pytest.raises(SourceError, match="transformers has no class Nothing"):
+    with pytest.raises(
+        SourceError, match=r"transformers has no class Nothing.*; upgrade transformers.*from Python, Fit"
+    ):
         fit((base, copy_of(tuned, tmp_path / "odd", config={"architectures": ["Nothing"]})), out)
     same = copy_of(base, tmp_path / "same")
     weights = load_file(same / "model.safetensors")

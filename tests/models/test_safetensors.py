@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from shiradelta.errors import SourceError
+from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.safetensors import read_shard
 
 
@@ -96,3 +99,15 @@ def test_the_same_entry_twice_is_refused_although_the_library_takes_it(tmp_path:
     file = write(tmp_path / "x.safetensors", f'{{"a":{text(0, 4)},"a":{text(0, 4)}}}'.encode(), 4)
     with pytest.raises(SourceError, match="'a' is in it twice"):
         read_shard(file)
+
+
+def test_weights_far_below_a_folder_are_named(tmp_path: Path):
+    """The search is bounded, and looks into no hidden folder."""
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / ".cache" / "deep").mkdir(parents=True)
+    for folder in ("run/checkpoint-5", ".cache/deep"):
+        save_file({"w": torch.ones(2)}, tmp_path / folder / "adapter_model.safetensors")
+    with pytest.raises(
+        SourceError, match=r"no \.safetensors weights itself; give the folder that is meant: \S*checkpoint-5$"
+    ):
+        open_checkpoint(tmp_path)
