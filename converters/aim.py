@@ -7,12 +7,11 @@ whole conversion without the writing, so the file keeps the limit by measure, no
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shiradelta.errors import ArgumentError, SourceError
+from shiradelta.errors import SourceError
 from shiradelta.format import registry
 from shiradelta.format.codecs import VALUE_OPTIONS, rice
 from shiradelta.select.counts import Counts
@@ -20,7 +19,6 @@ from shiradelta.select.counts import Counts
 #: The search ends if a trial keeps the limit and is this close to it, or if the sparsity is this certain.
 CLOSE, KNOWN = 0.005, 1.002
 TRIALS = 12
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 #: Upper bounds in bytes: a fitted file's metadata, and the padding of a tensor whose count may change.
 _FIT_METADATA, _PADDING = 1024, 192
 
@@ -31,20 +29,6 @@ class Trial:
 
     size: int
     error: float
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of "2MB" (10^6), "2MiB" (2^20), "900k" or a plain number.
-
-    Raises:
-        ArgumentError: it is not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
-    unit = match and (match[2].upper() if match[2].upper() in _UNITS else match[2].upper() + "B")
-    size = math.inf if match is None or unit not in _UNITS else float(match[1]) * _UNITS[unit]
-    if size == math.inf:
-        raise ArgumentError(f"size {text!r} is unknown; give a number of bytes, or such as 900KB, 2MB or 1.5GiB")
-    return int(size)
 
 
 class Aim(ABC):

@@ -17,9 +17,10 @@ from shiradelta.io.writer import DeltaWriter, weighing
 from shiradelta.select.counts import Counts
 from shiradelta.select.topk import Selection, top_k
 from shiradelta.util.progress import Progress
+from shiradelta.util.text import parse_size
 from shiradelta.util.version import version
 
-from .aim import Aim, ErrorAim, SizeAim, Trial, find_fitted_sparsity, find_sparsity, parse_size
+from .aim import Aim, ErrorAim, SizeAim, Trial, find_fitted_sparsity, find_sparsity
 from .exactness import count_inexact
 from .item import Item, Source
 from .report import ConversionReport, TensorReport

@@ -20,8 +20,8 @@ from shiradelta.util.arguments import ArgumentKind, as_patterns, checked
 from shiradelta.util.files import check_target
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
+from shiradelta.util.text import parse_size
 
-from .aim import parse_size
 from .conversion import Conversion
 from .plot import draw
 from .report import ConversionReport

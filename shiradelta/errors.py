@@ -7,6 +7,7 @@ ShiraDeltaError
  |- SourceError                         something cannot be converted
  |- BaseMismatchError                   a delta was made for another base
  |- TargetError                         a folder or file cannot be written
+ |- LimitError                          a file takes more memory than its reader allows
  |- SignatureError                      a file is not signed by a key that is trusted
  |- DivergedError                       training gave NaN
  `- MissingDependencyError (ImportError)  an optional package is not installed
@@ -135,6 +136,10 @@ class BaseMismatchError(ShiraDeltaError):
 
 class DivergedError(ShiraDeltaError):
     """Fitting or training that gave NaN; the message says at which step, and what to change."""
+
+
+class LimitError(ShiraDeltaError):
+    """A `.shd` file of which a tensor takes more memory, when it is decoded, than the reader's `limit` allows."""
 
 
 class TargetError(ShiraDeltaError):

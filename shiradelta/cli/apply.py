@@ -21,6 +21,7 @@ from shiradelta.util.text import count
 @click.option("--allow-dtype", is_flag=True, help="Allow a base in another dtype; its fingerprints are not checked.")
 @options.trusted
 @options.no_lock
+@options.max_memory
 @options.as_json
 def apply(
     model: str,
@@ -32,6 +33,7 @@ def apply(
     keys: tuple[str, ...],
     signature: str | None,
     no_lock: bool,
+    limit: str | None,
     as_json: bool,
 ) -> None:
     """Patch DELTA into the weights of the folder MODEL.
@@ -52,6 +54,7 @@ def apply(
             signature=signature,
             lock=not no_lock,
             progress=progress,
+            limit=limit,
         )
     if as_json:
         echo_json(dataclasses.asdict(report))

@@ -27,6 +27,7 @@ from shiradelta.util.text import count, percent
 @click.option("--drop", default=0.5, show_default=True, help="Share of nonzeros to drop, for methods that drop some.")
 @click.option("--seed", default=0, show_default=True, help="Random seed, for methods that drop nonzeros.")
 @click.option("--base", metavar="MODEL", help="Folder or file of the base model; puts fingerprints into the result.")
+@options.max_memory
 @options.as_json
 def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
     """Fuse .shd files into one, without a model.

@@ -13,8 +13,9 @@ from shiradelta.cli.output import echo_json, echo_lines
 @click.argument("file", required=False)
 @click.option("--system", is_flag=True, help="Show instead which backend this installation uses, and why.")
 @click.option("--verify", "full", is_flag=True, help="Also decode everything and check the content digest.")
+@options.max_memory
 @options.as_json
-def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
+def info(file: str | None, system: bool, full: bool, limit: str | None, as_json: bool) -> None:
     """Show what is in a .shd file."""
     if system:
         from shiradelta.backends.libshd.library import describe_system
@@ -31,7 +32,7 @@ def info(file: str | None, system: bool, full: bool, as_json: bool) -> None:
     from shiradelta.io.reader import open_delta
     from shiradelta.signing.form import describe_signature
 
-    with open_delta(file) as delta:
+    with open_delta(file, limit=limit) as delta:
         if full:
             delta.verify()
         about = describe(delta)

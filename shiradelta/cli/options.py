@@ -145,6 +145,15 @@ def trusted(function: Function) -> Function:
     return key(signature(function))
 
 
+max_memory = click.option(
+    "--max-memory",
+    "limit",
+    metavar="SIZE",
+    help="Refuse a file of which one tensor takes more memory when it is decoded, such as 500MB.  Without it: 1 GiB, or"
+    " 64 times the file's size if that is more.",
+)
+
+
 def scope(text: str) -> Callable[[Function], Function]:
     """The option that says whether the sparsity is that of each tensor or of the whole model."""
     choice = RegistryChoice("shiradelta.select.shares:SCOPES")

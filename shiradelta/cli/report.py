@@ -16,14 +16,15 @@ from shiradelta.util.text import size
 @click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
 @click.option("-o", "--out", metavar="FILE", help="Write an HTML page that needs no network.")
 @click.option("--png", metavar="FILE", help="Write the heat map, layers by pairs, to this PNG.")
+@options.max_memory
 @options.as_json
-def report(deltas: tuple[str, ...], out: str | None, png: str | None, as_json: bool) -> None:
+def report(deltas: tuple[str, ...], out: str | None, png: str | None, limit: str | None, as_json: bool) -> None:
     """Report what is in .shd files and how much each two of them interfere, before they are fused."""
     from shiradelta.combine.report import report as run
     from shiradelta.combine.report.text import summary
 
     with progress_bar("comparing") as progress:
-        made = run(options.with_strengths(deltas), out=out, png=png, progress=progress)
+        made = run(options.with_strengths(deltas), out=out, png=png, progress=progress, limit=limit)
     if as_json:
         echo_json(made.as_dict())
         return

@@ -20,9 +20,16 @@ from shiradelta.errors import SignatureError
 @click.argument("delta", required=False)
 @click.option("--full", is_flag=True, help="Compare all weights with the digests of the base's files.")
 @options.trusted
+@options.max_memory
 @options.as_json
 def verify(
-    model: str, delta: str | None, full: bool, keys: tuple[str, ...], signature: str | None, as_json: bool
+    model: str,
+    delta: str | None,
+    full: bool,
+    keys: tuple[str, ...],
+    signature: str | None,
+    limit: str | None,
+    as_json: bool,
 ) -> None:
     """Check whether the folder MODEL is exactly its base, exactly patched, or neither (exit code 1).
 
@@ -41,7 +48,7 @@ def verify(
     if not keys:
         if signature is not None:
             raise click.UsageError("--signature proves nothing without a key; add --key FILE.")
-        report = run(model, delta, full=full)
+        report = run(model, delta, full=full, limit=limit)
         _show(model, dataclasses.asdict(report), as_json)
         return
     from shiradelta.signing.verify import open_signed
@@ -49,7 +56,7 @@ def verify(
     if delta is None and (full or Path(model).is_dir()):
         raise click.UsageError("Missing argument 'DELTA': --key is about its signature.")
     try:
-        opened, signed = open_signed(model if delta is None else delta, keys, signature)
+        opened, signed = open_signed(model if delta is None else delta, keys, signature, limit=limit)
     except SignatureError as error:
         if as_json:
             echo_json({"signature": {"holds": False, "detail": str(error)}})

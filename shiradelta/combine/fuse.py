@@ -96,6 +96,7 @@ def fuse(
     seed: int = 0,
     base: Source | None = None,
     progress: Progress | None = None,
+    limit: int | str | None = None,
 ) -> FuseReport:
     """Fuses `.shd` files into one.
 
@@ -109,12 +110,14 @@ def fuse(
         base: the base model, for fingerprints in the result.  Without it a tensor has them only if they follow from
             the inputs: if all list the same positions, or no two list a common one.
         progress: called with (tensor, done, total).
+        limit: the most memory that decoding one tensor may take; see `open_delta`.
 
     Raises:
         BaseMismatchError: the inputs were made against different bases.
         ArgumentError: the method is unknown, or an argument is out of range.
         DeltaError: the inputs cannot be fused.
         FormatError: an input is refused.
+        LimitError: a tensor takes more memory than `limit` allows.
         TargetError: the file cannot be written, or is not a `.shd` file.
     """
     row = METHODS.find(method)
@@ -130,7 +133,7 @@ def fuse(
     checkpoint = None if base is None else open_checkpoint(base)
     options = _Options(method=row, drop=drop, seed=seed, inputs=len(deltas), checkpoint=checkpoint)
     with ExitStack() as stack:
-        opened = [(stack.enter_context(open_delta(path)), strength) for path, strength in deltas.items()]
+        opened = [(stack.enter_context(open_delta(path, limit=limit)), strength) for path, strength in deltas.items()]
         opened.sort(key=lambda pair: pair[0].digest)
         check_distinct([delta for delta, _ in opened])
         shapes = {name: tensor.shape for delta, _ in opened for name, tensor in delta.items()}

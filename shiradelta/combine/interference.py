@@ -156,20 +156,24 @@ def label_all(files: Sequence[str]) -> tuple[str, ...]:
     return tuple(stems if len(set(stems)) == len(stems) else files)
 
 
-def measure(deltas: Mapping[Source, float], progress: Progress | None = None) -> Interference:
+def measure(
+    deltas: Mapping[Source, float], progress: Progress | None = None, *, limit: int | str | None = None
+) -> Interference:
     """Measures how much each pair of `.shd` files overlaps.
 
     Args:
         deltas: file -> strength; strengths scale AWOM, and negative ones reverse signs.
         progress: called with (tensor, done, total).
+        limit: the most memory that decoding one tensor may take; see `open_delta`.
 
     Raises:
         BaseMismatchError: the files were made against different bases.
         DeltaError: a delta is given twice, or a strength is not allowed.
         FormatError: a file is refused.
+        LimitError: a tensor takes more memory than `limit` allows.
     """
     with ExitStack() as stack:
-        opened = [(stack.enter_context(open_delta(path)), strength) for path, strength in deltas.items()]
+        opened = [(stack.enter_context(open_delta(path, limit=limit)), strength) for path, strength in deltas.items()]
         check_distinct([delta for delta, _ in opened])
         names = in_model_order({name for delta, _ in opened for name in delta})
 

@@ -81,6 +81,7 @@ def apply(
     signature: Path_ | None = None,
     lock: bool = True,
     progress: Progress | None = None,
+    limit: int | str | None = None,
 ) -> ApplyReport:
     """Patches a delta into the safetensors files of a model's folder.  On every error the weights stay as they were.
 
@@ -97,12 +98,14 @@ def apply(
         signature: the signature file; None for the name of `delta` with ".sig" behind it.
         lock: False does without the lock against other processes, on a file system that has none.
         progress: called with (what, done, total).
+        limit: for a path, the most memory that decoding one tensor may take; see `open_delta`.
 
     Raises:
         BaseMismatchError: the delta does not fit.
         DeltaError: the delta cannot have this strength.
         TargetError: the folder cannot be written.
         FormatError: the delta is refused.
+        LimitError: a tensor takes more memory than `limit` allows.
         SignatureError: it is not signed by any of the keys.
     """
     if key is not None and isinstance(delta, Delta):
@@ -114,7 +117,9 @@ def apply(
         if isinstance(delta, Delta):
             opened = delta
         else:
-            opened = stack.enter_context(open_delta(delta) if key is None else open_signed(delta, key, signature)[0])
+            opened = stack.enter_context(
+                open_delta(delta, limit=limit) if key is None else open_signed(delta, key, signature, limit=limit)[0]
+            )
         if out is None:
             return _apply_in_place(root, opened, strength, check, allow_dtype, lock, progress)
         with copied(root, Path(out)) as copy:

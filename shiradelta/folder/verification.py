@@ -51,7 +51,11 @@ class VerifyReport:
 
 @checked(delta=DELTA)
 def verify(
-    model_dir: str | os.PathLike[str], delta: Delta | str | os.PathLike[str] | None = None, *, full: bool = False
+    model_dir: str | os.PathLike[str],
+    delta: Delta | str | os.PathLike[str] | None = None,
+    *,
+    full: bool = False,
+    limit: int | str | None = None,
 ) -> VerifyReport:
     """Checks whether a folder is exactly its base, exactly patched, or neither; it changes nothing.
 
@@ -63,16 +67,18 @@ def verify(
         model_dir: the folder.
         delta: a delta to look for.
         full: compare all weights with the digests of the base's files, those that no delta changes, too.
+        limit: for a path, the most memory that decoding one tensor may take; see `open_delta`.
 
     Raises:
         TargetError: there is no such folder, or another process is changing it.
         BaseMismatchError: `delta` has no fingerprints, or nothing in common with the folder.
         FormatError: `delta` is damaged, or carries the digest of another one.
+        LimitError: a tensor takes more memory than `limit` allows.
     """
     root = existing(model_dir)
     with ExitStack() as stack:
         stack.enter_context(os_errors(root, "cannot be read"))
-        opened = None if delta is None else stack.enter_context(_opened(delta))
+        opened = None if delta is None else stack.enter_context(_opened(delta, limit))
         if opened is not None:
             opened.verify()
         journal = stack.enter_context(reading(root))
@@ -163,11 +169,11 @@ def existing(model_dir: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def _opened(delta: Delta | str | os.PathLike[str]) -> Iterator[Delta]:
+def _opened(delta: Delta | str | os.PathLike[str], limit: int | str | None) -> Iterator[Delta]:
     if isinstance(delta, Delta):
         yield delta
     else:
-        with open_delta(delta) as opened:
+        with open_delta(delta, limit=limit) as opened:
             yield opened
 
 

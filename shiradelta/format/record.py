@@ -60,6 +60,16 @@ class Record:
         return self.dtype.size
 
     @property
+    def unpacked_size(self) -> int:
+        """Bytes of the sections that are stored as zstd, when they are decompressed."""
+        return sum(section.decoded for section in (self.index, self.values) if section.zstd)
+
+    @property
+    def decoded_size(self) -> int:
+        """Bytes of positions and values in memory, 8 and the value's for each nonzero, and of what they come from."""
+        return self.nnz * (8 + (4 if self.adds else self.element_size)) + self.unpacked_size
+
+    @property
     def minor(self) -> int:
         """The minor version that defines all that this record uses."""
         if self.nnz == 0:

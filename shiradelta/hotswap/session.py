@@ -144,6 +144,7 @@ class HotSwap:
         allow_dtype: bool = False,
         skip: str | Sequence[str] | None = (),
         key: Keys | None = None,
+        limit: int | str | None = None,
         strict: bool | None = None,
     ) -> LoadReport:
         """Loads an adapter: reads and checks it, and copies it, compressed, to the device.  The weights do not change.
@@ -156,6 +157,7 @@ class HotSwap:
             skip: glob patterns of the file's names.  A tensor that the model does not have, or that cannot be written,
                 is an error unless a pattern matches it; it is left out then, and the report's `unmatched` lists it.
             key: a file of public keys, or several: refuse what is not signed by one of them (see `verify_signature`).
+            limit: the most memory that decoding a tensor, or all that it holds, may take; see `open_delta`.
             strict: deprecated; False is `skip="*"`, and True is the default now.
 
         Raises:
@@ -164,6 +166,7 @@ class HotSwap:
             TargetError: a tensor cannot be written (quantised, on the meta device), was moved or changed from outside.
             FormatError: the file is refused.
             DeltaError: the name is taken.
+            LimitError: a tensor takes more memory than `limit` allows.
             SignatureError: the file is not signed by any of the keys.
         """
         if strict is not None:
@@ -172,7 +175,7 @@ class HotSwap:
         self._free_name(name)
         label, data = read_whole(source, self._devices.buffer, key)
         try:
-            adapter = self._prepare(name, label, data, allow_dtype, as_patterns(skip))
+            adapter = self._prepare(name, label, data, allow_dtype, as_patterns(skip), limit)
         except FormatError as error:
             error.file = error.file or label
             if isinstance(source, (str, os.PathLike)):
@@ -216,10 +219,13 @@ class HotSwap:
         if name in self._adapters:
             raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
-    def _prepare(self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: Sequence[str]) -> Loaded:
+    def _prepare(
+        self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: Sequence[str], limit: int | str | None
+    ) -> Loaded:
         """The part of loading that does not read the weights."""
         choice = self._choice if self._choice in FILE_BACKENDS else AUTO
-        delta = open_delta(data, choice)
+        delta = open_delta(data, choice, limit=limit)
+        delta.check_memory("all of it", sum(tensor.record.unpacked_size for tensor in delta.values()))
         matched, unmatched = match(delta, self._targets, self._names, label, skip)
         fits: dict[Target, tuple[StoredTensor, str]] = {}
         for own, other in matched.items():

@@ -13,14 +13,15 @@ import numpy as np
 
 from shiradelta.backends.choose import choose
 from shiradelta.backends.protocols import Backend, Decoder
-from shiradelta.errors import ArgumentError, FormatError, ShiraDeltaError
-from shiradelta.format import container
-from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.errors import ArgumentError, FormatError, LimitError, ShiraDeltaError
+from shiradelta.format import container, registry
+from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.container import Container
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record
+from shiradelta.util import text
 from shiradelta.util.arguments import OPEN, ArgumentKind, checked, is_path
 from shiradelta.util.regular_file import open_regular
 
@@ -55,28 +56,37 @@ class StoredTensor(TensorDelta):
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder of the file."""
+        """The decoder of the file.  Raises LimitError if decompressed sections alone take more than the limit."""
+        return self._within(self.record.unpacked_size)
+
+    def _within(self, size: int) -> Decoder:
+        """The decoder, once `size` bytes are known to be within the limit.  Raises LimitError."""
+        self._delta.check_memory(f"tensor {self.record.name!r}", size)
         return self._delta.decoder
 
     def positions(self) -> Positions:
-        """int64 [nnz].  Raises FormatError where the section is damaged."""
-        return self._delta.decoder.positions(self.record) if self.nnz else np.zeros(0, np.int64)
+        """int64 [nnz].  Raises FormatError where the section is damaged, LimitError where it takes too much memory."""
+        return self._within(self.record.decoded_size).positions(self.record) if self.nnz else np.zeros(0, np.int64)
 
     def bits(self) -> Array:
-        """Unsigned [nnz].  Raises FormatError where the section is damaged."""
+        """Unsigned [nnz].  Raises FormatError where the section is damaged, LimitError if it takes too much memory."""
         if self.nnz:
-            return self._delta.decoder.bits(self.record)
+            return self._within(self.record.decoded_size).bits(self.record)
         return np.zeros(0, f"<u{self.record.element_size}" if self.operation.stores_elements else "<u4")
 
     def position_windows(self) -> Iterator[Positions]:
-        return self._delta.decoder.position_windows(self.record) if self.nnz else iter(())
+        return self.decoder.position_windows(self.record) if self.nnz else iter(())
 
     def bits_windows(self) -> Iterator[Array]:
-        return self._delta.decoder.bits_windows(self.record) if self.nnz else iter(())
+        return self.decoder.bits_windows(self.record) if self.nnz else iter(())
 
     def check(self) -> None:
         """Decodes all of it without keeping it.  Raises FormatError if it is damaged."""
-        self._delta.decoder.check(self.record)
+        self.decoder.check(self.record)
+
+    def to_dense(self) -> Float32:
+        self._within(self.record.decoded_size + 4 * self.numel)
+        return super().to_dense()
 
     def rows(self, start: int, stop: int) -> tuple[Positions, Array]:
         """(positions, flat in the whole tensor; values) of the rows from start to stop - 1.
@@ -88,14 +98,16 @@ class StoredTensor(TensorDelta):
         if not 0 <= start <= stop <= count:
             raise ArgumentError(f"rows {start} to {stop} of a tensor of {count} rows")
         if self.nnz and start < stop and columns:
-            positions, bits = self._delta.decoder.between(self.record, start * columns, stop * columns)
+            most = min(self.nnz, (stop - start) * columns) * 16 + self.record.unpacked_size
+            decoder = self._within(min(most, self.record.decoded_size))
+            positions, bits = decoder.between(self.record, start * columns, stop * columns)
         else:
             positions, bits = np.zeros(0, np.int64), self.bits()[:0]
         return positions, bits.view(np.float32) if self.operation.adds else bits
 
     def patch(self, weight: Array, dtype: str, strength: float = 1.0) -> None:
         """Applies the delta in place to the bits of a whole tensor, flat and writable; shapes and dtypes must fit."""
-        self._delta.decoder.patch(self.record, weight, dtype, strength)
+        self.decoder.patch(self.record, weight, dtype, strength)
 
 
 class Delta(Mapping[str, StoredTensor]):
@@ -105,15 +117,23 @@ class Delta(Mapping[str, StoredTensor]):
         metadata: dict[str, str].
         digest: the content digest, hexadecimal (FORMAT.md, section 7).
         file: the file's name, or None.
+        limit: the most memory, in bytes or such as "500MB", that decoding one of its tensors may take.
     """
 
     def __init__(
-        self, data: Bytes, container: Container, file: str | None, mapped: mmap.mmap | None, backend: Backend
+        self,
+        data: Bytes,
+        container: Container,
+        file: str | None,
+        mapped: mmap.mmap | None,
+        backend: Backend,
+        limit: int,
     ) -> None:
         self._decoder: Decoder | None = backend.decoder(data, file, container.records)
         self._mapped = mapped
         self._records = {record.name: record for record in container.records}
         self.file = file
+        self.limit = limit
         self.metadata = dict(container.metadata)
         self.digest = container.digest.hex()
         self.version = f"1.{container.minor}"
@@ -150,6 +170,18 @@ class Delta(Mapping[str, StoredTensor]):
             raise ShiraDeltaError(f"{self.file or 'delta'} was closed; open it again to read from it")
         return self._decoder
 
+    def check_memory(self, what: str, size: int) -> None:
+        """Checks that `size` bytes, which `what` takes when it is decoded, are within the limit.
+
+        Raises:
+            LimitError: they are not.
+        """
+        if size > self.limit:
+            raise LimitError(
+                f"{self.file or 'delta'}: {what} takes {text.size(size)} of memory when it is decoded, over the limit"
+                f" of {text.size(self.limit)}; if you trust the file, raise it with limit= or --max-memory"
+            )
+
     @property
     def nnz(self) -> int:
         """Nonzeros of all tensors."""
@@ -166,30 +198,48 @@ class Delta(Mapping[str, StoredTensor]):
 DELTA = ArgumentKind("a path or an open delta", lambda value: isinstance(value, Delta) or is_path(value))
 
 
+def default_limit(file_size: int) -> int:
+    """The limit of a file for which none is given, in bytes: 1 GiB, or 64 times its size if that is more."""
+    return max(1 << 30, registry.MAX_ZSTD_RATIO * file_size)
+
+
 @checked(source=OPEN)
-def open_delta(source: Source, backend: str = "auto") -> Delta:
+def open_delta(source: Source, backend: str = "auto", *, limit: int | str | None = None) -> Delta:
     """Opens a `.shd` file and checks its header and tables; tensors are decoded when they are read.
 
     Args:
         source: a path (mapped into memory), bytes or an array of them, or a binary file (read to its end).
         backend: "libshd", "numpy", or "auto" for the fastest that knows the file's codecs; the bits are the same.
+        limit: the most memory that decoding one tensor may take, in bytes or such as "500MB"; a tensor that takes more
+            raises LimitError before any is allocated.  None for 1 GiB, or 64 times the file's size if that is more.
 
     Raises:
-        ArgumentError: the backend does not know one of the file's codecs.
+        ArgumentError: the backend does not know one of the file's codecs, or the limit is not positive.
         FormatError: the file is refused; its `reason` is a code of spec/REGISTRY.md.
         ShiraDeltaError: there is no such file, or it cannot be read.
     """
     if not isinstance(source, (str, os.PathLike)):
-        return parse_delta(bytes_of(source), None, backend)
+        return parse_delta(bytes_of(source), None, backend, limit=limit)
     data, mapped = _map(Path(source))
-    return parse_delta(data, os.fspath(source), backend, mapped)
+    return parse_delta(data, os.fspath(source), backend, mapped, limit=limit)
 
 
-def parse_delta(data: Bytes, file: str | None, backend: str = "auto", mapped: mmap.mmap | None = None) -> Delta:
+def parse_delta(
+    data: Bytes,
+    file: str | None,
+    backend: str = "auto",
+    mapped: mmap.mmap | None = None,
+    *,
+    limit: int | str | None = None,
+) -> Delta:
     """`open_delta` of bytes that came from `file`."""
+    allowed = default_limit(data.size) if limit is None else text.parse_size(limit)
+    if not allowed:
+        raise ArgumentError("limit 0 allows nothing; give a positive number of bytes, or None for the default")
     try:
         parsed = container.parse(data)
-        return Delta(data, parsed, file, mapped, choose(backend, parsed.index_codecs, parsed.value_codecs))
+        chosen = choose(backend, parsed.index_codecs, parsed.value_codecs)
+        return Delta(data, parsed, file, mapped, chosen, allowed)
     except FormatError as error:
         error.file = file
         if file is not None:

@@ -56,18 +56,23 @@ def verify_signature(delta: Source, key: Keys, signature: str | os.PathLike[str]
 
 
 def open_signed(
-    delta: Source, key: Keys, signature: str | os.PathLike[str] | None = None
+    delta: Source, key: Keys, signature: str | os.PathLike[str] | None = None, *, limit: int | str | None = None
 ) -> tuple[Delta, SignatureReport]:
     """The open file, and the report of `verify_signature`, whose arguments and errors these are.
 
     The file is read into memory once, so that what is used later is what was verified.  Its bytes are the signed ones;
-    whoever has to know that they are a whole delta calls `Delta.verify`.
+    whoever has to know that they are a whole delta calls `Delta.verify`.  `limit` is that of `open_delta`.
     """
-    return check_signed(bytes_of(delta), delta, key, signature)
+    return check_signed(bytes_of(delta), delta, key, signature, limit=limit)
 
 
 def check_signed(
-    data: Bytes, delta: Source, key: Keys, signature: str | os.PathLike[str] | None = None
+    data: Bytes,
+    delta: Source,
+    key: Keys,
+    signature: str | os.PathLike[str] | None = None,
+    *,
+    limit: int | str | None = None,
 ) -> tuple[Delta, SignatureReport]:
     """`open_signed` of a file whose bytes are in memory, where nobody else can change them."""
     file = os.fspath(delta) if isinstance(delta, str | os.PathLike) else None
@@ -88,7 +93,7 @@ def check_signed(
     label = file or "delta"
     if hashlib.sha256(data.data).hexdigest() != found.sha256:
         raise SignatureError(f"{label}: is not the file that {signature} signs; get both again from one place")
-    opened = parse_delta(data, file)
+    opened = parse_delta(data, file, limit=limit)
     if opened.digest != found.digest:
         raise SignatureError(f"{label}: has another content digest than {signature} signs; get both again")
     return opened, SignatureReport(label, os.fspath(signature), found.key, found.digest, found.sha256)

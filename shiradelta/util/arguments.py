@@ -113,6 +113,7 @@ COMMON: dict[str, ArgumentKind] = {
     **dict.fromkeys(("base", "model_dir", "out", "path", "plot", "png", "signature", "source"), PATH),
     **dict.fromkeys(("alpha", "drop", "sparsity", "strength", "target_error"), NUMBER),
     "key": PATHS,
+    "limit": SIZE,
     "metadata": PAIRS,
     "progress": CALL,
     "seed": WHOLE,

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Sequence
+
+from shiradelta.errors import ArgumentError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 def printable(text: str) -> str:
@@ -39,6 +45,20 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "2MB" (10^6), "2MiB" (2^20), "900k" or a plain number.
+
+    Raises:
+        ArgumentError: it is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(text), re.IGNORECASE)
+    unit = match and (match[2].upper() if match[2].upper() in _UNITS else match[2].upper() + "B")
+    size = math.inf if match is None or unit not in _UNITS else float(match[1]) * _UNITS[unit]
+    if size == math.inf:
+        raise ArgumentError(f"size {text!r} is unknown; give a number of bytes, or such as 900KB, 2MB or 1.5GiB")
+    return int(size)
 
 
 def shape(dimensions: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.numpy import save_file
-from shiradelta.converters.aim import most_bytes, parse_size
+from shiradelta.converters.aim import most_bytes
 from shiradelta.converters.conversion import Conversion
 
 import shiradelta
@@ -18,6 +18,7 @@ from shiradelta.converters import convert
 from shiradelta.errors import DeltaError, SourceError
 from shiradelta.io.writer import weighing
 from shiradelta.select.spectrum import Spectrum
+from shiradelta.util.text import parse_size
 from tests.conftest import random_tensors, write_model
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 import shiradelta as sd
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+from shiradelta.cli import main
+from shiradelta.combine.report import report
+from shiradelta.io.reader import default_limit
 
 #: Reads the most memory that the process ever had, in bytes; it starts from what the imports took.
 PEAK = """
@@ -56,12 +59,17 @@ def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+
+
+@needs_proc
 @pytest.mark.parametrize("action", ["verify", "verify, NumPy", "report"])
 def test_what_reads_in_windows_takes_little(bomb: Path, action: str):
     """The positions alone would be 48 MB; NumPy has a few arrays of a window at a time, some MB."""
     assert peak_of(action, bomb, bomb) < 24 << 20
 
 
+@needs_proc
 @pytest.mark.parametrize("action", ["report", "compare", "fuse"])
 def test_a_huge_shape_takes_nothing(tmp_path: Path, action: str):
     files = tmp_path / "a.shd", tmp_path / "b.shd"
@@ -70,3 +78,56 @@ def test_a_huge_shape_takes_nothing(tmp_path: Path, action: str):
         sd.save_delta(file, {"w": delta}, values="f32")
         assert file.stat().st_size == 512
     assert peak_of(action, *files) < 48 << 20
+
+
+def test_what_takes_more_than_the_limit_is_refused_before_it_is_decoded(bomb: Path):
+    with sd.open_delta(bomb, limit=10 << 20) as delta:
+        delta.verify()
+        tensor = delta["w"]
+        for decode in (tensor.positions, tensor.bits, tensor.values, tensor.to_dense, lambda: tensor.rows(0, 1000)):
+            with pytest.raises(sd.LimitError, match=r"tensor 'w' takes .* MB of memory .* over the limit of 10\.49 MB"):
+                decode()
+        assert tensor.rows(0, 10)[0].size == 20 << 10
+    with sd.open_delta(bomb, limit=100 << 10) as delta, pytest.raises(sd.LimitError):
+        delta.verify()
+    with pytest.raises(sd.ArgumentError, match="limit 0"):
+        sd.open_delta(bomb, limit=0)
+
+
+def test_the_limit_is_a_gibibyte_or_the_size_that_zstd_may_unpack_to():
+    assert default_limit(512) == 1 << 30
+    assert default_limit(1 << 30) == 64 << 30
+
+
+def test_every_reader_takes_a_limit(bomb: Path, tmp_path: Path):
+    model = {"w": np.zeros((3 << 10, 2 << 10), np.float32)}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(model, folder / "model.safetensors")
+    other = tmp_path / "b.shd"
+    sd.save_delta(other, {"w": sd.TensorDelta((3 << 10, 2 << 10), [0], [1.0])})
+    for read in (
+        lambda: sd.HotSwap(model).load("a", bomb, limit=100 << 10),
+        lambda: sd.apply(folder, bomb, limit=10 << 20),
+        lambda: sd.verify(folder, bomb, limit=100 << 10),
+        lambda: sd.fuse({bomb: 1.0}, tmp_path / "f.shd", limit=10 << 20),
+        lambda: report({bomb: 1.0, other: 1.0}, limit=10 << 20),
+    ):
+        with pytest.raises(sd.LimitError):
+            read()
+    assert not any(model["w"].reshape(-1))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["b.shd", "model"]
+
+
+@pytest.mark.parametrize("size", ["10MB", "10 mb", "0.01GB", "10000000"])
+def test_commands_take_a_size(bomb: Path, size: str):
+    done = CliRunner().invoke(main, ["fuse", str(bomb), "-o", str(bomb) + ".f", "--max-memory", size])
+    assert done.exit_code == 1
+    assert "over the limit of 10.00 MB" in done.stderr
+
+
+@pytest.mark.parametrize("size", ["much", "5 XB", "-1", "0"])
+def test_sizes_that_are_none_are_refused(bomb: Path, size: str):
+    done = CliRunner().invoke(main, ["info", str(bomb), f"--max-memory={size}"])
+    assert done.exit_code == 1
+    assert "give a" in done.stderr

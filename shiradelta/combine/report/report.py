@@ -25,6 +25,8 @@ def report(
     out: Source | None = None,
     png: Source | None = None,
     progress: Progress | None = None,
+    *,
+    limit: int | str | None = None,
 ) -> DeltaReport:
     """Describes `.shd` files and measures how much each pair overlaps.
 
@@ -33,12 +35,14 @@ def report(
         out: an HTML file to write.
         png: a picture of the heat map to write; needs matplotlib.
         progress: called with (tensor, done, total).
+        limit: the most memory that decoding one tensor may take; see `open_delta`.
 
     Raises:
         BaseMismatchError: the files were made against different bases.
         ArgumentError: no delta is given, or a heat map is asked for one delta.
         DeltaError: a delta is given twice, or a strength is not allowed.
         FormatError: a file is refused.
+        LimitError: a tensor takes more memory than `limit` allows.
         MissingDependencyError: matplotlib is not installed.
         TargetError: a file cannot be written, or a file of another kind has its name.
     """
@@ -50,10 +54,10 @@ def report(
         check_target(Path(out), page.START, "a page of HTML")
     if png is not None:
         check_plot(png)
-    found = measure(deltas, progress)
+    found = measure(deltas, progress, limit=limit)
     with ExitStack() as stack:
         adapters = tuple(
-            profile(stack.enter_context(open_delta(path)), label, strength)
+            profile(stack.enter_context(open_delta(path, limit=limit)), label, strength)
             for (path, strength), label in zip(deltas.items(), found.labels, strict=True)
         )
     made = DeltaReport(adapters, found)
