@@ -1,5 +1,6 @@
 #!/bin/sh
-# Builds the fuzz targets with clang, under the address and undefined behaviour sanitizers, and runs each for so many
+# Builds the fuzz targets with clang, under the address and undefined behaviour sanitizers (and, for the seeds alone, the
+# memory sanitizer), and runs each for so many
 # seconds, all at a time: fuzz/run.sh [SECONDS] [FOLDER].  The folder keeps what is found, and the corpus for the next
 # run.  The seeds are the vectors of the format.  Exit code 1 if anything was found.
 set -eu
@@ -28,6 +29,20 @@ for target in open decode apply; do
     # shellcheck disable=SC2086
     "$clang" $flags "$here/fuzz/$target.c" "$here/fuzz/common.c" "$here/tests/support.c" "$work"/objects/*.o \
         -fsanitize=fuzzer -fno-sanitize-coverage=inline-8bit-counters,pc-table,trace-cmp -lm -o "$work/$target"
+done
+
+# The library's own tests, and the targets on all seeds, under the memory sanitizer: nothing uninitialised is used.
+memory="-std=c11 -O1 -g -ffp-contract=off -fsanitize=memory -fsanitize-memory-track-origins -DSHD_STATIC -I$here/include"
+tests=$(find "$here/tests" -name '*.c' ! -name dump.c)
+# shellcheck disable=SC2086
+"$clang" $memory "$here"/src/*.c $tests -lm -o "$work/memory-tests"
+"$work/memory-tests"
+for target in open decode apply; do
+    # shellcheck disable=SC2086
+    "$clang" $memory "$here/fuzz/$target.c" "$here/fuzz/common.c" "$here/tests/support.c" "$here"/src/*.c \
+        -fsanitize=fuzzer -lm -o "$work/memory-$target"
+    "$work/memory-$target" -runs=0 -max_len=9216 "$here/../spec/vectors/valid" "$here/../spec/vectors/invalid" \
+        >"$work/memory-$target.log" 2>&1 || { cat "$work/memory-$target.log"; exit 1; }
 done
 
 cd "$work"

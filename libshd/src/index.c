@@ -51,6 +51,7 @@ shdi_fault shdi_cursor_open(shdi_cursor *cursor, const shd_delta *delta, uint64_
 
 shdi_fault shdi_cursor_next(shdi_cursor *cursor, shdi_piece *piece) {
     const shdi_index_codec *codec = codec_of(cursor->delta);
+    piece->base = piece->rank = piece->count = 0; /* at the end codecs set the count alone */
     return codec == NULL ? unknown() : codec->next(cursor, piece);
 }
 

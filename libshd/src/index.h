@@ -68,7 +68,7 @@ typedef struct shdi_cursor {
 
 shdi_fault shdi_cursor_open(shdi_cursor *cursor, const shd_delta *delta, uint64_t first_block, uint64_t last_block);
 
-/* The next piece. Its count is 0 at the end and only there. All positions are below numel, all ranks below nnz. */
+/* The next piece. Its count is 0 at the end and only there; then its base and its rank are 0, too. All positions are below numel, all ranks below nnz. */
 shdi_fault shdi_cursor_next(shdi_cursor *cursor, shdi_piece *piece);
 
 /* ---- The codecs ---- */

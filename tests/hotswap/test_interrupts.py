@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shiradelta import HotSwap
+from shiradelta.backends.libshd.library import describe_system
 from shiradelta.hotswap.layers import Held
 from tests.hotswap.interrupts import (
     WAYS,
@@ -21,10 +22,13 @@ from tests.hotswap.interrupts import (
 )
 from tests.swapping import adapter, bits, random_delta
 
+libshd = pytest.param("libshd", marks=pytest.mark.skipif(describe_system()["backend"] != "libshd", reason="not built"))
+CPU_BACKENDS = ["numpy", libshd, "torch"]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("backend", ["numpy", "libshd", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_the_weights_are_what_the_session_says(backend: str, way: str):
     where, interrupt = WAYS[way]
     with interruptible():
@@ -32,7 +36,7 @@ def test_the_weights_are_what_the_session_says(backend: str, way: str):
     assert set(seen) <= {"as before", "as wanted"}
 
 
-@pytest.mark.parametrize("backend", ["numpy", "libshd", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("main", [True, False])
 def test_it_is_raised_when_the_weights_are_as_before(
