@@ -290,6 +290,10 @@ typedef struct shd_delta {
  * section is zstd. */
 SHD_API uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor);
 
+/* The bytes of all positions of a tensor, and of its values or elements. One byte of a file may ask for 6,144 of them:
+ * for a stranger's file, compare this and shd_scratch_size() with a limit before allocating. */
+SHD_API uint64_t shd_decoded_size(const shd_tensor *tensor);
+
 /* Makes tensor `number` ready. `check` is one of enum shd_check. `scratch` belongs to `delta` while it is used. */
 SHD_API int shd_load(const shd_file *file, uint32_t number, int check, void *scratch, uint64_t scratch_size,
                      shd_delta *delta, shd_status *status);

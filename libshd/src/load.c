@@ -18,6 +18,11 @@ uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor) {
            (index > values ? index : values);
 }
 
+uint64_t shd_decoded_size(const shd_tensor *tensor) {
+    uint64_t value = shdi_values_are_elements(tensor->value_codec) ? shd_dtype_size(tensor->dtype) : sizeof(float);
+    return tensor->nnz * (sizeof(int64_t) + value); /* nnz is at most 2^56 */
+}
+
 /* Brings a section to memory. *bytes become its bytes after zstd. */
 static int load_section(const shd_file *file, const shd_section *section, int check, uint8_t *decoded, uint8_t *stored,
                         const uint8_t **bytes) {

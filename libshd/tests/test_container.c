@@ -37,6 +37,10 @@ static void test_open_and_find(void) {
     CHECK_CODE(shd_tensor_at(&file, 1, &tensor, NULL), SHD_OK);
     CHECK(tensor.name_size == 8 && memcmp(tensor.name, "b.weight", 8) == 0);
     CHECK(tensor.numel == 4 && tensor.nnz == 1 && tensor.dtype == SHD_BF16 && tensor.rank == 1);
+    CHECK(shd_decoded_size(&tensor) == 8 + 2);
+    tensor.value_codec = SHD_VALUES_SIGN;
+    tensor.nnz = UINT64_C(1) << 56;
+    CHECK(shd_decoded_size(&tensor) == UINT64_C(12) << 56);
     CHECK_CODE(shd_tensor_at(&file, 3, &tensor, NULL), SHD_INVALID_ARGUMENT);
     CHECK_CODE(shd_verify(&file, NULL, 0, &status), SHD_DIGEST_MISMATCH); /* the digest was left zero */
     give(f.data);
