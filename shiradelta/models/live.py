@@ -140,7 +140,7 @@ def live_tensors(model: Any, *, allow_shared: bool = True) -> dict[str, Target]:
 
     def stored(named: _Named) -> Target:
         target = _target(named, homes, gathered)
-        if target.refusal is None and target.device == "cpu" and target.memory[1] in shared:
+        if target.refusal is None and _is_shared(target, shared):
             target = replace(target, refusal=SHARED)
         key = id(named.tensor) if target.refusal else _identity(target.tensor)
         return same.setdefault((key, target.dtype), target)
@@ -161,6 +161,13 @@ def _computed(model: Any) -> Iterator[tuple[str, Refusal]]:
     elif _is_module(model):
         for name, why in computed_tensors(model):
             yield name.replace(peft.BASE_LAYER, "."), why
+
+
+def _is_shared(target: Target, shared: SharedMemory | tuple[()]) -> bool:
+    """Whether other processes may write a tensor.  Pinned memory looks so, but is this process's alone."""
+    if target.device != "cpu" or target.memory[1] not in shared:
+        return False
+    return is_array(target.tensor) or not target.tensor.is_pinned()
 
 
 def _homes(model: Any) -> dict[int, Home]:

@@ -24,7 +24,7 @@ def layer() -> torch.nn.Linear:
     return layer
 
 
-def session(layer: torch.nn.Linear, backend: str = "auto") -> tuple[sd.HotSwap, list[bytes]]:
+def session(layer: object, backend: str = "auto") -> tuple[sd.HotSwap, list[bytes]]:
     files = [adapter({"weight": random_delta(SHAPE, 40_000, seed)}) for seed in range(2)]
     swap = sd.HotSwap(layer, backend=backend)
     for name, data in zip("ab", files, strict=True):
@@ -132,3 +132,11 @@ def test_a_model_on_two_gpus(backend: str):
             assert np.array_equal(bits(tensor), formula(before[key], "bfloat16", on, key)), turn
     swap.revert()
     assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in model.items())
+
+
+def test_pinned_memory_is_not_shared_though_the_system_lists_it_so():
+    model = {"weight": weights(SHAPE, "bfloat16").cpu().pin_memory()}
+    before = bits(model["weight"])
+    swap, files = session(model)
+    swap.switch("a")
+    assert np.array_equal(bits(model["weight"]), formula(before, "bfloat16", [(files[0], 1)], "weight"))

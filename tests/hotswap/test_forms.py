@@ -203,6 +203,25 @@ def test_the_base_is_compared_in_the_checkpoints_order(make: Callable[[], Any], 
                 weight.copy_(before)
 
 
+def test_a_new_base_is_compared_in_the_checkpoints_order(tmp_path: Path):
+    case = Case(placed(nomic), tmp_path)
+    base = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+    swap = HotSwap(case.model)
+    swap.load("a", case.delta(1))
+    swap.switch("a")
+    patched = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+    flipped = {name: tensor.flip(0) if name.endswith("v_proj.weight") else tensor for name, tensor in base.items()}
+    for other, message in ((patched, "already holds the result"), (flipped, "is not the one that the delta was made")):
+        case.model.load_state_dict(other)
+        with pytest.raises(BaseMismatchError, match=message):
+            swap.rebase()
+    case.model.load_state_dict(base)
+    assert swap.rebase().unchecked == {"a": ()}
+    swap.switch("a")
+    swap.revert()
+    case.check()
+
+
 def test_names_of_the_checkpoint_and_of_memory_meet_in_one_weight(tmp_path: Path):
     case = Case(placed(nomic), tmp_path)
     data = case.delta(1, "f32")

@@ -466,6 +466,13 @@ def test_memory_that_processes_share(kind: str, tmp_path: Path):
             block.unlink()
 
 
+def test_pinned_memory_is_taken(monkeypatch: pytest.MonkeyPatch):
+    """A driver maps it as memory that processes share; test_cuda.py has a real one."""
+    weight = torch.zeros(SHAPE).share_memory_()
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    HotSwap({"weight": weight}).load("a", delta())
+
+
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     page = (Path(__file__).parents[2] / "docs" / "live.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
