@@ -40,6 +40,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 POSITIONS = ArgumentKind("an array of whole numbers, or None", lambda value: value is None or ARRAY.holds(value))
+VALUES = ArgumentKind("an array of numbers; None for op='drop'", lambda value: value is None or ARRAY.holds(value))
 
 
 class TensorDelta:
@@ -50,7 +51,7 @@ class TensorDelta:
         positions: flat row-major int64 indices, strictly increasing, each below the number of elements;
             None for all of them, in order.
         values: one per position.  For `add`: finite, taken as float32.  For `set` and `new`: the new
-            elements, as an array of the dtype's own size (bfloat16 and fp8 as unsigned integers).
+            elements, as an array of the dtype's own size (bfloat16 and fp8 as unsigned integers).  None for `drop`.
         dtype: the base tensor's, by torch's name ("bfloat16").  "unspecified" fits a tensor of any dtype that `add` is
             defined for, and only `add` and `drop` do without a dtype.
         op: "add", "set", "new" (the whole tensor is added to the model) or "drop" (taken away).
@@ -62,13 +63,13 @@ class TensorDelta:
     """
 
     @checked(
-        shape=SHAPE, positions=POSITIONS, values=ARRAY, dtype=TEXT, op=TEXT, base_bits=ARRAY, base_fingerprint=WHOLE
+        shape=SHAPE, positions=POSITIONS, values=VALUES, dtype=TEXT, op=TEXT, base_bits=ARRAY, base_fingerprint=WHOLE
     )
     def __init__(
         self,
         shape: tuple[int, ...],
         positions: npt.ArrayLike | None,
-        values: npt.ArrayLike,
+        values: npt.ArrayLike | None,
         dtype: str = "unspecified",
         op: str = "add",
         base_bits: Array | None = None,
@@ -88,6 +89,8 @@ class TensorDelta:
             raise DeltaError(f"{op} adds a whole tensor: give None for its positions")
         if operation.removes:
             positions, values = [], np.zeros(0, np.float32)
+        elif values is None:
+            raise ArgumentError(f"TensorDelta: values is None; give {VALUES.what}")
         self._positions = None if positions is None else _checked_positions(positions, numel)
         count = numel if self._positions is None else self._positions.size
         self._values = _checked_values(values, count, dtype, operation)
