@@ -86,7 +86,7 @@ def _skip_unlisted(source: Checkpoint, base: Checkpoint, result: Source) -> None
     for folder in unlisted_modules(source.root):
         why = f"{source.root} has no {LIST} that lists {folder.name}; copy the base's {LIST} to it"
         skipped = Skipped(SkipReason.NO_TARGET, why)
-        part = None if explain(folder, Wanted.WEIGHTS) else open_checkpoint(folder)
+        part = None if explain(folder, Wanted.SOURCE) else open_checkpoint(folder, Wanted.SOURCE)
         for key in part or ():
             assert part is not None
             name = f"{folder.name}/{key}"

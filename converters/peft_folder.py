@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shiradelta.errors import SourceError
-from shiradelta.models.peft import CONFIG, WEIGHTS
+from shiradelta.models.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from shiradelta.models.sentence import modules_of, unlisted_modules
 from shiradelta.util.json_files import read_json
 
@@ -16,15 +16,17 @@ def adapter_weights(path: Path) -> Path | None:
     """The weights of PEFT's adapter folder, or None where `path` is not such a folder.
 
     Raises:
-        SourceError: the adapter is of a type that cannot be converted, or is not saved as safetensors; or a
+        SourceError: the adapter is of a type that cannot be converted, or its weights are not there; or a
             sentence-transformers model has other weights beside it.
     """
     weights, config = path / WEIGHTS, path / CONFIG
+    if not weights.exists() and (path / PICKLED_WEIGHTS).exists():
+        weights = path / PICKLED_WEIGHTS
     if config.exists():
         about = read_json(config)
         check_type(about if isinstance(about, dict) else {}, config)
         if not weights.exists():
-            raise SourceError(f"{path}: has no {WEIGHTS}; save the adapter as safetensors first")
+            raise SourceError(f"{path}: has no {WEIGHTS}; get it, or save the adapter again")
         others = [module.path for module in modules_of(path) or () if module.path and module.has_weights]
         others += [folder.name for folder in unlisted_modules(path)]
         if others:

@@ -82,8 +82,8 @@ def convert(
     """Converts a fine-tune to a `.shd` file: keeps its largest changes, or fits a few changes to behave like it.
 
     Args:
-        source: a LoRA (a safetensors file, or PEFT's folder), a fine-tuned model's folder or file, or a file of
-            dense or sparse diffs.
+        source: a LoRA (a file, or PEFT's folder), a fine-tuned model's folder or file, or a file of dense or sparse
+            diffs.  Files are safetensors, or tensors that `torch.save` wrote.
         out: the file to write; by default `source`'s name with `.shd`, beside it.
         sparsity: the share of weights that change, above 0 and up to 1; 0.01 by default.
         target_size: the file's largest size instead, in bytes or such as "2MB": as many weights as fit.  The size of a
@@ -113,6 +113,7 @@ def convert(
             converted and no pattern allows that.
         ArgumentError: an argument is wrong, two exclude each other, or a pattern matches nothing.
         TargetError: the file cannot be written.
+        MissingDependencyError: a file is a pickle, and torch is not installed, or older than 2.10.
     """
     if out is None:
         _check_named(Path(source))
@@ -127,7 +128,9 @@ def convert(
         refuse_several(Path(base))
     progress = progress or (lambda what, done, total: None)
     patterns = as_patterns(skip)
-    opened = open_source(Path(source), kind, None if base is None else open_checkpoint(base), alpha, patterns)
+    opened = open_source(
+        Path(source), kind, None if base is None else open_checkpoint(base, Wanted.BASE), alpha, patterns
+    )
     if not opened.items:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(opened.skipped.items())[:3])
         raise SourceError(

@@ -43,7 +43,7 @@ class SourceFiles:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The source's tensors, from a safetensors file, a model's folder or PEFT's adapter folder.
+        """The source's tensors, from a file, a model's folder or PEFT's adapter folder.
 
         Raises:
             SourceError: there are none, or they cannot be read.

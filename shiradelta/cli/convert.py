@@ -75,7 +75,7 @@ from shiradelta.util.text import count, percent, size, table
 def convert(as_json: bool, texts: str | None, device: str | None, **arguments: Any) -> None:
     """Convert a LoRA, a full fine-tune or a diff to a .shd file.
 
-    SOURCE is a safetensors file or a folder (PEFT adapter, fine-tuned model).
+    SOURCE is a file (safetensors, or torch's .bin, .pt, .ckpt) or a folder (PEFT adapter, fine-tuned model).
     """
     from shiradelta.converters import convert as run
     from shiradelta.fit import METHODS, Fit

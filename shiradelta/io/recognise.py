@@ -19,11 +19,12 @@ from shiradelta.util.registry import Registry
 
 
 class Wanted(Enum):
-    """What a path should have been."""
+    """What a path should have been: BASE and SOURCE are what `convert` reads."""
 
     DELTA = auto()
     FOLDER = auto()
     WEIGHTS = auto()
+    BASE = auto()
     SOURCE = auto()
     TEXTS = auto()
 
@@ -128,14 +129,16 @@ def _is_safetensors(path: Path) -> bool:
     return len(head) == 9 and head[8:] in (b"{", b" ") and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
 
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: Suffixes of pickles.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def _is_pickle(path: Path) -> bool:
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle of PyTorch, or a folder has its weights in such files only."""
     if path.is_file():
-        named = path.suffix in _PICKLES or _starts(path, b"\x80")  # a safetensors file may start so, too
+        named = path.suffix in PICKLES or _starts(path, b"\x80")  # a safetensors file may start so, too
         return (named and not _is_safetensors(path)) or _is_zip_with(path, "/data.pkl")
-    return _has_only(path, *_PICKLES)
+    return _has_only(path, *PICKLES)
 
 
 def _is_json(path: Path) -> bool:
@@ -174,7 +177,9 @@ def _is_quantised(path: Path) -> bool:
 
 _GET = "download it, and give the path of the file or folder"
 _HUB = "if it is a hub's id, download it (hf download {path} --local-dir FOLDER) and give the path of the folder"
-_TENSORS = (Wanted.FOLDER, Wanted.WEIGHTS, Wanted.SOURCE)
+#: Models, and whatever has tensors.
+_MODELS = (Wanted.FOLDER, Wanted.WEIGHTS, Wanted.BASE)
+_TENSORS = (*_MODELS, Wanted.SOURCE)
 _ORDER = "give the model's folder first and the delta after it"
 _CONVERT = "`shiradelta convert {path}` makes a .shd file of it"
 
@@ -191,7 +196,7 @@ for _row in (
         "delta",
         _is_delta,
         "is a .shd file, a delta and no model",
-        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), _ORDER) | {Wanted.SOURCE: "give what it was made from"},
+        dict.fromkeys(_MODELS, _ORDER) | {Wanted.SOURCE: "give what it was made from"},
     ),
     Thing(
         "GGUF",
@@ -208,16 +213,15 @@ for _row in (
     ),
     Thing(
         "pickle",
-        _is_pickle,
+        is_pickle,
         "has its weights in a pickle of PyTorch (.bin, .pt, .ckpt), not in safetensors",
-        dict.fromkeys((*_TENSORS, Wanted.DELTA), "save it as safetensors first"),
+        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS, Wanted.DELTA), "save it as safetensors first"),
     ),
     Thing(
         "adapter",
         _is_adapter,
         "is an adapter (adapter_config.json is with it), not a model",
-        dict.fromkeys((Wanted.FOLDER, Wanted.WEIGHTS), "give the model that it was made for")
-        | {Wanted.DELTA: _CONVERT},
+        dict.fromkeys(_MODELS, "give the model that it was made for") | {Wanted.DELTA: _CONVERT},
     ),
     Thing(
         "quantised model",

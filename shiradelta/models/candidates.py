@@ -15,7 +15,7 @@ from shiradelta.models.sentence import LIST
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _NAMED = 5
 _PIPELINE = "model_index.json"
-#: Pickles of the weights that loaders take from the safetensors file beside them.
+#: Pickles of weights, which loaders take from the safetensors file beside them if there is one.
 _PICKLES = ("adapter_model.bin", "pytorch_lora_weights.bin", "pytorch_model.bin", "diffusion_pytorch_model.bin")
 
 
@@ -91,7 +91,8 @@ def _readings(folder: Path, lora: bool) -> list[str]:
         models += [single] if (folder / single).exists() else []
         models += [index.name] if index.exists() and shards_of(index) != [single] else []
     if not models:
-        models = [name for name in _PICKLES if name.endswith("pytorch_model.bin") and (folder / name).exists()][:1]
+        pickles = [f"{stem}.bin{end}" for stem in STANDARD for end in ("", ".index.json")]
+        models = [name for name in pickles if (folder / name).exists()][:1]
     adapters = [_in_any_format(folder, name) for name in ((LORA_WEIGHTS, WEIGHTS) if lora else (WEIGHTS,))]
     return [*models, *filter(None, adapters)]
 
@@ -102,7 +103,7 @@ def _in_any_format(folder: Path, name: str) -> str | None:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
+    return any(folder.glob("*.safetensors")) or any((folder / name).exists() for name in _PICKLES)
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -112,7 +113,7 @@ def _is_adapter(folder: Path) -> bool:
 def _twins(folders: list[Path]) -> list[str]:
     """The folders whose model has the tensors of another one's: states of one model, and no pipeline's components."""
     seen: dict[frozenset[tuple[str, tuple[int, ...]]], list[str]] = {}
-    for folder in folders:
+    for folder in (folder for folder in folders if any(folder.glob("*.safetensors"))):
         held = frozenset((name, slot.shape) for name, slot in open_checkpoint(folder).items())
         seen.setdefault(held, []).append(folder.name)
     return next((names for names in seen.values() if len(names) > 1), [])

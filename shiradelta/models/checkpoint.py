@@ -1,6 +1,7 @@
 """Checkpoints on disk: safetensors files, sharded models, and folders of models, as one mapping of named tensors.
 
-Elements are seen as bit patterns, unsigned integers of the dtype's size, through a memory map.
+Elements are seen as bit patterns, unsigned integers of the dtype's size, through a memory map.  What `convert` reads
+may be pickles of PyTorch, too.
 """
 
 from __future__ import annotations
@@ -16,24 +17,30 @@ import numpy as np
 
 from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.format.arithmetic import Array
-from shiradelta.io.recognise import Wanted, explain, is_patched
+from shiradelta.io.recognise import PICKLES, Wanted, explain, is_patched, is_pickle
 from shiradelta.models.names import Shape
-from shiradelta.models.safetensors import Slot, read_shard
+from shiradelta.models.safetensors import Shard, Slot, read_shard
 from shiradelta.models.sentence import LIST, SentenceModule, modules_of
 from shiradelta.util.json_files import read_json
 
 #: Weight files of one model, by preference, as transformers and diffusers name them.
 STANDARD = ("model", "diffusion_pytorch_model", "pytorch_model")
 #: The end of a shard's name.
-_SHARD = re.compile(r"-\d+-of-(?P<count>\d+)\.safetensors$")
-INDEX_SUFFIX = ".safetensors.index.json"
+_SHARD = re.compile(r"-\d+-of-(?P<count>\d+)\.(?:safetensors|bin)$")
+#: What ends the name of an index of shards, after the suffix of the shards.
+_INDEX = ".index.json"
+INDEX_SUFFIX = ".safetensors" + _INDEX
+#: What is read from pickles where there are no safetensors.
+_READS_PICKLES = (Wanted.SOURCE, Wanted.BASE)
+#: Pickles that trainers write beside the weights, by their starts.
+_STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 #: How far the search for other folders goes that a message names: levels, folders a level, names.
 _DEPTH, _WIDTH, _NAMED = 4, 50, 3
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class Checkpoint(Mapping[str, Slot]):
-    """Name -> `Slot`, of a safetensors file, a model's folder, or a folder of such folders.
+    """Name -> `Slot`, of a file, a model's folder, or a folder of such folders.
 
     In a pipeline a name is `component/name`, the component being the subfolder.  So it is in sentence-transformers'
     folders: `2_Dense/linear.weight`; the tensors of a module in the folder itself have plain names.
@@ -44,9 +51,9 @@ class Checkpoint(Mapping[str, Slot]):
         folders: what stands before the names of a folder's tensors ("unet/", or "" in a model's folder) -> the folder.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, wanted: Wanted = Wanted.WEIGHTS) -> None:
         self.root = root
-        self.shards = tuple(read_shard(file) for file in weight_files(root))
+        self.shards = tuple(_read(file, wanted) for file in weight_files(root, wanted))
         self.folders: dict[str, Path] = {}
         self._slots: dict[str, Slot] = {}
         for shard in self.shards:
@@ -84,11 +91,21 @@ class Checkpoint(Mapping[str, Slot]):
         return found if isinstance(found, dict) else {}
 
 
+def _read(file: Path, wanted: Wanted) -> Shard:
+    if wanted not in _READS_PICKLES or not is_pickle(file):
+        return read_shard(file)
+    from shiradelta.models.pickles import read_pickle  # takes a while to import
+
+    return read_pickle(file)
+
+
 def bits_of(slot: Slot) -> Array:
     """A stored tensor's elements as a flat, read-only, mapped array of unsigned integers.
 
     Each call makes a map of its own, so that memory is one tensor's and not the model's.
     """
+    if slot.read is not None:
+        return slot.read()
     size = slot.nbytes
     if size == 0:
         return np.zeros(0, slot.dtype.bits)
@@ -116,15 +133,16 @@ def shards_of(index: Path) -> list[str]:
     return names
 
 
-def index_file(folder: Path) -> Path | None:
+def index_file(folder: Path, suffix: str = ".safetensors") -> Path | None:
     """The index of a sharded model in a folder: the plain one, or that of its only variant (`.index.fp16.json`)."""
-    found = sorted(folder.glob("*" + INDEX_SUFFIX)) or sorted(folder.glob(f"*{INDEX_SUFFIX[:-5]}.*.json"))
-    standard = [folder / (stem + INDEX_SUFFIX) for stem in STANDARD]
+    end = suffix + _INDEX
+    found = sorted(folder.glob("*" + end)) or sorted(folder.glob(f"*{end.removesuffix('.json')}.*.json"))
+    standard = [folder / (stem + end) for stem in STANDARD]
     return next((path for path in standard if path in found), found[0] if len(found) == 1 else None)
 
 
-def weight_files(root: Path) -> list[Path]:
-    """The safetensors files that hold a model's weights.
+def weight_files(root: Path, wanted: Wanted = Wanted.WEIGHTS) -> list[Path]:
+    """The files that hold a model's weights: safetensors, or pickles where those may be read.
 
     Raises:
         SourceError: there are none, or it is unclear which.
@@ -137,14 +155,16 @@ def weight_files(root: Path) -> list[Path]:
     index = root / "model_index.json"
     modules = modules_of(root)
     if modules is not None:
-        files = [file for module in modules for file in _files_of_module(root, module)]
+        files = [file for module in modules for file in _files_of_module(root, module, wanted)]
     elif index.exists():
         # Beside the components there may lie one file with all of them, which nothing loads from there.
         about = read_json(index)
         listed = set(about) if isinstance(about, dict) else set()
-        files = [file for folder in _subfolders(root) for file in _files_of_part(root, folder, folder.name in listed)]
+        folders = _subfolders(root)
+        files = [file for folder in folders for file in _files_of_part(root, folder, folder.name in listed, wanted)]
     else:
-        files = _weight_files_of(root) or [file for folder in _subfolders(root) for file in _weight_files_of(folder)]
+        files = _weight_files_of(root, wanted)
+        files = files or [file for folder in _subfolders(root) for file in _weight_files_of(folder)]
     if not files:
         deeper = _deeper(root)
         remedy = f"give the folder that is meant: {deeper}" if deeper else "give a model's folder, saved as safetensors"
@@ -166,41 +186,45 @@ def _subfolders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
-def _files_of_part(root: Path, folder: Path, listed: bool) -> list[Path]:
+def _files_of_part(root: Path, folder: Path, listed: bool, wanted: Wanted) -> list[Path]:
     """The weight files of a folder within a model's.
 
     Raises:
         SourceError: it is listed as a part of the model, and has its weights in another format.
     """
-    if listed and folder != root and not is_patched(root) and (message := explain(folder, Wanted.WEIGHTS)) is not None:
+    if not listed:
+        return _weight_files_of(folder)
+    if folder != root and not is_patched(root) and (message := explain(folder, wanted)) is not None:
         raise SourceError(message)
-    return _weight_files_of(folder)
+    return _weight_files_of(folder, wanted)
 
 
-def _files_of_module(root: Path, module: SentenceModule) -> list[Path]:
+def _files_of_module(root: Path, module: SentenceModule, wanted: Wanted) -> list[Path]:
     """The weight files of a module of sentence-transformers'.
 
     Raises:
         SourceError: it has its weights in another format, or lacks them.
     """
     folder = root / module.path
-    files = _files_of_part(root, folder, listed=True)
+    files = _files_of_part(root, folder, True, wanted)
     if module.has_weights and not files and not is_patched(root):
         others = sorted(path for path in folder.glob("*.*") if path.suffix != ".json")
         raise SourceError(
-            next(filter(None, (explain(path, Wanted.WEIGHTS) for path in others)), None)
+            next(filter(None, (explain(path, wanted) for path in others)), None)
             or f"{folder}: has no .safetensors weights, and {LIST} lists it as {module.kind}; get its files, too"
         )
     return files
 
 
-def _weight_files_of(folder: Path) -> list[Path]:
+def _weight_files_of(folder: Path, wanted: Wanted = Wanted.WEIGHTS) -> list[Path]:
     """The files that transformers and diffusers would load: one file before an index, plain names before variants."""
-    found = sorted(folder.glob("*.safetensors"))
+    found, suffix = sorted(folder.glob("*.safetensors")), ".safetensors"
+    if not found and wanted in _READS_PICKLES and index_file(folder) is None:
+        found, suffix = _pickles_of(folder), ".bin"
     for stem in STANDARD:
-        if folder / f"{stem}.safetensors" in found:
-            return [folder / f"{stem}.safetensors"]
-    index = index_file(folder)
+        if folder / f"{stem}{suffix}" in found:
+            return [folder / f"{stem}{suffix}"]
+    index = index_file(folder, suffix)
     if index is not None:
         return [folder / name for name in shards_of(index)]
     if len(found) > 1:
@@ -213,6 +237,14 @@ def _weight_files_of(folder: Path) -> list[Path]:
                 f"{path}: is one of {int(part['count'])} shards, and no index lists them; get all of them"
             )
     return found
+
+
+def _pickles_of(folder: Path) -> list[Path]:
+    """The pickles that may be a folder's weights; where subfolders have weights, those under their standard names."""
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLES and path.is_file()]
+    if any(folder.glob("*/*.safetensors")):
+        return [path for path in found if path.stem.startswith(STANDARD) and path.suffix == ".bin"]
+    return [path for path in found if not path.stem.startswith(_STATES)]
 
 
 def other_weight_files(checkpoint: Checkpoint) -> list[Path]:
@@ -228,15 +260,16 @@ def open_checkpoint(path: str | os.PathLike[str], wanted: Wanted = Wanted.WEIGHT
 
     Args:
         path: the file or folder.
-        wanted: what it has to be, for messages.
+        wanted: what it has to be; only what `convert` reads may be pickles.
 
     Raises:
         SourceError: there is none, it is damaged, or it is something else.
         ShiraDeltaError: the system refuses to read it.
+        MissingDependencyError: it is a pickle, and torch is lacking or too old to read it.
     """
     if (message := explain(Path(path), wanted)) is not None:
         raise SourceError(message)
     try:
-        return Checkpoint(Path(path))
+        return Checkpoint(Path(path), wanted)
     except OSError as error:
         raise ShiraDeltaError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None

@@ -16,6 +16,8 @@ ORIGINAL_MODULE = ".original_module."
 ADAPTER = ".default"
 #: The files of an adapter's folder.
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+#: The weights as PEFT saved them before 0.9, a pickle.
+PICKLED_WEIGHTS = "adapter_model.bin"
 #: The file of a LoRA as diffusers saves it.
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 #: Suffix of a SHiRA key -> what it holds: float values [nnz], or integer indices [2, nnz] (rows, columns).

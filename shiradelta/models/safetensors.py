@@ -9,8 +9,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from shiradelta.errors import SourceError
 from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array
 from shiradelta.io.recognise import Wanted, explain
 from shiradelta.util.regular_file import open_regular
 from shiradelta.util.text import brief, count
@@ -29,13 +30,14 @@ _LIMIT = 1 << 64
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor is stored: `offset` bytes into `file`."""
+    """Where a tensor is stored: `offset` bytes into `file`, or, in a file of another format, what `read` gives."""
 
     name: str
     file: Path
     offset: int
     shape: tuple[int, ...]
     dtype: registry.DType
+    read: Callable[[], Array] | None = field(default=None, compare=False, repr=False)
 
     @property
     def numel(self) -> int:

@@ -427,13 +427,6 @@ def test_only_a_shd_file_is_replaced(tmp_path: Path, made: Path):
         shiradelta.convert(lora, tmp_path / "empty", base=base)
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
-def test_pickles_are_refused_by_what_to_do(tmp_path: Path, suffix: str):
-    (tmp_path / f"x{suffix}").write_bytes(b"PK\x03\x04")
-    with pytest.raises(SourceError, match="save it as safetensors first"):
-        shiradelta.convert(tmp_path / f"x{suffix}")
-
-
 def test_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lora = write_lora(tmp_path / "lora", MODULES, {"lora_alpha": 4})
     monkeypatch.chdir(lora)

@@ -25,6 +25,7 @@ OPENED: dict[Wanted, Callable[[Path], object]] = {
     Wanted.DELTA: shiradelta.open_delta,
     Wanted.FOLDER: lambda path: open_checkpoint(existing(path)),
     Wanted.WEIGHTS: open_checkpoint,
+    Wanted.BASE: lambda path: open_checkpoint(path, Wanted.BASE),
     Wanted.SOURCE: shiradelta.convert,
     Wanted.TEXTS: lambda path: read_rows(path, [TEXT]),
 }

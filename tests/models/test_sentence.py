@@ -166,7 +166,7 @@ def test_a_router_has_its_modules_in_subfolders(tmp_path: Path):
 
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
+    torch.save({"linear.weight": torch.ones(2)}, folder / "pytorch_model.bin")
 
 
 def pointer(folder: Path) -> None:
@@ -191,11 +191,13 @@ def test_a_module_without_safetensors_is_named(tmp_path: Path, path: str, spoil:
     shiradelta.convert(tuned, tmp_path / "a.shd", sparsity=1, base=base)
     spoil(base / path)
     spoil(tuned / path)
-    for call in (
-        lambda: shiradelta.convert(tuned, tmp_path / "b.shd", base=base),
+    calls: list[Callable[[], object]] = [
         lambda: shiradelta.apply(base, tmp_path / "a.shd"),
         lambda: shiradelta.verify(base, tmp_path / "a.shd"),
-    ):
+    ]
+    if spoil is not pickled:  # which it reads
+        calls.append(lambda: shiradelta.convert(tuned, tmp_path / "b.shd", base=base))
+    for call in calls:
         with pytest.raises(ShiraDeltaError, match=message) as caught:
             call()
         assert f"{base / path}" in str(caught.value) or f"{tuned / path}" in str(caught.value)
@@ -313,6 +315,6 @@ def test_a_module_in_a_pickle_that_no_list_names(tmp_path: Path):
         shutil.rmtree(tuned / folder)
     (tuned / "modules.json").unlink()
     (tuned / "2_Dense").mkdir()
-    torch.save({}, tuned / "2_Dense" / "pytorch_model.bin")
-    with pytest.raises(SourceError, match=r"2_Dense/: \S* has no modules\.json"):
+    torch.save({"w": torch.ones(2)}, tuned / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=r"2_Dense/w: \S* has no modules\.json"):
         shiradelta.convert(tuned, base=base)
