@@ -329,6 +329,7 @@ def stopping(evaluate: Any, step: int) -> Any:
     return stopped
 
 
+@pytest.mark.slow
 def test_a_tensor_that_no_loss_reaches_keeps_its_largest_changes(encoder: tuple[Path, Path], tmp_path: Path):
     """The pooler, which embeddings do not need."""
     plain = shiradelta.convert(encoder[1], tmp_path / "b.shd", 0.05, encoder[0])
@@ -437,6 +438,7 @@ def test_any_module_by_its_own_forward(tmp_path: Path, loss: Any):
     assert all(torch.equal(load_file(tmp_path / "base.safetensors")[n], w) for n, w in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_from_the_command_line(encoder: tuple[Path, Path], jsonl: Path, tmp_path: Path):
     out = tmp_path / "a.shd"
     arguments = ["convert", encoder[1], "--base", encoder[0], "--sparsity", "0.05", "--fit", jsonl, "-o", out]

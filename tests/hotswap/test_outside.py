@@ -23,7 +23,7 @@ import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
 from shiradelta.hotswap.numpy import NumpyBackend
-from tests.swapping import BACKENDS, DEVICE, GPU, adapter, bits, formula, random_delta, weights
+from tests.swapping import BACKENDS_IN_TIME, DEVICE, GPU, adapter, bits, formula, random_delta, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -77,7 +77,7 @@ UNCOUNTED: dict[str, Callable[[torch.nn.Linear], object]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize("active", [False, True], ids=["before a switch", "while active"])
 @pytest.mark.parametrize("how", [*COUNTED, *UNCOUNTED])
 def test_writes_from_outside_are_refused_until_rebase(how: str, active: bool, backend: str):
@@ -118,7 +118,7 @@ def test_writes_from_outside_are_refused_until_rebase(how: str, active: bool, ba
             swap.switch("a")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_an_optimizer_step_inside_applied_is_not_mixed_with_the_base(backend: str):
     model = layer()
     swap = HotSwap(model, backend=backend)

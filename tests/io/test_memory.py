@@ -63,6 +63,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the
 
 
 @needs_proc
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["verify", "verify, NumPy", "report"])
 def test_what_reads_in_windows_takes_little(bomb: Path, action: str):
     """The positions alone would be 48 MB; NumPy has a few arrays of a window at a time, some MB."""
@@ -70,6 +71,7 @@ def test_what_reads_in_windows_takes_little(bomb: Path, action: str):
 
 
 @needs_proc
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["report", "compare", "fuse"])
 def test_a_huge_shape_takes_nothing(tmp_path: Path, action: str):
     files = tmp_path / "a.shd", tmp_path / "b.shd"
