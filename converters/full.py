@@ -14,13 +14,14 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.io.recognise import Wanted, explain
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
-from shiradelta.models.library import match_names
+from shiradelta.models.library import Converted, match_names
 from shiradelta.models.names import Named, search_the_rest
 from shiradelta.models.safetensors import Slot
 from shiradelta.models.sentence import LIST, unlisted_modules
 from shiradelta.select.topk import Rows, row_shape
 from shiradelta.util.text import count
 
+from .full_converted import in_form_of
 from .item import Item, Skipped, SkipReason, Source, whole_tensor
 from .lora_keys import refuse_unmerged
 from .sources import SourceFiles, source
@@ -43,7 +44,10 @@ def open_full(files: SourceFiles) -> Source:
     if base is None:
         raise SourceError(f"{files.path}: a full fine-tune needs the model that it was made from; give --base MODEL")
     _skip_unlisted(source, base, result)
-    found, unclear = _find(source, base, files.may_lack)
+    found, unclear, converted = _find(source, base, files.may_lack)
+    if converted:
+        source, made = in_form_of(base, source, converted, result)
+        found = {key: name for key, name in found.items() if key not in converted} | {name: name for name in made}
     for key, why in unclear.items():
         result.skipped[key] = Skipped(SkipReason.NO_TARGET, f"{why} of {base.root}; rename it in the source")
     if not found:
@@ -52,12 +56,12 @@ def open_full(files: SourceFiles) -> Source:
         return result
     used = set(found.values())
     lacking = [name for name in base if name not in used]
-    missing = [key for key in source if key not in found and key not in unclear]
+    missing = [key for key in source if key not in found and key not in unclear and key not in result.skipped]
     homeless = {key: folder for key in missing if (folder := _folder_of(key)) not in base.folders}
     added = [key for key in missing if key not in homeless]
     _check_added(added, lacking, source, base, result)
     first: dict[str, str] = {}  # the base's name -> the fine-tune's
-    for key in (key for key in source if key not in unclear):
+    for key in (key for key in source if key not in unclear and key not in result.skipped):
         if key in homeless:
             remedy = f"copy the fine-tune's {LIST} to the base first"
             if not (base.root / homeless[key]).is_dir():
@@ -97,17 +101,25 @@ def _skip_unlisted(source: Checkpoint, base: Checkpoint, result: Source) -> None
 
 def _find(
     source: Checkpoint, base: Checkpoint, may_lack: Callable[[str], bool]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """(the fine-tune's name -> the base's, the fine-tune's name -> why it is unclear which is meant)."""
+) -> tuple[dict[str, str], dict[str, str], dict[str, Converted]]:
+    """Finds the fine-tune's tensors.
+
+    Returns:
+        (the fine-tune's name -> the base's, the fine-tune's name -> why it is unclear which is meant, the fine-tune's
+        name -> where the base has the elements in another form).
+    """
     unclear: dict[str, str] = {}
+    converted: dict[str, Converted] = {}
 
     def search(some: Named) -> tuple[dict[str, str], dict[str, str]]:
         matched = match_names(some, base)
         unclear.update(matched.unclear)
+        converted.update(matched.converted)
         return matched.names, matched.unclear
 
     found = search_the_rest(source.shapes, search, may_lack)
-    return found, {key: why for key, why in unclear.items() if key not in found}
+    there = {*found, *converted}
+    return found, {key: why for key, why in unclear.items() if key not in there}, converted
 
 
 def _untied(source: Checkpoint, key: str, base: Checkpoint, name: str, tied: str) -> Skipped:
@@ -133,8 +145,8 @@ def _folder_of(name: str) -> str:
 def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base: Checkpoint, result: Source) -> None:
     """Warns about tensors that are added whole; refuses them where they look like the base's under other names.
 
-    They do where most have the shapes of tensors that the fine-tune lacks, and there are too many for an exchanged
-    head.
+    They do where most have the shapes of tensors that the fine-tune lacks, or all together as many elements, and there
+    are too many for an exchanged head.
     """
     if not added:
         return
@@ -148,6 +160,12 @@ def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base:
         raise SourceError(
             f"{source.root}: {some} than the base's: it has {key!r} and lacks {name!r} of the same shape; rename them"
             " as the base's first"
+        )
+    elements = [sum(model[name].numel for name in some) for model, some in ((source, added), (base, lacking))]
+    if elements[0] == elements[1] and max(len(added), len(lacking)) > _HEAD * len(base):
+        raise SourceError(
+            f"{source.root}: has {added[0]!r} and lacks the base's {lacking[0]!r}: as many elements in other shapes;"
+            " put the config.json of both beside their weights, or save both with the same release of the library"
         )
     named = ", ".join(added[:3]) + (", ..." if len(added) > 3 else "")
     some = count(added, "tensor that the base lacks is", "tensors that the base lacks are")

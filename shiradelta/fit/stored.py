@@ -70,7 +70,9 @@ class LoadedWeights:
         own = find_names({name: shape for name, shape in wanted.items() if name not in searched}, library.shapes)
         for name, shape in wanted.items():
             if name in saved.names:
-                parts = library.saved[saved.names[name]].parts
+                tensor = library.saved[saved.names[name]]
+                turned = tensor.turned
+                parts = turned.parts if turned is not None and turned.shape == shape else tensor.parts
             elif name in own.names:
                 parts = ((own.names[name], whole_view(own.names[name], library.shapes[own.names[name]])),)
             else:

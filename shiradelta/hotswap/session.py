@@ -229,7 +229,8 @@ class HotSwap:
         matched, unmatched = match(delta, self._targets, self._names, label, skip)
         fits: dict[Target, tuple[StoredTensor, str]] = {}
         for own, other in matched.items():
-            target, tensor = self._targets[other], delta[own]
+            tensor = delta[own]
+            target = self._targets[other].in_form(tensor.shape)
             where = f"{label}: tensor {own!r}"
             dtype = check_target(where, tensor, target, allow_dtype)
             first, _ = fits.setdefault(target, (tensor, dtype))
@@ -256,7 +257,11 @@ class HotSwap:
             with self._devices.ordered(reads=True):
                 check_base(adapter.label, adapter.held, adapter.parts, layers)
         names = adapter.report.matched
-        return tuple(name for name, other in names.items() if not check or self._targets[other] not in known)
+        return tuple(
+            name
+            for name, other in names.items()
+            if not check or known.isdisjoint([self._targets[other], *self._targets[other].forms.values()])
+        )
 
     # -------------------------------------------------------------------------------------- switching
 

@@ -29,11 +29,13 @@ _TEXT_PARTS = ("text_config", "decoder", "generator", "text_encoder")
 
 @dataclass(frozen=True)
 class Converted:
-    """A tensor in memory that is stored as one or more others: renamed and stacked, split or transposed.
+    """A tensor that the checkpoint stores in another form: stacked, split or transposed.
+
+    It is a weight in memory, or a tensor as the library saves it, of a checkpoint that was saved otherwise.
 
     Attributes:
-        shape: its shape in memory.
-        views: the checkpoint's tensors that hold its elements.
+        shape: its shape.
+        views: the checkpoint's tensors that have its elements; their `weight` is the tensor itself.
     """
 
     shape: Shape
@@ -46,7 +48,8 @@ class FoundInBase(Found):
 
     Attributes:
         tied: wanted name -> the stored name of the tensor that it is tied to; it is in `names`, too.
-        converted: wanted name -> where its elements are, if they are stored in another form.
+        converted: wanted name -> where its elements are, if they are stored in another form.  A name that is in `names`
+            as well has the dimensions of its stacked matrices in another order.
     """
 
     tied: dict[str, str] = field(default_factory=dict)
@@ -66,11 +69,23 @@ def match_names(wanted: Named, checkpoint: Checkpoint) -> FoundInBase:
         if name not in found.names and (tied := _tied_by_name(checkpoint, name, wanted[name])) is not None:
             found.names[name] = found.tied[name] = tied
             found.unclear.pop(name, None)
+    turned = {name: (there, shape) for name, there in found.names.items() if (shape := wanted[name]) is not None}
+    turned = {
+        name: (there, shape) for name, (there, shape) in turned.items() if _is_turned(shape, checkpoint[there].shape)
+    }
     for prefix, folder in checkpoint.folders.items():
+        here = {name: one for name, one in turned.items() if one[0].startswith(prefix)}
+        if here and (library := library_of(folder)) is not None:
+            found.converted |= _Loaded(library, checkpoint, prefix).turned(here)
         missing = {name: wanted[name] for name in wanted if name not in found.names and name.startswith(prefix)}
         if missing and (library := library_of(folder)) is not None:
             _Loaded(library, checkpoint, prefix).find(missing, found)
     return found
+
+
+def _is_turned(shape: Shape, stored: Shape) -> bool:
+    """Whether stacked matrices have their dimensions in another order than the checkpoint's."""
+    return len(shape) > 2 and shape != stored and sorted(shape) == sorted(stored)
 
 
 def shared_tensors(checkpoint: Checkpoint) -> dict[str, list[str]]:
@@ -197,10 +212,30 @@ class _Loaded:
             full = self._prefix + name
             if name in memory:
                 self._add(full, memory[name], found)
-            elif name in saved and (renamed := self._library.saved[saved[name]].renamed) in self._in_memory:
-                found.names[full] = self._prefix + self._in_memory[renamed]
+            elif name in saved:
+                self._add_saved(full, self._library.saved[saved[name]], found)
             if full in found.names or full in found.converted:
                 found.unclear.pop(full, None)
+
+    def turned(self, wanted: Mapping[str, tuple[str, Shape]]) -> dict[str, Converted]:
+        """Finds tensors that the folder has with two dimensions exchanged, where the library reads both forms.
+
+        Args:
+            wanted: wanted name -> (the folder's name, the wanted shape).
+        """
+        saved = {self._prefix + there: self._library.saved[name] for name, there in self._saved.items()}
+        result = {}
+        for name, (there, shape) in wanted.items():
+            tensor = saved.get(there)
+            turned = None if tensor is None else tensor.turned
+            if tensor is None or turned is None or not turned.parts:
+                continue
+            view, stored = turned.parts[0][1], self._there[there[len(self._prefix) :]]
+            if (shape, stored) == (tensor.shape, turned.shape):
+                result[name] = Converted(shape, (replace(view, name=there),))
+            elif (shape, stored) == (turned.shape, tensor.shape):
+                result[name] = Converted(shape, (view.reversed(there, stored),))
+        return result
 
     def shared(self) -> dict[str, list[str]]:
         """As `shared_tensors`; a name that is stored as well has a tensor of its own."""
@@ -214,6 +249,19 @@ class _Loaded:
             if first in found.names and others:
                 shared[found.names[first]] = others
         return shared
+
+    def _add_saved(self, wanted: str, tensor: SavedTensor, found: FoundInBase) -> None:
+        """Adds where the folder has a tensor of the library's checkpoint, if it was saved as it is in memory."""
+        parts = [(self._in_memory.get(weight), view) for weight, view in tensor.parts or ()]
+        if tensor.renamed is not None and parts[0][0] is not None:
+            found.names[wanted] = self._prefix + parts[0][0]
+        elif parts and all(there is not None for there, _ in parts):
+            views = [
+                view.reversed(self._prefix + there, self._library.shapes[weight])
+                for (there, view), (weight, _) in zip(parts, tensor.parts or (), strict=True)
+                if there is not None
+            ]
+            found.converted[wanted] = Converted(tensor.shape, tuple(views))
 
     def _add(self, wanted: str, name: str, found: FoundInBase) -> None:
         """Adds where a tensor in memory is stored."""

@@ -54,6 +54,7 @@ class Target:
             module, a mapping that holds it alone.
         view: how the tensor was taken from the holder; views of one kind share no element.
         parts: the weights that have its elements, and which, where no piece of memory is the tensor; empty otherwise.
+        forms: shape -> the same tensor as the checkpoint may have it too, with dimensions exchanged.
         device: "cpu", "cuda:0" and so on; "meta" for a tensor in parts.
         address: the holder's, when the model was read; 0 if it cannot change.
     """
@@ -66,6 +67,7 @@ class Target:
     home: Home = ({}, "")
     view: str = ""
     parts: tuple[tuple[Target, View], ...] = ()
+    forms: dict[Shape, Target] = field(default_factory=dict)
     device: str = field(init=False)
     address: int = field(init=False)
 
@@ -95,6 +97,10 @@ class Target:
         start = tensor.ctypes.data if is_array(tensor) else tensor.data_ptr()
         low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
         return self.device, start + low, start + high + itemsize
+
+    def in_form(self, shape: Shape) -> Target:
+        """The tensor as the checkpoint has it that a delta of this shape was made for."""
+        return self.forms.get(shape, self)
 
     def is_there(self) -> bool:
         """Whether the model still has the tensor at its address."""
@@ -148,6 +154,9 @@ def live_tensors(model: Any, *, allow_shared: bool = True) -> dict[str, Target]:
     for named in _named(model):
         target = _in_parts(named, stored) if named.tensor is _NOTHING else stored(named)
         found.setdefault(named.name, target)
+        if named.turned is not None:
+            other = _in_parts(named.turned, stored)
+            found[named.name].forms.setdefault(other.shape, other)
     for name, refusal in _computed(model):
         found.setdefault(name, Target(name, _NOTHING, "?", refusal))
     return found
@@ -206,6 +215,7 @@ class _Named:
         holder: the module's own tensor that it is a view of; None for itself.
         view: how it was taken from the holder.
         parts: the weights that have its elements, where no piece of memory is the tensor; empty if that is not known.
+        turned: the same tensor as the checkpoint may have it too, with dimensions exchanged.
     """
 
     name: str
@@ -213,11 +223,13 @@ class _Named:
     holder: Any = None
     view: str = ""
     parts: tuple[tuple[_Named, View], ...] = ()
+    turned: _Named | None = None
 
     def inside(self, component: str) -> _Named:
         """The same with names as in a mapping of components."""
         parts = tuple((weight.inside(component), view) for weight, view in self.parts)
-        return replace(self, name=f"{component}/{self.name}", parts=parts)
+        turned = None if self.turned is None else self.turned.inside(component)
+        return replace(self, name=f"{component}/{self.name}", parts=parts, turned=turned)
 
 
 def _named(model: Any) -> Iterator[_Named]:
@@ -250,8 +262,11 @@ def _in_checkpoint(saved: Sequence[SavedTensor], own: Mapping[str, Any]) -> Iter
         parts = tuple((_Named(weight, own[weight]), view) for weight, view in tensor.parts or ())
         whole = None if tensor.renamed is None else own[tensor.renamed]
         if whole is not None and tuple(whole.shape) == tensor.shape:
-            if whole is not own.get(tensor.name):
-                yield _Named(tensor.name, whole)
+            other = tensor.turned
+            turned = [(_Named(weight, own[weight]), view) for weight, view in (other and other.parts) or ()]
+            if turned or whole is not own.get(tensor.name):
+                as_turned = _Named(tensor.name, _NOTHING, parts=tuple(turned)) if turned else None
+                yield _Named(tensor.name, whole, turned=as_turned)
         elif parts and cut.isdisjoint(weight.name for weight, _ in parts):
             ((weight, view),) = parts
             box, holder = view.weight, weight.tensor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,13 @@ class SavedTensor:
         name: its name in the checkpoint.
         shape: its shape there.
         parts: (name of a weight in memory, the elements that it has); None if the library computes elements anew.
+        turns: two dimensions that the library exchanges on loading where they are stored the other way round.
     """
 
     name: str
     shape: Shape
     parts: tuple[tuple[str, View], ...] | None
+    turns: tuple[int, int] | None = None
 
     @property
     def renamed(self) -> str | None:
@@ -38,6 +41,15 @@ class SavedTensor:
             return None
         name, view = self.parts[0]
         return name if view.is_same else None
+
+    @property
+    def turned(self) -> SavedTensor | None:
+        """The tensor as the library reads it too, with two dimensions exchanged; None if it does not."""
+        if self.renamed is None or self.turns is None or not self.parts:
+            return None
+        ((weight, view),) = self.parts
+        other = view.turned(self.turns)
+        return None if other.shape == self.shape else SavedTensor(self.name, other.shape, ((weight, other),))
 
 
 def saved_tensors(model: Any) -> Iterator[SavedTensor]:
@@ -65,6 +77,7 @@ def saved_tensors(model: Any) -> Iterator[SavedTensor]:
         with _recording(copies):  # layers that PEFT wraps are converted under their own names
             bare = {name.replace(BASE_LAYER, "."): tensor.detach() for name, tensor in own.items()}
             saved = revert_weight_conversion(root, bare)
+        turns = _turns(root)
         weights: dict[int, list[tuple[str, Any]]] = {}
         for name, tensor in own.items():
             weights.setdefault(_storage(tensor), []).append((name, tensor))
@@ -74,7 +87,30 @@ def saved_tensors(model: Any) -> Iterator[SavedTensor]:
         for name, tensor in sorted(saved.items(), key=lambda item: id(item[1]) in left_out):
             parts = _parts(name, tensor, weights, copies)
             named = None if parts is None else tuple((prefix + weight, view) for weight, view in parts)
-            yield SavedTensor(prefix + name, tuple(tensor.shape), named)
+            yield SavedTensor(prefix + name, tuple(tensor.shape), named, turns(name))
+
+
+def _turns(root: Any) -> Callable[[str], tuple[int, int] | None]:
+    """Name in the checkpoint -> two dimensions that the library exchanges on loading if the shape asks for it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Transpose
+
+    mapping = getattr(root, "_weight_conversions", None) or get_model_conversion_mapping(root, add_legacy=False)
+    found = []
+    for conversion in mapping:
+        operations: list[Any] = getattr(conversion, "operations", [])
+        if (
+            len(operations) == 1
+            and isinstance(operations[0], Transpose)
+            and getattr(operations[0], "check_dims", False)
+        ):
+            # A copy, because a conversion remembers that it was used.
+            found.append((deepcopy(conversion), (operations[0].dim0, operations[0].dim1)))
+
+    def turns(name: str) -> tuple[int, int] | None:
+        return next((dims for one, dims in found if one.rename_source_key(name)[1] is not None), None)
+
+    return turns
 
 
 #: Pairs of tensors of one shape: elements of a source, and the same elements in a tensor that was made of it.

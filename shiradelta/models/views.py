@@ -99,6 +99,25 @@ class View:
         """Whether the weight is the tensor as it is, element by element; it may be renamed."""
         return self.numel == self.weight.numel and self.weight == self.stored == contiguous(self.shape)
 
+    def reversed(self, name: str, shape: Shape) -> View:
+        """The same elements, with the tensor in the weight's place and the weight in the tensor's.
+
+        Args:
+            name: what the weight is called in the checkpoint.
+            shape: its shape.
+        """
+        return View(name, shape, self.stored, self.weight, math.prod(self.shape))
+
+    def turned(self, dims: tuple[int, int]) -> View:
+        """The view of a weight that is stored with two dimensions exchanged, given that of one that is stored as is."""
+        one, other = dims
+        shape, strides = list(self.shape), list(range(len(self.shape)))
+        shape[one], shape[other] = shape[other], shape[one]
+        strides[one], strides[other] = other, one
+        box = contiguous(tuple(shape))
+        stored = Box(self.shape, tuple(box.strides[dim] for dim in strides))
+        return View(self.name, box.shape, self.weight, stored, self.numel)
+
     def from_weight(self, positions: Positions) -> tuple[Positions, Positions]:
         """Finds the positions of a weight that belong to the view.
 

@@ -226,10 +226,12 @@ class _Run:
             own = str(weight.dtype).removeprefix("torch.")
             for view in tuner.views[name]:
                 slot = self.checkpoint[found[view.name]] if view.name in found else None
-                if slot is None or slot.dtype.name != own:
-                    where = (
-                        "not in the folder" if slot is None else f"stored as {slot.dtype.name}, but trained as {own}"
-                    )
+                if slot is None or slot.dtype.name != own or slot.shape != view.shape:
+                    where = "not in the folder"
+                    if slot is not None and slot.dtype.name != own:
+                        where = f"stored as {slot.dtype.name}, but trained as {own}"
+                    elif slot is not None:
+                        where = f"stored as {list(slot.shape)}, and saved as {list(view.shape)}"
                     raise SourceError(f"{self.checkpoint.root}: {view.name!r} is {where}; leave it out of --targets")
 
     def _loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
