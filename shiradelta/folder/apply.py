@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shiradelta.backends.choose import choose
 from shiradelta.errors import ArgumentError, TargetError
 from shiradelta.folder import restructure
 from shiradelta.folder.comparison import without
@@ -23,7 +24,6 @@ from shiradelta.folder.digests import digest_of, digests_meanwhile, model_files
 from shiradelta.folder.journal import FOLDER, Journal, locked, originals_name, undo_name
 from shiradelta.folder.plan import FolderPlan, make_plan
 from shiradelta.folder.recovery import give_up, recover
-from shiradelta.folder.stacking import StackFit
 from shiradelta.folder.state import Applied, FolderState, check_names
 from shiradelta.folder.verification import existing
 from shiradelta.folder.weights import WeightFiles, check_writable, relative_files
@@ -32,6 +32,8 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.io.reader import DELTA, Delta, open_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, other_weight_files
+from shiradelta.models.compatibility import Remedies
+from shiradelta.models.stacking import StackFit, StackWords
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import open_signed
 from shiradelta.util.arguments import checked
@@ -41,6 +43,12 @@ from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
 
 Path_ = str | os.PathLike[str]
+_WORDS = StackWords(
+    "the deltas on the folder",
+    Remedies("it has been applied before", "--no-check to apply it to this one"),
+    "revert those that do not belong under it",
+    "leave --strength at 1",
+)
 
 
 @dataclass(frozen=True)
@@ -286,7 +294,7 @@ def _write_undo(
     changed = 0
     with ExitStack() as stack:
         undos = [stack.enter_context(journal.open_undo(applied)) for applied in reversed(journal.state.applied)]
-        fit = StackFit(delta.file or "delta", entry.strength, len(undos) > 0)
+        fit, fingerprint = StackFit(delta.file or "delta", _WORDS, bool(undos), entry.strength), choose().fingerprint
         for number, edit in enumerate(plan.edits):
             if progress:
                 progress("checking", number, len(plan.edits))
@@ -296,7 +304,8 @@ def _write_undo(
                 base = old
                 for undo in undos:
                     base = without(base, positions, undo.get(edit.name))
-                fit.check(edit.name, edit.tensor, positions, base, old)
+                present = fingerprint(positions, old)
+                fit.check(edit.name, edit.tensor, fingerprint(positions, base) if undos else present, present)
             new = arithmetic.result(
                 edit.tensor.operation.adds, edit.tensor.bits(), old, edit.slot.dtype.name, entry.strength
             )

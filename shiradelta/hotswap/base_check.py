@@ -9,10 +9,19 @@ from shiradelta.format.record import Record
 from shiradelta.hotswap.layers import Held, Layer, stacks_of
 from shiradelta.hotswap.protocol import Fit, LiveBackend
 from shiradelta.hotswap.transcode import Change, base_fingerprint
-from shiradelta.models.compatibility import Remedies, check_fingerprint
+from shiradelta.models.compatibility import Remedies
 from shiradelta.models.live import Target
+from shiradelta.models.stacking import StackFit, StackWords
 
-_REMEDIES = Remedies("give the base, without the delta in it", "check=False to use it with this one")
+_WORDS = StackWords(
+    "the active adapters",
+    Remedies(
+        "give the base, without the delta in it",
+        "load it while the adapters that it was made for are active, or check=False to use it with this one",
+    ),
+    "switch to the adapters that belong under it",
+    "leave the strength at 1",
+)
 
 
 def checkable(held: Mapping[LiveBackend, Held], parts: Sequence[Fit]) -> set[Target]:
@@ -28,7 +37,7 @@ def check_base(
     held: Mapping[LiveBackend, Held],
     parts: Sequence[Fit],
     layers: Mapping[LiveBackend, Sequence[Layer]],
-) -> None:
+) -> bool:
     """Compares fingerprints with those in the file.
 
     Args:
@@ -37,38 +46,52 @@ def check_base(
         parts: its deltas of tensors that are in parts; `held` has them for each weight.
         layers: what is on the weights now.
 
+    Returns:
+        Whether the file is a successor of the layers: it fits the present weights, and not the base.
+
     Raises:
-        BaseMismatchError: a fingerprint differs.
+        BaseMismatchError: a tensor fits neither, or not all fit the same of the two.
     """
+    fit = StackFit(label, _WORDS, any(layers.values()))
     for backend, one in held.items():
         mine = [(i, patch.record) for i, patch in enumerate(one.patches) if _is_checkable(patch.record, patch.dtype)]
         if mine:
-            found = backend.fingerprints(one, layers.get(backend, []))
+            below = layers.get(backend, [])
+            base = backend.fingerprints(one, below)
+            present = backend.fingerprints(one, []) if below else base
             for number, record in mine:
-                _compare(label, record, found[number])
+                fit.check(record.name, record, base[number], present[number])
     patches = {
         (patch.target, patch.record.operation.name): (backend, patch)
         for backend, one in held.items()
         for patch in one.patches
     }
     stacks = {backend: stacks_of(layers.get(backend, [])) for backend in held}
-    base: dict[Change, tuple[Positions, Array]] = {}
+    elements: dict[Change, tuple[Positions, Array, Array]] = {}
     for tensor, target, dtype in parts:
         if not _is_checkable(tensor.record, dtype):
             continue
-        before, base = base, {}  # what the last tensor needed may be needed again, the rest is not
+        before, elements = elements, {}  # what the last tensor needed may be needed again, the rest is not
         for weight, _ in target.parts:
             change = weight, tensor.op
+            if change in before:
+                elements[change] = before[change]
+                continue
             backend, patch = patches[change]
-            base[change] = before[change] if change in before else backend.base(patch, stacks[backend].get(weight, []))
-        _compare(label, tensor.record, base_fingerprint(tensor, target, base))
+            stack = stacks[backend].get(weight, [])
+            positions, base_bits = backend.base(patch, stack)
+            elements[change] = positions, base_bits, backend.base(patch, [])[1] if stack else base_bits
+        of_base = {change: (positions, bits) for change, (positions, bits, _) in elements.items()}
+        of_present = {change: (positions, bits) for change, (positions, _, bits) in elements.items()}
+        fit.check(
+            tensor.record.name,
+            tensor.record,
+            base_fingerprint(tensor, target, of_base),
+            base_fingerprint(tensor, target, of_present),
+        )
+    return fit.is_successor
 
 
 def _is_checkable(record: Record, dtype: str) -> bool:
     """Whether a file has a fingerprint for elements of this dtype."""
     return record.base_fingerprint is not None and record.dtype.name == dtype
-
-
-def _compare(label: str, record: Record, found: int) -> None:
-    fingerprints = found, record.base_fingerprint, record.result_fingerprint
-    check_fingerprint(f"{label}: tensor {record.name!r}", *fingerprints, _REMEDIES)

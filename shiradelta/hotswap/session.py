@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
-from shiradelta.errors import ArgumentError, FormatError, TargetError
+from shiradelta.errors import ArgumentError, BaseMismatchError, FormatError, TargetError
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.base_check import check_base, checkable
 from shiradelta.hotswap.choose import new_backend
@@ -255,7 +255,12 @@ class HotSwap:
         known = checkable(adapter.held, adapter.parts)
         if check and known:
             with self._devices.ordered(reads=True):
-                check_base(adapter.label, adapter.held, adapter.parts, layers)
+                successor = check_base(adapter.label, adapter.held, adapter.parts, layers)
+            if successor:
+                raise BaseMismatchError(
+                    f"{adapter.label} was made for what the active adapters give, not for the base; call"
+                    " rebase(check=False), which makes that the base, and load it then"
+                )
         names = adapter.report.matched
         return tuple(
             name
