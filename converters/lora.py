@@ -1,4 +1,4 @@
-"""LoRA and variants (AdaLoRA, LoHa, LoKr), from PEFT's folders and single files: delta = scale * B A or similar."""
+"""LoRA and its kin (AdaLoRA, LoHa, LoKr, DoRA), from PEFT's folders and files: delta = scale * B A or similar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shiradelta.models.library import Converted, shared_tensors
 from shiradelta.select.topk import Rows, row_shape
 from shiradelta.util.text import count
 
-from . import diff, lycoris
+from . import diff, dora, lycoris
 from .base_names import BaseTensors, find_tensors
 from .item import Item, Skipped, SkipReason, Source, not_addable
 from .lora_converted import Change, add_converted
@@ -45,12 +45,12 @@ HALF = Skipped(
 
 def _recognises(files: SourceFiles) -> bool:
     refuse_unmerged(files.checkpoint)
-    return any(parse_key(key) or has_adapter_name(key) for key in files.checkpoint)
+    return any(parse_key(key) or has_adapter_name(key) or dora.parse_key(key) for key in files.checkpoint)
 
 
 @source(
     "lora",
-    "A LoRA or its kin (AdaLoRA, LoHa, LoKr): PEFT's folder, or a file of PEFT, kohya or diffusers.",
+    "A LoRA or its kin (AdaLoRA, LoHa, LoKr, DoRA): PEFT's folder, or a file of PEFT, kohya or diffusers.",
     _recognises,
     options=["alpha"],
     order=10,
@@ -65,6 +65,7 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     others = {key: name for key, name in others.items() if key not in training}
     for module, parts in modules.items():
         check_parts(scale.config(module), parts.keys, next(iter(parts.keys.values())), scale.where)
+        scale.check_magnitudes(module, parts.magnitudes is not None)
     modules = find_parameters(modules, scale, source, base)
     alphas = {module: _alpha(source, key) for module, key in alpha_keys.items()}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -93,7 +94,7 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
         )
     differences = {key: parsed[0] for key in others if (parsed := diff.parse_key(key)) and parsed[1] == "dense"}
     others |= differences
-    called = {tensor: [module, *modules[module].keys.values()] for module, tensor in tensors.items()}
+    called = {tensor: [module, *modules[module].all_keys] for module, tensor in tensors.items()}
     for key, name in others.items():
         called.setdefault(name, []).append(key)
     there = _tensors(source, tensors, shapes, others, base, lambda name: files.may_lack(name, *called[name]))
@@ -122,10 +123,12 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     result.items += tied.items
     result.warnings += tied.warnings
     if base is not None:
+        rescaled = [module for module in changed if module in converted and modules[module].magnitudes is not None]
+        result.skipped |= dict.fromkeys(rescaled, dora.CONVERTED)
         changes = {
             module: _change(source, modules[module], shapes[module], factors[module], module in swapped)
             for module in changed
-            if module in converted
+            if module in converted and module not in rescaled
         }
         add_converted(changes, converted, base, result)
     if base is None or result.items:  # without any match the base is another model
@@ -135,9 +138,9 @@ def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     result.skipped |= dict.fromkeys(training, Skipped(SkipReason.EMPTY, "PEFT uses it in training only"))
     for module in modules.keys() & result.skipped.keys():
         lost = result.skipped[module].called(
-            *modules[module].keys.values(), tensors.get(module, f"{module}.weight"), matched.get(module)
+            *modules[module].all_keys, tensors.get(module, f"{module}.weight"), matched.get(module)
         )
-        if module in shapes:
+        if module in shapes and modules[module].magnitudes is None:
             change = _change(source, modules[module], shapes[module], factors[module], False)
             lost = lost.of_change(change.rows, change.shape)
         result.skipped[module] = lost
@@ -214,6 +217,8 @@ def _rank(source: Checkpoint, module: str, parts: Module, scale: Scale) -> int |
 def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] | Skipped:
     """The shape of the product of the factors, or the reason to skip it."""
     others = lycoris.is_lycoris(parts.keys)
+    if parts.magnitudes is not None and "E" in parts.keys:
+        return Skipped(SkipReason.UNSUPPORTED, "has AdaLoRA's singular values and a DoRA's magnitudes")
     if not others and set(parts.keys) - {"E"} != {"A", "B"}:
         return Skipped(SkipReason.PARTS, f"only {' '.join(parts.keys)} of A and B is there")
     for key in parts.keys.values():
@@ -222,6 +227,8 @@ def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] 
                 f"{source.root}: {key!r} is {source[key].dtype.name}; LoRA factors are {', '.join(ADD_DTYPES)}"
             )
     if parts.stack is not None:
+        if parts.magnitudes is not None:
+            return Skipped(SkipReason.UNSUPPORTED, "is a DoRA of a parameter by its name, which PEFT does not make")
         return parts.stack.shape
     if others:
         if of_peft and "lokr_w2" in parts.keys and len(source[parts.keys["lokr_w2"]].shape) == 3:
@@ -274,7 +281,7 @@ def _item(
     change = _change(source, parts, shape, factor, swap)
     shape, dense = change.shape, change.rows
     if base is None:
-        return Item(name, shape, "unspecified", dense)
+        return Item(name, shape, "unspecified", dense) if parts.magnitudes is None else dora.NEEDS_BASE
     if others and _is_flat(shape, base[name].shape):
         shape = base[name].shape
         dense = partial(_lycoris, source, parts, factor, swap, shape)
@@ -283,7 +290,9 @@ def _item(
         why = f"it changes a tensor of shape {list(shape)}, the base's {name!r} has {list(slot.shape)}"
         return Skipped(SkipReason.PARTS, why)
     item = Item(name, shape, slot.dtype.name, dense, base_bits=partial(base.bits, name))
-    return not_addable(name, slot) or item
+    if (refused := not_addable(name, slot)) is not None or parts.magnitudes is None:
+        return refused or item
+    return dora.changed(item, source, parts.magnitudes, swap)
 
 
 @lycoris.no_remarks

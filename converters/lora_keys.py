@@ -2,7 +2,8 @@
 
 Keys read: `MODULE.lora_A.weight` and `lora_B` (PEFT, diffusers), `lora_embedding_A` / `_B` (PEFT), `lora_down` /
 `lora_up` and `lora.down` / `lora.up` with `MODULE.alpha` (kohya, older diffusers), `lora_linear_layer.up` and
-`processor.to_q_lora.up` (diffusers before PEFT); AdaLoRA's `lora_E`; `hada_w1_a` and `lokr_w1` and their like.
+`processor.to_q_lora.up` (diffusers before PEFT); AdaLoRA's `lora_E`; `hada_w1_a` and `lokr_w1` and
+their like; the magnitudes of a DoRA beside any of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.peft import ADAPTER, BASE_LAYER, PREFIX, unwrap
 
+from . import dora
+
 _ADAPTER = rf"(?:{re.escape(ADAPTER)})?"
 _KEY = re.compile(
     r"^(?P<module>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<ab>[ABE])|lora(?:_linear_layer)?[._](?P<updown>up|down))"
@@ -24,12 +27,10 @@ _LYCORIS = re.compile(rf"^(?P<module>.+?)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](?
 _PROCESSOR = re.compile(r"^(?P<layer>.+)\.processor\.(?P<projection>to_\w+)_lora(?P<rest>\.(?:up|down)(?:\.weight)?)$")
 #: A factor of an adapter that has a name.
 _NAMED = re.compile(
-    r"\.(?:lora_(?:embedding_)?[ABE]|hada_\w+|lokr_\w+)\.(?P<adapter>(?!(?:weight|bias)$)[^.]+)(?:\.weight)?$"
+    r"\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?P<adapter>(?!(?:weight|bias)$)[^.]+)(?:\.weight)?$"
 )
 #: Parts of other methods that would be silently dropped if only A and B were read.
 _UNSUPPORTED = {
-    "lora_magnitude_vector": "DoRA's magnitudes need the base's norms; merge it first",
-    "dora_scale": "DoRA's magnitudes need the base's norms; merge it first",
     "lora_diag": "a KaSA, which cuts what is small out of the base; merge it first",
     "lora_mid": "a Tucker-decomposed LoRA; merge it first",
     "hada_t": "a Tucker-decomposed LoHa; merge it first",
@@ -72,6 +73,12 @@ class Module:
     keys: dict[str, str] = field(default_factory=dict)  # "A", "B", AdaLoRA's "E", or LyCORIS' name of a part -> key
     embedding: bool = False
     stack: Stack | None = None
+    magnitudes: str | None = None  # the key of a DoRA's
+
+    @property
+    def all_keys(self) -> list[str]:
+        """The keys of all parts."""
+        return [*self.keys.values(), *filter(None, [self.magnitudes])]
 
 
 def parse_key(key: str) -> tuple[str, str, bool] | None:
@@ -114,6 +121,7 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
     modules: dict[str, Module] = {}
     alphas: dict[str, str] = {}
     others: dict[str, str] = {}
+    magnitudes: dict[str, str] = {}
     for key in source:
         parsed = parse_key(key)
         if parsed is not None:
@@ -122,6 +130,10 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
             if side in parts.keys:
                 raise SourceError(f"{source.root}: {parts.keys[side]!r} and {key!r} are the same factor; remove one")
             parts.keys[side], parts.embedding = key, embedding
+        elif (module_of := dora.parse_key(key)) is not None:
+            if module_of in magnitudes:
+                raise SourceError(f"{source.root}: {magnitudes[module_of]!r} and {key!r} are the same; remove one")
+            magnitudes[module_of] = key
         elif key.endswith(".alpha"):
             alphas[key.removesuffix(".alpha").removeprefix(PREFIX)] = key
         else:
@@ -131,6 +143,10 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
             for part, why in _UNSUPPORTED.items():
                 if part in key:
                     raise SourceError(f"{source.root}: {key!r} is {why}")
+    for module, key in magnitudes.items():
+        if module not in modules:
+            raise SourceError(f"{source.root}: {key!r} is of a DoRA whose factors are not here; get the file again")
+        modules[module].magnitudes = key
     return modules, alphas, others
 
 

@@ -138,6 +138,20 @@ class Scale:
         """Whether PEFT gives tied weights one pair of factors."""
         return bool(self.config(module).get("ensure_weight_tying"))
 
+    def check_magnitudes(self, module: str, held: bool) -> None:
+        """Refuses a DoRA's magnitudes where PEFT's configuration knows of none, and the lack of those it knows of.
+
+        Raises:
+            SourceError: the two do not go together.
+        """
+        said = bool(self.config(module).get("use_dora"))
+        if self.of_peft(module) and said != held:
+            holds = "has" if held else "lacks"
+            raise SourceError(
+                f"{self.where}: use_dora is {str(said).lower()}, and {module!r} {holds} magnitudes; put the {CONFIG}"
+                " that was saved with the weights beside them"
+            )
+
     def peft_version(self, module: str) -> tuple[int, ...] | None:
         """The version of PEFT that wrote a module's configuration; None if it does not say, or of no release."""
         version = str(self.config(module).get("peft_version") or "")

@@ -11,6 +11,7 @@ from shiradelta.format.arithmetic import Float32, to_float32
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.select.topk import Rows
 
+from . import dora
 from .item import Item, Skipped, SkipReason
 from .lora_keys import Module
 from .lora_scale import Scale
@@ -74,6 +75,8 @@ class TiedModules:
         before = self._of.get(item.name, [])
         if before and self._tied.isdisjoint([module, *before]):
             return Skipped(SkipReason.CONFLICT, f"another module changes {item.name!r} already")
+        if before and any(self._modules[name].magnitudes for name in (module, *before)):
+            return dora.SHARED
         if any(self._is_same(module, other) for other in before):
             self._same.add(module)
         else:

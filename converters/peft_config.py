@@ -57,10 +57,10 @@ READ: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ensure_weight_tying": (_is_bool, "true or false"),
     "fan_in_fan_out": (_is_bool, "true or false"),
     "use_rslora": (_is_bool, "true or false"),
+    "use_dora": (_is_bool, "true or false"),
 }
 #: Keys that are refused where they are set -> what the adapter is.
 REFUSED = {
-    "use_dora": "a DoRA, whose magnitudes need the base's norms",
     "lora_bias": "a LoRA with biases of its own (lora_bias)",
     "layer_replication": "an adapter of repeated layers (layer_replication)",
     "alora_invocation_tokens": "an activated LoRA, which depends on the text; no change of weights does the same",

@@ -92,7 +92,6 @@ def test_pefts_biases_embeddings_and_heads_find_their_tensors(tmp_path: Path, be
     [
         (LoraConfig(target_modules=["query"], init_lora_weights="pissa"), "path_initial_model"),
         (LoraConfig(target_modules=["query"], r=2, init_lora_weights="olora"), "path_initial_model"),
-        (LoraConfig(target_modules=["query"], use_dora=True), "DoRA"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -177,7 +177,7 @@ def test_differences_alone_and_beside_factors(unet: Path):
         ({"lokr_w1": torch.randn(3, 2), "lokr_w2_a": torch.randn(4, 2)}, "are not two factors"),
         ({"lokr_w1": torch.randn(3, 2), "lokr_w2": torch.randn(4, 3)}, "changes a tensor of shape"),
         ({**loha(12, 8), "hada_t1": torch.randn(2, 2, 3, 3)}, "Tucker-decomposed LoHa; merge it first"),
-        ({**loha(12, 8), "dora_scale": torch.randn(1, 8)}, "DoRA"),
+        ({**loha(12, 8), "dora_scale": torch.randn(8, 8)}, "do not fit a tensor"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
