@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import shiradelta
-from tests.killing import weights
+from tests.scenes import weights
 
 #: Every how many calls one fails in a scenario that is not `QUICK`.
 STRIDE = 4 if os.environ.get("HYPOTHESIS_PROFILE", "short") == "short" else 1

@@ -1,12 +1,13 @@
-"""A deterministic fuzzer of what is read besides `.shd` files: safetensors headers, configurations, indexes, folders.
+"""A deterministic fuzzer of what is read besides `.shd` files: sources, models' folders and their states, examples.
 
     python -m tests.fuzz_sources --count 20000 --seed 1      the full job
     python -m tests.fuzz_sources --seconds 60 --seed 1       as much of it as that time allows
     python -m tests.fuzz_sources --seed 1 --only 4711 --keep DIR  one case again, its files kept
 
 Every source must be converted, or refused in one short line, within seconds and with nothing left behind; a converted
-file must be whole.  A delta's plan for a damaged folder likewise.  Anything else is a finding: another exception, a
-warning, much memory.
+file must be whole.  A delta's plan for a damaged folder likewise, and a file of examples.  A folder with a damaged
+state may be looked at, reverted and patched, or the commands refuse; `strange_states` says what must hold.  Anything
+else is a finding: another exception, a warning, much memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.library import library_of
 from shiradelta.text.pooling import find_pooling
 from tests.fuzzing import Case, Report, judged, main
-from tests.strange_sources import case
+from tests.strange_sources import damaged_source
+from tests.strange_states import damaged_state, outcome_of_state
+from tests.strange_texts import damaged_texts, read_strange_texts
 from tests.whole_sources import KINDS, UP, Strange, whole, write
 
 SECONDS_PER_CASE = 10.0
@@ -45,10 +48,14 @@ def delta() -> bytes:
 
 def outcome_of(strange: Strange, root: Path, patch: bytes) -> str:
     """What comes of a case: "converted", "planned" or the class of the error."""
+    if strange.kind == "state":
+        return outcome_of_state(strange, root)
     given: dict[str, Any] = dict(strange.options)
     if strange.base is not None:
         given["base"] = root / strange.base
     try:
+        if strange.kind == "texts":
+            return read_strange_texts(strange, root)
         if strange.kind == "target":
             find_pooling(root / strange.source)
             make_plan(open_checkpoint(root / strange.source), sd.open_delta(patch), 1.0, False)
@@ -72,8 +79,15 @@ def tried(strange: Strange, patch: bytes) -> tuple[str, str | None]:
         write(strange.files, root)
         before = sorted(root.rglob("*"))
         outcome = outcome_of(strange, root, patch)
-        left = sorted(set(map(str, root.rglob("*"))) ^ set(map(str, before)))
+        left = [] if strange.kind == "state" else sorted(set(map(str, root.rglob("*"))) ^ set(map(str, before)))
         return f"{strange.kind}: {outcome}", f"left behind: {left}" if left else None
+
+
+def case(seed: int, i: int) -> Strange:
+    """Case i of a seed: the same on every machine."""
+    rng = random.Random(f"{seed} {i}")
+    pick = rng.random()
+    return damaged_state(rng) if pick < 0.2 else damaged_texts(rng) if pick < 0.3 else damaged_source(rng)
 
 
 def run_case(patch: bytes, seed: int, i: int) -> Report:
@@ -87,6 +101,8 @@ def start() -> Case:
     # Imports what is needed, not while a case runs, whose time and memory are limited.
     for kind in (*KINDS, "target"):
         tried(whole(kind, random.Random(0)), patch)
+    for damage in (damaged_state, damaged_texts):
+        tried(damage(random.Random(0)), patch)
     with tempfile.TemporaryDirectory() as folder:
         write(whole("bert", random.Random(0)).files, Path(folder))
         assert library_of(Path(folder) / "base") is not None

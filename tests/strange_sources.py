@@ -228,9 +228,8 @@ def damage(rng: Random, strange_: Strange) -> None:
         tree["source/nothing"] = Raw(b"")
 
 
-def case(seed: int, i: int) -> Strange:
-    """Case i of a seed: the same on every machine."""
-    rng = Random(f"{seed} {i}")
+def damaged_source(rng: Random) -> Strange:
+    """A source or a target with one to three changes."""
     made = whole(rng.choice([*KINDS, "target", "target"]), rng)
     for _ in range(rng.choice((1, 1, 2, 3))):
         damage(rng, made)

@@ -14,6 +14,7 @@ from shiradelta.folder.verification import existing
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.util.arguments import checked
 from shiradelta.util.files import os_errors
+from shiradelta.util.interrupts import interrupts_held_back
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ def commit(model_dir: str | os.PathLike[str], *, forget: bool = False, lock: boo
         if changed is not None:
             raise TargetError(f"{root}: {changed}; restore the weights first, or delete its .shiradelta folder")
         with os_errors(journal.own.path, ending="the deltas can still be taken out"):
-            if forget:
-                journal.forget()
-                return CommitReport(applied, 0)
-            files = digests_of(journal.folder, model_files(checkpoint))
-            journal.save(FolderState(base=files))
-        journal.tidy()
+            files = {} if forget else digests_of(journal.folder, model_files(checkpoint))
+            with interrupts_held_back():
+                if forget:
+                    journal.forget()
+                else:
+                    journal.save(FolderState(base=files))
+                    journal.tidy()
         return CommitReport(applied, len(files))

@@ -25,7 +25,7 @@ from shiradelta.errors import TargetError
 from shiradelta.folder.state import Applied, FolderState, parse_state
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.util.directory import Directory
-from shiradelta.util.files import os_errors
+from shiradelta.util.files import close_synced, os_errors
 from shiradelta.util.locks import NO_LOCKS, try_lock
 
 FOLDER = ".shiradelta"
@@ -192,7 +192,7 @@ def locked(root: Path, *, lock: bool = True) -> Iterator[Journal]:
             own = folder.make_folder(FOLDER)
             if lock:
                 descriptor = own.open_file(LOCK, os.O_RDWR | os.O_CREAT)
-                stack.callback(os.close, descriptor)
+                stack.callback(close_synced, descriptor)
                 _take(folder, own, descriptor)
         journal = Journal(folder, own)
         with os_errors(own.path, "cannot be read"):
@@ -247,7 +247,7 @@ def _share(own: Directory, stack: ExitStack) -> bool:
     """
     try:
         descriptor = own.open_file(LOCK)
-        stack.callback(os.close, descriptor)
+        stack.callback(close_synced, descriptor)
         return try_lock(descriptor, shared=True)
     except PermissionError:
         return True

@@ -14,7 +14,7 @@ from shiradelta.folder.verification import existing
 from shiradelta.folder.weights import check_writable, relative_files
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.util.arguments import checked
-from shiradelta.util.files import one_line, os_errors
+from shiradelta.util.files import NOTHING_CHANGED, one_line, os_errors
 from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
 
@@ -73,7 +73,12 @@ def revert_all(
     """
     reports = [revert(model_dir, force=force, lock=lock, progress=progress)]
     while reports[-1].left:
-        reports.append(revert(model_dir, force=force, lock=lock, progress=progress))
+        try:
+            reports.append(revert(model_dir, force=force, lock=lock, progress=progress))
+        except ShiraDeltaError as error:
+            out = ", ".join(report.delta.file for report in reports)
+            why = str(error).replace(NOTHING_CHANGED, "nothing else was changed")
+            raise TargetError(f"{out} was taken out, and then: {why}") from error
     return reports
 
 

@@ -87,7 +87,7 @@ def parse_state(raw: bytes) -> FolderState:
     found = json.loads(raw)
     version = found.pop("version")
     if version not in (1, _VERSION):
-        raise ValueError(f"version {version}")
+        raise ValueError(f"version {str(version)[:20]!r}")
     if version == _VERSION and found.pop("checksum") != _checksum({"version": version, **found}):
         raise ValueError("its checksum is wrong")
     base = _digests(found["base"]) if version == _VERSION else {}
@@ -132,6 +132,8 @@ def _applied(entry: dict[str, Any]) -> Applied:
         raise ValueError("successor is neither true nor false")
     for name in found.replaced:
         _check_name(name)
+    if found.added and not found.replaced:
+        raise ValueError("tensors were added, but no file was rewritten")
     before, after = _digests(found.before), _digests(found.after)
     if found.undo and not _SHA256.fullmatch(found.undo):
         raise ValueError("undo is no digest")

@@ -17,7 +17,7 @@ from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.compatibility import difference
 from shiradelta.models.safetensors import Slot, read_shard
 from shiradelta.util.directory import Directory
-from shiradelta.util.files import os_errors
+from shiradelta.util.files import close_synced, os_errors
 from shiradelta.util.progress import Progress
 
 
@@ -104,7 +104,7 @@ class WeightFiles:
         """Closes some files, or all: Windows replaces no file that is open."""
         chosen = set(self._descriptors) if files is None else {self._folder.path / file for file in files}
         for path in chosen & set(self._descriptors):
-            os.close(self._descriptors.pop(path))
+            close_synced(self._descriptors.pop(path))
 
     def check(self) -> None:
         """Checks that the names still stand for these files.

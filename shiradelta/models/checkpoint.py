@@ -21,6 +21,7 @@ from shiradelta.io.recognise import PICKLES, Wanted, explain, is_patched, is_pic
 from shiradelta.models.names import Shape
 from shiradelta.models.safetensors import Shard, Slot, read_shard
 from shiradelta.models.sentence import LIST, SentenceModule, modules_of
+from shiradelta.util.files import close_synced
 from shiradelta.util.json_files import read_json
 
 #: Weight files of one model, by preference, as transformers and diffusers name them.
@@ -114,7 +115,7 @@ def bits_of(slot: Slot) -> Array:
     try:
         mapped = mmap.mmap(descriptor, before + size, access=mmap.ACCESS_READ, offset=slot.offset - before)
     finally:
-        os.close(descriptor)
+        close_synced(descriptor)
     return np.frombuffer(mapped, slot.dtype.bits, slot.numel, before)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shiradelta.errors import TargetError
-from shiradelta.util.files import sync_directory, temporary_name
+from shiradelta.util.files import close_synced, sync_directory, temporary_name
 
 #: Whether calls are relative to a descriptor; otherwise names are looked at before they are used.
 BY_DESCRIPTOR = (
@@ -64,7 +64,7 @@ class Directory:
         while self._inside:
             self._inside.pop().close()
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            close_synced(self._descriptor)
             self._descriptor = None
 
     def folder(self, name: str) -> Directory:
@@ -128,7 +128,7 @@ class Directory:
             status = os.fstat(descriptor)
             if stat.S_ISREG(status.st_mode):
                 return descriptor
-            os.close(descriptor)
+            close_synced(descriptor)
         raise TargetError(f"{self.path / name}: {what_is(status)}, where a file should be; delete it")
 
     def reading(self, name: str) -> BinaryIO:

@@ -25,6 +25,15 @@ def sync_directory(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
+        close_synced(descriptor)
+
+
+def close_synced(descriptor: int) -> None:
+    """Closes a descriptor whose file is on the disk already, or was only read.
+
+    An error then tells nothing, and the descriptor is closed all the same.
+    """
+    with suppress(OSError):
         os.close(descriptor)
 
 
@@ -46,7 +55,8 @@ def os_errors(path: Path, what: str = "cannot be written", ending: str = NOTHING
 def one_line(error: OSError, path: Path, what: str = "cannot be written", ending: str = NOTHING_CHANGED) -> str:
     """The system's error as one plain line, as `os_errors` gives it."""
     reason = error.strerror or str(error)
-    if error.filename is not None and not _is_temporary(str(error.filename), path):
+    named = isinstance(error.filename, str | bytes | os.PathLike)  # it may be a descriptor's number
+    if named and not _is_temporary(str(error.filename), path):
         return f"{final_name(str(error.filename))}: {reason}; {ending}"
     return f"{path}: {what} ({reason}); {ending}"
 

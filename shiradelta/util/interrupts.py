@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -193,12 +194,24 @@ def interrupts_held_back() -> Iterator[Callable[[], None]]:
         deliver()
 
 
+#: Seconds after which a signal that was dropped is sent again.
+_AGAIN = 0.02
+
+
+class _Terminated(SystemExit):
+    """A signal has ended the process."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
 @contextmanager
 def terminations_raised() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP raise SystemExit within the block, so that temporary files are removed.
 
     A handler of someone else's, or a signal that is ignored, is left alone.  Only the main thread may do this; in
-    others the context does nothing.
+    others the context does nothing.  Python drops what is raised in a destructor, so the signal is sent again then.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -207,15 +220,34 @@ def terminations_raised() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         for each in replaced:
             signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the cleaning up
-        raise SystemExit(128 + number)
+        raise _Terminated(number)
 
+    def dropped(about: sys.UnraisableHookArgs) -> None:
+        if not isinstance(about.exc_value, _Terminated):
+            hook(about)
+            return
+        # Later, for what is raised in here is dropped as well.  `Thread.start` would wait.
+        start_new_thread(send_again, (about.exc_value.number,))
+        for each in replaced:
+            signal.signal(each, stop)
+
+    def send_again(number: int) -> None:
+        time.sleep(_AGAIN)
+        while not ended:
+            os.kill(os.getpid(), number)  # ignored once `stop` has raised elsewhere
+            time.sleep(_AGAIN)
+
+    ended = False
     names = ("SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     replaced = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in replaced:
         signal.signal(number, stop)
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
     finally:
+        ended = True
+        sys.unraisablehook = hook
         for number in replaced:
             signal.signal(number, signal.SIG_DFL)

@@ -18,7 +18,7 @@ import shiradelta
 from shiradelta.cli import main, options
 from shiradelta.cli.options import RegistryChoice, command, renamed_option
 from shiradelta.cli.output import skipped_lines
-from tests.killing import contents
+from tests.scenes import contents
 
 
 def run(*arguments: str | Path) -> Result:

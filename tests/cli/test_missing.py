@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing import contents
+from tests.scenes import contents
 
 ROOT = Path(__file__).parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] + "+source"

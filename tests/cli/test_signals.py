@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killing import contents
+from tests.scenes import contents
 
 pytestmark = pytest.mark.slow
 

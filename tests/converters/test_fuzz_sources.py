@@ -9,7 +9,7 @@ import pytest
 import shiradelta
 from shiradelta.converters import lora
 from tests import fuzz_sources, fuzzing
-from tests.strange_sources import case
+from tests.fuzz_sources import case
 from tests.whole_sources import KINDS, Raw, Special, Strange, whole
 
 COUNT = 200

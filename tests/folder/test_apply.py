@@ -20,7 +20,8 @@ from shiradelta import TensorDelta
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, SourceError, TargetError
 from shiradelta.util.files import one_line
 from tests.conftest import random_tensors, read, write_model
-from tests.killing import check_report, contents, kill_repeatedly, weights
+from tests.killing import VICTIMS, kill_repeatedly
+from tests.scenes import check_report, contents, weights, write_inputs
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -341,9 +342,12 @@ def test_damaged_weights_are_one_plain_error(tmp_path: Path, made: Path, name: s
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_signals_at_random_moments(made: Path, tmp_path: Path):
-    """`python -m tests.killing` does this a hundred times on a real model."""
-    seen = kill_repeatedly(made / "bf16", made / "a.shd", count=8, seed=0, work=tmp_path)
-    assert sum(seen.values()) == 8
+    """`python -m tests.killing` does this a thousand times, and to commands that train, too."""
+    (tmp_path / "inputs").mkdir()
+    write_inputs(tmp_path / "inputs", made / "bf16", made / "tuned_a")
+    for victim in VICTIMS:
+        if victim.weight > 4 and not victim.kept:
+            kill_repeatedly(victim, tmp_path / "inputs", 4, 0, tmp_path)
 
 
 @pytest.mark.parametrize("action", ["apply", "revert"])

@@ -14,9 +14,15 @@ import pytest
 
 import shiradelta
 from shiradelta import TensorDelta
-from shiradelta.errors import ShiraDeltaError
+from shiradelta.errors import ShiraDeltaError, TargetError
+from shiradelta.folder.commit import commit
+from shiradelta.folder.listing import recorded
+from shiradelta.folder.revert import revert_all
+from shiradelta.util.files import one_line
 from tests.faults import READS, STRIDE, WRITES, check_true, failing, take_all_out
-from tests.killing import weights
+from tests.injection import inject_repeatedly
+from tests.killing import VICTIMS
+from tests.scenes import weights, write_inputs
 
 UP = "model.layers.0.mlp.up_proj.weight"
 GONE = "model.layers.1.mlp.down_proj.weight"
@@ -104,6 +110,46 @@ def test_every_call_fails(
         take_all_out(model, states[0])
         shutil.rmtree(model)
     assert number > 30
+
+
+def test_closing_what_is_on_the_disk_may_fail(made: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    """The files are synced by then, so an error that says "nothing was changed" would not be true."""
+    base, close = weights(model), os.close
+
+    def fail(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", fail)
+    shiradelta.apply(model, made / "a.shd")
+    shiradelta.revert(model)
+    commit(model)
+    assert weights(model) == base
+
+
+def test_a_revert_of_all_says_what_it_has_taken_out(made: Path, model: Path):
+    for name in ("a", "b"):
+        shiradelta.apply(model, made / f"{name}.shd")
+    (model / ".shiradelta" / "undo" / "0001.shd").unlink()
+    with pytest.raises(TargetError, match=r"^b\.shd was taken out, and then: .*0001\.shd: is missing"):
+        revert_all(model)
+    assert [entry.file for entry in recorded(model).applied] == ["a.shd"]
+
+
+def test_an_error_names_no_number_of_a_descriptor():
+    said = one_line(OSError(errno.EIO, "Input/output error", 10), Path("model"))
+    assert said == "model: cannot be written (Input/output error); nothing was changed"
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_calls_that_fail_from_outside(made: Path, tmp_path: Path):
+    """`python -m tests.injection` does this to every call of every command."""
+    (tmp_path / "inputs").mkdir()
+    write_inputs(tmp_path / "inputs", made / "bf16", made / "tuned_a")
+    victims = [victim for victim in VICTIMS if victim.name in ("apply", "fuse over an older file")]
+    seen, wrong = inject_repeatedly(victims, tmp_path / "inputs", 12, 0, tmp_path)
+    assert not wrong
+    assert sum(seen.values()) == 12
 
 
 @pytest.mark.parametrize("leftover", ["undo/.0001.shd.x.tmp", ".state.json.x.tmp", "undo/0001/x.safetensors.new"])

@@ -22,7 +22,7 @@ from shiradelta.folder.weights import WeightFiles
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.util.directory import Directory
 from tests.conftest import read
-from tests.killing import contents, weights
+from tests.scenes import contents, weights
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -57,6 +57,7 @@ def head(tmp_path: Path) -> Path:
         ("file", 7),
         ("strength", "1"),
         ("added", {"x": "y"}),
+        ("added", {"x": 3}),
         ("surplus", 1),
     ],
 )

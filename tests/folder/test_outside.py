@@ -18,7 +18,7 @@ from shiradelta import TensorDelta
 from shiradelta.errors import ShiraDeltaError, TargetError
 from shiradelta.util import directory
 from tests.conftest import write_model
-from tests.killing import contents
+from tests.scenes import contents
 
 UP = "model.layers.0.mlp.up_proj.weight"
 ENTRY = {"id": 1, "file": "x.shd", "digest": "00", "strength": 1.0, "tensors": 1, "nonzeros": 1, "added": {}}

@@ -17,8 +17,8 @@ from shiradelta import TensorDelta
 from shiradelta.util.directory import Directory
 from tests.faults import check_true, take_all_out
 from tests.folder.test_faults import GONE, UP
-from tests.killing import weights
 from tests.power import Disk, recorded
+from tests.scenes import weights
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds the path of a descriptor in /proc"),

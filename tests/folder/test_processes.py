@@ -13,7 +13,7 @@ import pytest
 
 import shiradelta
 from shiradelta.errors import TargetError
-from tests.killing import contents
+from tests.scenes import contents
 
 
 def work(model: Path, deltas: list[Path], seconds: float, seed: int) -> None:

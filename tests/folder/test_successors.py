@@ -15,7 +15,7 @@ from shiradelta.errors import BaseMismatchError, DeltaError, TargetError
 from shiradelta.folder.listing import recorded
 from shiradelta.folder.revert import revert_all
 from tests.conftest import random_tensors, write_model
-from tests.killing import contents, weights
+from tests.scenes import contents, weights
 
 UP = "model.layers.0.mlp.up_proj.weight"
 

@@ -20,7 +20,7 @@ from shiradelta import TensorDelta
 from shiradelta.errors import FormatError, TargetError
 from shiradelta.folder.commit import commit
 from shiradelta.folder.state import parse_state
-from tests.killing import contents
+from tests.scenes import contents
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.layers.0.norm.weight"

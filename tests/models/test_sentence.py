@@ -17,7 +17,7 @@ from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.sentence import SentenceModule, modules_of
 from shiradelta.train import attach
-from tests.killing import contents
+from tests.scenes import contents
 
 ENCODER = {f"encoder.layer.{i}.dense.weight": (8, 8) for i in range(2)} | {"embeddings.word_embeddings.weight": (20, 8)}
 #: Folder -> its tensors, as sentence-transformers names them.

@@ -21,7 +21,7 @@ from shiradelta.cli import main
 from shiradelta.signing.form import read_signature
 from shiradelta.signing.keys import private_key, public_keys
 from tests.conftest import read
-from tests.killing import contents
+from tests.scenes import contents
 from tests.signing.conftest import PASSPHRASE, write_delta
 
 pytest.importorskip("cryptography")

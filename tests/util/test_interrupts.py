@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 
 from shiradelta.util import interrupts
-from shiradelta.util.interrupts import uninterrupted
+from shiradelta.util.interrupts import terminations_raised, uninterrupted
 from shiradelta.util.threads import ahead, in_ranges, map_in_threads
 
 
@@ -141,3 +141,21 @@ def test_it_works_after_a_fork():
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60).returncode == 7
+
+
+class InterruptedDestructor:
+    """Python drops what a destructor raises."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGTERM to catch")
+def test_a_signal_within_a_destructor_is_not_lost():
+    with pytest.raises(SystemExit) as ended, terminations_raised():  # noqa: PT012
+        InterruptedDestructor()
+        time.sleep(5)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
