@@ -53,7 +53,7 @@ def _recognises(files: SourceFiles) -> bool:
     "A LoRA or its kin (AdaLoRA, LoHa, LoKr, DoRA): PEFT's folder, or a file of PEFT, kohya or diffusers.",
     _recognises,
     options=["alpha"],
-    order=10,
+    order=15,
 )
 def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     """All LoRA modules of a file, and the tensors that it saves whole."""

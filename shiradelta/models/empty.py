@@ -49,9 +49,9 @@ def build_empty(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:
     """
     import transformers
 
-    if not _is_plausible(config):
+    if not is_plausible(config):
         return None
-    with quiet(transformers), torch.device("meta"), _bounded():
+    with quiet(transformers), torch.device("meta"), bounded():
         try:
             parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             kind = class_of(config)
@@ -62,7 +62,7 @@ def build_empty(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:
     return cast(nn.Module, model)
 
 
-def _is_plausible(config: Mapping[str, Any]) -> bool:
+def is_plausible(config: Mapping[str, Any]) -> bool:
     """Whether a model of these numbers may exist: others would take hours or all memory to build."""
     to_do: list[tuple[str, Any]] = [("", config)]
     while to_do:
@@ -79,7 +79,7 @@ def _is_plausible(config: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
+def bounded() -> Iterator[None]:
     """Ends the building of a model by this thread in an error when it has too many parts."""
     thread, count = threading.get_ident(), 0
 

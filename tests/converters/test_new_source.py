@@ -92,15 +92,15 @@ def test_layouts_are_asked_in_their_order_and_given_only_their_options(tmp_path:
     with pytest.raises(SourceError, match="nothing in it can be converted"):
         shiradelta.convert(lora, alpha=2.0)
     assert asked == ["first", "second"]
-    assert kinds() == ("auto", "first", "second", "lora", "diff", "full", "last")
+    assert kinds() == ("auto", "first", "second", "peft", "lora", "diff", "full", "last")
     with pytest.raises(ArgumentError, match=r"alpha is an option of second, lora, and .* is of kind last"):
         shiradelta.convert(lora, kind="last", alpha=2.0)
 
 
 def test_what_no_layout_recognises_is_refused_by_name(tmp_path: Path):
-    with pytest.raises(SourceError, match=r"none of lora, diff, full; .*--kind diff; .*--base MODEL"):
+    with pytest.raises(SourceError, match=r"none of peft, lora, diff, full; .*--kind diff; .*--base MODEL"):
         shiradelta.convert(write_model(tmp_path / "model", random_tensors(torch.bfloat16)))
-    with pytest.raises(ArgumentError, match="kind 'other' is unknown; take auto, lora, diff, full"):
+    with pytest.raises(ArgumentError, match="kind 'other' is unknown; take auto, peft, lora, diff, full"):
         shiradelta.convert(tmp_path, kind="other")
 
 
@@ -122,6 +122,6 @@ def test_names_of_the_last_release_are_still_there():
     with pytest.warns(DeprecationWarning, match="ConversionReport"):
         assert converters.Report is converters.ConversionReport
     with pytest.warns(DeprecationWarning, match=r"kinds\(\)"):
-        assert set(converters.KINDS) == {"auto", "lora", "full", "diff"}
+        assert set(converters.KINDS) == {"auto", "peft", "lora", "full", "diff"}
     with pytest.raises(AttributeError, match="no attribute 'Other'"):
         _ = converters.Other

@@ -1,0 +1,263 @@
+"""Adapters of PEFT that no other layout reads: PEFT's own merge, a layer at a time.
+
+transformers builds the base's model without weights, and its parameters become maps of the base's files.  PEFT adds its
+layers and loads the adapter as it would to run it.  Then the layers are merged one by one, each in a copy in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shiradelta.errors import SourceError
+from shiradelta.format.arithmetic import Float32, to_float32
+from shiradelta.format.registry import ADD_DTYPES
+from shiradelta.io.recognise import Wanted
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.library import shared_tensors
+from shiradelta.models.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS, unwrap
+from shiradelta.models.safetensors import Slot
+from shiradelta.select.topk import Rows, row_shape
+from shiradelta.util.json_files import read_json
+from shiradelta.util.optional import importing
+from shiradelta.util.text import brief
+
+from .base_names import find_tensors
+from .item import CONVERTED, NO_TARGET, Item, Skipped, SkipReason, Source, not_addable
+from .peft_config import TYPES, type_of
+from .sources import SourceFiles, source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Types that PEFT has no merge for -> why.
+_NO_WEIGHTS = {
+    "XLORA": "mixes adapters by the text",
+    "POLY": "mixes factors by the task",
+    "LILY": "has factors that depend on the input",
+    "SHADOW": "runs a second network beside the model",
+    "ADAPTION_PROMPT": "adds tokens to the attention",
+}
+#: The largest number in a configuration that is no seed; ranks and counts of frequencies are thousands at most.
+_MOST = 1 << 16
+_MERGE = "merge it with PEFT and convert the merged model"
+
+
+def _config_of(path: Path) -> tuple[Path, Mapping[str, Any]]:
+    """PEFT's configuration of a folder, or beside a file of a folder's weights; empty if there is none."""
+    folder = path.parent if path.name in (WEIGHTS, PICKLED_WEIGHTS) else path
+    where = folder / CONFIG
+    about = read_json(where) if where.is_file() else {}
+    return where, about if isinstance(about, dict) else {}
+
+
+def _recognises(files: SourceFiles) -> bool:
+    return type_of(_config_of(files.path)[1]) not in (None, *TYPES)
+
+
+@source(
+    "peft",
+    "Any other adapter that PEFT can merge (OFT, IA3, VeRA, ...): by its own code; it needs peft and the base.",
+    _recognises,
+    order=10,
+)
+def open_peft(files: SourceFiles) -> Source:
+    """The changes of all layers that PEFT wraps."""
+    where, about = _config_of(files.path)
+    kind, base, result = type_of(about), files.base, Source()
+    if kind is None:
+        raise SourceError(f"{files.path}: has no {CONFIG} with a type of PEFT's; give an adapter's folder")
+    if kind in _NO_WEIGHTS:
+        raise SourceError(f"{where}: is of type {kind}, which {_NO_WEIGHTS[kind]}; no change of weights does the same")
+    if base is None:
+        raise SourceError(
+            f"{where}: is of type {brief(kind, 80)}, which PEFT itself has to merge, for which it needs the base; give"
+            " --base MODEL"
+        )
+    weights = next((path for name in (WEIGHTS, PICKLED_WEIGHTS) if (path := where.parent / name).exists()), None)
+    if weights is None:
+        raise SourceError(f"{where.parent}: has no {WEIGHTS}; get it, or save the adapter again")
+    layers = _Layers(where, about, base, open_checkpoint(weights, Wanted.SOURCE))
+    shared = shared_tensors(base)
+    taken: set[str] = set()
+    for path in layers.paths:
+        for name, shape in layers.changed(path):
+            found = layers.names.get(name)
+            if name in layers.converted:
+                result.add(name, CONVERTED)
+            elif found is None:
+                result.add(name, NO_TARGET)
+            elif found in taken or found in shared or name in layers.tied:
+                why = (
+                    f"the base shares {found!r} with other layers, which would change too; untie them in the base first"
+                )
+                result.add(name, Skipped(SkipReason.CONFLICT, why, names=(found,)))
+            else:
+                taken.add(found)
+                slot = base[found]
+                dense = partial(layers.rows, path, name.removeprefix(f"{path}."))
+                item = Item(found, shape, slot.dtype.name, dense, base_bits=partial(base.bits, found))
+                result.add(name, not_addable(found, slot) or item)
+    return result
+
+
+class _Layers:
+    """The layers that PEFT wraps, in a model whose parameters are maps of the base's files.
+
+    Attributes:
+        paths: their names in the model.
+        names: a parameter's name in the model -> the base's tensor.
+        tied: names of parameters that the base ties to others.
+        converted: names of parameters that the base stores in another form.
+
+    Raises:
+        SourceError: PEFT or transformers cannot build them, or a part of the adapter has no place in them.
+    """
+
+    def __init__(self, where: Path, about: Mapping[str, Any], base: Checkpoint, adapter: Checkpoint) -> None:
+        with importing(f"{where}: a conversion by PEFT's own merge"):
+            import peft
+            import torch
+            from peft.tuners.tuners_utils import BaseTunerLayer
+            from peft.utils.save_and_load import set_peft_model_state_dict
+
+            from shiradelta.models.empty import bounded, build_empty
+
+        self._where, self._base, self._version = where, base, peft.__version__
+        config = self._config(about)
+        folder = base.root if base.root.is_dir() else base.root.parent
+        settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        model = build_empty(folder, settings) if isinstance(settings, dict) and settings else None
+        if model is None:
+            raise SourceError(f"{folder}: transformers cannot build its model, which PEFT needs to merge; {_MERGE}")
+        own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        there = find_tensors(dict(own), base, lambda name: True)
+        self.names, self.tied, self.converted = there.found, there.tied, there.converted
+        mapped = {name: _mapped(base[found]) for name, found in there.found.items() if base[found].shape == own[name]}
+        state = {key: _mapped(slot) for key, slot in adapter.items()}
+        with warnings.catch_warnings(), torch.random.fork_rng([]):
+            warnings.simplefilter("ignore")
+            try:
+                model.load_state_dict(mapped, strict=False, assign=True)
+                with bounded():
+                    wrapped = peft.PeftModel(model, config)
+                trained: dict[int, list[str]] = {}  # several names may be one parameter
+                for name, parameter in wrapped.named_parameters(remove_duplicate=False):
+                    if parameter.requires_grad:
+                        trained.setdefault(id(parameter), []).append(name)
+                loaded = set_peft_model_state_dict(wrapped, state)
+                wrapped.eval()
+            except Exception as error:  # whatever PEFT makes of an adapter that is not for this model
+                raise self._failed("load", error) from None
+        placeless = [*loaded.unexpected_keys, *(key for key in state if unwrap(key) in own)]
+        missing = set(loaded.missing_keys)
+        lacking = [names[0] for names in trained.values() if missing.issuperset(names)]
+        if placeless or lacking:
+            what = f"{brief(repr(placeless[0]), 120)} has no place" if placeless else f"{lacking[0]!r} is lacking"
+            raise SourceError(f"{where.parent}: {what} in the layers that PEFT {peft.__version__} makes; {_MERGE}")
+        found = [(path, layer) for path, layer in wrapped.base_model.model.named_modules()]
+        self._layers = {path: layer for path, layer in found if isinstance(layer, BaseTunerLayer)}
+        self.paths = list(self._layers)
+
+    def _config(self, about: Mapping[str, Any]) -> Any:
+        """PEFT's configuration object.
+
+        Raises:
+            SourceError: PEFT does not know it, or it changes no weights, or more than layers.
+        """
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        kind = type_of(about)
+        known = {str(getattr(each, "value", each)): each for each in PEFT_TYPE_TO_CONFIG_MAPPING}
+        if kind not in known:
+            raise SourceError(f"{self._where}: PEFT {self._version} knows no type {brief(str(kind), 80)}; upgrade peft")
+        large = [key for key, value in about.items() if _is_large(key, value)]
+        if large:
+            raise SourceError(f"{self._where}: {brief(repr(large[0]), 80)} has a number of no adapter; get it again")
+        for key in ("modules_to_save", "megatron_config", "trainable_token_indices"):
+            if about.get(key):
+                raise SourceError(f"{self._where}: sets {key} in an adapter of type {kind}; {_MERGE}")
+        try:
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]](**{**about, "inference_mode": False})
+        except Exception as error:
+            raise self._failed("read its configuration", error) from None
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise SourceError(
+                f"{self._where}: is of type {kind}, which trains inputs of the model and not its weights; no change of"
+                " weights does the same"
+            )
+        return config
+
+    def _failed(self, what: str, error: Exception) -> SourceError:
+        said = brief(f"{type(error).__name__}: {error}".replace("\n", " "), 200)
+        return SourceError(f"{self._where.parent}: PEFT {self._version} cannot {what} ({said}); {_MERGE}")
+
+    def changed(self, path: str) -> list[tuple[str, tuple[int, ...]]]:
+        """(name in the model, shape) of the parameters of a layer that its merge changes."""
+        before, after = self._merged(path)
+        differ = [name for name in after if name not in before or not np.array_equal(before[name], after[name])]
+        if any(name not in before or before[name].shape != after[name].shape for name in differ):
+            raise SourceError(f"{self._where.parent}: the merge of {path!r} adds to its parameters; {_MERGE}")
+        return [(f"{path}.{name}", after[name].shape) for name in differ]
+
+    def rows(self, path: str, parameter: str) -> Rows:
+        """The change of a parameter of a layer, which is in memory then."""
+        before, after = self._merged(path)
+        change = (after[parameter] - before[parameter]).reshape(row_shape(after[parameter].shape))
+        return lambda start, stop: change[start:stop]
+
+    def _merged(self, path: str) -> tuple[dict[str, Float32], dict[str, Float32]]:
+        """A layer's own parameters before and after PEFT merges it, in float32.
+
+        Raises:
+            SourceError: PEFT cannot merge it.
+        """
+        import torch
+
+        layer: Any = copy.deepcopy(self._layers[path])
+        inner: nn.Module = layer.get_base_layer()
+        before = {}
+        for name, parameter in inner.named_parameters(recurse=False):
+            found = self.names.get(f"{path}.{name}")
+            if found is None or parameter.device.type == "meta" or self._base[found].dtype.name not in ADD_DTYPES:
+                raise SourceError(
+                    f"{self._where.parent}: PEFT changes {f'{path}.{name}'!r}, which the base lacks or stores in"
+                    f" another form; {_MERGE}"
+                )
+            slot = self._base[found]
+            before[name] = to_float32(self._base.bits(found), slot.dtype.name).reshape(slot.shape)
+            setattr(inner, name, torch.nn.Parameter(torch.tensor(before[name]), requires_grad=False))
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            try:
+                layer.merge(safe_merge=True)
+                merged = dict(layer.get_base_layer().named_parameters(recurse=False))
+                after = {name: parameter.float().numpy() for name, parameter in merged.items()}
+            except Exception as error:  # PEFT's methods without a merge have no error in common
+                raise self._failed(f"merge {path!r}", error) from None
+        return before, after
+
+
+def _is_large(key: str, value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) > _MOST and "seed" not in key
+
+
+def _mapped(slot: Slot) -> Any:
+    """A tensor of torch whose elements are mapped from a file; what is written to it stays in memory."""
+    import torch
+
+    size = slot.dtype.size
+    if slot.numel == 0:
+        return torch.empty(slot.shape, dtype=getattr(torch, slot.dtype.name))
+    kind = f"<i{size}" if size > 1 else "u1"
+    if slot.read is None:
+        bits = np.asarray(np.memmap(slot.file, kind, "c", slot.offset, slot.numel))
+    else:
+        bits = slot.read().view(kind).copy()
+    return torch.from_numpy(bits).view(getattr(torch, slot.dtype.name)).reshape(slot.shape)
