@@ -242,7 +242,8 @@ def _weight_files_of(folder: Path, wanted: Wanted = Wanted.WEIGHTS) -> list[Path
 
 def _pickles_of(folder: Path) -> list[Path]:
     """The pickles that may be a folder's weights; where subfolders have weights, those under their standard names."""
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLES and path.is_file()]
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []  # git keeps no folder of a module without files
+    found = [path for path in inside if path.suffix in PICKLES and path.is_file()]
     if any(folder.glob("*/*.safetensors")):
         return [path for path in found if path.stem.startswith(STANDARD) and path.suffix == ".bin"]
     return [path for path in found if not path.stem.startswith(_STATES)]

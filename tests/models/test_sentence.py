@@ -49,6 +49,8 @@ def sentences(folder: Path, seed: int, home: str = "") -> Path:
     parts = {home: ENCODER, **MODULES}
     listing(folder, {path: path.partition("_")[2] or "Transformer" for path in parts})
     for path, shapes in parts.items():
+        if path.endswith("Normalize"):
+            continue  # it saves no file, and git keeps no empty folder
         (folder / path).mkdir(exist_ok=True)
         (folder / path / "config.json").write_text("{}")
         if shapes:
