@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.record import Record
-from shiradelta.hotswap.layers import Held, Layer, stacks_of
+from shiradelta.hotswap.layers import Held, Layer, patches_on
 from shiradelta.hotswap.protocol import Fit, LiveBackend
 from shiradelta.hotswap.transcode import Change, base_fingerprint
 from shiradelta.models.compatibility import Remedies
@@ -37,17 +37,17 @@ def check_base(
     held: Mapping[LiveBackend, Held],
     parts: Sequence[Fit],
     layers: Mapping[LiveBackend, Sequence[Layer]],
-) -> bool:
+) -> StackFit:
     """Compares fingerprints with those in the file.
 
     Args:
         label: the file, for messages.
         held: the file's deltas.
         parts: its deltas of tensors that are in parts; `held` has them for each weight.
-        layers: what is on the weights now.
+        layers: what is on the weights now, the topmost level first.
 
     Returns:
-        Whether the file is a successor of the layers: it fits the present weights, and not the base.
+        What the file fits: the base, the present weights, or both.
 
     Raises:
         BaseMismatchError: a tensor fits neither, or not all fit the same of the two.
@@ -66,7 +66,7 @@ def check_base(
         for backend, one in held.items()
         for patch in one.patches
     }
-    stacks = {backend: stacks_of(layers.get(backend, [])) for backend in held}
+    stacks = {backend: patches_on(layers.get(backend, [])) for backend in held}
     elements: dict[Change, tuple[Positions, Array, Array]] = {}
     for tensor, target, dtype in parts:
         if not _is_checkable(tensor.record, dtype):
@@ -89,7 +89,7 @@ def check_base(
             base_fingerprint(tensor, target, of_base),
             base_fingerprint(tensor, target, of_present),
         )
-    return fit.is_successor
+    return fit
 
 
 def _is_checkable(record: Record, dtype: str) -> bool:

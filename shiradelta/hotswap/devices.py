@@ -11,7 +11,7 @@ from shiradelta.hotswap.layers import Held, Layer
 from shiradelta.hotswap.matching import check_sets
 from shiradelta.hotswap.protocol import Fit, LiveBackend
 
-#: The layers on the weights, for each backend, in the order of the adapters' digests.
+#: Layers on the weights, for each backend: of one level in the order of the adapters' digests.
 Layers = dict[LiveBackend, list[Layer]]
 #: The stream that each backend queues its work on.
 Streams = Mapping[LiveBackend, Any]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shiradelta.format.arithmetic import Positions
-from shiradelta.hotswap.layers import Array, Held, Layer, LayerPatch, Patch, Stack, stacks_of
+from shiradelta.hotswap.layers import Array, Held, Layer, LayerPatch, Patch, Stack, patches_on, stacks_of
 from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.models.live import Target
 from shiradelta.util.arrays import overlay_values
@@ -81,7 +81,7 @@ class Elementwise(LiveBackend, ABC):
 
     def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
         """Fingerprints of the base at each patch's positions, one patch after the other."""
-        stacks = stacks_of(below)
+        stacks = patches_on(below)
         return [self._fingerprint_of(patch, stacks.get(patch.target, [])) for patch in held.patches]
 
     def base(self, patch: Patch, below: Stack) -> tuple[Positions, Array]:
@@ -139,7 +139,7 @@ class Elementwise(LiveBackend, ABC):
     def changed(self, layers: Sequence[Layer]) -> int:
         """Number of elements at the layers' positions whose bits differ from the base's."""
         count = 0
-        for stack in stacks_of(layers).values():
+        for stack in patches_on(layers).values():
             union, indices = self._union([item.patch for item in stack])
             now = self.read(stack[0].patch.target, union)
             base = now + 0  # a copy

@@ -123,13 +123,19 @@ class LayerPatch(NamedTuple):
 Stack = list[LayerPatch]
 
 
-def stacks_of(layers: Sequence[Layer]) -> dict[Target, Stack]:
-    """The patches on each tensor, of layers given in the order of their digests."""
-    stacks: dict[Target, Stack] = {}
+def patches_on(layers: Sequence[Layer]) -> dict[Target, Stack]:
+    """The patches on each tensor, in the order of the layers."""
+    found: dict[Target, Stack] = {}
     for layer in layers:
         for number, patch in enumerate(layer.held.patches):
             if patch.record.nnz:
-                stacks.setdefault(patch.target, []).append(LayerPatch(layer, number))
+                found.setdefault(patch.target, []).append(LayerPatch(layer, number))
+    return found
+
+
+def stacks_of(layers: Sequence[Layer]) -> dict[Target, Stack]:
+    """The patches on each tensor in the order in which they take effect, of layers in the order of their digests."""
+    stacks = patches_on(layers)
     for stack in stacks.values():
         stack.sort(key=lambda item: item.patch.record.adds)  # stable
     return stacks

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from shiradelta.errors import ArgumentError
 from shiradelta.hotswap.layers import Held, Patch
 from shiradelta.hotswap.protocol import Fit, LiveBackend
 from shiradelta.hotswap.reports import LoadReport
 from shiradelta.models.live import Target
+
+#: Adapter -> strength.
+Strengths = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class Loaded:
         parts: the file's deltas of tensors that are in parts; `held` has them for each weight.
         report: what `load` found.
         label: the file, for messages.
+        beneath: the levels that the delta fits on top of; empty if it fits the base only.
+        is_successor: whether it fits on top of these levels only, and not the base.
     """
 
     digest: bytes
@@ -28,11 +34,19 @@ class Loaded:
     parts: Sequence[Fit]
     report: LoadReport
     label: str
+    beneath: tuple[Strengths, ...] = ()
+    is_successor: bool = False
 
     @property
     def was_compared(self) -> bool:
         """Whether `load` compared fingerprints."""
         return len(self.report.unchecked) < len(self.report.matched)
+
+    def on(self, levels: Iterable[Strengths], is_successor: bool) -> Loaded:
+        """The same adapter on top of these levels."""
+        beneath = tuple(levels)
+        report = replace(self.report, beneath=together(beneath) if is_successor else {})
+        return replace(self, beneath=beneath, is_successor=is_successor, report=report)
 
     def patches(self) -> Iterator[Patch]:
         """The patches on all devices."""
@@ -42,3 +56,26 @@ class Loaded:
 def targets_of(adapters: Iterable[Loaded]) -> set[Target]:
     """The tensors that adapters change."""
     return {patch.target for adapter in adapters for patch in adapter.patches()}
+
+
+def together(levels: Iterable[Strengths]) -> dict[str, float]:
+    """The adapters of all levels."""
+    return {name: strength for level in levels for name, strength in level.items()}
+
+
+def without(name: str, adapters: Mapping[str, Loaded]) -> dict[str, Loaded]:
+    """The other adapters.  None is on top of this one any more.
+
+    Raises:
+        ArgumentError: it is beneath a successor.
+    """
+    left = {}
+    for other, adapter in adapters.items():
+        is_on_it = name in together(adapter.beneath)
+        if is_on_it and adapter.is_successor:
+            raise ArgumentError(
+                f"adapter {name!r} is beneath {other!r}, which was made for what it gives; unload that first"
+            )
+        if other != name:
+            left[other] = adapter.on((), False) if is_on_it else adapter
+    return left

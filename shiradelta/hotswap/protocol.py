@@ -23,7 +23,8 @@ Fit = tuple[StoredTensor, Target, str]
 class LiveBackend(Protocol):
     """Work on the elements of tensors in one kind of memory.  All backends give the same bits.
 
-    Layers are given in the order of their deltas' digests.
+    Layers are given in the order of their deltas' digests.  Where several levels are given, the topmost comes first:
+    the last layer that saved an element has the base's.
     """
 
     name: str
@@ -45,12 +46,12 @@ class LiveBackend(Protocol):
         """Bytes to save elements in."""
 
     def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
-        """Fingerprints of the base at each patch's positions; `below` is what is on the targets now."""
+        """Fingerprints of the base at each patch's positions; `below` is what is on the targets now, in levels."""
 
     def base(self, patch: Patch, below: Stack) -> tuple[Positions, Array]:
         """(a patch's positions, the base's elements there as unsigned bits), in NumPy.
 
-        `below` is what is on the target now.
+        `below` is what is on the target now, in levels.
         """
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
@@ -67,7 +68,7 @@ class LiveBackend(Protocol):
         """Whether two patches of a target have a position in common."""
 
     def changed(self, layers: Sequence[Layer]) -> int:
-        """Number of elements whose bits differ from the base's now."""
+        """Number of elements whose bits differ from the base's now; the layers are those of all levels."""
 
     def stream(self, given: Any) -> Any:
         """The stream to queue work on: the given one if it is this device's, or the calling thread's current one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class LoadReport:
         unchecked: matched tensors whose fingerprint was not compared: the file has none, or another dtype.
         nonzeros: number of elements that the adapter changes.
         nbytes: memory that the adapter takes while it is loaded.
+        beneath: adapter -> strength, for the adapters that a successor was made for; empty for a delta of the base.
     """
 
     name: str
@@ -25,6 +26,7 @@ class LoadReport:
     unchecked: tuple[str, ...]
     nonzeros: int
     nbytes: int
+    beneath: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
-from shiradelta.errors import ArgumentError, BaseMismatchError, FormatError, TargetError
+from shiradelta.errors import ArgumentError, FormatError, TargetError
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.base_check import check_base, checkable
 from shiradelta.hotswap.choose import new_backend
-from shiradelta.hotswap.devices import Devices, Layers, Streams, new_layers
+from shiradelta.hotswap.devices import Devices, Streams
 from shiradelta.hotswap.layers import different_tensors, increment_versions, targets_below
-from shiradelta.hotswap.loaded import Loaded, targets_of
+from shiradelta.hotswap.levels import Level, different, exchange, layers_of, new_levels, planned, restore
+from shiradelta.hotswap.loaded import Loaded, Strengths, targets_of, together, without
 from shiradelta.hotswap.matching import Names, check_overlaps, check_target, match
 from shiradelta.hotswap.outside import FORKED, NO_COPIES, RELOAD, Watch, survive_forks
 from shiradelta.hotswap.reading import read_whole
@@ -28,8 +29,9 @@ from shiradelta.hotswap.strengths import are_same, strengths_of
 from shiradelta.hotswap.transcode import take_apart
 from shiradelta.io.reader import Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
-from shiradelta.models.compatibility import check_strength, check_tied
+from shiradelta.models.compatibility import check_tied
 from shiradelta.models.live import Target, live_tensors
+from shiradelta.models.stacking import StackFit
 from shiradelta.signing.keys import Keys
 from shiradelta.util.arguments import ANY, BOOL, NAMES, OPEN, SWITCHED, as_patterns, checked
 from shiradelta.util.deprecated import warn_renamed
@@ -75,8 +77,7 @@ class HotSwap:
         devices = {target.device for target in self._targets.values()} - {"meta"} or {"cpu"}
         self._devices = Devices({device: new_backend(backend, device) for device in sorted(devices)})
         self._adapters: dict[str, Loaded] = {}
-        self._active: dict[str, float] = {}
-        self._layers: Layers = {}
+        self._levels: list[Level] = []
         self._lock = threading.RLock()  # of the thread that uses the session
         self._working = threading.Lock()  # of the thread that changes weights, which no exception from outside reaches
         self._broken: str | None = None
@@ -91,6 +92,10 @@ class HotSwap:
         with self._lock:
             self._settle()
             return dict(self._active)
+
+    @property
+    def _active(self) -> dict[str, float]:
+        return together(level.adapters for level in self._levels)
 
     @property
     def loaded(self) -> dict[str, LoadReport]:
@@ -114,11 +119,12 @@ class HotSwap:
         with self._lock, self._devices.ordered(reads=True):
             self._settle()
             self._usable()
-            for held in different_tensors(self._layers.values()):
+            every = layers_of(self._levels)
+            for held in different_tensors(every.values()):
                 held.check_memory()
                 held.check_model()
             self._watch.check()
-            return sum(backend.changed(layers) for backend, layers in self._layers.items())
+            return sum(backend.changed(layers) for backend, layers in every.items())
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise ArgumentError(NO_COPIES)
@@ -152,7 +158,8 @@ class HotSwap:
         Args:
             name: what to call the adapter; the name must be free.
             source: a path, bytes, or a binary file.
-            check: refuse a base whose fingerprint differs.  The base is compared, whatever is active.
+            check: refuse a base whose fingerprint differs.  A delta that fits the present weights and not the base is a
+                successor of the active adapters: the report's `beneath` has them, and it is active on top of them only.
             allow_dtype: take an adapter that was made against a base of another dtype; it cannot be checked then.
             skip: glob patterns of the file's names.  A tensor that the model does not have, or that cannot be written,
                 is an error unless a pattern matches it; it is left out then, and the report's `unmatched` lists it.
@@ -187,11 +194,14 @@ class HotSwap:
             self._free_name(name)
             check_overlaps(label, targets_of([adapter, *self._adapters.values()]))
             self._watch.check()
-            report = replace(adapter.report, unchecked=self._check(adapter, check, self._layers))
-            adapters = {**self._adapters, name: replace(adapter, report=report)}
+            unchecked, fit = self._check(adapter, check, self._levels)
+            adapter = replace(adapter, report=replace(adapter.report, unchecked=unchecked))
+            if fit is not None and fit.fits_present:
+                adapter = adapter.on((level.adapters for level in self._levels), fit.is_successor)
+            adapters = {**self._adapters, name: adapter}
             self._watch.follow(targets_of(adapters.values()))
             self._adapters = adapters
-            return report
+            return adapter.report
 
     def load_async(self, name: str, source: Source, **options: Any) -> Future[LoadReport]:
         """Calls `load` in a thread; the future has its report, or raises its error."""
@@ -205,14 +215,14 @@ class HotSwap:
         """Removes an adapter from memory.
 
         Raises:
-            DeltaError: the adapter is active, or not loaded.
+            DeltaError: the adapter is active, not loaded, or beneath a successor that is loaded.
         """
         with self._lock:
             self._settle()
             self._known([name])
             if name in self._active:
                 raise ArgumentError(f"adapter {name!r} is active; switch to another or revert before unloading it")
-            self._adapters = {other: adapter for other, adapter in self._adapters.items() if other != name}
+            self._adapters = without(name, self._adapters)
             self._watch.follow(targets_of(self._adapters.values()))
 
     def _free_name(self, name: str) -> None:
@@ -247,26 +257,21 @@ class HotSwap:
         report = LoadReport(name, matched, unmatched, unchecked=(), nonzeros=nonzeros, nbytes=nbytes)
         return Loaded(bytes.fromhex(delta.digest), held, parts, report, label)
 
-    def _check(self, adapter: Loaded, check: bool, layers: Layers) -> tuple[str, ...]:
-        """Compares the fingerprints, below the layers; returns the names of tensors that were not compared."""
+    def _check(self, adapter: Loaded, check: bool, levels: Sequence[Level]) -> tuple[tuple[str, ...], StackFit | None]:
+        """Compares the fingerprints with the base beneath the levels, and with what they give.
+
+        Returns:
+            Names of tensors that were not compared; what the adapter fits, if any were.
+        """
         for held in adapter.held.values():
             held.check_memory()
             held.check_model()
-        known = checkable(adapter.held, adapter.parts)
+        known, fit = checkable(adapter.held, adapter.parts), None
         if check and known:
             with self._devices.ordered(reads=True):
-                successor = check_base(adapter.label, adapter.held, adapter.parts, layers)
-            if successor:
-                raise BaseMismatchError(
-                    f"{adapter.label} was made for what the active adapters give, not for the base; call"
-                    " rebase(check=False), which makes that the base, and load it then"
-                )
+                fit = check_base(adapter.label, adapter.held, adapter.parts, layers_of(levels))
         names = adapter.report.matched
-        return tuple(
-            name
-            for name, other in names.items()
-            if not check or known.isdisjoint([self._targets[other], *self._targets[other].forms.values()])
-        )
+        return tuple(name for name, other in names.items() if not check or self._targets[other] not in known), fit
 
     # -------------------------------------------------------------------------------------- switching
 
@@ -278,6 +283,9 @@ class HotSwap:
 
         An exception from outside that comes in the last microseconds finds the adapters active: `active` says so.
 
+        A successor brings the adapters that it was made for, and is applied to what they give; its strength is 1.  It
+        is taken out before them.
+
         Args:
             adapters: a name, or name -> strength; None or an empty mapping for the base.
             strength: alpha, if `adapters` is one name; None for 1.
@@ -285,18 +293,19 @@ class HotSwap:
 
         Raises:
             ArgumentError: a strength beside a mapping, which has its own.
-            DeltaError: an adapter that is not loaded, or a strength that is not allowed.
+            DeltaError: an adapter that is not loaded, a strength that is not allowed, or a successor beside others than
+                those that it was made for.
             TargetError: the model was moved, changed from outside, or is in an unknown state.
         """
         wanted = strengths_of(adapters, strength)
         with self._lock:
             self._settle()
-            before, streams = (self._layers, self._active), self._devices.streams(stream)
+            before, streams = self._levels, self._devices.streams(stream)
             try:
                 (report,) = uninterrupted(partial(self._switch, wanted, streams))
                 return report
             except BaseException:
-                uninterrupted(partial(self._take_back, *before, streams))
+                uninterrupted(partial(self._take_back, before, streams))
                 raise
 
     def revert(self, stream: Any = None) -> SwitchReport:
@@ -308,7 +317,8 @@ class HotSwap:
         """Takes the weights as they are now as the base, whoever wrote them.  Afterwards nothing is active.
 
         Nothing is written, and saved elements are dropped.  An adapter that is still on a tensor becomes part of the
-        base, so revert before other code writes the weights, or have it write all of them.
+        base, so revert before other code writes the weights, or have it write all of them.  Afterwards all adapters are
+        deltas of the new base, successors too.
 
         Args:
             check: refuse a base that an adapter's fingerprint does not fit, if `load` compared it.
@@ -320,14 +330,13 @@ class HotSwap:
         with self._lock:
             self._settle()
             unchecked = {
-                name: self._check(adapter, check and adapter.was_compared, {})
+                name: self._check(adapter, check and adapter.was_compared, [])[0]
                 for name, adapter in self._adapters.items()
             }
             changed = {target.name for target in self._watch.changed()}
-            active = {
-                target.name for layers in self._layers.values() for layer in layers for target in layer.held.targets
-            }
-            self._layers, self._active, self._broken = {}, {}, None
+            active = {target.name for target in targets_below(layers_of(self._levels).values())}
+            self._levels, self._broken = [], None
+            self._adapters = {name: adapter.on((), False) for name, adapter in self._adapters.items()}
             self._watch.accept()
             return RebaseReport(tuple(sorted(changed)), tuple(sorted(active - changed)), unchecked)
 
@@ -351,18 +360,6 @@ class HotSwap:
                     uninterrupted(go_back)
                     raise
 
-    def _checked(self, wanted: Mapping[str, float]) -> dict[str, float]:
-        """The wanted strengths as floats, if the adapters can be active together."""
-        self._known(wanted)
-        digests: dict[bytes, str] = {}
-        for name, strength in wanted.items():
-            adapter = self._adapters[name]
-            check_strength(f"adapter {name!r}", strength, (patch.record.operation for patch in adapter.patches()))
-            twin = digests.setdefault(adapter.digest, name)
-            if twin != name:
-                raise ArgumentError(f"adapters {twin!r} and {name!r} are the same delta; give it one strength")
-        return {name: float(strength) for name, strength in wanted.items()}
-
     def _known(self, names: Mapping[str, float] | Sequence[str]) -> None:
         for name in names:
             if name not in self._adapters:
@@ -382,30 +379,30 @@ class HotSwap:
         """`switch`, on a thread that no exception from outside reaches."""
         with self._working:
             self._usable()
-            wanted = self._checked(wanted)
-            if are_same(wanted, self._active):
+            self._known(wanted)
+            plan = planned(wanted, self._adapters)
+            if are_same(together(plan), self._active):
                 self._watch.check()
             else:
-                self._commit(wanted, streams)
+                self._commit(plan, streams)
             return SwitchReport(
                 active=dict(self._active),
-                tensors=len(targets_below(self._layers.values())),
+                tensors=len(targets_below(layers_of(self._levels).values())),
                 nonzeros=sum(self._adapters[name].report.nonzeros for name in self._active),
                 nbytes=self._saved_bytes(),
             )
 
-    def _commit(self, wanted: dict[str, float], streams: Streams) -> None:
-        before = self._layers
+    def _commit(self, plan: Sequence[Strengths], streams: Streams) -> None:
+        before = self._levels
         with self._devices.ordered(streams):
-            adapters = sorted((self._adapters[name].digest, name) for name in wanted)
-            after = new_layers([(self._adapters[name].held, wanted[name]) for _, name in adapters], before)
-            touched = different_tensors([*before.values(), *after.values()])
+            after = new_levels(plan, before, self._adapters)
+            changing = [level.layers for levels in different(before, after) for level in levels]
+            touched = different_tensors(layers for level in changing for layers in level.values())
             for held in touched:
                 held.check_memory()
             self._watch.claim()
             try:
-                for backend in {**before, **after}:
-                    backend.replace(before.get(backend, []), after.get(backend, []))
+                exchange(before, after)
                 for held in touched:  # while the device works
                     held.check_model()
                 increment_versions(touched)
@@ -414,25 +411,25 @@ class HotSwap:
                 raise
             finally:
                 self._watch.record()
-            self._layers, self._active = after, wanted
+            self._levels = after
 
-    def _take_back(self, layers: Layers, active: dict[str, float], streams: Streams) -> None:
-        """Undoes a switch that was complete when an exception from outside came: these layers are active again."""
+    def _take_back(self, levels: list[Level], streams: Streams) -> None:
+        """Undoes a switch that was complete when an exception from outside came: these levels are active again."""
         with self._working, self._devices.ordered(streams):
-            if self._layers is not layers and self._broken is None:
-                self._roll_back(layers, self._layers)
+            if self._levels is not levels and self._broken is None:
+                self._roll_back(levels, self._levels)
                 self._watch.record()
-                self._layers, self._active = layers, active
+                self._levels = levels
 
-    def _roll_back(self, before: Layers, after: Layers) -> None:
+    def _roll_back(self, before: Sequence[Level], after: list[Level]) -> None:
         """Undoes a commit that failed at any step."""
         try:
-            for backend, layers in after.items():
-                backend.restore(layers)
-            after.clear()  # frees its rooms, so that going back takes no more memory
-            for backend, layers in before.items():
-                backend.restore(layers)
-                backend.replace([], layers)
+            leave, enter = different(before, after)
+            restore(enter)
+            for level in enter:
+                level.layers.clear()  # frees its rooms, so that going back takes no more memory
+            restore(leave)
+            exchange([], leave)
         except BaseException as error:
             self._broken = (
                 f"the weights are in an unknown state, because undoing a failed switch failed too ({error}); {RELOAD}"
@@ -440,4 +437,4 @@ class HotSwap:
             raise TargetError(self._broken) from error
 
     def _saved_bytes(self) -> int:
-        return sum(layer.held.room for layers in self._layers.values() for layer in layers)
+        return sum(layer.held.room for layers in layers_of(self._levels).values() for layer in layers)

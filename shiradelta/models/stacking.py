@@ -46,6 +46,11 @@ class StackFit:
         """Whether it fits the present weights only."""
         return self._misses_base is not None
 
+    @property
+    def fits_present(self) -> bool:
+        """Whether there are deltas on the base, and it fits what they give."""
+        return self._stacked and self._misses_present is None
+
     def check(self, name: str, delta: TensorDelta | Record, base: int, present: int) -> None:
         """Compares one tensor's fingerprints with the one in the delta.
 

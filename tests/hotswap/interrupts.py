@@ -27,8 +27,16 @@ from tests.swapping import adapter, bits, random_delta
 
 #: So many nonzeros a tensor that libshd works on several threads.
 SHAPE, NONZEROS = (1024, 1024), 140_000
-#: What is active, in turn: single adapters, sums, other strengths of the same, the base.
-STATES: list[dict[str, float]] = [{"a": 1.0}, {"b": 0.5}, {"a": 1.0, "b": 1.0}, {"a": 0.5, "b": -1.0}, {"a": 2.0}, {}]
+#: What is active, in turn: single adapters, sums, other strengths of the same, the base, a successor of one.
+STATES: list[dict[str, float]] = [
+    {"a": 1.0},
+    {"b": 0.5},
+    {"a": 1.0, "b": 1.0},
+    {"a": 0.5, "b": -1.0},
+    {"a": 1.0, "next": 1.0},
+    {"a": 2.0},
+    {},
+]
 
 
 class Interrupted(BaseException):
@@ -45,6 +53,11 @@ class Session:
         for seed, name in enumerate("ab"):
             deltas = {key: random_delta(SHAPE, nonzeros, 2 * seed + i) for i, key in enumerate(self.model)}
             self.swap.load(name, adapter(deltas))
+        self.swap.switch("a")
+        following = {
+            key: random_delta(SHAPE, nonzeros, 9 + i, base=now) for i, (key, now) in enumerate(self.model.items())
+        }
+        self.swap.load("next", adapter(following))
         self.expected = {}
         spans = []
         for state in [*STATES, *STATES]:

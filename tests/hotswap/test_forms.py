@@ -222,6 +222,28 @@ def test_a_new_base_is_compared_in_the_checkpoints_order(tmp_path: Path):
     case.check()
 
 
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
+def test_successors_are_compared_in_the_checkpoints_order(backend: str, tmp_path: Path):
+    case = Case(placed(rearranged), tmp_path)
+    swap = HotSwap(case.model, backend=backend)
+    states = [base := case.base]
+    for step in range(3):
+        data = case.delta(step)
+        case.base = {name: formula(elements, case.dtype, [(data, 1.0)], name) for name, elements in states[-1].items()}
+        states.append(case.base)
+        report = swap.load(str(step), data)
+        assert (report.beneath, report.unchecked) == (swap.active, ())
+        swap.switch(str(step))
+        case.check()
+    for step in (0, 2, 1):
+        swap.switch(str(step))
+        case.base = states[step + 1]
+        case.check()
+    swap.revert()
+    case.base = base
+    case.check()
+
+
 def test_names_of_the_checkpoint_and_of_memory_meet_in_one_weight(tmp_path: Path):
     case = Case(placed(nomic), tmp_path)
     data = case.delta(1, "f32")

@@ -473,9 +473,9 @@ def test_pinned_memory_is_taken(monkeypatch: pytest.MonkeyPatch):
     HotSwap({"weight": weight}).load("a", delta())
 
 
-def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     page = (Path(__file__).parents[2] / "docs" / "live.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, {})
     assert CHANGED.split(" since")[0] in capsys.readouterr().out
