@@ -44,6 +44,14 @@ def test_the_table_of_registries_has_their_members(kind: str, path: str, members
     assert page[1] is None or (EXTEND / page[1]).exists()
 
 
+def test_the_table_of_sources_is_that_of_the_registry():
+    from shiradelta.converters import SOURCES, kinds
+
+    rows = re.findall(r"^\| (\w+) \| (.*) \|$", (EXTEND.parent / "sources.md").read_text(), re.MULTILINE)
+    held = [(kind, SOURCES[kind].help) for kind in kinds()[1:]]
+    assert rows[1 : len(held) + 1] == held  # after the head
+
+
 @pytest.mark.parametrize(("kind", "path", "members", "link"), table())
 def test_an_unknown_name_is_refused_with_the_members(kind: str, path: str, members: str, link: str):
     with pytest.raises(ArgumentError, match=f"{registry_of(path).kind} 'nothing' is unknown; take .*{members[:3]}"):

@@ -12,6 +12,14 @@ from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress
 from shiradelta.util.text import count, percent, size, table
 
 
+def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from shiradelta.converters import SOURCES, kinds
+
+        click.echo(table([["kind", "what it reads"], *([kind, SOURCES[kind].help] for kind in kinds()[1:])], left=2))
+        context.exit()
+
+
 @command(short_help="Convert a LoRA, a full fine-tune or a diff to a .shd file.")
 @click.argument("source")
 @click.option("--sparsity", type=float, help="Share of the weights that change.  [default: 0.01]")
@@ -29,6 +37,9 @@ from shiradelta.util.text import count, percent, size, table
     default="auto",
     show_default=True,
     help="What SOURCE is.",
+)
+@click.option(
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_kinds, help="List the kinds, and exit."
 )
 @click.option("--alpha", type=float, help="Alpha of a LoRA, instead of the one in its files.")
 @options.skip("Let tensors be missing that cannot be converted")

@@ -267,3 +267,13 @@ def test_help_imports_neither_numpy_nor_torch():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "click" in modules
     assert not {"numpy", "torch", "scipy"} & set(modules)
+
+
+def test_convert_lists_the_kinds_in_the_order_in_which_they_are_asked():
+    from shiradelta.converters import SOURCES, kinds
+
+    result = run("convert", "--list")
+    assert result.exit_code == 0
+    assert [line.split(None, 1) for line in result.output.splitlines()[2:]] == [
+        [kind, SOURCES[kind].help] for kind in kinds()[1:]
+    ]

@@ -2,89 +2,47 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import re
 from pathlib import Path
+from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 import shiradelta
+from benchmarks import sources
 from converters.peft_config import TYPES
 from shiradelta.errors import SourceError
 
-TARGETS = {"target_modules": ["q_proj", "down_proj"]}
-#: Type -> its options; those of `QUICK` run each time.
-OPTIONS: dict[str, dict[str, object]] = {
-    "IA3": {"feedforward_modules": ["down_proj"], **TARGETS},
-    "LN_TUNING": {"target_modules": ["input_layernorm"]},
-    "OFT": {"oft_block_size": 4, **TARGETS},
-    "VERA": {"r": 4, **TARGETS},
-    "TRAINABLE_TOKENS": {"token_indices": [1, 5], "target_modules": ["embed_tokens"]},
-    "BOFT": {"boft_block_size": 4, **TARGETS},
-    "VBLORA": {"vector_length": 4, "num_vectors": 16, **TARGETS},
-    "C3A": {"block_size": 16, **TARGETS},
-    "WAVEFT": {"n_frequency": 20, **TARGETS},
-    "FOURIERFT": {"n_frequency": 20, **TARGETS},
-    "MISS": {"r": 8, **TARGETS},
-    "ROAD": {"group_size": 8, **TARGETS},
-    **dict.fromkeys(("DEFT", "DELORA", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "OSF", "PEANUT", "PSOFT"), TARGETS),
-    **dict.fromkeys(("PVERA", "RANDLORA", "SUPERTUNING", "TINYLORA", "UNILORA"), TARGETS),
-}
+#: Types that are compared each time; the others are slow.
 QUICK = ("IA3", "LN_TUNING", "OFT", "VERA", "TRAINABLE_TOKENS")
-KNOWN = {str(getattr(kind, "value", kind)): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+SLOW = sorted(set(sources.TYPES) - {*QUICK, *TYPES})
 
 
 @pytest.fixture(scope="module")
-def model() -> transformers.LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=40,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def saved(folder: Path, model: torch.nn.Module, kind: str) -> Path:
-    """An adapter of a type, with random weights."""
-    torch.manual_seed(1)
-    tuned = peft.get_peft_model(copy.deepcopy(model), KNOWN[kind](**OPTIONS[kind]))
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.05
-    tuned.save_pretrained(folder)
-    return folder
+def model() -> Any:
+    return sources.small_model()
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in OPTIONS]
-)
-def test_the_changes_are_those_of_pefts_merge(tmp_path: Path, model: transformers.LlamaForCausalLM, kind: str):
-    if kind not in KNOWN:
-        pytest.skip(f"PEFT {peft.__version__} has no {kind}")
-    base, adapter = tmp_path / "base", saved(tmp_path / "adapter", model, kind)
-    model.save_pretrained(base)
-    before = (base / "model.safetensors").read_bytes()
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), adapter)
-    merged = loaded.merge_and_unload(safe_merge=True).state_dict()
-    shiradelta.convert(adapter, sparsity=1, base=base, values="f32")
-    assert (base / "model.safetensors").read_bytes() == before
-    shiradelta.apply(base, tmp_path / "adapter.shd")
-    changed = 0
-    for name, tensor in load_file(base / "model.safetensors").items():
-        torch.testing.assert_close(tensor, merged[name], rtol=1e-6, atol=1e-7, msg=name)
-        changed += not torch.equal(tensor, model.state_dict()[name])
-    assert changed
+@pytest.mark.parametrize("kind", QUICK)
+def test_the_changes_are_those_of_pefts_merge(tmp_path: Path, model: Any, kind: str):
+    assert sources.outcome(tmp_path, model, kind) == "exact"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_type_of_pefts_is_exact_or_refused(tmp_path: Path, model: Any, kind: str):
+    """As the documentation says of PEFT 0.21."""
+    found = sources.outcome(tmp_path, model, kind)
+    page = (Path(__file__).parents[2] / "docs/sources.md").read_text()
+    exact = re.search(r"PEFT's merge, a layer at a time \| (.*) \|", page)
+    assert exact is not None
+    assert (found == "exact") == (kind in exact[1].split(", ")), found
+    assert "WRONG" not in found
 
 
 def refused(folder: Path, base: Path | None, match: str) -> None:
@@ -94,8 +52,8 @@ def refused(folder: Path, base: Path | None, match: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_does_not_fit_is_refused_in_a_line(tmp_path: Path, model: transformers.LlamaForCausalLM):
-    base, adapter = tmp_path / "base", saved(tmp_path / "adapter", model, "IA3")
+def test_what_does_not_fit_is_refused_in_a_line(tmp_path: Path, model: Any):
+    base, adapter = tmp_path / "base", sources.save_adapter(tmp_path / "adapter", model, "IA3")
     model.save_pretrained(base)
     file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     held, about = load_file(file), json.loads(config.read_text())
@@ -129,16 +87,8 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path: Path, model: transform
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_tensor_that_the_base_shares_is_not_changed_for_one_layer(
-    tmp_path: Path, model: transformers.LlamaForCausalLM
-):
-    config = copy.deepcopy(model.config)
-    config.tie_word_embeddings = True
-    tied = transformers.LlamaForCausalLM(config)
-    adapter = saved(tmp_path / "adapter", tied, "TRAINABLE_TOKENS")
+def test_a_tensor_that_the_base_shares_is_not_changed_for_one_layer(tmp_path: Path):
+    tied = sources.small_model(tied=True)
+    adapter = sources.save_adapter(tmp_path / "adapter", tied, "TRAINABLE_TOKENS")
     tied.save_pretrained(tmp_path / "base")
     refused(adapter, tmp_path / "base", "the base shares 'model.embed_tokens.weight' with other layers")
-
-
-def test_each_type_has_one_reader():
-    assert not set(OPTIONS) & set(TYPES)
