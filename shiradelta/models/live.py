@@ -31,6 +31,7 @@ from shiradelta.models.refusals import (
     refusal_of,
 )
 from shiradelta.models.saved import SavedTensor, saved_tensors
+from shiradelta.models.sentence import saved_prefixes
 from shiradelta.models.shared import SharedMemory
 from shiradelta.models.views import View, contiguous
 
@@ -235,23 +236,32 @@ class _Named:
 def _named(model: Any) -> Iterator[_Named]:
     """All names of tensors; the module's own come first."""
     if _is_module(model):
-        own = dict(model.named_parameters(remove_duplicate=False))
-        own |= model.named_buffers(remove_duplicate=False)
-        in_checkpoint = list(_in_checkpoint(list(saved_tensors(model)), own))
-        taken = {named.name for named in in_checkpoint}
-        for name, tensor in own.items():
-            if name not in taken:
-                yield _Named(name, tensor)
-        for name, tensor in own.items():  # PEFT puts this between a layer and its weight
-            if peft.BASE_LAYER in name:
-                yield _Named(name.replace(peft.BASE_LAYER, "."), tensor)
-        yield from in_checkpoint
+        named = list(_named_in(model))
+        yield from named
+        for prefix, folder in saved_prefixes(model).items():
+            some = (one for one in named if one.name.startswith(prefix))
+            yield from (replace(one, name=folder + one.name[len(prefix) :]) for one in some)
         return
     for name, value in model.items():
         if _is_module(value):
             yield from (named.inside(name) for named in _named(value))
         elif _is_tensor(value):
             yield _Named(name, value)
+
+
+def _named_in(model: Any) -> Iterator[_Named]:
+    """The names of a module's tensors; the module's own come first."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    own |= model.named_buffers(remove_duplicate=False)
+    in_checkpoint = list(_in_checkpoint(list(saved_tensors(model)), own))
+    taken = {named.name for named in in_checkpoint}
+    for name, tensor in own.items():
+        if name not in taken:
+            yield _Named(name, tensor)
+    for name, tensor in own.items():  # PEFT puts this between a layer and its weight
+        if peft.BASE_LAYER in name:
+            yield _Named(name.replace(peft.BASE_LAYER, "."), tensor)
+    yield from in_checkpoint
 
 
 def _in_checkpoint(saved: Sequence[SavedTensor], own: Mapping[str, Any]) -> Iterator[_Named]:

@@ -21,6 +21,8 @@ _NUMBERED, _WEIGHTS = re.compile(r"\d+_\w+"), (".safetensors", ".bin")
 _PLAIN = ("Transformer", "Pooling", "Dropout")
 #: Activations of a Dense module that are known by their names.
 ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU", "SiLU", "Sigmoid", "LeakyReLU", "ELU", "Mish", "Softplus")
+#: Classes of modules that run others, which are in their folder; of models; what holds a Transformer's model.
+_ROUTING, _MODELS, _WRAPPERS = ("Router", "Asym"), {"SentenceTransformer", "SparseEncoder"}, ("auto_model", "model")
 #: Classes of modules that always have weights.
 _WEIGHTY = (
     "Transformer",
@@ -76,6 +78,33 @@ def modules_of(folder: Path) -> tuple[SentenceModule, ...] | None:
         raise SourceError(f"{listing}: is not a list of modules ({brief(str(error), 200)}); get it again") from None
     every = [inner for module in found for inner in (module, *_routed(folder, module))]
     return tuple({module.path: module for module in reversed(every)}.values())[::-1]
+
+
+def saved_prefixes(model: Any) -> dict[str, str]:
+    """What stands before the names of a live SentenceTransformer's tensors -> what does in its folder, as it is saved.
+
+    Empty for another model.
+    """
+    if not _MODELS.intersection(kind.__name__ for kind in type(model).__mro__):
+        return {}
+    found: dict[str, str] = {}
+
+    def add(prefix: str, folder: str, module: Any) -> None:
+        children = {name for name, _ in module.named_children()} if type(module).__name__ == "Transformer" else set()
+        wrapper = next((f"{name}." for name in _WRAPPERS if name in children), "")
+        found[prefix + wrapper] = folder
+
+    for place, (number, module) in enumerate(model.named_children()):
+        kind = type(module).__name__
+        in_root = place == 0 and getattr(module, "save_in_root", kind == "Transformer")
+        folder = "" if in_root else f"{place}_{kind}/"
+        if kind not in _ROUTING:
+            add(f"{number}.", folder, module)
+            continue
+        for route, modules in module.sub_modules.items():
+            for at, inner in enumerate(modules):
+                add(f"{number}.sub_modules.{route}.{at}.", f"{folder}{route}_{at}_{type(inner).__name__}/", inner)
+    return found
 
 
 def unlisted_modules(folder: Path) -> list[Path]:
@@ -178,7 +207,7 @@ def _module(path: Any, kind: Any, listing: Path) -> SentenceModule:
 
 def _routed(folder: Path, module: SentenceModule) -> Iterator[SentenceModule]:
     """The modules that a Router runs; none for another module."""
-    for name in _ROUTERS if module.kind in ("Router", "Asym") else ():
+    for name in _ROUTERS if module.kind in _ROUTING else ():
         listing = folder / module.path / name
         about = read_json(listing) if listing.is_file() else None
         types = about.get("types") if isinstance(about, dict) else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import shiradelta
 from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.models.live import live_tensors
 from shiradelta.models.sentence import SentenceModule, modules_of
 from shiradelta.train import attach
 from tests.scenes import contents
@@ -314,9 +315,71 @@ def test_a_base_without_a_list_of_its_modules(tmp_path: Path):
 def test_a_module_in_a_pickle_that_no_list_names(tmp_path: Path):
     base, tuned = sentences(tmp_path / "base", 1), sentences(tmp_path / "tuned", 2)
     for folder in MODULES:
-        shutil.rmtree(tuned / folder)
+        shutil.rmtree(tuned / folder, ignore_errors=True)
     (tuned / "modules.json").unlink()
     (tuned / "2_Dense").mkdir()
     torch.save({"w": torch.ones(2)}, tuned / "2_Dense" / "pytorch_model.bin")
     with pytest.raises(SourceError, match=r"2_Dense/w: \S* has no modules\.json"):
         shiradelta.convert(tuned, base=base)
+
+
+class StaticEmbedding(nn.Module):
+    save_in_root = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4)
+
+
+class Transformer(nn.Module):
+    save_in_root = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(4, 4)
+
+    @property
+    def auto_model(self) -> nn.Module:
+        return self.model
+
+
+class Router(nn.Module):
+    save_in_root = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sub_modules = nn.ModuleDict(
+            {"query": nn.Sequential(StaticEmbedding()), "document": nn.Sequential(Transformer())}
+        )
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+
+class SentenceTransformer(nn.Sequential):
+    """As the library's own, as far as names go."""
+
+
+@pytest.mark.parametrize(
+    ("first", "saved"),
+    [
+        (StaticEmbedding, {"embedding.weight": "0.embedding.weight"}),
+        (
+            Router,
+            {
+                "query_0_StaticEmbedding/embedding.weight": "0.sub_modules.query.0.embedding.weight",
+                "document_0_Transformer/weight": "0.sub_modules.document.0.model.weight",
+            },
+        ),
+    ],
+)
+def test_a_live_model_has_the_names_of_its_folder(first: type[nn.Module], saved: dict[str, str]):
+    """As they are saved: the first module in the model's own folder, and what a Router runs in folders of its own."""
+    model = SentenceTransformer(first(), Dense())
+    targets = live_tensors(model)
+    for name, own in {**saved, "1_Dense/linear.weight": "1.linear.weight"}.items():
+        assert targets[name] is targets[own]
+    assert "embedding.weight" not in live_tensors(nn.Sequential(StaticEmbedding()))
