@@ -7,6 +7,7 @@ layers and loads the adapter as it would to run it.  Then the layers are merged 
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -44,6 +45,8 @@ _NO_WEIGHTS = {
     "SHADOW": "runs a second network beside the model",
     "ADAPTION_PROMPT": "adds tokens to the attention",
 }
+#: How PEFT names types; another name is refused where its own layouts are read.
+_TYPE = re.compile(r"[A-Z0-9_]{1,40}")
 #: The largest number in a configuration that is no seed; ranks and counts of frequencies are thousands at most.
 _MOST = 1 << 16
 _MERGE = "merge it with PEFT and convert the merged model"
@@ -58,7 +61,8 @@ def _config_of(path: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _recognises(files: SourceFiles) -> bool:
-    return type_of(_config_of(files.path)[1]) not in (None, *TYPES)
+    kind = type_of(_config_of(files.path)[1])
+    return kind is not None and kind not in TYPES and _TYPE.fullmatch(kind) is not None
 
 
 @source(
