@@ -271,7 +271,8 @@ class HotSwap:
             with self._devices.ordered(reads=True):
                 fit = check_base(adapter.label, adapter.held, adapter.parts, layers_of(levels))
         names = adapter.report.matched
-        return tuple(name for name, other in names.items() if not check or self._targets[other] not in known), fit
+        forms = {name: {self._targets[other], *self._targets[other].forms.values()} for name, other in names.items()}
+        return tuple(name for name, some in forms.items() if not check or known.isdisjoint(some)), fit
 
     # -------------------------------------------------------------------------------------- switching
 
