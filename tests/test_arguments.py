@@ -15,7 +15,16 @@ import shiradelta
 from shiradelta.errors import ArgumentError
 from shiradelta.fit import Fit
 from shiradelta.train import Tuner, attach
-from shiradelta.util.arguments import ANY, COMMON, OPEN, PAIRS, STRENGTHS, ArgumentKind, checked
+from shiradelta.util.arguments import (
+    ANY,
+    COMMON,
+    OPEN,
+    PAIRS,
+    SHAPE,
+    STRENGTHS,
+    ArgumentKind,
+    checked,
+)
 
 
 class Nothing:
@@ -66,11 +75,12 @@ def test_a_wrong_type_is_one_line_that_names_the_argument(name: str, argument: s
         (COMMON["source"], ["a", Path("a")], ["", "a\0b", b"a", 5, True, ["a"]]),
         (COMMON["strength"], [1, 0.5, np.float32(2), float("nan")], ["1", True, b"1", np.ones(2), 1j]),
         (COMMON["seed"], [1, np.int64(1)], [1.0, "1", True]),
-        (COMMON["check"], [True, False, np.bool_(True)], [1, 0, "no"]),
-        (COMMON["skip"], ["*", [], ["*"], ("a", "b"), None], [5, [5], b"*", {"a"}]),
+        (COMMON["check"], [True, False, np.bool_(True), 0, 1], [2, 1.0, "no"]),
+        (COMMON["skip"], ["*", [], ["*"], ("a", "b"), {"a"}, {"a": 1}.keys(), None], [5, [5], b"*", iter(["a"])]),
         (COMMON["progress"], [print], ["x", 1]),
-        (COMMON["key"], ["a", ["a", Path("b")]], [5, [5], b"a"]),
+        (COMMON["key"], ["a", ["a", Path("b")], {Path("a")}], [5, [5], b"a", ""]),
         (OPEN, ["a", b"a", np.zeros(1, np.uint8), open], [5, None, ["a"], ""]),
+        (SHAPE, [(), [4, 4], np.array([4, 4]), torch.Size([4, 4])], [4, "44", [4.0]]),
         (PAIRS, [{}, {"a": "b"}], [{"a": 1}, [("a", "b")]]),
         (STRENGTHS, [{}, {"a": 1}, {Path("a"): 0.5}], [["a"], {"a": "1"}, {5: 1.0}, "a"]),
     ],

@@ -11,6 +11,7 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.io.reader import Source, bytes_of, explained
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import check_signed
+from shiradelta.util.regular_file import open_regular
 from shiradelta.util.threads import THREADS, map_in_threads
 
 #: The fewest bytes that a thread reads.
@@ -47,7 +48,8 @@ def _read(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Bytes]:
         return "delta", data
     label, path = os.fspath(source), Path(source)
     with explained(path):
-        data = buffer(path.stat().st_size)
+        with open_regular(path) as stream:
+            data = buffer(os.fstat(stream.fileno()).st_size)
         chunk = max(_CHUNK, -(-data.size // THREADS))
 
         def read(start: int) -> int:

@@ -235,7 +235,9 @@ def parse_delta(
     """`open_delta` of bytes that came from `file`."""
     allowed = default_limit(data.size) if limit is None else text.parse_size(limit)
     if not allowed:
-        raise ArgumentError("limit 0 allows nothing; give a positive number of bytes, or None for the default")
+        raise ArgumentError(
+            f"limit {limit} is less than a byte; give a positive number of bytes, or None for the default"
+        )
     try:
         parsed = container.parse(data)
         chosen = choose(backend, parsed.index_codecs, parsed.value_codecs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -60,7 +60,10 @@ def _is_open(value: Any) -> bool:
 
 
 def _are(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, bytes) and all(map(holds, value))
+    """Whether a value is several of a kind; an iterator is not looked into, since that would use it up."""
+    if isinstance(value, Iterator) or not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        return False
+    return all(map(holds, value))
 
 
 def _is_text(value: Any) -> bool:
@@ -80,7 +83,9 @@ def _is_array(value: Any) -> bool:
 
 ANY = ArgumentKind("anything", lambda value: True)
 ARRAY = ArgumentKind("an array of numbers", _is_array)
-BOOL = ArgumentKind("True or False", lambda value: isinstance(value, bool | np.bool_))
+BOOL = ArgumentKind(
+    "True or False", lambda value: isinstance(value, bool | np.bool_) or (type(value) is int and value in (0, 1))
+)
 CALL = ArgumentKind("a function", callable)
 NAMES = ArgumentKind(
     "a mapping of names to names, or a function", lambda value: isinstance(value, Mapping) or callable(value)
@@ -91,7 +96,8 @@ PAIRS = ArgumentKind("a mapping of strings to strings", lambda value: _maps(valu
 PATH = ArgumentKind("a path", is_path)
 PATHS = ArgumentKind("a path, or a list of paths", lambda value: is_path(value) or _are(value, is_path))
 PATTERNS = ArgumentKind(
-    "a pattern such as '*.norm', a list of patterns, or None", lambda value: value is None or _are(value, _is_text)
+    "a pattern such as '*.norm', a list of patterns, or None",
+    lambda value: value is None or _is_text(value) or _are(value, _is_text),
 )
 SHAPE = ArgumentKind("a shape, such as (4, 4)", lambda value: _are(value, _is_whole))
 SIZE = ArgumentKind("a number of bytes, or a size such as '2MB'", lambda value: _is_text(value) or _is_whole(value))
@@ -103,7 +109,7 @@ SWITCHED = ArgumentKind(
     lambda value: value is None or _is_text(value) or _maps(value, _is_text, _is_number),
 )
 TEXT = ArgumentKind("a string", _is_text)
-TEXTS = ArgumentKind("a string, or a list of strings", lambda value: _are(value, _is_text))
+TEXTS = ArgumentKind("a string, or a list of strings", lambda value: _is_text(value) or _are(value, _is_text))
 WHOLE = ArgumentKind("a whole number", _is_whole)
 
 #: Arguments that mean the same in every function -> what they have to be.

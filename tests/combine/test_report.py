@@ -22,6 +22,7 @@ from shiradelta.combine.interference import Meeting
 from shiradelta.combine.report import report
 from shiradelta.combine.report.markup import bars, cell, letter, table
 from shiradelta.combine.report.page import render
+from shiradelta.combine.report.profiles import _Counts
 from shiradelta.combine.report.verdict import advice, verdict
 from shiradelta.errors import DeltaError, TargetError
 
@@ -61,6 +62,15 @@ def page_file(files: dict[Path, float]) -> Path:
     out = next(iter(files)).parent / "report.html"
     report(files, out)
     return out
+
+
+def test_few_nonzeros_of_a_huge_shape_take_little_time():
+    """A file may hold thousands of such tensors."""
+    few, many = _Counts(1 << 28, 9), _Counts(1 << 28, 1 << 20)
+    assert few.axis(1).densest_tenth == 0
+    few.add(np.arange(9) << 24)
+    assert few.axis(1).densest_tenth == 1
+    assert few._counts.size <= 1 << 12 < many._counts.size <= 1 << 20
 
 
 def test_profiles_are_those_of_dense_arrays(files: dict[Path, float]):

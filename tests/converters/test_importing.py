@@ -29,7 +29,7 @@ def test_a_type_checker_sees_the_signature_of_convert(tmp_path: Path):
     assert 'Unexpected keyword argument "nonsense" for "convert"' in found.stdout
     assert 'Argument 1 to "convert" has incompatible type "int"' in found.stdout
     assert 'Revealed type is "tuple[str, ...]"' in found.stdout
-    assert 'Revealed type is "float"' in found.stdout
+    assert 'Revealed type is "float | None"' in found.stdout
 
 
 #: -S leaves out .pth files, and with them the finder of an editable installation.

@@ -821,3 +821,10 @@ def test_damaged_files_are_refused(backend: str):
             swap.load("bad", bytes(damaged))
         assert caught.value.reason == "section_checksum"
     assert swap.loaded == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_refused_at_once(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(sd.ShiraDeltaError, match="not a regular file"):
+        make({"w": weights((4, 4), "float32")}, "numpy").load("a", tmp_path / "pipe")
