@@ -62,6 +62,7 @@ def kill_repeatedly(victim: Victim, inputs: Path, count: int, seed: int, work: P
     """Ends a victim by each signal in turn; how often which state was found."""
     generator = random.Random(f"{seed} {victim.name}")
     seen: Counter[str] = Counter()
+    preload([victim])
     scene = Scene(victim, inputs, work)
     for number, ended_by in zip(range(count), cycle(SIGNALS), strict=False):
         moment = generator.uniform(0, scene.seconds)

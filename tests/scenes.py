@@ -27,7 +27,13 @@ from shiradelta.folder.verification import VerifyReport
 #: What ends a process from outside.
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if os.name != "nt" else ()
 #: What the process that is forked loads once; a command starts in milliseconds then.
-_LOADED = ["shiradelta.cli.apply", "shiradelta.converters", "shiradelta.folder.apply", "shiradelta.combine.fuse"]
+_LOADED = [
+    "tests.scenes",
+    "shiradelta.cli.apply",
+    "shiradelta.converters",
+    "shiradelta.folder.apply",
+    "shiradelta.combine.fuse",
+]
 _TRAINING = ["torch", "shiradelta.train.run", "shiradelta.fit.run", "transformers.models.bert.modeling_bert"]
 
 
@@ -214,9 +220,11 @@ def run(arguments: Sequence[str]) -> None:
 def _work(arguments: Sequence[str], said: str, tell: Connection | None = None, hold: Lock | None = None) -> None:
     """The process that runs a command."""
     from shiradelta.cli import main
-    from shiradelta.nonzeros import unfinished
 
-    unfinished.SAVE_EVERY = -1  # seconds: after each step
+    if "torch" in sys.modules:  # a command that trains; loading torch takes seconds
+        from shiradelta.nonzeros import unfinished
+
+        unfinished.SAVE_EVERY = -1  # seconds: after each step
     for number in SIGNALS[1:]:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
@@ -265,8 +273,9 @@ def write_inputs(root: Path, model: Path, source: Path) -> None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-    (root / "model").symlink_to(model.resolve())
-    (root / "source").symlink_to(source.resolve())
+    # Without a configuration: transformers, which knows a class's names, would be loaded by each process.
+    for name, path in (("model", model), ("source", source)):
+        shutil.copytree(path, root / name, ignore=shutil.ignore_patterns("config.json"))
     for name, sparsity in (("a", 0.05), ("b", 0.02)):
         shiradelta.convert(source, root / f"{name}.shd", base=model, sparsity=sparsity)
     with shiradelta.open_delta(root / "b.shd") as delta:
