@@ -13,7 +13,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_, is_not, methodcaller
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from shiradelta.errors import TargetError
 from shiradelta.models.live import Target, is_array
+from shiradelta.models.places import Place, Places
 
 #: What to do if nothing is known of the weights.
 RELOAD = "load the model's weights again, then call rebase()"
@@ -84,13 +85,29 @@ class _Readings:
         self._known = self._read(self._sources)
 
 
+class _InPlace:
+    """Things that a model has in places of it; each place counts once."""
+
+    def __init__(self, found: Iterable[tuple[Place, Any]]) -> None:
+        distinct = {(id(place.things), place.name): (place, thing) for place, thing in found}
+        self._mappings = [place.things for place, _ in distinct.values()]
+        self._names = [place.name for place, _ in distinct.values()]
+        self._things = [thing for _, thing in distinct.values()]
+        self._get: Any = dict.get if all(isinstance(one, dict) for one in self._mappings) else Mapping.get
+
+    def are_there(self) -> bool:
+        """Whether all are still there."""
+        return all(map(is_, map(self._get, self._mappings, self._names), self._things))
+
+
 class Watch:
     """The tensors that a session's adapters change, as the session last wrote or checked them."""
 
-    def __init__(self) -> None:
-        self._objects: dict[Target, Any] = {}  # what the model has there, for tensors of torch
-        self._homes: tuple[list[Any], list[str]] = [], []  # where it has them
-        self._expected: list[Any] = []
+    def __init__(self, model: Any) -> None:
+        self._model, self._places = model, Places(model)
+        self._things: dict[Target, list[Any]] = {}  # what the model has in each tensor's places
+        self._tensors, self._modules = _InPlace(()), _InPlace(())
+        self._counting: list[Any] = []
         self._addresses: list[int] = []
         self._versions, self._samples = _Readings(_versions), _Readings(_sampled)
         self._spans: list[_Span] = []  # in the order of the addresses
@@ -101,20 +118,39 @@ class Watch:
     def follow(self, targets: Iterable[Target]) -> None:
         """Watches these tensors, and no others.  What is known of those that were watched before stays."""
         every = dict.fromkeys(targets)
-        objects = {target: _object(target) for target in every if not is_array(target.tensor)} | {
-            target: known for target, known in self._objects.items() if target in every
-        }
+        self._things = {target: self._things.get(target) or target.now() for target in every}
+        objects = {target: things[0] for target, things in self._things.items() if not is_array(target.tensor)}
         counted = {target: tensor for target, tensor in objects.items() if not tensor.is_inference()}
         on_cpu = [target for target in counted if target.device == "cpu"]
         few = set(on_cpu[:: -(-len(on_cpu) // _TENSORS)] if on_cpu else [])
         sampled = [target for target in every if target in few or (target.device == "cpu" and target not in counted)]
         self._versions.follow(counted)
         self._samples.follow({target: _sampler(target) for target in sampled})
-        self._objects, self._expected = objects, list(objects.values())
-        self._homes = [target.home[0] for target in objects], [target.home[1] for target in objects]
-        self._addresses = [target.address for target in objects]
+        pairs = (zip(target.places, things, strict=False) for target, things in self._things.items())
+        self._tensors = _InPlace(chain.from_iterable(pairs))
+        self._follow_modules()
+        self._counting, self._addresses = list(objects.values()), [target.address for target in objects]
         self._spans = sorted(((*target.memory, target) for target in every), key=lambda span: span[:3])
         self._foreign.intersection_update(every)
+
+    def _follow_modules(self) -> None:
+        places = chain.from_iterable(target.places for target in self._things)
+        self._modules = _InPlace(self._places.above(places))
+
+    def _has(self, now: Places, target: Target) -> bool:
+        """Whether the model has a tensor everywhere that it had it, through as many modules."""
+        return target.is_there() and all(now.ways(place) >= self._places.ways(place) for place in target.places)
+
+    def check_model(self, targets: Iterable[Target]) -> None:
+        """Checks that the model has the tensors everywhere that it had them when the session was made.
+
+        Raises:
+            TargetError: a tensor, or a module that it is in, was moved or replaced.
+        """
+        now = Places(self._model)
+        for target in targets:
+            if not self._has(now, target):
+                raise target.moved_error()
 
     def check(self) -> None:
         """Checks that nothing else has written, moved or replaced the tensors, as far as that can be told.
@@ -122,22 +158,32 @@ class Watch:
         Raises:
             TargetError: something has.
         """
-        if list(map(_ADDRESS, self._expected)) != self._addresses or not self._are_same():
+        if list(map(_ADDRESS, self._counting)) != self._addresses or not self._are_same():
             raise self._error()
 
     def _are_same(self) -> bool:
         """`check` but for the addresses.  This is on the way of every switch; the loops run in C."""
         return (
             not self._foreign
-            and all(map(is_, map(dict.get, *self._homes), self._expected))
+            and self._tensors.are_there()
+            and (self._modules.are_there() or self._are_elsewhere())
             and self._versions.are_same()
             and self._samples.are_same()
         )
 
+    def _are_elsewhere(self) -> bool:
+        """Whether the model has all modules of the tensors, though other modules are around them, such as PEFT's."""
+        now = Places(self._model)
+        if not all(self._has(now, target) for target in self._things):
+            return False
+        self._places = now
+        self._follow_modules()
+        return True
+
     def _error(self) -> TargetError:
-        changed = self.changed()
+        changed, now = self.changed(), Places(self._model)
         for target in changed:
-            if target.address and not target.is_there():
+            if not self._has(now, target):
                 return target.moved_error()
         others = f" (and {len(changed) - 1} others)" if len(changed) > 1 else ""
         return TargetError(
@@ -147,9 +193,13 @@ class Watch:
 
     def changed(self) -> list[Target]:
         """The tensors that something else has written, moved or replaced, as far as that can be told."""
-        moved = (target for target, known in self._objects.items() if _object(target) is not known)
-        moved_in_place = (target for target in self._objects if not target.is_there())
-        found = (moved, moved_in_place, self._versions.changed(), self._samples.changed(), self._foreign)
+        now = Places(self._model)
+        moved = (
+            target
+            for target, known in self._things.items()
+            if not self._has(now, target) or any(map(is_not, target.now(), known))
+        )
+        found = (moved, self._versions.changed(), self._samples.changed(), self._foreign)
         return list(dict.fromkeys(chain.from_iterable(found)))
 
     def claim(self) -> None:
@@ -187,12 +237,6 @@ class Watch:
             before = bisect_left(starts, (device, end))
             if before and reach[before - 1] > (device, start):
                 yield target
-
-
-def _object(target: Target) -> Any:
-    """What the model has in the place of a tensor now."""
-    tensors, name = target.home
-    return tensors.get(name)
 
 
 def _versions(tensors: Sequence[Any]) -> list[Any]:

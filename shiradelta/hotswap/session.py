@@ -81,7 +81,7 @@ class HotSwap:
         self._lock = threading.RLock()  # of the thread that uses the session
         self._working = threading.Lock()  # of the thread that changes weights, which no exception from outside reaches
         self._broken: str | None = None
-        self._watch = Watch()
+        self._watch = Watch(model)
         survive_forks(self)
 
     # ---------------------------------------------------------------------------------------- state
@@ -265,7 +265,7 @@ class HotSwap:
         """
         for held in adapter.held.values():
             held.check_memory()
-            held.check_model()
+            self._watch.check_model(held.targets)
         known, fit = checkable(adapter.held, adapter.parts), None
         if check and known:
             with self._devices.ordered(reads=True):

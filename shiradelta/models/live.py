@@ -20,12 +20,14 @@ from shiradelta.errors import TargetError
 from shiradelta.format import registry
 from shiradelta.models import peft
 from shiradelta.models.names import Shape
+from shiradelta.models.places import Place, Places, is_module, modules_of
 from shiradelta.models.refusals import (
     CONVERTED,
     GATHERED,
     SHARED,
     Refusal,
     RefusalKind,
+    check_scripted,
     computed_tensors,
     gathered_by_fsdp,
     refusal_of,
@@ -35,8 +37,6 @@ from shiradelta.models.sentence import saved_prefixes
 from shiradelta.models.shared import SharedMemory
 from shiradelta.models.views import View, contiguous
 
-#: (names -> tensors of a module, a name there).
-Home = tuple[Mapping[str, Any], str]
 #: Stands for a tensor that a model does not have in one piece.
 _NOTHING = np.zeros(0, np.uint8)
 
@@ -51,8 +51,7 @@ class Target:
         dtype: by torch's name; "?" if the format does not know it.
         refusal: why it cannot be written; None if it can.
         holder: the module's own tensor.
-        home: where the model keeps the tensor; every switch checks that it is still there.  For a tensor without a
-            module, a mapping that holds it alone.
+        places: everywhere that the model has the tensor; every switch checks that it is still there.
         view: how the tensor was taken from the holder; views of one kind share no element.
         parts: the weights that have its elements, and which, where no piece of memory is the tensor; empty otherwise.
         forms: shape -> the same tensor as the checkpoint may have it too, with dimensions exchanged.
@@ -65,7 +64,7 @@ class Target:
     dtype: str
     refusal: Refusal | None = None
     holder: Any = None
-    home: Home = ({}, "")
+    places: list[Place] = field(default_factory=list)
     view: str = ""
     parts: tuple[tuple[Target, View], ...] = ()
     forms: dict[Shape, Target] = field(default_factory=dict)
@@ -104,10 +103,19 @@ class Target:
         return self.forms.get(shape, self)
 
     def is_there(self) -> bool:
-        """Whether the model still has the tensor at its address."""
-        tensors, name = self.home
-        now = tensors.get(name)
-        return now is not None and now.data_ptr() == self.address
+        """Whether the model still has the tensor at its address, in all its places."""
+        holder, address = self.holder, self.address
+        if not address:
+            return all(things.get(name) is holder for things, name in self.places)
+        for things, name in self.places or [Place({"": holder}, "")]:
+            now = things.get(name)
+            if now is None or (now is not holder and is_array(now)) or now.data_ptr() != address:
+                return False
+        return True
+
+    def now(self) -> list[Any]:
+        """What the model has in the tensor's places now."""
+        return [place.now() for place in self.places] or [self.holder]
 
     def moved_error(self) -> TargetError:
         """The error for a tensor that is no longer there."""
@@ -131,26 +139,30 @@ def live_tensors(model: Any, *, allow_shared: bool = True) -> dict[str, Target]:
         allow_shared: take tensors in memory that other processes share; otherwise they have a refusal.
 
     Raises:
-        TargetError: the model is neither.
+        TargetError: the model is neither, or TorchScript.
     """
-    if not isinstance(model, Mapping) and not _is_module(model):
+    if not isinstance(model, Mapping) and not is_module(model):
         raise TargetError(
             f"HotSwap takes a torch module or a mapping of tensors, not {type(model).__name__}; for a pipeline, give"
             " its components"
         )
+    for root in modules_of(model):
+        check_scripted(root)
     found: dict[str, Target] = {}
     same: dict[tuple[object, ...], Target] = {}
-    homes = _homes(model)
-    gathered = {id(tensor) for root in _modules(model) for tensor in gathered_by_fsdp(root)}
+    places = Places(model)
+    gathered = {id(tensor) for root in modules_of(model) for tensor in gathered_by_fsdp(root)}
 
     shared = () if allow_shared else SharedMemory()
 
     def stored(named: _Named) -> Target:
-        target = _target(named, homes, gathered)
+        target = _target(named, places, gathered)
         if target.refusal is None and _is_shared(target, shared):
             target = replace(target, refusal=SHARED)
         key = id(named.tensor) if target.refusal else _identity(target.tensor)
-        return same.setdefault((key, target.dtype), target)
+        first = same.setdefault((key, target.dtype), target)
+        first.places.extend(place for place in target.places if place not in first.places)
+        return first
 
     for named in _named(model):
         target = _in_parts(named, stored) if named.tensor is _NOTHING else stored(named)
@@ -168,7 +180,7 @@ def _computed(model: Any) -> Iterator[tuple[str, Refusal]]:
     if isinstance(model, Mapping):
         for part, value in model.items():
             yield from ((f"{part}/{name}", why) for name, why in _computed(value))
-    elif _is_module(model):
+    elif is_module(model):
         for name, why in computed_tensors(model):
             yield name.replace(peft.BASE_LAYER, "."), why
 
@@ -178,27 +190,6 @@ def _is_shared(target: Target, shared: SharedMemory | tuple[()]) -> bool:
     if target.device != "cpu" or target.memory[1] not in shared:
         return False
     return is_array(target.tensor) or not target.tensor.is_pinned()
-
-
-def _homes(model: Any) -> dict[int, Home]:
-    """id of a tensor -> the tensors of the first module that has it, and its name there."""
-    homes: dict[int, Home] = {}
-    for root in _modules(model):
-        for module in root.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    homes.setdefault(id(tensor), (tensors, name))
-    return homes
-
-
-def _modules(model: Any) -> list[Any]:
-    """The torch modules that a model is, or consists of."""
-    return [value for value in (model.values() if isinstance(model, Mapping) else [model]) if _is_module(value)]
-
-
-def _is_module(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.nn.Module)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -235,7 +226,7 @@ class _Named:
 
 def _named(model: Any) -> Iterator[_Named]:
     """All names of tensors; the module's own come first."""
-    if _is_module(model):
+    if is_module(model):
         named = list(_named_in(model))
         yield from named
         for prefix, folder in saved_prefixes(model).items():
@@ -243,7 +234,7 @@ def _named(model: Any) -> Iterator[_Named]:
             yield from (replace(one, name=folder + one.name[len(prefix) :]) for one in some)
         return
     for name, value in model.items():
-        if _is_module(value):
+        if is_module(value):
             yield from (named.inside(name) for named in _named(value))
         elif _is_tensor(value):
             yield _Named(name, value)
@@ -314,7 +305,7 @@ def _identity(tensor: Any) -> tuple[object, ...]:
     return str(tensor.device), address, tuple(tensor.shape), strides
 
 
-def _target(named: _Named, homes: Mapping[int, Home], gathered: Container[int]) -> Target:
+def _target(named: _Named, places: Places, gathered: Container[int]) -> Target:
     name, tensor = named.name, named.tensor
     if is_array(tensor):
         known = tensor.dtype.name in registry.DTYPE_OF_NAME
@@ -323,10 +314,9 @@ def _target(named: _Named, homes: Mapping[int, Home], gathered: Container[int]) 
             refusal = Refusal(RefusalKind.BYTE_ORDER, "has its bytes in big-endian order", "convert it first")
         elif not tensor.flags.writeable:
             refusal = Refusal(RefusalKind.READ_ONLY, "is a read-only array", "give a writable one")
-        return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor)
+        return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor, list(places.of(tensor)))
     holder = tensor if named.holder is None else named.holder
     refusal = GATHERED if id(holder) in gathered else refusal_of(holder)
     dtype = str(tensor.dtype).removeprefix("torch.")
     known = dtype in registry.DTYPE_OF_NAME
-    home = homes.get(id(holder), ({"": holder}, ""))
-    return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, home, named.view)
+    return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, list(places.of(holder)), named.view)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from shiradelta.errors import TargetError
+
 
 class RefusalKind(Enum):
     """Why the elements of a tensor cannot be written in place."""
@@ -81,6 +83,22 @@ def refusal_of(tensor: Any) -> Refusal | None:
         what = "is expanded: several elements share one address"
         return Refusal(RefusalKind.EXPANDED, what, "make it contiguous first")
     return None
+
+
+def check_scripted(model: Any) -> None:
+    """Checks that no module is TorchScript, whose parameters Python does not hold.
+
+    Raises:
+        TargetError: one is.
+    """
+    from torch.jit import ScriptModule
+
+    for path, module in model.named_modules():
+        if isinstance(module, ScriptModule):
+            what = f"module {path!r}" if path else "the model"
+            raise TargetError(
+                f"{what} is TorchScript, whose parameters cannot be watched; give the Python module it was made from"
+            )
 
 
 #: Why a tensor cannot be written that another process may write.

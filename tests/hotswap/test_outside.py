@@ -159,6 +159,78 @@ def test_other_memory_is_noticed_by_every_call_and_not_rebased(change: Callable[
             call()
 
 
+def tied() -> torch.nn.Module:
+    """A weight under two names, and a module under two others."""
+    model = torch.nn.ModuleDict({"one": layer(), "two": layer(), "three": torch.nn.ModuleDict({"in": layer()})})
+    model["two"].weight = model["one"].weight
+    model["four"] = model["three"]
+    return model
+
+
+#: Ways to put something else where a watched tensor is: what is watched, what changes.
+REPLACED: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "module": ("one.weight", lambda model: model.update({"one": layer()})),
+    "module deleted": ("one.weight", lambda model: model.pop("one")),
+    "second name": ("one.weight", lambda model: replaced_by_another(model["two"])),
+    "first name": ("one.weight", lambda model: replaced_by_another(model["one"])),
+    "module above": ("three.in.weight", lambda model: model.update({"three": torch.nn.ModuleDict()})),
+    "second module above": ("three.in.weight", lambda model: model.update({"four": copy.deepcopy(model["four"])})),
+}
+
+
+@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("how", REPLACED)
+def test_all_places_of_a_tensor_are_watched(how: str, active: bool):
+    (name, change), model = REPLACED[how], tied()
+    swap = HotSwap(model)
+    swap.load("a", adapter({name: random_delta(SHAPE, 60, 1, "float32")}))
+    if active:
+        swap.switch("a")
+    change(model)
+    again = adapter({name: random_delta(SHAPE, 60, 2, "float32")})
+    for call in (lambda: swap.switch("a"), swap.revert, swap.changed, swap.rebase, lambda: swap.load("b", again)):
+        with pytest.raises(TargetError, match=f"'{name}' was moved or replaced"):
+            call()
+
+
+def test_modules_around_a_tensor_may_change():
+    """PEFT puts its layers around those of the model."""
+    model = tied()
+    base = bits(model["three"]["in"].weight)
+    swap = HotSwap(model)
+    swap.load("a", adapter({"three.in.weight": random_delta(SHAPE, 60, 1, "float32")}))
+    swap.switch("a")
+    model["three"]["in"] = torch.nn.Sequential(model["three"]["in"], torch.nn.ReLU())
+    swap.revert()
+    assert np.array_equal(bits(model["three"]["in"][0].weight), base)
+    model["three"]["in"] = torch.nn.ReLU()
+    with pytest.raises(TargetError, match="moved or replaced"):
+        swap.switch("a")
+
+
+@pytest.mark.parametrize("replace", [lambda model, _: model.clear(), dict.update], ids=["deleted", "replaced"])
+@pytest.mark.parametrize("name", ["weight", "same"])
+@pytest.mark.parametrize("array", [False, True], ids=["tensor", "array"])
+def test_entries_of_a_mapping_are_watched(array: bool, name: str, replace: Callable[..., object]):
+    weight, other = (np.zeros(SHAPE, np.float32) if array else torch.zeros(SHAPE) for _ in range(2))
+    model = {"weight": weight, "same": weight}
+    swap = HotSwap(model)
+    swap.load("a", delta())
+    swap.switch("a")
+    replace(model, {name: other})
+    for call in (lambda: swap.switch("a"), swap.revert, swap.changed, swap.rebase):
+        with pytest.raises(TargetError, match="'weight' was moved or replaced"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("inside", [False, True])
+def test_torchscript_is_refused(inside: bool):
+    script = torch.jit.trace(layer(), torch.zeros(1, SHAPE[1], device=DEVICE))
+    with pytest.raises(TargetError, match="TorchScript, whose parameters cannot be watched; give the Python"):
+        HotSwap(torch.nn.Sequential(script) if inside else script)
+
+
 def test_another_parameter_on_the_same_memory_has_versions_of_its_own():
     model = layer()
     swap = HotSwap(model)
