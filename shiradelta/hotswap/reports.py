@@ -51,8 +51,9 @@ class RebaseReport:
     """What `rebase` found.
 
     Attributes:
-        changed: the tensors that were seen to be changed from outside.
-        kept: the tensors with an active adapter on them that were not; it is a part of the new base there.
+        changed: the tensors that were seen to be changed from outside, wholly or in part: elements of an active adapter
+            that were not overwritten are a part of the new base.
+        kept: the tensors with an active adapter that were not seen to be changed; it is a part of the new base there.
         unchecked: adapter -> matched tensors whose fingerprint was not compared with the new base.
     """
 
