@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 import shiradelta
+from tests import BRIEF
 from tests.scenes import weights
 
 #: Every how many calls one fails in a scenario that is not `QUICK`.
-STRIDE = 4 if os.environ.get("HYPOTHESIS_PROFILE", "short") == "short" else 1
+STRIDE = 4 if BRIEF else 1
 #: Functions of `os` that change something; writes of streams fail in `fdopen`'s.
 WRITES = (
     "open",

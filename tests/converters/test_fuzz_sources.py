@@ -8,11 +8,11 @@ import pytest
 
 import shiradelta
 from shiradelta.converters import lora
-from tests import fuzz_sources, fuzzing
+from tests import BRIEF, fuzz_sources, fuzzing
 from tests.fuzz_sources import case
 from tests.whole_sources import KINDS, Raw, Special, Strange, whole
 
-COUNT = 200
+COUNT = 80 if BRIEF else 200
 
 
 @pytest.mark.slow
