@@ -27,6 +27,11 @@ class Devices:
     def __init__(self, backends: Mapping[str, LiveBackend]) -> None:
         self._backends = backends
 
+    @property
+    def only_queue(self) -> bool:
+        """Whether all work is queued on other devices than the CPU."""
+        return "cpu" not in self._backends
+
     def buffer(self, size: int) -> Bytes:
         """Memory to read a file into."""
         return next(iter(self._backends.values())).buffer(size)

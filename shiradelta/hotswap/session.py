@@ -35,7 +35,7 @@ from shiradelta.models.stacking import StackFit
 from shiradelta.signing.keys import Keys
 from shiradelta.util.arguments import ANY, BOOL, NAMES, OPEN, SWITCHED, as_patterns, checked
 from shiradelta.util.deprecated import warn_renamed
-from shiradelta.util.interrupts import uninterrupted
+from shiradelta.util.interrupts import interrupts_held_back, uninterrupted
 
 
 class HotSwap:
@@ -81,6 +81,7 @@ class HotSwap:
         self._lock = threading.RLock()  # of the thread that uses the session
         self._working = threading.Lock()  # of the thread that changes weights, which no exception from outside reaches
         self._broken: str | None = None
+        self._unfinished: list[Level] | None = None  # what a switch is about to put on the weights
         self._watch = Watch(model)
         survive_forks(self)
 
@@ -303,6 +304,9 @@ class HotSwap:
             self._settle()
             before, streams = self._levels, self._devices.streams(stream)
             try:
+                if self._devices.only_queue:  # work that is queued is no faster on another thread, but begins later
+                    with interrupts_held_back():
+                        return self._switch(wanted, streams)
                 (report,) = uninterrupted(partial(self._switch, wanted, streams))
                 return report
             except BaseException:
@@ -336,7 +340,7 @@ class HotSwap:
             }
             changed = {target.name for target in self._watch.changed()}
             active = {target.name for target in targets_below(layers_of(self._levels).values())}
-            self._levels, self._broken = [], None
+            self._levels, self._broken, self._unfinished = [], None, None
             self._adapters = {name: adapter.on((), False) for name, adapter in self._adapters.items()}
             self._watch.accept()
             return RebaseReport(tuple(sorted(changed)), tuple(sorted(active - changed)), unchecked)
@@ -373,11 +377,13 @@ class HotSwap:
             pass
 
     def _usable(self) -> None:
+        if self._unfinished is not None and self._broken is None:  # an exception came while another was handled
+            self._broken = f"the weights are in an unknown state after an interrupt; {RELOAD}"
         if self._broken is not None:
             raise TargetError(self._broken)
 
     def _switch(self, wanted: Mapping[str, float], streams: Streams) -> SwitchReport:
-        """`switch`, on a thread that no exception from outside reaches."""
+        """`switch`; on a thread that no exception from outside reaches, unless the work is only queued."""
         with self._working:
             self._usable()
             self._known(wanted)
@@ -402,6 +408,7 @@ class HotSwap:
             for held in touched:
                 held.check_memory()
             self._watch.claim()
+            self._unfinished = after
             try:
                 exchange(before, after)
                 for held in touched:  # while the device works
@@ -409,18 +416,20 @@ class HotSwap:
                 increment_versions(touched)
             except BaseException:
                 self._roll_back(before, after)
+                self._unfinished = None
                 raise
             finally:
                 self._watch.record()
-            self._levels = after
+            self._levels, self._unfinished = after, None
 
     def _take_back(self, levels: list[Level], streams: Streams) -> None:
-        """Undoes a switch that was complete when an exception from outside came: these levels are active again."""
+        """Undoes what a switch did until an exception from outside came: these levels are active again."""
         with self._working, self._devices.ordered(streams):
-            if self._levels is not levels and self._broken is None:
-                self._roll_back(levels, self._levels)
+            after = self._levels if self._unfinished is None else self._unfinished
+            if after is not levels and self._broken is None:
+                self._roll_back(levels, after)
                 self._watch.record()
-                self._levels = levels
+                self._levels, self._unfinished = levels, None
 
     def _roll_back(self, before: Sequence[Level], after: list[Level]) -> None:
         """Undoes a commit that failed at any step."""

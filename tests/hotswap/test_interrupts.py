@@ -11,6 +11,7 @@ import torch
 
 from shiradelta import HotSwap
 from shiradelta.backends.libshd.library import describe_system
+from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.layers import Held
 from tests.hotswap.interrupts import (
     WAYS,
@@ -33,6 +34,17 @@ def test_the_weights_are_what_the_session_says(backend: str, way: str):
     where, interrupt = WAYS[way]
     with interruptible():
         seen = where(lambda: interrupt_repeatedly(backend, interrupt, 5, 0, 70_000))
+    assert set(seen) <= {"as before", "as wanted"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_work_that_is_only_queued_is_done_by_the_caller(monkeypatch: pytest.MonkeyPatch, way: str):
+    """As on a GPU."""
+    monkeypatch.setattr(Devices, "only_queue", True)
+    where, interrupt = WAYS[way]
+    with interruptible():
+        seen = where(lambda: interrupt_repeatedly("torch", interrupt, 8, 0, 70_000))
     assert set(seen) <= {"as before", "as wanted"}
 
 

@@ -89,7 +89,7 @@ def test_cmake_builds_installs_and_is_found(tmp_path: Path):
         "cmake_minimum_required(VERSION 3.15)\nproject(user C)\nfind_package(shd REQUIRED)\n"
         f"add_executable(patch {LIBSHD / 'examples' / 'patch_raw.c'})\ntarget_link_libraries(patch shd::shd)\n"
     )
-    options = [f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DCMAKE_BUILD_TYPE=Debug", "-DSHD_WERROR=ON"]  # in half the time
+    options = [f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DCMAKE_C_FLAGS_RELEASE=-O1", "-DSHD_WERROR=ON"]  # in half the time
     run("cmake", "-S", LIBSHD, "-B", build, *options)
     run("cmake", "--build", build, "--parallel", "2")
     run("ctest", "--output-on-failure", cwd=build)
