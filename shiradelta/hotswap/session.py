@@ -266,7 +266,7 @@ class HotSwap:
         """
         for held in adapter.held.values():
             held.check_memory()
-            self._watch.check_model(held.targets)
+        self._watch.check_model(target for held in adapter.held.values() for target in held.targets)
         known, fit = checkable(adapter.held, adapter.parts), None
         if check and known:
             with self._devices.ordered(reads=True):
