@@ -17,7 +17,8 @@ from shiradelta.util.text import brief
 TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "SHIRA")
 #: The configuration's key that lists parameters that are adapted by name.
 PARAMETERS = "target_parameters"
-_MERGE = "merge it with PEFT and convert the merged model"
+#: What to do with an adapter that cannot be converted.
+MERGE = "merge it with PEFT and convert the merged model"
 
 
 def _is_whole(value: Any) -> bool:
@@ -133,7 +134,7 @@ def check_type(config: Mapping[str, Any], where: object) -> None:
     if found is not None and found not in TYPES:
         raise SourceError(
             f"{where}: is of type {brief(found, 80)}; only {', '.join(TYPES[:-1])} and {TYPES[-1]} can be converted:"
-            f" {_MERGE}"
+            f" {MERGE}"
         )
 
 
@@ -173,7 +174,7 @@ def _check(config: Mapping[str, Any], where: Path) -> None:
             raise SourceError(f"{where}: {key} is {brief(repr(value), 80)}, not {what}; get it again")
     for key, why in REFUSED.items():
         if config.get(key):
-            raise SourceError(f"{where}: {why}{'' if ';' in why else f'; {_MERGE}'}")
+            raise SourceError(f"{where}: {why}{'' if ';' in why else f'; {MERGE}'}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise SourceError(
@@ -186,7 +187,7 @@ def _check(config: Mapping[str, Any], where: Path) -> None:
     for key, value in unknown.items():
         raise SourceError(
             f"{where}: sets {brief(repr(key), 80)} to {brief(repr(value), 80)}, and what that does to the weights is"
-            f" unknown here; {_MERGE}"
+            f" unknown here; {MERGE}"
         )
 
 

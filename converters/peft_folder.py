@@ -19,14 +19,11 @@ def adapter_weights(path: Path) -> Path | None:
         SourceError: the adapter is of a type that cannot be converted, or its weights are not there; or a
             sentence-transformers model has other weights beside it.
     """
-    weights, config = path / WEIGHTS, path / CONFIG
-    if not weights.exists() and (path / PICKLED_WEIGHTS).exists():
-        weights = path / PICKLED_WEIGHTS
+    config = path / CONFIG
     if config.exists():
         about = read_json(config)
         check_type(about if isinstance(about, dict) else {}, config)
-        if not weights.exists():
-            raise SourceError(f"{path}: has no {WEIGHTS}; get it, or save the adapter again")
+        weights = find_weights(path)
         others = [module.path for module in modules_of(path) or () if module.path and module.has_weights]
         others += [folder.name for folder in unlisted_modules(path)]
         if others:
@@ -34,4 +31,21 @@ def adapter_weights(path: Path) -> Path | None:
                 f"{path}: holds an adapter, and the weights of {others[0]} beside it; merge the adapter and save"
                 f" the model, or give {weights} for the adapter alone"
             )
-    return weights if weights.exists() else None
+        return weights
+    return _weights_in(path)
+
+
+def find_weights(folder: Path) -> Path:
+    """The weights in an adapter's folder: safetensors, or else a pickle.
+
+    Raises:
+        SourceError: there are none.
+    """
+    weights = _weights_in(folder)
+    if weights is None:
+        raise SourceError(f"{folder}: has no {WEIGHTS}; get it, or save the adapter again")
+    return weights
+
+
+def _weights_in(folder: Path) -> Path | None:
+    return next((path for name in (WEIGHTS, PICKLED_WEIGHTS) if (path := folder / name).exists()), None)

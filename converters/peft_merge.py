@@ -31,7 +31,8 @@ from shiradelta.util.text import brief
 
 from .base_names import find_tensors
 from .item import CONVERTED, NO_TARGET, Item, Skipped, SkipReason, Source, not_addable
-from .peft_config import TYPES, type_of
+from .peft_config import MERGE, TYPES, type_of
+from .peft_folder import find_weights
 from .sources import SourceFiles, source
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ _NO_WEIGHTS = {
 _TYPE = re.compile(r"[A-Z0-9_]{1,40}")
 #: The largest number in a configuration that is no seed; ranks and counts of frequencies are thousands at most.
 _MOST = 1 << 16
-_MERGE = "merge it with PEFT and convert the merged model"
 
 
 def _config_of(path: Path) -> tuple[Path, Mapping[str, Any]]:
@@ -84,10 +84,7 @@ def open_peft(files: SourceFiles) -> Source:
             f"{where}: is of type {brief(kind, 80)}, which PEFT itself has to merge, for which it needs the base; give"
             " --base MODEL"
         )
-    weights = next((path for name in (WEIGHTS, PICKLED_WEIGHTS) if (path := where.parent / name).exists()), None)
-    if weights is None:
-        raise SourceError(f"{where.parent}: has no {WEIGHTS}; get it, or save the adapter again")
-    layers = _Layers(where, about, base, open_checkpoint(weights, Wanted.SOURCE))
+    layers = _Layers(where, about, base, open_checkpoint(find_weights(where.parent), Wanted.SOURCE))
     shared = shared_tensors(base)
     taken: set[str] = set()
     for path in layers.paths:
@@ -139,7 +136,7 @@ class _Layers:
         settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         model = build_empty(folder, settings) if isinstance(settings, dict) and settings else None
         if model is None:
-            raise SourceError(f"{folder}: transformers cannot build its model, which PEFT needs to merge; {_MERGE}")
+            raise SourceError(f"{folder}: transformers cannot build its model, which PEFT needs to merge; {MERGE}")
         own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         there = find_tensors(dict(own), base, lambda name: True)
         self.names, self.tied, self.converted = there.found, there.tied, there.converted
@@ -164,7 +161,7 @@ class _Layers:
         lacking = [names[0] for names in trained.values() if missing.issuperset(names)]
         if placeless or lacking:
             what = f"{brief(repr(placeless[0]), 120)} has no place" if placeless else f"{lacking[0]!r} is lacking"
-            raise SourceError(f"{where.parent}: {what} in the layers that PEFT {peft.__version__} makes; {_MERGE}")
+            raise SourceError(f"{where.parent}: {what} in the layers that PEFT {peft.__version__} makes; {MERGE}")
         found = [(path, layer) for path, layer in wrapped.base_model.model.named_modules()]
         self._layers = {path: layer for path, layer in found if isinstance(layer, BaseTunerLayer)}
         self.paths = list(self._layers)
@@ -186,7 +183,7 @@ class _Layers:
             raise SourceError(f"{self._where}: {brief(repr(large[0]), 80)} has a number of no adapter; get it again")
         for key in ("modules_to_save", "megatron_config", "trainable_token_indices"):
             if about.get(key):
-                raise SourceError(f"{self._where}: sets {key} in an adapter of type {kind}; {_MERGE}")
+                raise SourceError(f"{self._where}: sets {key} in an adapter of type {kind}; {MERGE}")
         try:
             config = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]](**{**about, "inference_mode": False})
         except Exception as error:
@@ -200,14 +197,14 @@ class _Layers:
 
     def _failed(self, what: str, error: Exception) -> SourceError:
         said = brief(f"{type(error).__name__}: {error}".replace("\n", " "), 200)
-        return SourceError(f"{self._where.parent}: PEFT {self._version} cannot {what} ({said}); {_MERGE}")
+        return SourceError(f"{self._where.parent}: PEFT {self._version} cannot {what} ({said}); {MERGE}")
 
     def changed(self, path: str) -> list[tuple[str, tuple[int, ...]]]:
         """(name in the model, shape) of the parameters of a layer that its merge changes."""
         before, after = self._merged(path)
         differ = [name for name in after if name not in before or not np.array_equal(before[name], after[name])]
         if any(name not in before or before[name].shape != after[name].shape for name in differ):
-            raise SourceError(f"{self._where.parent}: the merge of {path!r} adds to its parameters; {_MERGE}")
+            raise SourceError(f"{self._where.parent}: the merge of {path!r} adds to its parameters; {MERGE}")
         return [(f"{path}.{name}", after[name].shape) for name in differ]
 
     def rows(self, path: str, parameter: str) -> Rows:
@@ -232,7 +229,7 @@ class _Layers:
             if found is None or parameter.device.type == "meta" or self._base[found].dtype.name not in ADD_DTYPES:
                 raise SourceError(
                     f"{self._where.parent}: PEFT changes {f'{path}.{name}'!r}, which the base lacks or stores in"
-                    f" another form; {_MERGE}"
+                    f" another form; {MERGE}"
                 )
             slot = self._base[found]
             before[name] = to_float32(self._base.bits(found), slot.dtype.name).reshape(slot.shape)
