@@ -15,11 +15,11 @@ from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.io.recognise import Wanted
 from shiradelta.models.candidates import refuse_several, unread_files
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.util.arguments import matches
 from shiradelta.util.registry import Registry
 
 from .item import Source
 from .peft_folder import adapter_weights
-from .whole import matches
 
 #: The kind that takes the first layout that recognises the source.
 AUTO = "auto"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from shiradelta.errors import ArgumentError, SourceError
-from shiradelta.util.arguments import as_patterns
+from shiradelta.util.arguments import as_patterns, matches
 from shiradelta.util.text import count
 
 from .item import Skipped, SkipReason, Source
@@ -105,11 +104,6 @@ def energy_of(skipped: Skipped) -> float | None:
     except SourceError:  # NaN or infinity in it
         return None
     return energy if math.isfinite(energy) else None
-
-
-def matches(patterns: Sequence[str], *names: str) -> bool:
-    """Whether one of the patterns matches one of a tensor's names."""
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _listed(skipped: Mapping[str, str]) -> str:

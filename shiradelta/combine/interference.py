@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +30,6 @@ from shiradelta.models.names import in_model_order, layer_of
 from shiradelta.util.arrays import sum_of_squares
 from shiradelta.util.progress import Progress
 from shiradelta.util.threads import ahead
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

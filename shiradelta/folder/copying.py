@@ -45,9 +45,8 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
             sync_directory(out.parent)
     except BaseException as error:
         shutil.rmtree(copy, ignore_errors=True)
-        if isinstance(
-            error, ShiraDeltaError
-        ):  # what does not fit is the user's folder, what cannot be written is `out`
+        if isinstance(error, ShiraDeltaError):
+            # What does not fit is the user's folder, what cannot be written is `out`.
             named = os.fspath(out if isinstance(error, TargetError) else root)
             error.args = tuple(str(each).replace(os.fspath(copy), named) for each in error.args)
         raise

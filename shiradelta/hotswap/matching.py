@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, TargetError
 from shiradelta.hotswap.layers import Held, Patch
@@ -12,6 +11,7 @@ from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.compatibility import TensorSpec, check_fit, remedy_of
 from shiradelta.models.live import Target, is_array
 from shiradelta.models.names import Found, Named, find_names, search_the_rest
+from shiradelta.util.arguments import matches
 from shiradelta.util.text import count
 
 #: The file's name of a tensor -> the model's, or None to skip the tensor.
@@ -100,7 +100,7 @@ def _find(wanted: Named, targets: Mapping[str, Target], own: Mapping[str, str], 
         found = find_names(some, have, same)
         return found, [name for name in some if name not in found.names]
 
-    return search_the_rest(wanted, search, lambda name: any(fnmatchcase(own[name], pattern) for pattern in skip))
+    return search_the_rest(wanted, search, lambda name: matches(skip, own[name]))
 
 
 def _mapped(names: Names | None, name: str) -> str | None:
@@ -115,7 +115,7 @@ def _allowed(label: str, refused: Sequence[str], skip: Sequence[str]) -> set[str
     """
     allowed: set[str] = set()
     for pattern in skip:
-        matching = {name for name in refused if fnmatchcase(name, pattern)}
+        matching = {name for name in refused if matches((pattern,), name)}
         if not matching and pattern != _ANY:
             raise ArgumentError(
                 f"{label}: skip pattern {pattern!r} matches no tensor that would otherwise be refused; leave it out"

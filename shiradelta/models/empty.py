@@ -49,7 +49,7 @@ def build_empty(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:
     """
     import transformers
 
-    if not is_plausible(config):
+    if not _is_plausible(config):
         return None
     with quiet(transformers), torch.device("meta"), bounded():
         try:
@@ -62,7 +62,7 @@ def build_empty(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:
     return cast(nn.Module, model)
 
 
-def is_plausible(config: Mapping[str, Any]) -> bool:
+def _is_plausible(config: Mapping[str, Any]) -> bool:
     """Whether a model of these numbers may exist: others would take hours or all memory to build."""
     to_do: list[tuple[str, Any]] = [("", config)]
     while to_do:

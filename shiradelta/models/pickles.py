@@ -195,21 +195,17 @@ def _slot(path: Path, name: str, tensor: torch.Tensor, size: int) -> Slot:
     called = f"{path}: tensor {brief(repr(name), 120)}"
     if dtype is None:
         raise SourceError(f"{called} has dtype {plain.dtype}, which .shd files do not know")
-    if not name or len(name.encode(errors="replace")) > registry.MAX_NAME_SIZE or not _is_text(name):
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:  # a lone surrogate is no name
+        length = 0
+    if not 0 < length <= registry.MAX_NAME_SIZE:
         raise SourceError(f"{called} has a name that .shd files cannot hold")
     if plain.layout is not torch.strided or plain.device.type != "cpu" or plain.is_conj() or plain.is_neg():
         raise SourceError(f"{called} is sparse, without elements or a view that torch computes; {_REMEDY}")
     if plain.numel() * plain.element_size() > size:
         raise SourceError(f"{called} has shape {list(plain.shape)}, and the file has only {count(size, 'byte')}")
     return Slot(name, path, 0, tuple(plain.shape), dtype, partial(_elements, plain, dtype))
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _elements(tensor: torch.Tensor, dtype: registry.DType) -> Array:

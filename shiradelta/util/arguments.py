@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -40,6 +41,11 @@ def is_path(value: Any) -> bool:
 def as_patterns(skip: str | Sequence[str] | None) -> tuple[str, ...]:
     """The patterns of a `skip` argument, which may be one, or None for no pattern."""
     return (skip,) if isinstance(skip, str) else tuple(skip or ())
+
+
+def matches(patterns: Sequence[str], *names: str) -> bool:
+    """Whether one of the patterns of a `skip` argument matches one of a tensor's names."""
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _is_number(value: Any) -> bool:
