@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from threading import Thread
 
 # Before Triton is imported: without a GPU its kernels run in its interpreter.  TRITON_INTERPRET=0 takes the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,6 +20,7 @@ from hypothesis import settings
 from safetensors.torch import save_file
 
 import shiradelta
+from shiradelta.util import interrupts
 
 # The same examples in every run, more of them in CI; HYPOTHESIS_PROFILE=long looks for new ones.
 settings.register_profile("short", max_examples=30, derandomize=True, deadline=None)
@@ -111,3 +113,15 @@ def read(folder: Path, name: str) -> np.ndarray:
                 tensor = weights.get_tensor(name).contiguous()
                 return tensor.view(torch.uint8).numpy().view(f"<u{tensor.element_size()}").reshape(-1)
     raise KeyError(name)
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread can be started, as on a system without memory for its stack."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(interrupts, "_idle", [])
+    monkeypatch.setattr(interrupts, "start_new_thread", refuse)
+    monkeypatch.setattr(Thread, "start", refuse)

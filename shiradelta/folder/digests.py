@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -17,7 +18,7 @@ from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.checkpoint import Checkpoint, index_file
 from shiradelta.models.safetensors import Slot, read_shard
 from shiradelta.util.directory import Directory
-from shiradelta.util.interrupts import uninterrupted
+from shiradelta.util.interrupts import Job, uninterrupted
 from shiradelta.util.threads import THREADS, map_in_threads
 
 #: Bytes that are hashed, and elements that are copied, at a time.
@@ -70,16 +71,28 @@ def digests_of(folder: Directory, files: Iterable[str], undos: Sequence[Delta] =
 @contextmanager
 def digests_meanwhile(folder: Directory, files: Iterable[str]) -> Iterator[Callable[[], dict[str, str]]]:
     """Computes digests on threads of their own within the block; the context's function waits for them."""
-    from concurrent.futures import ThreadPoolExecutor  # slow: imports logging
+    stopped, names = Event(), list(files)
+    jobs = [Job(partial(_digests, folder, names[i::THREADS], stopped)) for i in range(min(THREADS, len(names)))]
 
-    stopped = Event()
-    pool = ThreadPoolExecutor(THREADS)
+    def wait() -> dict[str, str]:
+        found = {file: digest for job in jobs for file, digest in job.result().items()}
+        return {name: found[name] for name in names}
+
+    def end() -> None:
+        for job in jobs:
+            job.give_up()
+
     try:
-        waiting = {file: pool.submit(digest_of, folder, file, (), stopped) for file in files}
-        yield lambda: {file: future.result() for file, future in waiting.items()}
+        for job in jobs:
+            job.start()
+        yield wait
     finally:
         stopped.set()
-        uninterrupted(pool.shutdown)
+        uninterrupted(end)
+
+
+def _digests(folder: Directory, files: Iterable[str], stopped: Event) -> dict[str, str]:
+    return {file: digest_of(folder, file, (), stopped) for file in files}
 
 
 def model_files(checkpoint: Checkpoint) -> list[str]:

@@ -52,6 +52,15 @@ def test_apply_is_the_formula_and_revert_restores_every_file(made: Path, tmp_pat
     assert contents(model) == before
 
 
+@pytest.mark.usefixtures("no_threads")
+def test_apply_and_revert_where_no_thread_can_be_started(model: Path, made: Path):
+    before = contents(model)
+    shiradelta.apply(model, made / "a.shd")
+    assert shiradelta.verify(model, full=True).state == "patched"
+    shiradelta.revert(model)
+    assert contents(model) == before
+
+
 def test_stack_of_deltas_is_reverted_in_turn(model: Path, made: Path):
     states = [contents(model)]
     for name in ("a.shd", "b.shd"):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 
-from shiradelta.util import interrupts
 from shiradelta.util.threads import ahead, in_ranges, map_in_threads
 
 
@@ -18,12 +17,8 @@ def test_ranges_cover_everything_once(units: int, threads: int):
     assert sorted(seen) == list(range(units))
 
 
-def test_the_caller_works_where_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(interrupts, "_idle", [])
-    monkeypatch.setattr(interrupts, "start_new_thread", refuse)
+@pytest.mark.usefixtures("no_threads")
+def test_the_caller_works_where_no_thread_can_be_had():
     seen: list[tuple[int, int]] = []
     in_ranges(lambda first, last: seen.append((first, last)), 9, 3)
     assert seen == [(0, 3), (3, 6), (6, 9)]
