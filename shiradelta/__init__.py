@@ -84,9 +84,9 @@ _moved.install()
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from shiradelta.util.version import version
+        from shiradelta.util.version import VERSION
 
-        return version()
+        return VERSION
     if name not in __all__:
         raise AttributeError(f"module 'shiradelta' has no attribute {name!r}")
     from shiradelta.util.optional import importing

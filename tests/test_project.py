@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ def test_citation_is_of_this_version():
 
 
 # --- metadata ---
+
+
+def test_the_code_has_the_same_version():
+    assert PROJECT["version"] == shiradelta.__version__ == version("shiradelta")
 
 
 def test_metadata_has_urls_and_authors():

@@ -1,21 +1,7 @@
-"""The version of this package, also in a source tree that is not installed."""
+"""The version of this package, as pyproject.toml has it too.
 
-from __future__ import annotations
+It stands in the code, not in the installed metadata: a system that cannot read a folder would give another version, and
+files would say that another release has made them.
+"""
 
-import tomllib
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
-from pathlib import Path
-
-
-def version() -> str:
-    """The installed version, or pyproject.toml's with "+source" if the package is not installed."""
-    try:
-        return installed("shiradelta")
-    except PackageNotFoundError:
-        pass
-    try:
-        project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        return f"{project['version']}+source"
-    except (OSError, KeyError, tomllib.TOMLDecodeError):
-        return "0+unknown"
+VERSION = "0.1.0"

@@ -16,7 +16,7 @@ import pytest
 from tests.scenes import contents
 
 ROOT = Path(__file__).parents[2]
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] + "+source"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 COMMANDS = {
     "version": ["--version"],
     "convert": ["convert", "tuned", "--base", "model", "-o", "out.shd"],
