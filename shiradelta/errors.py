@@ -10,7 +10,7 @@ ShiraDeltaError
  |- LimitError                          a file takes more memory than its reader allows
  |- SignatureError                      a file is not signed by a key that is trusted
  |- DivergedError                       training gave NaN
- `- MissingDependencyError (ImportError)  an optional package is not installed
+ `- MissingDependencyError (ImportError)  an optional package is not installed, or cannot be loaded
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class ArgumentError(DeltaError):
 
 
 class MissingDependencyError(ShiraDeltaError, ImportError):
-    """An optional package that is not installed; the message says how to install it."""
+    """An optional package that is not installed, or cannot be loaded; the message says what to do."""
 
 
 class SourceError(ShiraDeltaError):

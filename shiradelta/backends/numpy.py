@@ -91,7 +91,7 @@ def has_zstd() -> bool:
     """Whether zstd sections can be read."""
     try:
         import zstandard  # noqa: F401
-    except ImportError:
+    except ModuleNotFoundError:
         return False
     return True
 

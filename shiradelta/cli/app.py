@@ -11,7 +11,7 @@ import click
 
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.util.interrupts import terminations_raised
-from shiradelta.util.optional import missing
+from shiradelta.util.optional import failed_import
 from shiradelta.util.text import printable
 
 
@@ -48,11 +48,9 @@ class _Commands(click.Group):
                 return super().invoke(ctx)
         except ShiraDeltaError as error:
             click.echo(f"error: {printable(str(error))}", err=True)
-        except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            if package in ("", "shiradelta"):
-                raise
-            click.echo(f"error: {missing(package, f'shiradelta {ctx.invoked_subcommand}')}", err=True)
+        except ImportError as error:
+            problem = failed_import(error, f"shiradelta {ctx.invoked_subcommand}")
+            click.echo(f"error: {printable(str(problem))}", err=True)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of a pipe has gone; click exits silently
                 raise
@@ -66,9 +64,9 @@ class _Commands(click.Group):
 
 def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from shiradelta.util.version import version
+        from shiradelta.util.version import VERSION
 
-        click.echo(f"shiradelta, version {version()}")
+        click.echo(f"shiradelta, version {VERSION}")
         context.exit()
 
 

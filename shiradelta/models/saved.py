@@ -63,7 +63,7 @@ def saved_tensors(model: Any) -> Iterator[SavedTensor]:
     try:
         from transformers import PreTrainedModel
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # versions before 5.0 load weights as they are
+    except ModuleNotFoundError:  # versions before 5.0 load weights as they are
         return
     roots: list[tuple[str, Any]] = []
     for path, module in model.named_modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import hashlib
 import os
 import re
@@ -178,7 +179,7 @@ def _parts(path: Path) -> list[tuple[str, str]]:
     if data is None:
         raise SignatureError(f"{path}: has more than {_MOST_BYTES >> 10} KiB, too many for keys; give a key file")
     try:
-        lines = iter([line.strip() for line in data.decode("utf-8-sig").splitlines()])
+        lines = iter([line.strip() for line in data.removeprefix(codecs.BOM_UTF8).decode().splitlines()])
     except UnicodeDecodeError:
         raise SignatureError(f"{path}: is no text, so it holds no key in PEM or of OpenSSH; give a key file") from None
     parts = []

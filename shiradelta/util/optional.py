@@ -1,4 +1,4 @@
-"""Packages that may be missing: an import that fails says what needs the package and how to install it."""
+"""Packages that may be missing: an import that fails says what needs the package and what to do."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ def missing(package: str, purpose: str) -> MissingDependencyError:
     install = f"'shiradelta[{EXTRAS[package]}]'" if package in EXTRAS else package
     return MissingDependencyError(
         f"{purpose} needs {package}, which is not installed; pip install {install}", name=package
+    )
+
+
+def failed_import(error: ImportError, purpose: str) -> MissingDependencyError:
+    """The error for an import that has failed: a package is missing, or is there and cannot be loaded."""
+    package = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package not in ("", "shiradelta"):
+        return missing(package, purpose)
+    what = package or "a module"
+    return MissingDependencyError(
+        f"{purpose} needs {what}, which cannot be loaded ({error}); try again, or install it anew", name=package
     )
 
 
@@ -42,12 +53,11 @@ def importing(purpose: str) -> Iterator[None]:
         from matplotlib.figure import Figure
 
     Raises:
-        MissingDependencyError: a package is not installed.
+        MissingDependencyError: a package is not installed, or cannot be loaded.
     """
     try:
         yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", "shiradelta"):
+    except ImportError as error:
+        if isinstance(error, MissingDependencyError) or (error.name or "").partition(".")[0] in ("", "shiradelta"):
             raise
-        raise missing(package, purpose) from error
+        raise failed_import(error, purpose) from error

@@ -1,16 +1,15 @@
-"""Errors for packages that are missing, and the version of a tree that is not installed."""
+"""Errors for packages that are missing or cannot be loaded."""
 
 from __future__ import annotations
 
 import tomllib
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 import shiradelta
-from shiradelta.util import optional, version
+from shiradelta.util import optional
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
@@ -38,13 +37,8 @@ def test_extras_install_the_package(package: str, extra: str):
     assert any(line.startswith(package + ">=") for line in PROJECT["optional-dependencies"][extra])
 
 
-def test_the_version_is_the_installed_one_or_that_of_the_source(monkeypatch: pytest.MonkeyPatch):
-    assert shiradelta.__version__ == PROJECT["version"]
-
-    def absent(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(version, "installed", absent)
-    assert shiradelta.__version__ == PROJECT["version"] + "+source"
-    monkeypatch.setattr(version, "__file__", "/nowhere/at/all/version.py")
-    assert shiradelta.__version__ == "0+unknown"
+@pytest.mark.parametrize("name", ["a_song", "a_song.inside"])
+def test_a_package_that_cannot_be_loaded_is_not_said_to_be_missing(name: str):
+    line = r"a plot needs a_song, which cannot be loaded \(no memory\); try again, or install it anew"
+    with pytest.raises(shiradelta.MissingDependencyError, match=line), optional.importing("a plot"):
+        raise ImportError("no memory", name=name)
