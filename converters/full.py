@@ -39,8 +39,13 @@ _HEAD = 0.1
 )
 def open_full(files: SourceFiles) -> Source:
     """Every tensor of the fine-tune: changed, added whole, or skipped with the reason."""
-    source, base, result = files.checkpoint, files.base, Source()
-    refuse_unmerged(source)
+    refuse_unmerged(files.checkpoint)
+    return read_full(files.checkpoint, files)
+
+
+def read_full(source: Checkpoint, files: SourceFiles) -> Source:
+    """The fine-tuned tensors of a checkpoint against the base."""
+    base, result = files.base, Source()
     if base is None:
         raise SourceError(f"{files.path}: a full fine-tune needs the model that it was made from; give --base MODEL")
     _skip_unlisted(source, base, result)

@@ -57,9 +57,19 @@ def _recognises(files: SourceFiles) -> bool:
 )
 def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     """All LoRA modules of a file, and the tensors that it saves whole."""
-    source, base, result = files.checkpoint, files.base, Source()
-    refuse_unmerged(source)
-    scale = Scale.of(source, alpha)
+    refuse_unmerged(files.checkpoint)
+    return read_lora(files.checkpoint, files, Scale.of(files.checkpoint, alpha))
+
+
+def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
+    """The LoRA of a checkpoint with PEFT's or kohya's names.
+
+    Args:
+        source: the factors, under such names.
+        files: the base, and what may be left out.
+        scale: the factors on their products.
+    """
+    base, result = files.base, Source()
     modules, alpha_keys, others = sort_keys(source)
     training = [key for key in others if TRAINING.search(key)]
     others = {key: name for key, name in others.items() if key not in training}

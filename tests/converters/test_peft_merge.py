@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shiradelta
-from benchmarks import sources
+from benchmarks.sources import peft_types as sources
+from benchmarks.sources.case import outcome
 from converters.peft_config import TYPES
 from shiradelta.errors import SourceError
 
@@ -29,7 +30,7 @@ def model() -> Any:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", QUICK)
 def test_the_changes_are_those_of_pefts_merge(tmp_path: Path, model: Any, kind: str):
-    assert sources.outcome(tmp_path, model, kind) == "exact"
+    assert outcome(sources.case(model, kind), tmp_path) == "exact"
 
 
 @pytest.mark.slow
@@ -37,7 +38,7 @@ def test_the_changes_are_those_of_pefts_merge(tmp_path: Path, model: Any, kind: 
 @pytest.mark.parametrize("kind", SLOW)
 def test_a_type_of_pefts_is_exact_or_refused(tmp_path: Path, model: Any, kind: str):
     """As the documentation says of PEFT 0.21."""
-    found = sources.outcome(tmp_path, model, kind)
+    found = outcome(sources.case(model, kind), tmp_path)
     page = (Path(__file__).parents[2] / "docs/sources.md").read_text()
     exact = re.search(r"PEFT's merge, a layer at a time \| (.*) \|", page)
     assert exact is not None

@@ -1,0 +1,38 @@
+"""Prints a row a producer and kind; with words, only the rows of producers or kinds that have one of them."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import transformers
+
+from shiradelta.util.text import table
+
+from . import mlx, peft_types
+from .case import outcome
+
+#: The producers, one file each: its `cases()` are the rows.
+PRODUCERS = (peft_types, mlx)
+
+
+def main(words: Sequence[str]) -> None:
+    """Converts every source and compares it with what its producer makes of it."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    rows = []
+    for module in PRODUCERS:
+        for case in module.cases():
+            if words and not any(word.lower() in f"{case.producer} {case.kind}".lower() for word in words):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append([case.producer, case.kind, case.by, outcome(case, Path(folder))])
+    print(table([["producer", "kind", "made by", "outcome"], *rows], left=4))
+    print(", ".join(f"{count} {what}" for what, count in Counter(row[3].partition(":")[0] for row in rows).items()))
+
+
+main(sys.argv[1:])
