@@ -26,8 +26,7 @@ from tests.scenes import Scene, Victim, preload, write_inputs
 
 #: How many calls fail -> what follows the number of the first in strace's `when`, and the errors.
 KINDS = {"once": ("", ("EIO", "ENOSPC", "EINTR")), "from then on": ("+", ("EIO", "ENOSPC")), "half": ("+2", ("EINTR",))}
-#: Calls that look at files or change them.  Not `mmap`: most are the allocator's, and a thread that gets no memory
-#: never tells Python that it has started.
+#: Calls that look at files, change them, or get memory for them, for a library or for a thread.
 CALLS = (
     *(
         "openat",
@@ -40,6 +39,7 @@ CALLS = (
         "fsync",
         "fdatasync",
         "msync",
+        "mmap",
         "flock",
     ),
     *("newfstatat", "fstat", "statx", "getdents64", "ftruncate", "fallocate", "copy_file_range", "sendfile"),
@@ -100,7 +100,8 @@ def faults_of(calls: Counter[str]) -> Iterator[Fault]:
     for call, count in calls.items():
         for kind, (_, errors) in KINDS.items():
             numbers = range(1, count + 1) if kind != "half" else range(1, 2)
-            yield from (Fault(call, number, kind, error) for number in numbers for error in errors)
+            own = ("ENOMEM",) if call == "mmap" else errors
+            yield from (Fault(call, number, kind, error) for number in numbers for error in own)
 
 
 def inject(scene: Scene, fault: Fault) -> str:

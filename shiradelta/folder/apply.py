@@ -252,6 +252,7 @@ def _carry_out(
 ) -> None:
     """Changes the weights, between two entries in the journal."""
     edits = [edit for edit in plan.edits if edit.slot.file.relative_to(journal.root).as_posix() not in entry.replaced]
+    files.map(edit.slot.file for edit in edits)
     with interrupts_held_back() as deliver:
 
         def between(what: str, done: int, total: int) -> None:

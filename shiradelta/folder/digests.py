@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from shiradelta.models.checkpoint import Checkpoint, index_file
 from shiradelta.models.safetensors import Slot, read_shard
 from shiradelta.util.directory import Directory
 from shiradelta.util.interrupts import Job, uninterrupted
+from shiradelta.util.mapping import map_file
 from shiradelta.util.threads import THREADS, map_in_threads
 
 #: Bytes that are hashed, and elements that are copied, at a time.
@@ -44,7 +44,7 @@ def digest_of(folder: Directory, file: str, undos: Sequence[Delta] = (), stopped
         size = os.fstat(stream.fileno()).st_size
         if not size:
             return digest.hexdigest()
-        data = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        data = np.frombuffer(map_file(stream.fileno(), home.path / name, size), np.uint8)
     cursor = 0
     if any(len(undo) for undo in undos):
         component = file.rpartition("/")[0]

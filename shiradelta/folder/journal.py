@@ -11,7 +11,6 @@ the next process.  Undo deltas are removed only when a state that does not name 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from shiradelta.io.reader import Delta, open_delta
 from shiradelta.util.directory import Directory
 from shiradelta.util.files import close_synced, os_errors
 from shiradelta.util.locks import NO_LOCKS, try_lock
+from shiradelta.util.mapping import map_file
 
 FOLDER = ".shiradelta"
 LOCK = "lock"
@@ -81,8 +81,8 @@ class Journal:
         if undo is None or undo.status(path.name) is None:
             raise TargetError(f"{path}: is missing; restore the model's files from their source")
         with undo.reading(path.name) as stream:
-            empty = not os.fstat(stream.fileno()).st_size
-            raw = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            size = os.fstat(stream.fileno()).st_size
+            raw = map_file(stream.fileno(), path, size) if size else b""
         if applied.undo and hashlib.sha256(raw).hexdigest() != applied.undo:
             raise TargetError(
                 f"{path}: is not the undo delta that was written for {applied.file}; restore the model's files from"

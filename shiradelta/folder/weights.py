@@ -127,6 +127,16 @@ class WeightFiles:
                 with os_errors(path):
                     os.posix_fallocate(descriptor, 0, status.st_size)
 
+    def map(self, paths: Iterable[Path]) -> None:
+        """Maps files that are to be patched, so that a lack of memory shows before the first write.
+
+        Raises:
+            OSError: one cannot be mapped.
+        """
+        for path in paths:
+            if path not in self._maps:
+                self._maps[path] = mmap.mmap(self._descriptors[path], 0)
+
     def patch(
         self, edits: Iterable[tuple[Slot, StoredTensor]], strength: float, total: int, progress: Progress | None
     ) -> None:
@@ -134,8 +144,7 @@ class WeightFiles:
         for number, (slot, tensor) in enumerate(edits):
             if progress:
                 progress("patching", number, total)
-            if slot.file not in self._maps:
-                self._maps[slot.file] = mmap.mmap(self._descriptors[slot.file], 0)
+            self.map([slot.file])
             data = np.frombuffer(self._maps[slot.file], np.uint8)
             weight = data[slot.offset : slot.offset + slot.nbytes].view(slot.dtype.bits)
             tensor.patch(weight, slot.dtype.name, strength)

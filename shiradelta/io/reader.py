@@ -23,6 +23,7 @@ from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record
 from shiradelta.util import text
 from shiradelta.util.arguments import OPEN, ArgumentKind, checked, is_path
+from shiradelta.util.mapping import map_file
 from shiradelta.util.regular_file import open_regular
 
 Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
@@ -265,9 +266,10 @@ def bytes_of(source: Source) -> Bytes:
 
 def _map(path: Path) -> tuple[Bytes, mmap.mmap | None]:
     with explained(path), open_regular(path) as stream:
-        if not os.fstat(stream.fileno()).st_size:
+        size = os.fstat(stream.fileno()).st_size
+        if not size:
             return np.zeros(0, np.uint8), None
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = map_file(stream.fileno(), path, size)
         return np.frombuffer(mapped, np.uint8), mapped
 
 

@@ -23,6 +23,7 @@ from shiradelta.models.safetensors import Shard, Slot, read_shard
 from shiradelta.models.sentence import LIST, SentenceModule, modules_of
 from shiradelta.util.files import close_synced
 from shiradelta.util.json_files import read_json
+from shiradelta.util.mapping import map_file
 
 #: Weight files of one model, by preference, as transformers and diffusers name them.
 STANDARD = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -113,7 +114,7 @@ def bits_of(slot: Slot) -> Array:
     before = slot.offset % mmap.ALLOCATIONGRANULARITY
     descriptor = os.open(slot.file, _READ)  # `open` takes three times as long, which many small tensors notice
     try:
-        mapped = mmap.mmap(descriptor, before + size, access=mmap.ACCESS_READ, offset=slot.offset - before)
+        mapped = map_file(descriptor, slot.file, before + size, slot.offset - before)
     finally:
         close_synced(descriptor)
     return np.frombuffer(mapped, slot.dtype.bits, slot.numel, before)

@@ -25,9 +25,8 @@ def failed_import(error: ImportError, purpose: str) -> MissingDependencyError:
     package = (error.name or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package not in ("", "shiradelta"):
         return missing(package, purpose)
-    what = package or "a module"
     return MissingDependencyError(
-        f"{purpose} needs {what}, which cannot be loaded ({error}); try again, or install it anew", name=package
+        f"{purpose} needs a package that cannot be loaded ({error}); try again, or install it anew", name=package
     )
 
 

@@ -39,6 +39,6 @@ def test_extras_install_the_package(package: str, extra: str):
 
 @pytest.mark.parametrize("name", ["a_song", "a_song.inside"])
 def test_a_package_that_cannot_be_loaded_is_not_said_to_be_missing(name: str):
-    line = r"a plot needs a_song, which cannot be loaded \(no memory\); try again, or install it anew"
+    line = r"a plot needs a package that cannot be loaded \(no memory\); try again, or install it anew"
     with pytest.raises(shiradelta.MissingDependencyError, match=line), optional.importing("a plot"):
         raise ImportError("no memory", name=name)
