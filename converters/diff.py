@@ -151,7 +151,8 @@ def _integers(source: Checkpoint, key: str) -> Array:
     bits = source.bits(key)
     if slot.dtype.name in ADD_DTYPES:
         numbers = to_float32(bits, slot.dtype.name)
-        if not np.array_equal(numbers, np.floor(numbers)) or np.any(np.abs(numbers) >= 1 << 62):
+        large = ~(np.abs(numbers) < 1 << 62)  # so is NaN
+        if large.any() or not np.array_equal(numbers, np.floor(numbers)):
             raise SourceError(f"has {key!r} in {slot.dtype.name}, and not all of it are integers; get the file again")
         return numbers.astype(np.int64)
     return bits.view(np.dtype(slot.dtype.name).newbyteorder("<")).astype(np.int64)

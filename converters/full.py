@@ -167,7 +167,7 @@ def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base:
             " as the base's first"
         )
     elements = [sum(model[name].numel for name in some) for model, some in ((source, added), (base, lacking))]
-    if elements[0] == elements[1] and max(len(added), len(lacking)) > _HEAD * len(base):
+    if lacking and elements[0] == elements[1] and max(len(added), len(lacking)) > _HEAD * len(base):
         raise SourceError(
             f"{source.root}: has {added[0]!r} and lacks the base's {lacking[0]!r}: as many elements in other shapes;"
             " put the config.json of both beside their weights, or save both with the same release of the library"

@@ -114,7 +114,7 @@ class Scale:
         """The rank that PEFT divides alpha by, if the factors do not show it; None without PEFT's configuration."""
         config = self.config(module)
         rank = self._of_pattern("rank_pattern", module, config.get("r"))
-        return rank if isinstance(rank, int) and rank > 0 and self.of_peft(module) else None
+        return rank if isinstance(rank, int) and 0 < rank < 1 << 31 and self.of_peft(module) else None
 
     def of_peft(self, module: str) -> bool:
         """Whether a module's configuration is PEFT's."""

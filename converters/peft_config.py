@@ -22,7 +22,7 @@ MERGE = "merge it with PEFT and convert the merged model"
 
 
 def _is_whole(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 1 << 31
 
 
 def _is_names(value: Any) -> bool:
@@ -45,8 +45,8 @@ def _is_any(value: Any) -> bool:
 READ: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peft_type": (_is_any, "a type of PEFT's"),
     "peft_version": (_is_any, "a version"),
-    "r": (_is_whole, "a positive integer"),
-    "init_r": (_is_whole, "a positive integer"),
+    "r": (_is_whole, "an integer from 1 to 2^31 - 1"),
+    "init_r": (_is_whole, "an integer from 1 to 2^31 - 1"),
     "lora_alpha": (_is_any, "a number"),
     "alpha": (_is_any, "a number"),
     "rank_pattern": (_is_dict, "ranks by name"),  # AdaLoRA's are lists

@@ -65,8 +65,29 @@ _REMEDIES: dict[str, str] = {
 }
 
 
+#: Characters of a message that are shown, from its beginning and from its end.
+_SHOWN = 600, 350
+
+
+def printable(text: str) -> str:
+    """Escapes everything in a text that a terminal would act on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(message: str) -> str:
+    """A message whose names and numbers may come from a stranger's file: escaped, and without the middle if long."""
+    first, last = _SHOWN
+    if len(message) > first + last:
+        left_out = len(message) - first - last
+        message = f"{message[:first]} [... {left_out:,} characters ...] {message[-last:]}"
+    return printable(message)
+
+
 class ShiraDeltaError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.  `str` gives one line of at most some 1,000 characters."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class FormatError(ShiraDeltaError):
@@ -108,7 +129,7 @@ class FormatError(ShiraDeltaError):
         remedy = self.remedy or _REMEDIES.get(
             self.reason, "the file is damaged or was not made to the format; get it again"
         )
-        return f"{where}: refused, {what} [{self.reason}]; {remedy}"
+        return one_line(f"{where}: refused, {what} [{self.reason}]; {remedy}")
 
 
 class DeltaError(ShiraDeltaError, ValueError):

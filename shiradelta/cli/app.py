@@ -9,10 +9,9 @@ from typing import Any
 
 import click
 
-from shiradelta.errors import ShiraDeltaError
+from shiradelta.errors import ShiraDeltaError, printable
 from shiradelta.util.interrupts import terminations_raised
 from shiradelta.util.optional import failed_import
-from shiradelta.util.text import printable
 
 
 class _Modules(Mapping[str, click.Command]):

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
+from shiradelta.errors import printable
 from shiradelta.util.progress import Progress
-from shiradelta.util.text import printable
 
 
 def echo_json(value: Any) -> None:

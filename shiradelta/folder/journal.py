@@ -118,7 +118,8 @@ class Journal:
         if self.own.status(_STATE) is None:
             return None
         with self.own.reading(_STATE) as stream:
-            return stream.read(_LARGEST_STATE)
+            # So much memory is asked for, whatever the file has.
+            return stream.read(min(os.fstat(stream.fileno()).st_size, _LARGEST_STATE))
 
     def save(self, state: FolderState) -> None:
         """Writes a state and syncs it to disk.

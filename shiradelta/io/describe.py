@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from shiradelta.errors import printable
 from shiradelta.io.reader import Delta
 from shiradelta.util import text
 
@@ -64,8 +65,8 @@ def summary(about: Mapping[str, Any]) -> str:
         figures = [f"{t['nnz']:,}", text.percent(t["density"]), t["index_codec"], t["value_codec"]]
         bits = f"{t['bits_per_nonzero']:.2f}"
         rows.append([t["name"], t["op"], t["dtype"], text.shape(t["shape"]), *figures, bits])
-    pairs = [f"{text.printable(key)}: {text.brief(value)}" for key, value in about["metadata"].items()]
-    file = text.printable(str(about["file"]))
+    pairs = [f"{printable(key)}: {text.brief(value)}" for key, value in about["metadata"].items()]
+    file = printable(str(about["file"]))
     whole = (
         f"{file}: format {about['version']}, {text.count(about['tensors'], 'tensor')},"
         f" {text.count(about['nnz'], 'nonzero')}, {text.size(about['bytes']['file'])},"

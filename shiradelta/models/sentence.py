@@ -17,6 +17,8 @@ LIST = "modules.json"
 _ROUTERS = ("router_config.json", "config.json")
 #: How the folder of a module is called, and how its weights' files end.
 _NUMBERED, _WEIGHTS = re.compile(r"\d+_\w+"), (".safetensors", ".bin")
+#: Bytes of the path of a module; a longer one may be none that a file system can have.
+_LONGEST_PATH = 255
 #: Classes of modules that change nothing where texts are run: the others have their own place there.
 _PLAIN = ("Transformer", "Pooling", "Dropout")
 #: Activations of a Dense module that are known by their names.
@@ -200,7 +202,8 @@ def _module(path: Any, kind: Any, listing: Path) -> SentenceModule:
     if not isinstance(path, str) or not isinstance(kind, str):
         raise TypeError(f"module {path!r} of type {kind!r}")
     windows = PureWindowsPath(path)
-    if windows.anchor or any(part[0] == "." for part in windows.parts) or "\0" in path:
+    outside = windows.anchor or any(part[0] == "." for part in windows.parts)
+    if outside or "\0" in path or len(path.encode(errors="replace")) > _LONGEST_PATH:
         raise SourceError(f"{listing}: {path!r} is no folder of a module within the model's; get it again")
     return SentenceModule("/".join(windows.parts), kind.rpartition(".")[2])
 

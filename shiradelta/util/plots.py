@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shiradelta.errors import printable
 from shiradelta.util.files import check_target, replacing
 from shiradelta.util.optional import importing, require
-from shiradelta.util.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,14 +6,9 @@ import math
 import re
 from collections.abc import Collection, Sequence
 
-from shiradelta.errors import ArgumentError
+from shiradelta.errors import ArgumentError, printable
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-
-def printable(text: str) -> str:
-    """Escapes everything in a text that a terminal would act on."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def brief(text: str, width: int = 300) -> str:

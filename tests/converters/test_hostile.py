@@ -45,10 +45,11 @@ def refusal(source: Path, **options: Any) -> str:
         ({"alpha_pattern": {r"(.)\1": 1}}, "adapter_config.json: alpha_pattern: .* unbounded time"),
         ({"rank_pattern": "q_proj"}, "rank_pattern is 'q_proj', not ranks by name"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern: .* is not a regular expression"),
-        ({"r": 4.0}, "r is 4.0, not a positive integer"),
-        ({"r": True}, "r is True, not a positive integer"),
-        ({"r": 0}, "r is 0, not a positive integer"),
-        ({"r": 10**400}, "says 1000"),
+        ({"r": 4.0}, "r is 4.0, not an integer from 1 to"),
+        ({"r": True}, "r is True, not an integer from 1 to"),
+        ({"r": 0}, "r is 0, not an integer from 1 to"),
+        ({"r": 10**400}, r"\(401 characters\), not an integer from 1 to 2\^31"),
+        ({"rank_pattern": {".*proj": 10**4000}}, r"says 1000.* \[\.\.\. 3,\d+ characters \.\.\.\] .*another adapter's"),
         ({"lora_alpha": 10**400}, "is not a finite number"),
         ({"lora_alpha": float("inf")}, "inf is not a finite number"),
         ({"use_rslora": "no"}, "use_rslora is 'no', not true or false"),
@@ -58,7 +59,7 @@ def refusal(source: Path, **options: Any) -> str:
         ({"modules_to_save": [["score"]]}, "not a list of names"),
         ({"peft_type": {"a": 1}}, "can be converted"),
         ({"peft_type": "A" * 100_000}, "can be converted"),
-        ({"init_r": -1}, "init_r is -1, not a positive integer"),
+        ({"init_r": -1}, "init_r is -1, not an integer from 1 to"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -214,6 +215,7 @@ def test_a_signalling_nan(tmp_path: Path):
         (torch.tensor([1.0, torch.nan]), "not all of it are integers"),
         (torch.tensor([1.0, torch.inf]), "not all of it are integers"),
         (torch.tensor([1.0, 1e30]), "not all of it are integers"),
+        (torch.tensor([1, 0x7F800001], dtype=torch.int32).view(torch.float32), "not all of it are integers"),  # signals
         (torch.tensor([-1.0, 2.0], dtype=torch.bfloat16), "index outside of shape"),
         (torch.tensor([-1, 2], dtype=torch.int32), "index outside of shape"),
     ],
@@ -231,6 +233,14 @@ def test_a_module_of_no_type(tmp_path: Path, model: Path, kind: object):
     with pytest.raises(ShiraDeltaError) as caught:
         open_checkpoint(model)
     assert len(str(caught.value)) < 1000
+
+
+def test_added_tensors_without_elements(tmp_path: Path, made: Path):
+    tensors = load_file(made / "bf16" / "model.safetensors")
+    empty = {f"extra.{i}": torch.empty(0, 8) for i in range(len(tensors))}
+    save_file({**tensors, **empty}, tmp_path / "x.safetensors")
+    with pytest.raises(ShiraDeltaError, match=r"same as the base|nothing"):
+        shiradelta.convert(tmp_path / "x.safetensors", tmp_path / "out.shd", base=made / "bf16")
 
 
 def test_refusals_are_source_errors(tmp_path: Path):

@@ -222,7 +222,21 @@ def test_a_folder_with_a_delta_on_it_can_be_reverted_without_a_module(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "path", ["..", "../other", "/etc", "a/../..", "C:\\x", "..\\x", "\\\\host\\x", ".shiradelta/undo", "a\0b"]
+    "path",
+    [
+        "..",
+        "../other",
+        "/etc",
+        "a/../..",
+        "C:\\x",
+        "..\\x",
+        "\\\\host\\x",
+        ".shiradelta/undo",
+        "a\0b",
+        "a" * 256,
+        "a/" * 3000,
+    ],
+    ids=lambda path: path[:9].encode("unicode_escape").decode(),
 )
 def test_a_list_from_elsewhere_reaches_nothing_outside(tmp_path: Path, path: str):
     sentences(tmp_path / "other", 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from shiradelta.util.text import printable
+from shiradelta.errors import printable
 
 #: Deltas are called A, B, ... if their names would be too long.
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

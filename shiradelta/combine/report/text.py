@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from shiradelta.combine.report.data import DeltaReport
-from shiradelta.util.text import percent, printable, size, table
+from shiradelta.errors import printable
+from shiradelta.util.text import percent, size, table
 
 
 def summary(report: DeltaReport) -> str:
