@@ -19,7 +19,7 @@ from shiradelta.folder.plan import Edit, FolderPlan
 from shiradelta.format import registry
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.checkpoint import Checkpoint, index_file
-from shiradelta.models.safetensors import Shard
+from shiradelta.models.safetensors import Shard, Unwritten, header_of
 from shiradelta.util.directory import Directory
 from shiradelta.util.json_files import read_json
 
@@ -95,24 +95,12 @@ def _rewrite(
     originals: Directory,
 ) -> str:
     """Copies a safetensors file without some tensors, with others patched and others appended; returns its SHA-256."""
-    header: dict[str, Any] = {}
-    if "__metadata__" in shard.header:
-        header["__metadata__"] = shard.header["__metadata__"]
     kept = [slot for slot in sorted(shard.slots, key=lambda slot: slot.offset) if slot.name not in gone]
-    cursor = 0
-
-    def append(name: str, dtype: str, shape: tuple[int, ...], size: int) -> None:
-        nonlocal cursor
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [cursor, cursor + size]}
-        cursor += size
-
-    for slot in kept:
-        append(slot.name, slot.dtype.safetensors, slot.shape, slot.nbytes)
-    for name, tensor in come.items():
-        dtype = registry.DTYPE_OF_NAME[tensor.dtype]
-        append(name, dtype.safetensors, tensor.shape, tensor.numel * dtype.size)
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    added = [
+        Unwritten(name, tensor.shape, registry.DTYPE_OF_NAME[tensor.dtype], tensor.bits)
+        for name, tensor in come.items()
+    ]
+    header = header_of([*kept, *added], shard.header.get("__metadata__"))
     source_home, source_name = folder.home(file)
     home, name = _below(originals, file)
     with (
@@ -120,7 +108,7 @@ def _rewrite(
         home.making(name + _NEW, _mode(folder, file)) as stream,
     ):
         output = _HashedOutput(stream)
-        output.write(len(raw).to_bytes(8, "little") + raw)
+        output.write(header)
         for slot in kept:
             source.seek(slot.offset)
             if slot.name in edits:
@@ -132,8 +120,8 @@ def _rewrite(
             while remaining and (chunk := source.read(min(remaining, 1 << 20))):
                 output.write(chunk)
                 remaining -= len(chunk)
-        for tensor in come.values():
-            output.write(tensor.bits().tobytes())
+        for tensor in added:
+            output.write(tensor.read().tobytes())
     return output.digest.hexdigest()
 
 

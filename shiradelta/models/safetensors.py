@@ -1,6 +1,7 @@
-"""Safetensors files: the header, and where each tensor lies.
+"""Safetensors files: the header, where each tensor lies, and writing them a tensor at a time.
 
-Patching in place needs the tensors' offsets, which the safetensors library does not give.
+Patching in place needs the tensors' offsets, which the safetensors library does not give.  It also writes only tensors
+that are all in memory.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from shiradelta.errors import SourceError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array
 from shiradelta.io.recognise import Wanted, explain
+from shiradelta.util.progress import Progress
 from shiradelta.util.regular_file import open_regular
 from shiradelta.util.text import brief, count
 
@@ -155,3 +159,60 @@ def _check_cover(path: Path, slots: tuple[Slot, ...], start: int, size: int) -> 
         raise SourceError(f"{path}: is cut off at {size} of {end} bytes; get it again")
     if end < size:
         raise SourceError(f"{path}: has {count(size - end, 'byte')} after its last tensor; get it again")
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """A tensor to write: `read` gives its elements, as bits, when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: registry.DType
+    read: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+def header_of(tensors: Iterable[Slot | Unwritten], metadata: Mapping[str, str] | None) -> bytes:
+    """What a safetensors file begins with, if the tensors follow in this order."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for tensor in tensors:
+        offsets = [end, end := end + tensor.nbytes]
+        header[tensor.name] = {
+            "dtype": tensor.dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def write_tensors(
+    stream: BinaryIO, tensors: Iterable[Unwritten], metadata: Mapping[str, str], progress: Progress | None = None
+) -> None:
+    """Writes a safetensors file with one tensor in memory at a time.
+
+    Args:
+        stream: an empty file.
+        tensors: what to write; each is read once.
+        metadata: the file's `__metadata__`.
+        progress: called with (tensor, done, total).
+    """
+    # Large elements first, so that all are aligned.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.size)
+    stream.write(header_of(ordered, metadata))
+    for number, tensor in enumerate(ordered):
+        if progress:
+            progress(tensor.name, number, len(ordered))
+        _write(stream, tensor)
+
+
+def _write(stream: BinaryIO, tensor: Unwritten) -> None:
+    data = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data
+    assert len(data) == tensor.nbytes, tensor.name
+    stream.write(data)
