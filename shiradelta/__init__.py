@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         SourceError,
         TargetError,
     )
+    from shiradelta.exports.run import export
     from shiradelta.folder.apply import apply
     from shiradelta.folder.revert import revert
     from shiradelta.folder.verification import verify
@@ -54,6 +55,7 @@ __all__ = [
     "TensorDelta",
     "apply",
     "convert",
+    "export",
     "fuse",
     "open_delta",
     "revert",
@@ -69,6 +71,7 @@ _HOMES = {
     "TensorDelta": "format.delta",
     "apply": "folder.apply",
     "convert": "converters",
+    "export": "exports.run",
     "fuse": "combine.fuse",
     "open_delta": "io.reader",
     "revert": "folder.revert",

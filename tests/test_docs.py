@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import shiradelta
 from shiradelta.backends.choose import FILE_BACKENDS
+from shiradelta.cli import main
 from shiradelta.errors import ArgumentError
 from shiradelta.exports import EXPORTS
 from shiradelta.format.codecs import INDEX_CODECS
@@ -50,6 +53,27 @@ def test_the_table_of_sources_is_that_of_the_registry():
     rows = re.findall(r"^\| (\w+) \| (.*) \|$", (EXTEND.parent / "sources.md").read_text(), re.MULTILINE)
     held = [(kind, SOURCES[kind].help) for kind in kinds()[1:]]
     assert rows[1 : len(held) + 1] == held  # after the head
+
+
+def test_the_table_of_exports_is_that_of_the_registry():
+    rows = re.findall(r"^\| ([\w-]+) \| (.*) \|$", (EXTEND.parent / "export.md").read_text(), re.MULTILINE)
+    assert rows[1 : len(EXPORTS) + 1] == [(name, row.help) for name, row in EXPORTS.items()]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_examples_of_exports_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "bf16", "model")
+    with shiradelta.open_delta(made / "a.shd") as delta:
+        shiradelta.save_delta("style.shd", {name: one for name, one in delta.items() if "mlp" in name}, values="int8")
+    page = (EXTEND.parent / "export.md").read_text()
+    (shell,), (python,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python"))
+    commands = [shlex.split(line, comments=True)[1:] for line in shell.splitlines()]
+    assert {words[2] for words in commands} == set(EXPORTS) - {"peft-supertuning"}
+    for words in commands:
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, result.output
+    exec(compile(python, "export.md", "exec"), {})
 
 
 @pytest.mark.parametrize(("kind", "path", "members", "link"), table())

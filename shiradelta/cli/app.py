@@ -20,7 +20,20 @@ class _Modules(Mapping[str, click.Command]):
     Each is imported when it is needed, so that `info` starts about as fast as numpy and click can be imported.
     """
 
-    names = ("convert", "train", "apply", "revert", "verify", "list", "commit", "fuse", "report", "sign", "info")
+    names = (
+        "convert",
+        "train",
+        "apply",
+        "revert",
+        "verify",
+        "list",
+        "commit",
+        "fuse",
+        "report",
+        "export",
+        "sign",
+        "info",
+    )
 
     def __getitem__(self, name: str) -> click.Command:
         if name not in self.names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import peft_shira  # noqa: F401  registers its layout
-from .layouts import EXPORTS, ExportLayout, export
+from . import dense, merged, peft_lora, peft_shira, peft_supertuning, sparse  # noqa: F401  each registers its layout
+from .layouts import EXPORTS, ExportLayout, Written, export
 
-__all__ = ["EXPORTS", "ExportLayout", "export"]
+__all__ = ["EXPORTS", "ExportLayout", "Written", "export"]

@@ -15,9 +15,11 @@ from shiradelta.format.arithmetic import Array, Float32, Positions, to_float32
 from shiradelta.format.operations import OPERATIONS, Operation
 from shiradelta.util.arguments import ARRAY, SHAPE, TEXT, WHOLE, ArgumentKind, checked
 from shiradelta.util.arrays import ranges
+from shiradelta.util.optional import importing
 
 if TYPE_CHECKING:
     from scipy.sparse import coo_array
+    from torch import Tensor
 
 
 def check_shape(shape: tuple[int, ...]) -> int:
@@ -191,12 +193,35 @@ class TensorDelta:
         bits = self.bits()
         return to_float32(bits, self.dtype) if self._operation.stores_elements else bits.view(np.float32)
 
+    def check_memory(self, size: int) -> None:
+        """Checks, before anything is allocated, that making `size` bytes of the delta is allowed; here it always is."""
+
     def to_scipy(self) -> coo_array:
         """A scipy.sparse.coo_array of `shape` ((1,) for a scalar), float32."""
         from scipy.sparse import coo_array
 
         shape = self.shape or (1,)
         return coo_array((self.values(), np.unravel_index(self.positions(), shape)), shape=shape)
+
+    def to_torch_sparse(self) -> Tensor:
+        """A coalesced torch.sparse COO tensor of `shape`, float32, on the CPU.
+
+        Raises:
+            MissingDependencyError: torch is not installed.
+        """
+        with importing("a sparse tensor of torch"):
+            import torch
+
+        indices = (
+            np.stack(np.unravel_index(self.positions(), self.shape)) if self.shape else np.zeros((0, self.nnz), int)
+        )
+        return torch.sparse_coo_tensor(
+            torch.from_numpy(indices.astype(np.int64, copy=False)),
+            torch.from_numpy(self.values().copy()),
+            self.shape,
+            is_coalesced=True,
+            check_invariants=False,
+        )
 
     def to_dense(self) -> Float32:
         """float32 array of `shape`, zero where nothing is listed."""

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from shiradelta.backends.choose import choose
 from shiradelta.backends.protocols import Backend, Decoder
-from shiradelta.errors import ArgumentError, FormatError, LimitError, ShiraDeltaError
+from shiradelta.errors import ArgumentError, DeltaError, FormatError, LimitError, ShiraDeltaError
 from shiradelta.format import container, registry
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs.base import Bytes
@@ -25,6 +25,9 @@ from shiradelta.util import text
 from shiradelta.util.arguments import OPEN, ArgumentKind, checked, is_path
 from shiradelta.util.mapping import map_file
 from shiradelta.util.regular_file import open_regular
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Source = str | os.PathLike[str] | bytes | Bytes | BinaryIO
 
@@ -60,9 +63,13 @@ class StoredTensor(TensorDelta):
         """The decoder of the file.  Raises LimitError if decompressed sections alone take more than the limit."""
         return self._within(self.record.unpacked_size)
 
+    def check_memory(self, size: int) -> None:
+        """Checks that `size` bytes are within the limit of the open file.  Raises LimitError."""
+        self._delta.check_memory(f"tensor {self.record.name!r}", size)
+
     def _within(self, size: int) -> Decoder:
         """The decoder, once `size` bytes are known to be within the limit.  Raises LimitError."""
-        self._delta.check_memory(f"tensor {self.record.name!r}", size)
+        self.check_memory(size)
         return self._delta.decoder
 
     def positions(self) -> Positions:
@@ -86,7 +93,7 @@ class StoredTensor(TensorDelta):
         self.decoder.check(self.record)
 
     def to_dense(self) -> Float32:
-        self._within(self.record.decoded_size + 4 * self.numel)
+        self.check_memory(self.record.decoded_size + 4 * self.numel)
         return super().to_dense()
 
     def rows(self, start: int, stop: int) -> tuple[Positions, Array]:
@@ -187,6 +194,18 @@ class Delta(Mapping[str, StoredTensor]):
     def nnz(self) -> int:
         """Nonzeros of all tensors."""
         return sum(record.nnz for record in self._records.values())
+
+    def to_torch_sparse(self) -> dict[str, Tensor]:
+        """Name -> the tensor's delta as a torch.sparse COO tensor, float32; see `TensorDelta.to_torch_sparse`.
+
+        Raises:
+            DeltaError: a tensor is not an addition, so that its values are no differences.
+            MissingDependencyError: torch is not installed.
+        """
+        for name, tensor in self.items():
+            if not tensor.operation.adds:
+                raise DeltaError(f"tensor {name!r} is {tensor.op}, which is no difference; read its bits() instead")
+        return {name: tensor.to_torch_sparse() for name, tensor in self.items()}
 
     def verify(self) -> None:
         """Decodes and checks everything, the content digest too.  Raises FormatError."""

@@ -98,6 +98,18 @@ def shared_tensors(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return shared
 
 
+def linear_weights(checkpoint: Checkpoint) -> dict[str, list[str]] | None:
+    """A checkpoint's tensor -> the linear layers in memory whose weight it is; None if the library cannot tell."""
+    library = library_of(checkpoint.folders.get("", checkpoint.root))
+    if library is None:
+        return None
+    weights = {f"{name}.weight": library.shapes[f"{name}.weight"] for name in library.linear}
+    found: dict[str, list[str]] = {}
+    for weight, name in match_names(weights, checkpoint).names.items():
+        found.setdefault(name, []).append(weight.removesuffix(".weight"))
+    return found
+
+
 def _tied_by_name(checkpoint: Checkpoint, name: str, shape: Shape | None) -> str | None:
     """The stored name of an output embedding that the configuration says is tied, as most models call them."""
     component, _, leaf = name.rpartition("/")
@@ -131,12 +143,14 @@ class Library:
         first: name in memory -> the first name of the same tensor.
         saved: name in the checkpoint -> tensor.
         transposed: modules that say that their stacked matrices are [in, out].
+        linear: torch's linear layers.
     """
 
     shapes: Mapping[str, Shape]
     first: Mapping[str, str]
     saved: Mapping[str, SavedTensor]
     transposed: frozenset[str] = frozenset()
+    linear: tuple[str, ...] = ()
 
     @classmethod
     def of_model(cls, model: Any) -> Library:
@@ -146,7 +160,8 @@ class Library:
         first = {name: seen.setdefault(id(tensor), name) for name, tensor in own.items()}
         saved = {tensor.name: tensor for tensor in saved_tensors(model)}
         transposed = frozenset(name for name, part in model.named_modules() if getattr(part, "is_transposed", False))
-        return cls({name: tuple(tensor.shape) for name, tensor in own.items()}, first, saved, transposed)
+        linear = tuple(name for name, part in model.named_modules() if type(part).__name__ == "Linear")
+        return cls({name: tuple(tensor.shape) for name, tensor in own.items()}, first, saved, transposed, linear)
 
     @cached_property
     def saved_shapes(self) -> dict[str, Shape]:

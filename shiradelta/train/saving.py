@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
-from shiradelta.exports import EXPORTS
+from shiradelta.exports.layouts import find_layout
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.writer import weighing, writing
@@ -82,10 +82,10 @@ def export(
     """Writes the trained nonzeros in an export layout; returns them, zeros included, by the model's names.
 
     Raises:
-        ArgumentError: the layout is unknown.
+        ArgumentError: the layout is unknown, or needs the model's files.
         DeltaError: a weight is not that of a linear layer, or the layout cannot hold the deltas.
     """
-    write = EXPORTS.find(layout).write
+    write = find_layout(layout, ()).write
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {}
     for name, one in tuned.items():

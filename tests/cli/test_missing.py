@@ -33,6 +33,7 @@ COMMANDS = {
     "fuse": ["fuse", "a.shd", "b.shd", "-o", "fused.shd"],
     "report": ["report", "a.shd", "b.shd"],
     "png": ["report", "a.shd", "b.shd", "--png", "heat.png"],
+    "export": ["export", "a.shd", "dense", "diff.safetensors"],
     "info": ["info", "a.shd", "--verify"],
     "sign": ["sign", "a.shd", "--key", "private.pem"],
 }

@@ -69,7 +69,7 @@ def test_an_export_is_converted_back(tmp_path: Path):
         ({"norm.weight": TensorDelta((8,), [1], [1.0], "unspecified")}, r"shape \[8\]"),
         ({"layer.bias": change((8, 8), 2)}, "layer.bias"),
         ({"a.weight": TensorDelta((8, 8), [1], np.ones(1, np.float32), "float32", "set")}, "is set with"),
-        ({"a.weight": change((4, 5), 19)}, "PEFT wants 27 nonzeros in it; train fewer"),
+        ({"a.weight": change((4, 5), 19)}, "PEFT wants 27 nonzeros in it; make a sparser delta"),
     ],
 )
 def test_what_peft_cannot_hold_is_refused(deltas: dict[str, TensorDelta], message: str, tmp_path: Path):
@@ -90,5 +90,5 @@ def test_a_layout_is_added_from_outside(tmp_path: Path):
             export("names", "Again.")(write)
     finally:
         EXPORTS.remove("names")
-    with pytest.raises(ArgumentError, match="export layout 'names' is unknown; take peft-shira"):
+    with pytest.raises(ArgumentError, match="export layout 'names' is unknown; take dense"):
         EXPORTS.find("names")

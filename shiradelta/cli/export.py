@@ -1,0 +1,64 @@
+"""`shiradelta export`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from shiradelta.cli import options
+from shiradelta.cli.options import RegistryChoice, command
+from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar
+from shiradelta.util.text import count, percent, size
+
+
+def _list_layouts(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from shiradelta.exports import EXPORTS
+        from shiradelta.util.text import table
+
+        click.echo(table([["layout", "what it writes"], *([name, row.help] for name, row in EXPORTS.items())], left=2))
+        context.exit()
+
+
+@command(short_help="Write a delta in the layout of another library.")
+@click.argument("delta")
+@click.argument("layout", type=RegistryChoice("shiradelta.exports:EXPORTS"))
+@click.argument("out")
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_layouts,
+    help="List the layouts, and exit.",
+)
+@click.option(
+    "--model", metavar="MODEL", help="Folder or file of the base model; merged needs it, and sparse for additions."
+)
+@click.option("--rank", type=int, help="Rank of each layer's factors, for peft-lora.  [default: 16]")
+@click.option("--energy", type=float, help="Share of each layer's energy to keep instead, for peft-lora, such as 0.9.")
+@click.option("--strength", type=float, help="Factor for all changes, for merged.  [default: 1]")
+@options.max_memory
+@options.as_json
+def export(as_json: bool, **arguments: Any) -> None:
+    """Write DELTA in the layout of another library to OUT, a file or a folder.
+
+    Example: shiradelta export style.shd peft-shira adapter/
+    """
+    from shiradelta.exports.run import export as run
+
+    with progress_bar("exporting") as progress:
+        report = run(**arguments, progress=progress)
+    if as_json:
+        echo_json(dataclasses.asdict(report))
+        return
+    kept = "" if report.energy_kept is None else f", {percent(report.energy_kept)} of the energy kept"
+    ranks = sorted(set(report.ranks.values()))
+    some = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f", rank {ranks[0]}" if ranks else ""
+    echo_warnings(report.warnings)
+    echo_lines(
+        f"{report.out}: {report.layout}, {count(report.tensors, 'tensor')}, {count(report.nonzeros, 'nonzero')},"
+        f" {size(report.bytes)}{some}{kept}"
+    )

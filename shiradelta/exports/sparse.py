@@ -1,0 +1,92 @@
+"""Exports to sparse new values: a safetensors file with NAME.indices and NAME.values.
+
+Indices are flat and row-major, int32, or int64 in tensors of more than 2^31 elements.  Values are the new elements in
+the base's dtype.  The metadata `layout` is "sparse-values"; `shapes` is a JSON object of the tensors' shapes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from shiradelta.errors import DeltaError
+from shiradelta.format import arithmetic
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.delta import TensorDelta
+from shiradelta.format.registry import DTYPE_OF_NAME
+from shiradelta.models.safetensors import Unwritten, write_tensors
+from shiradelta.models.sparse import INDICES, VALUES, metadata_of
+from shiradelta.util.files import replacing
+from shiradelta.util.progress import Progress
+
+from .base import based
+from .layouts import export
+from .target import check_file
+
+
+@export(
+    "sparse",
+    "Sparse new values: a safetensors file with indices and new elements of each tensor.",
+    options=("model", "progress"),
+)
+def write(
+    path: str | os.PathLike[str],
+    deltas: Mapping[str, TensorDelta],
+    base: str = "",
+    *,
+    model: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes sparse new values, which `convert` reads.
+
+    Args:
+        path: the file.
+        deltas: name of the weight -> its delta.
+        base: ignored.
+        model: the base's files, which additions need: their new elements follow from the base's.
+        progress: called with (what, done, total).
+
+    Raises:
+        BaseMismatchError: the delta was made for another base.
+        DeltaError: a delta adds or removes a tensor, or is an addition and no model is given.
+        TargetError: the file cannot be written.
+    """
+    for name, delta in deltas.items():
+        if delta.operation.restructures:
+            raise DeltaError(f"tensor {name!r} is {delta.op}, and this layout changes elements only; use merged")
+        if delta.operation.adds and model is None:
+            raise DeltaError(
+                f"tensor {name!r} is {delta.op}, whose new elements follow from the base's; give --model MODEL (model=)"
+            )
+    check_file(Path(path))
+    found: dict[str, tuple[TensorDelta, str, Callable[[], Array]]] = {}
+    if model is None:
+        for name, delta in deltas.items():
+            found[name] = delta, delta.dtype, delta.bits
+    else:
+        it = based(deltas, model, progress)
+        for edit in it.plan.edits:
+            new = partial(_new, edit.tensor, partial(it.checkpoint.bits, edit.name), edit.slot.dtype.name)
+            found[edit.name] = edit.tensor, edit.slot.dtype.name, new
+    tensors = []
+    for name, (delta, dtype, bits) in found.items():
+        wide = "int64" if delta.numel > 1 << 31 else "int32"
+        where = partial(_positions, delta, wide)
+        tensors.append(Unwritten(name + INDICES, (delta.nnz,), DTYPE_OF_NAME[wide], where))
+        tensors.append(Unwritten(name + VALUES, (delta.nnz,), DTYPE_OF_NAME[dtype], bits))
+    with replacing(Path(path)) as stream:
+        shapes = {name: delta.shape for name, (delta, _, _) in found.items()}
+        write_tensors(stream, tensors, metadata_of(shapes), progress)
+
+
+def _positions(delta: TensorDelta, dtype: str) -> Array:
+    return delta.positions().astype(dtype)
+
+
+def _new(delta: TensorDelta, base: Callable[[], Array], dtype: str) -> Array:
+    """The new elements, at strength 1."""
+    if not delta.operation.adds:
+        return delta.bits()
+    return arithmetic.result(True, delta.bits(), base()[delta.positions()], dtype, 1.0)
