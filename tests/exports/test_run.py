@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import shiradelta as sd
-from benchmarks.sources import small_model
+from benchmarks.sources.peft_types import small_model
 from shiradelta.cli import main
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, LimitError, SourceError, TargetError
 from shiradelta.exports import EXPORTS
