@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -15,7 +15,7 @@ from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record, Section
-from shiradelta.util.arrays import ranges
+from shiradelta.util.arrays import WINDOW, aligned, ranges
 
 
 class NumpyDecoder(Decoder):
@@ -31,6 +31,10 @@ class NumpyDecoder(Decoder):
 
     def bits(self, record: Record) -> Array:
         return np.concatenate(list(self.bits_windows(record)))
+
+    def index_section(self, record: Record) -> Bytes:
+        with self._context(record, record.index):
+            return self._section(record.index)
 
     def position_windows(self, record: Record) -> Iterator[Positions]:
         with self._context(record, record.index):
@@ -66,9 +70,16 @@ class NumpyDecoder(Decoder):
                 pass
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
-        if record.nnz:
-            positions = self.positions(record)
-            weight[positions] = arithmetic.result(record.adds, self.bits(record), weight[positions], dtype, strength)
+        """Applies window by window, once everything has been checked."""
+        if not record.nnz:
+            return
+        windows: Iterable[tuple[Positions, Array]] = aligned(self.position_windows(record), self.bits_windows(record))
+        if record.nnz > WINDOW:
+            self.check(record)
+        else:
+            windows = list(windows)
+        for positions, bits in windows:
+            weight[positions] = arithmetic.result(record.adds, bits, weight[positions], dtype, strength)
 
     @contextmanager
     def _context(self, record: Record, section: Section) -> Iterator[None]:

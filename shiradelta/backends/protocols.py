@@ -21,6 +21,9 @@ class Decoder(Protocol):
     def bits(self, record: Record) -> Array:
         """Unsigned [nnz], nnz > 0: binary32 of the values for ADD, elements otherwise."""
 
+    def index_section(self, record: Record) -> Bytes:
+        """The section of the positions, decompressed; only its checksum is checked."""
+
     def position_windows(self, record: Record) -> Iterator[Positions]:
         """What `positions` gives, in runs of at most `WINDOW`; all is checked when the last one was taken."""
 

@@ -8,27 +8,27 @@ folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from shiradelta.backends.choose import choose
 from shiradelta.errors import ArgumentError, TargetError
 from shiradelta.folder import restructure
-from shiradelta.folder.comparison import without
+from shiradelta.folder.comparison import PastBits
 from shiradelta.folder.copying import copied
 from shiradelta.folder.digests import digest_of, digests_meanwhile, model_files
 from shiradelta.folder.journal import FOLDER, Journal, locked, originals_name, undo_name
-from shiradelta.folder.plan import FolderPlan, make_plan
+from shiradelta.folder.plan import Edit, FolderPlan, make_plan
 from shiradelta.folder.recovery import give_up, recover
 from shiradelta.folder.state import Applied, FolderState, check_names
 from shiradelta.folder.verification import existing
 from shiradelta.folder.weights import WeightFiles, check_writable, relative_files
 from shiradelta.format import arithmetic
-from shiradelta.format.delta import TensorDelta
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.windows import windows_of
 from shiradelta.io.reader import DELTA, Delta, open_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, other_weight_files
@@ -295,22 +295,27 @@ def _write_undo(
     changed = 0
     with ExitStack() as stack:
         undos = [stack.enter_context(journal.open_undo(applied)) for applied in reversed(journal.state.applied)]
-        fit, fingerprint = StackFit(delta.file or "delta", _WORDS, bool(undos), entry.strength), choose().fingerprint
+        fit = StackFit(delta.file or "delta", _WORDS, bool(undos), entry.strength)
         for number, edit in enumerate(plan.edits):
             if progress:
                 progress("checking", number, len(plan.edits))
-            positions = edit.tensor.positions()
-            old = checkpoint.bits(edit.name)[positions]
+            own = [undo.get(edit.name) for undo in undos]
             if check and edit.tensor.dtype == edit.slot.dtype.name:
-                base = old
-                for undo in undos:
-                    base = without(base, positions, undo.get(edit.name))
-                present = fingerprint(positions, old)
-                fit.check(edit.name, edit.tensor, fingerprint(positions, base) if undos else present, present)
-            new = arithmetic.result(
-                edit.tensor.operation.adds, edit.tensor.bits(), old, edit.slot.dtype.name, entry.strength
-            )
-            changed += int(np.count_nonzero(new != old))
-            undo_tensor = TensorDelta(edit.slot.shape, positions, old, edit.slot.dtype.name, "set", base_bits=new)
-            writer.add(edit.name, undo_tensor)
+                fits = [
+                    PastBits(edit.slot, each).fingerprint(edit.tensor) for each in ([own, ()] if any(own) else [()])
+                ]
+                fit.check(edit.name, edit.tensor, fits[0], fits[-1])
+            counts: list[int] = []
+            writer.add_set(edit.name, edit.tensor, edit.slot.dtype, _replaced(edit, entry.strength, counts.append))
+            changed += sum(counts)
     return changed, fit.is_successor
+
+
+def _replaced(edit: Edit, strength: float, count: Callable[[int], None]) -> Iterator[tuple[Positions, Array, Array]]:
+    """(positions, the elements there, what replaces them), in windows; counts the elements that change."""
+    present = PastBits(edit.slot)
+    for positions, bits in windows_of(edit.tensor):
+        old = present.at(positions)
+        new = arithmetic.result(edit.tensor.operation.adds, bits, old, edit.slot.dtype.name, strength)
+        count(int(np.count_nonzero(new != old)))
+        yield positions, old, new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -17,27 +17,42 @@ from shiradelta.folder.weights import slots_of
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.windows import Cursor, windows_of
 from shiradelta.io.reader import Delta
 from shiradelta.models.checkpoint import Checkpoint, bits_of, open_checkpoint
 from shiradelta.models.compatibility import difference
 from shiradelta.models.library import match_names
 from shiradelta.models.safetensors import Slot
-from shiradelta.util.arrays import overlay_values
+from shiradelta.util.arrays import ranges
 from shiradelta.util.directory import Directory
 
 
-def without(view: Array, positions: Positions, undo: TensorDelta | None) -> Array:
-    """The elements `view` at `positions` as they were before an action.
+class PastBits:
+    """A tensor's elements as they are, or were before some actions; read in windows of increasing positions.
 
     Args:
-        view: the elements after the action.
-        positions: of the elements; increasing.
-        undo: the action's undo delta for the tensor; None if the action left the tensor alone.
+        slot: where the bits are.
+        undos: the undo deltas of the actions, the last action's first; None for one that left the tensor alone.
     """
-    if undo is None or not undo.nnz:
+
+    def __init__(self, slot: Slot, undos: Iterable[TensorDelta | None] = ()) -> None:
+        self._bits = bits_of(slot)
+        self._undos = [Cursor(undo) for undo in undos if undo is not None and undo.nnz]
+
+    def at(self, positions: Positions) -> Array:
+        """The elements at some positions, which are behind those of the last call."""
+        view: Array = self._bits[positions]
+        for undo in self._undos:
+            undo.overlay(positions, view)
         return view
-    before: Array = overlay_values(np, view, positions, undo.positions(), undo.bits())
-    return before
+
+    def fingerprint(self, tensor: TensorDelta | None = None) -> int:
+        """The fingerprint of the elements, at a delta's positions or all; nothing else may be read then."""
+        every = (np.arange(*span, dtype=np.int64) for span in ranges(self._bits.size))
+        windows = every if tensor is None else tensor.position_windows()
+        fingerprint = choose().fingerprint
+        # A sum (FORMAT.md, 6.3).
+        return sum(fingerprint(own, self.at(own)) for own in windows if own.size) % (1 << 64)
 
 
 class Past:
@@ -72,19 +87,13 @@ class Past:
                 slots[name], since[name] = slot, len(undos)
         return Past(slots, undos, since)
 
-    def bits(self, name: str, positions: Positions | None = None) -> Array:
-        """A tensor's elements, at some positions or all."""
-        slot = self.slots[name]
-        every = np.arange(slot.numel, dtype=np.int64) if positions is None else positions
-        view: Array = bits_of(slot)[every]
-        for undo in self._undos[self._since.get(name, 0) :]:
-            view = without(view, every, undo.get(name))
-        return view
+    def view(self, name: str) -> PastBits:
+        """A tensor's elements."""
+        return PastBits(self.slots[name], (undo.get(name) for undo in self._undos[self._since.get(name, 0) :]))
 
-    def fingerprint(self, name: str, positions: Positions | None = None) -> int:
-        """The fingerprint of those elements."""
-        bits = self.bits(name, positions)
-        return choose().fingerprint(np.arange(bits.size, dtype=np.int64) if positions is None else positions, bits)
+    def fingerprint(self, name: str, tensor: TensorDelta | None = None) -> int:
+        """The fingerprint of a tensor's elements, at a delta's positions or all."""
+        return self.view(name).fingerprint(tensor)
 
 
 def first_difference(checkpoint: Checkpoint, journal: Journal, entries: Sequence[Applied]) -> str | None:
@@ -102,7 +111,7 @@ def first_difference(checkpoint: Checkpoint, journal: Journal, entries: Sequence
             for name, tensor in undo.items():
                 if difference(tensor, now.slots.get(name)) is not None:
                     return f"tensor {name!r} is gone, or has another shape or dtype"
-                if now.fingerprint(name, tensor.positions()) != tensor.base_fingerprint:
+                if now.fingerprint(name, tensor) != tensor.base_fingerprint:
                     return f"tensor {name!r} is not as {entry.file} left it"
             now = before
     return None
@@ -153,20 +162,26 @@ def unlike_delta(checkpoint: Checkpoint, journal: Journal, delta: Delta, entry: 
             if slot is None or slot.shape != tensor.shape:
                 return f"tensor {name!r} is gone, or has another shape"
             if operation.creates:
-                if not np.array_equal(after.bits(own), tensor.bits()):
+                view = after.view(own)
+                if not all(np.array_equal(view.at(positions), bits) for positions, bits in windows_of(tensor)):
                     return f"tensor {name!r} is not the one that {entry.file} adds"
                 continue
-            positions, dtype = tensor.positions(), slot.dtype.name
             under = before if entry.successor else base
-            known = tensor.base_fingerprint if tensor.dtype == dtype and own in under.slots else None
-            if known is not None and known != under.fingerprint(own, positions):
+            known = tensor.base_fingerprint if tensor.dtype == slot.dtype.name and own in under.slots else None
+            if known is not None and known != under.fingerprint(own, tensor):
                 return f"tensor {name!r} was patched on another base than that of {entry.file}"
-            wanted = arithmetic.result(
-                operation.adds, tensor.bits(), before.bits(own, positions), dtype, entry.strength
-            )
-            if not np.array_equal(after.bits(own, positions), wanted):
+            if not _is_result(tensor, slot.dtype.name, entry.strength, before.view(own), after.view(own)):
                 return f"tensor {name!r} is not what {entry.file} gives"
     return None
+
+
+def _is_result(tensor: TensorDelta, dtype: str, strength: float, before: PastBits, after: PastBits) -> bool:
+    """Whether a delta makes the elements of one view from those of the other."""
+    adds = tensor.operation.adds
+    return all(
+        np.array_equal(after.at(positions), arithmetic.result(adds, bits, before.at(positions), dtype, strength))
+        for positions, bits in windows_of(tensor)
+    )
 
 
 def unlike_base(journal: Journal) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shiradelta.folder.weights import check_same_tensor
+from shiradelta.format.windows import Cursor
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.checkpoint import Checkpoint, index_file
 from shiradelta.models.safetensors import Slot, read_shard
@@ -112,10 +113,10 @@ def _update(digest: Any, data: np.ndarray[Any, Any], stopped: Event | None) -> N
 def _update_without(digest: Any, data: np.ndarray[Any, Any], slot: Slot, listed: Sequence[StoredTensor]) -> None:
     """Hashes a tensor with the elements that undo deltas list put back."""
     bits = data.view(slot.dtype.bits)
-    edits = [(tensor.positions(), tensor.bits()) for tensor in listed]
+    undos = [Cursor(tensor) for tensor in listed]
     for start in range(0, bits.size, _WINDOW):
         block = bits[start : start + _WINDOW].copy()
-        for positions, old in edits:
-            first, last = np.searchsorted(positions, (start, start + block.size))
-            block[positions[first:last] - start] = old[first:last]
+        for undo in undos:
+            for positions, old in undo.until(start + block.size):
+                block[positions - start] = old
         digest.update(block)

@@ -16,10 +16,12 @@ import numpy as np
 
 from shiradelta.errors import BaseMismatchError
 from shiradelta.folder.plan import Edit, FolderPlan
-from shiradelta.format import registry
+from shiradelta.format import arithmetic, registry
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.windows import Cursor
 from shiradelta.models.checkpoint import Checkpoint, index_file
 from shiradelta.models.safetensors import Shard, Unwritten, header_of
+from shiradelta.util.arrays import ranges
 from shiradelta.util.directory import Directory
 from shiradelta.util.json_files import read_json
 
@@ -111,17 +113,19 @@ def _rewrite(
         output.write(header)
         for slot in kept:
             source.seek(slot.offset)
-            if slot.name in edits:
-                bits = np.frombuffer(source.read(slot.nbytes), slot.dtype.bits).copy()
-                edits[slot.name].tensor.patch(bits, slot.dtype.name, strength)
+            edit = edits.get(slot.name)
+            delta, adds = (None, False) if edit is None else (Cursor(edit.tensor), edit.tensor.operation.adds)
+            for start, stop in ranges(slot.numel):
+                block = np.frombuffer(source.read((stop - start) * slot.dtype.size), slot.dtype.bits)
+                if delta is not None:
+                    block = block.copy()
+                    for positions, bits in delta.until(start + block.size):
+                        at = positions - start
+                        block[at] = arithmetic.result(adds, bits, block[at], slot.dtype.name, strength)
+                output.write(block.tobytes())
+        for tensor in come.values():
+            for bits in tensor.bits_windows():
                 output.write(bits.tobytes())
-                continue
-            remaining = slot.nbytes
-            while remaining and (chunk := source.read(min(remaining, 1 << 20))):
-                output.write(chunk)
-                remaining -= len(chunk)
-        for tensor in added:
-            output.write(tensor.read().tobytes())
     return output.digest.hexdigest()
 
 

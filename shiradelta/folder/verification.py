@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shiradelta.backends.choose import choose
 from shiradelta.errors import BaseMismatchError, ShiraDeltaError, TargetError
 from shiradelta.folder.comparison import Past, first_difference, unlike_base, unlike_delta
 from shiradelta.folder.digests import digests_of
@@ -222,7 +221,6 @@ def _verdict(checkpoint: Checkpoint, name: str | None, tensor: StoredTensor) -> 
         return None
     if difference(tensor, checkpoint[name]) is not None:
         return set()
-    positions = tensor.positions()
-    here = choose().fingerprint(positions, checkpoint.bits(name)[positions])
+    here = Past(dict(checkpoint)).fingerprint(name, tensor)
     expected = {"base": tensor.base_fingerprint, "patched": tensor.result_fingerprint}
     return {state for state, value in expected.items() if value == here}

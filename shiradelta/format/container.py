@@ -43,9 +43,9 @@ class Container:
         return frozenset(record.value_codec for record in self.records) - {ValueId.NONE}
 
 
-def crc32(data: Bytes | bytes) -> int:
-    """The CRC-32 of zlib; 0 for no bytes."""
-    return zlib.crc32(data if isinstance(data, bytes) else data.data)
+def crc32(data: Bytes | bytes, before: int = 0) -> int:
+    """The CRC-32 of zlib; 0 for no bytes.  `before` is that of the bytes in front."""
+    return zlib.crc32(data if isinstance(data, bytes) else data.data, before)
 
 
 def check_padding(data: Bytes, start: int, end: int) -> None:

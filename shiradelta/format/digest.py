@@ -8,25 +8,34 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.operations import Operation
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 
+class TensorDigest:
+    """T of one tensor, of whose parts each is given once: first all positions, then all bits."""
+
+    def __init__(self, operation: Operation, dtype: registry.DType, shape: tuple[int, ...], nnz: int) -> None:
+        self._digest = _sha256(struct.pack(f"<BBB{len(shape)}QQ", operation.id, dtype.id, len(shape), *shape, nnz))
+
+    def update(self, part: Array) -> None:
+        """Adds positions or bits."""
+        self._digest.update(part.astype(part.dtype.newbyteorder("<"), copy=False).data)
+
+    def digest(self) -> bytes:
+        """32 bytes."""
+        return self._digest.digest()
+
+
 def tensor_digest(tensor: TensorDelta) -> bytes:
     """T of one tensor, 32 bytes."""
-    head = struct.pack(
-        f"<BBB{len(tensor.shape)}QQ",
-        tensor.operation.id,
-        registry.DTYPE_OF_NAME[tensor.dtype].id,
-        len(tensor.shape),
-        *tensor.shape,
-        tensor.nnz,
-    )
-    digest = _sha256(head)
+    digest = TensorDigest(tensor.operation, registry.DTYPE_OF_NAME[tensor.dtype], tensor.shape, tensor.nnz)
     for part in chain(tensor.position_windows(), tensor.bits_windows()):
-        digest.update(part.astype(part.dtype.newbyteorder("<"), copy=False).data)
+        digest.update(part)
     return digest.digest()
 
 

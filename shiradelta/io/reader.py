@@ -88,6 +88,10 @@ class StoredTensor(TensorDelta):
     def bits_windows(self) -> Iterator[Array]:
         return self.decoder.bits_windows(self.record) if self.nnz else iter(())
 
+    def index_section(self) -> Bytes:
+        """The section of the positions, decompressed and not checked further.  Raises FormatError."""
+        return self.decoder.index_section(self.record)
+
     def check(self) -> None:
         """Decodes all of it without keeping it.  Raises FormatError if it is damaged."""
         self.decoder.check(self.record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,13 @@ from shiradelta.backends.choose import AUTO, choose
 from shiradelta.backends.protocols import Backend
 from shiradelta.errors import ArgumentError, DeltaError, FormatError
 from shiradelta.format import arithmetic, container, registry
-from shiradelta.format.arithmetic import Array
+from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs import BITS, INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
 from shiradelta.format.delta import TensorDelta
-from shiradelta.format.digest import content_digest, tensor_digest
+from shiradelta.format.digest import TensorDigest, content_digest, tensor_digest
+from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.record import Record, Section, combination_problem
+from shiradelta.io.reader import StoredTensor
 from shiradelta.util.arguments import ArgumentKind, checked
 from shiradelta.util.files import replacing
 
@@ -65,6 +67,65 @@ class DeltaWriter:
         self._records[name] = record
         self._digests[name] = tensor_digest(stored)
         return stored
+
+    def add_set(
+        self, name: str, at: StoredTensor, dtype: registry.DType, windows: Iterable[tuple[Positions, Array, Array]]
+    ) -> Record:
+        """Adds a SET of the elements at the positions of a tensor in another file, in little memory.
+
+        The section of the positions is taken over as it is there; none is compressed.
+
+        Args:
+            name: the tensor's name; it is not checked again.
+            at: a tensor of the same shape, whose positions these are.
+            dtype: the elements' dtype.
+            windows: (positions, new elements' bits, bits of what they replace) of consecutive nonzeros.
+
+        Returns:
+            The tensor's row of the table.
+
+        Raises:
+            FormatError: the other file is damaged.
+        """
+        digest = TensorDigest(OPERATIONS["set"], dtype, at.shape, at.nnz)
+        for positions in at.position_windows():
+            digest.update(positions)
+        index = self._store_in_parts([at.index_section().tobytes()] if at.nnz else [])
+        fingerprint, of_base, of_result = self._backend.fingerprint, 0, 0
+
+        def parts() -> Iterator[bytes]:
+            nonlocal of_base, of_result
+            for positions, bits, base in windows:
+                digest.update(bits)
+                of_base, of_result = of_base + fingerprint(positions, base), of_result + fingerprint(positions, bits)
+                yield bits.astype(bits.dtype.newbyteorder("<"), copy=False).tobytes()
+            yield bytes(BITS.size(at.nnz, dtype.size) - at.nnz * dtype.size if at.nnz else 0)
+
+        values = self._store_in_parts(parts())
+        record = Record(
+            name=name,
+            shape=at.shape,
+            dtype=dtype,
+            operation=OPERATIONS["set"],
+            index_codec=at.record.index_codec,
+            value_codec=(BITS.id if at.nnz else registry.ValueId.NONE).value,
+            nnz=at.nnz,
+            base_fingerprint=of_base % (1 << 64),
+            result_fingerprint=of_result % (1 << 64),
+            index=index,
+            values=values,
+        )
+        self._records[name], self._digests[name] = record, digest.digest()
+        return record
+
+    def _store_in_parts(self, parts: Iterable[bytes]) -> Section:
+        """Appends a section to the spool, part by part."""
+        offset, size, crc = self._spool.tell(), 0, 0
+        for part in parts:
+            self._spool.write(part)
+            size, crc = size + len(part), container.crc32(part, crc)
+        self._spool.write(bytes(-size % registry.SECTION_ALIGNMENT))
+        return Section(offset, size, size, crc)
 
     def _encode(self, name: str, tensor: TensorDelta) -> tuple[Record, TensorDelta]:
         operation = tensor.operation

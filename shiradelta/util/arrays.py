@@ -18,6 +18,25 @@ def ranges(count: int, step: int = WINDOW) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, count)
 
 
+def aligned(
+    positions: Iterator[NDArray[np.int64]], values: Iterator[NDArray[Any]]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+    """(positions, values) of the same numbers, from windows of both that are cut differently; none is empty.
+
+    When the last one is taken, both have ended.
+    """
+    left: NDArray[Any] | None = None
+    for own in positions:
+        while left is None or left.size < own.size:
+            part = next(values)
+            left = part if left is None or not left.size else np.concatenate((left, part))
+        if own.size:
+            yield own, left[: own.size]
+            left = left[own.size :]
+    for _ in values:
+        pass
+
+
 class RepeatedPositionError(Exception):
     """Internal: `join_sorted` found a position twice; its caller says what that means.
 

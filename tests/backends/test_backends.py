@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from shiradelta.backends.choose import FILE_BACKENDS, choose
 from shiradelta.backends.libshd import library
 from shiradelta.backends.libshd.backend import backend
 from shiradelta.backends.libshd.decoder import NativeDecoder, apply_sum
-from shiradelta.backends.numpy import NUMPY, at_least
+from shiradelta.backends.numpy import NUMPY, NumpyDecoder, at_least
 from shiradelta.errors import ArgumentError, FormatError, ShiraDeltaError
-from shiradelta.format.arithmetic import add, fingerprint, scaled
+from shiradelta.format.arithmetic import Positions, add, fingerprint, scaled
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, VALUE_OPTIONS
+from shiradelta.format.record import Record
+from shiradelta.util.arrays import WINDOW
 from tests.reference import VALID
 
 try:
@@ -233,3 +236,17 @@ def test_without_a_fitting_library(reloaded: pytest.MonkeyPatch, path: str | Non
         choose("libshd")
     assert choose("auto") is NUMPY
     assert message in library.describe_system()["why"]
+
+
+@pytest.mark.parametrize("nonzeros", [9, 2 * WINDOW])
+def test_damage_that_is_found_late_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nonzeros: int):
+    def damaged(self: NumpyDecoder, record: Record) -> Iterator[Positions]:
+        yield np.arange(5)
+        raise FormatError("bad_directory")
+
+    values, weight = np.ones(nonzeros, np.float32), np.zeros(nonzeros, np.uint32)
+    shiradelta.save_delta(tmp_path / "d.shd", {"w": TensorDelta(values.shape, None, values, "float32")}, values="f32")
+    monkeypatch.setattr(NumpyDecoder, "position_windows", damaged)
+    with shiradelta.open_delta(tmp_path / "d.shd", backend="numpy") as delta, pytest.raises(FormatError):
+        delta["w"].patch(weight, "float32")
+    assert not weight.any()

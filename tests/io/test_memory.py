@@ -26,7 +26,7 @@ import scipy.sparse.linalg  # the report's, loaded before anything is measured
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) << 10
 
-file, other = sys.argv[1:]
+file, other, *folder = sys.argv[1:]
 before = peak()
 {action}
 print(peak() - before)
@@ -36,6 +36,9 @@ ACTIONS = {
     "verify, NumPy": "sd.open_delta(file, backend='numpy').verify()",
     "report": "report({file: 1.0})",
     "compare": "report({file: 1.0, other: 1.0})",
+    "apply": "sd.apply(*folder, file)",
+    "verify what is applied": "assert sd.verify(*folder, file).state == 'patched'",
+    "revert": "sd.revert(*folder)",
     "fuse": "sd.fuse({file: 1.0, other: 1.0}, file + '.fused')",
 }
 
@@ -68,6 +71,15 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the
 def test_what_reads_in_windows_takes_little(bomb: Path, action: str):
     """The positions alone would be 48 MB; NumPy has a few arrays of a window at a time, some MB."""
     assert peak_of(action, bomb, bomb) < 24 << 20
+
+
+@needs_proc
+@pytest.mark.slow
+def test_folders_are_changed_and_verified_in_windows(bomb: Path, tmp_path: Path):
+    """Weights and undo delta, which are mapped, have 13 MB each; positions and values together would be 75 MB."""
+    save_file({"w": np.ones((3 << 10, 2 << 10), np.float16)}, tmp_path / "model.safetensors")
+    for action in ("apply", "verify what is applied", "revert"):
+        assert peak_of(action, bomb, bomb, tmp_path) < 64 << 20
 
 
 @needs_proc
@@ -110,7 +122,7 @@ def test_every_reader_takes_a_limit(bomb: Path, tmp_path: Path):
     sd.save_delta(other, {"w": sd.TensorDelta((3 << 10, 2 << 10), [0], [1.0])})
     for read in (
         lambda: sd.HotSwap(model).load("a", bomb, limit=100 << 10),
-        lambda: sd.apply(folder, bomb, limit=10 << 20),
+        lambda: sd.apply(folder, bomb, limit=100 << 10),
         lambda: sd.verify(folder, bomb, limit=100 << 10),
         lambda: sd.fuse({bomb: 1.0}, tmp_path / "f.shd", limit=10 << 20),
         lambda: report({bomb: 1.0, other: 1.0}, limit=10 << 20),

@@ -19,6 +19,7 @@ from shiradelta.format import arithmetic, registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.digest import tensor_digest
+from shiradelta.io.writer import writing_to
 from tests.reference import INVALID, VALID, by_decoder, contents
 
 VALUES = list(VALUE_OPTIONS)
@@ -458,3 +459,24 @@ def test_a_damaged_section_names_file_tensor_and_place(old):
     assert str(old) in text
     assert "'old'" in text
     assert f"byte {record.values.offset}" in text
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+@pytest.mark.parametrize("share", [0, 0.003, 0.6, 1])
+def test_elements_at_the_positions_of_another_file_are_the_bytes_that_a_set_is(share: float, zstd: bool):
+    rng = np.random.default_rng(0)
+    shape, numel = (300, 500), 150_000
+    positions = np.flatnonzero(rng.random(numel) < share)
+    other, written = io.BytesIO(), io.BytesIO()
+    with writing_to(other, "f32", zstd) as writer:
+        writer.add("w", sd.TensorDelta(shape, positions, np.ones(positions.size)))
+    old, new = rng.integers(0, 1 << 16, (2, numel), np.uint16)
+    with writing_to(written) as writer:
+        at = sd.open_delta(other.getvalue())["w"]
+        windows = ((part, old[part], new[part]) for part in np.array_split(positions, 3) if part.size)
+        writer.add_set("w", at, registry.DTYPE_OF_NAME["bfloat16"], windows)
+    wanted = sd.TensorDelta(shape, positions, old[positions], "bfloat16", "set", base_bits=new[positions])
+    expected = io.BytesIO()
+    with writing_to(expected) as writer:
+        writer.add("w", wanted)
+    assert written.getvalue() == expected.getvalue()

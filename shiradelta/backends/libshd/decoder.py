@@ -202,6 +202,9 @@ class NativeDecoder(Decoder):
     def bits(self, record: Record) -> Array:
         return self.load(record).bits(0, record.nnz)
 
+    def index_section(self, record: Record) -> Bytes:
+        return self._reference.index_section(record)
+
     def position_windows(self, record: Record) -> Iterator[Positions]:
         """By blocks; those of a STRUCT, which is one block, are the reference's."""
         loaded = self.load(record)
