@@ -164,7 +164,23 @@ class LimitError(ShiraDeltaError):
 
 
 class TargetError(ShiraDeltaError):
-    """A model's folder or an output file that cannot be written: a lock, a link, a full disk, an unknown state."""
+    """A model's folder or an output file that cannot be written: a lock, a link, a full disk, an unknown state.
+
+    Attributes:
+        ending: what is so after it, such as "nothing was changed"; empty where the problem says all.
+    """
+
+    def __init__(self, problem: str = "", *, ending: str = "") -> None:
+        super().__init__(problem)
+        self.ending = ending
+
+    @property
+    def problem(self) -> str:
+        """What is wrong."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.ending}" if self.ending else self.problem
 
 
 class SignatureError(ShiraDeltaError):

@@ -38,7 +38,7 @@ from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import open_signed
 from shiradelta.util.arguments import checked
 from shiradelta.util.directory import Directory
-from shiradelta.util.files import NOTHING_CHANGED, one_line, os_errors
+from shiradelta.util.files import NOTHING_CHANGED, os_errors, system_error
 from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
 
@@ -132,8 +132,7 @@ def apply(
             return _apply_in_place(root, opened, strength, check, allow_dtype, lock, progress)
         with copied(root, Path(out)) as copy:
             report = _apply_in_place(copy, opened, strength, check, allow_dtype, lock, progress)
-        warnings = tuple(warning.replace(os.fspath(copy), os.fspath(out)) for warning in report.warnings)
-        return replace(report, folder=os.fspath(out), warnings=warnings)
+        return replace(report, folder=os.fspath(out))
 
 
 def _apply_in_place(
@@ -160,7 +159,7 @@ def _apply_in_place(
             files.check()
             plan = make_plan(checkpoint, delta, strength, allow_dtype)
             files.reserve_space()
-            others = [f"{file} is left as it is" for file in other_weight_files(checkpoint)]
+            others = [f"{file.relative_to(root)} is left as it is" for file in other_weight_files(checkpoint)]
             before = journal.state
             entry = Applied(
                 id=max((applied.id for applied in before.applied), default=0) + 1,
@@ -178,9 +177,10 @@ def _apply_in_place(
             except BaseException as error:
                 ending = give_up(journal, before, entry)
                 if isinstance(error, OSError):
-                    raise TargetError(one_line(error, root, ending=ending)) from error
+                    raise system_error(error, root, ending=ending) from error
                 if ending != NOTHING_CHANGED:
-                    raise TargetError(f"{str(error) or type(error).__name__}; {ending}") from error
+                    problem = error.problem if isinstance(error, TargetError) else str(error)
+                    raise TargetError(problem or type(error).__name__, ending=ending) from error
                 raise
         return ApplyReport(
             folder=os.fspath(root),

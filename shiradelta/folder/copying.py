@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from shiradelta.errors import ShiraDeltaError, TargetError
+from shiradelta.errors import FormatError, ShiraDeltaError, TargetError
 from shiradelta.folder.journal import FOLDER, LOCK, reading
 from shiradelta.folder.weights import relative_files
 from shiradelta.models.checkpoint import open_checkpoint
@@ -46,10 +46,17 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(copy, ignore_errors=True)
         if isinstance(error, ShiraDeltaError):
-            # What does not fit is the user's folder, what cannot be written is `out`.
-            named = os.fspath(out if isinstance(error, TargetError) else root)
-            error.args = tuple(str(each).replace(os.fspath(copy), named) for each in error.args)
+            # Where the system fails, `out` could not be written; what else is wrong is so in the user's folder.
+            _rename(error, copy, out if isinstance(error.__cause__, OSError) else root)
         raise
+
+
+def _rename(error: ShiraDeltaError, copy: Path, folder: Path) -> None:
+    """Lets an error name a folder in place of its temporary copy, which is gone."""
+    old, new = os.fspath(copy), os.fspath(folder)
+    error.args = tuple(str(each).replace(old, new) for each in error.args)
+    if isinstance(error, FormatError) and error.file is not None:
+        error.file = error.file.replace(old, new)
 
 
 class _Copier:

@@ -211,7 +211,7 @@ def _take(folder: Directory, own: Directory, descriptor: int) -> None:
         raise TargetError(
             f"{own.path / LOCK}: this file system cannot lock files ({error.strerror}), so two processes could lose"
             " the way back; give --no-lock if no other process uses the folder"
-        ) from None
+        ) from error
     status = own.status(LOCK)
     same = status is not None and os.path.samestat(status, os.fstat(descriptor)) and own.is_this(folder.status(FOLDER))
     if not taken or not same:

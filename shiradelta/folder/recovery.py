@@ -20,7 +20,7 @@ from shiradelta.folder.weights import WeightFiles, check_same_tensor, relative_f
 from shiradelta.io.reader import Delta
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.util.directory import Directory
-from shiradelta.util.files import NOTHING_CHANGED, one_line
+from shiradelta.util.files import NOTHING_CHANGED, system_error
 from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
 
@@ -173,7 +173,7 @@ def recover(journal: Journal, *, force: bool = False) -> Applied | None:
         try:
             take_back(journal, pending, force=force)
         except OSError as error:
-            raise TargetError(one_line(error, journal.root, "cannot be restored", HALF_DONE)) from error
+            raise system_error(error, journal.root, "cannot be restored", HALF_DONE) from error
     journal.tidy()
     return pending
 

@@ -14,7 +14,7 @@ from shiradelta.folder.verification import existing
 from shiradelta.folder.weights import check_writable, relative_files
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.util.arguments import checked
-from shiradelta.util.files import NOTHING_CHANGED, one_line, os_errors
+from shiradelta.util.files import NOTHING_CHANGED, os_errors, system_error
 from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
 
@@ -77,8 +77,9 @@ def revert_all(
             reports.append(revert(model_dir, force=force, lock=lock, progress=progress))
         except ShiraDeltaError as error:
             out = ", ".join(report.delta.file for report in reports)
-            why = str(error).replace(NOTHING_CHANGED, "nothing else was changed")
-            raise TargetError(f"{out} was taken out, and then: {why}") from error
+            problem, ending = (error.problem, error.ending) if isinstance(error, TargetError) else (str(error), "")
+            ending = "nothing else was changed" if ending == NOTHING_CHANGED else ending
+            raise TargetError(f"{out} was taken out, and then: {problem}", ending=ending) from error
     return reports
 
 
@@ -104,7 +105,7 @@ def _take_out(journal: Journal, top: Applied, force: bool, progress: Progress | 
             journal.tidy()
     except OSError as error:
         ending = ending_of(journal, before, "the delta is taken out all the same, but a power cut may lose that")
-        raise TargetError(one_line(error, root, "cannot be restored", ending)) from error
+        raise system_error(error, root, "cannot be restored", ending) from error
 
 
 def _stay(journal: Journal, before: FolderState, started: bool) -> None:

@@ -49,16 +49,18 @@ def os_errors(path: Path, what: str = "cannot be written", ending: str = NOTHING
     try:
         yield
     except OSError as error:
-        raise TargetError(one_line(error, path, what, ending)) from error
+        raise system_error(error, path, what, ending) from error
 
 
-def one_line(error: OSError, path: Path, what: str = "cannot be written", ending: str = NOTHING_CHANGED) -> str:
-    """The system's error as one plain line, as `os_errors` gives it."""
+def system_error(
+    error: OSError, path: Path, what: str = "cannot be written", ending: str = NOTHING_CHANGED
+) -> TargetError:
+    """The system's error as one plain line; the arguments are those of `os_errors`."""
     reason = error.strerror or str(error)
     named = isinstance(error.filename, str | bytes | os.PathLike)  # it may be a descriptor's number
     if named and not _is_temporary(str(error.filename), path):
-        return f"{final_name(str(error.filename))}: {reason}; {ending}"
-    return f"{path}: {what} ({reason}); {ending}"
+        return TargetError(f"{final_name(str(error.filename))}: {reason}", ending=ending)
+    return TargetError(f"{path}: {what} ({reason})", ending=ending)
 
 
 def _is_temporary(name: str, path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,10 @@ from safetensors.torch import load_file, save_file
 import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, SourceError, TargetError
-from shiradelta.util.files import one_line
+from shiradelta.util.files import system_error
 from tests.conftest import random_tensors, read, write_model
 from tests.killing import VICTIMS, kill_repeatedly
-from tests.scenes import check_report, contents, weights, write_inputs
+from tests.scenes import check_report, contents, preload, weights, write_inputs
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -428,9 +429,20 @@ def test_no_message_names_the_temporary_copy(model: Path, made: Path, tmp_path: 
         assert ".tmp" not in str(refused.value)
         assert name == "model.layers.0.norm.weight" or f"found in {model}," in str(refused.value)
     (model / "pytorch_model.bin").write_bytes(b"")
-    assert f"{out / 'pytorch_model.bin'} is left as it is" in shiradelta.apply(model, made / "a.shd", out=out).warnings
+    assert "pytorch_model.bin is left as it is" in shiradelta.apply(model, made / "a.shd", out=out).warnings
+
+
+def test_what_is_wrong_with_a_folder_is_said_of_it_and_not_of_its_copy(model: Path, made: Path, tmp_path: Path):
+    shiradelta.apply(model, made / "a.shd")
+    undo = model / ".shiradelta" / "undo" / "0001.shd"
+    undo.write_bytes(undo.read_bytes()[:-1])
+    with pytest.raises(TargetError, match=re.escape(f"{undo}: is not the undo delta")):
+        shiradelta.apply(model, made / "b.shd", out=tmp_path / "out")
+    undo.unlink()
+    with pytest.raises(TargetError, match=re.escape(f"{undo}: is missing")):
+        shiradelta.apply(model, made / "b.shd", out=tmp_path / "out")
 
 
 def test_an_error_of_the_system_names_no_temporary():
     error = OSError(28, "No space left on device", ".state.json.0123456789abcdef.tmp")
-    assert one_line(error, Path("model")) == "state.json: No space left on device; nothing was changed"
+    assert str(system_error(error, Path("model"))) == "state.json: No space left on device; nothing was changed"

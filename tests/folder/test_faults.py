@@ -16,9 +16,11 @@ import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.errors import ShiraDeltaError, TargetError
 from shiradelta.folder.commit import commit
+from shiradelta.folder.journal import Journal
 from shiradelta.folder.listing import recorded
 from shiradelta.folder.revert import revert_all
-from shiradelta.util.files import one_line
+from shiradelta.folder.state import FolderState
+from shiradelta.util.files import NOTHING_CHANGED, system_error
 from tests.faults import READS, STRIDE, WRITES, check_true, failing, take_all_out
 from tests.injection import inject_repeatedly
 from tests.killing import VICTIMS
@@ -136,8 +138,27 @@ def test_a_revert_of_all_says_what_it_has_taken_out(made: Path, model: Path):
     assert [entry.file for entry in recorded(model).applied] == ["a.shd"]
 
 
+def test_a_revert_of_all_that_fails_says_what_else_was_changed(
+    made: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("a", "b"):
+        shiradelta.apply(model, made / f"{name}.shd")
+    refused = TargetError("no space", ending=NOTHING_CHANGED)
+    real = Journal.save
+
+    def save(journal: Journal, state: FolderState) -> None:
+        if not state.applied and state.pending:
+            raise refused
+        real(journal, state)
+
+    monkeypatch.setattr(Journal, "save", save)
+    with pytest.raises(TargetError) as failed:
+        revert_all(model)
+    assert str(failed.value) == "b.shd was taken out, and then: no space; nothing else was changed"
+
+
 def test_an_error_names_no_number_of_a_descriptor():
-    said = one_line(OSError(errno.EIO, "Input/output error", 10), Path("model"))
+    said = str(system_error(OSError(errno.EIO, "Input/output error", 10), Path("model")))
     assert said == "model: cannot be written (Input/output error); nothing was changed"
 
 
