@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import shiradelta
+from shiradelta.folder.listing import recorded
 from tests import BRIEF
 from tests.scenes import weights
 
@@ -99,7 +100,7 @@ def check_true(model: Path, states: list[dict[str, bytes]]) -> None:
     if report.state == "neither":
         assert report.interrupted, report
     else:
-        nothing = "base" if (model / ".shiradelta" / "state.json").exists() else "unknown"
+        nothing = "base" if recorded(model).base else "unknown"
         assert report.state == ("patched" if report.applied else nothing), report
         assert found == states[len(report.applied)], report
 

@@ -100,7 +100,7 @@ def apply(
         delta: the `.shd` file.
         out: a new folder for a patched copy; None patches in place.
         strength: alpha, the factor of the values.
-        check: refuse a base whose fingerprint differs.
+        check: refuse a base whose fingerprint differs, or whose files have changed since the last revert.
         allow_dtype: accept a base of another dtype than the delta was made against; it cannot be checked then.
         key: a file of public keys, or several: refuse what is not signed by one of them (see `verify_signature`).
         signature: the signature file; None for the name of `delta` with ".sig" behind it.
@@ -231,6 +231,8 @@ def _prepare(
             originals = undo_folder.make_folder(originals_name(entry))
             after = restructure.prepare(journal.folder, checkpoint, plan, originals, entry.strength)
         now = digests()
+    if check and not applied:
+        _check_base(journal, now)
     entry = replace(
         entry,
         replaced=tuple(after),
@@ -240,6 +242,21 @@ def _prepare(
         successor=successor,
     )
     return entry, journal.state.base if applied else now, changed
+
+
+def _check_base(journal: Journal, now: Mapping[str, str]) -> None:
+    """Checks that the files of a folder without deltas are the recorded base's.
+
+    Raises:
+        TargetError: something else has changed them since.
+    """
+    base = journal.state.base
+    changed = sorted(file for file in {*base, *now} if base.get(file) != now.get(file))
+    if base and changed:
+        raise TargetError(
+            f"{journal.root / changed[0]}: is not as the last revert or commit left it (SHA-256); restore it, or make"
+            " the present weights the base with `shiradelta commit`"
+        )
 
 
 def _carry_out(

@@ -11,7 +11,9 @@ the next process.  Undo deltas are removed only when a state that does not name 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +35,8 @@ LOCK = "lock"
 _STATE = "state.json"
 _UNDO = "undo"
 _LARGEST_STATE = 64 << 20
+#: An undo delta, or a folder of originals.
+_UNDO_NAME = re.compile(r"[0-9]{4,10}(?:\.shd)?")
 
 
 @dataclass
@@ -80,17 +84,29 @@ class Journal:
         undo = self._undo_folder()
         if undo is None or undo.status(path.name) is None:
             raise TargetError(f"{path}: is missing; restore the model's files from their source")
-        with undo.reading(path.name) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            raw = map_file(stream.fileno(), path, size) if size else b""
+        raw = _contents(undo, path.name)
         if applied.undo and hashlib.sha256(raw).hexdigest() != applied.undo:
             raise TargetError(
                 f"{path}: is not the undo delta that was written for {applied.file}; restore the model's files from"
                 " their source"
             )
-        delta = open_delta(np.frombuffer(raw, np.uint8))
-        delta.file = os.fspath(path)
-        return delta
+        return _open(raw, path)
+
+    def unrecorded(self) -> list[str]:
+        """The undo deltas and the folders of originals where there is no state.json; nothing where there is one."""
+        undo = self._undo_folder()
+        if undo is None or self.own.status(_STATE) is not None:
+            return []
+        return [name for name in undo.names() if _UNDO_NAME.fullmatch(name)]
+
+    def open_unrecorded(self, name: str) -> Delta:
+        """Opens an undo delta that no state.json names.
+
+        Raises:
+            FormatError: it is damaged.
+        """
+        undo = self.undo_folder()
+        return _open(_contents(undo, name), undo.path / name)
 
     def load(self) -> None:
         """Reads state.json, if there is one.
@@ -138,10 +154,15 @@ class Journal:
         Raises:
             OSError: it cannot be removed.
         """
+        self.save(FolderState())
+        self.tidy()
+        undo = self._undo_folder()
+        if undo is not None:
+            if undo.names():  # some could not be removed; without a state they would tell of a delta
+                return
+            undo.sync()
         self.own.remove(_STATE)
         self.own.sync()
-        self.state, self._durable = FolderState(), True
-        self.tidy()
 
     def tidy(self) -> None:
         """Removes undo deltas and originals that the state does not need, and what a killed command has left.
@@ -164,6 +185,19 @@ class Journal:
 
     def _undo_folder(self) -> Directory | None:
         return None if self.own.status(_UNDO) is None else self.own.folder(_UNDO)
+
+
+def _contents(undo: Directory, name: str) -> mmap.mmap | bytes:
+    """The bytes of a file in the folder of undo deltas."""
+    with undo.reading(name) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        return map_file(stream.fileno(), undo.path / name, size) if size else b""
+
+
+def _open(raw: mmap.mmap | bytes, path: Path) -> Delta:
+    delta = open_delta(np.frombuffer(raw, np.uint8))
+    delta.file = os.fspath(path)
+    return delta
 
 
 def undo_name(applied: Applied) -> str:

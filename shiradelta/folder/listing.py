@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from shiradelta.folder.journal import reading
+from shiradelta.folder.lost import check_recorded
 from shiradelta.folder.state import FolderState
 from shiradelta.folder.verification import existing
 from shiradelta.util.files import os_errors
@@ -19,8 +20,11 @@ def recorded(model_dir: str | os.PathLike[str]) -> FolderState:
         model_dir: the folder.
 
     Raises:
-        TargetError: there is no such folder, its record is damaged, or another process is changing it.
+        TargetError: there is no such folder, its record is damaged or missing, or another process is changing it.
     """
     root = existing(model_dir)
     with os_errors(root, "cannot be read"), reading(root) as journal:
-        return FolderState() if journal is None else journal.state
+        if journal is None:
+            return FolderState()
+        check_recorded(journal)
+        return journal.state

@@ -14,6 +14,7 @@ from shiradelta.errors import ShiraDeltaError, TargetError
 from shiradelta.folder.comparison import Past
 from shiradelta.folder.digests import digests_of
 from shiradelta.folder.journal import Journal
+from shiradelta.folder.lost import check_recorded
 from shiradelta.folder.restructure import put_back, saved_files
 from shiradelta.folder.state import Applied, FolderState
 from shiradelta.folder.weights import WeightFiles, check_same_tensor, relative_files, slots_of
@@ -166,8 +167,9 @@ def recover(journal: Journal, *, force: bool = False) -> Applied | None:
         force: put the saved bits back even if digests do not show that they give the files from before.
 
     Raises:
-        TargetError: it cannot be rolled back.
+        TargetError: it cannot be rolled back, or the state is missing and a delta is on the folder.
     """
+    check_recorded(journal)
     pending = journal.state.pending
     if pending is not None:
         try:

@@ -183,6 +183,18 @@ def saved_files(originals: Directory | None, replaced: Iterable[str]) -> list[st
     return found
 
 
+def kept_files(originals: Directory) -> list[str]:
+    """The files whose originals are in a folder, relative to the model's."""
+    found = []
+    for name in originals.names():
+        status = originals.status(name)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            found += [f"{name}/{inner}" for inner in originals.folder(name).names()]
+        else:
+            found.append(name)
+    return [name for name in found if not name.endswith((_NEW, _BACK))]
+
+
 def _below(originals: Directory, name: str) -> tuple[Directory, str]:
     """The folder, made if there is none, and the name of a file among the originals."""
     folder, _, own = name.rpartition("/")

@@ -12,6 +12,7 @@ from shiradelta.errors import BaseMismatchError, ShiraDeltaError, TargetError
 from shiradelta.folder.comparison import Past, first_difference, unlike_base, unlike_delta
 from shiradelta.folder.digests import digests_of
 from shiradelta.folder.journal import Journal, reading
+from shiradelta.folder.lost import lost_delta
 from shiradelta.folder.state import Applied
 from shiradelta.io.reader import DELTA, Delta, StoredTensor, open_delta
 from shiradelta.io.recognise import Wanted, explain, is_patched
@@ -89,6 +90,8 @@ def verify(
         if opened is not None:
             report = _verify_by_fingerprints(root, opened)
             return _in_full(report, recorded) if full else report
+        if journal is not None and (lost := lost_delta(journal)) is not None:
+            return VerifyReport("unknown", (), f"{lost}; give DELTA to compare with it")
         if recorded is None:
             checkpoint = open_checkpoint(root)
             return VerifyReport(

@@ -135,6 +135,13 @@ def nested_state(model: Path, outside: Path) -> None:
 
 def leftovers_with_links(model: Path, outside: Path) -> None:
     """What is removed as a leftover is never followed."""
+    leftovers_without_a_state(model, outside)
+    state = {"version": 1, "applied": [], "pending": None}
+    (model / ".shiradelta" / "state.json").write_text(json.dumps(state))
+
+
+def leftovers_without_a_state(model: Path, outside: Path) -> None:
+    """Nor is what may tell of a lost state."""
     deep = model / ".shiradelta" / "undo" / "0007" / "unet"
     deep.mkdir(parents=True)
     (deep / "out").symlink_to(outside)
@@ -158,6 +165,7 @@ TRICKS = [
     undo_pipe,
     nested_state,
     leftovers_with_links,
+    leftovers_without_a_state,
 ]
 COMMANDS: dict[str, Callable[[Path, Path], object]] = {
     "verify": lambda model, delta: shiradelta.verify(model),
