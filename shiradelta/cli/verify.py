@@ -51,10 +51,12 @@ def verify(
         report = run(model, delta, full=full, limit=limit)
         _show(model, dataclasses.asdict(report), as_json)
         return
+    from shiradelta.signing.keys import public_keys
     from shiradelta.signing.verify import open_signed
 
     if delta is None and (full or Path(model).is_dir()):
         raise click.UsageError("Missing argument 'DELTA': --key is about its signature.")
+    public_keys(keys)  # one that cannot be used is an error, and says nothing of the signature
     try:
         opened, signed = open_signed(model if delta is None else delta, keys, signature, limit=limit)
     except SignatureError as error:

@@ -320,6 +320,8 @@ def test_verify_checks_a_signature(signed: Path):
     result = run("verify", "a.shd", "--key", "other_public.pem", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["signature"]["holds"] is False
+    for key in ("nothere", "private.pem"):  # an error, as of other commands, and no verdict
+        assert refusal("verify", "a.shd", "--key", key, "--json").startswith(f"{key}: ")
     shutil.move("a.shd.sig", "elsewhere.sig")
     assert run("verify", "a.shd", "--key", "public.pem", "--signature", "elsewhere.sig").exit_code == 0
     for wrong in (("--signature", "elsewhere.sig"), ("--key", "public.pem", "--full")):
