@@ -3,19 +3,24 @@
 Whatever the moment, what a command writes is as before it or as after it, or `verify` says that an action was
 interrupted.  SIGTERM, SIGINT and SIGHUP leave no temporary; SIGKILL may, in nobody's way: the same command run again
 ends as if nothing had been, and a last revert must leave the base.
-`python -m tests.killing --count 1000` prints how it went.
+`python -m tests.killing --count 1000 --processes 16` prints how it went; other moments come with another `--seed`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
+import traceback
+from argparse import ArgumentParser, Namespace
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from importlib.resources import files
 from itertools import cycle
@@ -58,11 +63,19 @@ def kill(scene: Scene, moment: float, number: signal.Signals) -> str:
     return scene.settle(clean=number is not signal.SIGKILL)
 
 
-def kill_repeatedly(victim: Victim, inputs: Path, count: int, seed: int, work: Path) -> Counter[str]:
-    """Ends a victim by each signal in turn; how often which state was found."""
+def kill_repeatedly(victim: Victim, inputs: Path, count: int, seed: object, work: Path) -> Counter[str]:
+    """Ends a victim by each signal in turn; how often which state was found.
+
+    Args:
+        victim: the command.
+        inputs: the folder of what it reads.
+        count: how often.
+        seed: decides at which moments.
+        work: a folder of its own, which is made if there is none.
+    """
+    work.mkdir(exist_ok=True)
     generator = random.Random(f"{seed} {victim.name}")
     seen: Counter[str] = Counter()
-    preload([victim])
     scene = Scene(victim, inputs, work)
     for number, ended_by in zip(range(count), cycle(SIGNALS), strict=False):
         moment = generator.uniform(0, scene.seconds)
@@ -86,13 +99,48 @@ def write_training_inputs(root: Path) -> None:
     write(root / "pairs.jsonl", "pairs")
 
 
-def main() -> None:
+def kill_in_parallel(victims: Sequence[Victim], inputs: Path, options: Namespace, work: Path) -> int:
+    """Ends commands in several processes at once, and prints what was found; returns the number of problems."""
+    whole = sum(victim.weight for victim in victims)
+    problems = total = 0
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, spawn, initializer=preload, initargs=(victims,)) as pool:
+        shares: dict[str, list[tuple[int, Future[Counter[str]]]]] = {}
+        for victim in victims:
+            count = -(-options.count * victim.weight // whole)
+            parts = min(options.processes, count)
+            for part in range(parts):
+                share = len(range(part, count, parts))
+                folder = work / f"{victim.name} {part}"
+                future = pool.submit(kill_repeatedly, victim, inputs, share, f"{options.seed}.{part}", folder)
+                shares.setdefault(victim.name, []).append((share, future))
+        for name, futures in shares.items():
+            seen: Counter[str] = Counter()
+            for share, future in futures:
+                try:
+                    seen += future.result()
+                    total += share
+                except AssertionError as error:
+                    problems += 1
+                    print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+            print(f"{name}: {sum(seen.values())} signals, {total} in all; what was found:")
+            for outcome, times in sorted(seen.items()):
+                print(f"  {times:4}  {outcome}", flush=True)
+    print(f"{total} signals, {problems} problems")
+    return problems
+
+
+def main() -> int:
     """The full run, on two layers of all-MiniLM-L6-v2 in bf16, and on a small encoder where it trains."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="NAME", action="append", help="a row of VICTIMS; repeatable")
+    parser.add_argument("--processes", type=int, default=1, help="as many at a time; one for each processor")
     options = parser.parse_args()
+    unknown = {*(options.only or [])} - {victim.name for victim in VICTIMS}
+    if unknown:
+        parser.error(f"no row of VICTIMS: {', '.join(sorted(unknown))}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch  # not above: every process of a test would wait for it
     from safetensors.torch import load_file, save_file
@@ -110,17 +158,8 @@ def main() -> None:
         victims = [victim for victim in VICTIMS if victim.name in (options.only or [victim.name])]
         if any(victim.kept for victim in victims):
             write_training_inputs(work / "inputs")
-        preload(victims)
-        whole = sum(victim.weight for victim in victims)
-        total = 0
-        for victim in victims:
-            count = -(-options.count * victim.weight // whole)
-            seen = kill_repeatedly(victim, work / "inputs", count, options.seed, work)
-            total += count
-            print(f"{count} signals, {total} in all; what was found:")
-            for outcome, times in sorted(seen.items()):
-                print(f"  {times:4}  {outcome}", flush=True)
+        return 1 if kill_in_parallel(victims, work / "inputs", options, work) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

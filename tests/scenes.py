@@ -257,7 +257,7 @@ def _tell_of_file(tell: Connection, event: str, given: tuple[object, ...]) -> No
 
 
 def preload(victims: Sequence[Victim]) -> None:
-    """Lets the processes of commands begin with everything imported."""
+    """Lets the processes of commands begin with everything imported; called before the first one."""
     training = _TRAINING if any(victim.kept for victim in victims) else []
     multiprocessing.get_context("forkserver").set_forkserver_preload(_LOADED + training)
 

@@ -355,9 +355,10 @@ def test_signals_at_random_moments(made: Path, tmp_path: Path):
     """`python -m tests.killing` does this a thousand times, and to commands that train, too."""
     (tmp_path / "inputs").mkdir()
     write_inputs(tmp_path / "inputs", made / "bf16", made / "tuned_a")
-    for victim in VICTIMS:
-        if victim.name in ("apply", "revert"):
-            kill_repeatedly(victim, tmp_path / "inputs", 4, 0, tmp_path)
+    victims = [victim for victim in VICTIMS if victim.name in ("apply", "revert")]
+    preload(victims)
+    for victim in victims:
+        kill_repeatedly(victim, tmp_path / "inputs", 4, 0, tmp_path)
 
 
 @pytest.mark.parametrize("action", ["apply", "revert"])
