@@ -120,7 +120,7 @@ def kill_in_parallel(victims: Sequence[Victim], inputs: Path, options: Namespace
                 try:
                     seen += future.result()
                     total += share
-                except AssertionError as error:
+                except Exception as error:
                     problems += 1
                     print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
             print(f"{name}: {sum(seen.values())} signals, {total} in all; what was found:")
