@@ -76,6 +76,13 @@ def test_the_examples_of_exports_run(made: Path, tmp_path: Path, monkeypatch: py
     exec(compile(python, "export.md", "exec"), {})
 
 
+def test_the_table_of_tricks_has_a_row_for_each():
+    from tests.folder.test_outside import TRICKS
+
+    rows = re.findall(r"^\| `(\w+)` \|", (EXTEND.parent / "trust.md").read_text(), re.MULTILINE)
+    assert rows == [trick.__name__ for trick in TRICKS]
+
+
 @pytest.mark.parametrize(("kind", "path", "members", "link"), table())
 def test_an_unknown_name_is_refused_with_the_members(kind: str, path: str, members: str, link: str):
     with pytest.raises(ArgumentError, match=f"{registry_of(path).kind} 'nothing' is unknown; take .*{members[:3]}"):
