@@ -13,10 +13,11 @@ from shiradelta.format.arithmetic import Float32, to_float32
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.library import Converted, shared_tensors
+from shiradelta.models.names import Named
 from shiradelta.select.topk import Rows, row_shape
 from shiradelta.util.text import count
 
-from . import diff, dora, lycoris
+from . import diff, dora, lora_on_base, lycoris
 from .base_names import BaseTensors, find_tensors
 from .item import Item, Skipped, SkipReason, Source, not_addable
 from .lora_converted import Change, add_converted
@@ -45,12 +46,16 @@ HALF = Skipped(
 
 def _recognises(files: SourceFiles) -> bool:
     refuse_unmerged(files.checkpoint)
-    return any(parse_key(key) or has_adapter_name(key) or dora.parse_key(key) for key in files.checkpoint)
+    keys = files.checkpoint
+    return any(parse_key(key) or has_adapter_name(key) or dora.parse_key(key) for key in keys) or bool(
+        lora_on_base.parse_keys(keys)
+    )
 
 
 @source(
     "lora",
-    "A LoRA or its kin (AdaLoRA, LoHa, LoKr, DoRA): PEFT's folder, or a file of PEFT, kohya or diffusers.",
+    "A LoRA or its kin (AdaLoRA, LoHa, LoKr, DoRA, GLoRA, OFT, ...): PEFT's folder, or a file of PEFT, kohya, LyCORIS"
+    " or diffusers.",
     _recognises,
     options=["alpha"],
     order=15,
@@ -74,8 +79,12 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
     training = [key for key in others if TRAINING.search(key)]
     others = {key: name for key, name in others.items() if key not in training}
     for module, parts in modules.items():
-        check_parts(scale.config(module), parts.keys, next(iter(parts.keys.values())), scale.where)
-        scale.check_magnitudes(module, parts.magnitudes is not None)
+        if parts.bias_of is None:
+            check_parts(scale.config(module), parts.keys, next(iter(parts.keys.values())), scale.where)
+            scale.check_magnitudes(module, parts.magnitudes is not None)
+            scale.check_bias(module, f"{module}.bias" in modules and modules[f"{module}.bias"].bias_of == module)
+    on_base = {module: parts for module, parts in modules.items() if lora_on_base.method_of(parts.keys) is not None}
+    modules = {module: parts for module, parts in modules.items() if module not in on_base}
     modules = find_parameters(modules, scale, source, base)
     alphas = {module: _alpha(source, key) for module, key in alpha_keys.items()}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -89,7 +98,9 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
     no_alpha = [
         module
         for module in shapes
-        if _rank(source, module, modules[module], scale) and scale.alpha_of(module, alphas.get(module)) is None
+        if modules[module].bias_of is None
+        and _rank(source, module, modules[module], scale)
+        and scale.alpha_of(module, alphas.get(module)) is None
     ]
     if no_alpha:
         result.warnings.append(
@@ -105,9 +116,13 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
     differences = {key: parsed[0] for key in others if (parsed := diff.parse_key(key)) and parsed[1] == "dense"}
     others |= differences
     called = {tensor: [module, *modules[module].all_keys] for module, tensor in tensors.items()}
+    called |= {f"{module}.weight": [module, *parts.all_keys] for module, parts in on_base.items()}
     for key, name in others.items():
         called.setdefault(name, []).append(key)
-    there = _tensors(source, tensors, shapes, others, base, lambda name: files.may_lack(name, *called[name]))
+    wanted = dict.fromkeys(called)
+    wanted |= {name: source[key].shape for key, name in others.items()}
+    wanted |= {tensors[module]: shape for module, shape in shapes.items()}
+    there = _tensors(source, tensors, wanted, base, lambda name: files.may_lack(name, *called[name]))
     names = there.found
     result.skipped |= {module: there.lacking[tensor] for module, tensor in tensors.items() if tensor in there.lacking}
     matched = {module: names[tensor] for module, tensor in tensors.items() if tensor in names}
@@ -120,7 +135,12 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
             why = "the base stores it as [in, out], which is not supported for LoHa and LoKr; merge it first"
             result.skipped[module] = Skipped(SkipReason.UNSUPPORTED, why)
     changed = [module for module in weights if module not in result.skipped]
-    factors = {module: _factor(source, module, modules[module], scale, alphas.get(module)) for module in shapes}
+    factors = {
+        module: _factor(source, module, modules[module], scale, alphas.get(module))
+        for module in shapes
+        if modules[module].bias_of is None
+    }
+    factors |= {module: factors.get(of, 0.0) for module in shapes if (of := modules[module].bias_of) is not None}
     factors |= {module: 2 * factors[module] for module in attention.values() if module in factors}
     asks = bool(others) or any(parts.embedding for parts in modules.values())
     shared = shared_tensors(base) if base is not None and asks else {}
@@ -132,6 +152,8 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
             result.skipped[module] = skipped
     result.items += tied.items
     result.warnings += tied.warnings
+    both = {module: (alphas.get(module), scale.alpha_of(module, alphas.get(module))) for module in on_base}
+    lora_on_base.add(source, {module: parts.keys for module, parts in on_base.items()}, both, there, base, result)
     if base is not None:
         rescaled = [module for module in changed if module in converted and modules[module].magnitudes is not None]
         result.skipped |= dict.fromkeys(rescaled, dora.CONVERTED)
@@ -144,7 +166,7 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
     if base is None or result.items:  # without any match the base is another model
         add_whole(source, others, set(differences), names, scale, base, result, there.tied, shared)
     lone = Skipped(SkipReason.EMPTY, "an alpha without factors")
-    result.skipped |= {key: lone for module, key in alpha_keys.items() if module not in modules}
+    result.skipped |= {key: lone for module, key in alpha_keys.items() if module not in {*modules, *on_base}}
     result.skipped |= dict.fromkeys(training, Skipped(SkipReason.EMPTY, "PEFT uses it in training only"))
     for module in modules.keys() & result.skipped.keys():
         lost = result.skipped[module].called(
@@ -159,7 +181,7 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
 
 def _tensor(module: str, parts: Module, attention: bool) -> str:
     """The name of the tensor that a module changes."""
-    if parts.stack is not None:
+    if parts.stack is not None or parts.bias_of is not None:
         return module
     return f"{module}.{'in_proj_' if attention else ''}weight"
 
@@ -187,6 +209,8 @@ def _dense(parts: Module) -> Callable[[Checkpoint, Module, float, bool, tuple[in
     """The function that opens the change of a module."""
     if parts.stack is not None:
         return _stacked
+    if parts.bias_of is not None:
+        return _bias
     return _lycoris if lycoris.is_lycoris(parts.keys) else _product
 
 
@@ -229,7 +253,7 @@ def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] 
     others = lycoris.is_lycoris(parts.keys)
     if parts.magnitudes is not None and "E" in parts.keys:
         return Skipped(SkipReason.UNSUPPORTED, "has AdaLoRA's singular values and a DoRA's magnitudes")
-    if not others and set(parts.keys) - {"E"} != {"A", "B"}:
+    if not others and set(parts.keys) - {"E", "mid", "bias"} != (set() if parts.bias_of else {"A", "B"}):
         return Skipped(SkipReason.PARTS, f"only {' '.join(parts.keys)} of A and B is there")
     for key in parts.keys.values():
         if source[key].dtype.name not in ADD_DTYPES:
@@ -247,28 +271,31 @@ def _shape(source: Checkpoint, parts: Module, of_peft: bool) -> tuple[int, ...] 
                 "PEFT takes the dimensions of a one-dimensional convolution's LoKr in another order; merge it first",
             )
         return lycoris.matrix_shape(source, parts.keys)
+    if parts.bias_of is not None:
+        return source[parts.keys["bias"]].shape
     a, b = source[parts.keys["A"]].shape, source[parts.keys["B"]].shape
-    if len(a) != len(b) or not 2 <= len(a) <= 5 or a[0] != b[1] or not a[0]:
+    core = source[parts.keys["mid"]].shape if "mid" in parts.keys else None
+    if core is not None and (len(core) < 3 or core[:2] != (b[1:2] + a[:1]) or math.prod(a[2:]) != 1):
+        return Skipped(SkipReason.PARTS, f"shapes {list(b)}, {list(core)} and {list(a)} do not multiply")
+    if not 2 <= len(b) <= len(a) <= 5 or a[0] != b[1] or not a[0]:
         return Skipped(SkipReason.PARTS, f"shapes {list(b)} and {list(a)} do not multiply")
     if "E" in parts.keys and source[parts.keys["E"]].numel != a[0]:
         return Skipped(SkipReason.PARTS, f"E has {count(source[parts.keys['E']].numel, 'value')} for rank {a[0]}")
     if math.prod(b[2:]) != 1:
         return Skipped(SkipReason.PARTS, f"B of shape {list(b)} is not a 1 x 1 convolution")
-    return (b[0], *a[1:])
+    return (b[0], *a[1:]) if core is None else (b[0], a[1], *core[2:])
 
 
 def _tensors(
     source: Checkpoint,
     tensors: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    others: Mapping[str, str],
+    wanted: Named,
     base: Checkpoint | None,
     may_lack: Callable[[str], bool],
 ) -> BaseTensors:
-    """As `find_tensors`, for modules and for tensors saved whole; keeps the source's names without a base."""
+    """As `find_tensors`; keeps the source's names of modules' weights without a base."""
     if base is not None:
-        whole: dict[str, tuple[int, ...] | None] = {name: source[key].shape for key, name in others.items()}
-        return find_tensors(whole | {tensors[module]: shape for module, shape in shapes.items()}, base, may_lack)
+        return find_tensors(wanted, base, may_lack)
     mangled = [module for module in tensors if "." not in module and "_" in module]
     if mangled:
         raise SourceError(
@@ -311,6 +338,10 @@ def _product(source: Checkpoint, parts: Module, factor: float, swap: bool, shape
     rank = source[parts.keys["A"]].shape[0]
     b, a = (to_float32(source.bits(key), source[key].dtype.name) for key in (parts.keys["B"], parts.keys["A"]))
     left, right = b.reshape(-1, rank), a.reshape(rank, -1)
+    if "mid" in parts.keys:
+        core = source[parts.keys["mid"]]
+        bits = source.bits(parts.keys["mid"])
+        right = lycoris.through(to_float32(bits, core.dtype.name).reshape(core.shape), right)
     if "E" in parts.keys:  # AdaLoRA's singular values
         right = right * to_float32(source.bits(parts.keys["E"]), source[parts.keys["E"]].dtype.name).reshape(rank, 1)
     if swap:
@@ -323,7 +354,14 @@ def _product(source: Checkpoint, parts: Module, factor: float, swap: bool, shape
         made: Float32 = scaled[start:stop] @ right
         return made
 
-    return _in_rows(product, right.shape[1], shape)
+    return lycoris.in_rows(product, right.shape[1], shape)
+
+
+def _bias(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
+    """factor * what is added to a bias."""
+    key = parts.keys["bias"]
+    change = to_float32(source.bits(key), source[key].dtype.name).reshape(row_shape(shape)) * np.float32(factor)
+    return lambda start, stop: change[start:stop]
 
 
 def _stacked(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
@@ -334,20 +372,7 @@ def _stacked(source: Checkpoint, parts: Module, factor: float, swap: bool, shape
 
 def _lycoris(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
     """factor * the change of a LoHa or LoKr, a few rows at a time."""
-    return _in_rows(lycoris.matrix_rows(source, parts.keys, factor), math.prod(shape[1:]), shape)
-
-
-def _in_rows(matrix: lycoris.MatrixRows, width: int, shape: tuple[int, ...]) -> Rows:
-    """Reads a matrix of `width` columns in rows of `row_shape`; one row of the matrix may hold several."""
-    columns = row_shape(shape)[1]
-    pieces = width // columns if columns else 1
-
-    def rows(start: int, stop: int) -> Float32:
-        first = start // pieces
-        made = matrix(first, -(-stop // pieces))
-        return made.reshape(-1, columns)[start - first * pieces : stop - first * pieces]
-
-    return rows
+    return lycoris.in_rows(lycoris.matrix_rows(source, parts.keys, factor), math.prod(shape[1:]), shape)
 
 
 def _is_flat(matrix: tuple[int, ...], shape: tuple[int, ...]) -> bool:

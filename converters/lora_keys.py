@@ -3,7 +3,8 @@
 Keys read: `MODULE.lora_A.weight` and `lora_B` (PEFT, diffusers), `lora_embedding_A` / `_B` (PEFT), `lora_down` /
 `lora_up` and `lora.down` / `lora.up` with `MODULE.alpha` (kohya, older diffusers), `lora_linear_layer.up` and
 `processor.to_q_lora.up` (diffusers before PEFT); AdaLoRA's `lora_E`; `hada_w1_a` and `lokr_w1` and
-their like; the magnitudes of a DoRA beside any of them.
+their like; Tucker cores (`lora_mid`, `hada_t1`, `lokr_t2`); biases (`lora_B.bias`); the magnitudes of a DoRA beside any
+of them; and those of `lora_on_base`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from shiradelta.errors import SourceError
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.peft import ADAPTER, BASE_LAYER, PREFIX, unwrap
 
-from . import dora
+from . import dora, lora_on_base
 
 _ADAPTER = rf"(?:{re.escape(ADAPTER)})?"
 _KEY = re.compile(
-    r"^(?P<module>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<ab>[ABE])|lora(?:_linear_layer)?[._](?P<updown>up|down))"
+    r"^(?P<module>.+?)\.(?:lora_(?P<embedding>embedding_)?(?P<ab>[ABE])|lora(?:_linear_layer)?[._](?P<updown>up|down|mid))"
     rf"{_ADAPTER}(?:\.weight)?$"
 )
-_LYCORIS = re.compile(rf"^(?P<module>.+?)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?){_ADAPTER}$")
+_LYCORIS = re.compile(
+    rf"^(?P<module>.+?)\.(?P<part>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2){_ADAPTER}$"
+)
+#: What a LoRA adds to a layer's bias, before it is scaled.
+_BIAS = re.compile(rf"^(?P<module>.+?)\.lora_B{_ADAPTER}\.bias$")
 _PROCESSOR = re.compile(r"^(?P<layer>.+)\.processor\.(?P<projection>to_\w+)_lora(?P<rest>\.(?:up|down)(?:\.weight)?)$")
 #: A factor of an adapter that has a name.
 _NAMED = re.compile(
@@ -32,10 +37,7 @@ _NAMED = re.compile(
 #: Parts of other methods that would be silently dropped if only A and B were read.
 _UNSUPPORTED = {
     "lora_diag": "a KaSA, which cuts what is small out of the base; merge it first",
-    "lora_mid": "a Tucker-decomposed LoRA; merge it first",
-    "hada_t": "a Tucker-decomposed LoHa; merge it first",
-    "lokr_t": "a Tucker-decomposed LoKr; merge it first",
-    "lora_B.bias": "a LoRA with biases; merge it first",
+    "lokr_t1": "a LoKr whose first factor is decomposed too, which no trainer writes; merge it first",
 }
 #: A module, and the wrappers around it that are within others: PEFT wraps a module once for each of its parameters that
 #: it adapts by name.
@@ -74,6 +76,7 @@ class Module:
     embedding: bool = False
     stack: Stack | None = None
     magnitudes: str | None = None  # the key of a DoRA's
+    bias_of: str | None = None  # the module to whose bias this is added, scaled as that module's product
 
     @property
     def all_keys(self) -> list[str]:
@@ -96,7 +99,7 @@ def parse_key(key: str) -> tuple[str, str, bool] | None:
     match = _KEY.match(key)
     if match is None:
         return None
-    side = match["ab"] or {"down": "A", "up": "B"}[match["updown"]]
+    side = match["ab"] or {"down": "A", "up": "B", "mid": "mid"}[match["updown"]]
     module, nested = NESTED.fullmatch(match["module"]).groups()  # type: ignore[union-attr]  # it matches any string
     return unwrap(module) + nested, side, match["embedding"] is not None
 
@@ -122,9 +125,13 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
     alphas: dict[str, str] = {}
     others: dict[str, str] = {}
     magnitudes: dict[str, str] = {}
+    on_base = lora_on_base.parse_keys(source)
     for key in source:
-        parsed = parse_key(key)
-        if parsed is not None:
+        parsed = on_base.get(key) or parse_key(key)
+        if (bias := _BIAS.match(key)) is not None:
+            module = unwrap(bias["module"])
+            modules[f"{module}.bias"] = Module({"bias": key}, bias_of=module)
+        elif parsed is not None:
             module, side, embedding = parsed
             parts = modules.setdefault(module, Module())
             if side in parts.keys:
@@ -143,6 +150,9 @@ def sort_keys(source: Checkpoint) -> tuple[dict[str, Module], dict[str, str], di
             for part, why in _UNSUPPORTED.items():
                 if part in key:
                     raise SourceError(f"{source.root}: {key!r} is {why}")
+    for name, parts in modules.items():
+        if parts.bias_of is not None and parts.bias_of not in modules:
+            raise SourceError(f"{source.root}: {name!r} is changed by a LoRA whose factors are not here; get it again")
     for module, key in magnitudes.items():
         if module not in modules:
             raise SourceError(f"{source.root}: {key!r} is of a DoRA whose factors are not here; get the file again")

@@ -152,6 +152,16 @@ class Scale:
                 " that was saved with the weights beside them"
             )
 
+    def check_bias(self, module: str, held: bool) -> None:
+        """As `check_magnitudes`, for what a LoRA adds to a layer's bias."""
+        said = bool(self.config(module).get("lora_bias"))
+        if self.of_peft(module) and said != held:
+            holds = "has" if held else "lacks"
+            raise SourceError(
+                f"{self.where}: lora_bias is {str(said).lower()}, and {module!r} {holds} a bias; put the {CONFIG} that"
+                " was saved with the weights beside them"
+            )
+
     def peft_version(self, module: str) -> tuple[int, ...] | None:
         """The version of PEFT that wrote a module's configuration; None if it does not say, or of no release."""
         version = str(self.config(module).get("peft_version") or "")

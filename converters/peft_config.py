@@ -59,10 +59,10 @@ READ: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fan_in_fan_out": (_is_bool, "true or false"),
     "use_rslora": (_is_bool, "true or false"),
     "use_dora": (_is_bool, "true or false"),
+    "lora_bias": (_is_bool, "true or false"),
 }
 #: Keys that are refused where they are set -> what the adapter is.
 REFUSED = {
-    "lora_bias": "a LoRA with biases of its own (lora_bias)",
     "layer_replication": "an adapter of repeated layers (layer_replication)",
     "alora_invocation_tokens": "an activated LoRA, which depends on the text; no change of weights does the same",
     "use_bdlora": "a BD-LoRA, whose factors are blocks on a diagonal",

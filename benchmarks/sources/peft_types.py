@@ -46,11 +46,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TYPES = {str(getattr(kind, "value", kind)): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def small_model(tied: bool = False) -> Any:
+def small_model(tied: bool = False, bias: bool = False) -> Any:
     """A Llama of two layers."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=40, tie_word_embeddings=tied)
+    config = transformers.LlamaConfig(
+        **sizes, num_key_value_heads=4, vocab_size=40, tie_word_embeddings=tied, attention_bias=bias
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -84,12 +86,22 @@ def make(folder: Path, model: Any, kind: str, **options: Any) -> Made:
 
 
 def cases() -> Iterator[Case]:
-    """A row a type, and some options of LORA."""
-    model = small_model()
+    """A row a type, and some of their options."""
+    model, biased = small_model(), small_model(bias=True)
     for kind in TYPES:
         yield case(model, kind)
     yield case(model, "LORA", use_dora=True)
     yield case(model, "LORA", use_rslora=True)
+    yield case(biased, "LORA", lora_bias=True, target_modules=["q_proj"])
+    yield case(biased, "LORA", bias="all")
+    yield case(model, "LORA", modules_to_save=["lm_head"])
+    yield case(model, "LORA", target_modules=["embed_tokens", "q_proj"])
+    yield case(model, "LORA", trainable_token_indices=[1, 5])
+    yield case(model, "LORA", rank_pattern={"q_proj": 3}, alpha_pattern={"down_proj": 5})
+    yield case(model, "LORA", layer_replication=[(0, 2), (1, 2)])
+    yield case(model, "LOHA", use_effective_conv2d=True)
+    yield case(model, "LOKR", decompose_both=True, r=2)
+    yield case(model, "SUPERTUNING", save_precomputed_indices=False)
 
 
 def case(model: Any, kind: str, **options: Any) -> Case:

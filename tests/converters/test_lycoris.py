@@ -153,6 +153,37 @@ def test_lokr_as_lycoris_saves_it(unet: Path):
     torch.testing.assert_close(found[CONV], torch.kron(conv["lokr_w1"][:, :, None, None], conv["lokr_w2"]))
 
 
+def test_tucker_cores(unet: Path):
+    torch.manual_seed(0)
+    core, left, right = torch.randn(2, 2, 3, 3), torch.randn(6, 2), torch.randn(2, 4)
+    tucker = torch.einsum("ijkl,pi,jr->prkl", core, left, right)
+    locon = {
+        "lora_up.weight": left[:, :, None, None],
+        "lora_mid.weight": core,
+        "lora_down.weight": right[:, :, None, None],
+    }
+    one, other = torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3)
+    sides = {f"hada_w{n}_{side}": torch.randn(2, size) for n in (1, 2) for side, size in (("a", 6), ("b", 4))}
+    both = [
+        torch.einsum("ijkl,ip,jr->prkl", t, sides[f"hada_w{n}_a"], sides[f"hada_w{n}_b"])
+        for n, t in ((1, one), (2, other))
+    ]
+    small = {"lokr_w1": torch.randn(3, 2), "lokr_w2_a": torch.randn(2, 2), "lokr_w2_b": torch.randn(2, 2)}
+    second = torch.einsum("ijkl,ip,jr->prkl", one, small["lokr_w2_a"], small["lokr_w2_b"]).contiguous()
+    for held, wanted in (
+        (locon, tucker * 0.75),
+        ({**sides, "hada_t1": one, "hada_t2": other}, both[0] * both[1] * 0.75),
+        ({**small, "lokr_t2": one}, torch.kron(small["lokr_w1"][:, :, None, None], second) * 0.75),
+    ):
+        found = converted(
+            {f"lora_unet_mid_conv.{part}": t for part, t in {**held, "alpha": torch.tensor(1.5)}.items()}, unet
+        )
+        torch.testing.assert_close(found[CONV], wanted)
+    locon["lora_mid.weight"] = torch.randn(2, 3, 3, 3)
+    with pytest.raises(SourceError, match=r"shapes \[6, 2, 1, 1\], \[2, 3, 3, 3\] and \[2, 4, 1, 1\] do not multiply"):
+        converted({f"lora_unet_mid_conv.{part}": t for part, t in locon.items()}, unet)
+
+
 def test_differences_alone_and_beside_factors(unet: Path):
     """What LyCORIS calls full, and what it trains of norms."""
     whole = {
@@ -176,7 +207,17 @@ def test_differences_alone_and_beside_factors(unet: Path):
         ({"lokr_w1": torch.randn(3, 2)}, "are not two factors"),
         ({"lokr_w1": torch.randn(3, 2), "lokr_w2_a": torch.randn(4, 2)}, "are not two factors"),
         ({"lokr_w1": torch.randn(3, 2), "lokr_w2": torch.randn(4, 3)}, "changes a tensor of shape"),
-        ({**loha(12, 8), "hada_t1": torch.randn(2, 2, 3, 3)}, "Tucker-decomposed LoHa; merge it first"),
+        ({**loha(12, 8), "hada_t1": torch.randn(2, 2, 3, 3)}, "only hada_t1 .* of .* hada_t2 is there"),
+        ({**loha(12, 8), **{f"hada_t{n}": torch.randn(2, 3, 3) for n in (1, 2)}}, "do not multiply"),
+        (
+            {"lokr_w1": torch.randn(3, 2), "lokr_w2": torch.randn(4, 4), "lokr_w2_a": torch.randn(4, 1)},
+            "not two factors",
+        ),
+        (
+            {"lokr_w1": torch.randn(3, 2), "lokr_w2": torch.randn(4, 4), "lokr_t2": torch.randn(2, 2, 3)},
+            "not two factors",
+        ),
+        ({"lokr_w1": torch.randn(3, 2), "lokr_t1": torch.randn(2, 2, 3)}, "decomposed too, .*; merge it first"),
         ({**loha(12, 8), "dora_scale": torch.randn(8, 8)}, "do not fit a tensor"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
