@@ -26,9 +26,10 @@ from shiradelta.combine.checks import (
 from shiradelta.combine.methods import METHODS, MergeMethod, drop_at_random
 from shiradelta.combine.overlay import Overlay, overlay
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError
-from shiradelta.format.arithmetic import Array, Float32, Positions, scaled
+from shiradelta.format.arithmetic import Float32, Positions, scaled
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import MAGIC
+from shiradelta.format.windows import Window, side_by_side
 from shiradelta.io.reader import open_delta
 from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
@@ -41,6 +42,10 @@ from shiradelta.util.progress import Progress
 from shiradelta.util.threads import ahead
 
 Source = str | os.PathLike[str]
+#: Bytes that fusing a tensor takes for each nonzero of the result, as was measured.
+_RESULT = 48
+#: The same for each nonzero of the inputs, where the method needs all of them at once.
+_WHOLE = 48
 
 
 @dataclass(frozen=True)
@@ -188,32 +193,79 @@ def _fuse_tensor(name: str, parts: Sequence[Part], options: _Options) -> tuple[T
     if options.checkpoint is not None:
         in_base = _find_base(options.checkpoint, options.names.get(name), name, spec)
         spec, base = spec_of(options.checkpoint[in_base]), options.checkpoint.bits(in_base)
-    if not first.operation.adds:
-        positions, bits = _union_of_sets(name, parts)
-        base_bits = None if base is None else base[positions]
-        return TensorDelta(spec.shape, positions, bits, spec.dtype, first.op, base_bits=base_bits), 0, 0
-    contributions = [_contribution(name, part, options) for part in parts]
+    most = min(sum(tensor.nnz for _, tensor, _ in parts), first.numel)
+    adds = first.operation.adds
+    in_windows = options.method.by_position or not adds
+    _check_memory(name, parts, most, in_windows)
+    tensors = [tensor for _, tensor, _ in parts]
+    windows = side_by_side(tensors) if in_windows else iter([[(each.positions(), each.bits()) for each in tensors]])
+    positions, values = (
+        np.empty(most, np.int64),
+        np.empty(most, np.float32 if adds else f"<u{first.record.element_size}"),
+    )
+    size = nonzeros = shared = conflicts = 0
+    for window in windows:
+        if adds:
+            together = _overlaid(name, parts, window, options)
+            own, fused = together.positions, _merged(name, together, options.method)
+            met, opposed = together.meetings()
+            nonzeros, shared, conflicts = nonzeros + together.nonzeros, shared + met, conflicts + opposed
+        else:
+            own, fused = _union_of_sets(name, [each for each in window if each is not None])
+        positions[size : size + own.size], values[size : size + own.size] = own, fused
+        size += own.size
+    positions, values = positions[:size], values[:size]
+    result = TensorDelta.trusted(
+        shape=spec.shape,
+        positions=positions,
+        values=values,
+        dtype=spec.dtype,
+        op=first.op,
+        base_bits=None if base is None else base[positions],
+        base_fingerprint=_fingerprint(name, parts, size, nonzeros) if base is None and adds else None,
+    )
+    return result, shared, conflicts
+
+
+def _check_memory(name: str, parts: Sequence[Part], nonzeros: int, in_windows: bool) -> None:
+    """Checks that what fusing a tensor takes is within the limit.
+
+    Raises:
+        LimitError: it is not.
+    """
+    size = nonzeros * _RESULT + sum(tensor.record.unpacked_size for _, tensor, _ in parts)
+    if not in_windows:
+        size += sum(tensor.nnz for _, tensor, _ in parts) * _WHOLE
+    most_allowed = max((delta for delta, _, _ in parts), key=lambda delta: delta.limit)
+    most_allowed.check_memory(f"tensor {name!r}, fused,", size)
+
+
+def _overlaid(name: str, parts: Sequence[Part], window: Sequence[Window | None], options: _Options) -> Overlay:
+    """The contributions of all inputs to a window of a tensor, or to all of it."""
     nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    together = overlay(contributions + [nothing] * (options.inputs - len(parts)))
+    contributions = [
+        nothing if each is None else _contribution(name, part, each, options)
+        for part, each in zip(parts, window, strict=True)
+    ]
+    return overlay(contributions + [nothing] * (options.inputs - len(parts)))
+
+
+def _merged(name: str, together: Overlay, method: MergeMethod) -> Float32:
+    """A value for each position of an overlay.  Raises DeltaError if one is not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
-        fused = options.method.merge(together)
+        fused = np.asarray(method.merge(together)).astype(np.float32, copy=False)
+    if fused.shape != together.positions.shape:
+        raise DeltaError(f"method {method.name} gives {fused.size} values for {together.positions.size} positions")
     if not np.all(np.isfinite(fused)):
         raise too_large(name)
-    result = TensorDelta(
-        spec.shape,
-        together.positions,
-        fused,
-        spec.dtype,
-        base_bits=None if base is None else base[together.positions],
-        base_fingerprint=_fingerprint(name, parts, together) if base is None else None,
-    )
-    return result, *together.meetings()
+    return fused
 
 
-def _contribution(name: str, part: Part, options: _Options) -> tuple[Positions, Float32]:
+def _contribution(name: str, part: Part, window: Window, options: _Options) -> tuple[Positions, Float32]:
     """(positions, values) that one delta adds to a tensor, strength included, without those that the method drops."""
-    delta, tensor, strength = part
-    positions, values = tensor.positions(), scaled(tensor.values(), strength)
+    delta, _, strength = part
+    positions, bits = window
+    values = scaled(bits.view(np.float32), strength)
     if not np.all(np.isfinite(values)):
         raise too_large(name)
     if options.method.chances is None:
@@ -222,10 +274,10 @@ def _contribution(name: str, part: Part, options: _Options) -> tuple[Positions, 
     return drop_at_random(keep, positions, values, options.seed, delta.digest, name)
 
 
-def _union_of_sets(name: str, parts: Sequence[Part]) -> tuple[Positions, Array]:
+def _union_of_sets(name: str, windows: Sequence[Window]) -> Window:
     """(positions, bits) of all elements that the inputs set; no two inputs may set the same one."""
     try:
-        return join_sorted([(tensor.positions(), tensor.bits()) for _, tensor, _ in parts])
+        return join_sorted(windows)
     except RepeatedPositionError as error:
         raise DeltaError(
             f"tensor {name!r}: element {error.position} is set by two inputs; leave one of them out"
@@ -245,17 +297,22 @@ def _find_base(checkpoint: Checkpoint, found: str | None, name: str, spec: Tenso
     return found
 
 
-def _fingerprint(name: str, parts: Sequence[Part], together: Overlay) -> int | None:
-    """The base's fingerprint at the union, if it follows from the inputs': a fingerprint is a sum over positions."""
+def _fingerprint(name: str, parts: Sequence[Part], size: int, nonzeros: int) -> int | None:
+    """The base's fingerprint at the union, if it follows from the inputs': a fingerprint is a sum over positions.
+
+    Args:
+        name: the tensor's name.
+        parts: the deltas that have it.
+        size: positions of the union.
+        nonzeros: of all deltas together, without those that the method dropped.
+    """
     known = [(tensor.nnz, tensor.base_fingerprint) for _, tensor, _ in parts]
     prints = [fingerprint for _, fingerprint in known if fingerprint is not None]
-    if len(prints) < len(parts) or together.nonzeros < sum(
-        nnz for nnz, _ in known
-    ):  # unknown, or the method dropped some positions
-        return None
-    if together.positions.size == together.nonzeros:
+    if len(prints) < len(parts) or nonzeros < sum(nnz for nnz, _ in known):
+        return None  # unknown, or the method dropped some positions
+    if size == nonzeros:
         return sum(prints) % (1 << 64)
-    if all(nnz == together.positions.size for nnz, _ in known):
+    if all(nnz == size for nnz, _ in known):
         if len(set(prints)) > 1:
             raise different_bases(name, [delta for delta, _, _ in parts])
         return prints[0]

@@ -32,12 +32,14 @@ class MergeMethod:
         summary: what it does, in one sentence.
         merge: combines the contributions.
         chances: for methods that first drop nonzeros of each delta at random; None drops nothing.
+        by_position: whether a position's value depends on its own contributions only.
     """
 
     name: str
     summary: str
     merge: Merge
     chances: Chances | None = None
+    by_position: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -48,20 +50,24 @@ class MergeMethod:
 METHODS: Registry[MergeMethod] = Registry("merge method")
 
 
-def merge_method(name: str, summary: str, *, chances: Chances | None = None) -> Callable[[Merge], Merge]:
+def merge_method(
+    name: str, summary: str, *, chances: Chances | None = None, by_position: bool = False
+) -> Callable[[Merge], Merge]:
     """Decorates a function from an `Overlay` to fused values, and adds it to `METHODS`.
 
     Args:
         name: what users call the method.
         summary: what it does, in one sentence.
         chances: for a method that first drops nonzeros at random: (values, share to drop) -> probability of staying.
+        by_position: a position's value depends on its own contributions only.  So `fuse` gives the method windows of a
+            tensor, and takes less memory.
 
     Raises:
         ArgumentError: the name is taken.
     """
 
     def add(merge: Merge) -> Merge:
-        METHODS.add(MergeMethod(name=name, summary=summary, merge=merge, chances=chances))
+        METHODS.add(MergeMethod(name=name, summary=summary, merge=merge, chances=chances, by_position=by_position))
         return merge
 
     return add
@@ -78,19 +84,19 @@ def unused_options(name: str) -> tuple[str, ...]:
     return tuple(option for option in every if option not in METHODS.find(name).options)
 
 
-@merge_method("sum", "The sum: the same as applying the deltas together.")
+@merge_method("sum", "The sum: the same as applying the deltas together.", by_position=True)
 def weighted_sum(overlay: Overlay) -> Float32:
     """The sum of the contributions."""
     return overlay.sum()
 
 
-@merge_method("mean", "The sum divided by the number of deltas, whether or not they list a position.")
+@merge_method("mean", "The sum divided by the number of deltas, whether or not they list a position.", by_position=True)
 def mean(overlay: Overlay) -> Float32:
     """The sum divided by the number of inputs."""
     return overlay.sum() / np.float32(overlay.inputs)
 
 
-@merge_method("max", "The contribution of largest magnitude; of equal ones the first.")
+@merge_method("max", "The contribution of largest magnitude; of equal ones the first.", by_position=True)
 def largest(overlay: Overlay) -> Float32:
     """The contribution of largest magnitude."""
     result = np.full(overlay.positions.size, np.nan, np.float32)
@@ -100,7 +106,7 @@ def largest(overlay: Overlay) -> Float32:
     return result
 
 
-@merge_method("ties", "TIES: the mean of the contributions that have the sign of the sum.")
+@merge_method("ties", "TIES: the mean of the contributions that have the sign of the sum.", by_position=True)
 def ties(overlay: Overlay) -> Float32:
     """TIES (Yadav et al. 2023, arXiv:2306.01708, section 3).
 

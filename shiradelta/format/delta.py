@@ -112,11 +112,12 @@ class TensorDelta:
         dtype: str,
         op: str,
         base_bits: Array | None,
+        base_fingerprint: int | None = None,
     ) -> TensorDelta:
-        """Makes a delta without checks, for the writer, whose codecs keep the rules."""
+        """Makes a delta without checks, and without copies, of arrays that keep the rules and that nobody changes."""
         made = cls.__new__(cls)
         made._shape, made._positions, made._values, made._dtype = shape, positions, values, dtype
-        made._operation, made.base_bits, made._base_fingerprint = OPERATIONS[op], base_bits, None
+        made._operation, made.base_bits, made._base_fingerprint = OPERATIONS[op], base_bits, base_fingerprint
         return made
 
     @property

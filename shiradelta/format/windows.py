@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -26,12 +26,17 @@ class Cursor:
         self._windows = windows_of(tensor)
         self._ahead: Window | None = None
 
+    @property
+    def end(self) -> int | None:
+        """The position behind those of the next window; None if nothing is left."""
+        if self._ahead is None:
+            self._ahead = next(self._windows, None)
+        return None if self._ahead is None else int(self._ahead[0][-1]) + 1
+
     def until(self, stop: int) -> Iterator[Window]:
         """The nonzeros at positions below `stop` that were not read before, in runs."""
         while True:
-            if self._ahead is None:
-                self._ahead = next(self._windows, None)
-            if self._ahead is None:
+            if self.end is None or self._ahead is None:
                 return
             positions, bits = self._ahead
             count = int(np.searchsorted(positions, stop))
@@ -54,3 +59,11 @@ class Cursor:
                 view[first:last] = bits
             else:
                 view[first:last] = overlay_values(np, view[first:last], positions[first:last], own, bits)
+
+
+def side_by_side(tensors: Sequence[TensorDelta]) -> Iterator[list[Window | None]]:
+    """Windows of several deltas of one tensor: of each the nonzeros in one range of positions; None if it has none."""
+    cursors = [Cursor(tensor) for tensor in tensors]
+    while ends := [end for cursor in cursors if (end := cursor.end) is not None]:
+        stop = min(ends)  # so no cursor has more than one run
+        yield [next(iter(list(cursor.until(stop))), None) for cursor in cursors]

@@ -22,6 +22,7 @@ from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import TensorDigest, content_digest, tensor_digest
 from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.record import Record, Section, combination_problem
+from shiradelta.format.windows import windows_of
 from shiradelta.io.reader import StoredTensor
 from shiradelta.util.arguments import ArgumentKind, checked
 from shiradelta.util.files import replacing
@@ -233,15 +234,19 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
     """Fingerprints of the base and of the result at strength 1; None if the base is unknown."""
     if tensor.dtype == "unspecified":
         return None, None
-    positions, base = stored.positions(), tensor.base_bits
-    if tensor.operation.stores_elements:
-        result = backend.fingerprint(positions, stored.bits())
-        known = tensor.base_fingerprint if base is None else backend.fingerprint(positions, base)
-        return (None if tensor.operation.creates else known), result
-    if tensor.operation.removes or base is None:
+    base, operation = tensor.base_bits, tensor.operation
+    if operation.removes or (base is None and operation.adds):
         return tensor.base_fingerprint, None
-    after = arithmetic.add(base, tensor.dtype, stored.values())
-    return backend.fingerprint(positions, base), backend.fingerprint(positions, after)
+    of_base = of_result = start = 0
+    for positions, bits in windows_of(stored):
+        old = None if base is None else base[start : start + positions.size]
+        start += positions.size
+        if old is not None:
+            of_base += backend.fingerprint(positions, old)
+            bits = arithmetic.result(operation.adds, bits, old, tensor.dtype, 1)
+        of_result += backend.fingerprint(positions, bits)
+    known = tensor.base_fingerprint if base is None else of_base % (1 << 64)
+    return (None if operation.creates else known), of_result % (1 << 64)
 
 
 class _Scale:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -18,9 +19,11 @@ from shiradelta import TensorDelta
 from shiradelta.cli import main
 from shiradelta.combine.interference import measure
 from shiradelta.combine.methods import METHODS, disjoint, largest, mean, methods_with, ties, weighted_sum
-from shiradelta.combine.overlay import overlay
+from shiradelta.combine.overlay import Overlay, overlay
 from shiradelta.errors import BaseMismatchError, DeltaError, TargetError
 from shiradelta.format import arithmetic
+from shiradelta.format.arithmetic import Float32
+from shiradelta.util.arrays import WINDOW
 from tests.conftest import write_model
 
 SHAPE = (40, 50)
@@ -276,3 +279,28 @@ def test_options_of_other_methods_are_refused(three: dict[Path, float], tmp_path
     outcome = CliRunner().invoke(main, ["fuse", *map(str, three), "-o", str(tmp_path / "x.shd"), "--drop", "0.3"])
     assert outcome.exit_code == 2
     assert "--drop is an option of dare and della" in outcome.stderr
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.by_position])
+def test_windows_give_what_the_whole_tensor_gives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str):
+    """Inputs with windows at different places, one of which ends long before the other."""
+    numel, files = 3 * WINDOW, {}
+    for seed, (density, stop) in enumerate([(0.9, numel), (0.5, numel // 3), (0.02, numel)]):
+        generator = np.random.default_rng(seed)
+        positions = np.flatnonzero(generator.random(stop) < density)
+        values = generator.standard_normal(positions.size).astype(np.float32)
+        files[tmp_path / f"{seed}.shd"] = seed - 0.4
+        shiradelta.save_delta(tmp_path / f"{seed}.shd", {"w": TensorDelta((numel,), positions, values)}, values="f32")
+    reports, calls, row = [], [], METHODS[method]
+
+    def counted(together: Overlay) -> Float32:
+        calls.append(together)
+        return row.merge(together)
+
+    for by_position in (True, False):
+        monkeypatch.setitem(METHODS._rows, method, replace(row, merge=counted, by_position=by_position))
+        report = shiradelta.fuse(files, tmp_path / f"{by_position}.fused", method)
+        reports.append(replace(report, out=""))
+    assert len(calls) > 4
+    assert reports[0] == reports[1]
+    assert (tmp_path / "True.fused").read_bytes() == (tmp_path / "False.fused").read_bytes()

@@ -84,6 +84,17 @@ def test_folders_are_changed_and_verified_in_windows(bomb: Path, tmp_path: Path)
 
 @needs_proc
 @pytest.mark.slow
+def test_fuse_takes_no_more_than_its_limit_counts(bomb: Path, tmp_path: Path):
+    values = -np.ones(6 << 20, np.float32)
+    sd.save_delta(tmp_path / "b.shd", {"w": sd.TensorDelta((3 << 10, 2 << 10), None, values)}, values="sign", zstd=True)
+    limit = values.size * 48
+    with pytest.raises(sd.LimitError, match="tensor 'w', fused, takes 30"):
+        sd.fuse({bomb: 1.0, tmp_path / "b.shd": 1.0}, tmp_path / "f.shd", limit=limit)
+    assert peak_of("fuse", bomb, tmp_path / "b.shd") < limit
+
+
+@needs_proc
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["report", "compare", "fuse"])
 def test_a_huge_shape_takes_nothing(tmp_path: Path, action: str):
     files = tmp_path / "a.shd", tmp_path / "b.shd"
