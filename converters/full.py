@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from shiradelta.errors import SourceError
-from shiradelta.format.arithmetic import Array, Float32, to_float32
+from shiradelta.format.arithmetic import Array, Float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.io.recognise import Wanted, explain
@@ -21,6 +21,7 @@ from shiradelta.models.sentence import LIST, unlisted_modules
 from shiradelta.select.topk import Rows, row_shape
 from shiradelta.util.text import count
 
+from .float8 import RANKED, WIDEN, other_scale, scaled, values_of
 from .full_converted import in_form_of
 from .item import Item, Skipped, SkipReason, Source, whole_tensor
 from .lora_keys import refuse_unmerged
@@ -197,15 +198,17 @@ def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Ite
         why = f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}; {remedy}"
         return _resized(Skipped(SkipReason.SHAPE, why), source, key, base, name)
     base_bits, tuned = partial(base.bits, name), partial(source.bits, key)
-    dense = partial(_subtraction, source, key, base, name)
     dtype, tuned_dtype = slot.dtype.name, tuned_slot.dtype.name
+    if (unlike := other_scale(source, key, base, name)) is not None:
+        return unlike
+    dense = scaled(partial(_subtraction, source, key, base, name), base, name)
     if dtype in ADD_DTYPES and tuned_dtype in ADD_DTYPES:
         return Item(name, slot.shape, dtype, dense, base_bits=base_bits, tuned=tuned, tuned_dtype=tuned_dtype)
     if dtype != tuned_dtype:
-        why = f"it is {tuned_dtype}, the base's {dtype}, and nothing can be added to that exactly"
+        why = f"it is {tuned_dtype}, the base's {dtype}; store one as the other is"
         skipped = Skipped(SkipReason.DTYPE, why)
-        return skipped.of_change(dense, slot.shape) if {dtype, tuned_dtype} <= _RANKED else skipped
-    if dtype in _WIDEN:
+        return skipped.of_change(dense, slot.shape) if {dtype, tuned_dtype} <= RANKED else skipped
+    if dtype in WIDEN:
         return Item(name, slot.shape, dtype, dense, base_bits=base_bits, tuned=tuned, replaces=True)
     return Item(name, slot.shape, dtype, exact=partial(_all_changes, slot, base_bits, tuned), tuned=tuned)
 
@@ -217,32 +220,13 @@ def _all_changes(slot: Slot, base_bits: Callable[[], Array], tuned_bits: Callabl
     return TensorDelta(slot.shape, changed, tuned[changed], slot.dtype.name, "set", base_bits=base[changed])
 
 
-def _fp8_e4m3fn(bits: Array) -> Float32:
-    """1 sign, 4 exponent (bias 7), 3 mantissa bits; 0x7F is NaN, there is no infinity."""
-    exponent, mantissa = (bits >> 3) & 0xF, (bits & 7).astype(np.float32)
-    normal = np.ldexp(1 + mantissa / 8, exponent.astype(np.int32) - 7)
-    magnitude = np.where(exponent > 0, normal, np.ldexp(mantissa, -9)).astype(np.float32)
-    magnitude[(bits & 0x7F) == 0x7F] = np.nan
-    return np.where(bits & 0x80, -magnitude, magnitude)
-
-
-#: Dtypes that nothing is added to, but whose changes can be ranked -> their values, rounded to float32.
-_WIDEN: dict[str, Callable[[Array], Float32]] = {
-    "float8_e4m3fn": _fp8_e4m3fn,
-    "float8_e5m2": lambda bits: (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32),
-    "float64": lambda bits: bits.view(np.float64).astype(np.float32),
-}
-#: Dtypes whose values can be subtracted.
-_RANKED = {*ADD_DTYPES, *_WIDEN}
-
-
 def _resized(skipped: Skipped, source: Checkpoint, key: str, base: Checkpoint, name: str) -> Skipped:
     """A tensor with more or fewer rows than the base's: it changes the rows that both have, and adds or removes others.
 
     Its energy is unknown where more than the number of rows differs.
     """
     tuned, slot = source[key].shape, base[name].shape
-    if not tuned or not slot or tuned[1:] != slot[1:] or not {source[key].dtype.name, base[name].dtype.name} <= _RANKED:
+    if not tuned or not slot or tuned[1:] != slot[1:] or not {source[key].dtype.name, base[name].dtype.name} <= RANKED:
         return skipped
     common = min(tuned[0], slot[0])
     longer, where = (source, key) if tuned[0] > common else (base, name)
@@ -255,15 +239,10 @@ def _resized(skipped: Skipped, source: Checkpoint, key: str, base: Checkpoint, n
         parts = [change(start, min(stop, shared))] if start < shared else []
         first = max(start, shared)
         if first < stop:
-            parts.append(_values(bits[first * columns : stop * columns], dtype))
+            parts.append(values_of(bits[first * columns : stop * columns], dtype))
         return np.concatenate([part.reshape(-1, columns) for part in parts])
 
     return skipped.of_change(lambda: rows, longer[where].shape)
-
-
-def _values(bits: Array, dtype: str) -> Float32:
-    widen = _WIDEN.get(dtype)
-    return to_float32(bits, dtype) if widen is None else widen(bits)
 
 
 def _subtraction(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Rows:
@@ -275,6 +254,6 @@ def _subtraction(source: Checkpoint, key: str, base: Checkpoint, name: str) -> R
     def rows(start: int, stop: int) -> Float32:
         part = slice(start * columns, stop * columns)
         with np.errstate(invalid="ignore", over="ignore"):
-            return _values(tuned_bits[part], tuned_dtype) - _values(base_bits[part], dtype)
+            return values_of(tuned_bits[part], tuned_dtype) - values_of(base_bits[part], dtype)
 
     return rows

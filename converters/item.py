@@ -10,6 +10,7 @@ from functools import partial
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta, check_shape
 from shiradelta.format.registry import ADD_DTYPES
+from shiradelta.io.recognise import UNQUANTISED
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.safetensors import Slot
 from shiradelta.select.topk import Rows, row_shape, top_k
@@ -121,7 +122,7 @@ def not_addable(name: str, slot: Slot) -> Skipped | None:
     """Why nothing can be added to a tensor of the base; None if it can."""
     if slot.dtype.name in ADD_DTYPES:
         return None
-    why = f"the base stores {name!r} as {slot.dtype.name}, to which nothing can be added exactly"
+    why = f"the base stores {name!r} as {slot.dtype.name}, to which nothing can be added exactly; {UNQUANTISED}"
     return Skipped(SkipReason.DTYPE, why)
 
 

@@ -158,8 +158,15 @@ def _is_adapter(path: Path) -> bool:
     )
 
 
-#: Quantisations that store packed weights under other names, shapes or dtypes than the model's.
-_PACKED = ("bitsandbytes", "awq", "gptq")
+#: Key of a quantisation's configuration -> values with which each element is a float8 weight, divided by a scale.
+#: Every other quantisation is taken for one that packs weights.
+_FLOAT8 = {
+    "quant_method": ("fp8", "fbgemm_fp8", "finegrained_fp8"),
+    "format": ("float-quantized",),  # compressed-tensors
+    "quant_algo": ("FP8", "FP8_PB_WO"),  # ModelOpt
+}
+#: How a message ends about a model whose stored bits are not its weights.
+UNQUANTISED = "give the unquantised model, and quantise the result"
 
 
 def _is_quantised(path: Path) -> bool:
@@ -171,8 +178,7 @@ def _is_quantised(path: Path) -> bool:
     quantised = about.get("quantization_config") if isinstance(about, dict) else None
     if not isinstance(quantised, dict):
         return False
-    method = str(quantised.get("quant_method", "")).lower()
-    return method in _PACKED or bool(quantised.get("load_in_4bit") or quantised.get("load_in_8bit"))
+    return bool(quantised) and not any(quantised.get(key) in values for key, values in _FLOAT8.items())
 
 
 _GET = "download it, and give the path of the file or folder"
@@ -227,7 +233,7 @@ for _row in (
         "quantised model",
         _is_quantised,
         "belongs to a quantised model (quantization_config in its config.json), whose stored bits are not the weights",
-        dict.fromkeys(_TENSORS, "give the unquantised model, and quantise the result"),
+        dict.fromkeys(_TENSORS, UNQUANTISED),
     ),
     Thing(
         "JSON file",

@@ -17,8 +17,9 @@ import numpy as np
 
 from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.format.arithmetic import Array
-from shiradelta.io.recognise import PICKLES, Wanted, explain, is_patched, is_pickle
+from shiradelta.io.recognise import PICKLES, UNQUANTISED, Wanted, explain, is_patched, is_pickle
 from shiradelta.models.names import Shape
+from shiradelta.models.quantised import packed
 from shiradelta.models.safetensors import Shard, Slot, read_shard
 from shiradelta.models.sentence import LIST, SentenceModule, modules_of
 from shiradelta.util.files import close_synced
@@ -273,6 +274,9 @@ def open_checkpoint(path: str | os.PathLike[str], wanted: Wanted = Wanted.WEIGHT
     if (message := explain(Path(path), wanted)) is not None:
         raise SourceError(message)
     try:
-        return Checkpoint(Path(path), wanted)
+        found = Checkpoint(Path(path), wanted)
     except OSError as error:
         raise ShiraDeltaError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    if (how := packed(found)) is not None and not is_patched(Path(path)):  # deltas on it may be reverted
+        raise SourceError(f"{path}: tensor {how[0]!r} is packed ({how[1]}), so its bits are not weights; {UNQUANTISED}")
+    return found

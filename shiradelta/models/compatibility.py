@@ -104,8 +104,8 @@ def check_fit(
         )
     if found is Misfit.NOT_ADDABLE:
         raise BaseMismatchError(
-            f"{has}, to which nothing can be added exactly; convert the fine-tune against this base, which stores"
-            " whole values"
+            f"{has}, to which nothing can be added exactly; apply it to the unquantised model and quantise the result,"
+            " or convert a fine-tune that is stored as this base is"
         )
     if found is Misfit.DTYPE and not (allow_dtype and adds):
         hint = f"; {option} applies it all the same" if adds else ""
