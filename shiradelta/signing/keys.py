@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import SignatureError
-from shiradelta.util.optional import importing, missing
+from shiradelta.util.optional import importing, require
 from shiradelta.util.regular_file import read_small
 
 Keys = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -113,11 +113,12 @@ def _decrypted(path: Path, label: str, data: bytes, passphrase: Passphrase) -> A
     from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
     load = load_ssh_private_key if label.startswith("OPENSSH") else load_pem_private_key
-    problem = "is damaged; get it again"
+    problem, encrypted = "is damaged; get it again", False
     try:
         try:
             return load(data, None)
-        except TypeError:  # it is encrypted
+        except TypeError:
+            encrypted = True
             problem = "cannot be decrypted with this passphrase; give the key's own"
             if passphrase is None:
                 raise SignatureError(f"{path}: the key is encrypted; give its passphrase") from None
@@ -125,9 +126,9 @@ def _decrypted(path: Path, label: str, data: bytes, passphrase: Passphrase) -> A
             return load(data, given.encode() if isinstance(given, str) else given)
     except (TypeError, ValueError):
         raise SignatureError(f"{path}: the key {problem}") from None
-    except UnsupportedAlgorithm as error:
-        if "bcrypt" in str(error):
-            raise missing("bcrypt", "an encrypted key of OpenSSH") from None
+    except UnsupportedAlgorithm:
+        if encrypted and label.startswith("OPENSSH"):
+            require("bcrypt", "an encrypted key of OpenSSH")
         raise _unusable(path, "a private key of an unknown kind") from None
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -260,6 +261,14 @@ def test_encrypted_keys(signed: Path):
     )
     Path("passphrase").write_bytes(PASSPHRASE + b"\n")
     assert run("sign", "b.shd", "--key", key, "--passphrase-file", "passphrase", "--force").exit_code == 0
+
+
+@pytest.mark.skipif(find_spec("bcrypt") is not None, reason="bcrypt is installed")
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not there")
+def test_an_encrypted_key_of_openssh_needs_bcrypt(signed: Path):
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "a song", "-f", "encrypted_ssh"], check=True)
+    with pytest.raises(sd.MissingDependencyError, match="an encrypted key of OpenSSH needs bcrypt"):
+        sd.sign("b.shd", "encrypted_ssh", passphrase="a song")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
