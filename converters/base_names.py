@@ -18,8 +18,10 @@ from shiradelta.models.names import Named, search_the_rest
 from shiradelta.models.sentence import folder_of
 
 from .item import NO_TARGET, Skipped, SkipReason
+from .layout_names import other_names, with_prefix, without_prefix
 from .original_names import (
     SINGLE_FILE,
+    UNET,
     is_numbered,
     is_original,
     is_single_file,
@@ -31,15 +33,21 @@ from .original_names import (
 #: LyCORIS' names in a module that it wraps: no component, dots became underscores.
 _LYCORIS_PREFIX = "lycoris_"
 _KOHYA = re.compile(r"lora_(?P<component>unet|transformer|te\d?)_(?P<rest>.+)")
-_DIFFUSERS = re.compile(r"(?P<component>unet|transformer|text_encoder(?:_\d)?)\.(?P<rest>.+)")
+_DIFFUSERS = re.compile(
+    r"(?P<component>unet|transformer(?:_2)?|text_encoder(?:_\d)?|diffusion_model|model\.diffusion_model)\.(?P<rest>.+)"
+)
 #: kohya's names of components -> a pipeline's.
 _COMPONENTS = {
     "unet": ("unet", "transformer"),
     "te": ("text_encoder",),
     "te1": ("text_encoder",),
     "te2": ("text_encoder_2",),
-    "te3": ("text_encoder_3",),
+    "te3": ("text_encoder_3", "text_encoder_2"),  # T5, of Stable Diffusion 3 and of FLUX
+    "diffusion_model": ("unet", "transformer"),
+    "model.diffusion_model": ("unet", "transformer"),
 }
+#: The denoising models of a pipeline; a file that does not say which may be for either of two.
+_DENOISERS = ("unet", "transformer", "transformer_2")
 #: Components that are text encoders of CLIP.
 _TEXT_ENCODERS = ("te", "te1", "te2", "text_encoder", "text_encoder_2")
 _DIFFUSERS_BLOCKS = re.compile(r"(?:^|[._])(?:(?:down|up|mid|transformer|single_transformer)_blocks?)[._]")
@@ -72,7 +80,8 @@ class _InPipeline:
         if match is None:
             return None
         component, mangled = match["component"], match.re is _KOHYA
-        components = _COMPONENTS.get(component, (component,)) if mangled else (component,)
+        known = mangled or "diffusion_model" in component
+        components = _COMPONENTS.get(component, (component,)) if known else (component,)
         return cls(component, components, match["rest"], mangled)
 
 
@@ -85,6 +94,7 @@ class _Base:
         self.single_file = is_single_file(base)
         self.original = any(map(is_original, base))
         self._mangled = _by_mangled(base)
+        self._others: dict[str, tuple[dict[str, str | Converted], dict[str, list[str]]]] = {}
         self._libraries: dict[str, tuple[dict[str, str | Converted], dict[str, list[str]]]] = {}
 
     def by_mangled(self, name: str) -> str | Skipped | None:
@@ -112,12 +122,44 @@ class _Base:
         """The tensor of a place: under its name, or under that of the original checkpoint or of the library."""
         if self.single_file and (found := self._in_single_file(place)) is not None:
             return found
-        for prefix in self._places(place):
+        places = self._places(place)
+        two = [prefix for prefix in places if prefix.rstrip("/") in self.components]
+        if place.component not in self.components and {"transformer/", "transformer_2/"} <= {*two, *self._second(two)}:
+            return self._unclear(place.rest, [f"transformer/{place.rest}", f"transformer_2/{place.rest}"])
+        for prefix in places:
             for rest in self._spellings(place, prefix):
                 name = self.by_mangled(prefix + rest) if place.mangled else prefix + rest
                 if isinstance(name, Skipped) or (name is not None and name in self.base):
                     return name
+        for prefix in places:
+            if (where := self._in_other_layout(prefix, place.rest, place.mangled)) is not None:
+                return where
         return None
+
+    def _second(self, places: list[str]) -> set[str]:
+        """The second denoising model of a pipeline, if the first is meant."""
+        return {"transformer_2/"} & set(self._folders) if "transformer/" in places else set()
+
+    def find_plain(self, name: str) -> str | Converted | Skipped | None:
+        """The tensor of a name that says no component, in the other layout of the base's denoising model."""
+        prefixes = [f"{component}/" for component in _DENOISERS if component in self.components]
+        prefixes += [""] if not self.components else []
+        prefixes += [UNET] if self.single_file else []
+        found = {prefix: where for prefix in prefixes if (where := self._in_other_layout(prefix, name, False))}
+        if len(found) > 1:
+            return self._unclear(name, [prefix + name for prefix in found])
+        return next(iter(found.values()), None)
+
+    def _in_other_layout(self, prefix: str, rest: str, mangled: bool) -> str | Converted | Skipped | None:
+        """The tensor of a name in the other layout of a diffusion transformer, whose names begin with a prefix."""
+        if prefix not in self._others:
+            names = with_prefix(other_names(without_prefix(self.base.shapes, prefix)), prefix)
+            self._others[prefix] = names, _by_mangled(names)
+        names, by_mangled = self._others[prefix]
+        several = by_mangled.get(_mangle(rest), []) if mangled else [rest]
+        if len(several) > 1:
+            return self._unclear(rest, several)
+        return names.get(several[0]) if several else None
 
     def _spellings(self, place: _InPipeline, prefix: str) -> list[str]:
         """The names that a tensor of a component may have there."""
@@ -243,6 +285,13 @@ def _find_tensors(wanted: Named, base: Checkpoint) -> BaseTensors:
             found[name] = tensor
         elif name in matched.converted:
             continue
+        elif (other := there.find_plain(name)) is not None:
+            if isinstance(other, Converted):
+                result.converted[name] = other
+            elif isinstance(other, Skipped):
+                lacking[name] = other
+            else:
+                found[name] = other
         elif name in matched.unclear:
             lacking[name] = Skipped(SkipReason.NO_TARGET, f"{matched.unclear[name]} of {base.root}")
         elif is_original(name) and not there.original:

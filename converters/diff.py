@@ -22,6 +22,7 @@ from shiradelta.util.text import count
 
 from .base_names import find_tensors
 from .item import CONVERTED, Item, Skipped, SkipReason, Source
+from .lora_converted import Change, add_converted
 from .peft_config import check_parts, read_configs
 from .sources import SourceFiles, source
 
@@ -86,6 +87,13 @@ def open_diff(files: SourceFiles) -> Source:
         shapes = {name: source[keys["dense"]].shape if "dense" in keys else None for name, keys in tensors.items()}
         in_base = find_tensors(shapes, base, lambda name: files.may_lack(name, *tensors[name].values()))
         found = in_base.found
+        changes = {
+            name: change_of(source, tensors[name]["dense"])
+            for name in in_base.converted
+            if "dense" in tensors[name] and source[tensors[name]["dense"]].dtype.name in ADD_DTYPES
+        }
+        add_converted(changes, in_base.converted, base, result)
+        tensors = {name: keys for name, keys in tensors.items() if name not in changes}
         lacking = in_base.lacking | dict.fromkeys(in_base.converted, CONVERTED)
     for name, keys in tensors.items():
         item = _item(source, keys, found[name] or name, base) if name in found else lacking[name]
@@ -103,6 +111,11 @@ def lost_difference(source: Checkpoint, keys: Mapping[str, str], skipped: Skippe
     if key is None or source[key].dtype.name not in ADD_DTYPES:
         return skipped
     return skipped.of_change(partial(_rows, source, key), source[key].shape)
+
+
+def change_of(source: Checkpoint, key: str) -> Change:
+    """The dense difference under a key."""
+    return Change(partial(_rows, source, key), source[key].shape)
 
 
 def difference(source: Checkpoint, key: str, name: str, base: Checkpoint) -> Item | Skipped:

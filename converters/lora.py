@@ -162,7 +162,14 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
             for module in changed
             if module in converted and module not in rescaled
         }
-        add_converted(changes, converted, base, result)
+        apart = {
+            key: there.converted[name]
+            for key, name in differences.items()
+            if name in there.converted and source[key].dtype.name in ADD_DTYPES
+        }
+        others = {key: name for key, name in others.items() if key not in apart}
+        changes |= {key: diff.change_of(source, key) for key in apart}
+        add_converted(changes, converted | apart, base, result)
     if base is None or result.items:  # without any match the base is another model
         add_whole(source, others, set(differences), names, scale, base, result, there.tied, shared)
     lone = Skipped(SkipReason.EMPTY, "an alpha without factors")

@@ -29,6 +29,8 @@ _LYCORIS = re.compile(
 )
 #: What a LoRA adds to a layer's bias, before it is scaled.
 _BIAS = re.compile(rf"^(?P<module>.+?)\.lora_B{_ADAPTER}\.bias$")
+#: x-flux: the layers of an attention processor.
+_XFLUX = re.compile(r"^(?P<module>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<updown>up|down)\.weight$")
 _PROCESSOR = re.compile(r"^(?P<layer>.+)\.processor\.(?P<projection>to_\w+)_lora(?P<rest>\.(?:up|down)(?:\.weight)?)$")
 #: A factor of an adapter that has a name.
 _NAMED = re.compile(
@@ -92,6 +94,8 @@ def parse_key(key: str) -> tuple[str, str, bool] | None:
     lycoris = _LYCORIS.match(key)
     if lycoris is not None:
         return unwrap(lycoris["module"]), lycoris["part"], False
+    if (xflux := _XFLUX.match(key)) is not None:
+        return xflux["module"], {"down": "A", "up": "B"}[xflux["updown"]], False
     old = _PROCESSOR.match(key)
     if old is not None:
         projection = "to_out.0" if old["projection"] == "to_out" else old["projection"]

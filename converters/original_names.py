@@ -14,11 +14,14 @@ from shiradelta.models.library import Converted
 from shiradelta.models.names import Shape
 from shiradelta.models.views import Box, View, contiguous
 
-_UNET = "model.diffusion_model."
+#: What stands before the names of the denoising model in a checkpoint of all components.
+UNET = "model.diffusion_model."
 #: A component as files call it -> where checkpoints in one file have it.
 SINGLE_FILE = {
-    "unet": (_UNET,),
-    "transformer": (_UNET,),
+    "unet": (UNET,),
+    "transformer": (UNET,),
+    "diffusion_model": (UNET,),
+    "model.diffusion_model": (UNET,),
     "te": ("cond_stage_model.transformer.", "cond_stage_model.model."),
     "te1": ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
     "te2": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
@@ -81,7 +84,7 @@ def is_numbered(name: str) -> bool:
 
 def is_single_file(base: Checkpoint) -> bool:
     """Whether a checkpoint has the components of a pipeline as original checkpoints do."""
-    return any(name.startswith(_UNET) for name in base)
+    return any(name.startswith(UNET) for name in base)
 
 
 def layers_per_block(base: Checkpoint, prefix: str) -> int | None:
@@ -133,7 +136,7 @@ def library_names(base: Checkpoint, component: str) -> dict[str, str | Converted
     """diffusers' or transformers' names of a component's tensors in an original checkpoint -> where it has them."""
     found: dict[str, str | Converted] = {}
     for prefix in SINGLE_FILE.get(component, ()):
-        layers = layers_per_block(base, prefix) if prefix == _UNET else None
+        layers = layers_per_block(base, prefix) if prefix == UNET else None
         for stored in (name for name in base if name.startswith(prefix)):
             name = stored.removeprefix(prefix)
             if prefix in _OPEN_CLIP:

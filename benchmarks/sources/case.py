@@ -64,7 +64,8 @@ def outcome(case: Case, folder: Path) -> str:
         shiradelta.convert(made.source, folder / "x.shd", sparsity=1, base=made.base, values="f32", **made.options)
     except shiradelta.ShiraDeltaError as error:
         return f"refused: {str(error).replace(str(made.source), '').replace(str(folder), '').lstrip('/: ')}"
-    shiradelta.apply(made.base, folder / "x.shd", out=folder / "out")
+    root = made.base if made.base.is_dir() else made.base.parent
+    shiradelta.apply(root, folder / "x.shd", out=folder / "out")
     found = weights(folder / "out")
     wanted = {**before, **made.wanted}
     if found.keys() != wanted.keys():
