@@ -62,7 +62,7 @@ def lines(draw: st.DrawFn, shape: Shape) -> np.ndarray:
     chosen = []
     for kind in draw(st.lists(st.sampled_from([struct.ROW, struct.COLUMN, struct.DIAGONAL]), min_size=1, max_size=5)):
         line = draw(st.integers(*struct.line_range(kind, rows, columns)))
-        chosen.append(struct.positions_in([(kind, line, 1, 1)], (0, 0, rows, columns), columns))
+        chosen.append(struct.positions_in(struct.progressions([(kind, line, 1, 1)]), (0, 0, rows, columns), columns))
     return np.unique(np.concatenate(chosen))
 
 
@@ -110,7 +110,7 @@ def large_positions(id: IndexId) -> tuple[np.ndarray, Shape]:
         return np.arange(numel), (numel,)
     if id == IndexId.STRUCT:
         lines = [(struct.ROW, 2, 300, 2), (struct.COLUMN, 7, 3, 60), (struct.DIAGONAL, -200, 17, 40)]
-        return struct.positions_in(lines, (0, 0, 1500, 2000), 2000), (1500, 2000)
+        return struct.positions_in(struct.progressions(lines), (0, 0, 1500, 2000), 2000), (1500, 2000)
     return np.flatnonzero(np.random.default_rng(0).random(numel) < 0.5), (numel,)
 
 
@@ -128,9 +128,10 @@ def test_positions_come_in_windows(id):
 @pytest.mark.parametrize("lines", [[(0, 3, 1, 2)], [(1, 0, 1, 40), (2, -5, 1, 1)], [(0, 1, 2, 2), (2, -39, 7, 12)]])
 def test_blocks_of_lines_pass_over_what_is_empty(lines, monkeypatch):
     monkeypatch.setattr(struct, "WINDOW", 16)
-    parts = [struct.positions_in(lines, block, 50) for block in struct.blocks_of(lines, (0, 0, 40, 50))]
+    kinds = struct.progressions(lines)
+    parts = [struct.positions_in(kinds, block, 50) for block in struct.blocks_of(kinds, (0, 0, 40, 50))]
     assert all(part.size for part in parts)
-    assert np.array_equal(np.concatenate(parts), struct.positions_in(lines, (0, 0, 40, 50), 50))
+    assert np.array_equal(np.concatenate(parts), struct.positions_in(kinds, (0, 0, 40, 50), 50))
 
 
 @index_codecs
@@ -276,7 +277,10 @@ def test_bit_fields_come_back(k, data):
 )
 def test_entries_are_found_by_the_rule(shape, entries):
     rows, columns = struct.matrix_shape(shape)
-    assert struct.find_entries(struct.positions_in(entries, (0, 0, rows, columns), columns), shape) == entries
+    assert (
+        struct.find_entries(struct.positions_in(struct.progressions(entries), (0, 0, rows, columns), columns), shape)
+        == entries
+    )
 
 
 def entries_by_the_rule(positions: np.ndarray, shape: Shape) -> list[struct.Entry] | None:

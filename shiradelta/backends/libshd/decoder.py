@@ -206,9 +206,9 @@ class NativeDecoder(Decoder):
         return self._reference.index_section(record)
 
     def position_windows(self, record: Record) -> Iterator[Positions]:
-        """By blocks; those of a STRUCT, which is one block, are the reference's."""
+        """By blocks; a STRUCT is one block, and the reference decodes large ones."""
         loaded = self.load(record)
-        if record.index_codec == IndexId.STRUCT:
+        if record.index_codec == IndexId.STRUCT and record.nnz > WINDOW:
             yield from self._reference.position_windows(record)
             return
         for first, last in ranges(loaded.blocks, WINDOW // BLOCK_BITS):

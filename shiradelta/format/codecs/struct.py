@@ -37,64 +37,92 @@ def lines_of(entry: Entry, start: int = 0, stop: int | None = None) -> Positions
     return line + (step if count > 1 else 0) * np.arange(start, count if stop is None else stop, dtype=np.int64)
 
 
-def lines_between(entry: Entry, least: int, most: int) -> tuple[int, int]:
-    """The numbers (first, behind the last) of an entry's lines that lie from `least` to `most`."""
-    _, start, step, count = entry
-    first = max(-(-(least - start) // step), 0)
-    return first, max(min((most - start) // step + 1, count), first)
-
-
 #: A part of a matrix: from row and column, to row and column.
 Block = tuple[int, int, int, int]
 
 
-def _lines_in(entry: Entry, block: Block) -> tuple[int, int]:
-    """The numbers of an entry's lines that have an element in a block that is not empty."""
-    top, left, bottom, right = block
-    least, most = ((top, bottom - 1), (left, right - 1), (left - bottom + 1, right - 1 - top))[entry[0]]
-    return lines_between(entry, least, most)
+class Progressions:
+    """Entries of one kind, in order, each an arithmetic progression of lines.
+
+    Args:
+        kind: ROW, COLUMN or DIAGONAL.
+        entries: all entries of a section, checked.
+    """
+
+    def __init__(self, kind: int, entries: list[Entry]) -> None:
+        self.kind = kind
+        rows = [(start, step if count > 1 else 1, count) for own, start, step, count in entries if own == kind]
+        self._start, self._step, self._count = np.array(rows, np.int64).reshape(-1, 3).T
+
+    def spans(self, block: Block) -> tuple[Positions, Positions]:
+        """For each entry, the numbers (first, behind the last) of its lines with an element in a block, not empty."""
+        top, left, bottom, right = block
+        least, most = ((top, bottom - 1), (left, right - 1), (left - bottom + 1, right - 1 - top))[self.kind]
+        first = np.maximum(-((self._start - least) // self._step), 0)
+        last = np.minimum((most - self._start) // self._step + 1, self._count)
+        return first, np.maximum(last, first)
+
+    def most_in(self, block: Block) -> float:
+        """No fewer elements than the lines have in a block; 0 if there are none."""
+        height, width = block[2] - block[0], block[3] - block[1]
+        first, last = self.spans(block)
+        return float((last - first).sum()) * (width, height, min(width, height))[self.kind]
+
+    def positions_in(self, block: Block, columns: int) -> Positions:
+        """The positions of the elements in a block that has few; those of diagonals may be in another order."""
+        top, left, bottom, right = block
+        first, last = self.spans(block)
+        counts = last - first
+        number = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        lines = np.repeat(self._start, counts) + np.repeat(self._step, counts) * number
+        cells: Positions
+        if self.kind == ROW:
+            cells = lines[:, None] * columns + np.arange(left, right)
+            return cells.reshape(-1)
+        if self.kind == COLUMN:
+            cells = np.arange(top, bottom)[:, None] * columns + lines
+            return cells.reshape(-1)
+        if (bottom - top) * lines.size <= 4 * WINDOW:
+            row = np.arange(top, bottom)[:, None]
+            column = row + lines
+            cells = (row * columns + column)[(column >= left) & (column < right)]
+            return cells
+        start = np.maximum(top, left - lines)
+        length = np.minimum(bottom, right - lines) - start
+        row = np.arange(length.sum()) + np.repeat(start - np.cumsum(length) + length, length)
+        cells = row * columns + row + np.repeat(lines, length)
+        return cells
 
 
-def blocks_of(entries: list[Entry], block: Block) -> Iterator[Block]:
+def progressions(entries: list[Entry]) -> list[Progressions]:
+    """The entries of each kind that there is."""
+    return [Progressions(kind, entries) for kind in sorted({entry[0] for entry in entries})]
+
+
+def positions_in(kinds: list[Progressions], block: Block, columns: int) -> Positions:
+    """The positions of the elements in a block of a matrix, increasing."""
+    return distinct(np.concatenate([kind.positions_in(block, columns) for kind in kinds]))
+
+
+def blocks_of(kinds: list[Progressions], block: Block) -> Iterator[Block]:
     """Parts of a block that hold all its elements, in order: whole rows, or part of one.
 
     Each has at most a few `WINDOW` elements.  A part without elements is passed over whatever its size.
     """
     top, left, bottom, right = block
-    counts = [stop - start for start, stop in (_lines_in(entry, block) for entry in entries)]
-    longest = (right - left, bottom - top, min(right - left, bottom - top))
-    most = sum(count * longest[entry[0]] for entry, count in zip(entries, counts, strict=True))
+    most = sum(kind.most_in(block) for kind in kinds)
     if not most:
         return
     if most <= WINDOW or (bottom - top, right - left) == (1, 1):
         yield block
     elif bottom - top > 1:
         middle = (top + bottom) // 2
-        yield from blocks_of(entries, (top, left, middle, right))
-        yield from blocks_of(entries, (middle, left, bottom, right))
+        yield from blocks_of(kinds, (top, left, middle, right))
+        yield from blocks_of(kinds, (middle, left, bottom, right))
     else:
         middle = (left + right) // 2
-        yield from blocks_of(entries, (top, left, bottom, middle))
-        yield from blocks_of(entries, (top, middle, bottom, right))
-
-
-def positions_in(entries: list[Entry], block: Block, columns: int) -> Positions:
-    """The positions of the elements in a block of a matrix, increasing."""
-    top, left, bottom, right = block
-    found = [np.zeros(0, np.int64)]
-    for entry in entries:
-        lines = lines_of(entry, *_lines_in(entry, block))
-        if entry[0] == ROW:
-            cells = lines[:, None] * columns + np.arange(left, right)
-        elif entry[0] == COLUMN:
-            cells = np.arange(top, bottom)[:, None] * columns + lines
-        else:
-            start = np.maximum(top, left - lines)
-            length = np.minimum(bottom, right - lines) - start
-            row = np.arange(length.sum()) + np.repeat(start - np.cumsum(length) + length, length)
-            cells = row * columns + row + np.repeat(lines, length)
-        found.append(cells.reshape(-1))
-    return distinct(np.concatenate(found))
+        yield from blocks_of(kinds, (top, left, bottom, middle))
+        yield from blocks_of(kinds, (top, middle, bottom, right))
 
 
 def _corner(diagonals: Positions, columns: int) -> Positions:
@@ -210,8 +238,9 @@ class Struct(IndexCodec):
     def windows(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Iterator[Positions]:
         """Decodes one part of the matrix after the other."""
         entries, found = self._checked(data, nnz, shape), 0
-        for block in blocks_of(entries, (0, 0, *matrix_shape(shape))):
-            positions = positions_in(entries, block, matrix_shape(shape)[1])
+        kinds, columns = progressions(entries), matrix_shape(shape)[1]
+        for block in blocks_of(kinds, (0, 0, *matrix_shape(shape))):
+            positions = positions_in(kinds, block, columns)
             found += positions.size
             if found > nnz:
                 break
