@@ -85,7 +85,7 @@ def test_json_is_json(folder: Path, arguments: tuple[str, ...], keys: set[str]):
         (("convert", "tuned"), "--base"),
         (("convert", "tuned", "--base", "model", "--sparsity", "0"), "sparsity 0.0 is not a share"),
         (("convert", "tuned", "--base", "model", "--sparsity", "1.5"), "sparsity 1.5 is not a share"),
-        (("convert", "tuned", "--base", "model", "--alpha", "3"), "alpha is an option of lora"),
+        (("convert", "tuned", "--base", "model", "--alpha", "3"), "and tuned is of kind full; leave it out"),
         (("convert", "a.shd"), "is a .shd file, a delta and no model; give what it was made from"),
         (("apply", "nothing", "a.shd"), "nothing: no such folder"),
         (("apply", "model/model.safetensors", "a.shd"), "give the folder"),
