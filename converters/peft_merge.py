@@ -24,7 +24,7 @@ from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.library import shared_tensors
 from shiradelta.models.peft import CONFIG, PICKLED_WEIGHTS, WEIGHTS, unwrap
 from shiradelta.models.safetensors import Slot
-from shiradelta.select.topk import Rows, row_shape
+from shiradelta.select.topk import Rows, blocks, row_shape
 from shiradelta.util.json_files import read_json
 from shiradelta.util.optional import importing
 from shiradelta.util.text import brief
@@ -200,31 +200,57 @@ class _Layers:
         return SourceError(f"{self._where.parent}: PEFT {self._version} cannot {what} ({said}); {MERGE}")
 
     def changed(self, path: str) -> list[tuple[str, tuple[int, ...]]]:
-        """(name in the model, shape) of the parameters of a layer that its merge changes."""
-        before, after = self._merged(path)
-        differ = [name for name in after if name not in before or not np.array_equal(before[name], after[name])]
-        if any(name not in before or before[name].shape != after[name].shape for name in differ):
+        """(name in the model, shape) of the parameters of a layer that its merge changes.
+
+        A layer's only parameter is taken for changed without a merge, which may be slow, where it is a plain tensor of
+        the base.
+        """
+        inner = dict(self._layers[path].get_base_layer().named_parameters(recurse=False))
+        if len(inner) == 1 and path != self.paths[0]:
+            name = f"{path}.{next(iter(inner))}"
+            if name in self.names and name not in self.converted and name not in self.tied:
+                return [(name, self._base[self.names[name]].shape)]
+        after = self._merged(path)
+        if any(name not in inner or inner[name].shape != parameter.shape for name, parameter in after.items()):
             raise SourceError(f"{self._where.parent}: the merge of {path!r} adds to its parameters; {MERGE}")
-        return [(f"{path}.{name}", after[name].shape) for name in differ]
+        return [
+            (f"{path}.{name}", parameter.shape)
+            for name, parameter in after.items()
+            if any(rows(*block).any() for rows in [self._change(path, name, parameter)] for block in _blocks(parameter))
+        ]
 
     def rows(self, path: str, parameter: str) -> Rows:
-        """The change of a parameter of a layer, which is in memory then."""
-        before, after = self._merged(path)
-        change = (after[parameter] - before[parameter]).reshape(row_shape(after[parameter].shape))
-        return lambda start, stop: change[start:stop]
+        """The change of a parameter of a layer, which is in memory then, once."""
+        return self._change(path, parameter, self._merged(path)[parameter])
 
-    def _merged(self, path: str) -> tuple[dict[str, Float32], dict[str, Float32]]:
-        """A layer's own parameters before and after PEFT merges it, in float32.
+    def _change(self, path: str, parameter: str, after: Float32) -> Rows:
+        """The change of a parameter, given what it is after the merge."""
+        found = self.names[f"{path}.{parameter}"]
+        bits, dtype = self._base.bits(found), self._base[found].dtype.name
+        columns = row_shape(after.shape)[1]
+        flat = after.reshape(-1)
+
+        def rows(start: int, stop: int) -> Float32:
+            part = slice(start * columns, stop * columns)
+            with np.errstate(invalid="ignore", over="ignore"):
+                made: Float32 = (flat[part] - to_float32(bits[part], dtype)).reshape(-1, columns)
+            return made
+
+        return rows
+
+    def _merged(self, path: str) -> dict[str, Float32]:
+        """A layer's own parameters after PEFT has merged it, in float32.
 
         Raises:
             SourceError: PEFT cannot merge it.
         """
         import torch
 
-        layer: Any = copy.deepcopy(self._layers[path])
+        own = self._layers[path].get_base_layer()
+        kept = {id(parameter): parameter for parameter in own.parameters(recurse=False)}
+        layer: Any = copy.deepcopy(self._layers[path], kept)  # without the weights, which are exchanged at once
         inner: nn.Module = layer.get_base_layer()
-        before = {}
-        for name, parameter in inner.named_parameters(recurse=False):
+        for name, parameter in list(inner.named_parameters(recurse=False)):
             found = self.names.get(f"{path}.{name}")
             if found is None or parameter.device.type == "meta" or self._base[found].dtype.name not in ADD_DTYPES:
                 raise SourceError(
@@ -232,17 +258,25 @@ class _Layers:
                     f" another form; {MERGE}"
                 )
             slot = self._base[found]
-            before[name] = to_float32(self._base.bits(found), slot.dtype.name).reshape(slot.shape)
-            setattr(inner, name, torch.nn.Parameter(torch.tensor(before[name]), requires_grad=False))
+            before = to_float32(self._base.bits(found), slot.dtype.name).reshape(slot.shape)
+            if not before.flags.writeable:  # a map of the base's file
+                before = before.copy()
+            setattr(inner, name, torch.nn.Parameter(torch.from_numpy(before), requires_grad=False))
+            del before
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             try:
-                layer.merge(safe_merge=True)
+                layer.merge(
+                    safe_merge=False
+                )  # a copy is not needed, and whoever reads the change checks that it is finite
                 merged = dict(layer.get_base_layer().named_parameters(recurse=False))
-                after = {name: parameter.float().numpy() for name, parameter in merged.items()}
+                return {name: parameter.float().numpy() for name, parameter in merged.items()}
             except Exception as error:  # PEFT's methods without a merge have no error in common
                 raise self._failed(f"merge {path!r}", error) from None
-        return before, after
+
+
+def _blocks(parameter: Float32) -> list[tuple[int, int]]:
+    return blocks(row_shape(parameter.shape))
 
 
 def _is_large(key: str, value: object) -> bool:
