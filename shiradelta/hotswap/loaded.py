@@ -79,3 +79,15 @@ def without(name: str, adapters: Mapping[str, Loaded]) -> dict[str, Loaded]:
         if other != name:
             left[other] = adapter.on((), False) if is_on_it else adapter
     return left
+
+
+def check_loaded(names: Iterable[str], adapters: Mapping[str, Loaded]) -> None:
+    """Checks that adapters are loaded.
+
+    Raises:
+        ArgumentError: one is not.
+    """
+    for name in names:
+        if name not in adapters:
+            some = ", ".join(adapters) or "none"
+            raise ArgumentError(f"adapter {name!r} is not loaded ({some} are); load it first")

@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
-from shiradelta.errors import ArgumentError, FormatError, TargetError
+from shiradelta.errors import ArgumentError, FormatError
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.base_check import check_base, checkable
 from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.devices import Devices, Streams
-from shiradelta.hotswap.layers import different_tensors, increment_versions, targets_below
-from shiradelta.hotswap.levels import Level, different, exchange, layers_of, new_levels, planned, restore
-from shiradelta.hotswap.loaded import Loaded, Strengths, targets_of, together, without
+from shiradelta.hotswap.layers import different_tensors
+from shiradelta.hotswap.levels import Level, layers_of
+from shiradelta.hotswap.loaded import Loaded, Strengths, check_loaded, targets_of, without
 from shiradelta.hotswap.matching import Names, check_overlaps, check_target, match
-from shiradelta.hotswap.outside import FORKED, NO_COPIES, RELOAD, Watch, survive_forks
+from shiradelta.hotswap.outside import NO_COPIES, Watch, survive_forks
+from shiradelta.hotswap.patched import PatchedWeights
 from shiradelta.hotswap.reading import read_whole
 from shiradelta.hotswap.reports import LoadReport, RebaseReport, SwitchReport
-from shiradelta.hotswap.strengths import are_same, strengths_of
+from shiradelta.hotswap.strengths import strengths_of
 from shiradelta.hotswap.transcode import take_apart
 from shiradelta.io.reader import Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
@@ -77,12 +78,9 @@ class HotSwap:
         devices = {target.device for target in self._targets.values()} - {"meta"} or {"cpu"}
         self._devices = Devices({device: new_backend(backend, device) for device in sorted(devices)})
         self._adapters: dict[str, Loaded] = {}
-        self._levels: list[Level] = []
         self._lock = threading.RLock()  # of the thread that uses the session
-        self._working = threading.Lock()  # of the thread that changes weights, which no exception from outside reaches
-        self._broken: str | None = None
-        self._unfinished: list[Level] | None = None  # what a switch is about to put on the weights
         self._watch = Watch(model)
+        self._weights = PatchedWeights(self._devices, self._watch)
         survive_forks(self)
 
     # ---------------------------------------------------------------------------------------- state
@@ -91,12 +89,8 @@ class HotSwap:
     def active(self) -> dict[str, float]:
         """Adapter -> strength, for the adapters that are active now."""
         with self._lock:
-            self._settle()
-            return dict(self._active)
-
-    @property
-    def _active(self) -> dict[str, float]:
-        return together(level.adapters for level in self._levels)
+            self._weights.settle()
+            return self._weights.active
 
     @property
     def loaded(self) -> dict[str, LoadReport]:
@@ -108,8 +102,8 @@ class HotSwap:
     def nbytes(self) -> int:
         """Memory of all loaded adapters and of the saved elements."""
         with self._lock:
-            self._settle()
-            return sum(adapter.report.nbytes for adapter in self._adapters.values()) + self._saved_bytes()
+            self._weights.settle()
+            return sum(adapter.report.nbytes for adapter in self._adapters.values()) + self._weights.nbytes
 
     def changed(self) -> int:
         """Number of weights whose bits differ from the base's now.
@@ -118,9 +112,9 @@ class HotSwap:
             TargetError: the model was moved, changed from outside, or is in an unknown state.
         """
         with self._lock, self._devices.ordered(reads=True):
-            self._settle()
-            self._usable()
-            every = layers_of(self._levels)
+            self._weights.settle()
+            self._weights.check_usable()
+            every = self._weights.layers
             for held in different_tensors(every.values()):
                 held.check_memory()
                 held.check_model()
@@ -132,11 +126,11 @@ class HotSwap:
 
     def _after_fork(self) -> None:
         """Goes on in a process that was forked, with its own copy of the weights."""
-        if not self._lock.acquire(blocking=False):
-            self._lock, self._broken = threading.RLock(), FORKED
+        was_used = not self._lock.acquire(blocking=False)
+        if was_used:
+            self._lock = threading.RLock()
             self._lock.acquire()
-        if self._working.locked():
-            self._working, self._broken = threading.Lock(), FORKED
+        self._weights.after_fork(was_used)
         self._lock.release()
 
     # ---------------------------------------------------------------------------------------- loading
@@ -190,15 +184,15 @@ class HotSwap:
                 explain_refusal(error, Path(source))
             raise
         with self._lock:
-            self._settle()
-            self._usable()
+            self._weights.settle()
+            self._weights.check_usable()
             self._free_name(name)
             check_overlaps(label, targets_of([adapter, *self._adapters.values()]))
             self._watch.check()
-            unchecked, fit = self._check(adapter, check, self._levels)
+            unchecked, fit = self._check(adapter, check, self._weights.levels)
             adapter = replace(adapter, report=replace(adapter.report, unchecked=unchecked))
             if fit is not None and fit.fits_present:
-                adapter = adapter.on((level.adapters for level in self._levels), fit.is_successor)
+                adapter = adapter.on((level.adapters for level in self._weights.levels), fit.is_successor)
             adapters = {**self._adapters, name: adapter}
             self._watch.follow(targets_of(adapters.values()))
             self._adapters = adapters
@@ -219,9 +213,9 @@ class HotSwap:
             DeltaError: the adapter is active, not loaded, or beneath a successor that is loaded.
         """
         with self._lock:
-            self._settle()
-            self._known([name])
-            if name in self._active:
+            self._weights.settle()
+            check_loaded([name], self._adapters)
+            if name in self._weights.active:
                 raise ArgumentError(f"adapter {name!r} is active; switch to another or revert before unloading it")
             self._adapters = without(name, self._adapters)
             self._watch.follow(targets_of(self._adapters.values()))
@@ -301,16 +295,21 @@ class HotSwap:
         """
         wanted = strengths_of(adapters, strength)
         with self._lock:
-            self._settle()
-            before, streams = self._levels, self._devices.streams(stream)
+            self._weights.settle()
+            before, streams = self._weights.levels, self._devices.streams(stream)
+            plan = self._weights.plan(wanted, self._adapters)
+            if self._weights.is_active(plan):  # nothing is written, so no exception can come at a wrong moment
+                self._watch.check()
+                return self._weights.report(self._adapters)
+            switch = partial(self._weights.switch, plan, self._adapters, streams)
             try:
                 if self._devices.only_queue:  # work that is queued is no faster on another thread, but begins later
                     with interrupts_held_back():
-                        return self._switch(wanted, streams)
-                (report,) = uninterrupted(partial(self._switch, wanted, streams))
+                        return switch()
+                (report,) = uninterrupted(switch)
                 return report
             except BaseException:
-                uninterrupted(partial(self._take_back, before, streams))
+                uninterrupted(partial(self._weights.take_back, before, streams))
                 raise
 
     def revert(self, stream: Any = None) -> SwitchReport:
@@ -333,14 +332,14 @@ class HotSwap:
             TargetError: a tensor was moved or replaced.
         """
         with self._lock:
-            self._settle()
+            self._weights.settle()
             unchecked = {
                 name: self._check(adapter, check and adapter.was_compared, [])[0]
                 for name, adapter in self._adapters.items()
             }
             changed = {target.name for target in self._watch.changed()}
-            active = {target.name for target in targets_below(layers_of(self._levels).values())}
-            self._levels, self._broken, self._unfinished = [], None, None
+            active = {target.name for target in self._weights.targets}
+            self._weights.forget()
             self._adapters = {name: adapter.on((), False) for name, adapter in self._adapters.items()}
             self._watch.accept()
             return RebaseReport(tuple(sorted(changed)), tuple(sorted(active - changed)), unchecked)
@@ -354,8 +353,8 @@ class HotSwap:
         Other threads that switch wait for its end.  Arguments and errors are those of `switch`.
         """
         with self._lock:
-            self._settle()
-            go_back = partial(self._switch, self._active, self._devices.streams(stream))
+            self._weights.settle()
+            go_back = partial(self._go_back, self._weights.active, self._devices.streams(stream))
             try:
                 yield self.switch(adapters, strength, stream)
             finally:
@@ -365,86 +364,5 @@ class HotSwap:
                     uninterrupted(go_back)
                     raise
 
-    def _known(self, names: Mapping[str, float] | Sequence[str]) -> None:
-        for name in names:
-            if name not in self._adapters:
-                some = ", ".join(self._adapters) or "none"
-                raise ArgumentError(f"adapter {name!r} is not loaded ({some} are); load it first")
-
-    def _settle(self) -> None:
-        """Waits for work whose caller did not, because two exceptions from outside came at once."""
-        with self._working:
-            pass
-
-    def _usable(self) -> None:
-        if self._unfinished is not None and self._broken is None:  # an exception came while another was handled
-            self._broken = f"the weights are in an unknown state after an interrupt; {RELOAD}"
-        if self._broken is not None:
-            raise TargetError(self._broken)
-
-    def _switch(self, wanted: Mapping[str, float], streams: Streams) -> SwitchReport:
-        """`switch`; on a thread that no exception from outside reaches, unless the work is only queued."""
-        with self._working:
-            self._usable()
-            self._known(wanted)
-            plan = planned(wanted, self._adapters)
-            if are_same(together(plan), self._active):
-                self._watch.check()
-            else:
-                self._commit(plan, streams)
-            return SwitchReport(
-                active=dict(self._active),
-                tensors=len(targets_below(layers_of(self._levels).values())),
-                nonzeros=sum(self._adapters[name].report.nonzeros for name in self._active),
-                nbytes=self._saved_bytes(),
-            )
-
-    def _commit(self, plan: Sequence[Strengths], streams: Streams) -> None:
-        before = self._levels
-        with self._devices.ordered(streams):
-            after = new_levels(plan, before, self._adapters)
-            changing = [level.layers for levels in different(before, after) for level in levels]
-            touched = different_tensors(layers for level in changing for layers in level.values())
-            for held in touched:
-                held.check_memory()
-            self._watch.claim()
-            self._unfinished = after
-            try:
-                exchange(before, after)
-                for held in touched:  # while the device works
-                    held.check_model()
-                increment_versions(touched)
-            except BaseException:
-                self._roll_back(before, after)
-                self._unfinished = None
-                raise
-            finally:
-                self._watch.record()
-            self._levels, self._unfinished = after, None
-
-    def _take_back(self, levels: list[Level], streams: Streams) -> None:
-        """Undoes what a switch did until an exception from outside came: these levels are active again."""
-        with self._working, self._devices.ordered(streams):
-            after = self._levels if self._unfinished is None else self._unfinished
-            if after is not levels and self._broken is None:
-                self._roll_back(levels, after)
-                self._watch.record()
-                self._levels, self._unfinished = levels, None
-
-    def _roll_back(self, before: Sequence[Level], after: list[Level]) -> None:
-        """Undoes a commit that failed at any step."""
-        try:
-            leave, enter = different(before, after)
-            restore(enter)
-            for level in enter:
-                level.layers.clear()  # frees its rooms, so that going back takes no more memory
-            restore(leave)
-            exchange([], leave)
-        except BaseException as error:
-            self._broken = (
-                f"the weights are in an unknown state, because undoing a failed switch failed too ({error}); {RELOAD}"
-            )
-            raise TargetError(self._broken) from error
-
-    def _saved_bytes(self) -> int:
-        return sum(layer.held.room for layers in layers_of(self._levels).values() for layer in layers)
+    def _go_back(self, active: Strengths, streams: Streams) -> SwitchReport:
+        return self._weights.switch(self._weights.plan(active, self._adapters), self._adapters, streams)

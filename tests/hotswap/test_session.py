@@ -21,7 +21,7 @@ from shiradelta.backends.choose import choose
 from shiradelta.backends.libshd.decoder import LoadedTensor
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.format.codecs import VALUE_OPTIONS
-from shiradelta.hotswap import session as hotswap
+from shiradelta.hotswap import patched, session
 from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.numpy import NumpyBackend
 from tests.swapping import (
@@ -293,7 +293,7 @@ def test_applied_goes_back_after_an_interrupt(
     """On its way in, after the weights are written, and on its way out."""
     swap = make(base, one=one)
     before = bits(base["w"])
-    increment_versions = hotswap.increment_versions
+    increment_versions = patched.increment_versions
     calls: list[int] = []
 
     def interrupted(helds: Any) -> None:
@@ -302,7 +302,7 @@ def test_applied_goes_back_after_an_interrupt(
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(hotswap, "increment_versions", interrupted)
+    monkeypatch.setattr(patched, "increment_versions", interrupted)
     with pytest.raises(KeyboardInterrupt), swap.applied("one"):
         pass
     assert swap.active == {}
@@ -470,7 +470,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
-    ("where", "what"), [(NumpyBackend, "write"), (Held, "check_model"), (hotswap, "increment_versions")]
+    ("where", "what"), [(NumpyBackend, "write"), (Held, "check_model"), (patched, "increment_versions")]
 )
 def test_an_interrupt_waits_for_a_whole_state(
     monkeypatch: pytest.MonkeyPatch, base: dict[str, torch.Tensor], one: bytes, where: Any, what: str
@@ -828,3 +828,15 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(sd.ShiraDeltaError, match="not a regular file"):
         make({"w": weights((4, 4), "float32")}, "numpy").load("a", tmp_path / "pipe")
+
+
+def test_a_switch_that_changes_nothing_starts_no_thread(
+    monkeypatch: pytest.MonkeyPatch, base: dict[str, torch.Tensor], one: bytes
+):
+    swap = make(base, "numpy", one=one)
+    report = swap.switch("one")
+    monkeypatch.setattr(session, "uninterrupted", None)
+    assert swap.switch({"one": 1}) == report
+    base["w"].add_(1)
+    with pytest.raises(TargetError, match="changed from outside"):
+        swap.switch("one")

@@ -1,0 +1,163 @@
+"""The levels that are on a session's weights: they are replaced wholly, or not at all."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from shiradelta.errors import TargetError
+from shiradelta.hotswap.devices import Devices, Layers, Streams
+from shiradelta.hotswap.layers import different_tensors, increment_versions, targets_below
+from shiradelta.hotswap.levels import Level, different, exchange, layers_of, new_levels, planned, restore
+from shiradelta.hotswap.loaded import Loaded, Strengths, check_loaded, together
+from shiradelta.hotswap.outside import FORKED, RELOAD, Watch
+from shiradelta.hotswap.reports import SwitchReport
+from shiradelta.hotswap.strengths import are_same
+from shiradelta.models.live import Target
+
+
+class PatchedWeights:
+    """The weights of a session, and what is on them.
+
+    `switch` and `take_back` change weights, so they are called on a thread that no exception from outside reaches
+    (`shiradelta.util.interrupts`), unless the work is only queued.  The other methods write no weights.
+
+    Attributes:
+        levels: what is on the weights; the list is replaced, never changed.
+    """
+
+    def __init__(self, devices: Devices, watch: Watch) -> None:
+        self._devices, self._watch = devices, watch
+        self.levels: list[Level] = []
+        self._working = threading.Lock()  # of the thread that changes weights
+        self._broken: str | None = None
+        self._unfinished: list[Level] | None = None  # what a switch is about to put on the weights
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Adapter -> strength."""
+        return together(level.adapters for level in self.levels)
+
+    @property
+    def layers(self) -> Layers:
+        """The layers of all levels, the topmost first."""
+        return layers_of(self.levels)
+
+    @property
+    def targets(self) -> frozenset[Target]:
+        """The tensors that the active adapters change."""
+        return targets_below(self.layers.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the saved elements."""
+        return sum(layer.held.room for layers in self.layers.values() for layer in layers)
+
+    def settle(self) -> None:
+        """Waits for work whose caller did not, because two exceptions from outside came at once."""
+        with self._working:
+            pass
+
+    def check_usable(self) -> None:
+        """Checks that it is known what is on the weights.
+
+        Raises:
+            TargetError: it is not.
+        """
+        if self._unfinished is not None and self._broken is None:  # an exception came while another was handled
+            self._broken = f"the weights are in an unknown state after an interrupt; {RELOAD}"
+        if self._broken is not None:
+            raise TargetError(self._broken)
+
+    def forget(self) -> None:
+        """Takes the weights as they are for the base."""
+        self.levels, self._broken, self._unfinished = [], None, None
+
+    def after_fork(self, was_used: bool) -> None:
+        """Goes on in a process that was forked; `was_used` says that another thread used the session then."""
+        if self._working.locked():
+            self._working, was_used = threading.Lock(), True
+        if was_used:
+            self._broken = FORKED
+
+    def plan(self, wanted: Strengths, adapters: Mapping[str, Loaded]) -> list[Strengths]:
+        """The wanted adapters in levels.
+
+        Raises:
+            DeltaError: one is not loaded, or they cannot be active together at these strengths.
+            TargetError: the weights are in an unknown state.
+        """
+        self.check_usable()
+        check_loaded(wanted, adapters)
+        return planned(wanted, adapters)
+
+    def is_active(self, plan: Sequence[Strengths]) -> bool:
+        """Whether exactly this is on the weights."""
+        return are_same(together(plan), self.active)
+
+    def report(self, adapters: Mapping[str, Loaded]) -> SwitchReport:
+        """What is on the weights."""
+        active = self.active
+        return SwitchReport(
+            active=active,
+            tensors=len(self.targets),
+            nonzeros=sum(adapters[name].report.nonzeros for name in active),
+            nbytes=self.nbytes,
+        )
+
+    def switch(self, plan: Sequence[Strengths], adapters: Mapping[str, Loaded], streams: Streams) -> SwitchReport:
+        """Puts what is planned on the weights, in the place of what is on them."""
+        with self._working:
+            self.check_usable()
+            if self.is_active(plan):
+                self._watch.check()
+            else:
+                self._commit(plan, adapters, streams)
+            return self.report(adapters)
+
+    def _commit(self, plan: Sequence[Strengths], adapters: Mapping[str, Loaded], streams: Streams) -> None:
+        before = self.levels
+        with self._devices.ordered(streams):
+            after = new_levels(plan, before, adapters)
+            changing = [level.layers for levels in different(before, after) for level in levels]
+            touched = different_tensors(layers for level in changing for layers in level.values())
+            for held in touched:
+                held.check_memory()
+            self._watch.claim()
+            self._unfinished = after
+            try:
+                exchange(before, after)
+                for held in touched:  # while the device works
+                    held.check_model()
+                increment_versions(touched)
+            except BaseException:
+                self._roll_back(before, after)
+                self._unfinished = None
+                raise
+            finally:
+                self._watch.record()
+            self.levels, self._unfinished = after, None
+
+    def take_back(self, levels: list[Level], streams: Streams) -> None:
+        """Undoes what a switch did until an exception from outside came: these levels are active again."""
+        with self._working, self._devices.ordered(streams):
+            after = self.levels if self._unfinished is None else self._unfinished
+            if after is not levels and self._broken is None:
+                self._roll_back(levels, after)
+                self._watch.record()
+                self.levels, self._unfinished = levels, None
+
+    def _roll_back(self, before: Sequence[Level], after: list[Level]) -> None:
+        """Undoes a commit that failed at any step."""
+        try:
+            leave, enter = different(before, after)
+            restore(enter)
+            for level in enter:
+                level.layers.clear()  # frees its rooms, so that going back takes no more memory
+            restore(leave)
+            exchange([], leave)
+        except BaseException as error:
+            self._broken = (
+                f"the weights are in an unknown state, because undoing a failed switch failed too ({error}); {RELOAD}"
+            )
+            raise TargetError(self._broken) from error
