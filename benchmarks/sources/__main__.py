@@ -13,11 +13,11 @@ import transformers
 
 from shiradelta.util.text import table
 
-from . import diffusion, lycoris, mlx, peft_types
+from . import diffusion, flux, lycoris, mlx, peft_types, unets
 from .case import outcome
 
 #: The producers, one file each: its `cases()` are the rows.
-PRODUCERS = (peft_types, diffusion, lycoris, mlx)
+PRODUCERS = (peft_types, unets, diffusion, flux, lycoris, mlx)
 
 
 def main(words: Sequence[str]) -> None:
