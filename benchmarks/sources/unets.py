@@ -145,5 +145,5 @@ def cases() -> Iterator[Case]:
     for model, config in (("Stable Diffusion 1.5", SD15), ("Stable Diffusion XL", SDXL)):
         for trainer in ("kohya", "kohya on diffusers", "diffusers"):
             for base in ("pipeline", "single file"):
-                more = {"config": config, "trainer": trainer, "base": base, "text": config is SDXL}
+                more: dict[str, Any] = {"config": config, "trainer": trainer, "base": base, "text": config is SDXL}
                 yield Case(trainer, f"{model}, {base}", by, partial(make, **more))
