@@ -87,7 +87,11 @@ class ShiraDeltaError(Exception):
     """Base of all errors of this package.  `str` gives one line of at most some 1,000 characters."""
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        return one_line(self._whole())
+
+    def _whole(self) -> str:
+        """The message, whatever is in it."""
+        return super().__str__()
 
 
 class FormatError(ShiraDeltaError):
@@ -119,7 +123,7 @@ class FormatError(ShiraDeltaError):
         self.file = file
         self.remedy: str | None = None
 
-    def __str__(self) -> str:
+    def _whole(self) -> str:
         where = self.file or "delta"
         if self.tensor is not None:
             where += f", tensor {self.tensor!r}"
@@ -129,7 +133,7 @@ class FormatError(ShiraDeltaError):
         remedy = self.remedy or _REMEDIES.get(
             self.reason, "the file is damaged or was not made to the format; get it again"
         )
-        return one_line(f"{where}: refused, {what} [{self.reason}]; {remedy}")
+        return f"{where}: refused, {what} [{self.reason}]; {remedy}"
 
 
 class DeltaError(ShiraDeltaError, ValueError):
@@ -179,7 +183,7 @@ class TargetError(ShiraDeltaError):
         """What is wrong."""
         return str(self.args[0])
 
-    def __str__(self) -> str:
+    def _whole(self) -> str:
         return f"{self.problem}; {self.ending}" if self.ending else self.problem
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shiradelta.errors import FormatError, MissingDependencyError, ShiraDeltaError, SourceError
+from shiradelta.errors import FormatError, MissingDependencyError, ShiraDeltaError, SourceError, TargetError
 
 STRANGE = "\x1b[2J\n" + "[" * 100_000
 
@@ -13,6 +13,7 @@ STRANGE = "\x1b[2J\n" + "[" * 100_000
     "error",
     [
         SourceError(f"begin {STRANGE} end"),
+        TargetError(f"begin {STRANGE}", ending="the end"),
         MissingDependencyError(f"begin {STRANGE} end"),
         FormatError("bad_name", f"{STRANGE} end", file="begin"),
     ],

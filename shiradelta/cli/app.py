@@ -59,10 +59,10 @@ class _Commands(click.Group):
             with terminations_raised():
                 return super().invoke(ctx)
         except ShiraDeltaError as error:
-            click.echo(f"error: {printable(str(error))}", err=True)
+            click.echo(f"error: {error}", err=True)
         except ImportError as error:
             problem = failed_import(error, f"shiradelta {ctx.invoked_subcommand}")
-            click.echo(f"error: {printable(str(problem))}", err=True)
+            click.echo(f"error: {problem}", err=True)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of a pipe has gone; click exits silently
                 raise

@@ -52,8 +52,12 @@ def test_another_exception_is_found(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_long_line_is_found(monkeypatch: pytest.MonkeyPatch):
+    class LongError(shiradelta.SourceError):
+        def __str__(self) -> str:
+            return "a" * 10_000
+
     def refuse(*_: object, **__: object) -> None:
-        raise shiradelta.SourceError("a" * 10_000)
+        raise LongError
 
     monkeypatch.setattr(shiradelta, "convert", refuse)
     assert "a line of 10000 characters" in judged(whole("dense", random.Random(0))).problems[0][1]
