@@ -115,7 +115,8 @@ def _tokens(
         positions = (np.array(rows)[order][:, None] * shape[1] + np.arange(shape[1])).reshape(-1)
         tuned = to_float32(source.bits(key), slot.dtype.name).reshape(len(rows), -1)[order].reshape(-1)
         bits = base.bits(found)[positions]
-        change = tuned - to_float32(bits, dtype)
+        with np.errstate(invalid="ignore"):  # what is not finite is refused below
+            change = tuned - to_float32(bits, dtype)
         kept = np.flatnonzero(change)
         return TensorDelta(shape, positions[kept], change[kept], dtype, base_bits=bits[kept])
 

@@ -153,7 +153,7 @@ def damaged_tensor(rng: Random, tensors: dict[str, Made], name: str) -> None:
     elif action == 6:  # other bytes under another dtype
         new = rng.choice([*DTYPE_OF_SAFETENSORS])
         size = DTYPE_OF_SAFETENSORS[new].size * math.prod(shape)
-        tensors[name] = new, shape, rng.randbytes(size)
+        tensors[name] = new, shape, rng.randbytes(size % (1 << 20))
     elif action == 7:
         other = rng.choice([*tensors])
         tensors[name], tensors[other] = tensors[other], tensors[name]

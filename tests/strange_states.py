@@ -162,7 +162,6 @@ def damaged_state(rng: Random) -> Strange:
         if action < 0.7 and isinstance(state, Json):
             value = copy.deepcopy(state.value)
             if rng.random() < 0.3:
-                strange.options["misled"] = seal
                 with suppress(KeyError, TypeError, AttributeError):  # it is damaged already
                     _mislead(rng, value)
             else:
@@ -248,7 +247,7 @@ def outcome_of_state(strange: Strange, root: Path) -> str:
     ours = {name: data for name, data in after.items() if not name.startswith(("source/", "out/"))}
     assert ours == {name: data for name, data in before.items() if not name.startswith("source/")}, "outside"
     assert found or "out/config.json" not in after or action == "apply --out"
-    lied_to = "--force" in action or strange.options.get("misled") or STATE not in strange.files
+    lied_to = "--force" in action or _can_lie(strange.files.get(STATE))
     assert lied_to or weights(model) in folders().known, f"{action} gives weights of no known state"
     meant = action == "commit" and STATE not in strange.files  # it takes the weights for the base
     if done[0] and not action.startswith("apply --out") and not meant:
@@ -256,6 +255,15 @@ def outcome_of_state(strange: Strange, root: Path) -> str:
     if done[0]:
         assert weights(model) == _original(strange), "the weights changed, though the state was refused"
     return f"{action}, {'sealed' if sealed else 'not sealed'}: {found or 'done'}"
+
+
+def _can_lie(state: object) -> bool:
+    """Whether nothing tells that a state is not what was written: there is none, or its checksum is right.
+
+    States of version 1 have no checksum, and no digests of weights.
+    """
+    version = state.value.get("version") if isinstance(state, Json) and isinstance(state.value, dict) else None
+    return state is None or isinstance(state, Sealed) or version == 1
 
 
 def _original(strange: Strange) -> dict[str, bytes]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,8 @@ from shiradelta.errors import TargetError
 #: A weight file or its index, in the model's folder or in a component's.
 _WEIGHT_FILE = re.compile(r"(?:[^./\\\0][^/\\\0]*/)?[^./\\\0][^/\\\0]*\.safetensors(?:\.index(?:\.[\w-]+)?\.json)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+#: The largest finite float32; NaN is not below it, and an integer may be larger than any float.
+_LARGEST_STRENGTH = 2.0**128 - 2.0**104
 _VERSION = 2
 #: Fields of an action that files of version 1 lack.
 _SINCE_2 = {"before": {}, "after": {}, "undo": ""}
@@ -97,6 +98,7 @@ def parse_state(raw: bytes) -> FolderState:
     ids = [entry.id for entry in (*applied, *([pending] if pending else []))]
     if sorted(set(ids)) != ids:
         raise ValueError("actions out of order")
+    _check_first(base, (*applied, *([pending] if pending else [])))
     return FolderState(applied, pending, base)
 
 
@@ -109,6 +111,15 @@ def check_names(root: Path, files: Iterable[str]) -> None:
     for name in files:
         if not _WEIGHT_FILE.fullmatch(name):
             raise TargetError(f"{root / name}: cannot be patched in place under this name; give --out FOLDER")
+
+
+def _check_first(base: Mapping[str, str], actions: Iterable[Applied]) -> None:
+    """Checks that the first action on each file found the base there; else one before it is missing."""
+    found = dict(base)
+    for action in actions:
+        for name, digest in action.before.items():
+            if found.pop(name, digest) != digest:
+                raise ValueError(f"an action on {name!r} is missing")
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -126,8 +137,10 @@ def _applied(entry: dict[str, Any]) -> Applied:
     texts = (found.file, found.digest, found.undo, *found.replaced, *found.added)
     if not all(type(text) is str and text.encode() is not None for text in texts):
         raise ValueError("a text of another type")
-    if type(found.strength) not in (int, float) or not math.isfinite(found.strength):
+    if type(found.strength) not in (int, float) or not abs(found.strength) <= _LARGEST_STRENGTH:
         raise ValueError("a strength that is no number")
+    if not _SHA256.fullmatch(found.digest):
+        raise ValueError("the digest of a delta is none")
     if type(found.successor) is not bool:
         raise ValueError("successor is neither true nor false")
     for name in found.replaced:
