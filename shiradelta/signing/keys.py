@@ -10,10 +10,13 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import SignatureError
+from shiradelta.util.interrupts import uninterrupted
 from shiradelta.util.optional import importing, require
 from shiradelta.util.regular_file import read_small
 
@@ -24,6 +27,8 @@ Passphrase = str | bytes | Callable[[], str | bytes] | None
 _MOST_BYTES = 64 << 10
 _BEGIN = re.compile(r"-----BEGIN ([A-Z0-9 ]{1,40})-----")
 _SSH = "ssh-ed25519"
+#: What is used of cryptography.
+_PARTS = ("asymmetric.ed25519", "serialization")
 _MAKE = "make one with `openssl genpkey -algorithm ed25519`"
 
 
@@ -72,8 +77,7 @@ def public_keys(files: Keys) -> tuple[PublicKey, ...]:
         SignatureError: a file cannot be read, or holds anything but public Ed25519 keys.
         MissingDependencyError: cryptography is not installed.
     """
-    with importing("a signature"):
-        import cryptography  # noqa: F401
+    _load_cryptography()
     paths = [Path(files)] if isinstance(files, str | os.PathLike) else [Path(file) for file in files]
     if not paths:
         raise SignatureError("no key is given; give the public key of whoever signs the files that you trust")
@@ -91,8 +95,9 @@ def private_key(file: str | os.PathLike[str], passphrase: Passphrase = None) -> 
         SignatureError: the file cannot be read, holds anything but one private Ed25519 key, or the passphrase is wrong.
         MissingDependencyError: cryptography is not installed, or bcrypt, which encrypted keys of OpenSSH need.
     """
-    with importing("a signature"):
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    _load_cryptography()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     path = Path(file)
     parts = _parts(path)
     if len(parts) != 1:
@@ -105,6 +110,16 @@ def private_key(file: str | os.PathLike[str], passphrase: Passphrase = None) -> 
         raise _unusable(path, "a private key of another kind")
     exposed = os.name != "nt" and bool(path.stat().st_mode & 0o077)
     return PrivateKey(key, PublicKey(key.public_key().public_bytes_raw()), exposed)
+
+
+def _load_cryptography() -> None:
+    """Imports cryptography where no signal reaches: one that comes within its compiled part ends in a traceback.
+
+    Raises:
+        MissingDependencyError: it is not installed, or cannot be loaded.
+    """
+    with importing("a signature"):
+        uninterrupted(*(partial(import_module, f"cryptography.hazmat.primitives.{name}") for name in _PARTS))
 
 
 def _decrypted(path: Path, label: str, data: bytes, passphrase: Passphrase) -> Any:
