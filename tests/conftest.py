@@ -23,7 +23,7 @@ import shiradelta
 from shiradelta.util import interrupts
 
 # The same examples in every run, more of them in CI; HYPOTHESIS_PROFILE=long looks for new ones.
-settings.register_profile("short", max_examples=30, derandomize=True, deadline=None)
+settings.register_profile("short", max_examples=12, derandomize=True, deadline=None)
 settings.register_profile("ci", max_examples=80, derandomize=True, deadline=None)
 settings.register_profile("long", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))

@@ -40,8 +40,12 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("path", sorted(VALID.glob("*.shd")), ids=lambda path: path.stem)
-def test_every_vector_decodes_to_the_same_bits(path: Path, other: str):
+def test_every_vector_decodes_to_the_same_bits(other: str):
+    for path in sorted(VALID.glob("*.shd")):
+        assert_decodes_to_the_same_bits(path, other)
+
+
+def assert_decodes_to_the_same_bits(path: Path, other: str) -> None:
     generator = np.random.default_rng(0)
     slow = shiradelta.open_delta(path, backend=REFERENCE)
     fast = shiradelta.open_delta(path, backend=other)

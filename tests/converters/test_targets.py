@@ -51,7 +51,9 @@ def error_of(source: Path, file: Path) -> float:
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 @pytest.mark.parametrize("values", ["int4", "f32", "sign"])
-@pytest.mark.parametrize("size", ["3KB", 20_000, "100 kB", "0.2MiB"])
+@pytest.mark.parametrize(
+    "size", ["3KB", 20_000, *(pytest.param(size, marks=pytest.mark.slow) for size in ("100 kB", "0.2MiB"))]
+)
 def test_a_file_is_at_most_as_large_as_wished_and_nearly_that(
     diff: Path, tmp_path: Path, size: str | int, values: str, scope: str
 ):
@@ -67,7 +69,15 @@ def test_a_file_is_at_most_as_large_as_wished_and_nearly_that(
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 @pytest.mark.parametrize(
-    ("values", "error"), [("int4", 0.7), ("int4", 0.25), ("int8", 0.5), ("int8", 0.1), ("f32", 0.1), ("f32", 0.01)]
+    ("values", "error"),
+    [
+        ("int4", 0.7),
+        ("int8", 0.1),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("int4", 0.25), ("int8", 0.5), ("f32", 0.1), ("f32", 0.01))
+        ),
+    ],
 )
 def test_an_error_is_kept_with_as_few_weights_as_possible(
     diff: Path, tmp_path: Path, error: float, values: str, scope: str

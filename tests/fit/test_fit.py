@@ -78,7 +78,10 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
 
 
-@pytest.fixture(scope="session", params=["encoder", "classifier", "causal"])
+@pytest.fixture(
+    scope="session",
+    params=["causal", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("encoder", "classifier"))],
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base model's folder and a fine-tune's."""
     return write_pair(request.param, tmp_path_factory.mktemp(request.param))

@@ -25,7 +25,6 @@ from shiradelta.hotswap import patched, session
 from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.numpy import NumpyBackend
 from tests.swapping import (
-    BACKENDS,
     BACKENDS_IN_TIME,
     DEVICE,
     DTYPES,
@@ -88,7 +87,7 @@ def positions_of(kind: str, numel: int, columns: int) -> np.ndarray:
     }[kind]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize("kind", ["all", "rows", "column", "dense", "few", "one"])
 def test_every_kind_of_positions(backend: str, kind: str):
     base = weights(SHAPE, "bfloat16")
@@ -103,7 +102,7 @@ def test_every_kind_of_positions(backend: str, kind: str):
     assert np.array_equal(bits(base), before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize("dtype", ["bool", "float8_e4m3fn", "int64", "float32"])
 def test_set_on_any_dtype(backend: str, dtype: str):
     base = torch.zeros(SHAPE, dtype=getattr(torch, dtype), device=DEVICE)
@@ -118,7 +117,7 @@ def test_set_on_any_dtype(backend: str, dtype: str):
     assert np.array_equal(bits(base), before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_a_strided_tensor_is_written_where_it_lies(backend: str):
     storage = weights((70, 260), "bfloat16")
     view = storage[:, ::2].t()  # 130 x 70
@@ -132,7 +131,7 @@ def test_a_strided_tensor_is_written_where_it_lies(backend: str):
     assert np.array_equal(bits(view), before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize(("numel", "dtype"), [((1 << 31) + 9000, "int16"), ((1 << 32) + 9000, "uint8")])
 def test_positions_past_31_and_32_bits(backend: str, numel: int, dtype: str):
     """The memory is never touched but for a few pages."""
@@ -167,7 +166,7 @@ def test_many_blocks_and_tensors_of_all_ranks(backend: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_thousand_switches_leave_nothing_behind(backend: str, dtype: str):
     """Among 8 adapters with random strengths; on a CPU the backends for other devices make fewer."""
@@ -220,7 +219,7 @@ def test_sums_start_from_the_first_contribution():
     assert bits(base)[1] == 0x80000000
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_numpy_arrays_and_bfloat16_as_uint16(backend: str):
     base = {"f": np.ones((30, 20), np.float32), "b": bits(weights((30, 20), "bfloat16")).reshape(30, 20)}
     before = {name: array.copy() for name, array in base.items()}
@@ -711,7 +710,7 @@ def test_a_moved_model(base: dict[str, torch.Tensor], one: bytes):
     assert swap.active == {"one": 1}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_memory_that_was_given_back(base: dict[str, torch.Tensor], one: bytes, backend: str):
     """As FSDP does between forward passes; what lies there since is others'."""
     weight = base["w"].clone()  # in a storage that can be resized, unlike memory of NumPy's
@@ -763,7 +762,7 @@ def test_tensors_without_elements():
     assert swap.switch("x").nonzeros == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_weights_at_odd_addresses(backend: str):
     """As safetensors maps them where a tensor of single bytes comes before."""
     if DEVICE != "cpu":
@@ -806,7 +805,7 @@ def test_what_is_no_model_or_backend(base: dict[str, torch.Tensor], tmp_path: Pa
         HotSwap(base).load("a", tmp_path / "nothing.shd")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_damaged_files_are_refused(backend: str):
     """A bit of each section is turned, one after the other: nothing is loaded, and the tensor is named."""
     base = {"w": weights((300, 300), "bfloat16")}

@@ -6,7 +6,6 @@ import io
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from shiradelta.format.codecs import INDEX_CODECS, VALUE_OPTIONS, smallest_index
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.digest import tensor_digest
 from shiradelta.io.writer import writing_to
-from tests.reference import INVALID, VALID, by_decoder, contents
+from tests.reference import VALID, by_decoder, contents
 
 VALUES = list(VALUE_OPTIONS)
 
@@ -272,18 +271,6 @@ def test_rows_do_not_look_at_what_they_do_not_need(tmp_path):
     assert np.array_equal(values, expected[1])
     with pytest.raises(FormatError, match="section_checksum"):
         damaged.positions()
-
-
-@pytest.mark.parametrize("path", sorted(INVALID.glob("*.shd")), ids=lambda path: path.stem)
-def test_rows_of_refused_files_stay_inside(path):
-    with suppress(FormatError):
-        for tensor in sd.open_delta(path).values():
-            rows, columns = matrix_shape(tensor.shape)
-            for start, stop in (0, rows), (0, rows // 2), (rows // 2, rows):
-                with suppress(FormatError):
-                    positions, values = tensor.rows(start, stop)
-                    assert positions.size == values.size
-                    assert np.all((positions >= start * columns) & (positions < stop * columns))
 
 
 # --- laziness ---
