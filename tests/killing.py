@@ -44,6 +44,8 @@ VICTIMS = (
     ),
     Victim("fuse", "fuse {a} {b} -o out.shd", weight=6),
     Victim("fuse over an older file", "fuse {a} {b} -o out.shd", ("fuse {a} -o out.shd",), weight=6),
+    Victim("export", "export {a} dense out.safetensors"),
+    Victim("export merged", "export {a} merged out --model {model}"),
     Victim("sign", "sign {a} --key {key} -o out.sig"),
     Victim("sign --force", "sign {a} --key {key} -o out.sig --force", ("sign {b} --key {key} -o out.sig",)),
     Victim("convert --fit", f"convert {{tuned}} --base {{small}} -o out.shd {_FIT}", kept="out.shd.fit"),
