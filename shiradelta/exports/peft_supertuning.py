@@ -16,11 +16,16 @@ from shiradelta.util.progress import Progress
 
 from .adapter import stored, write_adapter
 from .base import linear_layers
-from .layouts import export
+from .layouts import Written, export
 from .peft_shira import check_room, padded
 
 #: PEFT's indices are int32.
 _LIMIT = 1 << 31
+_NARROW = ("float16", "bfloat16")
+_ROUNDED = (
+    "PEFT rounds Supertuning's values to the weights' {dtype} before it adds them, so some weights will differ from"
+    " what apply gives; peft-shira gives the same"
+)
 
 
 def sparsity_of(deltas: Mapping[str, TensorDelta]) -> float:
@@ -49,7 +54,7 @@ def write(
     *,
     model: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> Written:
     """Writes a PEFT Supertuning adapter, with its indices.
 
     Layers with fewer nonzeros than PEFT wants are filled up with zeros.
@@ -60,6 +65,9 @@ def write(
         base: `base_model_name_or_path`.
         model: the base's files; see `linear_layers`.
         progress: called with (what, done, total).
+
+    Returns:
+        A warning if the delta is for weights in 16 bits.
 
     Raises:
         DeltaError: Supertuning cannot hold the deltas, because they change something other than linear layers, or are
@@ -88,3 +96,5 @@ def write(
         tensors.append(stored(f"{key}indices", (count,), "int32", partial(indices, layer)))
     config = {"peft_type": "SUPERTUNING", "sparsity": sparsity, "save_precomputed_indices": True}
     write_adapter(folder, config, layers, base, tensors, progress)
+    narrow = sorted({delta.dtype for delta in layers.values()} & set(_NARROW))
+    return Written(warnings=tuple(_ROUNDED.format(dtype=dtype) for dtype in narrow))

@@ -22,6 +22,7 @@ from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, Limi
 from shiradelta.exports import EXPORTS
 from shiradelta.exports.low_rank import factors_of
 from shiradelta.exports.peft_supertuning import count_of, sparsity_of
+from shiradelta.format.arithmetic import add
 from shiradelta.format.delta import TensorDelta
 from tests.conftest import read
 from tests.scenes import contents
@@ -61,10 +62,12 @@ def loaded(model: Any, adapter: Path) -> Any:
     return PeftModel.from_pretrained(copy.deepcopy(model), adapter)
 
 
-def peft_has(kind: str) -> bool:
+def need(layout: str) -> None:
+    """Skips a test of an adapter that the installed PEFT does not know."""
     from peft import PeftType
 
-    return hasattr(PeftType, kind)
+    if not hasattr(PeftType, layout.removeprefix("peft-").upper()):
+        pytest.skip("this PEFT does not have it")
 
 
 def merged_model(root: Path, delta: Path, out: Path) -> Any:
@@ -80,8 +83,7 @@ def merged_model(root: Path, delta: Path, out: Path) -> Any:
 def test_peft_loads_a_sparse_adapter_that_gives_the_same_weights(
     root: Path, model: Any, tmp_path: Path, layout: str, with_model: bool
 ):
-    if not peft_has(layout.removeprefix("peft-").upper()):
-        pytest.skip("this PEFT does not have it")
+    need(layout)
     report = sd.export(root / "linear.shd", layout, tmp_path / "out", model=root / "base" if with_model else None)
     assert (report.tensors, report.energy_kept, report.warnings) == (14, None, ())
     right = merged_model(root, root / "linear.shd", tmp_path / "right")
@@ -93,6 +95,26 @@ def test_peft_loads_a_sparse_adapter_that_gives_the_same_weights(
     assert not torch.equal(found[DOWN], model.state_dict()[DOWN])
     about = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == (str(root / "base") if with_model else "base")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["peft-shira", "peft-supertuning"])
+def test_in_16_bits_the_weights_are_the_same_or_a_warning_says_otherwise(
+    layout: str, dtype: torch.dtype, tmp_path: Path
+):
+    need(layout)
+    name, torch_model = str(dtype).removeprefix("torch."), torch.nn.Sequential(torch.nn.Linear(64, 48)).to(dtype)
+    bits = torch_model[0].weight.detach().view(torch.int16).numpy().view("u2").reshape(-1)
+    positions = np.arange(0, 3072, 10)
+    values = np.random.default_rng(0).standard_normal(positions.size).astype(np.float32) * np.float32(0.01)
+    sd.save_delta(tmp_path / "x.shd", {"0.weight": TensorDelta((48, 64), positions, values, name)}, values="f32")
+    report = sd.export(tmp_path / "x.shd", layout, tmp_path / "out")
+    right = bits.copy()
+    right[positions] = add(bits[positions], name, values)
+    found = loaded(torch_model, tmp_path / "out").merge_and_unload()[0].weight.data
+    same = np.array_equal(found.view(torch.int16).numpy().view("u2").reshape(-1), right)
+    assert same == (not report.warnings) == (layout == "peft-shira")
 
 
 @pytest.mark.filterwarnings("ignore")
