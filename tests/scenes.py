@@ -135,7 +135,7 @@ class Scene:
     def _arguments(self, command: str, folder: Path) -> list[str]:
         """The words of a command with whole paths."""
         named = {path.stem: str(path) for path in self._inputs.iterdir()}
-        own = ("model", "out", "out.shd", "out.sig")
+        own = ("model", "out", "out.shd", "out.sig", "out.safetensors")
         return [str(folder / word) if word in own else word.format_map(named) for word in command.split()]
 
     @property
