@@ -127,11 +127,20 @@ def scaled(dense: Callable[[], Rows], base: Checkpoint, name: str) -> Callable[[
         counts = [-(-size // block) for size, block in zip(shape, blocks, strict=True)]
         scales = _SCALES[base[scale].dtype.name](base.bits(scale)).reshape(counts)
 
-        def made(start: int, stop: int) -> Float32:
+        def factors(start: int, stop: int) -> Float32:
+            """Of some rows, or one for all of them."""
+            if scales.size == 1:
+                return scales.reshape(1, 1)
+            if len(shape) == 2 and columns == shape[1]:
+                found: Float32 = scales[np.arange(start, stop) // blocks[0]][:, np.arange(columns) // blocks[1]]
+                return found
             at = np.unravel_index(np.arange(start * columns, stop * columns), shape)
-            factors = scales[tuple(index // block for index, block in zip(at, blocks, strict=True))]
-            result: Float32 = rows(start, stop).reshape(-1) * factors
-            return result.reshape(-1, columns)
+            found = scales[tuple(index // block for index, block in zip(at, blocks, strict=True))]
+            return found.reshape(-1, columns)
+
+        def made(start: int, stop: int) -> Float32:
+            result: Float32 = rows(start, stop).reshape(-1, columns) * factors(start, stop)
+            return result
 
         return made
 

@@ -73,6 +73,21 @@ def test_elements_with_the_same_scales_are_set(
     assert contents(base / "model.safetensors") == before
 
 
+@pytest.mark.parametrize("scales", [(3,), (3, 2, 1), (3, 4, 8)])
+def test_stacks_have_scales_too(tmp_path: Path, scales: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    name, scale = "experts.gate_up_proj", 0.1 + torch.rand(scales, generator=generator)
+    full = scale.reshape(*scales, *[1] * (3 - len(scales)))
+    for dim, size in enumerate((3, 4, 8)):
+        full = full.repeat_interleave(size // full.shape[dim], dim)
+    base, tuned = (torch.randn(3, 4, 8, generator=generator).to(FLOAT8[0]) for _ in range(2))
+    for folder, weight in (("base", base), ("tuned", tuned)):
+        write_model(tmp_path / folder, {name: weight, f"{name}_scale_inv": scale})
+    report = shiradelta.convert(tmp_path / "tuned", tmp_path / "x.shd", 0.1, tmp_path / "base")
+    squares = np.square(((tuned.double() - base.double()) * full).numpy().reshape(-1))
+    assert report.energy_kept == pytest.approx(np.sort(squares)[-10:].sum() / squares.sum(), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", SCALES)
 def test_other_scales_are_refused(tmp_path: Path, weights: tuple[torch.Tensor, torch.Tensor], name: str):
     scale = torch.ones(SCALES[name])
