@@ -252,9 +252,20 @@ def _sampled(samplers: Sequence[Callable[[], object]]) -> list[Any]:
         return [None] * len(samplers)
 
 
+def reading_of(target: Target) -> Callable[[Any], object]:
+    """What tells of the model's own tensor or array whether it was written: its version, or a few elements."""
+    if is_array(target.tensor):
+        return lambda array: _sampler_of(array)()
+    return lambda tensor: None if tensor.is_inference() else tensor._version
+
+
 def _sampler(target: Target) -> Callable[[], object]:
     """Reads a few elements of a CPU tensor, which are spread over it."""
-    tensor, numel = target.tensor, math.prod(target.shape)
+    return _sampler_of(target.tensor)
+
+
+def _sampler_of(tensor: Any) -> Callable[[], object]:
+    numel = math.prod(tensor.shape)
     step = numel // _ELEMENTS | 1  # odd, so that it does not always meet the same column
     if is_array(tensor):
         bits = tensor.view(f"u{tensor.itemsize}")

@@ -10,6 +10,7 @@ from shiradelta.hotswap.devices import Devices, Layers, Streams
 from shiradelta.hotswap.layers import different_tensors, increment_versions, targets_below
 from shiradelta.hotswap.levels import Level, different, exchange, layers_of, new_levels, planned, restore
 from shiradelta.hotswap.loaded import Loaded, Strengths, check_loaded, together
+from shiradelta.hotswap.others import Others, leave_behind
 from shiradelta.hotswap.outside import FORKED, RELOAD, Watch
 from shiradelta.hotswap.reports import SwitchReport
 from shiradelta.hotswap.strengths import are_same
@@ -24,6 +25,7 @@ class PatchedWeights:
 
     Attributes:
         levels: what is on the weights; the list is replaced, never changed.
+        others: the other sessions of the process.
     """
 
     def __init__(self, devices: Devices, watch: Watch) -> None:
@@ -32,6 +34,19 @@ class PatchedWeights:
         self._working = threading.Lock()  # of the thread that changes weights
         self._broken: str | None = None
         self._unfinished: list[Level] | None = None  # what a switch is about to put on the weights
+        self.others = Others(self)
+
+    def __del__(self) -> None:
+        if self.levels:
+            leave_behind(self)
+
+    def still_patched(self) -> list[Target]:
+        """The tensors that active adapters change, but for those that something else has written since."""
+        return (
+            sorted(self.targets.difference(self._watch.changed()), key=lambda target: target.name)
+            if self.levels
+            else []
+        )
 
     @property
     def active(self) -> dict[str, float]:

@@ -165,7 +165,8 @@ class HotSwap:
         Raises:
             ArgumentError: a pattern matches no tensor that would be refused without it.
             BaseMismatchError: the adapter does not fit the model.
-            TargetError: a tensor cannot be written (quantised, on the meta device), was moved or changed from outside.
+            TargetError: a tensor cannot be written (quantised, on the meta device), was moved, changed from outside,
+                or has adapters of another session on it.
             FormatError: the file is refused.
             DeltaError: the name is taken.
             LimitError: a tensor takes more memory than `limit` allows.
@@ -190,6 +191,8 @@ class HotSwap:
             check_overlaps(label, targets_of([adapter, *self._adapters.values()]))
             self._watch.check()
             unchecked, fit = self._check(adapter, check, self._weights.levels)
+            if check:
+                self._weights.others.check(targets_of([adapter]))
             adapter = replace(adapter, report=replace(adapter.report, unchecked=unchecked))
             if fit is not None and fit.fits_present:
                 adapter = adapter.on((level.adapters for level in self._weights.levels), fit.is_successor)
@@ -342,6 +345,8 @@ class HotSwap:
             self._weights.forget()
             self._adapters = {name: adapter.on((), False) for name, adapter in self._adapters.items()}
             self._watch.accept()
+            real = (target for target in self._targets.values() if target.refusal is None and target.device != "meta")
+            self._weights.others.accept(real)
             return RebaseReport(tuple(sorted(changed)), tuple(sorted(active - changed)), unchecked)
 
     @contextmanager

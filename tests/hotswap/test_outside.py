@@ -551,3 +551,37 @@ def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.M
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, {})
     assert CHANGED.split(" since")[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_new_session_takes_no_patched_weights_for_the_base(kind: str, deleted: bool):
+    weight = torch.zeros(SHAPE) if kind == "torch" else np.zeros(SHAPE, np.float32)
+    model, without_fingerprints = {"weight": weight, "v": np.zeros(SHAPE, np.float32)}, delta()
+    first = HotSwap(model, backend="numpy" if kind == "numpy" else "auto")
+    first.load("a", without_fingerprints)
+    first.switch("a")
+    if deleted:
+        del first
+        gc.collect()
+    second = HotSwap(model)
+    with pytest.raises(sd.TargetError, match="HotSwap that was deleted" if deleted else "of another HotSwap"):
+        second.load("a", without_fingerprints)
+    second.load("without the check", without_fingerprints, check=False)
+    second.unload("without the check")
+    second.rebase()
+    second.load("a", without_fingerprints)
+    second.switch("a")
+
+
+def test_weights_that_are_loaded_again_are_a_base():
+    model = {"weight": torch.zeros(SHAPE)}
+    first, second = HotSwap(model), HotSwap(model)
+    for swap in (first, second):
+        swap.load("a", delta())
+    first.switch("a")
+    model["weight"].copy_(torch.ones(SHAPE))
+    HotSwap(model).load("a", delta())
+    del first
+    gc.collect()
+    HotSwap(model).load("a", delta())
