@@ -22,10 +22,10 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 
 @command(short_help="Convert a LoRA, a full fine-tune or a diff to a .shd file.")
 @click.argument("source")
-@click.option("--sparsity", type=float, help="Share of the weights that change.  [default: 0.01]")
+@click.option("--sparsity", type=options.SHARE, help="Share of the weights that change, such as 1%.  [default: 0.01]")
 @click.option("--target-size", metavar="SIZE", help="Largest size of the file, such as 2MB; finds the sparsity.")
 @click.option(
-    "--target-error", type=float, help="Largest relative error of the delta, such as 0.3; finds the sparsity."
+    "--target-error", type=options.SHARE, help="Largest relative error of the delta, such as 0.3; finds the sparsity."
 )
 @click.option("--base", metavar="MODEL", help="Folder or file of the base model; required for a full fine-tune.")
 @options.values("int4")
@@ -76,6 +76,7 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 @click.option("--fit-tokens", default=128, show_default=True, help="Where texts are cut.")
 @click.option(
     "--fit-text-share",
+    type=options.SHARE,
     default=0.1,
     show_default=True,
     help="Share of a language model's target that is the text's next token; the fine-tune predicts the rest.",

@@ -38,7 +38,7 @@ def _list_layouts(context: click.Context, parameter: click.Parameter, value: boo
     "--model", metavar="MODEL", help="Folder or file of the base model; merged needs it, and sparse for additions."
 )
 @click.option("--rank", type=int, help="Rank of each layer's factors, for peft-lora.  [default: 16]")
-@click.option("--energy", type=float, help="Share of each layer's energy to keep instead, for peft-lora, such as 0.9.")
+@click.option("--energy", type=options.SHARE, help="Share of each layer's energy to keep instead, such as 90%.")
 @click.option("--strength", type=float, help="Factor for all changes, for merged.  [default: 1]")
 @options.max_memory
 @options.as_json

@@ -24,7 +24,13 @@ from shiradelta.util.text import count, percent
     help="How values at the same weight are combined; sum equals applying all deltas together.",
 )
 @options.values("f32")
-@click.option("--drop", default=0.5, show_default=True, help="Share of nonzeros to drop, for methods that drop some.")
+@click.option(
+    "--drop",
+    type=options.SHARE,
+    default=0.5,
+    show_default=True,
+    help="Share of nonzeros to drop, for methods that drop some.",
+)
 @click.option("--seed", default=0, show_default=True, help="Random seed, for methods that drop nonzeros.")
 @click.option("--base", metavar="MODEL", help="Folder or file of the base model; puts fingerprints into the result.")
 @options.max_memory

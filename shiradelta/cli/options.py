@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shiradelta.errors import ArgumentError
+from shiradelta.util.text import parse_share
 
 if TYPE_CHECKING:
     _Choice = click.Choice[str]
+    _FloatType = click.ParamType[float]
 else:
-    _Choice = click.Choice  # click 8.1 has no parameter for this
+    _Choice, _FloatType = click.Choice, click.ParamType  # click 8.2 has no parameter for them
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -67,6 +69,23 @@ def _load(path: str) -> Any:
     """Imports the object that a path such as "package.module:NAME" names."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)
+
+
+class _Share(_FloatType):
+    """A share: 0.01 or 1%."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_share(str(value))
+        except ArgumentError as error:
+            self.fail(str(error), param, ctx)
+
+
+SHARE = _Share()
 
 
 class RegistryOption(click.Option):

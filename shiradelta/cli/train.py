@@ -18,7 +18,7 @@ from shiradelta.util.text import count, size
 @click.argument("model")
 @click.option("--texts", required=True, help="Examples to train on: JSON Lines, with keys as above.")
 @click.option("-o", "--out", required=True, help="The file to write.")
-@click.option("--sparsity", default="0.01", show_default=True, help="Share of the weights that change, or N:M.")
+@click.option("--sparsity", default="0.01", show_default=True, help="Share of weights that change, such as 1%, or N:M.")
 @click.option(
     "--mask",
     cls=RegistryOption,

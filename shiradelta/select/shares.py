@@ -7,6 +7,7 @@ import re
 from numbers import Real
 
 from shiradelta.errors import ArgumentError
+from shiradelta.util.text import parse_share
 
 #: Whether a share holds for each tensor or for the whole model.
 SCOPES = ("tensor", "model")
@@ -26,12 +27,15 @@ def check_share(sparsity: object) -> float:
     """
     share = float(sparsity) if isinstance(sparsity, Real) else math.nan
     if not 0 < share <= 1:
-        raise ArgumentError(f"sparsity {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01")
+        meant = f" ({share:g} percent is {share / 100:g})" if 1 < share <= 100 else ""
+        raise ArgumentError(
+            f"sparsity {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01{meant}"
+        )
     return share
 
 
 def parse_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None]:
-    """(the share, (n, m) of a pattern such as "1:64" or None).
+    """(the share of 0.01, "0.01" or "1%", (n, m) of a pattern such as "1:64" or None).
 
     Raises:
         ArgumentError: it is neither a share nor a pattern.
@@ -43,10 +47,10 @@ def parse_sparsity(sparsity: float | str) -> tuple[float, tuple[int, int] | None
         n, m = int(found[1]), int(found[2])
         return n / m, (n, m)
     try:
-        share = float(sparsity)
-    except ValueError:
+        share = parse_share(sparsity)
+    except ArgumentError:
         raise ArgumentError(
-            f"sparsity {sparsity!r} is not a pattern; give N:M such as '1:64', or a share such as 0.01"
+            f"sparsity {sparsity!r} is not a pattern; give N:M such as '1:64', or a share such as 0.01 or 1%"
         ) from None
     return check_share(share), None
 

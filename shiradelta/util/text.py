@@ -56,6 +56,20 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
+def parse_share(text: str) -> float:
+    """The share that "1%" or "0.01" names, the inverse of `percent`.
+
+    Raises:
+        ArgumentError: it is neither a number nor a percentage.
+    """
+    number = text.strip().removesuffix("%")
+    try:
+        share = float(number)
+    except ValueError:
+        raise ArgumentError(f"{text!r} is not a share; give a number such as 0.01 or a percentage such as 1%") from None
+    return share / 100 if number != text.strip() else share
+
+
 def shape(dimensions: Sequence[int]) -> str:
     """Formats a shape: 4096x11008."""
     return "x".join(map(str, dimensions)) or "scalar"

@@ -109,6 +109,18 @@ def test_bad_input_is_one_plain_line(folder: Path, arguments: tuple[str, ...], m
     assert contents(folder) == before
 
 
+def test_shares_may_be_percentages(folder: Path):
+    sizes = [
+        json.loads(run("convert", "tuned", "--base", "model", "--sparsity", share, "--json").stdout)["nnz"]
+        for share in ("0.02", "2%")
+    ]
+    assert sizes[0] == sizes[1]
+    wrong = run("convert", "tuned", "--base", "model", "--sparsity", "much")
+    assert wrong.exit_code == 2
+    assert "'much' is not a share; give a number such as 0.01 or a percentage such as 1%" in wrong.stderr
+    assert "2 percent is 0.02" in run("convert", "tuned", "--base", "model", "--sparsity", "2").stderr
+
+
 @pytest.mark.parametrize(
     "arguments", [("convert",), ("convert", "tuned", "--values", "int3"), ("apply", "model"), ("nothing",)]
 )

@@ -12,7 +12,7 @@ from shiradelta.select.shares import check_scope, check_share, count_for, exact_
 
 def test_parsing():
     assert parse_sparsity("1:64") == (1 / 64, (1, 64))
-    assert parse_sparsity("0.25") == parse_sparsity(np.float32(0.25)) == (0.25, None)
+    assert parse_sparsity("0.25") == parse_sparsity(np.float32(0.25)) == parse_sparsity("25%") == (0.25, None)
     for wrong, message in (("3:2", "not a pattern"), ("0:4", "not a pattern"), ("much", "not a pattern")):
         with pytest.raises(ArgumentError, match=message):
             parse_sparsity(wrong)

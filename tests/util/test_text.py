@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from shiradelta.errors import ArgumentError
 from shiradelta.util import text
 
 
@@ -31,3 +32,10 @@ def test_counts_of_things(number: int | list[str], said: str):
 
 def test_a_plural_of_its_own():
     assert [text.count(n, "index", "indices") for n in (1, 2)] == ["1 index", "2 indices"]
+
+
+def test_shares_as_numbers_and_as_percentages():
+    assert [text.parse_share(given) for given in ("0.01", "1%", " 12.5 % ", "100%")] == [0.01, 0.01, 0.125, 1]
+    for wrong in ("", "%", "1%%", "much"):
+        with pytest.raises(ArgumentError, match="give a number such as 0"):
+            text.parse_share(wrong)
