@@ -113,6 +113,11 @@ def test_names_are_not_given_twice():
             source(name, "Again.", lambda files: False)(lambda files: Source())
 
 
+def test_no_two_layouts_are_asked_in_the_order_of_their_imports():
+    orders = [layout.order for layout in SOURCES.values()]
+    assert len(set(orders)) == len(orders)
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_layout_says_what_it_reads(name: str):
     assert SOURCES[name].help.endswith(".")
