@@ -13,6 +13,7 @@ import numpy as np
 from shiradelta.backends.choose import choose
 from shiradelta.errors import SourceError
 from shiradelta.format import registry
+from shiradelta.io.recognise import UNCHANGED
 from shiradelta.io.writer import DeltaWriter, weighing
 from shiradelta.select.counts import Counts
 from shiradelta.select.topk import Selection, top_k
@@ -116,7 +117,7 @@ class Conversion:
             else:
                 report.leave_out(tensor)
         if not report.tensors:
-            raise SourceError(f"{self.source}: nothing in it changes the base")
+            raise SourceError(f"{self.source}: {UNCHANGED}")
         kept_energy = UNKNOWN if report.energy_kept is None else f"{report.energy_kept:.4f}"
         writer.metadata.update(
             {

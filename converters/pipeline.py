@@ -29,6 +29,8 @@ from .sources import open_source
 from .whole import check_whole
 
 DEFAULT_SPARSITY = 0.01
+#: The largest alpha of a LoRA; those of published ones end at some thousands.
+_MOST_ALPHA = 1e6
 _MISSING = "no such file or folder; check the path"
 
 
@@ -41,13 +43,13 @@ def default_output(source: str | os.PathLike[str]) -> Path:
     return path.with_name(path.name + registry.SUFFIX)
 
 
-def _check_named(source: Path) -> None:
-    """Refuses a source that no file can be named after, before anything is said of that file.
+def _check_named(source: Path, named_after: bool) -> None:
+    """Refuses a source before anything is said of the file to write.
 
     Raises:
-        SourceError: it is not there, or is called like a `.shd` file.
+        SourceError: it is not there, or is called like a `.shd` file and the file to write is named after it.
     """
-    if not source.exists() or default_output(source) == source:
+    if not source.exists() or (named_after and default_output(source) == source):
         message = explain(source, Wanted.SOURCE)
         raise SourceError(message or f"{source}: {'is called .shd; rename it' if source.exists() else _MISSING}")
 
@@ -115,15 +117,17 @@ def convert(
         TargetError: the file cannot be written.
         MissingDependencyError: a file is a pickle, and torch is not installed, or older than 2.10.
     """
-    if out is None:
-        _check_named(Path(source))
+    _check_named(Path(source), out is None)
     target = default_output(source) if out is None else Path(out)
     check_target(target, registry.MAGIC, "a .shd file")
     if plot is not None:
         check_plot(plot)
     share = _check_arguments(sparsity, target_size, target_error, fit)
-    if alpha is not None and not math.isfinite(alpha):
-        raise ArgumentError(f"alpha {alpha} is not finite; give a number such as 16")
+    if alpha is not None and not 0 < abs(alpha) <= _MOST_ALPHA:
+        why = (
+            "leaves nothing of a LoRA" if alpha == 0 else "is out of range" if math.isfinite(alpha) else "is not finite"
+        )
+        raise ArgumentError(f"alpha {alpha:g} {why}; give a number such as 16")
     if base is not None:
         refuse_several(Path(base))
     progress = progress or (lambda what, done, total: None)

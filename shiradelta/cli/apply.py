@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 import click
 
 from shiradelta.cli import options
+from shiradelta.cli.mistakes import misread_strength
 from shiradelta.cli.options import command
 from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar
+from shiradelta.errors import ArgumentError
 from shiradelta.util.text import count
 
 
-@command(short_help="Patch a delta into a model's folder.")
+@command(
+    short_help="Patch a delta into a model's folder.",
+    extra="apply one delta after the other, or make one of them with `shiradelta fuse`",
+)
 @click.argument("model")
 @click.argument("delta")
-@click.option("--strength", default=1.0, show_default=True, help="Factor for all changes.")
+@click.option("--strength", type=options.STRENGTH, default=1.0, show_default=True, help="Factor for all changes.")
 @click.option("-o", "--out", metavar="FOLDER", help="Write a patched copy to this folder and leave MODEL as it is.")
 @click.option("--no-check", is_flag=True, help="Allow a base other than the one that the delta was made for.")
 @click.option("--allow-dtype", is_flag=True, help="Allow a base in another dtype; its fingerprints are not checked.")
@@ -42,6 +48,8 @@ def apply(
     """
     from shiradelta.folder.apply import apply as run
 
+    if (message := misread_strength(delta, "give the strength as --strength {strength}")) is not None:
+        raise ArgumentError(message)
     with progress_bar("applying") as progress:
         report = run(
             model,
@@ -66,4 +74,4 @@ def apply(
         + (f", {count(report.dropped, 'tensor')} removed" if report.dropped else "")
     )
     echo_warnings(report.warnings)
-    echo_lines(f"take it out again with: shiradelta revert {report.folder}")
+    echo_lines(f"take it out again with: shiradelta revert {shlex.quote(str(report.folder))}")

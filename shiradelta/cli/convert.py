@@ -20,7 +20,10 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
         context.exit()
 
 
-@command(short_help="Convert a LoRA, a full fine-tune or a diff to a .shd file.")
+@command(
+    short_help="Convert a LoRA, a full fine-tune or a diff to a .shd file.",
+    extra="give the base model as --base MODEL, and the file to write as -o FILE",
+)
 @click.argument("source")
 @click.option("--sparsity", type=options.SHARE, help="Share of the weights that change, such as 1%.  [default: 0.01]")
 @click.option("--target-size", metavar="SIZE", help="Largest size of the file, such as 2MB; finds the sparsity.")

@@ -22,9 +22,9 @@ def _list_layouts(context: click.Context, parameter: click.Parameter, value: boo
         context.exit()
 
 
-@command(short_help="Write a delta in the layout of another library.")
+@command(short_help="Write a delta in the layout of another library.", extra="give one delta at a time")
 @click.argument("delta")
-@click.argument("layout", type=RegistryChoice("shiradelta.exports:EXPORTS"))
+@click.argument("layout", metavar="LAYOUT", type=RegistryChoice("shiradelta.exports:EXPORTS"))
 @click.argument("out")
 @click.option(
     "--list",
@@ -39,7 +39,7 @@ def _list_layouts(context: click.Context, parameter: click.Parameter, value: boo
 )
 @click.option("--rank", type=int, help="Rank of each layer's factors, for peft-lora.  [default: 16]")
 @click.option("--energy", type=options.SHARE, help="Share of each layer's energy to keep instead, such as 90%.")
-@click.option("--strength", type=float, help="Factor for all changes, for merged.  [default: 1]")
+@click.option("--strength", type=options.STRENGTH, help="Factor for all changes, for merged.  [default: 1]")
 @options.max_memory
 @options.as_json
 def export(as_json: bool, **arguments: Any) -> None:

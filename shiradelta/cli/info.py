@@ -9,7 +9,7 @@ from shiradelta.cli.options import command
 from shiradelta.cli.output import echo_json, echo_lines
 
 
-@command()
+@command(extra="give one file at a time")
 @click.argument("file", required=False)
 @click.option("--system", is_flag=True, help="Show instead which backend this installation uses, and why.")
 @click.option("--verify", "full", is_flag=True, help="Also decode everything and check the content digest.")
@@ -27,7 +27,7 @@ def info(file: str | None, system: bool, full: bool, limit: str | None, as_json:
             echo_lines(*(f"{key:>8}: {value}" for key, value in found.items()))
         return
     if file is None:
-        raise click.UsageError("Missing argument 'FILE'.")
+        raise click.UsageError("Missing argument 'FILE'; give a .shd file, or --system.")
     from shiradelta.io.describe import describe, summary
     from shiradelta.io.reader import open_delta
     from shiradelta.signing.form import describe_signature

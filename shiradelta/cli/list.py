@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 import click
 
@@ -12,7 +13,7 @@ from shiradelta.cli.output import echo_json, echo_lines
 from shiradelta.util.text import count
 
 
-@command(short_help="Show which deltas are on a model's folder.")
+@command(short_help="Show which deltas are on a model's folder.", extra="give one model at a time")
 @click.argument("model")
 @options.as_json
 def list(model: str, as_json: bool) -> None:
@@ -28,7 +29,8 @@ def list(model: str, as_json: bool) -> None:
         return
     if state.pending is not None:
         echo_lines(
-            f"{state.pending.file}: an action with it was interrupted; `shiradelta revert {model}` rolls it back"
+            f"{state.pending.file}: an action with it was interrupted; `shiradelta revert {shlex.quote(model)}` rolls"
+            " it back"
         )
     for entry in reversed(state.applied):
         kind = ", made for what is beneath it" if entry.successor else ""

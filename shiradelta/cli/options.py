@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from shiradelta.cli.mistakes import is_number, meant_strength, misread_strength, too_many, with_order
 from shiradelta.errors import ArgumentError
 from shiradelta.util.text import parse_share
 
@@ -88,6 +89,20 @@ class _Share(_FloatType):
 SHARE = _Share()
 
 
+class _Strength(_FloatType):
+    """A strength that someone may have meant."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if not is_number(str(value)):
+            self.fail(f"{value!r} is not a number; give a strength such as 0.7", param, ctx)
+        return meant_strength(float(value))
+
+
+STRENGTH = _Strength()
+
+
 class RegistryOption(click.Option):
     """An option of type `RegistryChoice` whose help lists the help of each row."""
 
@@ -111,10 +126,19 @@ class RenamedOption(click.Option):
 
 
 class Command(click.Command):
-    """A command that reads renamed options as the new ones and warns of it."""
+    """A command that reads renamed options as the new ones and warns of it, and says what to do about wrong usage.
+
+    Args:
+        extra: what to do about an argument too many.
+    """
+
+    def __init__(self, *args: Any, extra: str = "leave it out", **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.extra = extra
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Puts the new names in place of the old ones, then parses."""
+        given = list(args)
         renamed = {option.old: option.new for option in self.params if isinstance(option, RenamedOption)}
         options = args[: args.index("--")] if "--" in args else args
         current = []
@@ -124,7 +148,14 @@ class Command(click.Command):
                 warn_renamed(name, renamed[name])
                 argument = renamed[name] + equals + value
             current.append(argument)
-        return super().parse_args(ctx, current + args[len(options) :])
+        ctx.allow_extra_args = True  # they get a message of this package
+        try:
+            rest = super().parse_args(ctx, current + args[len(options) :])
+        except click.BadParameter as error:
+            raise with_order(error, ctx) from None
+        if rest and not ctx.resilient_parsing:
+            raise too_many(ctx, given, rest, self.extra)
+        return rest
 
 
 #: Decorates the function of a command, as `click.command` does.
@@ -215,7 +246,8 @@ def with_strengths(arguments: Sequence[str]) -> dict[str | os.PathLike[str], flo
 def _with_strength(argument: str) -> tuple[str, float]:
     """Parses FILE or FILE:STRENGTH; a colon without a number after it belongs to the name."""
     name, colon, strength = argument.rpartition(":")
-    try:
-        return (name, float(strength)) if colon else (argument, 1.0)
-    except ValueError:
-        return argument, 1.0
+    if colon and is_number(strength):
+        return name, meant_strength(float(strength))
+    if (message := misread_strength(argument, "write a file and its strength as {file}:{strength}")) is not None:
+        raise ArgumentError(message)
+    return argument, 1.0

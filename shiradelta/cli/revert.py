@@ -11,7 +11,10 @@ from shiradelta.cli.options import command
 from shiradelta.cli.output import echo_json, echo_lines, progress_bar
 
 
-@command(short_help="Take the last delta out of a model's folder, bit for bit.")
+@command(
+    short_help="Take the last delta out of a model's folder, bit for bit.",
+    extra="the last delta is taken out, with --all every one",
+)
 @click.argument("model")
 @click.option("--force", is_flag=True, help="Restore the original weights even if they were changed since.")
 @click.option("--all", "every", is_flag=True, help="Take out every delta, the last one first; JSON is a list then.")

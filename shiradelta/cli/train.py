@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from shiradelta.cli.output import echo_json, echo_lines, progress_bar
 from shiradelta.util.text import count, size
 
 
-@command(short_help="Train a sparse adapter.")
+@command(
+    short_help="Train a sparse adapter.", extra="give the examples as --texts FILE, and the file to write as -o FILE"
+)
 @click.argument("model")
-@click.option("--texts", required=True, help="Examples to train on: JSON Lines, with keys as above.")
-@click.option("-o", "--out", required=True, help="The file to write.")
+@click.option("--texts", required=True, metavar="FILE", help="Examples to train on: JSON Lines, with keys as above.")
+@click.option("-o", "--out", required=True, metavar="FILE", help="The file to write.")
 @click.option("--sparsity", default="0.01", show_default=True, help="Share of weights that change, such as 1%, or N:M.")
 @click.option(
     "--mask",
@@ -89,5 +92,5 @@ def train(
         f" {count(report.steps, 'step')} in {report.seconds:.0f} s; loss on"
         f" {count(report.held_out, 'example')} held out: {report.before:.4g} before,"
         f" {report.trained:.4g} after, {report.after:.4g} with the file's values",
-        f"{report.out}: {size(report.file_bytes)}; patch it in with: shiradelta apply {model} {report.out}",
+        f"{report.out}: {size(report.file_bytes)}; patch it in with: {shlex.join(['shiradelta', 'apply', model, out])}",
     )

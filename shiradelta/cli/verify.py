@@ -15,7 +15,10 @@ from shiradelta.cli.output import echo_json, echo_lines
 from shiradelta.errors import SignatureError
 
 
-@command(short_help="Check whether a model's folder is base, patched or neither, or a signature.")
+@command(
+    short_help="Check whether a model's folder is base, patched or neither, or a signature.",
+    extra="give one delta at a time",
+)
 @click.argument("model")
 @click.argument("delta", required=False)
 @click.option("--full", is_flag=True, help="Compare all weights with the digests of the base's files.")

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError
-from shiradelta.io.reader import Delta, StoredTensor
+from shiradelta.io.reader import Delta, StoredTensor, explained
 from shiradelta.models.compatibility import Misfit, check_strength, difference
+from shiradelta.util.regular_file import open_regular
 
 #: (a delta, its change of one tensor, its strength).
 Part = tuple[Delta, StoredTensor, float]
+
+
+def check_readable(files: Iterable[str | os.PathLike[str]]) -> None:
+    """Checks that files are there and can be read, before anything is said of the file to write.
+
+    Raises:
+        ShiraDeltaError: one cannot be read.
+    """
+    for file in files:
+        with explained(Path(file)), open_regular(Path(file)):
+            pass
 
 
 def check_distinct(deltas: Sequence[Delta]) -> None:

@@ -19,6 +19,7 @@ from shiradelta.combine.checks import (
     Part,
     check_alike,
     check_distinct,
+    check_readable,
     different_bases,
     too_large,
     with_dtype,
@@ -127,9 +128,10 @@ def fuse(
     """
     row = METHODS.find(method)
     if not 0 <= drop < 1:
-        raise ArgumentError(f"drop {drop} is not a share from 0 to below 1")
+        raise ArgumentError(f"drop {drop} is not a share from 0 to below 1; give a number such as 0.5")
     if not deltas:
         raise ArgumentError("nothing to fuse; give at least one .shd file")
+    check_readable(deltas)
     check_target(Path(out), MAGIC, "a .shd file")
     if any(Path(path).exists() and Path(out).exists() and os.path.samefile(path, out) for path in deltas):
         raise ArgumentError(

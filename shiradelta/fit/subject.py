@@ -20,6 +20,7 @@ from shiradelta.fit.stored import LoadedWeights, group, make_contiguous
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour, not_run
 from shiradelta.fit.tuned_weights import TunedWeights, dense, exact_homes, write_exact
+from shiradelta.io.recognise import UNCHANGED
 from shiradelta.models import loading
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.largest_torch import largest, largest_of_all
@@ -96,7 +97,7 @@ class Subject:
         for name, own in pieces.items():
             self.fitted.add(name, weights.by_name[name], own)
         if not self.fitted.targets:
-            raise SourceError(f"{job.source}: nothing in it changes the base")
+            raise SourceError(f"{job.source}: {UNCHANGED}")
         return [(target, homes.missing[target.name]) for target in job.targets if target.name in homes.missing]
 
     def _check_missing(self, job: FitJob, missing: Sequence[tuple[FitTarget, str]]) -> None:

@@ -6,6 +6,7 @@ Each kind of thing is a row of `THINGS`.  The rows are asked only after somethin
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -52,13 +53,18 @@ THINGS: Registry[Thing] = Registry("thing")
 def explain(path: Path, wanted: Wanted) -> str | None:
     """A message that says what a path is and what to do; None if nothing is known about it."""
     thing = _recognise(path, wanted)
-    return None if thing is None else f"{path}: {thing.what}; {thing.remedies[wanted].replace('{path}', str(path))}"
+    return None if thing is None else f"{path}: {thing.what}; {_remedy(thing, wanted, path)}"
 
 
 def explain_refusal(error: FormatError, path: Path) -> None:
     """Puts into the error of a refused `.shd` file what the file is instead, where that is known."""
     if error.reason in ("bad_magic", "truncated") and (thing := _recognise(path, Wanted.DELTA)) is not None:
-        error.detail, error.remedy = f"it {thing.what}", thing.remedies[Wanted.DELTA].replace("{path}", str(path))
+        error.detail, error.remedy = f"it {thing.what}", _remedy(thing, Wanted.DELTA, path)
+
+
+def _remedy(thing: Thing, wanted: Wanted, path: Path) -> str:
+    """What to do, with the path as a shell takes it."""
+    return thing.remedies[wanted].replace("{path}", shlex.quote(str(path)))
 
 
 def is_patched(folder: Path) -> bool:
@@ -167,6 +173,8 @@ _FLOAT8 = {
 }
 #: How a message ends about a model whose stored bits are not its weights.
 UNQUANTISED = "give the unquantised model, and quantise the result"
+#: What is wrong with a source without any change.
+UNCHANGED = "nothing in it changes the base: it is the base itself, or was not trained; give the fine-tune"
 
 
 def _is_quantised(path: Path) -> bool:
@@ -186,7 +194,7 @@ _HUB = "if it is a hub's id, download it (hf download {path} --local-dir FOLDER)
 #: Models, and whatever has tensors.
 _MODELS = (Wanted.FOLDER, Wanted.WEIGHTS, Wanted.BASE)
 _TENSORS = (*_MODELS, Wanted.SOURCE)
-_ORDER = "give the model's folder first and the delta after it"
+_ORDER = "give the model's folder; where a delta is given, too, it comes after the folder"
 _CONVERT = "`shiradelta convert {path}` makes a .shd file of it"
 
 for _row in (
@@ -202,7 +210,11 @@ for _row in (
         "delta",
         _is_delta,
         "is a .shd file, a delta and no model",
-        dict.fromkeys(_MODELS, _ORDER) | {Wanted.SOURCE: "give what it was made from"},
+        {
+            **dict.fromkeys(_MODELS, _ORDER),
+            Wanted.BASE: "give the folder or file of the base model",
+            Wanted.SOURCE: "give what it was made from",
+        },
     ),
     Thing(
         "GGUF",
@@ -251,7 +263,10 @@ for _row in (
         "folder",
         Path.is_dir,
         "is a folder, not a .shd file",
-        {Wanted.DELTA: "`shiradelta verify {path}` says which deltas are on it; give MODEL before DELTA"},
+        {
+            Wanted.DELTA: "give a .shd file (`shiradelta verify {path}` says which deltas are on a model,"
+            " `shiradelta convert {path} --base MODEL` makes a .shd file of a fine-tune)"
+        },
     ),
 ):
     THINGS.add(_row)

@@ -100,11 +100,11 @@ def private_key(file: str | os.PathLike[str], passphrase: Passphrase = None) -> 
 
     path = Path(file)
     parts = _parts(path)
-    if len(parts) != 1:
-        raise SignatureError(f"{path}: holds {len(parts)} keys; give a file with one private key")
-    label, text = parts[0]
+    label, text = next((part for part in parts if part[0].endswith("PRIVATE KEY")), parts[0])
     if not label.endswith("PRIVATE KEY"):
         raise SignatureError(f"{path}: holds {_what(label, text)} and no private key; give the private key")
+    if len(parts) != 1:
+        raise SignatureError(f"{path}: holds {len(parts)} keys; give a file with one private key")
     key = _decrypted(path, label, text.encode(), passphrase)
     if not isinstance(key, Ed25519PrivateKey):
         raise _unusable(path, "a private key of another kind")

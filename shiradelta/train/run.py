@@ -116,9 +116,9 @@ class _Run:
         self.settings, self.out, self.log, self.progress = settings, out, log, progress
         refuse_several(folder)
         checkpoint = open_checkpoint(folder)
+        kind, rows = read_rows(examples_file, KINDS.values())
         loader, _ = loading.model_class(folder, folder)
         tokenizer = loading.load_tokenizer(folder)
-        kind, rows = read_rows(examples_file, KINDS.values())
         if kind.predicts and not loader.can_generate():
             raise SourceError(
                 f"{folder}: {loader.__name__} does not predict the next token, which {' and '.join(kind.keys)}"

@@ -72,12 +72,12 @@ def test_json_is_json(folder: Path, arguments: tuple[str, ...], keys: set[str]):
     ("arguments", "message"),
     [
         (("info", "nothing.shd"), "nothing.shd: cannot be read"),
-        (("info", "model"), "model: is a folder, not a .shd file; `shiradelta verify model` says"),
+        (("info", "model"), "model: is a folder, not a .shd file; give a .shd file (`shiradelta verify model` says"),
         (
             ("info", "model/model.safetensors"),
             "is a safetensors file, not a .shd file) [bad_magic]; `shiradelta convert",
         ),
-        (("apply", "a.shd", "model"), "a.shd: is a .shd file, a delta and no model; give the model's folder first"),
+        (("apply", "a.shd", "model"), "a.shd: is a .shd file, a delta and no model; give the model's folder; where"),
         (("verify", "user/model"), "no such file or folder; if it is a hub's id, download it"),
         (("convert", "tuned", "--base", "user/model"), "no such file or folder; if it is a hub's id, download it"),
         (("info", "model/config.json"), "it is not a shiradelta file"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from shiradelta.combine.checks import check_readable
 from shiradelta.combine.fuse import Source
 from shiradelta.combine.interference import measure
 from shiradelta.combine.report import page
@@ -50,6 +51,7 @@ def report(
         raise ArgumentError("nothing to report on; give at least one .shd file")
     if png is not None and len(deltas) < 2:
         raise ArgumentError("a heat map needs two deltas; give another .shd file")
+    check_readable(deltas)
     if out is not None:
         check_target(Path(out), page.START, "a page of HTML")
     if png is not None:

@@ -1,0 +1,90 @@
+"""Mistakes on the command line, and what is said of each: the table of docs/mistakes.md.
+
+`python -m tests.cli.test_mistakes` writes what is said into the table; the commands in it are written by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import shiradelta
+from shiradelta.cli import main
+from tests.conftest import random_tensors, write_lora, write_model
+from tests.scenes import contents
+
+PAGE = Path(__file__).parents[2] / "docs" / "mistakes.md"
+ROW = re.compile(r"^\| `shiradelta (.*?)` \| (\d?) ?\| (.*?) ?\|$", re.MULTILINE)
+
+
+def build(folder: Path) -> None:
+    """What the page says of the folder that the commands run in."""
+    import torch
+
+    write_model(folder / "model", random_tensors(torch.bfloat16))
+    write_model(folder / "tuned", random_tensors(torch.bfloat16, seed=1))
+    shutil.copytree(folder / "model", folder / "my model")
+    write_lora(folder / "lora", {"model.layers.0.mlp.up_proj": (96, 32)}, {"lora_alpha": 8, "target_modules": ["up"]})
+    for name, positions in (("a", [1, 2]), ("b", [2, 3])):
+        tensor = shiradelta.TensorDelta((96, 32), positions, [1.0, 2.0], dtype="bfloat16")
+        shiradelta.save_delta(folder / f"{name}.shd", {"model.layers.0.mlp.up_proj.weight": tensor}, values="f32")
+    shutil.copy(folder / "a.shd", folder / "my a.shd")
+    (folder / "texts.jsonl").write_text('{"text": "one two three"}\n' * 40)
+
+
+def said(command: str) -> tuple[int, str]:
+    """(exit code, the last line on stderr) of a command, run here.  Lists of names are left out: others test them."""
+    result = CliRunner().invoke(main, shlex.split(command), prog_name="shiradelta", catch_exceptions=False)
+    assert result.stdout == ""
+    return result.exit_code, re.sub("(one of) .*?; ", r"\1 ...; ", result.stderr.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    here, place = Path.cwd(), tmp_path_factory.mktemp("mistakes")
+    build(place)
+    os.chdir(place)
+    yield place
+    os.chdir(here)
+
+
+@pytest.mark.parametrize(("command", "code", "message"), ROW.findall(PAGE.read_text()))
+def test_a_mistake_is_said_as_the_page_says(folder: Path, command: str, code: str, message: str):
+    """In one line, which says what to do; nothing is written."""
+    before = contents(folder)
+    assert said(command) == (int(code), message.replace(r"\|", "|"))
+    assert re.search("; | Did you mean ", message)
+    assert contents(folder) == before
+
+
+def test_there_are_fifty_and_none_twice():
+    commands = [command for command, _, _ in ROW.findall(PAGE.read_text())]
+    assert len(commands) == len(set(commands)) >= 50
+    assert {command.split()[0] for command in commands} >= set(main.commands)
+
+
+def write_page() -> None:
+    """Writes what is said into the page."""
+    text = PAGE.read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        os.chdir(folder)
+
+        def row(found: re.Match[str]) -> str:
+            code, message = said(found[1])
+            return f"| `shiradelta {found[1]}` | {code} | {message.replace('|', chr(92) + '|')} |"
+
+        text = ROW.sub(row, text)
+        os.chdir("/")
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    write_page()
