@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shiradelta.select.topk import Rows, row_shape
 
-from . import diff, full, gguf_lora, lora, mlx, nemo, peft_merge, sparse, torchtune  # noqa: F401  each registers its layout
+from . import layouts  # noqa: F401  registers them
 from .item import Item, Skipped, SkipReason, Source
 from .pipeline import convert, default_output
 from .report import ConversionReport

@@ -112,7 +112,7 @@ class Conversion:
         for number, item in enumerate(self.opened.items):
             self.progress(item.name, number, len(self.opened.items))
             tensor = self._add(writer, item, kept.get(item.name, 0), selections.get(item.name), compare)
-            if tensor.nnz:
+            if tensor.nnz or tensor.operation.removes:
                 report.tensors.append(tensor)
             else:
                 report.leave_out(tensor)
@@ -145,7 +145,7 @@ class Conversion:
                 tensor = item.exact()
                 selected = tensor.values() if tensor.operation.adds else np.zeros(0, np.float32)
                 energy = float((selected.astype("f8") ** 2).sum())
-            stored = writer.add(item.name, tensor) if tensor.nnz else tensor
+            stored = writer.add(item.name, tensor) if tensor.nnz or tensor.operation.removes else tensor
             inexact = count_inexact(item, stored) if compare else None
         except SourceError as error:
             raise SourceError(f"tensor {item.name!r} {error}") from None

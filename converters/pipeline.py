@@ -25,6 +25,7 @@ from shiradelta.util.text import parse_size
 from .conversion import Conversion
 from .plot import draw
 from .report import ConversionReport
+from .shd import refuse_itself
 from .sources import open_source
 from .whole import check_whole
 
@@ -84,8 +85,8 @@ def convert(
     """Converts a fine-tune to a `.shd` file: keeps its largest changes, or fits a few changes to behave like it.
 
     Args:
-        source: a LoRA (a file, or PEFT's folder), a fine-tuned model's folder or file, or a file of dense or sparse
-            diffs.  Files are safetensors, or tensors that `torch.save` wrote.
+        source: a LoRA (a file, or PEFT's folder), a fine-tuned model's folder or file, a file of dense or sparse
+            diffs, or a `.shd` file (with `out`).  Files are safetensors, or tensors that `torch.save` wrote.
         out: the file to write; by default `source`'s name with `.shd`, beside it.
         sparsity: the share of weights that change, above 0 and up to 1; 0.01 by default.
         target_size: the file's largest size instead, in bytes or such as "2MB": as many weights as fit.  The size of a
@@ -120,6 +121,7 @@ def convert(
     _check_named(Path(source), out is None)
     target = default_output(source) if out is None else Path(out)
     check_target(target, registry.MAGIC, "a .shd file")
+    refuse_itself(Path(source), target)
     if plot is not None:
         check_plot(plot)
     share = _check_arguments(sparsity, target_size, target_error, fit)

@@ -13,11 +13,11 @@ import transformers
 
 from shiradelta.util.text import table
 
-from . import diffusion, flux, language, lycoris, mlx, peft_types, unets
+from . import diffusion, flux, language, lycoris, mlx, peft_types, sparse, unets
 from .case import outcome
 
 #: The producers, one file each: its `cases()` are the rows.
-PRODUCERS = (peft_types, unets, diffusion, flux, lycoris, mlx, language)
+PRODUCERS = (peft_types, unets, diffusion, flux, lycoris, mlx, language, sparse)
 
 
 def main(words: Sequence[str]) -> None:

@@ -213,7 +213,7 @@ for _row in (
         {
             **dict.fromkeys(_MODELS, _ORDER),
             Wanted.BASE: "give the folder or file of the base model",
-            Wanted.SOURCE: "give what it was made from",
+            Wanted.SOURCE: "give -o FILE (out=) to make another of it",
         },
     ),
     Thing(

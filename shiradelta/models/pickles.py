@@ -35,7 +35,8 @@ _OLDEST = (2, 10)
 #: What a pickle of tensors names.
 _NAMES = re.compile(
     r"collections OrderedDict"
-    r"|torch\._utils _rebuild_(?:tensor|tensor_v2|tensor_v3|parameter)"
+    r"|torch\._utils _rebuild_(?:tensor|tensor_v2|tensor_v3|parameter|sparse_tensor)"
+    r"|torch\.serialization _get_layout"
     r"|torch\.nn\.parameter Parameter"
     r"|torch(?:\.storage)? \w+Storage"
     r"|torch (?:Size|(?:b?float|u?int|complex)\d\w*|bool)"
@@ -60,20 +61,45 @@ def read_pickle(path: Path) -> Shard:
         SourceError: the file is damaged, or holds more than tensors.
         MissingDependencyError: torch is not installed, or has a known hole.
     """
+    zipped, size, _ = _checked(path)
+    tensors = _tensors(path, _load(path, zipped))
+    return Shard(path, 0, {}, tuple(_slot(path, name, tensor, size) for name, tensor in tensors.items()))
+
+
+def holds_sparse(path: Path) -> bool:
+    """Whether a file of `torch.save` holds sparse tensors; nothing of it is run.
+
+    Raises:
+        SourceError: it is damaged, or holds more than tensors.
+    """
+    return any(name.endswith("_rebuild_sparse_tensor") for name in _checked(path)[2])
+
+
+def read_sparse(path: Path) -> dict[str, torch.Tensor]:
+    """As `read_pickle`, of sparse tensors: name -> tensor.
+
+    Raises:
+        SourceError: the file is damaged, or holds more than tensors.
+        MissingDependencyError: torch is not installed, or has a known hole.
+    """
+    zipped, _, _ = _checked(path)
+    return _tensors(path, _load(path, zipped))
+
+
+def _checked(path: Path) -> tuple[bool, int, set[str]]:
+    """(whether a file is an archive, its size, what its pickle names), once it is known to name tensors only."""
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             zipped = stream.read(4) == b"PK\x03\x04"
             stream.seek(0)
-            _check_program(path, stream, zipped, size)
+            return zipped, size, _check_program(path, stream, zipped, size)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    tensors = _tensors(path, _load(path, zipped))
-    return Shard(path, 0, {}, tuple(_slot(path, name, tensor, size) for name, tensor in tensors.items()))
 
 
-def _check_program(path: Path, stream: IO[bytes], zipped: bool, size: int) -> None:
-    """Refuses a pickle that is not one of tensors only, without running any of it.
+def _check_program(path: Path, stream: IO[bytes], zipped: bool, size: int) -> set[str]:
+    """What a pickle names; refuses one that is not of tensors only, without running any of it.
 
     Raises:
         SourceError: it names other things than tensors are made of, or is damaged.
@@ -92,6 +118,7 @@ def _check_program(path: Path, stream: IO[bytes], zipped: bool, size: int) -> No
     if others:
         few = ", ".join(brief(name, 80) for name in others[:3]) + (", ..." if len(others) > 3 else "")
         raise SourceError(f"{path}: is a pickle of more than tensors ({few}), which is not loaded; {_REMEDY}")
+    return named
 
 
 def _program(archive: zipfile.ZipFile, size: int) -> zipfile.ZipInfo:

@@ -86,7 +86,7 @@ def test_json_is_json(folder: Path, arguments: tuple[str, ...], keys: set[str]):
         (("convert", "tuned", "--base", "model", "--sparsity", "0"), "sparsity 0.0 is not a share"),
         (("convert", "tuned", "--base", "model", "--sparsity", "1.5"), "sparsity 1.5 is not a share"),
         (("convert", "tuned", "--base", "model", "--alpha", "3"), "and tuned is of kind full; leave it out"),
-        (("convert", "a.shd"), "is a .shd file, a delta and no model; give what it was made from"),
+        (("convert", "a.shd"), "is a .shd file, a delta and no model; give -o FILE (out=) to make another of it"),
         (("apply", "nothing", "a.shd"), "nothing: no such folder"),
         (("apply", "model/model.safetensors", "a.shd"), "give the folder"),
         (("apply", "model", "nothing.shd"), "nothing.shd: cannot be read"),

@@ -1,0 +1,127 @@
+"""A `.shd` file as the source of another: fewer nonzeros, values in another form, fingerprints of a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from shiradelta.errors import BaseMismatchError, SourceError
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Float32, fingerprint
+from shiradelta.format.delta import TensorDelta
+from shiradelta.io.reader import StoredTensor, open_delta
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.select.topk import Rows, row_shape
+from shiradelta.util.regular_file import open_regular
+from shiradelta.util.text import count
+
+from .base_names import BaseTensors, find_tensors
+from .item import CONVERTED, Item, Skipped, SkipReason, Source, not_addable
+from .sources import SourceFiles, source
+
+
+def is_delta(path: Path) -> bool:
+    """Whether a file is a `.shd` file, by its first bytes."""
+    if not path.is_file():
+        return False
+    with open_regular(path) as stream:
+        return stream.read(len(registry.MAGIC)) == registry.MAGIC
+
+
+@source(
+    "shd",
+    "A .shd file: with fewer nonzeros, values in another form, or fingerprints of a base that it lacked.",
+    lambda files: is_delta(files.path),
+    order=10,
+)
+def open_shd(files: SourceFiles) -> Source:
+    """Every tensor: differences are selected from anew, new elements and tensors are taken over as they are."""
+    delta, base, result = open_delta(files.path), files.base, Source()
+    there = None
+    if base is not None:
+        there = find_tensors({name: tensor.shape for name, tensor in delta.items()}, base, files.may_lack)
+    lost = 0
+    for name, tensor in delta.items():
+        made = _item(files.path, name, tensor, base, there)
+        lost += there is None and tensor.base_fingerprint is not None and tensor.operation.adds
+        result.add(name, made)
+    if lost:
+        some = count(lost, "tensor loses its fingerprint", "tensors lose their fingerprints")
+        result.warnings.append(f"{some} of the base, which other nonzeros need anew; give --base MODEL to keep them")
+    return result
+
+
+def _item(
+    path: Path, name: str, tensor: StoredTensor, base: Checkpoint | None, there: BaseTensors | None
+) -> Item | Skipped:
+    """One tensor, or why it is skipped."""
+    found = name
+    if base is not None and there is not None and not tensor.operation.creates:
+        if name in there.converted:
+            return CONVERTED
+        if name not in there.found:
+            return there.lacking[name]
+        found = there.found[name]
+        slot = base[found]
+        if slot.shape != tensor.shape:
+            why = f"it is for a tensor of shape {list(tensor.shape)}, the base's has {list(slot.shape)}"
+            return Skipped(SkipReason.SHAPE, why, names=(found,))
+        if tensor.dtype not in ("unspecified", slot.dtype.name):
+            why = (
+                f"it is for {tensor.dtype}, the base's tensor is {slot.dtype.name}; give the base that it was made for"
+            )
+            return Skipped(SkipReason.DTYPE, why, names=(found,))
+    if not tensor.operation.adds or base is None:
+        exact = partial(_checked, path, name, tensor, base, found)
+        if not tensor.operation.adds:
+            return Item(found, tensor.shape, tensor.dtype, exact=exact)
+        return Item(found, tensor.shape, tensor.dtype, partial(_rows, exact))
+    slot = base[found]
+    if (refused := not_addable(found, slot)) is not None:
+        return refused
+    dense = partial(_rows, partial(_checked, path, name, tensor, base, found))
+    return Item(found, slot.shape, slot.dtype.name, dense, base_bits=partial(base.bits, found))
+
+
+def _checked(path: Path, name: str, tensor: StoredTensor, base: Checkpoint | None, found: str) -> TensorDelta:
+    """The tensor delta, once it is known to be for the base.
+
+    Raises:
+        BaseMismatchError: it was made for another base.
+    """
+    if base is not None and tensor.base_fingerprint is not None and found in base:
+        positions = tensor.positions()
+        if fingerprint(positions, base.bits(found)[positions]) != tensor.base_fingerprint:
+            raise BaseMismatchError(
+                f"{path}: {name!r} was made for other weights than those of {base.root}; give the base that it was made"
+                " for"
+            )
+    return tensor
+
+
+def _rows(opened: Callable[[], TensorDelta]) -> Rows:
+    """The differences as a dense matrix, a few rows at a time."""
+    tensor = opened()
+    positions, values = tensor.positions(), tensor.values()
+    columns = row_shape(tensor.shape)[1]
+
+    def rows(start: int, stop: int) -> Float32:
+        made = np.zeros((stop - start) * columns, np.float32)
+        first, last = np.searchsorted(positions, (start * columns, stop * columns))
+        made[positions[first:last] - start * columns] = values[first:last]
+        return made.reshape(-1, columns)
+
+    return rows
+
+
+def refuse_itself(source: Path, target: Path) -> None:
+    """Refuses to write a file over the one that it is made from.
+
+    Raises:
+        SourceError: they are the same file.
+    """
+    if target.exists() and target.resolve() == source.resolve():
+        raise SourceError(f"{source}: is the file to write, too; give another with -o (out=)")
