@@ -81,6 +81,7 @@ def write_adapter(folder: Path, base: Path, kind: str) -> None:
         "OFT": lambda: peft.OFTConfig(oft_block_size=32, target_modules=TARGETS),
         "IA3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     }
+    torch.manual_seed(0)
     model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     tuned = peft.get_peft_model(model, configs[kind]())
     for parameter in tuned.parameters():

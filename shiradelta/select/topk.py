@@ -69,12 +69,14 @@ def top_k(
     count, columns = shape
     if count * columns == 0:
         return Selection(np.zeros(0, np.int64), np.zeros(0, np.float32), 0.0)
-    threshold = _sampled_threshold(rows, shape, k) if k else np.float32(np.inf)
+    threshold, lower = _sampled_threshold(rows, shape, k) if k else np.float32(np.inf), 0.9
     while True:
         found = [_reaching(rows, start, stop, columns, threshold, at_least) for start, stop in blocks(shape)]
         if threshold == 0 or sum(part.positions.size for part in found) >= k:
             break
-        threshold = np.float32(threshold / 2) if threshold > 1e-30 else np.float32(0)
+        # A little at first: half of a magnitude that few of k elements lack may be reached by a fifth of the tensor.
+        threshold = np.float32(threshold * lower) if threshold > 1e-30 else np.float32(0)
+        lower = max(lower * lower, 0.5)
     positions = np.concatenate([part.positions for part in found])
     values = np.concatenate([part.values for part in found])
     if threshold == 0 and values.size <= k:  # nothing is left out, so the difference must be exactly zero
