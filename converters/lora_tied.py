@@ -9,6 +9,7 @@ import numpy as np
 
 from shiradelta.format.arithmetic import Float32, to_float32
 from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.peft import CONFIG
 from shiradelta.select.topk import Rows
 
 from . import dora
@@ -79,6 +80,12 @@ class TiedModules:
             return dora.SHARED
         if any(self._is_same(module, other) for other in before):
             self._same.add(module)
+        elif before and self._scale.ties(module):
+            return Skipped(
+                SkipReason.CONFLICT,
+                f"{CONFIG} says ensure_weight_tying, and its factors are not those of {before[0]!r}, which has the same"
+                " weight; save the adapter with PEFT again",
+            )
         else:
             self._items[item.name] = _sum(self._items[item.name], item) if before else item
         self._of.setdefault(item.name, []).append(module)
