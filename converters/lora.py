@@ -36,7 +36,7 @@ from .lora_scale import Scale, number
 from .lora_tied import TiedModules
 from .lora_whole import add_whole
 from .orientation import Weight, find_transposed
-from .peft_config import check_parts
+from .peft_config import check_parts, quantised_base
 from .sources import SourceFiles, source
 
 HALF = Skipped(
@@ -63,7 +63,10 @@ def _recognises(files: SourceFiles) -> bool:
 def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     """All LoRA modules of a file, and the tensors that it saves whole."""
     refuse_unmerged(files.checkpoint)
-    return read_lora(files.checkpoint, files, Scale.of(files.checkpoint, alpha))
+    scale = Scale.of(files.checkpoint, alpha)
+    result = read_lora(files.checkpoint, files, scale)
+    result.warnings += quantised_base(scale.configs)
+    return result
 
 
 def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,10 @@ IGNORED = {
 }
 _KNOWN = {*READ, *REFUSED, *(key for keys in IGNORED.values() for key in keys)}
 
+#: Parts of the names of quantised models.
+_QUANTISED = re.compile(
+    r"(?i)(?:^|[-_./])(?:bnb|[248]-?bit|int[48]|gptq|awq|nf4|fp8|nvfp4|mxfp4|gguf|exl2)(?:$|[-_./])"
+)
 #: Initialisations that leave the base as it is, and those that also change it, by their start.
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -116,6 +121,16 @@ def read_configs(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Any]], Pat
             raise SourceError(f"{where}: is not a PEFT configuration; get it again")
         _check(config, where)
     return configs, where
+
+
+def quantised_base(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A note, if configurations name a quantised model as the one that was trained on."""
+    named = {str(config.get("base_model_name_or_path") or "") for config in configs.values()}
+    return [
+        f"was trained on {brief(name, 120)}, whose weights are rounded; on unrounded ones its outputs differ a little"
+        for name in sorted(named)
+        if _QUANTISED.search(name)
+    ]
 
 
 def type_of(config: Mapping[str, Any]) -> str | None:

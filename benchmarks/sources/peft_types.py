@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,31 @@ def make(folder: Path, model: Any, kind: str, **options: Any) -> Made:
     return Made(adapter, folder / "base", {name: found[name] for name in weights(folder / "base")})
 
 
+def make_qlora(folder: Path, model: Any) -> Made:
+    """A LoRA that names a quantised model as its base, for the unquantised one."""
+    made = make(folder, model, "LORA")
+    about = json.loads((made.source / "adapter_config.json").read_text())
+    about["base_model_name_or_path"] = "unsloth/small-bnb-4bit"
+    (made.source / "adapter_config.json").write_text(json.dumps(about))
+    return made
+
+
+def make_resized(folder: Path, model: Any, whole: bool, first: bool = False) -> Made:
+    """A model or an adapter whose embeddings have more rows than the base's; or `first` the base was resized, too."""
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    (larger if first else model).save_pretrained(folder / "base")
+    if whole:
+        tuned = copy.deepcopy(larger)
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter += torch.randn_like(parameter) * 0.05
+        tuned.save_pretrained(folder / "tuned")
+        return Made(folder / "tuned", folder / "base", weights(folder / "tuned"))
+    adapter = save_adapter(folder / "adapter", larger, "LORA", modules_to_save=["embed_tokens", "lm_head"])
+    return Made(adapter, folder / "base", {})
+
+
 def cases() -> Iterator[Case]:
     """A row a type, and some of their options."""
     model, biased = small_model(), small_model(bias=True)
@@ -102,6 +128,13 @@ def cases() -> Iterator[Case]:
     yield case(model, "LOHA", use_effective_conv2d=True)
     yield case(model, "LOKR", decompose_both=True, r=2)
     yield case(model, "SUPERTUNING", save_precomputed_indices=False)
+    by = f"peft {peft.__version__}"
+    yield Case("PEFT", "LORA, of a quantised base (QLoRA)", by, partial(make_qlora, model=model))
+    yield Case("PEFT", "LORA, resized vocabulary", by, partial(make_resized, model=model, whole=False))
+    by = f"transformers {transformers.__version__}"
+    first = partial(make_resized, model=model, whole=True, first=True)
+    yield Case("transformers", "full fine-tune, base resized first", by, first)
+    yield Case("transformers", "full fine-tune, resized vocabulary", by, partial(make_resized, model=model, whole=True))
 
 
 def case(model: Any, kind: str, **options: Any) -> Case:

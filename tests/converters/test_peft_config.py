@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shiradelta
-from converters.peft_config import IGNORED, READ, REFUSED
+from converters.peft_config import IGNORED, READ, REFUSED, quantised_base
 from shiradelta.errors import SourceError
 from tests.conftest import write_lora, write_model
 
@@ -109,3 +109,11 @@ def test_half_of_an_attention_is_refused(tmp_path: Path, half: str):
     lora = write_lora(tmp_path / "lora", {half: (48 if half == "mha" else 16, 16)}, {"lora_alpha": 4})
     with pytest.raises(SourceError, match=r"half of the change of an nn\.MultiheadAttention"):
         shiradelta.convert(lora, base=base)
+
+
+@pytest.mark.parametrize("name", ["unsloth/llama-3-8b-bnb-4bit", "x/y-GPTQ", "TheBloke/m-AWQ", "a/b_int4", "c-8bit"])
+def test_a_quantised_base_is_noted(name: str):
+    (note,) = quantised_base({"": {"base_model_name_or_path": name}})
+    assert note.startswith(f"was trained on {name}, whose weights are rounded")
+    for other in ("meta-llama/Llama-3-8B", "habit/rabbit", "", None):
+        assert not quantised_base({"": {"base_model_name_or_path": other}})
