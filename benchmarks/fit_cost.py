@@ -23,6 +23,7 @@ from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.fit.training import FitTrainer, TrainingPlan
 from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.text.read import of_texts
 from shiradelta.train.targets import find_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +77,7 @@ class Case:
         self.model = build().eval().requires_grad_(False)
         self.batch = list(range(texts))
         vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        self.behaviour = TextBehaviour(RandomTokens(vocabulary), [str(tokens)] * texts, self.model, tokens)
+        self.behaviour = TextBehaviour(RandomTokens(vocabulary), of_texts([str(tokens)] * texts), self.model, tokens)
         self.weights = list(find_weights(self.model, linears).values())
         generator = torch.Generator(DEVICE).manual_seed(0)
         tuned: dict[Tensor, Tensor] = {
@@ -92,7 +93,9 @@ class Case:
         self.behaviour.text_share = Fit.text_share  # whatever these random tokens say of it
 
     def loss(self, model: nn.Module) -> Tensor:
-        return self.behaviour.loss(self.behaviour.outputs(model, self.batch), self.teacher.outputs(self.batch))
+        return self.behaviour.loss(
+            self.batch, self.behaviour.outputs(model, self.batch), self.teacher.outputs(self.batch)
+        )
 
     @contextmanager
     def dense(self) -> Iterator[Callable[[], None]]:

@@ -1,4 +1,4 @@
-"""Damages files of examples: JSON Lines of texts, of prompts with completions, of pairs."""
+"""Damages files of examples: JSON Lines of texts, of prompts with completions, of conversations, of pairs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from shiradelta.text.examples import KINDS
-from shiradelta.text.jsonl import LEAST, read_rows
+from shiradelta.text.kinds import KINDS, MESSAGES, ExampleKind
+from shiradelta.text.read import LEAST, read_file
 from tests.strange_sources import damaged_bytes, damaged_value
 from tests.whole_sources import Raw, Strange, as_json
 
@@ -20,9 +20,13 @@ def whole_texts(rng: Random) -> list[dict[str, Any]]:
     """Examples of one kind, as a file's lines."""
     kind = rng.choice([*KINDS.values()])
     return [
-        {key: f"{rng.choice(_WORDS)} {i}" for key in kind.keys} | rng.choice(({}, {"label": i}))
+        {key: _value(kind, f"{rng.choice(_WORDS)} {i}") for key in kind.keys} | rng.choice(({}, {"label": i}))
         for i in range(LEAST + rng.randrange(5))
     ]
+
+
+def _value(kind: ExampleKind, text: str) -> Any:
+    return [{"role": role, "content": text} for role in ("user", "assistant")] if kind is MESSAGES else text
 
 
 def damaged_texts(rng: Random) -> Strange:
@@ -63,8 +67,10 @@ def _changed(rng: Random, row: bytes) -> bytes:
 def read_strange_texts(strange: Strange, root: Path) -> str:
     """Reads a file of examples as `train` and `convert --fit` do; what it found."""
     (name,) = strange.files
-    kind, rows = read_rows(root / name, KINDS.values())
-    for text in (text for row in rows for text in row):
-        assert text.strip(), "a blank text"
-        text.encode()  # as every tokenizer does
-    return f"{kind.name} read"
+    found = read_file(root / name)
+    for value in (value for row in found.rows for value in row):
+        said = [message["content"] for message in value] if isinstance(value, list) else [value]
+        assert said[-1].strip() or isinstance(value, list), "a blank text"
+        for text in said:
+            text.encode()  # as every tokenizer does
+    return f"{found.kind.name} read"

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from shiradelta import train
-from shiradelta.text.texts import read_texts
+from shiradelta.text.kinds import TEXT
+from shiradelta.text.read import read_file
 from shiradelta.train.trainer import SparseCheckpoints
 
 RATE, CALIBRATION = 5e-4, 16
@@ -30,7 +31,7 @@ def main(folder: str, texts: str, out: str, steps: int = 200) -> Path:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rows = [tokenizer(text, truncation=True, max_length=256) for text in read_texts(texts)]
+    rows = [tokenizer(text, truncation=True, max_length=256) for text in read_file(texts, [TEXT]).plain]
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
     calibration = [collate(rows[i : i + 4]) for i in range(0, min(4 * CALIBRATION, len(rows)), 4)]

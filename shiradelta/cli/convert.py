@@ -50,8 +50,8 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 @click.option(
     "--fit",
     "texts",
-    metavar="FILE",
-    help="Texts on which to fit the changes to how the fine-tune behaves: JSON Lines, key text.",
+    metavar="FILE[:COLUMN]",
+    help=f"Examples on which to fit the changes to how the fine-tune behaves: {options.EXAMPLES}.",
 )
 @click.option(
     "--fit-method",
@@ -84,6 +84,7 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
     show_default=True,
     help="Share of a language model's target that is the text's next token; the fine-tune predicts the rest.",
 )
+@options.prompt_share
 @click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
 @click.option("--plot", metavar="FILE", help="Plot where the changes lie, and the fit, to this PNG.")
 @options.as_json
@@ -96,7 +97,8 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     from shiradelta.fit import METHODS, Fit
 
     settings = {key.removeprefix("fit_"): arguments.pop(key) for key in list(arguments) if key.startswith("fit_")}
-    if texts is None and (given := options.given("fit_", "device")):
+    settings["prompt_share"] = arguments.pop("prompt_share")
+    if texts is None and (given := options.given("fit_", "prompt_share", "device")):
         raise click.UsageError(f"{given} is only for fitting; give --fit TEXTS, too.")
     if not METHODS.find(settings["method"]).trains and (
         given := options.given("fit_mask", "fit_steps", "fit_relative_lr", "fit_text_share")

@@ -204,6 +204,21 @@ max_memory = click.option(
 )
 
 
+#: What files of examples may be, in the help.
+EXAMPLES = (
+    "JSON Lines, a Parquet file, or the folder of a data set, with text, prompt and completion, messages, or anchor and"
+    " positive; FILE:COLUMN takes one column"
+)
+
+prompt_share = click.option(
+    "--prompt-share",
+    type=SHARE,
+    default=0.0,
+    show_default=True,
+    help="How much a prompt's token counts, from 0 to 1, where one that the model is to say has 1.",
+)
+
+
 def scope(text: str) -> Callable[[Function], Function]:
     """The option that says whether the sparsity is that of each tensor or of the whole model."""
     choice = RegistryChoice("shiradelta.select.shares:SCOPES")

@@ -19,7 +19,7 @@ from shiradelta.util.text import count, size
     short_help="Train a sparse adapter.", extra="give the examples as --texts FILE, and the file to write as -o FILE"
 )
 @click.argument("model")
-@click.option("--texts", required=True, metavar="FILE", help="Examples to train on: JSON Lines, with keys as above.")
+@click.option("--texts", required=True, metavar="FILE[:COLUMN]", help=f"Examples to train on: {options.EXAMPLES}.")
 @click.option("-o", "--out", required=True, metavar="FILE", help="The file to write.")
 @click.option("--sparsity", default="0.01", show_default=True, help="Share of weights that change, such as 1%, or N:M.")
 @click.option(
@@ -48,6 +48,7 @@ from shiradelta.util.text import count, size
 @options.renamed_option("--rate", "--relative-lr")
 @click.option("--tokens", default=256, show_default=True, help="Longer examples are cut to this many tokens.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of examples, and of random masks.")
+@options.prompt_share
 @options.values("int4")
 @click.option("--device", help="Where to train.  [default: a GPU, if there is one]")
 @click.option("--plot", help="Draw the losses to this PNG.")
@@ -64,8 +65,9 @@ def train(
 ) -> None:
     """Train a sparse adapter for the model in the folder MODEL: a share of its weights changes.
 
-    A line of the texts is {"text": ...} for a causal language model, {"prompt": ..., "completion": ...} for a model
-    that answers, or {"anchor": ..., "positive": ...} for an encoder whose embeddings of the two should match.
+    An example is {"text": ...} for a causal language model, {"prompt": ..., "completion": ...} or {"messages": [...]}
+    for a model that answers, or {"anchor": ..., "positive": ...} for an encoder whose embeddings of the two should
+    match.
 
     The same command resumes an interrupted run.
     """

@@ -42,8 +42,8 @@ class Behaviour(ABC):
         """A model's outputs on some examples."""
 
     @abstractmethod
-    def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
-        """One scalar per term of the loss, each zero for equal outputs."""
+    def differences(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> list[Tensor]:
+        """One scalar per term of the loss, each zero for equal outputs on these examples."""
 
     def calibrate(self, batches: Iterable[tuple[Sequence[int], Outputs, Outputs]]) -> None:
         """Scales each term of the loss so that the base's is 1.
@@ -54,7 +54,7 @@ class Behaviour(ABC):
         Raises:
             SourceError: the fine-tune gives no finite outputs, or behaves like its base.
         """
-        found = [torch.stack(self.differences(base, teacher)) for _, base, teacher in batches]
+        found = [torch.stack(self.differences(*batch)) for batch in batches]
         self._scales = torch.stack(found).mean(0).tolist()
         check_scales(self._scales)
 
@@ -66,21 +66,21 @@ class Behaviour(ABC):
         """Weight of the output in the loss, by the progress to the final mask, 0 to 1."""
         return LAST
 
-    def loss(self, student: Outputs, target: Outputs, last: float = LAST) -> Tensor:
+    def loss(self, indices: Sequence[int], student: Outputs, target: Outputs, last: float = LAST) -> Tensor:
         """The share of the base's difference that is left, averaged over the terms; the output weighs `last`."""
         if last == 1 and self._scales[-1] > 0:
-            return self.differences(student[-1:], target[-1:])[0] / self._scales[-1]
-        terms = zip(self.differences(student, target), self._scales, strict=True)
+            return self.differences(indices, student[-1:], target[-1:])[0] / self._scales[-1]
+        terms = zip(self.differences(indices, student, target), self._scales, strict=True)
         left = torch.stack([term / scale for term, scale in terms if scale > 0])
         return last * left[-1] + (1 - last) * left.mean()
 
     @abstractmethod
-    def distance(self, student: Outputs, teacher: Outputs) -> float:
-        """How far a student is from its teacher, in the unit of `measure`."""
+    def distance(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
+        """How far a student is from its teacher on these examples, in the unit of `measure`."""
 
     def compare(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         """Measures of one batch by name: `distance` under the key `DISTANCE`, then further ones."""
-        return {DISTANCE: self.distance(student, teacher)}
+        return {DISTANCE: self.distance(indices, student, teacher)}
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]] | None:
         """For each output: (the indices of its rows among the rows of all examples, the number of those).

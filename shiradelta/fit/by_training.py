@@ -101,6 +101,7 @@ def _identity(job: FitJob, subject: Subject) -> object:
         *([target.name, target.count, f"{energy:.4g}"] for target, energy in targets),
         *(masks_of_0_1.get(fit.mask, fit.mask), fit.steps, fit.batch, subject.micro),
         *(fit.relative_lr, fit.tokens, fit.text_share, fit.seed),
+        *([fit.prompt_share] if fit.prompt_share else []),  # 0.1 had none
         subject.texts.train[:1],
         [str(text) for text in subject.texts.every],
     ]

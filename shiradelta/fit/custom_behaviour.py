@@ -37,16 +37,16 @@ class CustomBehaviour(Behaviour):
         found = self._forward(model, [self._examples[index] for index in indices])
         return [found] if isinstance(found, Tensor) else list(found)
 
-    def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
+    def differences(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> list[Tensor]:
         if self._loss is not None:
             one = len(student) == 1
             return [self._loss(student[0] if one else student, teacher[0] if one else teacher)]
         return [(s.float() - t.float()).square().mean() for s, t in zip(student, teacher, strict=True)]
 
-    def distance(self, student: Outputs, teacher: Outputs) -> float:
+    def distance(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
         """The user's loss, or the relative error of all outputs together."""
         if self._loss is not None:
-            return float(self.differences(student, teacher)[0])
+            return float(self.differences(indices, student, teacher)[0])
         error = sum(float((s.float() - t.float()).square().sum()) for s, t in zip(student, teacher, strict=True))
         size = sum(float(t.float().square().sum()) for t in teacher)
         return float((error / max(size, 1e-30)) ** 0.5)

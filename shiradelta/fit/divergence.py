@@ -15,15 +15,20 @@ from torch import Tensor, nn
 CHUNK = 1 << 22
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher, student) in nats, mean over rows [n, choices].
+def divergence(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """KL(teacher, student) in nats, mean over rows [n, choices], by their weights [n] if given.
 
     With a single output (a regression), half the squared error.
     """
     if student.shape[-1] == 1:
-        return (student.float() - teacher.float()).square().mean() / 2
-    result: Tensor = _Divergence.apply(student, teacher)  # type: ignore[no-untyped-call]
+        return weighted_mean((student.float() - teacher.float()).square()[:, 0], weights) / 2
+    result: Tensor = _Divergence.apply(student, teacher, weights)  # type: ignore[no-untyped-call]
     return result
+
+
+def weighted_mean(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean of [n] by weights [n]; all count alike without any."""
+    return rows.mean() if weights is None else (rows * weights).sum() / weights.sum()
 
 
 def divergence_of_labels(student: Tensor, teacher: Tensor) -> Tensor:
@@ -55,8 +60,9 @@ def blend(logits: Tensor, tokens: Tensor, shares: Tensor) -> None:
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
         rows, choices = student.shape
+        number: Tensor | int = rows if weights is None else weights.sum()
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=student.device)
         step = max(1, CHUNK // choices)
@@ -64,13 +70,15 @@ class _Divergence(torch.autograd.Function):
             part = slice(start, start + step)
             found, wanted = student[part].float().log_softmax(-1), teacher[part].float().log_softmax(-1)
             shares = wanted.exp()
-            total += (shares * (wanted - found)).sum()
+            terms = shares * (wanted - found)
+            total += terms.sum() if weights is None else (terms.sum(1) * weights[part]).sum()
             if gradient is not None:
-                gradient[part] = found.exp_().sub_(shares).div_(rows)
+                slope = found.exp_().sub_(shares).div_(number)
+                gradient[part] = slope if weights is None else slope.mul_(weights[part, None])
         ctx.gradient = gradient
-        return total / rows
+        return total / number
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grads[0]), None
+        return gradient.mul_(grads[0]), None, None

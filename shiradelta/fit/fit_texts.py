@@ -1,34 +1,52 @@
-"""Divides the texts of a fit into texts to fit on and held-out ones, and into batches."""
+"""Reads the examples of a fit, and divides them into those to fit on and held-out ones, and into batches."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from torch import nn
+
+from shiradelta.errors import SourceError
 from shiradelta.fit.settings import Fit
+from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.text.batches import batches, split
-from shiradelta.text.texts import read_texts
+from shiradelta.text.read import ExampleSet, check_number, read_file, read_list
 
 #: Batches for the loss's scales, for importance scores, and for the moments of the closed form.
 CALIBRATION = 8
 
 
 class FitTexts:
-    """The texts of a fit.
+    """The examples of a fit.
 
     Attributes:
-        every: all texts.
-        train, held_out: indices of the texts to fit on, and of the held-out texts.
+        every: each example as the user's own `forward` gets it.
+        train, held_out: indices of the examples to fit on, and of the held-out ones.
 
     Raises:
-        SourceError: the texts cannot be read, or are too few.
+        SourceError: the examples cannot be read, or are too few.
     """
 
     def __init__(self, fit: Fit) -> None:
         self._fit = fit
-        self.every: list[Any] = read_texts(fit.texts, fit.log)
+        self._examples = _read(fit)
+        self.every: list[Any] = [*fit.texts] if self._examples is None else self._examples.plain  # type: ignore[misc]
+        check_number(len(self.every), "the texts to fit on")
         self.train, self.held_out = split(len(self.every), fit.held_out, fit.seed)
+
+    def behaviour(self, tokenizer: Any, model: nn.Module, pooling: str | None) -> TextBehaviour:
+        """The behaviour of transformers' models on the examples.
+
+        Raises:
+            SourceError: the examples are neither texts nor of a kind that files have, or do not suit the model.
+        """
+        fit = self._fit
+        if self._examples is None:
+            raise SourceError("the texts to fit on have to be strings, or objects as in a file; others need `forward`")
+        return TextBehaviour(tokenizer, self._examples, model, fit.tokens, pooling, fit.text_share, fit.prompt_share)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Batches for the optimizer, forever; `lengths` has the tokens of every text."""
@@ -39,3 +57,15 @@ class FitTexts:
         size = self._fit.per_pass
         number = max(1, min(CALIBRATION * self._fit.batch, len(self.train)) // size)
         return list(islice(batches(self.train, lengths, size, self._fit.seed), number))
+
+
+def _read(fit: Fit) -> ExampleSet | None:
+    """The examples of a file, or of a list; None for a list of other things, which only `forward` can read."""
+    if not isinstance(fit.texts, str | os.PathLike):
+        return None if fit.forward is not None else read_list([*fit.texts])
+    path = os.fspath(fit.texts)
+
+    def skipped(count: int) -> None:
+        fit.log(f"{path}: {count} blank {'text' if count == 1 else 'texts'} skipped")
+
+    return read_file(path, skipped=skipped)

@@ -103,7 +103,7 @@ def rms_gradients(
     try:
         for part in parts:
             target = behaviour.target(teacher.outputs(part), part)
-            behaviour.loss(behaviour.outputs(model, part), target).backward()  # type: ignore[no-untyped-call]
+            behaviour.loss(part, behaviour.outputs(model, part), target).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in hooks:
             handle.remove()

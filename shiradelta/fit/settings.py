@@ -9,6 +9,7 @@ from typing import Any
 
 from shiradelta.errors import ArgumentError
 from shiradelta.fit.choices import MASKS, METHODS, RENAMED_MASKS
+from shiradelta.text.kinds import check_prompt_share
 from shiradelta.util.arguments import ANY, CALL, NUMBER, PATH, TEXT, WHOLE, ArgumentKind, checked, is_path
 from shiradelta.util.deprecated import renamed_arguments, warn_renamed
 
@@ -18,7 +19,10 @@ class Fit:
     """How the values of a delta are fitted.  The defaults are one recipe for every kind of fine-tune.
 
     Attributes:
-        texts: a JSON Lines file with the key `text`, or a sequence of texts (of any examples, if `forward` is given).
+        texts: a file of examples, or a sequence of them.  A file is JSON Lines, or a data set of Hugging Face; its
+            examples have `text`; `prompt` and `completion`; `messages`; or, for encoders, `anchor` and `positive`.
+            FILE:COLUMN takes one column.  A sequence has strings, or mappings with these keys (anything, if `forward`
+            is given).
         method: "train" uses gradients; "refit" solves least squares layer by layer, from forward passes alone.
         mask: which weights change.  "prune" starts with more nonzeros and prunes the least important while it trains;
             "magnitude", "activation" (change times the RMS of its input) and "gradient" (change times RMS gradient)
@@ -32,6 +36,8 @@ class Fit:
         text_share: for language models, the share of the target that is the text's next token; the rest is what the
             fine-tune predicts.  It is scaled down when the texts differ from the fine-tune's training data; 0 takes
             the fine-tune's predictions alone.
+        prompt_share: how much a prompt's token counts in losses and measures, where one that the model is to say has 1:
+            a completion's, or an assistant's.  0 leaves prompts out, 1 makes no difference.
         held_out: texts kept from fitting, on which distances are measured; at most a fifth of all.
         seed: of the order of the texts.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
@@ -54,6 +60,7 @@ class Fit:
     relative_lr: float = 0.3
     tokens: int = 128
     text_share: float = 0.1
+    prompt_share: float = 0.0
     held_out: int = 256
     seed: int = 0
     device: str | None = None
@@ -75,6 +82,7 @@ class Fit:
             raise ArgumentError(f"a learning rate of {self.relative_lr} fits nothing; give one above 0")
         if not 0 <= self.text_share < 1:
             raise ArgumentError(f"a text share of {self.text_share} is out of range; give 0, or a number below 1")
+        check_prompt_share(self.prompt_share)
         for name in ("steps", "batch", "micro", "tokens", "held_out"):
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -99,10 +107,11 @@ class Fit:
 
 
 _TEXTS = ArgumentKind(
-    "a JSON Lines file, or a list of texts", lambda value: is_path(value) or hasattr(value, "__getitem__")
+    "a file of examples, or a list of them", lambda value: is_path(value) or hasattr(value, "__getitem__")
 )
 _COUNTS = dict.fromkeys(("steps", "batch", "micro", "tokens", "held_out"), WHOLE)
 _FUNCTIONS = dict.fromkeys(("forward", "loss", "log"), CALL)
-_OTHERS = {"texts": _TEXTS, "mask": TEXT, "relative_lr": NUMBER, "text_share": NUMBER, "device": TEXT, "state": PATH}
-_checked = checked(**_OTHERS, **_COUNTS, **_FUNCTIONS, model=ANY)(Fit.__init__)
+_NUMBERS = dict.fromkeys(("relative_lr", "text_share", "prompt_share"), NUMBER)
+_OTHERS = {"texts": _TEXTS, "mask": TEXT, "device": TEXT, "state": PATH}
+_checked = checked(**_OTHERS, **_NUMBERS, **_COUNTS, **_FUNCTIONS, model=ANY)(Fit.__init__)
 Fit.__init__ = renamed_arguments(rate="relative_lr", say="log")(_checked)  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from shiradelta.fit.fitted import FitJob, FitTarget
 from shiradelta.fit.measures import HeldOut
 from shiradelta.fit.stored import LoadedWeights, group, make_contiguous
 from shiradelta.fit.teacher import Teacher
-from shiradelta.fit.text_behaviour import TextBehaviour, not_run
+from shiradelta.fit.text_behaviour import not_run
 from shiradelta.fit.tuned_weights import TunedWeights, dense, exact_homes, write_exact
 from shiradelta.io.recognise import UNCHANGED
 from shiradelta.models import loading
@@ -83,7 +83,7 @@ class Subject:
         if fit.forward is not None:
             return CustomBehaviour(self.texts.every, fit.forward, fit.loss)
         tokenizer, pooling = loading.load_tokenizer(base, source), find_pooling(base, source)
-        behaviour = TextBehaviour(tokenizer, self.texts.every, self.model, fit.tokens, pooling, fit.text_share)
+        behaviour = self.texts.behaviour(tokenizer, self.model, pooling)
         behaviour.check(self.model, base)
         return behaviour
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 from shiradelta.fit.behaviour import Behaviour, Outputs
-from shiradelta.fit.divergence import blend, divergence, divergence_of_labels, log_likelihoods
+from shiradelta.fit.divergence import blend, divergence, divergence_of_labels, log_likelihoods, weighted_mean
 from shiradelta.models.sentence import modules_not_run
 from shiradelta.text.pooling import pool
-from shiradelta.text.tokens import TokenTable, check_vocabulary, padding_token, token_limit
+from shiradelta.text.read import ExampleSet
+from shiradelta.text.tokenised import TokenisedExamples
 from shiradelta.util.text import brief
 
 COSINE = "cosine of embeddings"
@@ -51,56 +52,60 @@ class TextBehaviour(Behaviour):
 
     Args:
         tokenizer: the model's.
-        texts: strings.
+        examples: texts, or for language models completions and conversations, or for encoders pairs.
         model: sets limits on tokens; its configuration says what its logits are.
         tokens: longer texts are cut.
         pooling: how token vectors become an embedding; None if unknown.
         text_share: largest share of the target that is the next token; `calibrate` scales it down.
+        prompt_share: weight of a prompt's token in losses and measures, where one that the model is to say has 1.
 
     Raises:
-        SourceError: the texts are not strings, one has no tokens, or the tokenizer does not belong to the model.
+        SourceError: the examples are of a kind that the model cannot use, or `TokenisedExamples` refuses them.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        texts: Sequence[str],
+        examples: ExampleSet,
         model: nn.Module,
         tokens: int,
         pooling: str | None = None,
         text_share: float = 0.0,
+        prompt_share: float = 0.0,
     ) -> None:
         super().__init__()
-        if not all(isinstance(text, str) for text in texts):
-            raise SourceError("the texts to fit on have to be strings; other examples need `forward`")
-        limit = token_limit(tokens, tokenizer, model)
-        ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-        if not all(ids):
-            raise SourceError("a text has no tokens; leave it out")
-        check_vocabulary(max(map(max, ids)), model)
-        self._table = TokenTable(ids)
-        self.lengths = self._table.lengths
+        #: Whether it is a language model: a row of logits predicts the token that follows its own.
+        self.predicts = bool(getattr(model, "can_generate", lambda: False)())
+        if not examples.kind.is_text and examples.kind.predicts is not self.predicts:
+            raise SourceError(
+                f"{type(model).__name__} {'predicts the next token' if self.predicts else 'predicts no next token'}, so"
+                f' {" and ".join(examples.kind.keys)} are no examples for it; give {{"text": ...}}'
+            )
+        found = self._examples = TokenisedExamples(examples, tokenizer, model, tokens, prompt_share)
+        self._table, self.lengths = found.table, found.lengths
+        self._row_weights = found.row_weights()
+        counts = torch.ones(len(found.table.ids)) if self._row_weights is None else self._row_weights
+        #: Index of each token among those that count.
+        self._rank = (counts > 0).cumsum(0) - 1
         config: Any = model.config
         # A classifier on a causal model looks for the last token by its config's padding token.
-        config.pad_token_id = self._pad = padding_token(tokenizer, model)
+        config.pad_token_id = found.pad
         multi = getattr(config, "problem_type", None) == "multi_label_classification"
         self._logits = OutputKind.LABELS if multi else OutputKind.LOGITS
         self._output = OutputKind.EMBEDDING
         self._per_token: list[bool] = []
         self._device = next(model.parameters()).device
         self._pooling, self.text_share = pooling, text_share
-        #: Whether it is a language model: a row of logits predicts the token that follows its own.
-        self.predicts = bool(getattr(model, "can_generate", lambda: False)())
 
     @property
     def measure(self) -> str:
         return self._output.value
 
     def outputs(self, model: nn.Module, indices: Sequence[int]) -> Outputs:
-        """Rows of tokens without padding; a classifier's logits and embeddings have one row per text."""
+        """Rows of the tokens that count, without padding; a classifier's logits and embeddings have one per text."""
         # Made on the CPU, where nothing waits for it; each transfer and each mask used as an index on a GPU would.
-        ids, there = self._table.padded(indices, self._pad)
-        kept = there.flatten().nonzero()[:, 0]
+        ids, there = self._table.padded(self._examples.texts(indices), self._examples.pad)
+        kept = self._counted(indices)[1].flatten().nonzero()[:, 0]
         ids, mask, kept = (t.to(self._device, non_blocking=True) for t in (ids, there.long(), kept))
         result = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         rows = [hidden.flatten(0, 1)[kept] for hidden in result.hidden_states[1:]]
@@ -142,6 +147,20 @@ class TextBehaviour(Behaviour):
         found = sum(gained) / len(gained) / self._scales[-1] if gained and self._scales[-1] > 0 else 0.0
         self.text_share *= min(1.0, max(0.0, found))
 
+    def _counted(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(slots of a padded batch, which of them count), as `TokenTable.slots`."""
+        slots, there = self._table.slots(self._examples.texts(indices))
+        if self._row_weights is not None:
+            there = there & (self._row_weights[torch.where(there, slots, 0)] > 0)
+        return slots, there
+
+    def _weights(self, indices: Sequence[int]) -> Tensor | None:
+        """How much each row counts; None if all count alike."""
+        if self._row_weights is None:
+            return None
+        slots, kept = self._counted(indices)
+        return self._row_weights[slots[kept]].to(self._device, non_blocking=True)
+
     def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
         """The teacher's outputs, with a share of the probability moved to the next token."""
         if self.predicts and self.text_share > 0:
@@ -158,56 +177,64 @@ class TextBehaviour(Behaviour):
     def lost(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
         """The likelihood of the texts that a language model lost against the fine-tune, in nats per token."""
         tokens, there = self._following(indices)
+        if (weights := self._weights(indices)) is not None:
+            there = there * weights
         theirs, own = (log_likelihoods(outputs[-1], tokens) for outputs in (teacher, student))
-        return float(((theirs - own) * there).sum() / there.sum().clamp(min=1))
+        return float(((theirs - own) * there).sum() / there.sum().clamp(min=1e-9))
 
     def _following(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(next token, 1) for each row of the logits; (any token, 0) at the end of a text."""
-        slots, there = self._table.slots(indices)
-        last = slots + 1 == self._table.ends(indices)[:, None]
-        follows = ~last[there]
-        tokens = self._table.ids[slots[there] + follows]
+        slots, kept = self._counted(indices)
+        last = slots + 1 == self._table.ends(self._examples.texts(indices))[:, None]
+        follows = ~last[kept]
+        tokens = self._table.ids[slots[kept] + follows]
         return tokens.to(self._device, non_blocking=True), follows.float().to(self._device, non_blocking=True)
 
-    def differences(self, student: Outputs, teacher: Outputs) -> list[Tensor]:
+    def differences(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> list[Tensor]:
         """Squared errors of hidden states and embeddings, KL divergence of logits; means over rows."""
         pairs = list(zip(student, teacher, strict=True))
         logits = [] if self._output is OutputKind.EMBEDDING else [pairs.pop()]
-        terms = [(s.float() - t.float()).square().sum(1).mean() for s, t in pairs]
-        return terms + [self._divergence(s, t) for s, t in logits]
+        weights = self._weights(indices)
+        terms = [weighted_mean((s.float() - t.float()).square().sum(1), weights) for s, t in pairs]
+        return terms + [self._divergence(s, t, weights) for s, t in logits]
 
-    def distance(self, student: Outputs, teacher: Outputs) -> float:
+    def distance(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
         """KL divergence of the logits, or relative error of the last hidden states."""
         if self._output is OutputKind.EMBEDDING:
-            return _relative_error(student[-2], teacher[-2])
-        return float(self._divergence(student[-1], teacher[-1]))
+            return _relative_error(student[-2], teacher[-2], None)
+        return float(self._divergence(student[-1], teacher[-1], self._weights(indices)))
 
     def compare(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         found = super().compare(indices, student, teacher)
-        s, t = student[-1], teacher[-1]
+        s, t, weights = student[-1], teacher[-1], self._weights(indices)
         if self._output is OutputKind.EMBEDDING:
             found[COSINE] = float(nn.functional.cosine_similarity(s.float(), t.float()).mean())
         else:
-            found[HIDDEN_ERROR] = _relative_error(student[-2], teacher[-2])
+            found[HIDDEN_ERROR] = _relative_error(student[-2], teacher[-2], weights)
             if self._output is OutputKind.LABELS:
                 found[EQUAL_ANSWERS] = float(((s > 0) == (t > 0)).float().mean())
             elif s.shape[-1] > 1:  # a single output is a regression's
-                found[EQUAL_ANSWERS] = float((s.argmax(-1) == t.argmax(-1)).float().mean())
+                found[EQUAL_ANSWERS] = float(weighted_mean((s.argmax(-1) == t.argmax(-1)).float(), weights))
         if self.predicts:
             found[LIKELIHOOD_LOST] = self.lost(indices, student, teacher)
         return found
 
-    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _divergence(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
         labels = self._output is OutputKind.LABELS
-        return divergence_of_labels(student, teacher) if labels else divergence(student, teacher)
+        return divergence_of_labels(student, teacher) if labels else divergence(student, teacher, weights)
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        slots, there = self._table.slots(indices)
-        of_tokens = slots[there].to(self._device, non_blocking=True), len(self._table.ids)
-        of_texts = torch.tensor(indices).to(self._device, non_blocking=True), len(self.lengths)
+        slots, kept = self._counted(indices)
+        texts = torch.tensor(self._examples.texts(indices))
+        of_tokens = self._rank[slots[kept]].to(self._device, non_blocking=True), int(self._rank[-1]) + 1
+        of_texts = texts.to(self._device, non_blocking=True), len(self._table.lengths)
         return [of_tokens if per_token else of_texts for per_token in self._per_token]
 
 
-def _relative_error(student: Tensor, teacher: Tensor) -> float:
+def _relative_error(student: Tensor, teacher: Tensor, weights: Tensor | None) -> float:
+    """|student - teacher| / |teacher| over all rows, of which a weight counts the square."""
     s, t = student.float(), teacher.float()
+    if weights is not None:
+        root = weights.sqrt()[:, None]
+        s, t = s * root, t * root
     return float((s - t).norm() / t.norm())

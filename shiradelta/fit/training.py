@@ -184,12 +184,13 @@ class FitTrainer:
             state.best, state.best_values = loss, state.values.clone()
 
     def _compare(self, part: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
-        distance = self._behaviour.distance(student, teacher)  # first: the loss may change the teacher's outputs
+        distance = self._behaviour.distance(part, student, teacher)  # first: the loss may change the teacher's outputs
         return {DISTANCE: distance, "loss": float(self._loss(student, teacher, part))}
 
     def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int]) -> Tensor:
         settled = min(1.0, self.state.step / (PRUNE_UNTIL * self._plan.steps))
-        return self._behaviour.loss(student, self._behaviour.target(teacher, part), self._behaviour.weight(settled))
+        target = self._behaviour.target(teacher, part)
+        return self._behaviour.loss(part, student, target, self._behaviour.weight(settled))
 
     def _gradient(self, batch: list[int]) -> Tensor:
         """Puts the gradient of a batch into `Nonzeros.grad`; returns the loss, NaN if the gradient is not finite."""

@@ -28,9 +28,9 @@ from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.shares import parse_sparsity
 from shiradelta.text.batches import batches, by_length, mean_over, split
-from shiradelta.text.examples import KINDS
-from shiradelta.text.jsonl import read_rows
+from shiradelta.text.examples import training_examples
 from shiradelta.text.pooling import find_pooling
+from shiradelta.text.read import read_file
 from shiradelta.train.attaching import attach
 from shiradelta.train.plot import draw_losses
 from shiradelta.train.run_state import History, RunState, load_run, save_run
@@ -68,7 +68,7 @@ def run(
 
     Args:
         model_folder: a folder that transformers loads; the model is trained in the dtype in which it is stored.
-        examples_file: JSON Lines (`shiradelta.text.examples`).
+        examples_file: JSON Lines, or a data set of Hugging Face (`shiradelta.text.read`).
         out: the file to write.  The state of an interrupted run is kept beside it, as `OUT.train`.
         settings: the settings of the run.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
@@ -116,7 +116,8 @@ class _Run:
         self.settings, self.out, self.log, self.progress = settings, out, log, progress
         refuse_several(folder)
         checkpoint = open_checkpoint(folder)
-        kind, rows = read_rows(examples_file, KINDS.values())
+        given = read_file(examples_file)
+        kind = given.kind
         loader, _ = loading.model_class(folder, folder)
         tokenizer = loading.load_tokenizer(folder)
         if kind.predicts and not loader.can_generate():
@@ -135,9 +136,11 @@ class _Run:
         mixed = dtype == torch.float16
         self.casting: Any = torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
         self.model = loading.load_model(folder, folder, self.device, dtype).eval()
-        self.examples = kind.examples(rows, tokenizer, self.model, settings.tokens, find_pooling(folder))
-        self.train, self.held_out = split(len(rows), HELD_OUT, settings.seed)
-        identity = [str(folder.resolve()), rows, settings.as_of_0_1()]
+        self.examples = training_examples(
+            given, tokenizer, self.model, settings.tokens, find_pooling(folder), settings.prompt_share
+        )
+        self.train, self.held_out = split(len(given.rows), HELD_OUT, settings.seed)
+        identity = [str(folder.resolve()), given.rows, settings.as_of_0_1()]
         self.unfinished = UnfinishedRun(out.with_name(out.name + ".train"), identity)
         self.checkpoint = checkpoint
         self.history: History = []

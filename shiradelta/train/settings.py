@@ -10,6 +10,7 @@ from shiradelta.errors import ArgumentError
 from shiradelta.format.codecs import VALUE_OPTIONS
 from shiradelta.nonzeros.pruning import PRUNE_FROM, PRUNE_UNTIL
 from shiradelta.select.shares import parse_sparsity
+from shiradelta.text.kinds import check_prompt_share
 from shiradelta.train.masks import can_be_larger
 from shiradelta.util.deprecated import renamed_arguments
 
@@ -34,6 +35,7 @@ class TrainSettings:
     tokens: int = 256
     seed: int = 0
     values: str = "int4"
+    prompt_share: float = 0.0
 
     def __post_init__(self) -> None:
         parse_sparsity(self.sparsity)
@@ -48,6 +50,7 @@ class TrainSettings:
             raise ArgumentError(
                 f"pruning from {self.prune_from:g} x the sparsity is impossible; give 1 (no pruning) or more"
             )
+        check_prompt_share(self.prompt_share)
         VALUE_OPTIONS.find(self.values)
 
     @property
@@ -60,7 +63,8 @@ class TrainSettings:
     def as_of_0_1(self) -> dict[str, Any]:
         """The settings under their names in 0.1, which identify an interrupted run."""
         renamed = {"prune_from": "fall_from", "relative_lr": "rate"}
-        return {renamed.get(name, name): value for name, value in vars(self).items()}
+        added = {} if self.prompt_share else {"prompt_share"}
+        return {renamed.get(name, name): value for name, value in vars(self).items() if name not in added}
 
 
 _take_old_names = renamed_arguments(fall_from="prune_from", rate="relative_lr")

@@ -17,6 +17,7 @@ from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models import loading
 from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.text.read import of_texts
 from tests.fit.test_fit import SETTINGS, build, texts, write_pair, write_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 def behaviour(model: nn.Module, folder: Path, pooling: str = "mean") -> TextBehaviour:
     write_tokenizer(folder)
-    return TextBehaviour(loading.load_tokenizer(folder), texts(), model, 16, pooling)
+    return TextBehaviour(loading.load_tokenizer(folder), of_texts(texts()), model, 16, pooling)
 
 
 def alone(found: TextBehaviour, model: nn.Module, index: int) -> list[Tensor]:
@@ -98,13 +99,13 @@ def test_the_base_has_a_loss_of_one_in_the_mean(tmp_path: Path):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-        pairs = [(found.outputs(model, part), found.outputs(other, part)) for part in ([0, 1, 2], [3, 4, 5])]
+        parts = [(part, found.outputs(model, part), found.outputs(other, part)) for part in ([0, 1, 2], [3, 4, 5])]
         with pytest.raises(SourceError, match="behaves like its base"):
-            found.calibrate([([0, 1, 2], pairs[0][0], pairs[0][0])])
-        found.calibrate([([0, 1, 2], *pairs[0]), ([3, 4, 5], *pairs[1])])
-        losses = [float(found.loss(*pair)) for pair in pairs]
+            found.calibrate([(*parts[0][:2], parts[0][1])])
+        found.calibrate(parts)
+        losses = [float(found.loss(*part)) for part in parts]
         assert sum(losses) / 2 == pytest.approx(1, rel=1e-5)
-        assert float(found.loss(pairs[0][1], pairs[0][1])) == 0
+        assert float(found.loss([0, 1, 2], parts[0][2], parts[0][2])) == 0
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal"])
@@ -161,7 +162,7 @@ def test_padding_is_what_the_model_takes_for_it(tmp_path: Path):
     """A decoder's classifier looks for the last token before its padding, whatever the tokenizer pads with."""
     model = build("classifier").eval()
     model.config.pad_token_id = 63
-    assert behaviour(model, tmp_path)._pad == 63
+    assert behaviour(model, tmp_path)._examples.pad == 63
 
 
 def test_labels_that_can_all_hold_have_their_own_divergence():
@@ -232,7 +233,7 @@ def test_texts_count_as_far_as_the_fine_tune_knows_them(tmp_path: Path):
         (0.1, (tuned, base), False),
         (0, (base, tuned), False),
     ]:
-        fresh = TextBehaviour(loading.load_tokenizer(tmp_path), texts(), model, 16, text_share=share)
+        fresh = TextBehaviour(loading.load_tokenizer(tmp_path), of_texts(texts()), model, 16, text_share=share)
         fresh.outputs(model, indices)
         fresh.calibrate([(indices, student, wise)])
         target = fresh.target([rows.clone() for rows in wise], indices)
@@ -251,7 +252,7 @@ def test_hidden_states_guide_and_the_output_counts_in_the_end(
     """But for an encoder of which nobody says what it is used for."""
     model = build(kind).eval()
     write_tokenizer(tmp_path)
-    found = TextBehaviour(loading.load_tokenizer(tmp_path), texts(), model, 16, pooling)
+    found = TextBehaviour(loading.load_tokenizer(tmp_path), of_texts(texts()), model, 16, pooling)
     other = build(kind).eval()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -260,5 +261,5 @@ def test_hidden_states_guide_and_the_output_counts_in_the_end(
         found.calibrate([([0, 1], base, tuned)])
         assert (found.weight(0), found.weight(1)) == (0.5, last)
         astray = [*(rows + 1 for rows in tuned[:-1]), tuned[-1]]
-        assert float(found.loss(astray, tuned)) > 0
-        assert (float(found.loss(astray, tuned, found.weight(1))) == 0) is (last == 1)
+        assert float(found.loss([0, 1], astray, tuned)) > 0
+        assert (float(found.loss([0, 1], astray, tuned, found.weight(1))) == 0) is (last == 1)

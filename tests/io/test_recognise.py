@@ -18,7 +18,7 @@ from shiradelta.errors import FormatError, ShiraDeltaError
 from shiradelta.folder.verification import existing
 from shiradelta.io.recognise import THINGS, Wanted, explain
 from shiradelta.models.checkpoint import open_checkpoint
-from shiradelta.text.jsonl import TEXT, read_rows
+from shiradelta.text.read import read_file
 
 #: How something is opened that should have been this.
 OPENED: dict[Wanted, Callable[[Path], object]] = {
@@ -27,7 +27,7 @@ OPENED: dict[Wanted, Callable[[Path], object]] = {
     Wanted.WEIGHTS: open_checkpoint,
     Wanted.BASE: lambda path: open_checkpoint(path, Wanted.BASE),
     Wanted.SOURCE: shiradelta.convert,
-    Wanted.TEXTS: lambda path: read_rows(path, [TEXT]),
+    Wanted.TEXTS: lambda path: read_file(path),
 }
 
 

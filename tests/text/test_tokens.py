@@ -14,7 +14,9 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Rob
 from shiradelta.errors import SourceError
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models.loading import load_tokenizer
-from shiradelta.text.examples import KINDS
+from shiradelta.text.examples import training_examples
+from shiradelta.text.kinds import KINDS
+from shiradelta.text.read import ExampleSet, of_texts
 from shiradelta.text.tokens import TokenTable, check_vocabulary, padding_token, position_limit, token_limit
 from shiradelta.train.run import run
 from shiradelta.train.settings import TrainSettings
@@ -45,9 +47,9 @@ def test_texts_are_cut_where_the_positions_end(build: Any, limit: int, tmp_path:
     tokenizer = load_tokenizer(tmp_path)
     assert position_limit(model) == token_limit(40, tokenizer, model) == limit
     assert token_limit(4, tokenizer, model) == 4
-    fit = TextBehaviour(tokenizer, [LONG], model, 40)
+    fit = TextBehaviour(tokenizer, of_texts([LONG]), model, 40)
     kind = KINDS["text" if build is gpt2 else "pairs"]
-    train = kind.examples([[LONG] * len(kind.keys)] * 2, tokenizer, model, 40)
+    train = training_examples(ExampleSet(kind, [[LONG] * len(kind.keys)] * 2), tokenizer, model, 40)
     assert fit.lengths == [limit]
     assert train.lengths == [limit] * 2
     with torch.no_grad():

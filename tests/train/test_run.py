@@ -15,7 +15,9 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 import shiradelta
 from shiradelta.cli import main
 from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError, TargetError
-from shiradelta.text.examples import Pairs
+from shiradelta.text.examples import training_examples
+from shiradelta.text.kinds import PAIRS
+from shiradelta.text.read import ExampleSet
 from shiradelta.train import run as run_module
 from shiradelta.train.run import run
 from shiradelta.train.settings import TrainSettings
@@ -230,8 +232,16 @@ def test_pairs_are_pooled_as_the_folder_says(folders: Path):
     tokenizer = load_tokenizer(folders / "encoder")
     model = BertModel.from_pretrained(folders / "encoder").eval()
     rows = [["w1 w2 w3", "w4 w5"], ["w6", "w7 w8 w9"]]
-    ids = tokenizer(rows[0], return_tensors="pt", padding=True)
-    first = torch.nn.functional.normalize(model(**ids).last_hidden_state[:, 0], dim=-1)
-    pairs = Pairs([*zip(*rows, strict=True)], tokenizer, model, 16, "cls")
-    found = pairs._embed(model, pairs._sides[0], [0, 1])
-    torch.testing.assert_close(found, first)
+    one, other = (
+        torch.nn.functional.normalize(
+            model(**tokenizer(side, return_tensors="pt", padding=True)).last_hidden_state[:, 0]
+        )
+        for side in rows
+    )
+    entropy, labels = torch.nn.functional.cross_entropy, torch.arange(2)
+    alike = one @ other.T / 0.05
+    pairs = training_examples(
+        ExampleSet(PAIRS, [[*row] for row in zip(*rows, strict=True)]), tokenizer, model, 16, "cls"
+    )
+    expected = (entropy(alike, labels) + entropy(alike.T, labels)) / 2
+    torch.testing.assert_close(pairs.loss(model, [0, 1]), expected)

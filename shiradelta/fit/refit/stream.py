@@ -24,7 +24,7 @@ from shiradelta.fit.refit.hidden_states import HiddenStates, Part
 from shiradelta.fit.refit.least_squares import Enough, left_out, left_out_warnings, own_linears, refit
 from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
 from shiradelta.fit.refit.state_weights import STATES, STUDENTS, StateWeights
-from shiradelta.fit.text_behaviour import TextBehaviour, not_run
+from shiradelta.fit.text_behaviour import not_run
 from shiradelta.models import loading
 from shiradelta.select.topk import Selection
 from shiradelta.text.batches import by_length, mean_over
@@ -53,7 +53,7 @@ class _Stream:
         self._model, self._blocks = self._skeleton.model, self._skeleton.blocks
         rest = self._skeleton.fill(self._skeleton.of_rest())
         pooling = find_pooling(job.base, job.source)
-        self._behaviour = TextBehaviour(tokenizer, texts.every, self._model, job.fit.tokens, pooling)
+        self._behaviour = texts.behaviour(tokenizer, self._model, pooling)
 
         self._pieces, self._tied = self._skeleton.pieces(job.targets)
         self._rest = StateWeights(rest, self._pieces, job.codec)

@@ -1,0 +1,140 @@
+"""Examples as token ids, and how much each token counts as something that a model is to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.errors import SourceError
+from shiradelta.text.conversation import rendered
+from shiradelta.text.kinds import COMPLETION, MESSAGES
+from shiradelta.text.read import ExampleSet
+from shiradelta.text.tokens import TokenTable, check_vocabulary, padding_token, token_limit
+
+#: Token ids of a text, and whether the model is to say each of them.
+_Said = tuple[list[int], list[bool]]
+
+
+class TokenisedExamples:
+    """Examples of one kind as token ids.
+
+    Args:
+        examples: the examples.
+        tokenizer: the model's.
+        model: sets limits on tokens.
+        tokens: longer texts are cut.
+        prompt_share: weight of a prompt's token, where one that the model is to say has 1.
+        ends: whether the end of a text by itself is a token, too; completions and conversations always end.
+
+    Attributes:
+        table: the token ids; a pair is two texts, one after the other.
+        lengths: tokens by example: of a pair, those of its longer text.
+        weights: float32 [tokens]: how much each token of the table counts; None if all count alike.
+        pad: the token to pad with.
+
+    Raises:
+        SourceError: the tokenizer does not belong to the model, it has no chat template and the examples need one, a
+            text has no tokens, or an example has nothing to predict within so many tokens.
+    """
+
+    def __init__(
+        self,
+        examples: ExampleSet,
+        tokenizer: Any,
+        model: nn.Module,
+        tokens: int,
+        prompt_share: float = 0.0,
+        ends: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._limit = token_limit(tokens, tokenizer, model)
+        self.pad = padding_token(tokenizer, model)
+        self._texts = len(examples.kind.keys) if not examples.kind.predicts else 1
+        self.weights: Tensor | None = None
+        if examples.kind.check is MESSAGES.check:
+            ids = self._said([self._conversation(row[0], n) for n, row in enumerate(examples.rows, 1)], prompt_share)
+        elif examples.kind is COMPLETION:
+            ids = self._said(self._completions(examples.rows), prompt_share)
+        else:
+            ids = self._ids([text for row in examples.rows for text in row])
+            ids = [self._ended(one) for one in ids] if ends else ids
+        if not all(ids):
+            raise SourceError("a text has no tokens; leave it out")
+        check_vocabulary(max(map(max, ids)), model)
+        self.table = TokenTable(ids)
+        self.lengths = [max(own) for own in zip(*[iter(self.table.lengths)] * self._texts, strict=True)]
+
+    def texts(self, indices: Sequence[int]) -> list[int]:
+        """The texts of some examples, by their number in the table; of pairs, first the anchors."""
+        return [self._texts * index + side for side in range(self._texts) for index in indices]
+
+    def row_weights(self) -> Tensor | None:
+        """float32 [tokens]: how much the prediction at each token counts, which is of the token after it.
+
+        At a text's last token nothing is predicted.  None if all count alike.
+        """
+        if self.weights is None:
+            return None
+        shifted = torch.cat([self.weights[1:], self.weights.new_zeros(1)])
+        shifted[self.table.ends(range(len(self.table.lengths))) - 1] = 0
+        return shifted
+
+    def check_predicted(self) -> None:
+        """Raises SourceError if an example is so short that no token of it follows another."""
+        for number, length in enumerate(self.lengths, 1):
+            if length < 2:
+                raise _nothing_to_predict(number, self._limit)
+
+    def _said(self, found: Sequence[_Said], prompt_share: float) -> list[list[int]]:
+        """The ids of texts, cut; sets the weights.  The first token has nothing before it to predict it from."""
+        cut = [(ids[: self._limit], said[: self._limit]) for ids, said in found]
+        for number, (_, said) in enumerate(cut, 1):
+            if not any(said[1:]):
+                raise _nothing_to_predict(number, self._limit)
+        if prompt_share < 1:
+            self.weights = torch.tensor([1.0 if one else prompt_share for _, said in cut for one in said])
+        return [ids for ids, _ in cut]
+
+    def _completions(self, rows: Sequence[Sequence[str]]) -> list[_Said]:
+        prompts = [self._open(ids) for ids in self._ids([prompt for prompt, _ in rows])]
+        completions = self._ids([completion for _, completion in rows], add_special_tokens=False)
+        pairs = [
+            (prompt, self._ended([*prompt, *completion]))
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        return [(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt))) for prompt, ids in pairs]
+
+    def _conversation(self, messages: Any, number: int) -> _Said:
+        text, spans = rendered(messages, self._tokenizer, f"example {number}")
+        if not getattr(self._tokenizer, "is_fast", False):
+            raise SourceError(
+                "the tokenizer does not say where its tokens are, which messages need; give prompt and completion, or"
+                " the folder's tokenizer.json"
+            )
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # A token counts if its last character is the assistant's: some begin with the space before it.
+        said = [any(start < last <= end for start, end in spans) for _, last in found["offset_mapping"]]
+        return found["input_ids"], said
+
+    def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        cut = {"truncation": True, "max_length": self._limit}
+        found: list[list[int]] = self._tokenizer(list(texts), **cut, **options)["input_ids"]
+        return found
+
+    def _open(self, ids: list[int]) -> list[int]:
+        """A prompt without the end that some tokenizers put there."""
+        return ids[:-1] if ids[-1:] == [self._tokenizer.eos_token_id] else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self._tokenizer.eos_token_id
+        return ids if end is None or len(ids) >= self._limit or ids[-1:] == [end] else [*ids, end]
+
+
+def _nothing_to_predict(number: int, limit: int) -> SourceError:
+    return SourceError(
+        f"example {number} has nothing to predict within {limit} tokens; leave it out, or give a larger --tokens"
+        " (--fit-tokens of convert)"
+    )
