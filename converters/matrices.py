@@ -85,7 +85,9 @@ def _read_npz(path: Path) -> SparseMatrix:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except KeyError as error:
         raise SourceError(f"{path}: lacks {error}, so it is no matrix of scipy.sparse.save_npz; get it again") from None
-    except (zipfile.BadZipFile, ValueError, TypeError, EOFError, AttributeError, UnicodeDecodeError) as error:
+    except SourceError:
+        raise
+    except Exception as error:  # whatever parsers make of damaged bytes
         raise SourceError(f"{path}: is damaged ({brief(str(error), 120)}); get it again") from None
 
 
@@ -192,7 +194,7 @@ def _is_scipys(path: Path) -> bool:
     try:
         with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
             return {"format.npy", "shape.npy", "data.npy"} <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # whatever parsers make of damaged bytes
         return False
 
 

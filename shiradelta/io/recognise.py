@@ -105,7 +105,7 @@ def _is_zip_with(path: Path, end: str) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(end) for name in archive.namelist())
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, NotImplementedError):
         return False
 
 

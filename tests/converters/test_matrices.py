@@ -109,3 +109,26 @@ def test_dense_tensors_beside_sparse_ones(tmp_path: Path, base: Path):
     torch.save({UP: torch.eye(3).to_sparse(), "other": torch.ones(2)}, tmp_path / "x.pt")
     with pytest.raises(SourceError, match=r"'other' is dense|its shape is|has no such tensor"):
         changed(tmp_path / "x.pt", base)
+
+
+@pytest.mark.parametrize("at", [40, 300, -30])
+def test_bytes_that_are_wrong(tmp_path: Path, base: Path, at: int):
+    """Compressed data, headers of entries, the archive's list of them."""
+    scipy.sparse.save_npz(tmp_path / f"{UP}.npz", scipy.sparse.csr_array(change()))
+    held = bytearray((tmp_path / f"{UP}.npz").read_bytes())
+    for value in (0, 255, held[at] ^ 16):
+        held[at] = value
+        (tmp_path / f"{UP}.npz").write_bytes(held)
+        with pytest.raises(shiradelta.ShiraDeltaError) as caught:
+            changed(tmp_path / f"{UP}.npz", base)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_archive_of_a_later_version(tmp_path: Path, base: Path):
+    scipy.sparse.save_npz(tmp_path / f"{UP}.npz", scipy.sparse.csr_array(change()))
+    held = bytearray((tmp_path / f"{UP}.npz").read_bytes())
+    held[held.index(b"PK\x01\x02") + 6] = 255
+    for name in (f"{UP}.npz", "x.pt"):
+        (tmp_path / name).write_bytes(held)
+        with pytest.raises(shiradelta.ShiraDeltaError):
+            changed(tmp_path / name, base)
