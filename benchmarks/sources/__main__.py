@@ -1,8 +1,12 @@
-"""Prints a row a producer and kind; with words, only the rows of producers or kinds that have one of them."""
+"""Prints a row a producer and kind; with words, only the rows of producers or kinds that have one of them.
+
+`--csv FILE` writes them, too.
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
+import csv
 import tempfile
 import warnings
 from collections import Counter
@@ -20,7 +24,7 @@ from .case import outcome
 PRODUCERS = (peft_types, unets, diffusion, flux, lycoris, mlx, language, sparse)
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str], file: Path | None) -> None:
     """Converts every source and compares it with what its producer makes of it."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -31,8 +35,16 @@ def main(words: Sequence[str]) -> None:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 rows.append([case.producer, case.kind, case.by, outcome(case, Path(folder))])
+    if file is not None:
+        with open(file, "w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([["producer", "kind", "made by", "outcome"], *rows])
     print(table([["producer", "kind", "made by", "outcome"], *rows], left=4))
     print(", ".join(f"{count} {what}" for what, count in Counter(row[3].partition(":")[0] for row in rows).items()))
 
 
-main(sys.argv[1:])
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--csv", type=Path)
+    given = parser.parse_args()
+    main(given.words, given.csv)
