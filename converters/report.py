@@ -188,7 +188,10 @@ class ConversionReport:
                 lost = text.count(unknown, "skipped tensor")
                 return f"unknown share of the update's energy kept, as nothing tells the change of {lost}"
             return f"{self.energy_kept:.1%} of the update's energy kept (relative error {self.error:.3f})"
-        closer = f", {1 - fit.fitted / fit.base:.0%} of the way" if fit.base and fit.fitted < fit.base else ""
+        if fit.gain is not None and fit.gain.kept is not None:
+            closer = f", {fit.gain.kept} of {fit.gain.share_of} kept"
+        else:
+            closer = f", {1 - fit.fitted / fit.base:.0%} of the way" if fit.base and fit.fitted < fit.base else ""
         return f"fitted on {text.count(fit.texts, 'text')} in {fit.seconds:.0f} s{closer}"
 
     @property
@@ -216,15 +219,60 @@ class ConversionReport:
             *([name, *(f"{values[state]:.4g}" for state in states)] for name, values in found.items()),
         ]
 
+    @property
+    def losses(self) -> list[list[str]]:
+        """The rows of a table: losses on held-out examples, and the share of the fine-tune's gain that is kept."""
+        gain = None if self.fit is None else self.fit.gain
+        if gain is None:
+            return []
+        states = ("base", "topk", "fitted", "tuned")
+        rows = [
+            [f"loss, {text.count(gain.examples, 'example')} held out", "base", "top-k", "fitted", "fine-tune"],
+            [gain.measure, *(f"{gain.losses[state]:.4g}" for state in states)],
+        ]
+        if gain.kept is not None:
+            shares = [f"{share.kept:.1%}" for share in gain.shares.values()]
+            rows.append([f"share of {gain.share_of}", "0%", *shares, "100%"])
+            rows.append(["its standard error", "-", *(f"{share.error:.1%}" for share in gain.shares.values()), "-"])
+        return rows
+
+    @property
+    def worse(self) -> str | None:
+        """Than what the result of a fit is worse, and what to do; None if it is not, or nothing was fitted.
+
+        Where the loss of held-out examples is known, by more than two standard errors of the difference.
+        """
+        fit = self.fit
+        if fit is None:
+            return None
+        if fit.gain is None:
+            found = {"base": fit.base, "topk": fit.topk, "fitted": fit.fitted}
+            than = [state for state in ("base", "topk") if fit.fitted > found[state]]
+            measure = fit.measure
+        else:
+            found, measure, than = fit.gain.losses, fit.gain.measure, [*fit.gain.worse_than]
+        if not than:
+            return None
+        names = {"base": "its base", "topk": "plain top-k"}
+        against = " and ".join(f"{names[state]} ({found[state]:.4g})" for state in than)
+        return (
+            f"the result ({found['fitted']:.4g}) is worse than {against} by {measure}: give more texts, of the"
+            " kind that the model will see, more steps, or a larger sparsity"
+        )
+
     def complete(self) -> None:
         """Adds the warnings that follow from the figures."""
         fit = self.fit
-        if fit is not None and fit.fitted > fit.topk:
+        if self.worse is not None:
+            self.warnings.insert(0, self.worse)
+        elif fit is not None and fit.fitted > fit.topk:
             self.warnings.append(
-                f"fitting made it worse than top-k ({fit.fitted:.3g} against {fit.topk:.3g}): give more texts, of the"
-                " kind that the model will see, or more steps"
+                f"fitting made it less like the fine-tune than top-k ({fit.measure}: {fit.fitted:.3g} against"
+                f" {fit.topk:.3g}), though not worse by its loss; give more texts, or more steps"
             )
-        elif fit is not None and fit.texts < FEW_TEXTS:
+        if fit is not None and fit.gain is not None and fit.gain.kept is None:
+            self.warnings.append(f"{fit.gain.nothing}, so no share of it is told; give examples of its own task")
+        if fit is not None and self.worse is None and fit.texts < FEW_TEXTS:
             self.warnings.append(f"fitted on {text.count(fit.texts, 'text')} only; some thousands come closer")
         kept = self.energy_kept
         if self.fit is None and kept is not None and kept < LITTLE:
@@ -249,5 +297,6 @@ class ConversionReport:
             "exact": self.exact,
             "exactness": self.exactness,
             "inexact": self.inexact,
+            "worse": self.worse,
             "fit": None if self.fit is None else self.fit.as_dict(),
         }

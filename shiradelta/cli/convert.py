@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -85,10 +86,15 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
     help="Share of a language model's target that is the text's next token; the fine-tune predicts the rest.",
 )
 @options.prompt_share
+@click.option(
+    "--accept-worse",
+    is_flag=True,
+    help="Exit with 0 even if the fit is worse than the base or than top-k.",
+)
 @click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
 @click.option("--plot", metavar="FILE", help="Plot where the changes lie, and the fit, to this PNG.")
 @options.as_json
-def convert(as_json: bool, texts: str | None, device: str | None, **arguments: Any) -> None:
+def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: bool, **arguments: Any) -> None:
     """Convert a LoRA, a full fine-tune or a diff to a .shd file.
 
     SOURCE is a file (safetensors, or torch's .bin, .pt, .ckpt) or a folder (PEFT adapter, fine-tuned model).
@@ -98,7 +104,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
 
     settings = {key.removeprefix("fit_"): arguments.pop(key) for key in list(arguments) if key.startswith("fit_")}
     settings["prompt_share"] = arguments.pop("prompt_share")
-    if texts is None and (given := options.given("fit_", "prompt_share", "device")):
+    if texts is None and (given := options.given("fit_", "prompt_share", "accept_worse", "device")):
         raise click.UsageError(f"{given} is only for fitting; give --fit TEXTS, too.")
     if not METHODS.find(settings["method"]).trains and (
         given := options.given("fit_mask", "fit_steps", "fit_relative_lr", "fit_text_share")
@@ -107,18 +113,24 @@ def convert(as_json: bool, texts: str | None, device: str | None, **arguments: A
     fit = texts and Fit(texts, **settings, device=device, log=lambda line: echo_lines(line, err=True))
     with progress_bar("fitting" if fit else "converting") as progress:
         report = run(**arguments, fit=fit or None, progress=progress)
+    code = 1 if report.worse is not None and not accept_worse else 0
     if as_json:
         echo_json(report.as_dict())
-        return
+        sys.exit(code)
+    if report.worse is not None:
+        echo_lines(f"worse: {report.worse}; --accept-worse exits with 0 all the same", err=True)
     click.echo(table(report.rows))
     for line in skipped_lines(report.skipped):
         click.echo(line)
-    echo_warnings(report.warnings)
+    echo_warnings(line for line in report.warnings if line != report.worse)
     if report.fit is not None:
-        click.echo(f"\n{table(report.measures)}\n")
+        for rows in filter(None, (report.losses, report.measures)):
+            click.echo(f"\n{table(rows)}")
+        click.echo()
     changed = sum(t.nnz for t in report.tensors if not t.operation.creates)
     echo_lines(
         f"{count(report.tensors, 'tensor')} converted, {len(report.skipped)} skipped; {changed:,} of"
         f" {count(report.numel, 'weight')} changed ({percent(changed / max(report.numel, 1))}); {report.summary}",
         f"{report.out}: {size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero",
     )
+    sys.exit(code)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 from shiradelta.fit.fitted import DISTANCE
+from shiradelta.fit.losses import ExampleLoss
 
 #: Weight of the output in the loss at first; all terms share the rest, which guides the early layers.
 LAST = 0.5
@@ -81,6 +82,15 @@ class Behaviour(ABC):
     def compare(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         """Measures of one batch by name: `distance` under the key `DISTANCE`, then further ones."""
         return {DISTANCE: self.distance(indices, student, teacher)}
+
+    @property
+    def example_loss(self) -> ExampleLoss | None:
+        """The loss of held-out examples, known after the first call of `outputs`; None if there is no such loss."""
+        return None
+
+    def evidence(self, indices: Sequence[int], outputs: Outputs) -> Tensor:
+        """What `example_loss` has to know of each example [n, k], on the CPU."""
+        raise NotImplementedError
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]] | None:
         """For each output: (the indices of its rows among the rows of all examples, the number of those).

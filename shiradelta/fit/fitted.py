@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from shiradelta.format.arithmetic import Float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.select.topk import NOT_FINITE, Rows, Selection, row_shape
 from shiradelta.util.progress import Progress
+
+if TYPE_CHECKING:
+    from shiradelta.fit.gain import Gain
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Fitted:
         steps: optimizer steps.
         seconds: time that the fit took.
         text_share: share of the target that was the text's next token.
+        gain: losses on the held-out texts, and how much of the fine-tune's gain is kept; None if that is unknown.
         further: other measures of base, top-k and fit, by name.
         history: (step, distance).
         warnings: what a user should know.
@@ -105,6 +109,7 @@ class Fitted:
     steps: int = 0
     seconds: float = 0.0
     text_share: float = 0.0
+    gain: Gain | None = None
     further: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[tuple[int, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -119,12 +124,14 @@ class Fitted:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but tensors and warnings, for JSON."""
-        return {key: value for key, value in vars(self).items() if key not in ("tensors", "warnings")}
+        found = {key: value for key, value in vars(self).items() if key not in ("tensors", "warnings")}
+        return {**found, "gain": None if self.gain is None else self.gain.as_dict()}
 
     @property
     def metadata(self) -> dict[str, str]:
         """Metadata of the file."""
         return {
+            **({} if self.gain is None else self.gain.metadata),
             "distance": f"{self.fitted:.6g}",
             "distance_base": f"{self.base:.6g}",
             "distance_topk": f"{self.topk:.6g}",

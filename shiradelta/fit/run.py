@@ -47,15 +47,16 @@ def _fit_whole(job: FitJob) -> Fitted:
     subject = Subject(job)
     result = Fitted({}, subject.behaviour.measure, len(subject.texts.train), len(subject.texts.held_out))
     result.warnings = subject.warnings
-    result.note("base", subject.held_out.measures())
+    result.note("base", subject.held_out.measures("base"))
     result.text_share = subject.behaviour.text_share if method.trains else 0.0
     nonzeros = subject.fitted.topk()
     try:
         write_rounded(nonzeros, subject.fitted, job.codec)
-        result.note("topk", subject.held_out.measures())
+        result.note("topk", subject.held_out.measures("topk"))
         nonzeros.write(None)
         method.fit(job, subject, nonzeros, result)
-        result.note("fitted", subject.held_out.measures())
+        result.note("fitted", subject.held_out.measures("fitted"))
+        result.gain = subject.held_out.gain()
     finally:
         nonzeros.write(None)
     result.tensors = subject.fitted.selections(nonzeros)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shiradelta.errors import SourceError
 from shiradelta.fit.behaviour import Behaviour, Outputs
 from shiradelta.fit.divergence import blend, divergence, divergence_of_labels, log_likelihoods, weighted_mean
+from shiradelta.fit.losses import AGREEMENT, ANSWERS, LABELS, LIKELIHOOD, PARTNERS, ExampleLoss
 from shiradelta.models.sentence import modules_not_run
 from shiradelta.text.pooling import pool
 from shiradelta.text.read import ExampleSet
@@ -219,9 +220,33 @@ class TextBehaviour(Behaviour):
             found[LIKELIHOOD_LOST] = self.lost(indices, student, teacher)
         return found
 
+    @property
+    def example_loss(self) -> ExampleLoss | None:
+        """The examples' own where they tell it, or else how far they are from the fine-tune's; None by token."""
+        if self.predicts:
+            return LIKELIHOOD
+        if self._output is OutputKind.EMBEDDING:
+            return AGREEMENT if self._examples.sides == 1 else PARTNERS
+        if self._per_token[-1]:
+            return None
+        return LABELS if self._output is OutputKind.LABELS else ANSWERS
+
+    def evidence(self, indices: Sequence[int], outputs: Outputs) -> Tensor:
+        """Nats and tokens; or the embeddings, or answers, of an example's texts."""
+        last = outputs[-1]
+        if not self.predicts:
+            return torch.cat(last.float().chunk(self._examples.sides), dim=1).cpu()
+        tokens, there = self._following(indices)
+        if (weights := self._weights(indices)) is not None:
+            there = there * weights
+        counts = self._counted(indices)[1].sum(1).to(last.device)
+        example = torch.arange(len(indices), device=last.device).repeat_interleave(counts)
+        rows = torch.stack([-log_likelihoods(last, tokens) * there, there], dim=1)
+        return torch.zeros(len(indices), 2, device=last.device).index_add_(0, example, rows).cpu()
+
     def _divergence(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
         labels = self._output is OutputKind.LABELS
-        return divergence_of_labels(student, teacher) if labels else divergence(student, teacher, weights)
+        return divergence_of_labels(student, teacher).mean() if labels else divergence(student, teacher, weights)
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         slots, kept = self._counted(indices)

@@ -31,6 +31,7 @@ class TokenisedExamples:
 
     Attributes:
         table: the token ids; a pair is two texts, one after the other.
+        sides: texts of an example.
         lengths: tokens by example: of a pair, those of its longer text.
         weights: float32 [tokens]: how much each token of the table counts; None if all count alike.
         pad: the token to pad with.
@@ -52,7 +53,7 @@ class TokenisedExamples:
         self._tokenizer = tokenizer
         self._limit = token_limit(tokens, tokenizer, model)
         self.pad = padding_token(tokenizer, model)
-        self._texts = len(examples.kind.keys) if not examples.kind.predicts else 1
+        self.sides = 1 if examples.kind.predicts else len(examples.kind.keys)
         self.weights: Tensor | None = None
         if examples.kind.check is MESSAGES.check:
             ids = self._said([self._conversation(row[0], n) for n, row in enumerate(examples.rows, 1)], prompt_share)
@@ -65,11 +66,11 @@ class TokenisedExamples:
             raise SourceError("a text has no tokens; leave it out")
         check_vocabulary(max(map(max, ids)), model)
         self.table = TokenTable(ids)
-        self.lengths = [max(own) for own in zip(*[iter(self.table.lengths)] * self._texts, strict=True)]
+        self.lengths = [max(own) for own in zip(*[iter(self.table.lengths)] * self.sides, strict=True)]
 
     def texts(self, indices: Sequence[int]) -> list[int]:
         """The texts of some examples, by their number in the table; of pairs, first the anchors."""
-        return [self._texts * index + side for side in range(self._texts) for index in indices]
+        return [self.sides * index + side for side in range(self.sides) for index in indices]
 
     def row_weights(self) -> Tensor | None:
         """float32 [tokens]: how much the prediction at each token counts, which is of the token after it.

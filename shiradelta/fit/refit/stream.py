@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from shiradelta.fit.behaviour import Outputs, check_scales
 from shiradelta.fit.fit_texts import FitTexts
 from shiradelta.fit.fitted import DISTANCE, FitJob, Fitted
+from shiradelta.fit.gain import Evidence
 from shiradelta.fit.refit.hidden_states import HiddenStates, Part
 from shiradelta.fit.refit.least_squares import Enough, left_out, left_out_warnings, own_linears, refit
 from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
@@ -54,6 +55,7 @@ class _Stream:
         rest = self._skeleton.fill(self._skeleton.of_rest())
         pooling = find_pooling(job.base, job.source)
         self._behaviour = texts.behaviour(tokenizer, self._model, pooling)
+        self._evidence = Evidence(self._behaviour)
 
         self._pieces, self._tied = self._skeleton.pieces(job.targets)
         self._rest = StateWeights(rest, self._pieces, job.codec)
@@ -103,6 +105,7 @@ class _Stream:
         result.warnings = self._warnings + left_out_warnings(self._left)
         for state, measure in measures.items():
             result.note(state, measure)
+        result.gain = self._evidence.gain()
         result.seconds = time.monotonic() - start
         return result
 
@@ -213,10 +216,13 @@ class _Stream:
         def compare(part: Sequence[int]) -> dict[tuple[str, str], float]:
             with self._rest_as("tuned"):
                 tuned = self._outputs(part)
+            self._evidence.add("tuned", part, tuned)
             found = {}
             for state in STUDENTS:
                 with self._rest_as(state):
-                    measured = self._behaviour.compare(part, self._outputs(part), tuned)
+                    outputs = self._outputs(part)
+                self._evidence.add(state, part, outputs)
+                measured = self._behaviour.compare(part, outputs, tuned)
                 found.update({(state, name): value for name, value in measured.items()})
             return found
 
