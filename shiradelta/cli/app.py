@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import errno
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import click
 
+from shiradelta.cli.output import discard, echo, is_verbose
 from shiradelta.errors import ShiraDeltaError, printable
 from shiradelta.util.interrupts import terminations_raised
 from shiradelta.util.optional import failed_import
@@ -54,24 +56,45 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        """As click's; a reader of the help that has gone is no error."""
+        with _closed_pipes():
+            return super().make_context(*args, **settings)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with terminations_raised():
+            with terminations_raised(), _closed_pipes():
                 return super().invoke(ctx)
-        except ShiraDeltaError as error:
-            click.echo(f"error: {error}", err=True)
-        except ImportError as error:
-            problem = failed_import(error, f"shiradelta {ctx.invoked_subcommand}")
-            click.echo(f"error: {problem}", err=True)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of a pipe has gone; click exits silently
-                raise
-            click.echo(f"error: {printable(str(error))}; check the path and its permissions", err=True)
-        except MemoryError:
-            click.echo("error: out of memory; close other programs, or use a machine with more memory", err=True)
-        except KeyboardInterrupt:
-            click.echo("interrupted; every file is whole, as before the command or as after it", err=True)
+        except (ShiraDeltaError, ImportError, OSError, MemoryError, KeyboardInterrupt) as error:
+            if is_verbose():
+                import traceback
+
+                echo("".join(traceback.format_exception(error)), err=True)
+            echo(_said(error, str(ctx.invoked_subcommand)), err=True)
         return ctx.exit(1)
+
+
+def _said(error: BaseException, command: str) -> str:
+    """The line for an error."""
+    if isinstance(error, ShiraDeltaError):
+        return f"error: {error}"
+    if isinstance(error, ImportError):
+        return f"error: {failed_import(error, f'shiradelta {command}')}"
+    if isinstance(error, OSError):
+        return f"error: {printable(str(error))}; check the path and its permissions"
+    if isinstance(error, MemoryError):
+        return "error: out of memory; close other programs, or use a machine with more memory"
+    return "interrupted; every file is whole, as before the command or as after it"
+
+
+@contextmanager
+def _closed_pipes() -> Iterator[None]:
+    """Ends the command well where click prints a help that no one reads.  Other output goes through `echo`."""
+    try:
+        yield
+    except BrokenPipeError:
+        discard(sys.stdout)
+        raise click.exceptions.Exit(0) from None
 
 
 def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:

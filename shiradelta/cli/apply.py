@@ -10,7 +10,8 @@ import click
 from shiradelta.cli import options
 from shiradelta.cli.mistakes import misread_strength
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar
+from shiradelta.cli.output import echo_json, echo_lines, echo_warnings
+from shiradelta.cli.progress import progress_bar
 from shiradelta.errors import ArgumentError
 from shiradelta.util.text import count
 

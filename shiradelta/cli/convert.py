@@ -9,15 +9,17 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import RegistryChoice, RegistryOption, command, renamed_option
-from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar, skipped_lines
-from shiradelta.util.text import count, percent, size, table
+from shiradelta.cli.output import echo, echo_json, echo_lines, echo_table, echo_text, echo_warnings, skipped_lines
+from shiradelta.cli.progress import progress_bar
+from shiradelta.errors import printable
+from shiradelta.util.text import count, percent, size
 
 
 def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value:
         from shiradelta.converters import SOURCES, kinds
 
-        click.echo(table([["kind", "what it reads"], *([kind, SOURCES[kind].help] for kind in kinds()[1:])], left=2))
+        echo_table([["kind", "what it reads"], *([kind, SOURCES[kind].help] for kind in kinds()[1:])], left=2)
         context.exit()
 
 
@@ -118,15 +120,16 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
         echo_json(report.as_dict())
         sys.exit(code)
     if report.worse is not None:
-        echo_lines(f"worse: {report.worse}; --accept-worse exits with 0 all the same", err=True)
-    click.echo(table(report.rows))
+        echo(printable(f"worse: {report.worse}; --accept-worse exits with 0 all the same"), err=True)
+    echo_table(report.rows)
     for line in skipped_lines(report.skipped):
-        click.echo(line)
+        echo_text(line)
     echo_warnings(line for line in report.warnings if line != report.worse)
     if report.fit is not None:
         for rows in filter(None, (report.losses, report.measures)):
-            click.echo(f"\n{table(rows)}")
-        click.echo()
+            echo_text("")
+            echo_table(rows)
+        echo_text("")
     changed = sum(t.nnz for t in report.tensors if not t.operation.creates)
     echo_lines(
         f"{count(report.tensors, 'tensor')} converted, {len(report.skipped)} skipped; {changed:,} of"

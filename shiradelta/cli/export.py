@@ -9,16 +9,16 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import RegistryChoice, command
-from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar
+from shiradelta.cli.output import echo_json, echo_lines, echo_table, echo_warnings
+from shiradelta.cli.progress import progress_bar
 from shiradelta.util.text import count, percent, size
 
 
 def _list_layouts(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value:
         from shiradelta.exports import EXPORTS
-        from shiradelta.util.text import table
 
-        click.echo(table([["layout", "what it writes"], *([name, row.help] for name, row in EXPORTS.items())], left=2))
+        echo_table([["layout", "what it writes"], *([name, row.help] for name, row in EXPORTS.items())], left=2)
         context.exit()
 
 

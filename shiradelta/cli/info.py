@@ -6,7 +6,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines
+from shiradelta.cli.output import echo_json, echo_lines, echo_text, terminal_width
 
 
 @command(extra="give one file at a time")
@@ -41,7 +41,7 @@ def info(file: str | None, system: bool, full: bool, limit: str | None, as_json:
         echo_json(about)
         return
     checked = "checked in full" if full else "tables checked; --verify checks everything"
-    click.echo(f"{summary(about)}; {checked}\ndigest {about['digest']}")
+    echo_text(f"{summary(about, terminal_width())}; {checked}\ndigest {about['digest']}")
     if signature is not None:
         says = f"{signature['file']}: a signature by the key {signature['key']}, not verified; `shiradelta verify` does"
         echo_lines(signature["problem"] or says)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shiradelta.cli.mistakes import is_number, meant_strength, misread_strength, too_many, with_order
+from shiradelta.cli.output import echo, echo_warnings, is_verbose, set_verbosity
 from shiradelta.errors import ArgumentError
-from shiradelta.util.text import parse_share
+from shiradelta.util.text import parse_share, size
 
 if TYPE_CHECKING:
     _Choice = click.Choice[str]
@@ -135,6 +138,16 @@ class Command(click.Command):
     def __init__(self, *args: Any, extra: str = "leave it out", **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.extra = extra
+        self.params += _verbosity_options()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's; with --verbose the cost is printed."""
+        begun = time.monotonic()
+        try:
+            return super().invoke(ctx)
+        finally:
+            if is_verbose():
+                echo(f"{ctx.info_name}: {time.monotonic() - begun:.1f} s, {_peak_memory()}", err=True)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Puts the new names in place of the old ones, then parses."""
@@ -158,6 +171,29 @@ class Command(click.Command):
         return rest
 
 
+def _verbosity_options() -> list[click.Parameter]:
+    def option(names: list[str], verbosity: int, text: str) -> click.Option:
+        def record(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+            if given:
+                set_verbosity(context, verbosity)
+
+        return click.Option(names, is_flag=True, expose_value=False, callback=record, help=text)
+
+    return [
+        option(["-q", "--quiet"], -1, "Print only warnings, errors and JSON."),
+        option(["-v", "--verbose"], 1, "Print also the traceback of an error, and time and memory taken."),
+    ]
+
+
+def _peak_memory() -> str:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "peak memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of memory at most"
+
+
 #: Decorates the function of a command, as `click.command` does.
 command = partial(click.command, cls=Command)
 
@@ -169,7 +205,7 @@ def renamed_option(old: str, new: str) -> Callable[[Function], Function]:
 
 def warn_renamed(old: str, new: str) -> None:
     """Warns on stderr that an option or a choice has a new name."""
-    click.echo(f"warning: {old} is deprecated; use {new}", err=True)
+    echo_warnings([f"{old} is deprecated; use {new}"])
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

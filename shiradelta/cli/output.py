@@ -1,33 +1,94 @@
-"""Prints what commands have in common: JSON, skipped tensors, warnings, progress."""
+"""Prints what commands have in common: JSON, tables, warnings.  Nothing else in the package prints.
+
+Work is not undone by a reader that has gone: what is printed to a closed pipe is dropped, and the exit code is that of
+the work.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
 
 import click
 
 from shiradelta.errors import printable
-from shiradelta.util.progress import Progress
+from shiradelta.util.text import table
+
+#: Where the context keeps how much is said: -1 with --quiet, 1 with --verbose.
+_VERBOSITY = "shiradelta.verbosity"
+
+
+def set_verbosity(context: click.Context, verbosity: int) -> None:
+    """Records how much a command says."""
+    context.meta[_VERBOSITY] = verbosity
+
+
+def is_quiet() -> bool:
+    """Whether only errors, warnings and JSON are printed."""
+    return _verbosity() < 0
+
+
+def is_verbose() -> bool:
+    """Whether tracebacks and the cost of a command are printed, too."""
+    return _verbosity() > 0
+
+
+def _verbosity() -> int:
+    context = click.get_current_context(silent=True)
+    return 0 if context is None else context.meta.get(_VERBOSITY, 0)
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Prints a text, which is escaped already, whatever the verbosity."""
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        discard(sys.stderr if err else sys.stdout)
+
+
+def discard(stream: TextIO) -> None:
+    """Sends whatever else is written to a stream to nowhere: its reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def echo_json(value: Any) -> None:
     """Prints a value as JSON."""
-    click.echo(json.dumps(value, indent=1))
+    echo(json.dumps(value, indent=1))
+
+
+def echo_text(text: str) -> None:
+    """Prints a text of several lines, which is escaped already, unless the command is quiet."""
+    if not is_quiet():
+        echo(text)
 
 
 def echo_lines(*lines: str, err: bool = False) -> None:
-    """Prints lines, each escaped: the names of files and tensors in them stay in their line."""
-    for line in lines:
-        click.echo(printable(line), err=err)
+    """Prints lines, each escaped, unless the command is quiet: the names of files and tensors stay in their line."""
+    if not is_quiet():
+        for line in lines:
+            echo(printable(line), err)
+
+
+def echo_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Prints a table that fits the terminal; `left` is that of `table`."""
+    echo_text(table(rows, left, terminal_width()))
 
 
 def echo_warnings(warnings: Iterable[str]) -> None:
     """Prints each warning as a line on stderr."""
-    echo_lines(*(f"warning: {warning}" for warning in warnings), err=True)
+    for warning in warnings:
+        echo(printable(f"warning: {warning}"), err=True)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal; None where the output goes elsewhere, which takes any."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
@@ -39,20 +100,3 @@ def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
         f"skipped {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {printable(why)}"
         for why, names in by_reason.items()
     ]
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Progress]:
-    """A progress callback that draws a bar on a terminal, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
-    with click.progressbar(
-        length=1000, label=label, file=sys.stderr, item_show_func=lambda what: what and printable(str(what))[:48]
-    ) as bar:
-
-        def step(what: str, done: int, total: int) -> None:
-            bar.update(max(0, round(1000 * done / max(total, 1)) - bar.pos), what)
-
-        yield step
-        bar.update(1000 - bar.pos)

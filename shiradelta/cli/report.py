@@ -8,7 +8,8 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines, echo_warnings, progress_bar
+from shiradelta.cli.output import echo_json, echo_lines, echo_text, echo_warnings, terminal_width
+from shiradelta.cli.progress import progress_bar
 from shiradelta.util.text import size
 
 
@@ -28,7 +29,7 @@ def report(deltas: tuple[str, ...], out: str | None, png: str | None, limit: str
     if as_json:
         echo_json(made.as_dict())
         return
-    click.echo(summary(made))
+    echo_text(summary(made, terminal_width()))
     echo_warnings(made.interference.warnings)
     for written in filter(None, (out, png)):
         echo_lines(f"{written}: written, {size(os.path.getsize(written))}")

@@ -11,7 +11,8 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import RegistryChoice, RegistryOption, command
-from shiradelta.cli.output import echo_json, echo_lines, progress_bar
+from shiradelta.cli.output import echo_json, echo_lines
+from shiradelta.cli.progress import progress_bar
 from shiradelta.util.text import count, size
 
 

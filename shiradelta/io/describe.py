@@ -58,8 +58,13 @@ def describe(delta: Delta) -> dict[str, Any]:
     }
 
 
-def summary(about: Mapping[str, Any]) -> str:
-    """Formats `describe`'s result for a terminal: a table of the tensors, the metadata, and a line of totals."""
+def summary(about: Mapping[str, Any], width: int | None = None) -> str:
+    """Formats `describe`'s result for people: a table of the tensors, the metadata, and a line of totals.
+
+    Args:
+        about: what `describe` returns.
+        width: columns of the terminal.
+    """
     rows = [["tensor", "op", "dtype", "shape", "nonzeros", "density", "index", "values", "bits/nonzero"]]
     for t in about["tensors"]:
         figures = [f"{t['nnz']:,}", text.percent(t["density"]), t["index_codec"], t["value_codec"]]
@@ -73,7 +78,7 @@ def summary(about: Mapping[str, Any]) -> str:
         f" {about['bits_per_nonzero']:.2f} bits per nonzero"
         f" (entropy of the positions {about['entropy']:.2f})"
     )
-    return "\n".join([text.table(rows), *pairs, whole])
+    return "\n".join([text.table(rows, width=width), *pairs, whole])
 
 
 def _hex(fingerprint: int | None) -> str | None:

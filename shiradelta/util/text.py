@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Collection, Sequence
 
 from shiradelta.errors import ArgumentError, printable
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+#: Blanks between two columns of a table.
+_GAP = 2
+#: The narrowest that a column is cut to.
+_LEAST = 16
 
 
 def brief(text: str, width: int = 300) -> str:
@@ -18,18 +23,54 @@ def brief(text: str, width: int = 300) -> str:
     return f"{printable(text[:width])}... ({len(text):,} characters)"
 
 
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Formats rows as aligned, escaped columns, the first `left` columns to the left; the first row is the head."""
+def table(rows: Sequence[Sequence[str]], left: int = 1, width: int | None = None) -> str:
+    """Formats rows as aligned, escaped columns.
+
+    Args:
+        rows: the cells; the first row is the head.
+        left: how many columns, the first ones, are aligned to the left; the others to the right.
+        width: the most columns of a terminal to take.  In a table that is wider the first column is cut to its end, or
+            the last one is wrapped if it is aligned to the left.  If that is not enough, each row becomes some lines.
+    """
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    most = sum(widths) + _GAP * (len(widths) - 1)
+    if width is not None and most > width:
+        cut = len(widths) - 1 if left == len(widths) else 0
+        room = widths[cut] - (most - width)
+        if room < _LEAST:
+            return _as_lines(rows, width)
+        widths[cut] = room
+    else:
+        cut, room = 0, most
     lines = []
     for number, row in enumerate(rows):
-        cells = [
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+        pieces = [[cell] for cell in row]
+        pieces[cut] = [_end(row[cut], room)] if cut == 0 else textwrap.wrap(row[cut], room) or [""]
+        for again in range(len(pieces[cut])):
+            cells = [piece[again] if again < len(piece) else "" for piece in pieces]
+            padded = [
+                cell.ljust(w) if i < left else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+            ]
+            lines.append((" " * _GAP).join(padded).rstrip())
         if number == 0:
-            lines.append("  ".join("-" * w for w in widths))
+            lines.append((" " * _GAP).join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def _end(cell: str, room: int) -> str:
+    return cell if len(cell) <= room else "..." + cell[3 - room :]
+
+
+def _as_lines(rows: Sequence[Sequence[str]], width: int) -> str:
+    """A table too wide for a terminal: the first cell of each row, and below it the others with their heads."""
+    head, *others = rows
+    lines = []
+    for row in others:
+        lines.append(row[0])
+        about = ", ".join(f"{name} {cell}" for name, cell in zip(head[1:], row[1:], strict=True))
+        lines += textwrap.wrap(about, max(width, _LEAST), initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
 
 
@@ -90,3 +131,12 @@ def count(number: int | Collection[object], what: str, plural: str = "") -> str:
 def percent(share: float) -> str:
     """Formats a share with three significant digits: 1.00%, 0.0125%."""
     return f"{share * 100:.3g}%"
+
+
+def duration(seconds: float) -> str:
+    """Formats a time for people: 7 s, 3 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

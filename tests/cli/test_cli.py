@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import shutil
 import subprocess
 import sys
@@ -191,19 +189,6 @@ def test_names_of_files_cannot_act_on_the_terminal_either(folder: Path, made: Pa
         assert r"\x1b[31m\n\u202ex" in result.output
         assert not set(result.output) & set("\x1b\u202e")
         assert "\nx" not in result.output
-
-
-@pytest.mark.slow
-def test_no_progress_bar_in_a_pipe_and_one_on_a_terminal(folder: Path):
-    command = [sys.executable, "-m", "shiradelta.cli", "convert", "tuned", "--base", "model", "--sparsity", "0.9"]
-    piped = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert piped.stderr == ""
-    controller, terminal = pty.openpty()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal)
-    child.wait()
-    os.close(terminal)
-    assert b"converting" in os.read(controller, 1 << 16)
-    os.close(controller)
 
 
 def test_interrupt_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):

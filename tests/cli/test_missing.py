@@ -47,6 +47,7 @@ SLOW = {"fit", "train"}
 NEEDED: dict[str, set[str]] = {
     "cryptography": {"sign"} & set(COMMANDS),
     "matplotlib": {"plot", "png"},
+    "rich": set(),
     "safetensors": set(),
     "scipy": {"report", "png"},
     "torch": {"fit", "train"},
