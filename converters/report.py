@@ -11,6 +11,7 @@ from shiradelta.format.arithmetic import Float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.operations import OPERATIONS, Operation
 from shiradelta.util import text
+from shiradelta.util.html import html_table
 
 if TYPE_CHECKING:
     from shiradelta.fit.fitted import Fitted
@@ -67,7 +68,7 @@ class TensorReport:
         return 1 - self.lost / self.energy if self.energy else 1.0
 
 
-@dataclass
+@dataclass(repr=False)
 class ConversionReport:
     """The report of a conversion: what it kept, by tensor and in all.
 
@@ -98,6 +99,18 @@ class ConversionReport:
     file_bytes: int = 0
     fit: Fitted | None = None
     inexact_left_out: int | None = 0
+
+    def __repr__(self) -> str:
+        return f"<ConversionReport {self._about}>"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return html_table(self._about, self.rows)
+
+    @property
+    def _about(self) -> str:
+        tensors = text.count(self.tensors, "tensor")
+        return f"{text.brief(self.out)}: {tensors}, {text.size(self.file_bytes)}, {self.summary}"
 
     def leave_out(self, tensor: TensorReport) -> None:
         """Takes a tensor of which nothing is selected."""

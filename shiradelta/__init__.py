@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shiradelta.folder.revert import revert
     from shiradelta.folder.verification import verify
     from shiradelta.format.delta import TensorDelta
+    from shiradelta.hotswap.load import load
     from shiradelta.hotswap.session import HotSwap
     from shiradelta.io.reader import open_delta
     from shiradelta.io.writer import save_delta
@@ -57,6 +58,7 @@ __all__ = [
     "convert",
     "export",
     "fuse",
+    "load",
     "open_delta",
     "revert",
     "save_delta",
@@ -73,6 +75,7 @@ _HOMES = {
     "convert": "converters",
     "export": "exports.run",
     "fuse": "combine.fuse",
+    "load": "hotswap.load",
     "open_delta": "io.reader",
     "revert": "folder.revert",
     "save_delta": "io.writer",

@@ -91,3 +91,19 @@ def check_loaded(names: Iterable[str], adapters: Mapping[str, Loaded]) -> None:
         if name not in adapters:
             some = ", ".join(adapters) or "none"
             raise ArgumentError(f"adapter {name!r} is not loaded ({some} are); load it first")
+
+
+def changed_strength(name: str, strength: float, active: Strengths, adapters: Mapping[str, Loaded]) -> Strengths:
+    """What is to be active if one adapter gets a strength and the others keep theirs; 0 takes it out.
+
+    Raises:
+        ArgumentError: an active adapter was made for what this one gives.
+    """
+    if strength:
+        return {**active, name: strength}
+    for other in active:
+        if adapters[other].is_successor and name in together(adapters[other].beneath):
+            raise ArgumentError(
+                f"adapter {name!r} is beneath {other!r}, which was made for what it gives; take that out first"
+            )
+    return {other: alpha for other, alpha in active.items() if other != name}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from shiradelta.util.html import html_table
+from shiradelta.util.text import brief, count, size
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -21,9 +24,9 @@ class LoadReport:
     """
 
     name: str
-    matched: Mapping[str, str]
-    unmatched: tuple[str, ...]
-    unchecked: tuple[str, ...]
+    matched: Mapping[str, str] = field(repr=False)
+    unmatched: tuple[str, ...] = field(repr=False)
+    unchecked: tuple[str, ...] = field(repr=False)
     nonzeros: int
     nbytes: int
     beneath: Mapping[str, float] = field(default_factory=dict)
@@ -60,3 +63,19 @@ class RebaseReport:
     changed: tuple[str, ...]
     kept: tuple[str, ...]
     unchecked: Mapping[str, tuple[str, ...]]
+
+
+def adapters_line(loaded: Mapping[str, LoadReport], active: Mapping[str, float]) -> str:
+    """The loaded adapters with their strengths, in a short line; 0 for one that is not active."""
+    return brief(", ".join(f"{name!r} at {active.get(name, 0):g}" for name in loaded) or "no adapter is loaded")
+
+
+def adapters_table(title: str, loaded: Mapping[str, LoadReport], active: Mapping[str, float]) -> str:
+    """The loaded adapters as a table for notebooks, in HTML."""
+    rows = [
+        [name, f"{active.get(name, 0):g}", f"{len(report.matched):,}", f"{report.nonzeros:,}", size(report.nbytes)]
+        for name, report in loaded.items()
+    ]
+    return html_table(
+        f"{title}, {count(loaded, 'adapter')}", [["adapter", "strength", "tensors", "nonzeros", "memory"], *rows]
+    )

@@ -20,21 +20,22 @@ from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.devices import Devices, Streams
 from shiradelta.hotswap.layers import different_tensors
 from shiradelta.hotswap.levels import Level, layers_of
-from shiradelta.hotswap.loaded import Loaded, Strengths, check_loaded, targets_of, without
+from shiradelta.hotswap.loaded import Loaded, Strengths, changed_strength, check_loaded, targets_of, without
 from shiradelta.hotswap.matching import Names, check_overlaps, check_target, match
 from shiradelta.hotswap.outside import NO_COPIES, Watch, survive_forks
 from shiradelta.hotswap.patched import PatchedWeights
 from shiradelta.hotswap.reading import read_whole
-from shiradelta.hotswap.reports import LoadReport, RebaseReport, SwitchReport
+from shiradelta.hotswap.reports import LoadReport, RebaseReport, SwitchReport, adapters_line, adapters_table
 from shiradelta.hotswap.strengths import strengths_of
 from shiradelta.hotswap.transcode import take_apart
 from shiradelta.io.reader import Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
 from shiradelta.models.compatibility import check_tied
 from shiradelta.models.live import Target, live_tensors
+from shiradelta.models.pipelines import model_in
 from shiradelta.models.stacking import StackFit
 from shiradelta.signing.keys import Keys
-from shiradelta.util.arguments import ANY, BOOL, NAMES, OPEN, SWITCHED, as_patterns, checked
+from shiradelta.util.arguments import ANY, BOOL, NAMES, NUMBER, OPEN, SWITCHED, TEXT, as_patterns, checked
 from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.interrupts import interrupts_held_back, uninterrupted
 
@@ -55,8 +56,8 @@ class HotSwap:
     says what is noticed.
 
     Args:
-        model: a torch module, or a mapping of names to torch tensors, NumPy arrays and modules.  A uint16 array
-            stands for bfloat16 where a delta says so.
+        model: a torch module, a pipeline of transformers or diffusers, or a mapping of names to torch tensors, NumPy
+            arrays and modules.  A uint16 array stands for bfloat16 where a delta says so.
         names: a mapping or a function from the file's names to the model's, if they differ.  Names in memory, names
             in the checkpoint, and either with another prefix (`base_model.model.`) are found without it.
         backend: "libshd" or "numpy" (CPU), "torch" (any device), "triton" (CUDA and ROCm), or "auto" for the fastest
@@ -72,6 +73,8 @@ class HotSwap:
     def __init__(
         self, model: Any, names: Names | None = None, backend: str = "auto", *, allow_shared: bool = False
     ) -> None:
+        self._kind = type(model).__name__
+        model = model_in(model)
         self._targets = live_tensors(model, allow_shared=allow_shared)
         self._names = names
         self._choice = backend
@@ -120,6 +123,36 @@ class HotSwap:
                 held.check_model()
             self._watch.check()
             return sum(backend.changed(layers) for backend, layers in every.items())
+
+    def __getitem__(self, name: str) -> float:
+        """The strength of a loaded adapter; 0 if it is not active.  Raises ArgumentError if it is not loaded."""
+        with self._lock:
+            check_loaded([name], self._adapters)
+            return self.active.get(name, 0.0)
+
+    @checked(name=TEXT, strength=NUMBER)
+    def __setitem__(self, name: str, strength: float) -> None:
+        """Makes a loaded adapter active at a strength, beside the others; 0 takes it out.  Errors are `switch`'s."""
+        with self._lock:
+            check_loaded([name], self._adapters)
+            self.switch(changed_strength(name, strength, self.active, self._adapters))
+
+    def __delitem__(self, name: str) -> None:
+        """Takes an adapter out of the weights, and unloads it."""
+        with self._lock:
+            self[name] = 0.0
+            self.unload(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the loaded adapters."""
+        return iter(self.loaded)
+
+    def __repr__(self) -> str:
+        return f"<HotSwap on {self._kind}: {adapters_line(self.loaded, self.active)}>"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return adapters_table(f"HotSwap on {self._kind}", self.loaded, self.active)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise ArgumentError(NO_COPIES)

@@ -23,6 +23,7 @@ from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record
 from shiradelta.util import text
 from shiradelta.util.arguments import OPEN, ArgumentKind, checked, is_path
+from shiradelta.util.html import html_table
 from shiradelta.util.mapping import map_file
 from shiradelta.util.regular_file import open_regular
 
@@ -159,6 +160,22 @@ class Delta(Mapping[str, StoredTensor]):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def __repr__(self) -> str:
+        return f"<Delta {self._about}>"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = [
+            [name, record.operation.name, text.shape(record.shape), record.dtype.name, f"{record.nnz:,}"]
+            for name, record in self._records.items()
+        ]
+        return html_table(self._about, [["tensor", "op", "shape", "dtype", "nonzeros"], *rows])
+
+    @property
+    def _about(self) -> str:
+        figures = text.count(self, "tensor"), text.count(self.nnz, "nonzero"), text.size(self.sizes["file"])
+        return f"{text.brief(self.file or 'in memory')}: {', '.join(figures)}"
 
     def __enter__(self) -> Delta:
         return self

@@ -143,8 +143,8 @@ def live_tensors(model: Any, *, allow_shared: bool = True) -> dict[str, Target]:
     """
     if not isinstance(model, Mapping) and not is_module(model):
         raise TargetError(
-            f"HotSwap takes a torch module or a mapping of tensors, not {type(model).__name__}; for a pipeline, give"
-            " its components"
+            f"HotSwap takes a torch module, a pipeline or a mapping of tensors, not {type(model).__name__}; give one of"
+            " these"
         )
     for root in modules_of(model):
         check_scripted(root)

@@ -797,7 +797,7 @@ def test_tied_tensors_are_written_once(one: bytes):
 
 
 def test_what_is_no_model_or_backend(base: dict[str, torch.Tensor], tmp_path: Path):
-    with pytest.raises(TargetError, match="a torch module or a mapping"):
+    with pytest.raises(TargetError, match="a torch module, a pipeline or a mapping"):
         HotSwap([1, 2])
     with pytest.raises(DeltaError, match="backend 'cuda' is unknown"):
         HotSwap(base, backend="cuda")

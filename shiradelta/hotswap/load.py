@@ -1,0 +1,81 @@
+"""`load`: a delta on a live model in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shiradelta.errors import ArgumentError
+from shiradelta.hotswap.matching import Names
+from shiradelta.hotswap.session import HotSwap
+from shiradelta.io.reader import Source
+from shiradelta.signing.keys import Keys
+from shiradelta.util.arguments import ANY, NAMES, OPEN, checked
+
+
+@checked(model=ANY, source=OPEN, names=NAMES)
+def load(
+    model: Any,
+    source: Source,
+    strength: float = 1.0,
+    *,
+    name: str | None = None,
+    names: Names | None = None,
+    backend: str = "auto",
+    check: bool = True,
+    allow_dtype: bool = False,
+    skip: str | Sequence[str] | None = (),
+    key: Keys | None = None,
+    limit: int | str | None = None,
+) -> HotSwap:
+    """Loads a delta into a live model and makes it active.  On every error the weights stay as they were.
+
+    Args:
+        model: a torch module, a pipeline of transformers or diffusers, or a mapping of tensors, as for `HotSwap`; or a
+            `HotSwap`, in which the delta becomes active beside those that are active there.
+        source: a path, bytes, or a binary file.
+        strength: alpha; 0 loads the delta only.
+        name: what to call the adapter; None for the file's name without its suffix, or "delta" where it has none.
+        names: the file's names -> the model's, as for `HotSwap`.
+        backend: as for `HotSwap`.
+        check: refuse a base whose fingerprint differs.
+        allow_dtype: take an adapter that was made against a base of another dtype.
+        skip: glob patterns of tensors that may be left out, as in `HotSwap.load`.
+        key: a file of public keys, or several: refuse what is not signed by one of them.
+        limit: the most memory that decoding a tensor may take; see `open_delta`.
+
+    Returns:
+        The session: `swap[name] = 0.5` changes the strength, `swap.revert()` takes everything out, bit for bit.
+
+    Raises:
+        ArgumentError: a session is given, and `names` or `backend`, which it has already; or its adapter has this name.
+        BaseMismatchError: the delta does not fit the model.
+        TargetError: a tensor cannot be written, or another session is active on it: give that session instead.
+        FormatError: the file is refused.
+        DeltaError: the delta cannot have this strength.
+        LimitError: a tensor takes more memory than `limit` allows.
+        SignatureError: the file is not signed by any of the keys.
+    """
+    if isinstance(model, HotSwap):
+        if names is not None or backend != "auto":
+            raise ArgumentError("names and backend are those of the session, which is given; leave them out")
+        swap = model
+    else:
+        swap = HotSwap(model, names, backend)
+    name = _default_name(source) if name is None else name
+    swap.load(name, source, check=check, allow_dtype=allow_dtype, skip=skip, key=key, limit=limit)
+    try:
+        if strength:
+            swap[name] = strength
+    except BaseException:
+        if name not in swap.active:
+            swap.unload(name)
+        raise
+    return swap
+
+
+def _default_name(source: Source) -> str:
+    """What an adapter is called for which no name is given."""
+    return Path(source).stem if isinstance(source, (str, os.PathLike)) else "delta"
