@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.peft import unwrap
 from shiradelta.select.topk import NOT_FINITE
+from shiradelta.util.text import count
 
 from .base_names import BaseTensors
 from .item import CONVERTED, Item, Skipped, SkipReason, Source, not_addable
@@ -41,6 +43,7 @@ class OnBase:
         fits: whether parts of such shapes fit a weight of a shape.
         change: (parts, a weight's shape, its rows, alpha) -> rows of the change.
         scaled: whether alpha over the rank scales the change, so that the user may give another.
+        assumes: what its files do not say and `change` takes for given, for a warning.
     """
 
     name: str
@@ -49,6 +52,7 @@ class OnBase:
     fits: Callable[[Mapping[str, Shape], Shape], bool]
     change: Callable[[Parts, Shape, Base, float | None], MatrixRows]
     scaled: bool = True
+    assumes: str = ""
 
 
 def parse_keys(keys: Collection[str]) -> dict[str, tuple[str, str, bool]]:
@@ -89,6 +93,7 @@ def add(
         result: where items and skipped modules go.
     """
     taken = {item.name for item in result.items}
+    assumed: Counter[OnBase] = Counter()
     for module, keys in modules.items():
         method, weight = method_of(keys), f"{module}.weight"
         assert method is not None
@@ -107,7 +112,11 @@ def add(
             found = _changed(method, source, keys, there.found[weight], base, alphas[module][method.scaled])
         if isinstance(found, Skipped):
             found = found.called(*keys.values(), weight, there.found.get(weight))
+        else:
+            assumed[method] += bool(method.assumes)
         result.add(module, found)
+    for method, number in (+assumed).items():
+        result.warnings.append(f"{count(number, 'module')} of {method.name}: {method.assumes}")
 
 
 def _changed(
@@ -321,5 +330,13 @@ METHODS = (
     OnBase("GLoRA", ("a1.weight", "a2.weight", "b1.weight", "b2.weight"), ("bm.weight",), _fits_glora, _glora),
     OnBase("OFT", ("oft_blocks",), ("rescale",), _fits_blocks, _oft, scaled=False),
     OnBase("(IA)^3", ("on_input", "weight"), (), _fits_ia3, _ia3),
-    OnBase("T-LoRA", ("lambda_layer", "q_layer.weight", "p_layer.weight"), (), _fits_tlora, _tlora),
+    OnBase(
+        "T-LoRA",
+        ("lambda_layer", "q_layer.weight", "p_layer.weight"),
+        (),
+        _fits_tlora,
+        _tlora,
+        assumes="the file does not store what the factors were before training; they are taken to be the largest"
+        " singular values and vectors of the base's weight, LyCORIS' default (sig_type principal)",
+    ),
 )

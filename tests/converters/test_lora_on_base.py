@@ -107,6 +107,15 @@ def test_what_began_as_a_part_of_the_base(base: Path, tmp_path: Path):
     torch.testing.assert_close(found["up.weight"], wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_what_a_file_does_not_say_is_a_warning(base: Path, tmp_path: Path):
+    parts = {"p_layer.weight": torch.randn(16, 2), "q_layer.weight": torch.randn(2, 8), "lambda_layer": torch.ones(2)}
+    save_file({f"up.{part}": tensor for part, tensor in parts.items()}, tmp_path / "t.safetensors")
+    save_file({"up.oft_blocks": torch.randn(4, 4, 4)}, tmp_path / "oft.safetensors")
+    said = shiradelta.convert(tmp_path / "t.safetensors", tmp_path / "x.shd", 1.0, base).warnings
+    assert any("1 module of T-LoRA: the file does not store what the factors were before" in line for line in said)
+    assert not shiradelta.convert(tmp_path / "oft.safetensors", tmp_path / "x.shd", 1.0, base).warnings
+
+
 @pytest.mark.parametrize(
     ("held", "message"),
     [
