@@ -24,6 +24,7 @@ from shiradelta.format.codecs import VALUE_OPTIONS
 from shiradelta.hotswap import patched, session
 from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.numpy import NumpyBackend
+from tests import BRIEF
 from tests.swapping import (
     BACKENDS_IN_TIME,
     DEVICE,
@@ -168,8 +169,8 @@ def test_many_blocks_and_tensors_of_all_ranks(backend: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_thousand_switches_leave_nothing_behind(backend: str, dtype: str):
-    """Among 8 adapters with random strengths; on a CPU the backends for other devices make fewer."""
+def test_many_switches_leave_nothing_behind(backend: str, dtype: str):
+    """Among 8 adapters with random strengths: a thousand; fewer on a desk, and by another device's backend on a CPU."""
     rng = np.random.default_rng(7)
     shapes = {"w": (40, 60), "v": (90,)}
     base = {name: weights(shape, dtype, i) for i, (name, shape) in enumerate(shapes.items())}
@@ -185,7 +186,8 @@ def test_a_thousand_switches_leave_nothing_behind(backend: str, dtype: str):
         for i in range(8)
     }
     swap = make(base, backend, **files)
-    count = {"libshd": 1000, "numpy": 1000, "torch": 250, "triton": 25}[backend] if DEVICE == "cpu" else 1000
+    count = {"libshd": 1000, "numpy": 1000, "torch": 250, "triton": 80}[backend] if DEVICE == "cpu" else 1000
+    count //= 4 if BRIEF else 1
     sampled = set(rng.choice(count, 20, replace=False).tolist())
     for number in range(count):
         chosen = rng.choice(8, rng.choice([1, 1, 1, 2, 3]), replace=False)
