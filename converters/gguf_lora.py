@@ -193,7 +193,7 @@ def _recognises(files: SourceFiles) -> bool:
     "A LoRA of llama.cpp: a GGUF file of type adapter; it needs the base.",
     _recognises,
     options=["alpha"],
-    order=11,
+    order=12,
 )
 def open_gguf(files: SourceFiles, alpha: float | None = None) -> Source:
     """All layers of an adapter."""

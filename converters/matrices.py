@@ -212,7 +212,7 @@ def _holds_sparse(path: Path) -> bool:
     "matrices",
     "Sparse matrices of differences: SciPy's .npz files named after tensors, or torch.sparse tensors in a .pt file.",
     lambda files: bool(_files_of(files.path)) or _holds_sparse(files.path),
-    order=11,
+    order=13,
 )
 def open_matrices(files: SourceFiles) -> Source:
     """The difference of every tensor, all of it."""

@@ -77,7 +77,7 @@ def _open(file: Path) -> Checkpoint:
     "A LoRA, DoRA or full fine-tune of MLX-LM: its folder, or adapters.safetensors or adapters.npz.",
     _recognises,
     options=["alpha"],
-    order=12,
+    order=14,
 )
 def open_mlx(files: SourceFiles, alpha: float | None = None) -> Source:
     """All layers of an adapter."""

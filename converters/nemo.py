@@ -53,7 +53,7 @@ def _recognises(files: SourceFiles) -> bool:
     "A LoRA of NeMo or Megatron Bridge as a file of tensors with Megatron's names; it needs the base and --alpha.",
     _recognises,
     options=["alpha"],
-    order=14,
+    order=16,
 )
 def open_nemo(files: SourceFiles, alpha: float | None = None) -> Source:
     """All layers of an adapter."""

@@ -35,7 +35,7 @@ def is_delta(path: Path) -> bool:
     "shd",
     "A .shd file: with fewer nonzeros, values in another form, or fingerprints of a base that it lacked.",
     lambda files: is_delta(files.path),
-    order=10,
+    order=11,
 )
 def open_shd(files: SourceFiles) -> Source:
     """Every tensor: differences are selected from anew, new elements and tensors are taken over as they are."""

@@ -48,7 +48,7 @@ def _recognises(files: SourceFiles) -> bool:
     "A LoRA or DoRA of torchtune in its own names: adapter_model.pt; it needs the base.",
     _recognises,
     options=["alpha"],
-    order=13,
+    order=15,
 )
 def open_torchtune(files: SourceFiles, alpha: float | None = None) -> Source:
     """All layers of an adapter."""

@@ -181,10 +181,10 @@ def test_adalora_with_another_number_of_singular_values(tmp_path: Path, count: i
     assert f"E has {count} value{'s' if count != 1 else ''} for rank 4" in refusal(lora)
 
 
-@pytest.mark.parametrize("alpha", [1e30, 1e300])
-def test_a_scale_that_overflows(tmp_path: Path, alpha: float):
-    large = {"a.b.lora_B.weight": torch.full((8, 2), 1e30)}
-    line = refusal(lora_of(tmp_path / "x.safetensors", large), alpha=alpha)
+@pytest.mark.parametrize("large", [1e34, 3e38])
+def test_a_scale_that_overflows(tmp_path: Path, large: float):
+    source = lora_of(tmp_path / "x.safetensors", {"a.b.lora_B.weight": torch.full((8, 2), large)})
+    line = refusal(source, alpha=1e5)
     assert re.search("beyond float32|has NaN or infinity in it", line)
 
 
