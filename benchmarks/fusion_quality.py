@@ -328,7 +328,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     triples = {triple: tasks for triple, tasks in TRIPLES.items() if any(row["triple"] == triple for row in rows)}
-    figure = Figure(figsize=(11, 3.6 * len(triples)), layout="constrained")
+    figure = Figure(figsize=(13, 4.2 * len(triples)), layout="constrained")
     panels = figure.subplots(len(triples), 2, width_ratios=(2, 1), squeeze=False)
     for (left, right), (triple, tasks) in zip(panels, triples.items(), strict=True):
         of_triple = [row for row in rows if row["triple"] == triple]
@@ -339,10 +339,14 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 statistics.fmean(row[key] for row in of_triple if (row["method"], row["task"]) == bar) for bar in bars
             ]
             left.bar([place + 0.2 * number for place in range(len(bars))], heights, 0.2, label=key)
-        labels = [f"{task}\n{method.replace(', ', chr(10))}" for method, task in bars]
-        left.set_xticks([place + 0.3 for place in range(len(bars))], labels, fontsize=5)
-        left.set(ylabel="top-1, %", title=f"{triple}: each adapter alone, and three in one")
-        left.legend(fontsize=7)
+        left.set_xticks([place + 0.3 for place in range(len(bars))], [task for _, task in bars], fontsize=8)
+        for number, method in enumerate(methods):  # once below its tasks, instead of below each
+            middle = number * len(tasks) + (len(tasks) - 1) / 2 + 0.3
+            below = {"xycoords": ("data", "axes fraction"), "xytext": (0, -20), "textcoords": "offset points"}
+            left.annotate(method, (middle, 0), ha="center", va="top", fontsize=8, fontweight="bold", **below)
+        left.set(ylabel="top-1, %")
+        left.set_title(f"{', '.join(tasks)}: each adapter alone, and the three fused", pad=24)
+        left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8, frameon=False)
         for place, method in enumerate(methods):
             lost = drops([row for row in of_triple if row["method"] == method])
             right.bar(place, statistics.fmean(lost), 0.6, color="tab:gray" if method == "LoRA" else "tab:blue")
@@ -350,7 +354,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             if method in PAPER:
                 right.plot(place, float(PAPER[method]), "r_", markersize=18)
         right.set_xticks(range(len(methods)), [method.replace(" ", "\n") for method in methods], fontsize=7)
-        right.set(ylabel="points", title="lost by adding up (red: paper)")
+        right.set(ylabel="points of top-1")
+        right.set_title("lost by adding the three (dots: seeds; red: paper)", fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -14,6 +14,7 @@ from benchmarks.switch import RESULTS
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 Rows = list[dict[str, str]]
 
@@ -49,6 +50,7 @@ def draw_switch(rows: Rows, target: Path) -> None:
     dots.set_xlim(min(milliseconds) / 1.5, max(milliseconds) * 2)
     dots.grid(axis="y", color="whitesmoke")
     dots.set_axisbelow(True)
+    dots.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     dots.xaxis.set_major_formatter("{x:g}")
     dots.xaxis.set_minor_formatter("")
     for axes, experiment, x in (
@@ -80,16 +82,22 @@ def draw_switch(rows: Rows, target: Path) -> None:
 
 def draw_drift(rows: Rows, target: Path) -> None:
     """Weights that differ, over cycles."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    _lines(
-        axes,
-        rows,
-        lambda row: f"{row['what']}, {row['dtype']}",
-        "cycles",
-        lambda row: 100 * int(row["differ"]) / int(row["weights"]),
-    )
-    axes.set(xscale="log", xlabel="adapters put in and taken out again", ylabel="weights that differ from the base, %")
-    axes.set_title(rows[0]["versions"], fontsize=9)
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    # A panel for each dtype: the curves of one method hide each other in a common one.
+    figure, panels = plt.subplots(1, len(dtypes), figsize=(4.2 * len(dtypes), 4), sharey=True, squeeze=False)
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        chosen = [row for row in rows if row["dtype"] == dtype]
+        _lines(
+            axes,
+            chosen,
+            lambda row: row["what"],
+            "cycles",
+            lambda row: 100 * int(row["differ"]) / int(row["weights"]),
+        )
+        axes.set(xscale="log", xlabel="adapters put in and taken out again", title=dtype)
+        axes.xaxis.set_major_formatter("{x:g}")
+    panels[0][0].set_ylabel("weights that differ from the base, %")
+    figure.suptitle(rows[0]["versions"], fontsize=9)
     figure.tight_layout()
     figure.savefig(target, dpi=110)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from shiradelta.models.names import layer_of
-from shiradelta.util.plots import new_figure, save, tick
+from shiradelta.util.plots import new_figure, save, tick, title_and_legend
 from shiradelta.util.text import count
 
 from .report import ConversionReport, TensorReport
@@ -44,8 +44,9 @@ def _draw_steps(axes: Any, fit: Fitted) -> None:
     else:
         axes.set_xticks([])
     title = f"distance from the fine-tune, {count(fit.held_out, 'text')} held out"
-    axes.set(xlabel="step" if fit.history else "closed form", ylabel=fit.measure, title=title, ylim=(0, None))
-    axes.legend()
+    axes.set(xlabel="step" if fit.history else "closed form", ylabel=fit.measure, ylim=(0, None))
+    axes.locator_params(axis="x", integer=True)
+    title_and_legend(axes, title)
 
 
 def _draw_layers(axes: Any, report: ConversionReport) -> None:
@@ -68,8 +69,8 @@ def _draw_layers(axes: Any, report: ConversionReport) -> None:
     every = -(-len(layers) // _TICKS)
     axes.set_xticks(numbers[::every], [tick(name) for name in list(layers)[::every]], rotation=90, fontsize=7)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(title=f"{count(report.nnz, 'nonzero')} by layer", ylim=(0, None))
-    axes.legend()
+    axes.set(ylim=(0, None))
+    title_and_legend(axes, f"{count(report.nnz, 'nonzero')} by layer")
 
 
 def _shares(amounts: Sequence[float]) -> list[float]:

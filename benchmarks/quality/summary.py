@@ -51,6 +51,17 @@ def summarise(rows: Rows) -> str:
     return table(lines)
 
 
+#: Method -> what the legend calls it, where the name says too little.
+_LABELS = {
+    "fitted": "fitted",
+    "top-k": "top-k, not fitted",
+    "refit": "closed-form refit",
+    "itself": "the LoRA, in half precision",
+    "SVD": "low rank (SVD)",
+    "trained, snip": "trained sparse (snip)",
+}
+
+
 def draw(rows: Rows, path: Path) -> None:
     """The share of the gain kept against the size of the file, one panel a fine-tune, two beside one another."""
     from matplotlib.figure import Figure
@@ -76,8 +87,8 @@ def draw(rows: Rows, path: Path) -> None:
                     [mean - min(kept) for mean, (_, kept) in zip(means, points, strict=True)],
                     [max(kept) - mean for mean, (_, kept) in zip(means, points, strict=True)],
                 ]
-                style = {"marker": "o", "capsize": 3, "color": f"C{number}", "label": method}
-                drawn[method] = axes.errorbar([size for size, _ in points], means, spread, **style)
+                style = {"marker": "o", "capsize": 3, "color": f"C{number}"}
+                drawn[_LABELS.get(method, method)] = axes.errorbar([size for size, _ in points], means, spread, **style)
         axes.axhline(1, color="gray", linestyle=":")
         axes.set(title=", ".join(panel), xlabel="file, KB", xscale="log", ylim=(-0.1, 1.1))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -86,5 +97,5 @@ def draw(rows: Rows, path: Path) -> None:
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     figure.supylabel("share of the gain kept; bars: lowest and highest seed", fontsize="medium")
-    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=len(drawn))
+    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shiradelta.errors import printable
 from shiradelta.util.files import check_target, replacing
@@ -47,6 +47,13 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """
     with replacing(Path(path)) as stream:
         figure.savefig(stream, format="png", dpi=120)
+
+
+def title_and_legend(axes: Any, title: str, columns: int = 2) -> None:
+    """Puts a title and, below it, the legend above the axes, where neither hides what is drawn."""
+    drawn = axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, fontsize=8, frameon=False)
+    rows = -(-len(drawn.get_texts()) // columns)
+    axes.set_title(title, pad=10 + 13 * rows)
 
 
 def tick(name: str) -> str:
