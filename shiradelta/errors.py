@@ -160,7 +160,7 @@ class BaseMismatchError(ShiraDeltaError):
 
 
 class DivergedError(ShiraDeltaError):
-    """Fitting or training that gave NaN; the message says at which step, and what to change."""
+    """Fitting or training that gave NaN, or a model worse than its base; the message says what to change."""
 
 
 class LimitError(ShiraDeltaError):

@@ -51,6 +51,7 @@ from shiradelta.util.text import count, size
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of examples, and of random masks.")
 @options.prompt_share
 @options.values("int4")
+@click.option("--accept-worse", is_flag=True, help="Write the file even if the model is worse than its base with it.")
 @click.option("--device", help="Where to train.  [default: a GPU, if there is one]")
 @click.option("--plot", help="Draw the losses to this PNG.")
 @options.as_json
@@ -62,6 +63,7 @@ def train(
     device: str | None,
     plot: str | None,
     as_json: bool,
+    accept_worse: bool,
     **settings: Any,
 ) -> None:
     """Train a sparse adapter for the model in the folder MODEL: a share of its weights changes.
@@ -86,6 +88,7 @@ def train(
             plot=None if plot is None else Path(plot),
             log=lambda line: echo_lines(line, err=True),
             progress=progress,
+            accept_worse=accept_worse,
         )
     if as_json:
         echo_json(dataclasses.asdict(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from shiradelta.text.pooling import find_pooling
 from shiradelta.text.read import read_file
 from shiradelta.train.attaching import attach
 from shiradelta.train.plot import draw_losses
-from shiradelta.train.run_state import History, RunState, load_run, save_run
+from shiradelta.train.run_state import BestState, History, RunState, load_run, save_run
 from shiradelta.train.settings import TrainReport, TrainSettings
 from shiradelta.train.targets import find_weights
 from shiradelta.train.tuner import Tuner
@@ -63,6 +64,7 @@ def run(
     plot: Path | None = None,
     log: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
+    accept_worse: bool = False,
 ) -> TrainReport:
     """Trains an adapter.  The same call resumes an interrupted run, and ends in the same file.
 
@@ -75,11 +77,12 @@ def run(
         plot: a PNG of the losses to write.
         log: called with lines for the user.
         progress: called with (what, done, total).
+        accept_worse: write the file even if the model with it is worse than the base on the held-out examples.
 
     Raises:
         SourceError: the model or the examples cannot be used.
         TargetError: the file or the plot cannot be written there; raised before the work.
-        DivergedError: training gave NaN.
+        DivergedError: training gave NaN, or the model is worse than the base.
         ShiraDeltaError: memory ran out.
     """
     check_target(out, registry.MAGIC, "a .shd file")
@@ -99,7 +102,7 @@ def run(
             log=log,
             progress=progress,
         )
-        return run.go(plot)
+        return run.go(plot, accept_worse)
 
 
 class _Run:
@@ -144,8 +147,9 @@ class _Run:
         self.unfinished = UnfinishedRun(out.with_name(out.name + ".train"), identity)
         self.checkpoint = checkpoint
         self.history: History = []
+        self.best: BestState | None = None
 
-    def go(self, plot: Path | None) -> TrainReport:
+    def go(self, plot: Path | None, accept_worse: bool) -> TrainReport:
         start = time.monotonic()
         settings = self.settings
         resumed = load_run(self.unfinished, self.log)
@@ -159,7 +163,7 @@ class _Run:
         step = 0
         if resumed is not None:
             resumed.restore(tuner, optimizer, self.checkpoint.root, self.unfinished.path)
-            step = resumed.step
+            step, self.best = resumed.step, resumed.best
             self.log(f"going on from step {step} of {settings.steps}, found in {self.unfinished.path}")
         what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}"
         self.log(f"{what}; pruned to a share of {settings.sparsity}" if settings.pruning[0] else what)
@@ -170,9 +174,18 @@ class _Run:
             "steps": str(settings.steps),
             "examples": str(len(self.train)),
         }
-        tuner.save(self.out, settings.values, about)
         tensors, nnz, numel = len(tuner.values), tuner.nnz, tuner.numel
-        after = self._measure_file(tuner)
+        trained = self.history[-1][2]
+        if self.best is not None and self.best.loss <= trained:
+            self.best.restore(tuner)
+            trained = self.best.loss
+        with tempfile.TemporaryDirectory(prefix=".shiradelta-", dir=self.out.absolute().parent) as scratch:
+            written = Path(scratch) / self.out.name
+            tuner.save(written, settings.values, about)
+            after = self._measure_file(tuner, written)
+            if after > before and not accept_worse:
+                raise self._worse(before, trained, after)
+            written.replace(self.out)
         self.unfinished.remove()
         if plot is not None:
             draw_losses(plot, self.history)
@@ -185,7 +198,7 @@ class _Run:
             held_out=len(self.held_out),
             steps=settings.steps,
             before=before,
-            trained=self.history[-1][2],
+            trained=trained,
             after=after,
             seconds=round(time.monotonic() - start, 1),
             file_bytes=self.out.stat().st_size,
@@ -246,13 +259,27 @@ class _Run:
         parts = by_length(self.held_out, self.examples.lengths, self.settings.batch)
         return mean_over(parts, lambda part: {"loss": self._loss(self.model, part).item()})["loss"]
 
-    def _measure_file(self, tuner: Tuner) -> float:
+    def _worse(self, before: float, trained: float, after: float) -> DivergedError:
+        """The error of a run that ends worse than the base."""
+        if trained < before:
+            why, remedy = f"rounding to {self.settings.values} loses what was gained", "give --values int8 or f32"
+        else:
+            smaller = f"{self.settings.relative_lr / 4:.2g}"
+            why = "no state on the way is better"
+            remedy = f"give a smaller --relative-lr, such as {smaller}, more examples, or more --steps"
+        return DivergedError(
+            f"the trained model is worse than its base on {len(self.held_out)} examples held out (loss {after:.4g},"
+            f" {before:.4g} before), and {why}; {remedy}. --accept-worse writes the file all the same, from the state"
+            f" in {self.unfinished.path}"
+        )
+
+    def _measure_file(self, tuner: Tuner, file: Path) -> float:
         """Mean loss on the held-out examples with the values as the file stores them, in 4 bits for example."""
         from shiradelta.hotswap.session import HotSwap
 
         tuner.detach()
         swap = HotSwap(self.model)
-        swap.load("file", self.out)
+        swap.load("file", file)
         with swap.applied("file"):
             return self._measure()
 
@@ -265,18 +292,26 @@ class _Run:
         try:
             for step, indices in islice(enumerate(stream), first, settings.steps):
                 if step % every == 0 and (not self.history or self.history[-1][0] != step):
-                    self.history.append((step, mean, self._measure() if step else before))
+                    self._note(tuner, step, mean, self._measure() if step else before)
                 if self.unfinished.is_due():
-                    save_run(self.unfinished, tuner, optimizer, step, self.history)
+                    save_run(self.unfinished, tuner, optimizer, step, self.history, self.best)
                     kept = step
                 mean = 0.9 * mean + 0.1 * self._step(tuner, optimizer, step, indices)
                 self.progress(f"loss {mean:.3f}", step + 1, settings.steps)
-            self.history.append((settings.steps, mean, self._measure()))
+            if self.history[-1][0] != settings.steps:  # a run that ended worse than its base has all its steps
+                self._note(tuner, settings.steps, mean, self._measure())
+            save_run(self.unfinished, tuner, optimizer, settings.steps, self.history, self.best)
         except KeyboardInterrupt:
             if kept:
                 where = self.unfinished.path
                 self.log(f"the same command goes on from step {kept} of {settings.steps}, kept in {where}")
             raise
+
+    def _note(self, tuner: Tuner, step: int, mean: float, held_out: float) -> None:
+        """Records a held-out loss, and the state if it is the best one with the final mask."""
+        self.history.append((step, mean, held_out))
+        if step > self.settings.pruning[0] and (self.best is None or held_out < self.best.loss):
+            self.best = BestState.of(tuner, held_out)
 
     def _step(self, tuner: Tuner, optimizer: torch.optim.Optimizer, step: int, indices: Sequence[int]) -> float:
         for group in optimizer.param_groups:

@@ -16,9 +16,35 @@ from shiradelta.train.tuner import Tuner
 
 _POSITIONS = ".positions"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_BEST = "best"
 
 #: (step, running mean of the training loss, held-out loss), by evaluation.
 History = list[tuple[int, float, float]]
+
+
+@dataclass(frozen=True)
+class BestState:
+    """The values with the least held-out loss so far, of those with the final mask.
+
+    Attributes:
+        loss: the held-out loss.
+        values: weight's name -> values, as `Tuner.values`, on the CPU.
+    """
+
+    loss: float
+    values: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, tuner: Tuner, loss: float) -> BestState:
+        """Copies the present values of a tuner."""
+        return cls(loss, {name: values.detach().cpu().clone() for name, values in tuner.values.items()})
+
+    def restore(self, tuner: Tuner) -> None:
+        """Gives a tuner the values."""
+        with torch.no_grad():
+            for name, values in tuner.values.items():
+                values.copy_(self.values[name])
+        tuner.write()
 
 
 @dataclass(frozen=True)
@@ -30,18 +56,28 @@ class RunState:
         step: optimizer steps done.
         base: digest of the base weights at the mask when the run started.
         history: the history up to this step.
+        best_loss: the least held-out loss of the final mask; None before there is one.
     """
 
     tensors: Mapping[str, Tensor]
     step: int
     base: str
     history: History
+    best_loss: float | None = None
 
     @property
     def mask(self) -> dict[str, Tensor]:
         """Positions by weight."""
         found = self.tensors.items()
         return {name.removesuffix(_POSITIONS): where for name, where in found if name.endswith(_POSITIONS)}
+
+    @property
+    def best(self) -> BestState | None:
+        """The best state so far."""
+        ending = f".{_BEST}"
+        found = self.tensors.items()
+        values = {name.removesuffix(ending): one for name, one in found if name.endswith(ending)}
+        return None if self.best_loss is None else BestState(self.best_loss, values)
 
     def restore(self, tuner: Tuner, optimizer: torch.optim.Optimizer, model: Path, path: Path) -> None:
         """Restores tuner and optimizer.
@@ -60,7 +96,7 @@ class RunState:
                 f"{model}: its weights are not those that the interrupted run began with; revert it, or take away"
                 f" {path} to start anew"
             )
-        ends = tuple(f".{moment}" for moment in _MOMENTS)
+        ends = tuple(f".{part}" for part in (*_MOMENTS, _BEST))
         tuner.load_state_dict({name: tensor for name, tensor in self.tensors.items() if not name.endswith(ends)})
         for name, values in tuner.values.items():
             if f"{name}.{_MOMENTS[0]}" not in self.tensors:
@@ -72,7 +108,12 @@ class RunState:
 
 
 def save_run(
-    unfinished: UnfinishedRun, tuner: Tuner, optimizer: torch.optim.Optimizer, step: int, history: History
+    unfinished: UnfinishedRun,
+    tuner: Tuner,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    history: History,
+    best: BestState | None,
 ) -> None:
     """Writes the state of a run."""
     tensors = tuner.state_dict()
@@ -80,7 +121,10 @@ def save_run(
         for moment in _MOMENTS:
             if moment in optimizer.state[values]:
                 tensors[f"{name}.{moment}"] = optimizer.state[values][moment].cpu()
-    unfinished.save(tensors, {"step": step, "history": history, "base": digest(tuner)})
+    if best is not None:
+        tensors |= {f"{name}.{_BEST}": values for name, values in best.values.items()}
+    about = {"step": step, "history": history, "base": digest(tuner), "best_loss": best and best.loss}
+    unfinished.save(tensors, about)
 
 
 def load_run(unfinished: UnfinishedRun, log: Callable[[str], None]) -> RunState | None:
@@ -94,7 +138,8 @@ def load_run(unfinished: UnfinishedRun, log: Callable[[str], None]) -> RunState 
         return None
     tensors, found = state
     history = [(int(step), float(loss), float(held)) for step, loss, held in found["history"]]
-    return RunState(tensors, int(found["step"]), found["base"], history)
+    best_loss = found.get("best_loss")  # 0.1 kept no best state
+    return RunState(tensors, int(found["step"]), found["base"], history, best_loss)
 
 
 def digest(tuner: Tuner) -> str:

@@ -80,7 +80,7 @@ class TrainReport:
         tensors, nnz, numel: tensors trained, nonzeros in them, elements of them.
         examples, held_out: examples to train on, and to measure on.
         steps: optimizer steps.
-        before, trained, after: held-out loss of the base, after training, and with the values that the file stores.
+        before, trained, after: held-out loss of the base, of the best state, and with the values that the file stores.
         seconds: duration of the run.
         file_bytes: size of the file.
         history: (step, running mean of the training loss, held-out loss).

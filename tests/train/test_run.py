@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import shiradelta
 from shiradelta.cli import main
-from shiradelta.errors import DeltaError, ShiraDeltaError, SourceError, TargetError
+from shiradelta.errors import DeltaError, DivergedError, ShiraDeltaError, SourceError, TargetError
 from shiradelta.text.examples import training_examples
 from shiradelta.text.kinds import PAIRS
 from shiradelta.text.read import ExampleSet
@@ -116,6 +116,53 @@ def test_an_interrupted_run_goes_on_exactly(
     assert any("going on from step 11" in line for line in told)
     assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
     assert [held for *_, held in report.history] == [held for *_, held in whole.history]
+
+
+def measuring(monkeypatch: pytest.MonkeyPatch, *losses: float) -> list[dict[str, torch.Tensor]]:
+    """Lets a run measure these held-out losses, one after the other; gives the model's weights at each."""
+    left, seen = list(losses), list[dict[str, torch.Tensor]]()
+
+    def measure(self: Any) -> float:
+        seen.append({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
+        return left.pop(0)
+
+    monkeypatch.setattr(run_module._Run, "_measure", measure)
+    return seen
+
+
+def test_the_best_state_with_the_final_mask_is_kept(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not those before pruning ends, which have too many nonzeros."""
+    texts = write(tmp_path / "data.jsonl", "text")
+    settings = TrainSettings(**{**vars(SETTINGS), "steps": 6, "values": "f32"})
+    assert settings.pruning[0] == 4
+    seen = measuring(monkeypatch, 3, 0.1, 0.1, 0.1, 0.1, 2, 2.5, 2)
+    report = run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
+    assert (report.before, report.trained, report.after) == (3, 2, 2)
+    assert all(torch.equal(weight, seen[5][name]) for name, weight in seen[-1].items() if name in seen[5])
+    assert any(not torch.equal(weight, seen[6][name]) for name, weight in seen[-1].items() if name in seen[6])
+
+
+def test_a_run_that_ends_worse_than_the_base_is_an_error(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It leaves a file of before alone; the same run goes on from its end where that is accepted."""
+    texts = write(tmp_path / "data.jsonl", "text")
+    settings = TrainSettings(**{**vars(SETTINGS), "steps": 2})
+    good = run(folders / "causal", texts, tmp_path / "task.shd", SETTINGS, "cpu")
+    assert good.after < good.before
+    before = (tmp_path / "task.shd").read_bytes()
+    measuring(monkeypatch, 3, 3.5, 3.25, 3.5)
+    with pytest.raises(DivergedError, match=r"on 12 examples held out .loss 3.5, 3 before.*no state on the"):
+        run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
+    assert (tmp_path / "task.shd").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "task.shd", "task.shd.train"]
+    measuring(monkeypatch, 3.5)
+    report = run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", accept_worse=True)
+    assert (report.before, report.trained, report.after) == (3, 3.25, 3.5)
+    assert (tmp_path / "task.shd").read_bytes() != before
+    measuring(monkeypatch, 3, 2.5, 2.5, 3.5)
+    with pytest.raises(DivergedError, match="rounding to int4 loses what was gained; give --values int8"):
+        run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
 
 
 def test_the_command(folders: Path, tmp_path: Path):
