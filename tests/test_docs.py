@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -74,6 +75,36 @@ def test_the_examples_of_exports_run(made: Path, tmp_path: Path, monkeypatch: py
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, result.output
     exec(compile(python, "export.md", "exec"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_examples_of_fits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tests.fit.test_fit import texts, write_pair
+    from tests.text.test_tokenised import TEMPLATE
+
+    monkeypatch.chdir(tmp_path)
+    write_pair("causal", tmp_path)
+    (tmp_path / "base").rename("model")
+    Path("model", "chat_template.jinja").write_text(TEMPLATE)
+    answers = [{"prompt": text, "completion": " ".join(text.split()[:3])} for text in texts()]
+    roles = {"user": "prompt", "assistant": "completion"}
+    chats = [{"messages": [{"role": role, "content": one[key]} for role, key in roles.items()]} for one in answers]
+    for name, rows in {"texts": [{"text": text} for text in texts()], "answers": answers, "chats": chats}.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = (EXTEND.parent / "fit.md").read_text()
+    (shell,), (python,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python"))
+    for line in shell.splitlines():
+        result = CliRunner().invoke(main, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+    exec(compile(python, "fit.md", "exec"), {})
+
+
+def test_the_kinds_of_examples_are_on_their_page():
+    from shiradelta.text.kinds import KINDS
+
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+)", (EXTEND.parent / "fit.md").read_text(), re.MULTILINE)
+    assert [tuple(re.findall(r"`(\w+)`", row)) for row in rows] == [kind.keys for kind in KINDS.values()]
 
 
 def test_the_table_of_tricks_has_a_row_for_each():

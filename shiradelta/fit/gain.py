@@ -116,12 +116,13 @@ class Evidence:
             self._found.setdefault(state, []).append(self._behaviour.evidence(part, outputs))
 
     def gain(self) -> Gain | None:
-        """The gain; None if the behaviour knows no loss of examples."""
+        """The gain; None if the behaviour knows no loss of examples, or nothing in them is predicted."""
         loss = self._behaviour.example_loss
         if loss is None:
             return None
         known = {state: torch.cat(parts) for state, parts in self._found.items()}
-        return Gain.of(loss.measure, loss.is_own, loss.of(known), loss.weights(known[TUNED]))
+        weights = loss.weights(known[TUNED])
+        return Gain.of(loss.measure, loss.is_own, loss.of(known), weights) if weights.any() else None
 
 
 def is_positive(differences: Tensor) -> bool:

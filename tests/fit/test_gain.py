@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ import shiradelta
 from shiradelta.cli import main
 from shiradelta.fit import Fit
 from shiradelta.fit import run as run_module
-from shiradelta.fit.gain import Gain
-from shiradelta.fit.losses import AGREEMENT, ANSWERS, LABELS, PARTNERS
+from shiradelta.fit.gain import Evidence, Gain
+from shiradelta.fit.losses import AGREEMENT, ANSWERS, LABELS, LIKELIHOOD, PARTNERS
 from shiradelta.fit.training import FitTrainer
 from shiradelta.text.batches import split
 from tests.fit.test_fit import build, texts, write_tokenizer
@@ -186,6 +187,14 @@ def test_a_fine_tune_that_gains_nothing_has_no_share(tuned: tuple[Path, Path], t
     report = fit((tuned[1], tuned[0]), tmp_path / "a.shd", examples=texts()[:40] * 2)
     assert report.fit.gain.kept is None
     assert any("the fine-tune gains nothing on 16 examples" in line for line in report.warnings)
+
+
+def test_texts_of_one_token_tell_no_gain():
+    behaviour = SimpleNamespace(example_loss=LIKELIHOOD, evidence=lambda part, outputs: torch.zeros(len(part), 2))
+    evidence = Evidence(cast(Any, behaviour))
+    for state in ("base", "topk", "fitted", "tuned"):
+        evidence.add(state, [0, 1], [])
+    assert evidence.gain() is None
 
 
 @pytest.mark.slow
