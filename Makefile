@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/ready
 
-.PHONY: demo check test lint docs bench fuzz vectors clean
+.PHONY: demo check test lint docs wheels bench fuzz vectors clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
@@ -31,6 +31,11 @@ lint: $(STAMP)
 # The documentation, to build/site.
 docs: $(STAMP)
 	$(BIN)/mkdocs build --quiet
+
+# The sdist, and a checked wheel for each platform, to dist/.
+wheels: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[wheels]'
+	$(BIN)/python -m wheels dist
 
 bench: $(STAMP)
 	for name in size startup convert apply; do $(BIN)/python -m benchmarks.$$name || exit 1; done
