@@ -35,6 +35,7 @@ class _Modules(Mapping[str, click.Command]):
         "export",
         "sign",
         "info",
+        "diff",
     )
 
     def __getitem__(self, name: str) -> click.Command:

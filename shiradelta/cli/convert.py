@@ -9,9 +9,20 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import RegistryChoice, RegistryOption, command, renamed_option
-from shiradelta.cli.output import echo, echo_json, echo_lines, echo_table, echo_text, echo_warnings, skipped_lines
+from shiradelta.cli.output import (
+    DASH,
+    echo,
+    echo_json,
+    echo_lines,
+    echo_table,
+    echo_text,
+    echo_warnings,
+    skipped_lines,
+    target,
+)
 from shiradelta.cli.progress import progress_bar
 from shiradelta.errors import printable
+from shiradelta.format.registry import SUFFIX
 from shiradelta.util.text import count, percent, size
 
 
@@ -35,7 +46,7 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 )
 @click.option("--base", metavar="MODEL", help="Folder or file of the base model; required for a full fine-tune.")
 @options.values("int4")
-@click.option("-o", "--out", metavar="FILE", help="File to write.  [default: SOURCE with .shd]")
+@click.option("-o", "--out", metavar="FILE", help="File to write, - for stdout.  [default: SOURCE with .shd]")
 @options.scope("Apply the sparsity to each tensor, or to the whole model.")
 @click.option(
     "--kind",
@@ -113,8 +124,10 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
     ):
         raise click.UsageError(f"{given} is only for training; leave it out, or --fit-method {settings['method']}.")
     fit = texts and Fit(texts, **settings, device=device, log=lambda line: echo_lines(line, err=True))
-    with progress_bar("fitting" if fit else "converting") as progress:
-        report = run(**arguments, fit=fit or None, progress=progress)
+    out = arguments.pop("out")
+    with target(out, SUFFIX) as path, progress_bar("fitting" if fit else "converting") as progress:
+        report = run(**arguments, out=path, fit=fit or None, progress=progress)
+    report.out = report.out if path == out else DASH
     code = 1 if report.worse is not None and not accept_worse else 0
     if as_json:
         echo_json(report.as_dict())

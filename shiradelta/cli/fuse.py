@@ -9,14 +9,15 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines
+from shiradelta.cli.output import echo_json, echo_lines, target
 from shiradelta.cli.progress import progress_bar
+from shiradelta.format.registry import SUFFIX
 from shiradelta.util.text import count, percent
 
 
 @command(short_help="Fuse several deltas into one.")
 @click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
-@click.option("-o", "--out", required=True, metavar="FILE", help="File to write.")
+@click.option("-o", "--out", required=True, metavar="FILE", help="File to write, - for stdout.")
 @click.option(
     "--method",
     type=options.RegistryChoice("shiradelta.combine.methods:METHODS"),
@@ -36,7 +37,7 @@ from shiradelta.util.text import count, percent
 @click.option("--base", metavar="MODEL", help="Folder or file of the base model; puts fingerprints into the result.")
 @options.max_memory
 @options.as_json
-def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
+def fuse(deltas: tuple[str, ...], out: str, as_json: bool, **arguments: Any) -> None:
     """Fuse .shd files into one, without a model.
 
     Example: shiradelta fuse style.shd:0.7 task.shd:1.0 -o both.shd
@@ -47,8 +48,9 @@ def fuse(deltas: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
     if given := options.given(*unused_options(arguments["method"])):
         methods = methods_with(given.removeprefix("--"))
         raise click.UsageError(f"{given} is an option of {' and '.join(methods)}; add --method {methods[0]}, say.")
-    with progress_bar("fusing") as progress:
-        report = run(options.with_strengths(deltas), **arguments, progress=progress)
+    with target(out, SUFFIX) as path, progress_bar("fusing") as progress:
+        report = run(options.with_strengths(deltas), str(path), **arguments, progress=progress)
+    report = dataclasses.replace(report, out=out)
     if as_json:
         echo_json(dataclasses.asdict(report))
         return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines, echo_text, terminal_width
+from shiradelta.cli.output import DASH, echo_json, echo_lines, echo_text, terminal_width
 
 
 @command(extra="give one file at a time")
@@ -16,7 +18,7 @@ from shiradelta.cli.output import echo_json, echo_lines, echo_text, terminal_wid
 @options.max_memory
 @options.as_json
 def info(file: str | None, system: bool, full: bool, limit: str | None, as_json: bool) -> None:
-    """Show what is in a .shd file."""
+    """Show what is in a .shd file; - reads it from stdin."""
     if system:
         from shiradelta.backends.libshd.library import describe_system
 
@@ -32,11 +34,11 @@ def info(file: str | None, system: bool, full: bool, limit: str | None, as_json:
     from shiradelta.io.reader import open_delta
     from shiradelta.signing.form import describe_signature
 
-    with open_delta(file, limit=limit) as delta:
+    with open_delta(sys.stdin.buffer if file == DASH else file, limit=limit) as delta:
         if full:
             delta.verify()
         about = describe(delta)
-    signature = about["signature"] = describe_signature(file)
+    signature = about["signature"] = None if file == DASH else describe_signature(file)
     if as_json:
         echo_json(about)
         return

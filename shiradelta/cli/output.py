@@ -10,16 +10,47 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 import click
 
-from shiradelta.errors import printable
+from shiradelta.errors import ArgumentError, printable
 from shiradelta.util.text import table
 
 #: Where the context keeps how much is said: -1 with --quiet, 1 with --verbose.
 _VERBOSITY = "shiradelta.verbosity"
+
+
+#: Where the context keeps that stdout takes a file.
+_TAKEN = "shiradelta.stdout"
+#: The argument that stands for stdin or stdout.
+DASH = "-"
+
+
+@contextmanager
+def target(out: str | None, suffix: str) -> Iterator[str | None]:
+    """The path to write; for `-` a temporary file, which goes to stdout in the end, and all that is said to stderr.
+
+    Raises:
+        ArgumentError: stdout is a terminal.
+    """
+    if out != DASH:
+        yield out
+        return
+    if sys.stdout.isatty():
+        raise ArgumentError("-o -: stdout is a terminal; name a file, or redirect the output (> FILE)")
+    click.get_current_context().meta[_TAKEN] = True
+    import tempfile  # which takes a fifth of the time that the help takes
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, f"stdout{suffix}")
+        yield path
+        stdout = sys.stdout.buffer
+        with open(path, "rb") as stream:
+            shutil.copyfileobj(stream, stdout)
+        stdout.flush()
 
 
 def set_verbosity(context: click.Context, verbosity: int) -> None:
@@ -44,6 +75,8 @@ def _verbosity() -> int:
 
 def echo(text: str, err: bool = False) -> None:
     """Prints a text, which is escaped already, whatever the verbosity."""
+    context = click.get_current_context(silent=True)
+    err = err or bool(context and context.meta.get(_TAKEN))
     try:
         click.echo(text, err=err)
     except BrokenPipeError:

@@ -10,6 +10,9 @@ from shiradelta.errors import printable
 from shiradelta.io.reader import Delta
 from shiradelta.util import text
 
+#: Version of the format -> the first release that reads it.
+RELEASES = {"1.0": "0.1.0"}
+
 
 def entropy(nnz: int, numel: int) -> float:
     """The entropy of positions drawn independently at this density, in bits per nonzero."""
@@ -48,6 +51,7 @@ def describe(delta: Delta) -> dict[str, Any]:
     return {
         "file": delta.file,
         "version": delta.version,
+        "needs": _reader(delta),
         "digest": delta.digest,
         "metadata": delta.metadata,
         "nnz": nnz,
@@ -71,14 +75,22 @@ def summary(about: Mapping[str, Any], width: int | None = None) -> str:
         bits = f"{t['bits_per_nonzero']:.2f}"
         rows.append([t["name"], t["op"], t["dtype"], text.shape(t["shape"]), *figures, bits])
     pairs = [f"{printable(key)}: {text.brief(value)}" for key, value in about["metadata"].items()]
-    file = printable(str(about["file"]))
+    file = printable(str(about["file"] or "stdin"))
     whole = (
         f"{file}: format {about['version']}, {text.count(about['tensors'], 'tensor')},"
         f" {text.count(about['nnz'], 'nonzero')}, {text.size(about['bytes']['file'])},"
         f" {about['bits_per_nonzero']:.2f} bits per nonzero"
         f" (entropy of the positions {about['entropy']:.2f})"
     )
-    return "\n".join([text.table(rows, width=width), *pairs, whole])
+    return "\n".join([text.table(rows, width=width), *pairs, f"needs {about['needs']}", whole])
+
+
+def _reader(delta: Delta) -> str:
+    """The oldest reader that takes the file."""
+    release = RELEASES.get(delta.version)
+    ours = "" if release is None else f" (shiradelta {release})"
+    zstd = any(tensor.record.index.zstd or tensor.record.values.zstd for tensor in delta.values())
+    return f"a reader of format {delta.version}{ours} or later{', with zstd' if zstd else ''}"
 
 
 def _hex(fingerprint: int | None) -> str | None:

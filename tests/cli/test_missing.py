@@ -35,6 +35,7 @@ COMMANDS = {
     "png": ["report", "a.shd", "b.shd", "--png", "heat.png"],
     "export": ["export", "a.shd", "dense", "diff.safetensors"],
     "info": ["info", "a.shd", "--verify"],
+    "diff": ["diff", "a.shd", "a.shd"],
     "sign": ["sign", "a.shd", "--key", "private.pem"],
 }
 if find_spec("cryptography") is None:
