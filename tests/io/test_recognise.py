@@ -113,6 +113,8 @@ def test_each_thing_has_a_case():
 def test_things_are_called_by_their_name(tmp_path: Path, name: str, make: Callable[[Path], Path]):
     path, thing = make(tmp_path), THINGS[name]
     for one in thing.remedies:
+        if (name, one) == ("delta", Wanted.SOURCE) and path.suffix != ".shd":
+            continue  # it is converted into another, whose file has the suffix
         with pytest.raises(ShiraDeltaError) as caught:
             OPENED[one](path)
         message = str(caught.value)
