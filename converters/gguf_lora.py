@@ -24,7 +24,7 @@ from .lora import read_lora
 from .lora_scale import Scale, number
 from .rotary import halves_below_each_other, heads
 from .sources import SourceFiles, source
-from .translated import Translated, arranged, constant, transposed
+from .translated import Translated, constant, layers_of, transposed
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -238,19 +238,14 @@ def _modules(slot: Slot, match: re.Match[str], architecture: str, files: SourceF
         yield f"{path}mlp.gate_up_proj", slot
     elif not rest.endswith("_exps"):
         yield path + _MODULES[rest], slot
-    elif len(slot.shape) == 3:
+    elif len(slot.shape) == 3 and slot.numel:
         module, _, leaf = _MODULES[rest.removesuffix("_exps")].rpartition(".")
         mixtral = any(".block_sparse_moe." in name for name in files.base or ())
         module = "block_sparse_moe" if mixtral else module
         leaf = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[leaf] if mixtral else leaf
-        for expert in range(slot.shape[0]):
-            yield f"{path}{module}.experts.{expert}.{leaf}", arranged(slot, partial(_at, expert))
+        for expert, layer_of_expert in enumerate(layers_of(slot)):
+            yield f"{path}{module}.experts.{expert}.{leaf}", layer_of_expert
     else:
         raise SourceError(
             f"{files.path}: {slot.name!r} of shape {list(slot.shape)} is no stack of experts; get it again"
         )
-
-
-def _at(expert: int, stack: Array) -> Array:
-    found: Array = stack[expert]
-    return found

@@ -26,13 +26,12 @@ from shiradelta.util.text import brief
 
 from .base_names import find_tensors
 from .item import CONVERTED, Item, Skipped, SkipReason, Source, not_addable
+from .npz import read_arrays
 from .sources import SourceFiles, source
 
 if TYPE_CHECKING:
     import torch
 
-#: Bytes that a `.npz` file may take in memory: this many, or so many times its size if that is more.
-_MOST, _TIMES = 1 << 30, 64
 _Numbers = np.ndarray[Any, Any]
 
 
@@ -60,19 +59,8 @@ def _read_npz(path: Path) -> SparseMatrix:
     Raises:
         SourceError: it is damaged, or unpacks to too much.
     """
+    arrays = read_arrays(path)
     try:
-        with open_regular(path) as stream:
-            size = stream.seek(0, 2)
-            stream.seek(0)
-            with zipfile.ZipFile(stream) as archive:
-                unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > max(_MOST, _TIMES * size):
-                raise SourceError(
-                    f"{path}: unpacks to {unpacked:,} bytes, more than a matrix of its size; get it again"
-                )
-            stream.seek(0)
-            with np.load(stream, allow_pickle=False) as held:
-                arrays = {name: held[name] for name in held.files}
         layout = bytes(arrays["format"].item()).decode()
         shape = tuple(int(size) for size in arrays["shape"].reshape(-1))
         if layout == "coo":
@@ -81,13 +69,9 @@ def _read_npz(path: Path) -> SparseMatrix:
         if layout == "dia":
             return SparseMatrix(layout, shape, arrays["data"], arrays["offsets"])
         return SparseMatrix(layout, shape, arrays["data"], arrays["indptr"], arrays["indices"])
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except KeyError as error:
         raise SourceError(f"{path}: lacks {error}, so it is no matrix of scipy.sparse.save_npz; get it again") from None
-    except SourceError:
-        raise
-    except Exception as error:  # whatever parsers make of damaged bytes
+    except (ValueError, TypeError, OverflowError) as error:
         raise SourceError(f"{path}: is damaged ({brief(str(error), 120)}); get it again") from None
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import SourceError
-from shiradelta.format.arithmetic import Array
 from shiradelta.io.recognise import Wanted
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.peft import CONFIG
@@ -27,7 +25,7 @@ from .lora import read_lora
 from .lora_scale import Scale, number
 from .npz import NpzCheckpoint
 from .sources import SourceFiles, source
-from .translated import Translated, arranged, constant, transposed
+from .translated import Translated, constant, layers_of, transposed
 
 #: The adapter in a folder, by preference.
 _FILES = ("adapters.safetensors", "adapters.npz")
@@ -144,11 +142,10 @@ def _translated(source: Checkpoint, module: str, parts: Mapping[str, str], kind:
             f" {' '.join(sorted(wanted))}; put the {CONFIG} that was saved with the adapter beside it"
         )
     a, b = source[parts["lora_a"]], source[parts["lora_b"]]
-    if len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] and kind == "lora":
-        for expert in range(a.shape[0]):
-            name = _expert(module, expert)
-            yield name + A, arranged(a, partial(_at, expert))
-            yield name + B, arranged(b, partial(_at, expert))
+    stacks = len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] and a.numel and b.numel
+    if stacks and kind == "lora":
+        for expert, factors in enumerate(zip(layers_of(a), layers_of(b), strict=True)):
+            yield from zip((_expert(module, expert) + part for part in (A, B)), factors, strict=True)
         return
     if len(a.shape) != 2 or len(b.shape) != 2:
         shapes = f"{list(a.shape)} and {list(b.shape)}"
@@ -158,11 +155,6 @@ def _translated(source: Checkpoint, module: str, parts: Mapping[str, str], kind:
     yield module + B, a if embedding else transposed(b)
     if "m" in parts:
         yield f"{module}.lora_magnitude_vector", source[parts["m"]]
-
-
-def _at(expert: int, stack: Array) -> Array:
-    found: Array = stack[expert]
-    return found
 
 
 def _expert(module: str, expert: int) -> str:

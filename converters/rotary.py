@@ -23,10 +23,10 @@ def heads(base: Checkpoint | None, source: object) -> tuple[int, int, Mapping[st
     if base is None:
         raise SourceError(f"{source}: has queries and keys in another order than the base, whose heads are in its"
                           " config.json; give --base MODEL")  # fmt: skip
-    about = base.config(next(iter(base)))
+    about: Mapping[str, Any] = next((base.config(name) for name in base), {})
     queries, keys = about.get("num_attention_heads"), about.get("num_key_value_heads")
     keys = queries if keys is None else keys
-    if not all(type(number) is int and number > 0 for number in (queries, keys)):
+    if not all(type(number) is int and 0 < number < 1 << 31 for number in (queries, keys)):
         raise SourceError(f"{base.root}: has no config.json with num_attention_heads beside its weights; put it there")
     assert isinstance(queries, int)
     assert isinstance(keys, int)

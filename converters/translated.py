@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,21 @@ def arranged(slot: Slot, arrange: Arrange) -> Slot:
 def transposed(slot: Slot) -> Slot:
     """A matrix with rows for columns."""
     return arranged(slot, np.transpose)
+
+
+def layers_of(stack: Slot) -> list[Slot]:
+    """The tensors of a stack, along its first dimension.
+
+    Args:
+        stack: a tensor with elements; one without may name any number of layers.
+    """
+    assert stack.numel, stack.name
+    return [arranged(stack, partial(_at, number)) for number in range(stack.shape[0])]
+
+
+def _at(number: int, stack: Array) -> Array:
+    found: Array = stack[number]
+    return found
 
 
 def constant(beside: Slot, value: float) -> Slot:

@@ -27,10 +27,11 @@ from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.library import library_of
 from shiradelta.text.pooling import find_pooling
 from tests.fuzzing import Case, Report, judged, main
+from tests.source_files import UP, Strange, write
 from tests.strange_sources import damaged_source
 from tests.strange_states import damaged_state, outcome_of_state
 from tests.strange_texts import damaged_texts, read_strange_texts
-from tests.whole_sources import KINDS, UP, Strange, whole, write
+from tests.whole_sources import KINDS, whole
 
 SECONDS_PER_CASE = 10.0
 LONGEST_LINE = 1500

@@ -11,8 +11,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from shiradelta.converters.sources import kinds
+
 from shiradelta.format.registry import DTYPE_OF_SAFETENSORS
-from tests.whole_sources import DEEP, KINDS, Json, Made, Raw, Special, Strange, Weights, as_json, whole
+from tests.source_containers import Gguf, Npz, Pickle
+from tests.source_files import DEEP, Json, Made, Raw, Special, Strange, Weights, as_json
+from tests.strange_containers import damaged_container
+from tests.whole_sources import KINDS, whole
 
 NAMES = [
     *(
@@ -145,7 +150,7 @@ def damaged_tensor(rng: Random, tensors: dict[str, Made], name: str) -> None:
     elif action == 4:  # no elements
         tensors[name] = dtype, rng.choice(([0], [0, 8], [8, 0], [1 << 40, 0], [0, 1 << 62])), b""
     elif action == 5 and raw:  # NaN, infinity, the largest and the smallest
-        size = DTYPE_OF_SAFETENSORS[dtype].size
+        size = DTYPE_OF_SAFETENSORS[dtype].size if dtype in DTYPE_OF_SAFETENSORS else 1
         odd = rng.choice((0, -1, 0x7F80 << 8 * size >> 16, 0x7FC0 << 8 * size >> 16, 0x7F7F << 8 * size >> 16))
         part = (odd % (1 << 8 * size)).to_bytes(size, "little")
         raw = part + raw[size:] if rng.random() < 0.5 else part * (len(raw) // size)
@@ -199,6 +204,8 @@ def damage(rng: Random, strange_: Strange) -> None:
         tree[name] = Json(damaged_value(rng, copy.deepcopy(content.value)))
     elif action < 0.75 and isinstance(content, Weights):
         tree[name] = damaged_weights(rng, content)
+    elif action < 0.75 and isinstance(content, Gguf | Npz | Pickle):
+        tree[name] = damaged_container(rng, content, damaged_tensor, damaged_value)
     elif action < 0.85 and not isinstance(content, Special):
         tree[name] = Raw(damaged_bytes(rng, content.bytes()))
     elif action < 0.88:
@@ -222,6 +229,8 @@ def damage(rng: Random, strange_: Strange) -> None:
                 {"kind": "lora"},
                 {"kind": "lora", "alpha": 1e300},
                 {"target_size": 500},
+                {"kind": rng.choice(kinds())},
+                {"alpha": rng.choice((0.0, -1.0, 1e-30, 1e300))},
             )
         )
     if not tree:

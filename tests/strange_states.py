@@ -27,8 +27,8 @@ from shiradelta.folder.commit import commit
 from shiradelta.folder.listing import recorded
 from shiradelta.folder.revert import revert_all
 from tests.scenes import contents, weights
+from tests.source_files import UP, Json, Raw, Special, Strange, Tree, folder, model, write
 from tests.strange_sources import damaged_bytes, damaged_value
-from tests.whole_sources import UP, Json, Raw, Special, Strange, Tree, folder, model, write
 
 STATE = "source/.shiradelta/state.json"
 #: Names that lead elsewhere, which a state must not.

@@ -10,8 +10,8 @@ from typing import Any
 
 from shiradelta.text.kinds import KINDS, MESSAGES, ExampleKind
 from shiradelta.text.read import LEAST, read_file
+from tests.source_files import Raw, Strange, as_json
 from tests.strange_sources import damaged_bytes, damaged_value
-from tests.whole_sources import Raw, Strange, as_json
 
 _WORDS = ("one", "ä", "two words", "日本", "\U0001f600", "a\u2028b", "\\n", '"', " ")
 

@@ -97,11 +97,11 @@ def test_damaged_matrices(tmp_path: Path, base: Path, put: dict[str, Any], messa
 
 
 def test_a_file_that_unpacks_to_too_much(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shiradelta.converters.matrices._MOST", 1000)
+    monkeypatch.setattr("shiradelta.converters.npz._MOST", 1000)
     made = scipy.sparse.csr_array((np.ones(100_000), np.arange(100_000), [0, 100_000]), shape=(1, 100_000))
     scipy.sparse.save_npz(tmp_path / f"{UP}.npz", made)
-    monkeypatch.setattr("shiradelta.converters.matrices._TIMES", 1)
-    with pytest.raises(SourceError, match="more than a matrix of its size"):
+    monkeypatch.setattr("shiradelta.converters.npz._TIMES", 1)
+    with pytest.raises(SourceError, match="more than arrays of its size"):
         changed(tmp_path / f"{UP}.npz", base)
 
 
