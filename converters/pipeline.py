@@ -22,6 +22,7 @@ from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
 from shiradelta.util.text import parse_size
 
+from .aim_kept import find_kept
 from .conversion import Conversion
 from .plot import draw
 from .report import ConversionReport
@@ -71,6 +72,7 @@ def convert(
     *,
     target_size: str | int | None = None,
     target_error: float | None = None,
+    target_kept: float | None = None,
     scope: str = "tensor",
     kind: str = "auto",
     alpha: float | None = None,
@@ -93,6 +95,8 @@ def convert(
             fitted file is bounded by the most that its positions could take.
         target_error: the largest relative error of the delta instead, |stored - delta| / |delta| over all tensors
             (Frobenius norm, quantisation included): as few weights as reach it, to half a percent.  Not with `fit`.
+        target_kept: the share of the fine-tune's gain to keep on held-out examples instead, such as 0.95: as few
+            weights as keep it, to a tenth.  Only with `fit`; every trial is a fit, and the report has them.
         base: the base model's folder or file.  A full fine-tune needs it; every delta gets fingerprints from it.
         values: how added values are stored, "int4" for example; `shiradelta convert --help` lists the choices.
         scope: "tensor" keeps the share in every tensor, "model" in all of them together, so that a fit may move
@@ -124,7 +128,7 @@ def convert(
     refuse_itself(Path(source), target)
     if plot is not None:
         check_plot(plot)
-    share = _check_arguments(sparsity, target_size, target_error, fit)
+    share = _check_arguments(sparsity, target_size, target_error, target_kept, fit)
     if alpha is not None and not 0 < abs(alpha) <= _MOST_ALPHA:
         why = (
             "leaves nothing of a LoRA" if alpha == 0 else "is out of range" if math.isfinite(alpha) else "is not finite"
@@ -162,11 +166,18 @@ def convert(
         metadata=metadata or {},
         progress=progress,
     )
-    if share is None:
+    fitted = None
+    if target_kept is not None:
+        assert fit is not None
+        share, fitted = find_kept(
+            target_kept,
+            lambda trial: run_fit(fit, opened, counts(trial), source, base, values, scope, target, progress),
+            fit.log,
+        )
+    elif share is None:
         share = job.find_sparsity(counts, target_size, target_error, fit is not None)
     kept = counts(share)
-    fitted = None
-    if fit is not None:
+    if fit is not None and fitted is None:
         fitted = run_fit(fit, opened, kept, source, base, values, scope, target, progress)
     with writing(target, values, zstd, backend) as writer:
         report = job.write(writer, share, kept, fitted)
@@ -178,11 +189,15 @@ def convert(
 
 
 def _check_arguments(
-    sparsity: float | None, size: str | int | None, error: float | None, fit: Fit | None
+    sparsity: float | None, size: str | int | None, error: float | None, kept: float | None, fit: Fit | None
 ) -> float | None:
-    """The sparsity, or None where the size or the error decides it."""
-    if sum(given is not None for given in (sparsity, size, error)) > 1:
-        raise ArgumentError("sparsity, target size and target error exclude each other; give one of them")
+    """The sparsity, or None where the size, the error or what is kept decides it."""
+    if sum(given is not None for given in (sparsity, size, error, kept)) > 1:
+        raise ArgumentError("sparsity, target size, target error and target kept exclude each other; give one of them")
+    if kept is not None and fit is None:
+        raise ArgumentError("the share of the gain that is kept is known only of a fit; give --fit TEXTS, too")
+    if kept is not None and not 0 < kept <= 1:
+        raise ArgumentError(f"a share of {kept:g} of the gain is out of range; give one above 0, such as 0.95")
     if error is not None and not 0 <= error < 1:
         raise ArgumentError(
             f"a relative error of {error:g} is out of range; give a number from 0 and below 1, such as 0.3"
@@ -194,7 +209,7 @@ def _check_arguments(
         )
     if size is not None:
         parse_size(size)
-    if size is not None or error is not None:
+    if size is not None or error is not None or kept is not None:
         return None
     share = DEFAULT_SPARSITY if sparsity is None else sparsity
     check_share(share)

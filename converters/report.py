@@ -250,6 +250,14 @@ class ConversionReport:
         return rows
 
     @property
+    def trials(self) -> list[list[str]]:
+        """The rows of a table: what each sparsity kept, where a share of the gain was aimed at."""
+        if self.fit is None or self.fit.gain is None or not self.fit.trials:
+            return []
+        rows = [[text.percent(sparsity), f"{share:.1%}", f"{error:.1%}"] for sparsity, share, error in self.fit.trials]
+        return [["trial", f"share of {self.fit.gain.share_of}", "its standard error"], *rows]
+
+    @property
     def worse(self) -> str | None:
         """Than what the result of a fit is worse, and what to do; None if it is not, or nothing was fitted.
 

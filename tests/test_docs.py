@@ -80,14 +80,15 @@ def test_the_examples_of_exports_run(made: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_examples_of_fits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from tests.fit.test_fit import texts, write_pair
+    from tests.fit.test_fit import texts
+    from tests.fit.test_gain import EXAMPLES, write_trained
     from tests.text.test_tokenised import TEMPLATE
 
     monkeypatch.chdir(tmp_path)
-    write_pair("causal", tmp_path)
+    write_trained(tmp_path)
     (tmp_path / "base").rename("model")
     Path("model", "chat_template.jinja").write_text(TEMPLATE)
-    answers = [{"prompt": text, "completion": " ".join(text.split()[:3])} for text in texts()]
+    answers = 3 * EXAMPLES[:40]
     roles = {"user": "prompt", "assistant": "completion"}
     chats = [{"messages": [{"role": role, "content": one[key]} for role, key in roles.items()]} for one in answers]
     for name, rows in {"texts": [{"text": text} for text in texts()], "answers": answers, "chats": chats}.items():

@@ -44,6 +44,11 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 @click.option(
     "--target-error", type=options.SHARE, help="Largest relative error of the delta, such as 0.3; finds the sparsity."
 )
+@click.option(
+    "--target-kept",
+    type=options.SHARE,
+    help="Share of the fine-tune's gain to keep on held-out examples, such as 95%, with --fit; finds the sparsity.",
+)
 @click.option("--base", metavar="MODEL", help="Folder or file of the base model; required for a full fine-tune.")
 @options.values("int4")
 @click.option("-o", "--out", metavar="FILE", help="File to write, - for stdout.  [default: SOURCE with .shd]")
@@ -139,7 +144,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
         echo_text(line)
     echo_warnings(line for line in report.warnings if line != report.worse)
     if report.fit is not None:
-        for rows in filter(None, (report.losses, report.measures)):
+        for rows in filter(None, (report.trials, report.losses, report.measures)):
             echo_text("")
             echo_table(rows)
         echo_text("")

@@ -97,6 +97,7 @@ class Fitted:
         further: other measures of base, top-k and fit, by name.
         history: (step, distance).
         warnings: what a user should know.
+        trials: (sparsity, share of the gain, its standard error) of each trial, where a share was aimed at.
     """
 
     tensors: dict[str, Selection]
@@ -113,6 +114,7 @@ class Fitted:
     further: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[tuple[int, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    trials: list[tuple[float, float, float]] = field(default_factory=list)
 
     def note(self, state: str, measures: Mapping[str, float]) -> None:
         """Records measures of a state, "base", "topk" or "fitted", as `Behaviour.compare` names them."""

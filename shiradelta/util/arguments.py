@@ -123,7 +123,7 @@ COMMON: dict[str, ArgumentKind] = {
     **dict.fromkeys(("allow_dtype", "check", "force", "forget", "full", "lock", "zstd"), BOOL),
     **dict.fromkeys(("backend", "kind", "method", "name", "scope", "values"), TEXT),
     **dict.fromkeys(("base", "model_dir", "out", "path", "plot", "png", "signature", "source"), PATH),
-    **dict.fromkeys(("alpha", "drop", "sparsity", "strength", "target_error"), NUMBER),
+    **dict.fromkeys(("alpha", "drop", "sparsity", "strength", "target_error", "target_kept"), NUMBER),
     "key": PATHS,
     "limit": SIZE,
     "metadata": PAIRS,

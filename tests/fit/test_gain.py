@@ -24,6 +24,7 @@ from shiradelta.fit.training import FitTrainer
 from shiradelta.text.batches import split
 from tests.fit.test_fit import build, texts, write_tokenizer
 
+#: Their second halves are to be said.
 EXAMPLES = [
     {"prompt": " ".join(words[: len(words) // 2]), "completion": " ".join(words[len(words) // 2 :])}
     for words in map(str.split, texts())
@@ -32,8 +33,11 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base, and a fine-tune that says w7 more often than the base does."""
-    root = tmp_path_factory.mktemp("gain")
+    return write_trained(tmp_path_factory.mktemp("gain"))
+
+
+def write_trained(root: Path) -> tuple[Path, Path]:
+    """A base, and a fine-tune that knows 40 of the texts better."""
     model = build("causal")
     model.save_pretrained(root / "base")
     write_tokenizer(root / "base")
