@@ -11,7 +11,11 @@ from shiradelta.cli.options import command
 from shiradelta.cli.output import echo_json, echo_lines
 
 
-@command(short_help="Make the present weights of a model's folder its base.", extra="give one model at a time")
+@command(
+    short_help="Make the present weights of a model's folder its base.",
+    extra="give one model at a time",
+    examples=["commit model/"],
+)
 @click.argument("model")
 @click.option("--forget", is_flag=True, help="Record no digests of the files, and delete what is recorded of MODEL.")
 @options.no_lock

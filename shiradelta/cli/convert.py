@@ -37,6 +37,11 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 @command(
     short_help="Convert a LoRA, a full fine-tune or a diff to a .shd file.",
     extra="give the base model as --base MODEL, and the file to write as -o FILE",
+    examples=[
+        "convert lora/ --base model/",
+        "convert tuned/ --base model/ --sparsity 2% -o style.shd",
+        "convert lora/ --base model/ --fit texts.jsonl --plot fit.png",
+    ],
 )
 @click.argument("source")
 @click.option("--sparsity", type=options.SHARE, help="Share of the weights that change, such as 1%.  [default: 0.01]")

@@ -12,7 +12,11 @@ from shiradelta.cli.output import echo_json, echo_lines, echo_table
 from shiradelta.util.text import count
 
 
-@command(short_help="Compare two .shd files.", extra="compare two files at a time")
+@command(
+    short_help="Compare two .shd files.",
+    extra="compare two files at a time",
+    examples=["diff style.shd other.shd"],
+)
 @click.argument("first")
 @click.argument("second")
 @options.max_memory

@@ -22,7 +22,11 @@ def _list_layouts(context: click.Context, parameter: click.Parameter, value: boo
         context.exit()
 
 
-@command(short_help="Write a delta in the layout of another library.", extra="give one delta at a time")
+@command(
+    short_help="Write a delta in the layout of another library.",
+    extra="give one delta at a time",
+    examples=["export style.shd peft-shira adapter/", "export style.shd merged patched/ --model model/"],
+)
 @click.argument("delta")
 @click.argument("layout", metavar="LAYOUT", type=RegistryChoice("shiradelta.exports:EXPORTS"))
 @click.argument("out")
@@ -43,10 +47,7 @@ def _list_layouts(context: click.Context, parameter: click.Parameter, value: boo
 @options.max_memory
 @options.as_json
 def export(as_json: bool, **arguments: Any) -> None:
-    """Write DELTA in the layout of another library to OUT, a file or a folder.
-
-    Example: shiradelta export style.shd peft-shira adapter/
-    """
+    """Write DELTA in the layout of another library to OUT, a file or a folder."""
     from shiradelta.exports.run import export as run
 
     with progress_bar("exporting") as progress:

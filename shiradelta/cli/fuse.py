@@ -15,7 +15,10 @@ from shiradelta.format.registry import SUFFIX
 from shiradelta.util.text import count, percent
 
 
-@command(short_help="Fuse several deltas into one.")
+@command(
+    short_help="Fuse several deltas into one.",
+    examples=["fuse style.shd:0.7 task.shd -o both.shd", "fuse style.shd task.shd --method ties -o both.shd"],
+)
 @click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
 @click.option("-o", "--out", required=True, metavar="FILE", help="File to write, - for stdout.")
 @click.option(
@@ -38,10 +41,7 @@ from shiradelta.util.text import count, percent
 @options.max_memory
 @options.as_json
 def fuse(deltas: tuple[str, ...], out: str, as_json: bool, **arguments: Any) -> None:
-    """Fuse .shd files into one, without a model.
-
-    Example: shiradelta fuse style.shd:0.7 task.shd:1.0 -o both.shd
-    """
+    """Fuse .shd files into one, without a model."""
     from shiradelta.combine.fuse import fuse as run
     from shiradelta.combine.methods import methods_with, unused_options
 

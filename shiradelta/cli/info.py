@@ -11,7 +11,10 @@ from shiradelta.cli.options import command
 from shiradelta.cli.output import DASH, echo_json, echo_lines, echo_text, terminal_width
 
 
-@command(extra="give one file at a time")
+@command(
+    extra="give one file at a time",
+    examples=["info style.shd --verify", "info --system", "info - < style.shd"],
+)
 @click.argument("file", required=False)
 @click.option("--system", is_flag=True, help="Show instead which backend this installation uses, and why.")
 @click.option("--verify", "full", is_flag=True, help="Also decode everything and check the content digest.")

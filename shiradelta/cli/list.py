@@ -13,7 +13,11 @@ from shiradelta.cli.output import echo_json, echo_lines
 from shiradelta.util.text import count
 
 
-@command(short_help="Show which deltas are on a model's folder.", extra="give one model at a time")
+@command(
+    short_help="Show which deltas are on a model's folder.",
+    extra="give one model at a time",
+    examples=["list model/"],
+)
 @click.argument("model")
 @options.as_json
 def list(model: str, as_json: bool) -> None:

@@ -128,17 +128,34 @@ class RenamedOption(click.Option):
         self.new = new
 
 
+#: What the values of options that are paths are called in the help.
+_PATHS = ("FILE", "FOLDER", "MODEL")
+
+
 class Command(click.Command):
     """A command that reads renamed options as the new ones and warns of it, and says what to do about wrong usage.
 
     Args:
         extra: what to do about an argument too many.
+        examples: command lines for the help, without the program's name.
     """
 
-    def __init__(self, *args: Any, extra: str = "leave it out", **settings: Any) -> None:
+    def __init__(self, *args: Any, extra: str = "leave it out", examples: Sequence[str] = (), **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.extra = extra
+        self.examples = examples
+        for parameter in self.params:
+            named = isinstance(parameter, click.Argument) or parameter.metavar in _PATHS
+            if named and parameter.type is click.STRING:
+                parameter.type = click.Path(readable=False)  # which shells complete
         self.params += _verbosity_options()
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the examples."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:  # whole, to be pasted
+                    formatter.write(f"{'':{formatter.current_indent}}shiradelta {example}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click's; with --verbose the cost is printed."""

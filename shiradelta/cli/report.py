@@ -13,7 +13,10 @@ from shiradelta.cli.progress import progress_bar
 from shiradelta.util.text import size
 
 
-@command(short_help="Report what deltas hold and how they interfere.")
+@command(
+    short_help="Report what deltas hold and how they interfere.",
+    examples=["report style.shd task.shd", "report style.shd:0.7 task.shd -o report.html --png heat.png"],
+)
 @click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
 @click.option("-o", "--out", metavar="FILE", help="Write an HTML page that needs no network; - for stdout.")
 @click.option("--png", metavar="FILE", help="Write the heat map, layers by pairs, to this PNG.")

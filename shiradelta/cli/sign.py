@@ -13,7 +13,11 @@ from shiradelta.cli.output import echo_json, echo_lines, echo_warnings
 from shiradelta.errors import SignatureError
 
 
-@command(short_help="Sign a .shd file.", extra="give the key as --key FILE, and the signature to write as -o FILE")
+@command(
+    short_help="Sign a .shd file.",
+    extra="give the key as --key FILE, and the signature to write as -o FILE",
+    examples=["sign style.shd --key private.pem"],
+)
 @click.argument("delta")
 @click.option("--key", required=True, metavar="FILE", help="Private Ed25519 key: PEM, or of OpenSSH.")
 @click.option("-o", "--out", metavar="FILE", help="Signature to write.  [default: DELTA.sig]")

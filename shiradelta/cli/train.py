@@ -17,7 +17,12 @@ from shiradelta.util.text import count, size
 
 
 @command(
-    short_help="Train a sparse adapter.", extra="give the examples as --texts FILE, and the file to write as -o FILE"
+    short_help="Train a sparse adapter.",
+    extra="give the examples as --texts FILE, and the file to write as -o FILE",
+    examples=[
+        "train model/ --texts pairs.jsonl -o task.shd",
+        "train model/ --texts texts.jsonl --sparsity 1% --mask grad -o task.shd",
+    ],
 )
 @click.argument("model")
 @click.option("--texts", required=True, metavar="FILE[:COLUMN]", help=f"Examples to train on: {options.EXAMPLES}.")

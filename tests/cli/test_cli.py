@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import get_completion_class
 from click.testing import CliRunner, Result
 
 import shiradelta
@@ -201,6 +203,31 @@ def test_interrupt_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
         1,
         "interrupted; every file is whole, as before the command or as after it\n",
     )
+
+
+def test_the_examples_of_every_help_can_be_parsed():
+    for name, each in main.commands.items():
+        assert each.examples, name
+        for example in each.examples:
+            assert f"  shiradelta {example}\n" in run(name, "--help").stdout
+            words = shlex.split(example.partition(" <")[0])
+            assert words[0] == name
+            each.make_context(name, words[1:])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_options_choices_and_paths(shell: str):
+    kind = get_completion_class(shell)
+    completion = kind(main, {}, "shiradelta", "_SHIRADELTA_COMPLETE")
+    assert "_SHIRADELTA_COMPLETE" in completion.source()
+    for words, incomplete, expected in (
+        ([], "app", "apply"),
+        (["apply"], "--str", "--strength"),
+        (["fuse", "--method"], "ti", "ties"),
+    ):
+        assert expected in [item.value for item in completion.get_completions(words, incomplete)]
+    for words in (["apply"], ["apply", "model"], ["convert", "--base"], ["fuse"], ["convert", "lora", "-o"]):
+        assert [item.type for item in completion.get_completions(words, "mo")] == ["file"], words
 
 
 def test_help_of_every_command_names_its_options():
