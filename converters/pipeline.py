@@ -10,6 +10,8 @@ from pathlib import Path
 from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.fit import Fit
 from shiradelta.format import registry
+from shiradelta.io.download import local_model
+from shiradelta.io.hub import origin_of
 from shiradelta.io.recognise import Wanted, explain
 from shiradelta.io.writer import writing
 from shiradelta.models.candidates import refuse_several
@@ -25,6 +27,7 @@ from shiradelta.util.text import parse_size
 from .aim_kept import find_kept
 from .conversion import Conversion
 from .plot import draw
+from .provenance import named
 from .report import ConversionReport
 from .shd import refuse_itself
 from .sources import open_source
@@ -37,8 +40,14 @@ _MISSING = "no such file or folder; check the path"
 
 
 def default_output(source: str | os.PathLike[str]) -> Path:
-    """The file that a conversion writes by default: beside the source, under its name."""
+    """The file that a conversion writes by default: beside the source, under its name.
+
+    Of a source in the Hub's cache it is in the current folder, with the name of the repository or of the file.
+    """
     path = Path(source)
+    if (origin := origin_of(path)) is not None:
+        name = Path(origin.name).stem if path.is_file() else origin.name
+        return Path(name + registry.SUFFIX)
     if path.is_file():
         return path.with_suffix(registry.SUFFIX)
     path = path.resolve() if path.name in ("", "..") else path
@@ -88,7 +97,8 @@ def convert(
 
     Args:
         source: a LoRA (a file, or PEFT's folder), a fine-tuned model's folder or file, a file of dense or sparse
-            diffs, or a `.shd` file (with `out`).  Files are safetensors, or tensors that `torch.save` wrote.
+            diffs, or a `.shd` file (with `out`); or one of these on the Hub, as `user/repo[@revision][/file]`.  Files
+            are safetensors, or tensors that `torch.save` wrote.
         out: the file to write; by default `source`'s name with `.shd`, beside it.
         sparsity: the share of weights that change, above 0 and up to 1; 0.01 by default.
         target_size: the file's largest size instead, in bytes or such as "2MB": as many weights as fit.  The size of a
@@ -97,7 +107,8 @@ def convert(
             (Frobenius norm, quantisation included): as few weights as reach it, to half a percent.  Not with `fit`.
         target_kept: the share of the fine-tune's gain to keep on held-out examples instead, such as 0.95: as few
             weights as keep it, to a tenth.  Only with `fit`; every trial is a fit, and the report has them.
-        base: the base model's folder or file.  A full fine-tune needs it; every delta gets fingerprints from it.
+        base: the base model's folder or file, here or on the Hub.  A full fine-tune needs it; every delta gets
+            fingerprints from it.
         values: how added values are stored, "int4" for example; `shiradelta convert --help` lists the choices.
         scope: "tensor" keeps the share in every tensor, "model" in all of them together, so that a fit may move
             nonzeros between tensors.
@@ -122,10 +133,12 @@ def convert(
         TargetError: the file cannot be written.
         MissingDependencyError: a file is a pickle, and torch is not installed, or older than 2.10.
     """
-    _check_named(Path(source), out is None)
+    source = local_model(source, pickles=True)
+    base = None if base is None else local_model(base, pickles=True)
+    _check_named(source, out is None)
     target = default_output(source) if out is None else Path(out)
     check_target(target, registry.MAGIC, "a .shd file")
-    refuse_itself(Path(source), target)
+    refuse_itself(source, target)
     if plot is not None:
         check_plot(plot)
     share = _check_arguments(sparsity, target_size, target_error, target_kept, fit)
@@ -135,12 +148,10 @@ def convert(
         )
         raise ArgumentError(f"alpha {alpha:g} {why}; give a number such as 16")
     if base is not None:
-        refuse_several(Path(base))
+        refuse_several(base)
     progress = progress or (lambda what, done, total: None)
     patterns = as_patterns(skip)
-    opened = open_source(
-        Path(source), kind, None if base is None else open_checkpoint(base, Wanted.BASE), alpha, patterns
-    )
+    opened = open_source(source, kind, None if base is None else open_checkpoint(base, Wanted.BASE), alpha, patterns)
     if not opened.items:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(opened.skipped.items())[:3])
         raise SourceError(
@@ -153,7 +164,7 @@ def convert(
         refuse_resized(opened, source)
     losses = check_whole(opened, source, patterns)
     counts = Counts(opened.items, scope, progress)
-    pairs = {"source": Path(source).resolve().name, **({} if base is None else {"base": Path(base).resolve().name})}
+    pairs = named(source, base)
     job = Conversion(
         source=os.fspath(source),
         target=target,

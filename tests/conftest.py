@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 
 # Before Triton is imported: without a GPU its kernels run in its interpreter.  TRITON_INTERPRET=0 takes the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# No test asks the Hub, but for those with the stand-in of it.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Models are tiny and workers several: threads that wait for one another would take longer than the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,6 +24,7 @@ from safetensors.torch import save_file
 
 import shiradelta
 from shiradelta.util import interrupts
+from tests.hub import Hub
 
 # The same examples in every run, more of them in CI; HYPOTHESIS_PROFILE=long looks for new ones.
 settings.register_profile("short", max_examples=12, derandomize=True, deadline=None)
@@ -125,3 +129,20 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "_idle", [])
     monkeypatch.setattr(interrupts, "start_new_thread", refuse)
     monkeypatch.setattr(Thread, "start", refuse)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in of the Hub, which is asked in this process and in those that it starts; with an empty cache."""
+    from huggingface_hub import constants
+
+    with Hub().running() as server:
+        settings = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+        for name, value in {**settings, "NO_PROXY": "127.0.0.1", "HF_TOKEN": ""}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        names = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + names)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server

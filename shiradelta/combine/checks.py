@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError
-from shiradelta.io.reader import Delta, StoredTensor, explained
+from shiradelta.io.reader import Delta, StoredTensor, explained, local_source
 from shiradelta.models.compatibility import Misfit, check_strength, difference
 from shiradelta.util.regular_file import open_regular
 
@@ -23,7 +23,8 @@ def check_readable(files: Iterable[str | os.PathLike[str]]) -> None:
         ShiraDeltaError: one cannot be read.
     """
     for file in files:
-        with explained(Path(file)), open_regular(Path(file)):
+        path = Path(local_source(file))
+        with explained(path), open_regular(path):
             pass
 
 

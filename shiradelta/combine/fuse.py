@@ -31,6 +31,7 @@ from shiradelta.format.arithmetic import Float32, Positions, scaled
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import MAGIC
 from shiradelta.format.windows import Window, side_by_side
+from shiradelta.io.download import local_model
 from shiradelta.io.reader import open_delta
 from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
@@ -137,7 +138,7 @@ def fuse(
         raise ArgumentError(
             f"{os.fspath(out)} is one of the files to fuse, which the result would replace; name another"
         )
-    checkpoint = None if base is None else open_checkpoint(base)
+    checkpoint = None if base is None else open_checkpoint(local_model(base))
     options = _Options(method=row, drop=drop, seed=seed, inputs=len(deltas), checkpoint=checkpoint)
     with ExitStack() as stack:
         opened = [(stack.enter_context(open_delta(path, limit=limit)), strength) for path, strength in deltas.items()]

@@ -191,7 +191,7 @@ def measure(
 
 def _warnings(deltas: Sequence[Delta], labels: Sequence[str]) -> Iterable[str]:
     bases = {delta.metadata["base"] for delta in deltas if "base" in delta.metadata}
-    if len(bases) > 1:
+    if len({base.rpartition("/")[2] for base in bases}) > 1:  # one may be named as on the Hub, the other by its folder
         yield f"the files name different bases ({', '.join(sorted(bases))}); the figures hold for one base only"
     for (a, one), (b, other) in combinations(zip(labels, deltas, strict=True), 2):
         common = [name for name in one if name in other]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from shiradelta.backends.choose import choose
 from shiradelta.errors import DeltaError
 from shiradelta.folder.plan import FolderPlan, make_plan
 from shiradelta.format.delta import TensorDelta
+from shiradelta.io.download import local_model
 from shiradelta.io.reader import Delta
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import Remedies, check_fingerprint
@@ -49,7 +49,7 @@ def based(deltas: Mapping[str, TensorDelta], model: str | os.PathLike[str], prog
     """
     if not isinstance(deltas, Delta):
         raise DeltaError("only a delta in a file is compared with a model; save it first, or export it without a model")
-    checkpoint = open_checkpoint(Path(model))
+    checkpoint = open_checkpoint(local_model(model))
     plan = make_plan(checkpoint, deltas, 1.0, allow_dtype=False)
     for number, edit in enumerate(plan.edits):
         if progress:

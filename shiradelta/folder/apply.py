@@ -29,6 +29,8 @@ from shiradelta.folder.weights import WeightFiles, check_writable, relative_file
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.windows import windows_of
+from shiradelta.io.download import local_model
+from shiradelta.io.hub import hub_path, origin_of
 from shiradelta.io.reader import DELTA, Delta, open_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, other_weight_files
@@ -96,7 +98,8 @@ def apply(
     A delta may have been made for the folder's base, or be a successor: made for what the deltas on it give.
 
     Args:
-        model_dir: the folder: a single model.safetensors, a sharded model, or a pipeline of such folders.
+        model_dir: the folder: a single model.safetensors, a sharded model, or a pipeline of such folders; with `out`
+            also `user/repo[@revision][/folder]` on the Hub.
         delta: the `.shd` file.
         out: a new folder for a patched copy; None patches in place.
         strength: alpha, the factor of the values.
@@ -120,7 +123,7 @@ def apply(
         raise ArgumentError("an open delta has no signature beside it; give the path of the file")
     if key is None and signature is not None:
         raise ArgumentError("a signature proves nothing without a key; give the public key, too")
-    root = existing(model_dir)
+    root = existing(_own_folder(model_dir) if out is None else local_model(model_dir))
     with ExitStack() as stack:
         if isinstance(delta, Delta):
             opened = delta
@@ -133,6 +136,22 @@ def apply(
         with copied(root, Path(out)) as copy:
             report = _apply_in_place(copy, opened, strength, check, allow_dtype, lock, progress)
         return replace(report, folder=os.fspath(out))
+
+
+def _own_folder(model_dir: Path_) -> Path_:
+    """The folder, which is to be patched in place.
+
+    Raises:
+        TargetError: it is on the Hub, or in the Hub's cache.
+    """
+    problem = None
+    if hub_path(model_dir) is not None:
+        problem = "no such folder here, and nothing on the Hub is patched in place"
+    elif origin_of(model_dir) is not None:
+        problem = "is in the Hub's cache, which others use, too"
+    if problem is not None:
+        raise TargetError(f"{os.fspath(model_dir)}: {problem}; give --out FOLDER (out=) for a patched copy")
+    return model_dir
 
 
 def _apply_in_place(

@@ -14,6 +14,7 @@ from shiradelta.folder.digests import digests_of
 from shiradelta.folder.journal import Journal, reading
 from shiradelta.folder.lost import lost_delta
 from shiradelta.folder.state import Applied
+from shiradelta.io.download import local_model
 from shiradelta.io.reader import DELTA, Delta, StoredTensor, open_delta
 from shiradelta.io.recognise import Wanted, explain, is_patched
 from shiradelta.models.candidates import refuse_several_folders
@@ -64,7 +65,7 @@ def verify(
     that the last revert left tell whether the folder is its base.
 
     Args:
-        model_dir: the folder.
+        model_dir: the folder, or `user/repo[@revision][/folder]` on the Hub.
         delta: a delta to look for.
         full: compare all weights with the digests of the base's files, those that no delta changes, too.
         limit: for a path, the most memory that decoding one tensor may take; see `open_delta`.
@@ -75,7 +76,7 @@ def verify(
         FormatError: `delta` is damaged, or carries the digest of another one.
         LimitError: a tensor takes more memory than `limit` allows.
     """
-    root = existing(model_dir)
+    root = existing(local_model(model_dir))
     with ExitStack() as stack:
         stack.enter_context(os_errors(root, "cannot be read"))
         opened = None if delta is None else stack.enter_context(_opened(delta, limit))

@@ -12,6 +12,7 @@ from shiradelta.hotswap.matching import Names
 from shiradelta.hotswap.session import HotSwap
 from shiradelta.io.reader import Source
 from shiradelta.signing.keys import Keys
+from shiradelta.signing.verify import local_with_signature
 from shiradelta.util.arguments import ANY, NAMES, OPEN, checked
 
 
@@ -35,7 +36,7 @@ def load(
     Args:
         model: a torch module, a pipeline of transformers or diffusers, or a mapping of tensors, as for `HotSwap`; or a
             `HotSwap`, in which the delta becomes active beside those that are active there.
-        source: a path, bytes, or a binary file.
+        source: a path, also `user/repo[@revision][/file]` on the Hub; bytes, or a binary file.
         strength: alpha; 0 loads the delta only.
         name: what to call the adapter; None for the file's name without its suffix, or "delta" where it has none.
         names: the file's names -> the model's, as for `HotSwap`.
@@ -64,6 +65,7 @@ def load(
         swap = model
     else:
         swap = HotSwap(model, names, backend)
+    source = local_with_signature(source, key)
     name = _default_name(source) if name is None else name
     swap.load(name, source, check=check, allow_dtype=allow_dtype, skip=skip, key=key, limit=limit)
     try:

@@ -35,6 +35,7 @@ from shiradelta.models.live import Target, live_tensors
 from shiradelta.models.pipelines import model_in
 from shiradelta.models.stacking import StackFit
 from shiradelta.signing.keys import Keys
+from shiradelta.signing.verify import local_with_signature
 from shiradelta.util.arguments import ANY, BOOL, NAMES, NUMBER, OPEN, SWITCHED, TEXT, as_patterns, checked
 from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.interrupts import interrupts_held_back, uninterrupted
@@ -185,7 +186,7 @@ class HotSwap:
 
         Args:
             name: what to call the adapter; the name must be free.
-            source: a path, bytes, or a binary file.
+            source: a path, also `user/repo[@revision][/file]` on the Hub; bytes, or a binary file.
             check: refuse a base whose fingerprint differs.  A delta that fits the present weights and not the base is a
                 successor of the active adapters: the report's `beneath` has them, and it is active on top of them only.
             allow_dtype: take an adapter that was made against a base of another dtype; it cannot be checked then.
@@ -209,6 +210,7 @@ class HotSwap:
             warn_renamed(f"strict={strict}", "no argument, which means the same" if strict else 'skip="*"')
             skip = skip if strict else "*"
         self._free_name(name)
+        source = local_with_signature(source, key)
         label, data = read_whole(source, self._devices.buffer, key)
         try:
             adapter = self._prepare(name, label, data, allow_dtype, as_patterns(skip), limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -21,6 +21,7 @@ from shiradelta.format.container import Container
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.record import Record
+from shiradelta.io.hub import Path_, hub_path
 from shiradelta.util import text
 from shiradelta.util.arguments import OPEN, ArgumentKind, checked, is_path
 from shiradelta.util.html import html_table
@@ -249,7 +250,8 @@ def open_delta(source: Source, backend: str = "auto", *, limit: int | str | None
     """Opens a `.shd` file and checks its header and tables; tensors are decoded when they are read.
 
     Args:
-        source: a path (mapped into memory), bytes or an array of them, or a binary file (read to its end).
+        source: a path (mapped into memory; also `user/repo[@revision][/file]` on the Hub), bytes or an array of them,
+            or a binary file (read to its end).
         backend: "libshd", "numpy", or "auto" for the fastest that knows the file's codecs; the bits are the same.
         limit: the most memory that decoding one tensor may take, in bytes or such as "500MB"; a tensor that takes more
             raises LimitError before any is allocated.  None for 1 GiB, or 64 times the file's size if that is more.
@@ -257,12 +259,26 @@ def open_delta(source: Source, backend: str = "auto", *, limit: int | str | None
     Raises:
         ArgumentError: the backend does not know one of the file's codecs, or the limit is not positive.
         FormatError: the file is refused; its `reason` is a code of spec/REGISTRY.md.
-        ShiraDeltaError: there is no such file, or it cannot be read.
+        ShiraDeltaError: there is no such file, here or on the Hub, or it cannot be read.
     """
     if not isinstance(source, (str, os.PathLike)):
         return parse_delta(bytes_of(source), None, backend, limit=limit)
-    data, mapped = _map(Path(source))
-    return parse_delta(data, os.fspath(source), backend, mapped, limit=limit)
+    path = local_source(source)
+    data, mapped = _map(Path(path))
+    return parse_delta(data, os.fspath(path), backend, mapped, limit=limit)
+
+
+def local_source(source: Path_, beside: Sequence[str] = ()) -> Path_:
+    """A local path as it is; that of the downloaded file for one on the Hub, with `beside` as `local_delta` takes it.
+
+    Raises:
+        ShiraDeltaError: the Hub does not have it, or it cannot be downloaded.
+    """
+    if hub_path(source) is None:
+        return source
+    from shiradelta.io.download import local_delta
+
+    return local_delta(source, beside)
 
 
 def parse_delta(

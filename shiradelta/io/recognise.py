@@ -191,6 +191,8 @@ def _is_quantised(path: Path) -> bool:
 
 _GET = "download it, and give the path of the file or folder"
 _HUB = "if it is a hub's id, download it (hf download {path} --local-dir FOLDER) and give the path of the folder"
+#: What is downloaded elsewhere if it is on the Hub: files of deltas and sources.
+_NOT_DOWNLOADED = tuple(wanted for wanted in Wanted if wanted not in (Wanted.DELTA, Wanted.SOURCE))
 #: Models, and whatever has tensors.
 _MODELS = (Wanted.FOLDER, Wanted.WEIGHTS, Wanted.BASE)
 _TENSORS = (*_MODELS, Wanted.SOURCE)
@@ -199,7 +201,7 @@ _CONVERT = "`shiradelta convert {path}` makes a .shd file of it"
 
 for _row in (
     Thing("URL", _is_url, "is a URL, and only local paths are read", dict.fromkeys(Wanted, _GET)),
-    Thing("hub id", _is_hub_id, "no such file or folder", dict.fromkeys(Wanted, _HUB)),
+    Thing("hub id", _is_hub_id, "no such file or folder", dict.fromkeys(_NOT_DOWNLOADED, _HUB)),
     Thing(
         "Git LFS pointer",
         lambda path: _starts(path, LFS_POINTER),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from shiradelta.errors import ArgumentError, SignatureError
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.io.reader import Delta, Source, bytes_of, parse_delta
-from shiradelta.signing.form import read_signature, signature_file
+from shiradelta.io.reader import Delta, Source, bytes_of, local_source, parse_delta
+from shiradelta.signing.form import SUFFIX, read_signature, signature_file
 from shiradelta.signing.keys import Keys, public_keys
 from shiradelta.util.arguments import OPEN, checked
 
@@ -63,7 +63,15 @@ def open_signed(
     The file is read into memory once, so that what is used later is what was verified.  Its bytes are the signed ones;
     whoever has to know that they are a whole delta calls `Delta.verify`.  `limit` is that of `open_delta`.
     """
+    delta = local_with_signature(delta, key)
     return check_signed(bytes_of(delta), delta, key, signature, limit=limit)
+
+
+def local_with_signature(source: Source, key: Keys | None) -> Source:
+    """`local_source` of a path, where a key is given with the signature beside it; bytes and files as they are."""
+    if not isinstance(source, str | os.PathLike):
+        return source
+    return local_source(source, beside=() if key is None else [SUFFIX])
 
 
 def check_signed(

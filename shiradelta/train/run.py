@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import DivergedError, SourceError
 from shiradelta.format import registry
+from shiradelta.io.download import local_model
 from shiradelta.models import loading
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
@@ -94,7 +95,7 @@ def run(
     )
     with advising_on_memory(advice):
         run = _Run(
-            folder=model_folder,
+            folder=local_model(model_folder),
             examples_file=examples_file,
             out=out,
             settings=settings,

@@ -9,7 +9,14 @@ from importlib.util import find_spec
 from shiradelta.errors import MissingDependencyError
 
 #: Package -> the extra of pyproject.toml that installs it.  Others are installed by their own names.
-EXTRAS = {"cryptography": "sign", "matplotlib": "plot", "safetensors": "fit", "torch": "fit", "transformers": "fit"}
+EXTRAS = {
+    "cryptography": "sign",
+    "huggingface_hub": "hub",
+    "matplotlib": "plot",
+    "safetensors": "fit",
+    "torch": "fit",
+    "transformers": "fit",
+}
 
 
 def missing(package: str, purpose: str) -> MissingDependencyError:

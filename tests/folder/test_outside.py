@@ -272,7 +272,7 @@ def hub_cache(made: Path, root: Path) -> Path:
 def test_a_hubs_cache_is_copied_and_never_patched_in_place(made: Path, tmp_path: Path):
     snapshot = hub_cache(made, tmp_path / "hub")
     before = tree(tmp_path / "hub")
-    with pytest.raises(TargetError, match=r"is a link.*--out"):
+    with pytest.raises(TargetError, match=r"in the Hub's cache.*--out"):
         shiradelta.apply(snapshot, made / "a.shd")
     assert tree(tmp_path / "hub") == before
     shiradelta.apply(snapshot, made / "a.shd", out=tmp_path / "out")

@@ -22,6 +22,7 @@ from shiradelta.cli import main
 from shiradelta.signing.form import read_signature
 from shiradelta.signing.keys import private_key, public_keys
 from tests.conftest import read
+from tests.hub import Hub
 from tests.scenes import contents
 from tests.signing.conftest import PASSPHRASE, write_delta
 
@@ -438,3 +439,14 @@ def test_the_examples_of_the_documentation(signed: Path, monkeypatch: pytest.Mon
             elif shutil.which("openssl"):
                 subprocess.run(line.split(), check=True, capture_output=True)
     assert Path("style.shd.sig").exists()
+
+
+def test_a_signature_on_the_hub_comes_with_its_file(signed: Path, hub: Hub):
+    files = {name: (signed / name).read_bytes() for name in ("a.shd", "a.shd.sig")}
+    hub.add("user/signed", files)
+    hub.add("user/unsigned", {"a.shd": files["a.shd"]})
+    weights = {"w": np.zeros((64, 64), np.float32)}
+    assert sd.verify_signature("user/signed", "public.pem").file.endswith("a.shd")
+    assert list(sd.load(weights, "user/signed", key="public.pem")) == ["a"]
+    with pytest.raises(sd.SignatureError, match=r"a\.shd\.sig"):
+        sd.verify_signature("user/unsigned", "public.pem")

@@ -1,0 +1,50 @@
+"""What a file says of its source and its base: names, and for models of the Hub their ids and commits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from shiradelta.io.hub import origin_of
+from shiradelta.models.peft import CONFIG
+from shiradelta.util.json_files import read_json
+
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def named(source: Path, base: Path | None) -> dict[str, str]:
+    """The pairs `source`, `base` and `base_revision` of a file's metadata, as far as they are known.
+
+    A path in the Hub's cache tells id and commit.  Otherwise the base's id is what an adapter's configuration names
+    (`base_model_name_or_path`), or that of the fine-tune or the base (`_name_or_path`), if the base's folder is called
+    so.
+    """
+    origin = origin_of(source)
+    pairs = {"source": source.resolve().name if origin is None else origin.repo}
+    if base is not None and (origin := origin_of(base)) is not None:
+        return {**pairs, "base": origin.repo, "base_revision": origin.revision}
+    adapter = _config(source, CONFIG)
+    repo = _id(adapter, "base_model_name_or_path")
+    if base is None:
+        if repo is not None and isinstance(revision := adapter.get("revision"), str):
+            pairs["base_revision"] = revision
+        repo = repo or _id(_config(source, "config.json"), "_name_or_path")
+        return {**pairs, **({} if repo is None else {"base": repo})}
+    name = base.resolve().name
+    others = (_id(_config(path, "config.json"), "_name_or_path") for path in (source, base))
+    found = (other for other in others if other is not None and other.rpartition("/")[2] == name)
+    return {**pairs, "base": repo or next(found, name)}
+
+
+def _config(path: Path, name: str) -> dict[str, Any]:
+    """The configuration in a folder, or beside a file; empty if there is none."""
+    file = (path if path.is_dir() else path.parent) / name
+    found = read_json(file) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _id(config: dict[str, Any], key: str) -> str | None:
+    """What a configuration names, if it can be an id on the Hub."""
+    found = config.get(key)
+    return found if isinstance(found, str) and _ID.fullmatch(found) else None
