@@ -238,7 +238,7 @@ def _modules(slot: Slot, match: re.Match[str], architecture: str, files: SourceF
         yield f"{path}mlp.gate_up_proj", slot
     elif not rest.endswith("_exps"):
         yield path + _MODULES[rest], slot
-    elif len(slot.shape) == 3 and slot.numel:
+    elif len(slot.shape) == 3:
         module, _, leaf = _MODULES[rest.removesuffix("_exps")].rpartition(".")
         mixtral = any(".block_sparse_moe." in name for name in files.base or ())
         module = "block_sparse_moe" if mixtral else module

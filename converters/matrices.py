@@ -79,7 +79,7 @@ def _of_torch(path: Path, name: str, tensor: torch.Tensor) -> SparseMatrix:
     """A tensor of torch.sparse.
 
     Raises:
-        SourceError: it is dense, or a part of its dimensions is.
+        SourceError: it is dense, or a part of its dimensions is, or it has more elements than its file.
     """
     import torch
 
@@ -87,13 +87,17 @@ def _of_torch(path: Path, name: str, tensor: torch.Tensor) -> SparseMatrix:
     values = tensor._values() if layout == "coo" else tensor.values() if layout != "strided" else tensor
     if layout == "strided" or (layout == "coo" and values.dim() > 1) or values.is_complex():
         raise SourceError(f"{path}: {brief(repr(name), 120)} is dense or has dense parts; give --kind diff for those")
-    plain = values.detach().to(torch.float32 if values.is_floating_point() else values.dtype).numpy()
+    by_rows, other = layout in ("csr", "bsr"), None
     if layout == "coo":
-        return SparseMatrix(layout, shape, plain, tensor._indices().numpy())
-    by_rows = layout in ("csr", "bsr")
-    one = tensor.crow_indices() if by_rows else tensor.ccol_indices()
-    other = tensor.col_indices() if by_rows else tensor.row_indices()
-    return SparseMatrix(layout, shape, plain, one.numpy(), other.numpy())
+        one = tensor._indices()
+    else:
+        one = tensor.crow_indices() if by_rows else tensor.ccol_indices()
+        other = tensor.col_indices() if by_rows else tensor.row_indices()
+    size = path.stat().st_size
+    if any(part is not None and part.numel() * part.element_size() > size for part in (values, one, other)):
+        raise SourceError(f"{path}: {brief(repr(name), 120)} has more elements than its file; get it again")
+    plain = values.detach().to(torch.float32 if values.is_floating_point() else values.dtype).numpy()
+    return SparseMatrix(layout, shape, plain, one.numpy(), None if other is None else other.numpy())
 
 
 def elements(matrix: SparseMatrix) -> tuple[Positions, _Numbers]:

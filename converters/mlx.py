@@ -142,8 +142,7 @@ def _translated(source: Checkpoint, module: str, parts: Mapping[str, str], kind:
             f" {' '.join(sorted(wanted))}; put the {CONFIG} that was saved with the adapter beside it"
         )
     a, b = source[parts["lora_a"]], source[parts["lora_b"]]
-    stacks = len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] and a.numel and b.numel
-    if stacks and kind == "lora":
+    if len(a.shape) == len(b.shape) == 3 and a.shape[0] == b.shape[0] and kind == "lora":
         for expert, factors in enumerate(zip(layers_of(a), layers_of(b), strict=True)):
             yield from zip((_expert(module, expert) + part for part in (A, B)), factors, strict=True)
         return

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from shiradelta.errors import SourceError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array
 from shiradelta.models.checkpoint import Checkpoint, bits_of
 from shiradelta.models.safetensors import Slot
+from shiradelta.util.text import brief
 
 #: Arranges an array's elements anew.
 Arrange = Callable[[Array], Any]
@@ -32,7 +34,13 @@ class Translated(Checkpoint):
 
 
 def arranged(slot: Slot, arrange: Arrange) -> Slot:
-    """A tensor whose elements stand in another order, or of which only some are there; made when it is read."""
+    """A tensor whose elements stand in another order, or of which only some are there; made when it is read.
+
+    Raises:
+        SourceError: it has no elements, so its shape may be any.
+    """
+    if not slot.numel:
+        raise SourceError(f"{slot.file}: {brief(repr(slot.name), 120)} has no elements; get it again")
 
     def read() -> Array:
         found: Array = np.ascontiguousarray(arrange(bits_of(slot).reshape(slot.shape))).reshape(-1)
@@ -50,11 +58,11 @@ def transposed(slot: Slot) -> Slot:
 def layers_of(stack: Slot) -> list[Slot]:
     """The tensors of a stack, along its first dimension.
 
-    Args:
-        stack: a tensor with elements; one without may name any number of layers.
+    Raises:
+        SourceError: it has no elements, so it may say any number of layers.
     """
-    assert stack.numel, stack.name
-    return [arranged(stack, partial(_at, number)) for number in range(stack.shape[0])]
+    first = arranged(stack, partial(_at, 0))
+    return [first, *(arranged(stack, partial(_at, number)) for number in range(1, stack.shape[0]))]
 
 
 def _at(number: int, stack: Array) -> Array:

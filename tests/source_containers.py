@@ -157,7 +157,7 @@ class Pickle:
             return (
                 tensor if self.layout == "strided" else tensor.to_sparse(layout=getattr(torch, f"sparse_{self.layout}"))
             )
-        except (RuntimeError, TypeError, ValueError, OverflowError):  # torch has no such tensor
+        except (RuntimeError, TypeError, ValueError, OverflowError, IndexError):  # torch has no such tensor
             return torch.ones(3)
 
     def _rewritten(self, data: bytes) -> bytes:

@@ -95,7 +95,7 @@ def test_a_stack_of_experts_without_elements(tmp_path: Path, base: Path, shape: 
     (tmp_path / "mlx").mkdir()
     save_file(tensors, tmp_path / "mlx/adapters.safetensors")
     (tmp_path / "mlx/adapter_config.json").write_text(json.dumps({"lora_parameters": {"scale": 1}}))
-    assert "are no pair" in refusal(tmp_path / "mlx", base=base)
+    assert "has no elements" in refusal(tmp_path / "mlx", base=base)
 
 
 def gguf(path: Path, tensors: dict[str, Made], damage: list[tuple[float, bytes]] | None = None) -> Path:
@@ -106,7 +106,7 @@ def gguf(path: Path, tensors: dict[str, Made], damage: list[tuple[float, bytes]]
 
 def test_a_stack_of_experts_of_llama_cpp_without_elements(tmp_path: Path, base: Path):
     empty: dict[str, Made] = {f"blk.0.ffn_up_exps.weight.lora_{part}": ("F32", [1 << 40, 0, 8], b"") for part in "ab"}
-    assert "is no stack of experts" in refusal(gguf(tmp_path / "x.gguf", empty), base=base)
+    assert "has no elements" in refusal(gguf(tmp_path / "x.gguf", empty), base=base)
 
 
 @pytest.mark.parametrize("field", range(1, 26))
@@ -128,3 +128,22 @@ def test_heads_of_a_base_without_tensors(tmp_path: Path):
     save_file({}, tmp_path / "empty.safetensors")
     tensors: dict[str, Made] = {f"blk.0.attn_q.weight.lora_{part}": ("F32", [1, 2], F32) for part in "ab"}
     assert "num_attention_heads" in refusal(gguf(tmp_path / "x.gguf", tensors), base=tmp_path / "empty.safetensors")
+
+
+def test_megatrons_queries_without_elements(tmp_path: Path, base: Path):
+    shapes = {"linear_in": (2, 8), "linear_out": (12, 0)}
+    name = "decoder.layers.0.self_attention.linear_qkv.adapter"
+    save_file(
+        {f"{name}.{side}.weight": torch.ones(shape) for side, shape in shapes.items()}, tmp_path / "x.safetensors"
+    )
+    assert "has no elements" in refusal(tmp_path / "x.safetensors", base=base, alpha=1)
+
+
+# ------------------------------------------------------------------------------------------ pickles
+
+
+def test_a_sparse_tensor_that_repeats_one_element(tmp_path: Path):
+    """Of stride 0: 2^40 elements of a storage of one."""
+    where, values = torch.zeros(2, 1, dtype=torch.int64).expand(2, 1 << 40), torch.ones(1).expand(1 << 40)
+    torch.save({UP: torch.sparse_coo_tensor(where, values, (16, 8), check_invariants=False)}, tmp_path / "x.pt")
+    assert "has more elements than its file" in refusal(tmp_path / "x.pt")
