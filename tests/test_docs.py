@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -193,3 +196,29 @@ def test_a_new_index_codec(folder: Path, monkeypatch: pytest.MonkeyPatch):
     INDEX_CODECS.remove("RUN")
     with pytest.raises(shiradelta.FormatError, match="unknown_index_codec"):
         shiradelta.open_delta(bytes(damaged))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the quickstart is for a POSIX shell")
+def test_the_quickstart_works_in_an_empty_folder(tmp_path: Path):
+    """Line for line, in a shell that stops at the first error."""
+    blocks = re.findall(r"```sh\n(.*?)```", (EXTEND.parent.parent / "README.md").read_text(), re.DOTALL)
+    (quickstart,) = (block for block in blocks if "--fit " in block)
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name, words in (("python", ""), ("shiradelta", "-m shiradelta.cli ")):
+        (bin / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
+        (bin / name).chmod(0o755)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        ["sh", "-ec", quickstart],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "took out tuned.shd, bit for bit" in done.stdout

@@ -196,8 +196,13 @@ def test_public_methods_are_documented_where_they_are_introduced():
                 assert any(one.__doc__ for one in found), f"{module}.{kind.__name__}.{name}"
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+#: The pages whose examples go on from each other, from README's files.
+GUIDE = ("README.md", "docs/convert.md", "docs/python.md", "docs/train.md", "docs/combine.md")
+
+
+def guide_blocks(language: str) -> list[str]:
+    text = "\n".join((ROOT / page).read_text() for page in GUIDE)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_readme_python_runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -207,12 +212,13 @@ def test_readme_python_runs(made: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made / "bf16", "model")
     shutil.copytree(made / "tuned_a", "tuned")
-    shutil.copy(made / "a.shd", "style.shd")
-    blocks = readme_blocks("python")
+    for name in ("style.shd", "tuned.shd"):
+        shutil.copy(made / "a.shd", name)
+    blocks = guide_blocks("python")
     assert blocks
     scope: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
+        exec(compile(block, "guide", "exec"), scope)
 
 
 def test_choices_of_the_command_line_are_where_options_say():
@@ -231,13 +237,25 @@ def test_choices_of_the_command_line_are_where_options_say():
 def test_readme_commands_exist():
     from shiradelta.cli import main
 
-    lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
+    lines = [line for block in guide_blocks("sh") for line in block.splitlines()]
     used = {line.split()[1] for line in lines if line.startswith("shiradelta ")}
     assert used == set(main.commands)
     targets = {line.split()[1] for line in lines if line.startswith("make ")}
     makefile = (ROOT / "Makefile").read_text()
     assert {"demo", "test"} <= targets
     assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_readme_is_short_and_its_links_work_elsewhere():
+    """The package index shows it, too, where relative links lead nowhere."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert all(link.startswith("https://") for link in links)
+    here = "https://github.com/shiradelta/shiradelta/blob/main/"
+    for link in links:
+        if link.startswith(here):
+            assert (ROOT / link.removeprefix(here).partition("#")[0]).exists(), link
 
 
 def test_links_between_documents_lead_somewhere():
