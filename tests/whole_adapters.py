@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,12 @@ LLAMA = {
 _TEXT = "|S3"
 
 
-def llama(rng: Random, kind: str = "llama") -> Tree:
-    about = {"model_type": kind, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return folder("base", {name: bf16(rng, *shape) for name, shape in LLAMA.items()}, config=about)
+#: No model has so many words, so that transformers is not asked to build one, which would take a while.
+_ABOUT = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 1 << 40}
+
+
+def llama(rng: Random) -> Tree:
+    return folder("base", {name: bf16(rng, *shape) for name, shape in LLAMA.items()}, config=dict(_ABOUT))
 
 
 def _shaped(rng: Random, shapes: dict[str, tuple[int, ...]]) -> dict[str, Made]:
@@ -192,10 +194,21 @@ def on_base(rng: Random) -> Tree:
 
 def tucker(rng: Random) -> Tree:
     """Cores between the factors of a convolution, and lengths of a DoRA."""
-    locon = {"lora_down.weight": (2, 4, 1, 1), "lora_up.weight": (6, 2, 1, 1), "lora_mid.weight": (2, 2, 3, 3)}
-    loha = {f"hada_w{n}_{part}": (2, rows) for n in (1, 2) for part, rows in (("a", 6), ("b", 4))}
+    locon: dict[str, tuple[int, ...]] = {
+        "lora_down.weight": (2, 4, 1, 1),
+        "lora_up.weight": (6, 2, 1, 1),
+        "lora_mid.weight": (2, 2, 3, 3),
+    }
+    loha: dict[str, tuple[int, ...]] = {
+        f"hada_w{n}_{part}": (2, rows) for n in (1, 2) for part, rows in (("a", 6), ("b", 4))
+    }
     loha |= {"hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3)}
-    lokr = {"lokr_w1": (2, 2), "lokr_w2_a": (2, 3), "lokr_w2_b": (2, 2), "lokr_t2": (2, 2, 3, 3)}
+    lokr: dict[str, tuple[int, ...]] = {
+        "lokr_w1": (2, 2),
+        "lokr_w2_a": (2, 3),
+        "lokr_w2_b": (2, 2),
+        "lokr_t2": (2, 2, 3, 3),
+    }
     held: dict[str, tuple[int, ...]] = dict(rng.choice((locon, loha, lokr)))
     held |= rng.choice(({}, {"dora_scale": (6, 1, 1, 1)}, {"dora_scale": (1, 4, 1, 1)}))
     return {"source/x.safetensors": Weights(_shaped(rng, {f"model.conv.{part}": held[part] for part in held}))}
@@ -241,9 +254,7 @@ def base_of(rng: Random) -> Tree:
 
 
 _BASES: dict[Make, Make] = {
-    # transformers makes a model of a type that it knows, where two layers may share a tensor, which takes a while.
-    **dict.fromkeys((nemo, gguf, mlx), partial(llama, kind="test")),
-    torchtune: llama,
+    **dict.fromkeys((torchtune, nemo, gguf, mlx), llama),
     gguf_q8: gguf_q8_base,
     biased: biased_base,
     flux: flux_base,
