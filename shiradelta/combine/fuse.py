@@ -79,7 +79,7 @@ class _Options:
         method: how contributions are combined.
         drop: share of each delta's nonzeros to drop, for methods that drop some.
         seed: the seed of the random choice.
-        inputs: number of deltas.
+        strengths: the strength of each delta.
         checkpoint: the base.
         names: the inputs' names -> the base's.
     """
@@ -87,7 +87,7 @@ class _Options:
     method: MergeMethod
     drop: float
     seed: int
-    inputs: int
+    strengths: tuple[float, ...]
     checkpoint: Checkpoint | None
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -139,7 +139,7 @@ def fuse(
             f"{os.fspath(out)} is one of the files to fuse, which the result would replace; name another"
         )
     checkpoint = None if base is None else open_checkpoint(local_model(base))
-    options = _Options(method=row, drop=drop, seed=seed, inputs=len(deltas), checkpoint=checkpoint)
+    options = _Options(method=row, drop=drop, seed=seed, strengths=tuple(deltas.values()), checkpoint=checkpoint)
     with ExitStack() as stack:
         opened = [(stack.enter_context(open_delta(path, limit=limit)), strength) for path, strength in deltas.items()]
         opened.sort(key=lambda pair: pair[0].digest)
@@ -250,7 +250,10 @@ def _overlaid(name: str, parts: Sequence[Part], window: Sequence[Window | None],
         nothing if each is None else _contribution(name, part, each, options)
         for part, each in zip(parts, window, strict=True)
     ]
-    return overlay(contributions + [nothing] * (options.inputs - len(parts)))
+    strengths, without = [strength for _, _, strength in parts], list(options.strengths)
+    for strength in strengths:
+        without.remove(strength)
+    return overlay(contributions + [nothing] * len(without), strengths + without)
 
 
 def _merged(name: str, together: Overlay, method: MergeMethod) -> Float32:

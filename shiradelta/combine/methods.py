@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shiradelta.combine.overlay import Overlay
+from shiradelta.errors import DeltaError
 from shiradelta.format.arithmetic import Float32, Positions
 from shiradelta.util.registry import Registry
 
@@ -46,6 +47,9 @@ class MergeMethod:
         """The arguments of `fuse` that the method uses."""
         return ("drop", "seed") if self.chances else ()
 
+
+#: Cosine from which two deltas count as parallel.
+_PARALLEL = 0.9995
 
 METHODS: Registry[MergeMethod] = Registry("merge method")
 
@@ -136,6 +140,27 @@ def disjoint(overlay: Overlay) -> Float32:
         return mine
 
     return overlay.sum(has_its_turn)
+
+
+@merge_method("slerp", "SLERP of two deltas: between their directions at a constant angle; the strengths are shares.")
+def slerp(overlay: Overlay) -> Float32:
+    """Spherical linear interpolation (Shoemake 1985) of two deltas of a tensor, the share of the second being t.
+
+    Nearly parallel ones, and one that is zero, are interpolated linearly.
+    """
+    if overlay.inputs != 2 or min(overlay.strengths) <= 0:
+        raise DeltaError("slerp takes two deltas with strengths above 0, which are their shares; give two")
+    one, other = np.zeros((2, overlay.positions.size))
+    for vector, at, values, strength in zip((one, other), overlay.at, overlay.values, overlay.strengths, strict=True):
+        vector[at] = values / np.float64(strength)
+    share = overlay.strengths[1] / sum(overlay.strengths)
+    norms = np.sqrt(np.sum(one * one) * np.sum(other * other))
+    cosine = float(np.sum(one * other) / norms) if norms else 1.0
+    if abs(cosine) > _PARALLEL:
+        return np.asarray((1 - share) * one + share * other, np.float32)
+    angle = np.arccos(cosine)
+    first, second = np.sin([(1 - share) * angle, share * angle]) / np.sin(angle)
+    return np.asarray(first * one + second * other, np.float32)
 
 
 def uniform_chances(values: Float32, drop: float) -> npt.NDArray[np.float64]:

@@ -23,12 +23,14 @@ class Overlay:
         shared: for each of them, whether several inputs list it.
         at: for each input, the indices of its nonzeros in `positions`.
         values: for each input, the values that it adds, strength included.
+        strengths: the strength of each input.
     """
 
     positions: Positions
     shared: npt.NDArray[np.bool_]
     at: tuple[Positions, ...]
     values: tuple[Float32, ...]
+    strengths: tuple[float, ...] = ()
 
     @property
     def inputs(self) -> int:
@@ -79,7 +81,9 @@ class Overlay:
         return int(np.count_nonzero(self.shared)), int(np.count_nonzero(up & down))
 
 
-def overlay(parts: Sequence[tuple[Positions, Float32]]) -> Overlay:
-    """Aligns the inputs' sorted positions and their values."""
+def overlay(parts: Sequence[tuple[Positions, Float32]], strengths: Sequence[float] = ()) -> Overlay:
+    """Aligns the inputs' sorted positions and their values, which have these strengths."""
     merged = merge_sorted([positions for positions, _ in parts])
-    return Overlay(merged.union, merged.shared(), tuple(merged.indices), tuple(values for _, values in parts))
+    return Overlay(
+        merged.union, merged.shared(), tuple(merged.indices), tuple(values for _, values in parts), tuple(strengths)
+    )

@@ -150,6 +150,23 @@ def test_changes_that_overflow_are_refused(tmp_path: Path, method: str):
         shiradelta.fuse(dict.fromkeys(files, 100.0), tmp_path / "x.shd", method)
 
 
+def test_slerp_keeps_the_angle_between_two_deltas(tmp_path: Path):
+    for name, at, value in (("a", [0, 1], [3.0, 0.0]), ("b", [1, 2], [3.0, 0.0])):
+        tensors = {"both": TensorDelta((4,), at, value), name: TensorDelta((4,), [0], [6.0])}
+        shiradelta.save_delta(tmp_path / f"{name}.shd", tensors, values="f32")
+    shiradelta.fuse({tmp_path / "a.shd": 2.0, tmp_path / "b.shd": 1.0}, tmp_path / "c.shd", method="slerp")
+    with shiradelta.open_delta(tmp_path / "c.shd") as delta:
+        expected = [3 * np.cos(np.pi / 6), 3 * np.sin(np.pi / 6), 0, 0]
+        assert np.allclose(delta["both"].to_dense(), expected)
+        assert delta["a"].values() == pytest.approx([4.0])
+        assert delta["b"].values() == pytest.approx([2.0])
+    for strengths in ({"a": 1.0}, {"a": 1.0, "b": -1.0}):
+        with pytest.raises(DeltaError, match="slerp takes two deltas"):
+            shiradelta.fuse(
+                {tmp_path / f"{name}.shd": s for name, s in strengths.items()}, tmp_path / "d.shd", method="slerp"
+            )
+
+
 def test_disjoint_lets_all_give_up_alike():
     positions = np.arange(1000)
     merged = overlay([(positions, np.full(1000, 1, np.float32)), (positions, np.full(1000, 2, np.float32))])
@@ -268,6 +285,8 @@ def test_bad_arguments(three: dict[Path, float], tmp_path: Path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_command_line(three: dict[Path, float], tmp_path: Path, method: str):
+    if method == "slerp":
+        three = {path: abs(strength) for path, strength in list(three.items())[:2]}
     arguments = [f"{path}:{strength}" for path, strength in three.items()]
     result = CliRunner().invoke(main, ["fuse", *arguments, "-o", str(tmp_path / "out.shd"), "--method", method])
     assert result.exit_code == 0, result.stderr
