@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from shiradelta.hotswap.session import HotSwap
     from shiradelta.io.reader import open_delta
     from shiradelta.io.writer import save_delta
+    from shiradelta.publish.push import push_to_hub
     from shiradelta.signing.sign import sign
     from shiradelta.signing.verify import verify_signature
 
@@ -60,6 +61,7 @@ __all__ = [
     "fuse",
     "load",
     "open_delta",
+    "push_to_hub",
     "revert",
     "save_delta",
     "sign",
@@ -77,6 +79,7 @@ _HOMES = {
     "fuse": "combine.fuse",
     "load": "hotswap.load",
     "open_delta": "io.reader",
+    "push_to_hub": "publish.push",
     "revert": "folder.revert",
     "save_delta": "io.writer",
     "sign": "signing.sign",

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 Files = dict[str, bytes]
 TOKEN = "hf_secret"
 
@@ -96,8 +98,9 @@ class Hub:
 class Refused(Exception):  # noqa: N818
     """A status, and the code by which huggingface_hub tells what is missing."""
 
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+    def __init__(self, status: int, code: str = "", message: str = "", **more: str) -> None:
         self.status, self.code, self.message = status, code, message
+        self.about = {"error": message, "errors": [{"message": message}], **more}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -132,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         except StopIteration:
             status, content = 501, path.encode()
         except Refused as refused:
-            status, content = refused.status, json.dumps({"error": refused.message}).encode()
+            status, content = refused.status, json.dumps(refused.about).encode()
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **headers}.items():
@@ -165,7 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def about(self, body: bytes, repo: str, revision: str = "main") -> Any:
         sha, files = self._files(repo, revision)
-        return {"id": repo, "modelId": repo, "sha": sha, "siblings": [{"rfilename": name} for name in files]}
+        siblings = [{"rfilename": name} for name in files]
+        return {"id": repo, "sha": sha, "private": self._repo(repo).private, "siblings": siblings}
 
     def tree(self, body: bytes, repo: str, revision: str) -> Any:
         _, files = self._files(repo, revision)
@@ -184,11 +188,17 @@ class _Handler(BaseHTTPRequestHandler):
         about = json.loads(body)
         repo = f"{about.get('organization') or 'user'}/{about['name']}"
         if repo in self.hub.repos:
-            raise Refused(409, "", "You already created this model repo")
+            raise Refused(409, "", "You already created this model repo", url=f"{self.hub.url}/{repo}")
         self.hub.add(
             repo, {".gitattributes": b""}, private=about.get("visibility") == "private" or bool(about.get("private"))
         )
         return {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}
+
+    def validate(self, body: bytes) -> Any:
+        _, head, _ = json.loads(body)["content"].split("---\n", 2)
+        if (license := yaml.safe_load(head).get("license", "mit")) not in ("mit", "apache-2.0"):
+            raise Refused(400, "", f'"license" must be one of mit, apache-2.0, not {license}')
+        return {}
 
     def preupload(self, body: bytes, repo: str, revision: str) -> Any:
         self._owned()
@@ -223,6 +233,7 @@ ROUTES: dict[tuple[str, str], Callable[..., Any]] = {
     ("GET", f"/api/models/{_REPO}/tree/{_PART}"): _Handler.tree,
     ("GET", f"/{_REPO}/resolve/{_PART}/(.+)"): _Handler.file,
     ("POST", "/api/repos/create"): _Handler.create,
+    ("POST", "/api/validate-yaml"): _Handler.validate,
     ("POST", f"/api/models/{_REPO}/preupload/{_PART}"): _Handler.preupload,
     ("POST", f"/api/models/{_REPO}/commit/{_PART}"): _Handler.commit,
     ("POST", f"/api/models/{_REPO}/branch/{_PART}"): _Handler.branch,

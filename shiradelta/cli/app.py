@@ -34,6 +34,7 @@ class _Modules(Mapping[str, click.Command]):
         "report",
         "export",
         "sign",
+        "push",
         "info",
         "diff",
     )

@@ -12,6 +12,7 @@ from shiradelta.errors import MissingDependencyError
 EXTRAS = {
     "cryptography": "sign",
     "huggingface_hub": "hub",
+    "jinja2": "hub",
     "matplotlib": "plot",
     "safetensors": "fit",
     "torch": "fit",
