@@ -41,11 +41,11 @@ def _draw_steps(axes: Any, fit: Fitted) -> None:
         axes.axhline(level, color=color, linestyle=style, label=f"{name}: {level:.3g}")
     if fit.history:
         axes.plot(*zip(*fit.history, strict=True), marker=".", color="tab:blue", label="while fitting")
+        axes.locator_params(axis="x", integer=True)
     else:
         axes.set_xticks([])
     title = f"distance from the fine-tune, {count(fit.held_out, 'text')} held out"
     axes.set(xlabel="step" if fit.history else "closed form", ylabel=fit.measure, ylim=(0, None))
-    axes.locator_params(axis="x", integer=True)
     title_and_legend(axes, title)
 
 
