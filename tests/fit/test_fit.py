@@ -445,7 +445,7 @@ def test_any_module_by_its_own_forward(tmp_path: Path, loss: Any):
 def test_from_the_command_line(encoder: tuple[Path, Path], jsonl: Path, tmp_path: Path):
     out = tmp_path / "a.shd"
     arguments = ["convert", encoder[1], "--base", encoder[0], "--sparsity", "0.05", "--fit", jsonl, "-o", out]
-    options = ["--fit-steps", "10", "--fit-batch", "16", "--plot", tmp_path / "fit.png"]
+    options = ["--fit-steps", "10", "--fit-batch", "16", "--accept-worse", "--plot", tmp_path / "fit.png"]
     result = CliRunner().invoke(main, [str(a) for a in arguments + options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "10 steps of 16 texts on" in result.stderr
