@@ -22,7 +22,6 @@ from shiradelta.cli.output import (
 )
 from shiradelta.cli.progress import progress_bar
 from shiradelta.errors import printable
-from shiradelta.format.registry import SUFFIX
 from shiradelta.util.text import count, percent, size
 
 
@@ -124,6 +123,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
     """
     from shiradelta.converters import convert as run
     from shiradelta.fit import METHODS, Fit
+    from shiradelta.format.registry import SUFFIX
 
     settings = {key.removeprefix("fit_"): arguments.pop(key) for key in list(arguments) if key.startswith("fit_")}
     settings["prompt_share"] = arguments.pop("prompt_share")

@@ -11,7 +11,6 @@ from shiradelta.cli import options
 from shiradelta.cli.options import command
 from shiradelta.cli.output import echo_json, echo_lines, target
 from shiradelta.cli.progress import progress_bar
-from shiradelta.format.registry import SUFFIX
 from shiradelta.util.text import count, percent
 
 
@@ -44,6 +43,7 @@ def fuse(deltas: tuple[str, ...], out: str, as_json: bool, **arguments: Any) -> 
     """Fuse .shd files into one, without a model."""
     from shiradelta.combine.fuse import fuse as run
     from shiradelta.combine.methods import methods_with, unused_options
+    from shiradelta.format.registry import SUFFIX
 
     if given := options.given(*unused_options(arguments["method"])):
         methods = methods_with(given.removeprefix("--"))

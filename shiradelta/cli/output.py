@@ -6,9 +6,7 @@ the work.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,7 +40,8 @@ def target(out: str | None, suffix: str) -> Iterator[str | None]:
     if sys.stdout.isatty():
         raise ArgumentError("-o -: stdout is a terminal; name a file, or redirect the output (> FILE)")
     click.get_current_context().meta[_TAKEN] = True
-    import tempfile  # which takes a fifth of the time that the help takes
+    import shutil
+    import tempfile  # both take longer to import than the rest of the command line's own modules
 
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, f"stdout{suffix}")
@@ -92,6 +91,8 @@ def discard(stream: TextIO) -> None:
 
 def echo_json(value: Any) -> None:
     """Prints a value as JSON."""
+    import json
+
     echo(json.dumps(value, indent=1))
 
 
@@ -121,7 +122,11 @@ def echo_warnings(warnings: Iterable[str]) -> None:
 
 def terminal_width() -> int | None:
     """Columns of the terminal; None where the output goes elsewhere, which takes any."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if not sys.stdout.isatty():
+        return None
+    import shutil
+
+    return shutil.get_terminal_size().columns
 
 
 def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
