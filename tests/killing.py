@@ -28,7 +28,9 @@ from pathlib import Path
 from tests.scenes import SIGNALS, Scene, Victim, preload, write_inputs
 
 _FIT = "--fit {texts} --sparsity 0.05 --fit-steps 12 --fit-batch 16 --accept-worse --device cpu"
-_TRAIN = "--texts {pairs} --sparsity 0.1 --steps 10 --batch 12 --relative-lr 0.4 --tokens 16 --device cpu"
+_TRAIN = (
+    "--texts {pairs} --sparsity 0.1 --steps 10 --batch 12 --relative-lr 0.4 --tokens 16 --accept-worse --device cpu"
+)
 VICTIMS = (
     Victim("apply", "apply model {a}", weight=12),
     Victim("apply on top", "apply model {b}", ("apply model {a}",)),
