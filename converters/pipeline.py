@@ -16,6 +16,7 @@ from shiradelta.io.recognise import Wanted, explain
 from shiradelta.io.writer import writing
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.models.provenance import named
 from shiradelta.select.counts import Counts
 from shiradelta.select.shares import check_share
 from shiradelta.util.arguments import ArgumentKind, as_patterns, checked
@@ -27,7 +28,6 @@ from shiradelta.util.text import parse_size
 from .aim_kept import find_kept
 from .conversion import Conversion
 from .plot import draw
-from .provenance import named
 from .report import ConversionReport
 from .shd import refuse_itself
 from .sources import open_source

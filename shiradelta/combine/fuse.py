@@ -163,9 +163,11 @@ def fuse(
                 nnz, shared, conflicts = nnz + tensor.nnz, shared + met, conflicts + opposed
             parts_text = " + ".join(f"{s:g} {Path(d.file or d.digest[:12]).name}" for d, s in opened)
             writer.metadata.update({"method": f"fuse {method}", "source": parts_text})
-            bases = {delta.metadata["base"] for delta, _ in opened if "base" in delta.metadata}
-            if len(bases) == 1:
-                writer.metadata["base"] = bases.pop()
+            for key in ("base", "base_revision"):
+                named = {delta.metadata[key] for delta, _ in opened if key in delta.metadata}
+                if len(named) != 1:
+                    break
+                writer.metadata[key] = named.pop()
         return FuseReport(
             out=os.fspath(out),
             tensors=len(names),

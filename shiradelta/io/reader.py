@@ -24,7 +24,6 @@ from shiradelta.format.record import Record
 from shiradelta.io.hub import Path_, hub_path
 from shiradelta.util import text
 from shiradelta.util.arguments import OPEN, ArgumentKind, checked, is_path
-from shiradelta.util.html import html_table
 from shiradelta.util.mapping import map_file
 from shiradelta.util.regular_file import open_regular
 
@@ -167,6 +166,8 @@ class Delta(Mapping[str, StoredTensor]):
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
+        from shiradelta.util.html import html_table
+
         rows = [
             [name, record.operation.name, text.shape(record.shape), record.dtype.name, f"{record.nnz:,}"]
             for name, record in self._records.items()

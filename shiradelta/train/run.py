@@ -23,6 +23,7 @@ from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
 from shiradelta.models.library import match_names
+from shiradelta.models.provenance import base_names
 from shiradelta.models.sentence import modules_not_run
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.schedule import cycle
@@ -174,6 +175,7 @@ class _Run:
             "prune_from": f"{settings.pruning[1]:g}",
             "steps": str(settings.steps),
             "examples": str(len(self.train)),
+            **base_names(self.checkpoint.root),
         }
         tensors, nnz, numel = len(tuner.values), tuner.nnz, tuner.numel
         trained = self.history[-1][2]

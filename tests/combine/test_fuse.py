@@ -45,7 +45,9 @@ def three(tmp_path: Path) -> dict[Path, float]:
             "shared": TensorDelta(SHAPE, positions, values, dtype="bfloat16", base_bits=base[positions]),
             f"own{seed}": TensorDelta(SHAPE, positions, values, dtype="bfloat16", base_bits=base[positions]),
         }
-        shiradelta.save_delta(tmp_path / f"{seed}.shd", tensors, metadata={"base": "b"}, values="int8")
+        shiradelta.save_delta(
+            tmp_path / f"{seed}.shd", tensors, metadata={"base": "b", "base_revision": "1"}, values="int8"
+        )
         files[tmp_path / f"{seed}.shd"] = strength
     return files
 
@@ -76,6 +78,7 @@ def test_fused_then_applied_is_applied_together_in_whatever_order(three: dict[Pa
     with shiradelta.open_delta(tmp_path / "out.shd") as fused:
         assert list(fused) == ["own0", "own1", "own2", "shared"]
         assert fused.metadata["base"] == "b"
+        assert fused.metadata["base_revision"] == "1"
         for name in fused:
             patched = weight.copy()
             fused[name].patch(patched, "bfloat16")

@@ -179,6 +179,7 @@ def test_the_command(folders: Path, tmp_path: Path):
     with shiradelta.open_delta(tmp_path / "task.shd") as delta:
         assert all("q_proj" in name or "up_proj" in name for name in delta)
         assert delta.metadata["mask"] == "struct"
+        assert delta.metadata["base"] == "causal"
     result = CliRunner().invoke(main, [*command, "--sparsity", "much"])
     assert result.exit_code == 1
     assert "1:64" in result.output

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from shiradelta.converters.provenance import named
+
+from shiradelta.models.provenance import base_names, named
 
 COMMIT = "0123456789abcdef"
 
@@ -31,6 +32,7 @@ def test_a_base_in_the_cache_is_known_with_its_commit(tmp_path: Path, cached: Pa
     found = named(source, cached)
     assert found == {"source": "lora", "base": "org/base", "base_revision": COMMIT}
     assert named(cached, None) == {"source": "org/base"}
+    assert base_names(cached) == {"base": "org/base", "base_revision": COMMIT}
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ def named(source: Path, base: Path | None) -> dict[str, str]:
     """
     origin = origin_of(source)
     pairs = {"source": source.resolve().name if origin is None else origin.repo}
-    if base is not None and (origin := origin_of(base)) is not None:
-        return {**pairs, "base": origin.repo, "base_revision": origin.revision}
+    if base is not None and origin_of(base) is not None:
+        return {**pairs, **base_names(base)}
     adapter = _config(source, CONFIG)
     repo = _id(adapter, "base_model_name_or_path")
     if base is None:
@@ -31,10 +31,17 @@ def named(source: Path, base: Path | None) -> dict[str, str]:
             pairs["base_revision"] = revision
         repo = repo or _id(_config(source, "config.json"), "_name_or_path")
         return {**pairs, **({} if repo is None else {"base": repo})}
+    return {**pairs, **({"base": repo} if repo is not None else base_names(base, source))}
+
+
+def base_names(base: Path, *tuned: Path) -> dict[str, str]:
+    """The pairs `base` and `base_revision`, from a model's path, or from its or its fine-tunes' configurations."""
+    if (origin := origin_of(base)) is not None:
+        return {"base": origin.repo, "base_revision": origin.revision}
     name = base.resolve().name
-    others = (_id(_config(path, "config.json"), "_name_or_path") for path in (source, base))
+    others = (_id(_config(path, "config.json"), "_name_or_path") for path in (*tuned, base))
     found = (other for other in others if other is not None and other.rpartition("/")[2] == name)
-    return {**pairs, "base": repo or next(found, name)}
+    return {"base": next(found, name)}
 
 
 def _config(path: Path, name: str) -> dict[str, Any]:
