@@ -370,7 +370,11 @@ def _product(source: Checkpoint, parts: Module, factor: float, swap: bool, shape
 def _bias(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: tuple[int, ...]) -> Rows:
     """factor * what is added to a bias."""
     key = parts.keys["bias"]
-    change = to_float32(source.bits(key), source[key].dtype.name).reshape(row_shape(shape)) * np.float32(factor)
+    bits = source.bits(key)
+    if not bits.size:
+        raise SourceError(f"{source.root}: {key!r} has no elements; get the file again")
+    with lycoris.no_remarks:
+        change = to_float32(bits, source[key].dtype.name).reshape(row_shape(shape)) * np.float32(factor)
     return lambda start, stop: change[start:stop]
 
 

@@ -157,6 +157,8 @@ def _read(source: Checkpoint, key: str) -> Float32:
     slot, bits = source[key], source.bits(key)
     if slot.dtype.name in ADD_DTYPES:
         return to_float32(bits, slot.dtype.name).reshape(slot.shape)
+    if slot.dtype.name.startswith(("float4", "float6", "float8")):
+        raise SourceError(f"{source.root}: {key!r} is {slot.dtype.name}, which no factor is; get the file again")
     return bits.view(np.dtype(slot.dtype.name)).astype(np.float32).reshape(slot.shape)
 
 

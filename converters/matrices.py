@@ -115,6 +115,8 @@ def elements(matrix: SparseMatrix) -> tuple[Positions, _Numbers]:
     try:
         coordinates, values = _LAYOUTS[matrix.layout](matrix)
         flat = np.ravel_multi_index(tuple(coordinates.astype(np.int64)), matrix.shape).astype(np.int64)
+        if flat.size != values.size:
+            raise ValueError
     except (ValueError, IndexError, TypeError, MemoryError):
         raise SourceError(f"has indices that do not fit its shape {list(matrix.shape)}; get the file again") from None
     order = np.argsort(flat, kind="stable")

@@ -246,3 +246,11 @@ def test_added_tensors_without_elements(tmp_path: Path, made: Path):
 def test_refusals_are_source_errors(tmp_path: Path):
     with pytest.raises(SourceError):
         shiradelta.convert(write_lora(tmp_path / "lora", MODULES, {"r": "4"}))
+
+
+def test_a_bias_without_elements(tmp_path: Path, made: Path):
+    module = "model.layers.0.mlp.up_proj"
+    lora = write_lora(tmp_path / "lora", {module: (96, 32)}, {"lora_bias": True})
+    file = lora / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{module}.lora_B.bias": torch.empty(0)}, file)
+    assert "bias" in refusal(lora, base=made / "bf16")
