@@ -268,3 +268,8 @@ def test_changelog_has_the_version():
     from importlib.metadata import version
 
     assert f"## {version('shiradelta')}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_hub_is_asked_in_few_modules():
+    asking = {module for module, path in sources().items() if "from huggingface_hub import" in path.read_text()}
+    assert asking == {"shiradelta.io.download", "shiradelta.publish.card", "shiradelta.publish.push"}

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from shiradelta.format import registry
 
 Path_ = str | os.PathLike[str]
 
-_NAMED = re.compile(
+#: Compiled where a path may be such a name, which few are.
+_NAMED = (
     r"(?P<scheme>hf:/{1,2})?(?P<repo>\w[\w.-]*/\w[\w.-]*)"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<file>[^/].*?))?/?",
-    re.ASCII,
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<file>[^/].*?))?/?"
 )
 #: A name of two parts that ends so is that of a local file, which is not there.
 _FILES = (registry.SUFFIX, ".safetensors")
 
 
-@dataclass(frozen=True)
-class HubPath:
+class HubPath(NamedTuple):
     """What a path names on the Hub.
 
     Attributes:
@@ -50,19 +49,20 @@ def hub_path(path: Path_) -> HubPath | None:
     is not.  A slash in a revision is written as %2F, but for `refs/pr/1` and the like.
     """
     given = os.fspath(path) if isinstance(path, str) else Path(path).as_posix()
-    found = _NAMED.fullmatch(given)
+    if "/" not in given or given.startswith(("/", ".", "~")) or os.path.lexists(given):
+        return None
+    found = re.fullmatch(_NAMED, given, re.ASCII)
     if found is None:
         return None
     repo, revision, file = found["repo"], found["revision"], found["file"] or ""
     if not found["scheme"]:
         is_file = not (revision or file) and repo.endswith(_FILES)
-        if is_file or os.path.lexists(given) or os.path.lexists(repo.partition("/")[0]):
+        if is_file or os.path.lexists(repo.partition("/")[0]):
             return None
     return HubPath(given, repo, revision and revision.replace("%2F", "/"), file)
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Where a file or folder in the Hub's cache comes from.
 
     Attributes:
