@@ -373,7 +373,7 @@ def _bias(source: Checkpoint, parts: Module, factor: float, swap: bool, shape: t
     bits = source.bits(key)
     if not bits.size:
         raise SourceError(f"{source.root}: {key!r} has no elements; get the file again")
-    with lycoris.no_remarks:
+    with np.errstate(over="ignore", invalid="ignore"):
         change = to_float32(bits, source[key].dtype.name).reshape(row_shape(shape)) * np.float32(factor)
     return lambda start, stop: change[start:stop]
 
