@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shiradelta.backends.choose import choose
 from shiradelta.errors import DeltaError
+from shiradelta.folder.comparison import PastBits
 from shiradelta.folder.plan import FolderPlan, make_plan
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.download import local_model
@@ -55,8 +55,7 @@ def based(deltas: Mapping[str, TensorDelta], model: str | os.PathLike[str], prog
         if progress:
             progress("checking", number, len(plan.edits))
         if edit.tensor.base_fingerprint is not None:
-            positions = edit.tensor.positions()
-            found = choose().fingerprint(positions, checkpoint.bits(edit.name)[positions])
+            found = PastBits(edit.slot).fingerprint(edit.tensor)
             where = f"{deltas.file or 'delta'}: {checkpoint.root}: tensor {edit.name!r}"
             check_fingerprint(where, found, edit.tensor.base_fingerprint, edit.tensor.result_fingerprint, _REMEDIES)
     return Based(checkpoint, plan)

@@ -54,6 +54,10 @@ class PastBits:
         # A sum (FORMAT.md, 6.3).
         return sum(fingerprint(own, self.at(own)) for own in windows if own.size) % (1 << 64)
 
+    def holds(self, tensor: TensorDelta) -> bool:
+        """Whether they are what a delta sets, where it does; nothing else may be read then."""
+        return all(np.array_equal(self.at(positions), bits) for positions, bits in windows_of(tensor))
+
 
 class Past:
     """A folder's tensors as they are, or were before its last deltas.
@@ -162,8 +166,7 @@ def unlike_delta(checkpoint: Checkpoint, journal: Journal, delta: Delta, entry: 
             if slot is None or slot.shape != tensor.shape:
                 return f"tensor {name!r} is gone, or has another shape"
             if operation.creates:
-                view = after.view(own)
-                if not all(np.array_equal(view.at(positions), bits) for positions, bits in windows_of(tensor)):
+                if not after.view(own).holds(tensor):
                     return f"tensor {name!r} is not the one that {entry.file} adds"
                 continue
             under = before if entry.successor else base

@@ -5,9 +5,8 @@ A command that was killed before its first record leaves an undo delta, too; but
 
 from __future__ import annotations
 
-import numpy as np
-
 from shiradelta.errors import FormatError, TargetError
+from shiradelta.folder.comparison import PastBits
 from shiradelta.folder.digests import digest_of
 from shiradelta.folder.journal import Journal
 from shiradelta.folder.restructure import kept_files
@@ -54,7 +53,7 @@ def _is_undone(journal: Journal, checkpoint: Checkpoint, name: str) -> bool:
             for tensor_name, tensor in undo.items():
                 if difference(tensor, checkpoint.get(tensor_name)) is not None:
                     return False
-                if not np.array_equal(checkpoint.bits(tensor_name)[tensor.positions()], tensor.bits()):
+                if not PastBits(checkpoint[tensor_name]).holds(tensor):
                     return False
     except FormatError:
         return False

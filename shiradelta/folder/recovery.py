@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from shiradelta.errors import ShiraDeltaError, TargetError
-from shiradelta.folder.comparison import Past
+from shiradelta.folder.comparison import PastBits
 from shiradelta.folder.digests import digests_of
 from shiradelta.folder.journal import Journal
 from shiradelta.folder.lost import check_recorded
@@ -108,11 +108,10 @@ def _differ(
 def _at_rest(journal: Journal, entry: Applied) -> bool:
     """Whether fingerprints show that every tensor is wholly as before an action, or wholly as after it."""
     checkpoint = open_checkpoint(journal.root)
-    now = Past(dict(checkpoint))
     with journal.open_undo(entry) as undo:
         for name, tensor in undo.items():
             check_same_tensor(journal.root, checkpoint.get(name), name, tensor)
-            found = now.fingerprint(name, tensor)
+            found = PastBits(checkpoint[name]).fingerprint(tensor)
             if found not in (tensor.base_fingerprint, tensor.result_fingerprint):
                 return False
     return True

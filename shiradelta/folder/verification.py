@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shiradelta.errors import BaseMismatchError, ShiraDeltaError, TargetError
-from shiradelta.folder.comparison import Past, first_difference, unlike_base, unlike_delta
+from shiradelta.folder.comparison import PastBits, first_difference, unlike_base, unlike_delta
 from shiradelta.folder.digests import digests_of
 from shiradelta.folder.journal import Journal, reading
 from shiradelta.folder.lost import lost_delta
@@ -216,7 +216,7 @@ def _verdict(checkpoint: Checkpoint, name: str | None, tensor: StoredTensor) -> 
     if tensor.operation.creates:
         if name is None:
             return {"base"}
-        return {"patched"} if Past(dict(checkpoint)).fingerprint(name) == tensor.result_fingerprint else set()
+        return {"patched"} if PastBits(checkpoint[name]).fingerprint() == tensor.result_fingerprint else set()
     if tensor.operation.removes:
         return {"patched" if name is None else "base"}
     if name is None:
@@ -225,6 +225,6 @@ def _verdict(checkpoint: Checkpoint, name: str | None, tensor: StoredTensor) -> 
         return None
     if difference(tensor, checkpoint[name]) is not None:
         return set()
-    here = Past(dict(checkpoint)).fingerprint(name, tensor)
+    here = PastBits(checkpoint[name]).fingerprint(tensor)
     expected = {"base": tensor.base_fingerprint, "patched": tensor.result_fingerprint}
     return {state for state, value in expected.items() if value == here}
