@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import lru_cache, partial
-
-import numpy as np
 
 from shiradelta.errors import DeltaError
-from shiradelta.format.arithmetic import Array
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.peft import PREFIX
 from shiradelta.util.progress import Progress
 
-from .adapter import stored, write_adapter
+from .adapter import write_nonzeros
 from .base import linear_layers
 from .layouts import Written, export
-from .peft_shira import check_room, padded
 
 #: PEFT's indices are int32.
 _LIMIT = 1 << 31
@@ -78,23 +73,13 @@ def write(
     sparsity = sparsity_of(layers)
     counts = {layer: count_of(delta.numel, sparsity) for layer, delta in layers.items()}
     for layer, delta in layers.items():
-        check_room(layer, delta, counts[layer])
         if delta.numel > _LIMIT:
             raise DeltaError(f"layer {layer!r} has {delta.numel:,} weights, more than PEFT's 32-bit indices reach")
-    nonzeros = lru_cache(1)(lambda layer: padded(layers[layer], counts[layer]))  # values and indices of one layer
-
-    def values(layer: str) -> Array:
-        return nonzeros(layer)[1]
-
-    def indices(layer: str) -> Array:
-        return nonzeros(layer)[0].astype(np.int32)
-
-    tensors = []
-    for layer, count in counts.items():
-        key = f"{PREFIX}{layer}.supertuning_"
-        tensors.append(stored(f"{key}values", (count,), "float32", partial(values, layer)))
-        tensors.append(stored(f"{key}indices", (count,), "int32", partial(indices, layer)))
     config = {"peft_type": "SUPERTUNING", "sparsity": sparsity, "save_precomputed_indices": True}
-    write_adapter(folder, config, layers, base, tensors, progress)
+    write_nonzeros(folder, config, layers, base, _key, counts, lambda positions, delta: positions, progress)
     narrow = sorted({delta.dtype for delta in layers.values()} & set(_NARROW))
     return Written(warnings=tuple(_ROUNDED.format(dtype=dtype) for dtype in narrow))
+
+
+def _key(layer: str, part: str) -> str:
+    return f"{PREFIX}{layer}.supertuning_{part}"
