@@ -266,9 +266,7 @@ class _Layers:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             try:
-                layer.merge(
-                    safe_merge=False
-                )  # a copy is not needed, and whoever reads the change checks that it is finite
+                layer.merge(safe_merge=False)  # without a copy; whoever reads the change checks that it is finite
                 merged = dict(layer.get_base_layer().named_parameters(recurse=False))
                 return {name: parameter.float().numpy() for name, parameter in merged.items()}
             except Exception as error:  # PEFT's methods without a merge have no error in common

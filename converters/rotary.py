@@ -21,8 +21,8 @@ def heads(base: Checkpoint | None, source: object) -> tuple[int, int, Mapping[st
         SourceError: there is no base, or it does not say them.
     """
     if base is None:
-        raise SourceError(f"{source}: has queries and keys in another order than the base, whose heads are in its"
-                          " config.json; give --base MODEL")  # fmt: skip
+        why = "has queries and keys in another order than the base, whose heads are in its config.json"
+        raise SourceError(f"{source}: {why}; give --base MODEL")
     about: Mapping[str, Any] = next((base.config(name) for name in base), {})
     queries, keys = about.get("num_attention_heads"), about.get("num_key_value_heads")
     keys = queries if keys is None else keys

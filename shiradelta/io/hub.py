@@ -14,9 +14,10 @@ from shiradelta.format import registry
 
 Path_ = str | os.PathLike[str]
 
+_REPO = r"\w[\w.-]*/\w[\w.-]*"
 #: Compiled where a path may be such a name, which few are.
 _NAMED = (
-    r"(?P<scheme>hf:/{1,2})?(?P<repo>\w[\w.-]*/\w[\w.-]*)"
+    rf"(?P<scheme>hf:/{{1,2}})?(?P<repo>{_REPO})"
     r"(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<file>[^/].*?))?/?"
 )
 #: A name of two parts that ends so is that of a local file, which is not there.
@@ -40,6 +41,11 @@ class HubPath(NamedTuple):
 
     def __str__(self) -> str:
         return self.given
+
+
+def is_repo(name: str) -> bool:
+    """Whether a name is one of a repository, `user/repo`."""
+    return re.fullmatch(_REPO, name, re.ASCII) is not None
 
 
 def hub_path(path: Path_) -> HubPath | None:

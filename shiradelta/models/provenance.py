@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from shiradelta.io.hub import origin_of
+from shiradelta.io.hub import is_repo, origin_of
 from shiradelta.models.peft import CONFIG
 from shiradelta.util.json_files import read_json
-
-_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def named(source: Path, base: Path | None) -> dict[str, str]:
@@ -54,4 +51,4 @@ def _config(path: Path, name: str) -> dict[str, Any]:
 def _id(config: dict[str, Any], key: str) -> str | None:
     """What a configuration names, if it can be an id on the Hub."""
     found = config.get(key)
-    return found if isinstance(found, str) and _ID.fullmatch(found) else None
+    return found if isinstance(found, str) and is_repo(found) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,16 +11,15 @@ from typing import Any
 
 from shiradelta.errors import ArgumentError, ShiraDeltaError, TargetError
 from shiradelta.format import registry
+from shiradelta.io.hub import is_repo
 from shiradelta.io.reader import local_source, open_delta
 from shiradelta.publish.card import About, model_card
+from shiradelta.signing.form import SUFFIX as SIGNATURE_SUFFIX
 from shiradelta.util.arguments import BOOL, PATH, TEXT, TEXTS, checked
 from shiradelta.util.optional import importing
 from shiradelta.util.text import brief
 
 _CARD = "README.md"
-#: What lies beside a file that is signed.
-_SIGNATURE = ".sig"
-_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def push_to_hub(
         MissingDependencyError: huggingface_hub or jinja2 is not installed.
     """
     for what, given in (("repository", repo), ("base", base_model)):
-        if given is not None and not _ID.fullmatch(given):
+        if given is not None and not is_repo(given):
             raise ArgumentError(f"{given}: is not the name of a {what} on the Hub; give it as user/repo")
     path = Path(local_source(delta))
     file = path.name if name is None else name
@@ -110,9 +108,9 @@ def push_to_hub(
         from huggingface_hub import CommitOperationAdd, HfApi
     api: Any = HfApi(library_name="shiradelta")
     contents: dict[str, Any] = {file: path}
-    signature = Path(f"{path}{_SIGNATURE}")
+    signature = Path(f"{path}{SIGNATURE_SUFFIX}")
     if signature.is_file():
-        contents[file + _SIGNATURE] = signature
+        contents[file + SIGNATURE_SUFFIX] = signature
     with _explained(repo):
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:
@@ -147,7 +145,7 @@ def _about(
 ) -> About:
     """What the card says, from the arguments and the file's metadata."""
     recorded = metadata.get("base", "")
-    if base is None and _ID.fullmatch(recorded):
+    if base is None and is_repo(recorded):
         base = recorded
     if revision is None and base == recorded:
         revision = metadata.get("base_revision")
