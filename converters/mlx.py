@@ -58,7 +58,7 @@ def _recognises(files: SourceFiles) -> bool:
     file = _file_of(files.path)
     if file is None:
         return False
-    return files.path.is_dir() or any(_factor(key) for key in _open(file))
+    return files.path.is_dir() or any(_factor(key) for key in _open(file, files))
 
 
 def _factor(key: str) -> bool:
@@ -66,8 +66,10 @@ def _factor(key: str) -> bool:
     return match is not None and match["part"] != "m"
 
 
-def _open(file: Path) -> Checkpoint:
-    return NpzCheckpoint(file) if file.suffix == ".npz" else open_checkpoint(file, Wanted.SOURCE)
+def _open(file: Path, files: SourceFiles) -> Checkpoint:
+    if file.suffix == ".npz":
+        return NpzCheckpoint(file)
+    return files.checkpoint if file == files.path else open_checkpoint(file, Wanted.SOURCE)
 
 
 @source(
@@ -82,7 +84,7 @@ def open_mlx(files: SourceFiles, alpha: float | None = None) -> Source:
     file = _file_of(files.path)
     if file is None:
         raise SourceError(f"{files.path}: holds none of {', '.join(_FILES)}; give the folder that MLX-LM saved")
-    source, where = _open(file), file.parent / CONFIG
+    source, where = _open(file, files), file.parent / CONFIG
     about = read_json(where) if where.is_file() else {}
     if not isinstance(about, dict):
         raise SourceError(f"{where}: is not a configuration of MLX-LM; get it again")
