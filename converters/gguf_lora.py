@@ -14,6 +14,7 @@ import numpy as np
 from shiradelta.errors import SourceError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array
+from shiradelta.io.recognise import starts_with
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.safetensors import Shard, Slot
 from shiradelta.util.regular_file import open_regular
@@ -180,12 +181,7 @@ def _unpacked(path: Path, offset: int, blocks: int) -> Array:
 
 
 def _recognises(files: SourceFiles) -> bool:
-    if not files.path.is_file():
-        return False
-    with open_regular(files.path) as stream:
-        if stream.read(len(_MAGIC)) != _MAGIC:
-            return False
-    return GgufCheckpoint(files.path).about.get("general.type") == "adapter"
+    return starts_with(files.path, _MAGIC) and GgufCheckpoint(files.path).about.get("general.type") == "adapter"
 
 
 @source(

@@ -13,9 +13,9 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Float32, fingerprint
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.reader import StoredTensor, open_delta
+from shiradelta.io.recognise import starts_with
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.select.topk import Rows, row_shape
-from shiradelta.util.regular_file import open_regular
 from shiradelta.util.text import count
 
 from .base_names import BaseTensors, find_tensors
@@ -23,18 +23,10 @@ from .item import CONVERTED, Item, Skipped, SkipReason, Source, not_addable
 from .sources import SourceFiles, source
 
 
-def is_delta(path: Path) -> bool:
-    """Whether a file is a `.shd` file, by its first bytes."""
-    if not path.is_file():
-        return False
-    with open_regular(path) as stream:
-        return stream.read(len(registry.MAGIC)) == registry.MAGIC
-
-
 @source(
     "shd",
     "A .shd file: with fewer nonzeros, values in another form, or fingerprints of a base that it lacked.",
-    lambda files: is_delta(files.path),
+    lambda files: starts_with(files.path, registry.MAGIC),
     order=11,
 )
 def open_shd(files: SourceFiles) -> Source:

@@ -9,6 +9,7 @@ import numpy as np
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.windows import Window, side_by_side
 from shiradelta.io.reader import Delta
+from shiradelta.util import text
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _compare(name: str, first: TensorDelta, second: TensorDelta) -> TensorDiffer
     for what in ("op", "dtype", "shape"):
         one, other = getattr(first, what), getattr(second, what)
         if one != other:
-            said = ("x".join(map(str, each)) if what == "shape" else each for each in (one, other))
+            said = (text.shape(each) if what == "shape" else each for each in (one, other))
             return TensorDifference(name, f"{what} {' and '.join(said)}", first.nnz, second.nnz)
     if first.operation.removes:
         return TensorDifference(name)

@@ -83,7 +83,8 @@ def _holds(thing: Thing, path: Path) -> bool:
         return False
 
 
-def _starts(path: Path, magic: bytes) -> bool:
+def starts_with(path: Path, magic: bytes) -> bool:
+    """Whether a path is a file with these first bytes."""
     if not path.is_file():
         return False
     with open(path, "rb") as stream:
@@ -98,7 +99,7 @@ def _has_only(path: Path, *suffixes: str) -> bool:
 
 
 def _is_zip_with(path: Path, end: str) -> bool:
-    if not _starts(path, b"PK\x03\x04"):
+    if not starts_with(path, b"PK\x03\x04"):
         return False
     import zipfile  # takes as long to import as the rest of the reader
 
@@ -120,11 +121,11 @@ def _is_hub_id(path: Path) -> bool:
 
 
 def _is_gguf(path: Path) -> bool:
-    return _starts(path, b"GGUF") or _has_only(path, ".gguf")
+    return starts_with(path, b"GGUF") or _has_only(path, ".gguf")
 
 
 def _is_arrays(path: Path) -> bool:
-    return _starts(path, b"\x93NUMPY") or _is_zip_with(path, ".npy")
+    return starts_with(path, b"\x93NUMPY") or _is_zip_with(path, ".npy")
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -142,17 +143,17 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def is_pickle(path: Path) -> bool:
     """Whether a file is a pickle of PyTorch, or a folder has its weights in such files only."""
     if path.is_file():
-        named = path.suffix in PICKLES or _starts(path, b"\x80")  # a safetensors file may start so, too
+        named = path.suffix in PICKLES or starts_with(path, b"\x80")  # a safetensors file may start so, too
         return (named and not _is_safetensors(path)) or _is_zip_with(path, "/data.pkl")
     return _has_only(path, *PICKLES)
 
 
 def _is_json(path: Path) -> bool:
-    return path.suffix in (".json", ".jsonl") and (_starts(path, b"{") or _starts(path, b"["))
+    return path.suffix in (".json", ".jsonl") and (starts_with(path, b"{") or starts_with(path, b"["))
 
 
 def _is_delta(path: Path) -> bool:
-    return _starts(path, registry.MAGIC)
+    return starts_with(path, registry.MAGIC)
 
 
 def _is_adapter(path: Path) -> bool:
@@ -204,7 +205,7 @@ for _row in (
     Thing("hub id", _is_hub_id, "no such file or folder", dict.fromkeys(_NOT_DOWNLOADED, _HUB)),
     Thing(
         "Git LFS pointer",
-        lambda path: _starts(path, LFS_POINTER),
+        lambda path: starts_with(path, LFS_POINTER),
         LFS_WHAT,
         dict.fromkeys(Wanted, LFS_REMEDY),
     ),
