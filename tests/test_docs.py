@@ -97,8 +97,8 @@ def test_the_examples_of_fits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, rows in {"texts": [{"text": text} for text in texts()], "answers": answers, "chats": chats}.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = (EXTEND.parent / "fit.md").read_text()
-    (shell,), (python,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python"))
-    for line in shell.splitlines():
+    shell, (python,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python"))
+    for line in "".join(shell).splitlines():
         result = CliRunner().invoke(main, shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"
     exec(compile(python, "fit.md", "exec"), {})
@@ -116,6 +116,49 @@ def test_the_table_of_tricks_has_a_row_for_each():
 
     rows = re.findall(r"^\| `(\w+)` \|", (EXTEND.parent / "trust.md").read_text(), re.MULTILINE)
     assert rows == [trick.__name__ for trick in TRICKS]
+
+
+def test_every_page_is_in_the_navigation():
+    """`make docs` says so too, but later.  Documents of the tree that are pages of the site are in docs/site.py."""
+    text = (EXTEND.parent.parent / "mkdocs.yml").read_text()
+    listed = re.findall(r": ([\w/-]+\.md)$", text, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    pages = {path.relative_to(EXTEND.parent).as_posix() for path in EXTEND.parent.rglob("*.md")}
+    site = dict(re.findall(r'"([\w/]+\.md)": "([\w-]+\.md)"', (EXTEND.parent / "site.py").read_text()))
+    assert pages | set(site.values()) == set(listed)
+    assert all((EXTEND.parent.parent / file).exists() for file in site)
+
+
+def test_the_page_of_errors_has_every_class_and_reason():
+    from shiradelta import errors
+
+    page = (EXTEND.parent / "errors.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE))
+    classes = {
+        name: kind
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, errors.ShiraDeltaError)
+    }
+    assert {name: rows[name] for name in errors.REASONS} == errors.REASONS
+    assert set(rows) == {*classes, *errors.REASONS}
+    for name, kind in classes.items():
+        also = {base.__name__ for base in kind.__bases__} - {"ShiraDeltaError", "Exception"}
+        assert set(re.findall(r"also an? `(\w+)`", rows[name])) == also, name
+
+
+#: Pages whose blocks of Python go on from each other, in a folder that holds stranger.shd.
+ALONE = ("index", "exactness", "errors", "limits")
+
+
+@pytest.mark.parametrize("page", ALONE)
+def test_the_examples_of_a_page_run(page: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(made / "a.shd", "stranger.shd")
+    scope: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (EXTEND.parent / f"{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"{page}.md", "exec"), scope)
 
 
 @pytest.mark.parametrize(("kind", "path", "members", "link"), table())
