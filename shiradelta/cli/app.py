@@ -23,6 +23,7 @@ class _Modules(Mapping[str, click.Command]):
     """
 
     names = (
+        "demo",
         "convert",
         "train",
         "apply",

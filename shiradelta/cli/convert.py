@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
@@ -141,7 +140,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
     code = 1 if report.worse is not None and not accept_worse else 0
     if as_json:
         echo_json(report.as_dict())
-        sys.exit(code)
+        click.get_current_context().exit(code)
     if report.worse is not None:
         echo(printable(f"worse: {report.worse}; --accept-worse exits with 0 all the same"), err=True)
     echo_table(report.rows)
@@ -159,4 +158,4 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
         f" {count(report.numel, 'weight')} changed ({percent(changed / max(report.numel, 1))}); {report.summary}",
         f"{report.out}: {size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero",
     )
-    sys.exit(code)
+    click.get_current_context().exit(code)

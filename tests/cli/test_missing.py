@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 COMMANDS = {
     "version": ["--version"],
+    "demo": ["demo"],
     "convert": ["convert", "tuned", "--base", "model", "-o", "out.shd"],
     "zstd": ["convert", "tuned", "--base", "model", "-o", "zstd.shd", "--zstd", "--values", "f32"],
     "plot": ["convert", "tuned", "--base", "model", "-o", "plotted.shd", "--plot", "plot.png"],
