@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from shiradelta.errors import BaseMismatchError, SourceError
+from shiradelta.folder.comparison import PastBits
 from shiradelta.format import registry
-from shiradelta.format.arithmetic import Float32, fingerprint
+from shiradelta.format.arithmetic import Float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.reader import StoredTensor, open_delta
 from shiradelta.io.recognise import starts_with
@@ -34,7 +35,8 @@ def open_shd(files: SourceFiles) -> Source:
     delta, base, result = open_delta(files.path), files.base, Source()
     there = None
     if base is not None:
-        there = find_tensors({name: tensor.shape for name, tensor in delta.items()}, base, files.may_lack)
+        wanted = {name: None if tensor.operation.replaces else tensor.shape for name, tensor in delta.items()}
+        there = find_tensors(wanted, base, files.may_lack)
     lost = 0
     for name, tensor in delta.items():
         made = _item(files.path, name, tensor, base, there)
@@ -51,17 +53,17 @@ def _item(
 ) -> Item | Skipped:
     """One tensor, or why it is skipped."""
     found = name
-    if base is not None and there is not None and not tensor.operation.creates:
+    if base is not None and there is not None and tensor.operation.in_base:
         if name in there.converted:
             return CONVERTED
         if name not in there.found:
             return there.lacking[name]
         found = there.found[name]
         slot = base[found]
-        if slot.shape != tensor.shape:
+        if slot.shape != tensor.shape and not tensor.operation.replaces:
             why = f"it is for a tensor of shape {list(tensor.shape)}, the base's has {list(slot.shape)}"
             return Skipped(SkipReason.SHAPE, why, names=(found,))
-        if tensor.dtype not in ("unspecified", slot.dtype.name):
+        if tensor.dtype not in ("unspecified", slot.dtype.name) and not tensor.operation.replaces:
             why = (
                 f"it is for {tensor.dtype}, the base's tensor is {slot.dtype.name}; give the base that it was made for"
             )
@@ -84,13 +86,11 @@ def _checked(path: Path, name: str, tensor: StoredTensor, base: Checkpoint | Non
     Raises:
         BaseMismatchError: it was made for another base.
     """
-    if base is not None and tensor.base_fingerprint is not None and found in base:
-        positions = tensor.positions()
-        if fingerprint(positions, base.bits(found)[positions]) != tensor.base_fingerprint:
-            raise BaseMismatchError(
-                f"{path}: {name!r} was made for other weights than those of {base.root}; give the base that it was made"
-                " for"
-            )
+    known = tensor.base_fingerprint if base is not None and found in base else None
+    if base is not None and known is not None and known != PastBits(base[found]).fingerprint(tensor):
+        raise BaseMismatchError(
+            f"{path}: {name!r} was made for other weights than those of {base.root}; give the base that it was made for"
+        )
     return tensor
 
 

@@ -31,7 +31,7 @@ DTYPES = [
     *[("uint64", 8), ("int64", 8), ("float8_e4m3fnuz", 1), ("float8_e5m2fnuz", 1)],
     ("complex64", 8),
 ]
-OPS = {0: "ADD", 1: "SET", 3: "NEW", 4: "DROP"}
+OPS = {0: "ADD", 1: "SET", 3: "NEW", 4: "DROP", 6: "REPLACE"}
 INDEX_CODECS = {0: "NONE", 1: "RICE", 2: "RAW", 3: "BITMAP", 4: "STRUCT", 5: "ALL"}
 VALUE_CODECS = {0: "NONE", 1: "F32", 2: "F16", 3: "BF16", 4: "I8", 5: "I4", 6: "SIGN", 7: "BITS"}
 FEATURE_ZSTD = 1 << 0
@@ -70,7 +70,7 @@ class Refused(Exception):
 
 @dataclass
 class Tensor:
-    """One tensor's delta; values are bit patterns: binary32 for ADD, the dtype's for SET, NEW."""
+    """One tensor's delta; values are bit patterns: binary32 for ADD, the dtype's for SET, NEW, REPLACE."""
 
     name: str
     dtype: str
@@ -363,9 +363,9 @@ def goes_together(t: Tensor, nnz: int, numel: int) -> bool:
         adds = ("float32", "float16", "bfloat16", "unspecified")
         return t.dtype in adds and t.value_codec != "BITS"
     if not specified or t.value_codec not in ("BITS", "NONE"):
-        return False  # SET and NEW
-    if t.op == "NEW":  # the codecs are NONE where numel is 0 and only there, by the first rule
-        return nnz == numel and t.index_codec in ("ALL", "NONE") and not has_base
+        return False  # SET, NEW and REPLACE
+    if t.op in ("NEW", "REPLACE"):  # the codecs are NONE where numel is 0 and only there, by the first rule
+        return nnz == numel and t.index_codec in ("ALL", "NONE") and not (has_base and t.op == "NEW")
     return True
 
 
@@ -610,7 +610,7 @@ def line_elements(kind: int, line: int, rows: int, columns: int) -> range:
 
 
 def decode_values(r: Record, section: bytes) -> list[int]:
-    """The bit patterns: binary32 for ADD, the dtype's for SET and NEW."""
+    """The bit patterns: binary32 for ADD, the dtype's for SET, NEW and REPLACE."""
     codec = r.tensor.value_codec
     if codec == "NONE":
         return []

@@ -7,7 +7,7 @@ It needs the standard library alone and knows nothing of the package: the encode
 from FORMAT.md, and what a valid file is expected to hold is what was put into it.
 
 valid/NAME.shd     a file that every reader accepts, NAME.json what it holds, as `decoder.py` prints it:
-                   values are bits, of binary32 for ADD and of the dtype for SET and NEW
+                   values are bits, of binary32 for ADD and of the dtype for SET, NEW and REPLACE
 invalid/NAME.shd   a file that every reader refuses, with the reason that invalid/reasons.json gives.
                    Checksums are right unless they are what is wrong, so that the intended check decides.
                    `zstd_unavailable` is the reason of a reader without zstd; others accept that file.
@@ -59,11 +59,11 @@ DTYPES = {
     "float8_e5m2fnuz": (18, 1),
     "complex64": (19, 8),
 }
-OPS = {"ADD": 0, "SET": 1, "NEW": 3, "DROP": 4}
+OPS = {"ADD": 0, "SET": 1, "NEW": 3, "DROP": 4, "REPLACE": 6}
 INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5}
 VALUE_CODECS = {"NONE": 0, "F32": 1, "F16": 2, "BF16": 3, "I8": 4, "I4": 5, "SIGN": 6, "BITS": 7}
 #: Operation or codec -> the minor version that defines it, where that is not 0.
-MINORS: dict[str, int] = {}
+MINORS: dict[str, int] = {"REPLACE": 1}
 MAX_NUMEL = 1 << 56
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 #: What a zstd library made of a section: Huffman and sequences, with a checksum.
@@ -810,6 +810,18 @@ def valid_operations() -> Valid:
     yield "drop", one(Tensor((4, 8), op="DROP", dtype="uint8"))
     yield "drop_unspecified", one(Tensor((4, 8), op="DROP", dtype="unspecified"))
     yield "drop_fingerprint", one(Tensor((4, 8), op="DROP", base_fingerprint=0x0123456789ABCDEF), canonical=False)
+    yield (
+        "replace_every_dtype",
+        File(
+            tuple(
+                replace(t, op="REPLACE", result_fingerprint=fingerprint(zip(range(3), t.values.bits, strict=True)))
+                for t in sorted(news, key=lambda t: t.raw_name)
+            )
+        ),
+    )
+    # The base's tensor may have any shape, so its fingerprint is not that of the positions that are listed.
+    yield "replace_fingerprint", one(replace(REPLACE_SAMPLE, base_fingerprint=0x0123456789ABCDEF), False)
+    yield "replace_empty", one(Tensor((2, 0), dtype="int64", op="REPLACE", result_fingerprint=0))
     yield "set_nothing", one(Tensor((4, 8), op="SET", dtype="bool", result_fingerprint=0))
     yield "add_unspecified", one(change((4, 8), raw([5], 32), dtype="unspecified"))
     edge = {
@@ -902,6 +914,7 @@ Invalid = Iterator[tuple[str, str, bytes]]
 SAMPLE = change((4, 4), EXAMPLE.index)
 SET_SAMPLE = Tensor((4, 4), EXAMPLE.index, bits_values((1, 2, 3), "int32"), dtype="int32", op="SET")
 NEW_SAMPLE = Tensor((3,), all_of(3), bits_values((1, 2, 3), "int32"), dtype="int32", op="NEW")
+REPLACE_SAMPLE = replace(NEW_SAMPLE, op="REPLACE")
 NOTHING = Tensor((4, 4))
 U64 = (1 << 64) - 1
 
@@ -1121,6 +1134,11 @@ def invalid_combinations() -> Invalid:
     yield "new_of_a_part", reason, bytes_of(replace(NEW_SAMPLE, shape=(4, 4), index=EXAMPLE.index))
     yield "new_of_nothing", reason, bytes_of(Tensor((4,), op="NEW"))
     yield "new_in_raw", reason, bytes_of(replace(NEW_SAMPLE, index=raw((0, 1, 2), 3)))
+    yield "replace_unspecified", reason, recorded(REPLACE_SAMPLE, dtype=0)
+    yield "replace_f32", reason, recorded(REPLACE_SAMPLE, value_codec=VALUE_CODECS["F32"])
+    yield "replace_of_a_part", reason, bytes_of(replace(REPLACE_SAMPLE, shape=(4, 4), index=EXAMPLE.index))
+    yield "replace_of_nothing", reason, bytes_of(Tensor((4,), op="REPLACE"))
+    yield "replace_in_raw", reason, bytes_of(replace(REPLACE_SAMPLE, index=raw((0, 1, 2), 3)))
     yield "drop_with_positions", reason, recorded(SET_SAMPLE, op=OPS["DROP"])
     unspecified = replace(SAMPLE, dtype="unspecified")
     for name, tensor in (

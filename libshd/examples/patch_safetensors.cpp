@@ -292,7 +292,8 @@ public:
             must(shd_tensor_at(&file_, number, &tensor, nullptr), "the delta");
             std::string name(tensor.name, tensor.name_size);
             must(shd_load(&file_, number, SHD_CHECK_ALL, nullptr, 0, &delta, nullptr), name);
-            if (tensor.op == SHD_OP_NEW || tensor.op == SHD_OP_DROP) fail(name + ": would come or go, not be patched");
+            if (tensor.op == SHD_OP_NEW || tensor.op == SHD_OP_DROP || tensor.op == SHD_OP_REPLACE)
+                fail(name + ": would come or go, not be patched");
             visit(delta, name);
         }
     }

@@ -140,7 +140,7 @@ enum shd_dtype {
     SHD_C64 = 19
 };
 
-enum shd_op { SHD_OP_ADD = 0, SHD_OP_SET = 1, SHD_OP_NEW = 3, SHD_OP_DROP = 4 };
+enum shd_op { SHD_OP_ADD = 0, SHD_OP_SET = 1, SHD_OP_NEW = 3, SHD_OP_DROP = 4, SHD_OP_REPLACE = 6 };
 
 enum shd_index_codec {
     SHD_INDEX_NONE = 0,
@@ -386,7 +386,7 @@ SHD_API int shd_fingerprint(const shd_delta *delta, const shd_weights *weights, 
                             uint64_t last_block, uint64_t *fingerprint, shd_status *status);
 
 /* Over elements given one by one: elements[i] is at positions[i], or at first_position + i if positions is NULL
- * (a whole tensor, for NEW and DROP). `element_size` is 1, 2, 4 or 8, and `elements` aligned to it. */
+ * (a whole tensor, for NEW and DROP, and the one that REPLACE takes away). `element_size` is 1, 2, 4 or 8, and `elements` aligned to it. */
 SHD_API int shd_fingerprint_elements(const int64_t *positions, uint64_t first_position, const void *elements,
                                      uint64_t count, uint32_t element_size, uint64_t *fingerprint);
 

@@ -218,7 +218,7 @@ static int visitor_of(uint32_t op, visit_fn *visit) {
     if (operation == NULL) {
         return SHD_UNKNOWN_OP;
     }
-    if (operation->removes) {
+    if (!shdi_is_in_result(operation)) {
         return SHD_WRONG_OPERATION; /* it changes no elements */
     }
     *visit = operation->adds ? visit_add : visit_set;

@@ -7,6 +7,7 @@ const shdi_operation *shdi_operation_of(uint32_t id) {
         [SHD_OP_SET] = {.is_known = 1},
         [SHD_OP_NEW] = {.is_known = 1, .creates = 1},
         [SHD_OP_DROP] = {.is_known = 1, .removes = 1},
+        [SHD_OP_REPLACE] = {.is_known = 1, .creates = 1, .removes = 1},
     };
     return id < sizeof operations / sizeof operations[0] && operations[id].is_known ? &operations[id] : NULL;
 }

@@ -144,10 +144,10 @@ static int goes_together(const shd_tensor *tensor) {
     if (operation->adds && (!(is_unspecified || shdi_dtype_is_addable(tensor->dtype)) || are_elements)) {
         return 0;
     }
-    if (operation->removes && !no_nonzeros) {
+    if (!shdi_is_in_result(operation) && !no_nonzeros) {
         return 0;
     }
-    if (!operation->adds && !operation->removes && (is_unspecified || !(no_values || are_elements))) {
+    if (!operation->adds && shdi_is_in_result(operation) && (is_unspecified || !(no_values || are_elements))) {
         return 0;
     }
     if (operation->creates &&
@@ -156,8 +156,8 @@ static int goes_together(const shd_tensor *tensor) {
     }
     uint32_t fingerprints = tensor->flags & (SHD_HAS_BASE_FINGERPRINT | SHD_HAS_RESULT_FINGERPRINT);
     return !((is_unspecified && fingerprints != 0) ||
-             (operation->creates && (fingerprints & SHD_HAS_BASE_FINGERPRINT) != 0) ||
-             (operation->removes && (fingerprints & SHD_HAS_RESULT_FINGERPRINT) != 0));
+             (!shdi_is_in_base(operation) && (fingerprints & SHD_HAS_BASE_FINGERPRINT) != 0) ||
+             (!shdi_is_in_result(operation) && (fingerprints & SHD_HAS_RESULT_FINGERPRINT) != 0));
 }
 
 static refusal check_fingerprints(const uint8_t *record, shd_tensor *tensor) {

@@ -37,7 +37,7 @@ int shdi_check_strength(const shd_tensor *tensor, double strength) {
     if (operation == NULL) {
         return SHD_UNKNOWN_OP;
     }
-    if (operation->removes) {
+    if (!shdi_is_in_result(operation)) {
         return SHD_WRONG_OPERATION;
     }
     int allowed = operation->adds ? shdi_is_finite((float)strength) : strength == 1.0;

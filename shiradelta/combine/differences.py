@@ -59,7 +59,7 @@ def _compare(name: str, first: TensorDelta, second: TensorDelta) -> TensorDiffer
         if one != other:
             said = (text.shape(each) if what == "shape" else each for each in (one, other))
             return TensorDifference(name, f"{what} {' and '.join(said)}", first.nnz, second.nnz)
-    if first.operation.removes:
+    if not first.operation.in_result:
         return TensorDifference(name)
     only_first = only_second = values = 0
     for one, other in side_by_side([first, second]):

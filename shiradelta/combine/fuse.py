@@ -192,7 +192,8 @@ def _fuse_tensor(name: str, parts: Sequence[Part], options: _Options) -> tuple[T
     check_alike(name, parts)
     first = parts[0][1]
     if first.operation.restructures:
-        return TensorDelta(first.shape, None, first.bits(), first.dtype, first.op), 0, 0
+        known = first.base_fingerprint
+        return TensorDelta(first.shape, None, first.bits(), first.dtype, first.op, base_fingerprint=known), 0, 0
     spec = spec_of(with_dtype(name, [delta for delta, _, _ in parts])[name])
     base = None
     if options.checkpoint is not None:

@@ -180,7 +180,7 @@ def exact_homes(
     Raises:
         SourceError: a change is for another shape.
     """
-    changes = {name: delta for name, delta in exact if not delta.operation.removes}
+    changes = {name: delta for name, delta in exact if delta.operation.in_result}
     homes = weights.find({name: delta.shape for name, delta in changes.items()})
     for name, home in homes.found.items():
         yield from ((weight, view, changes[name]) for weight, view in home)

@@ -8,7 +8,7 @@ folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from shiradelta.folder.verification import existing
 from shiradelta.folder.weights import WeightFiles, check_writable, relative_files
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.delta import TensorDelta
 from shiradelta.format.windows import windows_of
 from shiradelta.io.download import local_model
 from shiradelta.io.hub import hub_path, origin_of
@@ -62,8 +63,8 @@ class ApplyReport:
         tensors: number of tensors with patched elements.
         nonzeros: number of nonzeros in the delta.
         changed: number of elements whose bits changed.
-        added: number of tensors that were added.
-        dropped: number of tensors that were removed.
+        added: number of tensors that were added, or put in the place of another.
+        dropped: number of tensors that were removed, or replaced.
         stack: number of deltas on the folder now.
         warnings: warnings for the user.
     """
@@ -330,21 +331,36 @@ def _write_undo(
     """
     changed = 0
     with ExitStack() as stack:
-        undos = [stack.enter_context(journal.open_undo(applied)) for applied in reversed(journal.state.applied)]
+        above = reversed(journal.state.applied)
+        undos = [(applied, stack.enter_context(journal.open_undo(applied))) for applied in above]
         fit = StackFit(delta.file or "delta", _WORDS, bool(undos), entry.strength)
-        for number, edit in enumerate(plan.edits):
+        edits = (*plan.drop, *plan.edits)
+        for number, edit in enumerate(edits):
             if progress:
-                progress("checking", number, len(plan.edits))
-            own = [undo.get(edit.name) for undo in undos]
-            if check and edit.tensor.dtype == edit.slot.dtype.name:
+                progress("checking", number, len(edits))
+            if check and (edit.tensor.operation.removes or edit.tensor.dtype == edit.slot.dtype.name):
+                own = _undos_of(edit.name, undos)
                 fits = [
                     PastBits(edit.slot, each).fingerprint(edit.tensor) for each in ([own, ()] if any(own) else [()])
                 ]
                 fit.check(edit.name, edit.tensor, fits[0], fits[-1])
+            if edit.tensor.operation.removes:
+                continue
             counts: list[int] = []
             writer.add_set(edit.name, edit.tensor, edit.slot.dtype, _replaced(edit, entry.strength, counts.append))
             changed += sum(counts)
     return changed, fit.is_successor
+
+
+def _undos_of(name: str, undos: Iterable[tuple[Applied, Delta]]) -> list[TensorDelta]:
+    """What takes back the deltas on a tensor, the last one's first, down to the one that added it."""
+    found: list[TensorDelta] = []
+    for applied, undo in undos:
+        if name in applied.added:
+            break
+        if (own := undo.get(name)) is not None:
+            found.append(own)
+    return found
 
 
 def _replaced(edit: Edit, strength: float, count: Callable[[int], None]) -> Iterator[tuple[Positions, Array, Array]]:

@@ -47,9 +47,9 @@ class PastBits:
         return view
 
     def fingerprint(self, tensor: TensorDelta | None = None) -> int:
-        """The fingerprint of the elements, at a delta's positions or all; nothing else may be read then."""
+        """The fingerprint of the elements: all, or those that a delta compares; nothing else may be read then."""
         every = (np.arange(*span, dtype=np.int64) for span in ranges(self._bits.size))
-        windows = every if tensor is None else tensor.position_windows()
+        windows = every if tensor is None or tensor.operation.removes else tensor.position_windows()
         fingerprint = choose().fingerprint
         # A sum (FORMAT.md, 6.3).
         return sum(fingerprint(own, self.at(own)) for own in windows if own.size) % (1 << 64)
@@ -153,12 +153,12 @@ def unlike_delta(checkpoint: Checkpoint, journal: Journal, delta: Delta, entry: 
         changed = {
             name: tensor.shape
             for name, tensor in delta.items()
-            if not (tensor.operation.creates or tensor.operation.removes)
+            if tensor.operation.in_base and tensor.operation.in_result
         }
         found = match_names(changed, checkpoint).names
         for name, tensor in delta.items():
             operation, own = tensor.operation, found.get(name, name)
-            if operation.removes:
+            if not operation.in_result:
                 if name in after.slots:
                     return f"tensor {name!r} is there, which {entry.file} removes"
                 continue

@@ -36,7 +36,7 @@ class FolderPlan:
     Attributes:
         edits: the tensors whose elements change.
         new: (name, tensor) of the tensors to add.
-        drop: the tensors to remove.
+        drop: the tensors to remove. One that is replaced is here and in `new`.
     """
 
     edits: tuple[Edit, ...]
@@ -59,8 +59,10 @@ def make_plan(checkpoint: Checkpoint, delta: Delta, strength: float, allow_dtype
     tensors = dict(delta.items())
     operations = (tensor.operation for tensor in tensors.values())
     check_strength(_label(delta), strength, operations, "leave --strength at 1")
-    new = {name: tensor for name, tensor in tensors.items() if tensor.operation.creates}
-    wanted = {name: tensor.shape for name, tensor in tensors.items() if name not in new}
+    new = {name: tensor for name, tensor in tensors.items() if not tensor.operation.in_base}
+    wanted = {
+        name: None if tensor.operation.replaces else tensor.shape for name, tensor in tensors.items() if name not in new
+    }
     matched = match_names(wanted, checkpoint)
     found = matched.names
     missing = [name for name in wanted if name not in found]
@@ -88,10 +90,12 @@ def make_plan(checkpoint: Checkpoint, delta: Delta, strength: float, allow_dtype
             allow_dtype=allow_dtype,
             option="--allow-dtype",
         )
+    unique = _unique(edits)
+    replaced = [(edit.name, edit.tensor) for edit in unique if edit.tensor.operation.replaces]
     return FolderPlan(
-        edits=tuple(_unique(edit for edit in edits if not edit.tensor.operation.removes)),
-        new=tuple(new.items()),
-        drop=tuple(edit for edit in edits if edit.tensor.operation.removes),
+        edits=tuple(edit for edit in unique if not edit.tensor.operation.removes),
+        new=(*new.items(), *replaced),
+        drop=tuple(edit for edit in unique if edit.tensor.operation.removes),
     )
 
 

@@ -1,4 +1,4 @@
-"""Adds tensors to the files of a model's folder, and removes them.
+"""Adds tensors to the files of a model's folder, removes and replaces them.
 
 The new files are written beside the undo deltas, with all their changes, and then put in the place of the originals,
 which keep a second name there.  So at every moment each file is the original or the new one, and undoing is exact.
@@ -77,8 +77,10 @@ def rewritten_files(checkpoint: Checkpoint, plan: FolderPlan) -> set[str]:
 
 
 def home_of(checkpoint: Checkpoint, name: str) -> Shard:
-    """The file that a new tensor is written to: the last one of its component."""
+    """The file that a new tensor is written to: that of the tensor that it replaces, or the component's last one."""
     component = name.rpartition("/")[0]
+    if name in checkpoint:
+        return next(shard for shard in checkpoint.shards if shard.file == checkpoint[name].file)
     folder = checkpoint.root / component
     homes = [shard for shard in checkpoint.shards if shard.file.parent == folder]
     if not homes:

@@ -192,7 +192,8 @@ def _verify_by_fingerprints(root: Path, delta: Delta) -> VerifyReport:
 
 def _unlike(checkpoint: Checkpoint, delta: Delta) -> dict[str, str | None]:
     """State -> the first tensor that contradicts it; None if all agree."""
-    found = match_names({name: tensor.shape for name, tensor in delta.items()}, checkpoint).names
+    wanted = {name: None if tensor.operation.replaces else tensor.shape for name, tensor in delta.items()}
+    found = match_names(wanted, checkpoint).names
     unlike: dict[str, str | None] = {"base": None, "patched": None}
     compared = False
     for name, tensor in delta.items():
@@ -213,12 +214,12 @@ def _unlike(checkpoint: Checkpoint, delta: Delta) -> dict[str, str | None]:
 
 def _verdict(checkpoint: Checkpoint, name: str | None, tensor: StoredTensor) -> set[str] | None:
     """The states that a tensor agrees with; None if it has no fingerprint."""
+    if tensor.operation.removes:
+        return _of_removed(checkpoint, name, tensor)
     if tensor.operation.creates:
         if name is None:
             return {"base"}
         return {"patched"} if PastBits(checkpoint[name]).fingerprint() == tensor.result_fingerprint else set()
-    if tensor.operation.removes:
-        return {"patched" if name is None else "base"}
     if name is None:
         return set()
     if tensor.base_fingerprint is None or not tensor.nnz:
@@ -228,3 +229,16 @@ def _verdict(checkpoint: Checkpoint, name: str | None, tensor: StoredTensor) -> 
     here = PastBits(checkpoint[name]).fingerprint(tensor)
     expected = {"base": tensor.base_fingerprint, "patched": tensor.result_fingerprint}
     return {state for state, value in expected.items() if value == here}
+
+
+def _of_removed(checkpoint: Checkpoint, name: str | None, tensor: StoredTensor) -> set[str] | None:
+    """As `_verdict`, of a tensor that goes, for another or for none."""
+    replaces = tensor.operation.replaces
+    if name is None:
+        return set() if replaces else {"patched"}
+    here = PastBits(checkpoint[name]).fingerprint()
+    if replaces and difference(tensor, checkpoint[name]) is None and here == tensor.result_fingerprint:
+        return {"patched"}
+    if tensor.base_fingerprint is None:
+        return None if replaces else {"base"}
+    return {"base"} if here == tensor.base_fingerprint else set()

@@ -49,14 +49,15 @@ class TensorDelta:
     """A sparse change of one tensor; immutable.
 
     Args:
-        shape: the base tensor's shape, at most 8 dimensions.
+        shape: the base tensor's shape, at most 8 dimensions; that of the new tensor for `new` and `replace`.
         positions: flat row-major int64 indices, strictly increasing, each below the number of elements;
             None for all of them, in order.
-        values: one per position.  For `add`: finite, taken as float32.  For `set` and `new`: the new
-            elements, as an array of the dtype's own size (bfloat16 and fp8 as unsigned integers).  None for `drop`.
+        values: one per position.  For `add`: finite, taken as float32.  For `set`, `new` and `replace`: the
+            new elements, as an array of the dtype's own size (bfloat16 and fp8 as unsigned integers).  None for `drop`.
         dtype: the base tensor's, by torch's name ("bfloat16").  "unspecified" fits a tensor of any dtype that `add` is
             defined for, and only `add` and `drop` do without a dtype.
-        op: "add", "set", "new" (the whole tensor is added to the model) or "drop" (taken away).
+        op: "add", "set", "new" (the whole tensor is added to the model), "drop" (taken away) or "replace" (the
+            base's is taken away, and this one, of any shape and dtype, is added under its name).
         base_bits: the base's elements at the positions, as bits: with it, a file gets fingerprints.
         base_fingerprint: the base's fingerprint there, if only that is known.
 
@@ -89,7 +90,7 @@ class TensorDelta:
         self._dtype, self._operation = dtype, operation
         if operation.creates and positions is not None:
             raise DeltaError(f"{op} adds a whole tensor: give None for its positions")
-        if operation.removes:
+        if not operation.in_result:
             positions, values = [], np.zeros(0, np.float32)
         elif values is None:
             raise ArgumentError(f"TensorDelta: values is None; give {VALUES.what}")
@@ -98,6 +99,10 @@ class TensorDelta:
         self._values = _checked_values(values, count, dtype, operation)
         if dtype == "unspecified" and (base_bits is not None or base_fingerprint is not None):
             raise DeltaError("what is known of the base needs its dtype: give it, such as dtype='bfloat16'")
+        if base_bits is not None and operation.replaces:
+            raise DeltaError(
+                f"{op} has a base of another shape: give base_fingerprint, which is that of all its elements"
+            )
         if base_bits is not None and base_bits.shape != (count,):
             raise DeltaError(f"{base_bits.size} base elements for {count} positions")
         self.base_bits = base_bits
@@ -132,7 +137,7 @@ class TensorDelta:
 
     @property
     def op(self) -> str:
-        """The operation's name: "add", "set", "new" or "drop"."""
+        """The operation's name, such as "add"; see `OPERATIONS`."""
         return self._operation.name
 
     @property
@@ -153,7 +158,7 @@ class TensorDelta:
     @property
     def all_positions(self) -> bool:
         """Whether every element is listed."""
-        return self.nnz == self.numel and not self._operation.removes
+        return self.nnz == self.numel and self._operation.in_result
 
     @property
     def base_fingerprint(self) -> int | None:

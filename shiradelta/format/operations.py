@@ -23,8 +23,8 @@ class Operation:
         name: what `TensorDelta.op` calls it.
         adds: float32 values are added to elements; otherwise elements are replaced by their bits.
         has_strength: a strength other than 1 is defined.
-        creates: the whole tensor is added to the model.
-        removes: the whole tensor is taken away from the model; no nonzeros are listed.
+        creates: the file has a whole tensor, which is added to the model.
+        removes: the base's tensor is taken away from the model.
         dtypes: names of the dtypes that it is defined for.
         minor: the minor version of the format that defines it.
     """
@@ -40,13 +40,28 @@ class Operation:
 
     @property
     def restructures(self) -> bool:
-        """Whether the model gains or loses a tensor, which a live model cannot."""
+        """Whether the model gains or loses a tensor, or has one of another shape, which a live model cannot."""
         return self.creates or self.removes
+
+    @property
+    def in_base(self) -> bool:
+        """Whether the base has a tensor of that name."""
+        return self.removes or not self.creates
+
+    @property
+    def in_result(self) -> bool:
+        """Whether the result has a tensor of that name; otherwise no nonzeros are listed."""
+        return self.creates or not self.removes
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the base's tensor goes, whatever its shape and dtype, and another of its name comes."""
+        return self.creates and self.removes
 
     @property
     def stores_elements(self) -> bool:
         """Whether new elements are listed as bits of the tensor's dtype."""
-        return not self.adds and not self.removes
+        return not self.adds and self.in_result
 
     @property
     def needs_dtype(self) -> bool:
@@ -66,5 +81,6 @@ OPERATIONS: IdRegistry[Operation] = IdRegistry(
         Operation(Op.SET, "set"),
         Operation(Op.NEW, "new", creates=True),
         Operation(Op.DROP, "drop", removes=True, dtypes=_EVERY),
+        Operation(Op.REPLACE, "replace", creates=True, removes=True, minor=1),
     ),
 )

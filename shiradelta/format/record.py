@@ -101,15 +101,15 @@ def combination_problem(record: Record) -> str | None:
     fits = (
         record.dtype.name in operation.dtypes
         and (empty or VALUE_CODECS.by_id[record.value_codec].adds == operation.adds)
-        and (empty or not operation.removes)
+        and (empty or operation.in_result)
         and (not operation.creates or (whole and (empty or record.index_codec == IndexId.ALL)))
     )
     if not fits:
         codecs = f"{record.index_codec_name} and {record.value_codec_name}"
         return f"{operation.title} of {record.dtype.name} with {codecs}"
     for present, never in (
-        (record.base_fingerprint, unspecified or operation.creates),
-        (record.result_fingerprint, unspecified or operation.removes),
+        (record.base_fingerprint, unspecified or not operation.in_base),
+        (record.result_fingerprint, unspecified or not operation.in_result),
     ):
         if present is not None and never:
             return f"a fingerprint on {operation.title} of {record.dtype.name}"

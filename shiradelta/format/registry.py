@@ -65,6 +65,7 @@ class Op(IntEnum):
     NEW = 3
     DROP = 4
     UNKNOWN_5 = 5  # never assigned, as those below: the conformance vectors use them as unknown ids
+    REPLACE = 6
     UNKNOWN_9 = 9
     UNKNOWN_255 = 255
 

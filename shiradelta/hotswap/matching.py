@@ -63,8 +63,9 @@ def match(
     for name in refused:
         operation = delta[name].operation
         if operation.restructures and name not in allowed:
+            done = "replaced whole" if operation.replaces else "added" if operation.creates else "removed"
             raise BaseMismatchError(
-                f"{label}: tensor {name!r} is to be {'added' if operation.creates else 'removed'}, which a live model"
+                f"{label}: tensor {name!r} is to be {done}, which a live model"
                 " does not allow; use shiradelta.apply on its folder and load that, or leave the tensor out with skip="
             )
     missing = [name for name in refused if name not in matched and name not in allowed]

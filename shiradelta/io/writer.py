@@ -235,7 +235,7 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
     if tensor.dtype == "unspecified":
         return None, None
     base, operation = tensor.base_bits, tensor.operation
-    if operation.removes or (base is None and operation.adds):
+    if not operation.in_result or (base is None and operation.adds):
         return tensor.base_fingerprint, None
     of_base = of_result = start = 0
     for positions, bits in windows_of(stored):
@@ -246,7 +246,7 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
             bits = arithmetic.result(operation.adds, bits, old, tensor.dtype, 1)
         of_result += backend.fingerprint(positions, bits)
     known = tensor.base_fingerprint if base is None else of_base % (1 << 64)
-    return (None if operation.creates else known), of_result % (1 << 64)
+    return (known if operation.in_base else None), of_result % (1 << 64)
 
 
 class _Scale:

@@ -56,6 +56,8 @@ def difference(one: TensorDelta | Slot, other: TensorDelta | Slot | TensorSpec |
 
 def misfit(tensor: TensorDelta, target: TensorSpec) -> Misfit | None:
     """Why a delta cannot be applied to a tensor; None if it can."""
+    if tensor.operation.replaces:
+        return None
     found = difference(tensor, target)
     exact = target.dtype in ADDABLE if tensor.operation.adds else target.dtype != "?"
     return Misfit.NOT_ADDABLE if found is not Misfit.SHAPE and not exact else found

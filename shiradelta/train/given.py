@@ -149,7 +149,7 @@ def _positions(other: Any) -> Iterator[tuple[str, Shape | None, Positions]]:
             yield from _positions(delta)
     elif isinstance(other, Delta):
         for name, tensor in other.items():
-            if not tensor.operation.removes:
+            if tensor.operation.in_result:
                 yield name, tensor.shape, tensor.positions()
     elif isinstance(other, Mapping):
         for name, positions in other.items():

@@ -228,6 +228,7 @@ REFUSED = {
     "set": TensorDelta((4, 4), [1], ONE, "float32", "set"),
     "new": TensorDelta((4, 4), None, np.ones(16, np.float32), "float32", "new"),
     "drop": TensorDelta((4, 4), None, None, op="drop"),
+    "replace": TensorDelta((4, 4), None, np.ones(16, np.float32), "float32", "replace"),
     "add": TensorDelta((4,), [1], ONE, "float32"),
 }
 
@@ -246,7 +247,7 @@ def test_what_a_layout_cannot_hold_is_refused_by_name(layout: str, op: str, tmp_
     assert not out.exists()
 
 
-@pytest.mark.parametrize("op", ["set", "new", "drop"])
+@pytest.mark.parametrize("op", ["set", "new", "drop", "replace"])
 def test_only_additions_are_sparse_tensors_of_torch(op: str, tmp_path: Path):
     sd.save_delta(tmp_path / "x.shd", {"layer.weight": REFUSED[op]}, values="f32")
     with sd.open_delta(tmp_path / "x.shd") as delta, pytest.raises(DeltaError, match=rf"'layer\.weight' is {op}"):

@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.errors import BaseMismatchError, DeltaError, FormatError, SourceError, TargetError
+from shiradelta.folder.comparison import PastBits
+from shiradelta.folder.revert import revert_all
+from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.util.files import system_error
 from tests.conftest import random_tensors, read, write_model
 from tests.killing import VICTIMS, kill_repeatedly
@@ -219,6 +222,73 @@ def test_new_and_dropped_tensors(made: Path, tmp_path: Path, kind: str):
         assert gone not in weight_map
     assert shiradelta.verify(model).state == "patched"
     shiradelta.revert(model)
+    assert contents(model) == before
+
+
+EMBED = "model.embed_tokens.weight"
+
+
+def replacement(model: Path, rows: int, base_fingerprint: int | None = None) -> TensorDelta:
+    """The embeddings with another number of rows, in another dtype."""
+    checkpoint = open_checkpoint(model)
+    known = PastBits(checkpoint[EMBED]).fingerprint() if base_fingerprint is None else base_fingerprint
+    shape = (rows, *checkpoint[EMBED].shape[1:])
+    bits = np.arange(rows * shape[1], dtype=np.uint32)
+    return TensorDelta(shape, None, bits, "float32", "replace", base_fingerprint=known)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "sharded"])
+def test_a_replaced_tensor(made: Path, tmp_path: Path, kind: str):
+    """It takes the place of one of any shape and dtype, in the same file, and the original comes back."""
+    model = Path(shutil.copytree(made / kind, tmp_path / "model"))
+    before, file = contents(model), open_checkpoint(model)[EMBED].file
+    rows = open_checkpoint(model)[EMBED].shape[0] + 3
+    tensors = {EMBED: replacement(model, rows), UP: TensorDelta((96, 32), [1, 2], [1.0, -1.0])}
+    shiradelta.save_delta(tmp_path / "d.shd", tensors, values="f32")
+    assert shiradelta.verify(model, tmp_path / "d.shd").state == "base"
+    report = shiradelta.apply(model, tmp_path / "d.shd")
+    assert (report.added, report.dropped, report.tensors) == (1, 1, 1)
+    assert (slot := open_checkpoint(model)[EMBED]).shape[0] == rows
+    assert slot.file == file
+    assert np.array_equal(open_checkpoint(model).bits(EMBED), tensors[EMBED].bits())
+    assert shiradelta.verify(model).state == shiradelta.verify(model, tmp_path / "d.shd").state == "patched"
+    shutil.rmtree(model / ".shiradelta")
+    assert shiradelta.verify(model, tmp_path / "d.shd").state == "patched"
+    shutil.rmtree(model)
+    shutil.copytree(made / kind, model)
+    shiradelta.apply(model, tmp_path / "d.shd")
+    shiradelta.revert(model)
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize("op", ["replace", "drop"])
+def test_a_tensor_that_goes_is_the_base_s(model: Path, tmp_path: Path, op: str):
+    tensor = replacement(model, 5, base_fingerprint=1)
+    if op == "drop":
+        slot = open_checkpoint(model)[EMBED]
+        tensor = TensorDelta(slot.shape, None, None, slot.dtype.name, op, base_fingerprint=1)
+    shiradelta.save_delta(tmp_path / "d.shd", {EMBED: tensor})
+    with pytest.raises(BaseMismatchError, match="is not the one that the delta was made against"):
+        shiradelta.apply(model, tmp_path / "d.shd")
+    assert shiradelta.verify(model, tmp_path / "d.shd").state == "neither"
+
+
+def test_deltas_below_and_on_top_of_a_replaced_tensor(model: Path, tmp_path: Path):
+    """What an earlier delta has changed in the tensor that went says nothing of the one that came."""
+    before = contents(model)
+    base = open_checkpoint(model)
+    first = TensorDelta(base[EMBED].shape, [0, base[EMBED].numel - 1], [1.0, 1.0], base[EMBED].dtype.name)
+    shiradelta.save_delta(tmp_path / "1.shd", {EMBED: first}, values="f32")
+    shiradelta.apply(model, tmp_path / "1.shd")
+    shiradelta.save_delta(tmp_path / "2.shd", {EMBED: replacement(model, 2)})
+    shiradelta.apply(model, tmp_path / "2.shd")
+    bits = open_checkpoint(model).bits(EMBED)
+    third = TensorDelta((2, base[EMBED].shape[1]), [0, 1], [4.0, 5.0], "float32", base_bits=bits[:2].copy())
+    shiradelta.save_delta(tmp_path / "3.shd", {EMBED: third}, values="f32")
+    shiradelta.apply(model, tmp_path / "3.shd")
+    assert shiradelta.verify(model).state == "patched"
+    assert read(model, EMBED)[:2].tolist() == np.array([4, 5], np.float32).view(np.uint32).tolist()
+    assert len(revert_all(model)) == 3
     assert contents(model) == before
 
 

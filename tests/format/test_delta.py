@@ -84,6 +84,18 @@ def test_explicit_zeros_are_kept():
         ({"base_bits": np.zeros(3, np.uint16)}, "base needs its dtype"),
         ({"base_fingerprint": 7}, "base needs its dtype"),
         ({"op": "new", "dtype": "bfloat16"}, "whole tensor"),
+        ({"op": "replace", "dtype": "bfloat16"}, "whole tensor"),
+        (
+            {
+                "shape": (3,),
+                "op": "replace",
+                "dtype": "bfloat16",
+                "positions": None,
+                "values": np.zeros(3, np.uint16),
+                "base_bits": np.zeros(3, np.uint16),
+            },
+            "give base_fingerprint",
+        ),
         ({"op": "set", "dtype": "bfloat16", "values": np.zeros(3, np.float32)}, "2 bytes per element"),
         ({"dtype": "bfloat16", "base_bits": np.zeros(2, np.uint16)}, "2 base elements for 3 positions"),
     ],

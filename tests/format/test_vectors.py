@@ -122,7 +122,7 @@ def rebuilt(tensor) -> sd.TensorDelta:
     values, size = tensor.values, make_vectors.DTYPES[tensor.dtype][1]
     return sd.TensorDelta(
         tensor.shape,
-        None if tensor.op == "NEW" else list(tensor.index.positions),
+        None if tensor.op in ("NEW", "REPLACE") else list(tensor.index.positions),
         np.array(values.source) if tensor.op == "ADD" else np.array(values.bits, f"<u{size or 4}"),
         tensor.dtype,
         tensor.op.lower(),

@@ -690,6 +690,9 @@ def test_whole_tensors_are_for_folders(base: dict[str, torch.Tensor]):
         HotSwap(base).load("new", new)
     with pytest.raises(BaseMismatchError, match="'w' is to be removed"):
         HotSwap(base).load("drop", drop)
+    other = adapter({"w": sd.TensorDelta((2,), None, np.zeros(2, np.uint16), dtype="bfloat16", op="replace")})
+    with pytest.raises(BaseMismatchError, match=r"'w' is to be replaced whole.*use shiradelta\.apply"):
+        HotSwap(base).load("other", other)
 
 
 def test_a_moved_model(base: dict[str, torch.Tensor], one: bytes):

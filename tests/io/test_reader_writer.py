@@ -33,20 +33,20 @@ def random_delta(shape: tuple[int, ...] = (64, 96), count: int = 500, seed: int 
 @st.composite
 def deltas(draw: st.DrawFn) -> sd.TensorDelta:
     """Any operation, any dtype it takes, any shape."""
-    op = draw(st.sampled_from(["add", "set", "new", "drop"]))
+    op = draw(st.sampled_from(["add", "set", "new", "drop", "replace"]))
     dtypes = [dtype.name for dtype in registry.DTYPES]
     dtype = draw(st.sampled_from(sorted(registry.ADDABLE) if op == "add" else dtypes[op != "drop" :]))
     shape = draw(st.lists(st.integers(0, 9), max_size=4).map(tuple))
     numel = int(np.prod(shape))
     positions = sorted(draw(st.sets(st.integers(0, numel - 1)))) if numel else []
-    count = numel if op == "new" else len(positions)
+    count = numel if op in ("new", "replace") else len(positions)
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     size = registry.DTYPE_OF_NAME[dtype].size
-    if op in ("set", "new"):
+    if op in ("set", "new", "replace"):
         values = rng.integers(0, 256, count * size).astype(np.uint8).view(f"<u{size}")
     else:
         values = rng.standard_normal(count).astype(np.float32)
-    return sd.TensorDelta(shape, None if op == "new" else positions, values, dtype, op)
+    return sd.TensorDelta(shape, None if op in ("new", "replace") else positions, values, dtype, op)
 
 
 names = st.text(st.characters(min_codepoint=0x20, exclude_characters="\x7f", exclude_categories=["Cs"]), min_size=1)
