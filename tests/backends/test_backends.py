@@ -62,23 +62,22 @@ def assert_decodes_to_the_same_bits(path: Path, other: str) -> None:
                 assert same_bits(left, right)
 
 
-@pytest.mark.parametrize("values", CODECS)
 @pytest.mark.parametrize("density", [0.0003, 0.01, 0.3, 1.0])
 @pytest.mark.parametrize("shape", [(700, 900), (3,), (5, 7, 11)])
-def test_files_are_the_same_bytes(tmp_path: Path, values: str, density: float, shape: tuple[int, ...]):
+def test_files_are_the_same_bytes(tmp_path: Path, density: float, shape: tuple[int, ...]):
     generator = np.random.default_rng(1)
     numel = int(np.prod(shape))
     positions = np.flatnonzero(generator.random(numel) < density)
     tensor = TensorDelta(shape, positions, generator.standard_normal(positions.size).astype(np.float32) ** 3)
-    for name in FILE_BACKENDS:
-        shiradelta.save_delta(tmp_path / name, {"w": tensor}, values=values, backend=name)
-    assert len({(tmp_path / name).read_bytes() for name in FILE_BACKENDS}) == 1
+    for values in CODECS:
+        for name in FILE_BACKENDS:
+            shiradelta.save_delta(tmp_path / name, {"w": tensor}, values=values, backend=name)
+        assert len({(tmp_path / name).read_bytes() for name in FILE_BACKENDS}) == 1, values
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("values", CODECS)
-@pytest.mark.parametrize("strength", [1.0, -0.37, 1e-30, 3e38])
-def test_patches_are_the_same_bits(tmp_path: Path, dtype: str, values: str, strength: float):
+def test_patches_are_the_same_bits(tmp_path: Path, dtype: str, values: str):
     """Over all kinds of weights: denormals, infinities, NaN of every payload.  A fused multiply-add would be seen."""
     generator = np.random.default_rng(2)
     shape, unsigned = (300, 500), UNSIGNED[4 if dtype == "float32" else 2]
@@ -86,12 +85,13 @@ def test_patches_are_the_same_bits(tmp_path: Path, dtype: str, values: str, stre
     positions = np.flatnonzero(generator.random(weight.size) < 0.2)
     tensor = TensorDelta(shape, positions, generator.standard_normal(positions.size).astype(np.float32), dtype)
     shiradelta.save_delta(tmp_path / "d.shd", {"w": tensor}, values=values)
-    patched = {}
-    for name in FILE_BACKENDS:
-        patched[name] = weight.copy()
-        with shiradelta.open_delta(tmp_path / "d.shd", backend=name) as delta:
-            delta["w"].patch(patched[name], dtype, strength)
-    assert all(same_bits(patched[name], patched[REFERENCE]) for name in OTHERS)
+    for strength in (1.0, -0.37, 1e-30, 3e38):
+        patched = {}
+        for name in FILE_BACKENDS:
+            patched[name] = weight.copy()
+            with shiradelta.open_delta(tmp_path / "d.shd", backend=name) as delta:
+                delta["w"].patch(patched[name], dtype, strength)
+        assert all(same_bits(patched[name], patched[REFERENCE]) for name in OTHERS), strength
 
 
 def test_apply_saves_and_revert_restores(tmp_path: Path):

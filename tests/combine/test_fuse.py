@@ -303,16 +303,23 @@ def test_options_of_other_methods_are_refused(three: dict[Path, float], tmp_path
     assert "--drop is an option of dare and della" in outcome.stderr
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.by_position])
-def test_windows_give_what_the_whole_tensor_gives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str):
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, float]:
     """Inputs with windows at different places, one of which ends long before the other."""
-    numel, files = 3 * WINDOW, {}
+    folder, numel, files = tmp_path_factory.mktemp("large"), 3 * WINDOW, {}
     for seed, (density, stop) in enumerate([(0.9, numel), (0.5, numel // 3), (0.02, numel)]):
         generator = np.random.default_rng(seed)
         positions = np.flatnonzero(generator.random(stop) < density)
         values = generator.standard_normal(positions.size).astype(np.float32)
-        files[tmp_path / f"{seed}.shd"] = seed - 0.4
-        shiradelta.save_delta(tmp_path / f"{seed}.shd", {"w": TensorDelta((numel,), positions, values)}, values="f32")
+        files[folder / f"{seed}.shd"] = seed - 0.4
+        shiradelta.save_delta(folder / f"{seed}.shd", {"w": TensorDelta((numel,), positions, values)}, values="f32")
+    return files
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.by_position])
+def test_windows_give_what_the_whole_tensor_gives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, large: dict[Path, float], method: str
+):
     reports, calls, row = [], [], METHODS[method]
 
     def counted(together: Overlay) -> Float32:
@@ -321,7 +328,7 @@ def test_windows_give_what_the_whole_tensor_gives(monkeypatch: pytest.MonkeyPatc
 
     for by_position in (True, False):
         monkeypatch.setitem(METHODS._rows, method, replace(row, merge=counted, by_position=by_position))
-        report = shiradelta.fuse(files, tmp_path / f"{by_position}.fused", method)
+        report = shiradelta.fuse(large, tmp_path / f"{by_position}.fused", method)
         reports.append(replace(report, out=""))
     assert len(calls) > 4
     assert reports[0] == reports[1]

@@ -19,7 +19,7 @@ import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.cli import main
 from shiradelta.combine.interference import Meeting
-from shiradelta.combine.report import report
+from shiradelta.combine.report import DeltaReport, report
 from shiradelta.combine.report.markup import bars, cell, letter, table
 from shiradelta.combine.report.page import render
 from shiradelta.combine.report.profiles import _Counts
@@ -59,9 +59,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, float]:
 
 @pytest.fixture(scope="module")
 def page_file(files: dict[Path, float]) -> Path:
-    out = next(iter(files)).parent / "report.html"
-    report(files, out)
-    return out
+    return next(iter(files)).parent / "report.html"
+
+
+@pytest.fixture(scope="module")
+def reported(files: dict[Path, float], page_file: Path) -> DeltaReport:
+    """What is reported of the files, and its page is written."""
+    return report(files, page_file)
 
 
 def test_few_nonzeros_of_a_huge_shape_take_little_time():
@@ -73,9 +77,8 @@ def test_few_nonzeros_of_a_huge_shape_take_little_time():
     assert few._counts.size <= 1 << 12 < many._counts.size <= 1 << 20
 
 
-def test_profiles_are_those_of_dense_arrays(files: dict[Path, float]):
-    made = report(files)
-    for adapter, file in zip(made.adapters, files, strict=True):
+def test_profiles_are_those_of_dense_arrays(files: dict[Path, float], reported: DeltaReport):
+    for adapter, file in zip(reported.adapters, files, strict=True):
         with shiradelta.open_delta(file) as delta:
             assert adapter.about["digest"] == delta.digest
             for profile in adapter.profiles:
@@ -94,13 +97,12 @@ def test_profiles_are_those_of_dense_arrays(files: dict[Path, float]):
                     assert len(axis.density) == min(counts.size, 40)
                     if counts.size == 160:  # parts of equal width
                         assert axis.density == pytest.approx((counts.reshape(40, 4).sum(1) / (4 * across)).tolist())
-    names = [profile.name for profile in made.adapters[0].profiles]
+    names = [profile.name for profile in reported.adapters[0].profiles]
     assert names.index("model.layers.2.norm.weight") < names.index("model.layers.10.norm.weight")
 
 
-def test_json_has_everything_and_is_json(files: dict[Path, float]):
-    made = report(files)
-    data = json.loads(json.dumps(made.as_dict()))
+def test_json_has_everything_and_is_json(reported: DeltaReport):
+    data = json.loads(json.dumps(reported.as_dict()))
     assert [delta["label"] for delta in data["deltas"]] == ["style", "task", "law"]
     assert len(data["pairs"]) == 3
     pair = data["pairs"][0]
@@ -131,6 +133,7 @@ class Tags(HTMLParser):
         assert tag in self.VOID or self.open.pop() == tag
 
 
+@pytest.mark.usefixtures("reported")
 def test_the_page_loads_nothing_and_runs_nothing(page_file: Path):
     tags = Tags()
     tags.feed(page_file.read_text())
@@ -141,6 +144,7 @@ def test_the_page_loads_nothing_and_runs_nothing(page_file: Path):
     assert not re.search(r"url\(|@import", page_file.read_text())
 
 
+@pytest.mark.usefixtures("reported")
 def test_the_same_files_give_the_same_page(files: dict[Path, float], page_file: Path):
     assert render(report(files)) == page_file.read_text()
 
@@ -188,20 +192,30 @@ def test_files_of_another_kind_are_not_replaced(files: dict[Path, float], tmp_pa
         report(files, out=tmp_path / "x.html")
 
 
-def test_names_and_metadata_that_mean_harm(tmp_path: Path):
-    """Markup, a formula, a length, metadata under the names of facts: the page and the picture are as ever."""
+def harmful(tmp_path: Path) -> list[Path]:
+    """Files with markup, a formula, a length, metadata under the names of facts."""
     names = [tmp_path / name for name in ("<b>a.shd", "$\\bad$.shd", "n" * 200 + ".shd")]
     for number, name in enumerate(names):
         change = TensorDelta((40, 40), [1, 2], [0.5, 1 + number])
         metadata = {"size": "<script>", "license": "x" * 100_000}
         shiradelta.save_delta(name, {r"<i>$\bad$.0.w": change}, metadata)
-    pytest.importorskip("matplotlib")
-    made = report(dict.fromkeys(names, 1.0), png=tmp_path / "heat.png")
-    page = render(made)
+    return names
+
+
+def test_names_and_metadata_that_mean_harm(tmp_path: Path):
+    """The page is as ever."""
+    page = render(report(dict.fromkeys(harmful(tmp_path), 1.0)))
     assert len(page) < 100_000
     assert "x... (100,000 characters)" in page
     assert not {"script", "i"} & set(re.findall(r"<(\w+)>", page.partition("</style>")[2].replace("<i>Sparse", "")))
     assert page.index("bits per nonzero") < page.index("&lt;script&gt;")
+
+
+@pytest.mark.slow
+def test_a_picture_of_names_that_mean_harm(tmp_path: Path):
+    image = pytest.importorskip("matplotlib.image")
+    report(dict.fromkeys(harmful(tmp_path), 1.0), png=tmp_path / "heat.png")
+    assert image.imread(tmp_path / "heat.png").shape[0] > 100
 
 
 @pytest.mark.slow
@@ -285,12 +299,13 @@ def opened(browser: Browser, file: Path, width: int, **options: Any) -> Page:
     return page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser_it_fits_and_its_figures_are_right(
-    browser: Browser, files: dict[Path, float], page_file: Path, width: int
+    browser: Browser, reported: DeltaReport, page_file: Path, width: int
 ):
     page = opened(browser, page_file, width, is_mobile=width < 500)
-    found = report(files).interference
+    found = reported.interference
     assert "owned" not in page.title()
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -302,7 +317,7 @@ def test_in_a_browser_it_fits_and_its_figures_are_right(
     )
     assert page.evaluate(smallest) >= 12
 
-    for sentence in report(files).verdicts().values():
+    for sentence in reported.verdicts().values():
         assert page.get_by_text(sentence).is_visible()
     for title, figure in (
         ("Cosine", lambda m: f"{m.cosine:z.3f}"),
@@ -322,6 +337,8 @@ def test_in_a_browser_it_fits_and_its_figures_are_right(
     assert spark["height"] > 8
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("reported")
 def test_in_a_browser_it_can_be_dark(browser: Browser, page_file: Path):
     shades = []
     for scheme in ("light", "dark"):

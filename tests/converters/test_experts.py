@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,17 @@ def make(folder: Path, build: Callable[..., Any], config: dict[str, Any], **size
     return {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
 
 
+@cache
+def class_of(build: Callable[..., Any]) -> Any:
+    return type(build())
+
+
 def changed(folder: Path, build: Callable[..., Any]) -> dict[str, Tensor]:
     """What a conversion changes in the loaded base, by name in memory."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     shiradelta.convert(folder / "lora", folder / "a.shd", 1.0, folder / "base", "f32")
     shiradelta.apply(folder / "base", folder / "a.shd", out=folder / "out")
-    kind = type(build())
+    kind = class_of(build)
     before, after = (kind.from_pretrained(folder / name).state_dict() for name in ("base", "out"))
     return {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
 

@@ -109,12 +109,12 @@ def test_a_stack_of_experts_of_llama_cpp_without_elements(tmp_path: Path, base: 
     assert "has no elements" in refusal(gguf(tmp_path / "x.gguf", empty), base=base)
 
 
-@pytest.mark.parametrize("field", range(1, 26))
 @pytest.mark.parametrize("number", [1 << 31, 1 << 40, (1 << 64) - 1])
-def test_counts_and_lengths_of_gguf_that_nothing_has(tmp_path: Path, base: Path, field: int, number: int):
+def test_counts_and_lengths_of_gguf_that_nothing_has(tmp_path: Path, base: Path, number: int):
     tensors: dict[str, Made] = {f"blk.0.ffn_up.weight.lora_{part}": ("F32", [2], F32) for part in "ab"}
-    share = (field + 0.5) / 27
-    refusal(gguf(tmp_path / "x.gguf", tensors, [(share, struct.pack("<Q", number))]), base=base)
+    for field in range(1, 26):
+        share = (field + 0.5) / 27
+        refusal(gguf(tmp_path / f"{field}.gguf", tensors, [(share, struct.pack("<Q", number))]), base=base)
 
 
 @pytest.mark.parametrize("heads", [10**4000, 1 << 40])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,15 @@ def make(folder: Path, build: Callable[[], Any], **config: Any) -> tuple[Any, di
     return tuned, before
 
 
+@cache
+def class_of(build: Callable[[], Any]) -> Any:
+    return type(build())
+
+
 def converted(folder: Path, build: Callable[[], Any]) -> tuple[shiradelta.ConversionReport, Any]:
     report = shiradelta.convert(folder / "lora", folder / "a.shd", 1.0, folder / "base", "f32")
     shiradelta.apply(folder / "base", folder / "a.shd", out=folder / "out")
-    return report, type(build()).from_pretrained(folder / "out")
+    return report, class_of(build).from_pretrained(folder / "out")
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,11 @@ def test_cases_depend_on_nothing_but_seed_and_number():
     assert cases != [fuzz.case(files, 6, i) for i in range(50)]
 
 
-@pytest.mark.parametrize("path", sorted(VALID.glob("*.shd")), ids=lambda path: path.stem)
-def test_repairing_a_right_file_changes_nothing(path):
-    assert fuzz.repaired(path.read_bytes()) == path.read_bytes()
+def test_repairing_a_right_file_changes_nothing():
+    files = [path.read_bytes() for path in sorted(VALID.glob("*.shd"))]
+    assert files
+    for data in files:
+        assert fuzz.repaired(data) == data
 
 
 def test_repairing_makes_changed_contents_acceptable():

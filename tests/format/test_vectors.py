@@ -130,12 +130,16 @@ def rebuilt(tensor) -> sd.TensorDelta:
     )
 
 
-@pytest.mark.parametrize(("name", "file"), CANONICAL.items())
-def test_writer_makes_the_canonical_bytes(name, file, tmp_path):
-    codecs = {VALUES_NAME[t.values.codec] for t in file.tensors if t.values.codec in VALUES_NAME} or {"f32"}
-    tensors = {tensor.name: rebuilt(tensor) for tensor in reversed(file.tensors)}
-    sd.save_delta(tmp_path / "out.shd", tensors, file.metadata, values=codecs.pop())
-    assert (tmp_path / "out.shd").read_bytes() == vector(name)
+def test_writer_makes_the_canonical_bytes(tmp_path):
+    different = []
+    for name, file in CANONICAL.items():
+        codecs = {VALUES_NAME[t.values.codec] for t in file.tensors if t.values.codec in VALUES_NAME} or {"f32"}
+        tensors = {tensor.name: rebuilt(tensor) for tensor in reversed(file.tensors)}
+        sd.save_delta(tmp_path / f"{name}.shd", tensors, file.metadata, values=codecs.pop())
+        if (tmp_path / f"{name}.shd").read_bytes() != vector(name):
+            different.append(name)
+    assert len(CANONICAL) > 50
+    assert different == []
 
 
 def test_every_codec_is_among_the_canonical_vectors():

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import shiradelta as sd
 from shiradelta import train
@@ -110,6 +109,8 @@ def test_the_least_important_are_pruned():
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_loop_that_keeps_the_last_loss_and_a_compiled_graph(compiled: bool, tmp_path: Path):
     """A graph that is alive still knows the parameters' sizes; a compiled one is compiled once, not at each pruning."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes a second
+
     model = llama()
     tuner = pruned(model, prune_steps=12)
     graphs = CompileCounterWithBackend("aot_eager")
