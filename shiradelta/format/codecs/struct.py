@@ -172,9 +172,10 @@ def _columns_of(positions: Positions, row: int, columns: int) -> Positions:
 
 def _whole_columns(positions: Positions, rows: int, columns: int) -> Positions:
     """Columns of which every element is listed; three rows rule out most others."""
-    found = _columns_of(positions, 0, columns)
+    found = np.zeros(0, np.int64) if positions.size < rows else _columns_of(positions, 0, columns)
     for row in (rows // 2, rows - 1):
-        found = np.intersect1d(found, _columns_of(positions, row, columns), assume_unique=True)
+        if found.size:
+            found = np.intersect1d(found, _columns_of(positions, row, columns), assume_unique=True)
     return found[_count_on(found, positions % columns) == rows] if found.size else found
 
 
