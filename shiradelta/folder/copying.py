@@ -38,7 +38,7 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
             out.parent.mkdir(parents=True, exist_ok=True)
             copy.mkdir()
         with reading(root), os_errors(out), Directory(root) as source, Directory(copy) as target:
-            _Copier(root, weights).copy(source, target, "")
+            _copy(FollowedLinks(root, weights), source, target, "")
         yield copy
         with os_errors(out):
             os.replace(copy, out)
@@ -59,41 +59,50 @@ def _rename(error: ShiraDeltaError, copy: Path, folder: Path) -> None:
         error.file = error.file.replace(old, new)
 
 
-class _Copier:
-    """Copies folders; knows which links may be followed.
+class FollowedLinks:
+    """Which links in a model's folder may be followed: those of its weight files, and a hub's cache to its own blobs.
 
-    Attributes:
-        root: the model's folder.
+    Args:
+        root: the folder.
         weights: its weight files, relative to it.
     """
 
     def __init__(self, root: Path, weights: set[str]) -> None:
-        self.root = root
-        self.weights = weights
+        self._weights = weights
         above = (folder.parent for folder in root.resolve().parents if folder.name == "snapshots")
         self._blobs = next((folder / "blobs" for folder in above), None)
 
-    def copy(self, source: Directory, target: Directory, inside: str) -> None:
-        """Copies everything in a folder, durably; `inside` is what stands before its names in the model's folder."""
-        for name in source.names():
-            status, path = source.status(name), source.path / name
-            if status is None or (inside, name) == (f"{FOLDER}/", LOCK):
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                self.copy(source.folder(name), target.make_folder(name), f"{inside}{name}/")
-            elif stat.S_ISREG(status.st_mode):
-                source.copy(name, target, name)
-            elif stat.S_ISLNK(status.st_mode) and self._may_follow(inside + name, path):
-                _copy_linked(path, target, name)
-            else:
-                raise TargetError(
-                    f"{path}: {what_is(status)}, and is not copied; delete it, or put a file in its place"
-                )
-        target.sync()
+    def check(self, file: str, path: Path, status: os.stat_result) -> None:
+        """Checks that a file, or what a link leads to, may be copied.
 
-    def _may_follow(self, file: str, path: Path) -> bool:
-        """Whether a link is that of a weight file, or one of a hub's cache to its own blobs."""
-        return file in self.weights or (self._blobs is not None and path.resolve().parent == self._blobs)
+        Args:
+            file: its path, relative to the folder.
+            path: its path.
+            status: its own status, the link's where it is one.
+
+        Raises:
+            TargetError: it may not.
+        """
+        followed = file in self._weights or (self._blobs is not None and path.resolve().parent == self._blobs)
+        if not (stat.S_ISREG(status.st_mode) or (stat.S_ISLNK(status.st_mode) and followed)):
+            raise TargetError(f"{path}: {what_is(status)}, and is not copied; delete it, or put a file in its place")
+
+
+def _copy(links: FollowedLinks, source: Directory, target: Directory, inside: str) -> None:
+    """Copies everything in a folder, durably; `inside` is what stands before its names in the model's folder."""
+    for name in source.names():
+        status, path = source.status(name), source.path / name
+        if status is None or (inside, name) == (f"{FOLDER}/", LOCK):
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            _copy(links, source.folder(name), target.make_folder(name), f"{inside}{name}/")
+            continue
+        links.check(inside + name, path, status)
+        if stat.S_ISREG(status.st_mode):
+            source.copy(name, target, name)
+        else:
+            _copy_linked(path, target, name)
+    target.sync()
 
 
 def _copy_linked(path: Path, target: Directory, name: str) -> None:
