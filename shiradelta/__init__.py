@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from shiradelta import _moved
 
 if TYPE_CHECKING:
+    from shiradelta import chain as chain
     from shiradelta.combine.fuse import fuse
     from shiradelta.converters import convert
     from shiradelta.errors import (
         ArgumentError,
         BaseMismatchError,
+        ChainError,
         DeltaError,
         DivergedError,
         FormatError,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArgumentError",
     "BaseMismatchError",
+    "ChainError",
     "DeltaError",
     "DivergedError",
     "FormatError",
@@ -96,6 +99,8 @@ def __getattr__(name: str) -> Any:
         from shiradelta.util.version import VERSION
 
         return VERSION
+    if name == "chain":
+        return import_module("shiradelta.chain")
     if name not in __all__:
         raise AttributeError(f"module 'shiradelta' has no attribute {name!r}")
     from shiradelta.util.optional import importing

@@ -6,6 +6,7 @@ ShiraDeltaError
  |   `- ArgumentError                   an argument is wrong
  |- SourceError                         something cannot be converted
  |- BaseMismatchError                   a delta was made for another base
+ |- ChainError                          a step or a chain is refused; has a reason code
  |- TargetError                         a folder or file cannot be written
  |- LimitError                          a file takes more memory than its reader allows
  |- SignatureError                      a file is not signed by a key that is trusted
@@ -64,6 +65,31 @@ _REMEDIES: dict[str, str] = {
     "zstd_unavailable": "install zstandard",
 }
 
+
+#: Reason code of a refused step or chain -> (what it means, what to do) (spec/CHAIN.md, "reason codes").
+CHAIN_REASONS: dict[str, tuple[str, str]] = {
+    "no_chain": ("no chain is there", "check the path; `shiradelta chain init` begins one"),
+    "bad_manifest": ("the manifest is damaged, or was not made to the format", "get it again from the publisher"),
+    "unknown_version": ("the manifest is of a format that this release does not know", "upgrade shiradelta"),
+    "exists": ("a chain is there already", "publish to it, or begin the new one elsewhere"),
+    "busy": ("another process is changing the chain", "try again when it is done"),
+    "gap": ("a version before this one is missing", "publish that one first"),
+    "duplicate": ("this step is published already", "go on with the next one"),
+    "taken": ("this version is published already, with another step", "publish under the next number"),
+    "no_fingerprint": ("a step has to say what it was made for", "make it with its base, so that it has fingerprints"),
+    "wrong_base": ("it was made for another state", "make it against the version before it"),
+    "other_model": ("the model is not that version of the chain", "give the one that is"),
+    "not_published": ("the chain has no such version", "take one that `shiradelta chain list` shows"),
+    "other_chain": ("another chain is there now", "open that one, in a new folder"),
+    "pruned": ("no steps that are left lead there", "begin anew from an anchor, in a new folder"),
+    "unreachable": ("no anchor would lead there any more", "publish an anchor first"),
+    "missing_file": ("a file that the manifest lists is missing", "put it back, or publish a new anchor"),
+    "wrong_bytes": ("a file is not the one that was published", "put it back, or publish a new anchor"),
+    "needs_base": (
+        "these steps cannot be folded exactly by themselves",
+        "give the model at the first version (--base)",
+    ),
+}
 
 #: Characters of a message that are shown, from its beginning and from its end.
 _SHOWN = 600, 350
@@ -157,6 +183,26 @@ class SourceError(ShiraDeltaError):
 
 class BaseMismatchError(ShiraDeltaError):
     """A model that the delta was not made for: names, shape, dtype or fingerprint differ."""
+
+
+class ChainError(ShiraDeltaError):
+    """A step or a chain that is refused, or a version that cannot be reached.
+
+    Attributes:
+        reason: stable code, a key of `CHAIN_REASONS`.
+        where: the chain, the step or the file.
+        detail: what exactly was found.
+    """
+
+    def __init__(self, reason: str, where: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.where = where
+        self.detail = detail
+
+    def _whole(self) -> str:
+        what, remedy = CHAIN_REASONS[self.reason]
+        return f"{self.where}: {what}{f' ({self.detail})' if self.detail else ''} [{self.reason}]; {remedy}"
 
 
 class DivergedError(ShiraDeltaError):

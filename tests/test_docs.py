@@ -104,6 +104,24 @@ def test_the_examples_of_fits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     exec(compile(python, "fit.md", "exec"), {})
 
 
+def test_the_examples_of_chains_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tests.chain.models import change, small, write
+
+    monkeypatch.chdir(tmp_path)
+    model, rng = small(), np.random.default_rng(0)
+    for name in ("model", "step1", "step2"):
+        write(Path(name), model)
+        model = change(model, rng)
+    page = (EXTEND.parent / "chains.md").read_text()
+    for kind, block in re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL):
+        if kind == "python":
+            exec(compile(block, "chains.md", "exec"), {})
+            continue
+        for line in block.splitlines():
+            result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
 def test_the_kinds_of_examples_are_on_their_page():
     from shiradelta.text.kinds import KINDS
 

@@ -36,6 +36,7 @@ class _Modules(Mapping[str, click.Command]):
         "export",
         "sign",
         "push",
+        "chain",
         "info",
         "diff",
     )

@@ -132,23 +132,16 @@ class RenamedOption(click.Option):
 _PATHS = ("FILE", "FOLDER", "MODEL")
 
 
-class Command(click.Command):
-    """A command that reads renamed options as the new ones and warns of it, and says what to do about wrong usage.
+class WithExamples(click.Command):
+    """A command whose help ends in examples.
 
     Args:
-        extra: what to do about an argument too many.
-        examples: command lines for the help, without the program's name.
+        examples: command lines, without the program's name.
     """
 
-    def __init__(self, *args: Any, extra: str = "leave it out", examples: Sequence[str] = (), **settings: Any) -> None:
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.extra = extra
         self.examples = examples
-        for parameter in self.params:
-            named = isinstance(parameter, click.Argument) or parameter.metavar in _PATHS
-            if named and parameter.type is click.STRING:
-                parameter.type = click.Path(readable=False)  # which shells complete
-        self.params += _verbosity_options()
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the examples."""
@@ -156,6 +149,30 @@ class Command(click.Command):
             with formatter.section("Examples"):
                 for example in self.examples:  # whole, to be pasted
                     formatter.write(f"{'':{formatter.current_indent}}shiradelta {example}\n")
+
+
+class Group(WithExamples, click.Group):
+    """Several commands under one name, such as `shiradelta chain`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+class Command(WithExamples):
+    """A command that reads renamed options as the new ones and warns of it, and says what to do about wrong usage.
+
+    Args:
+        extra: what to do about an argument too many.
+    """
+
+    def __init__(self, *args: Any, extra: str = "leave it out", **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.extra = extra
+        for parameter in self.params:
+            named = isinstance(parameter, click.Argument) or parameter.metavar in _PATHS
+            if named and parameter.type is click.STRING:
+                parameter.type = click.Path(readable=False)  # which shells complete
+        self.params += _verbosity_options()
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click's; with --verbose the cost is printed."""

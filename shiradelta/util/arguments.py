@@ -142,7 +142,9 @@ def checked(**own: ArgumentKind) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = [each for each in inspect.signature(function).parameters.values() if each.name != "self"]
+        parameters = [
+            each for each in inspect.signature(function).parameters.values() if each.name not in ("self", "cls")
+        ]
         kinds = {each.name: (COMMON | own)[each.name] for each in parameters}
         optional = {each.name for each in parameters if each.default is None}
         names = list(inspect.signature(function).parameters)

@@ -20,7 +20,14 @@ from shiradelta.cli.options import RegistryChoice, RenamedOption
 
 ROOT = Path(__file__).parent.parent.parent
 #: Modules whose `__all__` is public, and classes that are public because functions return them.
-MODULES = ("shiradelta", "shiradelta.converters", "shiradelta.train", "shiradelta.fit", "shiradelta.combine.report")
+MODULES = (
+    "shiradelta",
+    "shiradelta.converters",
+    "shiradelta.train",
+    "shiradelta.fit",
+    "shiradelta.combine.report",
+    "shiradelta.chain",
+)
 RETURNED = ("shiradelta.io.reader.Delta", "shiradelta.folder.verification.VerifyReport")
 
 

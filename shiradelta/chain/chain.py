@@ -1,0 +1,410 @@
+"""`Chain`: publishes steps and anchors in a store, folds steps, collects garbage, verifies (spec/CHAIN.md).
+
+What is published never changes: the path of a file has its digest in it.  A file is in place before the manifest that
+names it, and the manifest goes before the files that it does not name any more.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shiradelta.chain.checks import check_contents, check_digest, check_state, check_sum
+from shiradelta.chain.difference import write_difference
+from shiradelta.chain.files import digest_of_file, fetched, files_of_model, put
+from shiradelta.chain.fold import fold
+from shiradelta.chain.manifest import (
+    LARGEST_MANIFEST,
+    MANIFEST,
+    Anchor,
+    Manifest,
+    Step,
+    check_tensor_name,
+    parse_manifest,
+)
+from shiradelta.chain.state import State, advanced, state_digest, state_of
+from shiradelta.chain.stores import Store, open_store
+from shiradelta.chain.way import Way, cheapest
+from shiradelta.errors import ChainError, ShiraDeltaError, TargetError
+from shiradelta.io.download import local_model
+from shiradelta.io.reader import Delta, open_delta
+from shiradelta.io.writer import writing
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.util.arguments import PATH, WHOLE, ArgumentKind, checked, is_path
+from shiradelta.util.files import os_errors
+from shiradelta.util.progress import Progress
+
+Path_ = str | os.PathLike[str]
+STORE = ArgumentKind("the path of a chain, or an open store", lambda value: is_path(value) or hasattr(value, "locked"))
+
+
+@dataclass(frozen=True)
+class GarbageReport:
+    """Report of `Chain.collect`.
+
+    Attributes:
+        forgotten: the steps and the versions of anchors that the manifest does not name any more.
+        files: number of files that were removed.
+    """
+
+    forgotten: tuple[str, ...]
+    files: int
+
+
+class Chain:
+    """A chain of versions of a model, 0, 1, 2, ..., with the steps between them, in a store.
+
+    Attributes:
+        store: where its files are.
+        manifest: what it held when it was read last; `refresh` reads it again.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store = store
+        self.manifest = manifest
+
+    @classmethod
+    @checked(store=STORE)
+    def create(cls, store: Path_ | Store, model_dir: Path_) -> Chain:
+        """Begins a chain: version 0 is a model, with an anchor.
+
+        Args:
+            store: a folder, which may be new, or an open store.
+            model_dir: the model's folder, or `user/repo[@revision][/folder]` on the Hub.
+
+        Raises:
+            ChainError: a chain is there already.
+            SourceError: there is no such model.
+            TargetError: the store cannot be written, or an anchor cannot hold a file of the model.
+        """
+        opened, checkpoint = open_store(store), open_checkpoint(local_model(model_dir))
+        with opened.locked():
+            if _read(opened) is not None:
+                raise ChainError("exists", opened.name)
+            anchor, state = _put_anchor(opened, 0, checkpoint)
+            chain = cls(opened, Manifest(secrets.token_hex(16), 0, state, (anchor,), ()))
+            chain._save(chain.manifest)
+            return chain
+
+    @classmethod
+    @checked(store=STORE)
+    def open(cls, store: Path_ | Store) -> Chain:
+        """Opens a chain.
+
+        Args:
+            store: its folder, or an open store.
+
+        Raises:
+            ChainError: there is none, or its manifest is refused.
+        """
+        opened = open_store(store)
+        return cls(opened, _needed(opened))
+
+    @property
+    def head(self) -> int:
+        """The newest version."""
+        return self.manifest.head
+
+    def refresh(self) -> Manifest:
+        """Reads the manifest again and returns it.
+
+        Raises:
+            ChainError: it is gone, is refused, or is that of another chain.
+        """
+        found = _needed(self.store)
+        if found.id != self.manifest.id:
+            raise ChainError("other_chain", self.store.name)
+        self.manifest = found
+        return found
+
+    # ------------------------------------------------------------------------------------- publishing
+
+    @checked(delta=PATH, version=WHOLE)
+    def publish(
+        self, delta: Path_, *, version: int | None = None, base: Path_ | None = None, progress: Progress | None = None
+    ) -> Step:
+        """Publishes the step from the newest version to the next.
+
+        Args:
+            delta: the `.shd` file, with fingerprints; or, with `base`, the folder of the model after the step.
+            version: the version that it gives, which has to be the next; None for the next, whatever it is.
+            base: the model before it, to check that it is the newest version and that the step fits it; reads all of
+                it.  For a folder it is needed.
+            progress: called with (tensor, done, total).
+
+        Raises:
+            ChainError: a version before it is missing, it is published already, or it was made for something else.
+            FormatError: the file is damaged.
+            TargetError: the store cannot be written.
+        """
+        with self._changing() as manifest, ExitStack() as stack:
+            if version is not None and version > manifest.head + 1:
+                raise ChainError("gap", os.fspath(delta), f"version {version} after {manifest.head}")
+            before = None if base is None else open_checkpoint(local_model(base))
+            if before is not None:
+                check_state(before, manifest.state, f"version {manifest.head}")
+            path = Path(delta)
+            if path.is_dir():
+                if before is None:
+                    raise ChainError("no_fingerprint", str(path), "a folder is compared with the model before it")
+                made = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "step.shd"
+                with writing(made) as writer:
+                    write_difference(writer, before, open_checkpoint(path), progress)
+                path = made
+            opened = stack.enter_context(open_delta(path))
+            step = _described(opened, path, manifest, version)
+            check_contents(opened, before)
+            tensors = advanced(manifest.tensors, opened.items(), str(delta))
+            step = replace(step, gives=state_digest(tensors))
+            put(self.store, step.path, path, step.bytes, step.sha256)
+            self._save(replace(manifest, head=step.stop, tensors=tensors, steps=(*manifest.steps, step)))
+            return step
+
+    @checked(version=WHOLE)
+    def publish_anchor(self, model_dir: Path_, version: int | None = None) -> Anchor:
+        """Publishes the whole model at a version, from which late followers may begin.
+
+        Args:
+            model_dir: the model, which has to be that version bit for bit; all of it is read.
+            version: the version; None for the newest.
+
+        Raises:
+            ChainError: the model is another version, or the chain has no such version, or an anchor for it.
+            TargetError: the store cannot be written, or an anchor cannot hold a file of the model.
+        """
+        with self._changing() as manifest:
+            number = manifest.head if version is None else int(version)
+            wanted = manifest.states().get(number)
+            if wanted is None:
+                raise ChainError("not_published", self.store.name, f"version {number}")
+            if any(anchor.version == number for anchor in manifest.anchors):
+                raise ChainError("duplicate", self.store.name, f"an anchor for version {number} is there")
+            checkpoint = open_checkpoint(local_model(model_dir))
+            check_state(checkpoint, wanted, f"version {number}")
+            anchor, state = _put_anchor(self.store, number, checkpoint)
+            if state_digest(state) != wanted:
+                raise TargetError(f"{model_dir}: was changed meanwhile; try again when nothing else writes it")
+            anchors = sorted((*manifest.anchors, anchor), key=lambda each: each.version)
+            self._save(replace(manifest, anchors=tuple(anchors)))
+            return anchor
+
+    # ---------------------------------------------------------------------------------------- folding
+
+    @checked(start=WHOLE, stop=WHOLE)
+    def fold(self, start: int, stop: int, *, base: Path_ | None = None, progress: Progress | None = None) -> Step:
+        """Publishes one step for the way from one version to another; it gives the same bits.
+
+        Args:
+            start: the version that it is for.
+            stop: the version that it gives.
+            base: the model at `start`, which steps need that add to elements; see `fold`.
+            progress: called with (tensor, done, total).
+
+        Raises:
+            ChainError: no steps lead there, they cannot be folded exactly, or the fold is there already.
+            FormatError: a step is damaged.
+            TargetError: the store cannot be written.
+        """
+        with self._changing() as manifest, ExitStack() as stack:
+            if any((step.start, step.stop) == (start, stop) for step in manifest.steps):
+                raise ChainError("duplicate", self.store.name, f"a step {start} -> {stop} is there")
+            steps = self.way(start, stop).steps
+            if len(steps) < 2:
+                raise ChainError("not_published", self.store.name, f"{start} -> {stop} is no way over several steps")
+            opened = [stack.enter_context(self.open_step(step)) for step in steps]
+            checkpoint = None if base is None else open_checkpoint(local_model(base))
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fold.shd"
+            with writing(path, "f32") as writer:
+                fold(opened, writer, checkpoint, progress)
+            folded = stack.enter_context(open_delta(path))
+            check_sum(opened, folded)
+            size, sha256 = digest_of_file(path)
+            step = Step(start, stop, steps[0].needs, steps[-1].gives, size, sha256, folded.digest)
+            put(self.store, step.path, path, size, sha256)
+            ordered = sorted((*manifest.steps, step), key=lambda each: (each.start, each.stop))
+            self._save(replace(manifest, steps=tuple(ordered)))
+            return step
+
+    # ------------------------------------------------------------------------------------- following
+
+    def way(self, start: int | None, stop: int) -> Way:
+        """The way to a version that takes the fewest bytes.
+
+        Args:
+            start: the version to begin with; None to begin with an anchor.
+            stop: the version to reach.
+
+        Raises:
+            ChainError: the chain has no such version, or no steps that are left lead there.
+        """
+        manifest = self.manifest
+        known = manifest.states()
+        for version in (start, stop):
+            if version is not None and not 0 <= version <= manifest.head:
+                raise ChainError("not_published", self.store.name, f"version {version}; the newest is {manifest.head}")
+        found = cheapest(manifest, start, stop)
+        if found is None:
+            begin = "an anchor" if start is None else f"version {start}"
+            gone = "" if stop in known else ", which is named nowhere any more"
+            raise ChainError("pruned", self.store.name, f"from {begin} to version {stop}{gone}")
+        return found
+
+    def open_step(self, step: Step) -> Delta:
+        """Opens the file of a step, once its digest is checked.
+
+        Raises:
+            ChainError: it is missing, or is not the file that was published.
+            FormatError: it is damaged.
+        """
+        delta = open_delta(fetched(self.store, step.path, step.bytes, step.sha256))
+        if delta.digest != step.delta:
+            delta.close()
+            raise ChainError("wrong_bytes", f"{self.store.name}/{step.path}", f"it holds delta {delta.digest[:16]}...")
+        return delta
+
+    # --------------------------------------------------------------------------------- garbage, proof
+
+    @checked(before=WHOLE)
+    def collect(self, before: int | None = None) -> GarbageReport:
+        """Removes files that nothing names, and with `before` all that only older versions need.
+
+        Every version from `before` on can still be reached: from it, and from an anchor.
+
+        Args:
+            before: the oldest version that is kept; None keeps every step and anchor.
+
+        Raises:
+            ChainError: the chain has no such version, or it could not be reached any more.
+            TargetError: the store cannot be written.
+        """
+        with self._changing() as manifest:
+            kept = manifest
+            if before is not None:
+                way = self.way(None, int(before))
+                steps = tuple(step for step in manifest.steps if step.start >= before or step in way.steps)
+                anchors = tuple(each for each in manifest.anchors if each.version >= before or each == way.anchor)
+                kept = replace(manifest, steps=steps, anchors=anchors)
+                try:
+                    kept.check()
+                except ValueError as error:
+                    raise ChainError("unreachable", self.store.name, str(error)) from None
+                if kept != manifest:
+                    self._save(kept)
+            named = kept.files()
+            others = [path for path in self.store.files() if path not in named]
+            for path in others:
+                self.store.remove(path)
+            gone = [str(step) for step in manifest.steps if step not in kept.steps]
+            gone += [f"anchor {each.version}" for each in manifest.anchors if each not in kept.anchors]
+            return GarbageReport(tuple(gone), len(others))
+
+    def verify(self) -> list[str]:
+        """Reads every file, and computes every version's digest anew; returns what is wrong, a line each.
+
+        Raises:
+            ChainError: the manifest is refused.
+        """
+        problems: list[str] = []
+        states: dict[int, State] = {}
+        manifest = self.refresh()
+        for anchor in manifest.anchors:
+            with _collected(problems):
+                for file in anchor.files:
+                    fetched(self.store, anchor.path(file), file.bytes, file.sha256)
+                root = self.store.local(anchor.folder)
+                if root is not None:
+                    states[anchor.version] = state_of(open_checkpoint(root))
+                    check_digest(states[anchor.version], anchor.state, f"{self.store.name}: anchor {anchor.version}")
+        for step in manifest.steps:
+            with _collected(problems), self.open_step(step) as delta:
+                check_contents(delta, None)
+                delta.verify()
+                if step.start in states:
+                    after = advanced(states[step.start], delta.items(), f"{self.store.name}: {step}")
+                    check_digest(after, step.gives, f"{self.store.name}: {step}")
+                    states.setdefault(step.stop, after)
+        return problems
+
+    # ------------------------------------------------------------------------------------------- inside
+
+    @contextmanager
+    def _changing(self) -> Iterator[Manifest]:
+        """Keeps other publishers out, and reads the manifest."""
+        with self.store.locked():
+            yield self.refresh()
+
+    def _save(self, manifest: Manifest) -> None:
+        manifest.check()
+        with self.store.writing(MANIFEST) as stream:
+            stream.write(manifest.to_json())
+        self.manifest = manifest
+
+
+def _read(store: Store) -> Manifest | None:
+    """The manifest; None if there is none."""
+    where = f"{store.name}/{MANIFEST}"
+    try:
+        with os_errors(Path(where), "cannot be read"):
+            try:
+                with store.open(MANIFEST) as stream:
+                    raw = stream.read(LARGEST_MANIFEST + 1)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+    except TargetError as error:
+        raise ChainError("no_chain", store.name, error.problem) from error
+    if len(raw) > LARGEST_MANIFEST:
+        raise ChainError("bad_manifest", where, f"it has more than {LARGEST_MANIFEST >> 20} MiB")
+    return parse_manifest(raw, where)
+
+
+def _needed(store: Store) -> Manifest:
+    found = _read(store)
+    if found is None:
+        raise ChainError("no_chain", store.name)
+    return found
+
+
+def _put_anchor(store: Store, version: int, checkpoint: Checkpoint) -> tuple[Anchor, State]:
+    """Copies a model's files into a store; the state that they were read as, which the caller compares."""
+    state = state_of(checkpoint)
+    for name in state:
+        try:
+            check_tensor_name(name)
+        except ValueError as error:
+            raise TargetError(f"{checkpoint.root}: {error}; rename it") from None
+    anchor = Anchor(version, state_digest(state), tuple(files_of_model(checkpoint)))
+    for file in anchor.files:
+        put(store, anchor.path(file), checkpoint.root / file.name, file.bytes, file.sha256)
+    return anchor, state
+
+
+def _described(delta: Delta, path: Path, manifest: Manifest, version: int | None) -> Step:
+    """The row of the next step, without the digest of what it gives.
+
+    Raises:
+        ChainError: the version or the file is published already.
+    """
+    size, sha256 = digest_of_file(path)
+    head, label = manifest.head, os.fspath(path)
+    same = next((step for step in manifest.steps if step.sha256 == sha256 and step.needs != step.gives), None)
+    if version is None:
+        if same is not None and same.stop == head:
+            raise ChainError("duplicate", label, f"version {head}")
+    elif version <= head:
+        told = same is not None and same.stop == version
+        raise ChainError("duplicate" if told else "taken", label, f"version {version}; the newest is {head}")
+    return Step(head, head + 1, manifest.state, "", size, sha256, delta.digest)
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Adds an error of the block to a list."""
+    try:
+        yield
+    except ShiraDeltaError as error:
+        problems.append(str(error))

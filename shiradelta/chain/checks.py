@@ -1,0 +1,81 @@
+"""Checks of steps and models against what a chain says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shiradelta.backends.choose import choose
+from shiradelta.chain.fold import check_base
+from shiradelta.chain.state import State, state_digest, state_of
+from shiradelta.errors import ChainError
+from shiradelta.format import arithmetic
+from shiradelta.format.windows import windows_of
+from shiradelta.io.reader import Delta
+from shiradelta.models.checkpoint import Checkpoint, bits_of
+
+
+def check_contents(delta: Delta, base: Checkpoint | None) -> None:
+    """Checks all of a step: its digest, and its fingerprints as far as what is known of the base tells.
+
+    Raises:
+        ChainError: a fingerprint is that of something else.
+        FormatError: the file is damaged.
+    """
+    delta.verify()
+    fingerprint = choose().fingerprint
+    for name, tensor in delta.items():
+        where = f"{delta.file or 'step'}: tensor {name!r}"
+        of_result, elements = 0, None
+        if base is not None and not tensor.operation.restructures:
+            if name not in base:
+                raise ChainError("wrong_base", where, f"{base.root} does not have it")
+            elements = bits_of(base[name])
+            check_base(where, tensor, tensor.positions(), elements[tensor.positions()])
+        if not tensor.operation.in_result or (tensor.operation.adds and elements is None):
+            continue
+        for positions, bits in windows_of(tensor):
+            if elements is not None:
+                bits = arithmetic.result(tensor.operation.adds, bits, elements[positions], tensor.dtype, 1)
+            of_result += fingerprint(positions, bits)
+        if tensor.result_fingerprint not in (None, of_result % (1 << 64)):
+            raise ChainError("wrong_base", where, "it does not give what its fingerprint says")
+
+
+def check_sum(steps: Sequence[Delta], folded: Delta) -> None:
+    """Checks that a fold takes every tensor's fingerprint as far as its steps do.
+
+    Raises:
+        ChainError: it does not: a step's fingerprints are not those of its elements.
+    """
+    for name in {name for step in steps for name in step}:
+        moved = [_moved(step, name) for step in steps]
+        if sum(moved) % (1 << 64) != _moved(folded, name) % (1 << 64):
+            raise ChainError("wrong_base", f"tensor {name!r}", "the steps' fingerprints do not add up")
+
+
+def _moved(delta: Delta, name: str) -> int:
+    """What a step adds to a tensor's fingerprint."""
+    if name not in delta:
+        return 0
+    tensor = delta[name]
+    return (tensor.result_fingerprint or 0) - (tensor.base_fingerprint or 0)
+
+
+def check_state(checkpoint: Checkpoint, wanted: str, what: str) -> None:
+    """Checks that a model is a version of the chain.
+
+    Raises:
+        ChainError: it is not.
+    """
+    if state_digest(state_of(checkpoint)) != wanted:
+        raise ChainError("other_model", str(checkpoint.root), what)
+
+
+def check_digest(state: State, wanted: str, label: str) -> None:
+    """Checks that a state is that of a version.
+
+    Raises:
+        ChainError: it is not.
+    """
+    if state_digest(state) != wanted:
+        raise ChainError("wrong_base", label, "it does not give the version that the manifest says")

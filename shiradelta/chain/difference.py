@@ -1,0 +1,43 @@
+"""The step between two models: the elements whose bits differ, as they are afterwards."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shiradelta.folder.comparison import PastBits
+from shiradelta.format.delta import TensorDelta
+from shiradelta.io.writer import DeltaWriter
+from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.util.progress import Progress
+
+
+def write_difference(writer: DeltaWriter, before: Checkpoint, after: Checkpoint, progress: Progress | None) -> None:
+    """Writes the delta that makes one model of another, exactly; one tensor is in memory at a time.
+
+    Tensors that only one of them has are added or removed whole, those of another shape or dtype replaced.
+    """
+    names = sorted({*before, *after}, key=str.encode)
+    for number, name in enumerate(names):
+        if progress:
+            progress(name, number, len(names))
+        tensor = _changed(name, before, after)
+        if tensor is not None:
+            writer.add(name, tensor)
+
+
+def _changed(name: str, before: Checkpoint, after: Checkpoint) -> TensorDelta | None:
+    if name not in before:
+        new = after[name]
+        return TensorDelta.trusted(new.shape, None, after.bits(name), new.dtype.name, "new", None)
+    old, bits = before[name], before.bits(name)
+    if name not in after:
+        return TensorDelta(old.shape, None, None, old.dtype.name, "drop", base_fingerprint=PastBits(old).fingerprint())
+    new, result = after[name], after.bits(name)
+    if (old.shape, old.dtype) != (new.shape, new.dtype):
+        return TensorDelta(
+            new.shape, None, result, new.dtype.name, "replace", base_fingerprint=PastBits(old).fingerprint()
+        )
+    at = np.flatnonzero(bits != result)
+    if not at.size:
+        return None
+    return TensorDelta.trusted(old.shape, at, result[at], old.dtype.name, "set", bits[at])

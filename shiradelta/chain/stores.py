@@ -1,0 +1,139 @@
+"""Stores: where the files of a chain are, under paths such as `steps/000001-000002-0123456789abcdef.shd`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from shiradelta.errors import ChainError
+from shiradelta.util.files import close_synced, os_errors, replacing, sync_directory
+from shiradelta.util.locks import NO_LOCKS, try_lock
+from shiradelta.util.regular_file import open_regular
+
+_LOCK = "lock"
+
+
+class Store(Protocol):
+    """A place for files.  Whoever writes one replaces it atomically.
+
+    Attributes:
+        name: what to call it in messages.
+    """
+
+    name: str
+
+    def open(self, path: str, offset: int = 0) -> BinaryIO:
+        """A file, to be read from a byte on.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: it cannot be read.
+        """
+
+    def writing(self, path: str) -> AbstractContextManager[BinaryIO]:
+        """A context with a file to write, which is put in place, durably, if the block succeeds.
+
+        Raises:
+            TargetError: it cannot be written.
+        """
+
+    def remove(self, path: str) -> None:
+        """Removes a file, if there is one."""
+
+    def files(self) -> list[str]:
+        """The paths of the files of steps and anchors."""
+
+    def locked(self) -> AbstractContextManager[None]:
+        """A context in which no other process changes the chain, where the place can tell.
+
+        Raises:
+            ChainError: another process is changing it.
+        """
+
+    def local(self, path: str) -> Path | None:
+        """The file itself, if it is on this machine."""
+
+
+class FolderStore:
+    """A folder.
+
+    Args:
+        root: its path; it is made when something is written.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self.name = os.fspath(root)
+
+    def open(self, path: str, offset: int = 0) -> BinaryIO:
+        """As `Store.open`."""
+        stream = open_regular(self.root / path)
+        stream.seek(offset)
+        return stream
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[BinaryIO]:
+        """As `Store.writing`."""
+        target = self.root / path
+        with os_errors(target):
+            _make_folder(target.parent)
+        with replacing(target) as stream:
+            yield stream
+
+    def remove(self, path: str) -> None:
+        """As `Store.remove`; folders that are empty then go, too."""
+        target = self.root / path
+        with os_errors(target, "cannot be removed"):
+            target.unlink(missing_ok=True)
+            for folder in target.parents:
+                if folder == self.root or any(folder.iterdir()):
+                    break
+                folder.rmdir()
+
+    def files(self) -> list[str]:
+        """As `Store.files`."""
+        with os_errors(self.root, "cannot be read"):
+            found = (path for kind in ("anchors", "steps") for path in (self.root / kind).rglob("*"))
+            return sorted(path.relative_to(self.root).as_posix() for path in found if not path.is_dir())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """As `Store.locked`; a file system without locks has none."""
+        with os_errors(self.root / _LOCK):
+            _make_folder(self.root)
+            descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            if not _lock(descriptor):
+                raise ChainError("busy", self.name)
+            yield
+        finally:
+            close_synced(descriptor)
+
+    def local(self, path: str) -> Path | None:
+        """As `Store.local`."""
+        return self.root / path
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        return try_lock(descriptor)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return True
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, durably."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_directory(each.parent)
+
+
+def open_store(place: str | os.PathLike[str] | Store) -> Store:
+    """The store at a path.  One that is open already is returned as it is."""
+    return FolderStore(place) if isinstance(place, str | os.PathLike) else place

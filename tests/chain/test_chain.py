@@ -1,0 +1,250 @@
+"""Chains: publishing in order, folding exactly, the cheapest way, garbage, and what is refused by which name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import shiradelta as sd
+from shiradelta.chain import Chain
+from shiradelta.cli import main
+from shiradelta.errors import CHAIN_REASONS
+from tests.chain.models import Model, add_step, change, read, replayed, same, set_step, small, write
+from tests.scenes import contents
+
+ROOT = Path(__file__).parents[2]
+
+
+class Run:
+    """A training run: a chain, and every version as arrays."""
+
+    def __init__(self, folder: Path, steps: int = 0) -> None:
+        self.folder = folder
+        self.rng = np.random.default_rng(1)
+        self.models: list[Model] = [small()]
+        self.chain = Chain.create(folder / "chain", write(folder / "model", self.models[0]))
+        self.files: list[Path] = []
+        for _ in range(steps):
+            self.step()
+
+    def step(self, *, adds: bool = False, publish: bool = True) -> Path:
+        before = self.models[-1]
+        delta = add_step(before, self.rng) if adds else set_step(before, change(before, self.rng))
+        path = self.folder / f"{len(self.files)}.shd"
+        sd.save_delta(path, delta, values="f32")
+        if publish:
+            self.chain.publish(path)
+        self.models.append(replayed(before, path))
+        self.files.append(path)
+        return path
+
+    def reached(self, start: int | None, stop: int) -> Model:
+        """The model at a version, by the cheapest way."""
+        way = self.chain.way(start, stop)
+        root = Path(self.chain.store.name)
+        model = self.models[start or 0] if way.anchor is None else read(root / way.anchor.folder)
+        for step in way.steps:
+            with self.chain.open_step(step) as delta:
+                model = replayed(model, Path(str(delta.file)))
+        return model
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path, 3)
+
+
+def reason(call: Callable[[], object]) -> str:
+    with pytest.raises(sd.ChainError) as caught:
+        call()
+    line = str(caught.value)
+    assert f"[{caught.value.reason}]; " in line
+    assert "\n" not in line
+    return caught.value.reason
+
+
+def test_every_version_is_reached_from_every_other_and_from_the_anchor(run: Run):
+    run.step(adds=True)
+    for stop in range(5):
+        assert same(run.reached(None, stop), run.models[stop])
+        for start in range(stop + 1):
+            assert same(run.reached(start, stop), run.models[stop])
+    assert run.chain.verify() == []
+
+
+def test_steps_out_of_order_are_refused_by_name_and_nothing_is_written(run: Run):
+    step = run.step(publish=False)
+    before = contents(Path(run.chain.store.name))
+    publish = run.chain.publish
+    assert reason(lambda: publish(step, version=5)) == "gap"
+    assert reason(lambda: publish(run.files[2])) == "duplicate"
+    assert reason(lambda: publish(run.files[0], version=1)) == "duplicate"
+    assert reason(lambda: publish(step, version=2)) == "taken"
+    plain = run.folder / "plain.shd"
+    tensors = {"layers.0.up.weight": sd.TensorDelta((24, 16), [1], [1.0], "bfloat16")}
+    sd.save_delta(plain, tensors)
+    assert reason(lambda: publish(plain)) == "no_fingerprint"
+    for shape, name in (((16, 24), "layers.0.up.weight"), ((4,), "nothing")):
+        bits = np.zeros(1, "<u2")
+        sd.save_delta(plain, {name: sd.TensorDelta(shape, [1], [1.0], "bfloat16", base_bits=bits)})
+        assert reason(lambda: publish(plain)) == "wrong_base"
+    assert reason(lambda: Chain.create(run.chain.store, run.folder / "model")) == "exists"
+    with run.chain.store.locked():
+        assert reason(lambda: publish(step)) == "busy"
+    assert contents(Path(run.chain.store.name)) == before
+    assert publish(step, version=4).stop == 4
+
+
+def test_a_step_for_another_model_is_refused_where_the_base_is_given(run: Run, tmp_path: Path):
+    head = write(tmp_path / "head", run.models[3])
+    other = change(run.models[3], run.rng)
+    wrong = tmp_path / "wrong.shd"
+    sd.save_delta(wrong, set_step(other, change(other, run.rng, 0.9)))
+    assert reason(lambda: run.chain.publish(wrong, base=head)) == "wrong_base"
+    assert reason(lambda: run.chain.publish(wrong, base=tmp_path / "model")) == "other_model"
+    assert run.chain.publish(run.step(adds=True, publish=False), base=head).stop == 4
+
+
+def test_a_folder_is_published_as_what_differs_whole_tensors_too(run: Run, tmp_path: Path):
+    before = run.models[-1]
+    after = change(before, run.rng)
+    del after["mask"]
+    after["head.weight"] = small(5)["layers.0.up.weight"]
+    one, other = write(tmp_path / "before", before), write(tmp_path / "after", after)
+    assert reason(lambda: run.chain.publish(other)) == "no_fingerprint"
+    run.chain.publish(other, base=one)
+    assert same(run.reached(None, 4), after)
+    back = run.chain.publish(one, base=other)
+    assert same(run.reached(3, 5), before)
+    assert back.gives == run.chain.manifest.states()[3]
+    run.chain.fold(3, 5)
+    assert same(run.reached(3, 5), before)
+
+
+def test_a_fold_is_one_step_that_gives_the_same(run: Run):
+    folded = run.chain.fold(0, 3)
+    assert run.chain.way(0, 3).steps == (folded,)
+    assert same(run.reached(0, 3), run.models[3])
+    assert run.chain.verify() == []
+    assert reason(lambda: run.chain.fold(0, 3)) == "duplicate"
+    assert reason(lambda: run.chain.fold(2, 3)) == "duplicate"
+    assert reason(lambda: run.chain.fold(3, 1)) == "pruned"
+    assert reason(lambda: run.chain.fold(0, 9)) == "not_published"
+
+
+def test_sums_are_folded_with_the_base_only(run: Run):
+    for _ in range(2):
+        run.step(adds=True)
+    assert reason(lambda: run.chain.fold(2, 5)) == "needs_base"
+    wrong = write(run.folder / "wrong", run.models[1])
+    assert reason(lambda: run.chain.fold(2, 5, base=wrong)) == "wrong_base"
+    run.chain.fold(2, 5, base=write(run.folder / "base", run.models[2]))
+    assert same(run.reached(2, 5), run.models[5])
+    assert run.chain.verify() == []
+
+
+def test_garbage_goes_and_every_reachable_step_stays(run: Run):
+    run.step()
+    root = Path(run.chain.store.name)
+    (root / "steps" / "000004-000005-0123456789abcdef.shd").write_bytes(b"of a publisher that was killed")
+    report = run.chain.collect()
+    assert (report.forgotten, report.files) == ((), 1)
+    assert reason(lambda: run.chain.collect(9)) == "not_published"
+    run.chain.publish_anchor(write(run.folder / "third", run.models[3]), 3)
+    run.chain.fold(0, 2)
+    report = run.chain.collect(3)
+    assert set(report.forgotten) == {"step 0 -> 1", "step 1 -> 2", "step 0 -> 2", "step 2 -> 3", "anchor 0"}
+    assert same(run.reached(None, 4), run.models[4])
+    assert same(run.reached(3, 4), run.models[4])
+    assert reason(lambda: run.chain.way(2, 4)) == "pruned"
+    assert reason(lambda: run.chain.way(None, 2)) == "pruned"
+    assert {path.parent.name for path in root.rglob("*.shd")} == {"steps"}
+    assert len(list(root.rglob("*.shd"))) == 1
+    assert run.chain.verify() == []
+
+
+def test_an_anchor_is_the_version_that_it_says(run: Run):
+    anchor = run.chain.publish_anchor
+    assert reason(lambda: anchor(run.folder / "model")) == "other_model"
+    assert reason(lambda: anchor(run.folder / "model", 0)) == "duplicate"
+    assert reason(lambda: anchor(run.folder / "model", 8)) == "not_published"
+    folder = write(run.folder / "head", run.models[3])
+    (folder / "secrets").symlink_to("/etc/hostname")
+    with pytest.raises(sd.TargetError, match="secrets: is a link"):
+        anchor(folder)
+    (folder / "secrets").unlink()
+    (folder / "with blank").touch()
+    with pytest.raises(sd.TargetError, match="cannot hold a file of this name"):
+        anchor(folder)
+    (folder / "with blank").unlink()
+    anchor(folder)
+    assert run.chain.way(None, 3).steps == ()
+
+
+def test_a_chain_that_is_replaced_damaged_or_gone_is_named(run: Run, tmp_path: Path):
+    root = Path(run.chain.store.name)
+    step = run.chain.manifest.steps[1]
+    file = root / step.path
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"\1")
+    assert reason(lambda: run.chain.open_step(step)) == "wrong_bytes"
+    (problem,) = run.chain.verify()
+    assert str(file) in problem
+    file.unlink()
+    assert reason(lambda: run.chain.open_step(step)) == "missing_file"
+    file.write_bytes(whole)
+    assert run.chain.verify() == []
+    Chain.create(tmp_path / "other", tmp_path / "model")
+    shutil.copy(tmp_path / "other" / "chain.json", root)
+    assert reason(run.chain.refresh) == "other_chain"
+    (root / "chain.json").unlink()
+    assert reason(lambda: Chain.open(root)) == "no_chain"
+    assert reason(lambda: Chain.open(tmp_path / "model" / "config.json")) == "no_chain"
+
+
+def test_two_publishers_take_turns_and_neither_loses_a_step(run: Run):
+    other = Chain.open(run.chain.store.name)
+    run.step()
+    step = run.step(publish=False)
+    assert other.head == 3
+    assert other.publish(step).stop == 5
+    assert run.chain.refresh().head == 5
+    assert same(run.reached(None, 5), run.models[5])
+
+
+def test_the_commands_do_what_the_methods_do(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(run.folder)
+
+    def command(words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(main, ["chain", *words.split()])
+        assert result.exit_code == code, result.output
+        return result.stdout if not code else result.stderr
+
+    run.step(publish=False)
+    assert "version 0 is model" in command("init second model")
+    assert command("publish chain 3.shd --version 4").startswith("step 3 -> 4: ")
+    assert json.loads(command("fold chain 0 4 --json"))["stop"] == 4
+    assert "the newest version is 4" in command("list chain")
+    assert json.loads(command("list chain --json"))["head"] == 4
+    write(run.folder / "head", run.models[4])
+    assert "anchor 4" in command("anchor chain head")
+    assert "1 file removed" not in command("gc chain")
+    assert "anchor 0" in command("gc chain --before 4")
+    assert "up to version 4" in command("verify chain")
+    assert "[gap]" in command("publish chain 3.shd --version 9", 1)
+    next(Path("chain", "anchors").rglob("config.json")).write_text("{}")
+    assert CliRunner().invoke(main, ["chain", "verify", "chain"]).exit_code == 1
+
+
+def test_the_specification_lists_every_reason():
+    text = (ROOT / "spec" / "CHAIN.md").read_text().partition("## 6. Reason codes")[2]
+    rows = dict(line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `"))
+    assert {code.strip("`"): what for code, what in rows.items()} == {
+        code: what for code, (what, _) in CHAIN_REASONS.items()
+    }

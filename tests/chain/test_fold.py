@@ -1,0 +1,102 @@
+"""Folds give the bits that their steps give one after the other, or are refused by name."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shiradelta as sd
+from shiradelta import TensorDelta
+from shiradelta.chain.fold import Run, Runs, fold_tensor, merged
+from shiradelta.format.arithmetic import fingerprint
+from tests.chain.models import Model, add_step, change, replayed, same, set_step, small, tensor, write
+from tests.chain.test_chain import Run as Training
+
+
+def random_step(before: Model, rng: np.random.Generator) -> dict[str, TensorDelta]:
+    """Sets, adds, adds whole tensors and removes some."""
+    sets, adds = set_step(before, change(before, rng, 0.3)), add_step(before, rng)
+    step = {}
+    for name, (dtype, shape, bits) in before.items():
+        how = rng.choice(["set", "add", "drop", "replace", "leave"], p=[0.5, 0.1, 0.1, 0.1, 0.2])
+        every = fingerprint(np.arange(bits.size), bits)
+        if how == "drop":
+            step[name] = TensorDelta(shape, None, None, dtype, "drop", base_fingerprint=every)
+        elif how == "replace":
+            new = rng.choice(["bfloat16", "uint8"]), (int(rng.integers(3, 5)), 3)
+            _, shape, bits = tensor(rng, new[1], new[0])
+            step[name] = TensorDelta(shape, None, bits, str(new[0]), "replace", base_fingerprint=every)
+        elif how != "leave" and name in {"set": sets, "add": adds}[how]:
+            step[name] = {"set": sets, "add": adds}[how][name]
+    for name, (dtype, shape, bits) in small(int(rng.integers(9))).items():
+        if name not in before and rng.random() < 0.5:
+            shape = shape if rng.random() < 0.7 else (bits.size,)
+            step[name] = TensorDelta(shape, None, bits, dtype, "new")
+    return step
+
+
+@given(st.integers(0, 1 << 30), st.integers(2, 6), st.booleans())
+def test_a_fold_gives_what_its_steps_give(seed: int, steps: int, has_base: bool):
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Training(Path(folder))
+        for number in range(steps):
+            path = Path(folder) / f"{number}.shd"
+            sd.save_delta(path, random_step(run.models[-1], rng), values="int8")
+            run.models.append(replayed(run.models[-1], path))
+            run.chain.publish(path, base=write(Path(folder) / f"model{number}", run.models[-2]))
+        assert run.chain.verify() == []
+        start = int(rng.integers(steps - 1))
+        base = write(Path(folder) / "base", run.models[start]) if has_base else None
+        try:
+            step = run.chain.fold(start, steps, base=base)
+        except sd.ChainError as error:
+            assert (error.reason, has_base) == ("needs_base", False)  # noqa: PT017
+            return
+        with run.chain.open_step(step) as delta:
+            assert same(replayed(run.models[start], Path(str(delta.file))), run.models[steps])
+        assert run.chain.verify() == []
+        assert same(run.reached(None, steps), run.models[steps])
+
+
+def test_runs_merge_to_the_same_whatever_their_sizes():
+    rng = np.random.default_rng(0)
+    before = rng.integers(0, 1 << 16, 5000).astype("<u2")
+    now, runs, parts = before.copy(), Runs(), []
+    for size in [1, 3000, 1, 1, 2, 400, 5000, 7]:
+        at = np.sort(rng.choice(5000, size, replace=False))
+        bits = rng.integers(0, 1 << 16, size).astype("<u2")
+        parts.append(Run(at, bits, fingerprint(at, now[at])))
+        runs.add(parts[-1])
+        now[at] = bits
+    found = runs.all()
+    assert found is not None
+    for run in (found, merged(parts)):
+        assert np.array_equal(run.bits, now[run.positions])
+        assert np.array_equal(run.positions, np.arange(5000))
+        assert run.base == fingerprint(run.positions, before)
+
+
+def test_steps_whose_fingerprints_contradict_each_other_are_refused(tmp_path: Path):
+    """What a chain lists may come from a stranger."""
+    run = Training(tmp_path, 1)
+    step = run.step(publish=False)
+    with sd.open_delta(step) as delta:
+        wrong = {
+            name: TensorDelta(one.shape, one.positions(), one.bits(), one.dtype, "set", base_fingerprint=1)
+            for name, one in delta.items()
+        }
+    sd.save_delta(step, wrong)
+    run.chain.publish(step)  # without the base nobody can tell
+    run.chain.fold(0, 2)  # nor here: the sums hold
+    other = TensorDelta((5,), [1], np.zeros(1, "<u2"), "bfloat16", "set", base_fingerprint=0)
+    sd.save_delta(tmp_path / "other.shd", {"layers.0.up.weight": other})
+    with sd.open_delta(run.files[0]) as one, sd.open_delta(tmp_path / "other.shd") as two:
+        name = "layers.0.up.weight"
+        with pytest.raises(sd.ChainError, match="was of another form before"):
+            fold_tensor(name, [("a", one[name]), ("b", two[name])], None)
