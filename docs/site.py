@@ -30,6 +30,7 @@ PAGES = {
     "benchmarks/results/README.md": "results.md",
     "examples/serve/README.md": "serve.md",
     "libshd/README.md": "c-library.md",
+    "spec/CHAIN.md": "chain-format.md",
     "spec/FORMAT.md": "format.md",
     "spec/REGISTRY.md": "registry.md",
     "spec/SIGNATURES.md": "signature-file.md",
@@ -89,9 +90,14 @@ def _quickstart() -> str:
     return found[1].strip()
 
 
-def commands() -> str:
-    """A section for each command, as click knows it."""
-    return "\n\n".join(_command(name, command) for name, command in main.commands.items())
+def commands(group: click.Group = main, above: str = "") -> str:
+    """A section for each command, as click knows it, and for those of each group."""
+    parts = []
+    for name, command in group.commands.items():
+        parts.append(_command(f"{above}{name}", command))
+        if isinstance(command, click.Group):
+            parts.append(commands(command, f"{above}{name} "))
+    return "\n\n".join(parts)
 
 
 def _command(name: str, command: click.Command) -> str:
