@@ -164,6 +164,16 @@ def test_the_page_of_errors_has_every_class_and_reason():
         assert set(re.findall(r"also an? `(\w+)`", rows[name])) == also, name
 
 
+def test_the_recipe_of_the_documentation_runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for delta, name in (("a.shd", "style.shd"), ("b.shd", "tuned.shd")):
+        shutil.copy(made / delta, name)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", (EXTEND.parent / "combine.md").read_text(), re.DOTALL)
+    Path("merge.yml").write_text(recipe)
+    result = CliRunner().invoke(main, ["fuse", "--recipe", "merge.yml", "-o", "both.shd"])
+    assert result.exit_code == 0, result.output
+
+
 #: Pages whose blocks of Python go on from each other, in a folder that holds stranger.shd.
 ALONE = ("index", "exactness", "errors", "limits")
 

@@ -72,7 +72,8 @@ def too_many(context: click.Context, given: Sequence[str], extra: Sequence[str],
     elif is_number(extra[0]) and any(option.name == "strength" for option in context.command.params):
         remedy = f"give the strength as --strength {extra[0]}"
     takes = " ".join(_arguments(context))
-    message = f"Got unexpected extra argument{'s' if len(extra) > 1 else ''} {names} after {takes}; {remedy}."
+    after = f" after {takes}" if takes else ""
+    message = f"Got unexpected extra argument{'s' if len(extra) > 1 else ''} {names}{after}; {remedy}."
     return click.UsageError(printable(message), context)
 
 

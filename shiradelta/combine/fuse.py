@@ -26,18 +26,21 @@ from shiradelta.combine.checks import (
 )
 from shiradelta.combine.methods import METHODS, MergeMethod, drop_at_random
 from shiradelta.combine.overlay import Overlay, overlay
+from shiradelta.combine.strengths import Strength, described, strengths_by_name
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError
 from shiradelta.format.arithmetic import Float32, Positions, scaled
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import MAGIC
 from shiradelta.format.windows import Window, side_by_side
 from shiradelta.io.download import local_model
-from shiradelta.io.reader import open_delta
+from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import TensorSpec, difference, spec_of
 from shiradelta.models.library import match_names
-from shiradelta.util.arguments import STRENGTHS, checked
+from shiradelta.select.largest import largest
+from shiradelta.select.shares import check_share, count_for
+from shiradelta.util.arguments import NUMBER, STRENGTHS_BY_TENSOR, checked
 from shiradelta.util.arrays import RepeatedPositionError, join_sorted
 from shiradelta.util.files import check_target
 from shiradelta.util.progress import Progress
@@ -78,28 +81,29 @@ class _Options:
     Attributes:
         method: how contributions are combined.
         drop: share of each delta's nonzeros to drop, for methods that drop some.
+        density: share of a tensor's elements that the result may change; None for all that are fused.
         seed: the seed of the random choice.
-        strengths: the strength of each delta.
         checkpoint: the base.
         names: the inputs' names -> the base's.
     """
 
     method: MergeMethod
     drop: float
+    density: float | None
     seed: int
-    strengths: tuple[float, ...]
     checkpoint: Checkpoint | None
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-@checked(deltas=STRENGTHS)
+@checked(deltas=STRENGTHS_BY_TENSOR, density=NUMBER)
 def fuse(
-    deltas: Mapping[Source, float],
+    deltas: Mapping[Source, Strength],
     out: Source,
     method: str = "sum",
     values: str = "f32",
     *,
     drop: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
     base: Source | None = None,
     progress: Progress | None = None,
@@ -108,11 +112,14 @@ def fuse(
     """Fuses `.shd` files into one.
 
     Args:
-        deltas: file -> strength.
+        deltas: file -> strength; or file -> {pattern: strength}, a pattern being a glob of tensors' names or
+            "layers 0-15", which counts layers by the first number in a name.  The first pattern that matches a tensor
+            counts, and each tensor needs one; 0 leaves the tensor out.
         out: the file to write.
         method: a name of `shiradelta.combine.methods.METHODS`; "sum" is the same as applying the deltas together.
         values: value codec of the result; with "f32" the sum is exact.
         drop: share of each delta's nonzeros to drop, from 0 to below 1, for methods that drop some.
+        density: keep only the largest changes of each tensor, this share of its elements; None keeps all.
         seed: the random seed, for methods that drop nonzeros.
         base: the base model, for fingerprints in the result.  Without it a tensor has them only if they follow from
             the inputs: if all list the same positions, or no two list a common one.
@@ -130,6 +137,8 @@ def fuse(
     row = METHODS.find(method)
     if not 0 <= drop < 1:
         raise ArgumentError(f"drop {drop} is not a share from 0 to below 1; give a number such as 0.5")
+    if density is not None:
+        check_share(density, "density")
     if not deltas:
         raise ArgumentError("nothing to fuse; give at least one .shd file")
     check_readable(deltas)
@@ -139,12 +148,20 @@ def fuse(
             f"{os.fspath(out)} is one of the files to fuse, which the result would replace; name another"
         )
     checkpoint = None if base is None else open_checkpoint(local_model(base))
-    options = _Options(method=row, drop=drop, seed=seed, strengths=tuple(deltas.values()), checkpoint=checkpoint)
+    options = _Options(method=row, drop=drop, density=density, seed=seed, checkpoint=checkpoint)
     with ExitStack() as stack:
         opened = [(stack.enter_context(open_delta(path, limit=limit)), strength) for path, strength in deltas.items()]
         opened.sort(key=lambda pair: pair[0].digest)
         check_distinct([delta for delta, _ in opened])
-        shapes = {name: tensor.shape for delta, _ in opened for name, tensor in delta.items()}
+        strengths = [strengths_by_name(strength, delta, str(delta.file)) for delta, strength in opened]
+        shapes = {
+            name: tensor.shape
+            for (delta, _), by_name in zip(opened, strengths, strict=True)
+            for name, tensor in delta.items()
+            if name in by_name
+        }
+        if not shapes and any(delta for delta, _ in opened):
+            raise ArgumentError("all strengths are 0, so nothing is left; give a tensor a strength such as 0.7")
         names = sorted(shapes, key=str.encode)
         if checkpoint is not None:
             options = replace(options, names=match_names(shapes, checkpoint).names)
@@ -152,8 +169,17 @@ def fuse(
         with writing(out, values) as writer:
 
             def work(name: str) -> tuple[TensorDelta, int, int]:
-                parts = [(delta, delta[name], strength) for delta, strength in opened if name in delta]
-                return _fuse_tensor(name, parts, options)
+                parts = [
+                    (delta, delta[name], by_name[name])
+                    for (delta, _), by_name in zip(opened, strengths, strict=True)
+                    if name in by_name
+                ]
+                without = [
+                    _strength_without(name, delta, strength)
+                    for (delta, strength), by_name in zip(opened, strengths, strict=True)
+                    if name not in by_name
+                ]
+                return _fuse_tensor(name, parts, without, options)
 
             for number, (name, fused) in enumerate(zip(names, ahead(work, names), strict=True)):
                 if progress:
@@ -161,7 +187,7 @@ def fuse(
                 tensor, met, opposed = fused
                 writer.add(name, tensor)
                 nnz, shared, conflicts = nnz + tensor.nnz, shared + met, conflicts + opposed
-            parts_text = " + ".join(f"{s:g} {Path(d.file or d.digest[:12]).name}" for d, s in opened)
+            parts_text = " + ".join(f"{described(s)} {Path(d.file or d.digest[:12]).name}" for d, s in opened)
             writer.metadata.update({"method": f"fuse {method}", "source": parts_text})
             for key in ("base", "base_revision"):
                 named = {delta.metadata[key] for delta, _ in opened if key in delta.metadata}
@@ -178,12 +204,22 @@ def fuse(
         )
 
 
-def _fuse_tensor(name: str, parts: Sequence[Part], options: _Options) -> tuple[TensorDelta, int, int]:
+def _strength_without(name: str, delta: Delta, strength: Strength) -> float:
+    """The strength of a delta where it takes no part in a tensor: it was left out, or does not have it."""
+    if name in delta:
+        return 0.0
+    return 1.0 if isinstance(strength, Mapping) else strength
+
+
+def _fuse_tensor(
+    name: str, parts: Sequence[Part], without: Sequence[float], options: _Options
+) -> tuple[TensorDelta, int, int]:
     """Fuses one tensor.
 
     Args:
         name: the tensor's name.
         parts: the deltas that have it.
+        without: the strengths of the others.
         options: how to fuse.
 
     Returns:
@@ -212,7 +248,7 @@ def _fuse_tensor(name: str, parts: Sequence[Part], options: _Options) -> tuple[T
     size = nonzeros = shared = conflicts = 0
     for window in windows:
         if adds:
-            together = _overlaid(name, parts, window, options)
+            together = _overlaid(name, parts, without, window, options)
             own, fused = together.positions, _merged(name, together, options.method)
             met, opposed = together.meetings()
             nonzeros, shared, conflicts = nonzeros + together.nonzeros, shared + met, conflicts + opposed
@@ -221,6 +257,11 @@ def _fuse_tensor(name: str, parts: Sequence[Part], options: _Options) -> tuple[T
         positions[size : size + own.size], values[size : size + own.size] = own, fused
         size += own.size
     positions, values = positions[:size], values[:size]
+    if options.density is not None and adds:
+        kept = largest(np.abs(values), count_for(options.density, first.numel))
+        positions, values = positions[kept], values[kept]
+        nonzeros = nonzeros if kept.size == size else -1  # fingerprints of the inputs no longer tell
+        size = kept.size
     result = TensorDelta.trusted(
         shape=spec.shape,
         positions=positions,
@@ -246,17 +287,17 @@ def _check_memory(name: str, parts: Sequence[Part], nonzeros: int, in_windows: b
     most_allowed.check_memory(f"tensor {name!r}, fused,", size)
 
 
-def _overlaid(name: str, parts: Sequence[Part], window: Sequence[Window | None], options: _Options) -> Overlay:
+def _overlaid(
+    name: str, parts: Sequence[Part], without: Sequence[float], window: Sequence[Window | None], options: _Options
+) -> Overlay:
     """The contributions of all inputs to a window of a tensor, or to all of it."""
     nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
     contributions = [
         nothing if each is None else _contribution(name, part, each, options)
         for part, each in zip(parts, window, strict=True)
     ]
-    strengths, without = [strength for _, _, strength in parts], list(options.strengths)
-    for strength in strengths:
-        without.remove(strength)
-    return overlay(contributions + [nothing] * len(without), strengths + without)
+    strengths = [strength for _, _, strength in parts]
+    return overlay(contributions + [nothing] * len(without), [*strengths, *without])
 
 
 def _merged(name: str, together: Overlay, method: MergeMethod) -> Float32:

@@ -19,8 +19,8 @@ def check_scope(scope: str) -> None:
         raise ArgumentError(f"scope {scope!r} is unknown; take {' or '.join(SCOPES)}")
 
 
-def check_share(sparsity: object) -> float:
-    """The share as a float.
+def check_share(sparsity: object, what: str = "sparsity") -> float:
+    """The share as a float; `what` is what the message calls it.
 
     Raises:
         ArgumentError: it is not a number above 0 and up to 1.
@@ -28,9 +28,7 @@ def check_share(sparsity: object) -> float:
     share = float(sparsity) if isinstance(sparsity, Real) else math.nan
     if not 0 < share <= 1:
         meant = f" ({share:g} percent is {share / 100:g})" if 1 < share <= 100 else ""
-        raise ArgumentError(
-            f"sparsity {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01{meant}"
-        )
+        raise ArgumentError(f"{what} {sparsity} is not a share; give a number above 0 and up to 1, such as 0.01{meant}")
     return share
 
 

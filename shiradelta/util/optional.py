@@ -17,6 +17,7 @@ EXTRAS = {
     "safetensors": "fit",
     "torch": "fit",
     "transformers": "fit",
+    "yaml": "recipe",
 }
 
 
