@@ -23,7 +23,7 @@ from shiradelta.util.text import count
 
 from .float8 import RANKED, WIDEN, other_scale, scaled, values_of
 from .full_converted import in_form_of
-from .item import Item, Skipped, SkipReason, Source, whole_tensor
+from .item import Item, Skipped, SkipReason, Source, replacing_tensor, whole_tensor
 from .lora_keys import refuse_unmerged
 from .sources import SourceFiles, source
 
@@ -190,13 +190,15 @@ def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Ite
     """One tensor's change, or why it is skipped."""
     slot, tuned_slot = base[name], source[key]
     if slot.shape != tuned_slot.shape:
-        remedy = "resize the base's first to keep it"
+        remedy = "give --whole PATTERN (whole=) to store it whole, or resize the base's first"
+        whole: Item | None = replacing_tensor(source, key, base, name)
         if slot.shape == (*tuned_slot.shape[:-2], *tuned_slot.shape[:-3:-1]):
             remedy = (
                 "the base has it transposed, as some releases of transformers save it: load and save the base first"
             )
+            whole = None
         why = f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}; {remedy}"
-        return _resized(Skipped(SkipReason.SHAPE, why), source, key, base, name)
+        return _resized(Skipped(SkipReason.SHAPE, why, whole=whole), source, key, base, name)
     base_bits, tuned = partial(base.bits, name), partial(source.bits, key)
     dtype, tuned_dtype = slot.dtype.name, tuned_slot.dtype.name
     if (unlike := other_scale(source, key, base, name)) is not None:

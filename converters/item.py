@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
 
+from shiradelta.folder.comparison import PastBits
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta, check_shape
 from shiradelta.format.registry import ADD_DTYPES
@@ -99,12 +100,14 @@ class Skipped:
         text: the reason for the report.
         energy: computes the squared norm of the change that is lost; None where it is unknown.
         names: what else the tensor is called, in the source and in the base, for patterns to match.
+        whole: the item that puts the tensor in the place of the base's, for a user who asks for it; None if none does.
     """
 
     reason: SkipReason
     text: str
     energy: Callable[[], float] | None = None
     names: tuple[str, ...] = ()
+    whole: Item | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -146,6 +149,17 @@ class Source:
             self.items.append(found)
         else:
             self.skipped[name] = found
+
+
+def replacing_tensor(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Item:
+    """A tensor that takes the place of the base's, which has another shape: the file holds it whole."""
+    slot = source[key]
+
+    def exact() -> TensorDelta:
+        known = PastBits(base[name]).fingerprint()
+        return TensorDelta(slot.shape, None, source.bits(key), slot.dtype.name, "replace", base_fingerprint=known)
+
+    return Item(name, slot.shape, slot.dtype.name, exact=exact, tuned=partial(source.bits, key))
 
 
 def whole_tensor(source: Checkpoint, key: str, name: str) -> Item:

@@ -335,7 +335,8 @@ def _item(
     slot = base[name]
     if slot.shape != shape:
         why = f"it changes a tensor of shape {list(shape)}, the base's {name!r} has {list(slot.shape)}"
-        return Skipped(SkipReason.PARTS, why)
+        remedy = "give the base that it was trained on, or merge it there and convert the merged model"
+        return Skipped(SkipReason.PARTS, f"{why}; {remedy}")
     item = Item(name, shape, slot.dtype.name, dense, base_bits=partial(base.bits, name))
     if (refused := not_addable(name, slot)) is not None or parts.magnitudes is None:
         return refused or item

@@ -71,13 +71,15 @@ def add_whole(
                 item = _tied(source, key, base, tied[name], taken.get(tied[name], ""))
             else:
                 item = _whole(source, key, name, found, scale, base)
-                if found is not None and found in shared and isinstance(item, Item):
+                if found is not None and found in shared and (isinstance(item, Item) or item.whole is not None):
                     same = [other for other, wanted in keys.items() if tied.get(wanted) == found]
                     item = _shared(source, key, item, same, shared[found])
             if isinstance(item, Skipped):
                 lost[key] = item.called(name, found)
+                item = item.whole or item
             else:
                 result.items.append(item)
+            if isinstance(item, Item):
                 taken[item.name] = "" if key in differences else key
     result.skipped |= lost
 
@@ -149,7 +151,9 @@ def _tied(source: Checkpoint, key: str, base: Checkpoint, tied: str, value: str)
     return skipped
 
 
-def _shared(source: Checkpoint, key: str, item: Item, same: Sequence[str], others: Sequence[str]) -> Item | Skipped:
+def _shared(
+    source: Checkpoint, key: str, item: Item | Skipped, same: Sequence[str], others: Sequence[str]
+) -> Item | Skipped:
     """The change of a tensor that several layers share: all of them have to change alike."""
     if len(same) == len(others) and all(full.same_bits(source, key, other) for other in same):
         return item

@@ -31,7 +31,7 @@ from .plot import draw
 from .report import ConversionReport
 from .shd import refuse_itself
 from .sources import open_source
-from .whole import check_whole
+from .whole import check_whole, store_whole
 
 DEFAULT_SPARSITY = 0.01
 #: The largest alpha of a LoRA; those of published ones end at some thousands.
@@ -86,6 +86,7 @@ def convert(
     kind: str = "auto",
     alpha: float | None = None,
     skip: str | Sequence[str] | None = (),
+    whole: str | Sequence[str] | None = (),
     zstd: bool = False,
     metadata: dict[str, str] | None = None,
     backend: str = "auto",
@@ -116,6 +117,8 @@ def convert(
         alpha: a LoRA's alpha, which overrides what its files say.
         skip: glob patterns of tensors that may be missing from the file where they cannot be converted, by their names
             in the source or in the base; any other loss is an error.  What is skipped counts as energy lost.
+        whole: glob patterns of tensors of another shape than the base's, such as embeddings with new rows, by their
+            names in the source or in the base: the file holds them whole, in their own dtype.  Not with `fit`.
         zstd: compress sections where that helps; for archives.
         metadata: further pairs for the file.
         backend: "libshd", "numpy", or "auto" for the fastest available.
@@ -147,11 +150,14 @@ def convert(
             "leaves nothing of a LoRA" if alpha == 0 else "is out of range" if math.isfinite(alpha) else "is not finite"
         )
         raise ArgumentError(f"alpha {alpha:g} {why}; give a number such as 16")
+    if fit is not None and as_patterns(whole):
+        raise ArgumentError("a model with a tensor of another shape cannot be fitted; leave out whole (--whole) or fit")
     if base is not None:
         refuse_several(base)
     progress = progress or (lambda what, done, total: None)
     patterns = as_patterns(skip)
     opened = open_source(source, kind, None if base is None else open_checkpoint(base, Wanted.BASE), alpha, patterns)
+    store_whole(opened, source, as_patterns(whole))
     if not opened.items:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(opened.skipped.items())[:3])
         raise SourceError(

@@ -58,6 +58,36 @@ class Losses:
         return {"skipped": f"{len(self.skipped)} by {' '.join(self.patterns)}"} if self.skipped else {}
 
 
+def store_whole(source: Source, where: object, whole: str | Sequence[str] = ()) -> None:
+    """Takes tensors that patterns name, and that have another shape than the base's, whole in the place of those.
+
+    Args:
+        source: the opened source; its skipped tensors become items.
+        where: its name in messages.
+        whole: glob patterns of names in the source or in the base.
+
+    Raises:
+        ArgumentError: a pattern matches no tensor of another shape.
+    """
+    patterns = as_patterns(whole)
+    shaped = {name: skipped for name, skipped in source.skipped.items() if skipped.whole is not None}
+    for pattern in patterns:
+        if not any(matches((pattern,), name, *skipped.names) for name, skipped in shaped.items()):
+            listed = ", ".join(map(repr, list(shaped)[:_NAMED]))
+            raise ArgumentError(
+                f"{where}: whole pattern {pattern!r} matches no tensor of another shape than the base's"
+                + (f"; these are {listed}" if shaped else "; leave it out")
+            )
+    for name, skipped in shaped.items():
+        if skipped.whole is not None and matches(patterns, name, *skipped.names):
+            del source.skipped[name]
+            source.items.append(skipped.whole)
+            source.warnings.append(
+                f"{skipped.whole.name!r} is stored whole, with shape {list(skipped.whole.shape)}; where the file is"
+                " applied, config.json and the tokenizer have to be the fine-tune's, too"
+            )
+
+
 def check_whole(source: Source, where: object, skip: str | Sequence[str] = ()) -> Losses:
     """Refuses a source that would be converted in part, apart from what patterns allow.
 

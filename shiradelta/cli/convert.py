@@ -68,6 +68,12 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 )
 @click.option("--alpha", type=float, help="Alpha of a LoRA, instead of the one in its files.")
 @options.skip("Let tensors be missing that cannot be converted")
+@click.option(
+    "--whole",
+    metavar="PATTERN",
+    multiple=True,
+    help="Store tensors whole that have another shape than the base's: a glob pattern of names.  May be repeated.",
+)
 @click.option("--zstd", is_flag=True, help="Compress further; switching becomes slower.")
 @click.option(
     "--fit",

@@ -210,7 +210,7 @@ def _apply_in_place(
             added=len(plan.new),
             dropped=len(plan.drop),
             stack=len(journal.state.applied),
-            warnings=(*_unchecked(plan, delta), *others),
+            warnings=(*_unchecked(plan, delta), *_resized(plan), *others),
         )
 
 
@@ -312,6 +312,16 @@ def _unchecked(plan: FolderPlan, delta: Delta) -> list[str]:
         return []
     file = os.path.basename(delta.file or "the delta")
     return [f"{file} has no fingerprints to compare with this base; convert with --base to get some"]
+
+
+def _resized(plan: FolderPlan) -> list[str]:
+    """A warning if a tensor has another shape now, which the folder's config.json may contradict."""
+    return [
+        f"{edit.name!r} has shape {list(edit.tensor.shape)} now, and had {list(edit.slot.shape)}; config.json and the"
+        " tokenizer have to be the fine-tune's, too"
+        for edit in plan.drop
+        if edit.tensor.operation.replaces and edit.tensor.shape != edit.slot.shape
+    ]
 
 
 def _write_undo(

@@ -134,6 +134,7 @@ COMMON: dict[str, ArgumentKind] = {
     "progress": CALL,
     "seed": WHOLE,
     "skip": PATTERNS,
+    "whole": PATTERNS,
     "target_size": SIZE,
 }
 
