@@ -6,6 +6,7 @@ without weights, and asked how it would be saved.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -185,21 +186,30 @@ class Library:
 
 def library_of(folder: Path) -> Library | None:
     """The model of a folder; None if it is no model of transformers' own classes, or transformers is missing."""
+    file = folder / "config.json"
     try:
-        return _library(folder, (folder / "config.json").stat().st_mtime_ns)
-    except (OSError, ImportError):
+        file.stat()
+        config = read_json(file)
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            return None
+        return _library(_Configured(json.dumps(config, sort_keys=True), folder))
+    except (OSError, ImportError, RecursionError):
         return None
+
+
+@dataclass(frozen=True)
+class _Configured:
+    """What a config.json says, and one of the folders that have it: a base and its fine-tune have the same."""
+
+    text: str
+    folder: Path = field(compare=False)
 
 
 @lru_cache(maxsize=4)
-def _library(folder: Path, changed: int) -> Library | None:
-    """As `library_of`; `changed` tells a configuration from the one that was there before."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        return None
+def _library(configured: _Configured) -> Library | None:
     from shiradelta.models.empty import build_empty
 
-    model = build_empty(folder, config)
+    model = build_empty(configured.folder, json.loads(configured.text))
     return None if model is None else Library.of_model(model)
 
 

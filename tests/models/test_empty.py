@@ -69,3 +69,19 @@ def test_too_many_parts_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_is_no_model_of_transformers_is_not_called(tmp_path: Path, names: Any):
     """The library's own class for the type is taken then, as for a class that it does not know."""
     assert type(built(tmp_path, BERT | {"architectures": names})).__name__ == "BertModel"
+
+
+def test_folders_with_the_same_configuration_build_one_model(tmp_path: Path):
+    """Such as a base and its fine-tune; a configuration that changes is read anew."""
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(BERT))
+    base = library_of(tmp_path / "base")
+    assert base is not None
+    assert library_of(tmp_path / "tuned") is base
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps({**BERT, "num_hidden_layers": 2}))
+    other = library_of(tmp_path / "tuned")
+    assert other is not None
+    assert len(other.shapes) > len(base.shapes)
+    (tmp_path / "tuned" / "config.json").unlink()
+    assert library_of(tmp_path / "tuned") is None
