@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,10 @@ from tests.scenes import contents, weights
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-@pytest.fixture(params=["sparse", "lossless"])
-def steps(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> list[Path]:
-    """Three deltas, each against the result of those before it."""
-    before = made / "bf16"
-    found = []
+@pytest.fixture(scope="module", params=["sparse", "lossless"])
+def chain(request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three deltas, each against the result of those before it: c0, c1, c2."""
+    before, folder = made / "bf16", tmp_path_factory.mktemp("chain")
     for number in range(3):
         tensors = load_file(before / "model.safetensors")
         generator = torch.Generator().manual_seed(number)
@@ -32,8 +32,8 @@ def steps(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> list[Pa
             name: (value.float() + 0.1 * torch.randn(value.shape, generator=generator)).bfloat16()
             for name, value in tensors.items()
         }
-        target = write_model(tmp_path / f"tuned{number}", tuned)
-        delta = tmp_path / f"c{number}.shd"
+        target = write_model(folder / f"tuned{number}", tuned)
+        delta = folder / f"c{number}.shd"
         if request.param == "sparse":
             shiradelta.convert(target, delta, base=before, sparsity=0.05, values="int8")
         else:
@@ -49,10 +49,16 @@ def steps(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> list[Pa
                 for name, value in tuned.items()
             }
             shiradelta.save_delta(delta, changed)
-        before = tmp_path / f"step{number}"
-        shiradelta.apply(made / "bf16" if number == 0 else tmp_path / f"step{number - 1}", delta, out=before)
-        found.append(delta)
-    return found
+        before = folder / f"step{number}"
+        shiradelta.apply(made / "bf16" if number == 0 else folder / f"step{number - 1}", delta, out=before)
+    return folder
+
+
+@pytest.fixture
+def steps(chain: Path, tmp_path: Path) -> list[Path]:
+    """Its deltas, and beside them copies of the folders that they were made of and give."""
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    return [tmp_path / f"c{number}.shd" for number in range(3)]
 
 
 def test_consecutive_steps_apply_in_turn_and_are_taken_out_in_turn(model: Path, steps: list[Path]):
