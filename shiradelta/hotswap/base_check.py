@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.record import Record
 from shiradelta.hotswap.layers import Held, Layer, patches_on
 from shiradelta.hotswap.protocol import Fit, LiveBackend
-from shiradelta.hotswap.transcode import Change, base_fingerprint
+from shiradelta.hotswap.shares import Share, Shares, add
+from shiradelta.hotswap.transcode import Change, portions
 from shiradelta.models.compatibility import Remedies
 from shiradelta.models.live import Target
 from shiradelta.models.stacking import StackFit, StackWords
@@ -23,36 +27,29 @@ _WORDS = StackWords(
     "leave the strength at 1",
 )
 
+#: Fingerprints of the base, and of what is there now.
+Fingerprints = Shares[tuple[int, int]]
+
 
 def checkable(held: Mapping[LiveBackend, Held], parts: Sequence[Fit]) -> set[Target]:
-    """The tensors whose fingerprint can be compared; arguments are those of `check_base`."""
+    """The tensors whose fingerprint can be compared; arguments are those of `fingerprints`."""
     patches = {
         patch.target for one in held.values() for patch in one.patches if _is_checkable(patch.record, patch.dtype)
     }
     return patches | {target for tensor, target, dtype in parts if _is_checkable(tensor.record, dtype)}
 
 
-def check_base(
-    label: str,
-    held: Mapping[LiveBackend, Held],
-    parts: Sequence[Fit],
-    layers: Mapping[LiveBackend, Sequence[Layer]],
-) -> StackFit:
-    """Compares fingerprints with those in the file.
+def fingerprints(
+    held: Mapping[LiveBackend, Held], parts: Sequence[Fit], layers: Mapping[LiveBackend, Sequence[Layer]]
+) -> Fingerprints:
+    """Fingerprints of the elements that a file changes, where it has some to compare.
 
     Args:
-        label: the file, for messages.
         held: the file's deltas.
         parts: its deltas of tensors that are in parts; `held` has them for each weight.
         layers: what is on the weights now, the topmost level first.
-
-    Returns:
-        What the file fits: the base, the present weights, or both.
-
-    Raises:
-        BaseMismatchError: a tensor fits neither, or not all fit the same of the two.
     """
-    fit = StackFit(label, _WORDS, any(layers.values()))
+    found: dict[str, dict[Share, tuple[int, int]]] = {}
     for backend, one in held.items():
         mine = [(i, patch.record) for i, patch in enumerate(one.patches) if _is_checkable(patch.record, patch.dtype)]
         if mine:
@@ -60,7 +57,7 @@ def check_base(
             base = backend.fingerprints(one, below)
             present = backend.fingerprints(one, []) if below else base
             for number, record in mine:
-                fit.check(record.name, record, base[number], present[number])
+                found[record.name] = {(): (base[number], present[number])}
     patches = {
         (patch.target, patch.record.operation.name): (backend, patch)
         for backend, one in held.items()
@@ -72,23 +69,42 @@ def check_base(
         if not _is_checkable(tensor.record, dtype):
             continue
         before, elements = elements, {}  # what the last tensor needed may be needed again, the rest is not
-        for weight, _ in target.parts:
-            change = weight, tensor.op
+        shares = found.setdefault(tensor.record.name, {})
+        for portion in portions(tensor, target):
+            change = portion.weight, tensor.op
             if change in before:
                 elements[change] = before[change]
-                continue
-            backend, patch = patches[change]
-            stack = stacks[backend].get(weight, [])
-            positions, base_bits = backend.base(patch, stack)
-            elements[change] = positions, base_bits, backend.base(patch, [])[1] if stack else base_bits
-        of_base = {change: (positions, bits) for change, (positions, bits, _) in elements.items()}
-        of_present = {change: (positions, bits) for change, (positions, _, bits) in elements.items()}
-        fit.check(
-            tensor.record.name,
-            tensor.record,
-            base_fingerprint(tensor, target, of_base),
-            base_fingerprint(tensor, target, of_present),
-        )
+            elif change not in elements:
+                backend, patch = patches[change]
+                stack = stacks[backend].get(portion.weight, [])
+                positions, base_bits = backend.base(patch, stack)
+                elements[change] = positions, base_bits, backend.base(patch, [])[1] if stack else base_bits
+            positions, *both = elements[change]
+            at = np.searchsorted(positions, portion.positions)
+            base_sum, present_sum = (arithmetic.fingerprint(portion.stored, bits[at]) for bits in both)
+            add(shares, tensor.record.name, portion.share, (base_sum, present_sum))
+    return found
+
+
+def check_base(label: str, found: Fingerprints, records: Mapping[str, Record], stacked: bool) -> StackFit:
+    """Compares fingerprints with those in the file.
+
+    Args:
+        label: the file, for messages.
+        found: the fingerprints of all its tensors that have some to compare.
+        records: the file's tensors.
+        stacked: whether adapters are active.
+
+    Returns:
+        What the file fits: the base, the present weights, or both.
+
+    Raises:
+        BaseMismatchError: a tensor fits neither, or not all fit the same of the two.
+    """
+    fit = StackFit(label, _WORDS, stacked)
+    for name, shares in found.items():
+        base, present = (sum(sums) % (1 << 64) for sums in zip(*shares.values(), strict=True))
+        fit.check(name, records[name], base, present)
     return fit
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shiradelta.errors import ArgumentError
+from shiradelta.format.record import Record
 from shiradelta.hotswap.layers import Held, Patch
 from shiradelta.hotswap.protocol import Fit, LiveBackend
 from shiradelta.hotswap.reports import LoadReport
+from shiradelta.hotswap.shares import Shares
 from shiradelta.models.live import Target
 
 #: Adapter -> strength.
@@ -23,6 +25,8 @@ class Loaded:
         digest: of the file.
         held: the deltas, as the backends hold them.
         parts: the file's deltas of tensors that are in parts; `held` has them for each weight.
+        records: the file's tensors.
+        nonzeros: how many there are in each share that this process has of them.
         report: what `load` found.
         label: the file, for messages.
         beneath: the levels that the delta fits on top of; empty if it fits the base only.
@@ -32,6 +36,8 @@ class Loaded:
     digest: bytes
     held: Mapping[LiveBackend, Held]
     parts: Sequence[Fit]
+    records: Mapping[str, Record]
+    nonzeros: Shares[int]
     report: LoadReport
     label: str
     beneath: tuple[Strengths, ...] = ()

@@ -9,7 +9,8 @@ from shiradelta.hotswap.layers import Held, Patch
 from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.compatibility import TensorSpec, check_fit, remedy_of
-from shiradelta.models.live import Target, is_array
+from shiradelta.models.live import Target
+from shiradelta.models.memory import is_array
 from shiradelta.models.names import Found, Named, find_names, search_the_rest
 from shiradelta.util.arguments import matches
 from shiradelta.util.text import count
@@ -173,7 +174,7 @@ def check_target(where: str, tensor: StoredTensor, target: Target, allow_dtype: 
     # NumPy has no bfloat16: a uint16 array stands for it where the delta says so, as everywhere in the package.
     stands_for_bfloat16 = is_array(target.tensor) and (target.dtype, tensor.dtype) == ("uint16", "bfloat16")
     dtype = "bfloat16" if stands_for_bfloat16 else target.dtype
-    stored = target.parts[0][0] if target.parts else target
+    stored = next((leaf for leaf, _ in target.leaves()), target)
     check_fit(
         where,
         tensor,

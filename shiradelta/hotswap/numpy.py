@@ -14,7 +14,8 @@ from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.layers import Held, Patch
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.io.reader import StoredTensor
-from shiradelta.models.live import Target, is_array
+from shiradelta.models.live import Target
+from shiradelta.models.memory import is_array
 from shiradelta.util.arrays import merge_sorted
 
 

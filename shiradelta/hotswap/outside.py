@@ -20,7 +20,8 @@ from weakref import WeakSet
 import numpy as np
 
 from shiradelta.errors import TargetError
-from shiradelta.models.live import Target, is_array
+from shiradelta.models.live import Target
+from shiradelta.models.memory import is_array, is_sharded, own_part
 from shiradelta.models.places import Place, Places
 
 #: What to do if nothing is known of the weights.
@@ -110,6 +111,7 @@ class Watch:
         self._counting: list[Any] = []
         self._addresses: list[int] = []
         self._versions, self._samples = _Readings(_versions), _Readings(_sampled)
+        self._parts = _Readings(_versions)  # of DTensors, which count only what is written to them as a whole
         self._spans: list[_Span] = []  # in the order of the addresses
         self._foreign: set[Target] = set()  # what other sessions have written
         with _registry:
@@ -125,11 +127,13 @@ class Watch:
         few = set(on_cpu[:: -(-len(on_cpu) // _TENSORS)] if on_cpu else [])
         sampled = [target for target in every if target in few or (target.device == "cpu" and target not in counted)]
         self._versions.follow(counted)
+        self._parts.follow({target: own_part(tensor) for target, tensor in counted.items() if is_sharded(tensor)})
         self._samples.follow({target: _sampler(target) for target in sampled})
         pairs = (zip(target.places, things, strict=False) for target, things in self._things.items())
         self._tensors = _InPlace(chain.from_iterable(pairs))
         self._follow_modules()
-        self._counting, self._addresses = list(objects.values()), [target.address for target in objects]
+        self._counting = [own_part(tensor) for tensor in objects.values()]
+        self._addresses = [target.address for target in objects]
         self._spans = sorted(((*target.memory, target) for target in every), key=lambda span: span[:3])
         self._foreign.intersection_update(every)
 
@@ -168,6 +172,7 @@ class Watch:
             and self._tensors.are_there()
             and (self._modules.are_there() or self._are_elsewhere())
             and self._versions.are_same()
+            and self._parts.are_same()
             and self._samples.are_same()
         )
 
@@ -199,7 +204,7 @@ class Watch:
             for target, known in self._things.items()
             if not self._has(now, target) or any(map(is_not, target.now(), known))
         )
-        found = (moved, self._versions.changed(), self._samples.changed(), self._foreign)
+        found = (moved, self._versions.changed(), self._parts.changed(), self._samples.changed(), self._foreign)
         return list(dict.fromkeys(chain.from_iterable(found)))
 
     def claim(self) -> None:
@@ -221,6 +226,7 @@ class Watch:
     def record(self) -> None:
         """Takes the tensors as they are now as what the session has written."""
         self._versions.record()
+        self._parts.record()
         self._samples.record()
 
     def accept(self) -> None:

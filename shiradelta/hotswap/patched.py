@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shiradelta.errors import TargetError
 from shiradelta.hotswap.devices import Devices, Layers, Streams
@@ -12,9 +12,12 @@ from shiradelta.hotswap.levels import Level, different, exchange, layers_of, new
 from shiradelta.hotswap.loaded import Loaded, Strengths, check_loaded, together
 from shiradelta.hotswap.others import Others, leave_behind
 from shiradelta.hotswap.outside import FORKED, RELOAD, Watch
+from shiradelta.hotswap.ranks import Alone, Ranks
 from shiradelta.hotswap.reports import SwitchReport
 from shiradelta.hotswap.strengths import are_same
 from shiradelta.models.live import Target
+
+_ALONE = Alone()
 
 
 class PatchedWeights:
@@ -28,8 +31,8 @@ class PatchedWeights:
         others: the other sessions of the process.
     """
 
-    def __init__(self, devices: Devices, watch: Watch) -> None:
-        self._devices, self._watch = devices, watch
+    def __init__(self, devices: Devices, watch: Watch, ranks: Ranks) -> None:
+        self._devices, self._watch, self._ranks = devices, watch, ranks
         self.levels: list[Level] = []
         self._working = threading.Lock()  # of the thread that changes weights
         self._broken: str | None = None
@@ -120,38 +123,63 @@ class PatchedWeights:
             nbytes=self.nbytes,
         )
 
-    def switch(self, plan: Sequence[Strengths], adapters: Mapping[str, Loaded], streams: Streams) -> SwitchReport:
-        """Puts what is planned on the weights, in the place of what is on them."""
+    def switch(
+        self, make_plan: Callable[[], Sequence[Strengths]], what: str, adapters: Mapping[str, Loaded], streams: Streams
+    ) -> SwitchReport:
+        """Puts what is planned on the weights, in the place of what is on them, in all processes or in none.
+
+        Args:
+            make_plan: plans it, as `plan` does.
+            what: the call, for messages.
+            adapters: those that are loaded.
+            streams: where to queue the work.
+        """
         with self._working:
-            self.check_usable()
-            if self.is_active(plan):
-                self._watch.check()
-            else:
-                self._commit(plan, adapters, streams)
+            before = self.levels
+
+            def reserve() -> list[Level] | None:
+                self.check_usable()
+                plan = make_plan()
+                if self.is_active(plan):
+                    self._watch.check()
+                    return None
+                return new_levels(plan, before, adapters)
+
+            # Where others are lost, each process can still give back what it has saved itself.
+            ranks: Ranks = _ALONE if self._ranks.lost and not make_plan() else self._ranks
+            with self._devices.ordered(streams):
+                after = ranks.agree(what, reserve)
+                if after is not None:
+                    self._commit(before, after, what, ranks)
             return self.report(adapters)
 
-    def _commit(self, plan: Sequence[Strengths], adapters: Mapping[str, Loaded], streams: Streams) -> None:
-        before = self.levels
-        with self._devices.ordered(streams):
-            after = new_levels(plan, before, adapters)
-            changing = [level.layers for levels in different(before, after) for level in levels]
-            touched = different_tensors(layers for level in changing for layers in level.values())
+    def _commit(self, before: list[Level], after: list[Level], what: str, ranks: Ranks) -> None:
+        changing = [level.layers for levels in different(before, after) for level in levels]
+        touched = different_tensors(layers for level in changing for layers in level.values())
+        wrote, error = False, None
+        try:
             for held in touched:
                 held.check_memory()
             self._watch.claim()
-            self._unfinished = after
-            try:
-                exchange(before, after)
-                for held in touched:  # while the device works
-                    held.check_model()
-                increment_versions(touched)
-            except BaseException:
+            self._unfinished, wrote = after, True
+            exchange(before, after)
+            for held in touched:  # while the device works
+                held.check_model()
+            increment_versions(touched)
+        except BaseException as raised:
+            error = raised
+        try:
+            ranks.decide(what, error)
+        except BaseException:
+            if wrote:
                 self._roll_back(before, after)
                 self._unfinished = None
-                raise
-            finally:
+            raise
+        finally:
+            error = None  # its traceback refers to this frame
+            if wrote:
                 self._watch.record()
-            self.levels, self._unfinished = after, None
+        self.levels, self._unfinished = after, None
 
     def take_back(self, levels: list[Level], streams: Streams) -> None:
         """Undoes what a switch did until an exception from outside came: these levels are active again."""

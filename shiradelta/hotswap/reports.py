@@ -20,6 +20,8 @@ class LoadReport:
         unchecked: matched tensors whose fingerprint was not compared: the file has none, or another dtype.
         nonzeros: number of elements that the adapter changes.
         nbytes: memory that the adapter takes while it is loaded.
+        seconds: how long loading took.
+        transcoded: number of tensors that are not in one piece in memory, so that their deltas were encoded anew.
         beneath: adapter -> strength, for the adapters that a successor was made for; empty for a delta of the base.
     """
 
@@ -29,6 +31,8 @@ class LoadReport:
     unchecked: tuple[str, ...] = field(repr=False)
     nonzeros: int
     nbytes: int
+    seconds: float = field(default=0.0, compare=False)
+    transcoded: int = 0
     beneath: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from time import perf_counter
 from typing import Any, NoReturn
 
-from shiradelta.backends.choose import AUTO, FILE_BACKENDS
-from shiradelta.errors import ArgumentError, FormatError
-from shiradelta.format.codecs.base import Bytes
-from shiradelta.hotswap.base_check import check_base, checkable
+from shiradelta.errors import ArgumentError, BaseMismatchError
+from shiradelta.hotswap.base_check import Fingerprints, check_base, checkable, fingerprints
 from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.devices import Devices, Streams
 from shiradelta.hotswap.layers import different_tensors
 from shiradelta.hotswap.levels import Level, layers_of
 from shiradelta.hotswap.loaded import Loaded, Strengths, changed_strength, check_loaded, targets_of, without
-from shiradelta.hotswap.matching import Names, check_overlaps, check_target, match
+from shiradelta.hotswap.matching import Names, check_overlaps
 from shiradelta.hotswap.outside import NO_COPIES, Watch, survive_forks
 from shiradelta.hotswap.patched import PatchedWeights
-from shiradelta.hotswap.reading import read_whole
+from shiradelta.hotswap.prepare import Preparation
+from shiradelta.hotswap.ranks import ranks_for, with_those_elsewhere
 from shiradelta.hotswap.reports import LoadReport, RebaseReport, SwitchReport, adapters_line, adapters_table
+from shiradelta.hotswap.shares import check_whole, together
 from shiradelta.hotswap.strengths import strengths_of
-from shiradelta.hotswap.transcode import take_apart
-from shiradelta.io.reader import Source, StoredTensor, open_delta
-from shiradelta.io.recognise import explain_refusal
-from shiradelta.models.compatibility import check_tied
-from shiradelta.models.live import Target, live_tensors
+from shiradelta.io.reader import Source
+from shiradelta.models.layout import LAYOUTS, Layout
+from shiradelta.models.live import live_tensors
 from shiradelta.models.pipelines import model_in
 from shiradelta.models.stacking import StackFit
 from shiradelta.signing.keys import Keys
-from shiradelta.signing.verify import local_with_signature
 from shiradelta.util.arguments import ANY, BOOL, NAMES, NUMBER, OPEN, SWITCHED, TEXT, as_patterns, checked
 from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.interrupts import interrupts_held_back, uninterrupted
@@ -64,27 +60,42 @@ class HotSwap:
         backend: "libshd" or "numpy" (CPU), "torch" (any device), "triton" (CUDA and ROCm), or "auto" for the fastest
             available.  All give the same bits.
         allow_shared: take weights in memory that other processes share.  Nothing else may write them.
+        layout: names of tensors in the checkpoint -> where they lie in memory, where the model cannot tell: a serving
+            engine's fused weights, for example (docs/distributed.md).
+        group: a process group of torch.distributed whose processes each have a part of the model, and make the same
+            calls; None for the ranks that the model's DTensors are spread over.
+        timeout: seconds to wait for the other processes.
 
     Raises:
-        TargetError: `model` is not a model.
+        TargetError: `model` is not a model, or a layout names memory that is not the model's.
+        ArgumentError: a layout does not fit its tensor.
         DeltaError: the backend is unknown.
     """
 
-    @checked(model=ANY, names=NAMES, allow_shared=BOOL)
+    @checked(model=ANY, names=NAMES, allow_shared=BOOL, layout=LAYOUTS, group=ANY, timeout=NUMBER)
     def __init__(
-        self, model: Any, names: Names | None = None, backend: str = "auto", *, allow_shared: bool = False
+        self,
+        model: Any,
+        names: Names | None = None,
+        backend: str = "auto",
+        *,
+        allow_shared: bool = False,
+        layout: Mapping[str, Layout] | None = None,
+        group: Any = None,
+        timeout: float = 60,
     ) -> None:
         self._kind = type(model).__name__
         model = model_in(model)
-        self._targets = live_tensors(model, allow_shared=allow_shared)
-        self._names = names
-        self._choice = backend
+        targets = live_tensors(model, allow_shared=allow_shared, layout=layout)
+        self._ranks = ranks_for(targets, group, timeout)
+        self._targets = with_those_elsewhere(targets, self._ranks)
         devices = {target.device for target in self._targets.values()} - {"meta"} or {"cpu"}
         self._devices = Devices({device: new_backend(backend, device) for device in sorted(devices)})
+        self._preparation = Preparation(self._targets, names, backend, self._devices)
         self._adapters: dict[str, Loaded] = {}
         self._lock = threading.RLock()  # of the thread that uses the session
         self._watch = Watch(model)
-        self._weights = PatchedWeights(self._devices, self._watch)
+        self._weights = PatchedWeights(self._devices, self._watch, self._ranks)
         survive_forks(self)
 
     # ---------------------------------------------------------------------------------------- state
@@ -209,35 +220,47 @@ class HotSwap:
         if strict is not None:
             warn_renamed(f"strict={strict}", "no argument, which means the same" if strict else 'skip="*"')
             skip = skip if strict else "*"
-        self._free_name(name)
-        source = local_with_signature(source, key)
-        label, data = read_whole(source, self._devices.buffer, key)
-        try:
-            adapter = self._prepare(name, label, data, allow_dtype, as_patterns(skip), limit)
-        except FormatError as error:
-            error.file = error.file or label
-            if isinstance(source, (str, os.PathLike)):
-                explain_refusal(error, Path(source))
-            raise
-        with self._lock:
+        with ExitStack() as stack:
+            if not self._ranks.alone:  # all processes make the same calls in the same order
+                stack.enter_context(self._lock)
+            began, what = perf_counter(), f"load({name!r})"
+
+            def read() -> Loaded:
+                self._free_name(name)
+                return self._preparation.read(name, source, key, allow_dtype, as_patterns(skip), limit)
+
+            adapter = self._ranks.agree(what, read)
+            stack.enter_context(self._lock)
             self._weights.settle()
-            self._weights.check_usable()
-            self._free_name(name)
-            check_overlaps(label, targets_of([adapter, *self._adapters.values()]))
-            self._watch.check()
-            unchecked, fit = self._check(adapter, check, self._weights.levels)
+            levels = self._weights.levels
+
+            def check_model() -> None:
+                self._weights.check_usable()
+                self._free_name(name)
+                check_overlaps(adapter.label, targets_of([adapter, *self._adapters.values()]))
+                self._watch.check()
+
+            self._ranks.agree(what, check_model)
+            unchecked, fit = self._check(what, adapter, check, levels)
             if check:
-                self._weights.others.check(targets_of([adapter]))
-            adapter = replace(adapter, report=replace(adapter.report, unchecked=unchecked))
+                self._ranks.agree(what, lambda: self._weights.others.check(targets_of([adapter])))
+            report = replace(adapter.report, unchecked=unchecked, seconds=perf_counter() - began)
+            adapter = replace(adapter, report=report)
             if fit is not None and fit.fits_present:
-                adapter = adapter.on((level.adapters for level in self._weights.levels), fit.is_successor)
+                adapter = adapter.on((level.adapters for level in levels), fit.is_successor)
             adapters = {**self._adapters, name: adapter}
             self._watch.follow(targets_of(adapters.values()))
             self._adapters = adapters
             return adapter.report
 
     def load_async(self, name: str, source: Source, **options: Any) -> Future[LoadReport]:
-        """Calls `load` in a thread; the future has its report, or raises its error."""
+        """Calls `load` in a thread; the future has its report, or raises its error.
+
+        Raises:
+            ArgumentError: the model is spread over processes, which make the same calls in the same order.
+        """
+        if not self._ranks.alone:
+            raise ArgumentError("load_async cannot keep the order of calls in several processes; use load")
         executor = ThreadPoolExecutor(1, thread_name_prefix="shiradelta-load")
         future = executor.submit(self.load, name, source, **options)
         executor.shutdown(wait=False)
@@ -252,60 +275,52 @@ class HotSwap:
         """
         with self._lock:
             self._weights.settle()
-            check_loaded([name], self._adapters)
-            if name in self._weights.active:
-                raise ArgumentError(f"adapter {name!r} is active; switch to another or revert before unloading it")
-            self._adapters = without(name, self._adapters)
+
+            def others() -> dict[str, Loaded]:
+                check_loaded([name], self._adapters)
+                if name in self._weights.active:
+                    raise ArgumentError(f"adapter {name!r} is active; switch to another or revert before unloading it")
+                return without(name, self._adapters)
+
+            self._adapters = self._ranks.agree(f"unload({name!r})", others)
             self._watch.follow(targets_of(self._adapters.values()))
 
     def _free_name(self, name: str) -> None:
         if name in self._adapters:
             raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
-    def _prepare(
-        self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: Sequence[str], limit: int | str | None
-    ) -> Loaded:
-        """The part of loading that does not read the weights."""
-        choice = self._choice if self._choice in FILE_BACKENDS else AUTO
-        delta = open_delta(data, choice, limit=limit)
-        delta.check_memory("all of it", sum(tensor.record.unpacked_size for tensor in delta.values()))
-        matched, unmatched = match(delta, self._targets, self._names, label, skip)
-        fits: dict[Target, tuple[StoredTensor, str]] = {}
-        for own, other in matched.items():
-            tensor = delta[own]
-            target = self._targets[other].in_form(tensor.shape)
-            where = f"{label}: tensor {own!r}"
-            dtype = check_target(where, tensor, target, allow_dtype)
-            first, _ = fits.setdefault(target, (tensor, dtype))
-            check_tied(where, first, tensor, "untie the model before loading")
-        whole = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if not target.parts]
-        parts = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.parts]
-        files = [(data, whole)]
-        if parts:
-            files.append(take_apart(label, parts, fits, choice, self._devices.buffer))
-        held = self._devices.hold(files)
-        nonzeros = sum(tensor.nnz for tensor, _ in fits.values())
-        sections = (section for tensor, _, _ in parts for section in (tensor.record.index, tensor.record.values))
-        nbytes = sum(one.nbytes for one in held.values()) + sum(section.stored for section in sections)
-        report = LoadReport(name, matched, unmatched, unchecked=(), nonzeros=nonzeros, nbytes=nbytes)
-        return Loaded(bytes.fromhex(delta.digest), held, parts, report, label)
-
-    def _check(self, adapter: Loaded, check: bool, levels: Sequence[Level]) -> tuple[tuple[str, ...], StackFit | None]:
-        """Compares the fingerprints with the base beneath the levels, and with what they give.
+    def _check(
+        self, what: str, adapter: Loaded, check: bool, levels: Sequence[Level]
+    ) -> tuple[tuple[str, ...], StackFit | None]:
+        """Checks that all of an adapter is in memory, and compares its fingerprints with the base beneath the levels.
 
         Returns:
             Names of tensors that were not compared; what the adapter fits, if any were.
         """
-        for held in adapter.held.values():
-            held.check_memory()
-        self._watch.check_model(target for held in adapter.held.values() for target in held.targets)
-        known, fit = checkable(adapter.held, adapter.parts), None
-        if check and known:
+        known = checkable(adapter.held, adapter.parts) if check else set()
+
+        def own() -> Fingerprints:
+            for held in adapter.held.values():
+                held.check_memory()
+            self._watch.check_model(target for held in adapter.held.values() for target in held.targets)
+            if not known:
+                return {}
             with self._devices.ordered(reads=True):
-                fit = check_base(adapter.label, adapter.held, adapter.parts, layers_of(levels))
+                return fingerprints(adapter.held, adapter.parts, layers_of(levels))
+
+        found = self._ranks.agree(what, own)
         names = adapter.report.matched
+        every = self._ranks.gather((adapter.digest, sorted(names), adapter.nonzeros, found))
+        if any(other[:2] != every[0][:2] for other in every):
+            raise BaseMismatchError(
+                f"{adapter.label}: another rank has loaded another file; give all ranks the same one"
+            )
+        check_whole(adapter.label, together(nonzeros for _, _, nonzeros, _ in every), adapter.records)
+        fit = None
+        if check and (compared := together(found for *_, found in every)):
+            fit = check_base(adapter.label, compared, adapter.records, bool(levels))
         forms = {name: {self._targets[other], *self._targets[other].forms.values()} for name, other in names.items()}
-        return tuple(name for name, some in forms.items() if not check or known.isdisjoint(some)), fit
+        return tuple(name for name, some in forms.items() if known.isdisjoint(some)), fit
 
     # -------------------------------------------------------------------------------------- switching
 
@@ -335,19 +350,24 @@ class HotSwap:
         with self._lock:
             self._weights.settle()
             before, streams = self._weights.levels, self._devices.streams(stream)
-            plan = self._weights.plan(wanted, self._adapters)
-            if self._weights.is_active(plan):  # nothing is written, so no exception can come at a wrong moment
-                self._watch.check()
-                return self._weights.report(self._adapters)
-            switch = partial(self._weights.switch, plan, self._adapters, streams)
+            make_plan = partial(self._weights.plan, wanted, self._adapters)
+            if self._ranks.alone:
+                plan = make_plan()
+                if self._weights.is_active(plan):  # nothing is written, so no exception can come at a wrong moment
+                    self._watch.check()
+                    return self._weights.report(self._adapters)
+                make_plan = partial(list, plan)
+            switch = partial(self._weights.switch, make_plan, _call(wanted), self._adapters, streams)
             try:
-                if self._devices.only_queue:  # work that is queued is no faster on another thread, but begins later
+                if self._devices.only_queue and self._ranks.alone:
+                    # Work that is queued is no faster on another thread, but begins later.
                     with interrupts_held_back():
                         return switch()
                 (report,) = uninterrupted(switch)
                 return report
             except BaseException:
-                uninterrupted(partial(self._weights.take_back, before, streams))
+                if self._ranks.alone:  # otherwise all processes have decided together
+                    uninterrupted(partial(self._weights.take_back, before, streams))
                 raise
 
     def revert(self, stream: Any = None) -> SwitchReport:
@@ -372,7 +392,7 @@ class HotSwap:
         with self._lock:
             self._weights.settle()
             unchecked = {
-                name: self._check(adapter, check and adapter.was_compared, [])[0]
+                name: self._check("rebase()", adapter, check and adapter.was_compared, [])[0]
                 for name, adapter in self._adapters.items()
             }
             changed = {target.name for target in self._watch.changed()}
@@ -405,4 +425,10 @@ class HotSwap:
                     raise
 
     def _go_back(self, active: Strengths, streams: Streams) -> SwitchReport:
-        return self._weights.switch(self._weights.plan(active, self._adapters), self._adapters, streams)
+        make_plan = partial(self._weights.plan, active, self._adapters)
+        return self._weights.switch(make_plan, _call(active), self._adapters, streams)
+
+
+def _call(wanted: Strengths) -> str:
+    """The call of `switch`, for messages."""
+    return f"switch({dict(sorted(wanted.items()))})"

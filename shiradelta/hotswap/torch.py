@@ -29,7 +29,8 @@ from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.layers import Array, Held, Layer, Patch
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.io.reader import StoredTensor
-from shiradelta.models.live import Target, is_array
+from shiradelta.models.live import Target
+from shiradelta.models.memory import is_array
 from shiradelta.util.threads import map_in_threads
 
 Tensor = torch.Tensor

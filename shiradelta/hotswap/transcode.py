@@ -14,36 +14,58 @@ from typing import NamedTuple
 import numpy as np
 
 from shiradelta.errors import BaseMismatchError
-from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs import F32, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.codecs.float import Float
 from shiradelta.format.delta import TensorDelta
 from shiradelta.hotswap.protocol import Fit
+from shiradelta.hotswap.shares import Share, Shares, share_of
 from shiradelta.io.reader import StoredTensor, open_delta
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.live import Target
+from shiradelta.models.views import View
 from shiradelta.util.arrays import RepeatedPositionError, join_sorted
 
 #: A weight and an operation's name.
 Change = tuple[Target, str]
 
 
-class _Piece(NamedTuple):
+class Portion(NamedTuple):
     """The nonzeros of a stored tensor's delta that lie in one weight, in the order of the weight.
 
     Attributes:
         weight: the weight.
+        views: which elements it has.
         ranks: their numbers among all nonzeros of the delta.
         stored: their positions in the stored tensor.
         positions: their positions in the weight, increasing.
     """
 
     weight: Target
+    views: tuple[View, ...]
     ranks: Positions
     stored: Positions
     positions: Positions
+
+    @property
+    def share(self) -> Share:
+        """Which elements of the stored tensor it has."""
+        return share_of(self.views)
+
+
+class Transcoded(NamedTuple):
+    """Deltas in the order of the weights that have their elements.
+
+    Attributes:
+        data: a file in memory.
+        fits: its deltas.
+        nonzeros: how many there are in each share that this process has of the file's tensors.
+    """
+
+    data: Bytes
+    fits: list[Fit]
+    nonzeros: Shares[int]
 
 
 def take_apart(
@@ -52,7 +74,7 @@ def take_apart(
     others: Mapping[Target, tuple[StoredTensor, str]],
     backend: str,
     buffer: Callable[[int], Bytes],
-) -> tuple[Bytes, list[Fit]]:
+) -> Transcoded:
     """Encodes deltas of tensors that are in parts anew, one for each weight that has elements of them.
 
     Args:
@@ -62,69 +84,57 @@ def take_apart(
         backend: the backend that decodes the result.
         buffer: allocates the memory for the result.
 
-    Returns:
-        (a file in memory, its deltas).
-
     Raises:
         BaseMismatchError: an element would be changed twice.
     """
     fits = list(fits)
+    nonzeros: dict[str, dict[Share, int]] = {tensor.record.name: {} for tensor, _, _ in fits}
     # Groups of values in other codecs do not survive new neighbours.
     codecs = {VALUE_CODECS.by_id[tensor.record.value_codec] for tensor, _, _ in fits if tensor.nnz}
     kept = next(iter(codecs), F32) if len(codecs) == 1 else F32
     codec = kept if isinstance(kept, Float) else F32
     writer = DeltaWriter(BytesIO(), codec.option, False, backend)
     weights: dict[str, tuple[Target, str]] = {}
-    missing = Counter((weight, tensor.op) for tensor, target, _ in fits for weight, _ in target.parts)
+    missing = Counter((weight, tensor.op) for tensor, target, _ in fits for weight, _ in target.leaves())
     waiting: dict[Change, list[tuple[Positions, Array]]] = {}
     for tensor, target, dtype in fits:
         payload = tensor.values() if tensor.operation.adds else tensor.bits()
-        for piece in _pieces(tensor, target):
-            change = piece.weight, tensor.op
-            if piece.weight in others:
-                other = others[piece.weight][0].record.name
-                raise _changed_twice(label, tensor, piece.weight, f"as tensor {other!r} does")
-            waiting.setdefault(change, []).append((piece.positions, payload[piece.ranks]))
+        for portion in portions(tensor, target):
+            change = portion.weight, tensor.op
+            nonzeros[tensor.record.name][portion.share] = portion.ranks.size
+            if portion.weight in others:
+                other = others[portion.weight][0].record.name
+                raise _changed_twice(label, tensor, portion.weight, f"as tensor {other!r} does")
+            waiting.setdefault(change, []).append((portion.positions, payload[portion.ranks]))
             missing[change] -= 1
             if missing[change]:
                 continue
             try:
                 positions, values = join_sorted(waiting.pop(change))
             except RepeatedPositionError:
-                raise _changed_twice(label, tensor, piece.weight, "at a position that another tensor changes") from None
+                how = "at a position that another tensor changes"
+                raise _changed_twice(label, tensor, portion.weight, how) from None
             name = str(len(weights))
-            writer.add(name, TensorDelta(piece.weight.shape, positions, values, dtype, tensor.op))
-            weights[name] = piece.weight, dtype
+            writer.add(name, TensorDelta(portion.weight.shape, positions, values, dtype, tensor.op))
+            weights[name] = portion.weight, dtype
     output = BytesIO()
     writer.finish(output)
     data = buffer(output.tell())
     data[:] = np.frombuffer(output.getbuffer(), np.uint8)
-    return data, [(tensor, *weights[name]) for name, tensor in open_delta(data, backend).items()]
+    deltas = open_delta(data, backend).items()
+    return Transcoded(data, [(tensor, *weights[name]) for name, tensor in deltas], nonzeros)
 
 
-def base_fingerprint(tensor: StoredTensor, target: Target, base: Mapping[Change, tuple[Positions, Array]]) -> int:
-    """The fingerprint of a tensor that is in parts, at a delta's positions (FORMAT.md, 6.3).
-
-    Args:
-        tensor: the delta.
-        target: the tensor.
-        base: the positions that the file changes in each weight, and the base's elements there.
-    """
-    total = 0
-    for piece in _pieces(tensor, target):
-        positions, bits = base[piece.weight, tensor.op]
-        total += arithmetic.fingerprint(piece.stored, bits[np.searchsorted(positions, piece.positions)])
-    return total % (1 << 64)
-
-
-def _pieces(tensor: StoredTensor, target: Target) -> Iterator[_Piece]:
-    """The nonzeros in each of the target's parts."""
+def portions(tensor: StoredTensor, target: Target) -> Iterator[Portion]:
+    """The nonzeros in each of the target's pieces of memory."""
     positions = tensor.positions()
-    for weight, view in target.parts:
-        first, last = np.searchsorted(positions, view.stored.span)
-        ranks, where = view.to_weight(positions[first:last])
-        ranks += first
-        yield _Piece(weight, ranks, positions[ranks], where)
+    for weight, views in target.leaves():
+        ranks, where = np.arange(positions.size), positions
+        for view in views:
+            first, last = np.searchsorted(where, view.stored.span)
+            chosen, where = view.to_weight(where[first:last])
+            ranks = ranks[first:last][chosen]
+        yield Portion(weight, views, ranks, positions[ranks], where)
 
 
 def _changed_twice(label: str, tensor: StoredTensor, weight: Target, how: str) -> BaseMismatchError:

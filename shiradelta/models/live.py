@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,11 +19,14 @@ import numpy as np
 from shiradelta.errors import TargetError
 from shiradelta.format import registry
 from shiradelta.models import peft
+from shiradelta.models.layout import Layout, parts_of
+from shiradelta.models.memory import Span, is_array, is_sharded, own_part, span_of
 from shiradelta.models.names import Shape
 from shiradelta.models.places import Place, Places, is_module, modules_of
 from shiradelta.models.refusals import (
     CONVERTED,
     GATHERED,
+    PLAIN,
     SHARED,
     Refusal,
     RefusalKind,
@@ -34,8 +37,9 @@ from shiradelta.models.refusals import (
 )
 from shiradelta.models.saved import SavedTensor, saved_tensors
 from shiradelta.models.sentence import saved_prefixes
+from shiradelta.models.sharded import Spread, refusal_of_placements
 from shiradelta.models.shared import SharedMemory
-from shiradelta.models.views import View, contiguous
+from shiradelta.models.views import Box, View, contiguous
 
 #: Stands for a tensor that a model does not have in one piece.
 _NOTHING = np.zeros(0, np.uint8)
@@ -53,7 +57,8 @@ class Target:
         holder: the module's own tensor.
         places: everywhere that the model has the tensor; every switch checks that it is still there.
         view: how the tensor was taken from the holder; views of one kind share no element.
-        parts: the weights that have its elements, and which, where no piece of memory is the tensor; empty otherwise.
+        extent: the checkpoint's shape of a tensor that is no piece of memory, and has parts; None for others.
+        parts: the weights that have its elements, and which.  This process may have some of them only, or none.
         forms: shape -> the same tensor as the checkpoint may have it too, with dimensions exchanged.
         device: "cpu", "cuda:0" and so on; "meta" for a tensor in parts.
         address: the holder's, when the model was read; 0 if it cannot change.
@@ -66,6 +71,7 @@ class Target:
     holder: Any = None
     places: list[Place] = field(default_factory=list)
     view: str = ""
+    extent: Shape | None = None
     parts: tuple[tuple[Target, View], ...] = ()
     forms: dict[Shape, Target] = field(default_factory=dict)
     device: str = field(init=False)
@@ -75,28 +81,29 @@ class Target:
         device = "meta" if self.tensor is _NOTHING else str(getattr(self.tensor, "device", "cpu"))
         object.__setattr__(self, "device", device)
         still = self.refusal is not None or is_array(self.tensor)
-        object.__setattr__(self, "address", 0 if still else self.holder.data_ptr())
+        object.__setattr__(self, "address", 0 if still else own_part(self.holder).data_ptr())
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
-        return self.parts[0][1].shape if self.parts else tuple(self.tensor.shape)
+        return tuple(self.tensor.shape) if self.extent is None else self.extent
 
     @property
     def known_shape(self) -> Shape | None:
         """The tensor's shape; None for one that a layer computes or packs."""
-        return self.shape if self.parts or self.tensor is not _NOTHING else None
+        return None if self.extent is None and self.tensor is _NOTHING else self.shape
 
     @property
-    def memory(self) -> tuple[str, int, int]:
-        """(device, first byte, byte after the last) of the range that its elements span."""
-        tensor = self.tensor
-        strides = tensor.strides if is_array(tensor) else [s * tensor.element_size() for s in tensor.stride()]
-        itemsize = tensor.itemsize if is_array(tensor) else tensor.element_size()
-        reach = [stride * (size - 1) for stride, size in zip(strides, tensor.shape, strict=True)]
-        start = tensor.ctypes.data if is_array(tensor) else tensor.data_ptr()
-        low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
-        return self.device, start + low, start + high + itemsize
+    def memory(self) -> Span:
+        """The range that its elements span."""
+        return span_of(self.tensor)
+
+    def leaves(self, above: tuple[View, ...] = ()) -> Iterator[tuple[Target, tuple[View, ...]]]:
+        """The pieces of memory that have its elements, and which: views of one another, the tensor's own first."""
+        if self.extent is None:
+            yield self, above
+        for weight, view in self.parts:
+            yield from weight.leaves((*above, view))
 
     def in_form(self, shape: Shape) -> Target:
         """The tensor as the checkpoint has it that a delta of this shape was made for."""
@@ -109,7 +116,7 @@ class Target:
             return all(things.get(name) is holder for things, name in self.places)
         for things, name in self.places or [Place({"": holder}, "")]:
             now = things.get(name)
-            if now is None or (now is not holder and is_array(now)) or now.data_ptr() != address:
+            if now is None or (now is not holder and is_array(now)) or own_part(now).data_ptr() != address:
                 return False
         return True
 
@@ -125,21 +132,25 @@ class Target:
         )
 
 
-def is_array(tensor: Any) -> bool:
-    """Whether the tensor is a NumPy array."""
-    return isinstance(tensor, np.ndarray)
+def elsewhere(name: str, shape: Shape, dtype: str) -> Target:
+    """A tensor of which other processes have all elements."""
+    return Target(name, _NOTHING, dtype, extent=shape)
 
 
-def live_tensors(model: Any, *, allow_shared: bool = True) -> dict[str, Target]:
+def live_tensors(
+    model: Any, *, allow_shared: bool = True, layout: Mapping[str, Layout] | None = None
+) -> dict[str, Target]:
     """All tensors of a model by name; names of the same memory have the same `Target`.
 
     Args:
         model: a torch module, or a mapping of names to tensors, arrays and modules.  Tensors of a module in a mapping,
             such as a pipeline's `components`, are named `component/name`.  Other values are ignored.
         allow_shared: take tensors in memory that other processes share; otherwise they have a refusal.
+        layout: names of tensors in the checkpoint -> where they are in memory, where the model does not tell.
 
     Raises:
-        TargetError: the model is neither, or TorchScript.
+        ArgumentError: a region of a layout does not lie in its tensor.
+        TargetError: the model is neither, or TorchScript; or a region does not lie in a tensor of the model.
     """
     if not isinstance(model, Mapping) and not is_module(model):
         raise TargetError(
@@ -150,6 +161,7 @@ def live_tensors(model: Any, *, allow_shared: bool = True) -> dict[str, Target]:
         check_scripted(root)
     found: dict[str, Target] = {}
     same: dict[tuple[object, ...], Target] = {}
+    spread = Spread()
     places = Places(model)
     gathered = {id(tensor) for root in modules_of(model) for tensor in gathered_by_fsdp(root)}
 
@@ -162,9 +174,17 @@ def live_tensors(model: Any, *, allow_shared: bool = True) -> dict[str, Target]:
         key = id(named.tensor) if target.refusal else _identity(target.tensor)
         first = same.setdefault((key, target.dtype), target)
         first.places.extend(place for place in target.places if place not in first.places)
-        return first
+        if not is_sharded(named.tensor) or first.refusal is not None:
+            return first
+        extent, views = tuple(named.tensor.shape), spread.of(named.tensor)
+        if len(views) == 1 and views[0].is_same:
+            return first
+        parts = tuple((first, view) for view in views)
+        whole = Target(named.name, _NOTHING, first.dtype, holder=named.tensor, extent=extent, parts=parts)
+        return same.setdefault((first, extent, views), whole)
 
-    for named in _named(model):
+    every = list(_named(model))
+    for named in [*_laid_out(layout, every), *every] if layout else every:
         target = _in_parts(named, stored) if named.tensor is _NOTHING else stored(named)
         found.setdefault(named.name, target)
         if named.turned is not None:
@@ -173,6 +193,20 @@ def live_tensors(model: Any, *, allow_shared: bool = True) -> dict[str, Target]:
     for name, refusal in _computed(model):
         found.setdefault(name, Target(name, _NOTHING, "?", refusal))
     return found
+
+
+def _laid_out(layout: Mapping[str, Layout], every: Iterable[_Named]) -> Iterator[_Named]:
+    """The tensors whose layout a caller has given."""
+    own = {named.name: named.tensor for named in every if named.holder is None and _is_strided(named.tensor)}
+    given = parts_of(layout, own).items()
+    yield from _in_checkpoint([SavedTensor(name, *parts) for name, parts in given], own, given=True)
+
+
+def _is_strided(tensor: Any) -> bool:
+    """Whether a tensor or array has its elements in memory, one by one."""
+    if is_array(tensor):
+        return tensor is not _NOTHING
+    return type(tensor).__name__ in PLAIN and str(tensor.layout) == "torch.strided" and not tensor.is_meta
 
 
 def _computed(model: Any) -> Iterator[tuple[str, Refusal]]:
@@ -206,6 +240,7 @@ class _Named:
         tensor: the tensor, with or without gradient.
         holder: the module's own tensor that it is a view of; None for itself.
         view: how it was taken from the holder.
+        extent: the shape of a tensor that a caller has given the layout of.
         parts: the weights that have its elements, where no piece of memory is the tensor; empty if that is not known.
         turned: the same tensor as the checkpoint may have it too, with dimensions exchanged.
     """
@@ -214,6 +249,7 @@ class _Named:
     tensor: Any
     holder: Any = None
     view: str = ""
+    extent: Shape | None = None
     parts: tuple[tuple[_Named, View], ...] = ()
     turned: _Named | None = None
 
@@ -255,8 +291,8 @@ def _named_in(model: Any) -> Iterator[_Named]:
     yield from in_checkpoint
 
 
-def _in_checkpoint(saved: Sequence[SavedTensor], own: Mapping[str, Any]) -> Iterator[_Named]:
-    """The names of the checkpoint's tensors that are not the same in memory."""
+def _in_checkpoint(saved: Sequence[SavedTensor], own: Mapping[str, Any], given: bool = False) -> Iterator[_Named]:
+    """The names of the checkpoint's tensors that are not the same in memory; `given` says that a caller told so."""
     # A weight and a piece of it cannot both be patched, so all tensors in a weight count as parts if one has to.
     cut = {weight for tensor in saved for weight, view in tensor.parts or () if not _is_piece(tensor, view)}
     for tensor in saved:
@@ -268,20 +304,26 @@ def _in_checkpoint(saved: Sequence[SavedTensor], own: Mapping[str, Any]) -> Iter
             if turned or whole is not own.get(tensor.name):
                 as_turned = _Named(tensor.name, _NOTHING, parts=tuple(turned)) if turned else None
                 yield _Named(tensor.name, whole, turned=as_turned)
-        elif parts and cut.isdisjoint(weight.name for weight, _ in parts):
+        elif parts and cut.isdisjoint(weight.name for weight, _ in parts) and not is_sharded(parts[0][0].tensor):
             ((weight, view),) = parts
-            box, holder = view.weight, weight.tensor
-            piece = holder.detach().as_strided(box.shape, box.strides, holder.storage_offset() + box.offset)
-            yield _Named(tensor.name, piece, holder, "as in the checkpoint")
+            yield _Named(tensor.name, _piece(weight.tensor, view.weight), weight.tensor, "as in the checkpoint")
         else:
-            yield _Named(tensor.name, _NOTHING, parts=parts)
+            yield _Named(tensor.name, _NOTHING, extent=tensor.shape if given else None, parts=parts)
+
+
+def _piece(whole: Any, box: Box) -> Any:
+    """A box of a contiguous tensor or array, as a view."""
+    if is_array(whole):
+        return box.of(whole.reshape(-1))
+    return whole.detach().as_strided(box.shape, box.strides, whole.storage_offset() + box.offset)
 
 
 def _is_piece(saved: SavedTensor, view: View) -> bool:
     """Whether a checkpoint's tensor is one contiguous piece of a weight, but not all of it."""
     strides = zip(view.shape, view.weight.strides, view.stored.strides, strict=False)
     in_order = all(size == 1 or one == other for size, one, other in strides)
-    return view.stored == contiguous(view.shape) and in_order and saved.renamed is None
+    is_only = len(saved.parts or ()) == 1 and saved.renamed is None
+    return view.stored == contiguous(view.shape) and in_order and is_only
 
 
 def _in_parts(named: _Named, stored: Callable[[_Named], Target]) -> Target:
@@ -289,12 +331,15 @@ def _in_parts(named: _Named, stored: Callable[[_Named], Target]) -> Target:
     parts = tuple((stored(weight), view) for weight, view in named.parts)
     refusal = next((weight.refusal for weight, _ in parts if weight.refusal is not None), None)
     dtypes = sorted({weight.dtype for weight, _ in parts})
-    if not parts or sum(view.weight.numel for _, view in parts) != math.prod(parts[0][1].shape):
-        return Target(named.name, _NOTHING, "?", CONVERTED)
+    extent = named.extent
+    if extent is None:
+        extent = parts[0][1].shape if parts else ()
+        if sum(view.weight.numel for _, view in parts) != math.prod(extent):
+            return Target(named.name, _NOTHING, "?", CONVERTED)
     if refusal is None and len(dtypes) > 1:
         what = f"consists of weights of different dtypes ({', '.join(dtypes)})"
         refusal = Refusal(RefusalKind.CONVERTED, what, "cast the model to one dtype first")
-    return Target(named.name, _NOTHING, dtypes[0], refusal, parts=parts)
+    return Target(named.name, _NOTHING, next(iter(dtypes), "?"), refusal, extent=extent, parts=parts)
 
 
 def _identity(tensor: Any) -> tuple[object, ...]:
@@ -317,6 +362,11 @@ def _target(named: _Named, places: Places, gathered: Container[int]) -> Target:
         return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor, list(places.of(tensor)))
     holder = tensor if named.holder is None else named.holder
     refusal = GATHERED if id(holder) in gathered else refusal_of(holder)
+    if refusal is None and is_sharded(holder):
+        refusal = refusal_of_placements(holder)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    known = dtype in registry.DTYPE_OF_NAME
-    return Target(name, tensor.detach(), dtype if known else "?", refusal, holder, list(places.of(holder)), named.view)
+    dtype = dtype if dtype in registry.DTYPE_OF_NAME else "?"
+    if refusal is not None and is_sharded(holder):
+        return Target(name, _NOTHING, dtype, refusal, holder, extent=tuple(tensor.shape))
+    own = own_part(tensor).detach()
+    return Target(name, own, dtype, refusal, holder, list(places.of(holder)), named.view)

@@ -12,6 +12,7 @@ from enum import Enum, auto
 from typing import Any
 
 from shiradelta.errors import TargetError
+from shiradelta.models.memory import is_sharded, own_part
 
 
 class RefusalKind(Enum):
@@ -61,6 +62,8 @@ PLAIN = ("Tensor", "Parameter", "Buffer")
 def refusal_of(tensor: Any) -> Refusal | None:
     """Why a torch tensor's elements cannot be written in place."""
     kind, home = type(tensor).__name__, type(tensor).__module__
+    if is_sharded(tensor):
+        return refusal_of(own_part(tensor))
     if kind not in PLAIN or not home.startswith("torch"):
         if home.startswith("torch.distributed"):
             return Refusal(

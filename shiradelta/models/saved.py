@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from shiradelta.models.memory import is_sharded, own_part
 from shiradelta.models.names import Shape
 from shiradelta.models.peft import BASE_LAYER
 from shiradelta.models.refusals import PLAIN
@@ -56,7 +57,7 @@ def saved_tensors(model: Any) -> Iterator[SavedTensor]:
     """The tensors that transformers would save of each of its models within a torch module.
 
     There are none for a model of another library, of transformers before version 5, or with wrapped tensors.
-    A model without weights, on the meta device, is as good as one with.
+    A model without weights, on the meta device, is as good as one with; of DTensors only the whole shapes count.
     """
     if "transformers" not in sys.modules:
         return
@@ -70,7 +71,8 @@ def saved_tensors(model: Any) -> Iterator[SavedTensor]:
         if isinstance(module, PreTrainedModel) and not any(path.startswith(root) for root, _ in roots):
             roots.append((path + "." if path else "", module))
     for prefix, root in roots:
-        own = root.state_dict(keep_vars=True)
+        stand_ins: dict[int, Any] = {}
+        own = {name: _whole(tensor, stand_ins) for name, tensor in root.state_dict(keep_vars=True).items()}
         if any(type(tensor).__name__ not in PLAIN for tensor in own.values()):
             continue
         copies = _Copies()
@@ -88,6 +90,14 @@ def saved_tensors(model: Any) -> Iterator[SavedTensor]:
             parts = _parts(name, tensor, weights, copies)
             named = None if parts is None else tuple((prefix + weight, view) for weight, view in parts)
             yield SavedTensor(prefix + name, tuple(tensor.shape), named, turns(name))
+
+
+def _whole(tensor: Any, stand_ins: dict[int, Any]) -> Any:
+    """A tensor, or for a DTensor one of its whole shape without elements; names of one DTensor have the same."""
+    if not is_sharded(tensor):
+        return tensor
+    shape, dtype = tuple(tensor.shape), tensor.dtype
+    return stand_ins.setdefault(id(tensor), own_part(tensor).new_empty(shape, dtype=dtype, device="meta"))
 
 
 def _turns(root: Any) -> Callable[[str], tuple[int, int] | None]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from shiradelta.format.arithmetic import Positions
 from shiradelta.models.names import Shape
+
+#: Candidates that are tried before boxes count as overlapping; two boxes of a weight take some ten.
+_WORK = 1 << 20
+#: An address; any would do.
+_NOWHERE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,27 @@ class Box:
         inside &= rest == 0
         chosen = np.flatnonzero(inside)
         return chosen, at[chosen]
+
+    def overlaps(self, other: Box) -> bool:
+        """Whether an element of the array lies in both boxes, or that takes too long to tell."""
+        try:  # NumPy's stubs know two values of `max_work` only
+            return np.shares_memory(self._as_bytes(), other._as_bytes(), max_work=_WORK)  # type: ignore[arg-type]
+        except np.exceptions.TooHardError:
+            return True
+
+    def _as_bytes(self) -> Any:
+        """The box as that of an array of bytes, which is nowhere and must not be read."""
+
+        class Bytes:
+            __array_interface__: ClassVar = {
+                "version": 3,
+                "typestr": "|u1",
+                "data": (_NOWHERE + self.offset, True),
+                "shape": self.shape,
+                "strides": self.strides,
+            }
+
+        return np.asarray(Bytes())
 
     def positions(self, at: Positions) -> Positions:
         """Positions in the array, given positions in the box, in the same order."""

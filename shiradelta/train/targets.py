@@ -13,8 +13,11 @@ from shiradelta.errors import ArgumentError, DeltaError, TargetError
 from shiradelta.format import registry
 from shiradelta.models.layers import is_conv1d
 from shiradelta.models.live import live_tensors
+from shiradelta.models.memory import is_sharded
 from shiradelta.models.refusals import Refusal, RefusalKind
 
+#: What to do with distributed weights.
+_BEFORE = "attach before the model is distributed"
 ALL_LINEAR = "all-linear"
 #: Number of similar names that a message lists.
 _NEAR = 5
@@ -72,6 +75,8 @@ def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         target = targets[name]
         if target.refusal is not None:
             raise TargetError(f"tensor {name!r} {_for_training(target.refusal)}")
+        if is_sharded(weights[name]):
+            raise TargetError(f"tensor {name!r} is a DTensor, of which this process has a part; {_BEFORE}")
         if target.dtype not in registry.ADD_DTYPES:
             raise TargetError(
                 f"tensor {name!r} has elements of {weights[name].dtype}: quantised, or more precise than float32;"
@@ -88,7 +93,7 @@ def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
 def _for_training(refusal: Refusal) -> str:
     """The message for training, which has its own remedies for some kinds of tensors."""
     remedies = {
-        RefusalKind.DISTRIBUTED: "attach before the model is distributed",
+        RefusalKind.DISTRIBUTED: _BEFORE,
         RefusalKind.QUANTISED: "train on the unquantised model, and quantise the result",
     }
     return str(replace(refusal, remedy=remedies.get(refusal.kind, refusal.remedy)))

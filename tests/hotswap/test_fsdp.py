@@ -68,19 +68,32 @@ def test_gathered_weights_are_refused_by_name(
         HotSwap({"part": model}, names=lambda name: f"part/{name}", backend=backend).load("a", DATA)
 
 
-def test_shards_are_refused_and_what_fsdp_ignores_is_not(model: torch.nn.Sequential):
-    before = bits(model[1][0].bias)
-    swap = HotSwap(model)
-    with pytest.raises(TargetError, match=r"tensor '0\.weight' is a DTensor"):
-        swap.load("all", DATA)
-    model.unshard()
-    model.reshard()
-    swap = HotSwap(model)
-    swap.load("bias", DATA, skip="*.weight")
-    swap.switch("bias")
-    assert np.array_equal(bits(model[1][0].bias), formula(before, "float32", [(DATA, 1)], "1.0.bias"))
-    swap.revert()
-    assert np.array_equal(bits(model[1][0].bias), before)
+def test_shards_are_switched(model: torch.nn.Sequential):
+    before = {
+        name: bits(tensor.to_local() if name in NAMES[:2] else tensor) for name, tensor in model.state_dict().items()
+    }
+    for _ in range(2):
+        swap = HotSwap(model)
+        swap.load("a", DATA)
+        swap.switch("a")
+        for name, tensor in model.state_dict().items():
+            now = bits(tensor.to_local() if name in NAMES[:2] else tensor)
+            assert np.array_equal(now, formula(before[name], "float32", [(DATA, 1)], name))
+        model.unshard()
+        with pytest.raises(TargetError, match="was moved or replaced"):
+            swap.revert()
+        model.reshard()
+        swap.revert()
+        assert swap.changed() == 0
+    with torch.no_grad():
+        model[0].weight.add_(1)  # counted by the DTensor, not by its part
+    with pytest.raises(TargetError, match=r"tensor '0\.weight' was changed from outside"):
+        swap.switch("a")
+    swap.rebase(check=False)
+    with torch.no_grad():
+        model[0].weight.to_local().add_(1)
+    with pytest.raises(TargetError, match=r"tensor '0\.weight' was changed from outside"):
+        swap.switch("a")
 
 
 def test_a_model_that_is_distributed_after_loading(mesh: object):

@@ -18,7 +18,7 @@ from shiradelta.format import registry
 from shiradelta.hotswap.layers import Held, Layer, Patch, stacks_of
 from shiradelta.hotswap.torch import Sections
 from shiradelta.hotswap.triton import kernels
-from shiradelta.models.live import is_array
+from shiradelta.models.memory import is_array
 
 #: Elements that a program of `stack_kernel` sums at a time; those of all programs fit into the cache.
 REGION = 1 << 16

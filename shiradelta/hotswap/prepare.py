@@ -1,0 +1,101 @@
+"""The part of loading an adapter that does not read the weights: from a file's bytes to what switches work on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shiradelta.backends.choose import AUTO, FILE_BACKENDS
+from shiradelta.errors import FormatError
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.devices import Devices
+from shiradelta.hotswap.loaded import Loaded
+from shiradelta.hotswap.matching import Names, check_target, match
+from shiradelta.hotswap.protocol import Fit
+from shiradelta.hotswap.reading import read_whole
+from shiradelta.hotswap.reports import LoadReport
+from shiradelta.hotswap.shares import Share
+from shiradelta.hotswap.transcode import take_apart
+from shiradelta.io.reader import Source, StoredTensor, open_delta
+from shiradelta.io.recognise import explain_refusal
+from shiradelta.models.compatibility import check_tied
+from shiradelta.models.live import Target
+from shiradelta.signing.keys import Keys
+from shiradelta.signing.verify import local_with_signature
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What adapters are prepared for.
+
+    Attributes:
+        targets: the model's tensors by name.
+        names: the file's names -> the model's, where they differ.
+        backend: the backend that was chosen.
+        devices: where the tensors are.
+    """
+
+    targets: Mapping[str, Target]
+    names: Names | None
+    backend: str
+    devices: Devices
+
+    def read(
+        self,
+        name: str,
+        source: Source,
+        key: Keys | None,
+        allow_dtype: bool,
+        skip: Sequence[str],
+        limit: int | str | None,
+    ) -> Loaded:
+        """Reads an adapter and prepares it; arguments and errors are those of `HotSwap.load`."""
+        source = local_with_signature(source, key)
+        label, data = read_whole(source, self.devices.buffer, key)
+        try:
+            return self._prepare(name, label, data, allow_dtype, skip, limit)
+        except FormatError as error:
+            error.file = error.file or label
+            if isinstance(source, (str, os.PathLike)):
+                explain_refusal(error, Path(source))
+            raise
+
+    def _prepare(
+        self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: Sequence[str], limit: int | str | None
+    ) -> Loaded:
+        """Checks that a file fits the model, and copies it, compressed, to where the tensors are."""
+        choice = self.backend if self.backend in FILE_BACKENDS else AUTO
+        delta = open_delta(data, choice, limit=limit)
+        delta.check_memory("all of it", sum(tensor.record.unpacked_size for tensor in delta.values()))
+        matched, unmatched = match(delta, self.targets, self.names, label, skip)
+        fits: dict[Target, tuple[StoredTensor, str]] = {}
+        for own, other in matched.items():
+            tensor = delta[own]
+            target = self.targets[other].in_form(tensor.shape)
+            where = f"{label}: tensor {own!r}"
+            dtype = check_target(where, tensor, target, allow_dtype)
+            first, _ = fits.setdefault(target, (tensor, dtype))
+            check_tied(where, first, tensor, "untie the model before loading")
+        whole = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is None]
+        parts = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is not None]
+        files: list[tuple[Bytes, Sequence[Fit]]] = [(data, whole)]
+        nonzeros: dict[str, Mapping[Share, int]] = {tensor.record.name: {(): tensor.nnz} for tensor, _, _ in whole}
+        if parts:
+            transcoded = take_apart(label, parts, fits, choice, self.devices.buffer)
+            files.append((transcoded.data, transcoded.fits))
+            nonzeros.update(transcoded.nonzeros)
+        held = self.devices.hold(files)
+        records = {tensor.record.name: tensor.record for tensor, _ in fits.values()}
+        sections = (section for tensor, _, _ in parts for section in (tensor.record.index, tensor.record.values))
+        report = LoadReport(
+            name,
+            matched,
+            unmatched,
+            unchecked=(),
+            nonzeros=sum(record.nnz for record in records.values()),
+            nbytes=sum(one.nbytes for one in held.values()) + sum(section.stored for section in sections),
+            transcoded=len(parts),
+        )
+        return Loaded(bytes.fromhex(delta.digest), held, parts, records, nonzeros, report, label)

@@ -1,0 +1,209 @@
+"""The processes that a model is spread over.  What they do together, all of them do, or none does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+from uuid import uuid4
+
+from shiradelta.errors import ArgumentError, TargetError
+from shiradelta.models.live import Target, elsewhere
+from shiradelta.models.sharded import ranks_of
+from shiradelta.util.text import brief
+
+ResultT = TypeVar("ResultT")
+
+_DONE, _UNDONE = "done", "undone"
+
+
+class Ranks(Protocol):
+    """The processes that take part in the calls of a session.
+
+    Attributes:
+        alone: whether this process is the only one.
+        lost: whether another has ended, or did not answer in time.  Nothing more can be done together.
+    """
+
+    alone: bool
+    lost: bool
+
+    def agree(self, what: str, work: Callable[[], ResultT]) -> ResultT:
+        """Does work that writes nothing, as all others do, and returns its result here.
+
+        Args:
+            what: the call, for messages; the same in all processes.
+            work: the work.
+
+        Raises:
+            TargetError: another process refused the call, makes another one, or does not answer.
+            BaseException: what the work raised here.
+        """
+
+    def gather(self, known: ResultT) -> list[ResultT]:
+        """What all processes know, in the order of their ranks; called after `agree`.  Raises TargetError as that."""
+
+    def decide(self, what: str, error: BaseException | None) -> None:
+        """Ends a call that has written weights: it counts where all processes did it, and is to be undone elsewhere.
+
+        Args:
+            what: the call, for messages.
+            error: why this process could not do it; None if it did.
+
+        Raises:
+            TargetError: another process could not do it, or does not answer.
+            BaseException: the error.
+        """
+
+
+class Alone(Ranks):
+    """This process alone."""
+
+    alone, lost = True, False
+
+    def agree(self, what: str, work: Callable[[], ResultT]) -> ResultT:
+        return work()
+
+    def gather(self, known: ResultT) -> list[ResultT]:
+        return [known]
+
+    def decide(self, what: str, error: BaseException | None) -> None:
+        if error is not None:
+            raise error
+
+
+class Together(Ranks):
+    """Several processes, with a gloo group of their own.
+
+    Votes travel in the group, so the end of a process is noticed at once.  Whether a call counts is decided in one
+    place, the store of the default group: the first process that has all votes, or has waited long enough, writes it
+    there, and the others obey.
+
+    Args:
+        ranks: their ranks in the default group.
+        timeout: seconds to wait for a process.
+    """
+
+    alone = False
+
+    def __init__(self, ranks: Sequence[int], timeout: float) -> None:
+        import torch.distributed as dist
+
+        self.lost = False
+        self._dist, self._timeout, self._ranks = dist, timeout, list(ranks)
+        self._own = dist.get_rank()
+        wait = timedelta(seconds=timeout)
+        self._group = dist.new_group(self._ranks, wait, "gloo", use_local_synchronization=True)
+        self._store = dist.distributed_c10d._get_default_store()
+        self._decided = 0
+        self._name = self._exchange(uuid4().hex)[0]
+
+    def agree(self, what: str, work: Callable[[], ResultT]) -> ResultT:
+        error: BaseException | None = None
+        try:
+            result = work()
+        except BaseException as raised:
+            error = raised
+        self._vote(what, error)
+        return result
+
+    def gather(self, known: ResultT) -> list[ResultT]:
+        return self._exchange(known)
+
+    def decide(self, what: str, error: BaseException | None) -> None:
+        number, self._decided = self._decided, self._decided + 1
+        failed: BaseException | None = None
+        try:
+            self._vote(what, error)
+        except BaseException as raised:
+            failed = raised
+        try:
+            decision = self._store.compare_set(self._key(number), "", _UNDONE if failed else _DONE).decode()
+            if self._own == self._ranks[0] and number:
+                with suppress(Exception):  # not every store deletes
+                    self._store.delete_key(self._key(number - 1))  # all others have read it, as they have voted since
+        except Exception as unreachable:  # the process that has the store has ended
+            self.lost, decision = True, _UNDONE
+            failed = failed or self._lost_error(unreachable)
+        if decision != _DONE:
+            raise failed or TargetError(f"another rank could not do {what}, so that nothing has changed; try again")
+
+    def _key(self, number: int) -> str:
+        return f"shiradelta/{self._name}/{number}"
+
+    def _vote(self, what: str, error: BaseException | None) -> None:
+        try:
+            votes = self._exchange((what, None if error is None else f"{type(error).__name__}: {error}"))
+        except TargetError:
+            if error is not None:
+                raise error from None
+            raise
+        if error is not None:
+            raise error
+        for rank, (other, refusal) in zip(self._ranks, votes, strict=True):
+            if other != what:
+                raise TargetError(
+                    f"rank {rank} calls {brief(other, 80)} where rank {self._own} calls {brief(what, 80)}; make the"
+                    " same calls in all processes, in the same order"
+                )
+            if refusal is not None:
+                raise TargetError(f"rank {rank} refuses {what}, so that no rank changes: {refusal}")
+
+    def _exchange(self, own: Any) -> list[Any]:
+        if self.lost:
+            raise self._lost_error()
+        found: list[Any] = [None] * len(self._ranks)
+        try:
+            self._dist.all_gather_object(found, own, group=self._group)
+        except (RuntimeError, ValueError) as error:
+            self.lost = True
+            raise self._lost_error(error) from None
+        return found
+
+    def _lost_error(self, why: Exception | None = None) -> TargetError:
+        reason = f" ({brief(str(why), 80)})" if why is not None else ""
+        return TargetError(
+            f"a rank has ended, or did not answer within {self._timeout:g} s{reason}; only revert() works now, in each"
+            " process for itself: start the processes again"
+        )
+
+
+def ranks_for(targets: Mapping[str, Target], group: Any, timeout: float) -> Ranks:
+    """The processes that a model is spread over.
+
+    Args:
+        targets: the model's tensors in this process, by name.
+        group: a process group; None for the ranks of the model's DTensors.
+        timeout: seconds to wait for a process.
+
+    Raises:
+        ArgumentError: the group is none that this process is in.
+    """
+    if group is None:
+        ranks = ranks_of(target.holder for target in targets.values())
+    else:
+        import torch.distributed as dist
+
+        try:
+            ranks = dist.get_process_group_ranks(group)
+        except (AttributeError, KeyError, ValueError, RuntimeError):
+            raise ArgumentError(
+                f"group {brief(repr(group))} is no process group; give one of torch.distributed"
+            ) from None
+    return Together(ranks, timeout) if len(ranks) > 1 else Alone()
+
+
+def with_those_elsewhere(targets: dict[str, Target], ranks: Ranks) -> dict[str, Target]:
+    """The tensors of a model by name, also those of which this process has nothing."""
+    if ranks.alone:
+        return targets
+    own = {name: (target.known_shape, target.dtype) for name, target in targets.items()}
+    found = dict(targets)
+    for names in ranks.gather(own):
+        for name, (shape, dtype) in names.items():
+            mine = found.get(name)
+            is_unknown = mine is not None and mine.extent is not None and not mine.parts and mine.dtype == "?"
+            if shape is not None and dtype != "?" and (mine is None or is_unknown):
+                found[name] = elsewhere(name, shape, dtype)
+    return found

@@ -1,0 +1,65 @@
+"""Where torch tensors and NumPy arrays have their elements."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shiradelta.models.names import Shape
+
+
+class Span(NamedTuple):
+    """A range of a device's memory.
+
+    Attributes:
+        device: "cpu", "cuda:0" and so on.
+        start: the first byte.
+        end: the byte after the last.
+    """
+
+    device: str
+    start: int
+    end: int
+
+    def holds(self, other: Span) -> bool:
+        """Whether another range lies in this one."""
+        return self.device == other.device and self.start <= other.start and other.end <= self.end
+
+
+def is_array(tensor: Any) -> bool:
+    """Whether the tensor is a NumPy array."""
+    return isinstance(tensor, np.ndarray)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether the tensor is a DTensor."""
+    return type(tensor).__name__ == "DTensor" and type(tensor).__module__.startswith("torch.distributed.")
+
+
+def own_part(tensor: Any) -> Any:
+    """What this process has of a tensor: its part of a DTensor, and all of another."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def address_of(tensor: Any) -> int:
+    """The address of the first element."""
+    return int(tensor.ctypes.data if is_array(tensor) else tensor.data_ptr())
+
+
+def strides_of(tensor: Any) -> Shape:
+    """The strides in elements."""
+    return tuple(stride // tensor.itemsize for stride in tensor.strides) if is_array(tensor) else tuple(tensor.stride())
+
+
+def is_contiguous(tensor: Any) -> bool:
+    """Whether the elements lie row by row."""
+    return bool(tensor.flags.c_contiguous if is_array(tensor) else tensor.is_contiguous())
+
+
+def span_of(tensor: Any) -> Span:
+    """The range that the elements span."""
+    reach = [s * tensor.itemsize * (size - 1) for s, size in zip(strides_of(tensor), tensor.shape, strict=True)]
+    start = address_of(tensor)
+    low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+    return Span(str(getattr(tensor, "device", "cpu")), start + low, start + high + tensor.itemsize)

@@ -1,0 +1,140 @@
+"""HotSwap where a caller says how tensors of the checkpoint lie in memory: fused, interleaved, turned, copied."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import shiradelta as sd
+from shiradelta import HotSwap
+from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
+from shiradelta.models.layout import Layout, Region
+from tests.swapping import BACKENDS, DEVICE, adapter, bits, formula, random_delta, weights
+
+SHAPES = {"q": (8, 6), "k": (4, 6), "v": (4, 6), "up": (6, 10), "embed": (13, 6), "norm": (6,)}
+
+
+class Engine:
+    """A model as serving engines have it, and its checkpoint."""
+
+    def __init__(self) -> None:
+        self.base = {name: weights(shape, "bfloat16", seed) for seed, (name, shape) in enumerate(SHAPES.items())}
+        base = self.base
+        # Two heads of queries for one of keys and one of values; twice.
+        heads = [
+            (base["q"][4 * i : 4 * i + 4], base["k"][2 * i : 2 * i + 2], base["v"][2 * i : 2 * i + 2]) for i in (0, 1)
+        ]
+        self.memory = {
+            "qkv": torch.cat([part for head in heads for part in head]),
+            "turned": base["up"].t().contiguous(),
+            "padded": torch.cat([base["embed"], torch.zeros(3, 6, dtype=torch.bfloat16, device=DEVICE)]),
+            "copy": base["norm"].clone(),
+            "norm": base["norm"].clone(),
+        }
+        per_head, starts = self.memory["qkv"].view(2, 8, 6), {"q": (0, 4), "k": (4, 6), "v": (6, 8)}
+        self.layout = {
+            name: Layout(SHAPES[name], [Region(per_head[i, a:b], (i * (b - a), 0)) for i in (0, 1)])
+            for name, (a, b) in starts.items()
+        }
+        self.layout["up"] = Layout(SHAPES["up"], [Region(self.memory["turned"].t())])
+        self.layout["embed"] = Layout(SHAPES["embed"], [Region(self.memory["padded"][:13])])
+        self.layout["norm"] = Layout(SHAPES["norm"], [Region(self.memory["norm"]), Region(self.memory["copy"])])
+
+    def shown(self, name: str) -> np.ndarray:
+        """What memory has of a tensor."""
+        found = torch.zeros(SHAPES[name], dtype=torch.bfloat16, device=DEVICE)
+        for region in self.layout[name].regions:
+            sizes = zip(region.start or [0] * found.dim(), region.memory.shape, strict=True)
+            found[tuple(slice(first, first + size) for first, size in sizes)] = region.memory
+        return bits(found)
+
+    def delta(self, seed: int, op: str = "add") -> bytes:
+        made = {}
+        for i, (name, shape) in enumerate(SHAPES.items()):
+            count = int(np.prod(shape)) // 3
+            made[name] = random_delta(shape, count, 100 * seed + i, op=op, base=self.base[name])
+        return adapter(made)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_regions_get_what_the_checkpoint_would(backend: str):
+    engine = Engine()
+    before = {name: bits(tensor) for name, tensor in engine.memory.items()}
+    swap = HotSwap(engine.memory, backend=backend, layout=engine.layout)
+    one, two = engine.delta(1), engine.delta(2, "set")
+    report = swap.load("one", one)
+    assert (report.unmatched, report.unchecked, report.nonzeros) == ((), (), sd.open_delta(one).nnz)
+    assert report.transcoded == 5  # the padded tensor is one piece of memory
+    assert report.seconds > 0
+    swap.load("two", two)
+    for active in ({"one": 0.5}, {"one": 1, "two": 1}, {"two": 1}, {"one": -2}):
+        swap.switch(active)
+        files = [({"one": one, "two": two}[name], alpha) for name, alpha in active.items()]
+        for name, base in engine.base.items():
+            assert np.array_equal(engine.shown(name), formula(bits(base), "bfloat16", files, name)), name
+        assert np.array_equal(bits(engine.memory["norm"]), bits(engine.memory["copy"]))
+    swap.revert()
+    assert all(np.array_equal(bits(engine.memory[name]), base) for name, base in before.items())
+
+
+def test_numpy_arrays_have_layouts_too():
+    memory = {"qk": np.arange(24, dtype=np.float32).reshape(8, 3)}
+    layout = {
+        "q": Layout((6, 3), [Region(memory["qk"][:4], step=(1, 1)), Region(memory["qk"][4::2][:1], (4, 0))]),
+        "k": Layout((4, 3), [Region(memory["qk"][5:6], (1, 0), (2, 1)), Region(memory["qk"][7:], (3, 0), (2, 1))]),
+    }
+    data = adapter({"q": sd.TensorDelta((6, 3), [0, 14], [1, 2], "float32")}, "f32")
+    swap = HotSwap(memory, layout=layout)
+    swap.load("a", data)
+    swap.switch("a")
+    assert (memory["qk"][0, 0], memory["qk"][4, 2]) == (1, 16)
+    elsewhere = adapter({"k": sd.TensorDelta((4, 3), [0, 5, 9], [1, 2, 3], "float32")}, "f32")
+    with pytest.raises(BaseMismatchError, match=r"tensor 'k' changes 1 elements that are nowhere in memory"):
+        swap.load("b", elsewhere)
+
+
+def test_copies_that_differ_are_no_base():
+    engine = Engine()
+    engine.memory["copy"] += 1
+    with pytest.raises(BaseMismatchError, match=r"'norm' is in several places, and its elements are not the same"):
+        HotSwap(engine.memory, layout=engine.layout).load("a", engine.delta(1))
+
+
+def test_layouts_that_fit_nothing_are_refused_by_name():
+    memory = {"w": torch.zeros(4, 4), "turned": torch.zeros(4, 4).t()}
+    for tensor, start, step in (((0, 0), (1, 0), ()), ((0, 0), (0, -1), ()), ((0, 0), (), (2, 1)), ((0,), (), ())):
+        region = Region(memory["w"] if len(tensor) == 2 else memory["w"][0], start, step)
+        with pytest.raises(ArgumentError, match="layout of tensor 'q': a region of shape"):
+            HotSwap(memory, layout={"q": Layout((4, 4), [region])})
+    for other, words in (
+        (torch.zeros(4, 4), "lies in no tensor of the model;"),
+        (memory["turned"], "but for 'turned'"),
+    ):
+        with pytest.raises(TargetError, match=words):
+            HotSwap(memory, layout={"q": Layout((4, 4), [Region(other)])})
+    overlapping = {"q": Layout((2, 4), [Region(memory["w"][:2])]), "k": Layout((3, 4), [Region(memory["w"][1:])])}
+    with pytest.raises(TargetError, match="'q' and 'k' share elements of weight 'w'"):
+        HotSwap(memory, layout=overlapping)
+    columns = {"q": Layout((4, 2), [Region(memory["w"][:, ::2])]), "k": Layout((4, 2), [Region(memory["w"][:, 1::2])])}
+    HotSwap(memory, layout=columns)  # they interleave, and share nothing
+    with pytest.raises(ArgumentError, match="give a mapping of names to"):
+        HotSwap(memory, layout={"q": [Region(memory["w"])]})
+
+
+def test_regions_that_overlap_without_being_copies_are_refused():
+    memory = {"a": torch.zeros(3, 4), "b": torch.zeros(3, 4)}
+    layout = {"q": Layout((4, 4), [Region(memory["a"]), Region(memory["b"], (1, 0))])}
+    data = adapter({"q": random_delta((4, 4), 12, 1, "float32")})
+    with pytest.raises(BaseMismatchError, match="elements in several regions that are not the same"):
+        HotSwap(memory, layout=layout).load("a", data)
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    *_, block = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "distributed.md", "exec"), {})

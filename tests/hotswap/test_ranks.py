@@ -1,0 +1,236 @@
+"""HotSwap on models that are spread over processes: all have the adapter, bit for bit as one process, or none has."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import shiradelta as sd
+from shiradelta import HotSwap
+from shiradelta.errors import ShiraDeltaError, TargetError
+from tests.ranks import Ended, run
+from tests.swapping import adapter, bits, formula, random_delta
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("torch has no gloo here", allow_module_level=True)
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+SHAPES = {"up.weight": (13, 8), "up.bias": (13,), "down.weight": (8, 13), "down.bias": (8,), "norm.weight": (8,)}
+
+
+class Net(torch.nn.Module):
+    """Two linear layers, whose sizes no number of processes divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.norm = (
+            torch.nn.Linear(8, 13),
+            torch.nn.Linear(13, 8),
+            torch.nn.LayerNorm(8, bias=False),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.down(torch.relu(self.up(x))))
+
+
+def net() -> Net:
+    return Net().to(torch.bfloat16)
+
+
+def spread(kind: str) -> Net:
+    """The net, spread as FSDP2 or tensor parallelism does it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model, count = net(), dist.get_world_size()
+    if kind == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
+        return model
+    shape = (count,) if kind == "tp" else (2, count // 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("tp",) if kind == "tp" else ("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if kind == "both":
+        fully_shard(model, mesh=mesh["dp"])
+    return model
+
+
+def whole(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """All bits, gathered."""
+    return {
+        name: bits(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def delta(seed: int, op: str = "add") -> bytes:
+    base = net().state_dict()
+    return adapter(
+        {
+            name: random_delta(shape, max(1, int(np.prod(shape)) // 4), 10 * seed + i, op=op, base=base[name])
+            for i, (name, shape) in enumerate(SHAPES.items())
+        }
+    )
+
+
+def switches(rank: int, kind: str, files: dict[str, bytes], seed: int) -> None:
+    model = spread(kind)
+    base = whole(model)
+    swap = HotSwap(model)
+    for name, data in files.items():
+        report = swap.load(name, data)
+        assert (report.unmatched, report.unchecked) == ((), ())
+    chance = random.Random(seed)  # the same in all processes
+    for _ in range(12):
+        strengths = {"set": [1.0]}
+        chosen = {name: chance.choice(strengths.get(name, [0.5, 1.0, -2.0])) for name in files if chance.random() < 0.6}
+        swap.switch(chosen)
+        now = whole(model)
+        for name, before in base.items():
+            expected = formula(before, "bfloat16", [(files[one], alpha) for one, alpha in chosen.items()], name)
+            assert np.array_equal(now[name], expected), (rank, name, chosen)
+    swap.revert()
+    assert all(np.array_equal(bits_, base[name]) for name, bits_ in whole(model).items())
+
+
+@pytest.mark.parametrize(("kind", "count"), [("tp", 2), ("fsdp", 2), ("both", 4), ("tp", 4), ("fsdp", 4)])
+def test_bits_are_those_of_one_process(kind: str, count: int, tmp_path: Path):
+    run(switches, count, tmp_path, kind, {"one": delta(1), "two": delta(2), "set": delta(3, "set")}, 5)
+
+
+def refusal_of(call: Any, *arguments: Any, **options: Any) -> str:
+    """The message of the error that a call raises."""
+    with pytest.raises(ShiraDeltaError) as caught:
+        call(*arguments, **options)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def refusals(rank: int, good: bytes, damaged: bytes, other: bytes, strange: bytes) -> list[str]:
+    model = spread("tp")
+    base = whole(model)
+    swap = HotSwap(model, timeout=30)
+    said = [refusal_of(swap.load, "a", damaged if rank == 1 else good)]  # one rank's file is damaged
+    said.append(refusal_of(swap.load, "a", other if rank == 1 else good))
+    said.append(refusal_of(swap.load, "a", strange))  # a name that no rank has
+    assert swap.loaded == {}
+    swap.load("a", good)
+    said.append(refusal_of(swap.switch, "a", 0.5 + rank))  # different calls
+    said.append(refusal_of(swap.switch, "b"))
+    assert swap.active == {}
+    assert all(np.array_equal(now, base[name]) for name, now in whole(model).items())
+    swap.switch("a")
+    if rank == 1:  # something else writes one rank's part of a weight
+        with torch.no_grad():
+            model.up.weight.to_local().add_(1)
+    said.append(refusal_of(swap.switch, None))
+    assert swap.active == {"a": 1.0}
+    with pytest.raises(sd.DeltaError, match="load_async cannot keep the order"):
+        swap.load_async("b", good)
+    return said
+
+
+def test_where_one_rank_refuses_none_changes(tmp_path: Path):
+    good, at = delta(1), 700
+    damaged = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+    strange = adapter({"elsewhere": random_delta((4, 4), 3, 1)})
+    one, two = run(refusals, 2, tmp_path, good, damaged, delta(2), strange)
+    assert two[0].startswith("FormatError")
+    assert one[0].startswith("TargetError: rank 1 refuses load('a'), so that no rank changes: FormatError")
+    for said in (one, two):
+        assert said[1] == "BaseMismatchError: delta: another rank has loaded another file; give all ranks the same one"
+    assert all("'elsewhere'" in said[2] and said[2].startswith("BaseMismatchError") for said in (one, two))
+    assert one[3].startswith("TargetError: rank 1 calls switch({'a': 1.5}) where rank 0 calls switch({'a': 0.5})")
+    assert all("adapter 'b' is not loaded" in said[4] for said in (one, two))
+    assert "tensor 'up.weight' was changed from outside" in two[5]
+    assert one[5].startswith("TargetError: rank 1 refuses switch({})")
+
+
+def other_base(rank: int, data: bytes) -> str:
+    model = spread("tp")
+    if rank == 1:
+        with torch.no_grad():
+            model.norm.weight.add_(1)
+    return refusal_of(HotSwap(model).load, "a", data)
+
+
+def test_fingerprints_are_summed_and_copies_compared(tmp_path: Path):
+    """The norm is whole in both processes, and is not the same there."""
+    for said in run(other_base, 2, tmp_path, delta(1)):
+        assert said.startswith("BaseMismatchError: tensor 'norm.weight' is in several places, and its elements are not")
+
+
+def killed(rank: int, data: bytes, seed: int) -> tuple[bool, str]:
+    model = spread("tp")
+    base = {name: bits(own(tensor)) for name, tensor in model.state_dict().items()}
+    swap = HotSwap(model, timeout=30)
+    swap.load("a", data)
+    swap.switch("a")
+    target = {name: bits(own(tensor)) for name, tensor in model.state_dict().items()}
+    swap.revert()
+    if rank == 1:
+        signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(0, 0.05))
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    said = ""
+    for wanted in ["a", None] * 10_000:
+        try:
+            swap.switch(wanted)
+        except TargetError as error:
+            said = str(error)
+            break
+    now = {name: bits(own(tensor)) for name, tensor in model.state_dict().items()}
+    expected = target if swap.active else base
+    assert all(np.array_equal(now[name], bits_) for name, bits_ in expected.items())
+    assert "a rank has ended" in refusal_of(swap.switch, {"a": 0.5})
+    swap.revert()
+    assert all(np.array_equal(bits(own(tensor)), base[name]) for name, tensor in model.state_dict().items())
+    return True, said
+
+
+def own(tensor: Any) -> Any:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rank_that_is_killed_leaves_base_or_target(seed: int, tmp_path: Path):
+    one, two = run(killed, 2, tmp_path, delta(1), seed)
+    assert isinstance(two, Ended)
+    assert "a rank has ended, or did not answer" in one[1]
+
+
+def late(rank: int, data: bytes) -> None:
+    model = spread("tp")
+    base = whole(model)
+    swap = HotSwap(model, timeout=1)
+    swap.load("a", data)
+    if rank == 0:
+        assert "did not answer within 1 s" in refusal_of(swap.switch, "a")
+    dist.barrier()
+    if rank == 1:
+        assert "a rank has ended, or did not answer" in refusal_of(swap.switch, "a")
+    assert all(np.array_equal(now, base[name]) for name, now in whole(model).items())
+
+
+def test_a_rank_that_does_not_answer(tmp_path: Path):
+    run(late, 2, tmp_path, delta(1))
+
+
+def example(rank: int, folder: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    block, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    os.chdir(folder)
+    exec(compile(block, "distributed.md", "exec"), {})
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path):
+    run(example, 2, tmp_path, tmp_path)
