@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shiradelta.errors import ArgumentError, TargetError
+from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
 from shiradelta.folder import restructure
 from shiradelta.folder.comparison import PastBits
 from shiradelta.folder.copying import copied
@@ -139,6 +139,22 @@ def apply(
         return replace(report, folder=os.fspath(out))
 
 
+def apply_step(root: Path, delta: Delta, before: str, after: str, progress: Progress | None = None) -> ApplyReport:
+    """`apply` of an open delta in place, to weights that are called something.
+
+    Args:
+        root: the model's folder.
+        delta: the delta, which is compared with the weights and has strength 1.
+        before: what the weights are called, as `FolderState.current` has it.
+        after: what they are called afterwards.
+        progress: called with (what, done, total).
+
+    Raises:
+        TargetError: they are called otherwise; and as `apply`, whose other errors are those of this function, too.
+    """
+    return _apply_in_place(root, delta, 1.0, True, False, True, progress, before, after)
+
+
 def _own_folder(model_dir: Path_) -> Path_:
     """The folder, which is to be patched in place.
 
@@ -163,6 +179,8 @@ def _apply_in_place(
     allow_dtype: bool,
     lock: bool,
     progress: Progress | None,
+    expected: str | None = None,
+    label: str = "",
 ) -> ApplyReport:
     arithmetic.alpha_of(strength)  # refused before anything is written
     delta.verify()  # the digest that it carries tells deltas apart
@@ -171,6 +189,8 @@ def _apply_in_place(
             _check_writable(root)
     with os_errors(root, "cannot be read"), locked(root, lock=lock) as journal:
         recover(journal)
+        if expected not in (None, journal.state.current):
+            raise TargetError(f"{root}: another process has changed this folder; try again when it is done")
         for applied in journal.state.applied:
             if applied.digest == delta.digest:
                 raise TargetError(f"{root}: {applied.file} is applied already; revert it first")
@@ -189,6 +209,7 @@ def _apply_in_place(
                 tensors=len(delta),
                 nonzeros=delta.nnz,
                 added={name: tensor.result_fingerprint or 0 for name, tensor in plan.new},
+                label=label,
             )
             try:
                 entry, base, changed = _prepare(journal, entry, checkpoint, plan, delta, check, progress)
@@ -348,16 +369,25 @@ def _write_undo(
         for number, edit in enumerate(edits):
             if progress:
                 progress("checking", number, len(edits))
+            present = None
             if check and (edit.tensor.operation.removes or edit.tensor.dtype == edit.slot.dtype.name):
                 own = _undos_of(edit.name, undos)
                 fits = [
                     PastBits(edit.slot, each).fingerprint(edit.tensor) for each in ([own, ()] if any(own) else [()])
                 ]
-                fit.check(edit.name, edit.tensor, fits[0], fits[-1])
+                present = fits[-1]
+                fit.check(edit.name, edit.tensor, fits[0], present)
             if edit.tensor.operation.removes:
                 continue
             counts: list[int] = []
-            writer.add_set(edit.name, edit.tensor, edit.slot.dtype, _replaced(edit, entry.strength, counts.append))
+            past = _replaced(edit, entry.strength, counts.append)
+            undo = writer.add_set(edit.name, edit.tensor, edit.slot.dtype, past)
+            own_base = present is not None and present == edit.tensor.base_fingerprint and entry.strength == 1
+            if own_base and edit.tensor.result_fingerprint not in (None, undo.base_fingerprint):
+                raise BaseMismatchError(
+                    f"{delta.file or 'delta'}: tensor {edit.name!r} does not become what its fingerprint says; get the"
+                    " file again"
+                )
             changed += sum(counts)
     return changed, fit.is_successor
 

@@ -27,18 +27,33 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
     Raises:
         TargetError: `out` exists, lies inside the folder, or cannot be written; there is something that is not copied.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TargetError(f"{out}: exists already; give a new folder")
-    if out.resolve().is_relative_to(root.resolve()):
+    if out.resolve().is_relative_to(root.resolve()) and not _is_taken(out):
         raise TargetError(f"{out}: lies inside {root}; give a folder outside it")
     weights = set(relative_files(open_checkpoint(root)))
+    with new_folder(out, root) as copy:
+        with reading(root), os_errors(out), Directory(root) as source, Directory(copy) as target:
+            _copy(FollowedLinks(root, weights), source, target, "")
+        yield copy
+
+
+@contextmanager
+def new_folder(out: Path, source: Path) -> Iterator[Path]:
+    """A context with an empty folder, which becomes `out` if the block succeeds and is deleted otherwise.
+
+    Args:
+        out: the folder, which is new or empty.
+        source: where what is written to it comes from, for messages.
+
+    Raises:
+        TargetError: `out` exists, or cannot be written.
+    """
+    if _is_taken(out):
+        raise TargetError(f"{out}: exists already; give a new folder")
     copy = out.with_name(temporary_name(out.name))
     try:
         with os_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             copy.mkdir()
-        with reading(root), os_errors(out), Directory(root) as source, Directory(copy) as target:
-            _copy(FollowedLinks(root, weights), source, target, "")
         yield copy
         with os_errors(out):
             os.replace(copy, out)
@@ -47,8 +62,12 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
         shutil.rmtree(copy, ignore_errors=True)
         if isinstance(error, ShiraDeltaError):
             # Where the system fails, `out` could not be written; what else is wrong is so in the user's folder.
-            _rename(error, copy, out if isinstance(error.__cause__, OSError) else root)
+            _rename(error, copy, out if isinstance(error.__cause__, OSError) else source)
         raise
+
+
+def _is_taken(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 def _rename(error: ShiraDeltaError, copy: Path, folder: Path) -> None:

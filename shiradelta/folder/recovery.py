@@ -187,7 +187,7 @@ def give_up(journal: Journal, before: FolderState, entry: Applied) -> str:
     with interrupts_held_back(), suppress(ShiraDeltaError, OSError):
         journal.load()
         if entry in journal.state.applied:
-            journal.save(FolderState(before.applied, entry, journal.state.base))
+            journal.save(replace(before, pending=entry, base=journal.state.base))
         if journal.state.pending is not None:
             take_back(journal, entry, proven=True)
         journal.tidy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shiradelta.errors import ShiraDeltaError, TargetError
 from shiradelta.folder.comparison import first_difference
@@ -89,13 +89,13 @@ def _take_out(journal: Journal, top: Applied, force: bool, progress: Progress | 
     check_writable(journal.folder, relative_files(checkpoint))
     if not force and (changed := first_difference(checkpoint, journal, [top])) is not None:
         raise TargetError(f"{root}: {changed}; --force puts the originals back all the same")
-    below, started = FolderState(before.applied[:-1], None, before.base), False
+    below, started = replace(before, applied=before.applied[:-1]), False
     try:
         plan = plan_restoration(journal, top, proven=True, force=force)
         journal.open_undo(top).close()
         with interrupts_held_back():
             try:
-                journal.save(FolderState(below.applied, top, before.base))
+                journal.save(replace(below, pending=top))
                 started = True
                 restore(journal, top, plan, progress)
                 journal.save(below)

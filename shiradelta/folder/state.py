@@ -21,9 +21,11 @@ _WEIGHT_FILE = re.compile(r"(?:[^./\\\0][^/\\\0]*/)?[^./\\\0][^/\\\0]*\.safetens
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: The largest finite float32; NaN is not below it, and an integer may be larger than any float.
 _LARGEST_STRENGTH = 2.0**128 - 2.0**104
-_VERSION = 2
-#: Fields of an action that files of version 1 lack.
-_SINCE_2 = {"before": {}, "after": {}, "undo": ""}
+_VERSION = 3
+#: Version -> the fields of an action that files of earlier versions lack.
+_SINCE: dict[int, dict[str, Any]] = {2: {"before": {}, "after": {}, "undo": ""}, 3: {"label": ""}}
+#: What weights may be called.
+_LABEL = re.compile(r"[\w:.-]{0,100}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Applied:
         after: files that were rewritten -> the SHA-256 of the new ones.
         undo: SHA-256 of the file of the undo delta.
         successor: whether the delta was made for what was on the folder then, not for the folder's base.
+        label: what the weights are called after it, such as a version of a chain; empty if nothing.
     """
 
     id: int
@@ -57,6 +60,7 @@ class Applied:
     after: Mapping[str, str] = field(default_factory=dict)
     undo: str = ""
     successor: bool = False
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,20 @@ class FolderState:
         applied: the deltas on it, the last one on top.
         pending: the unfinished action, if any: an apply or a revert.  Either is taken back by its undo delta.
         base: weight files and their indexes -> their SHA-256 in the base; empty if it is not known.
+        label: what the base is called; empty if nothing.
     """
 
     applied: tuple[Applied, ...] = ()
     pending: Applied | None = None
     base: Mapping[str, str] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def current(self) -> str:
+        """What the present weights are called; empty if nothing, or if an action was interrupted."""
+        if self.pending is not None:
+            return ""
+        return self.applied[-1].label if self.applied else self.label
 
     def to_json(self) -> bytes:
         """The bytes of state.json, with a checksum over the rest."""
@@ -87,19 +100,20 @@ def parse_state(raw: bytes) -> FolderState:
     """
     found = json.loads(raw)
     version = found.pop("version")
-    if version not in (1, _VERSION):
+    if type(version) is not int or not 1 <= version <= _VERSION:
         raise ValueError(f"version {str(version)[:20]!r}")
-    if version == _VERSION and found.pop("checksum") != _checksum({"version": version, **found}):
+    if version > 1 and found.pop("checksum") != _checksum({"version": version, **found}):
         raise ValueError("its checksum is wrong")
-    base = _digests(found["base"]) if version == _VERSION else {}
-    old = _SINCE_2 if version == 1 else {}
+    base = _digests(found["base"]) if version > 1 else {}
+    label = _label(found["label"]) if version > 2 else ""
+    old = {key: value for since, fields in _SINCE.items() if version < since for key, value in fields.items()}
     applied = tuple(_applied({**old, **entry}) for entry in found["applied"])
     pending = None if found["pending"] is None else _applied({**old, **found["pending"]})
     ids = [entry.id for entry in (*applied, *([pending] if pending else []))]
     if sorted(set(ids)) != ids:
         raise ValueError("actions out of order")
     _check_first(base, (*applied, *([pending] if pending else [])))
-    return FolderState(applied, pending, base)
+    return FolderState(applied, pending, base, label)
 
 
 def check_names(root: Path, files: Iterable[str]) -> None:
@@ -143,6 +157,7 @@ def _applied(entry: dict[str, Any]) -> Applied:
         raise ValueError("the digest of a delta is none")
     if type(found.successor) is not bool:
         raise ValueError("successor is neither true nor false")
+    _label(found.label)
     for name in found.replaced:
         _check_name(name)
     if found.added and not found.replaced:
@@ -152,6 +167,12 @@ def _applied(entry: dict[str, Any]) -> Applied:
         raise ValueError("undo is no digest")
     if before and not set(found.replaced) == set(after) <= set(before):
         raise ValueError("files without their digests")
+    return found
+
+
+def _label(found: Any) -> str:
+    if type(found) is not str or not _LABEL.fullmatch(found):
+        raise ValueError("a label of another form")
     return found
 
 
