@@ -80,6 +80,8 @@ CHAIN_REASONS: dict[str, tuple[str, str]] = {
     "wrong_base": ("it was made for another state", "make it against the version before it"),
     "other_model": ("the model is not that version of the chain", "give the one that is"),
     "not_published": ("the chain has no such version", "take one that `shiradelta chain list` shows"),
+    "not_on_chain": ("the model is no version of the chain", "revert what is on it, or follow into a new folder"),
+    "not_kept": ("that version is not kept", "follow into a new folder, or keep more steps"),
     "other_chain": ("another chain is there now", "open that one, in a new folder"),
     "pruned": ("no steps that are left lead there", "begin anew from an anchor, in a new folder"),
     "unreachable": ("no anchor would lead there any more", "publish an anchor first"),

@@ -46,6 +46,7 @@ VICTIMS = (
     ),
     Victim("fuse", "fuse {a} {b} -o out.shd", weight=6),
     Victim("fuse over an older file", "fuse {a} {b} -o out.shd", ("fuse {a} -o out.shd",), weight=6),
+    Victim("chain follow", "chain follow out model", ("chain init out {model}", "chain publish out {a}")),
     Victim("export", "export {a} dense out.safetensors"),
     Victim("export merged", "export {a} merged out --model {model}"),
     Victim("sign", "sign {a} --key {key} -o out.sig"),

@@ -105,6 +105,9 @@ def test_the_examples_of_fits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_examples_of_chains_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from safetensors.numpy import save_file
+
+    from shiradelta.chain import Chain
     from tests.chain.models import change, small, write
 
     monkeypatch.chdir(tmp_path)
@@ -112,10 +115,17 @@ def test_the_examples_of_chains_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("model", "step1", "step2"):
         write(Path(name), model)
         model = change(model, rng)
+    live = {"w": np.zeros(9, np.float32)}
+    save_file(live, "live.safetensors")
+    chain = Chain.create("live-chain", "live.safetensors")
+    delta = shiradelta.TensorDelta((9,), [1], [1.0], "float32", base_bits=np.zeros(1, "<u4"))
+    shiradelta.save_delta("1.shd", {"w": delta})
+    chain.publish("1.shd")
     page = (EXTEND.parent / "chains.md").read_text()
+    scope: dict[str, Any] = {}
     for kind, block in re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL):
         if kind == "python":
-            exec(compile(block, "chains.md", "exec"), {})
+            exec(compile(block, "chains.md", "exec"), scope)
             continue
         for line in block.splitlines():
             result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])

@@ -1,9 +1,9 @@
 """Chains: a history of a model's steps, published in a store and followed exactly (spec/CHAIN.md).
 
-from shiradelta.chain import Chain
+from shiradelta.chain import Chain, FolderFollower
 chain = Chain.create("chain/", "model/")   # version 0, with an anchor
 chain.publish("step.shd")                  # version 1
-chain.fold(0, 1)                           # one file for the way from 0 to 1
+FolderFollower("chain/", "copy/").follow() # elsewhere: an anchor, then the steps
 
 Names are loaded when they are first used.
 """
@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shiradelta.chain.chain import Chain
+    from shiradelta.chain.follow import FolderFollower, LiveFollower, status
     from shiradelta.chain.manifest import Anchor, Manifest, Step
 
-__all__ = ["Anchor", "Chain", "Manifest", "Step"]
+__all__ = ["Anchor", "Chain", "FolderFollower", "LiveFollower", "Manifest", "Step", "status"]
 
-_HOMES = {"Anchor": "manifest", "Chain": "chain", "Manifest": "manifest", "Step": "manifest"}
+_HOMES = {
+    **dict.fromkeys(("Anchor", "Manifest", "Step"), "manifest"),
+    **dict.fromkeys(("FolderFollower", "LiveFollower", "status"), "follow"),
+    "Chain": "chain",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from shiradelta.cli import options
 from shiradelta.cli.options import Command, Group
 from shiradelta.cli.output import echo_json, echo_lines, echo_table
 from shiradelta.cli.progress import progress_bar
+from shiradelta.errors import ArgumentError
 from shiradelta.util.text import count, size
 
 if TYPE_CHECKING:
@@ -122,6 +123,67 @@ def fold(chain: str, start: int, stop: int, base: str | None, as_json: bool) -> 
     with progress_bar("folding") as progress:
         step = Chain.open(chain).fold(start, stop, base=base, progress=progress)
     _print_step(step, as_json)
+
+
+@chain.command(
+    cls=Command,
+    short_help="Take a model's folder to the newest version.",
+    extra="follow with one folder at a time",
+    examples=["chain follow chain/ copy/", "chain follow chain/ copy/ --every 5", "chain follow chain/ copy/ --to 7"],
+)
+@click.argument("chain")
+@click.argument("model")
+@click.option("--to", type=click.IntRange(0), help="The version to go to, also an older one.  [default: the newest]")
+@click.option(
+    "--keep", type=click.IntRange(1), default=8, show_default=True, help="How many steps `revert` can take back."
+)
+@click.option(
+    "--every", type=click.FloatRange(0, min_open=True), help="Go on, and look for new steps so often (seconds)."
+)
+@options.as_json
+def follow(chain: str, model: str, to: int | None, keep: int, every: float | None, as_json: bool) -> None:
+    """Apply the steps of CHAIN to the folder MODEL, from the version that it is to the newest.
+
+    A new folder begins with an anchor. Each step is on the folder wholly or not at all; a command that was killed goes
+    on where it was.
+    """
+    from shiradelta.chain import FolderFollower
+
+    if to is not None and every is not None:
+        raise ArgumentError("--every goes on to ever newer versions, and --to to one; give one of the two")
+    with progress_bar("applying") as progress:
+        follower = FolderFollower(chain, model, keep=keep, progress=progress)
+        steps = follower.follow(to)
+    if as_json:
+        echo_json({"version": follower.version, "steps": [dataclasses.asdict(step) for step in steps]})
+    else:
+        echo_lines(*map(str, steps), f"{model}: version {follower.version}")
+    if every is not None:
+        for step in follower.watch(every):
+            echo_lines(f"{model}: version {step.stop}")
+
+
+@chain.command(cls=Command, short_help="Show which version a folder is.", examples=["chain status copy/"])
+@click.argument("model")
+@options.as_json
+@click.pass_context
+def status(context: click.Context, model: str, as_json: bool) -> None:
+    """Show which version of a chain the folder MODEL is, from its record.
+
+    Exit code 0 if it is one, 1 if not. `shiradelta verify` compares the weights.
+    """
+    from shiradelta.chain import status as run
+
+    found = run(model)
+    if as_json:
+        echo_json(dataclasses.asdict(found))
+    elif found.version is None:
+        echo_lines(f"{model}: is no version of a chain")
+    else:
+        interrupted = "; an action was interrupted, which the next one takes back" if found.interrupted else ""
+        kept = f"{count(found.kept, 'step')} can be taken back"
+        echo_lines(f"{model}: version {found.version} of chain {found.chain[:12]}; {kept}{interrupted}")
+    context.exit(found.version is None)
 
 
 @chain.command(cls=Command, short_help="Remove what is not needed.", examples=["chain gc chain/ --before 100"])
