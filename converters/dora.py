@@ -33,11 +33,6 @@ NEEDS_BASE = Skipped(SkipReason.NEEDS_BASE, "is a DoRA, whose change depends on 
 SHARED = Skipped(
     SkipReason.CONFLICT, "is a DoRA of a tensor that another module changes too, and their changes do not add up"
 )
-#: The base has the weight in other tensors.
-CONVERTED = Skipped(
-    SkipReason.UNSUPPORTED,
-    "is a DoRA of a weight that the base stores in another form, as other tensors; merge it first",
-)
 
 
 def parse_key(key: str) -> str | None:

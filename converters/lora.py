@@ -20,7 +20,7 @@ from shiradelta.util.text import count
 from . import diff, dora, lora_on_base, lycoris
 from .base_names import BaseTensors, find_tensors
 from .item import Item, Skipped, SkipReason, Source, not_addable
-from .lora_converted import Change, add_converted
+from .lora_converted import Change, add_converted, rescaled
 from .lora_keys import (
     TRAINING,
     Module,
@@ -158,13 +158,17 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
     both = {module: (alphas.get(module), scale.alpha_of(module, alphas.get(module))) for module in on_base}
     lora_on_base.add(source, {module: parts.keys for module, parts in on_base.items()}, both, there, base, result)
     if base is not None:
-        rescaled = [module for module in changed if module in converted and modules[module].magnitudes is not None]
-        result.skipped |= dict.fromkeys(rescaled, dora.CONVERTED)
-        changes = {
-            module: _change(source, modules[module], shapes[module], factors[module], module in swapped)
-            for module in changed
-            if module in converted and module not in rescaled
-        }
+        changes: dict[str, Change] = {}
+        for module in [module for module in changed if module in converted]:
+            swap, lengths = module in swapped, modules[module].magnitudes
+            change = _change(source, modules[module], shapes[module], factors[module], swap)
+            made: Change | Skipped = change
+            if lengths is not None:
+                made = rescaled(module, change, converted[module], base, source, lengths, swap)
+            if isinstance(made, Skipped):
+                result.skipped[module] = made
+            else:
+                changes[module] = made
         apart = {
             key: there.converted[name]
             for key, name in differences.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import diffusers
@@ -107,6 +108,54 @@ def lycoris(folder: Path, algorithm: str, base: str) -> Made:
     return Made(folder / "x.safetensors", *written(folder, base, library, original, FLUX.library(after), after))
 
 
+def lycoris_dora(folder: Path, on_output: bool, base: str) -> Made:
+    """LyCORIS' DoRA of fused layers: its own merge of each."""
+    from lycoris.modules.locon import LoConModule
+
+    library = FLUX.weights()
+    original = FLUX.original(library)
+    file, after = Weights(), dict(original)
+    for name, (rows, columns) in modules_of(original).items():
+        layer = torch.nn.Linear(columns, rows, bias=False)
+        layer.weight.data = original[f"{name}.weight"].clone()
+        module = f"lora_unet_{name.replace('.', '_')}"
+        lora = LoConModule(module, layer, lora_dim=RANK, alpha=ALPHA, weight_decompose=True, wd_on_out=on_output)
+        with torch.no_grad():
+            for parameter in lora.parameters():
+                parameter += torch.randn_like(parameter) * 0.1
+            held = {f"{module}.{key}": tensor.clone() for key, tensor in lora.state_dict().items()}
+            file |= {key: tensor for key, tensor in held.items() if "org_" not in key}
+            after[f"{name}.weight"] = lora.get_merged_weight()[0]
+    save_file(file, folder / "x.safetensors")
+    return Made(folder / "x.safetensors", *written(folder, base, library, original, FLUX.library(after), after))
+
+
+def peft_dora(folder: Path, base: str) -> Made:
+    """PEFT's DoRA of diffusers' layers, some of which the original layout joins: PEFT's merge of each."""
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    library = FLUX.weights()
+    original = FLUX.original(library)
+    model = getattr(diffusers, FLUX.model)(**FLUX.config)
+    model.load_state_dict(library)
+    modules = sorted(name for name in modules_of(library))
+    config = LoraConfig(r=RANK, lora_alpha=RANK, use_dora=True, init_lora_weights=False, target_modules=modules)
+    model = inject_adapter_in_model(config, model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter += torch.rand_like(parameter) * 0.1
+    state = get_peft_model_state_dict(model)
+    save_file({f"transformer.{key}": tensor.contiguous() for key, tensor in state.items()}, folder / "x.safetensors")
+    tuned = dict(library)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            tuned[f"{name}.weight"] = layer.get_base_layer().weight.detach().clone()
+    return Made(folder / "x.safetensors", *written(folder, base, library, original, tuned, FLUX.original(tuned)))
+
+
 def cases() -> Iterator[Case]:
     """A row a form and base."""
     by = f"diffusers {diffusers.__version__}, key tables"
@@ -115,4 +164,10 @@ def cases() -> Iterator[Case]:
         yield Case("Black Forest Labs", f"FLUX, control LoRA, {base}", by, partial(control, base=base))
         for algorithm in ("LoHa", "LoKr", "full"):
             yield Case("LyCORIS", f"FLUX, {algorithm}, {base}", by, partial(lycoris, algorithm=algorithm, base=base))
+        for on_output in (True, False):
+            kind = f"FLUX, DoRA on {'outputs' if on_output else 'inputs'}, {base}"
+            made = f"lycoris-lora {version('lycoris-lora')}, {by}"
+            yield Case("LyCORIS", kind, made, partial(lycoris_dora, on_output=on_output, base=base))
+        made = f"peft {version('peft')}, {by}"
+        yield Case("diffusers", f"FLUX, DoRA of PEFT, {base}", made, partial(peft_dora, base=base))
     yield Case("kohya", "FLUX, text encoders", by, text_encoders)

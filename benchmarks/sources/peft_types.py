@@ -95,20 +95,21 @@ def make_qlora(folder: Path, model: Any) -> Made:
     return made
 
 
-def make_resized(folder: Path, model: Any, whole: bool, first: bool = False) -> Made:
+def make_resized(folder: Path, model: Any, full: bool, first: bool = False, **options: Any) -> Made:
     """A model or an adapter whose embeddings have more rows than the base's; or `first` the base was resized, too."""
     larger = copy.deepcopy(model)
     larger.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
     (larger if first else model).save_pretrained(folder / "base")
-    if whole:
+    if full:
         tuned = copy.deepcopy(larger)
         with torch.no_grad():
             for parameter in tuned.parameters():
                 parameter += torch.randn_like(parameter) * 0.05
         tuned.save_pretrained(folder / "tuned")
-        return Made(folder / "tuned", folder / "base", weights(folder / "tuned"))
+        return Made(folder / "tuned", folder / "base", weights(folder / "tuned"), options)
     adapter = save_adapter(folder / "adapter", larger, "LORA", modules_to_save=["embed_tokens", "lm_head"])
-    return Made(adapter, folder / "base", {})
+    found = merged(larger, adapter)
+    return Made(adapter, folder / "base", {name: found[name] for name in weights(folder / "base")}, options)
 
 
 def cases() -> Iterator[Case]:
@@ -130,11 +131,14 @@ def cases() -> Iterator[Case]:
     yield case(model, "SUPERTUNING", save_precomputed_indices=False)
     by = f"peft {peft.__version__}"
     yield Case("PEFT", "LORA, of a quantised base (QLoRA)", by, partial(make_qlora, model=model))
-    yield Case("PEFT", "LORA, resized vocabulary", by, partial(make_resized, model=model, whole=False))
+    resized = partial(make_resized, model=model)
+    stored = {"whole": ["*embed_tokens*", "*lm_head*"]}
+    yield Case("PEFT", "LORA, resized vocabulary", by, partial(resized, full=False))
+    yield Case("PEFT", "LORA, resized vocabulary, --whole", by, partial(resized, full=False, **stored))
     by = f"transformers {transformers.__version__}"
-    first = partial(make_resized, model=model, whole=True, first=True)
-    yield Case("transformers", "full fine-tune, base resized first", by, first)
-    yield Case("transformers", "full fine-tune, resized vocabulary", by, partial(make_resized, model=model, whole=True))
+    yield Case("transformers", "full fine-tune, base resized first", by, partial(resized, full=True, first=True))
+    yield Case("transformers", "full fine-tune, resized vocabulary", by, partial(resized, full=True))
+    yield Case("transformers", "full fine-tune, resized vocabulary, --whole", by, partial(resized, full=True, **stored))
 
 
 def case(model: Any, kind: str, **options: Any) -> Case:

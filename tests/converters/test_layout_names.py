@@ -184,3 +184,71 @@ def test_the_names_are_those_of_diffusers_own_converters():
     for family in FAMILIES:
         library = family.weights()
         assert len(family.original(library)) > 10  # it compares with what diffusers makes of the original
+
+
+def lengthened(weight: Tensor, a: Tensor, b: Tensor, lengths: Tensor) -> Tensor:
+    """The change that a DoRA makes to a weight; lengths are [out, 1] or [1, in]."""
+    summed = weight + b @ a
+    return lengths * summed / summed.square().sum(dim=int(lengths.shape[0] > 1), keepdim=True).sqrt() - weight
+
+
+@pytest.mark.parametrize("of", ["outputs", "inputs"])
+def test_a_dora_on_a_split_weight(tmp_path: Path, of: str):
+    """Lengths of outputs are split with the rows; those of inputs are of all rows together."""
+    (a, b), base = low_rank(12), weights(LIBRARY)
+    whole = torch.cat([base[f"{ATTN}.to_{one}.weight"] for one in "qkv"])
+    lengths = torch.rand((12, 1) if of == "outputs" else (1, 4), generator=torch.Generator().manual_seed(2)) + 0.5
+    file = {**kohya(QKV, a, b), f"lora_unet_{QKV.replace('.', '_')}.dora_scale": lengths}
+    found = changes(file, write_base(tmp_path, "pipeline"))
+    for one, wanted in zip("qkv", lengthened(whole, a, b, lengths).chunk(3), strict=True):
+        torch.testing.assert_close(found[f"transformer/{ATTN}.to_{one}.weight"], wanted, rtol=1e-5, atol=1e-6)
+
+
+def peft_dora(parts: str) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """A DoRA of some of three layers, and the changes of all."""
+    file: dict[str, Tensor] = {}
+    weight, wanted = weights(ORIGINAL)[f"{QKV}.weight"], []
+    for number, one in enumerate("qkv"):
+        (a, b), module = low_rank(4, number), f"transformer.{ATTN}.to_{one}"
+        lengths = torch.rand(4, generator=torch.Generator().manual_seed(number)) + 0.5
+        change = lengthened(weight[4 * number : 4 * number + 4], a, b, lengths[:, None])
+        wanted.append(change if one in parts else torch.zeros(4, 4))
+        if one in parts:
+            file |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            file[f"{module}.lora_magnitude_vector"] = lengths
+    return file, wanted
+
+
+@pytest.mark.parametrize("parts", ["qkv", "qv"])
+@pytest.mark.parametrize("form", ["bare", "single"])
+def test_a_dora_on_a_joined_weight(tmp_path: Path, parts: str, form: str):
+    """Each of the layers has its rows; those without a DoRA keep theirs."""
+    file, wanted = peft_dora(parts)
+    found = changes(file, write_base(tmp_path, form))
+    prefix = "model.diffusion_model." if form == "single" else ""
+    torch.testing.assert_close(found[f"{prefix}{QKV}.weight"], torch.cat(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_a_dora_does_not_add_up_with_another_change_of_its_rows(tmp_path: Path):
+    file, _ = peft_dora("q")
+    a, b = low_rank(12)
+    file |= {f"{QKV}.lora_A.weight": a, f"{QKV}.lora_B.weight": b}
+    with pytest.raises(SourceError, match="another module changes"):
+        changes(file, write_base(tmp_path, "bare"))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "message"),
+    [
+        (torch.ones(11, 1), torch.float32, "do not fit a tensor of shape"),
+        (torch.ones(12, 1), torch.bfloat16, "has in part only, or in several dtypes"),
+    ],
+)
+def test_a_dora_that_does_not_fit_a_split_weight(tmp_path: Path, lengths: Tensor, dtype: torch.dtype, message: str):
+    base = write_base(tmp_path, "pipeline")
+    held = weights(LIBRARY)
+    held[f"{ATTN}.to_k.weight"] = held[f"{ATTN}.to_k.weight"].to(dtype)
+    save_file(held, base / "transformer/model.safetensors")
+    file = {**kohya(QKV, *low_rank(12)), f"lora_unet_{QKV.replace('.', '_')}.dora_scale": lengths}
+    with pytest.raises(SourceError, match=message):
+        changes(file, base)
