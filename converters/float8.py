@@ -14,7 +14,7 @@ import numpy as np
 
 from shiradelta.format.arithmetic import Array, Float32, to_float32
 from shiradelta.format.registry import ADD_DTYPES
-from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.checkpoint import Checkpoint, same_bits
 from shiradelta.models.quantised import scale_of, weight_of
 from shiradelta.select.topk import Rows, row_shape
 
@@ -75,7 +75,7 @@ def other_scale(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Sk
         has = "the fine-tune" if other is None else "the base"
         why = f"{has} has it divided by {one or other!r}, the other has no scale; store both alike"
         return Skipped(SkipReason.CONFLICT, why, names=(name,))
-    if source[one].shape != base[other].shape or values_differ(source, one, base, other):
+    if not same_bits(source, one, base, other):
         remedy = "so equal elements are other weights; quantise it with the base's scales"
         why = f"{'it is a scale, and' if is_scale else f'its scale {one!r}'} is not the base's, {remedy}"
         return Skipped(SkipReason.CONFLICT, why, names=(name,))
@@ -86,11 +86,6 @@ def other_scale(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Sk
         why = f"its scale {other!r} has shape {list(base[other].shape)}, which fits no blocks of it"
         return Skipped(SkipReason.PARTS, why, names=(name,))
     return None
-
-
-def values_differ(source: Checkpoint, one: str, base: Checkpoint, other: str) -> bool:
-    """Whether two tensors of one shape differ in dtype or bits."""
-    return source[one].dtype != base[other].dtype or not np.array_equal(source.bits(one), base.bits(other))
 
 
 def _blocks(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from shiradelta.format.arithmetic import Array, Float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.io.recognise import Wanted, explain
-from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, same_bits
 from shiradelta.models.library import Converted, match_names
 from shiradelta.models.names import Named, search_the_rest
 from shiradelta.models.safetensors import Slot
@@ -81,7 +81,9 @@ def read_full(source: Checkpoint, files: SourceFiles) -> Source:
         tied = first.setdefault(found[key], key)
         if tied != key:
             same = Skipped(SkipReason.DUPLICATE, f"the same as {tied!r}")
-            result.skipped[key] = same if same_bits(source, key, tied) else _untied(source, key, base, found[key], tied)
+            result.skipped[key] = (
+                same if same_bits(source, key, source, tied) else _untied(source, key, base, found[key], tied)
+            )
             continue
         item = difference(source, key, base, found[key])
         result.add(key, item.called(found[key]) if isinstance(item, Skipped) else item)
@@ -176,14 +178,6 @@ def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base:
     named = ", ".join(added[:3]) + (", ..." if len(added) > 3 else "")
     some = count(added, "tensor that the base lacks is", "tensors that the base lacks are")
     result.warnings.append(f"{some} added whole: {named}")
-
-
-def same_bits(source: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors have the same bits."""
-    if source[one].dtype != source[other].dtype:
-        return False
-    a, b, step = source.bits(one), source.bits(other), 1 << 20
-    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))
 
 
 def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Item | Skipped:

@@ -13,6 +13,7 @@ from shiradelta.format.delta import TensorDelta, check_shape
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.io.recognise import UNQUANTISED
 from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.names import Shape
 from shiradelta.models.safetensors import Slot
 from shiradelta.select.topk import Rows, row_shape, top_k
 
@@ -127,6 +128,14 @@ def not_addable(name: str, slot: Slot) -> Skipped | None:
         return None
     why = f"the base stores {name!r} as {slot.dtype.name}, to which nothing can be added exactly; {UNQUANTISED}"
     return Skipped(SkipReason.DTYPE, why)
+
+
+def other_shape(shape: Shape, name: str, slot: Slot) -> Skipped | None:
+    """Why what is for a tensor of a shape cannot be for one of the base; None if it can."""
+    if slot.shape == shape:
+        return None
+    why = f"it is for a tensor of shape {list(shape)}, the base's has {list(slot.shape)}"
+    return Skipped(SkipReason.SHAPE, why, names=(name,))
 
 
 #: The base lacks a tensor.

@@ -9,7 +9,7 @@ import numpy as np
 from shiradelta.format.arithmetic import to_float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
-from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.checkpoint import Checkpoint, same_bits
 from shiradelta.models.peft import CONFIG, ORIGINAL_MODULE
 from shiradelta.util.text import count
 
@@ -86,7 +86,7 @@ def add_whole(
 
 def _second(source: Checkpoint, key: str, other: str, found: str, difference: bool, base: Checkpoint) -> Skipped:
     """A second change to a tensor; nothing is lost where it is the same as the first, or the base's own tensor."""
-    if other and not difference and full.same_bits(source, key, other):
+    if other and not difference and same_bits(source, key, source, other):
         return Skipped(SkipReason.DUPLICATE, f"the same as {other!r}")
     skipped = Skipped(SkipReason.CONFLICT, f"{found!r} is changed by other tensors here already", names=(found,))
     if difference:
@@ -142,7 +142,7 @@ def _tied(source: Checkpoint, key: str, base: Checkpoint, tied: str, value: str)
 
     Nothing is lost where it is the same, or as in the base.
     """
-    if value and full.same_bits(source, key, value):
+    if value and same_bits(source, key, source, value):
         return Skipped(SkipReason.DUPLICATE, f"the same as {value!r}")
     item = full.difference(source, key, base, tied)
     skipped = _would_change(item, tied)
@@ -155,7 +155,7 @@ def _shared(
     source: Checkpoint, key: str, item: Item | Skipped, same: Sequence[str], others: Sequence[str]
 ) -> Item | Skipped:
     """The change of a tensor that several layers share: all of them have to change alike."""
-    if len(same) == len(others) and all(full.same_bits(source, key, other) for other in same):
+    if len(same) == len(others) and all(same_bits(source, key, source, other) for other in same):
         return item
     skipped = _would_change(item, " and ".join(others))
     return item if energy_of(skipped) == 0 else skipped

@@ -20,7 +20,7 @@ from shiradelta.select.topk import Rows, row_shape
 from shiradelta.util.text import count
 
 from .base_names import BaseTensors, find_tensors
-from .item import CONVERTED, Item, Skipped, SkipReason, Source, not_addable
+from .item import CONVERTED, Item, Skipped, SkipReason, Source, not_addable, other_shape
 from .sources import SourceFiles, source
 
 
@@ -60,9 +60,8 @@ def _item(
             return there.lacking[name]
         found = there.found[name]
         slot = base[found]
-        if slot.shape != tensor.shape and not tensor.operation.replaces:
-            why = f"it is for a tensor of shape {list(tensor.shape)}, the base's has {list(slot.shape)}"
-            return Skipped(SkipReason.SHAPE, why, names=(found,))
+        if not tensor.operation.replaces and (refused := other_shape(tensor.shape, found, slot)) is not None:
+            return refused
         if tensor.dtype not in ("unspecified", slot.dtype.name) and not tensor.operation.replaces:
             why = (
                 f"it is for {tensor.dtype}, the base's tensor is {slot.dtype.name}; give the base that it was made for"

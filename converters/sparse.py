@@ -18,7 +18,7 @@ from shiradelta.models.sparse import INDICES, VALUES, is_sparse, shapes_in
 from shiradelta.util.text import count
 
 from .base_names import find_tensors
-from .item import CONVERTED, Item, Skipped, SkipReason, Source
+from .item import CONVERTED, Item, Skipped, SkipReason, Source, other_shape
 from .sources import SourceFiles, source
 
 _WIDTHS = ("int32", "int64", "uint32", "uint64")
@@ -69,9 +69,8 @@ def _item(source: Checkpoint, name: str, found: str, base: Checkpoint | None, sh
             return Skipped(SkipReason.NEEDS_BASE, "the file does not tell the tensor's shape; give --base MODEL")
         return Item(found, shape, dtype, exact=partial(_set, source, name, shape, None, found))
     slot = base[found]
-    if shape is not None and shape != slot.shape:
-        why = f"it is for a tensor of shape {list(shape)}, the base's has {list(slot.shape)}"
-        return Skipped(SkipReason.SHAPE, why, names=(found,))
+    if shape is not None and (refused := other_shape(shape, found, slot)) is not None:
+        return refused
     if dtype != slot.dtype.name:
         why = f"its new values are {dtype}, the base's {slot.dtype.name}; give the base that it was made for"
         return Skipped(SkipReason.DTYPE, why, names=(found,))

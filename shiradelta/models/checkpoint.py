@@ -94,6 +94,15 @@ class Checkpoint(Mapping[str, Slot]):
         return found if isinstance(found, dict) else {}
 
 
+def same_bits(one: Checkpoint, name: str, other: Checkpoint, its_name: str) -> bool:
+    """Whether two tensors have the same shape, dtype and bits."""
+    here, there = one[name], other[its_name]
+    if (here.shape, here.dtype) != (there.shape, there.dtype):
+        return False
+    a, b, step = one.bits(name), other.bits(its_name), 1 << 20
+    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))
+
+
 def _read(file: Path, wanted: Wanted) -> Shard:
     if wanted not in _READS_PICKLES or not is_pickle(file):
         return read_shard(file)
