@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from shiradelta.format import arithmetic
-from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.record import Record
 from shiradelta.hotswap.layers import Held, Layer, patches_on
-from shiradelta.hotswap.protocol import Fit, LiveBackend
-from shiradelta.hotswap.shares import Share, Shares, add
-from shiradelta.hotswap.transcode import Change, portions
+from shiradelta.hotswap.protocol import LiveBackend
+from shiradelta.hotswap.shares import Share, Shares, add, share_of
+from shiradelta.hotswap.transcode import Change, InPieces, stored_positions
 from shiradelta.models.compatibility import Remedies
 from shiradelta.models.live import Target
 from shiradelta.models.stacking import StackFit, StackWords
+from shiradelta.models.views import View
 
 _WORDS = StackWords(
     "the active adapters",
@@ -31,16 +29,16 @@ _WORDS = StackWords(
 Fingerprints = Shares[tuple[int, int]]
 
 
-def checkable(held: Mapping[LiveBackend, Held], parts: Sequence[Fit]) -> set[Target]:
+def checkable(held: Mapping[LiveBackend, Held], parts: Sequence[InPieces]) -> set[Target]:
     """The tensors whose fingerprint can be compared; arguments are those of `fingerprints`."""
     patches = {
         patch.target for one in held.values() for patch in one.patches if _is_checkable(patch.record, patch.dtype)
     }
-    return patches | {target for tensor, target, dtype in parts if _is_checkable(tensor.record, dtype)}
+    return patches | {target for record, target, dtype in parts if _is_checkable(record, dtype)}
 
 
 def fingerprints(
-    held: Mapping[LiveBackend, Held], parts: Sequence[Fit], layers: Mapping[LiveBackend, Sequence[Layer]]
+    held: Mapping[LiveBackend, Held], parts: Sequence[InPieces], layers: Mapping[LiveBackend, Sequence[Layer]]
 ) -> Fingerprints:
     """Fingerprints of the elements that a file changes, where it has some to compare.
 
@@ -58,31 +56,25 @@ def fingerprints(
             present = backend.fingerprints(one, []) if below else base
             for number, record in mine:
                 found[record.name] = {(): (base[number], present[number])}
-    patches = {
-        (patch.target, patch.record.operation.name): (backend, patch)
-        for backend, one in held.items()
-        for patch in one.patches
-    }
-    stacks = {backend: patches_on(layers.get(backend, [])) for backend in held}
-    elements: dict[Change, tuple[Positions, Array, Array]] = {}
-    for tensor, target, dtype in parts:
-        if not _is_checkable(tensor.record, dtype):
-            continue
-        before, elements = elements, {}  # what the last tensor needed may be needed again, the rest is not
-        shares = found.setdefault(tensor.record.name, {})
-        for portion in portions(tensor, target):
-            change = portion.weight, tensor.op
-            if change in before:
-                elements[change] = before[change]
-            elif change not in elements:
-                backend, patch = patches[change]
-                stack = stacks[backend].get(portion.weight, [])
-                positions, base_bits = backend.base(patch, stack)
-                elements[change] = positions, base_bits, backend.base(patch, [])[1] if stack else base_bits
-            positions, *both = elements[change]
-            at = np.searchsorted(positions, portion.positions)
-            base_sum, present_sum = (arithmetic.fingerprint(portion.stored, bits[at]) for bits in both)
-            add(shares, tensor.record.name, portion.share, (base_sum, present_sum))
+    shown: dict[Change, list[tuple[Record, tuple[View, ...]]]] = {}
+    for record, target, dtype in parts:
+        if _is_checkable(record, dtype):
+            found.setdefault(record.name, {})
+            for weight, views in target.leaves():
+                shown.setdefault((weight, record.operation.name), []).append((record, views))
+    for backend, one in held.items():
+        stacks = patches_on(layers.get(backend, []))
+        for patch in one.patches:
+            here = shown.get((patch.target, patch.record.operation.name))
+            if not here:
+                continue
+            stack = stacks.get(patch.target, [])
+            positions, base_bits = backend.base(patch, stack)
+            present_bits = backend.base(patch, [])[1] if stack else base_bits
+            for record, views in here:
+                chosen, stored = stored_positions(positions, views)
+                sums = [arithmetic.fingerprint(stored, bits[chosen]) for bits in (base_bits, present_bits)]
+                add(found[record.name], record.name, share_of(views), (sums[0], sums[1]))
     return found
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from shiradelta.errors import ArgumentError
 from shiradelta.format.record import Record
 from shiradelta.hotswap.layers import Held, Patch
-from shiradelta.hotswap.protocol import Fit, LiveBackend
+from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.hotswap.reports import LoadReport
 from shiradelta.hotswap.shares import Shares
+from shiradelta.hotswap.transcode import InPieces
 from shiradelta.models.live import Target
 
 #: Adapter -> strength.
@@ -35,7 +36,7 @@ class Loaded:
 
     digest: bytes
     held: Mapping[LiveBackend, Held]
-    parts: Sequence[Fit]
+    parts: Sequence[InPieces]
     records: Mapping[str, Record]
     nonzeros: Shares[int]
     report: LoadReport

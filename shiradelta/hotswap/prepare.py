@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
 from shiradelta.errors import FormatError
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.record import Section
 from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.matching import Names, check_target, match
@@ -17,8 +20,8 @@ from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.reading import read_whole
 from shiradelta.hotswap.reports import LoadReport
 from shiradelta.hotswap.shares import Share
-from shiradelta.hotswap.transcode import take_apart
-from shiradelta.io.reader import Source, StoredTensor, open_delta
+from shiradelta.hotswap.transcode import InPieces, take_apart
+from shiradelta.io.reader import Delta, Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
 from shiradelta.models.compatibility import check_tied
 from shiradelta.models.live import Target
@@ -80,22 +83,42 @@ class Preparation:
             check_tied(where, first, tensor, "untie the model before loading")
         whole = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is None]
         parts = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is not None]
-        files: list[tuple[Bytes, Sequence[Fit]]] = [(data, whole)]
         nonzeros: dict[str, Mapping[Share, int]] = {tensor.record.name: {(): tensor.nnz} for tensor, _, _ in whole}
+        files: list[tuple[Bytes, Sequence[Fit]]] = [(data, whole)]
         if parts:
             transcoded = take_apart(label, parts, fits, choice, self.devices.buffer)
-            files.append((transcoded.data, transcoded.fits))
             nonzeros.update(transcoded.nonzeros)
+            files = [(transcoded.data, transcoded.fits)]
+            if whole:
+                files.append(_alone(data, whole, delta, choice, limit))
         held = self.devices.hold(files)
         records = {tensor.record.name: tensor.record for tensor, _ in fits.values()}
-        sections = (section for tensor, _, _ in parts for section in (tensor.record.index, tensor.record.values))
         report = LoadReport(
             name,
             matched,
             unmatched,
             unchecked=(),
             nonzeros=sum(record.nnz for record in records.values()),
-            nbytes=sum(one.nbytes for one in held.values()) + sum(section.stored for section in sections),
+            nbytes=sum(one.nbytes for one in held.values()),
             transcoded=len(parts),
         )
-        return Loaded(bytes.fromhex(delta.digest), held, parts, records, nonzeros, report, label)
+        pieces = [InPieces(tensor.record, target, dtype) for tensor, target, dtype in parts]
+        return Loaded(bytes.fromhex(delta.digest), held, pieces, records, nonzeros, report, label)
+
+
+def _alone(
+    data: Bytes, fits: Sequence[Fit], delta: Delta, backend: str, limit: int | str | None
+) -> tuple[Bytes, list[Fit]]:
+    """A file in which only the tables and these tensors take memory, so that the others' can be given back."""
+    kept = np.zeros(data.size, np.uint8)  # pages that nobody writes take none
+    starts = [section.offset for tensor in delta.values() for section in _sections(tensor) if section.stored]
+    spans = [(0, min(starts, default=data.size))]
+    spans += [(section.offset, section.end) for tensor, _, _ in fits for section in _sections(tensor)]
+    for start, end in spans:
+        kept[start:end] = data[start:end]
+    same = open_delta(kept, backend, limit=limit)
+    return kept, [(same[tensor.record.name], target, dtype) for tensor, target, dtype in fits]
+
+
+def _sections(tensor: StoredTensor) -> tuple[Section, Section]:
+    return tensor.record.index, tensor.record.values

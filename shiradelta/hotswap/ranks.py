@@ -93,8 +93,10 @@ class Together(Ranks):
         self.lost = False
         self._dist, self._timeout, self._ranks = dist, timeout, list(ranks)
         self._own = dist.get_rank()
-        wait = timedelta(seconds=timeout)
-        self._group = dist.new_group(self._ranks, wait, "gloo", use_local_synchronization=True)
+        try:
+            self._group = _group_of(tuple(ranks), timeout)
+        except RuntimeError as error:
+            raise self._lost_error(error) from None
         self._store = dist.distributed_c10d._get_default_store()
         self._decided = 0
         self._name = self._exchange(uuid4().hex)[0]
@@ -158,6 +160,7 @@ class Together(Ranks):
             self._dist.all_gather_object(found, own, group=self._group)
         except (RuntimeError, ValueError) as error:
             self.lost = True
+            _groups.pop((tuple(self._ranks), self._timeout), None)
             raise self._lost_error(error) from None
         return found
 
@@ -167,6 +170,23 @@ class Together(Ranks):
             f"a rank has ended, or did not answer within {self._timeout:g} s{reason}; only revert() works now, in each"
             " process for itself: start the processes again"
         )
+
+
+#: (ranks, timeout) -> a gloo group.  All sessions of a process share it, and it stays: the names of groups depend on
+#: those that exist, and would differ between processes that forget a session at different times.
+_groups: dict[tuple[tuple[int, ...], float], Any] = {}
+
+
+def _group_of(ranks: tuple[int, ...], timeout: float) -> Any:
+    """A gloo group of these ranks of the default group."""
+    import torch.distributed as dist
+
+    key = ranks, timeout
+    with suppress(KeyError, ValueError):
+        dist.get_rank(_groups[key])  # a ValueError if it belonged to an earlier default group
+        return _groups[key]
+    _groups[key] = dist.new_group(list(ranks), timedelta(seconds=timeout), "gloo", use_local_synchronization=True)
+    return _groups[key]
 
 
 def ranks_for(targets: Mapping[str, Target], group: Any, timeout: float) -> Ranks:

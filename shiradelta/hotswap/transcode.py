@@ -7,7 +7,7 @@ delta is loaded, it is encoded anew in the memory order of each weight, so that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from shiradelta.format.codecs import F32, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.codecs.float import Float
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.record import Record
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.shares import Share, Shares, share_of
 from shiradelta.io.reader import StoredTensor, open_delta
@@ -31,27 +32,39 @@ from shiradelta.util.arrays import RepeatedPositionError, join_sorted
 Change = tuple[Target, str]
 
 
-class Portion(NamedTuple):
+class _Portion(NamedTuple):
     """The nonzeros of a stored tensor's delta that lie in one weight, in the order of the weight.
 
     Attributes:
         weight: the weight.
         views: which elements it has.
         ranks: their numbers among all nonzeros of the delta.
-        stored: their positions in the stored tensor.
         positions: their positions in the weight, increasing.
     """
 
     weight: Target
     views: tuple[View, ...]
     ranks: Positions
-    stored: Positions
     positions: Positions
 
     @property
     def share(self) -> Share:
         """Which elements of the stored tensor it has."""
         return share_of(self.views)
+
+
+class InPieces(NamedTuple):
+    """A delta that was encoded anew, as the file has it.
+
+    Attributes:
+        record: its row in the file's table.
+        target: the tensor, which is in pieces.
+        dtype: of the tensor's elements.
+    """
+
+    record: Record
+    target: Target
+    dtype: str
 
 
 class Transcoded(NamedTuple):
@@ -99,7 +112,7 @@ def take_apart(
     waiting: dict[Change, list[tuple[Positions, Array]]] = {}
     for tensor, target, dtype in fits:
         payload = tensor.values() if tensor.operation.adds else tensor.bits()
-        for portion in portions(tensor, target):
+        for portion in _portions(tensor, target):
             change = portion.weight, tensor.op
             nonzeros[tensor.record.name][portion.share] = portion.ranks.size
             if portion.weight in others:
@@ -125,7 +138,7 @@ def take_apart(
     return Transcoded(data, [(tensor, *weights[name]) for name, tensor in deltas], nonzeros)
 
 
-def portions(tensor: StoredTensor, target: Target) -> Iterator[Portion]:
+def _portions(tensor: StoredTensor, target: Target) -> Iterator[_Portion]:
     """The nonzeros in each of the target's pieces of memory."""
     positions = tensor.positions()
     for weight, views in target.leaves():
@@ -134,7 +147,20 @@ def portions(tensor: StoredTensor, target: Target) -> Iterator[Portion]:
             first, last = np.searchsorted(where, view.stored.span)
             chosen, where = view.to_weight(where[first:last])
             ranks = ranks[first:last][chosen]
-        yield Portion(weight, views, ranks, positions[ranks], where)
+        yield _Portion(weight, views, ranks, where)
+
+
+def stored_positions(positions: Positions, views: Sequence[View]) -> tuple[Positions, Positions]:
+    """Finds the positions of a weight that these views show, each a view of the one before.
+
+    Returns:
+        (their indices in `positions`, their positions in the stored tensor).
+    """
+    chosen, where = np.arange(positions.size), positions
+    for view in reversed(views):
+        some, where = view.from_weight(where)
+        chosen = chosen[some]
+    return chosen, where
 
 
 def _changed_twice(label: str, tensor: StoredTensor, weight: Target, how: str) -> BaseMismatchError:

@@ -234,3 +234,66 @@ def example(rank: int, folder: Path) -> None:
 
 def test_the_example_of_the_page_runs(tmp_path: Path):
     run(example, 2, tmp_path, tmp_path)
+
+
+def lean(rank: int, path: Path) -> int:
+    """A weight of 32 MB of which each process has a half: the most that loading and switching take."""
+    import tracemalloc
+
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    own = torch.zeros(4096, 1024)
+    model = {"w": DTensor.from_local(own, mesh, [Shard(1)], run_check=False)}
+    swap = HotSwap(model)
+    swap.load("warm", path)
+    tracemalloc.start()
+    report = swap.load("a", path)
+    swap.switch("a")
+    (_, most) = tracemalloc.get_traced_memory()
+    assert own.count_nonzero() > 0.45 * report.nonzeros
+    assert report.nbytes < 0.55 * 6 * report.nonzeros  # this process's part of the values and positions
+    swap.revert()
+    assert not own.any()
+    return most
+
+
+def test_no_process_makes_a_whole_tensor(tmp_path: Path):
+    made = random_delta((4096, 2048), 83_886, 1, "float32")
+    sd.save_delta(tmp_path / "a.shd", {"w": made})
+    for most in run(lean, 2, tmp_path, tmp_path / "a.shd"):
+        assert most < 12e6  # of 33.5 MB; positions of the nonzeros alone are 0.7 MB
+
+
+def experts(rank: int, folder: Path, data: bytes) -> dict[str, np.ndarray]:
+    """Mixtral as transformers distributes it: experts are stacked in memory, and sharded in strides."""
+    import transformers
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    plan = transformers.distributed.DistributedConfig(tp_plan="auto")
+    model = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=plan)
+    assert hasattr(model.lm_head.weight, "placements")
+    base = whole(model)
+    swap = HotSwap(model)
+    assert swap.load("a", data).unchecked == ()
+    swap.switch("a", 0.5)
+    now = whole(model)
+    swap.revert()
+    assert all(np.array_equal(one, base[name]) for name, one in whole(model).items())
+    return now
+
+
+def test_what_transformers_stacks_and_distributes(tmp_path: Path):
+    transformers = pytest.importorskip("transformers", minversion="5.20")
+    from tests.hotswap.test_forms import Case, mixtral
+
+    torch.manual_seed(0)
+    case = Case(mixtral().to(torch.bfloat16), tmp_path)
+    data = case.delta(1)
+    one = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    swap = HotSwap(one)
+    swap.load("a", data)
+    swap.switch("a", 0.5)
+    for found in run(experts, 2, tmp_path, tmp_path / "base", data):
+        for name, tensor in one.state_dict().items():
+            assert np.array_equal(found[name], bits(tensor)), name
