@@ -40,6 +40,7 @@ def random_step(before: Model, rng: np.random.Generator) -> dict[str, TensorDelt
     return step
 
 
+@pytest.mark.slow
 @given(st.integers(0, 1 << 30), st.integers(2, 6), st.booleans())
 def test_a_fold_gives_what_its_steps_give(seed: int, steps: int, has_base: bool):
     rng = np.random.default_rng(seed)
