@@ -18,6 +18,7 @@ from shiradelta.util.text import brief
 from .item import Source
 from .lora import read_lora
 from .lora_scale import Scale
+from .nemo_archive import alpha_in, is_archive
 from .rotary import heads
 from .sources import SourceFiles, source
 from .translated import Arrange, Translated, arranged
@@ -50,7 +51,7 @@ def _recognises(files: SourceFiles) -> bool:
 
 @source(
     "nemo",
-    "A LoRA of NeMo or Megatron Bridge as a file of tensors with Megatron's names; it needs the base and --alpha.",
+    "A LoRA of NeMo or Megatron Bridge: a .nemo archive, or tensors with Megatron's names and --alpha; needs the base.",
     _recognises,
     options=["alpha"],
     order=16,
@@ -58,6 +59,8 @@ def _recognises(files: SourceFiles) -> bool:
 def open_nemo(files: SourceFiles, alpha: float | None = None) -> Source:
     """All layers of an adapter."""
     source = files.checkpoint
+    if alpha is None and is_archive(files.path):
+        alpha = alpha_in(files.path)
     if alpha is None:
         raise SourceError(f"{files.path}: does not say alpha; give --alpha (lora_tuning.alpha in its configuration)")
     queries, keys, _ = heads(files.base, files.path)

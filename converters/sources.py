@@ -18,6 +18,7 @@ from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.util.arguments import matches
 from shiradelta.util.registry import Registry
 
+from . import nemo_archive
 from .item import Source
 from .peft_folder import adapter_weights
 
@@ -43,11 +44,13 @@ class SourceFiles:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The source's tensors, from a file, a model's folder or PEFT's adapter folder.
+        """The source's tensors, from a file, a model's folder, PEFT's adapter folder or an archive of NeMo.
 
         Raises:
             SourceError: there are none, or they cannot be read.
         """
+        if nemo_archive.is_archive(self.path):
+            return nemo_archive.weights_in(self.path)
         refuse_several(self.path, lora=True)
         return open_checkpoint(adapter_weights(self.path) or self.path, Wanted.SOURCE)
 

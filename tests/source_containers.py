@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -169,3 +170,30 @@ class Pickle:
                     content = change(entry.filename, content)
                 new.writestr(zipfile.ZipInfo(entry.filename), content)
         return held.getvalue()
+
+
+@dataclass
+class Tar:
+    """A tar file, as `.nemo` archives are: tensors in a pickle, and other entries."""
+
+    tensors: dict[str, Made]
+    others: dict[str, bytes]
+    zipped: bool = False
+    #: Change the entries: (name, bytes, changes of tarfile's entry).
+    damage: list[Callable[[list[tuple[str, bytes, dict[str, Any]]]], None]] = field(default_factory=list)
+
+    def bytes(self) -> bytes:
+        entries = [(name, data, dict[str, Any]()) for name, data in self.others.items()]
+        entries.append(("./model_weights.ckpt", Pickle(self.tensors).bytes(), {}))
+        for change in self.damage:
+            change(entries)
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w:gz" if self.zipped else "w:") as made:
+            for name, data, about in entries:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                for key, value in about.items():
+                    setattr(entry, key, value)
+                with suppress(OSError, ValueError, OverflowError):  # it has less than it says, or cannot be
+                    made.addfile(entry, io.BytesIO(data))
+        return stream.getvalue()

@@ -10,7 +10,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from tests.source_containers import Gguf, Npz, Pickle
+from tests.source_containers import Gguf, Npz, Pickle, Tar
 from tests.source_files import Made
 
 #: Changes one of the tensors, in place.
@@ -24,8 +24,8 @@ _MARKS = {b"PK\x01\x02": 46, b"PK\x03\x04": 30, b"PK\x05\x06": 22, b"PK\x06\x06"
 
 
 def damaged_container(
-    rng: Random, made: Gguf | Npz | Pickle, change_tensor: ChangeTensor, change_value: ChangeValue
-) -> Gguf | Npz | Pickle:
+    rng: Random, made: Gguf | Npz | Pickle | Tar, change_tensor: ChangeTensor, change_value: ChangeValue
+) -> Gguf | Npz | Pickle | Tar:
     """A copy with a change."""
     made = replace(made, tensors=dict(made.tensors))
     action = rng.random()
@@ -41,6 +41,8 @@ def damaged_container(
             made.kinds = {**made.kinds, rng.choice([*made.tensors]): rng.choice((0, 1, 2, 8, 30, 99))}
         else:
             made.damage = [(rng.random(), _count(rng)) for _ in range(rng.choice((1, 1, 2)))]
+    elif isinstance(made, Tar):
+        made.damage = [partial(_odd_tar, rng.random()) for _ in range(rng.choice((1, 1, 2)))]
     elif action < 0.6:
         made.after = partial(_odd_archive, rng.random())
     elif isinstance(made, Npz) and action < 0.8:
@@ -68,6 +70,36 @@ def _odd_archive(seed: float, data: bytes) -> bytes:
             start, width = at + rng.randrange(4, size, 2), rng.choice((2, 4))
             data = data[:start] + _count(rng)[:width] + data[start + width :]
     return data
+
+
+def _odd_tar(seed: float, entries: list[tuple[str, bytes, dict[str, Any]]]) -> None:
+    """Entries of other kinds, sizes and names, some of them twice, or none."""
+    rng = Random(seed)
+    at = rng.randrange(len(entries))
+    name, data, about = entries[at]
+    action = rng.random()
+    if action < 0.3:
+        about = {
+            **about,
+            "type": rng.choice(b"0123456757xgLKSV").to_bytes(1, "big"),
+            "linkname": rng.choice((name, "/etc", "..")),
+        }
+    elif action < 0.5:
+        about = {**about, "size": rng.choice(COUNTS)}
+    elif action < 0.7:
+        name = rng.choice(
+            ("../" + name, "/" + name, name * 200, "mp_rank_00/model_weights.ckpt", "model_config.yaml", "")
+        )
+    elif action < 0.8:
+        about = {
+            **about,
+            "pax_headers": {rng.choice(("size", "path", "GNU.sparse.size", "a")): rng.choice(("-1", "9" * 99, "x"))},
+        }
+    elif action < 0.9:
+        data = data[: rng.randrange(len(data) + 1)] + bytes(rng.choice((0, 7, 5000)))
+    else:
+        entries.insert(rng.randrange(len(entries)), entries[at])
+    entries[at] = name, data, about
 
 
 def _occurrences(data: bytes, mark: bytes) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 from shiradelta.converters.sources import kinds
 
 from shiradelta.format.registry import DTYPE_OF_SAFETENSORS
-from tests.source_containers import Gguf, Npz, Pickle
+from tests.source_containers import Gguf, Npz, Pickle, Tar
 from tests.source_files import DEEP, Json, Made, Raw, Special, Strange, Weights, as_json
 from tests.strange_containers import damaged_container
 from tests.whole_sources import KINDS, whole
@@ -204,7 +204,7 @@ def damage(rng: Random, strange_: Strange) -> None:
         tree[name] = Json(damaged_value(rng, copy.deepcopy(content.value)))
     elif action < 0.75 and isinstance(content, Weights):
         tree[name] = damaged_weights(rng, content)
-    elif action < 0.75 and isinstance(content, Gguf | Npz | Pickle):
+    elif action < 0.75 and isinstance(content, Gguf | Npz | Pickle | Tar):
         tree[name] = damaged_container(rng, content, damaged_tensor, damaged_value)
     elif action < 0.85 and not isinstance(content, Special):
         tree[name] = Raw(damaged_bytes(rng, content.bytes()))
@@ -230,6 +230,7 @@ def damage(rng: Random, strange_: Strange) -> None:
                 {"kind": "lora", "alpha": 1e300},
                 {"target_size": 500},
                 {"kind": rng.choice(kinds())},
+                {"whole": rng.choice(("*", "*embed*", ["*", "x"]))},
                 {"alpha": rng.choice((0.0, -1.0, 1e-30, 1e300))},
             )
         )

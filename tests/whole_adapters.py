@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import shiradelta as sd
-from tests.source_containers import Gguf, Npz, Pickle
+from tests.source_containers import Gguf, Npz, Pickle, Tar
 from tests.source_files import (
     SHAPES,
     UP,
@@ -72,6 +72,13 @@ def nemo(rng: Random) -> Tree:
         name = f"decoder.layers.0.{module}.adapter"
         shapes |= {f"{name}.linear_in.weight": (2, 6), f"{name}.linear_out.weight": (rows, 2)}
     return {"source/x.safetensors": Weights(_shaped(rng, shapes))}
+
+
+def nemo_archive(rng: Random) -> Tree:
+    weights = nemo(rng)["source/x.safetensors"]
+    assert isinstance(weights, Weights)
+    config = b"peft:\n  lora_tuning:\n    adapter_dim: 2\n    alpha: " + rng.choice((b"4", b"${.adapter_dim}"))
+    return {"source/x.nemo": Tar(weights.tensors, {"./model_config.yaml": config}, rng.random() < 0.3)}
 
 
 def gguf(rng: Random) -> Tree:
@@ -160,6 +167,7 @@ def shd(rng: Random) -> Tree:
         "model.conv.weight": sd.TensorDelta((6, 4, 3, 3), [0, 5], np.array([1, 2], np.uint16), "bfloat16", "set"),
         "score.weight": sd.TensorDelta((2, 3), None, np.zeros(6, np.uint16), "bfloat16", "new"),
         "model.layers.0.norm.weight": sd.TensorDelta((8,), None, None, "bfloat16", "drop"),
+        "model.embed_tokens.weight": sd.TensorDelta((13, 8), None, np.ones(104, np.uint16), "bfloat16", "replace"),
     }
     with tempfile.TemporaryDirectory() as into:
         sd.save_delta(Path(into) / "x.shd", tensors)
@@ -240,6 +248,23 @@ def flux(rng: Random) -> Tree:
     return {"source/x.safetensors": Weights(_shaped(rng, shapes))}
 
 
+def flux_dora(rng: Random) -> Tree:
+    """Lengths of two of the layers that the original checkpoint has in one tensor."""
+    (weights,) = flux(rng).values()
+    assert isinstance(weights, Weights)
+    attention = "transformer.transformer_blocks.0.attn"
+    for module, rows in {f"{attention}.to_q": 4, f"{attention}.to_v": 4, "transformer.norm_out.linear": 8}.items():
+        weights.tensors[f"{module}.lora_magnitude_vector"] = f32(rng, rows)
+    return {"source/x.safetensors": weights}
+
+
+def resized(rng: Random) -> Tree:
+    """A fine-tune with other embeddings, which `OPTIONS` names."""
+    tensors = {name: bf16(rng, *shape) for name, shape in SHAPES.items()}
+    tensors["model.embed_tokens.weight"] = rng.choice((bf16, f32))(rng, rng.choice((11, 14)), 8)
+    return folder("source", tensors)
+
+
 def flux_base(rng: Random) -> Tree:
     rows = {**_FLUX, "img_in": 4}
     return folder("base", {f"{name}.weight": bf16(rng, size, 4) for name, size in rows.items()})
@@ -254,10 +279,11 @@ def base_of(rng: Random) -> Tree:
 
 
 _BASES: dict[Make, Make] = {
-    **dict.fromkeys((torchtune, nemo, gguf, mlx), llama),
+    **dict.fromkeys((torchtune, nemo, nemo_archive, gguf, mlx), llama),
     gguf_q8: gguf_q8_base,
     biased: biased_base,
     flux: flux_base,
+    flux_dora: flux_base,
 }
 #: Kind -> (its files, whether it needs the base, what makes the base).
 KINDS: dict[str, tuple[Make, bool, Make]] = {
@@ -265,8 +291,9 @@ KINDS: dict[str, tuple[Make, bool, Make]] = {
     for made, needs in (
         *((torchtune, True), (nemo, True), (gguf, True), (gguf_q8, True), (mlx, True), (scipy, False)),
         *((torch_sparse, False), (pickled, False), (shd, False), (sparse_values, False), (on_base, True)),
-        *((tucker, True), (dora, True), (biased, True), (flux, True)),
+        *((tucker, True), (dora, True), (biased, True), (flux, True), (flux_dora, True), (resized, True)),
+        (nemo_archive, True),
     )
 }
 #: Options of `convert` that a kind needs.
-OPTIONS: dict[str, dict[str, Any]] = {"nemo": {"alpha": 4.0}}
+OPTIONS: dict[str, dict[str, Any]] = {"nemo": {"alpha": 4.0}, "resized": {"whole": "*embed*"}}

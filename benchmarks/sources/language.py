@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tarfile
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -89,7 +90,7 @@ def torchtune(folder: Path, dora: bool = False, peft: bool = False) -> Made:
 # ------------------------------------------------------------------------------------------ NeMo
 
 
-def nemo(folder: Path, old: bool = False, apart: bool = False) -> Made:
+def nemo(folder: Path, old: bool = False, apart: bool = False, packed: bool = False) -> Made:
     """Megatron's fused layers, as NeMo 1 or later names them."""
     before = base_of(folder)
     file, wanted = Weights(), Weights()
@@ -126,6 +127,12 @@ def nemo(folder: Path, old: bool = False, apart: bool = False) -> Made:
         put(f"mlp.{'adapter_layer.lora_4htoh_adapter' if old else 'linear_fc2.adapter'}", a, b)
         wanted[names["down"]] = before[names["down"]] + SCALE * b @ a
     torch.save(file, folder / "model_weights.ckpt")
+    if packed:
+        (folder / "model_config.yaml").write_text(f"peft:\n  lora_tuning:\n    alpha: {ALPHA}\n")
+        with tarfile.open(folder / "x.nemo", "w:") as archive:
+            for name in ("model_config.yaml", "model_weights.ckpt"):
+                archive.add(folder / name, f"./{name}")
+        return Made(folder / "x.nemo", folder / "base", wanted)
     return Made(folder / "model_weights.ckpt", folder / "base", wanted, {"alpha": ALPHA})
 
 
@@ -190,6 +197,7 @@ def cases() -> Iterator[Case]:
     yield Case("NeMo", "LoRA, linear_qkv.adapter", "key tables", nemo)
     yield Case("NeMo", "LoRA, adapter_layer (NeMo 1)", "key tables", partial(nemo, old=True))
     yield Case("NeMo", "LoRA, adapters apart", "key tables", partial(nemo, apart=True))
+    yield Case("NeMo", "LoRA, .nemo archive", "key tables", partial(nemo, packed=True))
     by = f"gguf {version('gguf')}"
     yield Case("llama.cpp", "LoRA, GGUF, Llama", by, gguf)
     yield Case("llama.cpp", "LoRA, GGUF, Llama, F16", by, partial(gguf, dtype="F16"))

@@ -121,6 +121,7 @@ def cases() -> Iterator[Case]:
     yield case(model, "LORA", use_rslora=True)
     yield case(biased, "LORA", lora_bias=True, target_modules=["q_proj"])
     yield case(biased, "LORA", bias="all")
+    yield case(biased, "BEFT", target_modules=["q_proj"])
     yield case(model, "LORA", modules_to_save=["lm_head"])
     yield case(model, "LORA", target_modules=["embed_tokens", "q_proj"])
     yield case(model, "LORA", trainable_token_indices=[1, 5])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import struct
+import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +145,101 @@ def test_megatrons_fused_layers(base: Path, tmp_path: Path):
 def test_what_is_not_nemos(base: Path, tmp_path: Path, file: dict[str, Tensor], message: str):
     save_file(file, tmp_path / "a.safetensors")
     refusal(tmp_path / "a.safetensors", base, message, alpha=2.0)
+
+
+def archive(path: Path, entries: dict[str, bytes | tarfile.TarInfo], mode: str = "w:") -> Path:
+    """A tar file of some entries: bytes, or an entry without any."""
+    with tarfile.open(path, mode) as made:
+        for name, content in entries.items():
+            entry = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            entry.name = name
+            if isinstance(content, bytes):
+                entry.size = len(content)
+                made.addfile(entry, io.BytesIO(content))
+            else:
+                made.addfile(entry)
+    return path
+
+
+def saved(tensors: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(tensors, stream)
+    return stream.getvalue()
+
+
+CONFIG = b"""
+name: megatron_gpt
+peft:
+  peft_scheme: lora
+  lora_tuning:  # other schemes have their own
+    target_modules: ['attention_qkv']
+    adapter_dim: 2
+    alpha: %s
+"""
+
+
+@pytest.mark.parametrize("mode", ["w:", "w:gz"])
+@pytest.mark.parametrize("alpha", [b"2", b"${.adapter_dim}", b"${model.peft.lora_tuning.adapter_dim}"])
+def test_an_archive_of_nemo(base: Path, tmp_path: Path, mode: str, alpha: bytes, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    file = nemo(qkv=16, fc1=20)
+    entries: dict[str, Any] = {"./model_config.yaml": CONFIG % alpha, "./model_weights.ckpt": saved(file)}
+    found = changes(archive(tmp_path / "a.nemo", {".": directory(), **entries}, mode), base)
+    qkv = file[f"{QKV}.linear_out.weight"] @ file[f"{QKV}.linear_in.weight"]
+    torch.testing.assert_close(found[f"{LAYER}.self_attn.q_proj.weight"], qkv[:8])
+    assert len(found) == 5
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def directory() -> tarfile.TarInfo:
+    entry = tarfile.TarInfo()
+    entry.type = tarfile.DIRTYPE
+    return entry
+
+
+def link(target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo()
+    entry.type, entry.linkname = kind, target
+    return entry
+
+
+WEIGHTS = "model_weights.ckpt"
+ARCHIVES: dict[str, tuple[dict[str, Any], str]] = {
+    "no weights": ({"model_config.yaml": CONFIG % b"2"}, "has no model_weights.ckpt; save it with NeMo as one file"),
+    "ranks": ({f"mp_rank_0{i}/{WEIGHTS}": b"" for i in (0, 1)}, "has the model_weights.ckpt of several ranks"),
+    "distributed": ({"model_weights/metadata.json": b"{}"}, "has no model_weights.ckpt"),
+    "link": ({WEIGHTS: link("/etc/passwd")}, "is no plain file"),
+    "hard link": ({WEIGHTS: link("b", tarfile.LNKTYPE)}, "is no plain file"),
+    "folder": ({WEIGHTS: directory()}, "is no plain file"),
+    "twice": ({WEIGHTS: b"", f"./{WEIGHTS}": b""}, "is in it twice"),
+    "above": ({f"../{WEIGHTS}": saved({"a": torch.ones(2)})}, "has no model_weights.ckpt"),
+    "program": ({WEIGHTS: saved(Path("x"))}, r"a\.nemo: model_weights.ckpt: is a pickle of more than tensors"),
+    "bytes": ({WEIGHTS: b"abc"}, r"a\.nemo: model_weights.ckpt: is not a file of torch.save"),
+    "no alpha": ({WEIGHTS: saved(nemo(qkv=16))}, "does not say alpha; give --alpha"),
+    "other alpha": ({"model_config.yaml": CONFIG % b"null", WEIGHTS: saved(nemo(qkv=16))}, "does not say alpha"),
+    "two alphas": ({"model_config.yaml": CONFIG % b"2\n    alpha: 3", WEIGHTS: saved(nemo(qkv=16))}, "does not say"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_an_archive_that_is_not_read(base: Path, tmp_path: Path, name: str):
+    entries, message = ARCHIVES[name]
+    refusal(archive(tmp_path / "a.nemo", entries), base, message)
+
+
+def test_an_archive_that_is_damaged(base: Path, tmp_path: Path):
+    raw = archive(tmp_path / "a.nemo", {WEIGHTS: saved(nemo(qkv=16))}).read_bytes()
+    zipped = archive(tmp_path / "b.nemo", {WEIGHTS: saved(nemo(qkv=16))}, "w:gz").read_bytes()
+    bomb = gzip.compress(bytes(1 << 20)) + gzip.compress(bytes(1 << 24))
+    huge = tarfile.TarInfo("x")
+    huge.size = 1 << 40
+    beyond = gzip.compress(huge.tobuf())
+    for number, content in enumerate((b"", b"abc", raw[:700], raw[:-9000], zipped[:300], bomb, beyond, huge.tobuf())):
+        (tmp_path / "c.nemo").write_bytes(content)
+        refusal(
+            tmp_path / "c.nemo", base, r"is no archive of NeMo, or damaged|has no model_weights.ckpt", alpha=number + 1
+        )
 
 
 # ------------------------------------------------------------------------------------------ llama.cpp
