@@ -26,7 +26,6 @@ from shiradelta.combine.checks import (
 )
 from shiradelta.combine.methods import METHODS, MergeMethod, drop_at_random
 from shiradelta.combine.overlay import Overlay, overlay
-from shiradelta.combine.strengths import Strength, described, strengths_by_name
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError
 from shiradelta.format.arithmetic import Float32, Positions, scaled
 from shiradelta.format.delta import TensorDelta
@@ -38,6 +37,7 @@ from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import TensorSpec, difference, spec_of
 from shiradelta.models.library import match_names
+from shiradelta.models.strengths import Strength, described, strengths_by_name
 from shiradelta.select.largest import largest
 from shiradelta.select.shares import check_share, count_for
 from shiradelta.util.arguments import NUMBER, STRENGTHS_BY_TENSOR, checked
@@ -112,9 +112,9 @@ def fuse(
     """Fuses `.shd` files into one.
 
     Args:
-        deltas: file -> strength; or file -> {pattern: strength}, a pattern being a glob of tensors' names or
-            "layers 0-15", which counts layers by the first number in a name.  The first pattern that matches a tensor
-            counts, and each tensor needs one; 0 leaves the tensor out.
+        deltas: file -> strength; or file -> {pattern: strength}, a pattern being a glob of tensors' names, a component
+            of a pipeline, or "layers 0-15", which counts layers by the first number in a name.  The first pattern that
+            matches a tensor counts, and each tensor needs one; 0 leaves the tensor out.
         out: the file to write.
         method: a name of `shiradelta.combine.methods.METHODS`; "sum" is the same as applying the deltas together.
         values: value codec of the result; with "f32" the sum is exact.

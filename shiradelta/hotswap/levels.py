@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shiradelta.errors import ArgumentError
 from shiradelta.hotswap.devices import Layers, new_layers
-from shiradelta.hotswap.loaded import Loaded, Strengths, together
+from shiradelta.hotswap.loaded import Loaded, Strengths, targets_of, together
 from shiradelta.hotswap.strengths import are_same
 from shiradelta.models.compatibility import check_strength
 
@@ -43,7 +43,7 @@ def planned(wanted: Strengths, adapters: Mapping[str, Loaded]) -> list[Strengths
         digests: dict[bytes, str] = {}
         for name in level:
             twin = digests.setdefault(adapters[name].digest, name)
-            if twin != name:
+            if twin != name and not targets_of([adapters[twin]]).isdisjoint(targets_of([adapters[name]])):
                 raise ArgumentError(f"adapters {twin!r} and {name!r} are the same delta; give it one strength")
     return levels
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import ArgumentError
 from shiradelta.hotswap.matching import Names
 from shiradelta.hotswap.session import HotSwap
-from shiradelta.io.reader import Source
+from shiradelta.hotswap.strengths import by_part
+from shiradelta.io.reader import Source, open_delta
+from shiradelta.models.strengths import Strength, first_patterns
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import local_with_signature
-from shiradelta.util.arguments import ANY, NAMES, OPEN, checked
+from shiradelta.util.arguments import ANY, NAMES, OPEN, STRENGTH, checked
 
 
-@checked(model=ANY, source=OPEN, names=NAMES)
+@checked(model=ANY, source=OPEN, strength=STRENGTH, names=NAMES)
 def load(
     model: Any,
     source: Source,
-    strength: float = 1.0,
+    strength: Strength = 1.0,
     *,
     name: str | None = None,
     names: Names | None = None,
@@ -37,7 +40,9 @@ def load(
         model: a torch module, a pipeline of transformers or diffusers, or a mapping of tensors, as for `HotSwap`; or a
             `HotSwap`, in which the delta becomes active beside those that are active there.
         source: a path, also `user/repo[@revision][/file]` on the Hub; bytes, or a binary file.
-        strength: alpha; 0 loads the delta only.
+        strength: alpha; 0 loads the delta only.  Or {pattern: alpha}, a pattern being a component of a pipeline, a glob
+            of the file's names, or "layers 0-15", which counts layers by the first number in a name.  The first one
+            that matches a tensor counts, and each tensor needs one.  A pattern's tensors are an adapter "name/pattern".
         name: what to call the adapter; None for the file's name without its suffix, or "delta" where it has none.
         names: the file's names -> the model's, as for `HotSwap`.
         backend: as for `HotSwap`.
@@ -55,6 +60,7 @@ def load(
         BaseMismatchError: the delta does not fit the model.
         TargetError: a tensor cannot be written, or another session is active on it: give that session instead.
         FormatError: the file is refused.
+        ArgumentError: a pattern matches no tensor, or no pattern matches a tensor.
         DeltaError: the delta cannot have this strength.
         LimitError: a tensor takes more memory than `limit` allows.
         SignatureError: the file is not signed by any of the keys.
@@ -67,13 +73,25 @@ def load(
         swap = HotSwap(model, names, backend)
     source = local_with_signature(source, key)
     name = _default_name(source) if name is None else name
-    swap.load(name, source, check=check, allow_dtype=allow_dtype, skip=skip, key=key, limit=limit)
+    parts: dict[str, list[str] | None] = {name: None}
+    if isinstance(strength, Mapping):
+        if not isinstance(source, str | os.PathLike | bytes):
+            source = memoryview(source.read()).tobytes() if hasattr(source, "read") else source
+        with open_delta(source, limit=limit) as delta:
+            patterns = first_patterns(strength, delta, delta.file or name)
+        parts = {f"{name}/{one}": [own for own, other in patterns.items() if other == one] for one in strength}
+    begun: list[str] = []
     try:
-        if strength:
-            swap[name] = strength
+        for part, only in parts.items():
+            swap.load(part, source, check=check, allow_dtype=allow_dtype, skip=skip, only=only, key=key, limit=limit)
+            begun.append(part)
+        if wanted := {part: one for part, one in by_part(name, strength).items() if one}:
+            swap.switch({**swap.active, **wanted})
     except BaseException:
-        if name not in swap.active:
-            swap.unload(name)
+        for part in begun:
+            if part not in swap.active:
+                with suppress(ArgumentError):
+                    swap.unload(part)
         raise
     return swap
 

@@ -100,17 +100,18 @@ def check_loaded(names: Iterable[str], adapters: Mapping[str, Loaded]) -> None:
             raise ArgumentError(f"adapter {name!r} is not loaded ({some} are); load it first")
 
 
-def changed_strength(name: str, strength: float, active: Strengths, adapters: Mapping[str, Loaded]) -> Strengths:
-    """What is to be active if one adapter gets a strength and the others keep theirs; 0 takes it out.
+def changed_strengths(changes: Strengths, active: Strengths, adapters: Mapping[str, Loaded]) -> Strengths:
+    """What is to be active if some adapters get other strengths and the rest keep theirs; 0 takes one out.
 
     Raises:
-        ArgumentError: an active adapter was made for what this one gives.
+        ArgumentError: one is not loaded, or an active adapter was made for what one that is taken out gives.
     """
-    if strength:
-        return {**active, name: strength}
-    for other in active:
-        if adapters[other].is_successor and name in together(adapters[other].beneath):
-            raise ArgumentError(
-                f"adapter {name!r} is beneath {other!r}, which was made for what it gives; take that out first"
-            )
-    return {other: alpha for other, alpha in active.items() if other != name}
+    check_loaded(changes, adapters)
+    wanted = {name: alpha for name, alpha in {**active, **changes}.items() if alpha}
+    for name in changes.keys() - wanted.keys():
+        for other in wanted:
+            if adapters[other].is_successor and name in together(adapters[other].beneath):
+                raise ArgumentError(
+                    f"adapter {name!r} is beneath {other!r}, which was made for what it gives; take that out first"
+                )
+    return wanted

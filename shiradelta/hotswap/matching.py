@@ -25,6 +25,22 @@ _ANY = "*"
 _NAMED = 8
 
 
+def only_these(label: str, matched: Mapping[str, str], only: Iterable[str] | None) -> dict[str, str]:
+    """The tensors of a file that are to be loaded, of those that the model has; None for all.
+
+    Raises:
+        ArgumentError: one is not among them.
+    """
+    if only is None:
+        return dict(matched)
+    for name in (chosen := tuple(only)):
+        if name not in matched:
+            raise ArgumentError(
+                f"{label}: only= names {name!r}, which is not among the tensors to load; correct the name"
+            )
+    return {name: matched[name] for name in matched if name in set(chosen)}
+
+
 def match(
     delta: Delta, targets: Mapping[str, Target], names: Names | None, label: str, skip: Sequence[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:

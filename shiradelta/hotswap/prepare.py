@@ -15,7 +15,7 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Section
 from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.loaded import Loaded
-from shiradelta.hotswap.matching import Names, check_target, match
+from shiradelta.hotswap.matching import Names, check_target, match, only_these
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.reading import read_whole
 from shiradelta.hotswap.reports import LoadReport
@@ -52,13 +52,14 @@ class Preparation:
         key: Keys | None,
         allow_dtype: bool,
         skip: Sequence[str],
+        only: Sequence[str] | None,
         limit: int | str | None,
     ) -> Loaded:
         """Reads an adapter and prepares it; arguments and errors are those of `HotSwap.load`."""
         source = local_with_signature(source, key)
         label, data = read_whole(source, self.devices.buffer, key)
         try:
-            return self._prepare(name, label, data, allow_dtype, skip, limit)
+            return self._prepare(name, label, data, allow_dtype, skip, only, limit)
         except FormatError as error:
             error.file = error.file or label
             if isinstance(source, (str, os.PathLike)):
@@ -66,13 +67,22 @@ class Preparation:
             raise
 
     def _prepare(
-        self, name: str, label: str, data: Bytes, allow_dtype: bool, skip: Sequence[str], limit: int | str | None
+        self,
+        name: str,
+        label: str,
+        data: Bytes,
+        allow_dtype: bool,
+        skip: Sequence[str],
+        only: Sequence[str] | None,
+        limit: int | str | None,
     ) -> Loaded:
         """Checks that a file fits the model, and copies it, compressed, to where the tensors are."""
         choice = self.backend if self.backend in FILE_BACKENDS else AUTO
         delta = open_delta(data, choice, limit=limit)
-        delta.check_memory("all of it", sum(tensor.record.unpacked_size for tensor in delta.values()))
         matched, unmatched = match(delta, self.targets, self.names, label, skip)
+        matched = only_these(label, matched, only)
+        wanted = delta if only is None else matched
+        delta.check_memory("all of it", sum(delta[own].record.unpacked_size for own in wanted))
         fits: dict[Target, tuple[StoredTensor, str]] = {}
         for own, other in matched.items():
             tensor = delta[own]

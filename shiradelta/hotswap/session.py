@@ -17,7 +17,7 @@ from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.devices import Devices, Streams
 from shiradelta.hotswap.layers import different_tensors
 from shiradelta.hotswap.levels import Level, layers_of
-from shiradelta.hotswap.loaded import Loaded, Strengths, changed_strength, check_loaded, targets_of, without
+from shiradelta.hotswap.loaded import Loaded, Strengths, changed_strengths, check_loaded, targets_of, without
 from shiradelta.hotswap.matching import Names, check_overlaps
 from shiradelta.hotswap.outside import NO_COPIES, Watch, survive_forks
 from shiradelta.hotswap.patched import PatchedWeights
@@ -25,14 +25,27 @@ from shiradelta.hotswap.prepare import Preparation
 from shiradelta.hotswap.ranks import ranks_for, with_those_elsewhere
 from shiradelta.hotswap.reports import LoadReport, RebaseReport, SwitchReport, adapters_line, adapters_table
 from shiradelta.hotswap.shares import check_whole, together
-from shiradelta.hotswap.strengths import strengths_of
+from shiradelta.hotswap.strengths import by_part, call_of, strengths_of
 from shiradelta.io.reader import Source
 from shiradelta.models.layout import LAYOUTS, Layout
 from shiradelta.models.live import live_tensors
 from shiradelta.models.pipelines import model_in
 from shiradelta.models.stacking import StackFit
+from shiradelta.models.strengths import Strength
 from shiradelta.signing.keys import Keys
-from shiradelta.util.arguments import ANY, BOOL, NAMES, NUMBER, OPEN, SWITCHED, TEXT, as_patterns, checked
+from shiradelta.util.arguments import (
+    ANY,
+    BOOL,
+    NAMES,
+    NUMBER,
+    OPEN,
+    STRENGTH,
+    SWITCHED,
+    TEXT,
+    TEXTS,
+    as_patterns,
+    checked,
+)
 from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.interrupts import interrupts_held_back, uninterrupted
 
@@ -142,12 +155,14 @@ class HotSwap:
             check_loaded([name], self._adapters)
             return self.active.get(name, 0.0)
 
-    @checked(name=TEXT, strength=NUMBER)
-    def __setitem__(self, name: str, strength: float) -> None:
-        """Makes a loaded adapter active at a strength, beside the others; 0 takes it out.  Errors are `switch`'s."""
+    @checked(name=TEXT, strength=STRENGTH)
+    def __setitem__(self, name: str, strength: Strength) -> None:
+        """Makes a loaded adapter active at a strength, beside the others; 0 takes it out.  Errors are `switch`'s.
+
+        {part: strength} is for the adapters "name/part" that `shiradelta.load` makes of several strengths.
+        """
         with self._lock:
-            check_loaded([name], self._adapters)
-            self.switch(changed_strength(name, strength, self.active, self._adapters))
+            self.switch(changed_strengths(by_part(name, strength), self.active, self._adapters))
 
     def __delitem__(self, name: str) -> None:
         """Takes an adapter out of the weights, and unloads it."""
@@ -180,7 +195,7 @@ class HotSwap:
 
     # ---------------------------------------------------------------------------------------- loading
 
-    @checked(source=OPEN, strict=BOOL)
+    @checked(source=OPEN, only=TEXTS, strict=BOOL)
     def load(
         self,
         name: str,
@@ -189,6 +204,7 @@ class HotSwap:
         check: bool = True,
         allow_dtype: bool = False,
         skip: str | Sequence[str] | None = (),
+        only: Sequence[str] | None = None,
         key: Keys | None = None,
         limit: int | str | None = None,
         strict: bool | None = None,
@@ -203,6 +219,7 @@ class HotSwap:
             allow_dtype: take an adapter that was made against a base of another dtype; it cannot be checked then.
             skip: glob patterns of the file's names.  A tensor that the model does not have, or that cannot be written,
                 is an error unless a pattern matches it; it is left out then, and the report's `unmatched` lists it.
+            only: the file's names of the tensors to load; None for all.
             key: a file of public keys, or several: refuse what is not signed by one of them (see `verify_signature`).
             limit: the most memory that decoding a tensor, or all that it holds, may take; see `open_delta`.
             strict: deprecated; False is `skip="*"`, and True is the default now.
@@ -227,7 +244,7 @@ class HotSwap:
 
             def read() -> Loaded:
                 self._free_name(name)
-                return self._preparation.read(name, source, key, allow_dtype, as_patterns(skip), limit)
+                return self._preparation.read(name, source, key, allow_dtype, as_patterns(skip), only, limit)
 
             adapter = self._ranks.agree(what, read)
             stack.enter_context(self._lock)
@@ -357,7 +374,7 @@ class HotSwap:
                     self._watch.check()
                     return self._weights.report(self._adapters)
                 make_plan = partial(list, plan)
-            switch = partial(self._weights.switch, make_plan, _call(wanted), self._adapters, streams)
+            switch = partial(self._weights.switch, make_plan, call_of(wanted), self._adapters, streams)
             try:
                 if self._devices.only_queue and self._ranks.alone:
                     # Work that is queued is no faster on another thread, but begins later.
@@ -426,9 +443,4 @@ class HotSwap:
 
     def _go_back(self, active: Strengths, streams: Streams) -> SwitchReport:
         make_plan = partial(self._weights.plan, active, self._adapters)
-        return self._weights.switch(make_plan, _call(active), self._adapters, streams)
-
-
-def _call(wanted: Strengths) -> str:
-    """The call of `switch`, for messages."""
-    return f"switch({dict(sorted(wanted.items()))})"
+        return self._weights.switch(make_plan, call_of(active), self._adapters, streams)

@@ -110,9 +110,13 @@ SIZE = ArgumentKind("a number of bytes, or a size such as '2MB'", lambda value: 
 STRENGTHS = ArgumentKind(
     "a mapping of files to strengths, such as {'a.shd': 1.0}", lambda v: _maps(v, is_path, _is_number)
 )
+STRENGTH = ArgumentKind(
+    "a number, or a mapping of patterns to numbers, such as {'unet': 0.8, '*': 1.0}",
+    lambda value: _is_number(value) or _maps(value, _is_text, _is_number),
+)
 STRENGTHS_BY_TENSOR = ArgumentKind(
     "a mapping of files to strengths, such as {'a.shd': 1.0} or {'a.shd': {'*.mlp.*': 0.8, '*': 1.0}}",
-    lambda value: _maps(value, is_path, lambda one: _is_number(one) or _maps(one, _is_text, _is_number)),
+    lambda value: _maps(value, is_path, STRENGTH.holds),
 )
 SWITCHED = ArgumentKind(
     "an adapter's name, a mapping of names to strengths, or None",

@@ -73,6 +73,7 @@ def test_a_tensor_that_all_leave_out_is_not_in_the_result():
         ({"*.mpl.*": 1, "*": 1}, r"a.shd: no tensor is called '\*.mpl.\*' \(there is '"),
         ({"layers 8-9": 1, "*": 1}, "no tensor is called 'layers 8-9'"),
         ({"*.mlp.*": 1}, r"no pattern matches tensor 'model.layers.0.q.w'.*end with '\*'"),
+        ({"*": 1, "*.mlp.*": 2}, r"pattern '\*.mlp.\*' comes after others that match all of it; put it first"),
         ({}, "no pattern matches tensor"),
     ],
 )

@@ -119,6 +119,95 @@ def test_what_is_beneath_a_successor_stays_until_that_is_out():
     assert np.array_equal(bits(model.weight), base)
 
 
+def pipeline_of_two() -> tuple[dict[str, Any], bytes, dict[str, np.ndarray]]:
+    """Two components, a delta of both, and the bits of both."""
+    torch.manual_seed(0)
+    parts = {part: torch.nn.Sequential(torch.nn.Linear(11, 9), torch.nn.Linear(9, 9)) for part in ("unet", "text")}
+    names = {f"{part}/{i}.weight": module[i].weight for part, module in parts.items() for i in (0, 1)}
+    deltas = {
+        name: random_delta(tuple(weight.shape), 12, i, "float32", base=weight)
+        for i, (name, weight) in enumerate(names.items())
+    }
+    return parts, adapter(deltas, "f32"), {name: bits(weight) for name, weight in names.items()}
+
+
+def test_each_component_has_a_strength():
+    model, data, before = pipeline_of_two()
+    swap = sd.load(model, data, {"unet": 0.8, "text": 0.5}, name="style")
+    assert swap.active == {"style/unet": 0.8, "style/text": 0.5}
+
+    def check(**strengths: float) -> None:
+        for name, base in before.items():
+            part, _, number = name.partition("/")
+            expected = formula(base.ravel(), "float32", [(data, strengths[part])] if strengths[part] else [], name)
+            assert np.array_equal(bits(model[part][int(number[0])].weight).ravel(), expected), name
+
+    check(unet=0.8, text=0.5)
+    swap["style/text"] = 0.1
+    check(unet=0.8, text=0.1)
+    swap["style"] = {"unet": 0, "text": 2}
+    check(unet=0, text=2)
+    assert swap.active == {"style/text": 2.0}
+    with pytest.raises(ArgumentError, match=r"adapter 'style/vae' is not loaded \(style/unet, style/text are\)"):
+        swap["style"] = {"text": 1, "vae": 1}
+    check(unet=0, text=2)
+    del swap["style/text"]
+    check(unet=0, text=0)
+    assert list(swap) == ["style/unet"]
+
+
+def test_strengths_by_pattern_and_by_layer_take_a_stream_too():
+    model, data, before = pipeline_of_two()
+    swap = sd.load(model, file(data), {"layers 0": 0.5, "*.weight": 2})
+    assert swap.active == {"delta/layers 0": 0.5, "delta/*.weight": 2.0}
+    for name, base in before.items():
+        part, _, number = name.partition("/")
+        strength = 0.5 if number[0] == "0" else 2.0
+        expected = formula(base.ravel(), "float32", [(data, strength)], name)
+        assert np.array_equal(bits(model[part][int(number[0])].weight).ravel(), expected), name
+    swap.revert()
+    assert all(
+        np.array_equal(bits(model[name.partition("/")[0]][int(name.partition("/")[2][0])].weight), base)
+        for name, base in before.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("strength", "said"),
+    [
+        ({"unet": 1}, "no pattern matches tensor 'text/"),
+        ({"unte": 1, "*": 1}, "no tensor is called 'unte'"),
+        ({"*": 1, "unet": 1}, "comes after others"),
+        ({"unet": 1, "text": float("inf")}, "strength"),
+        ({"unet": "much"}, "strength is"),
+        ({}, "no pattern matches"),
+    ],
+)
+def test_strengths_that_leave_a_question_change_nothing(strength: Any, said: str):
+    model, data, before = pipeline_of_two()
+    swap = sd.HotSwap(model)
+    with pytest.raises(DeltaError, match=said):
+        sd.load(swap, data, strength)
+    assert list(swap) == []
+    weight = model["unet"][0].weight
+    assert np.array_equal(bits(weight), before["unet/0.weight"])
+
+
+def test_a_tensor_is_in_one_part_of_a_delta_at_a_time():
+    model, data, before = pipeline_of_two()
+    swap = sd.HotSwap(model)
+    every = list(before)
+    report = swap.load("one", data, only=every[:3])
+    assert list(report.matched) == sorted(every[:3])
+    swap.load("two", data, only=every[2:])
+    swap.load("three", data, only=every[3:])
+    swap.switch({"one": 1.0, "three": 1.0})
+    with pytest.raises(ArgumentError, match="are the same delta"):
+        swap.switch({"one": 1.0, "two": 1.0})
+    with pytest.raises(ArgumentError, match="only= names 'vae', which is not"):
+        swap.load("four", data, only=["vae"])
+
+
 def tiny_bert() -> Any:
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -187,6 +276,6 @@ def test_what_is_shown_is_short_and_escaped(tmp_path: Path):
 def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/load.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "load.md", "exec"), {})

@@ -73,7 +73,7 @@ with torch.no_grad():
 tuned.save_pretrained("tuned")
 shiradelta("convert tuned --base pipeline --sparsity 5% -o look.shd")
 before = weights(pipeline.unet)
-swap = sd.load(pipeline, "look.shd", strength=0.8)
+swap = sd.load(pipeline, "look.shd", strength={"unet": 0.8})
 assert differing(pipeline.unet, before) > 100
 swap.revert()
 assert differing(pipeline.unet, before) == 0
