@@ -1,0 +1,1 @@
+"""Images of a diffusers pipeline with a delta, and without it again."""
