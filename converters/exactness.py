@@ -35,12 +35,12 @@ def count_inexact(item: Item, stored: TensorDelta) -> int | None:
     tuned, base = item.tuned(), item.base_bits()
     dtypes = item.dtype, item.tuned_dtype or item.dtype
     inexact = sum(_differing(base[i : i + _BLOCK], tuned[i : i + _BLOCK], *dtypes) for i in range(0, base.size, _BLOCK))
-    positions, payload, adds = stored.positions(), stored.bits(), stored.operation.adds
+    positions, payload = stored.positions(), stored.bits()
     for i in range(0, positions.size, _BLOCK):
         part = slice(i, i + _BLOCK)
         assert stored.base_bits is not None  # as the item's base is known
         old, wanted = stored.base_bits[part], tuned[positions[part]]
-        new = arithmetic.result(adds, payload[part], old, item.dtype, 1.0)
+        new = arithmetic.result(stored.operation, payload[part], old, item.dtype, 1.0)
         inexact += _differing(new, wanted, *dtypes) - _differing(old, wanted, *dtypes)
     return inexact
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shiradelta.errors import ArgumentError, SourceError
@@ -27,10 +27,11 @@ from shiradelta.util.text import parse_size
 
 from .aim_kept import find_kept
 from .conversion import Conversion
+from .lossless import Lossless
 from .plot import draw
 from .report import ConversionReport
 from .shd import refuse_itself
-from .sources import open_source
+from .sources import AUTO, open_source
 from .whole import check_whole, store_whole
 
 DEFAULT_SPARSITY = 0.01
@@ -90,6 +91,7 @@ def convert(
     zstd: bool = False,
     metadata: dict[str, str] | None = None,
     backend: str = "auto",
+    lossless: bool = False,
     fit: Fit | None = None,
     plot: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -122,6 +124,9 @@ def convert(
         zstd: compress sections where that helps; for archives.
         metadata: further pairs for the file.
         backend: "libshd", "numpy", or "auto" for the fastest available.
+        lossless: everything that differs from the base, so that `apply` gives the source bit for bit: every tensor as
+            the smallest of what the format has, tensors added and dropped, too.  The result is compared with the source
+            before it is put in place.  It takes no choice of what is kept and how: no sparsity, values, fit and so on.
         fit: fits the nonzeros, as these settings say; it needs texts and the base.
         plot: a PNG to write: nonzeros and energy by layer, and the distance from the fine-tune while fitting.
         progress: called with (what, done, total) while work goes on.
@@ -144,6 +149,16 @@ def convert(
     refuse_itself(source, target)
     if plot is not None:
         check_plot(plot)
+    if lossless:
+        choices = {
+            "sparsity": sparsity, "target_size": target_size, "target_error": target_error, "target_kept": target_kept,
+            "values": None if values == "int4" else values, "scope": None if scope == "tensor" else scope,
+            "kind": None if kind == AUTO else kind, "alpha": alpha, "skip": skip or None, "fit": fit, "plot": plot,
+        }  # fmt: skip
+        _check_lossless(source, base, choices)
+        assert base is not None
+        nothing: Progress = lambda what, done, total: None  # noqa: E731
+        return Lossless(Path(source), Path(base), target, zstd, backend, metadata or {}, progress or nothing).write()
     share = _check_arguments(sparsity, target_size, target_error, target_kept, fit)
     if alpha is not None and not 0 < abs(alpha) <= _MOST_ALPHA:
         why = (
@@ -203,6 +218,22 @@ def convert(
     if plot is not None:
         draw(plot, report)
     return report
+
+
+def _check_lossless(source: Path, base: Path | None, choices: Mapping[str, object]) -> None:
+    """Refuses what goes with a selection only.
+
+    Raises:
+        ArgumentError: such an argument is given.
+        SourceError: there is no base.
+    """
+    given = [name.replace("_", " ") for name, value in choices.items() if value is not None]
+    if given:
+        raise ArgumentError(f"lossless keeps everything as it is, so {', '.join(given)} cannot be chosen; leave it out")
+    if base is None:
+        raise SourceError(f"{source}: lossless needs the checkpoint before it; give --base MODEL")
+    for path in (source, base):
+        refuse_several(path)
 
 
 def _check_arguments(

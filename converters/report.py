@@ -83,6 +83,7 @@ class ConversionReport:
         energy_left_out: squared norm of the tensors without a selected change, and of those that are lost.
         file_bytes: the file's size.
         fit: the figures of a fit, where there was one.
+        lossless: everything that differs is in the file, and what it gives was compared with the source.
         inexact_left_out: elements of the tensors without a selected change that are not the fine-tune's; None if
             unknown.
     """
@@ -98,6 +99,7 @@ class ConversionReport:
     energy_left_out: float = 0.0
     file_bytes: int = 0
     fit: Fitted | None = None
+    lossless: bool = False
     inexact_left_out: int | None = 0
 
     def __repr__(self) -> str:
@@ -195,6 +197,8 @@ class ConversionReport:
     @property
     def _kept(self) -> str:
         fit = self.fit
+        if self.lossless:
+            return "the source's weights, compared bit for bit"
         if fit is None:
             unknown = [name for name, energy in self.lost.items() if energy is None]
             if self.energy_kept is None:

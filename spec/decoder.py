@@ -31,9 +31,9 @@ DTYPES = [
     *[("uint64", 8), ("int64", 8), ("float8_e4m3fnuz", 1), ("float8_e5m2fnuz", 1)],
     ("complex64", 8),
 ]
-OPS = {0: "ADD", 1: "SET", 3: "NEW", 4: "DROP", 6: "REPLACE"}
+OPS = {0: "ADD", 1: "SET", 2: "ULP", 3: "NEW", 4: "DROP", 6: "REPLACE"}
 INDEX_CODECS = {0: "NONE", 1: "RICE", 2: "RAW", 3: "BITMAP", 4: "STRUCT", 5: "ALL"}
-VALUE_CODECS = {0: "NONE", 1: "F32", 2: "F16", 3: "BF16", 4: "I8", 5: "I4", 6: "SIGN", 7: "BITS"}
+VALUE_CODECS = {0: "NONE", 1: "F32", 2: "F16", 3: "BF16", 4: "I8", 5: "I4", 6: "SIGN", 7: "BITS", 8: "ULP"}
 FEATURE_ZSTD = 1 << 0
 
 MAX_TENSORS = 1048576
@@ -70,7 +70,10 @@ class Refused(Exception):
 
 @dataclass
 class Tensor:
-    """One tensor's delta; values are bit patterns: binary32 for ADD, the dtype's for SET, NEW, REPLACE."""
+    """One tensor's delta; values are bit patterns: binary32 for ADD, the dtype's for SET, NEW, REPLACE.
+
+    For ULP they are the shifts' two's complement.
+    """
 
     name: str
     dtype: str
@@ -361,7 +364,9 @@ def goes_together(t: Tensor, nnz: int, numel: int) -> bool:
         return empty and not has_result
     if t.op == "ADD":
         adds = ("float32", "float16", "bfloat16", "unspecified")
-        return t.dtype in adds and t.value_codec != "BITS"
+        return t.dtype in adds and t.value_codec not in ("BITS", "ULP")
+    if t.op == "ULP":
+        return specified and t.dtype != "complex64" and t.value_codec in ("ULP", "NONE")
     if not specified or t.value_codec not in ("BITS", "NONE"):
         return False  # SET, NEW and REPLACE
     if t.op in ("NEW", "REPLACE"):  # the codecs are NONE where numel is 0 and only there, by the first rule
@@ -382,7 +387,7 @@ def check_section(data: bytes, header: Header, r: Record, which: str, place: int
     else:
         check(s.decoded == s.stored, "section_layout")
     check(s.stored > 0 or s.crc == 0, "section_checksum")
-    right = index_size_fits(r) if which == "INDEX" else r.values.decoded == values_size(r)
+    right = index_size_fits(r) if which == "INDEX" else values_size_fits(r)
     check(right, "bad_size")
     check_padding(data, s.offset + s.stored)
     return end
@@ -407,8 +412,15 @@ def index_size_fits(r: Record) -> bool:
     return size == 0  # NONE, ALL
 
 
+def values_size_fits(r: Record) -> bool:
+    """3.2, the second table."""
+    if r.tensor.value_codec == "ULP":
+        return r.values.decoded >= 24 + 8 * ceil_div(r.nnz, 8192) + 4 * ceil_div(r.nnz, 32) + SLACK
+    return r.values.decoded == values_size(r)
+
+
 def values_size(r: Record) -> int:
-    """3.2, the second table. It bounds nnz by the file's size, for ALL and STRUCT too."""
+    """3.2, the second table without ULP. It bounds nnz by the file's size, for ALL and STRUCT too."""
     if r.tensor.value_codec == "NONE":
         return 0
     n, groups = r.nnz, ceil_div(r.nnz, 128)
@@ -610,7 +622,7 @@ def line_elements(kind: int, line: int, rows: int, columns: int) -> range:
 
 
 def decode_values(r: Record, section: bytes) -> list[int]:
-    """The bit patterns: binary32 for ADD, the dtype's for SET, NEW and REPLACE."""
+    """The bit patterns: binary32 for ADD, the dtype's for SET, NEW and REPLACE, two's complement for ULP."""
     codec = r.tensor.value_codec
     if codec == "NONE":
         return []
@@ -623,6 +635,8 @@ def decode_values(r: Record, section: bytes) -> list[int]:
         values = decode_i4(r.nnz, parts)
     elif codec == "SIGN":
         values = decode_sign(r.nnz, parts)
+    elif codec == "ULP":
+        values = decode_ulp(r.nnz, 8 * r.element_size, parts)
     else:
         values = decode_floats(codec, r.nnz, parts)
     parts.finish()
@@ -692,6 +706,96 @@ def decode_sign(n: int, parts: Parts) -> list[int]:
         parameter(lo)
     signs = parts.take(n)
     return [los[i // 128] << 16 | (signs[i // 8] >> (i % 8) & 1) << 31 for i in range(n)]
+
+
+# --- 5.1 ULP ---
+
+
+class Bits:
+    """Reads one block's stream, from its first bit to its end; reading beyond is refused."""
+
+    def __init__(self, stream: int, at: int, end: int) -> None:
+        self.stream = stream
+        self.at = at
+        self.end = end
+
+    def unary(self) -> int:
+        """The zeros before the next one."""
+        rest = self.stream >> self.at
+        zeros = (rest & -rest).bit_length() - 1 if rest else self.end
+        self.skip(zeros + 1)
+        return zeros
+
+    def field(self, width: int) -> int:
+        number = (self.stream >> self.at) & ((1 << width) - 1)
+        self.skip(width)
+        return number
+
+    def skip(self, bits: int) -> None:
+        self.at += bits
+        check(self.at <= self.end, "bad_value")
+
+
+def decode_ulp(n: int, element_bits: int, parts: Parts) -> list[int]:
+    k, j, *zeros = parts.words(8, 1)
+    check(k <= 13 and j <= 62 and not any(zeros), "bad_value")
+    stream_bits, listed = parts.words(2, 8)
+    blocks = ceil_div(n, 8192)
+    word = 4 if max(stream_bits, listed) <= 0xFFFFFFFF else 8
+    size = 24 + blocks * 2 * word + 4 * ceil_div(n, 32) + 4 * ceil_div(stream_bits, 32) + SLACK
+    check(len(parts.section) == size, "bad_size")  # from here on the section bounds all loops
+
+    directory = parts.words(2 * blocks, word)
+    signs = parts.take(n)
+    stream = parts.take(stream_bits)
+    bits, before = [*directory[::2], stream_bits], [*directory[1::2], listed]
+    check(listed <= n and bits[0] == 0 and before[0] == 0, "bad_directory")
+    check(all(a <= b for a, b in [*pairwise(bits), *pairwise(before)]), "bad_directory")
+
+    values = []
+    for block in range(blocks):
+        # A block's own bytes: a shift of a long integer takes as long as the integer is.
+        first = bits[block] // 8
+        own = int.from_bytes(stream[first : ceil_div(bits[block + 1], 8)], "little")
+        reader = Bits(own, bits[block] - 8 * first, bits[block + 1] - 8 * first)
+        magnitudes = [1] * min(8192, n - 8192 * block)
+        read_listed(reader, before[block + 1] - before[block], k, j, magnitudes)
+        check(reader.at == reader.end, "bad_value")
+        for i, magnitude in enumerate(magnitudes, 8192 * block):
+            check(magnitude < 1 << (element_bits - 1), "bad_value")
+            minus = signs[i // 8] >> (i % 8) & 1
+            values.append((-magnitude if minus else magnitude) & ((1 << element_bits) - 1))
+    return values
+
+
+def read_listed(reader: Bits, count: int, k: int, j: int, magnitudes: list[int]) -> None:
+    """Puts the shifts that a block lists to their ranks."""
+    check(count <= reader.end - reader.at, "bad_value")  # each takes at least a bit
+    quotients = [reader.unary() for _ in range(count)]
+    ranks = []
+    rank = -1
+    for quotient in quotients:
+        rank += 1 + (quotient << k) + reader.field(k)
+        check(rank < len(magnitudes), "bad_value")
+        ranks.append(rank)
+    widths = [j + reader.unary() for _ in range(count)]
+    check(all(width <= 63 for width in widths), "bad_value")
+    for rank, width in zip(ranks, widths, strict=True):
+        magnitudes[rank] = 2 + (1 << width) + reader.field(width) - (1 << j)
+
+
+# --- 6.1 ULP ---
+
+
+def ordered(bits: int, dtype: str) -> int:
+    """o of the bits of an element."""
+    size = 8 * next(size for name, size in DTYPES if name == dtype)
+    signed = bits - (1 << size) if bits >> (size - 1) else bits
+    if dtype in ("int8", "int16", "int32", "int64"):
+        return signed
+    if dtype in ("uint8", "uint16", "uint32", "uint64", "bool", "float8_e8m0fnu"):
+        return bits - (1 << (size - 1))
+    return signed if signed >= 0 else signed ^ ((1 << (size - 1)) - 1)
 
 
 # --- 6.3 Fingerprints (a delta does not hold its base, so that decode() checks none) ---

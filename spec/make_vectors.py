@@ -7,7 +7,7 @@ It needs the standard library alone and knows nothing of the package: the encode
 from FORMAT.md, and what a valid file is expected to hold is what was put into it.
 
 valid/NAME.shd     a file that every reader accepts, NAME.json what it holds, as `decoder.py` prints it:
-                   values are bits, of binary32 for ADD and of the dtype for SET, NEW and REPLACE
+                   values are bits, of binary32 for ADD, of the dtype for SET, NEW and REPLACE, of shifts for ULP
 invalid/NAME.shd   a file that every reader refuses, with the reason that invalid/reasons.json gives.
                    Checksums are right unless they are what is wrong, so that the intended check decides.
                    `zstd_unavailable` is the reason of a reader without zstd; others accept that file.
@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import chain
+from itertools import chain, pairwise
 from math import prod
 from operator import add
 from pathlib import Path
@@ -59,11 +59,11 @@ DTYPES = {
     "float8_e5m2fnuz": (18, 1),
     "complex64": (19, 8),
 }
-OPS = {"ADD": 0, "SET": 1, "NEW": 3, "DROP": 4, "REPLACE": 6}
+OPS = {"ADD": 0, "SET": 1, "ULP": 2, "NEW": 3, "DROP": 4, "REPLACE": 6}
 INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5}
-VALUE_CODECS = {"NONE": 0, "F32": 1, "F16": 2, "BF16": 3, "I8": 4, "I4": 5, "SIGN": 6, "BITS": 7}
+VALUE_CODECS = {"NONE": 0, "F32": 1, "F16": 2, "BF16": 3, "I8": 4, "I4": 5, "SIGN": 6, "BITS": 7, "ULP": 8}
 #: Operation or codec -> the minor version that defines it, where that is not 0.
-MINORS: dict[str, int] = {"REPLACE": 1}
+MINORS: dict[str, int] = {"REPLACE": 1, "ULP": 1}
 MAX_NUMEL = 1 << 56
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 #: What a zstd library made of a section: Huffman and sequences, with a checksum.
@@ -392,6 +392,40 @@ def bits_values(elements: Sequence[int], dtype: str) -> Values:
     return Values("BITS", tuple(elements), padded(unsigned(elements, DTYPES[dtype][1])) + SLACK)
 
 
+def ulp_values(shifts: Sequence[int], size: int = 2, k: int | None = None, j: int | None = None) -> Values:
+    """ULP of elements of `size` bytes; canonical, unless k or j is given."""
+    blocks = [shifts[start : start + 8192] for start in range(0, len(shifts), 8192)]
+    listed = [[(i, abs(d)) for i, d in enumerate(block) if abs(d) > 1] for block in blocks]
+    ranks = [[-1, *(rank for rank, _ in block)] for block in listed]
+    gaps = [[b - a - 1 for a, b in pairwise(each)] for each in ranks]
+    magnitudes = [magnitude for block in listed for _, magnitude in block]
+    if k is None:
+        k = min(range(14), key=lambda k: sum((gap >> k) + k for block in gaps for gap in block))
+    if j is None:
+        j = min(range(8 * size - 1), key=lambda j: sum(2 * ulp_width(m, j) - j for m in magnitudes))
+    stream, bits, directory, before = 0, 0, [], 0
+    for block, own in zip(listed, gaps, strict=True):
+        directory += [bits, before]
+        before += len(block)
+        widths = [ulp_width(magnitude, j) for _, magnitude in block]
+        parts = [(1 << (gap >> k), (gap >> k) + 1) for gap in own]
+        parts += [(gap & (1 << k) - 1, k) for gap in own]
+        parts += [(1 << (width - j), width - j + 1) for width in widths]
+        parts += [(m - 2 + (1 << j) - (1 << width), width) for (_, m), width in zip(block, widths, strict=True)]
+        for number, width in parts:
+            stream |= number << bits
+            bits += width
+    signs = bitmap_of([i for i, d in enumerate(shifts) if d < 0], len(shifts))
+    head = bytes((k, j)) + bytes(6) + unsigned([bits, len(magnitudes)], 8)
+    section = head + unsigned(directory, 4) + signs + bit_words(stream, bits) + SLACK
+    return Values("ULP", tuple(d % (1 << 8 * size) for d in shifts), section)
+
+
+def ulp_width(magnitude: int, j: int) -> int:
+    """w of section 5.1."""
+    return (magnitude - 2 + (1 << j)).bit_length() - 1
+
+
 # --- zstd frames, put together by hand, so that no version of a library decides their bytes ---
 
 
@@ -490,12 +524,35 @@ def fingerprinted(tensor: Tensor, base: Sequence[int]) -> Tensor:
     if tensor.op == "ADD":
         pairs = zip(base, tensor.values.bits, strict=True)
         result = tuple(added(bits, float32(value), tensor.dtype) for bits, value in pairs)
+    if tensor.op == "ULP":
+        result = tuple(moved(bits, d, tensor.dtype) for bits, d in zip(base, result, strict=True))
     return replace(
         tensor,
         base=tuple(base),
         base_fingerprint=fingerprint(zip(positions, base, strict=True)),
         result_fingerprint=fingerprint(zip(positions, result, strict=True)),
     )
+
+
+def ordered(bits: int, dtype: str) -> int:
+    """o of section 6.1, for ULP."""
+    size = 8 * DTYPES[dtype][1]
+    half = 1 << size - 1
+    if re.fullmatch(r"int\d+", dtype):
+        return bits if bits < half else bits - 2 * half
+    if dtype in ("bool", "float8_e8m0fnu") or dtype.startswith("uint"):
+        return bits - half
+    return bits if bits < half else half - 1 - bits
+
+
+def moved(bits: int, d: int, dtype: str) -> int:
+    """The bits after ULP with the two's complement `d`; looks for them where the map is not to be inverted."""
+    size = 8 * DTYPES[dtype][1]
+    half = 1 << size - 1
+    order = ordered(bits, dtype) + (d - 2 * half if d >= half else d)
+    candidates = {order % (2 * half), order + half, half - 1 - order}
+    (found,) = (x for x in candidates if x >= 0 and ordered(x, dtype) == order)
+    return found
 
 
 @dataclass(frozen=True)
@@ -780,6 +837,44 @@ def valid_values() -> Valid:
         yield f"values_sign_{name}", one(Tensor((5,), all_of(5), sign_stored([lo], (0, 1, 1, 0, 1))), False)
 
 
+def valid_ulp() -> Valid:
+    """Section 5.1, and 6.1."""
+
+    def ulp(shifts: Sequence[int], dtype: str = "bfloat16", **options: int) -> Tensor:
+        values = ulp_values(shifts, DTYPES[dtype][1], **options)
+        return Tensor((len(shifts),), all_of(len(shifts)), values, dtype, dtype, "ULP")
+
+    few = [1, -1, 2, -3, 1, 100, -1, -1, 32767, -32767]
+    yield "ulp", one(ulp(few))
+    yield "ulp_one", one(ulp([-1]))
+    yield "ulp_all_one", one(ulp([1, -1] * 50))
+    yield "ulp_no_unused_bits", one(ulp([2] * 16))
+    for k in 0, 13:
+        yield f"ulp_k{k}", one(ulp(few, k=k), canonical=False)
+    for j in 0, 14, 62:
+        yield f"ulp_j{j}", one(ulp(few, j=j), canonical=False)
+    every = [dtype for dtype in sorted(DTYPES) if dtype not in ("unspecified", "complex64")]
+    tensors = []
+    for dtype in every:
+        half = 1 << 8 * DTYPES[dtype][1] - 1
+        # Over -0 and +0 where there are both, and inwards from one end.
+        base = [0, half, half, 0, 1]
+        wanted = [1, -1, 1, -1, 3]
+        fits = [-half <= ordered(x, dtype) + d < half for x, d in zip(base, wanted, strict=True)]
+        shifts = [d if fit else -d for d, fit in zip(wanted, fits, strict=True)]
+        tensors.append(fingerprinted(ulp(shifts, dtype), base))
+    yield "ulp_every_dtype", File(tuple(tensors))
+    ends = ulp([32767, 32767, -32767, -32767])
+    yield "ulp_ends", one(fingerprinted(ends, [0, 0x8000, 0x7FFF, 0]))
+    yield "ulp_blocks", one(ulp([1 + (i * i % 11 == 3) * (i * 7 % 5 + 1) for i in range(8192)] + [-2], "int8"))
+    sparse = Tensor((64, 64), rice([5, 900, 4000], 4096), ulp_values([1, -2, 9]), op="ULP")
+    yield "ulp_sparse", one(fingerprinted(sparse, [0x3F80, 0, 0x8000]), canonical=False)
+    yield "ulp_nothing", one(Tensor((4, 8), op="ULP", result_fingerprint=0), canonical=False)
+    deep = ulp([1 << 62, (1 << 63) - 1, 1 - (1 << 63)], "int64")
+    yield "ulp_deep", one(deep)
+    yield "ulp_zstd", one(replace(ulp(few), values=zstd_values(ulp(few).values)), canonical=False)
+
+
 def elements(dtype: str, count: int) -> list[int]:
     """Bits that a careless reader changes: all ones, all zeros, NaN with a payload, and others."""
     size = DTYPES[dtype][1]
@@ -938,7 +1033,7 @@ def indexed(index: Index, *, at: int = 0, new: bytes = b"", shape: tuple[int, ..
 def valued(values: Values, at: int = 0, new: bytes = b"") -> bytes:
     """A file of one tensor with these values, the section changed at `at`."""
     count = len(values.bits)
-    op, dtype = ("SET", "int8") if values.codec == "BITS" else ("ADD", "bfloat16")
+    op, dtype = {"BITS": ("SET", "int8"), "ULP": ("ULP", "int8")}.get(values.codec, ("ADD", "bfloat16"))
     changed = replace(values, section=patched(values.section, at, new))
     return bytes_of(Tensor((count,), all_of(count), changed, op=op, dtype=dtype))
 
@@ -1084,9 +1179,9 @@ def invalid_ids_and_shapes() -> Invalid:
     # vector takes 255.  The reserved ids are here once each, for the version that defines one to take out.
     for what, ids in (
         ("dtype", (20, 255)),
-        ("op", (2, 5, 255)),
+        ("op", (5, 255)),
         ("index_codec", (*range(6, 13), 255)),
-        ("value_codec", (8, 9, 255)),
+        ("value_codec", (9, 255)),
     ):
         for id in ids:
             yield f"{what}_{id}", f"unknown_{what}", recorded(**{what: id})
@@ -1131,6 +1226,11 @@ def invalid_combinations() -> Invalid:
         if codec not in ("NONE", "BITS"):
             yield f"set_{codec.lower()}", reason, recorded(SET_SAMPLE, value_codec=id)
             yield f"new_{codec.lower()}", reason, recorded(NEW_SAMPLE, value_codec=id)
+    ulp = Tensor((4, 4), EXAMPLE.index, ulp_values((1, -2, 3), 8), dtype="int64", op="ULP")
+    yield "ulp_unspecified", reason, recorded(ulp, dtype=0)
+    yield "ulp_of_complex64", reason, recorded(ulp, dtype=ids["complex64"][0])
+    yield "ulp_in_bits", reason, recorded(replace(SET_SAMPLE, op="ULP"))
+    yield "add_in_ulp", reason, recorded(ulp, op=OPS["ADD"], dtype=ids["float32"][0])
     yield "new_of_a_part", reason, bytes_of(replace(NEW_SAMPLE, shape=(4, 4), index=EXAMPLE.index))
     yield "new_of_nothing", reason, bytes_of(Tensor((4,), op="NEW"))
     yield "new_in_raw", reason, bytes_of(replace(NEW_SAMPLE, index=raw((0, 1, 2), 3)))
@@ -1484,6 +1584,52 @@ def invalid_values() -> Invalid:
     yield "value_before_padding", "bad_value", valued(codecs["i8"], 2, b"\x80\xff" + bytes(129) + b"\1")
 
 
+def invalid_ulp() -> Invalid:
+    """Section 5.1."""
+    good = ulp_values((1, -1, 2, -3, 1, 100, -1), 1, k=1, j=0)
+    two = ulp_values([1] * 8191 + [2] + [1, -2, 5], 1, k=3, j=0)
+    # 24 bytes of head, 8 of the directory, 4 of the signs, then the stream.
+    bits, stream = good.section[8], 36
+    assert bits == 4 + 3 + 10 + 7  # the four parts
+
+    def streamed(shifts: Sequence[int], at: int, flip: int) -> bytes:
+        values = ulp_values(shifts, 1, k=1, j=0)
+        byte = stream + at // 8
+        return valued(values, byte, bytes((values.section[byte] ^ flip << at % 8,)))
+
+    yield "ulp_k_14", "bad_value", valued(good, 0, b"\x0e")
+    yield "ulp_j_63", "bad_value", valued(good, 1, b"\x3f")
+    yield "ulp_head_byte", "bad_value", valued(good, 7, b"\1")
+    yield "ulp_bits_more_words", "bad_size", valued(good, 8, bytes((bits + 32,)))
+    yield "ulp_bits_wrap", "bad_size", valued(good, 8, unsigned([U64], 8))
+    yield "ulp_bits_wide", "bad_size", valued(good, 12, b"\1")
+    yield "ulp_section_short", "bad_size", bytes_of(
+        Tensor((7,), all_of(7), replace(good, section=good.section[:43]), op="ULP", dtype="int8")
+    )  # fmt: skip
+    yield "ulp_directory_first_bit", "bad_directory", valued(good, 24, b"\1")
+    yield "ulp_directory_first_before", "bad_directory", valued(good, 28, b"\1")
+    yield "ulp_listed_over_n", "bad_directory", valued(good, 16, b"\x08")
+    end, second = (int.from_bytes(two.section[at : at + 4], "little") for at in (8, 32))
+    yield "ulp_directory_beyond_bits", "bad_directory", valued(two, 32, unsigned([end + 1], 4))
+    yield "ulp_directory_beyond_listed", "bad_directory", valued(two, 36, unsigned([4], 4))
+    yield "ulp_directory_bit", "bad_value", valued(two, 32, unsigned([second + 1], 4))
+    yield "ulp_directory_before", "bad_value", valued(two, 36, unsigned([2], 4))
+    yield "ulp_bits_without_shifts", "bad_value", valued(good, 16, b"\0")
+    yield "ulp_listed_too_few", "bad_value", valued(good, 16, b"\2")
+    yield "ulp_listed_too_many", "bad_value", valued(good, 16, b"\4")
+    yield "ulp_bits_too_few", "bad_value", valued(good, 8, bytes((bits - 1,)))
+    yield "ulp_bits_too_many", "bad_value", valued(good, 8, bytes((bits + 1,)))
+    yield "ulp_no_ones", "bad_value", valued(good, stream, bytes(4))
+    yield "ulp_rank_outside", "bad_value", streamed((1, 1, 1, 1, 1, 1, 2), 4, 1)
+    yield "ulp_too_large", "bad_value", valued(replace(ulp_values((128,), 2), bits=(128,)))
+    yield "ulp_width_64", "bad_value", valued(replace(ulp_values((1 << 65,), 8, j=0), bits=(1,)))
+    yield "ulp_unused_sign", "padding_not_zero", valued(good, 32, bytes((good.section[32] | 0x80,)))
+    yield "ulp_last_unused_sign", "padding_not_zero", valued(good, 35, b"\x80")
+    yield "ulp_unused_bit", "padding_not_zero", valued(two, len(two.section) - 9, b"\x80")
+    yield "ulp_slack_first", "padding_not_zero", valued(good, -8, b"\1")
+    yield "ulp_slack_last", "padding_not_zero", valued(good, -1, b"\x80")
+
+
 def invalid_contents() -> Invalid:
     """Section 7, and which of several faults decides."""
     yield "digest", "digest_mismatch", bytes_of(SAMPLE, digest=bytes(32))
@@ -1505,11 +1651,11 @@ def invalid_contents() -> Invalid:
 
 # --- writing them ---
 
-VALID = (valid_rice, valid_other_positions, valid_values, valid_operations, valid_container)
+VALID = (valid_rice, valid_other_positions, valid_values, valid_ulp, valid_operations, valid_container)
 INVALID = (
     *(invalid_header, invalid_file_sections, invalid_names, invalid_ids_and_shapes, invalid_combinations),
     *(invalid_layout, invalid_zstd, invalid_rice, invalid_raw_and_bitmap, invalid_struct, invalid_values),
-    invalid_contents,
+    *(invalid_ulp, invalid_contents),
 )
 
 

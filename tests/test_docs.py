@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 import shiradelta
@@ -24,6 +25,7 @@ from shiradelta.errors import ArgumentError
 from shiradelta.exports import EXPORTS
 from shiradelta.format.codecs import INDEX_CODECS
 from shiradelta.util.registry import Registry
+from tests.conftest import write_model
 
 EXTEND = Path(__file__).parent.parent / "docs" / "extend"
 #: The examples that no other test executes.
@@ -78,6 +80,18 @@ def test_the_examples_of_exports_run(made: Path, tmp_path: Path, monkeypatch: py
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, result.output
     exec(compile(python, "export.md", "exec"), {})
+
+
+def test_the_examples_of_lossless_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"step_100": 1.0, "step_101": 1.0078125, "model": 1.0}.items():
+        write_model(Path(name), {"w": torch.full((40, 30), value).bfloat16()})
+    page = (EXTEND.parent / "lossless.md").read_text()
+    (shell,), (python,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python"))
+    for line in shell.splitlines():
+        result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+    exec(compile(python, "lossless.md", "exec"), {})
 
 
 @pytest.mark.slow

@@ -101,7 +101,8 @@ enum shd_error {
     SHD_BAD_STRENGTH,          /* not finite, or not 1 where only 1 is allowed */
     SHD_READ_FAILED,           /* the read callback reported an error */
     SHD_NOT_FOUND,             /* no tensor or key of this name */
-    SHD_VALUES_DO_NOT_FIT      /* encoding: values that the codec cannot hold (FORMAT.md, section 8) */
+    SHD_VALUES_DO_NOT_FIT,     /* encoding: values that the codec cannot hold (FORMAT.md, section 8) */
+    SHD_OUT_OF_RANGE           /* ULP: a weight would leave the range of its dtype; the base is another one */
 };
 
 #define SHD_NO_TENSOR UINT32_MAX
@@ -140,7 +141,14 @@ enum shd_dtype {
     SHD_C64 = 19
 };
 
-enum shd_op { SHD_OP_ADD = 0, SHD_OP_SET = 1, SHD_OP_NEW = 3, SHD_OP_DROP = 4, SHD_OP_REPLACE = 6 };
+enum shd_op {
+    SHD_OP_ADD = 0,
+    SHD_OP_SET = 1,
+    SHD_OP_ULP = 2,
+    SHD_OP_NEW = 3,
+    SHD_OP_DROP = 4,
+    SHD_OP_REPLACE = 6
+};
 
 enum shd_index_codec {
     SHD_INDEX_NONE = 0,
@@ -159,7 +167,8 @@ enum shd_value_codec {
     SHD_VALUES_I8 = 4,
     SHD_VALUES_I4 = 5,
     SHD_VALUES_SIGN = 6,
-    SHD_VALUES_BITS = 7
+    SHD_VALUES_BITS = 7,
+    SHD_VALUES_ULP = 8
 };
 
 enum shd_flags {
@@ -326,7 +335,8 @@ SHD_API int shd_positions_between(const shd_delta *delta, uint64_t first_positio
 /* Writes the values of the nonzeros of rank first_rank to first_rank + count - 1 as binary32 (ADD only). */
 SHD_API int shd_values(const shd_delta *delta, uint64_t first_rank, uint64_t count, float *values, shd_status *status);
 
-/* The same for SET and NEW: elements of the tensor's dtype, as they are stored (count * shd_dtype_size bytes). */
+/* The same for SET and NEW: elements of the tensor's dtype, as they are stored (count * shd_dtype_size bytes). For ULP:
+ * the shifts, as signed integers of the elements' size. */
 SHD_API int shd_elements(const shd_delta *delta, uint64_t first_rank, uint64_t count, void *elements,
                          shd_status *status);
 
@@ -342,13 +352,15 @@ typedef struct shd_weights {
     int32_t any_dtype; /* not 0: let ADD apply to F32, F16 and BF16 whatever dtype the delta was made against */
 } shd_weights;
 
-/* Applies blocks [first_block, last_block) to the weights: ADD with `strength` (rounded to binary32), SET and NEW
+/* Applies blocks [first_block, last_block) to the weights: ADD with `strength` (rounded to binary32), SET, ULP and NEW
  * with strength 1.
  *
  * `saved` receives what is overwritten, at its rank: it has room for tensor.nnz elements of the weights' dtype, and
  * is the same for all block ranges. It may be NULL if nothing is ever to be taken back.
  *
- * On an error the weights are as they were before the call (given `saved`, and a file that does not change). */
+ * On an error the weights are as they were before the call (given `saved`, and a file that does not change). After
+ * SHD_CHECK_ALL only ULP can fail, with SHD_OUT_OF_RANGE, and only on another base than its own. Whoever applies it in
+ * several calls reverts those that went well. */
 SHD_API int shd_apply(const shd_delta *delta, const shd_weights *weights, double strength, uint64_t first_block,
                       uint64_t last_block, void *saved, shd_status *status);
 
@@ -413,7 +425,7 @@ SHD_API int shd_rice_plan(const int64_t *positions, uint64_t count, uint64_t num
 SHD_API int shd_rice_encode(const shd_rice *plan, const int64_t *positions, void *section, uint64_t capacity);
 
 /* Bytes of the decoded VALUES section of `count` nonzeros; 0 for a codec that the library does not know. `dtype` matters
- * for SHD_VALUES_BITS only. */
+ * for SHD_VALUES_BITS only. For SHD_VALUES_ULP the least: the section says how many it has. */
 SHD_API uint64_t shd_values_size(int value_codec, int dtype, uint64_t count);
 
 /* Writes the VALUES section of F32, F16, BF16, I8, I4 or SIGN: shd_values_size() bytes. Values that are not finite,

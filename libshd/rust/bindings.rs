@@ -49,6 +49,7 @@ pub const SHD_BAD_STRENGTH: c_int = 70;
 pub const SHD_READ_FAILED: c_int = 71;
 pub const SHD_NOT_FOUND: c_int = 72;
 pub const SHD_VALUES_DO_NOT_FIT: c_int = 73;
+pub const SHD_OUT_OF_RANGE: c_int = 74;
 
 pub const SHD_UNSPECIFIED: c_int = 0;
 pub const SHD_F32: c_int = 1;
@@ -73,6 +74,7 @@ pub const SHD_C64: c_int = 19;
 
 pub const SHD_OP_ADD: c_int = 0;
 pub const SHD_OP_SET: c_int = 1;
+pub const SHD_OP_ULP: c_int = 2;
 pub const SHD_OP_NEW: c_int = 3;
 pub const SHD_OP_DROP: c_int = 4;
 pub const SHD_OP_REPLACE: c_int = 6;
@@ -92,6 +94,7 @@ pub const SHD_VALUES_I8: c_int = 4;
 pub const SHD_VALUES_I4: c_int = 5;
 pub const SHD_VALUES_SIGN: c_int = 6;
 pub const SHD_VALUES_BITS: c_int = 7;
+pub const SHD_VALUES_ULP: c_int = 8;
 
 pub const SHD_HAS_BASE_FINGERPRINT: c_int = 1;
 pub const SHD_HAS_RESULT_FINGERPRINT: c_int = 2;

@@ -4,6 +4,7 @@
 #include "index.h"
 #include "operations.h"
 #include "values.h"
+#include "values_ulp.h"
 #include "weights.h"
 
 /* A visitor gets at most this many elements at a time. */
@@ -32,6 +33,7 @@ struct work {
     uint32_t size; /* of an element */
     int dtype;
     visit_fn visit;
+    shdi_ulp ulp; /* of a delta with shifts */
 };
 
 /* ---- Visitors ---- */
@@ -87,6 +89,31 @@ static shdi_fault visit_set(work *w, const shdi_run *r, const shdi_run *ahead) {
     save(w, r, ahead, &old);
     shdi_scatter(w->weights, w->size, r, w->delta->values + r->rank * w->size);
     return shdi_ok();
+}
+
+/* The shifted elements of a run, to `new`. */
+static shdi_fault shifted(work *w, const shdi_run *r, const batch *old, batch *new) {
+    batch shifts;
+    shdi_fault fault = shdi_ulp_read(&w->ulp, r->rank, r->count, shifts.bytes);
+    return fault.code != SHD_OK
+               ? fault
+               : shdi_fault_at(shdi_shift(w->dtype, new, old, shifts.bytes, r->count), 0);
+}
+
+static shdi_fault visit_shift(work *w, const shdi_run *r, const shdi_run *ahead) {
+    batch old, new;
+    save(w, r, ahead, &old);
+    shdi_fault fault = shifted(w, r, &old, &new);
+    if (fault.code == SHD_OK) {
+        shdi_scatter(w->weights, w->size, r, new.bytes);
+    }
+    return fault;
+}
+
+static shdi_fault visit_range(work *w, const shdi_run *r, const shdi_run *ahead) {
+    batch old, new;
+    shdi_gather(w->weights, w->size, r, ahead, old.bytes);
+    return shifted(w, r, &old, &new);
 }
 
 static shdi_fault visit_revert(work *w, const shdi_run *r, const shdi_run *ahead) {
@@ -221,8 +248,12 @@ static int visitor_of(uint32_t op, visit_fn *visit) {
     if (!shdi_is_in_result(operation)) {
         return SHD_WRONG_OPERATION; /* it changes no elements */
     }
-    *visit = operation->adds ? visit_add : visit_set;
+    *visit = operation->adds ? visit_add : operation->shifts ? visit_shift : visit_set;
     return SHD_OK;
+}
+
+static int open_shifts(work *w, shd_status *status) {
+    return shdi_fail_in(status, shdi_ulp_open(&w->ulp, w->delta), &w->delta->tensor, &w->delta->tensor.values);
 }
 
 int shd_apply(const shd_delta *delta, const shd_weights *weights, double strength, uint64_t first_block,
@@ -243,6 +274,17 @@ int shd_apply(const shd_delta *delta, const shd_weights *weights, double strengt
     }
     w.saved = saved;
     w.strength = (float)strength;
+    if (visit == visit_shift) {
+        code = open_shifts(&w, status);
+        if (code == SHD_OK && saved == NULL) { /* what is overwritten is lost, so nothing may fail later */
+            w.visit = visit_range;
+            code = run_walk(&w, weights, first_block, last_block, status);
+        }
+        if (code != SHD_OK) {
+            shdi_float_leave(environment);
+            return code;
+        }
+    }
     w.visit = visit;
     code = run_walk(&w, weights, first_block, last_block, status);
     if (code != SHD_OK && saved != NULL) {

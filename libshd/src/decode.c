@@ -2,6 +2,7 @@
 #include "floats.h"
 #include "index.h"
 #include "values.h"
+#include "values_ulp.h"
 
 /* ---- Positions ---- */
 
@@ -81,7 +82,7 @@ int shd_values(const shd_delta *delta, uint64_t first_rank, uint64_t count, floa
     if (delta == NULL || (values == NULL && count != 0) || !ranks_exist(delta, first_rank, count)) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
     }
-    if (shdi_values_are_elements(delta->tensor.value_codec)) {
+    if (shdi_values_are_elements(delta->tensor.value_codec) || shdi_values_are_shifts(delta->tensor.value_codec)) {
         return shdi_fail(status, SHD_WRONG_OPERATION, delta->tensor.number, 0);
     }
     shdi_float_environment environment = shdi_float_enter();
@@ -93,6 +94,14 @@ int shd_values(const shd_delta *delta, uint64_t first_rank, uint64_t count, floa
 int shd_elements(const shd_delta *delta, uint64_t first_rank, uint64_t count, void *elements, shd_status *status) {
     if (delta == NULL || (elements == NULL && count != 0) || !ranks_exist(delta, first_rank, count)) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
+    }
+    if (shdi_values_are_shifts(delta->tensor.value_codec)) {
+        shdi_ulp ulp;
+        shdi_fault fault = shdi_ulp_open(&ulp, delta);
+        if (fault.code == SHD_OK) {
+            fault = shdi_ulp_read(&ulp, first_rank, count, elements);
+        }
+        return shdi_fail_in(status, fault, &delta->tensor, &delta->tensor.values);
     }
     if (!shdi_values_are_elements(delta->tensor.value_codec) && delta->tensor.value_codec != SHD_VALUES_NONE) {
         return shdi_fail(status, SHD_WRONG_OPERATION, delta->tensor.number, 0);

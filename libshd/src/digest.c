@@ -4,6 +4,7 @@
 #include "index.h"
 #include "sha256.h"
 #include "values.h"
+#include "values_ulp.h"
 
 static void add_integer(shdi_sha256 *hash, uint64_t value, size_t size) {
     uint8_t bytes[8];
@@ -27,11 +28,27 @@ static shdi_fault add_positions(shdi_sha256 *hash, const shd_delta *delta) {
     return fault;
 }
 
+static shdi_fault add_shifts(shdi_sha256 *hash, const shd_delta *delta) {
+    const uint64_t nnz = delta->tensor.nnz;
+    shdi_ulp ulp;
+    shdi_fault fault = shdi_ulp_open(&ulp, delta);
+    for (uint64_t rank = 0; rank < nnz && fault.code == SHD_OK; rank += SHDI_GROUP) {
+        uint8_t shifts[SHDI_GROUP * 8];
+        uint64_t count = shdi_min(nnz - rank, SHDI_GROUP);
+        fault = shdi_ulp_read(&ulp, rank, count, shifts);
+        shdi_sha256_add(hash, shifts, (size_t)count * ulp.size);
+    }
+    return fault;
+}
+
 static shdi_fault add_values(shdi_sha256 *hash, const shd_delta *delta) {
     const shd_tensor *tensor = &delta->tensor;
     if (shdi_values_are_elements(tensor->value_codec)) {
         shdi_sha256_add(hash, delta->values, (size_t)(tensor->nnz * shd_dtype_size(tensor->dtype)));
         return shdi_ok();
+    }
+    if (shdi_values_are_shifts(tensor->value_codec)) {
+        return add_shifts(hash, delta);
     }
     for (uint64_t rank = 0; rank < tensor->nnz;) {
         float values[SHDI_GROUP];

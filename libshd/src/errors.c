@@ -48,6 +48,7 @@ const char *shd_error_name(int code) {
         [SHD_READ_FAILED] = "read_failed",
         [SHD_NOT_FOUND] = "not_found",
         [SHD_VALUES_DO_NOT_FIT] = "values_do_not_fit",
+        [SHD_OUT_OF_RANGE] = "out_of_range",
     };
     const int known = code >= 0 && code < (int)(sizeof names / sizeof names[0]) && names[code] != NULL;
     return known ? names[code] : "unknown_error";

@@ -19,7 +19,8 @@ uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor) {
 }
 
 uint64_t shd_decoded_size(const shd_tensor *tensor) {
-    uint64_t value = shdi_values_are_elements(tensor->value_codec) ? shd_dtype_size(tensor->dtype) : sizeof(float);
+    int in_elements = shdi_values_are_elements(tensor->value_codec) || shdi_values_are_shifts(tensor->value_codec);
+    uint64_t value = in_elements ? shd_dtype_size(tensor->dtype) : sizeof(float);
     return tensor->nnz * (sizeof(int64_t) + value); /* nnz is at most 2^56 */
 }
 

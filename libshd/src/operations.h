@@ -10,6 +10,7 @@ SHDI_BEGIN
 typedef struct shdi_operation {
     uint8_t is_known;
     uint8_t adds;    /* floats are added to elements, with a strength */
+    uint8_t shifts;  /* integers are added to elements seen as ordered integers */
     uint8_t creates; /* the file has a whole tensor, which comes */
     uint8_t removes; /* the base's tensor goes */
 } shdi_operation;

@@ -137,12 +137,17 @@ static int goes_together(const shd_tensor *tensor) {
     }
     int is_unspecified = tensor->dtype == SHD_UNSPECIFIED;
     int are_elements = shdi_values_are_elements(tensor->value_codec);
+    int are_shifts = shdi_values_are_shifts(tensor->value_codec);
     const shdi_operation *operation = shdi_operation_of(tensor->op);
     if (operation == NULL) {
         return 0; /* check_ids() has refused it as SHD_UNKNOWN_OP */
     }
-    if (operation->adds && (!(is_unspecified || shdi_dtype_is_addable(tensor->dtype)) || are_elements)) {
+    if (operation->adds &&
+        (!(is_unspecified || shdi_dtype_is_addable(tensor->dtype)) || are_elements || are_shifts)) {
         return 0;
+    }
+    if (operation->shifts) {
+        return shdi_dtype_order(tensor->dtype) != SHDI_NO_ORDER && (no_values || are_shifts);
     }
     if (!shdi_is_in_result(operation) && !no_nonzeros) {
         return 0;
@@ -205,7 +210,7 @@ static int check_section(const shd_file *file, const shd_section *section, uint6
 
 static int sizes_are_possible(const shd_tensor *tensor, int values) {
     if (values) {
-        return tensor->values.decoded == shd_values_size(tensor->value_codec, tensor->dtype, tensor->nnz);
+        return shdi_values_size_is_possible(tensor, tensor->values.decoded);
     }
     const shdi_index_codec *codec = shdi_index_codec_of(tensor->index_codec);
     return codec != NULL && codec->size_is_possible(tensor, tensor->index.decoded);

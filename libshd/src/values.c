@@ -3,13 +3,15 @@
 
 #include "floats.h"
 #include "section.h"
+#include "values_ulp.h"
 
 #define BITS_OF_DTYPE UINT32_MAX
+#define SHIFTS (UINT32_MAX - 1)
 
 /* A VALUES section has the parameters of all groups of SHDI_GROUP nonzeros first, then the elements. */
 typedef struct codec_row {
     uint32_t parameter_bytes; /* of a group; 0 if there are no groups */
-    uint32_t element_bits;    /* of a nonzero, or BITS_OF_DTYPE; 0 if there is no section */
+    uint32_t element_bits;    /* of a nonzero, or BITS_OF_DTYPE, or SHIFTS; 0 if there is no section */
     shdi_decode_fn *decode;   /* NULL if the values are no floats */
     shdi_encode_fn *encode;   /* NULL if the values are no floats */
 } codec_row;
@@ -25,6 +27,7 @@ static const codec_row *codec_of(uint32_t id) {
         [SHD_VALUES_I4] = {4, 4, shdi_decode_i4, shdi_encode_i4},
         [SHD_VALUES_SIGN] = {2, 1, shdi_decode_sign, shdi_encode_sign},
         [SHD_VALUES_BITS] = {0, BITS_OF_DTYPE, NULL, NULL},
+        [SHD_VALUES_ULP] = {0, SHIFTS, NULL, NULL},
     };
     if (id >= sizeof codecs / sizeof codecs[0] || (codecs[id].element_bits == 0 && id != SHD_VALUES_NONE)) {
         return NULL;
@@ -37,6 +40,11 @@ int shdi_value_codec_is_known(uint32_t id) { return codec_of(id) != NULL; }
 int shdi_values_are_elements(uint32_t id) {
     const codec_row *codec = codec_of(id);
     return codec != NULL && codec->element_bits == BITS_OF_DTYPE;
+}
+
+int shdi_values_are_shifts(uint32_t id) {
+    const codec_row *codec = codec_of(id);
+    return codec != NULL && codec->element_bits == SHIFTS;
 }
 
 /* ---- Layout ---- */
@@ -58,9 +66,17 @@ uint64_t shd_values_size(int value_codec, int dtype, uint64_t count) {
     if (codec == NULL || codec->element_bits == 0) {
         return 0;
     }
+    if (codec->element_bits == SHIFTS) {
+        return shdi_ulp_size(count);
+    }
     const uint32_t bits = element_bits(codec, dtype);
     const uint64_t elements = count / 8 * bits + shdi_ceil_div(count % 8 * bits, 8);
     return elements_offset(codec, count) + shdi_align4(elements) + SHDI_SLACK;
+}
+
+int shdi_values_size_is_possible(const shd_tensor *tensor, uint64_t size) {
+    const uint64_t own = shd_values_size(tensor->value_codec, tensor->dtype, tensor->nnz);
+    return shdi_values_are_shifts(tensor->value_codec) ? size >= own : size == own;
 }
 
 /* ---- Reading ---- */
@@ -115,6 +131,9 @@ shdi_fault shdi_values_check(const shd_delta *delta) {
     }
     if (codec->element_bits == 0) {
         return shdi_ok();
+    }
+    if (codec->element_bits == SHIFTS) {
+        return shdi_ulp_check(delta);
     }
     const uint64_t elements = elements_offset(codec, tensor->nnz);
     const uint64_t end_bit = 8 * elements + tensor->nnz * element_bits(codec, tensor->dtype);

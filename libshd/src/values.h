@@ -24,6 +24,12 @@ int shdi_value_codec_is_known(uint32_t id);
 /* The codec stores elements as bits of the tensor's dtype, not floats. */
 int shdi_values_are_elements(uint32_t id);
 
+/* The codec stores shifts, which values_ulp.h reads. */
+int shdi_values_are_shifts(uint32_t id);
+
+/* A section of the codec may have `size` bytes, judged by the table alone. */
+int shdi_values_size_is_possible(const shd_tensor *tensor, uint64_t size);
+
 /* Values of ranks [rank, rank + count), which exist, as binary32. Refuses those that section 5 does. Values that are no
  * floats are SHD_WRONG_OPERATION, an unknown codec is SHD_UNKNOWN_VALUE_CODEC. */
 shdi_fault shdi_values_decode(const shd_delta *delta, uint64_t rank, uint64_t count, float *values);

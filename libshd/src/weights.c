@@ -1,6 +1,7 @@
 /* The caller's weights: what a call may do with them, and reading, writing and adding to their elements. */
 #include "weights.h"
 
+#include "bytes.h"
 #include "dtypes.h"
 #include "floats.h"
 #include "operations.h"
@@ -105,4 +106,44 @@ int shdi_add(const shdi_kernels *kernels, int dtype, void *result, const void *w
     case SHD_BF16: kernels->add_bf16(result, weight, value, alpha, count); return SHD_OK;
     default: return SHD_WRONG_DTYPE;
     }
+}
+
+/* An element's bits, or a shift's, as the highest bits of a word. So one addition does for all sizes. */
+static uint64_t load_high(const uint8_t *from, uint32_t size, uint32_t i) {
+    switch (size) {
+    case 1: return (uint64_t)from[i] << 56;
+    case 2: return (uint64_t)shdi_load16(from + 2 * i) << 48;
+    case 4: return (uint64_t)shdi_load32(from + 4 * i) << 32;
+    default: return shdi_load64(from + 8 * i);
+    }
+}
+
+static void store_high(uint8_t *to, uint32_t size, uint32_t i, uint64_t value) {
+    switch (size) {
+    case 1: to[i] = (uint8_t)(value >> 56); break;
+    case 2: shdi_store16(to + 2 * i, (uint16_t)(value >> 48)); break;
+    case 4: shdi_store32(to + 4 * i, (uint32_t)(value >> 32)); break;
+    default: shdi_store64(to + 8 * i, value); break;
+    }
+}
+
+int shdi_shift(int dtype, void *result, const void *weight, const uint8_t *shifts, uint32_t count) {
+    const int order = shdi_dtype_order(dtype);
+    const uint32_t size = shd_dtype_size(dtype);
+    if (order == SHDI_NO_ORDER) {
+        return SHD_WRONG_DTYPE;
+    }
+    /* The order is the bits xor `always`, and xor `if_negative` where the sign bit is set: its own inverse. */
+    const uint64_t sign = UINT64_C(1) << 63, others = (~UINT64_C(0) << (64 - 8 * size)) & ~sign;
+    const uint64_t always = order == SHDI_UNSIGNED ? sign : 0;
+    const uint64_t if_negative = order == SHDI_SIGN_AND_MAGNITUDE ? others : 0;
+    uint64_t overflow = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t from = load_high(weight, size, i), by = load_high(shifts, size, i);
+        from ^= always ^ (if_negative & (0 - (from >> 63)));
+        uint64_t to = from + by;
+        overflow |= (from ^ to) & (by ^ to);
+        store_high(result, size, i, to ^ always ^ (if_negative & (0 - (to >> 63))));
+    }
+    return overflow >> 63 != 0 ? SHD_OUT_OF_RANGE : SHD_OK;
 }

@@ -43,6 +43,10 @@ void shdi_prefetch(const uint8_t *weights, uint32_t size, const shdi_run *r);
 int shdi_add(const shdi_kernels *kernels, int dtype, void *result, const void *weight, const float *value, float alpha,
              uint32_t count);
 
+/* result = weight moved by `shifts`, integers of the elements' size, for `count` elements of a dtype. Returns
+ * SHD_OUT_OF_RANGE where an element would leave the dtype's range, SHD_WRONG_DTYPE if the dtype has no order. */
+int shdi_shift(int dtype, void *result, const void *weight, const uint8_t *shifts, uint32_t count);
+
 SHDI_END
 
 #endif

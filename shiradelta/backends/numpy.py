@@ -79,7 +79,7 @@ class NumpyDecoder(Decoder):
         else:
             windows = list(windows)
         for positions, bits in windows:
-            weight[positions] = arithmetic.result(record.adds, bits, weight[positions], dtype, strength)
+            weight[positions] = arithmetic.result(record.operation, bits, weight[positions], dtype, strength)
 
     @contextmanager
     def _context(self, record: Record, section: Section) -> Iterator[None]:

@@ -31,11 +31,11 @@ def check_contents(delta: Delta, base: Checkpoint | None) -> None:
                 raise ChainError("wrong_base", where, f"{base.root} does not have it")
             elements = bits_of(base[name])
             check_base(where, tensor, tensor.positions(), elements[tensor.positions()])
-        if not tensor.operation.in_result or (tensor.operation.adds and elements is None):
+        if not tensor.operation.in_result or (not tensor.operation.stores_elements and elements is None):
             continue
         for positions, bits in windows_of(tensor):
             if elements is not None:
-                bits = arithmetic.result(tensor.operation.adds, bits, elements[positions], tensor.dtype, 1)
+                bits = arithmetic.result(tensor.operation, bits, elements[positions], tensor.dtype, 1)
             of_result += fingerprint(positions, bits)
         if tensor.result_fingerprint not in (None, of_result % (1 << 64)):
             raise ChainError("wrong_base", where, "it does not give what its fingerprint says")

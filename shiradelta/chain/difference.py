@@ -20,12 +20,13 @@ def write_difference(writer: DeltaWriter, before: Checkpoint, after: Checkpoint,
     for number, name in enumerate(names):
         if progress:
             progress(name, number, len(names))
-        tensor = _changed(name, before, after)
+        tensor = changed(name, before, after)
         if tensor is not None:
             writer.add(name, tensor)
 
 
-def _changed(name: str, before: Checkpoint, after: Checkpoint) -> TensorDelta | None:
+def changed(name: str, before: Checkpoint, after: Checkpoint) -> TensorDelta | None:
+    """The change of one tensor, which sets its elements or restructures it; None if there is none."""
     if name not in before:
         new = after[name]
         return TensorDelta.trusted(new.shape, None, after.bits(name), new.dtype.name, "new", None)

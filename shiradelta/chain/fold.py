@@ -145,7 +145,7 @@ def fold_tensor(name: str, steps: Sequence[tuple[str, StoredTensor]], base: Slot
             positions = step.positions()
             old = elements[positions]
             check_base(where, step, positions, old)
-            elements[positions] = arithmetic.result(operation.adds, step.bits(), old, step.dtype, 1)
+            elements[positions] = arithmetic.result(operation, step.bits(), old, step.dtype, 1)
         else:
             _check_same(where, step, first)
             runs.add(_run(label, name, step, None if base is None else bits_of(base), runs))
@@ -174,20 +174,20 @@ def _form(first: StoredTensor, base: Slot | None) -> tuple[tuple[int, ...], str]
 
 
 def _run(label: str, name: str, step: StoredTensor, base: Array | None, runs: Runs) -> Run:
-    """What a step sets; of one that adds, what it gives."""
+    """What a step sets; of one that adds or shifts, what it gives."""
     where, positions = f"{label}: tensor {name!r}", step.positions()
     fingerprint = known(step.base_fingerprint, label, name)
-    if not step.operation.adds:
+    if step.operation.stores_elements:
         return Run(positions, step.bits(), fingerprint)
     if base is None:
-        raise ChainError("needs_base", where, "a sum is rounded at every step")
+        raise ChainError("needs_base", where, "what a step gives follows from what was there")
     if base.size != step.numel:
         raise ChainError("wrong_base", where, "the base has it in another shape")
     old, before = base[positions], runs.all()
     if before is not None:
         old = overlay_values(np, old, positions, before.positions, before.bits)
     check_base(where, step, positions, old)
-    return Run(positions, arithmetic.result(True, step.bits(), old, step.dtype, 1), fingerprint)
+    return Run(positions, arithmetic.result(step.operation, step.bits(), old, step.dtype, 1), fingerprint)
 
 
 def check_base(where: str, step: TensorDelta, positions: Positions, bits: Array) -> None:

@@ -75,6 +75,7 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
     help="Store tensors whole that have another shape than the base's: a glob pattern of names.  May be repeated.",
 )
 @click.option("--zstd", is_flag=True, help="Compress further; switching becomes slower.")
+@click.option("--lossless", is_flag=True, help="Everything that differs from the base, bit for bit, with --base.")
 @click.option(
     "--fit",
     "texts",
@@ -138,6 +139,8 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
         given := options.given("fit_mask", "fit_steps", "fit_relative_lr", "fit_text_share")
     ):
         raise click.UsageError(f"{given} is only for training; leave it out, or --fit-method {settings['method']}.")
+    if arguments["lossless"] and (given := options.given("values")):
+        raise click.UsageError(f"{given} is for a choice of changes; --lossless keeps all as they are.")
     fit = texts and Fit(texts, **settings, device=device, log=lambda line: echo_lines(line, err=True))
     out = arguments.pop("out")
     with target(out, SUFFIX) as path, progress_bar("fitting" if fit else "converting") as progress:

@@ -41,7 +41,7 @@ from shiradelta.models.strengths import Strength, described, strengths_by_name
 from shiradelta.select.largest import largest
 from shiradelta.select.shares import check_share, count_for
 from shiradelta.util.arguments import NUMBER, STRENGTHS_BY_TENSOR, checked
-from shiradelta.util.arrays import RepeatedPositionError, join_sorted
+from shiradelta.util.arrays import RepeatedPositionError, join_sorted, merge_sorted
 from shiradelta.util.files import check_target
 from shiradelta.util.progress import Progress
 from shiradelta.util.threads import ahead
@@ -253,7 +253,8 @@ def _fuse_tensor(
             met, opposed = together.meetings()
             nonzeros, shared, conflicts = nonzeros + together.nonzeros, shared + met, conflicts + opposed
         else:
-            own, fused = _union_of_sets(name, [each for each in window if each is not None])
+            combined = _sum_of_shifts if first.operation.shifts else _union_of_sets
+            own, fused = combined(name, [each for each in window if each is not None])
         positions[size : size + own.size], values[size : size + own.size] = own, fused
         size += own.size
     positions, values = positions[:size], values[:size]
@@ -332,6 +333,25 @@ def _union_of_sets(name: str, windows: Sequence[Window]) -> Window:
         raise DeltaError(
             f"tensor {name!r}: element {error.position} is set by two inputs; leave one of them out"
         ) from None
+
+
+def _sum_of_shifts(name: str, windows: Sequence[Window]) -> Window:
+    """(positions, bits) of the sums of shifts, without those that cancel out.
+
+    Raises:
+        DeltaError: a sum does not fit.
+    """
+    union, indices, _ = merge_sorted([positions for positions, _ in windows])
+    bits_type = windows[0][1].dtype
+    sums = np.zeros(union.size, f"<i{bits_type.itemsize}")
+    for at, (_, bits) in zip(indices, windows, strict=True):
+        before, by = sums[at], bits.view(sums.dtype)
+        with np.errstate(over="ignore"):
+            sums[at] = before + by
+        if np.any(((before ^ sums[at]) & (by ^ sums[at])) < 0) or np.any(sums[at] == np.iinfo(sums.dtype).min):
+            raise DeltaError(f"tensor {name!r}: the sum of two shifts does not fit; apply the inputs one by one")
+    kept = sums != 0
+    return union[kept], sums[kept].view(bits_type)
 
 
 def _find_base(checkpoint: Checkpoint, found: str | None, name: str, spec: TensorSpec) -> str:

@@ -50,13 +50,13 @@ def write(
 
     Raises:
         BaseMismatchError: the delta was made for another base.
-        DeltaError: a delta adds or removes a tensor, or is an addition and no model is given.
+        DeltaError: a delta adds or removes a tensor, or its result follows from a model and none is given.
         TargetError: the file cannot be written.
     """
     for name, delta in deltas.items():
         if delta.operation.restructures:
             raise DeltaError(f"tensor {name!r} is {delta.op}, and this layout changes elements only; use merged")
-        if delta.operation.adds and model is None:
+        if not delta.operation.stores_elements and model is None:
             raise DeltaError(
                 f"tensor {name!r} is {delta.op}, whose new elements follow from the base's; give --model MODEL (model=)"
             )
@@ -87,6 +87,6 @@ def _positions(delta: TensorDelta, dtype: str) -> Array:
 
 def _new(delta: TensorDelta, base: Callable[[], Array], dtype: str) -> Array:
     """The new elements, at strength 1."""
-    if not delta.operation.adds:
+    if delta.operation.stores_elements:
         return delta.bits()
-    return arithmetic.result(True, delta.bits(), base()[delta.positions()], dtype, 1.0)
+    return arithmetic.result(delta.operation, delta.bits(), base()[delta.positions()], dtype, 1.0)

@@ -408,6 +408,6 @@ def _replaced(edit: Edit, strength: float, count: Callable[[int], None]) -> Iter
     present = PastBits(edit.slot)
     for positions, bits in windows_of(edit.tensor):
         old = present.at(positions)
-        new = arithmetic.result(edit.tensor.operation.adds, bits, old, edit.slot.dtype.name, strength)
+        new = arithmetic.result(edit.tensor.operation, bits, old, edit.slot.dtype.name, strength)
         count(int(np.count_nonzero(new != old)))
         yield positions, old, new

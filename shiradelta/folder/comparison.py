@@ -180,9 +180,9 @@ def unlike_delta(checkpoint: Checkpoint, journal: Journal, delta: Delta, entry: 
 
 def _is_result(tensor: TensorDelta, dtype: str, strength: float, before: PastBits, after: PastBits) -> bool:
     """Whether a delta makes the elements of one view from those of the other."""
-    adds = tensor.operation.adds
+    operation = tensor.operation
     return all(
-        np.array_equal(after.at(positions), arithmetic.result(adds, bits, before.at(positions), dtype, strength))
+        np.array_equal(after.at(positions), arithmetic.result(operation, bits, before.at(positions), dtype, strength))
         for positions, bits in windows_of(tensor)
     )
 

@@ -116,14 +116,14 @@ def _rewrite(
         for slot in kept:
             source.seek(slot.offset)
             edit = edits.get(slot.name)
-            delta, adds = (None, False) if edit is None else (Cursor(edit.tensor), edit.tensor.operation.adds)
+            delta = None if edit is None else Cursor(edit.tensor)
             for start, stop in ranges(slot.numel):
                 block = np.frombuffer(source.read((stop - start) * slot.dtype.size), slot.dtype.bits)
-                if delta is not None:
+                if edit is not None and delta is not None:
                     block = block.copy()
                     for positions, bits in delta.until(start + block.size):
                         at = positions - start
-                        block[at] = arithmetic.result(adds, bits, block[at], slot.dtype.name, strength)
+                        block[at] = arithmetic.result(edit.tensor.operation, bits, block[at], slot.dtype.name, strength)
                 output.write(block.tobytes())
         for tensor in come.values():
             for bits in tensor.bits_windows():

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shiradelta.errors import ArgumentError, DeltaError
+from shiradelta.format.operations import Operation
+from shiradelta.format.registry import ORDERED, Order
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -99,9 +101,70 @@ def add(bits: Array, dtype: str, contribution: Float32) -> Array:
     return np.where(np.isnan(weight), bits, result)
 
 
-def result(adds: bool, payload: Array, old: Array, dtype: str, strength: float) -> Array:
-    """The elements' bits after a delta: ADD of float32 bits, or SET and NEW of the elements themselves."""
-    return add(old, dtype, scaled(payload.view(np.float32), strength)) if adds else payload
+def ordered(bits: Array, dtype: str) -> Array:
+    """Elements' bits -> signed integers of their size that grow with the element; its own inverse (section 6.1, ULP).
+
+    -0 comes right before +0; infinities and NaN are integers as all others.
+
+    Raises:
+        DeltaError: the dtype has no order.
+    """
+    order = ORDERED.get(dtype)
+    if order is None:
+        raise DeltaError(f"{dtype} elements have no order to move along; use set")
+    whole: Array = bits.view(f"<i{bits.itemsize}")
+    limits = np.iinfo(whole.dtype)
+    if order is Order.SIGN_AND_MAGNITUDE:
+        whole = whole ^ ((whole >> (8 * bits.itemsize - 1)) & limits.max)
+    elif order is Order.UNSIGNED:
+        whole = whole ^ limits.min
+    return whole
+
+
+def out_of_range(what: str) -> DeltaError:
+    """The error of a ULP that moves an element out of the range of its dtype."""
+    return DeltaError(f"{what} would leave the range of its dtype; give the base that the delta was made against")
+
+
+def shift(bits: Array, dtype: str, shifts: Array) -> Array:
+    """ULP: the elements' bits after a move by `shifts`, signed integers of their size or the bits of such.
+
+    Raises:
+        DeltaError: an element would leave the range of its dtype.
+    """
+    start, by = ordered(bits, dtype), shifts.view(f"<i{bits.itemsize}")
+    with np.errstate(over="ignore"):
+        end = start + by
+    if np.any(((start ^ end) & (by ^ end)) < 0):
+        raise out_of_range("an element")
+    return ordered(end.view(bits.dtype), dtype).view(bits.dtype)
+
+
+def shifts_between(old: Array, new: Array, dtype: str) -> Array | None:
+    """The shifts, signed, that make the bits `old` the bits `new`; None where one does not fit the elements' size."""
+    start, end = ordered(old, dtype), ordered(new, dtype)
+    with np.errstate(over="ignore"):
+        by: Array = end - start
+    overflow = np.any(((end ^ start) & (end ^ by)) < 0)
+    return None if overflow or np.any(by == np.iinfo(by.dtype).min) else by
+
+
+def result(operation: Operation, payload: Array, old: Array, dtype: str, strength: float) -> Array:
+    """The elements' bits after a delta.
+
+    Args:
+        operation: what the delta does.
+        payload: float32 bits of values for ADD, bits of shifts for ULP, the elements themselves for SET and NEW.
+        old: the elements' bits before.
+        dtype: their dtype.
+        strength: alpha.
+
+    Raises:
+        DeltaError: ULP moves an element out of the range of its dtype.
+    """
+    if operation.adds:
+        return add(old, dtype, scaled(payload.view(np.float32), strength))
+    return shift(old, dtype, payload) if operation.shifts else payload
 
 
 def fingerprint(positions: Positions, bits: Array) -> int:

@@ -269,11 +269,12 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
             raise FormatError("reserved_not_zero", "a fingerprint without its flag")
     if record.nnz:
         index_ok = INDEX_CODECS.by_id[record.index_codec].size_is_possible(index_decoded, nnz, record.numel)
-        values_size = VALUE_CODECS.by_id[record.value_codec].size(nnz, record.element_size)
+        values = VALUE_CODECS.by_id[record.value_codec]
+        values_ok = values.size_is_possible(values_decoded, nnz, record.element_size)
     else:
-        index_ok, values_size = index_decoded == 0, 0
+        index_ok, values_ok = index_decoded == 0, values_decoded == 0
     _check_section(record.index, cursor, data, zstd, index_ok)
-    _check_section(record.values, record.index.end, data, zstd, values_decoded == values_size)
+    _check_section(record.values, record.index.end, data, zstd, values_ok)
     return record
 
 

@@ -53,11 +53,13 @@ class TensorDelta:
         positions: flat row-major int64 indices, strictly increasing, each below the number of elements;
             None for all of them, in order.
         values: one per position.  For `add`: finite, taken as float32.  For `set`, `new` and `replace`: the
-            new elements, as an array of the dtype's own size (bfloat16 and fp8 as unsigned integers).  None for `drop`.
+            new elements, as an array of the dtype's own size (bfloat16 and fp8 as unsigned integers).  For `ulp`: whole
+            numbers other than 0, by how many representable numbers elements move.  None for `drop`.
         dtype: the base tensor's, by torch's name ("bfloat16").  "unspecified" fits a tensor of any dtype that `add` is
             defined for, and only `add` and `drop` do without a dtype.
-        op: "add", "set", "new" (the whole tensor is added to the model), "drop" (taken away) or "replace" (the
-            base's is taken away, and this one, of any shape and dtype, is added under its name).
+        op: "add", "set", "ulp" (elements move along the numbers of their dtype), "new" (the whole tensor is added to
+            the model), "drop" (taken away) or "replace" (the base's is taken away, and this one, of any shape and
+            dtype, is added under its name).
         base_bits: the base's elements at the positions, as bits: with it, a file gets fingerprints.
         base_fingerprint: the base's fingerprint there, if only that is known.
 
@@ -85,7 +87,9 @@ class TensorDelta:
             raise ArgumentError(f"dtype {dtype!r} is unknown; it is one of {', '.join(registry.DTYPE_OF_NAME)}")
         if dtype not in operation.dtypes:
             if dtype == "unspecified":
-                raise DeltaError(f"{op} stores elements as they are: give their dtype, such as dtype='bfloat16'")
+                raise DeltaError(f"{op} is of elements as they are: give their dtype, such as dtype='bfloat16'")
+            if operation.shifts:
+                raise DeltaError(f"{op} is not defined for {dtype}, whose elements have no order; use set")
             raise DeltaError(f"{op} is not defined for {dtype}, whose sums are not exact in float32; use set")
         self._dtype, self._operation = dtype, operation
         if operation.creates and positions is not None:
@@ -177,8 +181,12 @@ class TensorDelta:
         return self._positions
 
     def bits(self) -> Array:
-        """Unsigned [nnz]: the new elements' bits for set and new, the binary32 bits of the values for add."""
-        return self._values if self._operation.stores_elements else self._values.view(np.uint32)
+        """Unsigned [nnz]: new elements' bits for set and new, bits of binary32 values for add, of shifts for ulp.
+
+        A shift is an integer of the elements' size, in two's complement.
+        """
+        lists_floats = self._operation.adds or not self._operation.in_result
+        return self._values.view(np.uint32) if lists_floats else self._values
 
     def position_windows(self) -> Iterator[Positions]:
         """What `positions` gives, in runs of at most `WINDOW`: little memory, whatever the tensor's size.
@@ -195,9 +203,22 @@ class TensorDelta:
             yield bits[start:stop]
 
     def values(self) -> Float32:
-        """float32 [nnz]: the added values, or new elements if float32 holds them exactly."""
+        """float32 [nnz]: the added values, or new elements if float32 holds them exactly.
+
+        Raises:
+            DeltaError: float32 does not hold them, or the delta has none, as with ulp.
+        """
         bits = self.bits()
+        if self._operation.shifts:
+            raise DeltaError(f"{self.op} has no values; read its bits() instead")
         return to_float32(bits, self.dtype) if self._operation.stores_elements else bits.view(np.float32)
+
+    def payload(self) -> Array:
+        """What `TensorDelta` takes as values: float32 for add, shifts for ulp, else elements' bits; [nnz]."""
+        if self._operation.adds:
+            return self.values()
+        bits = self.bits()
+        return bits.view(f"<i{bits.itemsize}") if self._operation.shifts else bits
 
     def check_memory(self, size: int) -> None:
         """Checks, before anything is allocated, that making `size` bytes of the delta is allowed; here it always is."""
@@ -254,7 +275,9 @@ def _checked_positions(positions: npt.ArrayLike, numel: int) -> Positions:
 
 
 def _checked_values(values: npt.ArrayLike, count: int, dtype: str, operation: Operation) -> Array:
-    if operation.stores_elements:
+    if operation.shifts:
+        result = _checked_shifts(values, registry.DTYPE_OF_NAME[dtype])
+    elif operation.stores_elements:
         size = registry.DTYPE_OF_NAME[dtype].size
         result = np.array(values).reshape(-1)
         if result.itemsize != size:
@@ -272,3 +295,14 @@ def _checked_values(values: npt.ArrayLike, count: int, dtype: str, operation: Op
         raise DeltaError(f"{result.size} values for {count} positions")
     result.setflags(write=False)
     return result
+
+
+def _checked_shifts(values: npt.ArrayLike, dtype: registry.DType) -> Array:
+    """Shifts as bits of the elements' size."""
+    array = np.array(values).reshape(-1)
+    if array.size and array.dtype.kind not in "iu":
+        raise DeltaError(f"shifts are {array.dtype}; they must be whole numbers")
+    most = (1 << (8 * dtype.size - 1)) - 1
+    if array.size and (int(array.min()) < -most or int(array.max()) > most or not array.all()):
+        raise DeltaError(f"a shift is 0, or beyond {most}, the most for {dtype.name}; leave it out, or use set")
+    return array.astype(f"<i{dtype.size}").view(dtype.bits)

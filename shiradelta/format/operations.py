@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shiradelta.format.registry import ADDABLE, DTYPE_OF_NAME, UNSPECIFIED, Op
+from shiradelta.format.registry import ADDABLE, DTYPE_OF_NAME, ORDERED, UNSPECIFIED, Op
 from shiradelta.util.registry import IdRegistry
 
 _EVERY = frozenset(DTYPE_OF_NAME)
@@ -21,7 +21,8 @@ class Operation:
     Attributes:
         id: its number in a file.
         name: what `TensorDelta.op` calls it.
-        adds: float32 values are added to elements; otherwise elements are replaced by their bits.
+        adds: float32 values are added to elements.
+        shifts: elements move by whole numbers of representable values: integers are added to their ordered bits.
         has_strength: a strength other than 1 is defined.
         creates: the file has a whole tensor, which is added to the model.
         removes: the base's tensor is taken away from the model.
@@ -32,6 +33,7 @@ class Operation:
     id: int
     name: str
     adds: bool = False
+    shifts: bool = False
     has_strength: bool = False
     creates: bool = False
     removes: bool = False
@@ -61,7 +63,7 @@ class Operation:
     @property
     def stores_elements(self) -> bool:
         """Whether new elements are listed as bits of the tensor's dtype."""
-        return not self.adds and self.in_result
+        return not self.adds and not self.shifts and self.in_result
 
     @property
     def needs_dtype(self) -> bool:
@@ -79,6 +81,7 @@ OPERATIONS: IdRegistry[Operation] = IdRegistry(
     (
         Operation(Op.ADD, "add", adds=True, has_strength=True, dtypes=ADDABLE),
         Operation(Op.SET, "set"),
+        Operation(Op.ULP, "ulp", shifts=True, dtypes=frozenset(ORDERED), minor=1),
         Operation(Op.NEW, "new", creates=True),
         Operation(Op.DROP, "drop", removes=True, dtypes=_EVERY),
         Operation(Op.REPLACE, "replace", creates=True, removes=True, minor=1),

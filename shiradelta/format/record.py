@@ -8,6 +8,7 @@ from functools import cached_property
 
 from shiradelta.format import registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
+from shiradelta.format.codecs.base import ValueCodec
 from shiradelta.format.operations import Operation
 from shiradelta.format.registry import IndexId, ValueId
 
@@ -88,6 +89,11 @@ class Record:
         return VALUE_CODECS.by_id[self.value_codec].name if self.value_codec else ValueId.NONE.name
 
 
+def _holds(codec: ValueCodec, operation: Operation) -> bool:
+    """Whether a codec holds what an operation lists."""
+    return (codec.adds, codec.shifts) == (operation.adds, operation.shifts)
+
+
 def combination_problem(record: Record) -> str | None:
     """Which fields of a record contradict each other (FORMAT.md, 3.1); None if none do."""
     empty = record.nnz == 0
@@ -100,7 +106,7 @@ def combination_problem(record: Record) -> str | None:
     operation = record.operation
     fits = (
         record.dtype.name in operation.dtypes
-        and (empty or VALUE_CODECS.by_id[record.value_codec].adds == operation.adds)
+        and (empty or _holds(VALUE_CODECS.by_id[record.value_codec], operation))
         and (empty or operation.in_result)
         and (not operation.creates or (whole and (empty or record.index_codec == IndexId.ALL)))
     )

@@ -14,6 +14,8 @@ SECTION_ALIGNMENT = 64
 SLACK = 8
 BLOCK_BITS = 2048
 GROUP = 128
+#: Nonzeros that the value codec ULP decodes independently of others.
+ULP_BLOCK = 8192
 
 # spec/FORMAT.md, section 2.1; the CRC-32 of the header follows in the last four bytes.
 HEADER = struct.Struct("<8sHHIQQQQQQIIII32s12x")
@@ -23,6 +25,7 @@ RECORD = struct.Struct("<IHBBBBBBIQQQQQQQQQII8Q")
 RECORD_SIZE = 160
 METADATA_PAIR = struct.Struct("<II")
 RICE_HEAD = struct.Struct("<B7xQ")
+ULP_HEAD = struct.Struct("<BB6xQQ")
 STRUCT_ENTRY = struct.Struct("<QqQQ")
 DIGEST_SEED = b"shiradelta 1"
 
@@ -150,6 +153,24 @@ DTYPE_OF_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES if dtype is
 ADD_DTYPES = ("float32", "float16", "bfloat16")
 #: The dtypes that a record with ADD may have.
 ADDABLE = frozenset({UNSPECIFIED.name, *ADD_DTYPES})
+
+
+class Order(IntEnum):
+    """How the bits of a dtype's elements are seen as an integer that grows with the element (section 6.1, ULP)."""
+
+    SIGNED = 0
+    UNSIGNED = 1
+    SIGN_AND_MAGNITUDE = 2
+
+
+_FLOATS = "float32 float16 bfloat16 float64 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
+_UNSIGNED = "float8_e8m0fnu bool uint8 uint16 uint32 uint64"
+#: The dtypes whose elements have an order, and so can have ULP.
+ORDERED = {
+    **dict.fromkeys(_FLOATS.split(), Order.SIGN_AND_MAGNITUDE),
+    **dict.fromkeys(_UNSIGNED.split(), Order.UNSIGNED),
+    **dict.fromkeys(("int8", "int16", "int32", "int64"), Order.SIGNED),
+}
 
 
 def align(size: int, unit: int) -> int:

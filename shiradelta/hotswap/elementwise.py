@@ -32,7 +32,7 @@ class Elementwise(LiveBackend, ABC):
 
     @abstractmethod
     def payload(self, patch: Patch) -> Array:
-        """[nnz]: float32 values of an ADD, elements' bits of a SET."""
+        """[nnz]: float32 values of an ADD, elements' bits of a SET, of integers of their size for a ULP."""
 
     @abstractmethod
     def read(self, target: Target, positions: Array) -> Array:
@@ -61,6 +61,10 @@ class Elementwise(LiveBackend, ABC):
     @abstractmethod
     def add(self, bits: Array, dtype: str, contribution: Array) -> Array:
         """Bits of round(fl32(W + s)); NaN stays as it is."""
+
+    @abstractmethod
+    def shift(self, bits: Array, dtype: str, shifts: Array) -> Array:
+        """Bits of elements moved along their order.  Raises DeltaError where one leaves its dtype's range."""
 
     @abstractmethod
     def fingerprint(self, positions: Array, bits: Array) -> int:
@@ -168,7 +172,8 @@ class Elementwise(LiveBackend, ABC):
             payload = self.payload(item.patch)
             if not item.patch.record.adds:
                 bits = bits + 0  # a copy
-                bits[at] = payload
+                shifts = item.patch.record.operation.shifts
+                bits[at] = self.shift(bits[at], item.patch.dtype, payload) if shifts else payload
                 continue
             contribution = self.scaled(payload, item.layer.strength)
             if total is None:

@@ -44,7 +44,7 @@ class NativeBackend(NumpyBackend):
 
     def payload(self, patch: Patch) -> Array:
         held: _Data = patch.data
-        return held.tensor.values() if patch.record.adds else held.tensor.bits()
+        return held.tensor.payload()
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         """If only strengths change, summed elements are recomputed from the saved base without a restore."""

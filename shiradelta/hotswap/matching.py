@@ -204,7 +204,9 @@ def check_target(where: str, tensor: StoredTensor, target: Target, allow_dtype: 
 
 
 def check_sets(backend: LiveBackend, helds: Sequence[Held]) -> None:
-    """Checks that no two adapters set the same element.
+    """Checks that no two adapters set the same element, and that none moves one that another sets.
+
+    Moves add up.
 
     Raises:
         DeltaError: two do.
@@ -216,7 +218,12 @@ def check_sets(backend: LiveBackend, helds: Sequence[Held]) -> None:
                 setting.setdefault(patch.target, []).append(patch)
     for target, patches in setting.items():
         for i, one in enumerate(patches):
-            if any(backend.share_positions(one, other) for other in patches[:i]):
+            if any(_clash(one, other) and backend.share_positions(one, other) for other in patches[:i]):
                 raise DeltaError(
                     f"two adapters set the same elements of tensor {target.name!r}; only one of them can be active"
                 )
+
+
+def _clash(one: Patch, other: Patch) -> bool:
+    """Whether two patches that do not add cannot both change an element."""
+    return not (one.record.operation.shifts and other.record.operation.shifts)

@@ -50,7 +50,7 @@ class NumpyBackend(Elementwise):
 
     def payload(self, patch: Patch) -> Array:
         tensor: StoredTensor = patch.data
-        return tensor.values() if patch.record.adds else tensor.bits()
+        return tensor.payload()
 
     def read(self, target: Target, positions: Positions) -> Array:
         array, index = _indexed(target, positions)
@@ -78,6 +78,9 @@ class NumpyBackend(Elementwise):
 
     def add(self, bits: Array, dtype: str, contribution: Array) -> Array:
         return arithmetic.add(bits, dtype, contribution)
+
+    def shift(self, bits: Array, dtype: str, shifts: Array) -> Array:
+        return arithmetic.shift(bits, dtype, shifts)
 
     def fingerprint(self, positions: Positions, bits: Array) -> int:
         return arithmetic.fingerprint(positions, bits)

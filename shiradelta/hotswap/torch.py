@@ -24,7 +24,7 @@ from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.codecs.rice import Rice
 from shiradelta.format.record import Record, Section
-from shiradelta.format.registry import IndexId
+from shiradelta.format.registry import ORDERED, IndexId, Order
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.layers import Array, Held, Layer, Patch
 from shiradelta.hotswap.protocol import Fit
@@ -255,6 +255,23 @@ class TorchBackend(Elementwise):
         rounded = _ROUNDED[dtype](total)
         quiet = arithmetic.QUIET_NAN[dtype]
         return torch.where(weight.isnan(), bits, torch.where(total.isnan(), quiet, rounded))
+
+    def shift(self, bits: Tensor, dtype: str, shifts: Tensor) -> Tensor:
+        """Adds in the highest bits of int64, which wraps."""
+        order = ORDERED[dtype]
+        unused = 64 - 8 * bits.element_size()
+        magnitude = ((1 << 63) - 1) >> unused << unused
+
+        def turned(whole: Tensor) -> Tensor:
+            if order is Order.SIGN_AND_MAGNITUDE:
+                return whole ^ ((whole >> 63) & magnitude)
+            return whole ^ (-1 << 63) if order is Order.UNSIGNED else whole
+
+        start, by = turned(bits.to(torch.int64) << unused), shifts.to(torch.int64) << unused
+        end = start + by
+        if bool((((start ^ end) & (by ^ end)) < 0).any()):
+            raise arithmetic.out_of_range("an element")
+        return (turned(end) >> unused).to(bits.dtype)
 
     def fingerprint(self, positions: Tensor, bits: Tensor) -> int:
         """Computes in int64, which wraps; masks make shifts logical."""

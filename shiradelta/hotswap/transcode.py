@@ -111,7 +111,7 @@ def take_apart(
     missing = Counter((weight, tensor.op) for tensor, target, _ in fits for weight, _ in target.leaves())
     waiting: dict[Change, list[tuple[Positions, Array]]] = {}
     for tensor, target, dtype in fits:
-        payload = tensor.values() if tensor.operation.adds else tensor.bits()
+        payload = tensor.payload()
         for portion in _portions(tensor, target):
             change = portion.weight, tensor.op
             nonzeros[tensor.record.name][portion.share] = portion.ranks.size

@@ -81,7 +81,8 @@ class StoredTensor(TensorDelta):
         """Unsigned [nnz].  Raises FormatError where the section is damaged, LimitError if it takes too much memory."""
         if self.nnz:
             return self._within(self.record.decoded_size).bits(self.record)
-        return np.zeros(0, f"<u{self.record.element_size}" if self.operation.stores_elements else "<u4")
+        lists_floats = self.operation.adds or not self.operation.in_result
+        return np.zeros(0, "<u4" if lists_floats else f"<u{self.record.element_size}")
 
     def position_windows(self) -> Iterator[Positions]:
         return self.decoder.position_windows(self.record) if self.nnz else iter(())

@@ -17,7 +17,7 @@ from shiradelta.backends.protocols import Backend
 from shiradelta.errors import ArgumentError, DeltaError, FormatError
 from shiradelta.format import arithmetic, container, registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs import BITS, INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
+from shiradelta.format.codecs import BITS, INDEX_CODECS, ULP, VALUE_OPTIONS, smallest_index_codec
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import TensorDigest, content_digest, tensor_digest
 from shiradelta.format.operations import OPERATIONS
@@ -43,7 +43,7 @@ class DeltaWriter:
         self._zstd = zstd
         # Positions may need any index codec; a backend given by name uses only the codecs that it knows.
         index_ids = INDEX_CODECS.by_id if backend == AUTO else ()
-        self._backend = choose(backend, index_ids, (self._codec.id, BITS.id))
+        self._backend = choose(backend, index_ids, (self._codec.id, ULP.id, BITS.id))
         self._records: dict[str, Record] = {}
         self._digests: dict[str, bytes] = {}
         self.metadata: dict[str, str] = {}
@@ -137,7 +137,7 @@ class DeltaWriter:
             positions = tensor.positions()
             index_id = smallest_index_codec(positions, tensor.shape, self._backend.index_codecs)
             index = self._store(self._backend.index_codecs[index_id].encode(positions, tensor.shape))
-            value_id = self._codec.id if operation.adds else BITS.id
+            value_id = self._codec.id if operation.adds else (ULP if operation.shifts else BITS).id
             values, decoded = self._store_values(tensor, value_id)
             stored = TensorDelta.trusted(
                 shape=tensor.shape,
@@ -235,7 +235,7 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
     if tensor.dtype == "unspecified":
         return None, None
     base, operation = tensor.base_bits, tensor.operation
-    if not operation.in_result or (base is None and operation.adds):
+    if not operation.in_result or (base is None and not operation.stores_elements):
         # Where the values stay as they are, so does the result.
         same = tensor.result_fingerprint is not None and np.array_equal(stored.bits(), tensor.bits())
         return tensor.base_fingerprint, tensor.result_fingerprint if same else None
@@ -245,7 +245,7 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
         start += positions.size
         if old is not None:
             of_base += backend.fingerprint(positions, old)
-            bits = arithmetic.result(operation.adds, bits, old, tensor.dtype, 1)
+            bits = arithmetic.result(operation, bits, old, tensor.dtype, 1)
         of_result += backend.fingerprint(positions, bits)
     known = tensor.base_fingerprint if base is None else of_base % (1 << 64)
     return (known if operation.in_base else None), of_result % (1 << 64)

@@ -139,8 +139,9 @@ def check_strength(where: str, strength: float, operations: Iterable[Operation],
         DeltaError: they do not, or the strength is not a finite float32.
     """
     arithmetic.alpha_of(strength)
-    if strength != 1 and not all(operation.has_strength for operation in operations):
-        raise DeltaError(f"{where} sets whole values, which have strength 1 only; {remedy}")
+    names = ", ".join(sorted({operation.name for operation in operations if not operation.has_strength}))
+    if strength != 1 and names:
+        raise DeltaError(f"{where}: {names} has strength 1 only; {remedy}")
 
 
 class Remedies(NamedTuple):

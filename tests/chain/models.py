@@ -110,6 +110,6 @@ def replayed(model: Model, step: Path) -> Model:
                 after[name] = one.dtype, one.shape, one.bits().copy()
             else:
                 bits, at = after[name][2].copy(), one.positions()
-                bits[at] = arithmetic.result(one.operation.adds, one.bits(), bits[at], one.dtype, 1)
+                bits[at] = arithmetic.result(one.operation, one.bits(), bits[at], one.dtype, 1)
                 after[name] = one.dtype, one.shape, bits
     return after

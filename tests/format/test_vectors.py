@@ -117,13 +117,19 @@ VALUES_NAME = {codec.name: option for option, codec in VALUE_OPTIONS.items()}
 CANONICAL = {name: file for name, file in make_vectors.valid_files().items() if file.canonical}
 
 
+def _listed(tensor) -> np.ndarray:
+    """Elements' bits, or shifts."""
+    bits = np.array(tensor.values.bits, f"<u{make_vectors.DTYPES[tensor.dtype][1] or 4}")
+    return bits.view(f"<i{bits.itemsize}") if tensor.op == "ULP" else bits
+
+
 def rebuilt(tensor) -> sd.TensorDelta:
     """A tensor of make_vectors.py as the package has it."""
     values, size = tensor.values, make_vectors.DTYPES[tensor.dtype][1]
     return sd.TensorDelta(
         tensor.shape,
         None if tensor.op in ("NEW", "REPLACE") else list(tensor.index.positions),
-        np.array(values.source) if tensor.op == "ADD" else np.array(values.bits, f"<u{size or 4}"),
+        np.array(values.source) if tensor.op == "ADD" else _listed(tensor),
         tensor.dtype,
         tensor.op.lower(),
         None if tensor.base is None else np.array(tensor.base, f"<u{size}"),

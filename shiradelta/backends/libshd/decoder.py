@@ -23,14 +23,15 @@ from shiradelta.backends.libshd.library import (
 )
 from shiradelta.backends.numpy import NumpyDecoder, has_zstd, unzstd
 from shiradelta.backends.protocols import Decoder
-from shiradelta.errors import FormatError
-from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.errors import DeltaError, FormatError
+from shiradelta.format.arithmetic import Array, Positions, out_of_range
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record
 from shiradelta.format.registry import BLOCK_BITS, DTYPE_OF_NAME, IndexId
 from shiradelta.util.arrays import WINDOW, ranges
 
 _FIRST_MISUSE = 64
+_OUT_OF_RANGE = "out_of_range"
 _CHECK_SIZES, _CHECK_ALL = 0, 2
 #: A thread works on a multiple of this many weights: whole cache lines.
 _STRIDE = 64
@@ -97,14 +98,27 @@ class LoadedTensor:
         return positions, self.bits(rank.value, count.value)
 
     def apply(self, weight: Array, dtype: str, strength: float, saved: Array | None = None) -> None:
-        """Patches all elements' bits; `saved`, [nnz] of the same dtype, receives what is overwritten."""
+        """Patches all elements' bits; `saved`, [nnz] of the same dtype, receives what is overwritten.
+
+        Raises:
+            DeltaError: ULP moves an element out of the range of its dtype; all elements are as they were.
+        """
+        if saved is None and self.record.operation.shifts:
+            saved = np.empty(self.record.nnz, weight.dtype)
         weights = Weights(address(weight), 0, weight.size, DTYPE_OF_NAME[dtype].id, 1)
         room = None if saved is None else address(saved)
+        done: list[tuple[int, int]] = []
 
         def work(first: int, last: int) -> None:
             self._call(library().shd_apply, self.address, byref(weights), strength, first, last, room)
+            done.append((first, last))
 
-        in_threads(work, self.blocks, self.record.nnz)
+        try:
+            in_threads(work, self.blocks, self.record.nnz)
+        except DeltaError:  # the call that failed has put back its own blocks
+            for first, last in done:
+                self._call(library().shd_revert, self.address, byref(weights), first, last, room)
+            raise
 
     def revert(self, weight: Array, dtype: str, saved: Array) -> None:
         """Writes back the elements that `apply` saved."""
@@ -173,6 +187,8 @@ class NativeDecoder(Decoder):
         if failure is not None:
             raise failure
         reason = library().shd_error_name(code).decode()
+        if reason == _OUT_OF_RANGE:
+            raise out_of_range(f"tensor {name!r}")
         if code >= _FIRST_MISUSE:
             raise AssertionError(f"{function.__name__}: {reason}")
         raise FormatError(reason, offset=status.offset, tensor=name, file=self._name)

@@ -1,8 +1,4 @@
-"""The registries of the codecs: one file and one row per codec.
-
-Everything else is derived from these registries: what a reader takes, what `--values` offers, which operation goes
-with which codec, what backends are asked for, the parameters of tests.
-"""
+"""The registries of the codecs: one file and one row per codec; what a reader takes and `--values` offers follows."""
 
 from __future__ import annotations
 
@@ -22,14 +18,15 @@ from shiradelta.format.codecs.raw import Raw
 from shiradelta.format.codecs.rice import Rice
 from shiradelta.format.codecs.sign import Sign
 from shiradelta.format.codecs.struct import Struct
+from shiradelta.format.codecs.ulp import Ulp
 from shiradelta.format.registry import ValueId
 from shiradelta.util.registry import IdRegistry
 
-__all__ = ["BITS", "F32", "INDEX_CODECS", "VALUE_CODECS", "VALUE_OPTIONS", "smallest_index_codec"]
+__all__ = ["BITS", "F32", "INDEX_CODECS", "ULP", "VALUE_CODECS", "VALUE_OPTIONS", "smallest_index_codec"]
 
 INDEX_CODECS: IdRegistry[IndexCodec] = IdRegistry("index codec", (Rice(), Raw(), Bitmap(), Struct(), AllPositions()))
 
-F32, BITS = Float(ValueId.F32, "F32", "f32", "float32"), Bits()
+F32, BITS, ULP = Float(ValueId.F32, "F32", "f32", "float32"), Bits(), Ulp()
 VALUE_CODECS: IdRegistry[ValueCodec] = IdRegistry(
     "value codec",
     (
@@ -40,6 +37,7 @@ VALUE_CODECS: IdRegistry[ValueCodec] = IdRegistry(
         Int4(),
         Sign(),
         BITS,
+        ULP,
     ),
 )
 #: Option that a user gives for values -> codec.

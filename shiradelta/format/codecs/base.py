@@ -81,7 +81,9 @@ class ValueCodec(ABC):
         id: its number in a file.
         name: its name in spec/REGISTRY.md.
         option: what a user types to have values stored so; None where no user chooses it.
-        adds: it holds float32 values that are added; otherwise elements' bits, which replace.
+        adds: it holds float32 values that are added.
+        shifts: it holds integers of the elements' size, as unsigned bits, by which elements move.  A codec that neither
+            adds nor shifts holds elements' bits, which replace.
         idempotent: `encode` of what `decode` gives is the same section again.
         minor: the minor version of the format that defines it; the writer derives the file's from it.
     """
@@ -90,16 +92,21 @@ class ValueCodec(ABC):
     name: str
     option: str | None
     adds: bool = True
+    shifts: bool = False
     idempotent: bool = True
     minor: int = 0
 
     @abstractmethod
     def size(self, nnz: int, size: int) -> int:
-        """Bytes of the section."""
+        """Bytes of a section; of the smallest one, if `size_is_possible` takes others."""
+
+    def size_is_possible(self, section: int, nnz: int, size: int) -> bool:
+        """Whether a section may have `section` bytes, judged by the table alone."""
+        return section == self.size(nnz, size)
 
     @abstractmethod
     def encode(self, values: Array) -> bytes:
-        """The canonical section, of float32 values if the codec adds, otherwise of unsigned elements.
+        """The canonical section, of float32 values if the codec adds, otherwise of unsigned bits.
 
         Raises:
             DeltaError: a value does not fit the codec.

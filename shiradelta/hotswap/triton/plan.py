@@ -208,6 +208,8 @@ def _is_pair(kind: Kind, stack: Stack) -> bool:
 
 def _kind(patch: Patch) -> Kind | None:
     tensor = patch.target.tensor
+    if patch.record.operation.shifts:  # a kernel could not refuse an element that leaves the range
+        return None
     if is_array(tensor) or (patch.record.nnz and not tensor.is_contiguous()):
         return None
     size = registry.DTYPE_OF_NAME[patch.dtype].size

@@ -1,0 +1,183 @@
+"""The next checkpoint, bit for bit: every tensor that differs, as the smallest of what the format has.
+
+Where elements keep their dtype, a step of training moves most of those that change by one or two representable numbers.
+So a tensor holds these shifts, or its new elements, or is stored whole; tensors are added, dropped and replaced.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from shiradelta.chain.difference import changed
+from shiradelta.errors import SourceError, TargetError
+from shiradelta.format import arithmetic, registry
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.codecs import BITS, ULP
+from shiradelta.format.delta import TensorDelta
+from shiradelta.format.windows import Cursor
+from shiradelta.io.reader import Delta, parse_delta
+from shiradelta.io.recognise import UNCHANGED, Wanted
+from shiradelta.io.writer import writing_to
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.provenance import named
+from shiradelta.util.arrays import ranges
+from shiradelta.util.files import replacing
+from shiradelta.util.progress import Progress
+from shiradelta.util.threads import ahead
+from shiradelta.util.version import VERSION
+
+from .report import ConversionReport, TensorReport
+
+#: Elements compared at a time; they stay in a core's cache.
+_BLOCK = 1 << 17
+#: No limit on what decoding a tensor takes: the file is our own, and its tensors are in memory here anyway.
+_UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """A conversion of everything that differs.
+
+    Attributes:
+        source, base: the next checkpoint and the one before it.
+        target: the file to write.
+        zstd: compress sections where that helps.
+        backend: a name of `shiradelta.backends.choose.FILE_BACKENDS`, or "auto".
+        metadata: further pairs for the file.
+        progress: called with (what, done, total).
+    """
+
+    source: Path
+    base: Path
+    target: Path
+    zstd: bool
+    backend: str
+    metadata: Mapping[str, str]
+    progress: Progress
+
+    def write(self) -> ConversionReport:
+        """Writes the file, and compares what it gives with the source before it is put in place.
+
+        Raises:
+            SourceError: nothing differs, or the two have no tensor in common.
+            TargetError: the file cannot be written, or does not give the source.
+        """
+        source, base = open_checkpoint(self.source, Wanted.SOURCE), open_checkpoint(self.base, Wanted.BASE)
+        names = _names(source, base)
+        report = ConversionReport(os.fspath(self.source), os.fspath(self.target), 0.0, "lossless", lossless=True)
+        scratch = self.target.absolute().parent
+        with replacing(self.target) as output:
+            with writing_to(output, "f32", self.zstd, self.backend, scratch) as writer:
+                work = ahead(lambda name: _difference(source, base, name), names)
+                for number, (name, tensor) in enumerate(zip(names, work, strict=True)):
+                    self.progress(name, number, len(names))
+                    if tensor is not None:
+                        writer.add(name, tensor)
+                        about = name, tensor.op, tensor.shape, tensor.nnz, tensor.numel
+                        report.tensors.append(TensorReport(*about, energy=0.0, lost=0.0, inexact=0))
+                if not report.tensors:
+                    raise SourceError(f"{self.source}: {UNCHANGED}")
+                writer.metadata.update(
+                    {
+                        "created_by": f"shiradelta {VERSION}",
+                        "method": "lossless",
+                        "exactness": "exact",
+                        **named(self.source, self.base),
+                        **self.metadata,
+                    }
+                )
+            self._verify(output, source, base)
+        changed = sum(tensor.nnz for tensor in report.tensors if not tensor.operation.creates)
+        report.sparsity = changed / max(sum(slot.numel for slot in base.values()), 1)
+        report.file_bytes = self.target.stat().st_size
+        return report
+
+    def _verify(self, output: BinaryIO, source: Checkpoint, base: Checkpoint) -> None:
+        """Reads the file and compares what it gives with the source, bit for bit."""
+        output.flush()
+        mapped = mmap.mmap(output.fileno(), 0, access=mmap.ACCESS_READ)
+        data = np.frombuffer(mapped, np.uint8)
+        with parse_delta(data, os.fspath(self.target), self.backend, limit=_UNLIMITED) as delta:
+            del data
+            delta.verify()
+            for number, name in enumerate(delta):
+                self.progress("verifying", number, len(delta))
+                if not _gives(delta, name, source, base):
+                    raise TargetError(f"{self.target}: tensor {name!r} would not be the source's; report this")
+
+
+def _names(source: Checkpoint, base: Checkpoint) -> list[str]:
+    """The names of all tensors, in byte order.
+
+    Raises:
+        SourceError: no name is in both.
+    """
+    if not set(source) & set(base):
+        raise SourceError(
+            f"{source.root}: has no tensor of {base.root}, by their names; give the checkpoint before it as the base"
+        )
+    return sorted({*source, *base}, key=str.encode)
+
+
+def _difference(source: Checkpoint, base: Checkpoint, name: str) -> TensorDelta | None:
+    """The change of one tensor, None if there is none."""
+    step = changed(name, base, source)
+    if step is None or step.operation.restructures:
+        return step
+    return smallest(step, base.bits(name), source.bits(name))
+
+
+def smallest(step: TensorDelta, old: Array, new: Array) -> TensorDelta:
+    """The delta with the smallest sections that does what a step does.
+
+    Args:
+        step: sets the elements that differ.
+        old: all elements' bits before, flat.
+        new: all of them after.
+    """
+    assert step.base_bits is not None
+    size, whole = BITS.size(step.nnz, old.itemsize), BITS.size(old.size, old.itemsize)
+    if step.dtype in registry.ORDERED:
+        shifts = arithmetic.shifts_between(step.base_bits, step.bits(), step.dtype)
+        if shifts is not None and (own := len(ULP.encode(shifts.view(old.dtype)))) <= size:
+            size = own
+            positions = None if step.all_positions else step.positions()
+            step = TensorDelta.trusted(step.shape, positions, shifts.view(old.dtype), step.dtype, "ulp", step.base_bits)
+    # Where most elements change, positions are a bitmap: one bit an element.
+    if 2 * step.nnz > old.size and not step.all_positions and size + old.size // 8 > whole:
+        return TensorDelta.trusted(step.shape, None, new, step.dtype, "set", old)
+    return step
+
+
+def _gives(delta: Delta, name: str, source: Checkpoint, base: Checkpoint) -> bool:
+    """Whether a tensor of the file makes the base's tensor the source's."""
+    tensor = delta[name]
+    operation = tensor.operation
+    if (name in base, name in source) != (operation.in_base, operation.in_result):
+        return False
+    if not operation.in_result:
+        return True
+    new = source.bits(name)
+    if operation.creates:
+        return new.size == tensor.nnz and all(map(np.array_equal, tensor.bits_windows(), _cut(new)))
+    old, cursor = base.bits(name), Cursor(tensor)
+    for start, stop in ranges(old.size, _BLOCK):
+        block = old[start:stop].copy()
+        for positions, bits in cursor.until(stop):
+            at = positions - start
+            block[at] = arithmetic.result(operation, bits, block[at], tensor.dtype, 1.0)
+        if not np.array_equal(block, new[start:stop]):
+            return False
+    return cursor.end is None
+
+
+def _cut(bits: Array) -> Iterator[Array]:
+    """In windows as a delta's are."""
+    return (bits[start:stop] for start, stop in ranges(bits.size))

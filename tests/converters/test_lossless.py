@@ -1,0 +1,205 @@
+"""`convert --lossless`: the next checkpoint bit for bit, or a refusal that says what a file cannot hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import shiradelta as sd
+from shiradelta.converters import lossless
+from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, SourceError, TargetError
+from shiradelta.fit import Fit
+from tests.conftest import write_model
+from tests.swapping import bits
+
+State = dict[str, torch.Tensor]
+
+
+def step(tensor: torch.Tensor, share: float, seed: int = 0, most: int = 3) -> torch.Tensor:
+    """A step: some elements move by a few representable numbers."""
+    rng = np.random.default_rng(seed)
+    flat = bits(tensor)
+    at = rng.random(flat.size) < share
+    flat[at] += rng.integers(1, most + 1, at.sum()).astype(flat.dtype)
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize]
+    kind = "u1" if flat.itemsize == 1 else f"i{flat.itemsize}"
+    return torch.from_numpy(flat.view(kind)).view(size).view(tensor.dtype).view(tensor.shape)
+
+
+def scattered(old: torch.Tensor, share: float, by: float) -> torch.Tensor:
+    """Some elements are far from where they were."""
+    return torch.where(torch.rand(old.shape) < share, torch.randn(old.shape).bfloat16() * by, old)
+
+
+def model() -> State:
+    torch.manual_seed(0)
+    return {
+        "bf16": torch.randn(60, 40).bfloat16(),
+        "fp16": torch.randn(60, 40).half(),
+        "fp32": torch.randn(60, 40),
+        "fp8": torch.randn(60, 40).to(torch.float8_e4m3fn),
+        "ids": torch.arange(50),
+        "packed": torch.randint(0, 255, (60, 40), dtype=torch.uint8),
+        "same": torch.randn(20, 20).bfloat16(),
+        "old": torch.randn(5, 5).bfloat16(),
+        "shape": torch.randn(5, 5).bfloat16(),
+        "dtype": torch.randn(5, 5).bfloat16(),
+    }  # fmt: skip
+
+
+def after(base: State) -> State:
+    tuned = {
+        name: step(tensor, 0.05) for name, tensor in base.items() if name in ("bf16", "fp16", "fp32", "fp8", "packed")
+    }
+    tuned["bf16"].view(torch.int16)[3, 3] = -0x8000  # -0
+    tuned["bf16"][4, 4] = float("nan")
+    whole = {"shape": torch.ones(6, 5).bfloat16(), "dtype": base["dtype"].float(), "new": torch.ones(3, 3)}
+    return {**tuned, **whole, "same": base["same"], "ids": base["ids"] + 1}
+
+
+def same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(bits(one[name]), bits(other[name])) for name in one)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    base = model()
+    return write_model(tmp_path / "base", base, 2), write_model(tmp_path / "tuned", after(base))
+
+
+def read(folder: Path) -> State:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+@pytest.mark.parametrize("backend", ["numpy", "libshd"])
+def test_a_folder_becomes_the_next_bit_for_bit_and_goes_back(folders, tmp_path: Path, backend: str, zstd: bool):
+    base, tuned = folders
+    before = read(base)
+    report = sd.convert(tuned, tmp_path / "x.shd", base=base, lossless=True, zstd=zstd, backend=backend)
+    assert report.exact
+    assert report.summary == "the source's weights, compared bit for bit; exact"
+    ops = {tensor.name: tensor.op for tensor in report.tensors}
+    assert ops == {
+        **dict.fromkeys(("bf16", "fp16", "fp32", "fp8", "packed", "ids"), "ulp"),
+        "new": "new",
+        "old": "drop",
+        "shape": "replace",
+        "dtype": "replace",
+    }
+    with sd.open_delta(tmp_path / "x.shd") as delta:
+        delta.verify()
+        assert delta.metadata["method"] == "lossless"
+        assert delta.metadata["exactness"] == "exact"
+    sd.apply(base, tmp_path / "x.shd")
+    assert same(read(base), read(tuned))
+    assert sd.verify(base).state == "patched"
+    sd.revert(base)
+    assert same(read(base), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "op", "whole"),
+    [
+        (lambda old: step(old, 0.1, most=2), "ulp", False),
+        (lambda old: step(old, 1.0, most=2), "ulp", True),
+        (lambda old: scattered(old, 0.05, 1e9), "set", False),
+        (lambda old: scattered(old, 0.97, 1e9), "set", True),
+    ],
+    ids=["few", "all", "far", "most"],
+)
+def test_a_tensor_is_the_smallest_of_what_there_is(change, op: str, whole: bool):
+    torch.manual_seed(1)
+    old = torch.randn(80, 90).bfloat16()
+    new = change(old)
+    at = np.flatnonzero(bits(old) != bits(new))
+    step = sd.TensorDelta((80, 90), at, bits(new)[at], "bfloat16", "set", bits(old)[at])
+    delta = lossless.smallest(step, bits(old), bits(new))
+    assert (delta.op, delta.all_positions) == (op, whole)
+
+
+def test_what_a_file_cannot_hold_is_refused(folders, tmp_path: Path):
+    base, tuned = folders
+    out = tmp_path / "x.shd"
+    options = {"base": base, "lossless": True}
+    with pytest.raises(SourceError, match=r"base: .*nothing"):
+        sd.convert(base, out, **options)
+    other = write_model(tmp_path / "other", {"elsewhere": torch.ones(3)})
+    with pytest.raises(SourceError, match="has no tensor of"):
+        sd.convert(other, out, **options)
+    with pytest.raises(SourceError, match="give --base MODEL"):
+        sd.convert(tuned, out, lossless=True)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"sparsity": 0.1},
+        {"values": "f32"},
+        {"target_size": "2MB"},
+        {"kind": "full"},
+        {"scope": "model"},
+        {"skip": "*"},
+        {"alpha": 2.0},
+        {"fit": Fit("texts.jsonl")},
+    ],
+    ids=lambda choice: next(iter(choice)),
+)
+def test_a_choice_of_what_is_kept_is_refused(folders, tmp_path: Path, choice):
+    base, tuned = folders
+    name = next(iter(choice)).replace("_", " ")
+    with pytest.raises(ArgumentError, match=f"lossless keeps everything as it is, so {name} cannot be chosen"):
+        sd.convert(tuned, tmp_path / "x.shd", base=base, lossless=True, **choice)
+
+
+def test_a_result_that_differs_is_not_put_in_place(folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base, tuned = folders
+    right = lossless.smallest
+
+    def wrong(step, old, new):
+        found = right(step, old, new)
+        return sd.TensorDelta(found.shape, found.positions()[1:], found.payload()[1:], found.dtype, found.op)
+
+    monkeypatch.setattr(lossless, "smallest", wrong)
+    with pytest.raises(TargetError, match="would not be the source's"):
+        sd.convert(tuned, tmp_path / "x.shd", base=base, lossless=True)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def test_another_base_is_refused_before_anything_is_written(folders, tmp_path: Path):
+    base, tuned = folders
+    sd.convert(tuned, tmp_path / "x.shd", base=base, lossless=True)
+    for check in True, False:
+        tensors = read(base)
+        tensors["bf16"].view(torch.int16)[:] = 0x7FFF  # the last of its order
+        for file in base.glob("*.safetensors"):
+            file.unlink()
+        (base / "model.safetensors.index.json").unlink(missing_ok=True)
+        save_file(tensors, base / "model.safetensors")
+        with pytest.raises((BaseMismatchError, DeltaError), match=r"made against|range of its dtype"):
+            sd.apply(base, tmp_path / "x.shd", check=check)
+        assert same(read(base), tensors)
+    with pytest.raises(DeltaError, match="ulp has strength 1 only"):
+        sd.apply(base, tmp_path / "x.shd", strength=0.5)
+
+
+def test_two_steps_fuse_into_one_without_a_base(tmp_path: Path):
+    first = {"w": torch.randn(60, 40).bfloat16()}
+    second = {"w": step(first["w"], 0.1, 1)}
+    third = {"w": step(second["w"], 0.1, 2)}
+    back = bits(first["w"]) != bits(second["w"])
+    third["w"].view(-1)[back] = first["w"].view(-1)[back]
+    models = [write_model(tmp_path / str(i), state) for i, state in enumerate((first, second, third))]
+    for i in 0, 1:
+        sd.convert(models[i + 1], tmp_path / f"{i}.shd", base=models[i], lossless=True)
+    report = sd.fuse({tmp_path / "0.shd": 1, tmp_path / "1.shd": 1}, tmp_path / "x.shd")
+    with sd.open_delta(tmp_path / "x.shd") as delta:
+        assert delta["w"].op == "ulp"
+        assert report.nnz == np.count_nonzero(bits(first["w"]) != bits(third["w"]))
+    sd.apply(models[0], tmp_path / "x.shd")
+    assert same(read(models[0]), third)
