@@ -11,11 +11,11 @@ into the elements that it gives, or where one step alone has the tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from shiradelta.backends.choose import choose
+from shiradelta.chain.runs import Run, Runs
 from shiradelta.chain.state import known
 from shiradelta.errors import ChainError
 from shiradelta.format import arithmetic
@@ -25,68 +25,10 @@ from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint, bits_of
 from shiradelta.models.safetensors import Slot
-from shiradelta.util.arrays import merge_sorted, overlay_values
+from shiradelta.util.arrays import overlay_values
 from shiradelta.util.progress import Progress
 
 _MODULUS = 1 << 64
-
-
-class Run(NamedTuple):
-    """Elements that some consecutive steps have set.
-
-    Attributes:
-        positions: sorted.
-        bits: the elements afterwards.
-        base: the fingerprint of what was at the positions before.
-    """
-
-    positions: Positions
-    bits: Array
-    base: int
-
-
-def merged(runs: Sequence[Run]) -> Run:
-    """One run for several, the earliest first."""
-    if len(runs) == 1:
-        return runs[0]
-    union = merge_sorted([run.positions for run in runs])
-    bits = np.empty(union.union.size, runs[0].bits.dtype)
-    known = np.zeros(union.union.size, np.bool_)
-    base, fingerprint = 0, choose().fingerprint
-    for run, at in zip(runs, union.indices, strict=True):
-        again = known[at]
-        base += run.base - fingerprint(run.positions[again], bits[at[again]])
-        bits[at], known[at] = run.bits, True
-    return Run(union.union, bits, base % _MODULUS)
-
-
-class Runs:
-    """Consecutive runs, merged now and then: each element is copied a few times, whatever the number of runs.
-
-    Runs wait until they have as many elements as what is merged already, so memory is that of a few tensors.
-    """
-
-    def __init__(self) -> None:
-        self._merged: Run | None = None
-        self._waiting: list[Run] = []
-        self._size = 0
-
-    def add(self, run: Run) -> None:
-        """Adds the next run."""
-        self._waiting.append(run)
-        self._size += run.positions.size
-        if self._merged is None or self._size > 2 * self._merged.positions.size:
-            self.all()
-
-    def all(self) -> Run | None:
-        """One run for all so far; None if there was none."""
-        if self._waiting:
-            self._merged = merged([*self._earlier(), *self._waiting])
-            self._waiting, self._size = [], 0
-        return self._merged
-
-    def _earlier(self) -> list[Run]:
-        return [] if self._merged is None else [self._merged]
 
 
 def fold(

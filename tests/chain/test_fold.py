@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 import shiradelta as sd
 from shiradelta import TensorDelta
-from shiradelta.chain.fold import Run, Runs, fold_tensor, merged
+from shiradelta.chain import runs as module
+from shiradelta.chain.fold import fold_tensor
+from shiradelta.chain.runs import Run, Runs, merged
 from shiradelta.format.arithmetic import fingerprint
 from tests.chain.models import Model, add_step, change, replayed, same, set_step, small, tensor, write
 from tests.chain.test_chain import Run as Training
@@ -65,22 +67,29 @@ def test_a_fold_gives_what_its_steps_give(seed: int, steps: int, has_base: bool)
         assert same(run.reached(None, steps), run.models[steps])
 
 
-def test_runs_merge_to_the_same_whatever_their_sizes():
+@pytest.mark.parametrize(("numel", "sizes"), [(5000, [1, 3000, 1, 0, 2, 400, 5000, 7]), (1 << 40, [3, 900, 0, 1, 50])])
+def test_runs_merge_to_the_same_whatever_their_sizes(numel: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch):
+    """Many elements among few positions, and few among many, in several ranges."""
+    monkeypatch.setattr(module, "_SPAN", 512)
+    monkeypatch.setattr(module, "_WAITING", 4)
     rng = np.random.default_rng(0)
-    before = rng.integers(0, 1 << 16, 5000).astype("<u2")
-    now, runs, parts = before.copy(), Runs(), []
-    for size in [1, 3000, 1, 1, 2, 400, 5000, 7]:
-        at = np.sort(rng.choice(5000, size, replace=False))
+    places = np.unique(rng.integers(0, numel, 5000)) if numel > 5000 else np.arange(numel)
+    before = dict(zip(places.tolist(), rng.integers(0, 1 << 16, places.size).tolist(), strict=True))
+    now, runs, parts = dict(before), Runs(), []
+    for size in sizes:
+        at = np.sort(rng.choice(places[: 3 * max(sizes)], size, replace=False))
         bits = rng.integers(0, 1 << 16, size).astype("<u2")
-        parts.append(Run(at, bits, fingerprint(at, now[at])))
+        old = np.array([now[each] for each in at.tolist()], "<u2")
+        parts.append(Run(at, bits, fingerprint(at, old)))
         runs.add(parts[-1])
-        now[at] = bits
+        now |= dict(zip(at.tolist(), bits.tolist(), strict=True))
     found = runs.all()
     assert found is not None
+    listed = sorted({each for run in parts for each in run.positions.tolist()})
     for run in (found, merged(parts)):
-        assert np.array_equal(run.bits, now[run.positions])
-        assert np.array_equal(run.positions, np.arange(5000))
-        assert run.base == fingerprint(run.positions, before)
+        assert run.positions.tolist() == listed
+        assert run.bits.tolist() == [now[each] for each in listed]
+        assert run.base == fingerprint(run.positions, np.array([before[each] for each in listed], "<u2"))
 
 
 def test_steps_whose_fingerprints_contradict_each_other_are_refused(tmp_path: Path):
