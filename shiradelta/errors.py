@@ -85,6 +85,7 @@ CHAIN_REASONS: dict[str, tuple[str, str]] = {
     "other_chain": ("another chain is there now", "open that one, in a new folder"),
     "pruned": ("no steps that are left lead there", "begin anew from an anchor, in a new folder"),
     "unreachable": ("no anchor would lead there any more", "publish an anchor first"),
+    "store_failed": ("the store cannot be used", "try again when it can be reached"),
     "missing_file": ("a file that the manifest lists is missing", "put it back, or publish a new anchor"),
     "wrong_bytes": ("a file is not the one that was published", "put it back, or publish a new anchor"),
     "needs_base": (

@@ -136,7 +136,7 @@ def test_files_are_short_enough_to_hold_in_the_head():
 
 
 def test_nothing_is_evaluated_unpickled_or_fetched():
-    """Files are data, extensions are what the user imports, and huggingface_hub alone reads from the network."""
+    """Files are data, extensions are what users import, only huggingface_hub and fsspec read from the network."""
     refused = {"pickle", "marshal", "shelve", "socket", "urllib", "http", "requests", "subprocess", "runpy"}
     for module in sources():
         for node in nodes(module):

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from shiradelta.chain.checks import check_contents, check_digest, check_state, check_sum
 from shiradelta.chain.difference import write_difference
-from shiradelta.chain.files import digest_of_file, fetched, files_of_model, put
+from shiradelta.chain.digests import digest_of_file
+from shiradelta.chain.files import files_of_model, put, write_anchor
 from shiradelta.chain.fold import fold
 from shiradelta.chain.manifest import (
     LARGEST_MANIFEST,
@@ -36,7 +37,6 @@ from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.util.arguments import PATH, WHOLE, ArgumentKind, checked, is_path
-from shiradelta.util.files import os_errors
 from shiradelta.util.progress import Progress
 
 Path_ = str | os.PathLike[str]
@@ -261,7 +261,7 @@ class Chain:
             ChainError: it is missing, or is not the file that was published.
             FormatError: it is damaged.
         """
-        delta = open_delta(fetched(self.store, step.path, step.bytes, step.sha256))
+        delta = open_delta(self.store.fetched(step.path, step.bytes, step.sha256))
         if delta.digest != step.delta:
             delta.close()
             raise ChainError("wrong_bytes", f"{self.store.name}/{step.path}", f"it holds delta {delta.digest[:16]}...")
@@ -313,13 +313,9 @@ class Chain:
         states: dict[int, State] = {}
         manifest = self.refresh()
         for anchor in manifest.anchors:
-            with _collected(problems):
-                for file in anchor.files:
-                    fetched(self.store, anchor.path(file), file.bytes, file.sha256)
-                root = self.store.local(anchor.folder)
-                if root is not None:
-                    states[anchor.version] = state_of(open_checkpoint(root))
-                    check_digest(states[anchor.version], anchor.state, f"{self.store.name}: anchor {anchor.version}")
+            with _collected(problems), tempfile.TemporaryDirectory() as folder:
+                write_anchor(self.store, anchor, Path(folder))
+                states[anchor.version] = state_of(open_checkpoint(folder))
         for step in manifest.steps:
             with _collected(problems), self.open_step(step) as delta:
                 check_contents(delta, None)
@@ -349,14 +345,11 @@ def _read(store: Store) -> Manifest | None:
     """The manifest; None if there is none."""
     where = f"{store.name}/{MANIFEST}"
     try:
-        with os_errors(Path(where), "cannot be read"):
-            try:
-                with store.open(MANIFEST) as stream:
-                    raw = stream.read(LARGEST_MANIFEST + 1)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-    except TargetError as error:
-        raise ChainError("no_chain", store.name, error.problem) from error
+        raw = store.read(MANIFEST, LARGEST_MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ChainError("store_failed", where, error.strerror or str(error)) from error
     if len(raw) > LARGEST_MANIFEST:
         raise ChainError("bad_manifest", where, f"it has more than {LARGEST_MANIFEST >> 20} MiB")
     return parse_manifest(raw, where)

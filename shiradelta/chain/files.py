@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
-from shiradelta.chain.manifest import FILE_NAME, StoredFile
+from shiradelta.chain.digests import copied_with_digest, digest_of_file
+from shiradelta.chain.manifest import FILE_NAME, Anchor, StoredFile
+from shiradelta.chain.state import state_digest, state_of
 from shiradelta.chain.stores import Store
 from shiradelta.errors import ChainError, TargetError
 from shiradelta.folder.copying import FollowedLinks
 from shiradelta.folder.weights import relative_files
-from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.util.directory import Directory, copy_contents
 from shiradelta.util.files import os_errors
 
 _CHUNK = 1 << 20
-
-
-def digest_of_file(path: Path) -> tuple[int, str]:
-    """(size, SHA-256) of a file."""
-    with open(path, "rb") as stream:
-        return _copied(stream, None)
 
 
 def put(store: Store, path: str, source: Path, size: int, sha256: str) -> None:
@@ -32,26 +27,27 @@ def put(store: Store, path: str, source: Path, size: int, sha256: str) -> None:
         TargetError: it cannot be written, or is not the file that was looked at before.
     """
     with open(source, "rb") as stream, store.writing(path) as target:
-        if _copied(stream, target) != (size, sha256):
+        if copied_with_digest(stream, target) != (size, sha256):
             raise TargetError(f"{source}: was changed meanwhile; try again when nothing else writes it")
 
 
-def fetched(store: Store, path: str, size: int, sha256: str) -> Path:
-    """The path of a file of a store on this machine, checked.
+def write_anchor(store: Store, anchor: Anchor, folder: Path) -> None:
+    """Puts the files of an anchor, checked, into a new folder.
 
     Raises:
-        ChainError: it is missing, or is another file.
+        ChainError: one is missing, or is another file; or together they are another model.
+        TargetError: the folder cannot be written.
     """
-    local = store.local(path)
-    if local is None:
-        raise ChainError("missing_file", f"{store.name}/{path}")
-    try:
-        found = digest_of_file(local)
-    except FileNotFoundError:
-        raise ChainError("missing_file", os.fspath(local)) from None
-    if found != (size, sha256):
-        raise ChainError("wrong_bytes", os.fspath(local), f"{found[0]:,} bytes, SHA-256 {found[1][:16]}...")
-    return local
+    with os_errors(folder), Directory(folder) as root:
+        for file in anchor.files:
+            with open(store.fetched(anchor.path(file), file.bytes, file.sha256), "rb") as stream:
+                *above, name = file.name.split("/")
+                home = root
+                for each in above:
+                    home = home.make_folder(each)
+                copy_contents(stream, home, name)
+    if state_digest(state_of(open_checkpoint(folder))) != anchor.state:
+        raise ChainError("wrong_bytes", f"{store.name}/{anchor.folder}", "it is another model")
 
 
 def files_of_model(checkpoint: Checkpoint) -> list[StoredFile]:
@@ -74,13 +70,3 @@ def files_of_model(checkpoint: Checkpoint) -> list[StoredFile]:
                     raise TargetError(f"{path}: an anchor cannot hold a file of this name; rename or move it")
                 found.append(StoredFile(name, *digest_of_file(path)))
     return sorted(found, key=lambda file: file.name)
-
-
-def _copied(source: BinaryIO, target: BinaryIO | None) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    while chunk := source.read(_CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-        if target is not None:
-            target.write(chunk)
-    return size, digest.hexdigest()

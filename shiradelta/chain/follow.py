@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shiradelta.chain.chain import STORE, Chain, Path_
-from shiradelta.chain.files import fetched
+from shiradelta.chain.files import write_anchor
 from shiradelta.chain.manifest import Anchor, Step
 from shiradelta.chain.state import state_digest, state_of
 from shiradelta.chain.stores import Store
@@ -32,7 +32,6 @@ from shiradelta.hotswap.session import HotSwap
 from shiradelta.io.reader import Delta
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.util.arguments import CALL, NUMBER, PATH, WHOLE, ArgumentKind, checked
-from shiradelta.util.directory import Directory, copy_contents
 from shiradelta.util.files import os_errors
 from shiradelta.util.progress import Progress
 
@@ -212,15 +211,7 @@ class FolderFollower(Follower):
     def _begin(self, anchor: Anchor) -> None:
         store = self.chain.store
         with new_folder(self.folder, Path(store.name)) as copy:
-            for file in anchor.files:
-                path = fetched(store, anchor.path(file), file.bytes, file.sha256)
-                with os_errors(copy), Directory(copy) as folder, open(path, "rb") as stream:
-                    *above, name = file.name.split("/")
-                    for each in above:
-                        folder = folder.make_folder(each)
-                    copy_contents(stream, folder, name)
-            if state_digest(state_of(open_checkpoint(copy))) != anchor.state:
-                raise ChainError("wrong_bytes", f"{store.name}/{anchor.folder}", "it is another model")
+            write_anchor(store, anchor, copy)
             make_base(copy, self._label(anchor.version))
 
     def _apply(self, step: Step, delta: Delta) -> None:

@@ -53,7 +53,7 @@ def merged(runs: Sequence[Run]) -> Run:
     low, high = min(int(run.positions[0]) for run in runs_left), max(int(run.positions[-1]) for run in runs_left) + 1
     dense = (high - low) <= _DENSE * total
     span = _SPAN if dense else max((high - low) * _ELEMENTS // total, _SPAN)
-    work: Callable[[int, Sequence[Run]], _Merged] = _InPlace(span, runs_left[0].bits.dtype) if dense else _by_sorting
+    work: Callable[[int, Sequence[Run]], _Merged] = _Places(span, runs_left[0].bits.dtype) if dense else _by_sorting
     parts = [work(start, some) for start, some in _ranges(runs_left, low, high, span)]
     positions, bits = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
     return Run(positions, bits, (sum(run.base for run in runs) - sum(part[2] for part in parts)) % _MODULUS)
@@ -73,7 +73,7 @@ def _ranges(runs: Sequence[Run], low: int, high: int, span: int) -> Iterator[tup
             yield start, found
 
 
-class _InPlace:
+class _Places:
     """Merges runs in an array that has a place for every position of a range."""
 
     def __init__(self, span: int, dtype: np.dtype[Any]) -> None:

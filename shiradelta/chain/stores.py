@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from shiradelta.chain.digests import check_file
 from shiradelta.errors import ChainError
 from shiradelta.util.files import close_synced, os_errors, replacing, sync_directory
 from shiradelta.util.locks import NO_LOCKS, try_lock
@@ -25,12 +26,19 @@ class Store(Protocol):
 
     name: str
 
-    def open(self, path: str, offset: int = 0) -> BinaryIO:
-        """A file, to be read from a byte on.
+    def read(self, path: str, most: int) -> bytes:
+        """The bytes of a small file; one more than `most` where it has more.
 
         Raises:
             FileNotFoundError: there is none.
-            OSError: it cannot be read.
+            OSError, ChainError: it cannot be read.
+        """
+
+    def fetched(self, path: str, size: int, sha256: str) -> Path:
+        """A file of these bytes on this machine: the store's own, or a copy of it.
+
+        Raises:
+            ChainError: it is missing, is another file, or cannot be read.
         """
 
     def writing(self, path: str) -> AbstractContextManager[BinaryIO]:
@@ -53,9 +61,6 @@ class Store(Protocol):
             ChainError: another process is changing it.
         """
 
-    def local(self, path: str) -> Path | None:
-        """The file itself, if it is on this machine."""
-
 
 class FolderStore:
     """A folder.
@@ -68,11 +73,16 @@ class FolderStore:
         self.root = Path(root)
         self.name = os.fspath(root)
 
-    def open(self, path: str, offset: int = 0) -> BinaryIO:
-        """As `Store.open`."""
-        stream = open_regular(self.root / path)
-        stream.seek(offset)
-        return stream
+    def read(self, path: str, most: int) -> bytes:
+        """As `Store.read`."""
+        with open_regular(self.root / path) as stream:
+            return stream.read(most + 1)
+
+    def fetched(self, path: str, size: int, sha256: str) -> Path:
+        """As `Store.fetched`."""
+        found = self.root / path
+        check_file(found, size, sha256, os.fspath(found))
+        return found
 
     @contextmanager
     def writing(self, path: str) -> Iterator[BinaryIO]:
@@ -112,10 +122,6 @@ class FolderStore:
         finally:
             close_synced(descriptor)
 
-    def local(self, path: str) -> Path | None:
-        """As `Store.local`."""
-        return self.root / path
-
 
 def _lock(descriptor: int) -> bool:
     try:
@@ -135,5 +141,16 @@ def _make_folder(folder: Path) -> None:
 
 
 def open_store(place: str | os.PathLike[str] | Store) -> Store:
-    """The store at a path.  One that is open already is returned as it is."""
-    return FolderStore(place) if isinstance(place, str | os.PathLike) else place
+    """The store at a path or a URL.  One that is open already is returned as it is.
+
+    Raises:
+        MissingDependencyError: it is a URL, and fsspec or what it needs for that URL is not installed.
+        ArgumentError: fsspec does not know such URLs.
+    """
+    if not isinstance(place, str | os.PathLike):
+        return place
+    if "://" not in str(place):
+        return FolderStore(place)
+    from shiradelta.chain.remote import RemoteStore
+
+    return RemoteStore(str(place))

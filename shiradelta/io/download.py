@@ -1,6 +1,6 @@
 """Downloads what a path names on the Hub into the Hub's cache, whose files are never written to.
 
-The only module that reads from the network, by huggingface_hub: tokens, cache and offline mode are its own.
+The only module that reads from the Hub, by huggingface_hub: tokens, cache and offline mode are its own.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from shiradelta.errors import MissingDependencyError
 #: Package -> the extra of pyproject.toml that installs it.  Others are installed by their own names.
 EXTRAS = {
     "cryptography": "sign",
+    "fsspec": "stores",
     "huggingface_hub": "hub",
     "jinja2": "hub",
     "matplotlib": "plot",

@@ -1,0 +1,226 @@
+"""Stores that fsspec knows: S3, GCS, Azure, HTTP, SFTP and others, by their URLs.
+
+What is read goes through a folder on this machine, by its SHA-256: a file is downloaded once, and a download that was
+interrupted goes on where it was.  A call that fails is repeated some times.
+
+There are no locks: one process publishes at a time, and its user sees to that.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from shiradelta.chain.digests import check_file
+from shiradelta.errors import ArgumentError, ChainError, TargetError
+from shiradelta.util.files import os_errors, sync_directory
+from shiradelta.util.locks import NO_LOCKS, try_lock
+from shiradelta.util.optional import failed_import, importing
+
+Result = TypeVar("Result")
+#: Protocols whose files appear whole when all of them was sent.
+_WHOLE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "memory", "oci", "oss")
+#: Protocols whose files appear while they are written, and can be given another name at once.
+_RENAMED = ("file", "local", "sftp", "ssh", "smb", "ftp", "webdav")
+#: How often a call is tried, and the seconds before it is tried again, doubled each time.
+_TRIES, _PAUSE = 5, 0.2
+_CHUNK = 1 << 20
+
+
+class RemoteStore:
+    """A place that fsspec knows.
+
+    Args:
+        url: such as "s3://bucket/run" or "https://host/run".  Over HTTP a chain can be followed, not published.
+        cache: the folder for what was read; None for `SHIRADELTA_CACHE`, or the user's own.
+        options: what fsspec's file system takes, such as credentials.
+
+    Raises:
+        MissingDependencyError: fsspec, or what it needs for this URL, is not installed.
+        ArgumentError: fsspec does not know such URLs.
+    """
+
+    def __init__(self, url: str, cache: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        with importing("a store that is no folder"):
+            from fsspec.core import url_to_fs
+        self.name = url.rstrip("/")
+        try:
+            self._fs, self._root = url_to_fs(self.name, **{"use_listings_cache": False, **options})
+        except ImportError as error:
+            raise failed_import(error, f"the store {url}") from error
+        except ValueError as error:
+            raise ArgumentError(f"{url}: fsspec does not know such a store ({error}); check the URL") from None
+        home = os.environ.get("SHIRADELTA_CACHE") or Path.home() / ".cache" / "shiradelta"
+        self._cache = Path(home if cache is None else cache) / "chains"
+        protocol = self._fs.protocol
+        self._protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+    def read(self, path: str, most: int) -> bytes:
+        """As `Store.read`."""
+
+        def read() -> bytes:
+            with self._fs.open(self._at(path), "rb") as stream:
+                found: bytes = stream.read(most + 1)
+                return found
+
+        return self._tried(path, read)
+
+    def fetched(self, path: str, size: int, sha256: str) -> Path:
+        """As `Store.fetched`; what is in the cache is not downloaded again."""
+        target, where = self._cache / sha256[:2] / sha256, f"{self.name}/{path}"
+        with os_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(ChainError):
+            check_file(target, size, sha256, where)
+            return target
+        with _part_of(target) as part:
+            for resumed in (part.seek(0, os.SEEK_END) > 0, False):
+                try:
+                    self._download(path, part, size)
+                    check_file(Path(part.name), size, sha256, where)
+                    break
+                except FileNotFoundError:
+                    raise ChainError("missing_file", where) from None
+                except ChainError as error:
+                    if error.reason == "wrong_bytes":
+                        part.truncate(0)
+                    if error.reason != "wrong_bytes" or not resumed:
+                        raise
+            with os_errors(target):
+                os.fsync(part.fileno())
+                os.replace(part.name, target)
+                sync_directory(target.parent)
+        return target
+
+    def _download(self, path: str, part: BinaryIO, size: int) -> None:
+        """Appends what is missing; a try that got something does not count."""
+        begun, tries = -1, _TRIES
+        while (offset := part.seek(0, os.SEEK_END)) < size:
+            tries = _TRIES if offset > begun else tries - 1
+            begun = offset
+            try:
+                with self._fs.open(self._at(path), "rb", block_size=_CHUNK) as stream:
+                    _skip(stream, offset)
+                    while chunk := stream.read(min(_CHUNK, size - part.tell())):
+                        part.write(chunk)
+                    if part.tell() < size:  # it is shorter: a digest tells what it is
+                        return
+            except (FileNotFoundError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                self._refuse_or_wait(path, error, tries)
+        part.flush()
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[BinaryIO]:
+        """As `Store.writing`."""
+        if not {*_WHOLE, *_RENAMED} & set(self._protocols):
+            known = ", ".join((*_WHOLE, *_RENAMED))
+            raise TargetError(f"{self.name}: a chain is not published over {self._protocols[0]}; take one of {known}")
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / "file"
+            with open(local, "w+b") as stream:
+                yield stream
+            self._tried(path, lambda: self._put(local, self._at(path)))
+
+    def _put(self, local: Path, target: str) -> None:
+        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if set(self._protocols) & set(_WHOLE):
+            self._fs.put_file(str(local), target)
+            return
+        temporary = f"{target}.{secrets.token_hex(8)}.tmp"
+        try:
+            self._fs.put_file(str(local), temporary)
+            self._fs.mv(temporary, target)
+        except BaseException:
+            with suppress(Exception):
+                self._fs.rm_file(temporary)
+            raise
+
+    def remove(self, path: str) -> None:
+        """As `Store.remove`."""
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(self._at(path))
+
+        self._tried(path, remove)
+
+    def files(self) -> list[str]:
+        """As `Store.files`."""
+
+        def find() -> list[str]:
+            found: list[str] = []
+            for kind in ("anchors", "steps"):
+                with suppress(FileNotFoundError):
+                    found += self._fs.find(self._at(kind))
+            return found
+
+        start = len(self._root.rstrip("/")) + 1
+        return sorted(path[start:] for path in self._tried("", find))
+
+    def locked(self) -> AbstractContextManager[None]:
+        """As `Store.locked`; nothing keeps other publishers out."""
+        return nullcontext()
+
+    def _at(self, path: str) -> str:
+        return f"{self._root.rstrip('/')}/{path}"
+
+    def _tried(self, path: str, work: Callable[[], Result]) -> Result:
+        """Calls something that may fail, some times.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ChainError: it has failed each time.
+        """
+        for tries in range(_TRIES, -1, -1):
+            try:
+                return work()
+            except (FileNotFoundError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                self._refuse_or_wait(path, error, tries)
+        raise AssertionError  # the last one was refused
+
+    def _refuse_or_wait(self, path: str, error: Exception, tries: int) -> None:
+        """Waits before the next try; without one, raises."""
+        if tries <= 0 or isinstance(error, PermissionError | NotImplementedError):
+            what = f"{type(error).__name__}: {error}"[:200]
+            raise ChainError("store_failed", f"{self.name}/{path}", what) from error
+        time.sleep(_PAUSE * 2 ** (_TRIES - tries))
+
+
+def _skip(stream: BinaryIO, offset: int) -> None:
+    """Goes to a byte; some servers give a file from its beginning only."""
+    try:
+        stream.seek(offset)
+    except (OSError, ValueError, NotImplementedError):
+        while offset > 0 and (chunk := stream.read(min(_CHUNK, offset))):
+            offset -= len(chunk)
+
+
+@contextmanager
+def _part_of(target: Path) -> Iterator[BinaryIO]:
+    """The file of an interrupted download, to go on with; another one while another process has it."""
+    with os_errors(target):
+        stream = open(target.with_name(f"{target.name}.part"), "a+b")  # noqa: SIM115 - closed below
+        if not _is_ours(stream):
+            stream.close()
+            stream = open(target.with_name(f"{target.name}.{secrets.token_hex(8)}.part"), "a+b")  # noqa: SIM115
+    with stream:
+        yield stream
+
+
+def _is_ours(stream: BinaryIO) -> bool:
+    try:
+        return try_lock(stream.fileno())
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return True
