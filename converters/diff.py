@@ -21,7 +21,7 @@ from shiradelta.select.topk import Rows, row_shape
 from shiradelta.util.text import count
 
 from .base_names import find_tensors
-from .item import CONVERTED, Item, Skipped, SkipReason, Source
+from .item import CONVERTED, Item, Skipped, SkipReason, Source, not_addable
 from .lora_converted import Change, add_converted
 from .peft_config import check_parts, read_configs
 from .sources import SourceFiles, source
@@ -136,7 +136,8 @@ def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint 
         if base[name].shape != slot.shape:
             why = f"its shape is {list(slot.shape)}, the base's {list(base[name].shape)}"
             return Skipped(SkipReason.SHAPE, why).of_change(dense, slot.shape)
-        return Item(name, slot.shape, base[name].dtype.name, dense, base_bits=partial(base.bits, name))
+        item = Item(name, slot.shape, base[name].dtype.name, dense, base_bits=partial(base.bits, name))
+        return not_addable(name, base[name]) or item
     where = "positions" if "positions" in keys else "indices"
     if where not in keys or "values" not in keys:
         return Skipped(SkipReason.PARTS, f"only its {' '.join(keys)} is there")
@@ -144,7 +145,8 @@ def _item(source: Checkpoint, keys: dict[str, str], name: str, base: Checkpoint 
         why = "a sparse diff does not tell the tensor's shape; give --base MODEL"
         return Skipped(SkipReason.NEEDS_BASE, why)
     slot = base[name]
-    return Item(name, slot.shape, slot.dtype.name, exact=partial(_sparse, source, keys, where, name, base))
+    item = Item(name, slot.shape, slot.dtype.name, exact=partial(_sparse, source, keys, where, name, base))
+    return not_addable(name, slot) or item
 
 
 def _rows(source: Checkpoint, key: str) -> Rows:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import shiradelta
 from converters.float8 import WIDEN, _blocks
@@ -134,6 +135,12 @@ def test_nothing_is_added_to_float8(tmp_path: Path, dtype: torch.dtype):
         SourceError, match=r"as float8_e\w+, to which nothing .*; give the unquantised model, and quantise"
     ):
         shiradelta.convert(lora, tmp_path / "x.shd", base=base)
+    plain, at = {LAYER: torch.ones(96, 32)}, LAYER.removesuffix(".weight")
+    listed = {f"{at}.positions": torch.tensor([3]), f"{at}.values": torch.ones(1)}
+    for difference in (plain, listed):
+        save_file(difference, tmp_path / "difference.safetensors")
+        with pytest.raises(SourceError, match="to which nothing can be added exactly; give the unquantised model"):
+            shiradelta.convert(tmp_path / "difference.safetensors", tmp_path / "x.shd", base=base, kind="diff")
     shiradelta.convert(lora, tmp_path / "x.shd")  # without a base: for any dtype that can be added to
     before = contents(base)
     with pytest.raises(
