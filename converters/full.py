@@ -21,6 +21,7 @@ from shiradelta.models.sentence import LIST, unlisted_modules
 from shiradelta.select.topk import Rows, row_shape
 from shiradelta.util.text import count
 
+from .differences import parse_key as parse_difference
 from .float8 import RANKED, WIDEN, other_scale, scaled, values_of
 from .full_converted import in_form_of
 from .item import Item, Skipped, SkipReason, Source, replacing_tensor, whole_tensor
@@ -158,6 +159,13 @@ def _check_added(added: list[str], lacking: list[str], source: Checkpoint, base:
     """
     if not added:
         return
+    for key in added:
+        name, _ = parse_difference(key) or (key.removesuffix(".indices"), "")
+        if name != key and name in base:
+            raise SourceError(
+                f"{source.root}: holds {key!r} beside a model's weights, which may be a part of a difference; save the"
+                " model and the differences apart"
+            )
     free: dict[tuple[int, ...], list[str]] = {}
     for name in lacking:
         free.setdefault(base[name].shape, []).append(name)

@@ -17,8 +17,9 @@ from shiradelta.models.names import Named
 from shiradelta.select.topk import Rows, row_shape
 from shiradelta.util.text import count
 
-from . import diff, dora, lora_on_base, lycoris
+from . import dora, lora_on_base, lycoris
 from .base_names import BaseTensors, find_tensors
+from .differences import change_of, dense_names
 from .item import Item, Skipped, SkipReason, Source, not_addable
 from .lora_converted import Change, add_converted, rescaled
 from .lora_keys import (
@@ -116,7 +117,7 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
         result.warnings.append(
             f"{min(attention)}.out_proj changes by twice its factors' product, as PEFT 0.21 runs and merges it"
         )
-    differences = {key: parsed[0] for key in others if (parsed := diff.parse_key(key)) and parsed[1] == "dense"}
+    differences = dense_names(others)
     others |= differences
     called = {tensor: [module, *modules[module].all_keys] for module, tensor in tensors.items()}
     called |= {f"{module}.weight": [module, *parts.all_keys] for module, parts in on_base.items()}
@@ -175,7 +176,7 @@ def read_lora(source: Checkpoint, files: SourceFiles, scale: Scale) -> Source:
             if name in there.converted and source[key].dtype.name in ADD_DTYPES
         }
         others = {key: name for key, name in others.items() if key not in apart}
-        changes |= {key: diff.change_of(source, key) for key in apart}
+        changes |= {key: change_of(source, key) for key in apart}
         add_converted(changes, converted | apart, base, result)
     if base is None or result.items:  # without any match the base is another model
         add_whole(source, others, set(differences), names, scale, base, result, there.tied, shared)

@@ -13,7 +13,8 @@ from shiradelta.models.checkpoint import Checkpoint, same_bits
 from shiradelta.models.peft import CONFIG, ORIGINAL_MODULE
 from shiradelta.util.text import count
 
-from . import diff, full
+from . import full
+from .differences import difference, lost_difference
 from .item import NO_TARGET, Item, Skipped, SkipReason, Source, whole_tensor
 from .lora_keys import TOKENS
 from .lora_scale import Scale
@@ -64,9 +65,9 @@ def add_whole(
             elif TOKENS.match(key):
                 item = _tokens(source, key, name, found, scale, base)
             elif key in differences:
-                item = diff.difference(source, key, found, base) if found else NO_TARGET
+                item = difference(source, key, found, base) if found else NO_TARGET
                 if isinstance(item, Skipped):
-                    item = diff.lost_difference(source, {"dense": key}, item)
+                    item = lost_difference(source, {"dense": key}, item)
             elif name in tied:
                 item = _tied(source, key, base, tied[name], taken.get(tied[name], ""))
             else:
@@ -90,7 +91,7 @@ def _second(source: Checkpoint, key: str, other: str, found: str, difference: bo
         return Skipped(SkipReason.DUPLICATE, f"the same as {other!r}")
     skipped = Skipped(SkipReason.CONFLICT, f"{found!r} is changed by other tensors here already", names=(found,))
     if difference:
-        return diff.lost_difference(source, {"dense": key}, skipped)
+        return lost_difference(source, {"dense": key}, skipped)
     return full.lost_change(skipped, full.difference(source, key, base, found) if found in base else None)
 
 
