@@ -301,10 +301,59 @@ static void test_foreign_float_environment(void) {
 #endif
 }
 
+/* ---- ULP ---- */
+
+/* Shifts 1, -1 and 5, by hand: one is listed, after two others; its magnitude is 2 + 3, and 3 + 1 = 2^2 + 0. */
+static const uint8_t SHIFTS[] = {0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, /* head */
+                                 0, 0, 0, 0, 0, 0, 0, 0,                                                 /* directory */
+                                 2, 0, 0, 0, 0x24, 0, 0, 0,                      /* signs, stream: 001 001 00 */
+                                 0, 0, 0, 0, 0, 0, 0, 0};
+
+static void test_ulp(void) {
+    enum { NNZ = 3 };
+    static const int64_t positions[NNZ] = {1, 2, 6};
+    /* 1, -0 and a NaN, which moves as all others do */
+    static const uint16_t before[8] = {7, 0x3F80, 0x8000, 7, 7, 7, 0x7FFA, 7};
+    static const uint16_t after[8] = {7, 0x3F81, 0x8001, 7, 7, 7, 0x7FFF, 7};
+    bytes index = encode_positions(positions, NNZ, 8);
+    tensor_spec t = {.name = "w", .rank = 1, .dims = {8}, .dtype = SHD_BF16, .op = SHD_OP_ULP,
+                     .index_codec = SHD_INDEX_RICE, .value_codec = SHD_VALUES_ULP, .nnz = NNZ,
+                     .index = index.data, .index_size = index.size, .values = SHIFTS, .values_size = sizeof SHIFTS};
+    bytes f = build_file(&t, 1, 0, NULL, 0);
+    shd_file file;
+    shd_delta delta;
+    CHECK_CODE(shd_open(&file, f.data, f.size, NULL), SHD_OK);
+    CHECK_CODE(shd_load(&file, 0, SHD_CHECK_ALL, NULL, 0, &delta, NULL), SHD_OK);
+    int16_t shifts[NNZ];
+    CHECK_CODE(shd_elements(&delta, 0, NNZ, shifts, NULL), SHD_OK);
+    CHECK(shifts[0] == 1 && shifts[1] == -1 && shifts[2] == 5);
+    CHECK_CODE(shd_elements(&delta, 1, 1, shifts, NULL), SHD_OK);
+    CHECK(shifts[0] == -1);
+    float value;
+    CHECK_CODE(shd_values(&delta, 0, 1, &value, NULL), SHD_WRONG_OPERATION);
+    uint16_t data[8], saved[NNZ];
+    memcpy(data, before, sizeof data);
+    shd_weights weights = {data, 0, 8, SHD_BF16, 0};
+    CHECK_CODE(shd_apply(&delta, &weights, 0.5, 0, delta.block_count, saved, NULL), SHD_BAD_STRENGTH);
+    CHECK_CODE(shd_apply(&delta, &weights, 1, 0, delta.block_count, saved, NULL), SHD_OK);
+    CHECK(memcmp(data, after, sizeof data) == 0);
+    CHECK_CODE(shd_revert(&delta, &weights, 0, delta.block_count, saved, NULL), SHD_OK);
+    CHECK(memcmp(data, before, sizeof data) == 0);
+    /* Out of the range: all stays as it was, with and without room to save. */
+    data[6] = 0x7FFB;
+    CHECK_CODE(shd_apply(&delta, &weights, 1, 0, delta.block_count, saved, NULL), SHD_OUT_OF_RANGE);
+    CHECK(data[1] == 0x3F80 && data[2] == 0x8000 && data[6] == 0x7FFB);
+    CHECK_CODE(shd_apply(&delta, &weights, 1, 0, delta.block_count, NULL, NULL), SHD_OUT_OF_RANGE);
+    CHECK(data[1] == 0x3F80 && data[2] == 0x8000 && data[6] == 0x7FFB);
+    give(index.data);
+    give(f.data);
+}
+
 void test_apply(void) {
     test_add();
     test_shard();
     test_set();
+    test_ulp();
     test_misuse();
     test_error_on_the_way();
     test_fingerprints();

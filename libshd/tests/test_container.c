@@ -102,9 +102,9 @@ static void test_refusals(void) {
     check_refusal(record + 12, 1, 1, SHD_RESERVED_NOT_ZERO);
     check_refusal(record + 11, 16, 1, SHD_RESERVED_NOT_ZERO);
     check_refusal(record + 7, 20, 1, SHD_UNKNOWN_DTYPE);
-    check_refusal(record + 8, 2, 1, SHD_UNKNOWN_OP);
+    check_refusal(record + 8, 5, 1, SHD_UNKNOWN_OP);
     check_refusal(record + 9, 6, 1, SHD_UNKNOWN_INDEX_CODEC);
-    check_refusal(record + 10, 8, 1, SHD_UNKNOWN_VALUE_CODEC);
+    check_refusal(record + 10, 9, 1, SHD_UNKNOWN_VALUE_CODEC);
     check_refusal(record + 6, 9, 1, SHD_BAD_SHAPE);
     check_refusal(record + 104, 1, 1, SHD_BAD_SHAPE);
     check_refusal(record + 103, 2, 1, SHD_BAD_SHAPE);

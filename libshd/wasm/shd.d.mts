@@ -28,7 +28,7 @@ export interface Tensor {
   readonly name: string;
   /** What it applies to; undefined is float32, float16 and bfloat16. */
   readonly dtype: Dtype | undefined;
-  readonly op: "add" | "set" | "new" | "drop" | "replace";
+  readonly op: "add" | "set" | "ulp" | "new" | "drop" | "replace";
   readonly shape: number[];
   readonly numel: number;
   readonly nnz: number;

@@ -6,7 +6,7 @@ const DTYPES = [
   "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float8_e4m3fnuz", "float8_e5m2fnuz",
   "complex64",
 ];
-const OPS = ["add", "set", undefined, "new", "drop", undefined, "replace"];
+const OPS = ["add", "set", "ulp", "new", "drop", undefined, "replace"];
 const ARRAYS = { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array, 8: BigUint64Array };
 const FILE = 1, TENSOR = 2, DELTA = 3; // enum shd_struct
 const ALIGNMENT = 16;
