@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from shiradelta.chain.difference import changed
+from shiradelta.chain.difference import changed, shifted
 from shiradelta.errors import SourceError, TargetError
-from shiradelta.format import arithmetic, registry
+from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import BITS, ULP
 from shiradelta.format.delta import TensorDelta
@@ -142,14 +142,9 @@ def smallest(step: TensorDelta, old: Array, new: Array) -> TensorDelta:
         old: all elements' bits before, flat.
         new: all of them after.
     """
-    assert step.base_bits is not None
-    size, whole = BITS.size(step.nnz, old.itemsize), BITS.size(old.size, old.itemsize)
-    if step.dtype in registry.ORDERED:
-        shifts = arithmetic.shifts_between(step.base_bits, step.bits(), step.dtype)
-        if shifts is not None and (own := len(ULP.encode(shifts.view(old.dtype)))) <= size:
-            size = own
-            positions = None if step.all_positions else step.positions()
-            step = TensorDelta.trusted(step.shape, positions, shifts.view(old.dtype), step.dtype, "ulp", step.base_bits)
+    step = shifted(step)
+    whole = BITS.size(old.size, old.itemsize)
+    size = len(ULP.encode(step.bits())) if step.operation.shifts else BITS.size(step.nnz, old.itemsize)
     # Where most elements change, positions are a bitmap: one bit an element.
     if 2 * step.nnz > old.size and not step.all_positions and size + old.size // 8 > whole:
         return TensorDelta.trusted(step.shape, None, new, step.dtype, "set", old)

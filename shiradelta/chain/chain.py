@@ -18,7 +18,7 @@ from shiradelta.chain.checks import check_contents, check_digest, check_state, c
 from shiradelta.chain.difference import write_difference
 from shiradelta.chain.digests import digest_of_file
 from shiradelta.chain.files import files_of_model, put, write_anchor
-from shiradelta.chain.fold import fold
+from shiradelta.chain.fold import fold, needs_base
 from shiradelta.chain.manifest import (
     LARGEST_MANIFEST,
     MANIFEST,
@@ -32,6 +32,8 @@ from shiradelta.chain.state import State, advanced, state_digest, state_of
 from shiradelta.chain.stores import Store, open_store
 from shiradelta.chain.way import Way, cheapest
 from shiradelta.errors import ChainError, ShiraDeltaError, TargetError
+from shiradelta.folder.apply import apply
+from shiradelta.folder.commit import commit
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import writing
@@ -202,7 +204,8 @@ class Chain:
         Args:
             start: the version that it is for.
             stop: the version that it gives.
-            base: the model at `start`, which steps need that add to elements; see `fold`.
+            base: the model at `start`, which steps need that add to elements or shift them; without it, it is built in
+                a temporary folder, from an anchor.
             progress: called with (tensor, done, total).
 
         Raises:
@@ -217,8 +220,12 @@ class Chain:
             if len(steps) < 2:
                 raise ChainError("not_published", self.store.name, f"{start} -> {stop} is no way over several steps")
             opened = [stack.enter_context(self.open_step(step)) for step in steps]
-            checkpoint = None if base is None else open_checkpoint(local_model(base))
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fold.shd"
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            path, checkpoint = work / "fold.shd", None
+            if base is not None:
+                checkpoint = open_checkpoint(local_model(base))
+            elif needs_base(opened) and cheapest(manifest, None, start) is not None:
+                checkpoint = open_checkpoint(self._built(start, work / "base"))
             with writing(path, "f32") as writer:
                 fold(opened, writer, checkpoint, progress)
             folded = stack.enter_context(open_delta(path))
@@ -229,6 +236,18 @@ class Chain:
             ordered = sorted((*manifest.steps, step), key=lambda each: (each.start, each.stop))
             self._save(replace(manifest, steps=tuple(ordered)))
             return step
+
+    def _built(self, version: int, folder: Path) -> Path:
+        """A folder with the model at a version, from an anchor."""
+        way = self.way(None, version)
+        folder.mkdir()
+        if way.anchor is not None:
+            write_anchor(self.store, way.anchor, folder)
+        for step in way.steps:
+            with self.open_step(step) as delta:
+                apply(folder, delta)
+            commit(folder)  # a later step may set the same again
+        return folder
 
     # ------------------------------------------------------------------------------------- following
 

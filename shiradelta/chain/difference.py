@@ -1,10 +1,12 @@
-"""The step between two models: the elements whose bits differ, as they are afterwards."""
+"""The step between two models: the elements whose bits differ, as they are afterwards, or how far they move."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from shiradelta.folder.comparison import PastBits
+from shiradelta.format import arithmetic, registry
+from shiradelta.format.codecs import BITS, ULP
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint
@@ -22,7 +24,7 @@ def write_difference(writer: DeltaWriter, before: Checkpoint, after: Checkpoint,
             progress(name, number, len(names))
         tensor = changed(name, before, after)
         if tensor is not None:
-            writer.add(name, tensor)
+            writer.add(name, tensor if tensor.operation.restructures else shifted(tensor))
 
 
 def changed(name: str, before: Checkpoint, after: Checkpoint) -> TensorDelta | None:
@@ -42,3 +44,18 @@ def changed(name: str, before: Checkpoint, after: Checkpoint) -> TensorDelta | N
     if not at.size:
         return None
     return TensorDelta.trusted(old.shape, at, result[at], old.dtype.name, "set", bits[at])
+
+
+def shifted(step: TensorDelta) -> TensorDelta:
+    """A step that sets elements, as their shifts if those are smaller in a file."""
+    assert step.base_bits is not None
+    if step.dtype not in registry.ORDERED:
+        return step
+    shifts = arithmetic.shifts_between(step.base_bits, step.bits(), step.dtype)
+    if shifts is None:
+        return step
+    bits = shifts.view(step.base_bits.dtype)
+    if len(ULP.encode(bits)) > BITS.size(step.nnz, bits.itemsize):
+        return step
+    positions = None if step.all_positions else step.positions()
+    return TensorDelta.trusted(step.shape, positions, bits, step.dtype, "ulp", step.base_bits)

@@ -4,8 +4,8 @@ A step that sets elements says what they are afterwards, so the last one decides
 listed positions follows, too: a fingerprint is a sum over elements, and a step's own is taken over positions of which
 those that an earlier step has set are known.  So neither the base nor a version in between is needed.
 
-Additions round at every step to what the weights are then.  They are exact only with the base, which turns each of them
-into the elements that it gives, or where one step alone has the tensor.
+What steps that add or shift give follows from what was there.  So they need the base, where several steps have the
+tensor: additions round at every step, and of shifts the sum is known, but not the base's fingerprint.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shiradelta.backends.choose import choose
+from shiradelta.chain.difference import shifted
 from shiradelta.chain.runs import Run, Runs
 from shiradelta.chain.state import known
 from shiradelta.errors import ChainError
@@ -25,7 +26,6 @@ from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint, bits_of
 from shiradelta.models.safetensors import Slot
-from shiradelta.util.arrays import overlay_values
 from shiradelta.util.progress import Progress
 
 _MODULUS = 1 << 64
@@ -57,6 +57,19 @@ def fold(
             writer.add(name, folded)
 
 
+def needs_base(steps: Sequence[Delta]) -> bool:
+    """Whether `fold` of these steps needs the model that the first one is for."""
+    for name in {name for step in steps for name in step}:
+        tensors = [step[name].operation for step in steps if name in step]
+        follows = [operation for operation in tensors if operation.in_base and not operation.removes]
+        first = tensors[0]
+        if len(tensors) > 1 and first.in_base and not all(each.stores_elements for each in follows):
+            return True
+        if len(tensors) > 1 and first.replaces and not tensors[-1].in_result:
+            return True
+    return False
+
+
 def fold_tensor(name: str, steps: Sequence[tuple[str, StoredTensor]], base: Slot | None) -> TensorDelta | None:
     """One tensor of a fold; None where nothing is left of it.
 
@@ -69,13 +82,14 @@ def fold_tensor(name: str, steps: Sequence[tuple[str, StoredTensor]], base: Slot
     if len(steps) == 1:
         return first
     runs = Runs()
+    replay = None if base is None else _Replay(bits_of(base))
     whole: StoredTensor | None = None  # the step that added the tensor, as it is now
-    elements = np.zeros(0, np.uint8)  # all of its elements, then
+    elements: Array = np.zeros(0, np.uint8)  # all of its elements, then
     removed = 0  # the fingerprint of all of the base's elements, after a step that removes the tensor
     for label, step in steps:
         where, operation = f"{label}: tensor {name!r}", step.operation
         if operation.removes and whole is None:
-            run = runs.all()
+            run = runs.all() if replay is None else replay.all()
             after = 0 if run is None else choose().fingerprint(run.positions, run.bits) - run.base
             removed = (known(step.base_fingerprint, label, name) - after) % _MODULUS
         if operation.creates:
@@ -90,7 +104,12 @@ def fold_tensor(name: str, steps: Sequence[tuple[str, StoredTensor]], base: Slot
             elements[positions] = arithmetic.result(operation, step.bits(), old, step.dtype, 1)
         else:
             _check_same(where, step, first)
-            runs.add(_run(label, name, step, None if base is None else bits_of(base), runs))
+            if replay is not None:
+                replay.add(where, step)
+            elif step.operation.stores_elements:
+                runs.add(Run(step.positions(), step.bits(), known(step.base_fingerprint, label, name)))
+            else:
+                raise ChainError("needs_base", where, "what a step gives follows from what was there")
     if not first.operation.in_base:
         return None if whole is None else TensorDelta.trusted(whole.shape, None, elements, whole.dtype, "new", None)
     was = _form(first, base)
@@ -103,9 +122,12 @@ def fold_tensor(name: str, steps: Sequence[tuple[str, StoredTensor]], base: Slot
         if was == (shape, dtype):
             return TensorDelta.trusted(shape, np.arange(elements.size), elements, dtype, "set", None, removed)
         return TensorDelta.trusted(shape, None, elements, dtype, "replace", None, removed)
-    run = runs.all()
-    assert run is not None
-    return TensorDelta.trusted(first.shape, run.positions, run.bits, first.dtype, "set", None, run.base)
+    run = runs.all() if replay is None else replay.all()
+    if run is None or not run.positions.size:
+        return None
+    before = None if base is None else bits_of(base)[run.positions]
+    folded = TensorDelta.trusted(first.shape, run.positions, run.bits, first.dtype, "set", before, run.base)
+    return folded if before is None else shifted(folded)
 
 
 def _form(first: StoredTensor, base: Slot | None) -> tuple[tuple[int, ...], str] | None:
@@ -115,21 +137,32 @@ def _form(first: StoredTensor, base: Slot | None) -> tuple[tuple[int, ...], str]
     return None if first.operation.replaces else (first.shape, first.dtype)
 
 
-def _run(label: str, name: str, step: StoredTensor, base: Array | None, runs: Runs) -> Run:
-    """What a step sets; of one that adds or shifts, what it gives."""
-    where, positions = f"{label}: tensor {name!r}", step.positions()
-    fingerprint = known(step.base_fingerprint, label, name)
-    if step.operation.stores_elements:
-        return Run(positions, step.bits(), fingerprint)
-    if base is None:
-        raise ChainError("needs_base", where, "what a step gives follows from what was there")
-    if base.size != step.numel:
-        raise ChainError("wrong_base", where, "the base has it in another shape")
-    old, before = base[positions], runs.all()
-    if before is not None:
-        old = overlay_values(np, old, positions, before.positions, before.bits)
-    check_base(where, step, positions, old)
-    return Run(positions, arithmetic.result(step.operation, step.bits(), old, step.dtype, 1), fingerprint)
+class _Replay:
+    """What steps give, one after the other, where the elements before the first are known.
+
+    Args:
+        base: all elements' bits before the first step.
+    """
+
+    def __init__(self, base: Array) -> None:
+        self._base, self._now = base, base.copy()
+        self._touched = np.zeros(base.size, np.bool_)
+
+    def add(self, where: str, step: StoredTensor) -> None:
+        """Applies the next step."""
+        if self._base.size != step.numel:
+            raise ChainError("wrong_base", where, "the base has it in another shape")
+        positions = step.positions()
+        old = self._now[positions]
+        check_base(where, step, positions, old)
+        self._now[positions] = arithmetic.result(step.operation, step.bits(), old, step.dtype, 1)
+        self._touched[positions] = True
+
+    def all(self) -> Run:
+        """What differs after the steps so far."""
+        positions = np.flatnonzero(self._touched)
+        positions = positions[self._now[positions] != self._base[positions]]
+        return Run(positions, self._now[positions], choose().fingerprint(positions, self._base[positions]))
 
 
 def check_base(where: str, step: TensorDelta, positions: Positions, bits: Array) -> None:

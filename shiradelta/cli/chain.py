@@ -111,7 +111,9 @@ def list_(chain: str, as_json: bool) -> None:
 @click.argument("chain")
 @click.argument("start", type=click.IntRange(0))
 @click.argument("stop", type=click.IntRange(0))
-@click.option("--base", metavar="MODEL", help="The model at START, which steps need that add to weights.")
+@click.option(
+    "--base", metavar="MODEL", help="The model at START; without it, it is built from an anchor where needed."
+)
 @options.as_json
 def fold(chain: str, start: int, stop: int, base: str | None, as_json: bool) -> None:
     """Publish one step for the way from version START of CHAIN to version STOP.

@@ -12,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 import shiradelta as sd
-from shiradelta.chain import Chain
+from shiradelta.chain import Chain, FolderFollower
+from shiradelta.chain.fold import fold
 from shiradelta.cli import main
 from shiradelta.errors import CHAIN_REASONS
+from shiradelta.io.writer import writing
 from tests.chain.models import Model, add_step, change, read, replayed, same, set_step, small, write
 from tests.scenes import contents
 
@@ -138,15 +140,38 @@ def test_a_fold_is_one_step_that_gives_the_same(run: Run):
     assert reason(lambda: run.chain.fold(0, 9)) == "not_published"
 
 
-def test_sums_are_folded_with_the_base_only(run: Run):
+def test_sums_are_folded_with_the_base(run: Run, tmp_path: Path):
     for _ in range(2):
         run.step(adds=True)
-    assert reason(lambda: run.chain.fold(2, 5)) == "needs_base"
     wrong = write(run.folder / "wrong", run.models[1])
     assert reason(lambda: run.chain.fold(2, 5, base=wrong)) == "wrong_base"
     run.chain.fold(2, 5, base=write(run.folder / "base", run.models[2]))
     assert same(run.reached(2, 5), run.models[5])
+    run.chain.fold(1, 4)  # it is built from the anchor
+    assert same(run.reached(1, 4), run.models[4])
     assert run.chain.verify() == []
+    steps = [run.chain.open_step(step) for step in run.chain.manifest.steps if not step.is_fold]
+    with writing(tmp_path / "fold.shd") as writer:
+        assert reason(lambda: fold(steps, writer, None)) == "needs_base"
+
+
+def test_shifts_are_folded_into_shifts(tmp_path: Path):
+    """Steps between checkpoints move elements by few numbers; so does their fold."""
+    models = [small()]
+    rng = np.random.default_rng(0)
+    folders = [write(tmp_path / "0", models[0])]
+    chain = Chain.create(tmp_path / "chain", folders[0])
+    for number in range(1, 4):
+        models.append(change(models[-1], rng))
+        folders.append(write(tmp_path / str(number), models[-1]))
+        chain.publish(folders[-1], base=folders[-2])
+    folded = chain.fold(0, 3)
+    with chain.open_step(folded) as delta:
+        assert delta["layers.0.up.weight"].op == "ulp"
+        assert same(replayed(models[0], Path(str(delta.file))), models[3])
+    assert chain.verify() == []
+    FolderFollower(chain, tmp_path / "copy").follow()
+    assert same(read(tmp_path / "copy"), models[3])
 
 
 def test_garbage_goes_and_every_reachable_step_stays(run: Run):
