@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -135,8 +136,11 @@ class Together(Ranks):
         return f"shiradelta/{self._name}/{number}"
 
     def _vote(self, what: str, error: BaseException | None) -> None:
+        said = f"{type(error).__name__}: {error}" if error is not None else None
         try:
-            votes = self._exchange((what, None if error is None else f"{type(error).__name__}: {error}"))
+            if self._all_agree(what, error is None):
+                return
+            votes = self._exchange((what, said))
         except TargetError:
             if error is not None:
                 raise error from None
@@ -152,17 +156,33 @@ class Together(Ranks):
             if refusal is not None:
                 raise TargetError(f"rank {rank} refuses {what}, so that no rank changes: {refusal}")
 
+    def _all_agree(self, what: str, agrees: bool) -> bool:
+        """Whether all ranks make the same call and agree.  One exchange of few bytes: most calls need no more."""
+        import torch
+
+        call = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=8).digest(), "little", signed=True)
+        own = torch.tensor([call, int(agrees)])
+        found = [torch.empty_like(own) for _ in self._ranks]
+        self._together(lambda: self._dist.all_gather(found, own, group=self._group))
+        return all(one.tolist() == [call, 1] for one in found)
+
     def _exchange(self, own: Any) -> list[Any]:
+        found: list[Any] = [None] * len(self._ranks)
+        self._together(lambda: self._dist.all_gather_object(found, own, group=self._group))
+        return found
+
+    def _together(self, exchange: Callable[[], object]) -> None:
+        """Does what all ranks do at once.  After a failure the group is lost."""
         if self.lost:
             raise self._lost_error()
-        found: list[Any] = [None] * len(self._ranks)
         try:
-            self._dist.all_gather_object(found, own, group=self._group)
-        except (RuntimeError, ValueError) as error:
+            exchange()
+        except BaseException as error:  # Ctrl-C, too, may leave the others in the middle of it
             self.lost = True
             _groups.pop((tuple(self._ranks), self._timeout), None)
-            raise self._lost_error(error) from None
-        return found
+            if isinstance(error, RuntimeError | ValueError):
+                raise self._lost_error(error) from None
+            raise
 
     def _lost_error(self, why: Exception | None = None) -> TargetError:
         reason = f" ({brief(str(why), 80)})" if why is not None else ""

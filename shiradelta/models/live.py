@@ -20,13 +20,12 @@ from shiradelta.errors import TargetError
 from shiradelta.format import registry
 from shiradelta.models import peft
 from shiradelta.models.layout import Layout, parts_of
-from shiradelta.models.memory import Span, is_array, is_sharded, own_part, span_of
+from shiradelta.models.memory import Span, bare, has_elements, is_array, is_sharded, own_part, span_of
 from shiradelta.models.names import Shape
 from shiradelta.models.places import Place, Places, is_module, modules_of
 from shiradelta.models.refusals import (
     CONVERTED,
     GATHERED,
-    PLAIN,
     SHARED,
     Refusal,
     RefusalKind,
@@ -197,16 +196,10 @@ def live_tensors(
 
 def _laid_out(layout: Mapping[str, Layout], every: Iterable[_Named]) -> Iterator[_Named]:
     """The tensors whose layout a caller has given."""
-    own = {named.name: named.tensor for named in every if named.holder is None and _is_strided(named.tensor)}
+    named = {one.name: one.tensor for one in every if one.holder is None and one.tensor is not _NOTHING}
+    own = {name: tensor for name, tensor in named.items() if has_elements(tensor)}
     given = parts_of(layout, own).items()
     yield from _in_checkpoint([SavedTensor(name, *parts) for name, parts in given], own, given=True)
-
-
-def _is_strided(tensor: Any) -> bool:
-    """Whether a tensor or array has its elements in memory, one by one."""
-    if is_array(tensor):
-        return tensor is not _NOTHING
-    return type(tensor).__name__ in PLAIN and str(tensor.layout) == "torch.strided" and not tensor.is_meta
 
 
 def _computed(model: Any) -> Iterator[tuple[str, Refusal]]:
@@ -240,6 +233,7 @@ class _Named:
         tensor: the tensor, with or without gradient.
         holder: the module's own tensor that it is a view of; None for itself.
         view: how it was taken from the holder.
+        given: whether a caller has given the layout, so that memory has the elements as they are, whatever its class.
         extent: the shape of a tensor that a caller has given the layout of.
         parts: the weights that have its elements, where no piece of memory is the tensor; empty if that is not known.
         turned: the same tensor as the checkpoint may have it too, with dimensions exchanged.
@@ -249,6 +243,7 @@ class _Named:
     tensor: Any
     holder: Any = None
     view: str = ""
+    given: bool = False
     extent: Shape | None = None
     parts: tuple[tuple[_Named, View], ...] = ()
     turned: _Named | None = None
@@ -296,17 +291,18 @@ def _in_checkpoint(saved: Sequence[SavedTensor], own: Mapping[str, Any], given: 
     # A weight and a piece of it cannot both be patched, so all tensors in a weight count as parts if one has to.
     cut = {weight for tensor in saved for weight, view in tensor.parts or () if not _is_piece(tensor, view)}
     for tensor in saved:
-        parts = tuple((_Named(weight, own[weight]), view) for weight, view in tensor.parts or ())
+        parts = tuple((_Named(weight, own[weight], given=given), view) for weight, view in tensor.parts or ())
         whole = None if tensor.renamed is None else own[tensor.renamed]
         if whole is not None and tuple(whole.shape) == tensor.shape:
             other = tensor.turned
             turned = [(_Named(weight, own[weight]), view) for weight, view in (other and other.parts) or ()]
-            if turned or whole is not own.get(tensor.name):
+            if turned or given or whole is not own.get(tensor.name):
                 as_turned = _Named(tensor.name, _NOTHING, parts=tuple(turned)) if turned else None
-                yield _Named(tensor.name, whole, turned=as_turned)
+                yield _Named(tensor.name, whole, given=given, turned=as_turned)
         elif parts and cut.isdisjoint(weight.name for weight, _ in parts) and not is_sharded(parts[0][0].tensor):
             ((weight, view),) = parts
-            yield _Named(tensor.name, _piece(weight.tensor, view.weight), weight.tensor, "as in the checkpoint")
+            piece = _piece(weight.tensor, view.weight)
+            yield _Named(tensor.name, piece, weight.tensor, "as in the checkpoint", given=given)
         else:
             yield _Named(tensor.name, _NOTHING, extent=tensor.shape if given else None, parts=parts)
 
@@ -315,7 +311,7 @@ def _piece(whole: Any, box: Box) -> Any:
     """A box of a contiguous tensor or array, as a view."""
     if is_array(whole):
         return box.of(whole.reshape(-1))
-    return whole.detach().as_strided(box.shape, box.strides, whole.storage_offset() + box.offset)
+    return bare(whole).as_strided(box.shape, box.strides, whole.storage_offset() + box.offset)
 
 
 def _is_piece(saved: SavedTensor, view: View) -> bool:
@@ -361,12 +357,12 @@ def _target(named: _Named, places: Places, gathered: Container[int]) -> Target:
             refusal = Refusal(RefusalKind.READ_ONLY, "is a read-only array", "give a writable one")
         return Target(name, tensor, tensor.dtype.name if known else "?", refusal, tensor, list(places.of(tensor)))
     holder = tensor if named.holder is None else named.holder
-    refusal = GATHERED if id(holder) in gathered else refusal_of(holder)
+    refusal = GATHERED if id(holder) in gathered else refusal_of(bare(holder) if named.given else holder)
     if refusal is None and is_sharded(holder):
         refusal = refusal_of_placements(holder)
     dtype = str(tensor.dtype).removeprefix("torch.")
     dtype = dtype if dtype in registry.DTYPE_OF_NAME else "?"
     if refusal is not None and is_sharded(holder):
         return Target(name, _NOTHING, dtype, refusal, holder, extent=tuple(tensor.shape))
-    own = own_part(tensor).detach()
+    own = bare(tensor) if named.given else own_part(tensor).detach()
     return Target(name, own, dtype, refusal, holder, list(places.of(holder)), named.view)

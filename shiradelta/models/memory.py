@@ -42,6 +42,25 @@ def own_part(tensor: Any) -> Any:
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
+def has_elements(tensor: Any) -> bool:
+    """Whether a tensor or array has its elements in memory one by one, whatever a subclass says of their meaning."""
+    if is_array(tensor):
+        return True
+    import torch
+
+    is_wrapper = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return not is_wrapper and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def bare(tensor: Any) -> Any:
+    """A tensor without gradient and subclass, in the same memory; an array as it is."""
+    if is_array(tensor):
+        return tensor
+    import torch
+
+    return tensor.detach().as_subclass(torch.Tensor)
+
+
 def address_of(tensor: Any) -> int:
     """The address of the first element."""
     return int(tensor.ctypes.data if is_array(tensor) else tensor.data_ptr())

@@ -10,12 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shiradelta.errors import ArgumentError, ShiraDeltaError
+import numpy as np
+import torch
+
+from shiradelta.errors import ArgumentError, BaseMismatchError, ShiraDeltaError, TargetError
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.hotswap.session import HotSwap
-from shiradelta.io.reader import Source
+from shiradelta.io.reader import Source, open_delta
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.compatibility import spec_of
+from shiradelta.models.layout import Layout
+from shiradelta.models.memory import bare
 from shiradelta.serving.recorded import ServedModel, recorded_layout
+
+#: Elements of a region that are compared with the checkpoint's.
+_SAMPLES = 256
 
 
 @dataclass
@@ -49,8 +59,15 @@ class ServedWeights:
             raise ArgumentError(
                 f"checkpoint {str(checkpoint)!r} is no folder here; give that of the model's safetensors"
             )
-        specs = {name: spec_of(slot) for name, slot in open_checkpoint(checkpoint).items()}
-        self.swap = HotSwap(model, layout=recorded_layout(model, specs), group=group)
+        stored = open_checkpoint(checkpoint)
+        layout = recorded_layout(model, {name: spec_of(slot) for name, slot in stored.items()})
+        # Some layers move elements after loading, within the same memory.
+        self._layout = {name: one for name, one in layout.items() if _holds(one, stored.bits(name))}
+        self.swap = HotSwap(model, self._name, layout=self._layout, group=group)
+
+    def _name(self, name: str) -> str:
+        """A name of the checkpoint's, or one that no model has where memory has no such elements."""
+        return name if name in self._layout else f"{name} (not in memory as in the checkpoint)"
 
     def do(self, request: SwapRequest) -> dict[str, Any]:
         """Does what a request says; on every error nothing has changed.
@@ -60,6 +77,7 @@ class ServedWeights:
 
         Raises:
             ArgumentError: a name is taken, not loaded or still active; or bytes are not base64.
+            TargetError: an adapter changes a tensor that is not in memory as in the checkpoint, such as a repacked one.
             ShiraDeltaError: as `HotSwap.load` and `switch`.
         """
         swap = self.swap
@@ -73,7 +91,7 @@ class ServedWeights:
         loaded: list[str] = []
         try:
             for name, source in sources.items():
-                swap.load(name, source)
+                self._load(name, source)
                 loaded.append(name)
             if request.active is not None:
                 swap.switch(request.active)
@@ -86,6 +104,19 @@ class ServedWeights:
             swap.unload(name)
         return self.about()
 
+    def _load(self, name: str, source: Source) -> None:
+        try:
+            self.swap.load(name, source)
+        except BaseMismatchError as error:
+            with open_delta(source) as delta:
+                other = next((tensor for tensor in delta if tensor not in self._layout), None)
+            if other is None:
+                raise
+            raise TargetError(
+                f"tensor {other!r} is not in memory as in the checkpoint: it is not in the checkpoint, or its layer"
+                " computes or repacks weights; apply the delta to the checkpoint (shiradelta apply) and load that"
+            ) from error
+
     def about(self) -> dict[str, Any]:
         """The adapters that are loaded, with their strengths; 0 for one that is not active.  For JSON."""
         active = self.swap.active
@@ -95,6 +126,19 @@ class ServedWeights:
                 for name, report in self.swap.loaded.items()
             }
         }
+
+
+def _holds(layout: Layout, stored: Array) -> bool:
+    """Whether memory has the elements of a tensor in the checkpoint, by samples of each region."""
+    flat = stored.reshape(-1)
+    for region in layout.regions:
+        box = region.box("", tuple(layout.shape))
+        at = np.unique(np.linspace(0, box.numel - 1, _SAMPLES).astype(np.int64))
+        here = bare(region.memory)[tuple(torch.from_numpy(axis) for axis in np.unravel_index(at, box.shape))]
+        bits = here.cpu().view(bits_dtype(here.element_size())).numpy().view(flat.dtype)
+        if not np.array_equal(bits, flat[box.positions(at)]):
+            return False
+    return True
 
 
 def _bytes(name: str, text: str) -> bytes:

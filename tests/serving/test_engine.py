@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shiradelta import TensorDelta, save_delta
 from shiradelta.errors import ArgumentError, BaseMismatchError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.serving import plugin
 from shiradelta.serving.session import ServedWeights, SwapRequest
@@ -196,3 +197,37 @@ def test_layers_that_were_repacked_are_refused_before_anything_is_written(folder
         ServedWeights(made, folder / "nowhere")
     assert state(made) == before
     assert np.array_equal(bits(made.qkv.t()), bits(model().qkv))
+
+
+class Moves(Engine):
+    """A layer that moves elements after loading, in a weight that is called as in the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        del self.norm, self.scaled
+        self.norm, self.scaled = torch.nn.Module(), torch.nn.Module()
+        for layer in (self.norm, self.scaled):
+            layer.weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.bfloat16), requires_grad=False)
+
+    def load_norm(self, layer: str, kind: str, tensor: torch.Tensor) -> None:
+        self.norm.weight.data.copy_(tensor)
+
+    def load_scaled(self, layer: str, kind: str, tensor: torch.Tensor) -> None:
+        self.scaled.weight.data.copy_(tensor * 2)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "scaled.weight"])
+def test_what_is_not_in_memory_as_in_the_checkpoint_is_refused_by_name(name: str, folder: Path):
+    """A fingerprint would tell, but not every file has one."""
+    made = Moves()
+    made.load_weights(checkpoint().items())
+    made.norm.weight.copy_(made.norm.weight.flip(0))
+    served = ServedWeights(made, folder)
+    before = state(made)
+    save_delta(folder / "a.shd", {name: TensorDelta((8,), [1], [0.5], "bfloat16")})
+    with pytest.raises(TargetError, match=f"tensor {name!r} is not in memory as in the checkpoint"):
+        served.do(SwapRequest(load={"a": str(folder / "a.shd")}, active={"a": 1.0}))
+    served.do(SwapRequest(load={"b": str(folder / "b.shd")}, active={"b": 1.0}))
+    served.do(SwapRequest(active={}, unload=["b"]))
+    assert state(made) == before
+    assert served.about() == {"adapters": {}}
