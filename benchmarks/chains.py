@@ -7,17 +7,22 @@ same share, as the steps of a training run do.
 from __future__ import annotations
 
 import argparse
+import json
 import resource
+import struct
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import shiradelta as sd
 from benchmarks.table import print_table
+from shiradelta.chain import Chain, FolderFollower, LiveFollower
+from shiradelta.chain.difference import shifted
 from shiradelta.chain.fold import fold
 from shiradelta.io.reader import Delta
 from shiradelta.io.writer import writing
@@ -88,6 +93,65 @@ def folding(root: Path, shape: tuple[int, int], counts: list[int], density: floa
     return rows
 
 
+def latency(root: Path, layers: int, rows: int, columns: int, density: float) -> list[list[str]]:
+    """Rows of the table from publishing to applied: wall clock, every part durable."""
+    rng = np.random.default_rng(0)
+    bits = {f"layers.{i}.weight": rng.integers(0, 1 << 15, rows * columns).astype("<u2") for i in range(layers)}
+    write_model(root / "model", bits, (rows, columns))
+    chain = Chain.create(root / "chain", root / "model")
+    follower = FolderFollower(chain, root / "copy")
+    follower.follow()
+    live = {name: each.reshape(rows, columns).copy() for name, each in bits.items()}
+    live_follower = LiveFollower(chain, sd.HotSwap(live), 0)
+    found: dict[str, list[float]] = {}
+
+    def timed(what: str, work: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        work()
+        found.setdefault(what, []).append(time.perf_counter() - start)
+
+    nonzeros = 0
+    for _ in range(3):
+        step = {}
+        for name, old in bits.items():
+            at = np.flatnonzero(rng.random(old.size) < density)
+            bits[name] = old.copy()
+            bits[name][at] += 1
+            step[name] = shifted(
+                sd.TensorDelta.trusted((rows, columns), at, bits[name][at], "bfloat16", "set", old[at])
+            )
+        nonzeros = sum(delta.nnz for delta in step.values())
+        timed("encode the step", lambda step=step: sd.save_delta(root / "step.shd", step))  # type: ignore[misc]
+        timed("publish", lambda: chain.publish(root / "step.shd"))
+        timed("follow with a folder", follower.follow)
+        timed("follow with a live model", live_follower.follow)
+    model = sum(each.nbytes for each in bits.values())
+    size = (root / "step.shd").stat().st_size
+    table = [["part", "median", "nonzeros", "bits each", "model"]]
+    for what, times in found.items():
+        median = sorted(times)[len(times) // 2]
+        table.append(
+            [what, f"{median * 1e3:.0f} ms", f"{nonzeros:,}", f"{8 * size / nonzeros:.1f}", f"{model >> 20} MiB"]
+        )
+    assert all(np.array_equal(live[name].reshape(-1), each) for name, each in bits.items())
+    return table
+
+
+def write_model(folder: Path, bits: dict[str, np.ndarray[Any, Any]], shape: tuple[int, int]) -> None:
+    """A folder with bf16 weights."""
+    header: dict[str, object] = {}
+    at = 0
+    for name, each in bits.items():
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + each.nbytes]}
+        at += each.nbytes
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with open(folder / "model.safetensors", "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for each in bits.values():
+            stream.write(each.tobytes())
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -95,11 +159,15 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 10, 100, 1000])
+    parser.add_argument("--layers", type=int, default=16, help="matrices of the model that is followed")
     options = parser.parse_args()
     shape = options.rows, options.columns
     with tempfile.TemporaryDirectory(dir=".") as folder:
         rows = folding(Path(folder), shape, options.steps, options.density)
     print_table(f"folds of steps that set {options.density:.2%} of {shape[0]} x {shape[1]} bf16 weights", rows)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        rows = latency(Path(folder), options.layers, *shape, options.density)
+    print_table(f"a step from the trainer to the weights, {options.layers} such matrices, one machine", rows)
 
 
 if __name__ == "__main__":
