@@ -225,3 +225,41 @@ def verify(context: click.Context, chain: str, as_json: bool) -> None:
     else:
         echo_lines(*(problems or [f"{chain}: every file is as it was published, up to version {opened.head}"]))
     context.exit(1 if problems else 0)
+
+
+@chain.command(
+    "import",
+    cls=Command,
+    short_help="Make a .shd file of another project's step.",
+    examples=["chain import slime weight_v000007/ --base model/ -o step.shd"],
+)
+@click.argument("wire", type=options.RegistryChoice("shiradelta.chain.wires:WIRES"))
+@click.argument("source")
+@click.option("--base", metavar="MODEL", required=True, help="The model before the step.")
+@click.option("-o", "--out", metavar="FILE", required=True, help="The .shd file to write.")
+def import_(wire: str, source: str, base: str, out: str) -> None:
+    """Make a .shd file, with fingerprints, of the step SOURCE on WIRE, bit for bit."""
+    from shiradelta.chain.wires import read_wire
+
+    changed = read_wire(wire, source, base, out)
+    echo_lines(f"{out}: {count(changed, 'element')} of {base} change")
+
+
+@chain.command(
+    cls=Command,
+    short_help="Write a step as another project reads it.",
+    examples=["chain export slime step.shd --base model/ -o weight_v000007/ --set version=7 --set base_version=6"],
+)
+@click.argument("wire", type=options.RegistryChoice("shiradelta.chain.wires:WIRES"))
+@click.argument("delta")
+@click.option("--base", metavar="MODEL", required=True, help="The model before the step.")
+@click.option("-o", "--out", metavar="FOLDER", required=True, help="The new folder to write.")
+@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="An option of the wire.  May be repeated.")
+def export(wire: str, delta: str, base: str, out: str, settings: tuple[str, ...]) -> None:
+    """Write the step DELTA to a new folder, as WIRE has it."""
+    from shiradelta.chain.wires import write_wire
+
+    if (wrong := next((each for each in settings if "=" not in each), None)) is not None:
+        raise ArgumentError(f"--set {wrong}: has no value; give NAME=VALUE")
+    write_wire(wire, delta, base, out, **dict(each.split("=", 1) for each in settings))
+    echo_lines(f"{out}: {delta} as {wire} has it")

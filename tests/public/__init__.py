@@ -27,6 +27,7 @@ MODULES = (
     "shiradelta.fit",
     "shiradelta.combine.report",
     "shiradelta.chain",
+    "shiradelta.chain.wires",
 )
 RETURNED = ("shiradelta.io.reader.Delta", "shiradelta.folder.verification.VerifyReport")
 
