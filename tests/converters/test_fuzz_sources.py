@@ -7,7 +7,7 @@ import random
 import pytest
 
 import shiradelta
-from shiradelta.converters import lora
+from shiradelta.converters import lora_modules
 from tests import BRIEF, fuzz_sources, fuzzing
 from tests.fuzz_sources import case
 from tests.source_files import Raw, Special, Strange
@@ -46,7 +46,7 @@ def judged(strange: Strange) -> fuzzing.Report:
 
 
 def test_another_exception_is_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lora, "_alpha", lambda *_: 1 // 0)
+    monkeypatch.setattr(lora_modules, "alpha_in", lambda *_: 1 // 0)
     report = judged(whole("kohya", random.Random(0)))
     assert report.outcomes["failure"] == 1
     assert "ZeroDivisionError" in report.problems[0][1]

@@ -252,3 +252,13 @@ def test_a_dora_that_does_not_fit_a_split_weight(tmp_path: Path, lengths: Tensor
     file = {**kohya(QKV, *low_rank(12)), f"lora_unet_{QKV.replace('.', '_')}.dora_scale": lengths}
     with pytest.raises(SourceError, match=message):
         changes(file, base)
+
+
+def test_a_dora_with_modules_of_a_plain_lora(tmp_path: Path):
+    """A file without a configuration does not say whether lengths are missing."""
+    file, _ = peft_dora("qv")
+    del file[f"transformer.{ATTN}.to_v.lora_magnitude_vector"]
+    base = write_base(tmp_path, "bare")
+    save_file(file, tmp_path / "x.safetensors")
+    report = shiradelta.convert(tmp_path / "x.safetensors", tmp_path / "x.shd", 1.0, base, "f32")
+    assert any("1 of 2 modules" in warning and "plain LoRA" in warning for warning in report.warnings)
