@@ -75,7 +75,7 @@ def pieces(text: str) -> list[str]:
 
 def docstrings(path: Path) -> str:
     """Of a module and all that is in it."""
-    tree = _parse(path)
+    tree = parse(path)
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)] if tree else []
     return "\n\n".join(text for text in found if text and len(text) > CHARACTERS // 4)
@@ -83,7 +83,7 @@ def docstrings(path: Path) -> str:
 
 def code(path: Path) -> str:
     """A module's source as `ast` writes it, without docstrings."""
-    tree = _parse(path)
+    tree = parse(path)
     if tree is None:
         return ""
     for node in ast.walk(tree):
@@ -98,7 +98,8 @@ def code(path: Path) -> str:
     return ast.unparse(tree)
 
 
-def _parse(path: Path) -> ast.Module | None:
+def parse(path: Path) -> ast.Module | None:
+    """A file of Python; None if it is not readable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -22,9 +22,17 @@ from shiradelta.nonzeros.pruning import PRUNE_UNTIL
 
 from .dictionary import Dictionary
 from .language import PRETRAINING_STEPS, Language, pretrain
+from .real import Code, Define, Explain, Word
 from .tasks import DEVICE, TUNE, Task, optimise
 
-TASKS: dict[str, Callable[[Path], Task]] = {"dictionary": Dictionary, "language": Language}
+TASKS: dict[str, Callable[[Path], Task]] = {
+    "dictionary": Dictionary,
+    "language": Language,
+    "define": Define,
+    "code": Code,
+    "explain": Explain,
+    "word": Word,
+}
 #: Batches whose gradients choose the mask of a sparse adapter that is trained with labels.
 CALIBRATION = 16
 

@@ -27,7 +27,7 @@ class Task(ABC):
     Attributes:
         name: as the tables have it.
         base: the model's folder.
-        texts: of the kind that is tuned on, without labels.
+        texts: of the kind that is tuned on: texts without labels, or prompts and completions.
         linears: the modules that a LoRA is put on: all linear layers but head and embeddings.
         rates: the largest learning rate of a LoRA, of all weights, and of a sparse part of them.
         measures: names of what `score` gives; shares are taken of the first.
@@ -38,7 +38,7 @@ class Task(ABC):
     rates: ClassVar[dict[str, float]]
     measures: ClassVar[tuple[str, ...]]
     base: Path
-    texts: list[str]
+    texts: list[Any]
 
     @abstractmethod
     def load(self) -> nn.Module:
@@ -113,10 +113,12 @@ def tune_full(task: Task, out: Path, seed: int, steps: int = STEPS) -> nn.Module
     """All weights of the layers, written to a folder."""
     torch.manual_seed(seed)
     model = task.load()
+    stored = next(model.parameters()).dtype
+    model.float()  # steps are smaller than bfloat16 tells
     for name, weight in model.named_parameters():
         weight.requires_grad_(task.trained(name))
     optimise(task, model, task.rates["full"], seed, steps)
-    model.save_pretrained(str(out))  # type: ignore[operator]
+    model.to(stored).save_pretrained(str(out))  # type: ignore[operator]
     return model.requires_grad_(False)
 
 
