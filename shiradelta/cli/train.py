@@ -49,10 +49,12 @@ from shiradelta.util.text import count, size
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
 @click.option("--batch", default=32, show_default=True, help="Examples per step.")
 @click.option(
-    "--relative-lr", default=0.04, show_default=True, help="Learning rate, relative to the RMS of each weight tensor."
+    "--relative-lr",
+    type=float,
+    help="Learning rate, relative to the RMS of each weight tensor. By default short runs find it.",
 )
 @options.renamed_option("--rate", "--relative-lr")
-@click.option("--tokens", default=256, show_default=True, help="Longer examples are cut to this many tokens.")
+@click.option("--tokens", default=512, show_default=True, help="Longer examples are cut to this many tokens.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of examples, and of random masks.")
 @options.prompt_share
 @options.values("int4")

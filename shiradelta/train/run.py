@@ -36,6 +36,7 @@ from shiradelta.text.pooling import find_pooling
 from shiradelta.text.read import read_file
 from shiradelta.train.attaching import attach
 from shiradelta.train.plot import draw_losses
+from shiradelta.train.probe import LEAST_STEPS, SHARE, Probe
 from shiradelta.train.run_state import BestState, History, RunState, load_run, save_run
 from shiradelta.train.settings import TrainReport, TrainSettings
 from shiradelta.train.targets import find_weights
@@ -167,6 +168,7 @@ class _Run:
             resumed.restore(tuner, optimizer, self.checkpoint.root, self.unfinished.path)
             step, self.best = resumed.step, resumed.best
             self.log(f"going on from step {step} of {settings.steps}, found in {self.unfinished.path}")
+        self.relative_lr = settings.relative_lr or self._find_lr(tuner, resumed)
         what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}"
         self.log(f"{what}; pruned to a share of {settings.sparsity}" if settings.pruning[0] else what)
         self._train(tuner, optimizer, step, before)
@@ -200,6 +202,7 @@ class _Run:
             examples=len(self.train),
             held_out=len(self.held_out),
             steps=settings.steps,
+            relative_lr=self.relative_lr,
             before=before,
             trained=trained,
             after=after,
@@ -237,6 +240,23 @@ class _Run:
         self.units = [_rms(weights[name]) for name in tuner.values]
         return tuner
 
+    def _find_lr(self, tuner: Tuner, resumed: RunState | None) -> float:
+        """The learning rate, relative to `units`, that short runs recommend; a resumed run's own."""
+        if resumed is not None and resumed.relative_lr is not None:
+            return resumed.relative_lr
+        settings = self.settings
+        stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed + 2)
+        steps = list(islice(stream, max(LEAST_STEPS, round(SHARE * settings.steps))))
+        seen = {index for batch in steps for index in batch}
+        rest = [index for index in self.train if index not in seen] or list(self.train)
+        unseen = by_length(rest[:HELD_OUT], self.examples.lengths, settings.batch)
+
+        def tried(rate: float, loss: float) -> None:
+            self.log(f"learning rate {rate:.2g} of a weight's RMS: loss {loss:.4g} after {len(steps)} steps")
+
+        probe = Probe(tuner, self.units, lambda part: self._loss(self.model, part), steps, unseen, CLIP)
+        return probe.best(tried)
+
     def _check_stored(self, tuner: Tuner) -> None:
         """Checks that the folder stores the weights with the bits that are trained, since the file is made for them."""
         shapes = {view.name: view.shape for views in tuner.views.values() for view in views}
@@ -267,7 +287,7 @@ class _Run:
         if trained < before:
             why, remedy = f"rounding to {self.settings.values} loses what was gained", "give --values int8 or f32"
         else:
-            smaller = f"{self.settings.relative_lr / 4:.2g}"
+            smaller = f"{self.relative_lr / 4:.2g}"
             why = "no state on the way is better"
             remedy = f"give a smaller --relative-lr, such as {smaller}, more examples, or more --steps"
         return DivergedError(
@@ -297,13 +317,13 @@ class _Run:
                 if step % every == 0 and (not self.history or self.history[-1][0] != step):
                     self._note(tuner, step, mean, self._measure() if step else before)
                 if self.unfinished.is_due():
-                    save_run(self.unfinished, tuner, optimizer, step, self.history, self.best)
+                    save_run(self.unfinished, tuner, optimizer, step, self.history, self.best, self.relative_lr)
                     kept = step
                 mean = 0.9 * mean + 0.1 * self._step(tuner, optimizer, step, indices)
                 self.progress(f"loss {mean:.3f}", step + 1, settings.steps)
             if self.history[-1][0] != settings.steps:  # a run that ended worse than its base has all its steps
                 self._note(tuner, settings.steps, mean, self._measure())
-            save_run(self.unfinished, tuner, optimizer, settings.steps, self.history, self.best)
+            save_run(self.unfinished, tuner, optimizer, settings.steps, self.history, self.best, self.relative_lr)
         except KeyboardInterrupt:
             if kept:
                 where = self.unfinished.path
@@ -318,14 +338,14 @@ class _Run:
 
     def _step(self, tuner: Tuner, optimizer: torch.optim.Optimizer, step: int, indices: Sequence[int]) -> float:
         for group in optimizer.param_groups:
-            group["lr"] = self.settings.relative_lr * group["unit"] * cycle(step, self.settings.steps)
+            group["lr"] = self.relative_lr * group["unit"] * cycle(step, self.settings.steps)
         optimizer.zero_grad()
         loss = self._loss(self.model, indices)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(tuner.parameters(), CLIP)
         found = loss.item()
         if not math.isfinite(found) or not torch.isfinite(norm):
-            smaller = f"{self.settings.relative_lr / 4:.2g}"
+            smaller = f"{self.relative_lr / 4:.2g}"
             raise DivergedError(f"training gave NaN at step {step}; give a smaller --relative-lr, such as {smaller}")
         optimizer.step()
         return found

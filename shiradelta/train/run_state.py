@@ -57,6 +57,7 @@ class RunState:
         base: digest of the base weights at the mask when the run started.
         history: the history up to this step.
         best_loss: the least held-out loss of the final mask; None before there is one.
+        relative_lr: the learning rate; None in a state of 0.1, where the settings have it.
     """
 
     tensors: Mapping[str, Tensor]
@@ -64,6 +65,7 @@ class RunState:
     base: str
     history: History
     best_loss: float | None = None
+    relative_lr: float | None = None
 
     @property
     def mask(self) -> dict[str, Tensor]:
@@ -114,6 +116,7 @@ def save_run(
     step: int,
     history: History,
     best: BestState | None,
+    relative_lr: float,
 ) -> None:
     """Writes the state of a run."""
     tensors = tuner.state_dict()
@@ -123,7 +126,13 @@ def save_run(
                 tensors[f"{name}.{moment}"] = optimizer.state[values][moment].cpu()
     if best is not None:
         tensors |= {f"{name}.{_BEST}": values for name, values in best.values.items()}
-    about = {"step": step, "history": history, "base": digest(tuner), "best_loss": best and best.loss}
+    about = {
+        "step": step,
+        "history": history,
+        "base": digest(tuner),
+        "best_loss": best and best.loss,
+        "relative_lr": relative_lr,
+    }
     unfinished.save(tensors, about)
 
 
@@ -139,7 +148,8 @@ def load_run(unfinished: UnfinishedRun, log: Callable[[str], None]) -> RunState 
     tensors, found = state
     history = [(int(step), float(loss), float(held)) for step, loss, held in found["history"]]
     best_loss = found.get("best_loss")  # 0.1 kept no best state
-    return RunState(tensors, int(found["step"]), found["base"], history, best_loss)
+    rate = found.get("relative_lr")
+    return RunState(tensors, int(found["step"]), found["base"], history, best_loss, rate)
 
 
 def digest(tuner: Tuner) -> str:

@@ -31,15 +31,15 @@ class TrainSettings:
     prune_from: float | None = None
     steps: int = 400
     batch: int = 32
-    relative_lr: float = 0.04
-    tokens: int = 256
+    relative_lr: float | None = None
+    tokens: int = 512
     seed: int = 0
     values: str = "int4"
     prompt_share: float = 0.0
 
     def __post_init__(self) -> None:
         parse_sparsity(self.sparsity)
-        if not 0 < self.relative_lr < math.inf:
+        if self.relative_lr is not None and not 0 < self.relative_lr < math.inf:
             raise ArgumentError(
                 f"a relative learning rate of {self.relative_lr} trains nothing; give one above 0, such as 0.04"
             )
@@ -80,6 +80,7 @@ class TrainReport:
         tensors, nnz, numel: tensors trained, nonzeros in them, elements of them.
         examples, held_out: examples to train on, and to measure on.
         steps: optimizer steps.
+        relative_lr: the learning rate, relative to the RMS of each weight.
         before, trained, after: held-out loss of the base, of the best state, and with the values that the file stores.
         seconds: duration of the run.
         file_bytes: size of the file.
@@ -93,6 +94,7 @@ class TrainReport:
     examples: int
     held_out: int
     steps: int
+    relative_lr: float
     before: float
     trained: float
     after: float

@@ -118,6 +118,32 @@ def test_an_interrupted_run_goes_on_exactly(
     assert [held for *_, held in report.history] == [held for *_, held in whole.history]
 
 
+def test_a_learning_rate_is_found_once(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that goes on has that of its beginning."""
+    texts, told = write(tmp_path / "data.jsonl", "text"), list[str]()
+    settings = TrainSettings(**{**vars(SETTINGS), "relative_lr": None, "steps": 12})
+    whole = run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu", log=told.append)
+    assert whole.after < whole.before
+    assert sum("learning rate" in line for line in told) > 2
+    monkeypatch.setattr("shiradelta.nonzeros.unfinished.SAVE_EVERY", -1)
+    step = run_module._Run._step
+
+    def stop(self: Any, tuner: Any, optimizer: Any, number: int, indices: Any) -> float:
+        if number == 7:
+            raise KeyboardInterrupt
+        return step(self, tuner, optimizer, number, indices)
+
+    monkeypatch.setattr(run_module._Run, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
+    monkeypatch.setattr(run_module._Run, "_step", step)
+    told.clear()
+    report = run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", log=told.append)
+    assert report.relative_lr == whole.relative_lr
+    assert not any("learning rate" in line for line in told)
+    assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
+
+
 def measuring(monkeypatch: pytest.MonkeyPatch, *losses: float) -> list[dict[str, torch.Tensor]]:
     """Lets a run measure these held-out losses, one after the other; gives the model's weights at each."""
     left, seen = list(losses), list[dict[str, torch.Tensor]]()

@@ -1,0 +1,100 @@
+"""Finds a learning rate by short runs from the initial state, on training examples.
+
+A run is a whole one in small, learning-rate schedule included; a rate is as good as the loss that its run leaves on
+examples that it has not seen.  Rates go up or down from the first one until the loss gets worse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shiradelta.nonzeros.schedule import cycle
+from shiradelta.train.tuner import Tuner
+
+#: The first learning rate to try, relative to the RMS of each weight, and the factor between neighbours.
+FIRST, FACTOR = 0.04, 2.5
+#: Rates that are tried at most, in either direction.
+MOST = 4
+#: Share of the whole run that a short run takes, and its least number of steps.
+SHARE, LEAST_STEPS = 0.05, 10
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a short run gets.
+
+    Attributes:
+        tuner: attached, its values zero.
+        units: what a learning rate of 1 is for each of the tuner's parameters.
+        loss: gives the loss of a batch of examples.
+        steps: batches of examples to step on.
+        unseen: batches of examples to measure on.
+        clip: norm to which gradients are clipped.
+    """
+
+    tuner: Tuner
+    units: Sequence[float]
+    loss: Callable[[Sequence[int]], Tensor]
+    steps: Sequence[Sequence[int]]
+    unseen: Sequence[Sequence[int]]
+    clip: float
+
+    def best(self, tried: Callable[[float, float], None] = lambda rate, loss: None) -> float:
+        """The learning rate, relative to the units, after whose short run the loss is least.
+
+        Args:
+            tried: called with each rate and the loss after its run.
+        """
+        losses: dict[int, float] = {}
+
+        def loss_at(power: int) -> float:
+            if power not in losses:
+                losses[power] = self.run(FIRST * FACTOR**power)
+                tried(FIRST * FACTOR**power, losses[power])
+            return losses[power]
+
+        step = 1 if loss_at(1) < loss_at(0) else -1
+        power = max(0, step)
+        while abs(power) < MOST and (loss_at(power + step) < losses[power] or math.isinf(losses[power])):
+            power += step
+        return FIRST * FACTOR**power
+
+    def run(self, rate: float) -> float:
+        """The loss on unseen examples after a short run; infinity if it is not finite.  The values are zero again."""
+        parameters = self.tuner.parameters()
+        moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+        try:
+            for number, batch in enumerate(self.steps, 1):
+                self.loss(batch).backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+                self._step(moments, rate * cycle(number - 1, len(self.steps)), number)
+            with torch.no_grad():
+                total = sum(float(self.loss(batch)) * len(batch) for batch in self.unseen)
+        finally:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.zero_()
+                    parameter.grad = None
+            self.tuner.write()
+        found = total / sum(map(len, self.unseen))
+        return found if math.isfinite(found) else math.inf
+
+    @torch.no_grad()
+    def _step(self, moments: Sequence[tuple[Tensor, Tensor]], rate: float, number: int) -> None:
+        """A step of Adam; torch's own would start pruning."""
+        first, second = _BETAS
+        for parameter, unit, (mean, square) in zip(self.tuner.parameters(), self.units, moments, strict=True):
+            if parameter.grad is None:
+                continue
+            mean.lerp_(parameter.grad, 1 - first)
+            square.lerp_(parameter.grad.square(), 1 - second)
+            root = (square / (1 - second**number)).sqrt_().add_(_EPSILON)
+            parameter.sub_(mean / root * (rate * unit / (1 - first**number)))
+            parameter.grad = None
+        self.tuner.write()

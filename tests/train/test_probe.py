@@ -1,0 +1,58 @@
+"""The learning rate that short runs find."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shiradelta import train
+from shiradelta.train.probe import FACTOR, FIRST, MOST, Probe
+
+
+def probe(scale: float, loss: Callable[[Tensor], Tensor] | None = None) -> tuple[Probe, nn.Linear]:
+    """A linear layer whose outputs have to grow by `scale` of its weights' RMS."""
+    torch.manual_seed(0)
+    model = nn.Linear(32, 16, bias=False)
+    weight = model.weight.detach().clone()
+    inputs = torch.randn(64, 32)
+    tuner = train.attach(model, 1.0, "wm")
+    wanted = inputs @ (weight + scale * weight.square().mean().sqrt() * torch.randn(weight.shape).sign()).T
+
+    def error(part: Sequence[int]) -> Tensor:
+        left = (model(inputs[list(part)]) - wanted[list(part)]).square().mean()
+        return left if loss is None else loss(left)
+
+    rms = float(weight.square().mean().sqrt())
+    batches = [list(range(start, start + 8)) for start in range(0, 48, 8)]
+    return Probe(tuner, [rms], error, batches, [list(range(48, 64))], 1e9), model
+
+
+@pytest.mark.parametrize(("scale", "least", "most"), [(0.01, 0.001, 0.02), (0.6, 0.04, 1.6)])
+def test_a_larger_change_takes_a_larger_rate(scale: float, least: float, most: float):
+    assert least < probe(scale)[0].best() < most
+
+
+def test_the_values_are_zero_again_and_the_weights_the_base():
+    found, model = probe(0.1)
+    before = model.weight.detach().clone()
+    found.best()
+    assert all(not values.any() and values.grad is None for values in found.tuner.parameters())
+    assert torch.equal(model.weight, before)
+
+
+def test_a_rate_is_taken_whose_neighbours_are_worse():
+    found, _ = probe(0.1)
+    losses: dict[float, float] = {}
+    best = found.best(losses.__setitem__)
+    assert losses[best] == min(losses.values())
+    for neighbour in (best * FACTOR, best / FACTOR):
+        assert any(math.isclose(neighbour, rate) for rate in losses)
+
+
+def test_runs_that_diverge_take_the_least_rate():
+    found, _ = probe(0.1, lambda left: left * math.nan)
+    assert found.best() == pytest.approx(FIRST / FACTOR**MOST)
