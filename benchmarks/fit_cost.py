@@ -127,6 +127,7 @@ class Case:
             counts=nonzeros.counts,
             units=units,
             whole_model=False,
+            keeps_start=False,
         )
         trainer = FitTrainer(self.model, nonzeros, self.behaviour, self.teacher, plan)
 

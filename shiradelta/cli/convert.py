@@ -94,7 +94,7 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
     "--fit-mask",
     cls=RegistryOption,
     type=RegistryChoice("shiradelta.fit:MASKS", "shiradelta.fit.choices:RENAMED_MASKS"),
-    default="prune",
+    default="refit",
     show_default=True,
     help="Which weights change",
 )
@@ -102,10 +102,12 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 @click.option("--fit-batch", default=128, show_default=True, help="Texts per step.")
 @click.option("--fit-micro", type=int, help="Texts per forward pass; fewer take less memory.")
 @click.option(
-    "--fit-relative-lr", default=0.3, show_default=True, help="Learning rate, relative to the size of a nonzero."
+    "--fit-relative-lr",
+    type=float,
+    help="Learning rate, relative to the size of a nonzero.  [default: the mask's, 0.03 for refit, 0.3 for others]",
 )
 @renamed_option("--fit-rate", "--fit-relative-lr")
-@click.option("--fit-tokens", default=128, show_default=True, help="Where texts are cut.")
+@click.option("--fit-tokens", default=512, show_default=True, help="Where texts are cut.")
 @click.option(
     "--fit-text-share",
     type=options.SHARE,

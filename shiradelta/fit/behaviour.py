@@ -75,6 +75,10 @@ class Behaviour(ABC):
         left = torch.stack([term / scale for term, scale in terms if scale > 0])
         return last * left[-1] + (1 - last) * left.mean()
 
+    def token_weights(self, indices: Sequence[int]) -> Tensor | None:
+        """How much each token of a batch counts in a layer's statistics, padding and all [n]; None if all alike."""
+        return None
+
     @abstractmethod
     def distance(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
         """How far a student is from its teacher on these examples, in the unit of `measure`."""

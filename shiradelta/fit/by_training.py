@@ -13,15 +13,19 @@ import torch
 from shiradelta.errors import DivergedError
 from shiradelta.fit.choices import MASKS, RENAMED_MASKS
 from shiradelta.fit.fitted import FitJob, Fitted
+from shiradelta.fit.refit.whole import fit as refit
+from shiradelta.fit.refit.whole import solve
 from shiradelta.fit.state import FitState, load_state, save_state
 from shiradelta.fit.subject import Subject
 from shiradelta.fit.training import FitTrainer, TrainingPlan
-from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.nonzeros.vector import Nonzeros
 
-#: Steps on a GPU.  A CPU takes as many as fit into this many seconds, but not fewer than the least.
-STEPS, CPU_SECONDS, CPU_LEAST = 1_000, 600, 40
+#: Steps on a GPU.  A CPU takes as many as fit into this many seconds, but not fewer than the least; where even these
+#: take more than the most, least squares are all.
+STEPS, CPU_SECONDS, CPU_LEAST, CPU_MOST = 1_000, 600, 40, 900
+#: With fewer steps than these, what least squares gave is not pruned, and is the result where training is no better.
+REFIT_STEPS = 100
 
 
 def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
@@ -35,11 +39,15 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     unfinished = UnfinishedRun(path, _identity(job, subject))
     tuned = subject.fitted
     counts = [min(target.count, changed) for target, changed in zip(tuned.targets, tuned.changed, strict=True)]
-    if mask.prunes:
-        positions, values = subject.select(mask, _begin(job, subject, counts))
-    else:
-        positions, values = subject.select(mask, counts, job.whole_model)
-    nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], values)
+
+    def select(begin: float) -> None:
+        """Takes the largest changes, `begin` times as many as are kept."""
+        number, whole = (_begin(job, subject, counts, begin), False) if begin > 1 else (counts, job.whole_model)
+        positions, values = subject.select(mask, number, whole)
+        nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], values)
+
+    begin = mask.begin
+    select(begin)
     resumed = load_state(unfinished, settings.log)
     units = [(energy / max(count, 1)) ** 0.5 for energy, count in zip(tuned.energy, counts, strict=True)]
 
@@ -47,16 +55,31 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
         plan = TrainingPlan(
             steps=steps,
             micro=subject.micro,
-            relative_lr=settings.relative_lr,
+            relative_lr=settings.relative_lr or mask.relative_lr,
             quantiser=partial(tuned.quantiser_of, codec=job.codec),
             counts=counts,
             units=units,
             whole_model=job.whole_model,
+            keeps_start=mask.solves and begin == 1,
         )
         return FitTrainer(subject.model, nonzeros, subject.behaviour, subject.teacher, plan)
 
     seconds = _seconds_per_step(trainer(1), subject)
     steps = settings.steps or (resumed.steps if resumed else _default_steps(subject, seconds))
+    if mask.solves:
+        if settings.steps is None and resumed is None and subject.device.type == "cpu" and steps * seconds > CPU_MOST:
+            settings.log(
+                f"{steps} steps on {subject.device} would take {_duration(steps * seconds)}, so values are those of"
+                f" least squares, as by --fit-method refit; --fit-steps {steps} trains them all the same"
+            )
+            select(1)
+            refit(job, subject, nonzeros, result)
+            return
+        if steps < REFIT_STEPS:
+            begin = 1
+            select(begin)
+        if resumed is None:
+            solve(job, subject, nonzeros)
     training = trainer(steps)
     if resumed is not None:
         training.load(resumed)
@@ -100,23 +123,23 @@ def _identity(job: FitJob, subject: Subject) -> object:
         *(str(job.base.resolve()), str(job.source.resolve()), job.codec, job.whole_model),
         *([target.name, target.count, f"{energy:.4g}"] for target, energy in targets),
         *(masks_of_0_1.get(fit.mask, fit.mask), fit.steps, fit.batch, subject.micro),
-        *(fit.relative_lr, fit.tokens, fit.text_share, fit.seed),
+        *(fit.relative_lr or MASKS.find(fit.mask).relative_lr, fit.tokens, fit.text_share, fit.seed),
         *([fit.prompt_share] if fit.prompt_share else []),  # 0.1 had none
         subject.texts.train[:1],
         [str(text) for text in subject.texts.every],
     ]
 
 
-def _begin(job: FitJob, subject: Subject, counts: Sequence[int]) -> list[int]:
+def _begin(job: FitJob, subject: Subject, counts: Sequence[int], begin: float) -> list[int]:
     """Nonzeros by tensor before pruning.
 
     Where nonzeros may move between tensors, all tensors begin with the same density: the largest changes are
     distributed very differently from what training keeps.
     """
     if not job.whole_model:
-        return [PRUNE_FROM * count for count in counts]
+        return [round(begin * count) for count in counts]
     weights = subject.fitted.weights
-    density = PRUNE_FROM * sum(counts) / sum(weight.numel() for weight in weights)
+    density = begin * sum(counts) / sum(weight.numel() for weight in weights)
     return [math.ceil(density * weight.numel()) for weight in weights]
 
 

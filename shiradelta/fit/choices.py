@@ -25,13 +25,17 @@ class FitMask:
         name: what a user calls it.
         help: a few words for the command line.
         score: (`Subject`) -> function (index of a target, |change|) -> importance of each weight; None takes |change|.
-        prunes: whether training starts with more nonzeros and prunes them, instead of keeping the mask.
+        begin: times the nonzeros that are kept to start training with; those above 1 are pruned.
+        solves: whether training starts with the mask and the values that least squares give.
+        relative_lr: the learning rate that suits it, as `Fit.relative_lr`; what is solved already takes small steps.
     """
 
     name: str
     help: str
     score: Implementation | None = None
-    prunes: bool = False
+    begin: float = 1
+    solves: bool = False
+    relative_lr: float = 0.3
 
     @property
     def by_magnitude(self) -> bool:
@@ -84,7 +88,8 @@ def _resolved(implementation: Implementation) -> Callable[..., Any]:
 MASKS: Registry[FitMask] = Registry(
     "mask",
     [
-        FitMask("prune", "found by pruning while training", prunes=True),
+        FitMask("refit", "by least squares, pruned while training", begin=2, solves=True, relative_lr=0.03),
+        FitMask("prune", "the largest changes, pruned while training", begin=5),
         FitMask("magnitude", "by change"),
         FitMask("activation", "by change x input", "shiradelta.fit.importance:by_activation"),
         FitMask("gradient", "by change x gradient", "shiradelta.fit.importance:by_gradient"),

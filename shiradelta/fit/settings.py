@@ -24,14 +24,15 @@ class Fit:
             FILE:COLUMN takes one column.  A sequence has strings, or mappings with these keys (anything, if `forward`
             is given).
         method: "train" uses gradients; "refit" solves least squares layer by layer, from forward passes alone.
-        mask: which weights change.  "prune" starts with more nonzeros and prunes the least important while it trains;
+        mask: which weights change, for "train".  "refit" starts with what the method "refit" gives for twice the
+            nonzeros, and prunes the least important while it trains; "prune" starts with the largest changes;
             "magnitude", "activation" (change times the RMS of its input) and "gradient" (change times RMS gradient)
-            keep one mask from the start.  "refit" finds its own.
+            keep one mask from the start.
         steps: optimizer steps; None takes 1,000 on a GPU, and as many as fit into ten minutes on a CPU.
         batch: texts per step.
         micro: texts per forward pass; a step sums the gradients of several.  None takes `batch`.
         relative_lr: largest learning rate, relative to the size that a tensor's nonzeros would need to carry the
-            energy of the fine-tune's whole change.
+            energy of the fine-tune's whole change; None takes the mask's own.
         tokens: longer texts are cut.
         text_share: for language models, the share of the target that is the text's next token; the rest is what the
             fine-tune predicts.  It is scaled down when the texts differ from the fine-tune's training data; 0 takes
@@ -53,12 +54,12 @@ class Fit:
 
     texts: str | os.PathLike[str] | Sequence[Any]
     method: str = "train"
-    mask: str = "prune"
+    mask: str = "refit"
     steps: int | None = None
     batch: int = 128
     micro: int | None = None
-    relative_lr: float = 0.3
-    tokens: int = 128
+    relative_lr: float | None = None
+    tokens: int = 512
     text_share: float = 0.1
     prompt_share: float = 0.0
     held_out: int = 256
@@ -76,9 +77,9 @@ class Fit:
             warn_renamed(f"mask {self.mask!r}", repr(RENAMED_MASKS[self.mask]), stacklevel=5)
             object.__setattr__(self, "mask", RENAMED_MASKS[self.mask])
         method, mask = METHODS.find(self.method), MASKS.find(self.mask)
-        if not method.trains and not mask.prunes:
+        if not method.trains and mask.begin == 1:
             raise ArgumentError(f"fitting method {self.method!r} finds its own mask; leave {self.mask!r} out, or train")
-        if not self.relative_lr > 0:
+        if self.relative_lr is not None and not self.relative_lr > 0:
             raise ArgumentError(f"a learning rate of {self.relative_lr} fits nothing; give one above 0")
         if not 0 <= self.text_share < 1:
             raise ArgumentError(f"a text share of {self.text_share} is out of range; give 0, or a number below 1")
@@ -94,7 +95,7 @@ class Fit:
         return self.micro or self.batch
 
     @property
-    def rate(self) -> float:
+    def rate(self) -> float | None:
         """Deprecated name of `relative_lr`."""
         warn_renamed("Fit.rate", "relative_lr")
         return self.relative_lr

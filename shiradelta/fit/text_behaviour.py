@@ -41,6 +41,11 @@ class OutputKind(Enum):
     LABELS = "KL divergence of the labels, nats"  # logits of independent labels, of which any number may apply
 
 
+#: Weight of a prompt's token in a layer's statistics, where one that the model is to say has 1.  Answers are read from
+#: what layers make of the prompt, so it counts; counting it in full keeps about 1 % less of the gain.
+LEAST_WEIGHT = 0.1
+
+
 class TextBehaviour(Behaviour):
     """Models of transformers: hidden states of all layers, and logits, or else the embedding of the text.
 
@@ -161,6 +166,13 @@ class TextBehaviour(Behaviour):
             return None
         slots, kept = self._counted(indices)
         return self._row_weights[slots[kept]].to(self._device, non_blocking=True)
+
+    def token_weights(self, indices: Sequence[int]) -> Tensor:
+        slots, there = self._table.slots(self._examples.texts(indices))
+        counts = there.float()
+        if self._row_weights is not None:
+            counts *= LEAST_WEIGHT + (1 - LEAST_WEIGHT) * self._row_weights[torch.where(there, slots, 0)]
+        return counts.flatten().to(self._device, non_blocking=True)
 
     def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
         """The teacher's outputs, with a share of the probability moved to the next token."""

@@ -48,6 +48,7 @@ class TrainingPlan:
         counts: nonzeros by tensor in the end.
         units: unit of the learning rate, by tensor.
         whole_model: whether nonzeros may move between tensors.
+        keeps_start: whether the values at the start are the result where no later ones are better.
     """
 
     steps: int
@@ -57,6 +58,7 @@ class TrainingPlan:
     counts: Sequence[int]
     units: Sequence[float]
     whole_model: bool
+    keeps_start: bool
 
 
 class FitTrainer:
@@ -168,7 +170,8 @@ class FitTrainer:
 
     @property
     def _rounding(self) -> bool:
-        return self.state.step >= ROUND_FROM * self._plan.steps
+        step = self.state.step
+        return step >= ROUND_FROM * self._plan.steps or (step == 0 and self._plan.keeps_start)
 
     def _evaluate(self, held_out: HeldOut) -> None:
         self.write()
@@ -185,10 +188,9 @@ class FitTrainer:
 
     def _compare(self, part: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         distance = self._behaviour.distance(part, student, teacher)  # first: the loss may change the teacher's outputs
-        return {DISTANCE: distance, "loss": float(self._loss(student, teacher, part))}
+        return {DISTANCE: distance, "loss": float(self._loss(student, teacher, part, 1.0))}
 
-    def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int]) -> Tensor:
-        settled = min(1.0, self.state.step / (PRUNE_UNTIL * self._plan.steps))
+    def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int], settled: float) -> Tensor:
         target = self._behaviour.target(teacher, part)
         return self._behaviour.loss(part, student, target, self._behaviour.weight(settled))
 
@@ -197,10 +199,11 @@ class FitTrainer:
         self._nonzeros.grad.zero_()
         self.write()
         total = torch.zeros((), device=self._nonzeros.grad.device)
+        settled = min(1.0, self.state.step / (PRUNE_UNTIL * self._plan.steps))
         for part in _parts(batch, self._plan.micro):
             teacher = self._teacher.outputs(part)
             student = self._behaviour.outputs(self._model, part)
-            loss = self._loss(student, teacher, part) * (len(part) / len(batch))
+            loss = self._loss(student, teacher, part, settled) * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
             self._nonzeros.collect()
             total += loss.detach()

@@ -94,6 +94,7 @@ class _Stream:
                     self._rest.fitted,
                     self._rest.quantiser,
                     self._calibration,
+                    self._behaviour.token_weights,
                 )
                 self._left += left_out(self._model, self._rest.weights, left)
             measures = self._measures()
@@ -183,7 +184,15 @@ class _Stream:
 
         if weights.fitted is not None:
             linears = [m for m in own_linears(self._blocks[index]) if m.weight in weights.weights.covered]
-            left = refit(linears, run, teacher, weights.fitted, weights.quantiser, self._calibration)
+            left = refit(
+                linears,
+                run,
+                teacher,
+                weights.fitted,
+                weights.quantiser,
+                self._calibration,
+                self._behaviour.token_weights,
+            )
             self._left += left_out(self._blocks[index], weights.weights, left)
         for state in STATES:
             parts = self._held_out + (self._calibration if state in ("fitted", "tuned") else [])

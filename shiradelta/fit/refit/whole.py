@@ -13,19 +13,23 @@ from shiradelta.nonzeros.vector import Nonzeros
 
 def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
     """Refits mask and values of linear layers in closed form; afterwards the weights hold them."""
-    calibration = subject.calibration
-    result.texts = sum(map(len, calibration))
+    result.texts = sum(map(len, subject.calibration))
+    left = solve(job, subject, nonzeros)
+    result.warnings += left_out_warnings(left_out(subject.model, subject.fitted, left))
+    write_rounded(nonzeros, subject.fitted, job.codec)
 
+
+def solve(job: FitJob, subject: Subject, nonzeros: Nonzeros) -> list[int]:
+    """Refits `nonzeros`; the weights hold the base afterwards.  Returns the indices of the tensors that keep theirs."""
     covered = subject.fitted.covered
     linears = [module for module in own_linears(subject.model) if module.weight in covered]
-    left = refit(
+    return refit(
         linears,
         partial(subject.behaviour.outputs, subject.model),
         subject.teacher.in_place,
         nonzeros,
         partial(subject.fitted.quantiser, codec=job.codec),
-        calibration,
+        subject.calibration,
+        subject.behaviour.token_weights,
         partial(job.progress, "least squares by layer"),
     )
-    result.warnings += left_out_warnings(left_out(subject.model, subject.fitted, left))
-    write_rounded(nonzeros, subject.fitted, job.codec)
