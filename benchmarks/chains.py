@@ -96,7 +96,7 @@ def folding(root: Path, shape: tuple[int, int], counts: list[int], density: floa
 def latency(root: Path, layers: int, rows: int, columns: int, density: float) -> list[list[str]]:
     """Rows of the table from publishing to applied: wall clock, every part durable."""
     rng = np.random.default_rng(0)
-    bits = {f"layers.{i}.weight": rng.integers(0, 1 << 15, rows * columns).astype("<u2") for i in range(layers)}
+    bits = {f"layers.{i}.weight": rng.integers(0, 1 << 14, rows * columns).astype("<u2") for i in range(layers)}
     write_model(root / "model", bits, (rows, columns))
     chain = Chain.create(root / "chain", root / "model")
     follower = FolderFollower(chain, root / "copy")
