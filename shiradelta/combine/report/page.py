@@ -43,6 +43,9 @@ class Metric(NamedTuple):
     relative: bool = False
 
 
+_AWOM = "The spectral norm of A<sub>1</sub><sup>T</sup>A<sub>2</sub>: the most that the two interact on any input."
+_AWOR = "The share of elements of A<sub>1</sub><sup>T</sup>A<sub>2</sub> that are zero; the more, the more orthogonal."
+
 _METRICS = (
     Metric(
         "Shared",
@@ -70,8 +73,7 @@ _METRICS = (
         lambda m: m.awom,
         lambda v: f"{v:.3g}",
         lambda v: v,
-        "The spectral norm of A<sub>1</sub><sup>T</sup>A<sub>2</sub>: the most that the two interact on any input."
-        " Colours are relative to the largest.",
+        f"{_AWOM} Colours are relative to the largest.",
         relative=True,
     ),
     Metric(
@@ -79,7 +81,7 @@ _METRICS = (
         lambda m: m.awor,
         lambda v: f"{v:.3f}",
         lambda v: 1 - v,
-        "The share of elements of A<sub>1</sub><sup>T</sup>A<sub>2</sub> that are zero; the more, the more orthogonal.",
+        _AWOR,
     ),
 )
 
@@ -203,7 +205,8 @@ def _heat(report: DeltaReport) -> str:
 def _pairs(report: DeltaReport) -> str:
     found = report.interference
     rows = [[f"{badge(i)} {badge(j)}", *_meeting_cells(found.total((i, j)))] for i, j in found.pairs]
-    return f"<h2>Every pair</h2>{table(['', *_MEETING_HEAD], rows)}"
+    notes = f'<p class="dim">AWOM: {_AWOM}</p><p class="dim">AWOR: {_AWOR}</p>'
+    return f"<h2>Every pair</h2>{notes}{table(['', *_MEETING_HEAD], rows)}"
 
 
 _MEETING_HEAD = (
