@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 from peft import PeftModel
 from safetensors.numpy import save_file
+from torch import nn
 from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar
 
 import shiradelta
 from demo.task import embed, load_base, score
+from shiradelta.cli.progress import progress_bar
 from shiradelta.io.describe import describe
 from shiradelta.util import text
 
@@ -62,11 +64,18 @@ def write_peft_shira(delta: Path, target: Path) -> int:
 def scores(model: Path) -> dict[str, float]:
     """Top-1 on the held-out task: of the base, with the LoRA, and as the folder is now."""
     base, tokenizer = load_base()
-    result = {"base": score(lambda texts: embed(base, tokenizer, texts))}
-    tuned = PeftModel.from_pretrained(base, str(LORA)).eval()
-    result["base + LoRA"] = score(lambda texts: embed(tuned, tokenizer, texts))
+
+    def scored(name: str, network: nn.Module) -> float:
+        with progress_bar(f"scoring {name}") as progress:
+            value = score(lambda texts: embed(network, tokenizer, texts), progress=progress)
+        print(f"scored {name}: {value:.3f}", flush=True)
+        return value
+
+    print("\nscoring three models on 2,000 definitions", flush=True)
+    result = {"base": scored("base", base)}
+    result["base + LoRA"] = scored("base + LoRA", PeftModel.from_pretrained(base, str(LORA)).eval())
     patched = AutoModel.from_pretrained(str(model), local_files_only=True).eval()
-    result["base + .shd"] = score(lambda texts: embed(patched, tokenizer, texts))
+    result["base + .shd"] = scored("base + .shd", patched)
     return result
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from shiradelta.util.progress import Progress
+
 MODEL_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_TOKENS = 32  # cuts the longest definitions only
 HELD_OUT = 2_000
@@ -80,14 +82,28 @@ def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[
     return nn.functional.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
 
 
-def score(encode: Callable[[Sequence[str]], Tensor], batch_size: int = 128) -> float:
-    """Top-1 accuracy: the share of held-out definitions whose own word is the nearest of all."""
+def score(
+    encode: Callable[[Sequence[str]], Tensor],
+    batch_size: int = 128,
+    progress: Progress = lambda what, done, total: None,
+) -> float:
+    """Top-1 accuracy: the share of held-out definitions whose own word is the nearest of all.
 
-    def encode_all(texts: Sequence[str]) -> Tensor:
-        batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-        return torch.cat([encode(batch) for batch in batches])
-
+    Args:
+        encode: texts -> one unit vector each.
+        batch_size: texts at a time.
+        progress: called with (what, done, total); counts texts.
+    """
     definitions, words = zip(*load_split().held_out, strict=True)
+    total = len(definitions) + len(words)
+
+    def encode_all(texts: Sequence[str], before: int = 0) -> Tensor:
+        vectors = []
+        for start in range(0, len(texts), batch_size):
+            progress("texts", before + start, total)
+            vectors.append(encode(texts[start : start + batch_size]))
+        return torch.cat(vectors)
+
     with torch.inference_mode():
-        nearest = (encode_all(definitions) @ encode_all(words).T).argmax(dim=1)
+        nearest = (encode_all(definitions) @ encode_all(words, len(definitions)).T).argmax(dim=1)
     return (nearest.cpu() == torch.arange(len(nearest))).double().mean().item()
