@@ -38,12 +38,20 @@ def test_the_changes_are_those_of_pefts_merge(tmp_path: Path, model: Any, kind: 
 @pytest.mark.parametrize("kind", SLOW)
 def test_a_type_of_pefts_is_exact_or_refused(tmp_path: Path, model: Any, kind: str):
     """As the documentation says of PEFT 0.21."""
-    found = outcome(sources.case(model, kind), tmp_path)
+    found = outcome(_case(model, kind), tmp_path)
+    if found.startswith("not made") and "is required" in found:
+        pytest.skip(found)
     page = (Path(__file__).parents[2] / "docs/sources.md").read_text()
     exact = re.search(r"PEFT's merge, a layer at a time \| (.*) \|", page)
     assert exact is not None
     assert (found == "exact") == (kind in exact[1].split(", ")), found
     assert "WRONG" not in found
+
+
+def _case(model: Any, kind: str) -> sources.Case:
+    if kind == "BEFT":  # changes biases
+        return sources.case(sources.small_model(bias=True), kind, target_modules=["q_proj"])
+    return sources.case(model, kind)
 
 
 def refused(folder: Path, base: Path | None, match: str) -> None:
