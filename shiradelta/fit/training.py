@@ -21,13 +21,13 @@ from shiradelta.fit.measures import HeldOut
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.state import FitState
 from shiradelta.fit.teacher import Teacher
+from shiradelta.nonzeros.adam import adam_
 from shiradelta.nonzeros.pruning import PRUNE_UNTIL, PruningSchedule, importance, is_due
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.vector import Nonzeros
 
 #: Share of the steps after which the forward pass uses rounded values; gradients pass straight through.
 ROUND_FROM = 0.75
-BETAS = (0.9, 0.999)
 EPSILON = 1e-10
 EVALUATIONS = 20
 #: Training stops after this many evaluations with less gain than this, counted once values are rounded.
@@ -218,14 +218,10 @@ class FitTrainer:
 
     def _update(self) -> None:
         """One step of Adam."""
-        state, grad = self.state, self._nonzeros.grad
-        first, second = BETAS
-        state.mean.lerp_(grad, 1 - first)
-        state.square.lerp_(grad.square(), 1 - second)
-        count = state.step + 1
-        root = (state.square / (1 - second**count)).sqrt_().add_(EPSILON)
+        state = self.state
         lr = self._plan.relative_lr * cycle(state.step, self._plan.steps) / 2**state.failures
-        state.values.sub_(self._units * (state.mean / root) * (lr / (1 - first**count)))
+        moments = state.mean, state.square
+        adam_(state.values, self._nonzeros.grad, *moments, state.step + 1, lr, self._units, EPSILON)
 
     def _prune(self) -> None:
         """Prunes the least important nonzeros if it is due."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shiradelta.nonzeros.adam import adam_
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.train.tuner import Tuner
 
@@ -22,7 +23,7 @@ FIRST, FACTOR = 0.04, 2.5
 MOST = 4
 #: Share of the whole run that a short run takes, and its least number of steps.
 SHARE, LEAST_STEPS = 0.05, 10
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,8 @@ class Probe:
     @torch.no_grad()
     def _step(self, moments: Sequence[tuple[Tensor, Tensor]], rate: float, number: int) -> None:
         """A step of Adam; torch's own would start pruning."""
-        first, second = _BETAS
         for parameter, unit, (mean, square) in zip(self.tuner.parameters(), self.units, moments, strict=True):
-            if parameter.grad is None:
-                continue
-            mean.lerp_(parameter.grad, 1 - first)
-            square.lerp_(parameter.grad.square(), 1 - second)
-            root = (square / (1 - second**number)).sqrt_().add_(_EPSILON)
-            parameter.sub_(mean / root * (rate * unit / (1 - first**number)))
-            parameter.grad = None
+            if parameter.grad is not None:
+                adam_(parameter, parameter.grad, mean, square, number, rate, unit, _EPSILON)
+                parameter.grad = None
         self.tuner.write()
