@@ -17,8 +17,6 @@ from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.util.directory import Directory, copy_contents
 from shiradelta.util.files import os_errors
 
-_CHUNK = 1 << 20
-
 
 def put(store: Store, path: str, source: Path, size: int, sha256: str) -> None:
     """Copies a file into a store.

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 from shiradelta.chain.digests import check_file
 from shiradelta.errors import ArgumentError, ChainError, TargetError
 from shiradelta.util.files import os_errors, sync_directory
-from shiradelta.util.locks import NO_LOCKS, try_lock
+from shiradelta.util.locks import try_lock_if_possible
 from shiradelta.util.optional import failed_import, importing
 
 Result = TypeVar("Result")
@@ -210,17 +210,8 @@ def _part_of(target: Path) -> Iterator[BinaryIO]:
     """The file of an interrupted download, to go on with; another one while another process has it."""
     with os_errors(target):
         stream = open(target.with_name(f"{target.name}.part"), "a+b")  # noqa: SIM115 - closed below
-        if not _is_ours(stream):
+        if not try_lock_if_possible(stream.fileno()):
             stream.close()
             stream = open(target.with_name(f"{target.name}.{secrets.token_hex(8)}.part"), "a+b")  # noqa: SIM115
     with stream:
         yield stream
-
-
-def _is_ours(stream: BinaryIO) -> bool:
-    try:
-        return try_lock(stream.fileno())
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return True

@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol
 from shiradelta.chain.digests import check_file
 from shiradelta.errors import ChainError
 from shiradelta.util.files import close_synced, os_errors, replacing, sync_directory
-from shiradelta.util.locks import NO_LOCKS, try_lock
+from shiradelta.util.locks import try_lock_if_possible
 from shiradelta.util.regular_file import open_regular
 
 _LOCK = "lock"
@@ -116,20 +116,11 @@ class FolderStore:
             _make_folder(self.root)
             descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
-            if not _lock(descriptor):
+            if not try_lock_if_possible(descriptor):
                 raise ChainError("busy", self.name)
             yield
         finally:
             close_synced(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        return try_lock(descriptor)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return True
 
 
 def _make_folder(folder: Path) -> None:

@@ -40,3 +40,13 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
             return False
         raise
     return True
+
+
+def try_lock_if_possible(descriptor: int, *, shared: bool = False) -> bool:
+    """As `try_lock`; True where the file system has no locks, so that nothing keeps others out."""
+    try:
+        return try_lock(descriptor, shared=shared)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return True
+        raise
