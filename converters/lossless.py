@@ -143,10 +143,11 @@ def smallest(step: TensorDelta, old: Array, new: Array) -> TensorDelta:
         new: all of them after.
     """
     step = shifted(step)
-    whole = BITS.size(old.size, old.itemsize)
-    size = len(ULP.encode(step.bits())) if step.operation.shifts else BITS.size(step.nnz, old.itemsize)
+    if 2 * step.nnz <= old.size or step.all_positions:
+        return step
     # Where most elements change, positions are a bitmap: one bit an element.
-    if 2 * step.nnz > old.size and not step.all_positions and size + old.size // 8 > whole:
+    size = len(ULP.encode(step.bits())) if step.operation.shifts else BITS.size(step.nnz, old.itemsize)
+    if size + old.size // 8 > BITS.size(old.size, old.itemsize):
         return TensorDelta.trusted(step.shape, None, new, step.dtype, "set", old)
     return step
 
