@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
 from shiradelta.models.layers import is_conv1d
+from shiradelta.models.memory import is_sharded
 from shiradelta.nonzeros.gradients import AliasFunction, EmbeddingFunction, LinearFunction
-from shiradelta.nonzeros.weight import WeightNonzeros, is_sharded
+from shiradelta.nonzeros.weight import WeightNonzeros
 
 #: (module, name of its weight) -> (values [n] that take the gradients, the weight's nonzeros).
 NonzerosOf = Callable[[nn.Module, str], tuple[Tensor, WeightNonzeros]]

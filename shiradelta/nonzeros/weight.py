@@ -133,11 +133,6 @@ class WeightNonzeros:
             self.written = versions
 
 
-def is_sharded(weight: Tensor) -> bool:
-    """Whether FSDP has sharded a weight; during its module's forward pass the weight is whole."""
-    return hasattr(weight, "to_local")
-
-
 def flat(parameter: Tensor) -> Tensor:
     """A flat view of a weight's elements, without autograd."""
     return parameter.data.view(-1)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from shiradelta.errors import ArgumentError, DeltaError
+from shiradelta.models.memory import is_sharded
 from shiradelta.nonzeros.pruning import PruningSchedule, importance, is_due
-from shiradelta.nonzeros.weight import is_sharded
 from shiradelta.select.shares import count_for
 from shiradelta.train.given import OwnMask
 from shiradelta.train.masks import MASKS, can_be_larger

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
+from shiradelta.models.memory import is_sharded
 from shiradelta.models.views import View
-from shiradelta.nonzeros.weight import WeightNonzeros, flat, is_sharded
+from shiradelta.nonzeros.weight import WeightNonzeros, flat
 
 #: Suffix of the values' name, beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
 SUFFIX = "_nonzeros"
