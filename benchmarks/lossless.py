@@ -108,6 +108,15 @@ def timed(
     return Row(f"{name} ({wrong} elements differ)" if wrong else name, size(stored), middle - start, end - middle)
 
 
+def patched(base: State, file: Path) -> State:
+    """Copies of the base's weights with a file's delta on them."""
+    state = {name: tensor.clone() for name, tensor in base.items()}
+    with sd.open_delta(file) as delta:
+        for name, tensor in delta.items():
+            tensor.patch(bits(state[name]), "bfloat16")
+    return state
+
+
 def ours(base: State, tuned: State, folder: Path, compressed: bool) -> Row:
     """`convert --lossless`, and the delta on the base's weights in memory."""
     for name, state in ("base", base), ("tuned", tuned):
@@ -119,14 +128,7 @@ def ours(base: State, tuned: State, folder: Path, compressed: bool) -> Row:
         sd.convert(folder / "tuned", path, base=folder / "base", lossless=True, zstd=compressed)
         return path
 
-    def decode(stored: Path) -> State:
-        state = {name: tensor.clone() for name, tensor in base.items()}
-        with sd.open_delta(stored) as delta:
-            for name, tensor in delta.items():
-                tensor.patch(bits(state[name]), "bfloat16")
-        return state
-
-    return timed(f"shd{', zstd' if compressed else ''}", encode, os.path.getsize, decode, tuned)
+    return timed(f"shd{', zstd' if compressed else ''}", encode, os.path.getsize, partial(patched, base), tuned)
 
 
 def of_floats(base: State, tuned: State, folder: Path) -> Row:
@@ -143,14 +145,7 @@ def of_floats(base: State, tuned: State, folder: Path) -> Row:
         sd.save_delta(path, deltas, values="f32", zstd=True)
         return path
 
-    def decode(stored: Path) -> State:
-        state = {name: tensor.clone() for name, tensor in base.items()}
-        with sd.open_delta(stored) as delta:
-            for name, tensor in delta.items():
-                tensor.patch(bits(state[name]), "bfloat16")
-        return state
-
-    return timed("shd of float32, zstd", encode, os.path.getsize, decode, tuned)
+    return timed("shd of float32, zstd", encode, os.path.getsize, partial(patched, base), tuned)
 
 
 def of_xor(
@@ -228,7 +223,7 @@ def by_fireworks(base: State, tuned: State, folder: Path, layout: str) -> Row:
         )
         return found
 
-    return timed(f"fireworks {layout}", encode, os.path.getsize, decode, tuned)
+    return timed(f"fireworks {layout}", encode, os.path.getsize, partial(patched, base), tuned)
 
 
 def ways(base: State, tuned: State, folder: Path) -> Iterator[Row | str]:

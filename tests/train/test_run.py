@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,23 @@ def write(path: Path, kind: str, count: int = 60) -> Path:
     return path
 
 
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
+    """Within, a run saves its state at every step, and has to end with Ctrl-C at one of them."""
+    step = run_module._Run._step
+
+    def stop(self: Any, tuner: Any, optimizer: Any, number: int, indices: Any) -> float:
+        if number == at:
+            raise KeyboardInterrupt
+        return step(self, tuner, optimizer, number, indices)
+
+    monkeypatch.setattr("shiradelta.nonzeros.unfinished.SAVE_EVERY", -1)
+    monkeypatch.setattr(run_module._Run, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    monkeypatch.setattr(run_module._Run, "_step", step)
+
+
 SETTINGS = TrainSettings(sparsity=0.1, steps=20, batch=12, relative_lr=0.4, tokens=16)
 
 
@@ -93,21 +112,11 @@ def test_an_interrupted_run_goes_on_exactly(
     texts = write(tmp_path / "data.jsonl", "text")
     settings = TrainSettings(**{**vars(SETTINGS), **options, "values": "f32"})
     whole = run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu")
-    monkeypatch.setattr("shiradelta.nonzeros.unfinished.SAVE_EVERY", -1)
-    step = run_module._Run._step
-
-    def stop(self: Any, tuner: Any, optimizer: Any, number: int, indices: Any) -> float:
-        if number == 11:
-            raise KeyboardInterrupt
-        return step(self, tuner, optimizer, number, indices)
-
-    monkeypatch.setattr(run_module._Run, "_step", stop)
     told: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, 11):
         run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", log=told.append)
     assert "goes on from step 11" in told[-1]
     assert not (tmp_path / "task.shd").exists()
-    monkeypatch.setattr(run_module._Run, "_step", step)
     shiradelta.apply(folders / "causal", tmp_path / "whole.shd")
     with pytest.raises(SourceError, match="not those that the interrupted run began with"):
         run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
@@ -125,18 +134,8 @@ def test_a_learning_rate_is_found_once(folders: Path, tmp_path: Path, monkeypatc
     whole = run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu", log=told.append)
     assert whole.after < whole.before
     assert sum("learning rate" in line for line in told) > 2
-    monkeypatch.setattr("shiradelta.nonzeros.unfinished.SAVE_EVERY", -1)
-    step = run_module._Run._step
-
-    def stop(self: Any, tuner: Any, optimizer: Any, number: int, indices: Any) -> float:
-        if number == 7:
-            raise KeyboardInterrupt
-        return step(self, tuner, optimizer, number, indices)
-
-    monkeypatch.setattr(run_module._Run, "_step", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, 7):
         run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
-    monkeypatch.setattr(run_module._Run, "_step", step)
     told.clear()
     report = run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", log=told.append)
     assert report.relative_lr == whole.relative_lr
