@@ -177,8 +177,9 @@ class FolderFollower(Follower):
             ChainError: it is no version of this chain.
             TargetError: its record is damaged, or another process is changing it.
         """
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return None
+        with os_errors(self.folder, "cannot be read"):
+            if not self.folder.exists() or not any(self.folder.iterdir()):
+                return None
         state = self._settled()
         if state.current:
             return version_in(state.current, self.chain.manifest.id, str(self.folder))

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import shiradelta as sd
 from shiradelta.chain import FolderFollower, LiveFollower, Step, status
 from shiradelta.cli import main
+from shiradelta.errors import TargetError
 from tests.chain.models import Model, read, same, small, write
 from tests.chain.test_chain import Run, reason
 from tests.killing import VICTIMS, kill_repeatedly, write_inputs
@@ -38,6 +39,13 @@ def test_a_new_folder_begins_with_an_anchor_and_follows(run: Run, tmp_path: Path
     assert status(follower.folder).version == follower.version == 4
     assert sd.verify(follower.folder, full=True).state == "patched"
     assert (follower.folder / "config.json").read_text() == (run.folder / "model" / "config.json").read_text()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(run: Run, tmp_path: Path):
+    (tmp_path / "copy").write_bytes(b"not a folder")
+    with pytest.raises(TargetError, match=r"copy: cannot be read \(Not a directory\)"):
+        FolderFollower(run.chain, tmp_path / "copy").follow()
+    assert (tmp_path / "copy").read_bytes() == b"not a folder"
 
 
 def test_steps_are_taken_back_as_far_as_they_are_kept(run: Run, tmp_path: Path):
