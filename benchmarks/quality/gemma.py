@@ -57,11 +57,14 @@ def make(folder: Path, real: Path) -> None:
         texts = ({key: "".join(f"<{place[t]}>" for t in ids) for key, ids in row.items()} for row in rows)
         (real / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
-    table = model.get_input_embeddings().weight.data[used].clone()
-    model.resize_token_embeddings(len(used))
-    model.get_input_embeddings().weight.data.copy_(table)
-    model.config.update({"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0})
-    model.bfloat16().save_pretrained(real / "model")
+    settings = model.config.to_dict()
+    del settings["quantization_config"]  # the weights are no longer quantised
+    settings |= {"vocab_size": len(used), "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    cut: Any = AutoModelForCausalLM.from_config(type(model.config).from_dict(settings), dtype=torch.bfloat16)
+    weights = model.state_dict()
+    weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = weights["model.embed_tokens.weight"][used]
+    cut.load_state_dict(weights)
+    cut.save_pretrained(real / "model")
     _words(len(used)).save_pretrained(real / "model")
 
 
