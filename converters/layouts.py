@@ -11,5 +11,6 @@ from . import (  # noqa: F401
     peft_merge,
     shd,
     sparse,
+    symlora,
     torchtune,
 )

@@ -48,7 +48,7 @@ def _recognises(files: SourceFiles) -> bool:
     " or diffusers.",
     _recognises,
     options=["alpha"],
-    order=17,
+    order=18,
 )
 def open_lora(files: SourceFiles, alpha: float | None = None) -> Source:
     """All LoRA modules of a file, and the tensors that it saves whole."""

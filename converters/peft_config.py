@@ -71,6 +71,13 @@ REFUSED = {
     "arrow_config": "an Arrow router of adapters, which depends on the text; no change of weights does the same",
     "kasa_config": "a KaSA, which cuts what is small out of the base",
 }
+#: Files that a trainer puts beside the factors of a LoRA -> what they say of it.
+BESIDE = {
+    "init_weights.safetensors": "holds the factors that were taken from the base before training (SymLoRA with SVD"
+    " initialisation and a frozen A), so the factors beside it fit a changed base only; subtract the first product from"
+    " the base, merge there, and convert the merged model",
+    "residual_R.safetensors": "holds connections among the adapter's layers, and no change of weights does the same",
+}
 #: Why keys are not read -> the keys.
 IGNORED = {
     "the names and shapes in the weights' file say it": (
@@ -108,9 +115,12 @@ def read_configs(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Any]], Pat
         Component -> its configuration ("" for all components); and the file that they are from.
 
     Raises:
-        SourceError: a configuration cannot be read, or names a method that cannot be converted.
+        SourceError: a configuration cannot be read, or it or a file beside it is of a method that cannot be converted.
     """
     file = checkpoint.shards[0].file
+    for name, why in BESIDE.items():
+        if (file.parent / name).exists():
+            raise SourceError(f"{file.parent / name}: {why}")
     beside = file.parent / CONFIG
     own = _in_metadata(checkpoint.shards[0].metadata, file)
     from_beside = beside.exists() and (file.name == WEIGHTS or not own)

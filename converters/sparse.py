@@ -32,7 +32,7 @@ def _says_so(files: SourceFiles) -> bool:
     "sparse",
     "A file of sparse new values: NAME.indices and NAME.values, as `shiradelta export` writes it.",
     _says_so,
-    order=18,
+    order=19,
 )
 def open_sparse(files: SourceFiles) -> Source:
     """The new elements of every tensor, set as they are."""

@@ -222,6 +222,16 @@ def tucker(rng: Random) -> Tree:
     return {"source/x.safetensors": Weights(_shaped(rng, {f"model.conv.{part}": held[part] for part in held}))}
 
 
+def symlora(rng: Random) -> Tree:
+    """The paper's letters, on square weights, in the spellings that are read."""
+    tensors: dict[str, Made] = {}
+    for layer in (0, 1):
+        rank, module = rng.choice((1, 2, 8)), f"model.layers.{layer}.self_attn.q_proj"
+        q, values = rng.choice((("Q", "Lambda"), ("lora_Q.weight", "lora_lambda"), ("symlora_q", "symlora_lambda")))
+        tensors |= {f"{module}.{q}": f32(rng, 8, rank), f"{module}.{values}": f32(rng, rank)}
+    return {"source/x.safetensors": Weights(tensors)}
+
+
 def dora(rng: Random) -> Tree:
     """PEFT's lengths."""
     return adapter(factors(rng, UP[0]) | {f"{UP[0]}.lora_magnitude_vector": f32(rng, 16)}, use_dora=True)
@@ -292,7 +302,7 @@ KINDS: dict[str, tuple[Make, bool, Make]] = {
         *((torchtune, True), (nemo, True), (gguf, True), (gguf_q8, True), (mlx, True), (scipy, False)),
         *((torch_sparse, False), (pickled, False), (shd, False), (sparse_values, False), (on_base, True)),
         *((tucker, True), (dora, True), (biased, True), (flux, True), (flux_dora, True), (resized, True)),
-        (nemo_archive, True),
+        *((nemo_archive, True), (symlora, False)),
     )
 }
 #: Options of `convert` that a kind needs.
