@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shiradelta as sd
-from shiradelta.chain.wires import WIRES, read_wire, write_wire
+from shiradelta.chain.wires import read_wire, write_wire
 from shiradelta.cli import main
 from tests.chain.models import Model, add_step, change, replayed, same, set_step, small, write
 
@@ -173,7 +173,7 @@ def test_what_a_wire_cannot_hold_and_wrong_names_are_refused(models: tuple[Model
         with pytest.raises(sd.DeltaError, match=known):
             write_wire("slime", tmp_path / "set.shd", base, tmp_path / "out", **options)
     with pytest.raises(sd.ArgumentError, match="slime"):
-        read_wire("verl", tmp_path, base, tmp_path / "out.shd")
+        read_wire("torch", tmp_path, base, tmp_path / "out.shd")
     assert not (tmp_path / "out").exists()
 
 
@@ -208,7 +208,7 @@ def test_a_difference_that_would_fill_the_memory_is_refused(models: tuple[Model,
     text = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + raw)
     index(source, lambda about: about.update(weight_map={"mask": file.name}))
-    with pytest.raises(sd.SourceError, match="268,435,456 bytes for 9"):
+    with pytest.raises(sd.SourceError, match="268,435,456 bytes for at most 9"):
         read_wire("slime", source, base, tmp_path / "step.shd")
 
 
@@ -225,4 +225,3 @@ def test_the_commands_read_and_write_wires(
         result = CliRunner().invoke(main, words.split())
         assert result.exit_code == 0, result.output
     assert tensors_of(Path("out")) == tensors_of(Path("weight_v000007"))
-    assert set(WIRES) == {"slime"}

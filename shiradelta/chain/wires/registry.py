@@ -36,7 +36,7 @@ class Wire:
         name: what a user calls it.
         help: what it is, for people.
         read: (its file or folder, the base) -> the tensors that it changes.
-        write: (a new folder, tensors, options) writes it.
+        write: (a new folder, the base, the tensors that it changes, options) writes it.
         options: the options of `write` -> their defaults.
     """
 
@@ -117,4 +117,4 @@ def write_wire(name: str, delta: Path_, base: Path_, out: Path_, **options: str)
                 new[positions] = arithmetic.result(one.operation, one.bits(), old[positions], dtype, 1)
                 yield tensor, old, new
 
-        wire.write(folder, changes(), **{**wire.options, **options})
+        wire.write(folder, checkpoint, changes(), **{**wire.options, **options})

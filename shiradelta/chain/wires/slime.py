@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from shiradelta.chain.wires.checks import unzipped
 from shiradelta.chain.wires.registry import WIRES, Change, Wire
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Array
@@ -162,18 +163,13 @@ def _read(folder: Path, base: Checkpoint) -> Iterator[Change]:
 
 def _decoded(where: str, slot: Slot, old: Array, encoding: Difference, checksum: Checksum, wanted: str | None) -> Array:
     """All bits of a tensor after the step."""
-    with importing("a step of slime"):
-        import zstandard
     if slot.dtype.name != "uint8" or len(slot.shape) != 1:
         raise SourceError(f"{where} is {slot.dtype.name} {list(slot.shape)}, not a row of bytes; get the folder again")
-    packed, before = bits_of(slot).tobytes(), old.view(np.uint8)
+    before = old.view(np.uint8)
+    raw = unzipped(where, bits_of(slot).tobytes(), encoding.most(before.size))
     try:
-        size = zstandard.frame_content_size(packed)
-        if not 0 <= size <= encoding.most(before.size):
-            raise ValueError(f"says that it has {size:,} bytes for {before.size:,}")
-        raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size) if size else b""
         after = encoding.decode(before, np.frombuffer(raw, np.uint8))
-    except (ValueError, zstandard.ZstdError) as error:
+    except ValueError as error:
         raise SourceError(f"{where} {error}; get the folder again, or give the model before the step") from None
     if checksum.of(after) != wanted:
         raise SourceError(f"{where} does not give the bytes of its checksum; give the model before the step")
@@ -181,7 +177,13 @@ def _decoded(where: str, slot: Slot, old: Array, encoding: Difference, checksum:
 
 
 def _write(
-    folder: Path, changes: Iterable[Change], encoding: str, checksum: str, version: str, base_version: str
+    folder: Path,
+    base: Checkpoint,
+    changes: Iterable[Change],
+    encoding: str,
+    checksum: str,
+    version: str,
+    base_version: str,
 ) -> None:
     """Writes one shard and its index."""
     with importing("a step of slime"):

@@ -1,0 +1,108 @@
+"""Steps as the trainers of other projects write them, by their published layouts: plain code, nothing of the package.
+
+A step is a list of `Part`s.  A test may change them before they are written, so that checksums fit what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import xor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.chain.models import Array, Model
+
+_SAFETENSORS = {"bfloat16": "BF16", "float32": "F32", "float16": "F16", "uint8": "U8", "int32": "I32", "uint16": "U16"}
+
+
+@dataclass
+class Part:
+    """What a step says of a tensor that changes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    at: Array
+    values: Array
+    old: Array
+    new: Array
+
+
+def parts_of(before: Model, after: Model) -> list[Part]:
+    """What differs."""
+    found = []
+    for name, (dtype, shape, new) in after.items():
+        old = before[name][2]
+        at = np.flatnonzero(old != new)
+        if at.size:
+            found.append(Part(name, dtype, shape, at, new[at], old, new))
+    return found
+
+
+def safetensors(tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A file of one-dimensional tensors: name -> (dtype, bits), large elements first."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    ordered = sorted(tensors.items(), key=lambda item: -item[1][1].itemsize)
+    for name, (dtype, bits) in ordered:
+        span = [end, end := end + bits.nbytes]
+        header[name] = {"dtype": _SAFETENSORS[dtype], "shape": [bits.size], "data_offsets": span}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw + b"".join(bits.tobytes() for _, (_, bits) in ordered)
+
+
+def _hash(bits: Array, dtype: str) -> int:
+    """torch.hash_tensor."""
+    if dtype == "bfloat16":
+        wide = (bits.astype("<u4") << 16).view("<f4").astype("<f8")
+    elif dtype == "uint8":
+        wide = bits.astype("<i8")
+    else:
+        wide = bits.view({"float16": "<f2", "float32": "<f4"}[dtype]).astype("<f8")
+    return reduce(xor, wide.view("<u8").tolist(), 0)
+
+
+def as_verl(folder: Path, parts: list[Part]) -> None:
+    """A flush for each dtype; integers and NaN in dense ones."""
+    groups: dict[tuple[str, str], list[Part]] = {}
+    for part in parts:
+        is_float = part.dtype != "uint8"
+        bits = part.values.astype("<u4") << 16 if part.dtype == "bfloat16" else part.values
+        kind = {"float16": "<f2"}.get(part.dtype, "<f4")
+        whole = not is_float or bool(np.isnan(bits.view(kind)).any())
+        groups.setdefault(("dense" if whole else "indices", part.dtype), []).append(part)
+    folder.mkdir()
+    for number, ((encoding, dtype), some) in enumerate(sorted(groups.items(), reverse=True)):
+        is_last = number == len(groups) - 1
+        blobs: list[list[Array]] = [[np.zeros(0, "u1")], []]
+        params, at, begin = [], 0, 0
+        for part in some:
+            sparse = encoding == "indices"
+            positions = part.at.astype("<i4").view("u1") if sparse else np.zeros(0, "u1")
+            values = part.values if sparse else part.new
+            blobs[0].append(positions)
+            blobs[1].append(values)
+            about = {"name": part.name, "dtype": part.dtype, "shape": list(part.shape)}
+            spans = {"pos_start": at, "pos_end": at + positions.size, "pos_width": 4}
+            params.append({**about, **spans, "val_start": begin, "val_end": begin + values.size})
+            at, begin = at + positions.size, begin + values.size
+        positions, values = map(np.concatenate, blobs)
+        spec: dict[str, Any] = {"encoding": encoding}
+        spec |= {"verify": False, "is_last": is_last} if encoding == "dense" else {}
+        spec |= {"params": params, "checksum": _hash(positions, "uint8") ^ (_hash(values, dtype) << 1)}
+        tensors = {"__delta_spec__": ("uint8", np.frombuffer(json.dumps(spec).encode(), "u1"))}
+        tensors["__values__"] = dtype, values
+        if encoding == "indices":
+            tensors["__positions__"] = "uint8", positions
+        (folder / f"flush-{number:05d}.safetensors").write_bytes(safetensors(tensors, {"is_last": str(is_last)}))
+
+
+#: Wire -> what writes a step as its trainer does.
+PLAIN: dict[str, Callable[[Path, list[Part]], None]] = {"verl": as_verl}

@@ -1,0 +1,213 @@
+"""Every wire against every other: steps come back bit for bit; whatever is wrong with one is refused in one line."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shiradelta as sd
+from shiradelta.chain.wires import WIRES, read_wire, write_wire
+from tests.chain.models import Model, change, replayed, same, set_step, tensor, write
+from tests.chain.plain_wires import PLAIN, Part, parts_of
+from tests.scenes import contents
+
+#: Wire -> what steps cannot have on it.
+LACKS: dict[str, set[str]] = {}
+
+
+def floats(rng: np.random.Generator) -> Model:
+    return {
+        "layers.0.up.weight": tensor(rng, (24, 16)),
+        "layers.0.norm.weight": tensor(rng, (16,), "float32"),
+        "layers.1.up.weight": tensor(rng, (8, 4, 2), "float16"),
+        "layers.1.same.weight": tensor(rng, (8, 4)),
+        "scale": tensor(rng, ()),
+        "none": tensor(rng, (0, 4)),
+    }
+
+
+def plain_step(rng: np.random.Generator) -> tuple[Model, Model]:
+    """Some elements of most tensors, 0 to -0 among them; one tensor stays."""
+    before = floats(rng)
+    before["layers.0.up.weight"][2][:2] = 0, 0x8000
+    after = change(before, rng, 0.2)
+    after["layers.0.up.weight"][2][:4] = 0x8000, 0, 0x7F80, 1
+    after["scale"][2][0] = before["scale"][2][0] ^ 1
+    after["layers.1.same.weight"] = before["layers.1.same.weight"]
+    return before, after
+
+
+def empty_step(rng: np.random.Generator) -> tuple[Model, Model]:
+    before = floats(rng)
+    return before, before
+
+
+def step_with_nan(rng: np.random.Generator) -> tuple[Model, Model]:
+    """NaNs with and without a sign and a payload, where there was none and another."""
+    before, after = plain_step(rng)
+    before["layers.0.up.weight"][2][9] = 0x7FC0
+    after["layers.0.up.weight"][2][7:10] = 0x7FC0, 0xFFC1, 0x7F81
+    after["layers.0.norm.weight"][2][3] = 0xFFC00001
+    return before, after
+
+
+def step_of_integers(rng: np.random.Generator) -> tuple[Model, Model]:
+    before, after = plain_step(rng)
+    before["mask"] = tensor(rng, (9,), "uint8")
+    after["mask"] = "uint8", (9,), before["mask"][2] ^ np.array([0, 1, 0, 0, 255, 0, 0, 0, 0], "u1")
+    return before, after
+
+
+STEPS: dict[str, Callable[[np.random.Generator], tuple[Model, Model]]] = {
+    "plain": plain_step,
+    "empty": empty_step,
+    "nan": step_with_nan,
+    "integers": step_of_integers,
+}
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(WIRES, WIRES)))
+def test_steps_go_from_wire_to_wire(tmp_path: Path, one: str, other: str):
+    for kind in STEPS.keys() - LACKS.get(one, set()) - LACKS.get(other, set()):
+        before, after = STEPS[kind](np.random.default_rng(0))
+        root = tmp_path / kind
+        base, step = write(root / "base", before), root / "step.shd"
+        sd.save_delta(step, set_step(before, after))
+        for number, wire in enumerate((one, other)):
+            write_wire(wire, step, base, root / str(number))
+            step = root / f"{number}.shd"
+            changed = read_wire(wire, root / str(number), base, step)
+            assert changed == sum(np.count_nonzero(before[name][2] != after[name][2]) for name in before)
+            assert same(replayed(before, step), after), kind
+        assert not changed or sd.verify(base, step).state == "base"
+
+
+@pytest.mark.parametrize(("wire", "kind"), [(wire, kind) for wire, kinds in LACKS.items() for kind in kinds])
+def test_what_a_wire_has_no_form_for_is_refused(tmp_path: Path, wire: str, kind: str):
+    before, after = STEPS[kind](np.random.default_rng(0))
+    sd.save_delta(tmp_path / "step.shd", set_step(before, after))
+    with pytest.raises(sd.DeltaError, match=r"; (take another wire|publish an anchor there)"):
+        write_wire(wire, tmp_path / "step.shd", write(tmp_path / "base", before), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> tuple[Model, Model, Path, Path]:
+    """(the model before, the one after, the base's folder, the step)."""
+    before, after = plain_step(np.random.default_rng(0))
+    sd.save_delta(tmp_path / "set.shd", set_step(before, after))
+    return before, after, write(tmp_path / "base", before), tmp_path / "set.shd"
+
+
+@pytest.mark.parametrize("wire", PLAIN)
+def test_what_is_written_is_what_the_trainer_writes(step: tuple[Model, Model, Path, Path], tmp_path: Path, wire: str):
+    before, after, base, delta = step
+    write_wire(wire, delta, base, tmp_path / "ours")
+    PLAIN[wire](tmp_path / "theirs", parts_of(before, after))
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+
+
+def beyond(parts: list[Part]) -> None:
+    parts[0].at[-1] = parts[0].old.size
+
+
+def twice(parts: list[Part]) -> None:
+    parts[0].at[1] = parts[0].at[0]
+
+
+def too_few(parts: list[Part]) -> None:
+    parts[0].at = parts[0].at[:-1]
+
+
+def unknown(parts: list[Part]) -> None:
+    parts[0].name = "layers.9.up.weight"
+
+
+def reshaped(parts: list[Part]) -> None:
+    parts[0].shape = parts[0].shape[::-1]
+
+
+def another_dtype(parts: list[Part]) -> None:
+    parts[0].dtype = "float16"
+
+
+def traversing(parts: list[Part]) -> None:
+    parts[0].name = "../../x"
+
+
+MISTAKES = (beyond, twice, too_few, unknown, reshaped, another_dtype, traversing)
+
+
+def refused(wire: str, source: Path, base: Path) -> bool:
+    """Whether a step is refused, in one line, with nothing left behind."""
+    out = base.parent / "made.shd"
+    out.unlink(missing_ok=True)
+    try:
+        read_wire(wire, source, base, out)
+    except sd.ShiraDeltaError as error:
+        line = str(error)
+        assert "\n" not in line
+        assert "; " in line
+        assert not out.exists()
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("wire", "mistake"), list(itertools.product(PLAIN, MISTAKES)))
+def test_what_contradicts_the_model_is_refused(
+    step: tuple[Model, Model, Path, Path], tmp_path: Path, wire: str, mistake: Callable[[list[Part]], None]
+):
+    before, after, base, _ = step
+    parts = parts_of(before, after)
+    mistake(parts)
+    PLAIN[wire](tmp_path / "source", parts)
+    assert refused(wire, tmp_path / "source", base)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_files_that_are_missing_or_cut_off_are_refused(
+    step: tuple[Model, Model, Path, Path], tmp_path: Path, wire: str
+):
+    _, _, base, delta = step
+    write_wire(wire, delta, base, tmp_path / "source")
+    for file in [file for file in sorted((tmp_path / "source").rglob("*")) if file.stat().st_size]:
+        whole = file.read_bytes()
+        for size in {0, 3, len(whole) // 2, len(whole) - 1}:
+            file.write_bytes(whole[:size])
+            assert refused(wire, tmp_path / "source", base), f"{file} of {size} bytes"
+        file.unlink()
+        assert refused(wire, tmp_path / "source", base), f"without {file}"
+        file.write_bytes(whole)
+    assert not refused(wire, tmp_path / "source", base)
+    assert refused(wire, tmp_path / "nothing", base)
+    assert refused(wire, delta, base)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@given(st.randoms(use_true_random=False))
+def test_a_damaged_step_is_refused_or_changes_known_tensors(
+    tmp_path_factory: pytest.TempPathFactory, wire: str, rng: random.Random
+):
+    """Where a wire has no checksum other values may come of it, and never anything else."""
+    root = tmp_path_factory.mktemp("wire")
+    before, after = plain_step(np.random.default_rng(0))
+    base, delta = write(root / "base", before), root / "set.shd"
+    sd.save_delta(delta, set_step(before, after))
+    write_wire(wire, delta, base, root / "source")
+    file = rng.choice([file for file in sorted((root / "source").rglob("*")) if file.is_file()])
+    raw = bytearray(file.read_bytes())
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(raw) + 1)
+        raw[at : at + rng.randint(0, 4)] = rng.randbytes(rng.choice([1, 4]))
+    file.write_bytes(raw)
+    if not refused(wire, root / "source", base):
+        made = replayed(before, root / "made.shd")
+        assert made.keys() == before.keys()
+        assert all(made[name][:2] == before[name][:2] for name in made)
