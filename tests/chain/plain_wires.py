@@ -37,7 +37,7 @@ class Part:
 def parts_of(before: Model, after: Model) -> list[Part]:
     """What differs."""
     found = []
-    for name, (dtype, shape, new) in after.items():
+    for name, (dtype, shape, new) in sorted(after.items()):
         old = before[name][2]
         at = np.flatnonzero(old != new)
         if at.size:
@@ -69,7 +69,7 @@ def _hash(bits: Array, dtype: str) -> int:
     return reduce(xor, wide.view("<u8").tolist(), 0)
 
 
-def as_verl(folder: Path, parts: list[Part]) -> None:
+def as_verl(folder: Path, parts: list[Part], before: Model) -> None:
     """A flush for each dtype; integers and NaN in dense ones."""
     groups: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
@@ -104,5 +104,32 @@ def as_verl(folder: Path, parts: list[Part]) -> None:
         (folder / f"flush-{number:05d}.safetensors").write_bytes(safetensors(tensors, {"is_last": str(is_last)}))
 
 
+def as_huggingface(
+    folder: Path, parts: list[Part], before: Model, encoding: str = "gap_delta", **metadata: str
+) -> None:
+    """A bucket's file of patches; more metadata may stand behind its own."""
+    tensors: dict[str, tuple[str, Array]] = {}
+    where, what = (".indices", ".values") if encoding == "indices" else (".idx", ".val")
+    for part in parts:
+        gaps = np.diff(part.at, prepend=-1) - 1
+        stored = ("uint16", gaps.astype("<u2")) if encoding == "gap_delta" else ("int32", part.at.astype("<i4"))
+        tensors |= {part.name + where: stored, part.name + what: (part.dtype, part.values)}
+    changed, total = sum(part.at.size for part in parts), sum(bits.size for _, _, bits in before.values())
+    about = {
+        "format": "sparse_weight_patch",
+        "version": "1",
+        "sparse": "True",
+        "model_version": "1",
+        "num_changed_params": str(len(parts)),
+        "total_changed_elements": str(changed),
+        "total_elements": str(total),
+        "sparsity": str(1.0 - changed / total),
+    }
+    names = json.dumps([part.name for part in parts])
+    about |= {"changed_params": names} if encoding == "indices" else {"encoding": encoding}
+    (folder / "deltas").mkdir(parents=True)
+    (folder / "deltas" / "step_000001.safetensors").write_bytes(safetensors(tensors, {**about, **metadata}))
+
+
 #: Wire -> what writes a step as its trainer does.
-PLAIN: dict[str, Callable[[Path, list[Part]], None]] = {"verl": as_verl}
+PLAIN: dict[str, Callable[..., None]] = {"verl": as_verl, "huggingface": as_huggingface}

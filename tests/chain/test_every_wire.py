@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 
 import shiradelta as sd
 from shiradelta.chain.wires import WIRES, read_wire, write_wire
-from tests.chain.models import Model, change, replayed, same, set_step, tensor, write
-from tests.chain.plain_wires import PLAIN, Part, parts_of
+from tests.chain.models import Model, Tensor, change, replayed, same, set_step, tensor, write
+from tests.chain.plain_wires import PLAIN, Part, as_huggingface, parts_of, safetensors
 from tests.scenes import contents
 
 #: Wire -> what steps cannot have on it.
 LACKS: dict[str, set[str]] = {}
+#: Wire -> options to write it with, besides none.
+OPTIONS: dict[str, list[dict[str, str]]] = {"huggingface": [{"encoding": "raw"}, {"encoding": "indices"}]}
 
 
 def floats(rng: np.random.Generator) -> Model:
@@ -106,12 +109,19 @@ def step(tmp_path: Path) -> tuple[Model, Model, Path, Path]:
     return before, after, write(tmp_path / "base", before), tmp_path / "set.shd"
 
 
-@pytest.mark.parametrize("wire", PLAIN)
-def test_what_is_written_is_what_the_trainer_writes(step: tuple[Model, Model, Path, Path], tmp_path: Path, wire: str):
+@pytest.mark.parametrize(
+    ("wire", "options"),
+    [*((wire, {}) for wire in PLAIN), *((wire, one) for wire, some in OPTIONS.items() for one in some)],
+)
+def test_what_is_written_is_what_the_trainer_writes(
+    step: tuple[Model, Model, Path, Path], tmp_path: Path, wire: str, options: dict[str, str]
+):
     before, after, base, delta = step
-    write_wire(wire, delta, base, tmp_path / "ours")
-    PLAIN[wire](tmp_path / "theirs", parts_of(before, after))
+    write_wire(wire, delta, base, tmp_path / "ours", **options)
+    PLAIN[wire](tmp_path / "theirs", parts_of(before, after), before, **options)
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+    read_wire(wire, tmp_path / "theirs", base, tmp_path / "step.shd")
+    assert same(replayed(before, tmp_path / "step.shd"), after)
 
 
 def beyond(parts: list[Part]) -> None:
@@ -131,7 +141,7 @@ def unknown(parts: list[Part]) -> None:
 
 
 def reshaped(parts: list[Part]) -> None:
-    parts[0].shape = parts[0].shape[::-1]
+    parts[0].shape = 1, *parts[0].shape
 
 
 def another_dtype(parts: list[Part]) -> None:
@@ -143,6 +153,8 @@ def traversing(parts: list[Part]) -> None:
 
 
 MISTAKES = (beyond, twice, too_few, unknown, reshaped, another_dtype, traversing)
+#: Wires that do not say of what shape tensors are.
+SHAPELESS = {"huggingface"}
 
 
 def refused(wire: str, source: Path, base: Path) -> bool:
@@ -160,14 +172,17 @@ def refused(wire: str, source: Path, base: Path) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("wire", "mistake"), list(itertools.product(PLAIN, MISTAKES)))
+@pytest.mark.parametrize(
+    ("wire", "mistake"),
+    [(wire, one) for wire, one in itertools.product(PLAIN, MISTAKES) if wire not in SHAPELESS or one is not reshaped],
+)
 def test_what_contradicts_the_model_is_refused(
     step: tuple[Model, Model, Path, Path], tmp_path: Path, wire: str, mistake: Callable[[list[Part]], None]
 ):
     before, after, base, _ = step
     parts = parts_of(before, after)
     mistake(parts)
-    PLAIN[wire](tmp_path / "source", parts)
+    PLAIN[wire](tmp_path / "source", parts, before)
     assert refused(wire, tmp_path / "source", base)
 
 
@@ -177,7 +192,7 @@ def test_files_that_are_missing_or_cut_off_are_refused(
 ):
     _, _, base, delta = step
     write_wire(wire, delta, base, tmp_path / "source")
-    for file in [file for file in sorted((tmp_path / "source").rglob("*")) if file.stat().st_size]:
+    for file in [file for file in sorted((tmp_path / "source").rglob("*")) if file.is_file() and file.stat().st_size]:
         whole = file.read_bytes()
         for size in {0, 3, len(whole) // 2, len(whole) - 1}:
             file.write_bytes(whole[:size])
@@ -188,6 +203,40 @@ def test_files_that_are_missing_or_cut_off_are_refused(
     assert not refused(wire, tmp_path / "source", base)
     assert refused(wire, tmp_path / "nothing", base)
     assert refused(wire, delta, base)
+
+
+def test_files_of_a_bucket_are_read_by_what_their_metadata_say(step: tuple[Model, Model, Path, Path], tmp_path: Path):
+    """Anchors, the checksum of earlier patches, the stand-in for nothing, several files, unknown encodings."""
+    before, after, base, _ = step
+    all_bytes = b"".join(bits.tobytes() for _, (_, _, bits) in sorted(after.items()))
+    digest = hashlib.sha256(all_bytes).hexdigest()
+    flat = {name: (dtype, bits) for name, (dtype, _, bits) in after.items() if name == "layers.0.norm.weight"}
+    whole: dict[str, Tensor] = {**before, "layers.0.norm.weight": after["layers.0.norm.weight"]}
+    about = {"format": "sparse_weight_patch"}
+    for number, (tensors, metadata, expected) in enumerate(
+        [
+            (flat, {"sparse": "False"}, whole),
+            (flat, {"format": "anchor_checkpoint"}, whole),
+            ({"__empty_delta__": ("int32", np.zeros(1, "<i4"))}, about, before),
+            ({"__empty_delta__": ("int32", np.zeros(1, "<i4"))}, {**about, "checksum_sha256": digest}, None),
+            (flat, {"sparse": "True"}, None),
+            (flat, {"format": "patch"}, None),
+            ({}, {"sparse": "True", "encoding": "nvcomp_cascaded"}, None),
+            ({}, {"sparse": "True", "changed_params": '["scale"]'}, None),
+        ]
+    ):
+        file = tmp_path / f"{number}.safetensors"
+        file.write_bytes(safetensors(tensors, metadata))
+        assert refused("huggingface", file, base) == (expected is None), metadata
+        assert expected is None or same(replayed(before, tmp_path / "made.shd"), expected)
+    as_huggingface(tmp_path / "bucket", parts_of(before, after), before, encoding="indices", checksum_sha256=digest)
+    assert not refused("huggingface", tmp_path / "bucket", base)
+    assert same(replayed(before, tmp_path / "made.shd"), after)
+    assert refused("huggingface", tmp_path / "bucket", write(tmp_path / "other", {**before, "none": after["scale"]}))
+    (tmp_path / "bucket" / "anchors").mkdir()
+    (tmp_path / "bucket" / "anchors" / "step_000001.safetensors").write_bytes(safetensors({}, {"sparse": "False"}))
+    with pytest.raises(sd.SourceError, match="give the file of one step"):
+        read_wire("huggingface", tmp_path / "bucket", base, tmp_path / "step.shd")
 
 
 @pytest.mark.parametrize("wire", WIRES)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -16,9 +17,21 @@ from shiradelta.util.optional import importing
 from shiradelta.util.regular_file import open_regular
 from shiradelta.util.text import brief
 
+#: (name, all bits before, all bits after) of a tensor of a step.
+Change = tuple[str, Array, Array]
 #: Dtypes whose elements may be NaN -> the bits of infinity; the bits of NaN without their sign are above them.
 INFINITY = {"float64": 0x7FF << 52, "float32": 0xFF << 23, "float16": 0x1F << 10, "bfloat16": 0xFF << 7}
 _LARGEST = (1 << 63) - 1
+
+
+class Digest(Protocol):
+    """A hash function of hashlib's form."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Takes more bytes."""
+
+    def hexdigest(self) -> str:
+        """Hexadecimal digits of all bytes so far."""
 
 
 @contextmanager
@@ -152,6 +165,32 @@ def is_nan(bits: Array, dtype: str) -> Array:
     infinity = INFINITY[dtype]
     found: Array = (bits & bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)) > bits.dtype.type(infinity)
     return found
+
+
+def verified(where: str, base: Checkpoint, changes: Iterable[Change], digest: Digest, wanted: str) -> Iterator[Change]:
+    """Passes the changes of a step on, and compares the bytes of the whole model after it, by name, with a digest.
+
+    Args:
+        where: the step, for messages.
+        base: the model before it.
+        changes: the tensors that it changes, by name.
+        digest: what to feed with them and with all others.
+        wanted: its hexadecimal digits.
+
+    Raises:
+        SourceError: they are others.
+    """
+    rest = iter(sorted(base))
+    for change in changes:
+        for name in rest:
+            digest.update(np.ascontiguousarray(change[2] if name == change[0] else base.bits(name)).view(np.uint8).data)
+            if name == change[0]:
+                break
+        yield change
+    for name in rest:
+        digest.update(base.bits(name).view(np.uint8).data)
+    if digest.hexdigest() != wanted:
+        raise SourceError(f"{where}: does not give the model of its checksum; give the model before the step")
 
 
 def unzipped(where: str, packed: bytes, most: int) -> bytes:

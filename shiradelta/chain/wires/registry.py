@@ -11,10 +11,10 @@ import numpy as np
 
 from shiradelta.chain.difference import shifted
 from shiradelta.chain.fold import check_base
+from shiradelta.chain.wires.checks import Change
 from shiradelta.errors import DeltaError, SourceError
 from shiradelta.folder.copying import new_folder
 from shiradelta.format import arithmetic
-from shiradelta.format.arithmetic import Array
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import open_delta
@@ -24,8 +24,6 @@ from shiradelta.util.arguments import ANY, PATH, TEXT, checked
 from shiradelta.util.registry import Registry
 
 Path_ = str | os.PathLike[str]
-#: (name, all bits before, all bits after) of a tensor of a step.
-Change = tuple[str, Array, Array]
 
 
 @dataclass(frozen=True)

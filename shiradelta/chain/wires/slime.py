@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from shiradelta.chain.wires.checks import unzipped
-from shiradelta.chain.wires.registry import WIRES, Change, Wire
+from shiradelta.chain.wires.checks import Change, unzipped
+from shiradelta.chain.wires.registry import WIRES, Wire
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.registry import DTYPE_OF_NAME

@@ -24,6 +24,7 @@ import numpy as np
 
 from shiradelta.chain.wires.checks import (
     INFINITY,
+    Change,
     assigned,
     described,
     is_nan,
@@ -35,7 +36,7 @@ from shiradelta.chain.wires.checks import (
     text,
     viewed,
 )
-from shiradelta.chain.wires.registry import WIRES, Change, Wire
+from shiradelta.chain.wires.registry import WIRES, Wire
 from shiradelta.errors import DeltaError, SourceError
 from shiradelta.format.arithmetic import Array, to_float32
 from shiradelta.format.registry import DTYPE_OF_NAME
