@@ -45,6 +45,11 @@ from shiradelta.util.text import count, size
     " masks that cannot be larger and for N:M]",
 )
 @options.renamed_option("--fall-from", "--prune-from")
+@click.option(
+    "--magnitude",
+    is_flag=True,
+    help="Also train a length for each row of a weight, as DoRA does.  [default: only the values at the mask]",
+)
 @click.option("--avoid", multiple=True, metavar="FILE", help="A .shd file whose weights must not change; repeatable.")
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
 @click.option("--batch", default=32, show_default=True, help="Examples per step.")

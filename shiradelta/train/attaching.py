@@ -19,11 +19,12 @@ from shiradelta.train.adapters import read_adapter
 from shiradelta.train.choose import Choice
 from shiradelta.train.given import OwnMask, WeightNames, avoided, own_mask
 from shiradelta.train.gradients import Loss, own_loss
+from shiradelta.train.magnitudes import magnitudes_of
 from shiradelta.train.masks import MASKS
 from shiradelta.train.pruning import check_pruning
 from shiradelta.train.targets import ALL_LINEAR, check_weights, find_weights
 from shiradelta.train.tuner import Tuner
-from shiradelta.util.arguments import CALL, NUMBER, PATH, TEXTS, WHOLE, ArgumentKind, checked
+from shiradelta.util.arguments import BOOL, CALL, NUMBER, PATH, TEXTS, WHOLE, ArgumentKind, checked
 from shiradelta.util.deprecated import renamed_arguments
 from shiradelta.util.progress import Progress
 
@@ -48,6 +49,7 @@ _BATCHES = ArgumentKind("a list of batches", lambda value: isinstance(value, Ite
     start=PATH,
     prune_steps=WHOLE,
     prune_from=NUMBER,
+    magnitude=BOOL,
 )
 def attach(
     model: nn.Module,
@@ -63,6 +65,7 @@ def attach(
     start: str | os.PathLike[str] | None = None,
     prune_steps: int = 0,
     prune_from: float = PRUNE_FROM,
+    magnitude: bool = False,
     progress: Progress | None = None,
 ) -> Tuner:
     """Makes the nonzeros of a sparse delta the only parameters of a model that train.
@@ -94,10 +97,14 @@ def attach(
             not record what was pruned.
         prune_from: pruning starts with this many times the sparsity; values and optimizer state take that many times
             the memory.
+        magnitude: also train a length for each row of a matrix, as DoRA does (SHiRA-DoRA, arXiv:2407.16712): an
+            element of the mask becomes m (W + D) / |W + D|, any other stays the base's, and the file is an ordinary
+            delta.  A row is an output of a layer; its length is that of all its elements.
         progress: called with (what, done, total).
 
     Raises:
-        ArgumentError: targets match nothing, the mask does not fit, or the sparsity leaves a weight without an element.
+        ArgumentError: targets match nothing, the mask does not fit, or the sparsity leaves a weight without an element;
+            or magnitudes are asked for a weight without rows.
         DeltaError: there are no calibration batches.
         TargetError: a weight cannot be trained in place: it is quantised, distributed, or on meta.
         SourceError: the adapter to start from does not fit.
@@ -120,6 +127,7 @@ def attach(
             for name, weight in weights.items():
                 exact_count_for(share, weight.numel(), name)
     check_weights(model, weights)
+    scaling = magnitudes_of(model, weights) if magnitude else None
     in_checkpoint = stored_views(model, weights)
     names = WeightNames(weights, in_checkpoint)
     others = avoided(avoid, names)
@@ -149,11 +157,12 @@ def attach(
     if not positions:
         raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
     label = Path(start).name if start is not None else mask if isinstance(mask, str) else "own"
-    tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, {"mask": label})
+    about = {"mask": label} | ({"magnitude": "rows"} if magnitude else {})
+    tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, about, scaling)
     if prune_steps:
         tuner.prune(prune_steps, share, weights.values() if scope == "model" else None)
     with torch.no_grad():
         for name, (_, values) in started.items():
-            tuner.values[name].copy_(values)
+            tuner.start_from(name, values)
     tuner.write()
     return tuner

@@ -23,6 +23,13 @@ from shiradelta.train.masks import Mask, MaskInput, find_mask
 from shiradelta.util.progress import Progress
 
 
+def matrix_shape(model: nn.Module, name: str, weight: Tensor) -> tuple[int, ...]:
+    """The shape of a weight; a convolution's is that of a matrix [out, everything else]."""
+    shape = tuple(weight.shape)
+    module = model.get_submodule(name.rpartition(".")[0])
+    return (shape[0], math.prod(shape[1:])) if isinstance(module, _Convolution) and len(shape) > 1 else shape
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """The weights to choose from, and how much to choose.
@@ -71,7 +78,8 @@ class Choice:
         chosen = {}
         for weight_name, scores in self._scores(mask):
             if self.pattern is not None:
-                positions = largest_of_groups(scores, (1, *self._shape(weight_name))[-1], *self.pattern)
+                shape = matrix_shape(self.model, weight_name, self.weights[weight_name])
+                positions = largest_of_groups(scores, (1, *shape)[-1], *self.pattern)
             else:
                 own = counts[weight_name] if counts else count_for(self.share, scores.numel())
                 positions = largest(scores, own)
@@ -88,19 +96,13 @@ class Choice:
         for name, total in gradients:
             given = MaskInput(
                 weight=self.weights[name].detach(),
-                shape=self._shape(name),
+                shape=matrix_shape(self.model, name, self.weights[name]),
                 share=self.share,
                 gradients=total,
                 seed=f"{self.seed} {self.views[name][0].name}",
                 avoid=self.avoid.get(name),
             )
             yield name, given
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight; a convolution's is that of a matrix [out, everything else]."""
-        shape = tuple(self.weights[name].shape)
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        return (shape[0], math.prod(shape[1:])) if isinstance(module, _Convolution) and len(shape) > 1 else shape
 
     def _checked_positions(self, mask: Mask, given: MaskInput, name: str) -> Tensor:
         assert mask.positions is not None

@@ -31,7 +31,7 @@ class Probe:
     """What a short run gets.
 
     Attributes:
-        tuner: attached, its values zero.
+        tuner: attached, in the state that training starts from.
         units: what a learning rate of 1 is for each of the tuner's parameters.
         loss: gives the loss of a batch of examples.
         steps: batches of examples to step on.
@@ -67,8 +67,9 @@ class Probe:
         return FIRST * FACTOR**power
 
     def run(self, rate: float) -> float:
-        """The loss on unseen examples after a short run; infinity if it is not finite.  The values are zero again."""
+        """The loss on unseen examples after a short run; infinity if it is not finite.  The tuner is as it was."""
         parameters = self.tuner.parameters()
+        before = [parameter.detach().clone() for parameter in parameters]
         moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
         try:
             for number, batch in enumerate(self.steps, 1):
@@ -79,8 +80,8 @@ class Probe:
                 total = sum(float(self.loss(batch)) * len(batch) for batch in self.unseen)
         finally:
             with torch.no_grad():
-                for parameter in parameters:
-                    parameter.zero_()
+                for parameter, start in zip(parameters, before, strict=True):
+                    parameter.copy_(start)
                     parameter.grad = None
             self.tuner.write()
         found = total / sum(map(len, self.unseen))

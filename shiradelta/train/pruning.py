@@ -32,8 +32,8 @@ def check_pruning(steps: int, begin: float, mask: str | OwnMask | None, pattern:
 class Pruner:
     """Follows an optimizer's steps, and prunes nonzeros when pruning is due.
 
-    Importance is |value| x RMS gradient if the optimizer keeps a running mean square of the gradients, as Adam and its
-    variants do, and |value| with other optimizers.  Pruned values stay zero.  Parameters keep their size, because
+    Importance is |change| x RMS gradient if the optimizer keeps a running mean square of the gradients, as Adam and its
+    variants do, and |change| with other optimizers.  Pruned values stay zero.  Parameters keep their size, because
     training loops, DistributedDataParallel and compiled graphs rely on it.
 
     Args:
@@ -77,7 +77,7 @@ class Pruner:
         schedule = PruningSchedule(self._steps, [one.values.numel() for one in tuned], end, self._of is not None)
         device, scores = tuned[0].values.device, []
         for one in tuned:
-            score = importance(one.values.detach(), optimizer.state.get(one.values, {}).get("exp_avg_sq"))
+            score = importance(one.changes(), optimizer.state.get(one.values, {}).get("exp_avg_sq"))
             scores.append(score.masked_fill(~one.kept, -1).to(device))
         for one, kept in zip(tuned, schedule.kept(self.step, scores), strict=True):
             one.nonzeros.prune(kept.to(one.values.device))

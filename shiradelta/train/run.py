@@ -28,7 +28,6 @@ from shiradelta.models.sentence import modules_not_run
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.unfinished import UnfinishedRun
-from shiradelta.nonzeros.weight import flat
 from shiradelta.select.shares import parse_sparsity
 from shiradelta.text.batches import batches, by_length, mean_over, split
 from shiradelta.text.examples import training_examples
@@ -231,13 +230,14 @@ class _Run:
             seed=settings.seed,
             prune_steps=starting,
             prune_from=prune_from if starting else PRUNE_FROM,
+            magnitude=settings.magnitude,
             progress=self.progress,
         )
         if prune_steps and not starting:
             share, _ = parse_sparsity(settings.sparsity)
             tuner.prune(prune_steps, share, weights.values() if settings.scope == "model" else None)
         self._check_stored(tuner)
-        self.units = [_rms(weights[name]) for name in tuner.values]
+        self.units = tuner.units()
         return tuner
 
     def _find_lr(self, tuner: Tuner, resumed: RunState | None) -> float:
@@ -349,11 +349,6 @@ class _Run:
             raise DivergedError(f"training gave NaN at step {step}; give a smaller --relative-lr, such as {smaller}")
         optimizer.step()
         return found
-
-
-def _rms(parameter: Tensor) -> float:
-    """Root mean square of a weight; 0.02, a common value, if all its elements are zero."""
-    return float(flat(parameter).float().square().mean().sqrt()) or 0.02
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -28,7 +28,7 @@ class BestState:
 
     Attributes:
         loss: the held-out loss.
-        values: weight's name -> values, as `Tuner.values`, on the CPU.
+        values: name -> parameter, as `Tuner.trained`, on the CPU.
     """
 
     loss: float
@@ -37,12 +37,12 @@ class BestState:
     @classmethod
     def of(cls, tuner: Tuner, loss: float) -> BestState:
         """Copies the present values of a tuner."""
-        return cls(loss, {name: values.detach().cpu().clone() for name, values in tuner.values.items()})
+        return cls(loss, {name: values.detach().cpu().clone() for name, values in tuner.trained.items()})
 
     def restore(self, tuner: Tuner) -> None:
         """Gives a tuner the values."""
         with torch.no_grad():
-            for name, values in tuner.values.items():
+            for name, values in tuner.trained.items():
                 values.copy_(self.values[name])
         tuner.write()
 
@@ -100,7 +100,7 @@ class RunState:
             )
         ends = tuple(f".{part}" for part in (*_MOMENTS, _BEST))
         tuner.load_state_dict({name: tensor for name, tensor in self.tensors.items() if not name.endswith(ends)})
-        for name, values in tuner.values.items():
+        for name, values in tuner.trained.items():
             if f"{name}.{_MOMENTS[0]}" not in self.tensors:
                 continue  # the loss does not depend on this weight
             optimizer.state[values] = {
@@ -120,7 +120,7 @@ def save_run(
 ) -> None:
     """Writes the state of a run."""
     tensors = tuner.state_dict()
-    for name, values in tuner.values.items():
+    for name, values in tuner.trained.items():
         for moment in _MOMENTS:
             if moment in optimizer.state[values]:
                 tensors[f"{name}.{moment}"] = optimizer.state[values][moment].cpu()

@@ -17,7 +17,7 @@ from shiradelta.exports.layouts import find_layout
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.writer import weighing, writing
-from shiradelta.train.tuned import TunedWeight, whole
+from shiradelta.train.tuned import TunedWeight
 from shiradelta.util.arrays import join_sorted
 
 
@@ -36,7 +36,7 @@ def deltas(tuned: Mapping[str, TunedWeight]) -> dict[str, TensorDelta]:
                 f"tensor {name!r} was cast to {one.weight.dtype} while it was trained; cast the model first, then"
                 " attach"
             )
-        values = nonzeros.masked(whole(one.values).detach().float().to(nonzeros.positions.device))
+        values = nonzeros.masked(one.changes().to(nonzeros.positions.device))
         if not torch.isfinite(values).all():
             raise DeltaError(
                 f"training gave NaN or infinity in tensor {name!r}; go back to an earlier state, with a smaller"
@@ -93,8 +93,8 @@ def export(
         if layer not in linear or layer == name:
             raise DeltaError(f"tensor {name!r} is not the weight of a linear layer, which is all that exports take")
         shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
-        values = whole(one.values).detach()
-        numbers = values[one.kept.to(values.device)].cpu().float().numpy()
+        values = one.changes()
+        numbers = values[one.kept.to(values.device)].cpu().numpy()
         found[name] = TensorDelta(shape, one.positions.cpu().numpy(), numbers, "unspecified")
     write(folder, found, base)
     return found

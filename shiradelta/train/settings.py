@@ -36,6 +36,7 @@ class TrainSettings:
     seed: int = 0
     values: str = "int4"
     prompt_share: float = 0.0
+    magnitude: bool = False
 
     def __post_init__(self) -> None:
         parse_sparsity(self.sparsity)
@@ -63,7 +64,7 @@ class TrainSettings:
     def as_of_0_1(self) -> dict[str, Any]:
         """The settings under their names in 0.1, which identify an interrupted run."""
         renamed = {"prune_from": "fall_from", "relative_lr": "rate"}
-        added = {} if self.prompt_share else {"prompt_share"}
+        added = {name for name in ("prompt_share", "magnitude") if not getattr(self, name)}
         return {renamed.get(name, name): value for name, value in vars(self).items() if name not in added}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shiradelta.errors import DeltaError
 from shiradelta.models.memory import is_sharded
 from shiradelta.models.views import View
+from shiradelta.nonzeros.scaling import Scaling
 from shiradelta.nonzeros.weight import WeightNonzeros, flat
 
 #: Suffix of the values' name, beside their weight: `q_proj.weight` has `q_proj.weight_nonzeros`.
@@ -25,11 +26,13 @@ class TunedWeight:
         nonzeros: the positions, and the base weights there.
         views: the checkpoint's views of the weight.
         holders: (module, name) of each module that holds the values; tied weights have several.
+        scaling: makes the change of the values and of further scales; None where the values are the change.
     """
 
     nonzeros: WeightNonzeros
     views: Sequence[View]
     holders: list[tuple[nn.Module, str]]
+    scaling: Scaling | None = None
 
     @property
     def kept(self) -> Tensor:
@@ -56,6 +59,21 @@ class TunedWeight:
         return found
 
     @property
+    def scales(self) -> nn.Parameter | None:
+        """The parameter of the scales, float32; None without a scaling."""
+        if self.scaling is None:
+            return None
+        module, name = self.holders[0]
+        return module._parameters[scales_name(name, self.scaling)]
+
+    def changes(self) -> Tensor:
+        """What is added to the base now: float32 [n], without autograd."""
+        values, scales = whole(self.values).detach().float(), self.scales
+        if self.scaling is None or scales is None:
+            return values
+        return self.scaling.changes(values, whole(scales).detach())
+
+    @property
     def weight(self) -> Tensor | None:
         """The weight; None where FSDP has sharded it.
 
@@ -65,23 +83,32 @@ class TunedWeight:
         found = module._parameters[name.removesuffix(SUFFIX)]
         return None if found is None or is_sharded(found) else found
 
-    def write(self, values: Tensor | None) -> None:
-        """Writes base + values into the weight; None restores the base."""
+    def write(self) -> None:
+        """Writes base + changes into the weight."""
         weight = self.weight
         if weight is not None:
             self.nonzeros.written = None
-            if values is None:
-                self.nonzeros.write(None, weight)
-            else:
-                self.nonzeros.refresh(weight, values)
+            changes = self.values.detach() if self.scaling is None else self.changes()
+            self.nonzeros.refresh(weight, changes)
 
-    def load(self, name: str, positions: Tensor, values: Tensor, kept: Tensor | None) -> None:
+    def restore(self) -> None:
+        """Writes the base into the weight."""
+        weight = self.weight
+        if weight is not None:
+            self.nonzeros.written = None
+            self.nonzeros.write(None, weight)
+
+    def load(
+        self, name: str, positions: Tensor, values: Tensor, kept: Tensor | None, scales: Tensor | None = None
+    ) -> None:
         """Restores a state; None for `kept` means all."""
         weight = self.weight
         if weight is not None:
-            self.write(None)
+            self.restore()
             where = positions.to(weight.device)
             self.nonzeros.move(compact(where, weight), flat(weight)[where], kept)
+            if self.scaling is not None:
+                self.scaling.move(weight)
             self.values.data = values.to(self.values.device, torch.float32, copy=True)
         else:
             if not torch.equal(positions, self.nonzeros.positions.long().cpu()):
@@ -90,6 +117,14 @@ class TunedWeight:
                 self.values.copy_(shard(values, self.values))
             if kept is not None:
                 self.nonzeros.move(self.nonzeros.positions, self.nonzeros.base, kept)
+        if self.scales is not None and scales is not None:
+            with torch.no_grad():
+                self.scales.copy_(shard(scales, self.scales))
+
+
+def scales_name(name: str, scaling: Scaling) -> str:
+    """The name of the scales beside values of a name; it ends in `SUFFIX`, too."""
+    return f"{name.removesuffix(SUFFIX)}_{scaling.name}{SUFFIX}"
 
 
 def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:

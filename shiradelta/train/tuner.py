@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from shiradelta.errors import DeltaError
 from shiradelta.exports.peft_shira import rank_of
 from shiradelta.format.delta import TensorDelta
+from shiradelta.models.memory import is_sharded
 from shiradelta.models.views import View
 from shiradelta.nonzeros.patched import patch, unpatch
+from shiradelta.nonzeros.scaling import Scaling
 from shiradelta.nonzeros.weight import WeightNonzeros, flat
 from shiradelta.train import saving, tuner_state
 from shiradelta.train.pruning import Pruner
-from shiradelta.train.tuned import SUFFIX, TunedWeight, compact, holders
+from shiradelta.train.tuned import SUFFIX, TunedWeight, compact, holders, scales_name
 from shiradelta.util.arguments import PATH, TEXT, checked
 from shiradelta.util.deprecated import warn_renamed
 
@@ -38,6 +40,7 @@ class Tuner:
         positions: Mapping[str, Tensor],
         in_checkpoint: Mapping[str, Sequence[View]],
         metadata: Mapping[str, str],
+        scaling: Callable[[str, WeightNonzeros], Scaling] | None = None,
     ) -> None:
         self.model = model
         self._metadata = dict(metadata)
@@ -46,18 +49,24 @@ class Tuner:
         self._flags = [(*holder, p.requires_grad) for p, held in held_by.items() for holder in held]
         self.numel = sum(weight.numel() for weight in weights.values())
         self._tuned: dict[str, TunedWeight] = {}
-        values = {}
+        values, scales = {}, {}
         for name, weight in weights.items():  # allocate everything before the model is changed
             where = positions[name]
             nonzeros = WeightNonzeros(weight, weight.dtype, compact(where, weight), flat(weight)[where])
             values[name] = nn.Parameter(torch.zeros(where.numel(), dtype=torch.float32, device=weight.device))
             held = [(module, own + SUFFIX) for module, own in held_by[weight]]
-            self._tuned[name] = TunedWeight(nonzeros, in_checkpoint[name], held)
+            made = None if scaling is None else scaling(name, nonzeros)
+            if made is not None:
+                scales[name] = nn.Parameter(made.start())
+            self._tuned[name] = TunedWeight(nonzeros, in_checkpoint[name], held, made)
         model.requires_grad_(False)
         for name, tuned in self._tuned.items():
             for module, own in tuned.holders:
                 module.register_parameter(own, values[name])
-        patch(model, {weight: partial(_nonzeros_of, self._tuned[name].nonzeros) for name, weight in weights.items()})
+                if tuned.scaling is not None:
+                    module.register_parameter(scales_name(own, tuned.scaling), scales[name])
+        of = {name: partial(_nonzeros_of, tuned.nonzeros, tuned.scaling) for name, tuned in self._tuned.items()}
+        patch(model, {weight: of[name] for name, weight in weights.items()})
         self._is_attached = True
         self._pruner: Pruner | None = None
         model.__dict__["_shiradelta"] = self  # so that it lives as long as the model
@@ -91,9 +100,24 @@ class Tuner:
     def values(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained: the model's names -> float32 [n], added to the base at the mask.
 
-        If nonzeros are pruned, n is that of the mask at the start: pruned values stay in the parameter, as zeros.
+        With scales they are the direction of what is added, before it is scaled.  If nonzeros are pruned, n is that of
+        the mask at the start: pruned values stay in the parameter, as zeros.
         """
         return {name: tuned.values for name, tuned in self._tuned.items()}
+
+    @property
+    def scales(self) -> dict[str, nn.Parameter]:
+        """The further parameters of `magnitude=True`, float32: the model's names -> what the rows' lengths grow by.
+
+        Empty without.
+        """
+        return {name: scales for name, tuned in self._tuned.items() if (scales := tuned.scales) is not None}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every parameter by a name: the values by the weight's, the scales by the weight's and theirs."""
+        scales = {f"{name}.{tuned.scaling.name}": tuned.scales for name, tuned in self._tuned.items() if tuned.scaling}
+        return self.values | {name: one for name, one in scales.items() if one is not None}
 
     @property
     def base(self) -> dict[str, Tensor]:
@@ -111,8 +135,17 @@ class Tuner:
         return {name: tuned.views for name, tuned in self._tuned.items()}
 
     def parameters(self) -> list[nn.Parameter]:
-        """The values, for an optimizer."""
-        return list(self.values.values())
+        """The values, and the scales if there are any, for an optimizer."""
+        return list(self.trained.values())
+
+    def units(self) -> list[float]:
+        """What a relative learning rate of 1 is for each of `parameters`: RMS of the base, or of its rows' lengths."""
+        self._check_attached()
+        for tuned in self._tuned.values():
+            tuned.restore()
+        found = [_rms(weight) for weight in self.weights.values()]
+        self.write()
+        return found + [tuned.scaling.unit for tuned in self._tuned.values() if tuned.scaling is not None]
 
     def __repr__(self) -> str:
         share = self.nnz / max(self.numel, 1)
@@ -127,7 +160,15 @@ class Tuner:
         """
         self._check_attached()
         for tuned in self._tuned.values():
-            tuned.write(tuned.values.detach())
+            tuned.write()
+
+    @torch.no_grad()
+    def start_from(self, name: str, changes: Tensor) -> None:
+        """Sets the parameters of a weight so that its changes are these, float32 [n], up to rounding with scales."""
+        tuned = self._tuned[name]
+        tuned.values.copy_(changes)
+        if tuned.scaling is not None and tuned.scales is not None:
+            tuned.scales.copy_(tuned.scaling.scales_at(tuned.values.detach()))
 
     def prune(self, steps: int, share: float, among: Iterable[Tensor] | None) -> None:
         """Prunes over the next optimizer steps, until a share of each weight is left.
@@ -150,13 +191,15 @@ class Tuner:
         """Restores the base weights, bit for bit, and the model as it was before `attach`."""
         self._check_attached()
         for tuned in self._tuned.values():
-            tuned.write(None)
+            tuned.restore()
         unpatch({module for tuned in self._tuned.values() for module, _ in tuned.holders})
         self._is_attached = False
         self._hook.remove()
         for tuned in self._tuned.values():
             for module, name in tuned.holders:
                 del module._parameters[name]
+                if tuned.scaling is not None:
+                    del module._parameters[scales_name(name, tuned.scaling)]
         for module, name, flag in self._flags:
             parameter = module._parameters.get(name)
             if parameter is not None:
@@ -247,7 +290,8 @@ class Tuner:
     def state_dict(self) -> dict[str, Tensor]:
         """Mask and values, to resume exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n].
 
-        If nonzeros are pruned also `NAME.kept`, bool [n], and `prune_step`, the optimizer steps that are done.
+        With magnitudes also `NAME.magnitudes`, float32 [rows].  If nonzeros are pruned also `NAME.kept`, bool [n], and
+        `prune_step`, the optimizer steps that are done.
         """
         self._check_attached()
         return tuner_state.state_of(self._tuned, self._pruner)
@@ -263,10 +307,23 @@ class Tuner:
         self.write()
 
 
-def _nonzeros_of(nonzeros: WeightNonzeros, module: nn.Module, name: str) -> tuple[Tensor, WeightNonzeros]:
+def _nonzeros_of(
+    nonzeros: WeightNonzeros, scaling: Scaling | None, module: nn.Module, name: str
+) -> tuple[Tensor, WeightNonzeros]:
     values = module._parameters[name + SUFFIX]
     assert values is not None
-    return values, nonzeros
+    if scaling is None or is_sharded(values):  # FSDP looks at its shards, between passes
+        return values, nonzeros
+    scales = module._parameters[scales_name(name, scaling)]
+    assert scales is not None
+    if not torch.compiler.is_compiling():
+        nonzeros.written = None  # no version tells whether what is computed anew has changed
+    return scaling.changes(values, scales), nonzeros
+
+
+def _rms(weight: Tensor) -> float:
+    """Root mean square of a weight; 0.02, a common value, if all its elements are zero."""
+    return float(flat(weight).float().square().mean().sqrt()) or 0.02
 
 
 def _after_step(tuner: weakref.ref[Tuner], optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -16,11 +16,13 @@ _STEP, _STEP_OF_0_1 = "prune_step", "fall"
 
 
 def state_of(tuned: Mapping[str, TunedWeight], pruner: Pruner | None) -> dict[str, Tensor]:
-    """`NAME.positions` and `NAME.values` of each weight; if pruned, `NAME.kept` and the steps done, too."""
+    """`NAME.positions` and `NAME.values` of each weight, and its scales; if pruned, `NAME.kept` and the steps done."""
     state = {}
     for name, one in tuned.items():
         state[f"{name}.positions"] = one.nonzeros.positions.long().cpu()
         state[f"{name}.values"] = whole(one.values).detach().float().cpu()
+        if one.scaling is not None and one.scales is not None:
+            state[f"{name}.{one.scaling.name}"] = whole(one.scales).detach().float().cpu()
         if pruner is not None:
             state[f"{name}.kept"] = one.kept.cpu().clone()
     if pruner is not None:
@@ -38,7 +40,8 @@ def restore(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapp
         state = {_STEP if name == _STEP_OF_0_1 else name: tensor for name, tensor in state.items()}
     _check(tuned, pruner, state)
     for name, one in tuned.items():
-        one.load(name, state[f"{name}.positions"], state[f"{name}.values"], state.get(f"{name}.kept"))
+        scales = None if one.scaling is None else state[f"{name}.{one.scaling.name}"]
+        one.load(name, state[f"{name}.positions"], state[f"{name}.values"], state.get(f"{name}.kept"), scales)
     if pruner is not None:
         pruner.step = int(state[_STEP])
 
@@ -48,6 +51,7 @@ def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mappi
         raise DeltaError("the state is that of a run that prunes, and this one does not, or the other way round")
     parts = ("positions", "values") if pruner is None else ("positions", "values", "kept")
     expected = {f"{name}.{part}" for name in tuned for part in parts}
+    expected |= {f"{name}.{one.scaling.name}" for name, one in tuned.items() if one.scaling is not None}
     expected |= set() if pruner is None else {_STEP}
     if expected != set(state):
         odd = sorted(expected ^ set(state))[0]
@@ -58,6 +62,8 @@ def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mappi
         sound = positions.dtype in (torch.int32, torch.int64) and positions.dim() == 1
         sound = sound and positions.shape == values.shape == kept.shape and bool((positions.diff() > 0).all())
         sound = sound and (kept is values or kept.dtype == torch.bool)
+        if one.scaling is not None and one.scales is not None:
+            sound = sound and state[f"{name}.{one.scaling.name}"].shape == one.scales.shape
         if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= one.nonzeros.numel:
             raise DeltaError(f"the state of {name!r} does not fit a weight of {one.nonzeros.numel} elements")
     if pruner is not None and (state[_STEP].numel() != 1 or state[_STEP].is_floating_point()):

@@ -49,9 +49,11 @@ def loss(runner: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(runner(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def attach(target: nn.Module, calibration: list[Tensor], prune_steps: int = 0) -> train.Tuner:
-    targets = ["table", "0.1", "1.1", "0.0.bias"]
-    return train.attach(target, 0.1, "snip", targets, calibration, loss=loss, prune_steps=prune_steps)
+def attach(target: nn.Module, calibration: list[Tensor], prune_steps: int = 0, magnitude: bool = False) -> train.Tuner:
+    targets = ["table", "0.1", "1.1", *([] if magnitude else ["0.0.bias"])]
+    return train.attach(
+        target, 0.1, "snip", targets, calibration, loss=loss, prune_steps=prune_steps, magnitude=magnitude
+    )
 
 
 def steps(runner: nn.Module, parts: list[Tensor]) -> None:
@@ -63,26 +65,30 @@ def steps(runner: nn.Module, parts: list[Tensor]) -> None:
 
 
 def whole(tuner: train.Tuner) -> dict[str, Tensor]:
-    return {name: value for name, value in tuner.state_dict().items() if name.endswith("values")}
+    return {name: value for name, value in tuner.state_dict().items() if name.endswith(("values", "magnitudes"))}
 
 
 def main(out: Path) -> None:
     ids = torch.randint(0, 60, (STEPS, 4, 9), generator=torch.Generator().manual_seed(0))
-    single = model()
     halves = list(ids[0].split(2))
-    reference = attach(single, halves)  # before there are processes to sum over
-    steps(single, list(ids))
-    expected, masks = whole(reference), reference.positions
+    references = {}
+    for magnitude in (False, True):  # before there are processes to sum over
+        single = model()
+        reference = attach(single, halves, magnitude=magnitude)
+        steps(single, list(ids))
+        references[magnitude] = single, whole(reference), reference.positions
 
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     mine = [part.split(2)[rank] for part in ids]
-    for kind in ("DDP", "FSDP2"):
+    for kind in ("DDP", "FSDP2", "DDP magnitude", "FSDP2 magnitude"):
+        magnitude = kind.endswith("magnitude")
+        single, expected, masks = references[magnitude]
         replica = model()
         base = {name: p.detach().clone() for name, p in replica.named_parameters()}
-        tuner = attach(replica, [halves[rank]])
+        tuner = attach(replica, [halves[rank]], magnitude=magnitude)
         assert all(torch.equal(masks[name], where) for name, where in tuner.positions.items())
-        if kind == "DDP":
+        if kind.startswith("DDP"):
             runner: nn.Module = nn.parallel.DistributedDataParallel(replica)
         else:
             whole_ones = [weakref.ref(parameter) for parameter in replica.parameters()]
@@ -90,7 +96,7 @@ def main(out: Path) -> None:
                 fully_shard(layer)
             runner = fully_shard(replica)
         steps(runner, mine)
-        if kind == "FSDP2":  # each process has its parts alone
+        if kind.startswith("FSDP2"):  # each process has its parts alone
             gc.collect()
             assert not [found for ref in whole_ones if (found := ref()) is not None]
         found = whole(tuner)
@@ -102,7 +108,7 @@ def main(out: Path) -> None:
             outputs = float((runner(ids[0]) - single(ids[0])).abs().max())
             assert torch.equal(runner(ids[0]), before)
         tuner.detach()
-        if kind == "DDP":
+        if kind.startswith("DDP"):
             assert all(torch.equal(p, base[name]) for name, p in replica.named_parameters())
         if rank == 0:
             size = max(float(value.abs().max()) for value in expected.values())

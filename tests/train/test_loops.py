@@ -309,15 +309,16 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
     printed = run_command(*command, script, tmp_path, env=environment)
     found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    assert [line["kind"] for line in found] == ["DDP", "FSDP2"], printed
+    assert [line["kind"] for line in found] == ["DDP", "FSDP2", "DDP magnitude", "FSDP2 magnitude"], printed
     for line in found:
         assert line["values"] < 1e-6 * line["of"]
         assert line["outputs"] < 1e-5
-    assert (tmp_path / "DDP.shd").read_bytes()
-    with shiradelta.open_delta(tmp_path / "DDP.shd") as one, shiradelta.open_delta(tmp_path / "FSDP2.shd") as other:
-        assert {name: tensor.nnz for name, tensor in one.items()} == {
-            name: tensor.nnz for name, tensor in other.items()
-        }
+    for more in ("", " magnitude"):
+        files = tmp_path / f"DDP{more}.shd", tmp_path / f"FSDP2{more}.shd"
+        with shiradelta.open_delta(files[0]) as one, shiradelta.open_delta(files[1]) as other:
+            assert {name: tensor.nnz for name, tensor in one.items()} == {
+                name: tensor.nnz for name, tensor in other.items()
+            }
 
 
 def trainer(

@@ -102,6 +102,7 @@ def test_it_learns_and_the_file_fits_the_folder(model: str, kind: str, folders: 
         pytest.param({"sparsity": "1:8"}, marks=pytest.mark.slow),
         {"sparsity": 0.02},
         pytest.param({"sparsity": 0.02, "scope": "model"}, marks=pytest.mark.slow),
+        {"magnitude": True, "relative_lr": None},
     ],
     ids=str,
 )
