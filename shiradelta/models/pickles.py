@@ -45,6 +45,8 @@ _NAMES = re.compile(
 _MOST_PROGRAM, _MOST_OPCODES = 32 << 20, 4_000_000
 #: Pickles in a file of torch before 1.6: a magic number, the version, the system, the program, the storages' keys.
 _LEGACY_PARTS = 5
+#: What an archive begins with.
+_ZIP = b"PK\x03\x04"
 #: Keys of a checkpoint that hold the model's tensors.
 _STATE = ("state_dict",)
 _REMEDY = "load it where it was made, and save its tensors as safetensors"
@@ -86,12 +88,24 @@ def read_sparse(path: Path) -> dict[str, torch.Tensor]:
     return _tensors(path, _load(path, zipped))
 
 
+def loaded(raw: bytes, where: str) -> Any:
+    """What the bytes of a file of `torch.save` hold: tensors, texts, numbers, and lists, tuples and mappings of them.
+
+    Raises:
+        SourceError: it is damaged, or holds anything else.
+        MissingDependencyError: torch is not installed, or has a known hole.
+    """
+    zipped = raw.startswith(_ZIP)
+    _check_program(Path(where), io.BytesIO(raw), zipped, len(raw))
+    return _load(Path(where), zipped, io.BytesIO(raw))
+
+
 def _checked(path: Path) -> tuple[bool, int, set[str]]:
     """(whether a file is an archive, its size, what its pickle names), once it is known to name tensors only."""
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
-            zipped = stream.read(4) == b"PK\x03\x04"
+            zipped = stream.read(4) == _ZIP
             stream.seek(0)
             return zipped, size, _check_program(path, stream, zipped, size)
     except OSError as error:
@@ -156,8 +170,8 @@ def _names(program: IO[bytes]) -> set[str]:
     return found
 
 
-def _load(path: Path, zipped: bool) -> Any:
-    """What the file holds.
+def _load(path: Path, zipped: bool, stream: IO[bytes] | None = None) -> Any:
+    """What a file holds, which may be in memory.
 
     Raises:
         SourceError: torch cannot load it.
@@ -177,7 +191,7 @@ def _load(path: Path, zipped: bool) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its storages' classes
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(stream or path, map_location="cpu", weights_only=True, mmap=zipped and stream is None)
         except Exception as error:  # whatever a damaged program makes of torch's functions
             # Its advice is to load it with weights_only=False.
             what = brief(str(error).partition("\n")[0], 120)

@@ -5,6 +5,8 @@ A step is a list of `Part`s.  A test may change them before they are written, so
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 
 from tests.chain.models import Array, Model
 
@@ -131,5 +134,51 @@ def as_huggingface(
     (folder / "deltas" / "step_000001.safetensors").write_bytes(safetensors(tensors, {**about, **metadata}))
 
 
+def as_nemo(folder: Path, parts: list[Part], before: Model, encoding: str = "xor") -> None:
+    """One payload and its request."""
+    import torch
+
+    groups: dict[int, list[Array]] = {}
+    items: list[dict[str, Any]] = []
+    locations = b""
+    for part in parts:
+        group = groups.setdefault(part.values.itemsize, [])
+        begin, start = len(locations), sum(values.size for values in group)
+        old = part.old[np.minimum(part.at, part.old.size - 1)][: part.values.size]
+        group.append(part.values ^ np.resize(old, part.values.size) if encoding == "xor" else part.values)
+        span = {"index_encoding": "range", "range_start": int(part.at[0])}
+        if part.at[-1] - part.at[0] + 1 != part.at.size:
+            span = {"index_encoding": "deltas"}
+            locations += (np.diff(part.at, prepend=-1) - 1).astype("<u2").tobytes()
+        items.append(
+            {
+                "name": part.name,
+                "shape": part.shape,
+                "dtype": part.dtype,
+                "operation": encoding,
+                "index_start": begin,
+                "index_end": len(locations),
+                "value_group": list(groups).index(part.values.itemsize),
+                "value_start": start,
+                "value_end": start + part.values.size,
+                **span,
+            }
+        )
+    kinds = {1: "u1", 2: "<i2", 4: "<i4"}
+    values = tuple(torch.from_numpy(np.concatenate(some).view(kinds[size])) for size, some in groups.items())
+    stream = io.BytesIO()
+    torch.save((torch.frombuffer(bytearray(locations), dtype=torch.uint8), values, items), stream)
+    body = zstandard.ZstdCompressor(level=1).compress(stream.getvalue())
+    folder.mkdir()
+    (folder / "000000.pt").write_bytes(body)
+    digest = hashlib.blake2b(body, digest_size=16).hexdigest()
+    request = {"key": "000000.pt", "checksum": digest, "verification_candidates": 0}
+    (folder / "000000.json").write_text(json.dumps(request))
+
+
 #: Wire -> what writes a step as its trainer does.
-PLAIN: dict[str, Callable[..., None]] = {"verl": as_verl, "huggingface": as_huggingface}
+PLAIN: dict[str, Callable[..., None]] = {
+    "huggingface": as_huggingface,
+    "nemo-rl": as_nemo,
+    "verl": as_verl,
+}
