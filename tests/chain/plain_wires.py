@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -176,8 +177,50 @@ def as_nemo(folder: Path, parts: list[Part], before: Model, encoding: str = "xor
     (folder / "000000.json").write_text(json.dumps(request))
 
 
+def as_grail(folder: Path, parts: list[Part], before: Model, format: str = "sparse_codec_v3.1") -> None:
+    """A window's DELTA folder, without its signature."""
+    version = {"sparse_codec_v2": 2, "sparse_codec_v3": 3, "sparse_codec_v3.1": 31}[format]
+    tensors, data = [], b""
+    for part in parts:
+        width = math.prod(part.shape[1:])
+        row = last = 0
+        gaps: list[tuple[int, int]] = []
+        for at in part.at.tolist():
+            new_row, column = divmod(at, width)
+            gaps.append((new_row - row, column - last if new_row == row else column))
+            row, last = new_row, column
+        kinds = {"row_dtype": "uint8", "col_dtype": "uint16"} if version == 31 else {}
+        form = {31: ("u1", "<u2")}.get(version, ("<i4", "<i4"))
+        rows, columns = (
+            np.array(some).astype(kind).tobytes() for some, kind in zip(zip(*gaps, strict=True), form, strict=True)
+        )
+        sizes = {"rows_size": len(rows), "cols_size": len(columns)}
+        indices, values = rows + columns, part.values.tobytes()
+        if version == 2:
+            indices, sizes = np.diff(part.at, prepend=0).astype("<i4").tobytes(), {}
+        about = {"name": part.name, "shape": list(part.shape), "num_nonzero": part.at.size, "value_dtype": part.dtype}
+        places = {"indices_offset": len(data), "indices_size": len(indices), **sizes}
+        places |= {"values_offset": len(data) + len(indices), "values_size": len(values)}
+        tensors.append({**about, **kinds, **places})
+        data += indices + values
+    header = json.dumps({"version": version, "tensors": tensors}, separators=(",", ":")).encode()
+    packed = zstandard.ZstdCompressor(level=1).compress(struct.pack("<I", len(header)) + header + data)
+    total, changed = sum(bits.size for _, _, bits in before.values()), sum(part.at.size for part in parts)
+    delta = {"format": format, "threshold": 0.0, "prev_window": 0, "anchor_window": 0}
+    delta |= {"shapes": {part.name: part.shape for part in parts}, "total_params": total, "nonzero_params": changed}
+    delta |= {"sparsity_ratio": 1.0 - changed / total}
+    files = {"delta_sparse.bin.zst": packed, "delta_metadata.json": json.dumps(delta, indent=2).encode()}
+    digests = {name: hashlib.sha256(raw).hexdigest() for name, raw in files.items()}
+    metadata = {"window": 1, "file_manifest": digests, "checkpoint_type": "DELTA"}
+    metadata |= {"prev_window": 0, "anchor_window": 0, "weights_hash": None}
+    folder.mkdir()
+    for name, raw in {**files, "metadata.json": json.dumps(metadata, indent=2).encode(), "DELTA": b""}.items():
+        (folder / name).write_bytes(raw)
+
+
 #: Wire -> what writes a step as its trainer does.
 PLAIN: dict[str, Callable[..., None]] = {
+    "grail": as_grail,
     "huggingface": as_huggingface,
     "nemo-rl": as_nemo,
     "verl": as_verl,

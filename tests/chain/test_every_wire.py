@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import random
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,16 @@ from hypothesis import strategies as st
 
 import shiradelta as sd
 from shiradelta.chain.wires import WIRES, read_wire, write_wire
+from shiradelta.chain.wires.grail import FORMATS
 from tests.chain.models import Model, Tensor, change, replayed, same, set_step, tensor, write
 from tests.chain.plain_wires import PLAIN, Part, as_huggingface, parts_of, safetensors
 from tests.scenes import contents
 
 #: Wire -> what steps cannot have on it.
-LACKS: dict[str, set[str]] = {}
+LACKS = {"grail": {"integers"}}
 #: Wire -> options to write it with, besides none.
 OPTIONS: dict[str, list[dict[str, str]]] = {
+    "grail": [{"format": "sparse_codec_v2"}, {"format": "sparse_codec_v3"}],
     "huggingface": [{"encoding": "raw"}, {"encoding": "indices"}],
     "nemo-rl": [{"encoding": "overwrite"}],
 }
@@ -240,6 +244,47 @@ def test_files_of_a_bucket_are_read_by_what_their_metadata_say(step: tuple[Model
     (tmp_path / "bucket" / "anchors" / "step_000001.safetensors").write_bytes(safetensors({}, {"sparse": "False"}))
     with pytest.raises(sd.SourceError, match="give the file of one step"):
         read_wire("huggingface", tmp_path / "bucket", base, tmp_path / "step.shd")
+
+
+def test_rows_and_columns_beyond_a_byte_are_as_wide_as_they_need(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    before = {"tall": tensor(rng, (70_000, 2)), "wide": tensor(rng, (3, 70_000)), "long": tensor(rng, (70_000,))}
+    after = {name: (dtype, shape, bits.copy()) for name, (dtype, shape, bits) in before.items()}
+    for name, at in {"tall": [0, 1, 800], "wide": [0, 69_999, 140_005], "long": [69_999]}.items():
+        after[name][2][at] ^= 1
+    base = write(tmp_path / "base", before)
+    sd.save_delta(tmp_path / "step.shd", set_step(before, after))
+    for format in FORMATS:
+        write_wire("grail", tmp_path / "step.shd", base, tmp_path / format, format=format)
+        assert not refused("grail", tmp_path / format, base)
+        assert same(replayed(before, tmp_path / "made.shd"), after)
+
+
+def test_a_manifest_of_grail_is_compared_with_its_files(step: tuple[Model, Model, Path, Path], tmp_path: Path):
+    _, _, base, delta = step
+    write_wire("grail", delta, base, tmp_path / "source")
+    whole = json.loads((tmp_path / "source" / "metadata.json").read_text())
+    digest = hashlib.sha256(b"x").hexdigest()
+    (tmp_path / "x").write_bytes(b"x")
+    for edit in (
+        {"checkpoint_type": "FULL"},
+        {"file_manifest": {"../x": digest, **whole["file_manifest"]}},
+        {"file_manifest": {**whole["file_manifest"], "delta_sparse.bin.zst": digest}},
+        {"file_manifest": {}},
+        {"file_manifest": 7},
+    ):
+        (tmp_path / "source" / "metadata.json").write_text(json.dumps({**whole, **edit}))
+        assert refused("grail", tmp_path / "source", base), edit
+
+
+@pytest.mark.skipif(find_spec("xxhash") is None, reason="xxhash is not installed")
+def test_the_hash_of_grail_tells_a_wrong_base(step: tuple[Model, Model, Path, Path], tmp_path: Path):
+    before, after, base, delta = step
+    write_wire("grail", delta, base, tmp_path / "source", checksum="xxh3-128")
+    assert not refused("grail", tmp_path / "source", base)
+    assert same(replayed(before, tmp_path / "made.shd"), after)
+    other = {**before, "layers.1.same.weight": ("bfloat16", (8, 4), before["layers.1.same.weight"][2] ^ 1)}
+    assert refused("grail", tmp_path / "source", write(tmp_path / "other", other))
 
 
 @pytest.mark.parametrize("wire", WIRES)
