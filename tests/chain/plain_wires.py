@@ -65,22 +65,22 @@ def safetensors(tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str,
 def _hash(bits: Array, dtype: str) -> int:
     """torch.hash_tensor."""
     if dtype == "bfloat16":
-        wide = (bits.astype("<u4") << 16).view("<f4").astype("<f8")
-    elif dtype == "uint8":
-        wide = bits.astype("<i8")
-    else:
-        wide = bits.view({"float16": "<f2", "float32": "<f4"}[dtype]).astype("<f8")
+        bits, dtype = bits.astype("<u4") << 16, "float32"
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        wide = bits.view({"float16": "<f2", "float32": "<f4", "uint8": "<u1"}[dtype]).astype(
+            "<i8" if dtype == "uint8" else "<f8"
+        )
     return reduce(xor, wide.view("<u8").tolist(), 0)
 
 
-def as_verl(folder: Path, parts: list[Part], before: Model) -> None:
-    """A flush for each dtype; integers and NaN in dense ones."""
+def as_verl(folder: Path, parts: list[Part], before: Model, has_dense: bool = True) -> None:
+    """A flush for each dtype; integers and NaN in dense ones, unless there are to be none."""
     groups: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
         is_float = part.dtype != "uint8"
         bits = part.values.astype("<u4") << 16 if part.dtype == "bfloat16" else part.values
         kind = {"float16": "<f2"}.get(part.dtype, "<f4")
-        whole = not is_float or bool(np.isnan(bits.view(kind)).any())
+        whole = not is_float or (has_dense and bool(np.isnan(bits.view(kind)).any()))
         groups.setdefault(("dense" if whole else "indices", part.dtype), []).append(part)
     folder.mkdir()
     for number, ((encoding, dtype), some) in enumerate(sorted(groups.items(), reverse=True)):
@@ -218,10 +218,25 @@ def as_grail(folder: Path, parts: list[Part], before: Model, format: str = "spar
         (folder / name).write_bytes(raw)
 
 
+def as_vllm(folder: Path, parts: list[Part], before: Model) -> None:
+    """The update info of a request, and what is broadcast."""
+    info = {
+        "names": [part.name for part in parts],
+        "dtype_names": [part.dtype for part in parts],
+        "shapes": [part.shape for part in parts],
+        "num_updates_list": [part.values.size for part in parts],
+    }
+    folder.mkdir()
+    (folder / "update_info.json").write_text(json.dumps(info))
+    data = b"".join(part.at.astype("<i4").tobytes() + part.values.tobytes() for part in parts)
+    (folder / "broadcasts.bin").write_bytes(data)
+
+
 #: Wire -> what writes a step as its trainer does.
 PLAIN: dict[str, Callable[..., None]] = {
     "grail": as_grail,
     "huggingface": as_huggingface,
     "nemo-rl": as_nemo,
     "verl": as_verl,
+    "vllm": as_vllm,
 }

@@ -19,11 +19,11 @@ import shiradelta as sd
 from shiradelta.chain.wires import WIRES, read_wire, write_wire
 from shiradelta.chain.wires.grail import FORMATS
 from tests.chain.models import Model, Tensor, change, replayed, same, set_step, tensor, write
-from tests.chain.plain_wires import PLAIN, Part, as_huggingface, parts_of, safetensors
+from tests.chain.plain_wires import PLAIN, Part, as_huggingface, as_verl, as_vllm, parts_of, safetensors
 from tests.scenes import contents
 
 #: Wire -> what steps cannot have on it.
-LACKS = {"grail": {"integers"}}
+LACKS = {"grail": {"integers"}, "vllm": {"integers", "nan"}}
 #: Wire -> options to write it with, besides none.
 OPTIONS: dict[str, list[dict[str, str]]] = {
     "grail": [{"format": "sparse_codec_v2"}, {"format": "sparse_codec_v3"}],
@@ -244,6 +244,16 @@ def test_files_of_a_bucket_are_read_by_what_their_metadata_say(step: tuple[Model
     (tmp_path / "bucket" / "anchors" / "step_000001.safetensors").write_bytes(safetensors({}, {"sparse": "False"}))
     with pytest.raises(sd.SourceError, match="give the file of one step"):
         read_wire("huggingface", tmp_path / "bucket", base, tmp_path / "step.shd")
+
+
+def test_what_verl_and_vllm_would_take_for_unchanged_is_refused(tmp_path: Path):
+    before, after = step_with_nan(np.random.default_rng(0))
+    parts, base = parts_of(before, after), write(tmp_path / "base", before)
+    as_vllm(tmp_path / "vllm", parts, before)
+    assert refused("vllm", tmp_path / "vllm", base)
+    as_verl(tmp_path / "verl", parts, before, has_dense=False)
+    with pytest.raises(sd.SourceError, match="takes for unchanged"):
+        read_wire("verl", tmp_path / "verl", base, tmp_path / "made.shd")
 
 
 def test_rows_and_columns_beyond_a_byte_are_as_wide_as_they_need(tmp_path: Path):
