@@ -9,6 +9,7 @@ import numpy as np
 
 from shiradelta.format.arithmetic import Positions
 from shiradelta.train.mask_registry import MaskInput, mask, seed_of
+from shiradelta.util.arrays import distinct
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,7 @@ def rows_and_diagonal(shape: tuple[int, ...], count: int, start: int = 0) -> Pos
     lines = min(rows, max(0, round((count - diagonal.size) / max(columns, 1))))
     chosen = (start + np.arange(lines, dtype=np.int64) * rows // max(lines, 1)) % rows
     elements = (chosen[:, None] * columns + np.arange(columns)).reshape(-1)
-    return np.unique(np.concatenate([elements, diagonal]))
+    return distinct(np.concatenate([elements, diagonal]))
 
 
 def draw(numel: int, share: float, seed: str, avoid: Positions | None = None) -> Positions:
@@ -113,6 +114,6 @@ def draw(numel: int, share: float, seed: str, avoid: Positions | None = None) ->
         return np.sort(generator.choice(np.flatnonzero(free), count, replace=False))
     found = np.zeros(0, np.int64)
     while found.size < count:
-        drawn = np.union1d(found, generator.integers(0, numel, count - found.size))
+        drawn = distinct(np.concatenate([found, generator.integers(0, numel, count - found.size)]))
         found = np.setdiff1d(drawn, taken, assume_unique=True) if taken.size else drawn
     return found

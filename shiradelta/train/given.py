@@ -17,6 +17,7 @@ from shiradelta.format.arithmetic import Positions
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.models.names import Named, Shape, find_names
 from shiradelta.models.views import View, whole_view
+from shiradelta.util.arrays import distinct
 
 #: A user's own mask: name -> bool tensor of the weight's shape, or flat integer positions in any order.
 OwnMask = Mapping[str, Any]
@@ -139,7 +140,7 @@ def avoided(others: Sequence[Any], names: WeightNames) -> dict[str, Positions]:
                 if is_outside(positions, view):
                     raise ArgumentError(f"{other}: tensor {given!r} has positions outside of the model's weight")
                 found.setdefault(name, []).append(view.to_weight(positions)[1])
-    return {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
+    return {name: distinct(np.concatenate(parts)) for name, parts in found.items()}
 
 
 def _positions(other: Any) -> Iterator[tuple[str, Shape | None, Positions]]:

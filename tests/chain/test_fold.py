@@ -17,6 +17,7 @@ from shiradelta.chain.difference import shifted
 from shiradelta.chain.fold import fold_tensor
 from shiradelta.chain.runs import Run, Runs, merged
 from shiradelta.format.arithmetic import fingerprint
+from shiradelta.util.arrays import distinct
 from tests.chain.models import Model, add_step, change, replayed, same, set_step, small, tensor, write
 from tests.chain.test_chain import Run as Training
 
@@ -72,7 +73,7 @@ def test_runs_merge_to_the_same_whatever_their_sizes(numel: int, sizes: list[int
     monkeypatch.setattr(module, "_SPAN", 512)
     monkeypatch.setattr(module, "_WAITING", 4)
     rng = np.random.default_rng(0)
-    places = np.unique(rng.integers(0, numel, 5000)) if numel > 5000 else np.arange(numel)
+    places = distinct(rng.integers(0, numel, 5000)) if numel > 5000 else np.arange(numel)
     before = dict(zip(places.tolist(), rng.integers(0, 1 << 16, places.size).tolist(), strict=True))
     now, runs, parts = dict(before), Runs(), []
     for size in sizes:

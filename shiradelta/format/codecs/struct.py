@@ -190,7 +190,7 @@ def _whole_diagonals(positions: Positions, rest: Positions, rows: int, columns: 
         slot = np.minimum(np.searchsorted(positions, end), positions.size - 1)
         if np.any(positions[slot] != end):
             return None
-    found = np.unique(rest % columns - rest // columns)
+    found = distinct(rest % columns - rest // columns)
     counts = _count_on(found, positions % columns - positions // columns)
     return found if np.array_equal(counts, elements(DIAGONAL, found, rows, columns)) else None
 
