@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Worker())
     # What is imported and collected stays: it need not be walked through again and again.
     gc.disable()
-    # A sync of a disk takes 5 ms, and some ten thousand are asked for.
+    # A sync of a disk takes 5 ms, and some ten thousand are asked for.  pytest's own folders are in this one, too.
     memory = Path("/dev/shm")
-    if "PYTEST_DEBUG_TEMPROOT" not in os.environ and memory.is_dir() and shutil.disk_usage(memory).free > _ROOM:
-        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(memory)
+    if "TMPDIR" not in os.environ and memory.is_dir() and shutil.disk_usage(memory).free > _ROOM:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(memory)
 
 
 @pytest.hookimpl(trylast=True)
