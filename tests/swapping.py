@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,15 @@ def random_delta(
     return sd.TensorDelta(shape, positions, values, dtype, op, None if base is None else bits(base)[positions])
 
 
+@lru_cache(8)
+def _opened(data: bytes) -> sd.Delta:
+    """Models ask for the same files tensor by tensor."""
+    return sd.open_delta(data)
+
+
 def formula(base: np.ndarray, dtype: str, files: list[tuple[bytes, float]], name: str = "w") -> np.ndarray:
     """FORMAT.md, 6.2, element by element, in Python; rounding is torch's."""
-    opened = sorted(((sd.open_delta(data), np.float32(alpha)) for data, alpha in files), key=lambda x: x[0].digest)
+    opened = sorted(((_opened(data), np.float32(alpha)) for data, alpha in files), key=lambda x: x[0].digest)
     result = base.copy()
     total: dict[int, np.float32] = {}
     for delta, alpha in opened:

@@ -119,6 +119,8 @@ def jsonl(tmp_path: Path) -> Path:
 
 
 SETTINGS = Fit(texts(), steps=40, batch=16, held_out=24, relative_lr=0.05, device="cpu")
+#: For what is said and left on the way, not how close it comes.
+FEW = {"texts": texts(32), "batch": 8, "held_out": 8}
 
 
 def fit(pair: tuple[Path, Path], out: Path, **settings: Any) -> Any:
@@ -316,7 +318,7 @@ def test_what_is_interrupted_before_anything_is_kept_says_so(
     said: list[str] = []
     monkeypatch.setattr(train.FitTrainer, "_evaluate", stopping(train.FitTrainer._evaluate, 1))
     with pytest.raises(KeyboardInterrupt):
-        fit(encoder, tmp_path / "a.shd", log=said.append)
+        fit(encoder, tmp_path / "a.shd", log=said.append, **FEW)
     assert said[-1].endswith("the same command begins anew")
     assert not list(tmp_path.iterdir())
 
@@ -381,11 +383,11 @@ def test_a_users_own_model_comes_back_as_it_was(
 
     model = AutoModel.from_pretrained(encoder[0]).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    fit(encoder, tmp_path / "a.shd", model=model, steps=3)
+    fit(encoder, tmp_path / "a.shd", model=model, steps=3, **FEW)
     with monkeypatch.context() as patched:
         patched.setattr(train.FitTrainer, "_evaluate", stopping(train.FitTrainer._evaluate, 4))
         with pytest.raises(KeyboardInterrupt):
-            fit(encoder, tmp_path / "a.shd", model=model)
+            fit(encoder, tmp_path / "a.shd", model=model, **FEW)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -406,7 +408,7 @@ def test_a_state_of_another_run_is_not_taken_up(
 
 def test_training_that_diverges_backs_off_and_stops(encoder: tuple[Path, Path], tmp_path: Path):
     with pytest.raises(DivergedError, match=r"NaN at step \d+ .*--fit-relative-lr.*last good state is in"):
-        fit(encoder, tmp_path / "a.shd", relative_lr=1e30)
+        fit(encoder, tmp_path / "a.shd", relative_lr=1e30, **FEW)
     assert (tmp_path / "a.shd.fit").exists()
     assert not (tmp_path / "a.shd").exists()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -432,11 +433,15 @@ def test_a_failure_anywhere_leaves_the_state_before(
     assert failed == list(range(1, failed[-1] + 1))
 
 
+@cache
+def _two_tensors(seed: int) -> bytes:
+    return adapter({"w": random_delta(SHAPE, 300, seed), "v": random_delta((40,), 10, seed + 9)})
+
+
 def _fails_and_keeps_the_state(monkeypatch: pytest.MonkeyPatch, error: type[BaseException], step: str, at: int) -> bool:
     """Whether there is a call number `at` of the step, which then fails."""
     base = {"w": weights(SHAPE, "bfloat16").cpu(), "v": weights((40,), "bfloat16", 1).cpu()}
-    files = [adapter({"w": random_delta(SHAPE, 300, i), "v": random_delta((40,), 10, i + 9)}) for i in range(2)]
-    swap = make(base, "numpy", one=files[0], two=files[1])
+    swap = make(base, "numpy", one=_two_tensors(0), two=_two_tensors(1))
     swap.switch("one", 0.5)
     state = {name: bits(tensor) for name, tensor in base.items()}
     original = getattr(NumpyBackend, step)

@@ -137,7 +137,7 @@ def test_a_fit_reaches_the_dense_layer(tmp_path: Path, method: str):
 def test_a_fit_warns_of_modules_that_it_does_not_run(tmp_path: Path):
     base = folder(tmp_path / "base", last="Own")
     tuned = tune(base, tmp_path / "tuned")
-    settings = Fit(texts(), steps=3, batch=8, tokens=16, held_out=12, device="cpu")
+    settings = Fit(texts(30), steps=3, batch=8, tokens=16, held_out=8, device="cpu")
     report = shiradelta.convert(tuned, tmp_path / "a.shd", 0.2, base, fit=settings)
     assert (
         "the fit does not run 2_Dense, 3_LayerNorm, 4_Own: its distances are those of the embeddings before"
