@@ -32,7 +32,7 @@ DTYPES = [
     ("complex64", 8),
 ]
 OPS = {0: "ADD", 1: "SET", 2: "ULP", 3: "NEW", 4: "DROP", 6: "REPLACE"}
-INDEX_CODECS = {0: "NONE", 1: "RICE", 2: "RAW", 3: "BITMAP", 4: "STRUCT", 5: "ALL"}
+INDEX_CODECS = {0: "NONE", 1: "RICE", 2: "RAW", 3: "BITMAP", 4: "STRUCT", 5: "ALL", 7: "TILED"}
 VALUE_CODECS = {0: "NONE", 1: "F32", 2: "F16", 3: "BF16", 4: "I8", 5: "I4", 6: "SIGN", 7: "BITS", 8: "ULP"}
 FEATURE_ZSTD = 1 << 0
 
@@ -45,6 +45,9 @@ MAX_RANK = 8
 MAX_NUMEL = 1 << 56
 MAX_RICE_K = 31
 MAX_STRUCT_ENTRIES = 256
+MAX_TILE = 131072
+MAX_TILE_FIELD = 19
+MAX_CLASS_BITS = 4
 MAX_ZSTD_RATIO = 64
 
 
@@ -409,6 +412,8 @@ def index_size_fits(r: Record) -> bool:
     if codec == "STRUCT":
         entries, rest = divmod(size - SLACK, 32)
         return rest == 0 and 1 <= entries <= MAX_STRUCT_ENTRIES
+    if codec == "TILED":
+        return size >= 60
     return size == 0  # NONE, ALL
 
 
@@ -480,6 +485,12 @@ class Parts:
         part = self.take(8 * count * word_size)
         return struct.unpack_from(f"<{count}{UNSIGNED[word_size]}", part)
 
+    def fields(self, count: int, width: int) -> list[int]:
+        """A part of `count` integers of `width` bits, which may end beyond the section."""
+        check(self.at + 4 * ceil_div(count * width, 32) <= len(self.section), "bad_size")
+        part = self.take(count * width)
+        return [low_bits(part, i * width, width) for i in range(count)]
+
     def finish(self) -> None:
         slack = self.section[self.at :]
         check(self.padding_is_zero and not any(slack), "padding_not_zero")
@@ -497,6 +508,7 @@ def decode_positions(r: Record, section: bytes) -> list[int]:
         "RAW": decode_raw,
         "BITMAP": decode_bitmap,
         "STRUCT": decode_struct,
+        "TILED": decode_tiled,
     }
     parts = Parts(section)
     positions = decoders[codec](r, parts)
@@ -616,6 +628,69 @@ def line_elements(kind: int, line: int, rows: int, columns: int) -> range:
     step = columns + 1  # from (r, r + d) to (r + 1, r + 1 + d)
     first = first_row * step + line
     return range(first, first + (end_row - first_row) * step, step)
+
+
+def decode_tiled(r: Record, parts: Parts) -> list[int]:
+    """4.6"""
+    row_bits, column_bits, *zeros = parts.words(4, 1)
+    (tile_rows,) = parts.words(1, 4)
+    columns, unary_bits = parts.words(2, 8)
+    check(1 <= row_bits <= MAX_CLASS_BITS and 1 <= column_bits <= MAX_CLASS_BITS and not any(zeros), "bad_index")
+    check(tile_rows >= 1 and columns >= 1 and r.numel % columns == 0, "bad_index")
+    rows = r.numel // columns
+    check(tile_rows <= rows and tile_rows * columns <= MAX_TILE, "bad_index")
+    tiles = ceil_div(rows, tile_rows)
+
+    table = parts.fields(1 << (row_bits + column_bits), 8)
+    check(max(table) <= MAX_RICE_K, "bad_index")
+    ks = sorted(set(table))
+    widths = parts.fields(1 + len(ks), 8)
+    check(max(widths) <= MAX_TILE_FIELD, "bad_index")
+    row_classes = parts.fields(rows, row_bits)
+    column_classes = parts.fields(columns, column_bits)
+    sizes, *counts = (parts.fields(tiles, width) for width in widths)
+    low_bits_of_all = sum(k * sum(of_tiles) for k, of_tiles in zip(ks, counts, strict=True))
+    words = ceil_div(low_bits_of_all, 32) + ceil_div(unary_bits, 32)
+    check(len(parts.section) == parts.at + 4 * words + SLACK, "bad_size")
+    check(sum(map(sum, counts)) == r.nnz and sum(sizes) == unary_bits, "bad_index")
+
+    low = parts.take(low_bits_of_all)
+    ones = [bit for bit in ones_of(parts.take(unary_bits)) if bit < unary_bits]
+    of_class = [[c for c in range(columns) if column_classes[c] == b] for b in range(1 << column_bits)]
+    positions: list[int] = []
+    first_one = first_bit = low_at = 0
+    for tile in range(tiles):
+        end_bit, end_one = first_bit + sizes[tile], first_one + sum(of_tiles[tile] for of_tiles in counts)
+        own = ones[first_one:end_one]
+        # The ones before are those of earlier tiles: so this tile has these, if the last is its last bit.
+        right = len(own) == end_one - first_one and all(first_bit <= bit < end_bit for bit in own)
+        right &= end_one >= len(ones) or ones[end_one] >= end_bit
+        check(right and (own[-1] + 1 if own else first_bit) == end_bit, "bad_index")
+        own_rows = range(tile * tile_rows, min((tile + 1) * tile_rows, rows))
+        bit_before = first_bit - 1
+        for k, of_tiles in zip(ks, counts, strict=True):
+            runs = [
+                (row * columns, of_class[b])
+                for a in range(1 << row_bits)
+                for b in range(1 << column_bits)
+                if table[(a << column_bits) + b] == k
+                for row in own_rows
+                if row_classes[row] == a
+            ]
+            elements = order_before_run = run = 0
+            for bit in ones[first_one : first_one + of_tiles[tile]]:
+                elements += ((bit - bit_before - 1) << k) + low_bits(low, low_at, k)
+                while run < len(runs) and elements - order_before_run >= len(runs[run][1]):
+                    order_before_run += len(runs[run][1])
+                    run += 1
+                check(run < len(runs), "position_range")
+                start, run_columns = runs[run]
+                positions.append(start + run_columns[elements - order_before_run])
+                elements += 1
+                bit_before, low_at = bit, low_at + k
+            first_one += of_tiles[tile]
+        first_bit = end_bit
+    return sorted(positions)
 
 
 # --- 5. Value codecs ---

@@ -60,10 +60,10 @@ DTYPES = {
     "complex64": (19, 8),
 }
 OPS = {"ADD": 0, "SET": 1, "ULP": 2, "NEW": 3, "DROP": 4, "REPLACE": 6}
-INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5}
+INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5, "TILED": 7}
 VALUE_CODECS = {"NONE": 0, "F32": 1, "F16": 2, "BF16": 3, "I8": 4, "I4": 5, "SIGN": 6, "BITS": 7, "ULP": 8}
 #: Operation or codec -> the minor version that defines it, where that is not 0.
-MINORS: dict[str, int] = {"REPLACE": 1, "ULP": 1}
+MINORS: dict[str, int] = {"REPLACE": 1, "TILED": 1, "ULP": 1}
 MAX_NUMEL = 1 << 56
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 #: What a zstd library made of a section: Huffman and sequences, with a checksum.
@@ -276,6 +276,86 @@ def struct_of(shape: tuple[int, ...], *entries: Entry) -> Index:
         if any(line == (r, c, c - r)[kind] for kind, line in lines)
     ]
     return Index("STRUCT", tuple(found), struct_section(*entries))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What TILED takes a tensor for: classes of rows and of columns, and the k of each pair of classes."""
+
+    tile_rows: int
+    row_classes: Sequence[int]
+    column_classes: Sequence[int]
+    k: Sequence[Sequence[int]]
+
+    def order(self, tile: int, k: int) -> list[int]:
+        """The positions of a tile's elements of this k, in their order."""
+        rows = range(tile * self.tile_rows, min((tile + 1) * self.tile_rows, len(self.row_classes)))
+        columns = range(len(self.column_classes))
+        elements = [(self.row_classes[r], self.column_classes[c], r, c) for r in rows for c in columns]
+        return [r * len(columns) + c for a, b, r, c in sorted(elements) if self.k[a][b] == k]
+
+
+def fields_of(numbers: Sequence[int], width: int) -> bytes:
+    """Fields of `width` bits in u32 words."""
+    return bit_words(sum(number << (i * width) for i, number in enumerate(numbers)), width * len(numbers))
+
+
+def tiled(positions: Sequence[int], matrix: Matrix, outside: Mapping[int, int] | None = None, **parts: object) -> Index:
+    """TILED.
+
+    Args:
+        positions: increasing.
+        matrix: the classes.
+        outside: position -> the number in its tile's order that takes its place.
+        parts: what the section says of itself, instead of what is right: `head` by field, `widths`, or bytes of a part.
+    """
+    table = [k for row in matrix.k for k in row]
+    ks = sorted(set(table))
+    tiles = range(-(-len(matrix.row_classes) // matrix.tile_rows))
+    sizes: list[int] = []
+    counts: list[list[int]] = []
+    low: list[tuple[int, int]] = []
+    ones: list[int] = []
+    bit = -1
+    for tile in tiles:
+        first = bit
+        counts.append([])
+        for k in ks:
+            numbers = [(outside or {}).get(p, i) for i, p in enumerate(matrix.order(tile, k)) if p in positions]
+            counts[-1].append(len(numbers))
+            for before, number in pairwise((-1, *numbers)):
+                gap = number - before - 1
+                bit += (gap >> k) + 1
+                ones.append(bit)
+                low.append((gap & ((1 << k) - 1), k))
+        sizes.append(bit - first)
+    of_tiles = [sizes, *map(list, zip(*counts, strict=True))]
+    widths = [max(numbers).bit_length() for numbers in of_tiles]
+    head = {
+        "row_bits": (len(matrix.k) - 1).bit_length(),
+        "column_bits": (len(matrix.k[0]) - 1).bit_length(),
+        "zero": 0,
+        "tile_rows": matrix.tile_rows,
+        "columns": len(matrix.column_classes),
+        "unary_bits": bit + 1,
+    }
+    low_bits = "".join(f"{number:0{k}b}"[::-1] for number, k in low if k)
+    right = {
+        "table": padded(bytes(table)),
+        "widths": padded(bytes(widths)),
+        "row_classes": fields_of(matrix.row_classes, head["row_bits"]),
+        "column_classes": fields_of(matrix.column_classes, head["column_bits"]),
+        "sizes": fields_of(sizes, widths[0]),
+        "counts": b"".join(fields_of(column, width) for column, width in zip(of_tiles[1:], widths[1:], strict=True)),
+        "low": bitmap_of([i for i, one in enumerate(low_bits) if one == "1"], len(low_bits)),
+        "unary": bitmap_of(ones, bit + 1),
+        "slack": SLACK,
+    }
+    changed = {name: bytes(part) for name, part in parts.items() if name in right and isinstance(part, bytes)}
+    head |= {name: part for name, part in parts.items() if name in head and isinstance(part, int)}
+    assert len(changed) + len(set(parts) & set(head)) == len(parts)
+    section = struct.pack("<BBHIQQ", *head.values()) + b"".join((right | changed).values())
+    return Index("TILED", tuple(positions), section)
 
 
 # --- value codecs (section 5) and the canonical choice of their parameters (section 8) ---
@@ -808,6 +888,46 @@ def valid_other_positions() -> Valid:
         yield f"none_{name}", one(Tensor(dims))
 
 
+def valid_tiled() -> Valid:
+    """Section 4.6."""
+
+    def case(shape: tuple[int, ...], positions: Sequence[int], matrix: Matrix) -> File:
+        return one(change(shape, tiled(positions, matrix)), canonical=False)
+
+    halves_of = Matrix(2, (0, 1, 0, 1), (0, 0, 1, 1), ((0, 1), (1, 2)))
+    yield "tiled", case((4, 4), (0, 1, 3, 6, 9, 15), halves_of)
+    corner = [p for p in range(1 << 14) if p % 4 == 0 and p // 128 % 4 == 0 and (p // 4 + p // 512) % 2]
+    quarter = [int(i % 4 == 0) for i in range(128)]
+    yield "tiled_canonical", one(change((128, 128), tiled(corner, Matrix(128, quarter, quarter, ((31, 31), (31, 0))))))
+    yield "tiled_all_elements", case((4, 4), range(16), halves_of)
+    yield "tiled_one_tile", case((4, 4), (0, 15), replace(halves_of, tile_rows=4))
+    yield "tiled_last_tile_is_lower", case((4, 4), (2, 13, 14), replace(halves_of, tile_rows=3))
+    yield "tiled_empty_tiles", case((6, 4), (11,), Matrix(1, (0, 1, 0, 0, 1, 1), (0, 1, 1, 0), ((0, 1), (3, 1))))
+    yield "tiled_rank_0", case((), (0,), Matrix(1, (1,), (0,), ((0, 1), (31, 2))))
+    yield "tiled_rank_1", case((12,), (1, 4, 10), Matrix(3, (0, 0, 1), (1, 0, 1, 1), ((2, 2), (0, 2))))
+    yield (
+        "tiled_rows_of_the_last_dimension",
+        case((2, 3, 4), (5, 21), Matrix(6, (0, 1) * 3, (0, 1, 1, 1), ((1, 0), (3, 2)))),
+    )
+    yield (
+        "tiled_one_column",
+        case((40, 1), spread(9, 4), Matrix(40, [i % 2 for i in range(40)], (1,), ((4, 1), (4, 3)))),
+    )
+    yield "tiled_one_row", case((1, 40), spread(9, 4), Matrix(1, (0,), [i // 20 for i in range(40)], ((1, 3), (0, 0))))
+    sixteen = [[(3 * a + b) % 11 for b in range(16)] for a in range(16)]
+    many = Matrix(5, [i * 7 % 16 for i in range(23)], [i * 5 % 16 for i in range(50)], sixteen)
+    yield "tiled_classes_of_4_bits", case((23, 50), spread(90, 12), many)
+    yield "tiled_one_k", case((23, 50), spread(90, 12), replace(many, k=[[3] * 16] * 16))
+    yield (
+        "tiled_every_k",
+        case((23, 50), spread(90, 12), replace(many, k=[[(16 * a + b) % 32 for b in range(16)] for a in range(16)])),
+    )
+    mixed = Matrix(7, [0, 1, 2] * 9, [i % 8 for i in range(33)], [[(a + b) % 3 for b in range(8)] for a in range(4)])
+    yield "tiled_classes_without_lines", case((27, 33), spread(80, 11), mixed)
+    largest = Matrix(2, [i % 2 for i in range(4)], [i % 3 % 2 for i in range(65536)], ((9, 11), (13, 17)))
+    yield "tiled_largest_tile", case((4, 65536), (0, 65535, 65536, 131071, 131072, 262143), largest)
+
+
 def valid_values() -> Valid:
     """Section 5, for ADD."""
     for codec in FLOAT_CODECS:
@@ -1180,7 +1300,7 @@ def invalid_ids_and_shapes() -> Invalid:
     for what, ids in (
         ("dtype", (20, 255)),
         ("op", (5, 255)),
-        ("index_codec", (*range(6, 13), 255)),
+        ("index_codec", (6, *range(8, 13), 255)),
         ("value_codec", (9, 255)),
     ):
         for id in ids:
@@ -1532,6 +1652,90 @@ def invalid_struct() -> Invalid:
     yield "struct_slack_last", "padding_not_zero", indexed(row, at=-1, new=b"\x80", shape=shape)
 
 
+def invalid_tiled() -> Invalid:
+    """Section 4.6."""
+    matrix = Matrix(2, (0, 1, 0, 1), (0, 0, 1, 1), ((0, 1), (1, 2)))
+    positions = (0, 1, 3, 6, 9, 15)
+
+    def case(outside: Mapping[int, int] | None = None, /, **parts: int | bytes) -> bytes:
+        return indexed(tiled(positions, matrix, outside, **parts))
+
+    for bits in 0, 5, 255:
+        yield f"tiled_row_bits_{bits}", "bad_index", case(row_bits=bits)
+        yield f"tiled_column_bits_{bits}", "bad_index", case(column_bits=bits)
+    yield "tiled_head_not_zero", "bad_index", case(zero=1)
+    yield "tiled_head_not_zero_high", "bad_index", case(zero=1 << 15)
+    yield "tiled_without_rows", "bad_index", case(tile_rows=0)
+    yield "tiled_tile_of_too_many_rows", "bad_index", case(tile_rows=5)
+    yield "tiled_without_columns", "bad_index", case(columns=0)
+    yield "tiled_columns_do_not_divide", "bad_index", case(columns=3)
+    yield "tiled_more_columns_than_elements", "bad_index", case(columns=32)
+    for name, columns, rows in ("columns", 1 << 18, 1), ("elements", 1 << 16, 3), ("overflow", 1 << 63, 2):
+        data = tiled(positions, matrix, columns=columns, tile_rows=rows)
+        yield f"tiled_tile_of_too_many_{name}", "bad_index", indexed(data, shape=(4, 1 << 18))
+    yield "tiled_section_too_short_for_rows", "bad_size", indexed(tiled(positions, matrix), shape=(1 << 20, 4))
+    yield "tiled_table_ends_beyond", "bad_size", case(row_bits=4, column_bits=4)
+    yield "tiled_head_before_table", "bad_index", case(table=b"\0\x01\x01\x20", columns=3)
+    yield "tiled_k", "bad_index", case(table=b"\0\x01\x01\x20")
+    yield "tiled_k_before_width", "bad_index", case(table=b"\0\x01\x01\xff", widths=b"\xff" * 4)
+    yield "tiled_width", "bad_index", case(widths=b"\x14\2\2\1")
+    yield "tiled_width_before_size", "bad_index", case(widths=b"\4\x14\2\1", unary_bits=1 << 20)
+    yield (
+        "tiled_fields_end_beyond",
+        "bad_size",
+        indexed(tiled((0, 1), replace(matrix, tile_rows=1), widths=b"\x13" * 4)),
+    )
+    for bits in 1 << 10, (1 << 64) - 1:
+        yield f"tiled_unary_bits_{bits}", "bad_size", case(unary_bits=bits)
+    yield "tiled_size_before_counts", "bad_size", case(sizes=b"\0" * 4, unary_bits=64)
+    yield "tiled_longer", "bad_size", case(slack=bytes(12))
+    right = tiled(positions, matrix)
+    yield "tiled_counts_below_n", "bad_index", indexed(replace(right, positions=(*positions, 14)))
+    yield "tiled_counts_above_n", "bad_index", indexed(replace(right, positions=positions[:-1]))
+    yield "tiled_unary_bits_below_sizes", "bad_index", case(unary_bits=6)
+    yield "tiled_unary_bits_above_sizes", "bad_index", case(unary_bits=8)
+
+    # The unary bits, first bit first: 1111 011; the sizes of the tiles, 4 and 3, are fields of 3 bits.
+    yield "tiled_too_few_ones", "bad_index", case(unary=b"\x6e\0\0\0")
+    yield "tiled_too_many_ones", "bad_index", case(unary=b"\x7f\0\0\0")
+    yield "tiled_ones_of_the_next_tile", "bad_index", case(sizes=b"\x13\0\0\0")
+    yield "tiled_tile_ends_with_zero", "bad_index", case(sizes=b"\x15\0\0\0")
+    yield "tiled_last_tile_ends_with_zero", "bad_index", case(sizes=b"\x24\0\0\0", unary_bits=8)
+    lone = tiled((0,), replace(matrix, k=((0, 0), (0, 0))), sizes=b"\5\0\0\0", widths=b"\2\1\0\0", unary_bits=2)
+    yield "tiled_bits_of_an_empty_tile", "bad_index", indexed(lone)
+    yield "tiled_order_by_low_bits", "position_range", case({15: 2})
+    yield "tiled_order_by_zeros", "position_range", case({9: 2})
+    yield "tiled_order_in_the_next_tile", "position_range", case({1: 4})
+    low = replace(matrix, tile_rows=3)
+    yield (
+        "tiled_order_beyond_a_lower_tile",
+        "position_range",
+        indexed(tiled((12,), replace(low, k=((3, 3),) * 2), {12: 4})),
+    )
+    far = replace(matrix, k=((31, 31), (31, 31)))
+    for name, number in ("low_bits", (1 << 31) - 1), ("zeros", 1 << 36):
+        yield f"tiled_far_order_by_{name}", "position_range", indexed(tiled((0,), far, {0: number}))
+    yield "tiled_range_before_next_tile", "position_range", case({6: 2}, unary=b"\x7f\0\0\0")
+    yield "tiled_ones_before_range_of_next_tile", "bad_index", case({15: 2}, unary=b"\x6e\0\0\0")
+    yield "tiled_range_before_unused_bits", "position_range", case({15: 2}, row_classes=b"\x1a\0\0\0")
+
+    two = tiled(positions, replace(matrix, k=((0, 1), (1, 1))), widths=b"\3\2\2\1")
+    yield "tiled_padding_of_widths", "padding_not_zero", indexed(two)
+    for name, new in (
+        ("row_classes", b"\x1a\0\0\0"),
+        ("column_classes", b"\x0c\0\0\x80"),
+        ("sizes", b"\x5c\0\0\0"),
+        ("counts", b"\6\0\0\x80\1\0\0\0\3\0\0\0"),
+        ("last_counts", b"\6\0\0\0\1\0\0\0\7\0\0\0"),
+        ("low", b"\x29\0\0\0"),
+        ("unary", b"\xef\0\0\0"),
+        ("last_unary", b"\x6f\0\0\x80"),
+        ("slack", b"\1" + bytes(7)),
+        ("last_slack", bytes(7) + b"\x80"),
+    ):
+        yield f"tiled_unused_{name}", "padding_not_zero", case(**{name.removeprefix("last_"): new})
+
+
 def invalid_values() -> Invalid:
     """Section 5."""
     numbers = halves(129)
@@ -1651,11 +1855,11 @@ def invalid_contents() -> Invalid:
 
 # --- writing them ---
 
-VALID = (valid_rice, valid_other_positions, valid_values, valid_ulp, valid_operations, valid_container)
+VALID = (*(valid_rice, valid_other_positions, valid_tiled, valid_values, valid_ulp, valid_operations, valid_container),)
 INVALID = (
     *(invalid_header, invalid_file_sections, invalid_names, invalid_ids_and_shapes, invalid_combinations),
-    *(invalid_layout, invalid_zstd, invalid_rice, invalid_raw_and_bitmap, invalid_struct, invalid_values),
-    *(invalid_ulp, invalid_contents),
+    *(invalid_layout, invalid_zstd, invalid_rice, invalid_raw_and_bitmap, invalid_struct, invalid_tiled),
+    *(invalid_values, invalid_ulp, invalid_contents),
 )
 
 

@@ -85,6 +85,7 @@ pub const SHD_INDEX_RAW: c_int = 2;
 pub const SHD_INDEX_BITMAP: c_int = 3;
 pub const SHD_INDEX_STRUCT: c_int = 4;
 pub const SHD_INDEX_ALL: c_int = 5;
+pub const SHD_INDEX_TILED: c_int = 7;
 
 pub const SHD_VALUES_NONE: c_int = 0;
 pub const SHD_VALUES_F32: c_int = 1;

@@ -1,5 +1,5 @@
 /* Writing the canonical RICE section (FORMAT.md, sections 4.2 and 8). */
-#include "bytes.h"
+#include "rice_writer.h"
 #include "kernels.h"
 
 /* The gaps of a run of this many positions stay in the L1 cache. */
@@ -90,46 +90,6 @@ int shd_rice_plan(const int64_t *positions, uint64_t count, uint64_t numel, shd_
 
 /* ---- Writing ---- */
 
-/* Packs the low bits into 32-bit words. */
-typedef struct packer {
-    uint8_t *next;
-    uint64_t bits;
-    uint32_t count;
-} packer;
-
-static inline void pack(packer *p, uint64_t value, uint32_t bits) {
-    p->bits |= value << p->count;
-    p->count += bits;
-    if (p->count >= 32) {
-        shdi_store32(p->next, (uint32_t)p->bits);
-        p->next += 4;
-        p->bits >>= 32;
-        p->count -= 32;
-    }
-}
-
-/* A place in the section: at unary bit `bit`, after `rank` nonzeros, the last of which is at `position` - 1. */
-typedef struct writer {
-    uint8_t *directory;
-    uint32_t word;
-    uint32_t k;
-    uint64_t block; /* the next that needs an entry */
-    uint64_t bit;
-    uint64_t rank;
-    uint64_t position;
-} writer;
-
-/* Writes the entries of the blocks that start at or before unary bit `bit`. That bit is the next one, or a zero before
- * it. */
-static void write_entries(writer *w, uint64_t bit) {
-    for (; w->block * SHDI_BLOCK <= bit; w->block++) {
-        uint64_t zeros = w->block * SHDI_BLOCK - w->bit;
-        shdi_store_word(w->directory, w->word, w->position + (zeros << w->k));
-        shdi_store_word(w->directory + w->word, w->word, w->rank);
-        w->directory += 2 * w->word;
-    }
-}
-
 int shd_rice_encode(const shd_rice *plan, const int64_t *positions, void *section, uint64_t capacity) {
     if (plan == NULL || positions == NULL || section == NULL) {
         return SHD_INVALID_ARGUMENT;
@@ -138,32 +98,21 @@ int shd_rice_encode(const shd_rice *plan, const int64_t *positions, void *sectio
         return SHD_BUFFER_TOO_SMALL;
     }
     const uint32_t k = plan->k;
-    const uint64_t mask = (UINT64_C(1) << k) - 1;
     uint8_t *start = section;
     memset(start, 0, (size_t)plan->size);
     shdi_store64(start, k);
     shdi_store64(start + 8, plan->unary_bits);
-    uint64_t blocks = shdi_ceil_div(plan->unary_bits, SHDI_BLOCK);
-    packer low = {start + 16 + blocks * 2 * plan->word, 0, 0};
-    uint8_t *unary = low.next + 4 * shdi_ceil_div(plan->count * k, 32);
-    writer w = {start + 16, plan->word, k, 0, 0, 0, 0};
-    for (; w.rank < plan->count; w.rank++) {
+    uint8_t *low = start + 16 + shdi_ceil_div(plan->unary_bits, SHDI_BLOCK) * 2 * plan->word;
+    shdi_rice_writer w = {.directory = start + 16, .low = {low, 0, 0}, .word = plan->word, .k = k};
+    w.unary = low + 4 * shdi_ceil_div(plan->count * k, 32);
+    while (w.rank < plan->count) {
         uint64_t gap = (uint64_t)positions[w.rank] - w.position;
         /* The nonzeros to come need bits. This fails only if the positions are not those of the plan. */
         if (gap >> k > plan->unary_bits - w.bit - (plan->count - w.rank)) {
             return SHD_INVALID_ARGUMENT;
         }
-        uint64_t one = w.bit + (gap >> k);
-        if (w.block * SHDI_BLOCK <= one) {
-            write_entries(&w, one);
-        }
-        unary[one / 8] |= (uint8_t)(1u << (one % 8));
-        pack(&low, gap & mask, k);
-        w.bit = one + 1;
-        w.position = (uint64_t)positions[w.rank] + 1;
+        shdi_rice_write(&w, (uint64_t)positions[w.rank]);
     }
-    if (low.count > 0) {
-        shdi_store32(low.next, (uint32_t)low.bits);
-    }
+    shdi_rice_finish(&w);
     return w.bit == plan->unary_bits ? SHD_OK : SHD_INVALID_ARGUMENT;
 }

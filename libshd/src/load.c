@@ -1,6 +1,7 @@
 /* Loading a tensor: brings its sections to memory, checks them, and makes it ready. */
 #include "index.h"
 #include "section.h"
+#include "tiled.h"
 #include "values.h"
 
 /* What a section needs of the scratch buffer: room for the decoded bytes, and then for the stored ones. */
@@ -15,7 +16,7 @@ static uint64_t stored_room(const shd_file *file, const shd_section *section) {
 uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor) {
     uint64_t index = stored_room(file, &tensor->index), values = stored_room(file, &tensor->values);
     return decoded_room(file, &tensor->index) + decoded_room(file, &tensor->values) +
-           (index > values ? index : values);
+           (index > values ? index : values) + shdi_tiled_room(tensor);
 }
 
 uint64_t shd_decoded_size(const shd_tensor *tensor) {
@@ -50,10 +51,14 @@ static int load_section(const shd_file *file, const shd_section *section, int ch
                : SHD_BAD_ZSTD;
 }
 
-static int load_index(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, shd_delta *delta,
-                      shd_status *status) {
+static int load_index(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, uint8_t *tiled,
+                      shd_delta *delta, shd_status *status) {
     const shd_tensor *tensor = &delta->tensor;
     shdi_fault fault = {load_section(file, &tensor->index, check, decoded, stored, &delta->index), 0};
+    if (fault.code == SHD_OK && tensor->index_codec == SHD_INDEX_TILED) {
+        fault = shdi_tiled_load(delta, check >= SHD_CHECK_ALL, tiled);
+        return fault.code == SHD_OK ? SHD_OK : shdi_fail_in(status, fault, tensor, &tensor->index);
+    }
     if (fault.code == SHD_OK) {
         fault = shdi_index_open(delta);
     }
@@ -93,7 +98,8 @@ int shd_load(const shd_file *file, uint32_t number, int check, void *scratch, ui
     uint8_t *index = needed != 0 ? scratch : nothing;
     uint8_t *values = index + decoded_room(file, &delta->tensor.index);
     uint8_t *stored = values + decoded_room(file, &delta->tensor.values);
-    code = load_index(file, level, index, stored, delta, status);
+    uint8_t *tiled = index + needed - shdi_tiled_room(&delta->tensor);
+    code = load_index(file, level, index, stored, tiled, delta, status);
     if (code == SHD_OK) {
         code = load_values(file, level, values, stored, delta, status);
     }

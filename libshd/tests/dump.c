@@ -130,8 +130,8 @@ static void print_fingerprint(const char *name, int is_there, uint64_t fingerpri
     }
 }
 
-static int print_tensor(const shd_delta *delta) {
-    const shd_tensor *t = &delta->tensor;
+/* `t` is the tensor in the file: a loaded one may have another index codec. */
+static int print_tensor(const shd_tensor *t, const shd_delta *delta) {
     printf("{\"name\": ");
     print_string(t->name, t->name_size);
     printf(", \"dtype\": %d, \"op\": %d, \"index_codec\": %d, \"value_codec\": %d, \"shape\": [", t->dtype, t->op,
@@ -161,10 +161,12 @@ static int print_file(const shd_file *file, void *scratch, uint64_t scratch_size
     printf(", \"tensors\": [");
     int code = SHD_OK;
     for (uint32_t i = 0; code == SHD_OK && i < file->tensor_count; i++) {
+        shd_tensor tensor;
         shd_delta delta;
         printf("%s", i == 0 ? "" : ", ");
-        code = shd_load(file, i, SHD_CHECK_ALL, scratch, scratch_size, &delta, NULL);
-        code = code != SHD_OK ? code : print_tensor(&delta);
+        code = shd_tensor_at(file, i, &tensor, NULL);
+        code = code != SHD_OK ? code : shd_load(file, i, SHD_CHECK_ALL, scratch, scratch_size, &delta, NULL);
+        code = code != SHD_OK ? code : print_tensor(&tensor, &delta);
     }
     printf("]}\n");
     return code;

@@ -106,6 +106,54 @@ static void test_rice_refusals(void) {
     check_changed_example(39, 1, 16, SHD_PADDING_NOT_ZERO);
 }
 
+/* A 4 x 4 matrix in tiles of two rows; rows are of the classes 0, 1, 0, 1, columns of 0, 0, 1, 1; k is 0, 1, 1, 2. */
+static const uint8_t tiled_example[72] = {
+    1, 1, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 3,    2, 1, 1, 0x0A, 0, 0, 0,
+    12, 0, 0, 0, 0x1C, 0, 0, 0, 6, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0, 9, 0, 0, 0, 0x6F, 0, 0, 0,
+};
+
+/* Checks the example with `value` at `offset`: its code if that is not SHD_OK, and otherwise its positions. */
+static void check_tiled(size_t offset, uint8_t value, int expected) {
+    static const int64_t positions[6] = {0, 1, 3, 6, 9, 15};
+    uint8_t copy[72];
+    bytes index = {copy, sizeof copy};
+    memcpy(copy, tiled_example, sizeof copy);
+    copy[offset] = value;
+    bytes f = file_of_index(SHD_INDEX_TILED, index, 2, 4, 4, 6);
+    shd_file file;
+    shd_tensor tensor;
+    shd_delta delta;
+    CHECK(shd_open(&file, f.data, f.size, NULL) == SHD_OK && shd_tensor_at(&file, 0, &tensor, NULL) == SHD_OK);
+    uint64_t size = shd_scratch_size(&file, &tensor), count = 0;
+    uint8_t *scratch = take(size);
+    CHECK_CODE(shd_load(&file, 0, SHD_CHECK_ALL, scratch, size - 1, &delta, NULL), SHD_BUFFER_TOO_SMALL);
+    CHECK_CODE(shd_load(&file, 0, SHD_CHECK_ALL, scratch, size, &delta, NULL), expected);
+    if (expected == SHD_OK) {
+        int64_t found[6];
+        CHECK(tensor.index_codec == SHD_INDEX_TILED && delta.tensor.index_codec == SHD_INDEX_RICE);
+        CHECK_CODE(shd_positions(&delta, 0, delta.block_count, found, 6, &count, NULL), SHD_OK);
+        CHECK(count == 6 && memcmp(found, positions, sizeof found) == 0);
+    }
+    give(scratch);
+    give(f.data);
+}
+
+static void test_tiled(void) {
+    check_tiled(0, 1, SHD_OK);
+    check_tiled(0, 5, SHD_BAD_INDEX);
+    check_tiled(4, 5, SHD_BAD_INDEX);     /* more rows than there are */
+    check_tiled(8, 3, SHD_BAD_INDEX);     /* columns that do not divide */
+    check_tiled(16, 40, SHD_BAD_SIZE);    /* more unary bits */
+    check_tiled(23, 0xFF, SHD_BAD_SIZE);
+    check_tiled(27, 32, SHD_BAD_INDEX);   /* k */
+    check_tiled(28, 20, SHD_BAD_INDEX);   /* a field of 20 bits */
+    check_tiled(52, 2, SHD_BAD_INDEX);    /* a nonzero less */
+    check_tiled(60, 0x6E, SHD_BAD_INDEX); /* a one less */
+    check_tiled(56, 0x11, SHD_POSITION_RANGE);
+    check_tiled(36, 0x1C, SHD_PADDING_NOT_ZERO);
+    check_tiled(71, 1, SHD_PADDING_NOT_ZERO);
+}
+
 static void check_rice(uint64_t numel, double density, uint64_t seed) {
     random_state r = {seed};
     uint64_t capacity = (uint64_t)((double)numel * density * 1.5) + 1000;
@@ -365,6 +413,7 @@ void test_index(void) {
     test_known_codecs();
     test_worked_example();
     test_rice_refusals();
+    test_tiled();
     test_rice();
     test_rice_clusters();
     test_raw();

@@ -26,6 +26,7 @@ RECORD_SIZE = 160
 METADATA_PAIR = struct.Struct("<II")
 RICE_HEAD = struct.Struct("<B7xQ")
 ULP_HEAD = struct.Struct("<BB6xQQ")
+TILED_HEAD = struct.Struct("<BBHIQQ")
 STRUCT_ENTRY = struct.Struct("<QqQQ")
 DIGEST_SEED = b"shiradelta 1"
 
@@ -41,6 +42,9 @@ MAX_RANK = 8
 MAX_NUMEL = 1 << 56
 MAX_RICE_K = 31
 MAX_STRUCT_ENTRIES = 256
+MAX_TILE = 1 << 17
+MAX_TILE_FIELD = 19
+MAX_CLASS_BITS = 4
 MAX_ZSTD_RATIO = 64
 
 
@@ -83,7 +87,7 @@ class IndexId(IntEnum):
     STRUCT = 4
     ALL = 5
     RICE_PERMUTED = 6
-    RICE_TILED = 7
+    TILED = 7
     ELIAS_FANO = 8
     RANS = 9
     SEEDED = 10

@@ -67,6 +67,17 @@ def lines(draw: st.DrawFn, shape: Shape) -> np.ndarray:
 
 
 @st.composite
+def in_dense_lines(draw: st.DrawFn, shape: Shape) -> np.ndarray:
+    """Each element or not, with a share that depends on its row and its column; never empty."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rows, columns = struct.matrix_shape(shape)
+    share = np.outer(*(np.exp(rng.normal(0, draw(st.sampled_from([0, 1, 3])), size)) for size in (rows, columns)))
+    listed = rng.random(share.size) < share.ravel() * draw(st.sampled_from([0.001, 0.1, 0.5]))
+    listed[draw(st.integers(0, listed.size - 1))] = True
+    return np.flatnonzero(listed)
+
+
+@st.composite
 def positions_for(draw: st.DrawFn, id: IndexId) -> tuple[np.ndarray, Shape]:
     """Positions that the codec can hold, and the shape."""
     shape = draw(shapes)
@@ -74,6 +85,8 @@ def positions_for(draw: st.DrawFn, id: IndexId) -> tuple[np.ndarray, Shape]:
         return np.arange(math.prod(shape)), shape
     if id == IndexId.STRUCT:
         return draw(lines(shape)), shape
+    if id == IndexId.TILED:
+        return draw(dense(shape) | in_dense_lines(shape)), shape
     if id == IndexId.RAW and draw(st.booleans()):
         shape = draw(huge_shapes)
         return draw(runs_and_points(shape)), shape
@@ -86,6 +99,8 @@ index_codecs = pytest.mark.parametrize("id", INDEX_CODECS.by_id, ids=INDEX_CODEC
 def encoded(id: IndexId, positions: np.ndarray, shape: Shape) -> bytes | None:
     """None where the codec does not hold the positions; those that hold any positions never say so."""
     codec = INDEX_CODECS.by_id[id]
+    if id == IndexId.TILED:  # it holds what it does not pay for, too
+        return codec.encode(positions, shape)
     if codec.size(positions, shape) is None:
         assert id not in (IndexId.RICE, IndexId.RAW, IndexId.BITMAP, IndexId.ALL)
         return None
@@ -111,7 +126,16 @@ def large_positions(id: IndexId) -> tuple[np.ndarray, Shape]:
     if id == IndexId.STRUCT:
         lines = [(struct.ROW, 2, 300, 2), (struct.COLUMN, 7, 3, 60), (struct.DIAGONAL, -200, 17, 40)]
         return struct.positions_in(struct.progressions(lines), (0, 0, 1500, 2000), 2000), (1500, 2000)
+    if id == IndexId.TILED:
+        return tiled_positions(1200, 700)
     return np.flatnonzero(np.random.default_rng(0).random(numel) < 0.5), (numel,)
+
+
+def tiled_positions(rows: int, columns: int) -> tuple[np.ndarray, Shape]:
+    """Half of the elements, three quarters of those in some columns, and the shape."""
+    share = np.where(np.arange(columns) % 3, 0.375, 0.75)
+    listed = np.random.default_rng(0).random((rows, columns)) < share
+    return np.flatnonzero(listed), (rows, columns)
 
 
 @index_codecs
@@ -140,7 +164,8 @@ def test_size_is_that_of_the_section(id, data):
     positions, shape = data.draw(positions_for(id))
     section = encoded(id, positions, shape)
     if section is not None:
-        assert INDEX_CODECS.by_id[id].size(positions, shape) == len(section)
+        size = INDEX_CODECS.by_id[id].size(positions, shape)
+        assert size == len(section) or (id == IndexId.TILED and size is None)
         assert INDEX_CODECS.by_id[id].size_is_possible(len(section), positions.size, math.prod(shape))
         assert len(section) % 4 == 0
         assert not section or section.endswith(bytes(registry.SLACK))
@@ -181,6 +206,40 @@ def test_the_smallest_codec_is_chosen_and_ties_go_to_the_lowest_id(data):
     sizes = {id: codec.size(positions, shape) for id, codec in INDEX_CODECS.by_id.items()}
     best = min(size for size in sizes.values() if size is not None)
     assert smallest_index_codec(positions, shape) == min(id for id, size in sizes.items() if size == best)
+
+
+# --- TILED ---
+
+
+def test_tiled_is_chosen_where_densities_differ_by_enough():
+    rng = np.random.default_rng(0)
+    rows, columns = (np.exp(rng.normal(0, 1, 600)) for _ in range(2))
+    listed = rng.random((600, 600)) < np.outer(rows, columns) * 0.004
+    positions = np.flatnonzero(listed)
+    assert smallest_index_codec(positions, listed.shape) == IndexId.TILED
+    assert smallest_index_codec(rng.permutation(listed.ravel()).nonzero()[0], listed.shape) == IndexId.RICE
+    assert smallest_index_codec(np.flatnonzero(listed[:10]), (10, 600)) == IndexId.RICE
+
+
+def test_tiled_takes_the_rows_of_the_last_dimension_where_they_differ():
+    rng = np.random.default_rng(0)
+    share = np.exp(rng.normal(0, 1.5, (8, 64, 1))) * np.exp(rng.normal(0, 1, (1, 1, 64)))
+    positions = np.flatnonzero(rng.random((8, 64, 64)) < share * 0.01)
+    section = INDEX_CODECS.by_id[IndexId.TILED].encode(positions, (8, 64, 64))
+    assert registry.TILED_HEAD.unpack_from(section)[4] == 64
+
+
+def test_a_part_of_tiled_does_not_look_at_other_tiles():
+    positions, shape = tiled_positions(1200, 700)
+    codec = INDEX_CODECS.by_id[IndexId.TILED]
+    section = as_bytes(codec.encode(positions, shape)).copy()
+    section[-registry.SLACK - 4096 : -registry.SLACK] = 0  # unary bits of the last tile
+    rank, part = codec.decode_between(section, positions.size, shape, 700, 2100)
+    assert rank == np.searchsorted(positions, 700)
+    assert np.array_equal(part, positions[(positions >= 700) & (positions < 2100)])
+    with pytest.raises(FormatError) as caught:
+        codec.decode(section, positions.size, shape)
+    assert caught.value.reason == "bad_index"
 
 
 # --- RICE ---

@@ -239,8 +239,8 @@ class NativeDecoder(Decoder):
         return LoadedTensor(self, record, _CHECK_SIZES).between(start, stop)
 
     def check(self, record: Record) -> None:
-        """Checks a tensor as loading does, but in one call if nothing has to be decompressed."""
-        if record.index.zstd or record.values.zstd:
+        """Checks a tensor as loading does, but in one call if nothing needs memory."""
+        if record.index.zstd or record.values.zstd or record.index_codec == IndexId.TILED:
             LoadedTensor(self, record)
         else:
             delta = ctypes.create_string_buffer(library().shd_struct_size(DELTA))

@@ -18,13 +18,16 @@ from shiradelta.format.codecs.raw import Raw
 from shiradelta.format.codecs.rice import Rice
 from shiradelta.format.codecs.sign import Sign
 from shiradelta.format.codecs.struct import Struct
+from shiradelta.format.codecs.tiled import Tiled
 from shiradelta.format.codecs.ulp import Ulp
 from shiradelta.format.registry import ValueId
 from shiradelta.util.registry import IdRegistry
 
 __all__ = ["BITS", "F32", "INDEX_CODECS", "ULP", "VALUE_CODECS", "VALUE_OPTIONS", "smallest_index_codec"]
 
-INDEX_CODECS: IdRegistry[IndexCodec] = IdRegistry("index codec", (Rice(), Raw(), Bitmap(), Struct(), AllPositions()))
+INDEX_CODECS: IdRegistry[IndexCodec] = IdRegistry(
+    "index codec", (Rice(), Raw(), Bitmap(), Struct(), AllPositions(), Tiled())
+)
 
 F32, BITS, ULP = Float(ValueId.F32, "F32", "f32", "float32"), Bits(), Ulp()
 VALUE_CODECS: IdRegistry[ValueCodec] = IdRegistry(

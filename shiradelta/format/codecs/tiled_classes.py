@@ -1,0 +1,142 @@
+"""Which matrix and which classes of its rows and columns TILED takes for given positions (FORMAT.md, section 8)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Positions
+from shiradelta.format.delta import matrix_shape
+
+Floats = npt.NDArray[np.float64]
+#: Small whole numbers: classes, or k.
+Small = npt.NDArray[np.uint8]
+
+#: Lines start in one class where their numbers of nonzeros are within so much of each other: an eighth of an octave.
+_STEPS = 8
+#: Bits that a tile takes for the number of its nonzeros in one class, about.
+_COUNT_BITS = 9
+#: TILED takes longer to decode than other codecs, so it has to save this share of the bits.
+_LEAST_SAVING = 1 / 32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A tensor seen as a matrix, with classes of rows and columns.
+
+    Attributes:
+        columns: elements of a row.
+        tile_rows: rows of a tile.
+        row_class: class of each row.
+        row_bits: bits of such a class.
+        column_class: class of each column.
+        column_bits: bits of such a class.
+        k: [2^row_bits, 2^column_bits], low bits of a nonzero in a row and a column of these classes.
+    """
+
+    columns: int
+    tile_rows: int
+    row_class: Small
+    row_bits: int
+    column_class: Small
+    column_bits: int
+    k: Small
+
+
+def choose(positions: Positions, shape: tuple[int, ...]) -> tuple[Grid, bool] | None:
+    """The grid that takes the fewest bits, and whether TILED pays with it; None where a row does not fit in a tile."""
+    numel = math.prod(shape)
+    widths = sorted({matrix_shape(shape)[1], shape[-1] if shape else 1})
+    found = [_choose(positions, numel, width) for width in widths if width <= registry.MAX_TILE]
+    if not found:
+        return None
+    bits, grid = min(found, key=lambda row: row[0])
+    return grid, bits <= (1 - _LEAST_SAVING) * float(_entropy(np.array(positions.size), np.array(numel)))
+
+
+def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid]:
+    """(about how many bits it takes, the best grid of so many columns)."""
+    rows, most = numel // columns, registry.MAX_CLASS_BITS
+    row, column = np.divmod(positions, columns)
+    of_rows = _nested_classes(np.bincount(row, minlength=rows), columns)
+    of_columns = _nested_classes(np.bincount(column, minlength=columns), rows)
+    cell = (of_rows[most][row].astype(np.int64) << most) + of_columns[most][column]
+    finest = np.bincount(cell, minlength=1 << 2 * most).reshape(1 << most, 1 << most)
+    tile_rows = max(1, min(registry.MAX_TILE // columns, rows))
+    best: tuple[float, int, int, Small] | None = None
+    for row_bits in range(1, most + 1):
+        for column_bits in range(1, most + 1):
+            nonzeros = _coarser(_coarser(finest, of_rows, row_bits).T, of_columns, column_bits).T
+            elements = np.outer(
+                np.bincount(of_rows[row_bits], minlength=1 << row_bits),
+                np.bincount(of_columns[column_bits], minlength=1 << column_bits),
+            )
+            k = _low_bits(nonzeros, elements)
+            sizes = -(-rows // tile_rows) * _COUNT_BITS * np.unique(k).size
+            side = rows * row_bits + columns * column_bits + 8 * k.size + sizes
+            bits = float(_entropy(nonzeros, elements).sum()) + side
+            if best is None or bits < best[0]:
+                best = bits, row_bits, column_bits, k
+    assert best is not None
+    bits, row_bits, column_bits, k = best
+    grid = Grid(columns, tile_rows, of_rows[row_bits], row_bits, of_columns[column_bits], column_bits, k)
+    return bits, grid
+
+
+def _nested_classes(nonzeros: Positions, elements: int) -> dict[int, Small]:
+    """For each number of bits from 1 on, the class of each line; classes merge into those of fewer bits.
+
+    Two neighbours in order of density become one where that costs the fewest bits, until few enough are left.
+
+    Args:
+        nonzeros: of each line.
+        elements: of any line.
+    """
+    _, group = np.unique(np.floor(np.log2(nonzeros + 1) * _STEPS), return_inverse=True)
+    found = np.bincount(group, weights=nonzeros)
+    sizes = np.bincount(group) * float(elements)
+    of_group = np.arange(found.size)
+    result: dict[int, Small] = {}
+    for bits in range(registry.MAX_CLASS_BITS, 0, -1):
+        while found.size > 1 << bits:
+            apart, together = _entropy(found, sizes), _entropy(found[:-1] + found[1:], sizes[:-1] + sizes[1:])
+            merged = int(np.argmin(together - apart[:-1] - apart[1:]))
+            first = np.append(np.arange(merged + 1), np.arange(merged + 2, found.size))
+            found, sizes = np.add.reduceat(found, first), np.add.reduceat(sizes, first)
+            of_group = np.where(of_group > merged, of_group - 1, of_group)
+        result[bits] = of_group[group].astype(np.uint8)
+    return result
+
+
+def _coarser(counts: Positions, classes: dict[int, Small], bits: int) -> Positions:
+    """Sums of rows, of the finest classes, that are one class of so many bits."""
+    merged = np.zeros((1 << bits, counts.shape[1]), np.int64)
+    into = np.zeros(counts.shape[0], np.int64)
+    into[classes[registry.MAX_CLASS_BITS]] = classes[bits]
+    np.add.at(merged, into, counts)
+    return merged
+
+
+def _low_bits(nonzeros: Positions, elements: Positions) -> Small:
+    """The best k for gaps of this density, the largest where there are no nonzeros.
+
+    Going from k to k + 1 saves bits while a gap reaches 2^k with a probability above 0.618 (Gallager and van Voorhis,
+    1975), which is 2^k < 0.4812 / -ln(1 - density); here that logarithm is taken to second order.
+    """
+    k = np.full(nonzeros.shape, registry.MAX_RICE_K, np.uint8)
+    for bits in reversed(range(registry.MAX_RICE_K)):
+        k[nonzeros * (2.0**bits * 2.0) >= (2.0 * elements - nonzeros) * 0.4812] = bits
+    return k
+
+
+def _entropy(nonzeros: npt.NDArray[np.number], elements: npt.NDArray[np.number]) -> Floats:
+    """Bits of independent nonzeros: elements x H(density), elementwise."""
+    others = elements - nonzeros
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bits = -nonzeros * np.log2(nonzeros / elements) - others * np.log2(others / elements)
+        one_kind = (nonzeros == 0) | (others == 0)
+    return np.where(one_kind, 0.0, bits)
