@@ -9,7 +9,9 @@ import hashlib
 import io
 import json
 import math
+import pickle
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -232,8 +234,54 @@ def as_vllm(folder: Path, parts: list[Part], before: Model) -> None:
     (folder / "broadcasts.bin").write_bytes(data)
 
 
+def as_fireworks(folder: Path, parts: list[Part], before: Model, format: str = "arc_v3") -> None:
+    """A file of all tensors; with arc_v3 those that change are in envelopes, all of their elements as exceptions."""
+    squeeze = zlib.compress if format == "arc_v1" else zstandard.ZstdCompressor(level=3).compress
+    tensors: dict[str, tuple[str, Array]] = {}
+    sums = {}
+    kept = {name: old for name, (_, _, old) in before.items() if name not in [part.name for part in parts]}
+    for name, old, new in [*((part.name, part.old, part.new) for part in parts), *((n, b, b) for n, b in kept.items())]:
+        tensors[name] = "uint8", np.frombuffer(squeeze((old ^ new).tobytes()), "u1")
+        sums[name] = str(zlib.adler32(new.tobytes()))
+    for part in parts if format == "arc_v3" else []:
+        bits = 8 * part.values.itemsize
+        flat = {"count": part.at.size, "dtype": "uint16", "data": np.diff(part.at, prepend=0).astype("<u2").tobytes()}
+        order = np.arange(part.values.size)
+        others = np.diff(order, prepend=0).astype("u1")
+        mantissas = np.zeros(part.at.size, "u1")
+        payload = {
+            "version": 1,
+            "strategy": "mantissa_xor",
+            "shape": part.shape,
+            "dtype": f"torch.{part.dtype}",
+            "checksum": sums[part.name],
+            "mantissa_bits": {"bfloat16": 7, "float16": 10, "float32": 23}[part.dtype],
+            "total_bits": bits,
+            "transform": "xor",
+            "mantissa_dtype": "uint8",
+            "mantissa_stream": {"kind": "raw", "dtype": "uint8", "data": mantissas.tobytes()},
+            "exception_positions": {
+                "count": others.size,
+                "dtype": "uint8",
+                "data": others.tobytes(),
+            },
+            "exception_dtype": f"uint{bits}",
+            "exception_values": part.values.tobytes(),
+            "uint_dtype": f"uint{bits}",
+            "indices": {**flat, "kind": "flat"},
+        }
+        raw = zstandard.ZstdCompressor(level=1).compress(pickle.dumps(payload, pickle.HIGHEST_PROTOCOL))
+        envelope = pickle.dumps({"codec": "zstd", "data": raw}, pickle.HIGHEST_PROTOCOL)
+        tensors[part.name] = "uint8", np.frombuffer(b"ARC3_ENVELOPE\0" + envelope, "u1")
+    folder.mkdir()
+    names = list(before) + [part.name for part in parts if part.name not in before]
+    ordered = {name: tensors[name] for name in names if name in tensors}
+    (folder / "model.safetensors").write_bytes(safetensors(ordered, {name: sums[name] for name in ordered}))
+
+
 #: Wire -> what writes a step as its trainer does.
 PLAIN: dict[str, Callable[..., None]] = {
+    "fireworks": as_fireworks,
     "grail": as_grail,
     "huggingface": as_huggingface,
     "nemo-rl": as_nemo,

@@ -6,7 +6,7 @@ what they were made for, or say it in their own way.
 
 from __future__ import annotations
 
-from shiradelta.chain.wires import grail, huggingface, nemo, slime, verl, vllm  # noqa: F401 - they register themselves
+from shiradelta.chain.wires import fireworks, grail, huggingface, nemo, slime, verl, vllm  # noqa: F401 - they register themselves
 from shiradelta.chain.wires.registry import WIRES, Wire, read_wire, write_wire
 
 __all__ = ["WIRES", "Wire", "read_wire", "write_wire"]

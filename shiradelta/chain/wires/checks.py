@@ -9,10 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
-from shiradelta.errors import ShiraDeltaError, SourceError
+from shiradelta.errors import ArgumentError, ShiraDeltaError, SourceError
 from shiradelta.format.arithmetic import Array
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.safetensors import Slot
+from shiradelta.util.arrays import distinct
 from shiradelta.util.optional import importing
 from shiradelta.util.regular_file import open_regular
 from shiradelta.util.text import brief
@@ -43,6 +44,8 @@ def described(where: str) -> Iterator[None]:
     """
     try:
         yield
+    except ArgumentError as error:  # a registry does not know what the step names
+        raise SourceError(f"{where}: {error}") from None
     except ShiraDeltaError:
         raise
     except KeyError as error:
@@ -140,7 +143,7 @@ def assigned(where: str, old: Array, positions: Array, values: Array) -> Array:
     if at.size:
         if at.min() < 0 or at.max() >= old.size:
             raise SourceError(f"{where} has positions beyond its {old.size:,} elements; get the step again")
-        if np.any(at[1:] <= at[:-1]) and np.unique(at).size < at.size:
+        if np.any(at[1:] <= at[:-1]) and distinct(at).size < at.size:
             raise SourceError(f"{where} has a position twice; get the step again")
     new = old.copy()
     new[at] = values
