@@ -173,7 +173,7 @@ def test_more_steps_bring_the_distance_down(encoder: tuple[Path, Path], tmp_path
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 def test_few_steps_too_end_at_the_sparsity(encoder: tuple[Path, Path], tmp_path: Path, steps: int, scope: str):
     plain = shiradelta.convert(encoder[1], tmp_path / "b.shd", 0.05, encoder[0], scope=scope)
-    assert fit(encoder, tmp_path / "a.shd", steps=steps, scope=scope).nnz == plain.nnz
+    assert fit(encoder, tmp_path / "a.shd", steps=steps, scope=scope, **FEW).nnz == plain.nnz
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_few_steps_too_end_at_the_sparsity(encoder: tuple[Path, Path], tmp_path:
 def test_the_file_gives_what_was_measured(encoder: tuple[Path, Path], tmp_path: Path, values: str):
     """Distance measured anew, from the applied file, by other code."""
     base, tuned = encoder
-    report = fit(encoder, tmp_path / "a.shd", values=values)
+    report = fit(encoder, tmp_path / "a.shd", values=values, steps=10)
     shiradelta.apply(base, tmp_path / "a.shd", out=tmp_path / "patched")
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "patched" / "model.safetensors")
     with shiradelta.open_delta(tmp_path / "a.shd") as delta:
