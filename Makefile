@@ -15,11 +15,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker that has done its tests takes over others': the long ones stand together.
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
-# All tests but the slow ones: 90 seconds on two cores.
+# All tests but the slow ones: 100 seconds on two cores.
 check: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-# All tests: 6 minutes on two cores.
+# All tests: less than 10 minutes on two cores.
 test: $(STAMP)
 	$(PYTEST)
 
