@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from shiradelta.util.optional import importing
 
 if TYPE_CHECKING:
-    from shiradelta.train.attaching import attach
+    from shiradelta.train.attaching import attach, reattach
     from shiradelta.train.masks import MaskInput, mask
     from shiradelta.train.tuner import Tuner
 
-__all__ = ["MaskInput", "Tuner", "attach", "mask"]
+__all__ = ["MaskInput", "Tuner", "attach", "mask", "reattach"]
 
-_HOMES = {"MaskInput": "masks", "Tuner": "tuner", "attach": "attaching", "mask": "masks"}
+_HOMES = {"MaskInput": "masks", "Tuner": "tuner", "attach": "attaching", "mask": "masks", "reattach": "attaching"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from shiradelta.errors import ArgumentError, DeltaError, TargetError
 from shiradelta.models.saved import stored_views
+from shiradelta.nonzeros.gate import Gate
+from shiradelta.nonzeros.magnitude import RowMagnitudes
 from shiradelta.nonzeros.patched import is_patched
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.select.shares import check_scope, exact_count_for, parse_sparsity
@@ -19,17 +21,19 @@ from shiradelta.train.adapters import read_adapter
 from shiradelta.train.choose import Choice
 from shiradelta.train.given import OwnMask, WeightNames, avoided, own_mask
 from shiradelta.train.gradients import Loss, own_loss
-from shiradelta.train.magnitudes import magnitudes_of
-from shiradelta.train.masks import MASKS
+from shiradelta.train.masks import Ticket, find_mask
 from shiradelta.train.pruning import check_pruning
+from shiradelta.train.scalings import MakeScaling, gates_of, magnitudes_of
 from shiradelta.train.targets import ALL_LINEAR, check_weights, find_weights
 from shiradelta.train.tuner import Tuner
-from shiradelta.util.arguments import BOOL, CALL, NUMBER, PATH, TEXTS, WHOLE, ArgumentKind, checked
+from shiradelta.train.tuner_state import POSITIONS
+from shiradelta.util.arguments import BOOL, CALL, NUMBER, PATH, TEXT, TEXTS, WHOLE, ArgumentKind, checked
 from shiradelta.util.deprecated import renamed_arguments
 from shiradelta.util.progress import Progress
 
 _DELTAS = ArgumentKind("a list of deltas", lambda value: isinstance(value, Sequence) and not isinstance(value, str))
 _MODEL = ArgumentKind("a torch module", lambda value: isinstance(value, nn.Module))
+_STATE = ArgumentKind("a state of Tuner.state_dict", lambda value: isinstance(value, Mapping))
 _SHARE = ArgumentKind(
     "a share such as 0.01, or a pattern such as '1:64'", lambda v: isinstance(v, str) or NUMBER.holds(v)
 )
@@ -78,7 +82,9 @@ def attach(
         model: any torch module whose weights are float32, bfloat16 or float16.  Cast it before, not after.
         sparsity: share of the weights that change; or a pattern N:M ("1:64"), N of every M in a row.
         mask: which weights change: "snip" (largest weight x gradient), "grad" (largest gradient), "wm" (largest
-            weight), "rand" (random), "struct" (rows and the diagonal), a registered mask (docs/extend/mask.md); or
+            weight), "rand" (random), "struct" (rows and the diagonal), "rigsa" (what is left of a random change of all
+            elements that is trained on the calibration batches and pruned, several times; values start at random
+            behind a gate a weight, and `calibration` should be an epoch), a registered mask (docs/extend/mask.md); or
             your own: name -> bool tensor of the weight's shape, or flat integer positions.
         targets: weights to train: ends of names of layers or parameters, a regular expression, or "all-linear" (the
             default).
@@ -127,14 +133,16 @@ def attach(
             for name, weight in weights.items():
                 exact_count_for(share, weight.numel(), name)
     check_weights(model, weights)
-    scaling = magnitudes_of(model, weights) if magnitude else None
+    scaling: MakeScaling | None = magnitudes_of(model, weights) if magnitude else None
     in_checkpoint = stored_views(model, weights)
     names = WeightNames(weights, in_checkpoint)
     others = avoided(avoid, names)
+    tickets: Mapping[str, Ticket] = {}
     started = {} if start is None else read_adapter(start, weights, names)
     if started:
         positions = {name: where.to(weights[name].device) for name, (where, _) in started.items()}
     elif isinstance(mask, str):
+        row = find_mask(mask, pattern, scope == "model")
         choice = Choice(
             model=model,
             weights=weights,
@@ -144,12 +152,19 @@ def attach(
             whole_model=scope == "model",
             avoid=others,
             seed=seed,
-            batches=list(calibration) if mask in MASKS and MASKS[mask].needs_gradients else [],
+            batches=list(calibration) if row.needs_gradients else [],
             loss=loss,
             progress=progress or (lambda what, done, total: None),
             all_needed=targets not in (None, ALL_LINEAR),  # encoders have poolers that not every task uses
         )
-        positions = choice.by_name(mask)
+        if row.search is not None:
+            if magnitude:
+                raise ArgumentError(f"mask {mask!r} trains values behind a gate instead; leave magnitude out")
+            tickets = row.search(choice)
+            positions = {name: ticket.positions for name, ticket in tickets.items()}
+            scaling = gates_of(weights)
+        else:
+            positions = choice.by_name(mask)
     else:
         positions = own_mask(mask, weights, others)
     # In the model's order, whatever the mask's: gradients are clipped by sums in this order.
@@ -164,5 +179,48 @@ def attach(
     with torch.no_grad():
         for name, (_, values) in started.items():
             tuner.start_from(name, values)
+        for name in tuner.values.keys() & tickets.keys():
+            tuner.values[name].copy_(tickets[name].values)
     tuner.write()
+    return tuner
+
+
+@checked(model=_MODEL, state=_STATE, mask=TEXT)
+def reattach(model: nn.Module, state: Mapping[str, Tensor], mask: str = "own") -> Tuner:
+    """Attaches to a model as a tuner was that gave a state, without choosing a mask anew.
+
+    For runs that go on after a search for the mask that takes long (`mask="rigsa"`).
+
+    Args:
+        model: with the base weights.
+        state: of `Tuner.state_dict`; a state of a run that prunes takes `attach` and `Tuner.load_state_dict`.
+        mask: what the metadata of files call the mask.
+
+    Raises:
+        ArgumentError: the state is none, is amid pruning, or is that of another model.
+        DeltaError: its tensors do not fit the model's.
+        TargetError: a weight cannot be trained in place.
+    """
+    if any(map(is_patched, model.modules())):
+        raise TargetError("the model, or a part of it, has a tuner already; detach() it first")
+    names = {name.removesuffix(POSITIONS) for name in state if name.endswith(POSITIONS)}
+    kinds = {name.rpartition(".")[2] for name in state} - {"positions", "values"}
+    if not names or len(kinds) > 1 or not kinds <= {Gate.name, RowMagnitudes.name}:
+        raise ArgumentError(
+            "the state is none of Tuner.state_dict, or is of a run that prunes; for such a run attach with prune_steps,"
+            " and give the state to Tuner.load_state_dict"
+        )
+    weights = {name: weight for name, weight in model.named_parameters() if name in names}
+    for name in sorted(names):
+        if name not in weights or bool((state[name + POSITIONS] >= weights[name].numel()).any()):
+            raise ArgumentError(f"the state's {name!r} does not fit the model; give the model that was trained")
+    check_weights(model, weights)
+    scaling = gates_of(weights) if Gate.name in kinds else magnitudes_of(model, weights) if kinds else None
+    positions = {name: state[name + POSITIONS].to(weight.device) for name, weight in weights.items()}
+    tuner = Tuner(model, weights, positions, stored_views(model, weights), {"mask": mask}, scaling)
+    try:
+        tuner.load_state_dict(state)
+    except DeltaError:
+        tuner.detach()
+        raise
     return tuner

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shiradelta.format.arithmetic import Positions
-from shiradelta.train.mask_registry import MaskInput, mask, seed_of
+from shiradelta.train.mask_registry import MaskInput, Ticket, mask, seed_of
 from shiradelta.util.arrays import distinct
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from shiradelta.train.choose import Choice
 
 
 @mask("snip", "weight x gradient", needs_gradients=True)
@@ -68,6 +70,18 @@ def struct(given: MaskInput) -> Positions:
         for shift in shifts
     )
     return max(apart, key=len)
+
+
+#: Pulls RIGSA's changes to the base, relative to the learning rate.
+DECAY = 0.1
+
+
+@mask("rigsa", "by training and pruning a random change", gives="tickets", needs_gradients=True, weight_decay=DECAY)
+def rigsa(choice: Choice) -> dict[str, Ticket]:
+    """Tickets: what is left of a random change of all elements, trained and pruned for the batches several times."""
+    from shiradelta.train.rigsa import search  # takes torch
+
+    return search(choice, DECAY)
 
 
 def rows_and_diagonal(shape: tuple[int, ...], count: int, start: int = 0) -> Positions:

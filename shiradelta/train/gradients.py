@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -106,6 +107,27 @@ def _pass(
     count: int,
 ) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
+    device = next(iter(weights.values())).device
+    with taking_gradients(model, weights, partial(_add, totals)), torch.enable_grad():
+        for done, batch in enumerate(batches):
+            progress("gradients for the mask", number * len(batches) + done, count * len(batches))
+            found = loss(model, to_device(batch, device))
+            if found.requires_grad:  # otherwise the loss depends on none of the weights
+                found.backward()  # type: ignore[no-untyped-call]
+    return totals
+
+
+@contextmanager
+def taking_gradients(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Within this context, backward passes give each weight's gradient to a function, and free it.
+
+    Args:
+        model: is in evaluation mode within; its parameters' own gradients and flags are restored.
+        weights: by name; they alone take gradients.
+        take: take(name, gradient of the weight's shape), as soon as the gradient is made.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [module for module in model.modules() if module.training]
     model.requires_grad_(False).eval()
@@ -116,15 +138,9 @@ def _pass(
     for name, weight in weights.items():
         weight.grad = None  # keep the user's gradients out of the mask
         weight.requires_grad_(True)
-        hooks.append(weight.register_post_accumulate_grad_hook(partial(_add, totals, name)))  # type: ignore[no-untyped-call]
-    device = next(iter(weights.values())).device
+        hooks.append(weight.register_post_accumulate_grad_hook(partial(_give, take, name)))  # type: ignore[no-untyped-call]
     try:
-        with torch.enable_grad():
-            for done, batch in enumerate(batches):
-                progress("gradients for the mask", number * len(batches) + done, count * len(batches))
-                found = loss(model, to_device(batch, device))
-                if found.requires_grad:  # otherwise the loss depends on none of the weights
-                    found.backward()  # type: ignore[no-untyped-call]
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -134,18 +150,20 @@ def _pass(
             weight.grad = grad
         for module in training:
             module.training = True
-    return totals
 
 
-def _add(totals: dict[str, Tensor], name: str, weight: Tensor) -> None:
+def _give(take: Callable[[str, Tensor], None], name: str, weight: Tensor) -> None:
     assert weight.grad is not None
-    gradient = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
+    take(name, weight.grad.to_dense() if weight.grad.is_sparse else weight.grad)
+    weight.grad = None
+
+
+def _add(totals: dict[str, Tensor], name: str, gradient: Tensor) -> None:
     magnitude = gradient.reshape(-1).float().abs()
     if name in totals:
         totals[name] += magnitude
     else:
         totals[name] = magnitude
-    weight.grad = None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,8 @@ from shiradelta.util.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from shiradelta.train.choose import Choice
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,24 @@ class MaskInput:
 Scores = Callable[[MaskInput], "Tensor"]
 #: Positions, flat in the weight, increasing; NumPy or torch.
 Chosen = Callable[[MaskInput], "Positions | Tensor"]
-F = TypeVar("F", bound=Callable[[MaskInput], Any])
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What a search leaves of one weight: elements, and values to train behind a gate (`shiradelta.nonzeros.gate`).
+
+    Attributes:
+        positions: int64 [n], flat in the weight, increasing, on its device.
+        values: float32 [n], to begin with.
+    """
+
+    positions: Tensor
+    values: Tensor
+
+
+#: Trains to find the mask: of all weights at once, from the batches that the user gave for calibration.
+Search = Callable[["Choice"], Mapping[str, Ticket]]
+F = TypeVar("F", bound=Callable[[Any], Any])
 
 
 @dataclass(frozen=True)
@@ -63,18 +82,27 @@ class Mask:
         help: which weights it chooses, in a few words.
         scores: its function, where it gives scores.
         positions: its function, where it gives positions.  A mask that has both gives scores for N:M sparsity.
-        needs_gradients: whether the function needs the gradients of calibration batches.
+        search: its function, where it searches.
+        needs_gradients: whether the function needs calibration batches.
         can_be_larger: whether a mask several times as large makes sense to start from, and to prune while training.
         whole_model: whether the share may be that of all weights together.
+        weight_decay: what `shiradelta train` pulls the values to zero with, relative to the learning rate.
     """
 
     name: str
     help: str
     scores: Scores | None
     positions: Chosen | None
+    search: Search | None
     needs_gradients: bool
     can_be_larger: bool
     whole_model: bool
+    weight_decay: float = 0.0
+
+    @property
+    def gives(self) -> str:
+        """What the function returns: "scores", "positions" or "tickets"."""
+        return "tickets" if self.search is not None else "scores" if self.positions is None else "positions"
 
 
 #: Every mask by name.
@@ -90,24 +118,28 @@ def mask(
     can_be_larger: bool | None = None,
     whole_model: bool | None = None,
     pattern_scores: Scores | None = None,
+    weight_decay: float = 0.0,
 ) -> Callable[[F], F]:
     """Registers the decorated function as a mask.
 
     Args:
         name: what users call it.
         help: which weights it chooses, in a few words.
-        gives: "scores" or "positions": what the function returns.  Scores suit every sparsity: a share of each weight,
-            a share of the model, N:M, and a larger mask to prune from.  Positions suit a share of each weight.
-        needs_gradients: whether the function needs the gradients of calibration batches.
+        gives: "scores", "positions" or "tickets": what the function returns.  Scores suit every sparsity: a share of
+            each weight, a share of the model, N:M, and a larger mask to prune from.  Positions suit a share of each
+            weight, and so do tickets: positions with values to begin with, of all weights by name, from a function of a
+            `shiradelta.train.choose.Choice`.
+        needs_gradients: whether the function needs calibration batches.
         can_be_larger: whether a larger mask makes sense to prune from; by default yes for scores, no for positions.
         whole_model: whether the share may be that of all weights together; by default as `can_be_larger`.
         pattern_scores: for positions, a function that gives scores where N:M is asked for.
+        weight_decay: what `shiradelta train` pulls the values to zero with, relative to the learning rate.
 
     Raises:
         ArgumentError: the name is taken, or `gives` is unknown.
     """
-    if gives not in ("scores", "positions"):
-        raise ArgumentError(f"a mask cannot give {gives!r}; take scores or positions")
+    if gives not in ("scores", "positions", "tickets"):
+        raise ArgumentError(f"a mask cannot give {gives!r}; take scores, positions or tickets")
     by_score = gives == "scores"
 
     def register(function: F) -> F:
@@ -116,10 +148,12 @@ def mask(
                 name=name,
                 help=help,
                 scores=function if by_score else pattern_scores,
-                positions=None if by_score else function,
+                positions=function if gives == "positions" else None,
+                search=function if gives == "tickets" else None,
                 needs_gradients=needs_gradients,
                 can_be_larger=by_score if can_be_larger is None else can_be_larger,
                 whole_model=by_score if whole_model is None else whole_model,
+                weight_decay=weight_decay,
             )
         )
         return function
@@ -142,7 +176,9 @@ def find_mask(name: str, pattern: tuple[int, int] | None, whole_model: bool) -> 
         raise ArgumentError(f"mask {name!r} is unknown; take {', '.join(MASKS)}, or give your own by name")
     found = MASKS[name]
     if pattern is not None and found.scores is None:
-        raise ArgumentError(f"mask {name!r} gives positions, not scores, so N:M cannot be chosen by it; give a share")
+        raise ArgumentError(
+            f"mask {name!r} gives {found.gives}, not scores, so N:M cannot be chosen by it; give a share"
+        )
     if whole_model and not found.whole_model:
         raise ArgumentError(f"mask {name!r} is chosen in each weight by itself; take scope='tensor'")
     return found

@@ -33,7 +33,8 @@ from shiradelta.text.batches import batches, by_length, mean_over, split
 from shiradelta.text.examples import training_examples
 from shiradelta.text.pooling import find_pooling
 from shiradelta.text.read import read_file
-from shiradelta.train.attaching import attach
+from shiradelta.train.attaching import attach, reattach
+from shiradelta.train.masks import MASKS
 from shiradelta.train.plot import draw_losses
 from shiradelta.train.probe import LEAST_STEPS, SHARE, Probe
 from shiradelta.train.run_state import BestState, History, RunState, load_run, save_run
@@ -160,7 +161,7 @@ class _Run:
         tuner = self._attach(resumed)
         optimizer = torch.optim.AdamW(
             [{"params": [values], "unit": unit} for values, unit in zip(tuner.parameters(), self.units, strict=True)],
-            weight_decay=0.0,
+            weight_decay=MASKS.find(settings.mask).weight_decay,
         )
         step = 0
         if resumed is not None:
@@ -212,10 +213,16 @@ class _Run:
 
     def _attach(self, resumed: RunState | None) -> Tuner:
         settings = self.settings
+        searches = MASKS.find(settings.mask).search is not None
+        if resumed is not None and searches:  # a search takes long, and finds more than a mask
+            tuner = reattach(self.model, resumed.of_tuner, settings.mask)
+            self.units = tuner.units()
+            return tuner
         targets: list[str] | None = list(settings.targets) or None
         mask: str | dict[str, Tensor] = settings.mask if resumed is None else resumed.mask
         weights = find_weights(self.model, targets)
         stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed + 1)
+        epoch = min(settings.steps, math.ceil(len(self.train) / settings.batch))
         prune_steps, prune_from = settings.pruning
         starting = prune_steps if resumed is None else 0  # a resumed run continues to prune the mask of its state
         tuner = attach(
@@ -223,7 +230,7 @@ class _Run:
             settings.sparsity,
             mask,
             targets,
-            list(islice(stream, CALIBRATION)),
+            list(islice(stream, epoch if searches else CALIBRATION)),
             loss=self._loss,
             scope=settings.scope,
             avoid=settings.avoid,

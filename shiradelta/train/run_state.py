@@ -13,8 +13,8 @@ from torch import Tensor
 from shiradelta.errors import SourceError
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.train.tuner import Tuner
+from shiradelta.train.tuner_state import POSITIONS
 
-_POSITIONS = ".positions"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BEST = "best"
 
@@ -71,7 +71,13 @@ class RunState:
     def mask(self) -> dict[str, Tensor]:
         """Positions by weight."""
         found = self.tensors.items()
-        return {name.removesuffix(_POSITIONS): where for name, where in found if name.endswith(_POSITIONS)}
+        return {name.removesuffix(POSITIONS): where for name, where in found if name.endswith(POSITIONS)}
+
+    @property
+    def of_tuner(self) -> dict[str, Tensor]:
+        """The tensors of `Tuner.state_dict` alone."""
+        ends = tuple(f".{part}" for part in (*_MOMENTS, _BEST))
+        return {name: tensor for name, tensor in self.tensors.items() if not name.endswith(ends)}
 
     @property
     def best(self) -> BestState | None:
@@ -98,8 +104,7 @@ class RunState:
                 f"{model}: its weights are not those that the interrupted run began with; revert it, or take away"
                 f" {path} to start anew"
             )
-        ends = tuple(f".{part}" for part in (*_MOMENTS, _BEST))
-        tuner.load_state_dict({name: tensor for name, tensor in self.tensors.items() if not name.endswith(ends)})
+        tuner.load_state_dict(self.of_tuner)
         for name, values in tuner.trained.items():
             if f"{name}.{_MOMENTS[0]}" not in self.tensors:
                 continue  # the loss does not depend on this weight

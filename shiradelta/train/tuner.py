@@ -318,7 +318,8 @@ def _nonzeros_of(
     assert scales is not None
     if not torch.compiler.is_compiling():
         nonzeros.written = None  # no version tells whether what is computed anew has changed
-    return scaling.changes(values, scales), nonzeros
+    with torch.inference_mode(False):  # what is made in that mode has no version
+        return scaling.changes(values, scales), nonzeros
 
 
 def _rms(weight: Tensor) -> float:

@@ -11,6 +11,8 @@ from shiradelta.errors import DeltaError
 from shiradelta.train.pruning import Pruner
 from shiradelta.train.tuned import TunedWeight, whole
 
+#: Ends the key of a weight's positions.
+POSITIONS = ".positions"
 #: Key of the optimizer steps that pruning has done, beside the weights' names; and its name in states of 0.1.
 _STEP, _STEP_OF_0_1 = "prune_step", "fall"
 
@@ -19,7 +21,7 @@ def state_of(tuned: Mapping[str, TunedWeight], pruner: Pruner | None) -> dict[st
     """`NAME.positions` and `NAME.values` of each weight, and its scales; if pruned, `NAME.kept` and the steps done."""
     state = {}
     for name, one in tuned.items():
-        state[f"{name}.positions"] = one.nonzeros.positions.long().cpu()
+        state[name + POSITIONS] = one.nonzeros.positions.long().cpu()
         state[f"{name}.values"] = whole(one.values).detach().float().cpu()
         if one.scaling is not None and one.scales is not None:
             state[f"{name}.{one.scaling.name}"] = whole(one.scales).detach().float().cpu()

@@ -17,7 +17,7 @@ from shiradelta import train
 from shiradelta.errors import ArgumentError, DeltaError
 from shiradelta.nonzeros.magnitude import RowMagnitudes
 from shiradelta.nonzeros.weight import WeightNonzeros
-from tests.train.test_attach import Loss, llama, make, text_loss
+from tests.train.test_attach import BATCH, Loss, llama, make, text_loss
 
 TARGETS = {
     "llama": ["q_proj", "down_proj", "embed_tokens"],
@@ -175,6 +175,24 @@ def test_before_training_nothing_changes_and_detach_restores_all():
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], one) for name, one in before.items())
+
+
+@pytest.mark.parametrize("options", [{"magnitude": True}, {"mask": "rigsa", "calibration": [BATCH]}])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_model_is_used_without_gradients(mode: Any, options: dict[str, Any]):
+    """Also with values that were changed by hand, as optimizers do that torch does not know."""
+    model = llama()
+    tuner = train.attach(model, 0.1, **{"mask": "wm", "targets": ["q_proj", "down_proj"], **options})
+    step(model, tuner, 1)
+    wanted = text_loss(model).item()
+    with mode():
+        assert text_loss(model).item() == wanted
+    for scales in tuner.scales.values():
+        scales.data += 0.5
+    with mode():
+        changed = text_loss(model).item()
+    assert changed != wanted
+    assert text_loss(model).item() == changed
 
 
 def step(model: nn.Module, tuner: train.Tuner, count: int) -> None:

@@ -72,7 +72,7 @@ def test_the_table_of_the_how_to_is_the_registry():
     assert head.count("|") == 8
     answers = {True: "yes", False: "no"}
     assert rows == [
-        f"| `{row.name}` | {row.help} | {'scores' if row.positions is None else 'positions'} |"
+        f"| `{row.name}` | {row.help} | {row.gives} |"
         f" {answers[row.needs_gradients]} | {answers[row.can_be_larger]} | {answers[row.whole_model]} |"
         f" {answers[row.scores is not None]} |"
         for row in MASKS.values()
@@ -147,7 +147,7 @@ def test_a_mask_may_return_the_weight_itself():
 
 
 def test_registering():
-    with pytest.raises(ArgumentError, match="take scores or positions"):
+    with pytest.raises(ArgumentError, match="take scores, positions or tickets"):
         mask("toy", "a toy", gives="mask")
     with pytest.raises(ArgumentError, match="registered already"):
         mask("snip", "another")(lambda given: given.weight)

@@ -103,6 +103,7 @@ def test_it_learns_and_the_file_fits_the_folder(model: str, kind: str, folders: 
         {"sparsity": 0.02},
         pytest.param({"sparsity": 0.02, "scope": "model"}, marks=pytest.mark.slow),
         {"magnitude": True, "relative_lr": None},
+        {"mask": "rigsa", "relative_lr": None},
     ],
     ids=str,
 )
