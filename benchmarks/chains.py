@@ -1,7 +1,7 @@
-"""Chains: folding many steps against decoding them and encoding the result, and from publishing to applied.
+"""Chains: folding many steps against decoding them and encoding the result, from publishing to applied, and the wires.
 
 Processor time, since the clock of a shared machine is noisy.  Steps set random elements of a matrix; each changes the
-same share, as the steps of a training run do.
+same share, as the steps of a training run do.  The tables of wires are those of `benchmarks.wires`, on real steps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 import shiradelta as sd
+from benchmarks import wires
+from benchmarks.lossless import STEPS
 from benchmarks.table import print_table
 from shiradelta.chain import Chain, FolderFollower, LiveFollower
 from shiradelta.chain.difference import shifted
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 10, 100, 1000])
     parser.add_argument("--layers", type=int, default=16, help="matrices of the model that is followed")
+    parser.add_argument("--before", type=int, default=STEPS, help="training steps before the one on every wire")
     options = parser.parse_args()
     shape = options.rows, options.columns
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -168,6 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         rows = latency(Path(folder), options.layers, *shape, options.density)
     print_table(f"a step from the trainer to the weights, {options.layers} such matrices, one machine", rows)
+    wires.tables(options.before)
 
 
 if __name__ == "__main__":
