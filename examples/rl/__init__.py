@@ -1,0 +1,1 @@
+"""Reinforcement learning in two processes, synced by a chain."""
