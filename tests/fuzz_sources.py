@@ -1,13 +1,13 @@
-"""A deterministic fuzzer of what is read besides `.shd` files: sources, models' folders and their states, examples.
+"""A deterministic fuzzer of what is read besides `.shd` files: sources, models' folders, their states, examples, wires.
 
     python -m tests.fuzz_sources --count 20000 --seed 1      the full job
     python -m tests.fuzz_sources --seconds 60 --seed 1       as much of it as that time allows
     python -m tests.fuzz_sources --seed 1 --only 4711 --keep DIR  one case again, its files kept
 
 Every source must be converted, or refused in one short line, within seconds and with nothing left behind; a converted
-file must be whole.  A delta's plan for a damaged folder likewise, and a file of examples.  A folder with a damaged
-state may be looked at, reverted and patched, or the commands refuse; `strange_states` says what must hold.  Anything
-else is a finding: another exception, a warning, much memory.
+file must be whole.  A delta's plan for a damaged folder likewise, a file of examples, and a step of another project.
+A folder with a damaged state may be looked at, reverted and patched, or the commands refuse; `strange_states` says what
+must hold.  Anything else is a finding: another exception, a warning, much memory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import shiradelta as sd
+from shiradelta.chain.wires import WIRES
 from shiradelta.folder.plan import make_plan
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.library import library_of
@@ -31,6 +32,7 @@ from tests.source_files import UP, Strange, write
 from tests.strange_sources import damaged_source
 from tests.strange_states import damaged_state, outcome_of_state
 from tests.strange_texts import damaged_texts, read_strange_texts
+from tests.strange_wires import damaged_wire, read_strange_wire, whole_wire
 from tests.whole_sources import KINDS, whole
 
 SECONDS_PER_CASE = 10.0
@@ -57,6 +59,8 @@ def outcome_of(strange: Strange, root: Path, patch: bytes) -> str:
     try:
         if strange.kind == "texts":
             return read_strange_texts(strange, root)
+        if strange.kind == "wire":
+            return read_strange_wire(strange, root)
         if strange.kind == "target":
             find_pooling(root / strange.source)
             make_plan(open_checkpoint(root / strange.source), sd.open_delta(patch), 1.0, False)
@@ -88,7 +92,8 @@ def case(seed: int, i: int) -> Strange:
     """Case i of a seed: the same on every machine."""
     rng = random.Random(f"{seed} {i}")
     pick = rng.random()
-    return damaged_state(rng) if pick < 0.2 else damaged_texts(rng) if pick < 0.3 else damaged_source(rng)
+    shares = ((0.2, damaged_state), (0.3, damaged_texts), (0.4, damaged_wire), (1.0, damaged_source))
+    return next(damage for share, damage in shares if pick < share)(rng)
 
 
 def run_case(patch: bytes, seed: int, i: int) -> Report:
@@ -104,6 +109,8 @@ def start() -> Case:
         tried(whole(kind, random.Random(0)), patch)
     for damage in (damaged_state, damaged_texts):
         tried(damage(random.Random(0)), patch)
+    for wire in WIRES:
+        tried(whole_wire(wire), patch)
     with tempfile.TemporaryDirectory() as folder:
         write(whole("bert", random.Random(0)).files, Path(folder))
         assert library_of(Path(folder) / "base") is not None

@@ -7,10 +7,12 @@ import random
 import pytest
 
 import shiradelta
+from shiradelta.chain.wires import WIRES
 from shiradelta.converters import lora_modules
 from tests import BRIEF, fuzz_sources, fuzzing
 from tests.fuzz_sources import case
 from tests.source_files import Raw, Special, Strange
+from tests.strange_wires import whole_wire
 from tests.whole_sources import KINDS, whole
 
 COUNT = 80 if BRIEF else 200
@@ -39,6 +41,11 @@ def test_a_whole_source_is_converted(kind: str):
     patch = fuzz_sources.delta()
     found = {fuzz_sources.tried(whole(kind, random.Random(seed)), patch) for seed in range(3 if BRIEF else 6)}
     assert found == {(f"{kind}: {'planned' if kind == 'target' else 'converted'}", None)}
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_whole_step_is_read(wire: str):
+    assert fuzz_sources.tried(whole_wire(wire), b"") == (f"wire: {wire} read", None)
 
 
 def judged(strange: Strange) -> fuzzing.Report:

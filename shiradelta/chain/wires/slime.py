@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from shiradelta.chain.wires.checks import Change, unzipped
+from shiradelta.chain.wires.checks import Change, described, unzipped
 from shiradelta.chain.wires.registry import WIRES, Wire
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Array
@@ -140,8 +140,9 @@ def _read(folder: Path, base: Checkpoint) -> Iterator[Change]:
     if metadata.get("compression_format") != "zstd":
         found = str(metadata.get("compression_format"))[:40]
         raise SourceError(f"{folder / _INDEX}: compression {found!r} is unknown; zstd is known")
-    encoding = ENCODINGS.find(metadata.get("delta_encoding"))
-    checksum = CHECKSUMS.find(metadata.get("checksum_format"))
+    with described(str(folder / _INDEX)):
+        encoding = ENCODINGS.find(metadata.get("delta_encoding"))
+        checksum = CHECKSUMS.find(metadata.get("checksum_format"))
     seen: set[str] = set()
     for file in shards_of(folder / _INDEX) if about["weight_map"] else []:
         shard = read_shard(folder / file)
