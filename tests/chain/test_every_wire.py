@@ -42,6 +42,7 @@ def floats(rng: np.random.Generator) -> Model:
         "layers.1.same.weight": tensor(rng, (8, 4)),
         "scale": tensor(rng, ()),
         "none": tensor(rng, (0, 4)),
+        "bias": tensor(rng, (6,)),
     }
 
 
@@ -237,6 +238,10 @@ def test_files_of_a_bucket_are_read_by_what_their_metadata_say(step: tuple[Model
     before, after, base, _ = step
     all_bytes = b"".join(bits.tobytes() for _, (_, _, bits) in sorted(after.items()))
     digest = hashlib.sha256(all_bytes).hexdigest()
+    mixed: dict[str, Tensor] = {name: after[name] if len(one[1]) == 1 else one for name, one in before.items()}
+    vectors = {name: (dtype, bits) for name, (dtype, shape, bits) in mixed.items() if len(shape) == 1}
+    assert list(vectors) != sorted(vectors)
+    of_mixed = hashlib.sha256(b"".join(bits.tobytes() for _, (_, _, bits) in sorted(mixed.items()))).hexdigest()
     flat = {name: (dtype, bits) for name, (dtype, _, bits) in after.items() if name == "layers.0.norm.weight"}
     whole: dict[str, Tensor] = {**before, "layers.0.norm.weight": after["layers.0.norm.weight"]}
     about = {"format": "sparse_weight_patch"}
@@ -246,6 +251,8 @@ def test_files_of_a_bucket_are_read_by_what_their_metadata_say(step: tuple[Model
             (flat, {"format": "anchor_checkpoint"}, whole),
             ({"__empty_delta__": ("int32", np.zeros(1, "<i4"))}, about, before),
             ({"__empty_delta__": ("int32", np.zeros(1, "<i4"))}, {**about, "checksum_sha256": digest}, None),
+            (vectors, {"format": "anchor_checkpoint", "checksum_sha256": of_mixed}, mixed),
+            (vectors, {"format": "anchor_checkpoint", "checksum_sha256": digest}, None),
             (flat, {"sparse": "True"}, None),
             (flat, {"format": "patch"}, None),
             ({}, {"sparse": "True", "encoding": "nvcomp_cascaded"}, None),

@@ -101,7 +101,7 @@ def _read(source: Path, base: Checkpoint) -> Iterator[Change]:
 
 
 def _whole(file: Path, base: Checkpoint, slots: dict[str, Slot]) -> Iterator[Change]:
-    for name, slot in slots.items():
+    for name, slot in sorted(slots.items()):
         target(f"{file}: tensor {name!r}", name, base, slot.dtype.name, slot.shape)
         yield name, base.bits(name), bits_of(slot)
 
