@@ -37,10 +37,7 @@ def build() -> Corpus:
     """All of it, from what is installed."""
     folders = [Path(spec.origin).parent for name in PACKAGES if (spec := find_spec(name)) and spec.origin]
     prose_files = [path for folder in folders for path in sorted(folder.rglob("*.py")) if "tests" not in path.parts]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    source_files = [
-        path for path in sorted(library.rglob("*.py")) if not set(path.relative_to(library).parts) & set(_LEFT_OUT)
-    ]
+    source_files = library_files()
     with ProcessPoolExecutor() as pool:
         prose = list(zip(prose_files, pool.map(docstrings, prose_files, chunksize=64), strict=True))
         source = list(zip(source_files, pool.map(code, source_files, chunksize=16), strict=True))
@@ -51,6 +48,12 @@ def build() -> Corpus:
     prose += [(Path(part[0]), "\n".join(part)) for part in parts]
     (prose_pieces, prose_out), (source_pieces, source_out) = _split(prose), _split(source)
     return Corpus(prose_pieces, source_pieces, prose_out, source_out)
+
+
+def library_files() -> list[Path]:
+    """The standard library's modules."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return [path for path in sorted(library.rglob("*.py")) if not set(path.relative_to(library).parts) & set(_LEFT_OUT)]
 
 
 def _split(documents: Iterable[tuple[Path, str]]) -> tuple[list[str], list[str]]:
