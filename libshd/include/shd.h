@@ -426,6 +426,26 @@ SHD_API int shd_rice_plan(const int64_t *positions, uint64_t count, uint64_t num
 /* Writes plan->size bytes. The positions must be those of the plan; if not, SHD_INVALID_ARGUMENT. */
 SHD_API int shd_rice_encode(const shd_rice *plan, const int64_t *positions, void *section, uint64_t capacity);
 
+/* What TILED takes a tensor for (FORMAT.md, section 4.6): a matrix, with classes of rows and columns and a k for each pair. */
+typedef struct shd_tiled {
+    uint64_t numel;
+    uint64_t columns;              /* divides numel */
+    const uint8_t *k;              /* 2^(row_bits + column_bits), by row class, then by column class */
+    const uint8_t *row_classes;    /* numel / columns */
+    const uint8_t *column_classes; /* columns */
+    uint32_t tile_rows;
+    uint32_t row_bits;    /* of a class, 1 to 4 */
+    uint32_t column_bits; /* the same */
+} shd_tiled;
+
+/* The scratch buffer, of any alignment, that shd_tiled_encode() needs; 0 for what is no such matrix. */
+SHD_API uint64_t shd_tiled_scratch_size(const shd_tiled *grid);
+
+/* Writes the TILED section of a list of positions, as shd_rice_plan() takes them, and its size. With section = NULL it only
+ * computes the size. */
+SHD_API int shd_tiled_encode(const shd_tiled *grid, const int64_t *positions, uint64_t count, void *scratch,
+                             uint64_t scratch_size, void *section, uint64_t capacity, uint64_t *size);
+
 /* Bytes of the decoded VALUES section of `count` nonzeros; 0 for a codec that the library does not know. `dtype` matters
  * for SHD_VALUES_BITS only. For SHD_VALUES_ULP the least: the section says how many it has. */
 SHD_API uint64_t shd_values_size(int value_codec, int dtype, uint64_t count);
@@ -453,7 +473,8 @@ enum shd_struct {
     SHD_STRUCT_TENSOR,
     SHD_STRUCT_DELTA,
     SHD_STRUCT_WEIGHTS,
-    SHD_STRUCT_RICE
+    SHD_STRUCT_RICE,
+    SHD_STRUCT_TILED
 };
 
 /* sizeof a struct of this header as the library knows it, for a binding to compare with its own; 0 if unknown. */

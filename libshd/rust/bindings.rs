@@ -113,6 +113,7 @@ pub const SHD_STRUCT_TENSOR: c_int = 2;
 pub const SHD_STRUCT_DELTA: c_int = 3;
 pub const SHD_STRUCT_WEIGHTS: c_int = 4;
 pub const SHD_STRUCT_RICE: c_int = 5;
+pub const SHD_STRUCT_TILED: c_int = 6;
 
 pub type shd_read_fn = Option<unsafe extern "C" fn(context: *mut c_void, offset: u64, buffer: *mut c_void, size: usize) -> c_int>;
 
@@ -217,6 +218,19 @@ pub struct shd_rice {
     pub word: u32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct shd_tiled {
+    pub numel: u64,
+    pub columns: u64,
+    pub k: *const u8,
+    pub row_classes: *const u8,
+    pub column_classes: *const u8,
+    pub tile_rows: u32,
+    pub row_bits: u32,
+    pub column_bits: u32,
+}
+
 unsafe extern "C" {
     pub fn shd_version() -> *const c_char;
     pub fn shd_abi() -> c_int;
@@ -247,6 +261,8 @@ unsafe extern "C" {
     pub fn shd_knows_index_codec(index_codec: c_int) -> c_int;
     pub fn shd_rice_plan(positions: *const i64, count: u64, numel: u64, plan: *mut shd_rice) -> c_int;
     pub fn shd_rice_encode(plan: *const shd_rice, positions: *const i64, section: *mut c_void, capacity: u64) -> c_int;
+    pub fn shd_tiled_scratch_size(grid: *const shd_tiled) -> u64;
+    pub fn shd_tiled_encode(grid: *const shd_tiled, positions: *const i64, count: u64, scratch: *mut c_void, scratch_size: u64, section: *mut c_void, capacity: u64, size: *mut u64) -> c_int;
     pub fn shd_values_size(value_codec: c_int, dtype: c_int, count: u64) -> u64;
     pub fn shd_values_encode(value_codec: c_int, values: *const f32, count: u64, section: *mut c_void, capacity: u64) -> c_int;
     pub fn shd_count_at_least(x: *const f32, n: u64, threshold: f32) -> u64;

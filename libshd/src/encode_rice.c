@@ -113,6 +113,6 @@ int shd_rice_encode(const shd_rice *plan, const int64_t *positions, void *sectio
         }
         shdi_rice_write(&w, (uint64_t)positions[w.rank]);
     }
-    shdi_rice_finish(&w);
+    shdi_pack_rest(&w.low);
     return w.bit == plan->unary_bits ? SHD_OK : SHD_INVALID_ARGUMENT;
 }

@@ -22,6 +22,13 @@ static inline void shdi_pack(shdi_packer *p, uint64_t value, uint32_t bits) {
     }
 }
 
+/* Writes the bits that fill no whole word. */
+static inline void shdi_pack_rest(shdi_packer *p) {
+    if (p->count > 0) {
+        shdi_store32(p->next, (uint32_t)p->bits);
+    }
+}
+
 /* A place in the section: at unary bit `bit`, after `rank` nonzeros, the last of which is at `position` - 1. */
 typedef struct shdi_rice_writer {
     uint8_t *directory;
@@ -58,13 +65,6 @@ static inline void shdi_rice_write(shdi_rice_writer *w, uint64_t position) {
     w->bit = one + 1;
     w->position = position + 1;
     w->rank++;
-}
-
-/* Writes what is left of the low bits. */
-static inline void shdi_rice_finish(shdi_rice_writer *w) {
-    if (w->low.count > 0) {
-        shdi_store32(w->low.next, (uint32_t)w->low.bits);
-    }
 }
 
 #endif

@@ -6,12 +6,6 @@
 #include "rice_writer.h"
 #include "section.h"
 
-#define MAX_TILE 131072u
-#define MAX_FIELD 19u
-#define MAX_BITS 4u
-#define MAX_CLASSES (1u << MAX_BITS)
-#define MAX_KS (SHDI_MAX_RICE_K + 1u)
-
 /* Packed fields of `bits` bits. */
 typedef struct fields {
     const uint8_t *data;
@@ -32,12 +26,12 @@ typedef struct parts {
     uint64_t columns;
     uint64_t tiles;
     uint32_t ks; /* how many different k there are */
-    uint8_t k[MAX_KS];
-    uint16_t classes[MAX_KS][MAX_CLASSES]; /* by k and row class: a bit for each column class of this k */
+    uint8_t k[SHDI_MAX_KS];
+    uint16_t classes[SHDI_MAX_KS][SHDI_MAX_CLASSES]; /* by k and row class: a bit for each column class of this k */
     fields row_classes;
     fields column_classes;
     fields sizes;
-    fields counts[MAX_KS];
+    fields counts[SHDI_MAX_KS];
     uint64_t low; /* offset in the section */
     uint64_t low_bits;
     uint64_t unary;
@@ -69,11 +63,11 @@ static shdi_fault take_table(const shd_delta *delta, parts *p, uint64_t *at, uin
     const uint32_t pairs = 1u << (row_bits + p->column_bits);
     const uint64_t start = *at;
     const uint8_t *table = take(delta, p, at, 8 * pairs);
-    uint8_t number[MAX_KS] = {0};
+    uint8_t number[SHDI_MAX_KS] = {0};
     if (table == NULL) {
         return shdi_fault_at(SHD_BAD_SIZE, start);
     }
-    uint8_t copy[MAX_CLASSES * MAX_CLASSES];
+    uint8_t copy[SHDI_MAX_CLASSES * SHDI_MAX_CLASSES];
     memcpy(copy, table, pairs);
     for (uint32_t i = 0; i < pairs; i++) {
         if (copy[i] > SHDI_MAX_RICE_K) {
@@ -82,7 +76,7 @@ static shdi_fault take_table(const shd_delta *delta, parts *p, uint64_t *at, uin
         number[copy[i]] = 1;
     }
     p->ks = 0;
-    for (uint32_t k = 0; k < MAX_KS; k++) {
+    for (uint32_t k = 0; k < SHDI_MAX_KS; k++) {
         if (number[k]) {
             number[k] = (uint8_t)p->ks;
             p->k[p->ks++] = (uint8_t)k;
@@ -100,13 +94,13 @@ static shdi_fault take_table(const shd_delta *delta, parts *p, uint64_t *at, uin
 static shdi_fault take_sizes(const shd_delta *delta, parts *p, uint64_t *at, uint32_t row_bits) {
     const uint64_t start = *at;
     const uint8_t *data = take(delta, p, at, 8 * (1 + (uint64_t)p->ks));
-    uint8_t widths[1 + MAX_KS];
+    uint8_t widths[1 + SHDI_MAX_KS];
     if (data == NULL) {
         return shdi_fault_at(SHD_BAD_SIZE, start);
     }
     memcpy(widths, data, 1 + p->ks);
     for (uint32_t i = 0; i <= p->ks; i++) {
-        if (widths[i] > MAX_FIELD) {
+        if (widths[i] > SHDI_MAX_TILE_FIELD) {
             return shdi_fault_at(SHD_BAD_INDEX, start + i);
         }
     }
@@ -130,8 +124,8 @@ static shdi_fault take_apart(const shd_delta *delta, parts *p) {
     p->tile_rows = shdi_load32(section + 4);
     p->columns = shdi_load64(section + 8);
     p->unary_bits = shdi_load64(section + 16);
-    if (row_bits - 1 >= MAX_BITS || p->column_bits - 1 >= MAX_BITS || shdi_load16(section + 2) != 0 || p->tile_rows == 0 ||
-        p->columns == 0 || p->columns > MAX_TILE || p->tile_rows > MAX_TILE / p->columns || numel % p->columns != 0 ||
+    if (row_bits - 1 >= SHDI_MAX_CLASS_BITS || p->column_bits - 1 >= SHDI_MAX_CLASS_BITS || shdi_load16(section + 2) != 0 || p->tile_rows == 0 ||
+        p->columns == 0 || p->columns > SHDI_MAX_TILE || p->tile_rows > SHDI_MAX_TILE / p->columns || numel % p->columns != 0 ||
         p->tile_rows > numel / p->columns) {
         return shdi_fault_at(SHD_BAD_INDEX, 0);
     }
@@ -177,7 +171,7 @@ static shdi_fault check_unused(const shd_delta *delta, const parts *p) {
 /* The lines of one class among `lines`: from first to the next class's first. */
 typedef struct classes {
     uint32_t *lines; /* by class, then in order */
-    uint32_t first[MAX_CLASSES + 1];
+    uint32_t first[SHDI_MAX_CLASSES + 1];
 } classes;
 
 /* What decoding works on, in the caller's memory. */
@@ -186,16 +180,16 @@ typedef struct work {
     uint64_t *summary; /* a bit for each word of the bitmap that is not zero */
     classes columns;
     classes rows; /* of a tile, from 0 */
-    uint64_t reciprocal[MAX_CLASSES]; /* of the number of columns of a class, times 2^35 */
+    uint64_t reciprocal[SHDI_MAX_CLASSES]; /* of the number of columns of a class, times 2^35 */
 } work;
 
 /* Sorts `count` lines from `start` on. */
 static shdi_fault sort_lines(const fields *of_lines, uint64_t start, uint32_t count, classes *c) {
-    uint32_t next[MAX_CLASSES + 1] = {0};
+    uint32_t next[SHDI_MAX_CLASSES + 1] = {0};
     for (uint32_t i = 0; i < count; i++) {
         next[field(of_lines, start + i) + 1]++;
     }
-    for (uint32_t class = 0; class < MAX_CLASSES; class ++) {
+    for (uint32_t class = 0; class < SHDI_MAX_CLASSES; class ++) {
         next[class + 1] += next[class];
     }
     memcpy(c->first, next, sizeof next);
@@ -211,7 +205,7 @@ static shdi_fault sort_lines(const fields *of_lines, uint64_t start, uint32_t co
 
 static shdi_fault sort_columns(const parts *p, work *w) {
     shdi_fault fault = sort_lines(&p->column_classes, 0, (uint32_t)p->columns, &w->columns);
-    for (uint32_t class = 0; class < MAX_CLASSES; class ++) {
+    for (uint32_t class = 0; class < SHDI_MAX_CLASSES; class ++) {
         uint32_t count = w->columns.first[class + 1] - w->columns.first[class];
         w->reciprocal[class] = count == 0 ? 0 : (UINT64_C(1) << 35) / count + 1;
     }
@@ -277,7 +271,7 @@ typedef struct cell_walk {
 /* Brings the walk to the next cell. Returns 0 at the end of the tile. */
 static int next_cell(cell_walk *walk, const work *w) {
     while (walk->column_classes == 0) {
-        if (walk->row_class == MAX_CLASSES) {
+        if (walk->row_class == SHDI_MAX_CLASSES) {
             return 0;
         }
         walk->column_classes = walk->classes[walk->row_class++];
@@ -323,7 +317,7 @@ static int decode_k(const parts *p, work *w, uint32_t number, uint64_t count, un
 /* Writes the positions of the bits that are set, from `base` on, and clears them. Returns 0 if they are more than `most`. */
 static int write_bits(const work *w, uint64_t base, uint64_t most, shdi_rice_writer *writer) {
     shdi_rice_writer to = *writer; /* in registers */
-    for (uint64_t i = 0; i < MAX_TILE / 4096; i++) {
+    for (uint64_t i = 0; i < SHDI_MAX_TILE / 4096; i++) {
         uint64_t words = w->summary[i];
         w->summary[i] = 0;
         for (; words != 0; words &= words - 1) {
@@ -349,7 +343,7 @@ static shdi_fault decode_tiles(const shd_delta *delta, const parts *p, work *w, 
     for (uint64_t tile = 0; tile < p->tiles; tile++) {
         const uint64_t row = tile * p->tile_rows, size = field(&p->sizes, tile);
         const uint32_t rows = (uint32_t)shdi_min(p->rows - row, p->tile_rows);
-        uint64_t count = 0, low_end = low_bit, n[MAX_KS];
+        uint64_t count = 0, low_end = low_bit, n[SHDI_MAX_KS];
         for (uint32_t i = 0; i < p->ks; i++) {
             n[i] = field(&p->counts[i], tile);
             count += n[i];
@@ -398,12 +392,12 @@ static room room_of(const shd_tensor *tensor) {
     }
     /* numel / 2^k is below 2 nnz (or k is its largest), so that this bounds the unary bits. */
     const uint64_t unary_bits = tensor->nnz + (tensor->numel >> r.k);
-    const uint64_t lines = shdi_min(tensor->numel, MAX_TILE); /* the most columns, and the most rows of a tile */
+    const uint64_t lines = shdi_min(tensor->numel, SHDI_MAX_TILE); /* the most columns, and the most rows of a tile */
     r.low = shdi_ceil_div(unary_bits, SHDI_BLOCK) * 2 * shdi_word(tensor->numel);
     r.unary = r.low + 4 * shdi_ceil_div(tensor->nnz * r.k, 32);
     r.rice = r.unary + 4 * shdi_ceil_div(unary_bits, 32) + SHDI_SLACK;
     r.bitmap = shdi_align64(r.rice);
-    r.lines = r.bitmap + MAX_TILE / 8 + MAX_TILE / 512;
+    r.lines = r.bitmap + SHDI_MAX_TILE / 8 + SHDI_MAX_TILE / 512;
     r.size = 64 + r.lines + 2 * 4 * lines; /* 64 bytes, since the buffer may start anywhere */
     return r;
 }
@@ -423,8 +417,8 @@ shdi_fault shdi_tiled_load(shd_delta *delta, int check_padding, uint8_t *memory)
     memset(memory, 0, (size_t)r.lines);
     work w = {.bitmap = (uint64_t *)(void *)(memory + r.bitmap),
               .columns.lines = (uint32_t *)(void *)(memory + r.lines)};
-    w.summary = w.bitmap + MAX_TILE / 64;
-    w.rows.lines = w.columns.lines + shdi_min(delta->tensor.numel, MAX_TILE);
+    w.summary = w.bitmap + SHDI_MAX_TILE / 64;
+    w.rows.lines = w.columns.lines + shdi_min(delta->tensor.numel, SHDI_MAX_TILE);
     shdi_rice_writer writer = {.directory = memory, .unary = memory + r.unary, .low = {memory + r.low, 0, 0},
                                .word = shdi_word(delta->tensor.numel), .k = r.k};
     fault = sort_columns(&p, &w);
@@ -437,7 +431,7 @@ shdi_fault shdi_tiled_load(shd_delta *delta, int check_padding, uint8_t *memory)
     if (fault.code != SHD_OK) {
         return fault;
     }
-    shdi_rice_finish(&writer);
+    shdi_pack_rest(&writer.low);
     delta->index = memory;
     delta->tensor.index_codec = SHD_INDEX_RICE;
     delta->tensor.index.decoded = r.rice;

@@ -13,6 +13,7 @@ size_t shd_struct_size(int which) {
     case SHD_STRUCT_DELTA: return sizeof(shd_delta);
     case SHD_STRUCT_WEIGHTS: return sizeof(shd_weights);
     case SHD_STRUCT_RICE: return sizeof(shd_rice);
+    case SHD_STRUCT_TILED: return sizeof(shd_tiled);
     default: return 0; /* unknown */
     }
 }

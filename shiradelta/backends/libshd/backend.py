@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from shiradelta.backends.libshd.decoder import NativeDecoder
-from shiradelta.backends.libshd.encoder import NativeRice, NativeValues, at_least, fingerprint
+from shiradelta.backends.libshd.encoder import NativeRice, NativeTiled, NativeValues, at_least, fingerprint
 from shiradelta.backends.libshd.library import knows_index_codec, knows_value_codec, library
 from shiradelta.backends.protocols import Backend
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
@@ -22,11 +22,11 @@ def backend() -> Backend:
     library()
     index: dict[int, IndexCodec] = {id: one for id, one in INDEX_CODECS.by_id.items() if knows_index_codec(id)}
     values: dict[int, ValueCodec] = {id: one for id, one in VALUE_CODECS.by_id.items() if knows_value_codec(id)}
-    rice = NativeRice()
+    rice, tiled = NativeRice(), NativeTiled()
     return Backend(
         "libshd",
         NativeDecoder,
-        {**index, rice.id: rice},
+        {**index, rice.id: rice, tiled.id: tiled},
         {id: NativeValues(codec) if codec.adds else codec for id, codec in values.items()},
         fingerprint,
         at_least,

@@ -7,10 +7,12 @@ from ctypes import byref, c_uint64
 
 import numpy as np
 
-from shiradelta.backends.libshd.library import RicePlan, address, library
+from shiradelta.backends.libshd.library import RicePlan, TiledGrid, address, library
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs.base import Bytes, ValueCodec
 from shiradelta.format.codecs.rice import Rice
+from shiradelta.format.codecs.tiled import Tiled
+from shiradelta.format.codecs.tiled_classes import Grid
 
 
 class NativeRice(Rice):
@@ -31,6 +33,38 @@ class NativeRice(Rice):
         code = library().shd_rice_encode(byref(plan), address(positions), address(section), section.size)
         assert code == 0
         return section.tobytes()
+
+
+class NativeTiled(Tiled):
+    """The TILED codec, encoding with the library."""
+
+    def size_in(self, positions: Positions, grid: Grid) -> int:
+        return self._encode(positions, grid, None)
+
+    def encode_in(self, positions: Positions, grid: Grid) -> bytes:
+        section = np.empty(self.size_in(positions, grid), np.uint8)
+        self._encode(positions, grid, section)
+        return section.tobytes()
+
+    def _encode(self, positions: Positions, grid: Grid, section: Bytes | None) -> int:
+        """Fills the section, if there is one; its size."""
+        seen = TiledGrid(
+            numel=grid.row_class.size * grid.columns,
+            columns=grid.columns,
+            k=address(grid.k),
+            row_classes=address(grid.row_class),
+            column_classes=address(grid.column_class),
+            tile_rows=grid.tile_rows,
+            row_bits=grid.row_bits,
+            column_bits=grid.column_bits,
+        )
+        scratch, size = np.empty(library().shd_tiled_scratch_size(byref(seen)), np.uint8), c_uint64()
+        room = (None, 0) if section is None else (address(section), section.size)
+        code = library().shd_tiled_encode(
+            byref(seen), address(positions), positions.size, address(scratch), scratch.size, *room, byref(size)
+        )
+        assert code == 0, "positions of a TensorDelta are in order"
+        return size.value
 
 
 class NativeValues(ValueCodec):

@@ -47,6 +47,21 @@ class Weights(ctypes.Structure):
     )
 
 
+class TiledGrid(ctypes.Structure):
+    """`shd_tiled`."""
+
+    _fields_ = (
+        ("numel", c_uint64),
+        ("columns", c_uint64),
+        ("k", c_void_p),
+        ("row_classes", c_void_p),
+        ("column_classes", c_void_p),
+        ("tile_rows", c_uint32),
+        ("row_bits", c_uint32),
+        ("column_bits", c_uint32),
+    )
+
+
 class RicePlan(ctypes.Structure):
     """`shd_rice`."""
 
@@ -62,7 +77,7 @@ class RicePlan(ctypes.Structure):
 
 ZSTD_CALLBACK = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t)
 #: The arguments of `shd_struct_size`.
-STATUS, FILE, TENSOR, DELTA, WEIGHTS, RICE = range(6)
+STATUS, FILE, TENSOR, DELTA, WEIGHTS, RICE, TILED = range(7)
 
 _p = c_void_p
 _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -95,6 +110,11 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "shd_knows_index_codec": (c_int, (c_int,)),
     "shd_rice_plan": (c_int, (_p, c_uint64, c_uint64, POINTER(RicePlan))),
     "shd_rice_encode": (c_int, (POINTER(RicePlan), _p, _p, c_uint64)),
+    "shd_tiled_scratch_size": (c_uint64, (POINTER(TiledGrid),)),
+    "shd_tiled_encode": (
+        c_int,
+        (POINTER(TiledGrid), _p, c_uint64, _p, c_uint64, _p, c_uint64, POINTER(c_uint64)),
+    ),
     "shd_values_size": (c_uint64, (c_int, c_int, c_uint64)),
     "shd_values_encode": (c_int, (c_int, _p, c_uint64, _p, c_uint64)),
     "shd_select_at_least": (c_int, (_p, c_uint64, c_float, c_uint64, _p, c_uint64, POINTER(c_uint64))),
@@ -132,7 +152,7 @@ def library() -> ctypes.CDLL:
         raise ShiraDeltaError(f"{path}: has ABI {abi}, this package needs {ABI}; install shiradelta again")
     for name, (result, arguments) in _PROTOTYPES.items():
         functions[name].restype, functions[name].argtypes = result, arguments
-    for which, struct in ((STATUS, Status), (WEIGHTS, Weights), (RICE, RicePlan)):
+    for which, struct in ((STATUS, Status), (WEIGHTS, Weights), (RICE, RicePlan), (TILED, TiledGrid)):
         if loaded.shd_struct_size(which) != ctypes.sizeof(struct):
             raise ShiraDeltaError(f"{path}: its structs have other sizes; install shiradelta again")
     return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -263,21 +264,39 @@ class Tiled(IndexCodec):
     #: Seven words: table, widths, both classes, size and count of one tile, one of unary bits.
     least = HEAD.size + 4 * 7 + registry.SLACK
 
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Positions], tuple[int, ...], tuple[Grid, bool] | None] | None = None
+
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
         """None also where it would save too little to be worth a slower decoder."""
         if math.prod(shape) < registry.BLOCK_BITS:
             return None
-        chosen = choose(positions, shape)
-        return len(_encode(positions, chosen[0])) if chosen and chosen[1] else None
+        chosen = self._choose(positions, shape)
+        return self.size_in(positions, chosen[0]) if chosen and chosen[1] else None
 
     def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
         """Whether the smallest section fits; head and classes tell the rest."""
         return size >= self.least
 
     def encode(self, positions: Positions, shape: tuple[int, ...]) -> bytes:
-        chosen = choose(positions, shape)
+        chosen = self._choose(positions, shape)
         assert chosen is not None, "size() tells"
-        return _encode(positions, chosen[0])
+        return self.encode_in(positions, chosen[0])
+
+    def size_in(self, positions: Positions, grid: Grid) -> int:
+        """Bytes of `encode_in`'s result."""
+        return len(self.encode_in(positions, grid))
+
+    def encode_in(self, positions: Positions, grid: Grid) -> bytes:
+        """The section of these positions in this grid."""
+        return _encode(positions, grid)
+
+    def _choose(self, positions: Positions, shape: tuple[int, ...]) -> tuple[Grid, bool] | None:
+        """What `choose` says, which is asked once for the positions' size and their encoding."""
+        known = self._last
+        if known is None or known[0]() is not positions or known[1] != shape:
+            known = self._last = weakref.ref(positions), shape, choose(positions, shape)
+        return known[2]
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
         return np.concatenate(list(self.windows(data, nnz, shape)))

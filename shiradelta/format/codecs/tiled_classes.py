@@ -18,8 +18,8 @@ Small = npt.NDArray[np.uint8]
 
 #: Lines start in one class where their numbers of nonzeros are within so much of each other: an eighth of an octave.
 _STEPS = 8
-#: Bits that a tile takes for the number of its nonzeros in one class, about.
-_COUNT_BITS = 9
+#: About how many different k there are, and how many bits a tile takes for its number of nonzeros of each.
+_KS, _COUNT_BITS = 12, 9
 #: TILED takes longer to decode than other codecs, so it has to save this share of the bits.
 _LEAST_SAVING = 1 / 32
 
@@ -61,13 +61,17 @@ def choose(positions: Positions, shape: tuple[int, ...]) -> tuple[Grid, bool] | 
 def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid]:
     """(about how many bits it takes, the best grid of so many columns)."""
     rows, most = numel // columns, registry.MAX_CLASS_BITS
-    row, column = np.divmod(positions, columns)
-    of_rows = _nested_classes(np.bincount(row, minlength=rows), columns)
+    # Positions increase: this is faster than dividing each of them.
+    in_rows = np.diff(np.searchsorted(positions, np.arange(rows + 1) * columns))
+    row = np.repeat(np.arange(rows), in_rows)
+    column = positions - row * columns
+    of_rows = _nested_classes(in_rows, columns)
     of_columns = _nested_classes(np.bincount(column, minlength=columns), rows)
     cell = (of_rows[most][row].astype(np.int64) << most) + of_columns[most][column]
     finest = np.bincount(cell, minlength=1 << 2 * most).reshape(1 << most, 1 << most)
     tile_rows = max(1, min(registry.MAX_TILE // columns, rows))
-    best: tuple[float, int, int, Small] | None = None
+    counts = -(-rows // tile_rows) * _COUNT_BITS
+    best: tuple[float, int, int, Positions, Positions] | None = None
     for row_bits in range(1, most + 1):
         for column_bits in range(1, most + 1):
             nonzeros = _coarser(_coarser(finest, of_rows, row_bits).T, of_columns, column_bits).T
@@ -75,15 +79,15 @@ def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid
                 np.bincount(of_rows[row_bits], minlength=1 << row_bits),
                 np.bincount(of_columns[column_bits], minlength=1 << column_bits),
             )
-            k = _low_bits(nonzeros, elements)
-            sizes = -(-rows // tile_rows) * _COUNT_BITS * np.unique(k).size
-            side = rows * row_bits + columns * column_bits + 8 * k.size + sizes
+            side = rows * row_bits + columns * column_bits + 8 * nonzeros.size + counts * min(nonzeros.size, _KS)
             bits = float(_entropy(nonzeros, elements).sum()) + side
             if best is None or bits < best[0]:
-                best = bits, row_bits, column_bits, k
+                best = bits, row_bits, column_bits, nonzeros, elements
     assert best is not None
-    bits, row_bits, column_bits, k = best
-    grid = Grid(columns, tile_rows, of_rows[row_bits], row_bits, of_columns[column_bits], column_bits, k)
+    bits, row_bits, column_bits, *cells = best
+    grid = Grid(
+        columns, tile_rows, of_rows[row_bits], row_bits, of_columns[column_bits], column_bits, _low_bits(*cells)
+    )
     return bits, grid
 
 
@@ -136,7 +140,10 @@ def _low_bits(nonzeros: Positions, elements: Positions) -> Small:
 def _entropy(nonzeros: npt.NDArray[np.number], elements: npt.NDArray[np.number]) -> Floats:
     """Bits of independent nonzeros: elements x H(density), elementwise."""
     others = elements - nonzeros
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bits = -nonzeros * np.log2(nonzeros / elements) - others * np.log2(others / elements)
-        one_kind = (nonzeros == 0) | (others == 0)
-    return np.where(one_kind, 0.0, bits)
+    bits = elements * _log2(elements) - nonzeros * _log2(nonzeros) - others * _log2(others)
+    return np.asarray(bits, np.float64)
+
+
+def _log2(counts: npt.NDArray[np.number]) -> Floats:
+    """0 for 0."""
+    return np.asarray(np.log2(np.maximum(counts, 1)), np.float64)
