@@ -12,6 +12,7 @@ from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, Stack, onl
 from shiradelta.hotswap.numpy import NumpyBackend, elements, held_as_stored
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.io.reader import StoredTensor
+from shiradelta.util.threads import map_in_threads
 
 
 class _Data(NamedTuple):
@@ -28,15 +29,17 @@ class NativeBackend(NumpyBackend):
 
     def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
         """Loading a tensor checks all of it; the files' bytes stay, compressed."""
-        patches = []
-        for tensor, target, dtype in (fit for _, tensors in files for fit in tensors):
+
+        def load(fit: Fit) -> Patch:
+            tensor, target, dtype = fit
             decoder, loaded = tensor.decoder, None
             if not isinstance(decoder, NativeDecoder):
                 tensor.check()
             elif tensor.nnz:
                 loaded = LoadedTensor(decoder, tensor.record)
-            patches.append(Patch(target, tensor.record, dtype, _Data(tensor, loaded)))
-        return held_as_stored(patches)
+            return Patch(target, tensor.record, dtype, _Data(tensor, loaded))
+
+        return held_as_stored(map_in_threads(load, [fit for _, tensors in files for fit in tensors]))
 
     def positions(self, patch: Patch) -> Positions:
         held: _Data = patch.data

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from shiradelta.backends.choose import AUTO, choose
 from shiradelta.backends.numpy import unzstd
 from shiradelta.errors import DeltaError
 from shiradelta.format import arithmetic, registry
@@ -22,7 +23,6 @@ from shiradelta.format.codecs import BITS, F32, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, TorchDecoder, ValueCodec
 from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.format.codecs.packing import field_words
-from shiradelta.format.codecs.rice import Rice
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import ORDERED, IndexId, Order
 from shiradelta.hotswap.elementwise import Elementwise
@@ -90,11 +90,10 @@ class TorchBackend(Elementwise):
         """Copies all sections into one buffer on the device, aligned as in a file."""
         fits = [(source, *fit) for source, tensors in files for fit in tensors]
         codecs = [self._resident(tensor.record) for _, tensor, _, _ in fits]
-        parts = [
-            part
-            for (source, tensor, _, _), codec in zip(fits, codecs, strict=True)
-            for part in (_index(source, tensor), _values(source, tensor, codec))
-        ]
+        pairs = map_in_threads(
+            lambda fit: (_index(*fit[0][:2]), _values(*fit[0][:2], fit[1])), list(zip(fits, codecs, strict=True))
+        )
+        parts = [part for pair in pairs for part in pair]
         try:
             buffer, starts = self._upload(parts)
             map_in_threads(lambda fit: fit[1].check(), fits)  # while the copy runs
@@ -318,7 +317,8 @@ def _index(source: Bytes, tensor: StoredTensor) -> _Part:
     record = tensor.record
     if record.index_codec == IndexId.RICE:
         return _stored(source, record.index)
-    return _Part.of(Rice().encode(tensor.positions(), record.shape) if record.nnz else b"")
+    rice = choose(AUTO).index_codecs[IndexId.RICE]
+    return _Part.of(rice.encode(tensor.positions(), record.shape) if record.nnz else b"")
 
 
 def _values(source: Bytes, tensor: StoredTensor, codec: ValueCodec) -> _Part:

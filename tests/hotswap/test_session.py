@@ -21,7 +21,7 @@ from shiradelta import HotSwap
 from shiradelta.backends.choose import choose
 from shiradelta.backends.libshd.decoder import LoadedTensor
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
-from shiradelta.format.codecs import VALUE_OPTIONS
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
 from shiradelta.hotswap import patched, session
 from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.numpy import NumpyBackend
@@ -77,20 +77,25 @@ def test_every_value_codec_on_every_dtype(backend: str, dtype: str, values: str)
     assert np.array_equal(bits(base), before)
 
 
+KINDS_OF_POSITIONS = ["all", "rows", "column", "dense", "few", "spread", "crossings"]
+
+
 def positions_of(kind: str, numel: int, columns: int) -> np.ndarray:
     every = np.arange(numel)
+    crossed = (every // columns % 4 == 0) & (every % columns % 4 == 0)
     return {
         "all": every,
         "rows": every[(every // columns) % 7 == 3],
         "column": every[every % columns == 5],
         "dense": np.flatnonzero(np.random.default_rng(0).random(numel) < 0.4),
         "few": np.array([0, 1, numel - 1]),
-        "one": np.array([numel // 2]),
+        "spread": every[::53],
+        "crossings": every[crossed & (every % 3 > 0)],
     }[kind]
 
 
 @pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
-@pytest.mark.parametrize("kind", ["all", "rows", "column", "dense", "few", "one"])
+@pytest.mark.parametrize("kind", KINDS_OF_POSITIONS)
 def test_every_kind_of_positions(backend: str, kind: str):
     base = weights(SHAPE, "bfloat16")
     before = bits(base)
@@ -102,6 +107,12 @@ def test_every_kind_of_positions(backend: str, kind: str):
     assert np.array_equal(bits(base), formula(before, "bfloat16", [(data, 0.5)]))
     swap.revert()
     assert np.array_equal(bits(base), before)
+
+
+def test_these_positions_are_stored_in_every_way():
+    numel = SHAPE[0] * SHAPE[1]
+    chosen = {smallest_index_codec(positions_of(kind, numel, SHAPE[1]), SHAPE) for kind in KINDS_OF_POSITIONS}
+    assert chosen == set(INDEX_CODECS.by_id)
 
 
 @pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
