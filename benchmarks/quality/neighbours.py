@@ -41,7 +41,7 @@ PAIRS: dict[str, Callable[[Path], tuple[Task, Task]]] = {}
 #: Batches whose gradients choose a mask, and what training warms up for.
 CALIBRATION, WARM_UP = 8, 0.1
 #: Learning rates that are tried, relative to a method's own; the seed that tries them.
-RATES, TRIAL = (1 / 3, 1.0, 3.0), 99
+RATES, TRIAL = (1 / 3, 1.0, 3.0, 10.0), 99
 FIELDS = (
     "model", "task", "method", "seed", "trained", "changed", "rate", "base", "score", "other_before", "other_after",
     "prepare_seconds", "step_seconds", "held_bytes", "file_bytes",

@@ -107,9 +107,9 @@ class Tuner:
 
     @property
     def scales(self) -> dict[str, nn.Parameter]:
-        """The further parameters of `magnitude=True`, float32: the model's names -> what the rows' lengths grow by.
+        """The further parameters, float32, by the model's names; empty without.
 
-        Empty without.
+        With `magnitude=True` what the rows' lengths grow by, [rows]; with `mask="rigsa"` the gate, [1].
         """
         return {name: scales for name, tuned in self._tuned.items() if (scales := tuned.scales) is not None}
 
@@ -290,8 +290,8 @@ class Tuner:
     def state_dict(self) -> dict[str, Tensor]:
         """Mask and values, to resume exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n].
 
-        With magnitudes also `NAME.magnitudes`, float32 [rows].  If nonzeros are pruned also `NAME.kept`, bool [n], and
-        `prune_step`, the optimizer steps that are done.
+        With scales also `NAME.magnitudes`, float32 [rows], or `NAME.gate`, [1].  If nonzeros are pruned also
+        `NAME.kept`, bool [n], and `prune_step`, the optimizer steps that are done.
         """
         self._check_attached()
         return tuner_state.state_of(self._tuned, self._pruner)
