@@ -69,6 +69,20 @@ class RebaseReport:
     unchecked: Mapping[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class SelfTestReport:
+    """What `selftest` found; what an engine's output does not follow is an error.
+
+    Attributes:
+        followed: the tensors that the output follows.
+        unseen: the tensors of which the output tells nothing: it hardly depends on them, whatever computes it, or their
+            elements are no floating-point numbers.
+    """
+
+    followed: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+
 def adapters_line(loaded: Mapping[str, LoadReport], active: Mapping[str, float]) -> str:
     """The loaded adapters with their strengths, in a short line; 0 for one that is not active."""
     return brief(", ".join(f"{name!r} at {active.get(name, 0):g}" for name in loaded) or "no adapter is loaded")

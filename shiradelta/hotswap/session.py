@@ -24,6 +24,7 @@ from shiradelta.hotswap.patched import PatchedWeights
 from shiradelta.hotswap.prepare import Preparation
 from shiradelta.hotswap.ranks import ranks_for, with_those_elsewhere
 from shiradelta.hotswap.reports import LoadReport, RebaseReport, SwitchReport, adapters_line, adapters_table
+from shiradelta.hotswap.selftest import SelfTested
 from shiradelta.hotswap.shares import check_whole, together
 from shiradelta.hotswap.strengths import by_part, call_of, strengths_of
 from shiradelta.io.reader import Source
@@ -50,7 +51,7 @@ from shiradelta.util.deprecated import warn_renamed
 from shiradelta.util.interrupts import interrupts_held_back, uninterrupted
 
 
-class HotSwap:
+class HotSwap(SelfTested):
     """Switches adapters in the weights of a live model, and reverts to the base bit for bit.
 
     The weights always equal, bit for bit, the base plus the active adapters (spec/FORMAT.md, section 6), whatever was
