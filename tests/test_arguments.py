@@ -13,6 +13,7 @@ import torch
 
 import shiradelta
 from shiradelta.errors import ArgumentError
+from shiradelta.experts import assemble_family, open_family, train_family
 from shiradelta.fit import Fit
 from shiradelta.train import Tuner, attach
 from shiradelta.util.arguments import (
@@ -34,6 +35,7 @@ class Nothing:
 def public() -> dict[str, Callable[..., Any]]:
     """The public functions and methods that take arguments, by name."""
     found: dict[str, Callable[..., Any]] = {"attach": attach, "Fit": Fit.__init__}
+    found |= {each.__name__: each for each in (train_family, assemble_family, open_family)}
     for name in shiradelta.__all__:
         one = getattr(shiradelta, name)
         if not isinstance(one, type):

@@ -16,6 +16,7 @@ EXTRAS = {
     "jinja2": "hub",
     "matplotlib": "plot",
     "safetensors": "fit",
+    "sklearn": "experts",
     "torch": "fit",
     "transformers": "fit",
     "yaml": "recipe",

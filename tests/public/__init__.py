@@ -24,12 +24,17 @@ MODULES = (
     "shiradelta",
     "shiradelta.converters",
     "shiradelta.train",
+    "shiradelta.experts",
     "shiradelta.fit",
     "shiradelta.combine.report",
     "shiradelta.chain",
     "shiradelta.chain.wires",
 )
-RETURNED = ("shiradelta.io.reader.Delta", "shiradelta.folder.verification.VerifyReport")
+RETURNED = (
+    "shiradelta.io.reader.Delta",
+    "shiradelta.experts.routing.RoutedGroup",
+    "shiradelta.folder.verification.VerifyReport",
+)
 
 
 def parameters(function: Callable[..., Any]) -> Iterator[str]:

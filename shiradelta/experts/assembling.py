@@ -1,0 +1,138 @@
+"""Makes a family's folder of members, and of examples that say which prompts each expert is for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from shiradelta.errors import ArgumentError, TargetError
+from shiradelta.experts.family import BASE, ExpertFamily, names_of, open_family, write_index
+from shiradelta.experts.features import DIMS, Sketch, adam_scales, unit
+from shiradelta.experts.gradients import NonzeroGradients
+from shiradelta.format.arithmetic import Array, Float32
+from shiradelta.hotswap.session import HotSwap
+from shiradelta.io.reader import open_delta
+from shiradelta.train.gradients import Loss
+from shiradelta.util.arguments import ANY, CALL, PATH, PATHS, WHOLE, checked
+from shiradelta.util.files import os_errors
+from shiradelta.util.progress import Progress
+
+#: Examples whose gradients give the scales.
+SCALED_BY = 256
+
+
+@checked(model=ANY, experts=PATHS, examples=ANY, groups=ANY, prompt_loss=CALL, base=PATH, dims=WHOLE)
+def assemble_family(
+    model: nn.Module,
+    base: str | os.PathLike[str],
+    experts: Sequence[str | os.PathLike[str]],
+    examples: Sequence[Any],
+    groups: Sequence[int],
+    prompt_loss: Loss,
+    out: str | os.PathLike[str],
+    *,
+    dims: int = DIMS,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> ExpertFamily:
+    """Makes a family of deltas that exist already, such as those that `convert` made of ELREA's LoRAs.
+
+    Args:
+        model: the base model, with nothing on its weights.
+        base: the base delta, a `.shd` file.
+        experts: the experts, `.shd` files, each a delta from the base model.
+        examples: some examples for each expert.
+        groups: the number of each example's expert, from 0.
+        prompt_loss: loss(model, [example]) on the prompt's tokens alone.
+        out: the folder to make; there must be none of that name.
+        dims: dimensions of the projected gradients.
+        seed: of the projection.
+        progress: called with (what, done, total).
+
+    Raises:
+        ArgumentError: an expert has no example, or an example no expert.
+        TargetError: the folder cannot be made.
+        BaseMismatchError: a delta is another model's.
+        ShiraDeltaError: the gradient of an example is not finite, or zero.
+    """
+    labels = group_labels(groups, len(examples), len(experts))
+    with making(Path(out)) as folder:
+        for name, path in zip(names_of(len(experts)), [base, *experts], strict=True):
+            shutil.copyfile(path, folder / f"{name}.shd")
+        check = HotSwap(model)
+        for name in names_of(len(experts)):
+            check.load(name, folder / f"{name}.shd")
+        scales, features = measured(model, folder, examples, prompt_loss, dims, seed, progress)
+        finish(folder, scales, features, labels, seed)
+    return open_family(out)
+
+
+def group_labels(groups: Sequence[int], examples: int, experts: int) -> Array:
+    """The groups as int64 [examples].  Raises ArgumentError unless each expert has examples, and each example one."""
+    labels = np.asarray(groups)
+    if labels.shape != (examples,) or labels.dtype.kind not in "iu":
+        raise ArgumentError(
+            f"groups are no whole number for each of the {examples} examples; give the experts' numbers"
+        )
+    if sorted(set(labels.tolist())) != list(range(experts)):
+        raise ArgumentError(f"groups are not the numbers 0 to {experts - 1}; give examples for each expert")
+    return labels.astype(np.int64)
+
+
+def measured(
+    model: nn.Module,
+    folder: Path,
+    examples: Sequence[Any],
+    prompt_loss: Loss,
+    dims: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, Array], Float32]:
+    """(scales of the base delta's gradients, the examples' features), with the folder's base delta on the weights."""
+    path = folder / f"{BASE}.shd"
+    swap = HotSwap(model)
+    swap.load(BASE, path)
+    with swap.applied(BASE):
+        gradients = NonzeroGradients(model, path)
+        order = np.random.default_rng(seed).permutation(len(examples))[:SCALED_BY]
+        scales = adam_scales(gradients, [examples[index] for index in order], prompt_loss, progress)
+        sketch = Sketch(gradients, scales, dims, seed)
+        return scales, sketch.features(examples, prompt_loss, progress)
+
+
+def finish(folder: Path, scales: dict[str, Array], features: Float32, labels: Array, seed: int) -> None:
+    """Writes the index of a folder that has all members."""
+    counts = np.bincount(labels)
+    centroids = np.stack([unit(features[labels == number].mean(0)) for number in range(len(counts))])
+    digests = {}
+    for name in names_of(len(counts)):
+        with open_delta(folder / f"{name}.shd") as delta:
+            digests[name] = delta.digest
+    write_index(ExpertFamily(folder, digests, tuple(counts.tolist()), centroids, scales, seed))
+
+
+@contextmanager
+def making(out: Path) -> Iterator[Path]:
+    """A folder that gets its name when the block succeeds, and is deleted otherwise.
+
+    Raises:
+        TargetError: there is something of that name, or the folder cannot be made.
+    """
+    if os.path.lexists(out):
+        raise TargetError(f"{out}: is there already; give another name, or move it away")
+    with os_errors(out):
+        scratch = tempfile.TemporaryDirectory(prefix=".shiradelta-", dir=out.absolute().parent)
+    with scratch:
+        folder = Path(scratch.name) / out.name
+        folder.mkdir()
+        yield folder
+        with os_errors(out):
+            os.rename(folder, out)
