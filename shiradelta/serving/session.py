@@ -34,13 +34,13 @@ class SwapRequest:
 
     Attributes:
         load: name -> path of a `.shd` file, which all workers can read.
-        data: name -> the bytes of a `.shd` file, in base64.
+        data: name -> the bytes of a `.shd` file, as they are or in base64.
         active: name -> strength, for exactly the adapters that are to be active; None to leave them as they are.
         unload: names of adapters to remove.
     """
 
     load: Mapping[str, str] = field(default_factory=dict)
-    data: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, str | bytes] = field(default_factory=dict)
     active: Mapping[str, float] | None = None
     unload: Sequence[str] = ()
 
@@ -128,6 +128,20 @@ class ServedWeights:
         }
 
 
+def served(model: ServedModel, checkpoint: str) -> ServedWeights:
+    """The weights of this worker's model, which other workers may have parts of."""
+    import torch.distributed as dist
+
+    many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return ServedWeights(model, checkpoint, dist.group.WORLD if many else None)
+
+
+def synchronize(device: Any) -> None:
+    """Waits for a device's work."""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
+
+
 def _holds(layout: Layout, stored: Array) -> bool:
     """Whether memory has the elements of a tensor in the checkpoint, by samples of each region."""
     flat = stored.reshape(-1)
@@ -141,7 +155,9 @@ def _holds(layout: Layout, stored: Array) -> bool:
     return True
 
 
-def _bytes(name: str, text: str) -> bytes:
+def _bytes(name: str, text: str | bytes) -> bytes:
+    if isinstance(text, bytes):
+        return text
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError, TypeError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from shiradelta.errors import ArgumentError
-from shiradelta.serving.session import ServedWeights, SwapRequest
+from shiradelta.serving.session import ServedWeights, SwapRequest, served, synchronize
 
 try:
     from vllm.distributed.weight_transfer.base import (
@@ -102,19 +102,3 @@ class SwapExtension:
         if not hasattr(self, "_shd"):
             raise ArgumentError("the adapters' session was not made; call shd_init first")
         return self._shd
-
-
-def served(model: Any, checkpoint: str) -> ServedWeights:
-    """The weights of this worker's model, which other workers may have parts of."""
-    import torch.distributed as dist
-
-    many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return ServedWeights(model, checkpoint, dist.group.WORLD if many else None)
-
-
-def synchronize(device: Any) -> None:
-    """Waits for a device's work."""
-    import torch
-
-    if torch.device(device).type != "cpu":
-        torch.accelerator.synchronize()
