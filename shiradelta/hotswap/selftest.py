@@ -112,11 +112,12 @@ class SelfTested:
                     dtype = self._targets[name].dtype
                     verdict = _Verdict.UNSEEN
                     if dtype in registry.ADD_DTYPES:
-                        self.load(probe, _probe(stored, shape, dtype))
                         try:
+                            self.load(probe, _probe(stored, shape, dtype))
                             verdict = _verdict(self, probe, pair)
                         finally:
-                            self.unload(probe)
+                            if probe in self._adapters:
+                                self.unload(probe)
                     found[verdict].append(name)
         if stale := found[_Verdict.STALE]:
             some = brief(", ".join(map(repr, stale)), 400)

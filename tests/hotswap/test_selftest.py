@@ -13,6 +13,7 @@ import torch
 
 import shiradelta as sd
 from shiradelta.errors import ArgumentError, TargetError
+from shiradelta.models.layout import Layout, Region
 from tests.ranks import run
 from tests.swapping import adapter, bits, random_delta
 
@@ -157,6 +158,24 @@ def test_outputs_may_be_nested_and_models_arrays():
     assert checked(swap, state, *runs) == ({"v", "w"}, set())
     with pytest.raises(TargetError, match="'v'"):
         checked(swap, state, lambda: {"a": [model["w"] * 2, None], "b": (copy,)}, runs[0])
+
+
+def test_a_tensor_in_pieces_is_tested_as_the_file_has_it():
+    """Both halves of a weight are used, and a copy of one half is a copy."""
+    fused = torch.randn(8, 4)
+    copy = fused[4:].clone()
+    layout = {"k": Layout((4, 4), [Region(fused[:2], start=(0, 0)), Region(fused[4:6], start=(2, 0))])}
+    swap = sd.HotSwap({"fused": fused}, layout=layout)
+    swap.load("a", adapter({"k": random_delta((4, 4), 2, 0, "float32")}))
+    x = X[:, :4]
+
+    def state() -> bytes:
+        return bits(fused).tobytes()
+
+    runs = [lambda: x @ fused.t()] * 2
+    assert checked(swap, state, *runs) == ({"k"}, set())
+    with pytest.raises(TargetError, match="'k'"):
+        checked(swap, state, lambda: x @ torch.cat([fused[:4], copy]).t(), runs[0])
 
 
 def test_what_cannot_be_compared_is_refused():
