@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -113,6 +114,25 @@ def test_copies_of_engines_are_named(make: Callable[[torch.nn.Module], Any], sta
     engine = make(model)  # made anew, it has the weights that are active; the base differs by little
     with pytest.raises(TargetError):
         checked(swap, state, lambda: engine(X), lambda: model(X))
+
+
+@pytest.mark.slow  # a first compilation takes most of a minute
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a compiler")
+@pytest.mark.parametrize("freezing", [False, True])
+def test_inductor_has_copies_where_it_freezes(freezing: bool):
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16)).eval()
+    engine = torch.compile(model)
+    swap, state = session(model)
+    with config.patch(freezing=freezing):
+        if not freezing:
+            assert checked(swap, state, lambda: engine(X), lambda: model(X)) == (set(model.state_dict()), set())
+            assert checked(swap, state, lambda: engine(X)) == (set(model.state_dict()), set())
+            return
+        with pytest.raises(TargetError, match=r"follow 2 of 4 tensors: '0\.weight', '2\.weight'"):
+            checked(swap, state, lambda: engine(X))
 
 
 def frozen(model: Net, *names: str) -> Callable[[torch.Tensor], torch.Tensor]:
