@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +63,18 @@ def assemble_family(
         ArgumentError: an expert has no example, or an example no expert.
         TargetError: the folder cannot be made.
         BaseMismatchError: a delta is another model's.
+        SourceError: a delta does more than add.
         ShiraDeltaError: the gradient of an example is not finite, or zero.
     """
     labels = group_labels(groups, len(examples), len(experts))
     with making(Path(out)) as folder:
-        for name, path in zip(names_of(len(experts)), [base, *experts], strict=True):
-            shutil.copyfile(path, folder / f"{name}.shd")
         check = HotSwap(model)
-        for name in names_of(len(experts)):
-            check.load(name, folder / f"{name}.shd")
+        for name, path in zip(names_of(len(experts)), [base, *experts], strict=True):
+            check.load(name, path)
+            with os_errors(Path(path), "cannot be copied"):
+                shutil.copyfile(path, folder / f"{name}.shd")
         scales, features = measured(model, folder, examples, prompt_loss, dims, seed, progress)
-        finish(folder, scales, features, labels, seed)
-    return open_family(out)
+        return replace(finish(folder, scales, features, labels, seed), folder=Path(out))
 
 
 def group_labels(groups: Sequence[int], examples: int, experts: int) -> Array:
@@ -102,14 +104,14 @@ def measured(
     swap.load(BASE, path)
     with swap.applied(BASE):
         gradients = NonzeroGradients(model, path)
-        order = np.random.default_rng(seed).permutation(len(examples))[:SCALED_BY]
+        order = random.Random(seed).sample(range(len(examples)), min(SCALED_BY, len(examples)))
         scales = adam_scales(gradients, [examples[index] for index in order], prompt_loss, progress)
         sketch = Sketch(gradients, scales, dims, seed)
         return scales, sketch.features(examples, prompt_loss, progress)
 
 
-def finish(folder: Path, scales: dict[str, Array], features: Float32, labels: Array, seed: int) -> None:
-    """Writes the index of a folder that has all members."""
+def finish(folder: Path, scales: dict[str, Array], features: Float32, labels: Array, seed: int) -> ExpertFamily:
+    """Writes the index of a folder that has all members, and reads the family."""
     counts = np.bincount(labels)
     centroids = np.stack([unit(features[labels == number].mean(0)) for number in range(len(counts))])
     digests = {}
@@ -117,6 +119,7 @@ def finish(folder: Path, scales: dict[str, Array], features: Float32, labels: Ar
         with open_delta(folder / f"{name}.shd") as delta:
             digests[name] = delta.digest
     write_index(ExpertFamily(folder, digests, tuple(counts.tolist()), centroids, scales, seed))
+    return open_family(folder)
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def _about(shard: Shard) -> tuple[dict[str, str], tuple[int, ...], int]:
         raise _damaged(path, "it does not list the digests of a base and of experts")
     if len(examples) != len(digests) - 1 or not all(type(one) is int and one >= 0 for one in examples):
         raise _damaged(path, "it does not list the number of examples of each expert")
-    if re.fullmatch(r"[0-9]{1,18}", seed) is None:
+    if re.fullmatch(r"-?[0-9]{1,40}", seed) is None:
         raise _damaged(path, "its seed is no number")
     return dict(zip(names_of(len(examples)), digests, strict=True)), tuple(examples), int(seed)
 

@@ -105,7 +105,7 @@ class NonzeroGradients:
             progress(what, number, len(examples))
             found: dict[int, Tensor] = {}
             gather = partial(self._gather, found, by_weight)
-            with taking_gradients(self._model, self._weights, gather), torch.enable_grad():
+            with torch.inference_mode(False), taking_gradients(self._model, self._weights, gather), torch.enable_grad():
                 value = loss(self._model, [example])
                 if value.requires_grad:
                     value.backward()  # type: ignore[no-untyped-call]

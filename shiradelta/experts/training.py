@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from shiradelta.errors import ArgumentError, DivergedError
 from shiradelta.experts.assembling import finish, group_labels, making, measured
 from shiradelta.experts.clusters import birch
-from shiradelta.experts.family import BASE, ExpertFamily, names_of, open_family
+from shiradelta.experts.family import BASE, ExpertFamily, names_of
 from shiradelta.experts.features import DIMS
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.schedule import cycle
@@ -95,7 +96,7 @@ def train_family(
     settings = settings or TrainSettings()
     labels = None if groups is None else group_labels(groups, len(examples), experts)
     with making(Path(out)) as folder:
-        training = _FamilyTraining(model, examples, loss, settings, progress)
+        training = FamilyTraining(model, examples, loss, settings, progress)
         every = range(len(examples))
         training.base(every, folder / f"{BASE}.shd")
         scales, features = measured(model, folder, examples, prompt_loss or loss, dims, settings.seed, progress)
@@ -105,11 +106,19 @@ def train_family(
             own = (labels == number).nonzero()[0].tolist()
             steps = expert_steps or max(1, round(settings.steps * len(own) / len(examples)))
             training.expert(own, steps, folder / f"{BASE}.shd", folder / f"{name}.shd")
-        finish(folder, scales, features, labels, settings.seed)
-    return open_family(out)
+        return replace(finish(folder, scales, features, labels, settings.seed), folder=Path(out))
 
 
-class _FamilyTraining:
+class FamilyTraining:
+    """Trains the members of a family, one after the other.
+
+    Args:
+        model, examples, loss, settings, progress: as `train_family` takes them.
+
+    Attributes:
+        relative_lr: the learning rate; None until the base delta's training has found one.
+    """
+
     def __init__(
         self, model: nn.Module, examples: Sequence[Any], loss: Loss, settings: TrainSettings, progress: Progress
     ) -> None:

@@ -157,6 +157,28 @@ def test_members_that_exist_already_become_the_same_family(trained: Path, tmp_pa
     assert not (tmp_path / "g").exists()
 
 
+def test_what_does_more_than_add_is_no_member(trained: Path, tmp_path: Path):
+    with shiradelta.open_delta(trained / "base.shd") as delta:
+        name, shape = next((name, one.shape) for name, one in delta.items())
+    put = shiradelta.TensorDelta(shape, [0], np.ones(1, np.uint32), "float32", op="set")
+    shiradelta.save_delta(tmp_path / "set.shd", {name: put})
+    own = [tmp_path / "set.shd", trained / "expert-1.shd"]
+    with pytest.raises(SourceError, match="is set, not add"):
+        experts.assemble_family(
+            model(), trained / "base.shd", own, EXAMPLES, TASKS, prompt_loss, tmp_path / "f", dims=64
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["set.shd"]
+
+
+def test_a_frozen_model_is_routed_in_inference_mode_as_well(trained: Path):
+    network = model().requires_grad_(False)
+    router = experts.ExpertRouter(network, experts.open_family(trained), prompt_loss)
+    wanted = router.route(EXAMPLES[:2])
+    with torch.inference_mode():
+        assert router.route(EXAMPLES[:2]) == wanted
+    assert not any(weight.requires_grad for weight in network.parameters())
+
+
 def test_prompts_are_grouped_by_their_best_expert(trained: Path):
     router = experts.ExpertRouter(model(), experts.open_family(trained), prompt_loss)
     groups = router.groups(EXAMPLES[:9])
@@ -358,7 +380,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deep": (lambda folder: changed(folder, digests="[" * 100_000), "digests are no list"),
     "examples": (lambda folder: changed(folder, examples="[1]"), "does not list the number of examples"),
     "negative": (lambda folder: changed(folder, examples="[1, -1]"), "does not list the number of examples"),
-    "seed": (lambda folder: changed(folder, seed="-1"), "its seed is no number"),
+    "seed": (lambda folder: changed(folder, seed="x"), "its seed is no number"),
     "no centroids": (lambda folder: replaced(folder, centroids=None), "no float32 centroids of 2 experts"),
     "few centroids": (lambda folder: replaced(folder, centroids=np.ones((1, 4), np.float32)), "centroids of 2 experts"),
     "NaN": (lambda folder: replaced(folder, centroids=np.full((2, 4), np.nan, np.float32)), "not of length 1"),

@@ -63,6 +63,7 @@ def test_examples_without_a_prompt_are_refused(tokenizer: Any):
         experts.prompt_loss(tokenizer)(model, [WORDS[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("sklearn")
