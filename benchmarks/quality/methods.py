@@ -183,8 +183,10 @@ def extract_lora(base: nn.Module, tuned: Mapping[str, Tensor], task: Task, size:
     per_rank = 2 * sum(sum(weight.shape) for weight in weights.values())
     rank = max(1, round(size / per_rank))
     for name, weight in weights.items():
-        u, s, v = torch.linalg.svd(tuned[name].to(weight) - weight.data, full_matrices=False)
+        # In float32: there is no decomposition of bfloat16.
+        difference = tuned[name].to(weight.device).float() - weight.data.float()
+        u, s, v = torch.linalg.svd(difference, full_matrices=False)
         root = s[:rank].sqrt()
         up, down = (u[:, :rank] * root).half().float(), (root[:, None] * v[:rank]).half().float()
-        weight.data += up @ down
+        weight.data = (weight.data.float() + up @ down).to(weight.dtype)
     return rank * per_rank
