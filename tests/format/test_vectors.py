@@ -285,6 +285,13 @@ def test_i4_example():
     assert vector("example")[record.values.offset :][: record.values.stored] == dump("9.2")
 
 
+def test_tiled_example():
+    record = sd.open_delta(vector("tiled"))["w"].record
+    assert vector("tiled")[record.index.offset :][: record.index.stored] == dump("9.5")
+    found = INDEX_CODECS["TILED"].decode(np.frombuffer(dump("9.5"), np.uint8), 6, (4, 4))
+    assert found.tolist() == [0, 1, 3, 6, 9, 15]
+
+
 def test_the_whole_example_file_is_as_printed():
     rows = re.findall(r"^    +(\d+): ((?:[0-9A-F]{2} )*[0-9A-F]{2})", section("9.4"), re.M)
     printed = bytearray(512)
