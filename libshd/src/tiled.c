@@ -385,6 +385,11 @@ typedef struct room {
     uint64_t size;
 } room;
 
+/* The most columns, and the most rows of a tile: each takes a bit of the section. */
+static uint64_t most_lines(const shd_tensor *tensor) {
+    return shdi_min(shdi_min(tensor->numel, SHDI_MAX_TILE), 8 * tensor->index.decoded);
+}
+
 static room room_of(const shd_tensor *tensor) {
     room r = {0, 0, 0, 0, 0, 0, 0};
     while (r.k < SHDI_MAX_RICE_K && tensor->numel >> (r.k + 1) >= tensor->nnz) {
@@ -392,7 +397,7 @@ static room room_of(const shd_tensor *tensor) {
     }
     /* numel / 2^k is below 2 nnz (or k is its largest), so that this bounds the unary bits. */
     const uint64_t unary_bits = tensor->nnz + (tensor->numel >> r.k);
-    const uint64_t lines = shdi_min(tensor->numel, SHDI_MAX_TILE); /* the most columns, and the most rows of a tile */
+    const uint64_t lines = most_lines(tensor);
     r.low = shdi_ceil_div(unary_bits, SHDI_BLOCK) * 2 * shdi_word(tensor->numel);
     r.unary = r.low + 4 * shdi_ceil_div(tensor->nnz * r.k, 32);
     r.rice = r.unary + 4 * shdi_ceil_div(unary_bits, 32) + SHDI_SLACK;
@@ -418,7 +423,7 @@ shdi_fault shdi_tiled_load(shd_delta *delta, int check_padding, uint8_t *memory)
     work w = {.bitmap = (uint64_t *)(void *)(memory + r.bitmap),
               .columns.lines = (uint32_t *)(void *)(memory + r.lines)};
     w.summary = w.bitmap + SHDI_MAX_TILE / 64;
-    w.rows.lines = w.columns.lines + shdi_min(delta->tensor.numel, SHDI_MAX_TILE);
+    w.rows.lines = w.columns.lines + most_lines(&delta->tensor);
     shdi_rice_writer writer = {.directory = memory, .unary = memory + r.unary, .low = {memory + r.low, 0, 0},
                                .word = shdi_word(delta->tensor.numel), .k = r.k};
     fault = sort_columns(&p, &w);
