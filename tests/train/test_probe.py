@@ -44,13 +44,26 @@ def test_the_values_are_zero_again_and_the_weights_the_base():
     assert torch.equal(model.weight, before)
 
 
-def test_a_rate_is_taken_whose_neighbours_are_worse():
+def test_the_rate_above_the_one_whose_neighbours_are_worse_is_taken():
     found, _ = probe(0.1)
     losses: dict[float, float] = {}
-    best = found.best(losses.__setitem__)
-    assert losses[best] == min(losses.values())
-    for neighbour in (best * FACTOR, best / FACTOR):
+    taken = found.best(losses.__setitem__)
+    best = min(losses, key=losses.__getitem__)
+    assert taken == pytest.approx(best * FACTOR)
+    for neighbour in (taken, best / FACTOR):
         assert any(math.isclose(neighbour, rate) for rate in losses)
+
+
+def test_a_rate_that_diverges_is_not_taken():
+    found, _ = probe(0.1)
+    losses: dict[float, float] = {}
+    above = losses[found.best(losses.__setitem__)]
+
+    def diverging(left: Tensor) -> Tensor:
+        return left if torch.is_grad_enabled() or left < above else left * math.inf
+
+    found, _ = probe(0.1, diverging)
+    assert found.best() == min(losses, key=losses.__getitem__)
 
 
 def test_runs_that_diverge_take_the_least_rate():
