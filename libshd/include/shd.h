@@ -426,7 +426,7 @@ SHD_API int shd_rice_plan(const int64_t *positions, uint64_t count, uint64_t num
 /* Writes plan->size bytes. The positions must be those of the plan; if not, SHD_INVALID_ARGUMENT. */
 SHD_API int shd_rice_encode(const shd_rice *plan, const int64_t *positions, void *section, uint64_t capacity);
 
-/* What TILED takes a tensor for (FORMAT.md, section 4.6): a matrix, with classes of rows and columns and a k for each pair. */
+/* How TILED sees a tensor (FORMAT.md, section 4.6): as a matrix, with classes of rows and columns and a k for each pair. */
 typedef struct shd_tiled {
     uint64_t numel;
     uint64_t columns;              /* divides numel */

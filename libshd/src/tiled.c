@@ -135,6 +135,9 @@ static shdi_fault take_apart(const shd_delta *delta, parts *p) {
     if (fault.code == SHD_OK) {
         fault = take_sizes(delta, p, &at, row_bits);
     }
+    if (fault.code == SHD_OK && delta->tensor.index.decoded - at < SHDI_SLACK) {
+        fault = shdi_fault_at(SHD_BAD_SIZE, at);
+    }
     if (fault.code != SHD_OK) {
         return fault;
     }
@@ -352,6 +355,9 @@ static shdi_fault decode_tiles(const shd_delta *delta, const parts *p, work *w, 
         if (size > p->unary_bits - unary_bit || low_end > p->low_bits || count > delta->tensor.nnz - writer->rank ||
             !has_ones(unary, unary_bit, unary_bit + size, count)) {
             return shdi_fault_at(SHD_BAD_INDEX, p->unary + unary_bit / 8);
+        }
+        if (count == 0) {
+            continue; /* and the tile has no unary bits */
         }
         shdi_fault fault = sort_lines(&p->row_classes, row, rows, &w->rows);
         if (fault.code != SHD_OK) {

@@ -229,6 +229,11 @@ def test_tiled_takes_the_rows_of_the_last_dimension_where_they_differ():
     assert registry.TILED_HEAD.unpack_from(section)[4] == 64
 
 
+@pytest.mark.parametrize("shape", [(1 << 40, 2), (2, 1 << 40), (1 << 30, 1 << 10), (1 << 24, 3, 5)])
+def test_tiled_is_not_tried_where_lines_are_more_than_positions_can_pay_for(shape):
+    assert INDEX_CODECS.by_id[IndexId.TILED].size(np.arange(0, 4000, 10), shape) is None
+
+
 def test_a_part_of_tiled_does_not_look_at_other_tiles():
     positions, shape = tiled_positions(1200, 700)
     codec = INDEX_CODECS.by_id[IndexId.TILED]

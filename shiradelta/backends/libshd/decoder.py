@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from ctypes import byref, c_double, c_uint64, c_void_p
 from typing import Any
@@ -165,7 +166,7 @@ class NativeDecoder(Decoder):
         self._reference = NumpyDecoder(data, file, records)
         self.numbers = {record.name: number for number, record in enumerate(records)}
         self._last: LoadedTensor | None = None
-        self._failure: BaseException | None = None
+        self._failures = threading.local()  # of a callback, until the call that it failed in has ended
         self._struct = new_struct(FILE)
         self.file = address(self._struct)
         self._check(library().shd_open, None, self.file, address(data), data.size)
@@ -183,8 +184,9 @@ class NativeDecoder(Decoder):
         code = function(*arguments, byref(status))
         if code == 0:
             return
-        failure, self._failure = self._failure, None
+        failure: BaseException | None = getattr(self._failures, "last", None)
         if failure is not None:
+            self._failures.last = None
             raise failure
         reason = library().shd_error_name(code).decode()
         if reason == _OUT_OF_RANGE:
@@ -201,7 +203,7 @@ class NativeDecoder(Decoder):
         except FormatError:
             return 1
         except BaseException as error:
-            self._failure = error
+            self._failures.last = error
             return 1
         return 0
 
@@ -236,7 +238,10 @@ class NativeDecoder(Decoder):
             yield loaded.bits(first, last - first)
 
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
-        return LoadedTensor(self, record, _CHECK_SIZES).between(start, stop)
+        last = self._last
+        if last is None or last.record is not record:
+            last = LoadedTensor(self, record, _CHECK_SIZES)
+        return last.between(start, stop)
 
     def check(self, record: Record) -> None:
         """Checks a tensor as loading does, but in one call if nothing needs memory."""

@@ -15,7 +15,7 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, between, check_zero, padded
 from shiradelta.format.codecs.packing import Words, field_words, find_ones, pack_bitmap, pack_fields, unpack_fields
-from shiradelta.format.codecs.tiled_classes import Grid, Small, choose
+from shiradelta.format.codecs.tiled_classes import Grid, Small, choose, pays_for_lines
 from shiradelta.format.registry import IndexId
 from shiradelta.util.arrays import WINDOW
 
@@ -97,13 +97,13 @@ class _TiledReader:
 
     Attributes:
         at: where the next part starts.
-        unused: whether all that has to be zero between the parts is.
+        padding_is_zero: whether all padding and unused bits so far are zero.
     """
 
     def __init__(self, data: Bytes) -> None:
         self._data = data
         self.at = HEAD.size
-        self.unused = True
+        self.padding_is_zero = True
 
     def _take(self, size: int) -> Bytes:
         part = self._data[self.at : self.at + size]
@@ -115,7 +115,7 @@ class _TiledReader:
     def numbers(self, count: int) -> Small:
         """`count` bytes, padded to whole words."""
         part = self._take(registry.align(count, 4))
-        self.unused &= not part[count:].any()
+        self.padding_is_zero &= not part[count:].any()
         return part[:count]
 
     def fields(self, count: int, width: int) -> Positions:
@@ -123,7 +123,7 @@ class _TiledReader:
         words = self._take(4 * field_words(count, width)).view("<u4")
         if not width:
             return np.zeros(count, np.int64)
-        self.unused &= not (count * width % 32 and words[-1] >> (count * width % 32))
+        self.padding_is_zero &= not (count * width % 32 and words[-1] >> (count * width % 32))
         return unpack_fields(words, width, 0, count)
 
 
@@ -133,11 +133,12 @@ class _TiledParts:
 
     layout: _TiledLayout
     unary_bits: Positions  # [tiles]
-    counts: Positions  # [tiles, different k]
+    ks: Positions  # int64, those that have nonzeros, increasing
+    counts: Positions  # [tiles, these k]
     low: Words  # with what follows
     unary: Bytes  # with the slack
     end: int  # where the slack starts
-    unused: bool  # whether what has to be zero before low is zero
+    padding_is_zero: bool  # of everything before low
 
     @classmethod
     def of(cls, data: Bytes, nnz: int, numel: int) -> _TiledParts:
@@ -156,24 +157,26 @@ class _TiledParts:
         k = taken.numbers(1 << (row_bits + column_bits)).reshape(1 << row_bits, 1 << column_bits)
         if k.max() > registry.MAX_RICE_K:
             raise FormatError("bad_index", f"k is {k.max()}")
-        ks = np.unique(k)
-        widths = taken.numbers(1 + ks.size)
+        widths = taken.numbers(1 + np.unique(k).size)
         if widths.max() > registry.MAX_TILE_FIELD:
             raise FormatError("bad_index", f"a field of {widths.max()} bits")
         row_class = taken.fields(numel // columns, row_bits).astype(np.uint8)
         column_class = taken.fields(columns, column_bits).astype(np.uint8)
         layout = _TiledLayout(Grid(columns, tile_rows, row_class, row_bits, column_class, column_bits, k))
-        unary_bits, *counts = (taken.fields(layout.tiles, int(width)) for width in widths)
-        of_k = np.array([count.sum() for count in counts])
+        unary_bits = taken.fields(layout.tiles, int(widths[0]))
+        # What has no bits in the file takes no memory either.
+        ks = layout.ks[widths[1:] > 0].astype(np.int64)
+        counts = [taken.fields(layout.tiles, int(width)) for width in widths[1:] if width]
+        of_k = np.array([count.sum() for count in counts], np.int64)
         low = taken.at
-        unary = low + 4 * field_words(1, int(of_k @ ks.astype(np.int64)))
+        unary = low + 4 * field_words(1, int(of_k @ ks))
         end = unary + 4 * -(-all_unary // 32)
         if end + registry.SLACK != data.size:
             raise FormatError("bad_size", f"{data.size} bytes for {all_unary} unary bits")
         if of_k.sum() != nnz or unary_bits.sum() != all_unary:
             raise FormatError("bad_index", f"{of_k.sum()} nonzeros of {nnz}, {unary_bits.sum()} unary bits")
         low_words, sizes = data[low:].view("<u4"), np.stack(counts, axis=1)
-        return cls(layout, unary_bits, sizes, low_words, data[unary:], end, taken.unused)
+        return cls(layout, unary_bits, ks, sizes, low_words, data[unary:], end, taken.padding_is_zero)
 
     @cached_property
     def ranks(self) -> Positions:
@@ -183,7 +186,7 @@ class _TiledParts:
     @cached_property
     def low_starts(self) -> Positions:
         """Bits of low before each tile, and all."""
-        return np.append(0, np.cumsum(self.counts @ self.layout.ks.astype(np.int64)))
+        return np.append(0, np.cumsum(self.counts @ self.ks))
 
     @cached_property
     def unary_starts(self) -> Positions:
@@ -214,7 +217,7 @@ class _TiledParts:
     def _positions(self, first: int, last: int, ones: Positions) -> Positions:
         """As `positions`, given the ones of tiles whose numbers of ones are right."""
         layout, grid = self.layout, self.layout.grid
-        ks, counts = layout.ks.astype(np.int64), self.counts[first:last]
+        ks, counts = self.ks, self.counts[first:last]
         of_k = np.repeat(np.tile(np.arange(ks.size), last - first), counts.ravel())
         tile = np.repeat(np.arange(last - first), counts.sum(axis=1))
         zeros = np.diff(ones, prepend=-1) - 1
@@ -232,6 +235,8 @@ class _TiledParts:
         tiles, positions = layout.tiles_of(first, last), np.empty(ones.size, np.int64)
         for number, value in enumerate(ks.tolist()):
             chosen = np.flatnonzero(of_k == number)
+            if not chosen.size:
+                continue
             before = tiles.before(value)
             edges = before[:: layout.cells]
             order = inside[chosen] + edges[tile[chosen]]
@@ -249,7 +254,7 @@ class _TiledParts:
         """Whether all padding and slack is zero."""
         low, unary = int(self.low_starts[-1]), int(self.unary_starts[-1])
         return (
-            self.unused
+            self.padding_is_zero
             and not (low % 32 and self.low[low // 32] >> (low % 32))
             and not np.any(find_ones(self.unary[unary // 8 : self.end]) >= unary % 8)
         )
@@ -269,7 +274,7 @@ class Tiled(IndexCodec):
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
         """None also where it would save too little to be worth a slower decoder."""
-        if math.prod(shape) < registry.BLOCK_BITS:
+        if math.prod(shape) < registry.BLOCK_BITS or not pays_for_lines(positions.size, shape):
             return None
         chosen = self._choose(positions, shape)
         return self.size_in(positions, chosen[0]) if chosen and chosen[1] else None
@@ -293,6 +298,8 @@ class Tiled(IndexCodec):
 
     def _choose(self, positions: Positions, shape: tuple[int, ...]) -> tuple[Grid, bool] | None:
         """What `choose` says, which is asked once for the positions' size and their encoding."""
+        if positions.flags.writeable:  # then they may be others the next time
+            return choose(positions, shape)
         known = self._last
         if known is None or known[0]() is not positions or known[1] != shape:
             known = self._last = weakref.ref(positions), shape, choose(positions, shape)
@@ -308,8 +315,9 @@ class Tiled(IndexCodec):
         most = max(_MOST_LINES // max(grid.tile_rows, parts.layout.cells), 1)
         first = 0
         while first < parts.layout.tiles:
-            end = int(np.searchsorted(parts.ranks, parts.ranks[first] + WINDOW, side="right")) - 1
-            last = min(max(end, first + 1), first + most)
+            by_rank = np.searchsorted(parts.ranks, parts.ranks[first] + WINDOW, side="right")
+            by_bits = np.searchsorted(parts.unary_starts, parts.unary_starts[first] + 8 * WINDOW, side="right")
+            last = min(max(int(min(by_rank, by_bits)) - 1, first + 1), first + most)
             yield parts.positions(first, last)
             first = last
         if not parts.unused_bits_are_zero():

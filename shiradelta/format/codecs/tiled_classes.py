@@ -20,7 +20,7 @@ Small = npt.NDArray[np.uint8]
 _STEPS = 8
 #: About how many different k there are, and how many bits a tile takes for its number of nonzeros of each.
 _KS, _COUNT_BITS = 12, 9
-#: TILED takes longer to decode than other codecs, so it has to save this share of the bits.
+#: TILED takes longer to decode than other codecs, so by estimate it has to save this share of the bits of one density.
 _LEAST_SAVING = 1 / 32
 
 
@@ -55,7 +55,23 @@ def choose(positions: Positions, shape: tuple[int, ...]) -> tuple[Grid, bool] | 
     if not found:
         return None
     bits, grid = min(found, key=lambda row: row[0])
-    return grid, bits <= (1 - _LEAST_SAVING) * float(_entropy(np.array(positions.size), np.array(numel)))
+    return grid, bits <= (1 - _LEAST_SAVING) * entropy(positions.size, numel)
+
+
+def pays_for_lines(nnz: int, shape: tuple[int, ...]) -> bool:
+    """Whether the classes of rows and columns can take fewer bits than the positions; each takes one at least.
+
+    A tensor has any number of rows, so this is asked before something is made for each of them.
+    """
+    numel = math.prod(shape)
+    widths = {matrix_shape(shape)[1], shape[-1] if shape else 1}
+    lines = min((numel // width + width for width in widths if width <= registry.MAX_TILE), default=numel)
+    return lines < entropy(nnz, numel)
+
+
+def entropy(nnz: int, numel: int) -> float:
+    """Bits of so many independent positions."""
+    return float(_entropy(np.array(nnz), np.array(numel)))
 
 
 def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid]:
