@@ -81,18 +81,18 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_prompts_that_were_not_seen_go_to_the_expert_of_their_task(tokenizer: Any, tmp_path: Path):
-    model, every, route = llama(vocab_size=100), rows(60), experts.prompt_loss(tokenizer)
+    model, every, route = llama(vocab_size=100), rows(44), experts.prompt_loss(tokenizer)
     family = experts.train_family(
         model,
-        every[:40],
+        every[:24],
         experts.text_loss(tokenizer),
         tmp_path / "family",
         prompt_loss=route,
         experts=2,
-        groups=[number % 2 for number in range(40)],
-        settings=experts.TrainSettings(sparsity=0.05, steps=40, batch=16, relative_lr=0.1, mask="rand"),
+        groups=[number % 2 for number in range(24)],
+        settings=experts.TrainSettings(sparsity=0.05, steps=16, batch=8, relative_lr=0.1, mask="rand"),
         dims=1024,
     )
     router = experts.ExpertRouter(model, family, route)
-    cosines = router.cosines([row["prompt"] for row in every[40:]])
+    cosines = router.cosines([row["prompt"] for row in every[24:]])
     assert cosines.argmax(1).tolist() == [0, 1] * 10
