@@ -236,12 +236,15 @@ SOME_ROWS = [(0, 64), (0, 1), (63, 64), (10, 30), (5, 5), (0, 0), (64, 64)]
 @pytest.mark.parametrize("rows", SOME_ROWS)
 def test_rows_are_those_of_the_whole(tmp_path, codec, rows):
     shape = (64, 96)
+    elements = np.arange(6144)
+    crossed = elements[(elements // 96 % 4 == 0) & (elements % 96 % 4 == 0) & (elements % 5 > 0)]
     tensor = {
         registry.IndexId.RICE: random_delta(shape, 300),
         registry.IndexId.RAW: random_delta(shape, 3),
         registry.IndexId.BITMAP: random_delta(shape, 9000),
         registry.IndexId.STRUCT: sd.TensorDelta(shape, np.arange(12, 6144, 96), np.ones(64)),
         registry.IndexId.ALL: sd.TensorDelta(shape, None, np.arange(6144) - 3000.0),
+        registry.IndexId.TILED: sd.TensorDelta(shape, crossed, np.arange(crossed.size) + 1.0),
     }[codec]
     found = sd.open_delta(written({"w": tensor}, tmp_path))["w"]
     assert found.record.index_codec == codec

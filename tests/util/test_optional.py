@@ -35,7 +35,7 @@ def test_a_module_of_this_package_that_is_missing_is_no_missing_dependency():
 @pytest.mark.parametrize(("package", "extra"), optional.EXTRAS.items())
 def test_extras_install_the_package(package: str, extra: str):
     assert f"'shiradelta[{extra}]'" in str(optional.missing(package, "a song"))
-    distribution = {"yaml": "pyyaml"}.get(package, package)
+    distribution = {"yaml": "pyyaml", "sklearn": "scikit-learn"}.get(package, package)
     lines = PROJECT["optional-dependencies"][extra]
     assert any(re.match(rf"{distribution}(\[\w+\])?>=", line) for line in lines)
 
