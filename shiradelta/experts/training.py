@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import ArgumentError, DivergedError
@@ -21,12 +20,10 @@ from shiradelta.experts.family import BASE, ExpertFamily, names_of
 from shiradelta.experts.features import DIMS
 from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.schedule import cycle
-from shiradelta.text.batches import batches, by_length
+from shiradelta.text.batches import batches
 from shiradelta.train.attaching import attach
 from shiradelta.train.gradients import Loss
-from shiradelta.train.masks import MASKS
-from shiradelta.train.probe import LEAST_STEPS, SHARE, Probe
-from shiradelta.train.run import CALIBRATION, CLIP, HELD_OUT
+from shiradelta.train.recipe import calibration, find_lr, optimizer_of, take_step
 from shiradelta.train.settings import TrainSettings
 from shiradelta.train.tuner import Tuner
 from shiradelta.util.arguments import ANY, CALL, PATH, WHOLE, ArgumentKind, checked
@@ -130,16 +127,13 @@ class FamilyTraining:
     def base(self, indices: Sequence[int], path: Path) -> None:
         """Trains the base delta."""
         settings = self.settings
-        mask = MASKS.find(settings.mask)
-        stream = batches(indices, self._lengths, settings.batch, settings.seed + 1)
-        epoch = min(settings.steps, math.ceil(len(indices) / settings.batch))
         prune_steps, prune_from = settings.pruning
         with attach(
             self.model,
             settings.sparsity,
             settings.mask,
             list(settings.targets) or None,
-            list(islice(stream, CALIBRATION if mask.search is None else epoch)),
+            calibration(settings, indices, self._lengths),
             loss=self._loss,
             scope=settings.scope,
             avoid=settings.avoid,
@@ -151,7 +145,8 @@ class FamilyTraining:
         ) as tuner:
             units = tuner.units()
             if self.relative_lr is None:
-                self.relative_lr = self._find_lr(tuner, units, indices)
+                loss = partial(self._loss, self.model)
+                self.relative_lr = find_lr(tuner, units, loss, settings, indices, self._lengths)
             self._fit(tuner, units, indices, settings.steps, BASE)
             tuner.save(path, settings.values)
 
@@ -161,36 +156,19 @@ class FamilyTraining:
             self._fit(tuner, tuner.units(), indices, steps, path.stem)
             tuner.save(path, self.settings.values)
 
-    def _find_lr(self, tuner: Tuner, units: Sequence[float], indices: Sequence[int]) -> float:
-        settings = self.settings
-        stream = batches(indices, self._lengths, settings.batch, settings.seed + 2)
-        steps = list(islice(stream, max(LEAST_STEPS, round(SHARE * settings.steps))))
-        seen = {index for batch in steps for index in batch}
-        rest = [index for index in indices if index not in seen] or list(indices)
-        unseen = by_length(rest[:HELD_OUT], self._lengths, settings.batch)
-        return Probe(tuner, units, partial(self._loss, self.model), steps, unseen, CLIP).best()
-
     def _fit(self, tuner: Tuner, units: Sequence[float], indices: Sequence[int], steps: int, what: str) -> None:
         assert self.relative_lr is not None
-        optimizer = torch.optim.AdamW(
-            [{"params": [values], "unit": unit} for values, unit in zip(tuner.parameters(), units, strict=True)],
-            weight_decay=MASKS.find(self.settings.mask).weight_decay,
-        )
+        optimizer = optimizer_of(tuner, units, self.settings.mask)
         stream = batches(indices, self._lengths, self.settings.batch, self.settings.seed)
         for step, batch in enumerate(islice(stream, steps)):
-            for group in optimizer.param_groups:
-                group["lr"] = self.relative_lr * group["unit"] * cycle(step, steps)
-            optimizer.zero_grad()
-            found = self._loss(self.model, batch)
-            found.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(tuner.parameters(), CLIP)
-            if not math.isfinite(found.item()) or not torch.isfinite(norm):
+            loss = partial(self._loss, self.model, batch)
+            found = take_step(tuner, optimizer, loss, self.relative_lr, cycle(step, steps))
+            if math.isnan(found):
                 smaller = f"{self.relative_lr / 4:.2g}"
                 raise DivergedError(
                     f"training {what} gave NaN at step {step}; give a smaller relative_lr, such as {smaller}"
                 )
-            optimizer.step()
-            self.progress(f"{what}: loss {found.item():.3f}", step + 1, steps)
+            self.progress(f"{what}: loss {found:.3f}", step + 1, steps)
 
     def _loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         return self._given_loss(model, [self.examples[index] for index in indices])

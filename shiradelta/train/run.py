@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from shiradelta.text.read import read_file
 from shiradelta.train.attaching import attach, reattach
 from shiradelta.train.masks import MASKS
 from shiradelta.train.plot import draw_losses
-from shiradelta.train.probe import LEAST_STEPS, SHARE, Probe
+from shiradelta.train.recipe import HELD_OUT, calibration, find_lr, optimizer_of, take_step
 from shiradelta.train.run_state import BestState, History, RunState, load_run, save_run
 from shiradelta.train.settings import TrainReport, TrainSettings
 from shiradelta.train.targets import find_weights
@@ -47,14 +48,8 @@ from shiradelta.util.memory import advising_on_memory
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
 
-#: Number of batches over which gradients are summed for a mask.
-CALIBRATION = 16
-#: The largest number of held-out examples.
-HELD_OUT = 256
 #: How often the held-out loss is measured.
 EVALUATIONS = 20
-#: Norm to which gradients are clipped.
-CLIP = 1.0
 
 
 @renamed_arguments(say="log")
@@ -159,10 +154,7 @@ class _Run:
         self.history = [] if resumed is None else resumed.history
         before = self.history[0][2] if self.history else self._measure()
         tuner = self._attach(resumed)
-        optimizer = torch.optim.AdamW(
-            [{"params": [values], "unit": unit} for values, unit in zip(tuner.parameters(), self.units, strict=True)],
-            weight_decay=MASKS.find(settings.mask).weight_decay,
-        )
+        optimizer = optimizer_of(tuner, self.units, settings.mask)
         step = 0
         if resumed is not None:
             resumed.restore(tuner, optimizer, self.checkpoint.root, self.unfinished.path)
@@ -213,16 +205,14 @@ class _Run:
 
     def _attach(self, resumed: RunState | None) -> Tuner:
         settings = self.settings
-        searches = MASKS.find(settings.mask).search is not None
-        if resumed is not None and searches:  # a search takes long, and finds more than a mask
+        # A search takes long, and finds more than a mask.
+        if resumed is not None and MASKS.find(settings.mask).search is not None:
             tuner = reattach(self.model, resumed.of_tuner, settings.mask)
             self.units = tuner.units()
             return tuner
         targets: list[str] | None = list(settings.targets) or None
         mask: str | dict[str, Tensor] = settings.mask if resumed is None else resumed.mask
         weights = find_weights(self.model, targets)
-        stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed + 1)
-        epoch = min(settings.steps, math.ceil(len(self.train) / settings.batch))
         prune_steps, prune_from = settings.pruning
         starting = prune_steps if resumed is None else 0  # a resumed run continues to prune the mask of its state
         tuner = attach(
@@ -230,7 +220,7 @@ class _Run:
             settings.sparsity,
             mask,
             targets,
-            list(islice(stream, epoch if searches else CALIBRATION)),
+            calibration(settings, self.train, self.examples.lengths),
             loss=self._loss,
             scope=settings.scope,
             avoid=settings.avoid,
@@ -251,18 +241,12 @@ class _Run:
         """The learning rate, relative to `units`, that short runs recommend; a resumed run's own."""
         if resumed is not None and resumed.relative_lr is not None:
             return resumed.relative_lr
-        settings = self.settings
-        stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed + 2)
-        steps = list(islice(stream, max(LEAST_STEPS, round(SHARE * settings.steps))))
-        seen = {index for batch in steps for index in batch}
-        rest = [index for index in self.train if index not in seen] or list(self.train)
-        unseen = by_length(rest[:HELD_OUT], self.examples.lengths, settings.batch)
 
-        def tried(rate: float, loss: float) -> None:
-            self.log(f"learning rate {rate:.2g} of a weight's RMS: loss {loss:.4g} after {len(steps)} steps")
+        def tried(rate: float, loss: float, steps: int) -> None:
+            self.log(f"learning rate {rate:.2g} of a weight's RMS: loss {loss:.4g} after {steps} steps")
 
-        probe = Probe(tuner, self.units, lambda part: self._loss(self.model, part), steps, unseen, CLIP)
-        return probe.best(tried)
+        loss = partial(self._loss, self.model)
+        return find_lr(tuner, self.units, loss, self.settings, self.train, self.examples.lengths, tried)
 
     def _check_stored(self, tuner: Tuner) -> None:
         """Checks that the folder stores the weights with the bits that are trained, since the file is made for them."""
@@ -344,17 +328,11 @@ class _Run:
             self.best = BestState.of(tuner, held_out)
 
     def _step(self, tuner: Tuner, optimizer: torch.optim.Optimizer, step: int, indices: Sequence[int]) -> float:
-        for group in optimizer.param_groups:
-            group["lr"] = self.relative_lr * group["unit"] * cycle(step, self.settings.steps)
-        optimizer.zero_grad()
-        loss = self._loss(self.model, indices)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(tuner.parameters(), CLIP)
-        found = loss.item()
-        if not math.isfinite(found) or not torch.isfinite(norm):
+        loss, share = partial(self._loss, self.model, indices), cycle(step, self.settings.steps)
+        found = take_step(tuner, optimizer, loss, self.relative_lr, share)
+        if math.isnan(found):
             smaller = f"{self.relative_lr / 4:.2g}"
             raise DivergedError(f"training gave NaN at step {step}; give a smaller --relative-lr, such as {smaller}")
-        optimizer.step()
         return found
 
 

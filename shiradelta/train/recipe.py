@@ -1,0 +1,95 @@
+"""The recipe of a training run by `TrainSettings`: `run` and families of experts train by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.text.batches import batches, by_length
+from shiradelta.train.masks import MASKS
+from shiradelta.train.probe import LEAST_STEPS, SHARE, Probe
+from shiradelta.train.settings import TrainSettings
+from shiradelta.train.tuner import Tuner
+
+#: Number of batches over which gradients are summed for a mask.
+CALIBRATION = 16
+#: The largest number of held-out examples.
+HELD_OUT = 256
+#: Norm to which gradients are clipped.
+CLIP = 1.0
+
+
+def calibration(settings: TrainSettings, indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Batches of examples to choose a mask by: an epoch at most for a mask that is searched by training.
+
+    Args:
+        settings: of the run.
+        indices: numbers of the examples to train on.
+        lengths: of all examples; batches are of similar ones.
+    """
+    epoch = min(settings.steps, math.ceil(len(indices) / settings.batch))
+    searches = MASKS.find(settings.mask).search is not None
+    stream = batches(indices, lengths, settings.batch, settings.seed + 1)
+    return list(islice(stream, epoch if searches else CALIBRATION))
+
+
+def optimizer_of(tuner: Tuner, units: Sequence[float], mask: str) -> torch.optim.AdamW:
+    """AdamW for a tuner's parameters; each group has the `unit` of its learning rate."""
+    return torch.optim.AdamW(
+        [{"params": [values], "unit": unit} for values, unit in zip(tuner.parameters(), units, strict=True)],
+        weight_decay=MASKS.find(mask).weight_decay,
+    )
+
+
+def find_lr(
+    tuner: Tuner,
+    units: Sequence[float],
+    loss: Callable[[Sequence[int]], Tensor],
+    settings: TrainSettings,
+    indices: Sequence[int],
+    lengths: Sequence[int],
+    tried: Callable[[float, float, int], None] = lambda rate, loss, steps: None,
+) -> float:
+    """The learning rate, relative to the units, that short runs recommend.
+
+    Args:
+        tuner: attached, in the state that training starts from.
+        units: what a learning rate of 1 is for each of the tuner's parameters.
+        loss: of the examples of these numbers.
+        settings: of the run.
+        indices: numbers of the examples to train on.
+        lengths: of all examples.
+        tried: called with each rate, the loss after its run, and the run's steps.
+    """
+    stream = batches(indices, lengths, settings.batch, settings.seed + 2)
+    steps = list(islice(stream, max(LEAST_STEPS, round(SHARE * settings.steps))))
+    seen = {index for batch in steps for index in batch}
+    rest = [index for index in indices if index not in seen] or list(indices)
+    unseen = by_length(rest[:HELD_OUT], lengths, settings.batch)
+    probe = Probe(tuner, units, loss, steps, unseen, CLIP)
+    return probe.best(lambda rate, found: tried(rate, found, len(steps)))
+
+
+def take_step(
+    tuner: Tuner, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], relative_lr: float, share: float
+) -> float:
+    """Takes one step, at a share of the relative learning rate.
+
+    Returns:
+        The loss before it; NaN, and no step was taken, where the loss or its gradient is not finite.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = relative_lr * group["unit"] * share
+    optimizer.zero_grad()
+    left = loss()
+    left.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(tuner.parameters(), CLIP)
+    found = left.item()
+    if not math.isfinite(found) or not torch.isfinite(norm):
+        return math.nan
+    optimizer.step()
+    return found
