@@ -28,7 +28,7 @@ from benchmarks.table import print_table
 from demo.task import embed, load_base
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array
-from shiradelta.io.describe import entropy
+from shiradelta.format.entropy import entropy
 
 RATES = (1e-6, 1e-5)
 STEPS, BATCH = 12, 32

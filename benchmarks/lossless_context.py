@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.lossless import LARGE, RATES, STEPS, State, bits, steps
 from benchmarks.table import print_table
-from shiradelta.io.describe import entropy
+from shiradelta.format.entropy import entropy
 
 #: Classes of the exponent (the largest, and smaller ones down to this many), and of rows' and columns' rates.
 EXPONENTS, CLASSES = 12, 8

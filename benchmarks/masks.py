@@ -27,7 +27,7 @@ from benchmarks.quality import corpus
 from benchmarks.table import print_table
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.rice import Rice
-from shiradelta.io.describe import entropy
+from shiradelta.format.entropy import entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DENSITY = 0.01

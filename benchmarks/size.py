@@ -9,7 +9,7 @@ import numpy as np
 
 import shiradelta
 from benchmarks.table import print_table
-from shiradelta.io.describe import entropy
+from shiradelta.format.entropy import entropy
 
 NUMEL = 1 << 26
 #: Bits per nonzero that others store (their own layouts, 4-byte values).

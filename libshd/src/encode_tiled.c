@@ -110,7 +110,7 @@ static int lay_out_tile(order *o, uint64_t tile) {
     return 1;
 }
 
-/* Sets the bits of the positions before `end`, from positions[at] on. Returns where they end. */
+/* Sets the bits of a tile's positions, the first of which is positions[at]. Returns where they end. */
 static uint64_t place_positions(order *o, const int64_t *positions, uint64_t at, uint64_t count, uint64_t tile) {
     const shd_tiled *grid = o->grid;
     const uint64_t start = tile * grid->tile_rows * grid->columns;

@@ -7,19 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from shiradelta.errors import printable
+from shiradelta.format.entropy import entropy
 from shiradelta.io.reader import Delta
 from shiradelta.util import text
 
 #: Version of the format -> the first release that reads it.
 RELEASES = {"1.0": "0.1.0"}
-
-
-def entropy(nnz: int, numel: int) -> float:
-    """The entropy of positions drawn independently at this density, in bits per nonzero."""
-    if not 0 < nnz < numel:
-        return 0.0
-    p = nnz / numel
-    return -(math.log2(p) + (1 - p) / p * math.log2(1 - p))
 
 
 def describe(delta: Delta) -> dict[str, Any]:

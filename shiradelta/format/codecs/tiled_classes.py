@@ -11,6 +11,7 @@ import numpy.typing as npt
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.delta import matrix_shape
+from shiradelta.format.entropy import entropy
 
 Floats = npt.NDArray[np.float64]
 #: Small whole numbers: classes, or k.
@@ -50,12 +51,11 @@ class Grid:
 def choose(positions: Positions, shape: tuple[int, ...]) -> tuple[Grid, bool] | None:
     """The grid that takes the fewest bits, and whether TILED pays with it; None where a row does not fit in a tile."""
     numel = math.prod(shape)
-    widths = sorted({matrix_shape(shape)[1], shape[-1] if shape else 1})
-    found = [_choose(positions, numel, width) for width in widths if width <= registry.MAX_TILE]
+    found = [_choose(positions, numel, width) for width in _widths(shape)]
     if not found:
         return None
     bits, grid = min(found, key=lambda row: row[0])
-    return grid, bits <= (1 - _LEAST_SAVING) * entropy(positions.size, numel)
+    return grid, bits <= (1 - _LEAST_SAVING) * positions.size * entropy(positions.size, numel)
 
 
 def pays_for_lines(nnz: int, shape: tuple[int, ...]) -> bool:
@@ -64,14 +64,14 @@ def pays_for_lines(nnz: int, shape: tuple[int, ...]) -> bool:
     A tensor has any number of rows, so this is asked before something is made for each of them.
     """
     numel = math.prod(shape)
+    lines = min((numel // width + width for width in _widths(shape)), default=numel)
+    return lines < nnz * entropy(nnz, numel)
+
+
+def _widths(shape: tuple[int, ...]) -> list[int]:
+    """Elements of a row, of the matrices that are tried: a row has to fit in a tile."""
     widths = {matrix_shape(shape)[1], shape[-1] if shape else 1}
-    lines = min((numel // width + width for width in widths if width <= registry.MAX_TILE), default=numel)
-    return lines < entropy(nnz, numel)
-
-
-def entropy(nnz: int, numel: int) -> float:
-    """Bits of so many independent positions."""
-    return float(_entropy(np.array(nnz), np.array(numel)))
+    return sorted(width for width in widths if width <= registry.MAX_TILE)
 
 
 def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid]:
