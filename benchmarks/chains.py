@@ -1,4 +1,4 @@
-"""Chains: folding many steps against decoding them and encoding the result, from publishing to applied, and the wires.
+"""Chains: publishing many tiny steps, folds against decoding and encoding, from publishing to applied, and the wires.
 
 Processor time, since the clock of a shared machine is noisy.  Steps set random elements of a matrix; each changes the
 same share, as the steps of a training run do.  The tables of wires are those of `benchmarks.wires`, on real steps.
@@ -95,6 +95,28 @@ def folding(root: Path, shape: tuple[int, int], counts: list[int], density: floa
     return rows
 
 
+def publishing(root: Path, counts: list[int]) -> list[list[str]]:
+    """Rows of the table of many tiny steps, one after the other."""
+    bits = np.arange(1 << 12, dtype="<u2")
+    write_model(root / "model", {"w": bits}, (64, 64))
+    chain, path = Chain.create(root / "chain", root / "model"), root / "step.shd"
+    rows, wall, processor = [["steps", "publish", "a step", "processor, a step", "chain.json"]], 0.0, 0.0
+    for number in range(max(counts)):
+        at = np.array([number % bits.size])
+        delta = sd.TensorDelta.trusted((64, 64), at, bits[at] + 1, "bfloat16", "set", bits[at])
+        sd.save_delta(path, {"w": delta})
+        bits[at] += 1
+        start = time.perf_counter()
+        processor += processor_time(lambda: chain.publish(path))
+        wall += time.perf_counter() - start
+        done = number + 1
+        if done in counts:
+            size = (root / "chain" / "chain.json").stat().st_size
+            times = [f"{wall:.1f} s", f"{wall / done * 1e3:.1f} ms", f"{processor / done * 1e3:.1f} ms"]
+            rows.append([f"{done:,}", *times, f"{size:,}"])
+    return rows
+
+
 def latency(root: Path, layers: int, rows: int, columns: int, density: float) -> list[list[str]]:
     """Rows of the table from publishing to applied: wall clock, every part durable."""
     rng = np.random.default_rng(0)
@@ -161,10 +183,15 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 10, 100, 1000])
+    parser.add_argument(
+        "--publish", type=int, nargs="+", default=[100, 1000, 5000], help="tiny steps that are published"
+    )
     parser.add_argument("--layers", type=int, default=16, help="matrices of the model that is followed")
     parser.add_argument("--before", type=int, default=STEPS, help="training steps before the one on every wire")
     options = parser.parse_args()
     shape = options.rows, options.columns
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        print_table("tiny steps, published one after the other", publishing(Path(folder), options.publish))
     with tempfile.TemporaryDirectory(dir=".") as folder:
         rows = folding(Path(folder), shape, options.steps, options.density)
     print_table(f"folds of steps that set {options.density:.2%} of {shape[0]} x {shape[1]} bf16 weights", rows)

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shiradelta.chain.chain import Chain
     from shiradelta.chain.follow import FolderFollower, LiveFollower, status
-    from shiradelta.chain.manifest import Anchor, Manifest, Step
+    from shiradelta.chain.manifest import Manifest
+    from shiradelta.chain.rows import Anchor, Step
 
 __all__ = ["Anchor", "Chain", "FolderFollower", "LiveFollower", "Manifest", "Step", "status"]
 
 _HOMES = {
-    **dict.fromkeys(("Anchor", "Manifest", "Step"), "manifest"),
+    **dict.fromkeys(("Anchor", "Step"), "rows"),
+    "Manifest": "manifest",
     **dict.fromkeys(("FolderFollower", "LiveFollower", "status"), "follow"),
     "Chain": "chain",
 }

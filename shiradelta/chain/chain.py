@@ -19,15 +19,9 @@ from shiradelta.chain.difference import write_difference
 from shiradelta.chain.digests import digest_of_file
 from shiradelta.chain.files import files_of_model, put, write_anchor
 from shiradelta.chain.fold import fold, needs_base
-from shiradelta.chain.manifest import (
-    LARGEST_MANIFEST,
-    MANIFEST,
-    Anchor,
-    Manifest,
-    Step,
-    check_tensor_name,
-    parse_manifest,
-)
+from shiradelta.chain.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, check_tensor_name, parse_manifest
+from shiradelta.chain.pages import Pages
+from shiradelta.chain.rows import Anchor, Step
 from shiradelta.chain.state import State, advanced, state_digest, state_of
 from shiradelta.chain.stores import Store, open_store
 from shiradelta.chain.way import Way, cheapest
@@ -69,6 +63,8 @@ class Chain:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.manifest = manifest
+        self._pages = manifest.library or Pages(store)
+        self._raw: bytes | None = None
 
     @classmethod
     @checked(store=STORE)
@@ -105,7 +101,10 @@ class Chain:
             ChainError: there is none, or its manifest is refused.
         """
         opened = open_store(store)
-        return cls(opened, _needed(opened))
+        raw = _needed(opened)
+        chain = cls(opened, _parsed(opened, raw, Pages(opened)))
+        chain._raw = raw
+        return chain
 
     @property
     def head(self) -> int:
@@ -118,10 +117,13 @@ class Chain:
         Raises:
             ChainError: it is gone, is refused, or is that of another chain.
         """
-        found = _needed(self.store)
+        raw = _needed(self.store)
+        if raw == self._raw:
+            return self.manifest
+        found = _parsed(self.store, raw, self._pages)
         if found.id != self.manifest.id:
             raise ChainError("other_chain", self.store.name)
-        self.manifest = found
+        self.manifest, self._raw = found, raw
         return found
 
     # ------------------------------------------------------------------------------------- publishing
@@ -164,7 +166,7 @@ class Chain:
             tensors = advanced(manifest.tensors, opened.items(), str(delta))
             step = replace(step, gives=state_digest(tensors))
             put(self.store, step.path, path, step.bytes, step.sha256)
-            self._save(replace(manifest, head=step.stop, tensors=tensors, steps=(*manifest.steps, step)))
+            self._save(replace(manifest, head=step.stop, tensors=tensors, newest=_inserted(manifest.newest, step)))
             return step
 
     @checked(version=WHOLE)
@@ -214,7 +216,7 @@ class Chain:
             TargetError: the store cannot be written.
         """
         with self._changing() as manifest, ExitStack() as stack:
-            if any((step.start, step.stop) == (start, stop) for step in manifest.steps):
+            if any((step.start, step.stop) == (start, stop) for step in manifest.since(start)):
                 raise ChainError("duplicate", self.store.name, f"a step {start} -> {stop} is there")
             steps = self.way(start, stop).steps
             if len(steps) < 2:
@@ -233,8 +235,7 @@ class Chain:
             size, sha256 = digest_of_file(path)
             step = Step(start, stop, steps[0].needs, steps[-1].gives, size, sha256, folded.digest)
             put(self.store, step.path, path, size, sha256)
-            ordered = sorted((*manifest.steps, step), key=lambda each: (each.start, each.stop))
-            self._save(replace(manifest, steps=tuple(ordered)))
+            self._save(replace(manifest, newest=_inserted(manifest.newest, step)))
             return step
 
     def _built(self, version: int, folder: Path) -> Path:
@@ -262,14 +263,13 @@ class Chain:
             ChainError: the chain has no such version, or no steps that are left lead there.
         """
         manifest = self.manifest
-        known = manifest.states()
         for version in (start, stop):
             if version is not None and not 0 <= version <= manifest.head:
                 raise ChainError("not_published", self.store.name, f"version {version}; the newest is {manifest.head}")
         found = cheapest(manifest, start, stop)
         if found is None:
             begin = "an anchor" if start is None else f"version {start}"
-            gone = "" if stop in known else ", which is named nowhere any more"
+            gone = "" if stop in manifest.states() else ", which is named nowhere any more"
             raise ChainError("pruned", self.store.name, f"from {begin} to version {stop}{gone}")
         return found
 
@@ -305,20 +305,22 @@ class Chain:
             kept = manifest
             if before is not None:
                 way = self.way(None, int(before))
-                steps = tuple(step for step in manifest.steps if step.start >= before or step in way.steps)
+                on_way = set(way.steps)
+                steps = tuple(step for step in manifest.steps if step.start >= before or step in on_way)
                 anchors = tuple(each for each in manifest.anchors if each.version >= before or each == way.anchor)
-                kept = replace(manifest, steps=steps, anchors=anchors)
+                kept = replace(manifest, newest=steps, pages=(), anchors=anchors)
                 try:
                     kept.check()
                 except ValueError as error:
                     raise ChainError("unreachable", self.store.name, str(error)) from None
-                if kept != manifest:
+                if (kept.steps, kept.anchors) != (manifest.steps, manifest.anchors):
                     self._save(kept)
-            named = kept.files()
+            named = self.manifest.files()
             others = [path for path in self.store.files() if path not in named]
             for path in others:
                 self.store.remove(path)
-            gone = [str(step) for step in manifest.steps if step not in kept.steps]
+            remaining = set(kept.steps)
+            gone = [str(step) for step in manifest.steps if step not in remaining]
             gone += [f"anchor {each.version}" for each in manifest.anchors if each not in kept.anchors]
             return GarbageReport(tuple(gone), len(others))
 
@@ -354,14 +356,17 @@ class Chain:
             yield self.refresh()
 
     def _save(self, manifest: Manifest) -> None:
+        pages, newest = self._pages.filled(manifest.pages, manifest.newest)
+        manifest = replace(manifest, newest=newest, pages=pages, library=self._pages)
         manifest.check()
+        raw = manifest.to_json()
         with self.store.writing(MANIFEST) as stream:
-            stream.write(manifest.to_json())
-        self.manifest = manifest
+            stream.write(raw)
+        self.manifest, self._raw = manifest, raw
 
 
-def _read(store: Store) -> Manifest | None:
-    """The manifest; None if there is none."""
+def _read(store: Store) -> bytes | None:
+    """The bytes of the manifest; None if there is none."""
     where = f"{store.name}/{MANIFEST}"
     try:
         raw = store.read(MANIFEST, LARGEST_MANIFEST)
@@ -371,14 +376,18 @@ def _read(store: Store) -> Manifest | None:
         raise ChainError("store_failed", where, error.strerror or str(error)) from error
     if len(raw) > LARGEST_MANIFEST:
         raise ChainError("bad_manifest", where, f"it has more than {LARGEST_MANIFEST >> 20} MiB")
-    return parse_manifest(raw, where)
+    return raw
 
 
-def _needed(store: Store) -> Manifest:
-    found = _read(store)
-    if found is None:
+def _needed(store: Store) -> bytes:
+    raw = _read(store)
+    if raw is None:
         raise ChainError("no_chain", store.name)
-    return found
+    return raw
+
+
+def _parsed(store: Store, raw: bytes, pages: Pages) -> Manifest:
+    return parse_manifest(raw, f"{store.name}/{MANIFEST}", pages)
 
 
 def _put_anchor(store: Store, version: int, checkpoint: Checkpoint) -> tuple[Anchor, State]:
@@ -395,6 +404,11 @@ def _put_anchor(store: Store, version: int, checkpoint: Checkpoint) -> tuple[Anc
     return anchor, state
 
 
+def _inserted(steps: tuple[Step, ...], step: Step) -> tuple[Step, ...]:
+    """Steps with another one, in order."""
+    return tuple(sorted((*steps, step), key=lambda each: (each.start, each.stop)))
+
+
 def _described(delta: Delta, path: Path, manifest: Manifest, version: int | None) -> Step:
     """The row of the next step, without the digest of what it gives.
 
@@ -403,13 +417,14 @@ def _described(delta: Delta, path: Path, manifest: Manifest, version: int | None
     """
     size, sha256 = digest_of_file(path)
     head, label = manifest.head, os.fspath(path)
-    same = next((step for step in manifest.steps if step.sha256 == sha256 and step.needs != step.gives), None)
-    if version is None:
-        if same is not None and same.stop == head:
+    if version is None or version <= head:
+        stop = head if version is None else version
+        there = (step for step in manifest.since(max(stop - 1, 0)) if (step.stop, step.sha256) == (stop, sha256))
+        told = any(step.needs != step.gives for step in there)
+        if version is not None:
+            raise ChainError("duplicate" if told else "taken", label, f"version {version}; the newest is {head}")
+        if told:
             raise ChainError("duplicate", label, f"version {head}")
-    elif version <= head:
-        told = same is not None and same.stop == version
-        raise ChainError("duplicate" if told else "taken", label, f"version {version}; the newest is {head}")
     return Step(head, head + 1, manifest.state, "", size, sha256, delta.digest)
 
 

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from shiradelta.chain.digests import copied_with_digest, digest_of_file
-from shiradelta.chain.manifest import FILE_NAME, Anchor, StoredFile
+from shiradelta.chain.rows import FILE_NAME, Anchor, StoredFile
 from shiradelta.chain.state import state_digest, state_of
 from shiradelta.chain.stores import Store
 from shiradelta.errors import ChainError, TargetError

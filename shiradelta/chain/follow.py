@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shiradelta.chain.chain import STORE, Chain, Path_
 from shiradelta.chain.files import write_anchor
-from shiradelta.chain.manifest import Anchor, Step
+from shiradelta.chain.rows import Anchor, Step
 from shiradelta.chain.state import state_digest, state_of
 from shiradelta.chain.stores import Store
 from shiradelta.errors import ChainError, TargetError
@@ -95,8 +95,8 @@ class Follower(ABC):
             while version is not None and version > stop:
                 self._take_back(stop)
                 version = self.version
-            way = self.chain.way(version, stop)
             try:
+                way = self.chain.way(version, stop)
                 if way.anchor is not None:
                     self._begin(way.anchor)
                 for step in way.steps:

@@ -1,7 +1,7 @@
 """The manifest of a chain, `chain.json`: versions, steps between them, and anchors (spec/CHAIN.md, 2).
 
 It may come from anywhere, so all of it is checked when it is read, and no path in it is used: the paths of files are
-made of numbers and digests.
+made of numbers and digests.  Earlier steps may be in pages, which are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -9,10 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
+from shiradelta.chain.fields import fields, mapping, number, parsed, sequence, text
+from shiradelta.chain.pages import Pages, page_key
+from shiradelta.chain.rows import Anchor, Page, Step, in_order, parse_anchor, parse_page, parse_step
 from shiradelta.chain.state import State, TensorState, state_digest
 from shiradelta.errors import ChainError, FormatError
 from shiradelta.format import registry
@@ -22,95 +27,10 @@ from shiradelta.format.delta import check_shape
 MANIFEST = "chain.json"
 #: The most bytes of a manifest that are read.
 LARGEST_MANIFEST = 64 << 20
-_FORMAT = 1
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+#: Formats: without pages, and with them.
+_WHOLE, _PAGED = 1, 2
 _ID = re.compile(r"[0-9a-f]{32}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
-#: A file of a model, at most two folders deep; nothing hidden.
-FILE_NAME = re.compile(r"(?:\w[\w.+-]{0,99}/){0,2}\w[\w.+-]{0,199}", re.ASCII)
-#: The largest version and file size: JSON's numbers are exact up to there everywhere.
-_LARGEST = (1 << 53) - 1
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file of an anchor.
-
-    Attributes:
-        name: its name in the model's folder.
-        bytes: its size.
-        sha256: its digest.
-    """
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A whole model at one version.
-
-    Attributes:
-        version: the version.
-        state: the version's digest (`state_digest`).
-        files: the model's files.
-    """
-
-    version: int
-    state: str
-    files: tuple[StoredFile, ...]
-
-    @property
-    def bytes(self) -> int:
-        """The size of all files."""
-        return sum(file.bytes for file in self.files)
-
-    def path(self, file: StoredFile) -> str:
-        """Where a file is in the store."""
-        return f"{self.folder}/{file.name}"
-
-    @property
-    def folder(self) -> str:
-        """Where the files are in the store."""
-        files = "".join(f"{file.name}\0{file.sha256}\0" for file in self.files)
-        return f"anchors/{self.version:06}-{hashlib.sha256(files.encode()).hexdigest()[:16]}"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A `.shd` file that leads from one version to a later one; a fold leads over several.
-
-    Attributes:
-        start: the version that it is made for.
-        stop: the version that it gives.
-        needs: the digest of `start` (`state_digest`).
-        gives: the digest of `stop`.
-        bytes: the file's size.
-        sha256: the file's digest.
-        delta: the content digest of the delta.
-    """
-
-    start: int
-    stop: int
-    needs: str
-    gives: str
-    bytes: int
-    sha256: str
-    delta: str
-
-    @property
-    def is_fold(self) -> bool:
-        """Whether it leads over several versions."""
-        return self.stop > self.start + 1
-
-    @property
-    def path(self) -> str:
-        """Where the file is in the store."""
-        return f"steps/{self.start:06}-{self.stop:06}-{self.sha256[:16]}.shd"
-
-    def __str__(self) -> str:
-        return f"step {self.start} -> {self.stop}"
 
 
 @dataclass(frozen=True)
@@ -122,43 +42,83 @@ class Manifest:
         head: the newest version.
         tensors: the state of the newest version.
         anchors: by version.
-        steps: by `start`, then `stop`.
+        newest: the steps that are in no page, by `start`, then `stop`.
+        pages: by `first`, then `last`, then digest.
+        library: reads pages.
     """
 
     id: str
     head: int
     tensors: State
     anchors: tuple[Anchor, ...]
-    steps: tuple[Step, ...]
+    newest: tuple[Step, ...]
+    pages: tuple[Page, ...] = ()
+    library: Pages | None = field(default=None, compare=False, repr=False)
 
-    @property
+    @cached_property
     def state(self) -> str:
         """The digest of the newest version."""
         return state_digest(self.tensors)
 
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps, by `start`, then `stop`; reads every page, and checks that all of them agree.
+
+        Raises:
+            ChainError: a page is missing or damaged, or they do not agree.
+        """
+        if not self.pages:
+            return self.newest
+        steps = self._with(self.pages)
+        try:
+            self._check(steps, whole=True)
+        except ValueError as error:
+            name = self.library.name if self.library else MANIFEST
+            raise ChainError("bad_manifest", f"{name}: the pages", str(error)[:200]) from None
+        return steps
+
+    def since(self, version: int) -> tuple[Step, ...]:
+        """The steps that begin with a version or a later one, in order; reads the pages that have such.
+
+        Raises:
+            ChainError: a page is missing or damaged.
+        """
+        steps = self._with([page for page in self.pages if page.last >= version])
+        return steps[bisect_left(steps, version, key=lambda step: step.start) :]
+
+    def _with(self, pages: Sequence[Page]) -> tuple[Step, ...]:
+        """The newest steps and those of pages, in order."""
+        if not pages:
+            return self.newest
+        if self.library is None:
+            raise ValueError("pages without a store to read them from")
+        steps = [*self.library.steps(pages), *self.newest]
+        return tuple(sorted(steps, key=lambda step: (step.start, step.stop)))
+
     def states(self) -> dict[int, str]:
-        """Version -> its digest, for every version that a step or an anchor names."""
-        return {version: state for version, state, _ in self._claims()} | {self.head: self.state}
+        """Version -> its digest, for every version that a step or an anchor names; reads every page."""
+        return {version: state for version, state, _ in self._claims(self.steps)} | {self.head: self.state}
 
     def files(self) -> dict[str, tuple[int, str]]:
-        """Path -> (size, SHA-256), of every file in the store."""
-        found = {step.path: (step.bytes, step.sha256) for step in self.steps}
+        """Path -> (size, SHA-256), of every file in the store; reads every page."""
+        listed: tuple[Step | Page, ...] = (*self.steps, *self.pages)
+        found = {each.path: (each.bytes, each.sha256) for each in listed}
         for anchor in self.anchors:
             found |= {anchor.path(file): (file.bytes, file.sha256) for file in anchor.files}
         return found
 
-    def _claims(self) -> Iterator[tuple[int, str, str]]:
+    def _claims(self, steps: Iterable[Step]) -> Iterator[tuple[int, str, str]]:
         """(version, its digest, who says so)."""
         for anchor in self.anchors:
             yield anchor.version, anchor.state, f"anchor {anchor.version}"
-        for step in self.steps:
+        for step in steps:
             yield step.start, step.needs, str(step)
             yield step.stop, step.gives, str(step)
 
     def to_json(self) -> bytes:
         """The bytes of chain.json."""
         content = {
-            "format": _FORMAT,
+            "format": _PAGED if self.pages else _WHOLE,
             "id": self.id,
             "head": self.head,
             "tensors": {
@@ -166,74 +126,85 @@ class Manifest:
                 for name, one in self.tensors.items()
             },
             "anchors": [asdict(anchor) for anchor in self.anchors],
-            "steps": [asdict(step) for step in self.steps],
+            "steps": [vars(step) for step in self.newest],
+            **({"pages": [vars(page) for page in self.pages]} if self.pages else {}),
         }
         return json.dumps({**content, "checksum": _checksum(content)}, separators=(",", ":")).encode()
 
     def check(self) -> None:
-        """Checks that all of it agrees.
+        """Checks that what chain.json says agrees.
 
         Raises:
             ValueError: it does not.
         """
-        for what, keys in (
-            ("anchors", [(anchor.version, 0) for anchor in self.anchors]),
-            ("steps", [(step.start, step.stop) for step in self.steps]),
-        ):
-            if sorted(set(keys)) != keys:
-                raise ValueError(f"{what} out of order")
+        keys = [page_key(page) for page in self.pages]
+        if sorted(set(keys)) != keys or any(page.first > page.last or page.last > self.head for page in self.pages):
+            raise ValueError("pages out of order")
+        self._check(self.newest, whole=not self.pages)
+
+    def _check(self, steps: tuple[Step, ...], whole: bool) -> None:
+        versions = [anchor.version for anchor in self.anchors]
+        if sorted(set(versions)) != versions:
+            raise ValueError("anchors out of order")
+        if not in_order(steps):
+            raise ValueError("steps out of order")
         known = {self.head: (self.state, "the tensors of the head")}
-        for version, state, who in self._claims():
+        for version, state, who in self._claims(steps):
             first, by = known.setdefault(version, (state, who))
             if first != state:
                 raise ValueError(f"{by} and {who} disagree on version {version}")
         if max(known) > self.head:
             raise ValueError(f"version {max(known)} is newer than the head, {self.head}")
-        if any(step.start >= step.stop for step in self.steps):
+        if any(step.start >= step.stop for step in steps):
             raise ValueError("a step that leads nowhere")
-        if not reachable(self.steps, [anchor.version for anchor in self.anchors], self.head):
+        if whole and not reachable(steps, versions, self.head):
             raise ValueError(f"no anchor leads to the head, {self.head}")
 
 
 def reachable(steps: Sequence[Step], starts: Sequence[int], stop: int) -> bool:
-    """Whether steps lead from one of some versions to another."""
+    """Whether steps, by `start`, lead from one of some versions to another."""
     found = set(starts)
-    for step in sorted(steps, key=lambda step: step.start):
+    for step in steps:
         if step.start in found:
             found.add(step.stop)
     return stop in found
 
 
-def parse_manifest(raw: bytes, where: str) -> Manifest:
+def parse_manifest(raw: bytes, where: str, library: Pages | None = None) -> Manifest:
     """Parses chain.json and checks all of it.
 
     Args:
         raw: its bytes.
         where: what to call it in messages.
+        library: reads its pages.
 
     Raises:
         ChainError: it is damaged, or of a later format.
     """
     try:
-        found = json.loads(raw.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        found = parsed(raw)
         if not isinstance(found, dict) or type(found.get("format")) is not int:
             raise ValueError("it has no format")
-        if found["format"] != _FORMAT:
+        if found["format"] not in (_WHOLE, _PAGED):
             raise ChainError("unknown_version", where, f"format {str(found['format'])[:20]}")
         checksum = found.pop("checksum", None)
         if checksum != _checksum(found):
             raise ValueError("its checksum is wrong")
-        _, id, head, tensors, anchors, steps = _fields(
-            found,
-            {"format": _number, "id": _text(_ID), "head": _number, "tensors": _dict, "anchors": _list, "steps": _list},
-        )
+        kinds: dict[str, Callable[[Any], Any]] = {"format": number, "id": text(_ID), "head": number}
+        kinds |= {"tensors": mapping, "anchors": sequence, "steps": sequence}
+        kinds |= {"pages": sequence} if found["format"] == _PAGED else {}
+        _, id, head, tensors, anchors, steps, *pages = fields(found, kinds)
         manifest = Manifest(
             id,
             head,
             {name: _tensor(name, one) for name, one in tensors.items()},
-            tuple(map(_anchor, anchors)),
-            tuple(map(_step, steps)),
+            tuple(map(parse_anchor, anchors)),
+            tuple(map(parse_step, steps)),
+            tuple(map(parse_page, pages[0])) if pages else (),
+            library,
         )
+        if pages and not manifest.pages:
+            raise ValueError("it is of the format with pages, and has none")
         manifest.check()
     except (ValueError, RecursionError) as error:
         raise ChainError("bad_manifest", where, str(error)[:200] or type(error).__name__) from None
@@ -244,60 +215,8 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _fields(found: Any, kinds: Mapping[str, Callable[[Any], Any]]) -> list[Any]:
-    """The values of an object that has exactly these keys, checked."""
-    if not isinstance(found, dict) or set(found) != set(kinds):
-        keys = sorted(found) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{keys} in place of {sorted(kinds)}")
-    values = []
-    for key, kind in kinds.items():
-        try:
-            values.append(kind(found[key]))
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-    return values
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= _LARGEST:
-        raise ValueError(f"{str(value)[:40]!r} is no whole number from 0 to 2^53 - 1")
-    return value
-
-
-def _text(form: re.Pattern[str]) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or not form.fullmatch(value):
-            raise ValueError(f"{str(value)[:40]!r} has another form")
-        return value
-
-    return check
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("is no object")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError("is no list")
-    return value
-
-
 def _shape(value: Any) -> tuple[int, ...]:
-    shape = tuple(map(_number, _list(value)))
+    shape = tuple(map(number, sequence(value)))
     check_shape(shape)  # a DeltaError is a ValueError
     return shape
 
@@ -310,7 +229,7 @@ def _dtype(value: Any) -> str:
 
 def _tensor(name: str, found: Any) -> TensorState:
     check_tensor_name(name)
-    dtype, shape, fingerprint = _fields(found, {"dtype": _dtype, "shape": _shape, "fingerprint": _text(_FINGERPRINT)})
+    dtype, shape, fingerprint = fields(found, {"dtype": _dtype, "shape": _shape, "fingerprint": text(_FINGERPRINT)})
     return TensorState(dtype, shape, int(fingerprint, 16))
 
 
@@ -324,22 +243,3 @@ def check_tensor_name(name: str) -> None:
         check_name(name.encode())
     except (FormatError, UnicodeEncodeError):
         raise ValueError(f"{name[:40]!r} is no name of a tensor") from None
-
-
-def _file(found: Any) -> StoredFile:
-    return StoredFile(*_fields(found, {"name": _text(FILE_NAME), "bytes": _number, "sha256": _text(_DIGEST)}))
-
-
-def _anchor(found: Any) -> Anchor:
-    version, state, files = _fields(found, {"version": _number, "state": _text(_DIGEST), "files": _list})
-    parsed = tuple(map(_file, files))
-    names = [file.name for file in parsed]
-    if sorted(set(names)) != names:
-        raise ValueError("files of an anchor out of order")
-    return Anchor(version, state, parsed)
-
-
-def _step(found: Any) -> Step:
-    kinds: dict[str, Callable[[Any], Any]] = dict.fromkeys(("start", "stop"), _number)
-    kinds |= dict.fromkeys(("needs", "gives"), _text(_DIGEST)) | {"bytes": _number}
-    return Step(*_fields(found, kinds | dict.fromkeys(("sha256", "delta"), _text(_DIGEST))))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from shiradelta.chain.digests import check_file
+from shiradelta.chain.rows import KINDS
 from shiradelta.errors import ArgumentError, ChainError, TargetError
 from shiradelta.util.files import os_errors, sync_directory
 from shiradelta.util.locks import try_lock_if_possible
@@ -157,7 +158,7 @@ class RemoteStore:
 
         def find() -> list[str]:
             found: list[str] = []
-            for kind in ("anchors", "steps"):
+            for kind in KINDS:
                 with suppress(FileNotFoundError):
                     found += self._fs.find(self._at(kind))
             return found

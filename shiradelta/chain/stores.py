@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from shiradelta.chain.digests import check_file
+from shiradelta.chain.rows import KINDS
 from shiradelta.errors import ChainError
 from shiradelta.util.files import close_synced, os_errors, replacing, sync_directory
 from shiradelta.util.locks import try_lock_if_possible
@@ -52,7 +53,7 @@ class Store(Protocol):
         """Removes a file, if there is one."""
 
     def files(self) -> list[str]:
-        """The paths of the files of steps and anchors."""
+        """The paths of the files of anchors, pages and steps."""
 
     def locked(self) -> AbstractContextManager[None]:
         """A context in which no other process changes the chain, where the place can tell.
@@ -106,7 +107,7 @@ class FolderStore:
     def files(self) -> list[str]:
         """As `Store.files`."""
         with os_errors(self.root, "cannot be read"):
-            found = (path for kind in ("anchors", "steps") for path in (self.root / kind).rglob("*"))
+            found = (path for kind in KINDS for path in (self.root / kind).rglob("*"))
             return sorted(path.relative_to(self.root).as_posix() for path in found if not path.is_dir())
 
     @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from shiradelta.chain.manifest import Anchor, Manifest, Step
+from shiradelta.chain.manifest import Manifest
+from shiradelta.chain.rows import Anchor, Step
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ def cheapest(manifest: Manifest, start: int | None, stop: int) -> Way | None:
     begins = {anchor.version: anchor for anchor in manifest.anchors} if start is None else {start: None}
     cost = {version: anchor.bytes if anchor else 0 for version, anchor in begins.items()}
     last: dict[int, Step] = {}
-    for step in manifest.steps:  # by `start`, so the cheapest way to it is known
+    for step in (
+        manifest.steps if start is None else manifest.since(start)
+    ):  # by `start`, so the cheapest way to it is known
         if step.start in cost and cost[step.start] + step.bytes < cost.get(step.stop, math.inf):
             cost[step.stop], last[step.stop] = cost[step.start] + step.bytes, step
     if stop not in cost:

@@ -94,7 +94,10 @@ def list_(chain: str, as_json: bool) -> None:
 
     manifest = Chain.open(chain).manifest
     if as_json:
-        echo_json(dataclasses.asdict(manifest))
+        shown = {key: getattr(manifest, key) for key in ("id", "head", "tensors")}
+        for key in ("anchors", "steps"):
+            shown[key] = [dataclasses.asdict(row) for row in getattr(manifest, key)]
+        echo_json(shown)
         return
     rows = [(each.version, 0, f"anchor {each.version}", each.bytes, each.state) for each in manifest.anchors]
     rows += [(each.start, each.stop, str(each), each.bytes, each.gives) for each in manifest.steps]

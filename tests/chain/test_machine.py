@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import shiradelta as sd
-from shiradelta.chain import Chain, FolderFollower
+from shiradelta.chain import Chain, FolderFollower, pages
 from shiradelta.chain.state import state_digest, state_of
 from shiradelta.errors import CHAIN_REASONS
 from shiradelta.models.checkpoint import open_checkpoint
@@ -63,12 +63,15 @@ class ChainMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.small_pages = mock.patch.multiple(pages, PAGE_STEPS=3, NEWEST=1)
+        self.small_pages.start()
         self.root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
         self.rng = np.random.default_rng(0)
         self.number = 0
         self.models: list[Model] = []
 
     def teardown(self) -> None:
+        self.small_pages.stop()
         shutil.rmtree(self.root)
 
     @initialize(seed=st.integers(0, 1 << 16))
@@ -179,7 +182,10 @@ class ChainMachine(RuleBasedStateMachine):
     @rule(number=VERSIONS, byte=VERSIONS, gone=st.booleans())
     def damage(self, number: int, byte: int, gone: bool) -> None:
         """A file is damaged or missing for a while: whoever needs it says so."""
-        files = sorted((self.root / "chain").rglob("*-*/*.safetensors")) + sorted((self.root / "chain").rglob("*.shd"))
+        found = (self.root / "chain").rglob("*-*")
+        files = [file for file in sorted(found) if file.is_file()] + sorted(
+            (self.root / "chain").rglob("*-*/*.safetensors")
+        )
         file = files[number % len(files)]
         whole = file.read_bytes()
         if gone:

@@ -32,6 +32,10 @@ def sealed(content: Any) -> bytes:
     return json.dumps(content).encode()
 
 
+def page(**changes: int) -> dict[str, Any]:
+    return {"first": 0, "last": 0, "bytes": 9, "sha256": "0" * 64} | changes
+
+
 def refused(raw: bytes) -> str:
     with pytest.raises(sd.ChainError) as caught:
         parse_manifest(raw, "chain.json")
@@ -49,7 +53,14 @@ def test_it_comes_back_as_it_was_written(manifest: Manifest):
 @pytest.mark.parametrize(
     ("mistake", "change"),
     {
-        "another format": lambda m: m.update(format=2),
+        "another format": lambda m: m.update(format=3),
+        "the format with pages, without the key": lambda m: m.update(format=2),
+        "the format with pages, and none": lambda m: m.update(format=2, pages=[]),
+        "pages in the format without": lambda m: m.update(pages=[page()]),
+        "a page past the head": lambda m: m.update(format=2, pages=[page(last=4)]),
+        "a page that ends before it begins": lambda m: m.update(format=2, pages=[page(first=1)]),
+        "a page twice": lambda m: m.update(format=2, pages=[page(), page()]),
+        "pages out of order": lambda m: m.update(format=2, pages=[page(last=2), page()]),
         "format as text": lambda m: m.update(format="1"),
         "an unknown key": lambda m: m.update(more=1),
         "a missing key": lambda m: m.pop("head"),
