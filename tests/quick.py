@@ -47,6 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TMPDIR"] = tempfile.tempdir = str(memory)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # An address, which each process has another of: two workers would refuse to run any test, and say so themselves.
+    if " at 0x" in item.nodeid and not hasattr(item.config, "workerinput"):
+        raise pytest.UsageError(f"{item.nodeid} has another name in each worker; give its parameters ids")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     gc.freeze()
