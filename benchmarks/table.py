@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,16 @@ def machine() -> str:
     if info.exists():
         cpu = next((line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line), cpu)
     return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}"
+
+
+def commit() -> str:
+    """The commit of the code, with `+` where files differ from it; "unknown" outside a repository."""
+    call = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def seconds(work: Callable[[], object], repeats: int = 3, before: Callable[[], object] | None = None) -> float:
