@@ -26,6 +26,7 @@ from benchmarks.serve.ways import WAYS
 from benchmarks.serve.workload import CLOCKS, Load, measure, write_adapters, write_model
 from benchmarks.switch import versions, where
 from benchmarks.table import commit
+from benchmarks.vllm_environment import INTERPRETER
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--engines", nargs="+", choices=list(results.COMPARED), default=["transformers"])
-    parser.add_argument("--vllm", type=Path, default=in_vllm.INTERPRETER, help="of the environment that has vLLM")
+    parser.add_argument("--vllm", type=Path, default=INTERPRETER, help="of the environment that has vLLM")
     parser.add_argument("--plot", type=Path, help="a PNG to draw")
     for field in fields(Load):
         if field.name == "clock":

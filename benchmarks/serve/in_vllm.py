@@ -6,27 +6,14 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import vllm_environment
 from benchmarks.serve.workload import RANK, Load, Request, Server, measure
-
-ROOT = Path(__file__).parents[2]
-#: Where `make vllm` has it.
-INTERPRETER = ROOT / "build" / "vllm" / "bin" / "python"
-
-
-def environment(interpreter: Path, threads: int) -> dict[str, str]:
-    """Variables that vLLM for CPUs needs: one process, the OpenMP library that its wheel brings, and no network."""
-    preload = next((interpreter.parents[1]).rglob("libiomp5.so"), None)
-    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(ROOT)}
-    more |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **more, "LD_PRELOAD": str(preload or "")}
 
 
 def measured(
@@ -54,17 +41,7 @@ def measured(
         "repeats": repeats,
         "dtype": dtype,
     }
-    command = [str(interpreter), "-m", "benchmarks.serve.in_vllm"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(interpreter, threads),
-        input=json.dumps(wanted),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    found: list[dict[str, Any]] = vllm_environment.run(interpreter, __name__, wanted, threads)
     return found
 
 

@@ -1,0 +1,1 @@
+"""HotSwap in vLLM beside vLLM's own path for sparse weight updates."""
