@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shiradelta.chain.checks import check_contents, check_digest, check_state, check_sum
+from shiradelta.chain.conditions import read_if_there
 from shiradelta.chain.difference import write_difference
 from shiradelta.chain.digests import digest_of_file
 from shiradelta.chain.files import files_of_model, put, write_anchor
@@ -360,22 +361,15 @@ class Chain:
         manifest = replace(manifest, newest=newest, pages=pages, library=self._pages)
         manifest.check()
         raw = manifest.to_json()
-        with self.store.writing(MANIFEST) as stream:
-            stream.write(raw)
+        self.store.swap(MANIFEST, raw, self._raw)
         self.manifest, self._raw = manifest, raw
 
 
 def _read(store: Store) -> bytes | None:
     """The bytes of the manifest; None if there is none."""
-    where = f"{store.name}/{MANIFEST}"
-    try:
-        raw = store.read(MANIFEST, LARGEST_MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise ChainError("store_failed", where, error.strerror or str(error)) from error
-    if len(raw) > LARGEST_MANIFEST:
-        raise ChainError("bad_manifest", where, f"it has more than {LARGEST_MANIFEST >> 20} MiB")
+    raw = read_if_there(store, MANIFEST, LARGEST_MANIFEST)
+    if raw is not None and len(raw) > LARGEST_MANIFEST:
+        raise ChainError("bad_manifest", f"{store.name}/{MANIFEST}", f"it has more than {LARGEST_MANIFEST >> 20} MiB")
     return raw
 
 

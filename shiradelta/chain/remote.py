@@ -3,7 +3,8 @@
 What is read goes through a folder on this machine, by its SHA-256: a file is downloaded once, and a download that was
 interrupted goes on where it was.  A call that fails is repeated some times.
 
-There are no locks: one process publishes at a time, and its user sees to that.
+There are no locks.  S3, GCS and Azure write a manifest only if it is the one that was read; elsewhere it is read before
+and after it is written, and one process publishes at a time.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from shiradelta.chain.conditions import check_same, conditions_of, read_if_there, swap_by_reading
 from shiradelta.chain.digests import check_file
+from shiradelta.chain.objects import PROTOCOLS, ObjectFiles
 from shiradelta.chain.rows import KINDS
 from shiradelta.errors import ArgumentError, ChainError, TargetError
 from shiradelta.util.files import os_errors, sync_directory
@@ -32,6 +36,8 @@ _RENAMED = ("file", "local", "sftp", "ssh", "smb", "ftp", "webdav")
 #: How often a call is tried, and the seconds before it is tried again, doubled each time.
 _TRIES, _PAUSE = 5, 0.2
 _CHUNK = 1 << 20
+#: Answers of HTTP from 400 to 499 that may be others the next time: too slow, too early, too many requests.
+_PASSING = (408, 425, 429)
 
 
 class RemoteStore:
@@ -40,10 +46,10 @@ class RemoteStore:
     Args:
         url: such as "s3://bucket/run" or "https://host/run".  Over HTTP a chain can be followed, not published.
         cache: the folder for what was read; None for `SHIRADELTA_CACHE`, or the user's own.
-        options: what fsspec's file system takes, such as credentials.
+        options: what fsspec's file system takes, or obstore where it is taken, such as credentials.
 
     Raises:
-        MissingDependencyError: fsspec, or what it needs for this URL, is not installed.
+        MissingDependencyError: fsspec, or what it needs for this URL, is not installed, nor is obstore.
         ArgumentError: fsspec does not know such URLs.
     """
 
@@ -54,7 +60,10 @@ class RemoteStore:
         try:
             self._fs, self._root = url_to_fs(self.name, **{"use_listings_cache": False, **options})
         except ImportError as error:
-            raise failed_import(error, f"the store {url}") from error
+            if self.name.partition("://")[0] not in PROTOCOLS or find_spec("obstore") is None:
+                raise failed_import(error, f"the store {url}") from error
+            self._fs = ObjectFiles(self.name, **options)
+            self._root = self._fs.root
         except ValueError as error:
             raise ArgumentError(f"{url}: fsspec does not know such a store ({error}); check the URL") from None
         home = os.environ.get("SHIRADELTA_CACHE") or Path.home() / ".cache" / "shiradelta"
@@ -112,9 +121,11 @@ class RemoteStore:
                         part.write(chunk)
                     if part.tell() < size:  # it is shorter: a digest tells what it is
                         return
-            except (FileNotFoundError, KeyboardInterrupt):
+            except KeyboardInterrupt:
                 raise
             except Exception as error:
+                if self._says_missing(error):
+                    raise
                 self._refuse_or_wait(path, error, tries)
         part.flush()
 
@@ -129,6 +140,27 @@ class RemoteStore:
             with open(local, "w+b") as stream:
                 yield stream
             self._tried(path, lambda: self._put(local, self._at(path)))
+
+    def swap(self, path: str, data: bytes, old: bytes | None) -> None:
+        """As `Store.swap`; by a conditional write where the client has such."""
+        client = conditions_of(self._fs)
+        if client is None:
+            swap_by_reading(self, path, data, old)
+            return
+        at, where, tag = self._at(path), f"{self.name}/{path}", None
+        if old is not None:
+            try:
+                found, tag = self._tried(path, lambda: client.tagged(at, len(old)))
+            except FileNotFoundError:
+                found = None
+            check_same(found, old, where)
+        try:
+            self._tried(path, lambda: client.put_if(at, data, tag))
+        except NotImplementedError:  # a service that speaks like S3, and has no conditions
+            swap_by_reading(self, path, data, old)
+            return
+        # A try whose answer was lost may have written it, so that the next one was refused.
+        check_same(read_if_there(self, path, len(data)), data, where)
 
     def _put(self, local: Path, target: str) -> None:
         self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
@@ -163,7 +195,7 @@ class RemoteStore:
                     found += self._fs.find(self._at(kind))
             return found
 
-        start = len(self._root.rstrip("/")) + 1
+        start = len(self._at(""))
         return sorted(path[start:] for path in self._tried("", find))
 
     def locked(self) -> AbstractContextManager[None]:
@@ -171,7 +203,8 @@ class RemoteStore:
         return nullcontext()
 
     def _at(self, path: str) -> str:
-        return f"{self._root.rstrip('/')}/{path}"
+        root = self._root.rstrip("/")
+        return f"{root}/{path}" if root else path
 
     def _tried(self, path: str, work: Callable[[], Result]) -> Result:
         """Calls something that may fail, some times.
@@ -183,16 +216,24 @@ class RemoteStore:
         for tries in range(_TRIES, -1, -1):
             try:
                 return work()
-            except (FileNotFoundError, KeyboardInterrupt):
+            except (KeyboardInterrupt, NotImplementedError):
                 raise
             except Exception as error:
+                if self._says_missing(error):
+                    raise
                 self._refuse_or_wait(path, error, tries)
         raise AssertionError  # the last one was refused
+
+    def _says_missing(self, error: Exception) -> bool:
+        """Whether the store says that there is no such file; fsspec calls whatever fails over HTTP so."""
+        cause = error.__cause__ if {"http", "https"} & set(self._protocols) else None
+        final = 400 <= getattr(cause, "status", 0) < 500 and getattr(cause, "status", 0) not in _PASSING
+        return isinstance(error, FileNotFoundError) and (cause is None or isinstance(cause, FileNotFoundError) or final)
 
     def _refuse_or_wait(self, path: str, error: Exception, tries: int) -> None:
         """Waits before the next try; without one, raises."""
         if tries <= 0 or isinstance(error, PermissionError | NotImplementedError):
-            what = f"{type(error).__name__}: {error}"[:200]
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ChainError("store_failed", f"{self.name}/{path}", what) from error
         time.sleep(_PAUSE * 2 ** (_TRIES - tries))
 

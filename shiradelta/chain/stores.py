@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from shiradelta.chain.conditions import swap_by_reading
 from shiradelta.chain.digests import check_file
 from shiradelta.chain.rows import KINDS
 from shiradelta.errors import ChainError
@@ -46,6 +47,19 @@ class Store(Protocol):
         """A context with a file to write, which is put in place, durably, if the block succeeds.
 
         Raises:
+            TargetError: it cannot be written.
+        """
+
+    def swap(self, path: str, data: bytes, old: bytes | None) -> None:
+        """Replaces a small file if it still has the bytes that were read, durably.
+
+        Args:
+            path: the file.
+            data: what it has afterwards.
+            old: what it has now; None if it is not there.
+
+        Raises:
+            ChainError: it has others, which stay, as far as the place can tell.
             TargetError: it cannot be written.
         """
 
@@ -93,6 +107,10 @@ class FolderStore:
             _make_folder(target.parent)
         with replacing(target) as stream:
             yield stream
+
+    def swap(self, path: str, data: bytes, old: bytes | None) -> None:
+        """As `Store.swap`; the caller has the lock."""
+        swap_by_reading(self, path, data, old)
 
     def remove(self, path: str) -> None:
         """As `Store.remove`; folders that are empty then go, too."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from shiradelta.chain import Chain, FolderFollower, remote
 from shiradelta.chain.remote import RemoteStore
 from shiradelta.chain.stores import Store
 from tests.chain.models import read, same, write
+from tests.chain.servers import CLIENTS, ObjectServer, bucket, serving
 from tests.chain.test_chain import Run, reason
 
 fsspec = pytest.importorskip("fsspec")
@@ -172,53 +172,109 @@ def test_what_cannot_be_published_to_or_is_unknown_is_named(tmp_path: Path, monk
         Chain.open("memory://x")
 
 
-class Ranges(SimpleHTTPRequestHandler):
-    """A plain server; `http.server` knows no ranges."""
+@pytest.fixture
+def server() -> Iterator[ObjectServer]:
+    with serving() as objects:
+        yield objects
 
-    def log_message(self, *_: object) -> None:
-        pass
+
+needs_http = pytest.mark.skipif(find_spec("aiohttp") is None, reason="fsspec reads HTTP with aiohttp")
 
 
-@pytest.mark.skipif(find_spec("aiohttp") is None, reason="fsspec reads HTTP with aiohttp")
+def served(run: Run, server: ObjectServer) -> str:
+    """The URL of a run's chain on a plain server."""
+    root = run.folder / "chain"
+    for file in root.rglob("*"):
+        if file.is_file():
+            server.files[f"chain/{file.relative_to(root).as_posix()}"] = file.read_bytes()
+    return f"{server.url}/chain"
+
+
+@needs_http
 @pytest.mark.filterwarnings("ignore")
-def test_a_plain_http_server_is_followed(tmp_path: Path):
+def test_a_plain_http_server_is_followed(server: ObjectServer, tmp_path: Path):
     run = Run(tmp_path / "run", 2)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(run.folder)))
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}/chain"
-        folder = tmp_path / "copy"
-        FolderFollower(url, folder).follow()
-        assert same(read(folder), run.models[2])
-        with pytest.raises(sd.TargetError, match="not published over http"):
-            Chain.open(url).publish(run.step(publish=False))
-        assert reason(lambda: Chain.open(url + "/nothing")) == "no_chain"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    url = served(run, server)
+    FolderFollower(url, tmp_path / "copy").follow()
+    assert same(read(tmp_path / "copy"), run.models[2])
+    with pytest.raises(sd.TargetError, match="not published over http"):
+        Chain.open(url).publish(run.step(publish=False))
+    assert reason(lambda: Chain.open(url + "/nothing")) == "no_chain"
+    # What was read is in the cache: another follower asks for the manifest only.
+    before = len(server.log)
+    FolderFollower(url, tmp_path / "other").follow()
+    assert {key for _, key, _ in server.log[before:]} == {"chain/chain.json"}
 
 
-@pytest.mark.skipif(find_spec("moto") is None or find_spec("s3fs") is None, reason="needs moto's server and s3fs")
+@needs_http
 @pytest.mark.filterwarnings("ignore")
-def test_a_stand_in_of_s3_is_published_to_and_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from moto.server import ThreadedMotoServer
+@pytest.mark.parametrize("seed", range(3))
+def test_a_server_that_fails_at_random_is_followed_in_bounded_tries(server: ObjectServer, tmp_path: Path, seed: int):
+    run = Run(tmp_path / "run", 4)
+    url, rng = served(run, server), random.Random(seed)
+    server.faults = lambda method, key, number: rng.choice(["503", "lost", "cut", "", "", "", ""])
+    FolderFollower(url, tmp_path / "copy").follow()
+    assert same(read(tmp_path / "copy"), run.models[4])
+    for fault in ("503", "lost", "cut"):
+        server.faults = lambda method, key, number, fault=fault: fault  # type: ignore[misc]
+        before = len(server.log)
+        assert reason(lambda: Chain.open(url)) == "store_failed"
+        assert len(server.log) - before < 50
 
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        store = RemoteStore("s3://bucket/run", client_kwargs={"endpoint_url": f"http://{host}:{port}"})
-        store._fs.mkdir("bucket")
-        run = copy_to(store, Run(tmp_path / "run", 2))
-        run.step(adds=True)
-        FolderFollower(store, tmp_path / "copy").follow()
-        assert same(read(tmp_path / "copy"), run.models[3])
-        run.chain.fold(0, 2)
-        assert run.chain.verify() == []
-        assert run.chain.collect().files == 0
-    finally:
-        server.stop()
+
+@needs_http
+@pytest.mark.filterwarnings("ignore")
+def test_a_download_over_http_goes_on_in_the_next_process(
+    server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(remote, "_CHUNK", 1 << 16)
+    data = os.urandom(10 << 16)
+    server.files["x.bin"] = data
+    sent: list[int] = []
+
+    def dies(method: str, key: str, number: int) -> str:
+        sent.append(number)
+        return "503" if len(sent) > 5 else ""
+
+    server.faults = dies
+    place = server.url, "x.bin", len(data), hashlib.sha256(data).hexdigest()
+    assert reason(lambda: RemoteStore(place[0]).fetched(*place[1:])) == "store_failed"
+    (part,) = (tmp_path / "cache").rglob("*.part")
+    there = part.stat().st_size
+    assert 0 < there < len(data)
+    assert part.read_bytes() == data[:there]
+    server.faults, before = lambda method, key, number: "", len(server.log)
+    assert RemoteStore(place[0]).fetched(*place[1:]).read_bytes() == data
+    starts = [int(span.partition("=")[2].partition("-")[0]) for _, _, span in server.log[before:] if span]
+    assert min(starts) >= there
+
+
+@needs_http
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_server_damages_is_refused(server: ObjectServer, tmp_path: Path):
+    run = Run(tmp_path / "run", 1)
+    url = served(run, server)
+    server.faults = lambda method, key, number: "damaged" if key.endswith(".shd") else ""
+    assert reason(FolderFollower(url, tmp_path / "copy").follow) == "wrong_bytes"
+    server.faults = lambda method, key, number: "damaged"
+    assert reason(lambda: Chain.open(url)) == "bad_manifest"
+    server.faults = lambda method, key, number: ""
+    FolderFollower(url, tmp_path / "copy").follow()
+    assert same(read(tmp_path / "copy"), run.models[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_stand_in_of_s3_is_published_to_and_followed(
+    server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: str
+):
+    store, rng = bucket(server, client, monkeypatch), random.Random(0)
+    run = copy_to(store, Run(tmp_path / "run", 2))
+    server.faults = lambda method, key, number: rng.choice(["503", "lost", "", "", "", "", ""])
+    run.step(adds=True)
+    FolderFollower(store, tmp_path / "copy").follow()
+    assert same(read(tmp_path / "copy"), run.models[3])
+    run.chain.fold(0, 2)
+    server.faults = lambda method, key, number: ""
+    assert run.chain.verify() == []
+    assert run.chain.collect().files == 0
