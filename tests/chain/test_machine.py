@@ -6,11 +6,15 @@ are damaged, the store fails.  Whatever a follower has is a version, bit for bit
 
 from __future__ import annotations
 
+import argparse
 import os
+import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,16 +23,28 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 import shiradelta as sd
-from shiradelta.chain import Chain, FolderFollower, pages
+from shiradelta.chain import Chain, FolderFollower, pages, remote
+from shiradelta.chain.remote import RemoteStore
 from shiradelta.chain.state import state_digest, state_of
+from shiradelta.chain.stores import FolderStore, Store
 from shiradelta.errors import CHAIN_REASONS
 from shiradelta.models.checkpoint import open_checkpoint
 from tests import BRIEF
 from tests.chain.models import Model, add_step, change, read, replayed, same, set_step, small, write
 
+fsspec = pytest.importorskip("fsspec")
+#: Actions of each machine that has ended, for the report of a long run.
+COUNTED: list[int] = []
 #: Calls that change what is on the disk.
 CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "rename")
 VERSIONS = st.integers(0, 1 << 16)
@@ -67,10 +83,13 @@ class ChainMachine(RuleBasedStateMachine):
         self.small_pages.start()
         self.root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
         self.rng = np.random.default_rng(0)
-        self.number = 0
+        self.cache = self.root / "cache"
+        self.number = self.actions = 0
+        self.failing: random.Random | None = None
         self.models: list[Model] = []
 
     def teardown(self) -> None:
+        COUNTED.append(self.actions)
         self.small_pages.stop()
         shutil.rmtree(self.root)
 
@@ -78,12 +97,35 @@ class ChainMachine(RuleBasedStateMachine):
     def begin(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.models = [{name: one for name, one in small().items() if name != "layers.1.up.weight"}]
-        Chain.create(self.root / "chain", write(self.root / "model", self.models[0]))
+        Chain.create(self.place(), write(self.root / "model", self.models[0]))
+
+    def place(self) -> Path | Store:
+        """Where the chain is."""
+        return self.root / "chain"
+
+    def trouble(self, moment: int | None) -> AbstractContextManager[None]:
+        """What goes wrong while something is done; nothing with None."""
+        return killed_at(moment)
+
+    def stored(self) -> list[str]:
+        """The files of steps, pages and anchors."""
+        return FolderStore(self.root / "chain").files()
+
+    def replace_file(self, path: str, data: bytes | None) -> bytes:
+        """Gives a stored file other bytes, or removes it; those that it had, if it was there."""
+        file = self.root / "chain" / path
+        before = file.read_bytes() if file.exists() else b""
+        if data is None:
+            file.unlink()
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        return before
 
     @property
     def chain(self) -> Chain:
         """As another process would open it."""
-        return Chain.open(self.root / "chain")
+        return Chain.open(self.place())
 
     def path(self, name: str) -> Path:
         """A free path."""
@@ -106,6 +148,8 @@ class ChainMachine(RuleBasedStateMachine):
         try:
             call()
         except sd.ChainError as error:
+            if error.reason == "store_failed" and self.failing is not None:
+                raise
             assert error.reason in reasons, error  # noqa: PT017
             assert error.reason in CHAIN_REASONS  # noqa: PT017
             return True
@@ -116,7 +160,7 @@ class ChainMachine(RuleBasedStateMachine):
     @rule(adds=st.booleans(), moment=MOMENTS)
     def publish(self, adds: bool, moment: int | None) -> None:
         path, after = self.step(adds)
-        with killed_at(moment):
+        with self.trouble(moment):
             self.chain.publish(path, version=len(self.models))
         if self.chain.head == len(self.models):
             self.models.append(after)
@@ -145,18 +189,18 @@ class ChainMachine(RuleBasedStateMachine):
         start, stop = self.version(one), self.version(other)
         base = write(self.path("base"), self.models[start]) if has_base else None
         allowed = ["duplicate", "not_published", "pruned", *([] if has_base else ["needs_base"])]
-        with killed_at(moment):
+        with self.trouble(moment):
             self.refused(lambda: self.chain.fold(start, stop, base=base), *allowed)
 
     @rule(number=VERSIONS, moment=MOMENTS)
     def anchor(self, number: int, moment: int | None) -> None:
         model = write(self.path("anchor"), self.models[self.version(number)])
-        with killed_at(moment):
+        with self.trouble(moment):
             self.refused(lambda: self.chain.publish_anchor(model, self.version(number)), "duplicate", "not_published")
 
     @rule(number=VERSIONS | st.none(), moment=MOMENTS)
     def collect(self, number: int | None, moment: int | None) -> None:
-        with killed_at(moment):
+        with self.trouble(moment):
             before = None if number is None else self.version(number)
             self.refused(lambda: self.chain.collect(before), "pruned")
 
@@ -165,7 +209,7 @@ class ChainMachine(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), number=VERSIONS | st.none(), keep=st.integers(1, 3), moment=MOMENTS)
     def follow(self, who: int, number: int | None, keep: int, moment: int | None) -> None:
         to = None if number is None else self.version(number)
-        with killed_at(moment):
+        with self.trouble(moment):
             follower = FolderFollower(self.chain, self.root / f"follower{who}", keep=keep)
             if not self.refused(lambda: follower.follow(to), "pruned", "not_kept") and moment is None:
                 assert follower.version == (self.chain.head if to is None else to)
@@ -182,27 +226,30 @@ class ChainMachine(RuleBasedStateMachine):
     @rule(number=VERSIONS, byte=VERSIONS, gone=st.booleans())
     def damage(self, number: int, byte: int, gone: bool) -> None:
         """A file is damaged or missing for a while: whoever needs it says so."""
-        found = (self.root / "chain").rglob("*-*")
-        files = [file for file in sorted(found) if file.is_file()] + sorted(
-            (self.root / "chain").rglob("*-*/*.safetensors")
-        )
+        files = self.stored()
         file = files[number % len(files)]
-        whole = file.read_bytes()
-        if gone:
-            file.unlink()
-        else:
+        listed = file in self.chain.manifest.files()
+        whole = self.replace_file(file, None)
+        if not gone:
             at = byte % len(whole)
-            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        folder = self.path("late")
+            self.replace_file(file, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        self.cache = self.path("cache")  # nothing of it was read before
+        folder, problems = self.path("late"), list[str]()
         try:
             if not self.refused(FolderFollower(self.chain, folder).follow, "missing_file", "wrong_bytes"):
                 assert same(read(folder), self.models[-1])
-            listed = self.chain.manifest.files()
-            assert bool(self.chain.verify()) == (file.relative_to(self.root / "chain").as_posix() in listed)
+            if self.refused(lambda: problems.extend(self.chain.verify()), "missing_file", "wrong_bytes"):
+                assert listed
+                assert file.startswith("pages/")
+            else:
+                assert bool(problems) == listed
         finally:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(whole)
+            self.replace_file(file, whole)
             shutil.rmtree(folder, ignore_errors=True)
+
+    @invariant()
+    def counted(self) -> None:
+        self.actions += 1
 
     @invariant()
     def every_follower_has_a_version(self) -> None:
@@ -221,13 +268,81 @@ class ChainMachine(RuleBasedStateMachine):
             assert self.chain.verify() == []
 
 
-ChainMachine.TestCase.settings = settings(
-    max_examples=settings.default.max_examples // 2,
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+class FailingFiles:
+    """A client of a store of which a fifth of the calls fail, half of these when their work is done."""
+
+    def __init__(self, inner: Any, rng: random.Random) -> None:
+        self.inner, self.rng = inner, rng
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.inner, name)
+        return partial(self._called, found) if callable(found) else found
+
+    def _called(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if self.rng.random() < 0.1:
+            raise OSError(5, "the line is dead")
+        found = call(*args, **options)
+        if self.rng.random() < 0.1:
+            raise OSError(5, "the answer is lost")
+        return found
+
+
+class RemoteMachine(ChainMachine):
+    """The same with a store that is no folder: it has no lock, and fails at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.impatient = mock.patch.multiple(remote, _TRIES=2, _PAUSE=0.0)
+        self.impatient.start()
+        self.url = f"memory://{self.root.name}/run"
+
+    def teardown(self) -> None:
+        fsspec.filesystem("memory").rm(self.root.name, recursive=True)
+        self.impatient.stop()
+        super().teardown()
+
+    def place(self) -> RemoteStore:
+        store = RemoteStore(self.url, cache=self.cache)
+        if self.failing is not None:
+            store._fs = FailingFiles(store._fs, self.failing)
+        return store
+
+    @contextmanager
+    def trouble(self, moment: int | None) -> Iterator[None]:
+        """The process is killed, or the store fails at random; or both."""
+        self.failing = None if moment is None or moment % 3 == 0 else random.Random(moment)
+        try:
+            with killed_at(None if moment is not None and moment % 3 == 1 else moment):
+                yield
+        except sd.ChainError as error:
+            if error.reason != "store_failed" or self.failing is None:
+                raise
+        finally:
+            self.failing = None
+
+    def stored(self) -> list[str]:
+        return RemoteStore(self.url).files()
+
+    def replace_file(self, path: str, data: bytes | None) -> bytes:
+        files, at = fsspec.filesystem("memory"), f"/{self.root.name}/run/{path}"
+        before: bytes = files.cat_file(at) if files.exists(at) else b""
+        if data is None:
+            files.rm_file(at)
+        else:
+            files.pipe_file(at, data)
+        return before
+
+
+def many(steps: int, examples: int) -> settings:
+    """Settings for a number of actions in a row, and a number of such rows."""
+    return settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+ChainMachine.TestCase.settings = RemoteMachine.TestCase.settings = many(30, settings.default.max_examples // 2)
 TestChain = pytest.mark.slow(ChainMachine.TestCase)
+TestRemoteChain = pytest.mark.slow(RemoteMachine.TestCase)
 
 
 @pytest.mark.slow
@@ -252,3 +367,19 @@ def test_a_thousand_steps(tmp_path: Path):
         assert state_digest(state_of(open_checkpoint(folder))) == chain.manifest.states()[stop]
     assert [step.stop for step in chain.way(0, 300).steps] == [100, 200, 300]
     assert chain.verify() == []
+
+
+def main() -> None:
+    """Runs both machines for long."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1000, help="actions in a row")
+    parser.add_argument("--examples", type=int, default=1, help="such rows")
+    options = parser.parse_args()
+    for machine in (ChainMachine, RemoteMachine):
+        start, done = time.perf_counter(), sum(COUNTED)
+        run_state_machine_as_test(machine, settings=many(options.steps, options.examples))
+        print(f"{machine.__name__}: {sum(COUNTED) - done:,} actions in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
