@@ -6,8 +6,9 @@ groups, whose last batches are not full; multi-LoRA serves them as they come, ea
 computes every adapter beside the weights.  The more often the adapter changes, the smaller are the groups.
 
 The model is made here, with random weights, unless `--model` names a folder: what is measured is time.
-`--engines vLLM` measures the same in vLLM, on a CPU, in the environment that `make vllm` makes.  Rows of an engine that
-is not measured stay as serve.csv has them.
+`--engines vLLM` measures the same in vLLM, on a CPU, in the environment that `make vllm` makes; take
+`--dtype bfloat16`, because vLLM repacks float32 weights there.  Rows of an engine that is not measured stay as
+serve.csv has them.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main() -> None:
         folder = Path(temporary)
         model = options.model or folder / "model"
         if options.model is None:
-            write_model(model, load.seed)
+            write_model(model, load.seed, options.dtype)
         names = write_adapters(folder, model, max(options.adapters), load.seed)
         for count in options.adapters:
             some, changes = names[:count], options.every if count > 1 else [load.count]

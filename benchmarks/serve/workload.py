@@ -134,12 +134,12 @@ class Server:
         return sorted(by_adapter.values(), key=lambda group: group[0].adapter != self._active)
 
 
-def write_model(folder: Path, seed: int) -> None:
-    """A Llama with random weights, in float32."""
+def write_model(folder: Path, seed: int, dtype: str) -> None:
+    """A Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def vocabulary(model: Path) -> int:
