@@ -199,7 +199,7 @@ def test_the_recipe_of_the_documentation_runs(made: Path, tmp_path: Path, monkey
 
 
 #: Pages whose blocks of Python go on from each other, in a folder that holds stranger.shd.
-ALONE = ("index", "exactness", "errors", "limits")
+ALONE = ("index", "exactness", "errors", "limits", "engines")
 
 
 @pytest.mark.parametrize("page", ALONE)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import shiradelta as sd
+from shiradelta.errors import TargetError
+from shiradelta.serving.session import SwapRequest
+from shiradelta.serving.vllm_client import RUNNING, VLLMServer, weight_version
 from tests.swapping import random_delta
 
 ROOT = Path(__file__).parents[2]
@@ -21,25 +31,37 @@ PYTHON = ENVIRONMENT / "bin" / "python"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON.exists(), reason="make vllm installs vLLM")]
 
 
-def test_adapters_in_vllm_are_those_of_a_fresh_load(tmp_path: Path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama, `base`, a delta for all its tensors, `a.shd`, and the patched model, `tuned`."""
     transformers = pytest.importorskip("transformers")
+    made_in = tmp_path_factory.mktemp("vllm")
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 500}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "base")
-    weights = load_file(tmp_path / "base" / "model.safetensors")
+    model.save_pretrained(made_in / "base")
+    weights = load_file(made_in / "base" / "model.safetensors")
     made = {
         name: random_delta(tuple(one.shape), max(1, one.numel() // 100), i, base=one, scale=0.1)
         for i, (name, one) in enumerate(weights.items())
     }
-    sd.save_delta(tmp_path / "a.shd", made)
-    sd.apply(tmp_path / "base", tmp_path / "a.shd", out=tmp_path / "tuned")
+    sd.save_delta(made_in / "a.shd", made)
+    sd.apply(made_in / "base", made_in / "a.shd", out=made_in / "tuned")
+    return made_in
+
+
+def environment(*paths: Path, **more: str) -> dict[str, str]:
     preload = next(ENVIRONMENT.rglob("libiomp5.so"), None)
-    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(ROOT)}
-    environment = {**os.environ, **more, "LD_PRELOAD": str(preload or ""), "HF_HUB_OFFLINE": "1"}
-    command = [str(PYTHON), "-m", "tests.serving.in_vllm", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    path = os.pathsep.join(map(str, (ROOT, *paths)))
+    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **more}
+    return {**os.environ, **more, "LD_PRELOAD": str(preload or "")}
+
+
+def test_adapters_in_vllm_are_those_of_a_fresh_load(folder: Path):
+    command = [str(PYTHON), "-m", "tests.serving.in_vllm", str(folder)]
+    within = environment(VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    done = subprocess.run(command, cwd=ROOT, env=within, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     base, tuned = found["base"], found["fresh"]
@@ -49,3 +71,118 @@ def test_adapters_in_vllm_are_those_of_a_fresh_load(tmp_path: Path):
     assert "adapter 'b' is not loaded" in found["refused"]
     assert found["reverted"] == base
     assert found["reverted text"] == found["text"] != found["tuned text"]
+
+
+class Server:
+    """vLLM's server, and what a client of it sees."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __call__(self, method: str, route: str, body: Any) -> tuple[int, Any]:
+        data = None if method == "GET" else json.dumps(body).encode() if body is not None else b""
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            with urlopen(Request(f"{self.url}/{route}", data, headers, method=method), timeout=120) as answer:
+                text = answer.read().decode()
+        except HTTPError as error:
+            return error.code, error.read().decode()
+        return 200, json.loads(text) if text.startswith("{") else text
+
+    def call(self, route: str, body: Any = None) -> Any:
+        status, answer = self("GET" if body is None else "POST", route, body)
+        assert status == 200, answer
+        return answer
+
+    def checksums(self) -> dict[str, str]:
+        """By vLLM's own hand."""
+        return dict(self.call("weight_checker", {"action": "checksum"})["checksums"])
+
+    def tokens(self, prompt: list[int], count: int) -> list[int]:
+        how = {"temperature": 0, "max_tokens": count, "min_tokens": count, "return_token_ids": True}
+        (choice,) = self.call("v1/completions", {"model": "m", "prompt": prompt, **how})["choices"]
+        return list(choice["token_ids"])
+
+    def metric(self, name: str) -> float:
+        lines = self.call("metrics").splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}{{"))
+
+    def hits(self) -> float:
+        """Tokens that the prefix cache has saved."""
+        return self.metric("prefix_cache_hits_total")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    # As an installation registers the engine, in the server's process and in its engine's.
+    installed = folder / "installed" / "shiradelta-0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: shiradelta\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text("[vllm.general_plugins]\nshd = shiradelta.serving.plugin:register\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m", "--dtype", "bfloat16"]
+    options += ["--enforce-eager", "--max-model-len", "256", "--block-size", "32", "--skip-tokenizer-init"]
+    options += ["--weight-transfer-config", '{"backend": "shd"}', "--gpu-memory-utilization", "0.5"]
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base"), *options]
+    within = environment(installed.parent, VLLM_SERVER_DEV_MODE="1", CUDA_VISIBLE_DEVICES="")
+    log = folder / "server.txt"
+    with open(log, "w") as stream:
+        process = subprocess.Popen(command, cwd=folder, env=within, stdout=stream, stderr=stream)
+    made = Server(f"http://127.0.0.1:{port}")
+    try:
+        end = time.monotonic() + 900
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < end, log.read_text()[-4000:]
+            try:
+                made.call("health")
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield made
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def test_a_server_is_switched_between_batches(server: Server, folder: Path):
+    client = VLLMServer(server)
+    base, prompt = server.checksums(), [3 + 7 * i % 400 for i in range(40)]
+    client.init()
+    assert client.version() == "default"
+    plain = server.tokens(prompt, 8)
+    before = server.hits()
+    assert server.tokens(prompt, 8) == plain
+    assert server.hits() > before  # the prefix cache is on
+    tuned: list[dict[str, str]] = []
+    for number, running in enumerate(RUNNING):
+        before = server.hits()
+        with ThreadPoolExecutor(1) as pool:
+            running_one = pool.submit(server.tokens, [5] * 20, 200)
+            while not server.metric("num_requests_running"):
+                assert not running_one.done()
+            request = SwapRequest(load={} if number else {"a": str(folder / "a.shd")}, active={"a": 1.0})
+            version = client.update(request, policy=str(number), running=running)
+            answered = len(running_one.result())
+        assert answered == 200 if running != "abort" else answered < 200
+        assert client.version() == version == weight_version({"a": 1.0}, str(number))
+        tuned.append(server.checksums())
+        now = server.tokens(prompt, 8)
+        assert now != plain
+        assert server.hits() == before  # nothing that was computed with the old weights was used
+        with pytest.raises(TargetError, match="refuses /update_weights"):
+            client.update(SwapRequest(active={"b": 1.0}), policy="refused")
+        assert client.version() == version
+        assert server.tokens(prompt, 8) == now
+        client.update(SwapRequest(active={}))
+        assert client.version() == weight_version({}, str(number))
+        assert server.checksums() == base
+        assert server.tokens(prompt, 8) == plain
+    assert tuned[0] == tuned[1] == tuned[2]
+    assert sum(tuned[0][name] != base[name] for name in base) == 15
