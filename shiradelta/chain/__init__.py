@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shiradelta.chain.chain import Chain
     from shiradelta.chain.follow import FolderFollower, LiveFollower, status
+    from shiradelta.chain.inflight import InFlight
     from shiradelta.chain.manifest import Manifest
     from shiradelta.chain.rows import Anchor, Step
 
-__all__ = ["Anchor", "Chain", "FolderFollower", "LiveFollower", "Manifest", "Step", "status"]
+__all__ = ["Anchor", "Chain", "FolderFollower", "InFlight", "LiveFollower", "Manifest", "Step", "status"]
 
 _HOMES = {
     **dict.fromkeys(("Anchor", "Step"), "rows"),
+    "InFlight": "inflight",
     "Manifest": "manifest",
     **dict.fromkeys(("FolderFollower", "LiveFollower", "status"), "follow"),
     "Chain": "chain",

@@ -11,11 +11,13 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from shiradelta.chain.chain import STORE, Chain, Path_
 from shiradelta.chain.files import write_anchor
+from shiradelta.chain.inflight import InFlight
 from shiradelta.chain.rows import Anchor, Step
 from shiradelta.chain.state import state_digest, state_of
 from shiradelta.chain.stores import Store
@@ -39,6 +41,7 @@ from shiradelta.util.progress import Progress
 Hook = Callable[[Step], object]
 #: Steps on a folder that can be taken back, beneath which they become part of the base.
 KEPT = 8
+IN_FLIGHT = ArgumentKind("an InFlight", lambda value: isinstance(value, InFlight))
 SESSION = ArgumentKind("a HotSwap", lambda value: isinstance(value, HotSwap))
 CHAIN = ArgumentKind("a Chain, a path or an open store", lambda value: isinstance(value, Chain) or STORE.holds(value))
 
@@ -93,7 +96,8 @@ class Follower(ABC):
             stop = manifest.head if to is None else int(to)
             version = self.version
             while version is not None and version > stop:
-                self._take_back(stop)
+                with self._held():
+                    self._take_back(stop)
                 version = self.version
             try:
                 way = self.chain.way(version, stop)
@@ -127,13 +131,17 @@ class Follower(ABC):
             if not done:
                 time.sleep(every)
 
+    def _held(self) -> AbstractContextManager[None]:
+        """A context in which nothing uses what is changed."""
+        return nullcontext()
+
     def _take(self, step: Step) -> None:
-        with self.chain.open_step(step) as delta:
+        with self.chain.open_step(step) as delta, self._held():
             if self._before is not None:
                 self._before(step)
             self._apply(step, delta)
-        if self._after is not None:
-            self._after(step)
+            if self._after is not None:
+                self._after(step)
 
 
 class FolderFollower(Follower):
@@ -242,12 +250,13 @@ class LiveFollower(Follower):
         before: called with a step before it is applied, to stop what uses the weights; an error that it raises leaves
             the weights as they are.
         after: called with a step when it has been applied.
+        in_flight: the answers that are made with the weights; a step, and taking one back, waits for these.
 
     Raises:
         ChainError: there is no such chain.
     """
 
-    @checked(chain=CHAIN, swap=SESSION, version=WHOLE, before=CALL, after=CALL)
+    @checked(chain=CHAIN, swap=SESSION, version=WHOLE, before=CALL, after=CALL, in_flight=IN_FLIGHT)
     def __init__(
         self,
         chain: Chain | Path_ | Store,
@@ -256,11 +265,15 @@ class LiveFollower(Follower):
         *,
         before: Hook | None = None,
         after: Hook | None = None,
+        in_flight: InFlight | None = None,
     ) -> None:
         super().__init__(chain, before, after)
         self._swap = swap
         self._base = int(version)
         self._last: tuple[str, Step] | None = None
+        self._in_flight = in_flight
+        if in_flight is not None:
+            in_flight.version = self._base
 
     @property
     def version(self) -> int:
@@ -275,6 +288,17 @@ class LiveFollower(Follower):
         if self._last is not None and active == {self._last[0]: 1.0}:
             return self._last[1].stop
         raise ChainError("not_on_chain", "the live model", f"{', '.join(active)} is active on it")
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        if self._in_flight is None:
+            yield
+            return
+        with self._in_flight.held():
+            try:
+                yield
+            finally:
+                self._in_flight.version = self.version
 
     def _begin(self, anchor: Anchor) -> None:
         raise TargetError("a live model has a version from its beginning")

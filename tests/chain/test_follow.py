@@ -184,7 +184,7 @@ def test_a_file_that_is_collected_meanwhile_is_said_by_the_manifest_of_then(run:
 @pytest.mark.parametrize("adds", [False, True])
 def test_a_live_model_follows_too(run: Run, adds: bool):
     names = {name: bits.reshape(shape) for name, (_, shape, bits) in run.models[0].items()}
-    swap = sd.HotSwap({name: _viewed(run.models[0], name, bits) for name, bits in names.items()})
+    swap = sd.HotSwap({name: viewed(run.models[0], name, bits) for name, bits in names.items()})
     seen: list[int] = []
     follower = LiveFollower(run.chain, swap, 0, after=lambda step: seen.append(step.stop))
 
@@ -211,7 +211,7 @@ def test_a_live_model_follows_too(run: Run, adds: bool):
         follower.follow()
 
 
-def _viewed(model: Model, name: str, bits: np.ndarray) -> np.ndarray:
+def viewed(model: Model, name: str, bits: np.ndarray) -> np.ndarray:
     """A float array over the same memory; uint16 stands for bfloat16."""
     dtype = model[name][0]
     return bits.view({"float32": "<f4", "float16": "<f2"}.get(dtype, bits.dtype))
