@@ -1,0 +1,120 @@
+"""What runs the model: vLLM's server, or nothing but the folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlencode, urlsplit
+
+import shiradelta as sd
+
+#: What becomes of generation in flight -> what vLLM calls that.
+POLICIES = {"finish": "wait", "abort": "abort"}
+
+
+class EngineError(Exception):
+    """The engine cannot be reached, or has refused a request."""
+
+
+class Engine(Protocol):
+    """What runs the model at a version."""
+
+    def pause(self, policy: str) -> None:
+        """Lets generation in flight end, or ends it, and holds back what comes; `policy` is a key of `POLICIES`."""
+
+    def resume(self) -> None:
+        """Goes on."""
+
+    def flush(self) -> None:
+        """Forgets what was computed with other weights."""
+
+    def apply(self, name: str, step: Path | None, before: str) -> None:
+        """Puts the weights at what a step from the first version gives.
+
+        Args:
+            name: what the step is called there.
+            step: its file; None for the first version itself.
+            before: the name of the step that is on the weights; "" for none.
+        """
+
+
+class FolderOnly:
+    """No engine: whoever loads the folder has the newest weights."""
+
+    def pause(self, policy: str) -> None:
+        """Does nothing, as the rest."""
+
+    def resume(self) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def apply(self, name: str, step: Path | None, before: str) -> None:
+        """Does nothing."""
+
+
+class VllmServer:
+    """vLLM's server, with `--worker-extension-cls shiradelta.serving.vllm.SwapExtension` and VLLM_SERVER_DEV_MODE=1.
+
+    Args:
+        url: such as "http://127.0.0.1:8000".
+        checkpoint: the folder that vLLM was started with, the model at the first version.
+        seconds: how long an answer may take.
+    """
+
+    def __init__(self, url: str, checkpoint: Path, seconds: float = 600.0) -> None:
+        where = urlsplit(url)
+        if where.scheme != "http" or not where.hostname:
+            raise sd.ArgumentError(f"{url}: give the URL of vLLM's server, such as http://127.0.0.1:8000")
+        self._address, self._checkpoint, self._seconds = (where.hostname, where.port or 80), checkpoint, seconds
+        self._ready = False
+
+    def pause(self, policy: str) -> None:
+        """As `Engine.pause`."""
+        self._post("/pause", mode=POLICIES[policy])
+
+    def resume(self) -> None:
+        """As `Engine.resume`."""
+        self._post("/resume")
+
+    def flush(self) -> None:
+        """As `Engine.flush`."""
+        if self._post("/reset_prefix_cache").get("success") is not True:
+            raise EngineError("vLLM did not reset its prefix cache; pause generation before")
+
+    def apply(self, name: str, step: Path | None, before: str) -> None:
+        """As `Engine.apply`: in all workers or in none."""
+        if not self._ready:
+            self._call("shd_init", str(self._checkpoint))
+            self._ready = True
+        load = {} if step is None else {name: str(step)}
+        self._call(
+            "shd_update", {"load": load, "active": dict.fromkeys(load, 1.0), "unload": [before] if before else []}
+        )
+
+    def _call(self, method: str, *args: Any) -> None:
+        self._post("/collective_rpc", {"method": method, "args": list(args)})
+
+    def _post(self, path: str, body: Mapping[str, Any] | None = None, **query: str) -> dict[str, Any]:
+        connection = HTTPConnection(*self._address, timeout=self._seconds)
+        target = f"{path}?{urlencode(query)}" if query else path
+        try:
+            raw = json.dumps(body or {}).encode()
+            connection.request("POST", target, raw, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read(1 << 20).decode(errors="replace")
+        except (OSError, HTTPException) as error:
+            raise EngineError(f"vLLM at {self._address[0]}:{self._address[1]}{path}: {error}") from error
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise EngineError(f"vLLM answered {answer.status} to {path}: {' '.join(text.split())[:300]}")
+        try:
+            found = json.loads(text) if text else {}
+        except ValueError:
+            found = {}
+        return found if isinstance(found, dict) else {}
