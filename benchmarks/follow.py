@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,19 @@ SEED = 0
 
 
 @contextmanager
-def places(root: Path) -> Iterator[dict[str, Store]]:
-    """The stores that are compared; each reads nothing from a cache."""
+def bucket() -> Iterator[None]:
+    """A stand-in of S3, where the environment says that S3 is."""
     with serving() as server:
         keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1"}
         os.environ |= {**keys, "AWS_ENDPOINT_URL": server.url, "AWS_ALLOW_HTTP": "true"}
-        yield {
-            "folder": FolderStore(root / "chain"),
-            "S3 stand-in": RemoteStore("s3://bucket/run", cache=root / "cache"),
-        }
+        yield
+
+
+def place(name: str, root: Path) -> Store:
+    """A store that is empty, of which nothing is in a cache."""
+    if name == "folder":
+        return FolderStore(root / "chain")
+    return RemoteStore(f"s3://bucket/{root.name}", cache=root / "cache")
 
 
 class Clock:
@@ -134,8 +138,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for weights in options.weights:
         for name in ("folder", "S3 stand-in"):
-            with tempfile.TemporaryDirectory(dir=".") as folder, places(Path(folder)) as stores:
-                clock, nonzeros, size = measured(Path(folder), stores[name], weights, options.density, options.steps)
+            with tempfile.TemporaryDirectory(dir=".") as work, bucket() if name != "folder" else nullcontext():
+                root = Path(work)
+                clock, nonzeros, size = measured(root, place(name, root), weights, options.density, options.steps)
             times = {part: statistics.median(clock.found[part][1:]) * 1e3 for part in PARTS}
             about = {"store": name, "weights": weights, "nonzeros": nonzeros, "bytes": size}
             rows.append({**about, **times, "all": sum(times.values())})

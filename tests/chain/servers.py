@@ -44,6 +44,7 @@ class ObjectServer:
         self.files: dict[str, bytes] = {}
         self.faults: Faults = lambda method, key, number: ""
         self.conditions = self.has_conditions = True
+        self.parts: dict[str, dict[int, bytes]] = {}
         self.log: list[tuple[str, str, str]] = []
         self.lock = Lock()
         self.url = ""
@@ -120,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _done(self, key: str, query: dict[str, list[str]], body: bytes) -> tuple[int, bytes, dict[str, str]]:
         """(status, body, headers)."""
         objects = self.objects
+        if "uploads" in query or "uploadId" in query:
+            return self._in_parts(key, query, body)
         if self.command == "PUT":
             status = objects.put(key, body, self.headers.get("If-Match"), self.headers.get("If-None-Match"))
             if status == 200:
@@ -147,6 +150,25 @@ class _Handler(BaseHTTPRequestHandler):
         if start >= len(found):
             return 416, _error("InvalidRange"), {}
         return 206, found[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(found)}"}
+
+    def _in_parts(self, key: str, query: dict[str, list[str]], body: bytes) -> tuple[int, bytes, dict[str, str]]:
+        """An upload in parts, as S3 has it for large files: it begins, a part, its end."""
+        with self.objects.lock:
+            parts = self.objects.parts
+            if "uploads" in query:
+                upload = f"upload{len(self.objects.log)}"
+                parts[upload], answer = {}, f"<UploadId>{upload}</UploadId>"
+                return 200, f"<InitiateMultipartUploadResult>{answer}</InitiateMultipartUploadResult>".encode(), {}
+            upload = query["uploadId"][0]
+            if self.command == "PUT":
+                parts[upload][int(query["partNumber"][0])] = body
+                return 200, b"", {"ETag": tag(body)}
+            if self.command == "DELETE":
+                parts[upload].clear()
+                return 204, b"", {}
+            self.objects.files[key] = whole = b"".join(part for _, part in sorted(parts.pop(upload).items()))
+        answer = f"<ETag>{escape(tag(whole))}</ETag>"
+        return 200, f"<CompleteMultipartUploadResult>{answer}</CompleteMultipartUploadResult>".encode(), {}
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: bool = False) -> None:
         self.send_response(status)

@@ -265,6 +265,16 @@ def test_what_a_server_damages_is_refused(server: ObjectServer, tmp_path: Path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("client", CLIENTS)
+def test_a_large_file_goes_to_a_bucket_in_parts(server: ObjectServer, monkeypatch: pytest.MonkeyPatch, client: str):
+    store, data = bucket(server, client, monkeypatch), os.urandom(6 << 20)
+    with store.writing("anchors/x") as stream:
+        stream.write(data)
+    assert server.files["bucket/run/anchors/x"] == data
+    assert store.fetched("anchors/x", len(data), hashlib.sha256(data).hexdigest()).read_bytes() == data
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("client", CLIENTS)
 def test_a_stand_in_of_s3_is_published_to_and_followed(
     server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: str
 ):
