@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -47,33 +47,55 @@ def scratch() -> Path:
     return Path(_temporary().name)
 
 
-@cache
-def library() -> Path:
-    """`libshd.a`; its objects do for the shared library, too.
+def kept(name: str, about: str, inputs: Iterable[Path], make: Callable[[Path], object]) -> Path:
+    """A folder in `build/` that `make` has filled.
 
-    It stays in `build/` until the sources change, so that the processes of a test run share one.
+    It stays until the inputs or what is said about it change, so that the processes of a test run share one.
     """
-    options = ("-std=c11", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", *WARNINGS)
-    sources = sorted((LIBSHD / "src").glob("*.c"))
-    about = hashlib.sha256(run(CC, "--version").encode() + repr(options).encode())
-    for path in [*sources, *sorted((LIBSHD / "src").glob("*.h")), *sorted((LIBSHD / "include").glob("*.h"))]:
-        about.update(path.read_bytes())
-    home = LIBSHD.parent / "build" / "libshd-tests"
+    digest = hashlib.sha256(about.encode())
+    for path in sorted(inputs):
+        digest.update(path.read_bytes())
+    home = LIBSHD.parent / "build" / f"{name}-tests"
     home.mkdir(parents=True, exist_ok=True)
-    folder = home / about.hexdigest()[:16]
+    folder = home / digest.hexdigest()[:16]
     with open(home / "lock", "w") as lock:
         while not try_lock(lock.fileno()):
             time.sleep(0.05)
         if not folder.exists():
             for old in home.glob("*/"):
                 shutil.rmtree(old)
-            made = scratch() / "library"
+            made = scratch() / name
             made.mkdir()
-            run(CC, *options, "-c", *sources, cwd=made)
-            run("ar", "rcs", "libshd.a", *sorted(made.glob("*.o")), cwd=made)
+            make(made)
             shutil.move(made, home / "new")
             os.replace(home / "new", folder)
-    return folder / "libshd.a"
+    return folder
+
+
+def sources() -> list[Path]:
+    """What libshd is compiled from, headers included."""
+    return [*(LIBSHD / "src").glob("*.[ch]"), *(LIBSHD / "include").glob("*.h")]
+
+
+@cache
+def library() -> Path:
+    """`libshd.a`; its objects do for the shared library, too."""
+    options = ("-std=c11", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", *WARNINGS)
+
+    def make(folder: Path) -> None:
+        run(CC, *options, "-c", *sorted((LIBSHD / "src").glob("*.c")), cwd=folder)
+        run("ar", "rcs", "libshd.a", *sorted(folder.glob("*.o")), cwd=folder)
+
+    return kept("libshd", run(CC, "--version") + repr(options), sources(), make) / "libshd.a"
+
+
+@cache
+def wasm() -> Path:
+    """`shd.wasm`, as its script builds it."""
+    script = LIBSHD / "wasm" / "build.sh"
+    parts = [script, *(LIBSHD / "wasm").rglob("*.[ch]"), *sources()]
+    about = run(os.environ.get("CLANG", "clang"), "--version")
+    return kept("wasm", about, parts, lambda folder: run(script, folder / "shd.wasm")) / "shd.wasm"
 
 
 @cache

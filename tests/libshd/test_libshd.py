@@ -20,7 +20,7 @@ import pytest
 
 import shiradelta as sd
 from shiradelta.format.codecs import VALUE_OPTIONS
-from tests.building import CC, INCLUDE, LIBSHD, WARNINGS, compile_c, library, run, scratch
+from tests.building import CC, INCLUDE, LIBSHD, WARNINGS, compile_c, library, run, scratch, wasm
 
 pytestmark = pytest.mark.skipif(CC is None, reason="no C compiler")
 
@@ -45,20 +45,23 @@ def needs(*tools: str) -> pytest.MarkDecorator:
 @pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
 def test_own_tests_pass(sanitize: bool, tmp_path: Path):
     """The plain ones fail on any allocation in the library."""
-    sources = [*sorted((LIBSHD / "src").glob("*.c")), *sorted((LIBSHD / "tests").glob("*.c"))]
-    sources.remove(LIBSHD / "tests" / "dump.c")
+    tests = sorted({*(LIBSHD / "tests").glob("*.c")} - {LIBSHD / "tests" / "dump.c"})
     options = ["-ffp-contract=off", "-DSHD_STATIC"]
     if sanitize:
-        options += ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        options += ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         probe = tmp_path / "probe.c"
         probe.write_text("int main(void) { return 0; }\n")
         try:
             run(compile_c(tmp_path / "probe", probe, options=options))
         except AssertionError:
             pytest.skip("this compiler has no sanitizers")
-    elif sys.platform == "linux":
-        options += ["-DWRAP_MALLOC", "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc"]
-    program = compile_c(tmp_path / "test", *sources, options=options, libraries=["-lm"])
+        parts = [*sorted((LIBSHD / "src").glob("*.c")), *tests]
+    else:
+        options += ["-O1"]
+        parts = [*tests, library()]
+        if sys.platform == "linux":
+            options += ["-DWRAP_MALLOC", "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc"]
+    program = compile_c(tmp_path / "test", *parts, options=options, libraries=["-lm"])
     assert run(program).endswith(" 0 failed\n")
 
 
@@ -303,17 +306,11 @@ WASM = LIBSHD / "wasm"
 wasm_tools = needs("clang", "wasm-ld", "node")
 
 
-@pytest.fixture(scope="module")
-def wasm() -> Path:
-    run(WASM / "build.sh", scratch() / "shd.wasm")
-    return scratch() / "shd.wasm"
-
-
 @wasm_tools
 @dtypes
-def test_node_decodes_patches_and_reverts(dtype: str, wasm: Path, tmp_path: Path):
+def test_node_decodes_patches_and_reverts(dtype: str, tmp_path: Path):
     case = Case(tmp_path, dtype)
-    printed = run("node", WASM / "example.mjs", wasm, case.delta, "w", case.weights, dtype, tmp_path / "out", "0.75")
+    printed = run("node", WASM / "example.mjs", wasm(), case.delta, "w", case.weights, dtype, tmp_path / "out", "0.75")
     assert np.array_equal(np.fromfile(tmp_path / "out", case.before.dtype), case.after)
     found = json.loads(printed)
     with sd.open_delta(case.delta, backend="numpy") as delta:
@@ -324,7 +321,7 @@ def test_node_decodes_patches_and_reverts(dtype: str, wasm: Path, tmp_path: Path
 
 
 @wasm_tools
-def test_node_reads_the_corpus_as_all_readers_do(wasm: Path, tmp_path: Path):
+def test_node_reads_the_corpus_as_all_readers_do(tmp_path: Path):
     """Reasons of what opening and loading refuse; zstd is not there, and the digest is not looked at."""
     script = tmp_path / "reasons.mjs"
     script.write_text(
@@ -343,7 +340,7 @@ def test_node_reads_the_corpus_as_all_readers_do(wasm: Path, tmp_path: Path):
     refused = json.loads((vectors / "invalid" / "reasons.json").read_text())
     expected = {vectors / "invalid" / f"{name}.shd": reason for name, reason in refused.items()}
     expected |= dict.fromkeys(sorted((vectors / "valid").glob("*.shd")), "accepted")
-    found = dict(zip(expected, json.loads(run("node", script, wasm, *expected)), strict=True))
+    found = dict(zip(expected, json.loads(run("node", script, wasm(), *expected)), strict=True))
     differing = {path.stem: (found[path], reason) for path, reason in expected.items() if found[path] != reason}
     excused: dict[str, Callable[[str], bool]] = {
         "zstd_unavailable": lambda reason: reason in ("accepted", "bad_zstd"),
