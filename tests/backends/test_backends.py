@@ -22,6 +22,7 @@ from shiradelta.format.arithmetic import Positions, add, fingerprint, scaled
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, VALUE_OPTIONS
 from shiradelta.format.record import Record
 from shiradelta.util.arrays import WINDOW, distinct
+from tests.pairs import pairs
 from tests.reference import VALID
 
 try:
@@ -39,6 +40,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype.itemsize == b.dtype.itemsize and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", OTHERS)
 def test_every_vector_decodes_to_the_same_bits(other: str):
     for path in sorted(VALID.glob("*.shd")):
@@ -63,7 +65,7 @@ def assert_decodes_to_the_same_bits(path: Path, other: str) -> None:
 
 
 @pytest.mark.parametrize("density", [0.0003, 0.01, 0.3, 1.0])
-@pytest.mark.parametrize("shape", [(700, 900), (3,), (5, 7, 11)])
+@pytest.mark.parametrize("shape", [pytest.param((700, 900), marks=pytest.mark.slow), (140, 180), (3,), (5, 7, 11)])
 def test_files_are_the_same_bytes(tmp_path: Path, density: float, shape: tuple[int, ...]):
     generator = np.random.default_rng(1)
     numel = int(np.prod(shape))
@@ -122,9 +124,11 @@ def summed(bits: np.ndarray, dtype: str, addends: list[tuple[TensorDelta, float]
     return np.where(touched, add(bits, dtype, total), bits)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("count", [1, 2, 5, pytest.param(70, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("same", [False, True], ids=["other positions", "the same positions"])
+@pairs(
+    dtype=["float32", "float16", "bfloat16"],
+    count=[1, 2, 5, pytest.param(70, marks=pytest.mark.slow)],
+    same=[False, True],
+)
 def test_sums_are_the_same_bits(tmp_path: Path, dtype: str, count: int, same: bool):
     """On several threads, of all codecs and of densities from one nonzero to all, over all kinds of weights."""
     generator = np.random.default_rng(count)

@@ -44,6 +44,7 @@ def test_every_method_has_a_row_a_seed_and_none_is_done_again(
     assert run(tmp_path, monkeypatch) == rows
 
 
+@pytest.mark.slow
 def test_a_model_without_square_weights_has_no_symlora(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -53,6 +53,7 @@ def test_a_death_makes_no_node_earlier_and_reaches_whom_it_can(way: str, node: i
     assert late(FLEET, way, 3, [node]) == [pytest.approx(np.maximum(delays, 0).sum())]
 
 
+@pytest.mark.slow
 def test_what_a_death_costs_on_average():
     for way in WAYS:
         mean = np.mean(late(replace(FLEET, nodes=80), way, 0, list(range(80))))

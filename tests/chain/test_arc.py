@@ -28,6 +28,7 @@ from shiradelta.models.safetensors import Slot
 from shiradelta.util.plain_pickle import read_plain, write_plain
 from tests.chain.models import Array, Model, replayed, same, set_step, tensor, write
 from tests.chain.test_every_wire import STEPS
+from tests.pairs import pairs
 
 
 def steps(rng: np.random.Generator) -> tuple[Model, Model]:
@@ -87,10 +88,7 @@ def as_rows(at: Array, shape: tuple[int, ...]) -> dict[str, Any]:
     return {**about, "data": counts + data}
 
 
-@pytest.mark.parametrize("transform", ["raw", "xor", "zigzag"])
-@pytest.mark.parametrize("codes", [False, True])
-@pytest.mark.parametrize("rows", [False, True])
-@pytest.mark.parametrize("codec", ["zstd", "bz2"])
+@pairs(transform=["raw", "xor", "zigzag"], codes=[False, True], rows=[False, True], codec=["zstd", "bz2"])
 def test_every_form_that_the_package_knows_is_read(tmp_path: Path, transform: str, codes: bool, rows: bool, codec: str):
     before, after = steps(np.random.default_rng(0))
     dtype, shape, old = before["wide"]

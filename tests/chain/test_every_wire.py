@@ -108,7 +108,14 @@ def on(wire: str, step: Path, base: Path, folder: Path, out: Path) -> int:
     return read_wire(wire, folder, base, out)
 
 
-@pytest.mark.parametrize(("one", "other"), list(itertools.product(WIRES, WIRES)))
+#: Each wire before its neighbour; the others are slow together.
+ROUND = set(itertools.pairwise([*WIRES, next(iter(WIRES))]))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [pytest.param(*way, marks=[] if way in ROUND else pytest.mark.slow) for way in itertools.product(WIRES, WIRES)],
+)
 def test_steps_go_from_wire_to_wire(once: Callable[[str, str], Path], tmp_path: Path, one: str, other: str):
     for kind in STEPS.keys() - LACKS.get(one, set()) - LACKS.get(other, set()):
         before, after = STEPS[kind](np.random.default_rng(0))

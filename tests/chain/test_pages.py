@@ -83,6 +83,7 @@ def test_they_are_published_after_followed_folded_and_collected(run: Run, tmp_pa
     assert same(read(tmp_path / "late"), run.models[10])
 
 
+@pytest.mark.slow
 def test_publishing_and_following_the_newest_steps_reads_none(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -316,7 +316,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, float]:
     return files
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.by_position])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name in ("sum", "ties") else pytest.mark.slow)
+        for name, row in METHODS.items()
+        if row.by_position
+    ],
+)
 def test_windows_give_what_the_whole_tensor_gives(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, large: dict[Path, float], method: str
 ):

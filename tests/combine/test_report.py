@@ -144,6 +144,7 @@ def test_the_page_loads_nothing_and_runs_nothing(page_file: Path):
     assert not re.search(r"url\(|@import", page_file.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reported")
 def test_the_same_files_give_the_same_page(files: dict[Path, float], page_file: Path):
     assert render(report(files)) == page_file.read_text()

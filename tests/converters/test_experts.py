@@ -114,12 +114,13 @@ def configure(folder: Path, **settings: Any) -> None:
     ("build", "targets", "count"),
     [
         (mixtral, BOTH, 2),
-        (mixtral, BOTH[::-1], 2),
-        (mixtral, BOTH[:1], 1),
-        (mixtral, ["down_proj"], 1),
+        *(
+            pytest.param(mixtral, *rest, marks=pytest.mark.slow)
+            for rest in ((BOTH[::-1], 2), (BOTH[:1], 1), (["down_proj"], 1))
+        ),
         (mixtral, [f"{EXPERTS}.down_proj", "mlp.gate.weight", "q_proj.weight"], 3),
         (gpt_oss, BOTH, 2),
-        (llama4, BOTH, 2),
+        pytest.param(llama4, BOTH, 2, marks=pytest.mark.slow),
         (nemotron, ["experts.up_proj", "experts.down_proj"], 2),
     ],
     ids=lambda value: getattr(value, "__name__", None),

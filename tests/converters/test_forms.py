@@ -134,7 +134,12 @@ def qwen3_vl_moe(tmp_path: Path) -> Model:
 
 
 @pytest.mark.parametrize(
-    "form", ["tuned as saved, base of the hub", "tuned of the hub, base as saved", "both of the hub"]
+    "form",
+    [
+        "tuned as saved, base of the hub",
+        pytest.param("tuned of the hub, base as saved", marks=pytest.mark.slow),
+        pytest.param("both of the hub", marks=pytest.mark.slow),
+    ],
 )
 def test_stacks_are_turned_as_the_library_does_on_loading(tmp_path: Path, qwen3_vl_moe: Model, form: str) -> None:
     base, tuned, wanted = qwen3_vl_moe

@@ -77,6 +77,7 @@ def test_a_tensor_is_missing(tmp_path: Path, kind: str):
         assert (line == "") == key.endswith(ADAPTERS[kind] or ("no",)), f"without {key}: {line}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_ranks_that_disagree(tmp_path: Path, kind: str):
     """Each matrix is one row short in turn."""

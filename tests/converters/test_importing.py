@@ -52,6 +52,7 @@ assert "converters" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_bare_checkout_imports_the_converters():
     modules = " ".join(path.stem for path in (ROOT / "converters").glob("[!_]*.py"))
     command = [sys.executable, "-S", "-c", BARE, str(ROOT), modules, *filter(None, sys.path)]

@@ -21,6 +21,7 @@ from shiradelta.select.spectrum import Spectrum
 from shiradelta.util.arrays import distinct
 from shiradelta.util.text import parse_size
 from tests.conftest import random_tensors, write_model
+from tests.pairs import pairs
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,10 @@ def error_of(source: Path, file: Path) -> float:
     return float((wrong / total) ** 0.5)
 
 
-@pytest.mark.parametrize("scope", ["tensor", "model"])
-@pytest.mark.parametrize("values", ["int4", "f32", "sign"])
-@pytest.mark.parametrize(
-    "size", ["3KB", 20_000, *(pytest.param(size, marks=pytest.mark.slow) for size in ("100 kB", "0.2MiB"))]
+@pairs(
+    scope=["tensor", "model"],
+    values=["int4", "f32", "sign"],
+    size=["3KB", *(pytest.param(size, marks=pytest.mark.slow) for size in (20_000, "100 kB", "0.2MiB"))],
 )
 def test_a_file_is_at_most_as_large_as_wished_and_nearly_that(
     diff: Path, tmp_path: Path, size: str | int, values: str, scope: str
@@ -91,6 +92,7 @@ def test_an_error_is_kept_with_as_few_weights_as_possible(
     assert fewer.error > error
 
 
+@pytest.mark.slow
 def test_few_trials_are_enough(diff: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tried: list[float] = []
     weigh = Conversion._weigh

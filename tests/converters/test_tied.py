@@ -82,7 +82,7 @@ def converted(folder: Path, build: Callable[[], Any]) -> tuple[shiradelta.Conver
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("both", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_shared_tensor_changes_as_peft_merges(
     tmp_path: Path, build: Callable[[], Any], output: str, embedding: str, both: bool
 ):

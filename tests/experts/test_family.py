@@ -94,7 +94,7 @@ def test_each_prompt_goes_to_the_expert_of_its_task_which_is_better_there(traine
     assert router.swap.active == {}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_a_route_gives_the_weight_average_bit_for_bit(dtype: torch.dtype, tmp_path: Path):
     network = model(dtype=dtype)
     family = experts.train_family(
@@ -122,6 +122,7 @@ def test_a_route_gives_the_weight_average_bit_for_bit(dtype: torch.dtype, tmp_pa
         assert np.array_equal(weight.view(-1).view(torch.uint8).numpy(), expected[name].view(np.uint8)), name
 
 
+@pytest.mark.slow
 def test_a_family_that_was_read_is_the_one_that_was_written(trained: Path, tmp_path: Path):
     family = experts.open_family(trained)
     assert sorted(path.name for path in trained.iterdir()) == [
@@ -142,6 +143,7 @@ def test_a_family_that_was_read_is_the_one_that_was_written(trained: Path, tmp_p
     assert all(np.array_equal(again.scales[name], scales) for name, scales in family.scales.items())
 
 
+@pytest.mark.slow
 def test_members_that_exist_already_become_the_same_family(trained: Path, tmp_path: Path):
     family = experts.open_family(trained)
     own = [family.path(name) for name in family.experts]
@@ -289,6 +291,7 @@ def test_clusters_are_numbered_by_size():
     assert by_size(np.array([5, 2, 2, 9, 5, 2])).tolist() == [1, 0, 0, 2, 1, 0]
 
 
+@pytest.mark.slow
 def test_examples_are_clustered_by_task(tmp_path: Path):
     pytest.importorskip("sklearn")
     family = experts.train_family(

@@ -80,6 +80,7 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert scope["router"].swap.active == {}
 
 
+@pytest.mark.slow
 def test_prompts_that_were_not_seen_go_to_the_expert_of_their_task(tokenizer: Any, tmp_path: Path):
     model, every, route = llama(vocab_size=100), rows(44), experts.prompt_loss(tokenizer)
     family = experts.train_family(

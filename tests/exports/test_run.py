@@ -117,6 +117,7 @@ def test_in_16_bits_the_weights_are_the_same_or_a_warning_says_otherwise(
     assert same == (not report.warnings) == (layout == "peft-shira")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_peft_loads_a_lora_that_keeps_what_the_report_says(root: Path, model: Any, tmp_path: Path):
     with sd.open_delta(root / "linear.shd") as delta:

@@ -46,6 +46,7 @@ def added() -> Iterator[Callable[[Any, Any], None]]:
         registry.remove(name)
 
 
+@pytest.mark.slow
 def test_a_mask_of_ones_own(encoder: tuple[Path, Path], tmp_path: Path, added: Callable[[Any, Any], None]):
     """This one wants the first weights that changed."""
 

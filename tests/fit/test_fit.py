@@ -312,6 +312,7 @@ def test_a_state_of_another_fine_tune_is_not_taken_up(
     assert not any("going on" in line for line in said)
 
 
+@pytest.mark.slow
 def test_what_is_interrupted_before_anything_is_kept_says_so(
     encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -375,6 +376,7 @@ def test_tensors_that_the_loaded_model_lacks(
         assert not (tmp_path / "a.shd").exists()
 
 
+@pytest.mark.slow
 def test_a_users_own_model_comes_back_as_it_was(
     encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -406,6 +408,7 @@ def test_a_state_of_another_run_is_not_taken_up(
     assert not any("going on" in line for line in said)
 
 
+@pytest.mark.slow
 def test_training_that_diverges_backs_off_and_stops(encoder: tuple[Path, Path], tmp_path: Path):
     with pytest.raises(DivergedError, match=r"NaN at step \d+ .*--fit-relative-lr.*last good state is in"):
         fit(encoder, tmp_path / "a.shd", relative_lr=1e30, **FEW)
@@ -424,7 +427,13 @@ class Small(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-@pytest.mark.parametrize("loss", [None, lambda s, t: (s - t).abs().mean()], ids=["error", "own loss"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(None, id="error", marks=pytest.mark.slow),
+        pytest.param(lambda s, t: (s - t).abs().mean(), id="own loss"),
+    ],
+)
 def test_any_module_by_its_own_forward(tmp_path: Path, loss: Any):
     torch.manual_seed(0)
     model = Small()
@@ -460,6 +469,7 @@ def test_from_the_command_line(encoder: tuple[Path, Path], jsonl: Path, tmp_path
     assert any("--fit" in line for line in json.loads(plain.stdout)["warnings"])
 
 
+@pytest.mark.slow
 def test_importing_needs_neither_torch_nor_transformers():
     check = "import sys, shiradelta.fit, shiradelta.converters; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
@@ -537,6 +547,7 @@ def test_old_names_of_settings_are_still_taken(old: dict[str, Any], new: dict[st
         assert found.say is found.log
 
 
+@pytest.mark.slow
 def test_old_names_on_the_command_line_are_still_taken(encoder: tuple[Path, Path], jsonl: Path, tmp_path: Path):
     arguments = ["convert", encoder[1], "--base", encoder[0], "--fit", jsonl, "--fit-steps", "2", "--fit-batch", "16"]
     files = []

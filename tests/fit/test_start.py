@@ -36,6 +36,7 @@ def test_training_helps(encoder: tuple[Path, Path], tmp_path: Path):  # noqa: F8
     assert trained.fit.fitted < 0.97 * alone.fit.fitted
 
 
+@pytest.mark.slow
 def test_a_slow_processor_is_left_at_least_squares(
     encoder: tuple[Path, Path],  # noqa: F811
     tmp_path: Path,

@@ -432,7 +432,7 @@ def test_signals_at_random_moments(made: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("action", ["apply", "revert"])
-@pytest.mark.parametrize("structural", [False, True])
+@pytest.mark.parametrize("structural", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_stop_at_every_durable_step(
     made: Path, tmp_path: Path, action: str, structural: bool, monkeypatch: pytest.MonkeyPatch
 ):

@@ -131,6 +131,7 @@ def test_a_patched_copy_without_state_is_recognised(model: Path, head: Path):
     assert shiradelta.verify(model, head).state == "patched"
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_a_revert_is_held_back(model: Path, made: Path):
     """A real SIGINT in the middle of the writing."""
     base = contents(model)

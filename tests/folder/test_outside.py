@@ -176,7 +176,7 @@ COMMANDS: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("by_descriptor", [True, False])
+@pytest.mark.parametrize("by_descriptor", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trick", TRICKS, ids=lambda trick: trick.__name__)
 def test_no_trick_reaches_anything_outside(
     made: Path,

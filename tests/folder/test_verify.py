@@ -88,7 +88,7 @@ def test_the_deltas_own_fingerprints_and_values_are_compared(model: Path, made: 
     assert "model." in report.detail
 
 
-@pytest.mark.parametrize("strength", [1.0, -0.3])
+@pytest.mark.parametrize("strength", [-0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_each_of_a_stack_is_verified_with_its_own_file(model: Path, made: Path, tmp_path: Path, strength: float):
     whole = tmp_path / "whole.shd"
     tensors = {

@@ -21,7 +21,7 @@ from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, VALUE_OPTIONS
 from shiradelta.format.codecs.base import TorchDecoder
 from shiradelta.hotswap.session import HotSwap
 from tests.conftest import read
-from tests.swapping import BACKENDS, DEVICE, GPU, bits, formula, random_delta, weights
+from tests.swapping import BACKENDS, BACKENDS_IN_TIME, DEVICE, GPU, bits, formula, random_delta, weights
 
 ROOT = Path(__file__).parent.parent.parent
 SHAPE = (40, 50)
@@ -93,7 +93,7 @@ def test_a_fine_tune_is_converted_and_applied(log8: Any, made: Path, model: Path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_live_weights_have_the_same_bits_or_it_is_refused(log8: Any, backend: str, dtype: str):
     one, other = adapter(dtype, 1), adapter(dtype, 2)
     model = {"w": weights(SHAPE, dtype)}

@@ -84,6 +84,7 @@ def test_refusals_are_one_line_that_names_file_and_reason():
         assert f"[{reason}]" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [name for name in FILE_BACKENDS if is_available(name)])
 def test_parts_of_an_invalid_file_are_refused_or_consistent(backend):
     """rows() does not look at everything, so it may accept what the whole is refused for; it stays inside."""

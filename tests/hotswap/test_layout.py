@@ -13,7 +13,7 @@ import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
 from shiradelta.models.layout import Layout, Region
-from tests.swapping import BACKENDS, DEVICE, adapter, bits, formula, random_delta, weights
+from tests.swapping import BACKENDS_IN_TIME, DEVICE, adapter, bits, formula, random_delta, weights
 
 SHAPES = {"q": (8, 6), "k": (4, 6), "v": (4, 6), "up": (6, 10), "embed": (13, 6), "norm": (6,)}
 
@@ -60,7 +60,7 @@ class Engine:
         return adapter(made)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_regions_get_what_the_checkpoint_would(backend: str):
     engine = Engine()
     before = {name: bits(tensor) for name, tensor in engine.memory.items()}

@@ -58,7 +58,7 @@ def deltas(tensors: dict[str, torch.Tensor]) -> bytes:
     )
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("torch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [gpt2, llama, tied_llama, bert, mixtral])
 def test_a_model_gets_what_its_checkpoint_would(make: Callable[[], Any], backend: str, tmp_path: Any):
     """A delta in the checkpoint's names, on the live model, then saved: every tensor is the formula's."""

@@ -23,6 +23,7 @@ import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
 from shiradelta.hotswap.numpy import NumpyBackend
+from tests.pairs import pairs
 from tests.swapping import BACKENDS_IN_TIME, DEVICE, GPU, adapter, bits, formula, random_delta, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -77,9 +78,11 @@ UNCOUNTED: dict[str, Callable[[torch.nn.Linear], object]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
-@pytest.mark.parametrize("active", [False, True], ids=["before a switch", "while active"])
-@pytest.mark.parametrize("how", [*COUNTED, *UNCOUNTED])
+@pairs(
+    backend=BACKENDS_IN_TIME,
+    active=[False, True],
+    how=[*COUNTED, *UNCOUNTED],
+)
 def test_writes_from_outside_are_refused_until_rebase(how: str, active: bool, backend: str):
     if GPU and how in UNCOUNTED:
         pytest.skip("not noticed on a GPU")
@@ -459,7 +462,9 @@ def test_copies_are_refused(how: Callable[[object], object]):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.parametrize("held", [False, True], ids=["free", "held by another thread"])
+@pytest.mark.parametrize(
+    "held", [pytest.param(False, marks=pytest.mark.slow, id="free"), pytest.param(True, id="held by another thread")]
+)
 def test_a_forked_process(held: bool):
     """In a process without torch, whose threads a fork would not take along."""
     code = f"""

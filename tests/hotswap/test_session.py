@@ -26,6 +26,7 @@ from shiradelta.hotswap import patched, session
 from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.numpy import NumpyBackend
 from tests import BRIEF
+from tests.pairs import pairs
 from tests.swapping import (
     BACKENDS_IN_TIME,
     DEVICE,
@@ -56,9 +57,7 @@ def make(model: object, backend: str = "auto", **files: bytes) -> HotSwap:
 # ------------------------------------------------------------------------------------------------ bits
 
 
-@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("values", VALUES)
+@pairs(backend=BACKENDS_IN_TIME, dtype=DTYPES, values=VALUES)
 def test_every_value_codec_on_every_dtype(backend: str, dtype: str, values: str):
     base = weights(SHAPE, dtype, special=True)
     before = bits(base)
@@ -434,7 +433,10 @@ def test_importing_brings_neither_torch_nor_triton():
 # ------------------------------------------------------------------------------------------- atomicity
 
 
-@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError, *(pytest.param(e, marks=pytest.mark.slow) for e in (KeyboardInterrupt, torch.OutOfMemoryError))],
+)
 @pytest.mark.parametrize("step", ["positions", "payload", "read", "write", "room", "add"])
 def test_a_failure_anywhere_leaves_the_state_before(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException], step: str

@@ -218,7 +218,12 @@ def test_rebase_makes_what_the_steps_give_the_base():
 
 
 @pytest.mark.parametrize(
-    ("start", "goal"), [("c2", None), ("c2", "other"), ("other", "c2"), ("c2", "c0"), ("c0", "c2")]
+    ("start", "goal"),
+    [
+        ("c2", None),
+        ("c0", "c2"),
+        *(pytest.param(*way, marks=pytest.mark.slow) for way in (("c2", "other"), ("other", "c2"), ("c2", "c0"))),
+    ],
 )
 @pytest.mark.parametrize("step", ["positions", "payload", "read", "write", "room", "add"])
 def test_a_failure_anywhere_leaves_the_state_before(

@@ -119,6 +119,7 @@ def test_settings_that_are_unknown_are_not_run(tmp_path: Path, change: dict[str,
     assert isinstance(loading.load_model(base, base, CPU, torch.float32), BertModel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["train", "refit"])
 def test_a_fit_reaches_the_dense_layer(tmp_path: Path, method: str):
     """Where nothing else was tuned, the embedding alone tells that something was."""
@@ -134,6 +135,7 @@ def test_a_fit_reaches_the_dense_layer(tmp_path: Path, method: str):
     shiradelta.apply(base, tmp_path / "a.shd")
 
 
+@pytest.mark.slow
 def test_a_fit_warns_of_modules_that_it_does_not_run(tmp_path: Path):
     base = folder(tmp_path / "base", last="Own")
     tuned = tune(base, tmp_path / "tuned")

@@ -193,6 +193,7 @@ def test_strange_names_are_searched_soon(wanted: list[str], have: list[str]):
     assert time.process_time() - began < 10
 
 
+@pytest.mark.slow
 def test_a_search_that_would_take_hours_is_given_up(monkeypatch: pytest.MonkeyPatch):
     letters = [f"{i:b}".replace("0", "p").replace("1", "q") for i in range(4000)]
     wanted, have = stack("", 40), [f"{x}.{name}" for x in letters for name in stack("", 1)]

@@ -57,6 +57,7 @@ def test_texts_are_cut_where_the_positions_end(build: Any, limit: int, tmp_path:
         train.loss(model, [0, 1])
 
 
+@pytest.mark.slow
 def test_training_a_model_with_offset_positions(tmp_path: Path):
     roberta().save_pretrained(tmp_path / "base")
     write_tokenizer(tmp_path / "base")

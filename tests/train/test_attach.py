@@ -163,7 +163,9 @@ def test_the_folder_gets_the_bits_that_were_trained(dtype: torch.dtype, tmp_path
         assert torch.equal(stored.view(torch.int16), weights[name].data.view(torch.int16))
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "experts"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "experts", *(pytest.param(k, marks=pytest.mark.slow) for k in ("tied", "gpt2"))]
+)
 def test_the_file_is_applied_to_a_folder(kind: str, tmp_path: Path):
     model, targets, loss = make(kind)
     model.save_pretrained(tmp_path / "model")
@@ -177,7 +179,7 @@ def test_the_file_is_applied_to_a_folder(kind: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("mask", list(masks.MASKS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_masks(mask: str, dtype: torch.dtype):
     model = llama(dtype)
     tuner = train.attach(model, 0.05, mask, ["q_proj", "down_proj"], [BATCH, BATCH])
@@ -203,6 +205,7 @@ def test_struct_keeps_the_rank_and_is_cheap():
     assert masks.rows_and_diagonal((50,), 5).size == 5
 
 
+@pytest.mark.slow
 def test_rand_is_bernoulli():
     counts = [masks.draw(10_000, 0.01, f"{seed}").size for seed in range(400)]
     assert np.mean(counts) == pytest.approx(100, abs=2.5)
@@ -272,7 +275,9 @@ def test_convolutions_are_matrices_to_patterns():
             assert np.array_equal(positions, masks.rows_and_diagonal((96, 64 * 3), round(0.05 * 96 * 64 * 3)))
 
 
-@pytest.mark.parametrize("mask", list(masks.MASKS))
+@pytest.mark.parametrize(
+    "mask", [pytest.param(mask, marks=pytest.mark.slow if mask == "rigsa" else []) for mask in masks.MASKS]
+)
 def test_masks_apart_from_other_adapters(mask: str, tmp_path: Path):
     model = llama()
     tuner = train.attach(model, 0.1, mask, ["q_proj", "up_proj"], [BATCH])

@@ -25,7 +25,7 @@ def tied() -> Any:
     return llama()
 
 
-MODELS = [nomic, mixtral, rearranged, qwen2_vl, tied, *(pytest.param(m, marks=pytest.mark.slow) for m in (gte, gemma3))]
+MODELS = [nomic, mixtral, *(pytest.param(m, marks=pytest.mark.slow) for m in (rearranged, qwen2_vl, tied, gte, gemma3))]
 
 
 def made(make: Callable[[], Any]) -> Any:

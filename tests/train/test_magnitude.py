@@ -72,7 +72,9 @@ class Dense:
         return functional_call(self.model, self.weights(), args, others, tie_weights=True)
 
 
-@pytest.mark.parametrize("kind", list(TARGETS))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in ("llama", "experts") else pytest.mark.slow) for kind in TARGETS]
+)
 def test_training_is_dense_training_of_directions_and_lengths(kind: str):
     model, tuner, loss = attached(kind)
     dense = Dense(kind, tuner.positions)
@@ -126,8 +128,17 @@ def test_changes_and_gradients_far_from_the_start(by_column: bool):
     assert not untouched.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("prune_steps", [0, 2])
+@pytest.mark.parametrize(
+    ("dtype", "prune_steps"),
+    [
+        (torch.bfloat16, 0),
+        (torch.float32, 2),
+        *(
+            pytest.param(*rest, marks=pytest.mark.slow)
+            for rest in ((torch.float32, 0), (torch.float16, 0), (torch.bfloat16, 2), (torch.float16, 2))
+        ),
+    ],
+)
 def test_the_folder_gets_the_bits_that_were_trained(dtype: torch.dtype, prune_steps: int, tmp_path: Path):
     model = llama(dtype)
     for p in model.parameters():
@@ -203,6 +214,7 @@ def step(model: nn.Module, tuner: train.Tuner, count: int) -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_exactly_on_another_mask_too():
     model, tuner, _ = attached("llama")
     step(model, tuner, 2)
@@ -233,6 +245,7 @@ def test_a_copied_model_trains_by_itself():
     assert loss(model).item() == loss(other).item()
 
 
+@pytest.mark.slow
 def test_it_starts_from_an_adapter_and_is_exported(tmp_path: Path):
     model, tuner, _ = attached("llama")
     step(model, tuner, 2)

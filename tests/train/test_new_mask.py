@@ -153,6 +153,7 @@ def test_registering():
         mask("snip", "another")(lambda given: given.weight)
 
 
+@pytest.mark.slow
 def test_listing_the_masks_does_not_import_torch():
     code = "import sys; from shiradelta.train.masks import MASKS; print(*MASKS); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

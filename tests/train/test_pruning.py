@@ -106,7 +106,8 @@ def test_the_least_important_are_pruned():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 def test_a_loop_that_keeps_the_last_loss_and_a_compiled_graph(compiled: bool, tmp_path: Path):
     """A graph that is alive still knows the parameters' sizes; a compiled one is compiled once, not at each pruning."""
     from torch._dynamo.testing import CompileCounterWithBackend  # takes a second

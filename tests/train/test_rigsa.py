@@ -79,6 +79,7 @@ def reference(share: float) -> dict[str, Tensor]:
     return {name: one.view(-1).nonzero().view(-1) for name, one in kept.items()}
 
 
+@pytest.mark.slow
 def test_the_search_is_adamw_on_a_dense_change(monkeypatch: pytest.MonkeyPatch):
     """In float32, so that rounding decides nothing."""
     monkeypatch.setattr(rigsa, "_HELD", torch.float32)
@@ -150,7 +151,7 @@ def trained(model: nn.Module, tuner: train.Tuner, steps: int, lr: float = 0.02) 
     return losses
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_the_file_is_an_ordinary_delta_of_what_was_trained(dtype: torch.dtype, tmp_path: Path):
     model = llama(dtype)
     model.save_pretrained(tmp_path / "model")
@@ -190,6 +191,7 @@ def test_gradients_reach_values_and_gate():
         torch.testing.assert_close(tuner.scales[name].grad, (gradient * tuner.values[name]).sum().detach().view(1))
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_without_another_search():
     model = llama()
     tuner = train.attach(model, 0.05, "rigsa", TARGETS, [BATCH] * 2)
