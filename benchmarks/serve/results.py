@@ -115,8 +115,9 @@ def draw(rows: list[Row], path: Path) -> None:
     panels[1][0].set(
         ylabel=f"seconds until the answer ({rows[0]['clock']} clock):\nmedian, 95 % (dotted)", ylim=(0, None)
     )
-    panels[0][-1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    several = {key: ", ".join(dict.fromkeys(str(row[key]) for row in rows)) for key in ("dtype", "commit", "date")}
     one = rows[0]
-    what = f"{one['model']}, {one['dtype']}, {one['threads']} threads; {one['machine']}; {one['versions']}"
-    figure.suptitle(f"{what}\n{one['date']}, commit {one['commit']}, seed {one['seed']}", fontsize=8)
+    what = f"{one['model']}, {several['dtype']}, {one['threads']} threads; {one['machine']}; {one['versions']}"
+    figure.suptitle(f"{what}\n{several['date']}, commit {several['commit']}, seed {one['seed']}", fontsize=8)
     plots.save(figure, path)
