@@ -31,6 +31,9 @@ class Engine(Protocol):
     def flush(self) -> None:
         """Forgets what was computed with other weights."""
 
+    def active(self) -> str:
+        """The name of the step that is on the weights; "" for none."""
+
     def apply(self, name: str, step: Path | None, before: str) -> None:
         """Puts the weights at what a step from the first version gives.
 
@@ -53,6 +56,10 @@ class FolderOnly:
     def flush(self) -> None:
         """Does nothing."""
 
+    def active(self) -> str:
+        """There is none."""
+        return ""
+
     def apply(self, name: str, step: Path | None, before: str) -> None:
         """Does nothing."""
 
@@ -71,7 +78,6 @@ class VllmServer:
         if where.scheme != "http" or not where.hostname:
             raise sd.ArgumentError(f"{url}: give the URL of vLLM's server, such as http://127.0.0.1:8000")
         self._address, self._checkpoint, self._seconds = (where.hostname, where.port or 80), checkpoint, seconds
-        self._ready = False
 
     def pause(self, policy: str) -> None:
         """As `Engine.pause`."""
@@ -86,18 +92,29 @@ class VllmServer:
         if self._post("/reset_prefix_cache").get("success") is not True:
             raise EngineError("vLLM did not reset its prefix cache; pause generation before")
 
+    def active(self) -> str:
+        """As `Engine.active`; workers that have no session yet refuse the question, and get one."""
+        try:
+            adapters = self._call("shd_info")["results"][0]["adapters"]
+        except EngineError:
+            self._call("shd_init", str(self._checkpoint))
+            return ""
+        except (KeyError, IndexError, TypeError):
+            raise EngineError("vLLM's answer to shd_info is another one than expected") from None
+        names = [str(name) for name, one in adapters.items() if one["strength"]]
+        if names and not (len(names) == 1 and names[0].startswith("version ") and names[0][8:].isdecimal()):
+            raise EngineError(f"the workers have {', '.join(names)[:200]} active, which is no version; take that out")
+        return "".join(names)
+
     def apply(self, name: str, step: Path | None, before: str) -> None:
         """As `Engine.apply`: in all workers or in none."""
-        if not self._ready:
-            self._call("shd_init", str(self._checkpoint))
-            self._ready = True
         load = {} if step is None else {name: str(step)}
         self._call(
             "shd_update", {"load": load, "active": dict.fromkeys(load, 1.0), "unload": [before] if before else []}
         )
 
-    def _call(self, method: str, *args: Any) -> None:
-        self._post("/collective_rpc", {"method": method, "args": list(args)})
+    def _call(self, method: str, *args: Any) -> dict[str, Any]:
+        return self._post("/collective_rpc", {"method": method, "args": list(args)})
 
     def _post(self, path: str, body: Mapping[str, Any] | None = None, **query: str) -> dict[str, Any]:
         connection = HTTPConnection(*self._address, timeout=self._seconds)

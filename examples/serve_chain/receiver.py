@@ -23,7 +23,7 @@ class Receiver:
         policy: what becomes of generation in flight where a request does not say.
 
     Attributes:
-        version: the version that the engine has.
+        version: the version that the engine has, once the first update has asked it.
         paused: whether generation is held back.
     """
 
@@ -32,7 +32,7 @@ class Receiver:
     ) -> None:
         self.chain, self.folder, self.source, self.policy = chain, folder, source, policy
         self._engine, self._follower, self._lock = engine, FolderFollower(chain, folder), Lock()
-        self.version, self.paused, self._active = 0, False, ""
+        self.version, self.paused, self._active, self._asked = 0, False, "", False
 
     def pull(self, target: int) -> None:
         """Takes the folder to a version, step by step; each is wholly on it or not at all.
@@ -100,6 +100,9 @@ class Receiver:
             version = self._follower.version or 0
             if target not in (None, version):
                 raise sd.ArgumentError(f"the folder is version {version}, not {target}; pull that version first")
+            if not self._asked:  # it may have run longer than this process
+                self._active = self._engine.active()
+                self.version, self._asked = int(self._active.removeprefix("version ") or 0), True
             if version != self.version:
                 self._switch(version)
             return version

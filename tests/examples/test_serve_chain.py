@@ -18,7 +18,7 @@ import pytest
 
 import shiradelta as sd
 from examples.serve_chain import server as served
-from examples.serve_chain.engines import FolderOnly, VllmServer
+from examples.serve_chain.engines import EngineError, FolderOnly, VllmServer
 from examples.serve_chain.receiver import Receiver
 from examples.serve_chain.server import ChainServer
 from shiradelta.chain import Chain
@@ -51,7 +51,7 @@ class StandIn(ThreadingHTTPServer):
         self.weights = {name: bits.reshape(shape).copy() for name, (_, shape, bits) in model.items()}
         self.swap = sd.HotSwap(self.weights)
         self.log: list[str] = []
-        self.refuses = ""
+        self.refuses, self.has_session = "", False
 
 
 class _StandInHandler(BaseHTTPRequestHandler):
@@ -67,6 +67,11 @@ class _StandInHandler(BaseHTTPRequestHandler):
         status, answer = 200, {"success": True}
         if what == self.server.refuses:
             status, answer = 500, {"error": "no"}  # type: ignore[dict-item]
+        elif what == "shd_init":
+            self.server.has_session = True
+        elif what == "shd_info":
+            active = {name: {"strength": strength} for name, strength in self.server.swap.active.items()}
+            status, answer = (200, {"results": [{"adapters": active}]}) if self.server.has_session else (500, {})  # type: ignore[dict-item]
         elif what == "shd_update":
             (request,) = body["args"]
             for name, path in request["load"].items():
@@ -140,7 +145,7 @@ def test_what_slime_sends_brings_each_version_into_the_engine(scene: Scene):
             assert (status, answer["success"]) == (200, True), answer
             assert ask(port, "GET", "/get_weight_version")[1] == {"weight_version": str(version), "paused": True}
             assert ask(port, "POST", "/continue_generation")[0] == 200
-            updates = ["shd_init", "shd_update"] if version == 1 else ["shd_update"]
+            updates = ["shd_info", "shd_init", "shd_update"] if version == 1 else ["shd_update"]
             cache = "/reset_prefix_cache"
             assert scene.vllm.log == ["/pause?mode=wait", cache, *updates, cache, "/resume"]
             assert scene.has(version)
@@ -163,7 +168,18 @@ def test_a_receiver_that_is_started_again_goes_on(scene: Scene):
         assert scene.has(2)
         receiver.pull(3)
         assert receiver.update(3) == 3
-    assert scene.has(3)
+        scene.vllm.log.clear()
+        again = scene.receiver(vllm)  # vLLM has run on
+        assert (again.update(), again.version) == (3, 3)
+        assert scene.vllm.log == ["shd_info"]
+        again.pull(2)
+        assert again.update(2) == 2
+        assert scene.has(2)
+        scene.vllm.swap.revert()
+        scene.vllm.swap.load("look", str(scene.root / "step.shd"), check=False)
+        scene.vllm.swap.switch("look")
+        with pytest.raises(EngineError, match="no version"):
+            scene.receiver(vllm).update()
 
 
 @pytest.mark.parametrize("refuses", ["shd_update", "/pause?mode=wait", "/resume"])
