@@ -50,6 +50,8 @@ REASONS: dict[str, str] = {
     "position_range": "a position is outside the tensor",
     "bad_directory": "a directory entry is wrong",
     "bad_value": "a value or its parameters are not finite or not allowed",
+    "base_needed": "the base tells where it changes, and none is given",
+    "wrong_base": "it was made for another base",
     "digest_mismatch": "the contents are not those that the header names",
 }
 
@@ -63,6 +65,8 @@ _REMEDIES: dict[str, str] = {
     "unknown_index_codec": "upgrade shiradelta",
     "unknown_value_codec": "upgrade shiradelta",
     "zstd_unavailable": "install zstandard",
+    "base_needed": "give the model that it was made for (--base)",
+    "wrong_base": "give the model that it was made for (--base)",
 }
 
 

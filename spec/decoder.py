@@ -3,7 +3,9 @@
 It follows FORMAT.md section by section and prefers clarity to speed. It reads and checks a whole
 file in memory; time and memory are linear in the decoded size of the file (STRUCT sorts once).
 
-    python spec/decoder.py FILE        prints the delta as JSON, or "refused: ..." on stderr
+    python spec/decoder.py FILE [BASE.safetensors ...]
+
+prints the delta as JSON, or "refused: ..." on stderr. Only FROM_BASE and ULP_FROM_BASE look at the base.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import json
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 Zstd = Callable[[bytes, int], bytes]
+Base = Mapping[str, bytes]
 
 # --- REGISTRY.md: only what is defined; every other id is refused as unknown ---
 
@@ -32,8 +36,10 @@ DTYPES = [
     ("complex64", 8),
 ]
 OPS = {0: "ADD", 1: "SET", 2: "ULP", 3: "NEW", 4: "DROP", 6: "REPLACE"}
-INDEX_CODECS = {0: "NONE", 1: "RICE", 2: "RAW", 3: "BITMAP", 4: "STRUCT", 5: "ALL", 7: "TILED"}
-VALUE_CODECS = {0: "NONE", 1: "F32", 2: "F16", 3: "BF16", 4: "I8", 5: "I4", 6: "SIGN", 7: "BITS", 8: "ULP"}
+INDEX_CODECS = {0: "NONE", 1: "RICE", 2: "RAW", 3: "BITMAP", 4: "STRUCT", 5: "ALL", 7: "TILED", 11: "FROM_BASE"}
+VALUE_CODECS = dict(enumerate(("NONE", "F32", "F16", "BF16", "I8", "I4", "SIGN", "BITS", "ULP")))
+VALUE_CODECS[10] = "ULP_FROM_BASE"
+FROM_BASE_CODECS = ("FROM_BASE", "ULP_FROM_BASE")
 FEATURE_ZSTD = 1 << 0
 
 MAX_TENSORS = 1048576
@@ -48,6 +54,9 @@ MAX_STRUCT_ENTRIES = 256
 MAX_TILE = 131072
 MAX_TILE_FIELD = 19
 MAX_CLASS_BITS = 4
+MAX_BASE_CLASSES = 16
+MAX_BASE_TILE = 1048576
+MAX_BASE_TILE_FIELD = 22
 MAX_ZSTD_RATIO = 64
 
 
@@ -282,6 +291,10 @@ class Record:
     def element_size(self) -> int:
         return DTYPES[self.dtype_id][1]
 
+    @property
+    def needs_base(self) -> bool:
+        return self.tensor.index_codec in FROM_BASE_CODECS or self.tensor.value_codec in FROM_BASE_CODECS
+
 
 def read_table(data: bytes, header: Header, offsets: list[int], end: int) -> list[Record]:
     """3: all records. `end` is where the section of the record before ended, aligned."""
@@ -361,15 +374,18 @@ def goes_together(t: Tensor, nnz: int, numel: int) -> bool:
         return False
     has_base, has_result = t.base_fingerprint is not None, t.result_fingerprint is not None
     specified = t.dtype != "unspecified"
+    signed_floats = t.dtype.startswith(("float", "bfloat")) and t.dtype != "float8_e8m0fnu"
+    if (t.index_codec in FROM_BASE_CODECS or t.value_codec in FROM_BASE_CODECS) and not signed_floats:
+        return False
     if not specified and (has_base or has_result):
         return False
     if t.op == "DROP":
         return empty and not has_result
     if t.op == "ADD":
         adds = ("float32", "float16", "bfloat16", "unspecified")
-        return t.dtype in adds and t.value_codec not in ("BITS", "ULP")
+        return t.dtype in adds and t.value_codec not in ("BITS", "ULP", "ULP_FROM_BASE")
     if t.op == "ULP":
-        return specified and t.dtype != "complex64" and t.value_codec in ("ULP", "NONE")
+        return specified and t.dtype != "complex64" and t.value_codec in ("ULP", "ULP_FROM_BASE", "NONE")
     if not specified or t.value_codec not in ("BITS", "NONE"):
         return False  # SET, NEW and REPLACE
     if t.op in ("NEW", "REPLACE"):  # the codecs are NONE where numel is 0 and only there, by the first rule
@@ -414,6 +430,8 @@ def index_size_fits(r: Record) -> bool:
         return rest == 0 and 1 <= entries <= MAX_STRUCT_ENTRIES
     if codec == "TILED":
         return size >= 60
+    if codec == "FROM_BASE":
+        return size >= 40
     return size == 0  # NONE, ALL
 
 
@@ -421,11 +439,13 @@ def values_size_fits(r: Record) -> bool:
     """3.2, the second table."""
     if r.tensor.value_codec == "ULP":
         return r.values.decoded >= 24 + 8 * ceil_div(r.nnz, 8192) + 4 * ceil_div(r.nnz, 32) + SLACK
+    if r.tensor.value_codec == "ULP_FROM_BASE":
+        return r.values.decoded >= 16 + 4 + 4 * ceil_div(r.nnz, 8192) + 4 * ceil_div(r.nnz, 32) + SLACK
     return r.values.decoded == values_size(r)
 
 
 def values_size(r: Record) -> int:
-    """3.2, the second table without ULP. It bounds nnz by the file's size, for ALL and STRUCT too."""
+    """3.2, the second table without ULP and ULP_FROM_BASE. It bounds nnz by the file's size, for ALL and STRUCT too."""
     if r.tensor.value_codec == "NONE":
         return 0
     n, groups = r.nnz, ceil_div(r.nnz, 128)
@@ -499,10 +519,12 @@ class Parts:
 UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}  # for struct
 
 
-def decode_positions(r: Record, section: bytes) -> list[int]:
+def decode_positions(r: Record, section: bytes, base: Base | None) -> list[int]:
     codec = r.tensor.index_codec
     if codec in ("NONE", "ALL"):  # 4.1
         return list(range(r.nnz))
+    if codec == "FROM_BASE":
+        return decode_from_base(r, Parts(section), base_keys(r, base))
     decoders = {
         "RICE": decode_rice,
         "RAW": decode_raw,
@@ -648,27 +670,15 @@ def decode_tiled(r: Record, parts: Parts) -> list[int]:
     check(max(widths) <= MAX_TILE_FIELD, "bad_index")
     row_classes = parts.fields(rows, row_bits)
     column_classes = parts.fields(columns, column_bits)
-    sizes, *counts = (parts.fields(tiles, width) for width in widths)
-    low_bits_of_all = sum(k * sum(of_tiles) for k, of_tiles in zip(ks, counts, strict=True))
-    words = ceil_div(low_bits_of_all, 32) + ceil_div(unary_bits, 32)
-    check(len(parts.section) == parts.at + 4 * words + SLACK, "bad_size")
-    check(sum(map(sum, counts)) == r.nnz and sum(sizes) == unary_bits, "bad_index")
+    gaps = Gaps(parts, ks, *(parts.fields(tiles, width) for width in widths))
+    gaps.check_size(unary_bits)
+    check(sum(map(sum, gaps.counts)) == r.nnz and sum(gaps.sizes) == unary_bits, "bad_index")
 
-    low = parts.take(low_bits_of_all)
-    ones = [bit for bit in ones_of(parts.take(unary_bits)) if bit < unary_bits]
     of_class = [[c for c in range(columns) if column_classes[c] == b] for b in range(1 << column_bits)]
     positions: list[int] = []
-    first_one = first_bit = low_at = 0
-    for tile in range(tiles):
-        end_bit, end_one = first_bit + sizes[tile], first_one + sum(of_tiles[tile] for of_tiles in counts)
-        own = ones[first_one:end_one]
-        # The ones before are those of earlier tiles: so this tile has these, if the last is its last bit.
-        right = len(own) == end_one - first_one and all(first_bit <= bit < end_bit for bit in own)
-        right &= end_one >= len(ones) or ones[end_one] >= end_bit
-        check(right and (own[-1] + 1 if own else first_bit) == end_bit, "bad_index")
+    for tile, numbers_of_ks in enumerate(gaps.tiles(unary_bits)):
         own_rows = range(tile * tile_rows, min((tile + 1) * tile_rows, rows))
-        bit_before = first_bit - 1
-        for k, of_tiles in zip(ks, counts, strict=True):
+        for k, numbers in zip(ks, numbers_of_ks, strict=True):
             runs = [
                 (row * columns, of_class[b])
                 for a in range(1 << row_bits)
@@ -677,26 +687,116 @@ def decode_tiled(r: Record, parts: Parts) -> list[int]:
                 for row in own_rows
                 if row_classes[row] == a
             ]
-            elements = order_before_run = run = 0
-            for bit in ones[first_one : first_one + of_tiles[tile]]:
-                elements += ((bit - bit_before - 1) << k) + low_bits(low, low_at, k)
-                while run < len(runs) and elements - order_before_run >= len(runs[run][1]):
+            order_before_run = run = 0
+            for number in numbers:
+                while run < len(runs) and number - order_before_run >= len(runs[run][1]):
                     order_before_run += len(runs[run][1])
                     run += 1
                 check(run < len(runs), "position_range")
                 start, run_columns = runs[run]
-                positions.append(start + run_columns[elements - order_before_run])
-                elements += 1
-                bit_before, low_at = bit, low_at + k
-            first_one += of_tiles[tile]
-        first_bit = end_bit
+                positions.append(start + run_columns[number - order_before_run])
     return sorted(positions)
+
+
+class Gaps:
+    """4.6 and 4.7: the parts from the sizes of tiles on. A *group* is a k of TILED, a byte of FROM_BASE."""
+
+    def __init__(self, parts: Parts, ks: list[int], sizes: list[int], *counts: list[int]) -> None:
+        self.parts = parts
+        self.ks = ks  # of each group
+        self.sizes = sizes  # of each tile
+        self.counts = counts  # of each group, of each tile
+        self.low_bits = sum(k * sum(of_tiles) for k, of_tiles in zip(ks, counts, strict=True))
+
+    def check_size(self, unary_bits: int) -> None:
+        """low, unary and slack are what is left."""
+        words = ceil_div(self.low_bits, 32) + ceil_div(unary_bits, 32)
+        check(len(self.parts.section) == self.parts.at + 4 * words + SLACK, "bad_size")
+
+    def tiles(self, unary_bits: int) -> Iterator[list[list[int]]]:
+        """For each tile, once its unary bits were checked: the numbers o of each group, which may be too large."""
+        low = self.parts.take(self.low_bits)
+        ones = [bit for bit in ones_of(self.parts.take(unary_bits)) if bit < unary_bits]
+        first_one = first_bit = low_at = 0
+        for tile, size in enumerate(self.sizes):
+            end_bit, end_one = first_bit + size, first_one + sum(of_tiles[tile] for of_tiles in self.counts)
+            own = ones[first_one:end_one]
+            # The ones before are those of earlier tiles: so this tile has these, if the last is its last bit.
+            right = len(own) == end_one - first_one and all(first_bit <= bit < end_bit for bit in own)
+            right &= end_one >= len(ones) or ones[end_one] >= end_bit
+            check(right and (own[-1] + 1 if own else first_bit) == end_bit, "bad_index")
+            bit_before = first_bit - 1
+            found = []
+            for k, of_tiles in zip(self.ks, self.counts, strict=True):
+                numbers, number = [], -1
+                for bit in ones[first_one : first_one + of_tiles[tile]]:
+                    number += 1 + ((bit - bit_before - 1) << k) + low_bits(low, low_at, k)
+                    numbers.append(number)
+                    bit_before, low_at = bit, low_at + k
+                first_one += of_tiles[tile]
+                found.append(numbers)
+            yield found
+            first_bit = end_bit
+
+
+def base_keys(r: Record, base: Base | None) -> list[int]:
+    """4.7: the keys of all elements of the base's tensor; its size is what can be seen of its dtype and shape."""
+    if base is None:
+        raise Refused("base_needed")
+    elements = base.get(r.tensor.name, b"")
+    check(len(elements) == r.numel * r.element_size, "wrong_base")
+    bits = 8 * r.element_size
+    mask, lowest = (1 << (bits - 1)) - 1, max(bits - 16, 0)
+    return [(element & mask) >> lowest for (element,) in struct.iter_unpack(f"<{UNSIGNED[r.element_size]}", elements)]
+
+
+def decode_from_base(r: Record, parts: Parts, keys: list[int]) -> list[int]:
+    """4.7"""
+    row_bits, column_bits, classes, zero = parts.words(4, 1)
+    (tile_rows,) = parts.words(1, 4)
+    columns, unary_bits = parts.words(2, 8)
+    check(row_bits <= MAX_CLASS_BITS and column_bits <= MAX_CLASS_BITS, "bad_index")
+    check(1 <= classes <= MAX_BASE_CLASSES and zero == 0, "bad_index")
+    check(tile_rows >= 1 and columns >= 1 and r.numel % columns == 0, "bad_index")
+    rows = r.numel // columns
+    check(tile_rows <= rows and tile_rows * columns <= MAX_BASE_TILE, "bad_index")
+    tiles = ceil_div(rows, tile_rows)
+
+    thresholds = parts.fields(classes - 1, 16)
+    check(all(a <= b for a, b in pairwise(thresholds)), "bad_index")
+    table = parts.fields(classes << (row_bits + column_bits), 8)
+    check(not any(byte & 0x60 for byte in table), "bad_index")
+    groups = sorted(set(table))
+    widths = parts.fields(1 + len(groups), 8)
+    check(max(widths) <= MAX_BASE_TILE_FIELD, "bad_index")
+    row_classes = parts.fields(rows, row_bits)
+    column_classes = parts.fields(columns, column_bits)
+    gaps = Gaps(parts, [byte & 31 for byte in groups], *(parts.fields(tiles, width) for width in widths))
+    gaps.check_size(unary_bits)
+    check(sum(gaps.sizes) == unary_bits, "bad_index")
+
+    positions: list[int] = []
+    for tile, numbers_of_groups in enumerate(gaps.tiles(unary_bits)):
+        members: dict[int, list[int]] = {byte: [] for byte in groups}
+        for position in range(tile * tile_rows * columns, min((tile + 1) * tile_rows, rows) * columns):
+            row, column = divmod(position, columns)
+            line = (row_classes[row] << column_bits) + column_classes[column]
+            members[table[line * classes + bisect_right(thresholds, keys[position])]].append(position)
+        nonzeros: set[int] = set()
+        for byte, numbers in zip(groups, numbers_of_groups, strict=True):
+            check(all(number < len(members[byte]) for number in numbers), "wrong_base")
+            listed = {members[byte][number] for number in numbers}
+            nonzeros |= set(members[byte]) - listed if byte & 0x80 else listed
+        positions += sorted(nonzeros)
+    parts.finish()
+    check(len(positions) == r.nnz, "wrong_base")
+    return positions
 
 
 # --- 5. Value codecs ---
 
 
-def decode_values(r: Record, section: bytes) -> list[int]:
+def decode_values(r: Record, section: bytes, base: Base | None) -> list[int]:
     """The bit patterns: binary32 for ADD, the dtype's for SET, NEW and REPLACE, two's complement for ULP."""
     codec = r.tensor.value_codec
     if codec == "NONE":
@@ -712,6 +812,9 @@ def decode_values(r: Record, section: bytes) -> list[int]:
         values = decode_sign(r.nnz, parts)
     elif codec == "ULP":
         values = decode_ulp(r.nnz, 8 * r.element_size, parts)
+    elif codec == "ULP_FROM_BASE":
+        keys = base_keys(r, base)
+        values = decode_ulp_from_base([keys[position] for position in r.tensor.positions], 8 * r.element_size, parts)
     else:
         values = decode_floats(codec, r.nnz, parts)
     parts.finish()
@@ -829,34 +932,84 @@ def decode_ulp(n: int, element_bits: int, parts: Parts) -> list[int]:
 
     values = []
     for block in range(blocks):
-        # A block's own bytes: a shift of a long integer takes as long as the integer is.
-        first = bits[block] // 8
-        own = int.from_bytes(stream[first : ceil_div(bits[block + 1], 8)], "little")
-        reader = Bits(own, bits[block] - 8 * first, bits[block + 1] - 8 * first)
+        count = before[block + 1] - before[block]
         magnitudes = [1] * min(8192, n - 8192 * block)
-        read_listed(reader, before[block + 1] - before[block], k, j, magnitudes)
-        check(reader.at == reader.end, "bad_value")
-        for i, magnitude in enumerate(magnitudes, 8192 * block):
-            check(magnitude < 1 << (element_bits - 1), "bad_value")
-            minus = signs[i // 8] >> (i % 8) & 1
-            values.append((-magnitude if minus else magnitude) & ((1 << element_bits) - 1))
+        rank = -1
+        for gap, magnitude in read_listed(stream, bits[block], bits[block + 1], [k] * count, [j] * count):
+            rank += 1 + gap
+            check(rank < len(magnitudes) and magnitude < 1 << (element_bits - 1), "bad_value")
+            magnitudes[rank] = magnitude
+        values += with_signs(magnitudes, signs, 8192 * block, element_bits)
     return values
 
 
-def read_listed(reader: Bits, count: int, k: int, j: int, magnitudes: list[int]) -> None:
-    """Puts the shifts that a block lists to their ranks."""
-    check(count <= reader.end - reader.at, "bad_value")  # each takes at least a bit
-    quotients = [reader.unary() for _ in range(count)]
-    ranks = []
-    rank = -1
-    for quotient in quotients:
-        rank += 1 + (quotient << k) + reader.field(k)
-        check(rank < len(magnitudes), "bad_value")
-        ranks.append(rank)
-    widths = [j + reader.unary() for _ in range(count)]
+def read_listed(stream: bytes, at: int, end: int, ks: list[int], js: list[int]) -> list[tuple[int, int]]:
+    """The gap before each shift that a block lists, and its magnitude."""
+    check(len(ks) <= end - at, "bad_value")  # each takes at least a bit
+    # A block's own bytes: a shift of a long integer takes as long as the integer is.
+    own = int.from_bytes(stream[at // 8 : ceil_div(end, 8)], "little")
+    reader = Bits(own, at % 8, end - at // 8 * 8)
+    quotients = [reader.unary() for _ in ks]
+    gaps = [(quotient << k) + reader.field(k) for quotient, k in zip(quotients, ks, strict=True)]
+    widths = [j + reader.unary() for j in js]
     check(all(width <= 63 for width in widths), "bad_value")
-    for rank, width in zip(ranks, widths, strict=True):
-        magnitudes[rank] = 2 + (1 << width) + reader.field(width) - (1 << j)
+    fields = [reader.field(width) for width in widths]
+    check(reader.at == reader.end, "bad_value")
+    magnitudes = [2 + (1 << width) + field - (1 << j) for width, field, j in zip(widths, fields, js, strict=True)]
+    return list(zip(gaps, magnitudes, strict=True))
+
+
+def with_signs(magnitudes: list[int], signs: bytes, first: int, bits: int) -> list[int]:
+    """Two's complement of so many bits; the magnitudes are those of ranks from `first` on."""
+    minus = [signs[i // 8] >> (i % 8) & 1 for i in range(first, first + len(magnitudes))]
+    return [(-m if sign else m) & ((1 << bits) - 1) for m, sign in zip(magnitudes, minus, strict=True)]
+
+
+# --- 5.2 ULP_FROM_BASE ---
+
+
+def decode_ulp_from_base(keys: list[int], element_bits: int, parts: Parts) -> list[int]:
+    """The shifts, given the keys of the base's elements at their positions."""
+    classes, width, *zeros = parts.words(8, 1)
+    (stream_bits,) = parts.words(1, 8)
+    check(1 <= classes <= MAX_BASE_CLASSES and width <= 14 and not any(zeros), "bad_value")
+    thresholds = parts.fields(classes - 1, 16)
+    check(all(a <= b for a, b in pairwise(thresholds)), "bad_value")
+    parameters = parts.fields(2 * classes, 8)
+    ks, js = parameters[::2], parameters[1::2]
+    check(max(ks) <= 13 and max(js) <= 62, "bad_value")
+    n, blocks = len(keys), ceil_div(len(keys), 8192)
+    counts = [parts.fields(blocks, width) for _ in range(classes)]
+    word = 4 if stream_bits <= 0xFFFFFFFF else 8
+    size = parts.at + blocks * word + 4 * ceil_div(n, 32) + 4 * ceil_div(stream_bits, 32) + SLACK
+    check(len(parts.section) == size, "bad_size")
+    bits = [*parts.words(blocks, word), stream_bits]
+    check(bits[0] == 0 and all(a <= b for a, b in pairwise(bits)), "bad_directory")
+    signs = parts.take(n)
+    stream = parts.take(stream_bits)
+
+    # The ranks of each block's shifts by class, and how many of each class it lists.
+    ranks: list[list[list[int]]] = [[[] for _ in range(classes)] for _ in range(blocks)]
+    for rank, key in enumerate(keys):
+        ranks[rank // 8192][bisect_right(thresholds, key)].append(rank)
+    lists = [[of_blocks[block] for of_blocks in counts] for block in range(blocks)]
+    for of_classes, there in zip(lists, ranks, strict=True):
+        check(all(count <= len(own) for count, own in zip(of_classes, there, strict=True)), "wrong_base")
+    listed = []
+    for block, of_classes in enumerate(lists):
+        own_ks = [k for k, count in zip(ks, of_classes, strict=True) for _ in range(count)]
+        own_js = [j for j, count in zip(js, of_classes, strict=True) for _ in range(count)]
+        listed.append(iter(read_listed(stream, bits[block], bits[block + 1], own_ks, own_js)))
+    magnitudes = [1] * n
+    for shifts, of_classes, there in zip(listed, lists, ranks, strict=True):
+        for count, own in zip(of_classes, there, strict=True):
+            number = -1
+            for gap, magnitude in islice(shifts, count):
+                number += 1 + gap
+                check(number < len(own), "wrong_base")
+                magnitudes[own[number]] = magnitude
+    check(max(magnitudes) < 1 << (element_bits - 1), "bad_value")
+    return with_signs(magnitudes, signs, 0, element_bits)
 
 
 # --- 6.1 ULP ---
@@ -907,17 +1060,18 @@ def tensor_digest(r: Record) -> bytes:
 # --- the whole: container, every tensor in order, digest ---
 
 
-def decode_tensor(data: bytes, r: Record, zstd: Zstd | None) -> None:
+def decode_tensor(data: bytes, r: Record, zstd: Zstd | None, base: Base | None = None) -> None:
     with within(r.tensor.name, r.index.offset):
-        r.tensor.positions = decode_positions(r, read_section(data, r.index, zstd))
+        r.tensor.positions = decode_positions(r, read_section(data, r.index, zstd), base)
     with within(r.tensor.name, r.values.offset):
-        r.tensor.values = decode_values(r, read_section(data, r.values, zstd))
+        r.tensor.values = decode_values(r, read_section(data, r.values, zstd), base)
 
 
-def decode(data: bytes, zstd: Zstd | None = None) -> Delta:
+def decode(data: bytes, zstd: Zstd | None = None, base: Base | None = None) -> Delta:
     """Reads and checks everything; raises Refused and nothing else.
 
     `zstd(stored, decoded_size)` decodes one frame with nothing behind it, or raises.
+    `base` has the bytes of tensors by name: little-endian elements, flat and row-major.
     """
     header = read_header(data)
     offsets, end = read_file_sections(data, header)
@@ -925,19 +1079,30 @@ def decode(data: bytes, zstd: Zstd | None = None) -> Delta:
     records = read_table(data, header, offsets, end)
     digest = hashlib.sha256(b"shiradelta 1" + struct.pack("<I", header.tensor_count))
     for record in records:
-        decode_tensor(data, record, zstd)
+        decode_tensor(data, record, zstd, base)
         digest.update(struct.pack("<H", len(record.raw_name)) + record.raw_name)
         digest.update(tensor_digest(record))
-    check(digest.digest() == header.digest, "digest_mismatch", 80)
+    wrong = "wrong_base" if any(record.needs_base for record in records) else "digest_mismatch"
+    check(digest.digest() == header.digest, wrong, 80)
     return Delta(header.minor, header.digest.hex(), metadata, [r.tensor for r in records])
 
 
+def read_safetensors(data: bytes) -> dict[str, bytes]:
+    """The bytes of each tensor: a u64, so many bytes of JSON, and what that tells the places of."""
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:header_end])
+    places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: data[header_end + start : header_end + end] for name, (start, end) in places.items()}
+
+
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python decoder.py FILE", file=sys.stderr)
+    if not arguments:
+        print("usage: python decoder.py FILE [BASE.safetensors ...]", file=sys.stderr)
         return 2
+    file, *bases = (Path(argument).read_bytes() for argument in arguments)
+    base = {name: elements for each in bases for name, elements in read_safetensors(each).items()}
     try:
-        delta = decode(Path(arguments[0]).read_bytes())
+        delta = decode(file, base=base if bases else None)
     except Refused as refused:
         print(f"refused: {refused}", file=sys.stderr)
         return 1

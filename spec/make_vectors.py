@@ -1,6 +1,6 @@
 """Makes the conformance vectors of the shiradelta format, version 1.
 
-    python spec/make_vectors.py            writes vectors/valid and vectors/invalid
+    python spec/make_vectors.py            writes the folders below vectors/
     python spec/make_vectors.py --check    says whether the files there are those that it would write
 
 It needs the standard library alone and knows nothing of the package: the encoders below were written
@@ -11,6 +11,9 @@ valid/NAME.shd     a file that every reader accepts, NAME.json what it holds, as
 invalid/NAME.shd   a file that every reader refuses, with the reason that invalid/reasons.json gives.
                    Checksums are right unless they are what is wrong, so that the intended check decides.
                    `zstd_unavailable` is the reason of a reader without zstd; others accept that file.
+with_base/NAME.shd a file that is read beside its base, NAME.base: the elements of all tensors of the table, one tensor
+                   after the other.  What it holds is in NAME.json, or the reason why it is refused in
+                   with_base/reasons.json.  Without the base every reader refuses it: `base_needed`.
 """
 
 from __future__ import annotations
@@ -60,10 +63,14 @@ DTYPES = {
     "complex64": (19, 8),
 }
 OPS = {"ADD": 0, "SET": 1, "ULP": 2, "NEW": 3, "DROP": 4, "REPLACE": 6}
-INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5, "TILED": 7}
+INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5, "TILED": 7, "FROM_BASE": 11}
 VALUE_CODECS = {"NONE": 0, "F32": 1, "F16": 2, "BF16": 3, "I8": 4, "I4": 5, "SIGN": 6, "BITS": 7, "ULP": 8}
+VALUE_CODECS["ULP_FROM_BASE"] = 10
+#: What only the base's elements tell, and the dtypes that it has.
+FROM_BASE_CODECS = ("FROM_BASE", "ULP_FROM_BASE")
+FROM_BASE_DTYPES = sorted(name for name in DTYPES if "float" in name and name != "float8_e8m0fnu")
 #: Operation or codec -> the minor version that defines it, where that is not 0.
-MINORS: dict[str, int] = {"REPLACE": 1, "TILED": 1, "ULP": 1}
+MINORS: dict[str, int] = {"REPLACE": 1, "TILED": 1, "FROM_BASE": 1, "ULP": 1, "ULP_FROM_BASE": 1}
 MAX_NUMEL = 1 << 56
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 #: What a zstd library made of a section: Huffman and sequences, with a checksum.
@@ -312,50 +319,151 @@ def tiled(positions: Sequence[int], matrix: Matrix, outside: Mapping[int, int] |
     table = [k for row in matrix.k for k in row]
     ks = sorted(set(table))
     tiles = range(-(-len(matrix.row_classes) // matrix.tile_rows))
-    sizes: list[int] = []
-    counts: list[list[int]] = []
+    numbers = [
+        [[(outside or {}).get(p, i) for i, p in enumerate(matrix.order(tile, k)) if p in positions] for k in ks]
+        for tile in tiles
+    ]
+    row_bits, column_bits = (len(matrix.k) - 1).bit_length(), (len(matrix.k[0]) - 1).bit_length()
+    widths, gaps, unary_bits = gap_parts(ks, numbers)
+    head = {
+        "row_bits": row_bits,
+        "column_bits": column_bits,
+        "zero": 0,
+        "tile_rows": matrix.tile_rows,
+        "columns": len(matrix.column_classes),
+        "unary_bits": unary_bits,
+    }
+    right = {
+        "table": padded(bytes(table)),
+        "widths": widths,
+        "row_classes": fields_of(matrix.row_classes, row_bits),
+        "column_classes": fields_of(matrix.column_classes, column_bits),
+        **gaps,
+    }
+    return Index("TILED", tuple(positions), section_of("<BBHIQQ", head, right, parts))
+
+
+def gap_parts(ks: Sequence[int], tiles: Sequence[Sequence[Sequence[int]]]) -> tuple[bytes, dict[str, bytes], int]:
+    """(widths, the parts from the sizes of tiles on, U) of sections 4.6 and 4.7.
+
+    Args:
+        ks: of each group.
+        tiles: the numbers o of each tile, of each group.
+    """
     low: list[tuple[int, int]] = []
     ones: list[int] = []
+    sizes: list[int] = []
     bit = -1
-    for tile in tiles:
+    for groups in tiles:
         first = bit
-        counts.append([])
-        for k in ks:
-            numbers = [(outside or {}).get(p, i) for i, p in enumerate(matrix.order(tile, k)) if p in positions]
-            counts[-1].append(len(numbers))
+        for k, numbers in zip(ks, groups, strict=True):
             for before, number in pairwise((-1, *numbers)):
                 gap = number - before - 1
                 bit += (gap >> k) + 1
                 ones.append(bit)
                 low.append((gap & ((1 << k) - 1), k))
         sizes.append(bit - first)
-    of_tiles = [sizes, *map(list, zip(*counts, strict=True))]
-    widths = [max(numbers).bit_length() for numbers in of_tiles]
-    head = {
-        "row_bits": (len(matrix.k) - 1).bit_length(),
-        "column_bits": (len(matrix.k[0]) - 1).bit_length(),
-        "zero": 0,
-        "tile_rows": matrix.tile_rows,
-        "columns": len(matrix.column_classes),
-        "unary_bits": bit + 1,
-    }
+    counts = [[len(groups[i]) for groups in tiles] for i in range(len(ks))]
+    widths = [max(numbers).bit_length() for numbers in (sizes, *counts)]
     low_bits = "".join(f"{number:0{k}b}"[::-1] for number, k in low if k)
-    right = {
-        "table": padded(bytes(table)),
-        "widths": padded(bytes(widths)),
-        "row_classes": fields_of(matrix.row_classes, head["row_bits"]),
-        "column_classes": fields_of(matrix.column_classes, head["column_bits"]),
+    parts = {
         "sizes": fields_of(sizes, widths[0]),
-        "counts": b"".join(fields_of(column, width) for column, width in zip(of_tiles[1:], widths[1:], strict=True)),
+        "counts": b"".join(fields_of(column, width) for column, width in zip(counts, widths[1:], strict=True)),
         "low": bitmap_of([i for i, one in enumerate(low_bits) if one == "1"], len(low_bits)),
         "unary": bitmap_of(ones, bit + 1),
         "slack": SLACK,
     }
-    changed = {name: bytes(part) for name, part in parts.items() if name in right and isinstance(part, bytes)}
-    head |= {name: part for name, part in parts.items() if name in head and isinstance(part, int)}
-    assert len(changed) + len(set(parts) & set(head)) == len(parts)
-    section = struct.pack("<BBHIQQ", *head.values()) + b"".join((right | changed).values())
-    return Index("TILED", tuple(positions), section)
+    return padded(bytes(widths)), parts, bit + 1
+
+
+def section_of(layout: str, head: dict[str, int], right: dict[str, bytes], parts: Mapping[str, object]) -> bytes:
+    """A section: its head and its parts in order.  `parts` has others, or functions that make them of the right."""
+    made = {name: part(right[name]) if callable(part) else part for name, part in parts.items() if name in right}
+    changed = {name: part for name, part in made.items() if isinstance(part, bytes)}
+    fields = {name: part for name, part in parts.items() if name in head and isinstance(part, int)}
+    assert len(changed) + len(fields) == len(parts)
+    return struct.pack(layout, *(head | fields).values()) + b"".join((right | changed).values())
+
+
+# --- the base's elements (sections 4.7 and 5.2) ---
+
+
+def key_of(element: int, dtype: str) -> int:
+    """The bits below the sign, 15 at most."""
+    bits = 8 * DTYPES[dtype][1] - 1
+    return (element % (1 << bits)) >> max(bits - 15, 0)
+
+
+@dataclass(frozen=True)
+class BaseMatrix:
+    """What FROM_BASE takes a tensor for.  The table has a byte for each class of row, column and element."""
+
+    tile_rows: int
+    row_classes: Sequence[int]
+    column_classes: Sequence[int]
+    thresholds: Sequence[int]
+    table: Sequence[Sequence[Sequence[int]]]
+
+    def byte_of(self, position: int, key: int) -> int:
+        """The table's byte for an element of the base."""
+        row, column = divmod(position, len(self.column_classes))
+        of_element = sum(threshold <= key for threshold in self.thresholds)
+        return self.table[self.row_classes[row]][self.column_classes[column]][of_element]
+
+
+def from_base(
+    positions: Sequence[int],
+    base: Sequence[int],
+    matrix: BaseMatrix,
+    outside: Mapping[int, int] | None = None,
+    dtype: str = "bfloat16",
+    /,
+    **parts: object,
+) -> Index:
+    """FROM_BASE.
+
+    Args:
+        positions: increasing.
+        base: bits of all elements.
+        matrix: the classes.
+        outside: position -> the number in its group that takes its place.
+        dtype: of the elements.
+        parts: what the section says of itself, instead of what is right, as for `tiled`.
+    """
+    rows, columns = len(matrix.row_classes), len(matrix.column_classes)
+    table = [byte for row in matrix.table for column in row for byte in column]
+    groups, nonzeros, size = sorted(set(table)), set(positions), matrix.tile_rows * columns
+    tiles = []
+    for start in range(0, rows * columns, size):
+        members: dict[int, list[int]] = {byte: [] for byte in groups}
+        for position in range(start, min(start + size, rows * columns)):
+            members[matrix.byte_of(position, key_of(base[position], dtype))].append(position)
+        tiles.append(
+            [
+                [(outside or {}).get(p, i) for i, p in enumerate(members[byte]) if (p in nonzeros) == (byte < 0x80)]
+                for byte in groups
+            ]
+        )
+    row_bits, column_bits = (len(matrix.table) - 1).bit_length(), (len(matrix.table[0]) - 1).bit_length()
+    widths, gaps, unary_bits = gap_parts([byte % 32 for byte in groups], tiles)
+    head = {
+        "row_bits": row_bits,
+        "column_bits": column_bits,
+        "classes": len(matrix.thresholds) + 1,
+        "zero": 0,
+        "tile_rows": matrix.tile_rows,
+        "columns": columns,
+        "unary_bits": unary_bits,
+    }
+    right = {
+        "thresholds": padded(unsigned(matrix.thresholds, 2)),
+        "table": padded(bytes(table)),
+        "widths": widths,
+        "row_classes": fields_of(matrix.row_classes, row_bits),
+        "column_classes": fields_of(matrix.column_classes, column_bits),
+        **gaps,
+    }
+    return Index("FROM_BASE", tuple(positions), section_of("<BBBBIQQ", head, right, parts))
 
 
 # --- value codecs (section 5) and the canonical choice of their parameters (section 8) ---
@@ -487,18 +595,81 @@ def ulp_values(shifts: Sequence[int], size: int = 2, k: int | None = None, j: in
     for block, own in zip(listed, gaps, strict=True):
         directory += [bits, before]
         before += len(block)
-        widths = [ulp_width(magnitude, j) for _, magnitude in block]
-        parts = [(1 << (gap >> k), (gap >> k) + 1) for gap in own]
-        parts += [(gap & (1 << k) - 1, k) for gap in own]
-        parts += [(1 << (width - j), width - j + 1) for width in widths]
-        parts += [(m - 2 + (1 << j) - (1 << width), width) for (_, m), width in zip(block, widths, strict=True)]
-        for number, width in parts:
-            stream |= number << bits
-            bits += width
+        coded = [(gap, magnitude, k, j) for gap, (_, magnitude) in zip(own, block, strict=True)]
+        number, width = ulp_stream(coded)
+        stream |= number << bits
+        bits += width
     signs = bitmap_of([i for i, d in enumerate(shifts) if d < 0], len(shifts))
     head = bytes((k, j)) + bytes(6) + unsigned([bits, len(magnitudes)], 8)
     section = head + unsigned(directory, 4) + signs + bit_words(stream, bits) + SLACK
     return Values("ULP", tuple(d % (1 << 8 * size) for d in shifts), section)
+
+
+def ulp_stream(listed: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
+    """A block's stream and its bits: four parts, of (gap, magnitude, k, j) of each listed shift."""
+    parts = [(1 << (gap >> k), (gap >> k) + 1) for gap, _, k, _ in listed]
+    parts += [(gap & (1 << k) - 1, k) for gap, _, k, _ in listed]
+    widths = [ulp_width(magnitude, j) for _, magnitude, _, j in listed]
+    parts += [(1 << (width - j), width - j + 1) for width, (_, _, _, j) in zip(widths, listed, strict=True)]
+    parts += [(m - 2 + (1 << j) - (1 << width), width) for width, (_, m, _, j) in zip(widths, listed, strict=True)]
+    stream = bits = 0
+    for number, width in parts:
+        stream |= number << bits
+        bits += width
+    return stream, bits
+
+
+def ulp_from_base(
+    shifts: Sequence[int],
+    base: Sequence[int],
+    thresholds: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    outside: Mapping[int, int] | None = None,
+    dtype: str = "bfloat16",
+    /,
+    **parts: object,
+) -> Values:
+    """ULP_FROM_BASE.
+
+    Args:
+        shifts: of all nonzeros.
+        base: bits of their elements.
+        thresholds: of the keys.
+        pairs: k and j of each class.
+        outside: rank -> the number in its class that takes its place.
+        dtype: of the elements.
+        parts: what the section says of itself, instead of what is right, as for `tiled`.
+    """
+    classes, size = range(len(thresholds) + 1), DTYPES[dtype][1]
+    of_class = [sum(threshold <= key_of(element, dtype) for threshold in thresholds) for element in base]
+    counts: list[list[int]] = [[] for _ in classes]
+    directory, stream, bits = [], 0, 0
+    for start in range(0, len(shifts), 8192):
+        coded = []
+        for each, (k, j) in zip(classes, pairs, strict=True):
+            ranks = [rank for rank in range(start, min(start + 8192, len(shifts))) if of_class[rank] == each]
+            listed = [(i, rank) for i, rank in enumerate(ranks) if abs(shifts[rank]) > 1]
+            numbers = [-1, *((outside or {}).get(rank, i) for i, rank in listed)]
+            gaps = [after - before - 1 for before, after in pairwise(numbers)]
+            coded += [(gap, abs(shifts[rank]), k, j) for gap, (_, rank) in zip(gaps, listed, strict=True)]
+            counts[each].append(len(listed))
+        number, width = ulp_stream(coded)
+        directory.append(bits)
+        stream |= number << bits
+        bits += width
+    width = max(map(max, counts)).bit_length()
+    right = {
+        "thresholds": padded(unsigned(thresholds, 2)),
+        "parameters": padded(bytes(chain(*pairs))),
+        "counts": b"".join(fields_of(of_blocks, width) for of_blocks in counts),
+        "directory": unsigned(directory, 4),
+        "signs": bitmap_of([i for i, d in enumerate(shifts) if d < 0], len(shifts)),
+        "stream": bit_words(stream, bits),
+        "slack": SLACK,
+    }
+    head = {"classes": len(classes), "width": width, "zero": 0, "zeros": 0, "bits": bits}
+    section = section_of("<BBHIQ", head, right, parts)
+    return Values("ULP_FROM_BASE", tuple(d % (1 << 8 * size) for d in shifts), section)
 
 
 def ulp_width(magnitude: int, j: int) -> int:
@@ -555,7 +726,10 @@ Fields = Mapping[str, int | bytes]
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor's delta.  `record` replaces fields of its record, for files that are to be refused."""
+    """One tensor's delta.  `record` replaces fields of its record, for files that are to be refused.
+
+    `base` is the base's elements at the positions, `base_tensor` all of them, as bits.
+    """
 
     shape: tuple[int, ...]
     index: Index = NO_INDEX
@@ -566,6 +740,7 @@ class Tensor:
     base_fingerprint: int | None = None
     result_fingerprint: int | None = None
     base: tuple[int, ...] | None = None
+    base_tensor: tuple[int, ...] | None = None
     record: Fields = field(default_factory=dict)
 
     @property
@@ -651,6 +826,11 @@ class File:
     names: bytes | None = None
     tail: bytes = b""
     header: Fields = field(default_factory=dict)
+
+    @property
+    def base(self) -> bytes:
+        """The elements of the base's tensors, one tensor after the other."""
+        return b"".join(unsigned(t.base_tensor or (), DTYPES[t.dtype][1]) for t in self.tensors)
 
     @property
     def digest(self) -> bytes:
@@ -995,6 +1175,160 @@ def valid_ulp() -> Valid:
     yield "ulp_zstd", one(replace(ulp(few), values=zstd_values(ulp(few).values)), canonical=False)
 
 
+#: The base and the classes of 9.6: small elements change more often than not, large ones hardly ever.
+SMALL_BASE = (
+    *(0x3F80, 0x3D00, 0x4080, 0xBF80, 0xBD80, 0xC080, 0x3DC0, 0x3FC0),
+    *(0x3D40, 0xC000, 0xBE00, 0x4100, 0x3F00, 0xBD00, 0x4040, 0x0000),
+)
+SMALL_MATRIX = BaseMatrix(2, (0,) * 4, (0,) * 4, (0x3E80, 0x4000), (((0x80, 0, 1),),))
+SMALL = (1, 3, 4, 8, 11, 13, 15)
+
+
+def base_elements(count: int, dtype: str = "bfloat16", seed: int = 1) -> tuple[int, ...]:
+    """Any bits, NaN and infinity among them."""
+    bits = 8 * DTYPES[dtype][1]
+    numbers = []
+    for _ in range(count):
+        seed = (seed * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+        numbers.append((seed ^ seed >> 29) >> 8 & ((1 << bits) - 1))
+    return tuple(numbers)
+
+
+def beside_base(tensor: Tensor, base: Sequence[int]) -> Tensor:
+    """With its base's tensor, and both fingerprints."""
+    whole = replace(tensor, base_tensor=tuple(base))
+    return fingerprinted(whole, [base[position] for position in tensor.index.positions])
+
+
+def inward(shifts: Sequence[int], base: Sequence[int], dtype: str) -> list[int]:
+    """The shifts, turned where an element would leave the range of its dtype."""
+    half = 1 << 8 * DTYPES[dtype][1] - 1
+    fits = [-half <= ordered(x, dtype) + d < half for x, d in zip(base, shifts, strict=True)]
+    return [d if fit else -d for d, fit in zip(shifts, fits, strict=True)]
+
+
+def valid_from_base() -> Valid:
+    """Section 4.7."""
+
+    def case(
+        shape: tuple[int, ...],
+        positions: Sequence[int],
+        matrix: BaseMatrix,
+        dtype: str = "bfloat16",
+        base: Sequence[int] | None = None,
+    ) -> Tensor:
+        base = base_elements(prod(shape), dtype) if base is None else base
+        at = [base[position] for position in positions]
+        shifts = inward([(1, -1, 2, -1, 1, -3)[i % 6] for i in range(len(at))], at, dtype)
+        index, values = from_base(positions, base, matrix, None, dtype), ulp_values(shifts, DTYPES[dtype][1])
+        return beside_base(Tensor(shape, index, values, dtype, dtype, "ULP"), base)
+
+    def plain(rows: int, columns: int, tile_rows: int, thresholds: Sequence[int], *table: int) -> BaseMatrix:
+        return BaseMatrix(tile_rows, (0,) * rows, (0,) * columns, thresholds, ((table,),))
+
+    yield "from_base", one(case((4, 4), SMALL, SMALL_MATRIX, base=SMALL_BASE), False)
+    yield "from_base_one_class", one(case((16, 20), spread(20, 16), plain(16, 20, 5, (), 3)), False)
+    yield "from_base_one_class_turned", one(case((6, 7), spread(20, 2), plain(6, 7, 4, (), 0x81)), False)
+    # Every element is a nonzero: by all of them, by none of them.
+    yield "from_base_all_elements", one(case((4, 4), range(16), plain(4, 4, 2, (0x4000,), 0, 1)), False)
+    yield "from_base_nothing_listed", one(case((4, 4), range(16), plain(4, 4, 3, (0x4000,), 0x80, 0x9F)), False)
+    yield "from_base_turned_and_not", one(case((9, 30), spread(80, 3), plain(9, 30, 2, (0x3000,), 0x82, 2)), False)
+    yield "from_base_empty_tiles", one(case((6, 4), (11,), plain(6, 4, 1, (0x4000,), 1, 0)), False)
+    yield "from_base_rank_0", one(case((), (0,), plain(1, 1, 1, (), 31)), False)
+    yield "from_base_rank_1", one(case((12,), (1, 4, 10), plain(4, 3, 3, (0x2000,), 1, 2)), False)
+    yield "from_base_rank_3", one(case((2, 3, 4), (5, 21), plain(6, 4, 4, (0x5000,), 2, 1)), False)
+    yield "from_base_one_column", one(case((24, 1), spread(5, 4), plain(24, 1, 1, (0x4000,), 1, 0)), False)
+    yield "from_base_one_row", one(case((1, 40), spread(9, 4), plain(1, 40, 1, (0x4000,), 1, 2)), False)
+    # A threshold is the first key of its class; there are classes without elements, and bytes without classes.
+    edges = (0x3E80, 0x3E80, 0xBE80, 0x3E7F, 0xBE7F, 0x3E81, 0x0000, 0x8000, 0x7FFF, 0xFFFF)
+    edge = plain(2, 5, 1, (0x0000, 0x3E80, 0x3E80, 0x7FFF, 0xFFFF), 5, 0, 3, 0x81, 0x80, 7)
+    yield "from_base_thresholds", one(case((2, 5), (0, 2, 5, 6, 7, 8), edge, base=edges), False)
+    sixteen = plain(11, 30, 4, [0x800 * i for i in range(1, 16)], *range(12), 0x80, 0x81, 0x82, 0x83)
+    yield "from_base_16_classes", one(case((11, 30), spread(80, 4), sixteen), False)
+    rows, columns = [i * 7 % 16 for i in range(23)], [i * 5 % 16 for i in range(50)]
+    table = [[[(3 * a + b + e) % 5 for e in range(2)] for b in range(16)] for a in range(16)]
+    many = BaseMatrix(5, rows, columns, (0x4000,), table)
+    yield "from_base_classes_of_4_bits", one(case((23, 50), spread(90, 12), many), False)
+    by_rows = BaseMatrix(3, [i % 3 % 2 for i in range(8)], (0,) * 9, (0x4000,), (((2, 0x80),), ((0, 3),)))
+    by_columns = BaseMatrix(3, (0,) * 8, [i % 3 % 2 for i in range(9)], (0x4000,), (((2, 0x80), (0, 3)),))
+    yield "from_base_classes_of_rows", one(case((8, 9), spread(30, 2), by_rows), False)
+    yield "from_base_classes_of_columns", one(case((8, 9), spread(30, 2), by_columns), False)
+    every = []
+    for dtype in FROM_BASE_DTYPES:
+        threshold = 40 if "float8" in dtype else 0x4000
+        shifted = case((5, 8), spread(12, 3), plain(5, 8, 2, (threshold,), 0, 1), dtype)
+        values = bits_values(elements(dtype, 12), dtype)
+        every += [replace(shifted, name=f"ulp.{dtype}"), replace(shifted, name=f"set.{dtype}", op="SET", values=values)]
+    every = [fingerprinted(t, t.base or ()) for t in sorted(every, key=lambda t: t.raw_name)]
+    yield "from_base_every_dtype", File(tuple(every), canonical=False)
+    added = []
+    for dtype in ("bfloat16", "float16", "float32"):
+        base = base_elements(64, dtype)
+        index = from_base(spread(12, 5), base, plain(8, 8, 3, (0x4000,), 2, 1), None, dtype)
+        added.append(beside_base(change((8, 8), index, i4_values, dtype, dtype), base))
+    yield "from_base_add", File(tuple(added), canonical=False)
+    tensor = case((4, 4), SMALL, SMALL_MATRIX, base=SMALL_BASE)
+    yield "from_base_without_fingerprints", one(replace(tensor, base_fingerprint=None, result_fingerprint=None), False)
+    yield "from_base_zstd", one(replace(tensor, index=zstd_index(tensor.index)), False)
+    other = replace(change((3, 3), raw((2, 5), 9), name="a"), base_tensor=base_elements(9))
+    last = replace(NOTHING, name="c", base_tensor=base_elements(16))
+    yield "from_base_beside_others", File((other, replace(tensor, name="b"), last), canonical=False)
+
+
+def valid_ulp_from_base() -> Valid:
+    """Section 5.2."""
+
+    def case(
+        shifts: Sequence[int],
+        thresholds: Sequence[int],
+        *pairs: tuple[int, int],
+        dtype: str = "bfloat16",
+        base: Sequence[int] | None = None,
+        index: Index | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> File:
+        shape = shape or (len(shifts),)
+        index = index or all_of(len(shifts))
+        base = base or base_elements(prod(shape), dtype)
+        at = [base[position] for position in index.positions]
+        values = ulp_from_base(inward(shifts, at, dtype), at, thresholds, pairs, None, dtype)
+        return one(beside_base(Tensor(shape, index, values, dtype=dtype, op="ULP"), base), False)
+
+    few = [1, -1, 2, -3, 1, 100, -1, -1, 900, -32000, 1, 5, -2, 1, 4, -1]
+    yield "ulp_from_base", case(few, (0x4000,), (1, 0), (0, 6), base=SMALL_BASE)
+    yield "ulp_from_base_one", case([-1], (), (0, 0))
+    yield "ulp_from_base_all_one", case([1, -1] * 50, (0x4000,), (0, 0), (3, 2))
+    yield "ulp_from_base_one_class", case(few, (), (1, 2))
+    yield "ulp_from_base_largest_k_and_j", case(few, (0x2000,), (13, 62), (13, 0))
+    yield "ulp_from_base_no_unused_bits", case([2] * 32, (), (0, 0), base=(0x3F80,) * 32)
+    many = [1 + (i * i % 7 == 2) * (i % 19) for i in range(200)]
+    pairs = [(i % 5, i % 4) for i in range(16)]
+    yield "ulp_from_base_16_classes", case(many, [0x800 * i for i in range(1, 16)], *pairs)
+    edges = (0x3E80, 0x3E80, 0xBE80, 0x3E7F, 0xBE7F, 0x3E81, 0x0000, 0x8000, 0x7F00, 0xFF00)
+    same = (0x0000, 0x3E80, 0x3E80, 0xFFFF)
+    yield "ulp_from_base_thresholds", case([2, 3, -4, 5, 1, 6, 7, -8, 9, 10], same, *[(0, 1)] * 5, base=edges)
+    every = []
+    for dtype in FROM_BASE_DTYPES:
+        half = 1 << 8 * DTYPES[dtype][1] - 1
+        shifts = [2, -1, half - 1, 1, 1 - half, -2, half // 2, 3, -1, 1, 2]
+        # From zero, or from one end to near the other.
+        base = (0, half, half - 1 if dtype == "float64" else 2 * half - 1, 5, half - 1, *base_elements(6, dtype))
+        (tensor,) = case(shifts, (40,), (0, 3), (1, 1), dtype=dtype, base=base).tensors
+        every.append(replace(tensor, name=dtype))
+    yield "ulp_from_base_every_dtype", File(tuple(every), canonical=False)
+    blocks = [1 + (i * i % 101 == 5) * (i * 7 % 5 + 1) for i in range(8195)]
+    index = Index("ALL", tuple(range(len(blocks))), b"")
+    yield "ulp_from_base_blocks", case(blocks, (50,), (4, 0), (5, 1), dtype="float8_e5m2", index=index)
+    for name, index in ("raw", raw(spread(16, 9), 160)), ("rice", rice(spread(16, 9), 160)):
+        yield f"ulp_from_base_in_{name}", case(few, (0x4000,), (1, 0), (0, 6), index=index, shape=(10, 16))
+    index = from_base(SMALL, SMALL_BASE, SMALL_MATRIX)
+    both = case(few[:7], (0x3E80, 0x4000), (0, 0), (1, 1), (2, 6), index=index, shape=(4, 4), base=SMALL_BASE)
+    yield "ulp_from_base_in_from_base", both
+    (tensor,) = both.tensors
+    frames = replace(tensor, index=zstd_index(tensor.index), values=zstd_values(tensor.values))
+    yield "ulp_from_base_zstd", one(frames, False)
+
+
 def elements(dtype: str, count: int) -> list[int]:
     """Bits that a careless reader changes: all ones, all zeros, NaN with a payload, and others."""
     size = DTYPES[dtype][1]
@@ -1300,7 +1634,7 @@ def invalid_ids_and_shapes() -> Invalid:
     for what, ids in (
         ("dtype", (20, 255)),
         ("op", (5, 255)),
-        ("index_codec", (6, *range(8, 13), 255)),
+        ("index_codec", (6, *range(8, 11), 12, 255)),
         ("value_codec", (9, 255)),
     ):
         for id in ids:
@@ -1788,6 +2122,10 @@ def invalid_values() -> Invalid:
     yield "value_before_padding", "bad_value", valued(codecs["i8"], 2, b"\x80\xff" + bytes(129) + b"\1")
 
 
+#: The first quotients of 50 listed shifts of a block, and nothing else of it; then a block of one, with k = 13.
+ENDS_BEYOND = (1 << 50) - 1 | (1 | 1 << 14) << 50
+
+
 def invalid_ulp() -> Invalid:
     """Section 5.1."""
     good = ulp_values((1, -1, 2, -3, 1, 100, -1), 1, k=1, j=0)
@@ -1827,11 +2165,303 @@ def invalid_ulp() -> Invalid:
     yield "ulp_rank_outside", "bad_value", streamed((1, 1, 1, 1, 1, 1, 2), 4, 1)
     yield "ulp_too_large", "bad_value", valued(replace(ulp_values((128,), 2), bits=(128,)))
     yield "ulp_width_64", "bad_value", valued(replace(ulp_values((1 << 65,), 8, j=0), bits=(1,)))
+    # The low bits of the first block end beyond the last one.
+    beyond = bytes((13, 0)) + bytes(6) + unsigned([65, 51], 8) + unsigned([0, 0, 50, 50], 4)
+    beyond += bitmap_of([], 8193) + bit_words(ENDS_BEYOND, 65) + SLACK
+    yield "ulp_low_bits_beyond_all_blocks", "bad_value", valued(Values("ULP", (1,) * 8193, beyond))
     yield "ulp_unused_sign", "padding_not_zero", valued(good, 32, bytes((good.section[32] | 0x80,)))
     yield "ulp_last_unused_sign", "padding_not_zero", valued(good, 35, b"\x80")
     yield "ulp_unused_bit", "padding_not_zero", valued(two, len(two.section) - 9, b"\x80")
     yield "ulp_slack_first", "padding_not_zero", valued(good, -8, b"\1")
     yield "ulp_slack_last", "padding_not_zero", valued(good, -1, b"\x80")
+
+
+BASE_SAMPLE = beside_base(
+    Tensor((4, 4), from_base(SMALL, SMALL_BASE, SMALL_MATRIX), ulp_values((1, -1, 2, -3, 1, 5, -1)), op="ULP"),
+    SMALL_BASE,
+)
+ULP_FROM_BASE_SAMPLE = replace(
+    BASE_SAMPLE,
+    index=raw(SMALL, 16),
+    values=ulp_from_base((1, -1, 2, -3, 1, 5, -1), BASE_SAMPLE.base or (), (), ((1, 0),)),
+)
+#: Name, reason, file, base.
+InvalidWithBase = Iterator[tuple[str, str, bytes, bytes]]
+
+
+def flip(at: int, bits: int) -> Callable[[bytes], bytes]:
+    """Flips bits of a byte of a part."""
+    return lambda part: patched(part, at, bytes((part[at] ^ bits,)))
+
+
+def invalid_without_base() -> Invalid:
+    """Sections 4.7 and 5.2: what is refused before a base is asked for, and that it is asked for."""
+    ids, reason = DTYPES, "bad_combination"
+    index = INDEX_CODECS["FROM_BASE"]
+    for dtype in "bool", "int16", "float8_e8m0fnu", "complex64":
+        yield f"from_base_of_{dtype}", reason, recorded(SET_SAMPLE, dtype=ids[dtype][0], index_codec=index)
+    yield "from_base_of_unspecified", reason, recorded(dtype=0, index_codec=index)
+    yield "new_in_from_base", reason, recorded(NEW_SAMPLE, dtype=ids["float32"][0], index_codec=index)
+    for dtype in "int16", "uint16":
+        yield f"ulp_from_base_of_{dtype}", reason, recorded(ULP_FROM_BASE_SAMPLE, dtype=ids[dtype][0])
+    yield "add_in_ulp_from_base", reason, recorded(ULP_FROM_BASE_SAMPLE, op=OPS["ADD"])
+    yield "set_in_ulp_from_base", reason, recorded(ULP_FROM_BASE_SAMPLE, op=OPS["SET"])
+    for size in 8, 39:
+        cut = replace(BASE_SAMPLE.index, section=BASE_SAMPLE.index.section[:size])
+        yield f"size_from_base_{size}", "bad_size", bytes_of(replace(BASE_SAMPLE, index=cut))
+    cut_values = replace(ULP_FROM_BASE_SAMPLE.values, section=ULP_FROM_BASE_SAMPLE.values.section[:35])
+    yield "size_ulp_from_base_35", "bad_size", bytes_of(replace(ULP_FROM_BASE_SAMPLE, values=cut_values))
+    yield "from_base_crc_before_base", "section_checksum", recorded(BASE_SAMPLE, index_crc=1)
+    frame = zstd_index(BASE_SAMPLE.index, b"no frame")
+    yield "from_base_zstd_before_base", "bad_zstd", bytes_of(replace(BASE_SAMPLE, index=frame))
+    yield "from_base_without_base", "base_needed", bytes_of(BASE_SAMPLE)
+    yield "ulp_from_base_without_base", "base_needed", bytes_of(ULP_FROM_BASE_SAMPLE)
+    wrong = replace(BASE_SAMPLE.index, section=patched(BASE_SAMPLE.index.section, 0, b"\xff"))
+    yield "base_before_index", "base_needed", bytes_of(replace(BASE_SAMPLE, index=wrong))
+    wrong_values = replace(
+        ULP_FROM_BASE_SAMPLE.values, section=patched(ULP_FROM_BASE_SAMPLE.values.section, 0, b"\xff")
+    )
+    yield "base_before_values", "base_needed", bytes_of(replace(ULP_FROM_BASE_SAMPLE, values=wrong_values))
+    yield "base_before_values_crc", "base_needed", recorded(BASE_SAMPLE, values_crc=1)
+    yield "index_before_base", "position_order", bytes_of(replace(ULP_FROM_BASE_SAMPLE, index=raw(SMALL[::-1], 16)))
+    yield "base_before_digest", "base_needed", bytes_of(BASE_SAMPLE, digest=bytes(32))
+
+
+def invalid_from_base() -> InvalidWithBase:
+    """Section 4.7."""
+
+    def given(index: Index, base: Sequence[int] = SMALL_BASE, nnz: int | None = None) -> tuple[bytes, bytes]:
+        positions = index.positions if nnz is None else tuple(range(nnz))
+        values = ulp_values([1] * len(positions))
+        tensor = Tensor((4, 4), replace(index, positions=positions), values, op="ULP", base_tensor=tuple(base))
+        return bytes_of(tensor), one(tensor).base
+
+    def case(outside: Mapping[int, int] | None = None, /, **parts: object) -> tuple[bytes, bytes]:
+        return given(from_base(SMALL, SMALL_BASE, SMALL_MATRIX, outside, **parts))
+
+    def cut(index: Index, size: int) -> tuple[bytes, bytes]:
+        return given(replace(index, section=index.section[:size]))
+
+    for bits in 5, 255:
+        yield f"from_base_row_bits_{bits}", "bad_index", *case(row_bits=bits)
+        yield f"from_base_column_bits_{bits}", "bad_index", *case(column_bits=bits)
+    for classes in 0, 17, 255:
+        yield f"from_base_classes_{classes}", "bad_index", *case(classes=classes)
+    yield "from_base_head_not_zero", "bad_index", *case(zero=1)
+    yield "from_base_without_rows", "bad_index", *case(tile_rows=0)
+    yield "from_base_tile_of_too_many_rows", "bad_index", *case(tile_rows=5)
+    yield "from_base_without_columns", "bad_index", *case(columns=0)
+    yield "from_base_columns_do_not_divide", "bad_index", *case(columns=3)
+    yield "from_base_more_columns_than_elements", "bad_index", *case(columns=32)
+    yield "from_base_columns_overflow", "bad_index", *case(columns=1 << 63)
+    small = from_base(SMALL, SMALL_BASE, replace(SMALL_MATRIX, thresholds=(), table=(((1,),),)))
+    yield (
+        "from_base_thresholds_end_beyond",
+        "bad_size",
+        *cut(replace(small, section=patched(small.section, 2, b"\x10")), 40),
+    )
+    ten = from_base(SMALL, SMALL_BASE, replace(SMALL_MATRIX, thresholds=(9, *range(8)), table=(((1,) * 10,),)))
+    yield "from_base_padding_of_thresholds_ends_beyond", "bad_size", *cut(ten, 43)
+    yield "from_base_thresholds_decrease", "bad_index", *case(thresholds=unsigned((0x4000, 0x3FFF), 2))
+    yield "from_base_thresholds_before_table", "bad_index", *case(thresholds=unsigned((2, 1), 2), row_bits=4)
+    yield "from_base_table_ends_beyond", "bad_size", *case(row_bits=4, column_bits=4)
+    yield "from_base_head_before_table", "bad_index", *case(table=b"\x80\0\x21\0", columns=3)
+    for bit in 5, 6:
+        yield f"from_base_bit_{bit}_of_the_table", "bad_index", *case(table=bytes((0x80, 0, 1 | 1 << bit, 0)))
+    yield "from_base_table_before_width", "bad_index", *case(table=b"\x80\0\x41\0", widths=b"\xff" * 4)
+    wide = from_base(SMALL, SMALL_BASE, replace(SMALL_MATRIX, thresholds=range(7), table=((range(8),),)))
+    yield "from_base_widths_end_beyond", "bad_size", *cut(wide, 54)
+    yield "from_base_width", "bad_index", *case(widths=b"\x17\2\2\2")
+    yield "from_base_width_before_size", "bad_index", *case(widths=b"\3\x17\2\2", unary_bits=1 << 20)
+    lines = from_base(SMALL, SMALL_BASE, BaseMatrix(1, range(16), (0,), (), [[(0,)]] * 16))
+    yield "from_base_row_classes_end_beyond", "bad_size", *cut(lines, 48)
+    lines = from_base(SMALL, SMALL_BASE, BaseMatrix(1, (0,), range(16), (), [[(0,)] * 16]))
+    yield "from_base_column_classes_end_beyond", "bad_size", *cut(lines, 48)
+    yield "from_base_sizes_end_beyond", "bad_size", *case(columns=1, tile_rows=1, widths=b"\x16" * 4)
+    yield "from_base_counts_end_beyond", "bad_size", *case(columns=1, tile_rows=1, widths=b"\3\x16\x16\x16")
+    for bits in 1 << 10, (1 << 64) - 1:
+        yield f"from_base_unary_bits_{bits}", "bad_size", *case(unary_bits=bits)
+    yield "from_base_size_before_sizes", "bad_size", *case(sizes=b"\0" * 4, unary_bits=64)
+    yield "from_base_longer", "bad_size", *case(slack=bytes(12))
+    yield "from_base_not_a_multiple_of_4", "bad_size", *case(slack=bytes(9))
+    yield "from_base_unary_bits_below_sizes", "bad_index", *case(unary_bits=7)
+    yield "from_base_unary_bits_above_sizes", "bad_index", *case(unary_bits=9)
+
+    # The unary bits, first bit first: 01001 101; the sizes of the tiles, 5 and 3, are fields of 3 bits.
+    yield "from_base_too_few_ones", "bad_index", *case(unary=flip(0, 2))
+    yield "from_base_too_many_ones", "bad_index", *case(unary=flip(0, 1))
+    yield "from_base_ones_of_the_next_tile", "bad_index", *case(sizes=b"\x16\0\0\0")
+    zero = from_base((1, 3, 4, 8, 13, 14, 15), SMALL_BASE, SMALL_MATRIX, sizes=b"\x1e\0\0\0")
+    yield "from_base_tile_ends_with_zero", "bad_index", *given(zero)
+    yield "from_base_last_tile_ends_with_zero", "bad_index", *case(sizes=b"\x25\0\0\0", unary_bits=9)
+    alone = replace(SMALL_MATRIX, thresholds=(), table=(((0,),),))
+    lone = from_base((0,), SMALL_BASE, alone, sizes=b"\3\0\0\0", unary_bits=2)
+    yield "from_base_bits_of_an_empty_tile", "bad_index", *given(lone)
+    # In the group of the byte 0x01 there are 3 elements of tile 1; position 11 is the second of those in tile 1.
+    yield "from_base_number_by_low_bits", "wrong_base", *case({11: 3})
+    yield "from_base_number_by_zeros", "wrong_base", *case({11: 4})
+    yield "from_base_number_in_a_turned_group", "wrong_base", *case({6: 3})
+    far = replace(SMALL_MATRIX, thresholds=(), table=(((31,),),))
+    for name, number in ("low_bits", (1 << 31) - 1), ("zeros", 1 << 36):
+        yield (
+            f"from_base_far_number_by_{name}",
+            "wrong_base",
+            *given(from_base((0,), SMALL_BASE, far, {0: number})),
+        )
+    yield "from_base_number_before_next_tile", "wrong_base", *case({6: 3}, unary=flip(0, 0x80))
+    yield "from_base_ones_before_number_of_next_tile", "bad_index", *case({11: 3}, unary=flip(0, 1))
+    yield "from_base_number_before_unused_bits", "wrong_base", *case({11: 3}, slack=b"\1" + bytes(7))
+    yield "from_base_too_few_nonzeros", "wrong_base", *given(from_base(SMALL, SMALL_BASE, SMALL_MATRIX), nnz=8)
+    yield "from_base_too_many_nonzeros", "wrong_base", *given(from_base(SMALL, SMALL_BASE, SMALL_MATRIX), nnz=6)
+    unused = from_base(SMALL, SMALL_BASE, SMALL_MATRIX, slack=b"\1" + bytes(7))
+    yield "from_base_unused_bits_before_nonzeros", "padding_not_zero", *given(unused, nnz=6)
+
+    odd = replace(SMALL_MATRIX, thresholds=(0x4000,), row_classes=(0, 1, 1, 0), column_classes=(1, 0, 0, 1))
+    odd = replace(odd, table=(((0, 1), (0, 1)), ((2, 1), (1, 2))))
+    names = {name: flip(-1, 0x80) for name in ("thresholds", "row_classes", "column_classes", "sizes", "low", "unary")}
+    for name, spoil in (*names.items(), *((f"counts_{i}", flip(4 * i + 3, 0x80)) for i in range(3))):
+        changed = from_base(SMALL, SMALL_BASE, odd, **{name.rstrip("_012"): spoil})
+        yield f"from_base_unused_{name}", "padding_not_zero", *given(changed)
+    yield "from_base_unused_table", "padding_not_zero", *case(table=b"\x80\0\1\1")
+    five = replace(SMALL_MATRIX, thresholds=(1, 2, 3, 4), table=(((1, 2, 3, 4, 5),),))
+    spoilt = from_base(SMALL, SMALL_BASE, five, widths=flip(-1, 1))
+    yield "from_base_unused_widths", "padding_not_zero", *given(spoilt)
+    yield "from_base_slack", "padding_not_zero", *case(slack=b"\1" + bytes(7))
+    yield "from_base_last_slack", "padding_not_zero", *case(slack=bytes(7) + b"\x80")
+
+
+def invalid_ulp_from_base() -> InvalidWithBase:
+    """Section 5.2."""
+    shifts = [1, -1, 2, -3, 1, 100, -1, -1, 900, -32000, 1, 5, -2, 1, 4, -1]
+
+    def given(values: Values, dtype: str = "bfloat16", base: Sequence[int] = SMALL_BASE) -> tuple[bytes, bytes]:
+        count = len(values.bits)
+        tensor = Tensor((count,), all_of(count), values, dtype=dtype, op="ULP", base_tensor=tuple(base)[:count])
+        return bytes_of(tensor), one(tensor).base
+
+    def made(shifts: Sequence[int], outside: Mapping[int, int] | None = None, /, **parts: object) -> Values:
+        base = SMALL_BASE[: len(shifts)]
+        return ulp_from_base(shifts, base, (0x3E80,), ((1, 0), (0, 6)), outside, **parts)
+
+    def case(outside: Mapping[int, int] | None = None, /, **parts: object) -> tuple[bytes, bytes]:
+        return given(made(shifts, outside, **parts))
+
+    def cut(values: Values, size: int) -> tuple[bytes, bytes]:
+        return given(replace(values, section=values.section[:size]))
+
+    def zeros(part: bytes) -> bytes:
+        return bytes(len(part))
+
+    for classes in 0, 17, 255:
+        yield f"ulp_from_base_classes_{classes}", "bad_value", *case(classes=classes)
+    for width in 15, 255:
+        yield f"ulp_from_base_counts_of_{width}_bits", "bad_value", *case(width=width)
+    yield "ulp_from_base_head_not_zero", "bad_value", *case(zero=1)
+    yield "ulp_from_base_head_not_zero_high", "bad_value", *case(zeros=1 << 31)
+    ones = [1] * 16
+    none = ulp_from_base(ones, SMALL_BASE, (), ((0, 0),), classes=16)
+    yield "ulp_from_base_thresholds_end_beyond", "bad_size", *given(none)
+    twelve = ulp_from_base(ones, SMALL_BASE, (9, *range(10)), ((0, 0),) * 12)
+    yield "ulp_from_base_padding_of_thresholds_ends_beyond", "bad_size", *cut(twelve, 39)
+    two = (0x4000, 0x3FFF)
+    decreasing = ulp_from_base(shifts, SMALL_BASE, two, ((0, 0),) * 3, slack=bytes(12))
+    yield "ulp_from_base_thresholds_decrease", "bad_value", *given(decreasing)
+    eight = ulp_from_base(ones, SMALL_BASE, range(7), ((0, 0),) * 8)
+    yield "ulp_from_base_parameters_end_beyond", "bad_size", *cut(eight, 44)
+    yield "ulp_from_base_k_14", "bad_value", *case(parameters=b"\1\0\x0e\6")
+    yield "ulp_from_base_j_63", "bad_value", *case(parameters=b"\1\x3f\0\6")
+    yield "ulp_from_base_parameters_before_size", "bad_value", *case(parameters=b"\1\0\0\xff", slack=bytes(12))
+    sixteen = ulp_from_base(shifts, SMALL_BASE, range(15), ((0, 0),) * 16)
+    yield "ulp_from_base_counts_end_beyond", "bad_size", *cut(sixteen, 100)
+    yield "ulp_from_base_counts_of_0_bits", "bad_size", *case(width=0)
+    good = made(shifts)
+    (bits,) = struct.unpack_from("<Q", good.section, 8)
+    yield "ulp_from_base_bits_more_words", "bad_size", *case(bits=bits + 32)
+    yield "ulp_from_base_bits_max", "bad_size", *case(bits=U64)
+    yield "ulp_from_base_bits_wide", "bad_size", *case(bits=bits + (1 << 32))
+    yield "ulp_from_base_longer", "bad_size", *case(slack=bytes(12))
+    yield "ulp_from_base_not_a_multiple_of_4", "bad_size", *case(slack=bytes(9))
+    yield "ulp_from_base_directory_first", "bad_directory", *case(directory=b"\1\0\0\0")
+    yield "ulp_from_base_directory_before_counts", "bad_directory", *case(directory=b"\1\0\0\0", counts=b"\xff" * 8)
+
+    # By classes of its keys, the base has 7 elements in class 0, at the positions 1, 4, 6, 8, 10, 13 and 15.
+    yield "ulp_from_base_lists_more_than_there_are", "wrong_base", *case(width=4, counts=flip(0, 8))
+    yield "ulp_from_base_counts_before_stream", "wrong_base", *case(width=4, counts=flip(0, 8), stream=zeros)
+    yield "ulp_from_base_lists_too_few", "bad_value", *case(counts=flip(0, 1))
+    yield "ulp_from_base_bits_too_few", "bad_value", *case(bits=bits - 1)
+    yield "ulp_from_base_bits_too_many", "bad_value", *case(bits=bits + 1)
+    yield "ulp_from_base_no_ones", "bad_value", *case(stream=zeros)
+    yield "ulp_from_base_bits_without_shifts", "bad_value", *given(made(ones, bits=1, stream=bytes(4)))
+    deep = ulp_from_base([1 << 65], (0,), (), ((0, 0),), None, "float64")
+    yield "ulp_from_base_width_64", "bad_value", *given(replace(deep, bits=(1,)), "float64")
+    yield "ulp_from_base_number_by_low_bits", "wrong_base", *given(made([1] * 15 + [2], {15: 7}))
+    yield "ulp_from_base_number_by_zeros", "wrong_base", *given(made([1] * 15 + [2], {15: 8}))
+    yield "ulp_from_base_number_of_the_other_class", "wrong_base", *given(made([1] * 14 + [2, 1], {14: 9}))
+    yield "ulp_from_base_too_large", "bad_value", *given(made([1] * 15 + [1 << 15]))
+    yield "ulp_from_base_number_before_too_large", "wrong_base", *given(made([1 << 15, *ones[:14], 2], {15: 7}))
+    yield (
+        "ulp_from_base_number_before_unused_bits",
+        "wrong_base",
+        *given(made([*ones[:15], 2], {15: 7}, slack=b"\1" * 8)),
+    )
+    yield "ulp_from_base_too_large_before_unused_bits", "bad_value", *given(made([1 << 15], slack=b"\1" * 8))
+
+    # Each check is made for all blocks before the next.
+    base = (0x10, 0x60) * 8193
+    first, second = [2] + [1] * 8191, [1, 1, 2]
+
+    def blocks(shifts: Sequence[int], outside: Mapping[int, int], **parts: object) -> tuple[bytes, bytes]:
+        of_shifts = base[: len(shifts)]
+        values = ulp_from_base(shifts, of_shifts, (0x40,), ((4, 0), (0, 0)), outside, "float8_e5m2", **parts)
+        return given(values, "float8_e5m2", of_shifts)
+
+    decreases = unsigned([0, 6, 5], 4)
+    yield "ulp_from_base_directory_decreases", "bad_directory", *blocks(first * 2 + [2], {}, directory=decreases)
+    beyond = unsigned([0, 1 << 20], 4)
+    yield "ulp_from_base_directory_beyond_bits", "bad_directory", *blocks(first + second, {}, directory=beyond)
+    yield "ulp_from_base_directory_of_no_block", "bad_value", *blocks(first + second, {}, directory=bytes(8))
+    # The second block has two elements of class 0; S has a bit more than both streams.
+    lists = {"width": 2, "counts": b"\x0d" + bytes(7), "stream": flip(0, 1)}
+    yield "ulp_from_base_lists_before_other_streams", "wrong_base", *blocks(first + second, {}, **lists)
+    short = {"bits": 65, "directory": unsigned([0, 50], 4), "stream": bit_words(ENDS_BEYOND, 65)}
+    far = blocks([2, 1] * 50 + [1] * 8092 + [2], {}, parameters=b"\x0d\0\0\0", **short)
+    yield "ulp_from_base_low_bits_beyond_all_blocks", "bad_value", *far
+    far = blocks(first + second, {0: 4096}, bits=257 + 4 + 1 + 6 + 1)
+    yield "ulp_from_base_stream_before_other_numbers", "bad_value", *far
+    yield "ulp_from_base_number_before_other_magnitudes", "wrong_base", *blocks([128, *first[1:], *second], {8194: 2})
+
+    six = ulp_from_base(shifts, SMALL_BASE, (0x3E80,), ((1, 0), (0, 6)), thresholds=flip(-1, 0x80))
+    yield "ulp_from_base_unused_thresholds", "padding_not_zero", *given(six)
+    three = ulp_from_base(shifts, SMALL_BASE, (0x3E80, 0x4000), ((0, 0),) * 3, parameters=flip(-1, 1))
+    yield "ulp_from_base_unused_parameters", "padding_not_zero", *given(three)
+    for name, spoil in (
+        ("counts_0", flip(3, 0x80)),
+        ("counts_1", flip(7, 0x80)),
+        ("signs", flip(2, 1)),
+        ("last_signs", flip(-1, 0x80)),
+        ("stream", flip(-1, 0x80)),
+        ("slack", flip(0, 1)),
+        ("last_slack", flip(-1, 0x80)),
+    ):
+        changed = made(shifts, **{name.removeprefix("last_").rstrip("_01"): spoil})
+        yield f"ulp_from_base_unused_{name}", "padding_not_zero", *given(changed)
+
+
+def wrong_base() -> InvalidWithBase:
+    """Section 7: the digest tells."""
+    other = replace(BASE_SAMPLE, base_tensor=(*SMALL_BASE[1::-1], *SMALL_BASE[2:]))
+    yield "from_base_of_another_base", "wrong_base", bytes_of(other), one(other).base
+    at = tuple(SMALL_BASE[position] for position in SMALL)
+    values = ulp_from_base((1, -1, 2, -3, 1, 5, -1), at, (0x3E80,), ((1, 0), (0, 0)))
+    right = replace(ULP_FROM_BASE_SAMPLE, values=values)
+    for name, tensor in ("from_base", BASE_SAMPLE), ("ulp_from_base", right):
+        yield f"{name}_with_another_digest", "wrong_base", bytes_of(tensor, digest=bytes(32)), one(tensor).base
+    swapped = list(SMALL_BASE)
+    swapped[3], swapped[4] = SMALL_BASE[4], SMALL_BASE[3]
+    moved_ = replace(right, base_tensor=tuple(swapped))
+    yield "ulp_from_base_of_another_base", "wrong_base", bytes_of(moved_), one(moved_).base
+    file = File((replace(SAMPLE, name="a", base_tensor=(0,) * 16), other))
+    yield "from_base_of_another_base_beside_others", "wrong_base", build(file).data, file.base
 
 
 def invalid_contents() -> Invalid:
@@ -1859,8 +2489,10 @@ VALID = (*(valid_rice, valid_other_positions, valid_tiled, valid_values, valid_u
 INVALID = (
     *(invalid_header, invalid_file_sections, invalid_names, invalid_ids_and_shapes, invalid_combinations),
     *(invalid_layout, invalid_zstd, invalid_rice, invalid_raw_and_bitmap, invalid_struct, invalid_tiled),
-    *(invalid_values, invalid_ulp, invalid_contents),
+    *(invalid_values, invalid_ulp, invalid_without_base, invalid_contents),
 )
+VALID_WITH_BASE = (valid_from_base, valid_ulp_from_base)
+INVALID_WITH_BASE = (invalid_from_base, invalid_ulp_from_base, wrong_base)
 
 
 def valid_files() -> dict[str, File]:
@@ -1871,6 +2503,16 @@ def valid_files() -> dict[str, File]:
 def invalid_files() -> dict[str, tuple[str, bytes]]:
     """Name -> (reason, bytes)."""
     return _unique((name, (reason, data)) for cases in INVALID for name, reason, data in cases())
+
+
+def valid_files_with_base() -> dict[str, File]:
+    """Name -> file, which has its base."""
+    return _unique((name, file) for cases in VALID_WITH_BASE for name, file in cases())
+
+
+def invalid_files_with_base() -> dict[str, tuple[str, bytes, bytes]]:
+    """Name -> (reason, bytes, the base's)."""
+    return _unique((name, (why, data, base)) for cases in INVALID_WITH_BASE for name, why, data, base in cases())
 
 
 def _unique(pairs: Iterator[tuple[str, T]]) -> dict[str, T]:
@@ -1902,6 +2544,16 @@ def corpus() -> dict[str, bytes]:
     files |= {f"invalid/{name}.shd": data for name, (_, data) in refused.items()}
     reasons = {name: reason for name, (reason, _) in refused.items()}
     files["invalid/reasons.json"] = (to_json(reasons) + "\n").encode()
+    for name, file in sorted(valid_files_with_base().items()):
+        files[f"with_base/{name}.shd"] = build(file).data
+        files[f"with_base/{name}.base"] = file.base
+        files[f"with_base/{name}.json"] = (to_json(file.expected()) + "\n").encode()
+    refused_with_base = dict(sorted(invalid_files_with_base().items()))
+    for name, (_, data, base) in refused_with_base.items():
+        assert f"with_base/{name}.shd" not in files, f"two vectors are called {name}"
+        files |= {f"with_base/{name}.shd": data, f"with_base/{name}.base": base}
+    reasons = {name: reason for name, (reason, *_) in refused_with_base.items()}
+    files["with_base/reasons.json"] = (to_json(reasons) + "\n").encode()
     return files
 
 

@@ -56,6 +56,17 @@ class Record:
         return self.operation.adds
 
     @property
+    def may_need_base(self) -> bool:
+        """Whether the codecs that need the base's elements are defined for this dtype."""
+        return registry.ORDERED.get(self.dtype.name) is registry.Order.SIGN_AND_MAGNITUDE
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether only the base's elements tell positions or values."""
+        codecs = INDEX_CODECS.by_id.get(self.index_codec), VALUE_CODECS.by_id.get(self.value_codec)
+        return any(codec is not None and codec.needs_base for codec in codecs)
+
+    @property
     def element_size(self) -> int:
         """Bytes of an element; 0 where the dtype is unspecified."""
         return self.dtype.size
@@ -110,6 +121,7 @@ def combination_problem(record: Record) -> str | None:
         and (empty or operation.in_result)
         and (not operation.creates or (whole and (empty or record.index_codec == IndexId.ALL)))
     )
+    fits &= record.may_need_base or not record.needs_base
     if not fits:
         codecs = f"{record.index_codec_name} and {record.value_codec_name}"
         return f"{operation.title} of {record.dtype.name} with {codecs}"

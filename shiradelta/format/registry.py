@@ -14,19 +14,22 @@ SECTION_ALIGNMENT = 64
 SLACK = 8
 BLOCK_BITS = 2048
 GROUP = 128
-#: Nonzeros that the value codec ULP decodes independently of others.
+#: Nonzeros that ULP and ULP_FROM_BASE decode independently of others.
 ULP_BLOCK = 8192
 
 # spec/FORMAT.md, section 2.1; the CRC-32 of the header follows in the last four bytes.
 HEADER = struct.Struct("<8sHHIQQQQQQIIII32s12x")
 HEADER_SIZE = 128
+DIGEST_OFFSET = 80
 # Section 3: the record up to its dims, which are eight u64.
 RECORD = struct.Struct("<IHBBBBBBIQQQQQQQQQII8Q")
 RECORD_SIZE = 160
 METADATA_PAIR = struct.Struct("<II")
 RICE_HEAD = struct.Struct("<B7xQ")
 ULP_HEAD = struct.Struct("<BB6xQQ")
+ULP_FROM_BASE_HEAD = struct.Struct("<BB6xQ")
 TILED_HEAD = struct.Struct("<BBHIQQ")
+FROM_BASE_HEAD = struct.Struct("<BBBBIQQ")
 STRUCT_ENTRY = struct.Struct("<QqQQ")
 DIGEST_SEED = b"shiradelta 1"
 
@@ -45,6 +48,11 @@ MAX_STRUCT_ENTRIES = 256
 MAX_TILE = 1 << 17
 MAX_TILE_FIELD = 19
 MAX_CLASS_BITS = 4
+MAX_BASE_CLASSES = 16
+MAX_BASE_TILE = 1 << 20
+MAX_BASE_TILE_FIELD = 22
+#: The bit of a group's byte that says that the elements which are no nonzeros are listed.
+TURNED = 1 << 7
 MAX_ZSTD_RATIO = 64
 
 
@@ -109,6 +117,7 @@ class ValueId(IntEnum):
     BITS = 7
     ULP = 8
     UNKNOWN_9 = 9  # never assigned
+    ULP_FROM_BASE = 10
     UNKNOWN_255 = 255
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import struct
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,17 +16,37 @@ from shiradelta.backends.choose import FILE_BACKENDS
 from shiradelta.errors import REASONS, FormatError
 from shiradelta.format import arithmetic
 from shiradelta.format import registry as ids
-from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, VALUE_OPTIONS
+from shiradelta.format.codecs import FROM_BASE, INDEX_CODECS, VALUE_CODECS, VALUE_OPTIONS
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.operations import OPERATIONS
-from tests.reference import INVALID, READERS, SPEC, VALID, decoder, is_available, make_vectors
+from tests.reference import (
+    INVALID,
+    READERS,
+    SPEC,
+    VALID,
+    WITH_BASE,
+    base_of,
+    by_codecs,
+    by_decoder,
+    by_libshd,
+    decoder,
+    is_available,
+    knows_base,
+    make_vectors,
+    names_base_codec,
+    records_of,
+)
 
 FORMAT = (SPEC / "FORMAT.md").read_text(encoding="utf-8")
 REGISTRY = (SPEC / "REGISTRY.md").read_text(encoding="utf-8")
 REFUSED = json.loads((INVALID / "reasons.json").read_text(encoding="utf-8"))
 ACCEPTED = sorted(path.stem for path in VALID.glob("*.shd"))
 
+REFUSED_WITH_BASE = json.loads((WITH_BASE / "reasons.json").read_text(encoding="utf-8"))
+BESIDE_BASE = sorted(path.stem for path in WITH_BASE.glob("*.shd"))
+
 readers = pytest.mark.parametrize("read", READERS)
+readers_with_base = pytest.mark.parametrize("read", [by_decoder, by_codecs])
 
 
 def vector(name: str) -> bytes:
@@ -38,15 +59,17 @@ def vector(name: str) -> bytes:
 def test_corpus_is_what_the_script_makes():
     assert len(ACCEPTED) > 100
     assert len(REFUSED) > 300
+    assert len(BESIDE_BASE) - len(REFUSED_WITH_BASE) > 30
+    assert len(REFUSED_WITH_BASE) > 100
     assert make_vectors.differences(make_vectors.corpus(), make_vectors.VECTORS) == []
 
 
 def test_every_reason_is_covered():
-    assert set(REFUSED.values()) == set(REASONS)
+    assert {*REFUSED.values(), *REFUSED_WITH_BASE.values()} == set(REASONS)
 
 
 def test_corpus_is_small():
-    assert sum(path.stat().st_size for path in VALID.parent.glob("*/*")) < 1_000_000
+    assert sum(path.stat().st_size for path in VALID.parent.glob("*/*")) < 1_300_000
 
 
 @readers
@@ -60,8 +83,34 @@ def test_invalid_files_are_refused_for_their_reasons(read):
     found = {
         name: read((INVALID / f"{name}.shd").read_bytes(), zstd=reason != "zstd_unavailable")
         for name, reason in REFUSED.items()
+        if is_known((INVALID / f"{name}.shd").read_bytes(), read)
     }
     assert {name: what for name, what in found.items() if what != REFUSED[name]} == {}
+
+
+def is_known(data: bytes, read) -> bool:
+    """Whether a reader knows the codecs of a file; one without those that need the base refuses their ids."""
+    by_c = read.keywords.get("backend") == "libshd" if isinstance(read, partial) else read is by_libshd
+    return not by_c or knows_base("libshd") or not names_base_codec(data)
+
+
+@readers_with_base
+def test_files_beside_their_base_hold_what_was_put_in_or_are_refused_for_their_reasons(read):
+    wrong = {}
+    for name in BESIDE_BASE:
+        data = (WITH_BASE / f"{name}.shd").read_bytes()
+        found = read(data, base=base_of(data, (WITH_BASE / f"{name}.base").read_bytes()))
+        right = REFUSED_WITH_BASE.get(name) or json.loads((WITH_BASE / f"{name}.json").read_text(encoding="utf-8"))
+        if found != right:
+            wrong[name] = found
+    assert wrong == {}
+
+
+@readers
+def test_files_without_their_base_need_it(read):
+    files = {name: (WITH_BASE / f"{name}.shd").read_bytes() for name in BESIDE_BASE}
+    found = {name: read(data) for name, data in files.items() if is_known(data, read)}
+    assert {name: what for name, what in found.items() if what != "base_needed"} == {}
 
 
 @readers
@@ -89,6 +138,8 @@ def test_refusals_are_one_line_that_names_file_and_reason():
 def test_parts_of_an_invalid_file_are_refused_or_consistent(backend):
     """rows() does not look at everything, so it may accept what the whole is refused for; it stays inside."""
     for name in REFUSED:
+        if names_base_codec((INVALID / f"{name}.shd").read_bytes()) and not knows_base(backend):
+            continue
         try:
             delta = sd.open_delta(INVALID / f"{name}.shd", backend)
         except FormatError:
@@ -151,8 +202,9 @@ def test_writer_makes_the_canonical_bytes(tmp_path):
 
 def test_every_codec_is_among_the_canonical_vectors():
     tensors = [tensor for file in CANONICAL.values() for tensor in file.tensors]
-    assert {tensor.index.codec for tensor in tensors} == set(make_vectors.INDEX_CODECS)
-    assert {tensor.values.codec for tensor in tensors} == set(make_vectors.VALUE_CODECS)
+    free = {*make_vectors.FROM_BASE_CODECS}  # the writer's choice is not told
+    assert {tensor.index.codec for tensor in tensors} == set(make_vectors.INDEX_CODECS) - free
+    assert {tensor.values.codec for tensor in tensors} == set(make_vectors.VALUE_CODECS) - free
 
 
 # --- REGISTRY.md and the tables of FORMAT.md ---
@@ -291,6 +343,16 @@ def test_tiled_example():
     assert vector("tiled")[record.index.offset :][: record.index.stored] == dump("9.5")
     found = INDEX_CODECS["TILED"].decode(np.frombuffer(dump("9.5"), np.uint8), 6, (4, 4))
     assert found.tolist() == [0, 1, 3, 6, 9, 15]
+
+
+def test_from_base_example():
+    data, base = ((WITH_BASE / f"from_base.{kind}").read_bytes() for kind in ("shd", "base"))
+    (record,) = records_of(data)
+    assert data[record.index.offset :][: record.index.stored] == dump("9.6")
+    elements = np.frombuffer(base, "<u2")
+    assert re.findall(r"\b[0-9A-F]{4}\b", section("9.6").split(". With")[0]) == [f"{bits:04X}" for bits in elements]
+    found = FROM_BASE.decode_on(np.frombuffer(dump("9.6"), np.uint8), 7, (4, 4), elements)
+    assert found.tolist() == [1, 3, 4, 8, 11, 13, 15]
 
 
 def test_the_whole_example_file_is_as_printed():

@@ -33,12 +33,14 @@ class IndexCodec(ABC):
         name: its name in spec/REGISTRY.md.
         minor: the minor version of the format that defines it; the writer derives the file's from it.
         least: bytes of its smallest section.
+        needs_base: only the base's elements tell the positions; see `shiradelta.format.codecs.from_base`.
     """
 
     id: int
     name: str
     minor: int = 0
     least: int = 0
+    needs_base: bool = False
 
     @abstractmethod
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
@@ -86,6 +88,8 @@ class ValueCodec(ABC):
             adds nor shifts holds elements' bits, which replace.
         idempotent: `encode` of what `decode` gives is the same section again.
         minor: the minor version of the format that defines it; the writer derives the file's from it.
+        needs_base: only the base's elements at the positions tell the values; see
+            `shiradelta.format.codecs.ulp_from_base`.
     """
 
     id: int
@@ -95,6 +99,7 @@ class ValueCodec(ABC):
     shifts: bool = False
     idempotent: bool = True
     minor: int = 0
+    needs_base: bool = False
 
     @abstractmethod
     def size(self, nnz: int, size: int) -> int:

@@ -10,12 +10,11 @@ import numpy.typing as npt
 
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
+from shiradelta.format.codecs.tiles import Small
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.entropy import entropy
 
 Floats = npt.NDArray[np.float64]
-#: Small whole numbers: classes, or k.
-Small = npt.NDArray[np.uint8]
 
 #: Lines start in one class where their numbers of nonzeros are within so much of each other: an eighth of an octave.
 _STEPS = 8
@@ -51,7 +50,7 @@ class Grid:
 def choose(positions: Positions, shape: tuple[int, ...]) -> tuple[Grid, bool] | None:
     """The grid that takes the fewest bits, and whether TILED pays with it; None where a row does not fit in a tile."""
     numel = math.prod(shape)
-    found = [_choose(positions, numel, width) for width in _widths(shape)]
+    found = [_choose(positions, numel, width) for width in widths_of(shape, registry.MAX_TILE)]
     if not found:
         return None
     bits, grid = min(found, key=lambda row: row[0])
@@ -64,14 +63,14 @@ def pays_for_lines(nnz: int, shape: tuple[int, ...]) -> bool:
     A tensor has any number of rows, so this is asked before something is made for each of them.
     """
     numel = math.prod(shape)
-    lines = min((numel // width + width for width in _widths(shape)), default=numel)
+    lines = min((numel // width + width for width in widths_of(shape, registry.MAX_TILE)), default=numel)
     return lines < nnz * entropy(nnz, numel)
 
 
-def _widths(shape: tuple[int, ...]) -> list[int]:
-    """Elements of a row, of the matrices that are tried: a row has to fit in a tile."""
+def widths_of(shape: tuple[int, ...], largest: int) -> list[int]:
+    """Elements of a row, of the matrices that are tried: a row has to fit in a tile, of `largest` elements at most."""
     widths = {matrix_shape(shape)[1], shape[-1] if shape else 1}
-    return sorted(width for width in widths if width <= registry.MAX_TILE)
+    return sorted(width for width in widths if width <= largest)
 
 
 def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid]:
@@ -81,8 +80,8 @@ def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid
     in_rows = np.diff(np.searchsorted(positions, np.arange(rows + 1) * columns))
     row = np.repeat(np.arange(rows), in_rows)
     column = positions - row * columns
-    of_rows = _nested_classes(in_rows, columns)
-    of_columns = _nested_classes(np.bincount(column, minlength=columns), rows)
+    of_rows = nested_classes(in_rows, columns, most)
+    of_columns = nested_classes(np.bincount(column, minlength=columns), rows, most)
     cell = (of_rows[most][row].astype(np.int64) << most) + of_columns[most][column]
     finest = np.bincount(cell, minlength=1 << 2 * most).reshape(1 << most, 1 << most)
     tile_rows = max(1, min(registry.MAX_TILE // columns, rows))
@@ -96,34 +95,34 @@ def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid
                 np.bincount(of_columns[column_bits], minlength=1 << column_bits),
             )
             side = rows * row_bits + columns * column_bits + 8 * nonzeros.size + counts * min(nonzeros.size, _KS)
-            bits = float(_entropy(nonzeros, elements).sum()) + side
+            bits = float(bits_of(nonzeros, elements).sum()) + side
             if best is None or bits < best[0]:
                 best = bits, row_bits, column_bits, nonzeros, elements
     assert best is not None
     bits, row_bits, column_bits, *cells = best
-    grid = Grid(
-        columns, tile_rows, of_rows[row_bits], row_bits, of_columns[column_bits], column_bits, _low_bits(*cells)
-    )
+    grid = Grid(columns, tile_rows, of_rows[row_bits], row_bits, of_columns[column_bits], column_bits, low_bits(*cells))
     return bits, grid
 
 
-def _nested_classes(nonzeros: Positions, elements: int) -> dict[int, Small]:
-    """For each number of bits from 1 on, the class of each line; classes merge into those of fewer bits.
+def nested_classes(nonzeros: Positions, elements: float | Floats, most: int) -> dict[int, Small]:
+    """For each number of bits from 0 to `most`, the class of each line; classes merge into those of fewer bits.
 
     Two neighbours in order of density become one where that costs the fewest bits, until few enough are left.
 
     Args:
         nonzeros: of each line.
-        elements: of any line.
+        elements: of each line.
+        most: bits of the finest classes.
     """
-    _, group = np.unique(np.floor(np.log2(nonzeros + 1) * _STEPS), return_inverse=True)
-    found = np.bincount(group, weights=nonzeros)
-    sizes = np.bincount(group) * float(elements)
+    among = np.maximum(np.full(nonzeros.size, elements, np.float64), nonzeros)
+    density = (nonzeros + 1) / np.maximum(among / among.mean(), 2.0**-_STEPS)
+    _, group = np.unique(np.floor(np.log2(density) * _STEPS), return_inverse=True)
+    found, sizes = np.bincount(group, weights=nonzeros), np.bincount(group, weights=among)
     of_group = np.arange(found.size)
     result: dict[int, Small] = {}
-    for bits in range(registry.MAX_CLASS_BITS, 0, -1):
+    for bits in range(most, -1, -1):
         while found.size > 1 << bits:
-            apart, together = _entropy(found, sizes), _entropy(found[:-1] + found[1:], sizes[:-1] + sizes[1:])
+            apart, together = bits_of(found, sizes), bits_of(found[:-1] + found[1:], sizes[:-1] + sizes[1:])
             merged = int(np.argmin(together - apart[:-1] - apart[1:]))
             first = np.append(np.arange(merged + 1), np.arange(merged + 2, found.size))
             found, sizes = np.add.reduceat(found, first), np.add.reduceat(sizes, first)
@@ -141,7 +140,7 @@ def _coarser(counts: Positions, classes: dict[int, Small], bits: int) -> Positio
     return merged
 
 
-def _low_bits(nonzeros: Positions, elements: Positions) -> Small:
+def low_bits(nonzeros: Positions, elements: Positions) -> Small:
     """The best k for gaps of this density, the largest where there are no nonzeros.
 
     Going from k to k + 1 saves bits while a gap reaches 2^k with a probability above 0.618 (Gallager and van Voorhis,
@@ -153,7 +152,7 @@ def _low_bits(nonzeros: Positions, elements: Positions) -> Small:
     return k
 
 
-def _entropy(nonzeros: npt.NDArray[np.number], elements: npt.NDArray[np.number]) -> Floats:
+def bits_of(nonzeros: npt.NDArray[np.number], elements: npt.NDArray[np.number]) -> Floats:
     """Bits of independent nonzeros: elements x H(density), elementwise."""
     others = elements - nonzeros
     bits = elements * _log2(elements) - nonzeros * _log2(nonzeros) - others * _log2(others)

@@ -1,0 +1,149 @@
+"""FROM_BASE: gaps among the elements of one density, which the base's elements tell (FORMAT.md, 4.7)."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import numpy as np
+
+from shiradelta.errors import FormatError
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base import Bytes, IndexCodec, check_zero, padded
+from shiradelta.format.codecs.from_base_classes import BaseGrid, Counts, choose
+from shiradelta.format.codecs.tiles import Gaps, PartsReader, fields, widths_and_gaps
+from shiradelta.format.registry import IndexId
+
+HEAD = registry.FROM_BASE_HEAD
+_LOW = registry.TURNED - 1
+
+
+class FromBase(IndexCodec):
+    """The index codec FROM_BASE; what needs no base cannot read it."""
+
+    id = IndexId.FROM_BASE
+    name = "FROM_BASE"
+    minor = 1
+    needs_base = True
+    #: Table and widths; nothing is listed.
+    least = HEAD.size + 4 * 2 + registry.SLACK
+    counts = Counts()
+
+    def size(self, positions: Positions, shape: tuple[int, ...]) -> None:
+        """None: a writer that has the base calls `encode_on`."""
+
+    def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
+        """Whether the smallest section fits; head and classes tell the rest."""
+        return size >= self.least
+
+    def encode(self, positions: Positions, shape: tuple[int, ...]) -> NoReturn:
+        raise AssertionError("size() tells")
+
+    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> NoReturn:
+        raise FormatError("base_needed")
+
+    def decode_between(self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int) -> NoReturn:
+        raise FormatError("base_needed")
+
+    def encode_on(self, positions: Positions, shape: tuple[int, ...], base: Array) -> bytes | None:
+        """The section, given all elements' bits of the base, flat; None where a row does not fit in a tile."""
+        grid = choose(positions, shape, base, self.counts)
+        return None if grid is None else self.encode_in(positions, grid, base)
+
+    def encode_in(self, positions: Positions, grid: BaseGrid, base: Array) -> bytes:
+        """The section of these positions in this grid."""
+        size, count, keys = grid.tile_rows * grid.columns, grid.numbers.size, []
+        edges = np.searchsorted(positions, np.arange(grid.tiles + 1) * size)
+        turned = np.flatnonzero(grid.numbers >= registry.TURNED)
+        for tile in range(grid.tiles):
+            group = grid.groups_of(tile, base[tile * size : (tile + 1) * size])
+            listed = np.isin(group, turned) if turned.size else np.zeros(group.size, np.bool_)
+            listed[positions[edges[tile] : edges[tile + 1]] - tile * size] ^= True
+            chosen = np.argsort(group, kind="stable")
+            starts = np.append(0, np.cumsum(np.bincount(group, minlength=count)))
+            at = np.flatnonzero(listed[chosen])
+            of_group = group[chosen[at]].astype(np.int64)
+            keys.append((tile * count + of_group) * registry.MAX_BASE_TILE + at - starts[of_group])
+        k = (grid.numbers & _LOW).astype(np.int64)
+        widths, rest, bits = widths_and_gaps(np.concatenate(keys), k, grid.tiles, registry.MAX_BASE_TILE)
+        return b"".join(
+            (
+                HEAD.pack(
+                    grid.row_bits, grid.column_bits, grid.thresholds.size + 1, 0, grid.tile_rows, grid.columns, bits
+                ),
+                padded(grid.thresholds.astype("<u2").tobytes()),
+                padded(grid.groups.tobytes()),
+                widths,
+                fields(grid.row_class, grid.row_bits),
+                fields(grid.column_class, grid.column_bits),
+                rest,
+            )
+        )
+
+    def decode_on(self, data: Bytes, nnz: int, shape: tuple[int, ...], base: Array) -> Positions:
+        """int64 [nnz], given all elements' bits of the base, flat.
+
+        Raises:
+            FormatError: the section is damaged, or was made for another base.
+        """
+        grid, gaps = _parts(data, math.prod(shape))
+        size, found = grid.tile_rows * grid.columns, []
+        for tile in range(grid.tiles):
+            sound, ones = gaps.sound(tile, tile + 1)
+            if sound == tile:
+                raise FormatError("bad_index", f"unary bits of tile {tile}")
+            of_tile = grid.groups_of(tile, base[tile * size : (tile + 1) * size])
+            chosen = np.argsort(of_tile, kind="stable")
+            stops = np.cumsum(np.bincount(of_tile, minlength=grid.numbers.size))
+            starts = np.append(0, stops[:-1])
+            listed = gaps.orders(tile, tile + 1, ones)
+            group = gaps.groups[listed.group]
+            at = starts[group] + listed.order
+            if np.any(at >= stops[group]):
+                raise FormatError("wrong_base", f"tile {tile} lists more elements of a class than there are")
+            is_nonzero = (grid.numbers >= registry.TURNED)[of_tile]
+            is_nonzero[chosen[at]] ^= True
+            found.append(np.flatnonzero(is_nonzero) + tile * size)
+        if not gaps.unused_bits_are_zero():
+            raise FormatError("padding_not_zero", "unused bits of a part")
+        check_zero(gaps.unary, gaps.end)
+        positions = np.concatenate(found)
+        if positions.size != nnz:
+            raise FormatError("wrong_base", f"{positions.size} nonzeros of {nnz}")
+        return positions
+
+
+def _parts(data: Bytes, numel: int) -> tuple[BaseGrid, Gaps]:
+    """Raises FormatError where the parts contradict each other or the size."""
+    row_bits, column_bits, classes, reserved, tile_rows, columns, all_unary = HEAD.unpack_from(data.data)
+    if (
+        max(row_bits, column_bits) > registry.MAX_CLASS_BITS
+        or not 0 < classes <= registry.MAX_BASE_CLASSES
+        or reserved
+        or not columns
+        or numel % columns
+        or not 0 < tile_rows <= numel // columns
+        or tile_rows * columns > registry.MAX_BASE_TILE
+    ):
+        raise FormatError("bad_index", f"tiles of {tile_rows} x {columns} elements, or bits of classes")
+    taken = PartsReader(data, HEAD.size)
+    thresholds = taken.numbers(2 * (classes - 1)).view("<u2")
+    if np.any(thresholds[1:] < thresholds[:-1]):
+        raise FormatError("bad_index", "thresholds decrease")
+    groups = taken.numbers(classes << (row_bits + column_bits))
+    if np.any(groups & _LOW > registry.MAX_RICE_K):
+        raise FormatError("bad_index", f"k is {(groups & _LOW).max()}")
+    numbers = np.unique(groups)
+    widths = taken.numbers(1 + numbers.size)
+    if widths.max() > registry.MAX_BASE_TILE_FIELD:
+        raise FormatError("bad_index", f"a field of {widths.max()} bits")
+    row_class = taken.fields(numel // columns, row_bits).astype(np.uint8)
+    column_class = taken.fields(columns, column_bits).astype(np.uint8)
+    cells = groups.reshape(1 << row_bits, 1 << column_bits, classes)
+    grid = BaseGrid(columns, tile_rows, row_class, row_bits, column_class, column_bits, thresholds, cells)
+    k = (numbers & _LOW).astype(np.int64)
+    gaps = Gaps.read(taken, widths, k, grid.tiles, all_unary, registry.MAX_BASE_TILE)
+    if gaps.unary_starts[-1] != all_unary:
+        raise FormatError("bad_index", f"{gaps.unary_starts[-1]} unary bits of {all_unary}")
+    return grid, gaps

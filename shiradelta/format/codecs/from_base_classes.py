@@ -1,0 +1,243 @@
+"""Which classes FROM_BASE takes for given positions and the base's elements (FORMAT.md, section 8)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.tiled_classes import bits_of, low_bits, nested_classes, widths_of
+from shiradelta.format.codecs.tiles import Small
+
+Keys = npt.NDArray[np.uint16]
+_KEYS = 1 << 15
+#: The most bits of a class of a row or a column that are tried: what more would save, their tables take.
+_LINE_BITS = 2
+#: Bits of a class more: its thresholds, and a tile's count of what it lists.
+_CLASS_COST = 16 + 10
+#: Elements that are looked at in one go; they stay in a core's cache.
+_WINDOW = 1 << 16
+
+
+@dataclass(frozen=True)
+class BaseGrid:
+    """A tensor seen as a matrix, with classes of rows, columns and the base's elements.
+
+    Attributes:
+        columns: elements of a row.
+        tile_rows: rows of a tile.
+        row_class: class of each row.
+        row_bits: bits of such a class; 0 for one class.
+        column_class: class of each column.
+        column_bits: bits of such a class.
+        thresholds: uint16, not decreasing, one less than there are classes of elements; the class of an element is how
+            many of them are at most its key.
+        groups: uint8 [2^row_bits, 2^column_bits, classes of elements]: k, and `registry.TURNED` where what is listed is
+            the elements that are no nonzeros.
+    """
+
+    columns: int
+    tile_rows: int
+    row_class: Small
+    row_bits: int
+    column_class: Small
+    column_bits: int
+    thresholds: Keys
+    groups: Small
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return self.row_class.size
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the matrix."""
+        return -(-self.rows // self.tile_rows)
+
+    @cached_property
+    def numbers(self) -> Small:
+        """The different bytes of `groups`, increasing; a group is an index of them."""
+        return np.unique(self.groups)
+
+    @cached_property
+    def _group_of(self) -> Small:
+        """[row classes, column classes, keys]."""
+        found: Small = np.searchsorted(self.numbers, self.groups).astype(np.uint8)[:, :, _classes_of(self.thresholds)]
+        return found
+
+    def groups_of(self, tile: int, base: Array) -> Small:
+        """The group of each of a tile's elements, given their bits."""
+        first = tile * self.tile_rows
+        keys = keys_of(base).reshape(-1, self.columns)
+        if self.row_bits == self.column_bits == 0:
+            found: Small = self._group_of[0, 0][keys]
+        else:
+            rows = self.row_class[first : first + self.tile_rows, None]
+            found = self._group_of[rows, self.column_class, keys]
+        return found.reshape(-1)
+
+
+def keys_of(bits: Array) -> Keys:
+    """The 15 bits below the sign of floating-point numbers, 7 of those of one byte: they grow with the magnitude."""
+    width = 8 * bits.itemsize
+    shifted = bits >> np.array(max(width - 16, 0), bits.dtype)
+    keys: Keys = (shifted & np.array((1 << min(width - 1, 15)) - 1, bits.dtype)).astype(np.uint16)
+    return keys
+
+
+class Counts:
+    """What is counted over all of the base's elements; a backend that is faster gives the same numbers.
+
+    Elements are bits, flat; classes of elements are made by thresholds, as in `BaseGrid`.
+    """
+
+    def of_keys(self, base: Array) -> Positions:
+        """int64 [keys]: elements of each key."""
+        counts: Positions = np.bincount(keys_of(base), minlength=_KEYS)
+        return counts
+
+    def of_lines(self, base: Array, columns: int, thresholds: Keys) -> tuple[Positions, Positions]:
+        """int64 ([rows, classes], [columns, classes]): elements of each class in each row and in each column."""
+        rows, count = base.size // columns, thresholds.size + 1
+        of_rows, of_columns = np.empty((rows, count), np.int64), np.zeros(columns * count, np.int64)
+        for start, some in _windows(base, columns, thresholds):
+            row = np.arange(some.shape[0])[:, None] * count
+            found = np.bincount((row + some).reshape(-1), minlength=some.shape[0] * count)
+            of_rows[start : start + some.shape[0]] = found.reshape(-1, count)
+            of_columns += np.bincount((np.arange(columns) * count + some).reshape(-1), minlength=of_columns.size)
+        return of_rows, of_columns.reshape(columns, count)
+
+    def joint(self, base: Array, thresholds: Keys, lines: tuple[Small, Small], bits: int) -> Positions:
+        """int64 [2^bits, 2^bits, classes]: elements of each class of row, column and element.
+
+        Args:
+            base: the elements.
+            thresholds: of their classes.
+            lines: the class of each row, and of each column.
+            bits: of these classes.
+        """
+        of_rows, of_columns = lines
+        shape = (1 << bits, 1 << bits, thresholds.size + 1)
+        result = np.zeros(math.prod(shape), np.int64)
+        columns = of_columns.astype(np.int64) * shape[2]
+        for start, some in _windows(base, of_columns.size, thresholds):
+            rows = of_rows[start : start + some.shape[0], None].astype(np.int64) * (shape[1] * shape[2])
+            result += np.bincount((rows + columns + some).reshape(-1), minlength=result.size)
+        return result.reshape(shape)
+
+
+def _windows(base: Array, columns: int, thresholds: Keys) -> Iterator[tuple[int, Small]]:
+    """(the first of some rows, the class of each of their elements)."""
+    classes = _classes_of(thresholds)
+    step = max(_WINDOW // columns, 1)
+    for start in range(0, base.size // columns, step):
+        yield start, classes[keys_of(base[start * columns : (start + step) * columns])].reshape(-1, columns)
+
+
+def _classes_of(thresholds: Keys) -> Small:
+    """The class of each key."""
+    return np.searchsorted(thresholds, np.arange(_KEYS, dtype=np.uint16), side="right").astype(np.uint8)
+
+
+def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Counts) -> BaseGrid | None:
+    """The grid that takes about the fewest bits; None where a row does not fit in a tile.
+
+    Args:
+        positions: increasing.
+        shape: the tensor's.
+        base: all elements' bits, flat.
+        counts: what counts them.
+    """
+    widths = widths_of(shape, registry.MAX_BASE_TILE)
+    if not widths:
+        return None
+    columns, rows = widths[0], base.size // widths[0]
+    keys = keys_of(base[positions])
+    nonzeros, elements = np.bincount(keys, minlength=_KEYS), counts.of_keys(base)
+    thresholds = _thresholds(nonzeros, elements)
+    classes = _classes_of(thresholds)
+    row, column = np.divmod(positions, columns)
+    tile_rows = max(1, min(registry.MAX_BASE_TILE // columns, rows))
+    count = thresholds.size + 1
+    most = _LINE_BITS if rows + columns < positions.size else 0
+    rates = np.bincount(classes, nonzeros, count) / np.maximum(np.bincount(classes, elements, count), 1)
+    expected = [(each * rates).sum(1) for each in counts.of_lines(base, columns, thresholds)]
+    of_rows, of_columns = (
+        nested_classes(np.bincount(lines, minlength=each.size), each * (base.size / positions.size), most)
+        for lines, each in zip((row, column), expected, strict=True)
+    )
+    at = ((of_rows[most][row].astype(np.int64) << most) + of_columns[most][column]) * count
+    shape_ = (1 << most, 1 << most, count)
+    listed = np.bincount(at + classes[keys], minlength=math.prod(shape_)).reshape(shape_)
+    all_ = counts.joint(base, thresholds, (of_rows[most], of_columns[most]), most)
+    best: tuple[float, int, int, Positions, Positions] | None = None
+    for row_bits in range(most + 1):
+        for column_bits in range(most + 1):
+            merged = [
+                _coarser(_coarser(cells, of_rows, row_bits, most), of_columns, column_bits, most, axis=1)
+                for cells in (listed, all_)
+            ]
+            side = rows * row_bits + columns * column_bits + 8 * merged[0].size
+            bits = float(bits_of(*merged).sum()) + side
+            if best is None or bits < best[0]:
+                best = bits, row_bits, column_bits, merged[0], merged[1]
+    assert best is not None
+    _, row_bits, column_bits, found, sizes = best
+    return BaseGrid(
+        columns,
+        tile_rows,
+        of_rows[row_bits],
+        row_bits,
+        of_columns[column_bits],
+        column_bits,
+        thresholds,
+        _groups(found, sizes),
+    )
+
+
+def _thresholds(nonzeros: Positions, elements: Positions) -> Keys:
+    """Where classes of elements begin but for the first: they are split where that saves the most, while it pays.
+
+    Args:
+        nonzeros: of each key.
+        elements: of each key.
+    """
+    found, sizes = (np.append(0, np.cumsum(counts)) for counts in (nonzeros, elements))
+    edges = [0, nonzeros.size]
+    while len(edges) <= registry.MAX_BASE_CLASSES:
+        starts, stops = np.array(edges[:-1]), np.array(edges[1:])
+        of_key = np.repeat(np.arange(starts.size), stops - starts)
+        at = np.arange(nonzeros.size)
+        left = bits_of(found[at] - found[starts[of_key]], sizes[at] - sizes[starts[of_key]])
+        right = bits_of(found[stops[of_key]] - found[at], sizes[stops[of_key]] - sizes[at])
+        whole = bits_of(found[stops] - found[starts], sizes[stops] - sizes[starts])
+        gain = whole[of_key] - left - right
+        split = int(np.argmax(gain))
+        if gain[split] < _CLASS_COST:
+            break
+        edges = sorted([*edges, split])
+    return np.array(edges[1:-1], np.uint16)
+
+
+def _coarser(cells: Positions, classes: dict[int, Small], bits: int, most: int, axis: int = 0) -> Positions:
+    """Sums of classes along an axis, of the finest, that are one class of so many bits."""
+    into = np.zeros(1 << most, np.int64)
+    into[classes[most]] = classes[bits]
+    moved = np.moveaxis(cells, axis, 0)
+    merged = np.zeros((1 << bits, *moved.shape[1:]), np.int64)
+    np.add.at(merged, into, moved)
+    return np.moveaxis(merged, 0, axis)
+
+
+def _groups(nonzeros: Positions, elements: Positions) -> Small:
+    """The byte of each cell: where most elements are nonzeros, the others are listed."""
+    turned = 2 * nonzeros > elements
+    found = np.where(turned, elements - nonzeros, nonzeros)
+    return low_bits(found, elements) | np.where(turned, registry.TURNED, 0).astype(np.uint8)
