@@ -54,8 +54,8 @@ SHD_API int shd_abi(void);             /* the SHD_ABI that the library was built
 
 /* ---- Errors ----------------------------------------------------------------------------------------------- */
 
-/* Up to SHD_DIGEST_MISMATCH these are the reason codes of spec/REGISTRY.md, in its order: what is wrong with the
- * file. From SHD_INVALID_ARGUMENT on it is the call that is wrong. Numbers do not change within an SHD_ABI. */
+/* Up to SHD_WRONG_BASE these are the reason codes of spec/REGISTRY.md: why the file is refused. From
+ * SHD_INVALID_ARGUMENT on it is the call that is wrong. Numbers do not change within an SHD_ABI. */
 enum shd_error {
     SHD_OK = 0,
     SHD_BAD_MAGIC,
@@ -91,6 +91,8 @@ enum shd_error {
     SHD_BAD_DIRECTORY,
     SHD_BAD_VALUE,
     SHD_DIGEST_MISMATCH,
+    SHD_BASE_NEEDED,
+    SHD_WRONG_BASE,
 
     SHD_INVALID_ARGUMENT = 64, /* a null pointer, or a range that does not exist */
     SHD_BUFFER_TOO_SMALL,      /* a buffer of the caller is too small for the result */
@@ -157,7 +159,8 @@ enum shd_index_codec {
     SHD_INDEX_BITMAP = 3,
     SHD_INDEX_STRUCT = 4,
     SHD_INDEX_ALL = 5,
-    SHD_INDEX_TILED = 7
+    SHD_INDEX_TILED = 7,
+    SHD_INDEX_FROM_BASE = 11
 };
 
 enum shd_value_codec {
@@ -169,7 +172,8 @@ enum shd_value_codec {
     SHD_VALUES_I4 = 5,
     SHD_VALUES_SIGN = 6,
     SHD_VALUES_BITS = 7,
-    SHD_VALUES_ULP = 8
+    SHD_VALUES_ULP = 8,
+    SHD_VALUES_ULP_FROM_BASE = 10
 };
 
 enum shd_flags {
@@ -342,6 +346,43 @@ SHD_API int shd_values(const shd_delta *delta, uint64_t first_rank, uint64_t cou
 SHD_API int shd_elements(const shd_delta *delta, uint64_t first_rank, uint64_t count, void *elements,
                          shd_status *status);
 
+/* ---- Decoding with the base (FORMAT.md, sections 4.7 and 5.2) ---------------------------------------------- */
+
+/* SHD_INDEX_FROM_BASE and SHD_VALUES_ULP_FROM_BASE are for files on their way to somebody who has the base: its elements
+ * tell the positions, and the values. shd_load() refuses such a tensor: SHD_BASE_NEEDED. Here sections are decoded by
+ * themselves: the bytes that shd_tensor's `index` and `values` say, after zstd, checked with shd_crc32() before. Whoever
+ * keeps the delta writes it anew, with RICE and ULP.
+ *
+ * A damaged section has the reason codes of the format; SHD_WRONG_BASE is one that was made for other elements. But one
+ * that fits other elements by chance gives other positions: compare a fingerprint or the digest. */
+
+/* Reads a FROM_BASE section tile by tile. To be read, not written. */
+typedef struct shd_from_base {
+    uint64_t next_position; /* the first element of the next tile */
+    uint64_t next_count;    /* its elements, at most 1,048,576; 0 at the end, and after an error */
+    uint64_t nnz;
+    uint64_t rank; /* nonzeros of the tiles before it */
+    void *state;
+} shd_from_base;
+
+/* The scratch buffer, of any alignment, that a section needs: 48 KiB, and a byte for each column. */
+SHD_API uint64_t shd_from_base_scratch_size(const void *section, uint64_t size);
+
+/* Takes a section apart. `section` and `scratch` belong to `reader` while it is used. */
+SHD_API int shd_from_base_open(shd_from_base *reader, const void *section, uint64_t size, uint64_t numel, uint64_t nnz,
+                               void *scratch, uint64_t scratch_size);
+
+/* Decodes the next tile, given the base's elements in it: [next_position, next_position + next_count). Writes the
+ * positions of its nonzeros, which increase, and their number. `capacity` is at least the smaller of next_count and
+ * nnz - rank. The last tile is refused where anything of the section was wrong. */
+SHD_API int shd_from_base_next(shd_from_base *reader, const void *elements, uint32_t element_size, int64_t *positions,
+                               uint64_t capacity, uint64_t *count);
+
+/* Decodes a ULP_FROM_BASE section, given the base's elements at the positions, in order; any alignment will do. Writes
+ * the shifts as signed integers of the elements' size; on an error, anything. */
+SHD_API int shd_ulp_from_base_decode(const void *section, uint64_t size, const void *elements, uint32_t element_size,
+                                     uint64_t count, void *shifts);
+
 /* ---- Applying ---------------------------------------------------------------------------------------------- */
 
 /* The weights to be patched: elements [first_position, first_position + count) of the tensor. That is all of it with
@@ -446,6 +487,45 @@ SHD_API uint64_t shd_tiled_scratch_size(const shd_tiled *grid);
 SHD_API int shd_tiled_encode(const shd_tiled *grid, const int64_t *positions, uint64_t count, void *scratch,
                              uint64_t scratch_size, void *section, uint64_t capacity, uint64_t *size);
 
+/* How FROM_BASE sees a tensor (section 4.7): as a matrix, with classes of rows, columns and the base's elements. */
+typedef struct shd_base_grid {
+    uint64_t numel;
+    uint64_t columns;              /* divides numel */
+    const uint16_t *thresholds;    /* classes - 1, none smaller than the one before it */
+    const uint8_t *groups;         /* k, and 128 if it is turned, by row class, then column class, then class of element */
+    const uint8_t *row_classes;    /* numel / columns; unused if row_bits is 0 */
+    const uint8_t *column_classes; /* columns; unused if column_bits is 0 */
+    uint32_t classes;              /* of elements, 1 to 16 */
+    uint32_t tile_rows;
+    uint32_t row_bits;    /* of a class, 0 to 4 */
+    uint32_t column_bits; /* the same */
+} shd_base_grid;
+
+/* The scratch buffer, of any alignment, that shd_from_base_plan() needs; 0 for what is no such matrix. */
+SHD_API uint64_t shd_from_base_plan_size(const shd_base_grid *grid);
+
+/* Computes the size of the FROM_BASE section of a list of positions, as shd_rice_plan() takes them, given all of the base's
+ * elements, and makes `scratch` a plan of it. */
+SHD_API int shd_from_base_plan(const shd_base_grid *grid, const void *elements, uint32_t element_size,
+                               const int64_t *positions, uint64_t count, void *scratch, uint64_t scratch_size,
+                               uint64_t *size);
+
+/* Writes the section. All but `section` is what it was when `scratch` became its plan. */
+SHD_API int shd_from_base_encode(const shd_base_grid *grid, const void *elements, uint32_t element_size,
+                                 const int64_t *positions, uint64_t count, void *scratch, void *section,
+                                 uint64_t capacity);
+
+/* What choosing such classes takes: elements of each key (section 4.7), counts[0..32767]; */
+SHD_API int shd_key_counts(const void *elements, uint64_t count, uint32_t element_size, uint64_t *counts);
+
+/* elements of each class in each row and in each column, by line, then by class, given thresholds (the grid's groups and
+ * classes of lines are not looked at); */
+SHD_API int shd_line_counts(const shd_base_grid *grid, const void *elements, uint32_t element_size, uint64_t *of_rows,
+                            uint64_t *of_columns);
+
+/* and of each class of row, column and element, in the order of the grid's groups, which may be NULL. */
+SHD_API int shd_joint_counts(const shd_base_grid *grid, const void *elements, uint32_t element_size, uint64_t *counts);
+
 /* Bytes of the decoded VALUES section of `count` nonzeros; 0 for a codec that the library does not know. `dtype` matters
  * for SHD_VALUES_BITS only. For SHD_VALUES_ULP the least: the section says how many it has. */
 SHD_API uint64_t shd_values_size(int value_codec, int dtype, uint64_t count);
@@ -474,7 +554,9 @@ enum shd_struct {
     SHD_STRUCT_DELTA,
     SHD_STRUCT_WEIGHTS,
     SHD_STRUCT_RICE,
-    SHD_STRUCT_TILED
+    SHD_STRUCT_TILED,
+    SHD_STRUCT_FROM_BASE,
+    SHD_STRUCT_BASE_GRID
 };
 
 /* sizeof a struct of this header as the library knows it, for a binding to compare with its own; 0 if unknown. */

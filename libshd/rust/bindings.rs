@@ -39,6 +39,8 @@ pub const SHD_POSITION_RANGE: c_int = 30;
 pub const SHD_BAD_DIRECTORY: c_int = 31;
 pub const SHD_BAD_VALUE: c_int = 32;
 pub const SHD_DIGEST_MISMATCH: c_int = 33;
+pub const SHD_BASE_NEEDED: c_int = 34;
+pub const SHD_WRONG_BASE: c_int = 35;
 pub const SHD_INVALID_ARGUMENT: c_int = 64;
 pub const SHD_BUFFER_TOO_SMALL: c_int = 65;
 pub const SHD_MISALIGNED: c_int = 66;
@@ -86,6 +88,7 @@ pub const SHD_INDEX_BITMAP: c_int = 3;
 pub const SHD_INDEX_STRUCT: c_int = 4;
 pub const SHD_INDEX_ALL: c_int = 5;
 pub const SHD_INDEX_TILED: c_int = 7;
+pub const SHD_INDEX_FROM_BASE: c_int = 11;
 
 pub const SHD_VALUES_NONE: c_int = 0;
 pub const SHD_VALUES_F32: c_int = 1;
@@ -96,6 +99,7 @@ pub const SHD_VALUES_I4: c_int = 5;
 pub const SHD_VALUES_SIGN: c_int = 6;
 pub const SHD_VALUES_BITS: c_int = 7;
 pub const SHD_VALUES_ULP: c_int = 8;
+pub const SHD_VALUES_ULP_FROM_BASE: c_int = 10;
 
 pub const SHD_HAS_BASE_FINGERPRINT: c_int = 1;
 pub const SHD_HAS_RESULT_FINGERPRINT: c_int = 2;
@@ -114,6 +118,7 @@ pub const SHD_STRUCT_DELTA: c_int = 3;
 pub const SHD_STRUCT_WEIGHTS: c_int = 4;
 pub const SHD_STRUCT_RICE: c_int = 5;
 pub const SHD_STRUCT_TILED: c_int = 6;
+pub const SHD_STRUCT_FROM_BASE: c_int = 7;
 
 pub type shd_read_fn = Option<unsafe extern "C" fn(context: *mut c_void, offset: u64, buffer: *mut c_void, size: usize) -> c_int>;
 
@@ -199,6 +204,16 @@ pub struct shd_delta {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
+pub struct shd_from_base {
+    pub next_position: u64,
+    pub next_count: u64,
+    pub nnz: u64,
+    pub rank: u64,
+    pub state: *mut c_void,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
 pub struct shd_weights {
     pub data: *mut c_void,
     pub first_position: u64,
@@ -252,6 +267,9 @@ unsafe extern "C" {
     pub fn shd_positions_between(delta: *const shd_delta, first_position: u64, end_position: u64, positions: *mut i64, capacity: u64, first_rank: *mut u64, count: *mut u64, status: *mut shd_status) -> c_int;
     pub fn shd_values(delta: *const shd_delta, first_rank: u64, count: u64, values: *mut f32, status: *mut shd_status) -> c_int;
     pub fn shd_elements(delta: *const shd_delta, first_rank: u64, count: u64, elements: *mut c_void, status: *mut shd_status) -> c_int;
+    pub fn shd_from_base_scratch_size(section: *const c_void, size: u64) -> u64;
+    pub fn shd_from_base_open(reader: *mut shd_from_base, section: *const c_void, size: u64, numel: u64, nnz: u64, scratch: *mut c_void, scratch_size: u64) -> c_int;
+    pub fn shd_from_base_next(reader: *mut shd_from_base, elements: *const c_void, element_size: u32, positions: *mut i64, capacity: u64, count: *mut u64) -> c_int;
     pub fn shd_apply(delta: *const shd_delta, weights: *const shd_weights, strength: f64, first_block: u64, last_block: u64, saved: *mut c_void, status: *mut shd_status) -> c_int;
     pub fn shd_sum_scratch_size(count: u32) -> u64;
     pub fn shd_apply_sum(deltas: *const *const shd_delta, strengths: *const f64, saved: *const *mut c_void, count: u32, weights: *const shd_weights, from_saved: c_int, scratch: *mut c_void, scratch_size: u64, status: *mut shd_status) -> c_int;

@@ -277,6 +277,38 @@ AVX2 static uint64_t sum_shifted(const uint64_t *gap, uint32_t count, uint32_t k
     return sum;
 }
 
+/* Sixteen elements, eight of them from 32 bytes on: packing what two of these are compared to brings all into order. */
+AVX2 static inline __m256i keys_at(const uint8_t *from) {
+    const __m128i low = _mm_loadu_si128((const __m128i *)(const void *)from);
+    const __m128i high = _mm_loadu_si128((const __m128i *)(const void *)(from + 32));
+    return _mm256_and_si256(_mm256_set_m128i(high, low), _mm256_set1_epi16(0x7FFF));
+}
+
+AVX2 static inline uint32_t keys_above(__m256i a, __m256i b, __m256i most) {
+    return (uint32_t)_mm256_movemask_epi8(_mm256_packs_epi16(_mm256_cmpgt_epi16(a, most), _mm256_cmpgt_epi16(b, most)));
+}
+
+AVX2 static void class_masks(const uint8_t *elements, uint32_t blocks, const uint16_t *thresholds, uint32_t count,
+                             uint64_t *masks, uint8_t *counts) {
+    __m256i most[16]; /* of the keys below each threshold */
+    for (uint32_t j = 0; j < count; j++) {
+        most[j] = _mm256_set1_epi16((short)(shdi_min(thresholds[j], 0x8000) - 1));
+    }
+    for (; blocks > 0; blocks--, elements += 128, masks += 16, counts += 16) {
+        const __m256i a = keys_at(elements), b = keys_at(elements + 16);
+        const __m256i c = keys_at(elements + 64), d = keys_at(elements + 80);
+        uint64_t rest = ~UINT64_C(0);
+        for (uint32_t j = 0; j < count; j++) {
+            const uint64_t above = keys_above(a, b, most[j]) | (uint64_t)keys_above(c, d, most[j]) << 32;
+            masks[j] = rest & ~above;
+            counts[j] = (uint8_t)__builtin_popcountll(rest & ~above);
+            rest = above;
+        }
+        masks[count] = rest;
+        counts[count] = (uint8_t)__builtin_popcountll(rest);
+    }
+}
+
 const shdi_kernels shdi_avx2 = {
     .name = "avx2",
     .ones = ones,
@@ -289,6 +321,7 @@ const shdi_kernels shdi_avx2 = {
     .add_bf16 = add_bf16,
     .at_least = at_least,
     .sum_shifted = sum_shifted,
+    .class_masks = class_masks,
 };
 
 #else

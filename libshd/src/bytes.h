@@ -76,4 +76,19 @@ static inline uint32_t shdi_ones(uint64_t v) {
     return (uint32_t)((v * UINT64_C(0x0101010101010101)) >> 56);
 }
 
+/* The place of the one that `before` others precede; there is such a one. */
+static inline uint32_t shdi_select(uint64_t v, uint32_t before) {
+    const uint64_t each = UINT64_C(0x0101010101010101);
+    uint64_t s = v - ((v >> 1) & UINT64_C(0x5555555555555555));
+    s = (s & UINT64_C(0x3333333333333333)) + ((s >> 2) & UINT64_C(0x3333333333333333));
+    s = ((s + (s >> 4)) & UINT64_C(0x0F0F0F0F0F0F0F0F)) * each; /* ones up to and with each byte */
+    const uint64_t passed = (((before * each) | 0x80 * each) - s) & 0x80 * each; /* a bit for each byte with too few */
+    const uint32_t byte = 8 * (uint32_t)(((passed >> 7) * each) >> 56);
+    before -= (uint32_t)(s << 8 >> byte) & 0xFF;
+    for (v >>= byte; before > 0; before--) {
+        v &= v - 1;
+    }
+    return byte + shdi_lowest_one(v);
+}
+
 #endif

@@ -1,6 +1,7 @@
 /* Writing a TILED section (FORMAT.md, section 4.6) of given classes. */
 #include "rice_writer.h"
 #include "tiled.h"
+#include "tiles.h"
 
 /* Where a tile's elements stand in one order: by k, then as those of each k do. */
 typedef struct order {
@@ -183,45 +184,14 @@ static int write_tiles(order *o, const int64_t *positions, uint64_t count, strea
 
 /* ---- The section ---- */
 
-static uint32_t width_of(const uint32_t *numbers, uint64_t count) {
-    uint32_t all = 0, width = 0;
-    for (uint64_t i = 0; i < count; i++) {
-        all |= numbers[i];
-    }
-    for (; all != 0; all >>= 1) {
-        width++;
-    }
-    return width;
-}
-
-static uint64_t fields_size(uint64_t count, uint32_t width) { return 4 * shdi_ceil_div(count * width, 32); }
-
 static uint64_t size_before_low(const order *o) {
-    uint64_t size = 24 + o->cells + shdi_align4(1 + o->ks) + fields_size(o->rows, o->grid->row_bits) +
-                    fields_size(o->grid->columns, o->grid->column_bits) +
-                    fields_size(o->tiles, width_of(o->sizes, o->tiles));
+    uint64_t size = 24 + o->cells + shdi_align4(1 + o->ks) + shdi_fields_size(o->rows, o->grid->row_bits) +
+                    shdi_fields_size(o->grid->columns, o->grid->column_bits) +
+                    shdi_fields_size(o->tiles, shdi_width_of(o->sizes, o->tiles));
     for (uint32_t i = 0; i < o->ks; i++) {
-        size += fields_size(o->tiles, width_of(o->counts + i * o->tiles, o->tiles));
+        size += shdi_fields_size(o->tiles, shdi_width_of(o->counts + i * o->tiles, o->tiles));
     }
     return size;
-}
-
-static uint8_t *write_classes(uint8_t *to, const uint8_t *classes, uint64_t count, uint32_t width) {
-    shdi_packer p = {to, 0, 0};
-    for (uint64_t i = 0; i < count; i++) {
-        shdi_pack(&p, classes[i], width);
-    }
-    shdi_pack_rest(&p);
-    return to + fields_size(count, width);
-}
-
-static uint8_t *write_numbers(uint8_t *to, const uint32_t *numbers, uint64_t count, uint32_t width) {
-    shdi_packer p = {to, 0, 0};
-    for (uint64_t i = 0; width != 0 && i < count; i++) {
-        shdi_pack(&p, numbers[i], width);
-    }
-    shdi_pack_rest(&p);
-    return to + fields_size(count, width);
 }
 
 /* Writes everything before the low bits; returns where these go. */
@@ -235,17 +205,17 @@ static uint8_t *write_before_low(const order *o, uint64_t unary_bits, uint8_t *t
     to += 24;
     memcpy(to, grid->k, o->cells);
     to += o->cells;
-    to[0] = (uint8_t)width_of(o->sizes, o->tiles);
+    to[0] = (uint8_t)shdi_width_of(o->sizes, o->tiles);
     for (uint32_t i = 0; i < o->ks; i++) {
-        to[1 + i] = (uint8_t)width_of(o->counts + i * o->tiles, o->tiles);
+        to[1 + i] = (uint8_t)shdi_width_of(o->counts + i * o->tiles, o->tiles);
     }
     const uint8_t *widths = to;
     to += shdi_align4(1 + o->ks);
-    to = write_classes(to, grid->row_classes, o->rows, grid->row_bits);
-    to = write_classes(to, grid->column_classes, grid->columns, grid->column_bits);
-    to = write_numbers(to, o->sizes, o->tiles, widths[0]);
+    to = shdi_write_classes(to, grid->row_classes, o->rows, grid->row_bits);
+    to = shdi_write_classes(to, grid->column_classes, grid->columns, grid->column_bits);
+    to = shdi_write_numbers(to, o->sizes, o->tiles, widths[0]);
     for (uint32_t i = 0; i < o->ks; i++) {
-        to = write_numbers(to, o->counts + i * o->tiles, o->tiles, widths[1 + i]);
+        to = shdi_write_numbers(to, o->counts + i * o->tiles, o->tiles, widths[1 + i]);
     }
     return to;
 }

@@ -37,6 +37,8 @@ const char *shd_error_name(int code) {
         [SHD_BAD_DIRECTORY] = "bad_directory",
         [SHD_BAD_VALUE] = "bad_value",
         [SHD_DIGEST_MISMATCH] = "digest_mismatch",
+        [SHD_BASE_NEEDED] = "base_needed",
+        [SHD_WRONG_BASE] = "wrong_base",
 
         [SHD_INVALID_ARGUMENT] = "invalid_argument",
         [SHD_BUFFER_TOO_SMALL] = "buffer_too_small",

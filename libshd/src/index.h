@@ -103,7 +103,9 @@ extern const shdi_index_codec shdi_index_raw;
 extern const shdi_index_codec shdi_index_bitmap;
 extern const shdi_index_codec shdi_index_struct;
 extern const shdi_index_codec shdi_index_all;
-extern const shdi_index_codec shdi_index_tiled; /* its `size_is_possible` alone: loading makes it RICE */
+/* These have `size_is_possible` alone: loading makes one of them RICE, and refuses the other. */
+extern const shdi_index_codec shdi_index_tiled;
+extern const shdi_index_codec shdi_index_from_base;
 
 /* The codec of an id. NULL for an unknown id. */
 const shdi_index_codec *shdi_index_codec_of(uint32_t id);

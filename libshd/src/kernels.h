@@ -39,6 +39,12 @@ typedef struct shdi_kernels {
 
     /* The sum over i of (gap[i] >> k) */
     uint64_t (*sum_shifted)(const uint64_t *gap, uint32_t count, uint32_t k);
+
+    /* The classes of the keys (FORMAT.md, 4.7) of `blocks` times 64 elements of 2 bytes, `count` thresholds making them,
+     * count < 16. Of element i of block b, bit i of masks[16 * b + its class] is set, and no other; counts[16 * b + c] is
+     * how many bits masks[16 * b + c] has. NULL: looking up each key is faster. */
+    void (*class_masks)(const uint8_t *elements, uint32_t blocks, const uint16_t *thresholds, uint32_t count,
+                        uint64_t *masks, uint8_t *counts);
 } shdi_kernels;
 
 /* Up to this k a block's offsets fit 32 bits: 4,096 * 2^19 + 2,048 < 2^32. */

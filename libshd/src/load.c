@@ -55,6 +55,10 @@ static int load_index(const shd_file *file, int check, uint8_t *decoded, uint8_t
                       shd_delta *delta, shd_status *status) {
     const shd_tensor *tensor = &delta->tensor;
     shdi_fault fault = {load_section(file, &tensor->index, check, decoded, stored, &delta->index), 0};
+    if (fault.code == SHD_OK && tensor->index_codec == SHD_INDEX_FROM_BASE) {
+        fault.code = SHD_BASE_NEEDED;
+        return shdi_fail_in(status, fault, tensor, &tensor->index);
+    }
     if (fault.code == SHD_OK && tensor->index_codec == SHD_INDEX_TILED) {
         fault = shdi_tiled_load(delta, check >= SHD_CHECK_ALL, tiled);
         return fault.code == SHD_OK ? SHD_OK : shdi_fail_in(status, fault, tensor, &tensor->index);
@@ -72,6 +76,9 @@ static int load_values(const shd_file *file, int check, uint8_t *decoded, uint8_
                        shd_status *status) {
     const shd_tensor *tensor = &delta->tensor;
     shdi_fault fault = {load_section(file, &tensor->values, check, decoded, stored, &delta->values), 0};
+    if (fault.code == SHD_OK && shdi_values_need_base(tensor->value_codec)) {
+        fault.code = SHD_BASE_NEEDED;
+    }
     if (fault.code == SHD_OK && check >= SHD_CHECK_ALL) {
         fault = shdi_values_check(delta);
     }

@@ -110,6 +110,7 @@ const shdi_kernels shdi_neon = {
     .add_bf16 = shdi_scalar_add_bf16,
     .at_least = shdi_scalar_at_least,
     .sum_shifted = shdi_scalar_sum_shifted,
+    .class_masks = NULL,
 };
 
 #else

@@ -138,6 +138,10 @@ static int goes_together(const shd_tensor *tensor) {
     int is_unspecified = tensor->dtype == SHD_UNSPECIFIED;
     int are_elements = shdi_values_are_elements(tensor->value_codec);
     int are_shifts = shdi_values_are_shifts(tensor->value_codec);
+    if ((tensor->index_codec == SHD_INDEX_FROM_BASE || shdi_values_need_base(tensor->value_codec)) &&
+        shdi_dtype_order(tensor->dtype) != SHDI_SIGN_AND_MAGNITUDE) {
+        return 0;
+    }
     const shdi_operation *operation = shdi_operation_of(tensor->op);
     if (operation == NULL) {
         return 0; /* check_ids() has refused it as SHD_UNKNOWN_OP */

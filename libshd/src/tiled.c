@@ -5,18 +5,7 @@
 #include "index.h"
 #include "rice_writer.h"
 #include "section.h"
-
-/* Packed fields of `bits` bits. */
-typedef struct fields {
-    const uint8_t *data;
-    uint32_t bits;
-} fields;
-
-static inline uint32_t field(const fields *f, uint64_t i) {
-    uint64_t bit = i * f->bits;
-    /* The slack of the section lies behind the last field. */
-    return f->bits == 0 ? 0 : (uint32_t)(shdi_load64(f->data + bit / 8) >> (bit % 8)) & ((1u << f->bits) - 1);
-}
+#include "tiles.h"
 
 /* A section taken apart. */
 typedef struct parts {
@@ -28,41 +17,24 @@ typedef struct parts {
     uint32_t ks; /* how many different k there are */
     uint8_t k[SHDI_MAX_KS];
     uint16_t classes[SHDI_MAX_KS][SHDI_MAX_CLASSES]; /* by k and row class: a bit for each column class of this k */
-    fields row_classes;
-    fields column_classes;
-    fields sizes;
-    fields counts[SHDI_MAX_KS];
+    shdi_fields row_classes;
+    shdi_fields column_classes;
+    shdi_fields sizes;
+    shdi_fields counts[SHDI_MAX_KS];
     uint64_t low; /* offset in the section */
     uint64_t low_bits;
     uint64_t unary;
     uint64_t unary_bits;
-    int unused; /* a bit that has to be zero is not */
+    int unused; /* a bit before low that has to be zero is not */
 } parts;
 
 /* ---- The parts before low ---- */
 
-/* Takes a part of so many bits at *at, a multiple of 4 bytes. NULL if the section ends before. */
-static const uint8_t *take(const shd_delta *delta, parts *p, uint64_t *at, uint64_t bits) {
-    uint64_t size = 4 * shdi_ceil_div(bits, 32), start = *at;
-    if (size > delta->tensor.index.decoded - start) {
-        return NULL;
-    }
-    *at += size;
-    p->unused |= shdi_check_zeros(delta->index, 8 * start + bits, *at).code != SHD_OK;
-    return delta->index + start;
-}
-
-static int take_fields(const shd_delta *delta, parts *p, uint64_t *at, uint64_t count, uint32_t bits, fields *f) {
-    f->bits = bits;
-    f->data = take(delta, p, at, count * bits);
-    return f->data != NULL;
-}
-
 /* Takes the table, and lists its different k. */
-static shdi_fault take_table(const shd_delta *delta, parts *p, uint64_t *at, uint32_t row_bits) {
+static shdi_fault take_table(parts *p, shdi_parts *from, uint32_t row_bits) {
     const uint32_t pairs = 1u << (row_bits + p->column_bits);
-    const uint64_t start = *at;
-    const uint8_t *table = take(delta, p, at, 8 * pairs);
+    const uint64_t start = from->at;
+    const uint8_t *table = shdi_take(from, 8 * pairs);
     uint8_t number[SHDI_MAX_KS] = {0};
     if (table == NULL) {
         return shdi_fault_at(SHD_BAD_SIZE, start);
@@ -91,9 +63,9 @@ static shdi_fault take_table(const shd_delta *delta, parts *p, uint64_t *at, uin
 }
 
 /* Takes the widths, and everything that they are the widths of. */
-static shdi_fault take_sizes(const shd_delta *delta, parts *p, uint64_t *at, uint32_t row_bits) {
-    const uint64_t start = *at;
-    const uint8_t *data = take(delta, p, at, 8 * (1 + (uint64_t)p->ks));
+static shdi_fault take_sizes(parts *p, shdi_parts *from, uint32_t row_bits) {
+    const uint64_t start = from->at;
+    const uint8_t *data = shdi_take(from, 8 * (1 + (uint64_t)p->ks));
     uint8_t widths[1 + SHDI_MAX_KS];
     if (data == NULL) {
         return shdi_fault_at(SHD_BAD_SIZE, start);
@@ -104,13 +76,13 @@ static shdi_fault take_sizes(const shd_delta *delta, parts *p, uint64_t *at, uin
             return shdi_fault_at(SHD_BAD_INDEX, start + i);
         }
     }
-    int fits = take_fields(delta, p, at, p->rows, row_bits, &p->row_classes) &&
-               take_fields(delta, p, at, p->columns, p->column_bits, &p->column_classes) &&
-               take_fields(delta, p, at, p->tiles, widths[0], &p->sizes);
+    int fits = shdi_take_fields(from, p->rows, row_bits, &p->row_classes) &&
+               shdi_take_fields(from, p->columns, p->column_bits, &p->column_classes) &&
+               shdi_take_fields(from, p->tiles, widths[0], &p->sizes);
     for (uint32_t i = 0; fits && i < p->ks; i++) {
-        fits = take_fields(delta, p, at, p->tiles, widths[1 + i], &p->counts[i]);
+        fits = shdi_take_fields(from, p->tiles, widths[1 + i], &p->counts[i]);
     }
-    return fits ? shdi_ok() : shdi_fault_at(SHD_BAD_SIZE, *at);
+    return fits ? shdi_ok() : shdi_fault_at(SHD_BAD_SIZE, from->at);
 }
 
 /* Takes the section apart, with all checks up to the tiles. */
@@ -118,7 +90,7 @@ static shdi_fault take_apart(const shd_delta *delta, parts *p) {
     const uint8_t *section = delta->index;
     const uint64_t numel = delta->tensor.numel;
     const uint32_t row_bits = section[0];
-    uint64_t at = 24;
+    shdi_parts from = {section, delta->tensor.index.decoded, 24, 0};
     memset(p, 0, sizeof *p);
     p->column_bits = section[1];
     p->tile_rows = shdi_load32(section + 4);
@@ -131,26 +103,27 @@ static shdi_fault take_apart(const shd_delta *delta, parts *p) {
     }
     p->rows = numel / p->columns; /* at most 2^56, so that bits of fields do not overflow */
     p->tiles = shdi_ceil_div(p->rows, p->tile_rows);
-    shdi_fault fault = take_table(delta, p, &at, row_bits);
+    shdi_fault fault = take_table(p, &from, row_bits);
     if (fault.code == SHD_OK) {
-        fault = take_sizes(delta, p, &at, row_bits);
+        fault = take_sizes(p, &from, row_bits);
     }
-    if (fault.code == SHD_OK && delta->tensor.index.decoded - at < SHDI_SLACK) {
-        fault = shdi_fault_at(SHD_BAD_SIZE, at);
+    if (fault.code == SHD_OK && from.size - from.at < SHDI_SLACK) {
+        fault = shdi_fault_at(SHD_BAD_SIZE, from.at);
     }
     if (fault.code != SHD_OK) {
         return fault;
     }
     uint64_t count = 0, unary_bits = 0; /* each row takes a bit of the section, so that the sums do not overflow */
     for (uint64_t tile = 0; tile < p->tiles; tile++) {
-        unary_bits += field(&p->sizes, tile);
+        unary_bits += shdi_field(&p->sizes, tile);
         for (uint32_t i = 0; i < p->ks; i++) {
-            uint64_t n = field(&p->counts[i], tile);
+            uint64_t n = shdi_field(&p->counts[i], tile);
             count += n;
             p->low_bits += n * p->k[i];
         }
     }
-    p->low = at;
+    p->unused = from.unused;
+    p->low = from.at;
     p->unary = p->low + 4 * shdi_ceil_div(p->low_bits, 32);
     const uint64_t decoded = delta->tensor.index.decoded;
     if (p->unary_bits / 8 > decoded || p->unary + 4 * shdi_ceil_div(p->unary_bits, 32) + SHDI_SLACK != decoded) {
@@ -187,17 +160,17 @@ typedef struct work {
 } work;
 
 /* Sorts `count` lines from `start` on. */
-static shdi_fault sort_lines(const fields *of_lines, uint64_t start, uint32_t count, classes *c) {
+static shdi_fault sort_lines(const shdi_fields *of_lines, uint64_t start, uint32_t count, classes *c) {
     uint32_t next[SHDI_MAX_CLASSES + 1] = {0};
     for (uint32_t i = 0; i < count; i++) {
-        next[field(of_lines, start + i) + 1]++;
+        next[shdi_field(of_lines, start + i) + 1]++;
     }
     for (uint32_t class = 0; class < SHDI_MAX_CLASSES; class ++) {
         next[class + 1] += next[class];
     }
     memcpy(c->first, next, sizeof next);
     for (uint32_t i = 0; i < count; i++) {
-        uint32_t class = field(of_lines, start + i);
+        uint32_t class = shdi_field(of_lines, start + i);
         if (next[class] >= c->first[class + 1]) { /* the file has changed */
             return shdi_fault_at(SHD_BAD_INDEX, 0);
         }
@@ -213,38 +186,6 @@ static shdi_fault sort_columns(const parts *p, work *w) {
         w->reciprocal[class] = count == 0 ? 0 : (UINT64_C(1) << 35) / count + 1;
     }
     return fault;
-}
-
-/* Reads unary numbers. */
-typedef struct unary_reader {
-    const uint8_t *bitmap;
-    uint64_t bit;
-    uint64_t end;
-} unary_reader;
-
-/* The zeros before the next one, or up to the end. */
-static inline uint64_t read_zeros(unary_reader *r) {
-    uint64_t from = r->bit;
-    if (from >= r->end) { /* the file has changed */
-        return 0;
-    }
-    uint64_t word = shdi_load64(r->bitmap + from / 8) >> (from % 8);
-    if (word != 0) { /* most often */
-        uint32_t zeros = shdi_lowest_one(word);
-        r->bit = from + zeros + 1;
-        return zeros;
-    }
-    uint64_t bit = (from / 8 + 8) * 8;
-    for (; bit < r->end; bit += 64) {
-        word = shdi_load64(r->bitmap + bit / 8);
-        if (word != 0) {
-            bit += shdi_lowest_one(word);
-            break;
-        }
-    }
-    bit = shdi_min(bit, r->end);
-    r->bit = bit + 1;
-    return bit - from;
 }
 
 /* The number of ones of a tile, and whether its last bit is one of them. */
@@ -290,15 +231,15 @@ static int next_cell(cell_walk *walk, const work *w) {
 }
 
 /* Sets the bits of `count` nonzeros of one k in a tile. Returns 0 if they are not all in it. */
-static int decode_k(const parts *p, work *w, uint32_t number, uint64_t count, unary_reader *reader, const uint8_t *low,
+static int decode_k(const parts *p, work *w, uint32_t number, uint64_t count, shdi_unary *reader, const uint8_t *low,
                     uint64_t low_bit) {
     const uint32_t k = p->k[number], mask = (uint32_t)((UINT64_C(1) << k) - 1), columns = (uint32_t)p->columns;
     uint64_t *const bitmap = w->bitmap, *const summary = w->summary;
     cell_walk walk = {.classes = p->classes[number]};
-    unary_reader unary = *reader;
+    shdi_unary unary = *reader;
     uint64_t order = 0; /* within the cell */
     for (; count != 0; count--, low_bit += k) {
-        order += read_zeros(&unary) << k;
+        order += shdi_read_zeros(&unary) << k;
         order += (uint32_t)(shdi_load64(low + low_bit / 8) >> (low_bit % 8)) & mask;
         while (order >= walk.size) {
             order -= walk.size;
@@ -344,11 +285,11 @@ static shdi_fault decode_tiles(const shd_delta *delta, const parts *p, work *w, 
     const uint8_t *low = delta->index + p->low, *unary = delta->index + p->unary;
     uint64_t low_bit = 0, unary_bit = 0;
     for (uint64_t tile = 0; tile < p->tiles; tile++) {
-        const uint64_t row = tile * p->tile_rows, size = field(&p->sizes, tile);
+        const uint64_t row = tile * p->tile_rows, size = shdi_field(&p->sizes, tile);
         const uint32_t rows = (uint32_t)shdi_min(p->rows - row, p->tile_rows);
         uint64_t count = 0, low_end = low_bit, n[SHDI_MAX_KS];
         for (uint32_t i = 0; i < p->ks; i++) {
-            n[i] = field(&p->counts[i], tile);
+            n[i] = shdi_field(&p->counts[i], tile);
             count += n[i];
             low_end += n[i] * p->k[i];
         }
@@ -363,7 +304,7 @@ static shdi_fault decode_tiles(const shd_delta *delta, const parts *p, work *w, 
         if (fault.code != SHD_OK) {
             return fault;
         }
-        unary_reader reader = {unary, unary_bit, unary_bit + size};
+        shdi_unary reader = {unary, unary_bit, unary_bit + size};
         for (uint32_t i = 0; i < p->ks; i++) {
             if (!decode_k(p, w, i, n[i], &reader, low, low_bit)) {
                 return shdi_fault_at(SHD_POSITION_RANGE, p->unary + unary_bit / 8);

@@ -6,8 +6,6 @@
 
 #define SHDI_MAX_TILE 131072u
 #define SHDI_MAX_TILE_FIELD 19u
-#define SHDI_MAX_CLASS_BITS 4u
-#define SHDI_MAX_CLASSES (1u << SHDI_MAX_CLASS_BITS)
 #define SHDI_MAX_KS (SHDI_MAX_RICE_K + 1u) /* the most different k */
 
 SHDI_BEGIN

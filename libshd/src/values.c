@@ -7,11 +7,12 @@
 
 #define BITS_OF_DTYPE UINT32_MAX
 #define SHIFTS (UINT32_MAX - 1)
+#define SHIFTS_FROM_BASE (UINT32_MAX - 2)
 
 /* A VALUES section has the parameters of all groups of SHDI_GROUP nonzeros first, then the elements. */
 typedef struct codec_row {
     uint32_t parameter_bytes; /* of a group; 0 if there are no groups */
-    uint32_t element_bits;    /* of a nonzero, or BITS_OF_DTYPE, or SHIFTS; 0 if there is no section */
+    uint32_t element_bits;    /* of a nonzero, or BITS_OF_DTYPE, or SHIFTS or SHIFTS_FROM_BASE; 0 if there is no section */
     shdi_decode_fn *decode;   /* NULL if the values are no floats */
     shdi_encode_fn *encode;   /* NULL if the values are no floats */
 } codec_row;
@@ -28,6 +29,7 @@ static const codec_row *codec_of(uint32_t id) {
         [SHD_VALUES_SIGN] = {2, 1, shdi_decode_sign, shdi_encode_sign},
         [SHD_VALUES_BITS] = {0, BITS_OF_DTYPE, NULL, NULL},
         [SHD_VALUES_ULP] = {0, SHIFTS, NULL, NULL},
+        [SHD_VALUES_ULP_FROM_BASE] = {0, SHIFTS_FROM_BASE, NULL, NULL},
     };
     if (id >= sizeof codecs / sizeof codecs[0] || (codecs[id].element_bits == 0 && id != SHD_VALUES_NONE)) {
         return NULL;
@@ -44,7 +46,12 @@ int shdi_values_are_elements(uint32_t id) {
 
 int shdi_values_are_shifts(uint32_t id) {
     const codec_row *codec = codec_of(id);
-    return codec != NULL && codec->element_bits == SHIFTS;
+    return codec != NULL && (codec->element_bits == SHIFTS || codec->element_bits == SHIFTS_FROM_BASE);
+}
+
+int shdi_values_need_base(uint32_t id) {
+    const codec_row *codec = codec_of(id);
+    return codec != NULL && codec->element_bits == SHIFTS_FROM_BASE;
 }
 
 /* ---- Layout ---- */
@@ -68,6 +75,9 @@ uint64_t shd_values_size(int value_codec, int dtype, uint64_t count) {
     }
     if (codec->element_bits == SHIFTS) {
         return shdi_ulp_size(count);
+    }
+    if (codec->element_bits == SHIFTS_FROM_BASE) {
+        return shdi_ulp_from_base_size(count);
     }
     const uint32_t bits = element_bits(codec, dtype);
     const uint64_t elements = count / 8 * bits + shdi_ceil_div(count % 8 * bits, 8);
@@ -134,6 +144,9 @@ shdi_fault shdi_values_check(const shd_delta *delta) {
     }
     if (codec->element_bits == SHIFTS) {
         return shdi_ulp_check(delta);
+    }
+    if (codec->element_bits == SHIFTS_FROM_BASE) {
+        return shdi_fault_at(SHD_BASE_NEEDED, 0);
     }
     const uint64_t elements = elements_offset(codec, tensor->nnz);
     const uint64_t end_bit = 8 * elements + tensor->nnz * element_bits(codec, tensor->dtype);

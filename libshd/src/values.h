@@ -24,8 +24,11 @@ int shdi_value_codec_is_known(uint32_t id);
 /* The codec stores elements as bits of the tensor's dtype, not floats. */
 int shdi_values_are_elements(uint32_t id);
 
-/* The codec stores shifts, which values_ulp.h reads. */
+/* The codec stores shifts, which values_ulp.h reads, or only the base's elements tell. */
 int shdi_values_are_shifts(uint32_t id);
+
+/* Only the base's elements tell the values. */
+int shdi_values_need_base(uint32_t id);
 
 /* A section of the codec may have `size` bytes, judged by the table alone. */
 int shdi_values_size_is_possible(const shd_tensor *tensor, uint64_t size);

@@ -3,11 +3,9 @@
 
 #include "bytes.h"
 #include "section.h"
+#include "tiles.h"
 
 #define HEAD 24u
-#define MAX_K 13u
-#define MAX_J 62u
-#define MAX_WIDTH 63u
 
 uint64_t shdi_ulp_size(uint64_t count) {
     return HEAD + 8 * shdi_ceil_div(count, SHDI_ULP_BLOCK) + 4 * shdi_ceil_div(count, 32) + SHDI_SLACK;
@@ -31,7 +29,7 @@ shdi_fault shdi_ulp_open(shdi_ulp *ulp, const shd_delta *delta) {
     SHDI_PIN(ulp->listed);
     ulp->k = (uint32_t)(head & 0xFF);
     ulp->j = (uint32_t)(head >> 8 & 0xFF);
-    if (ulp->k > MAX_K || ulp->j > MAX_J || head >> 16 != 0) {
+    if (ulp->k > SHDI_ULP_MAX_K || ulp->j > SHDI_ULP_MAX_J || head >> 16 != 0) {
         return shdi_fault_at(SHD_BAD_VALUE, 0);
     }
     ulp->word = shdi_word(ulp->bits > ulp->listed ? ulp->bits : ulp->listed);
@@ -60,51 +58,10 @@ static void entry(const shdi_ulp *ulp, uint64_t block, uint64_t *bit, uint64_t *
 
 /* ---- Bits ---- */
 
-/* The bits from `at` on, below `end`; the rest is zero. `*valid` becomes how many they are, at least 57 or all. */
-static uint64_t bits_at(const shdi_ulp *ulp, uint64_t at, uint64_t end, uint64_t *valid) {
-    uint64_t word = shdi_load64(ulp->stream + at / 8) >> (at % 8);
-    *valid = shdi_min(64 - at % 8, end - at);
-    return *valid < 64 ? word & ((UINT64_C(1) << *valid) - 1) : word;
-}
-
-/* Moves `at` behind the `count`-th one from there on. Returns 0 if `end` comes first. */
-static int skip_ones(const shdi_ulp *ulp, uint64_t *at, uint64_t end, uint64_t count) {
-    while (count > 0) {
-        uint64_t valid;
-        if (*at >= end) {
-            return 0;
-        }
-        uint64_t word = bits_at(ulp, *at, end, &valid);
-        uint32_t ones = shdi_ones(word);
-        if (ones < count) {
-            count -= ones;
-            *at += valid;
-            continue;
-        }
-        while (--count > 0) {
-            word &= word - 1;
-        }
-        *at += shdi_lowest_one(word) + 1;
-        return 1;
-    }
-    return 1;
-}
-
 /* The zeros before the next one, of which there is one before `end` unless the file changes; moves `at` behind it. */
 static uint64_t zeros_before_one(const shdi_ulp *ulp, uint64_t *at, uint64_t end) {
     uint64_t start = *at;
-    return skip_ones(ulp, at, end, 1) ? *at - start - 1 : end - start;
-}
-
-/* A field of at most 63 bits. Reads nine bytes; the slack follows the stream. */
-static uint64_t field_at(const shdi_ulp *ulp, uint64_t at, uint32_t width) {
-    const uint8_t *from = ulp->stream + at / 8;
-    uint32_t low = (uint32_t)(at % 8);
-    uint64_t word = shdi_load64(from) >> low;
-    if (low != 0) {
-        word |= (uint64_t)from[8] << (64 - low);
-    }
-    return word & ((UINT64_C(1) << width) - 1);
+    return shdi_skip_ones(ulp->stream, at, end, 1) ? *at - start - 1 : end - start;
 }
 
 /* ---- Blocks ---- */
@@ -118,13 +75,13 @@ static int next_listed(shdi_ulp *ulp, uint64_t after) {
     ulp->left--;
     uint64_t quotient = zeros_before_one(ulp, &ulp->gap, ulp->end);
     uint64_t width = ulp->j + zeros_before_one(ulp, &ulp->unary, ulp->end);
-    if (quotient > SHDI_ULP_BLOCK || width > MAX_WIDTH || ulp->field > ulp->end || width > ulp->end - ulp->field) {
+    if (quotient > SHDI_ULP_BLOCK || width > SHDI_ULP_MAX_WIDTH || ulp->field > ulp->end || width > ulp->end - ulp->field) {
         return SHD_BAD_VALUE;
     }
-    uint64_t rank = after + (quotient << ulp->k) + field_at(ulp, ulp->low, ulp->k);
+    uint64_t rank = after + (quotient << ulp->k) + shdi_ulp_field(ulp->stream, ulp->low, ulp->k);
     /* The magnitude less 2: at most 2^64 - 2. */
     uint64_t beyond =
-        (UINT64_C(1) << width) - (UINT64_C(1) << ulp->j) + field_at(ulp, ulp->field, (uint32_t)width);
+        (UINT64_C(1) << width) - (UINT64_C(1) << ulp->j) + shdi_ulp_field(ulp->stream, ulp->field, (uint32_t)width);
     if (rank >= ulp->end_rank || beyond > ulp->most - 2) {
         return SHD_BAD_VALUE;
     }
@@ -146,25 +103,16 @@ static int open_block(shdi_ulp *ulp, uint64_t block) {
     ulp->end_rank = shdi_min(ulp->rank + SHDI_ULP_BLOCK, ulp->nnz);
     ulp->left = next - before;
     ulp->low = ulp->gap;
-    if (ulp->left > SHDI_ULP_BLOCK || !skip_ones(ulp, &ulp->low, ulp->end, ulp->left) ||
+    if (ulp->left > SHDI_ULP_BLOCK || !shdi_skip_ones(ulp->stream, &ulp->low, ulp->end, ulp->left) ||
         ulp->left * ulp->k > ulp->end - ulp->low) {
         return SHD_BAD_VALUE;
     }
     ulp->unary = ulp->low + ulp->left * ulp->k;
     ulp->field = ulp->unary;
-    if (!skip_ones(ulp, &ulp->field, ulp->end, ulp->left)) {
+    if (!shdi_skip_ones(ulp->stream, &ulp->field, ulp->end, ulp->left)) {
         return SHD_BAD_VALUE;
     }
     return next_listed(ulp, ulp->rank);
-}
-
-static void put(uint8_t *to, uint32_t size, uint64_t shift) {
-    switch (size) {
-    case 1: to[0] = (uint8_t)shift; break;
-    case 2: shdi_store16(to, (uint16_t)shift); break;
-    case 4: shdi_store32(to, (uint32_t)shift); break;
-    default: shdi_store64(to, shift); break;
-    }
 }
 
 shdi_fault shdi_ulp_read(shdi_ulp *ulp, uint64_t rank, uint64_t count, uint8_t *shifts) {
@@ -184,11 +132,11 @@ shdi_fault shdi_ulp_read(shdi_ulp *ulp, uint64_t rank, uint64_t count, uint8_t *
         while (rank < end && code == SHD_OK) {
             for (; rank < plain; rank++, shifts += ulp->size) {
                 /* 1, or -1 where the bit is one */
-                put(shifts, ulp->size, 1 - (uint64_t)(ulp->signs[rank / 8] >> (rank % 8) & 1) * 2);
+                shdi_put_shift(shifts, ulp->size, 1 - (uint64_t)(ulp->signs[rank / 8] >> (rank % 8) & 1) * 2);
             }
             if (rank < end) {
                 uint64_t minus = 0 - (uint64_t)(ulp->signs[rank / 8] >> (rank % 8) & 1);
-                put(shifts, ulp->size, (ulp->listed_value ^ minus) - minus);
+                shdi_put_shift(shifts, ulp->size, (ulp->listed_value ^ minus) - minus);
                 rank++;
                 shifts += ulp->size;
                 code = next_listed(ulp, rank);

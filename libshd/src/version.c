@@ -14,6 +14,8 @@ size_t shd_struct_size(int which) {
     case SHD_STRUCT_WEIGHTS: return sizeof(shd_weights);
     case SHD_STRUCT_RICE: return sizeof(shd_rice);
     case SHD_STRUCT_TILED: return sizeof(shd_tiled);
+    case SHD_STRUCT_FROM_BASE: return sizeof(shd_from_base);
+    case SHD_STRUCT_BASE_GRID: return sizeof(shd_base_grid);
     default: return 0; /* unknown */
     }
 }

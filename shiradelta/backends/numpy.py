@@ -32,9 +32,9 @@ class NumpyDecoder(Decoder):
     def bits(self, record: Record) -> Array:
         return np.concatenate(list(self.bits_windows(record)))
 
-    def index_section(self, record: Record) -> Bytes:
-        with self._context(record, record.index):
-            return self._section(record.index)
+    def section(self, record: Record, which: Section) -> Bytes:
+        with self._context(record, which):
+            return self._section(which) if which.stored else self._data[:0]
 
     def position_windows(self, record: Record) -> Iterator[Positions]:
         with self._context(record, record.index):

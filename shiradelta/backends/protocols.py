@@ -9,7 +9,7 @@ from typing import Protocol
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, IndexCodec, ValueCodec
-from shiradelta.format.record import Record
+from shiradelta.format.record import Record, Section
 
 
 class Decoder(Protocol):
@@ -21,8 +21,8 @@ class Decoder(Protocol):
     def bits(self, record: Record) -> Array:
         """Unsigned [nnz], nnz > 0: binary32 of the values for ADD, elements otherwise."""
 
-    def index_section(self, record: Record) -> Bytes:
-        """The section of the positions, decompressed; only its checksum is checked."""
+    def section(self, record: Record, which: Section) -> Bytes:
+        """A section of a record, decompressed; only its checksum is checked."""
 
     def position_windows(self, record: Record) -> Iterator[Positions]:
         """What `positions` gives, in runs of at most `WINDOW`; all is checked when the last one was taken."""

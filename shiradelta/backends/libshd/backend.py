@@ -6,6 +6,7 @@ from functools import cache
 
 from shiradelta.backends.libshd.decoder import NativeDecoder
 from shiradelta.backends.libshd.encoder import NativeRice, NativeTiled, NativeValues, at_least, fingerprint
+from shiradelta.backends.libshd.from_base import NativeFromBase, NativeUlpFromBase
 from shiradelta.backends.libshd.library import knows_index_codec, knows_value_codec, library
 from shiradelta.backends.protocols import Backend
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
@@ -22,12 +23,15 @@ def backend() -> Backend:
     library()
     index: dict[int, IndexCodec] = {id: one for id, one in INDEX_CODECS.by_id.items() if knows_index_codec(id)}
     values: dict[int, ValueCodec] = {id: one for id, one in VALUE_CODECS.by_id.items() if knows_value_codec(id)}
-    rice, tiled = NativeRice(), NativeTiled()
+    native: tuple[IndexCodec, ...] = (NativeRice(), NativeTiled(), NativeFromBase())
     return Backend(
         "libshd",
         NativeDecoder,
-        {**index, rice.id: rice, tiled.id: tiled},
-        {id: NativeValues(codec) if codec.adds else codec for id, codec in values.items()},
+        {**index, **{codec.id: codec for codec in native}},
+        {
+            **{id: NativeValues(codec) if codec.adds else codec for id, codec in values.items()},
+            NativeUlpFromBase.id: NativeUlpFromBase(),
+        },
         fingerprint,
         at_least,
     )

@@ -27,7 +27,7 @@ from shiradelta.backends.protocols import Decoder
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format.arithmetic import Array, Positions, out_of_range
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.record import Record
+from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import BLOCK_BITS, DTYPE_OF_NAME, IndexId
 from shiradelta.util.arrays import WINDOW, ranges
 
@@ -220,8 +220,8 @@ class NativeDecoder(Decoder):
     def bits(self, record: Record) -> Array:
         return self.load(record).bits(0, record.nnz)
 
-    def index_section(self, record: Record) -> Bytes:
-        return self._reference.index_section(record)
+    def section(self, record: Record, which: Section) -> Bytes:
+        return self._reference.section(record, which)
 
     def position_windows(self, record: Record) -> Iterator[Positions]:
         """By blocks; a STRUCT is one block, and the reference decodes large ones."""

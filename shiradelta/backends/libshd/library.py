@@ -62,6 +62,35 @@ class TiledGrid(ctypes.Structure):
     )
 
 
+class FromBaseReader(ctypes.Structure):
+    """`shd_from_base`."""
+
+    _fields_ = (
+        ("next_position", c_uint64),
+        ("next_count", c_uint64),
+        ("nnz", c_uint64),
+        ("rank", c_uint64),
+        ("state", c_void_p),
+    )
+
+
+class BaseGridStruct(ctypes.Structure):
+    """`shd_base_grid`."""
+
+    _fields_ = (
+        ("numel", c_uint64),
+        ("columns", c_uint64),
+        ("thresholds", c_void_p),
+        ("groups", c_void_p),
+        ("row_classes", c_void_p),
+        ("column_classes", c_void_p),
+        ("classes", c_uint32),
+        ("tile_rows", c_uint32),
+        ("row_bits", c_uint32),
+        ("column_bits", c_uint32),
+    )
+
+
 class RicePlan(ctypes.Structure):
     """`shd_rice`."""
 
@@ -77,7 +106,15 @@ class RicePlan(ctypes.Structure):
 
 ZSTD_CALLBACK = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t)
 #: The arguments of `shd_struct_size`.
-STATUS, FILE, TENSOR, DELTA, WEIGHTS, RICE, TILED = range(7)
+STATUS, FILE, TENSOR, DELTA, WEIGHTS, RICE, TILED, FROM_BASE, BASE_GRID = range(9)
+_MIRRORED = {
+    STATUS: Status,
+    WEIGHTS: Weights,
+    RICE: RicePlan,
+    TILED: TiledGrid,
+    FROM_BASE: FromBaseReader,
+    BASE_GRID: BaseGridStruct,
+}
 
 _p = c_void_p
 _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -115,6 +152,19 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         c_int,
         (POINTER(TiledGrid), _p, c_uint64, _p, c_uint64, _p, c_uint64, POINTER(c_uint64)),
     ),
+    "shd_from_base_scratch_size": (c_uint64, (_p, c_uint64)),
+    "shd_from_base_open": (c_int, (POINTER(FromBaseReader), _p, c_uint64, c_uint64, c_uint64, _p, c_uint64)),
+    "shd_from_base_next": (c_int, (POINTER(FromBaseReader), _p, c_uint32, _p, c_uint64, POINTER(c_uint64))),
+    "shd_from_base_plan_size": (c_uint64, (POINTER(BaseGridStruct),)),
+    "shd_from_base_plan": (
+        c_int,
+        (POINTER(BaseGridStruct), _p, c_uint32, _p, c_uint64, _p, c_uint64, POINTER(c_uint64)),
+    ),
+    "shd_from_base_encode": (c_int, (POINTER(BaseGridStruct), _p, c_uint32, _p, c_uint64, _p, _p, c_uint64)),
+    "shd_key_counts": (c_int, (_p, c_uint64, c_uint32, _p)),
+    "shd_line_counts": (c_int, (POINTER(BaseGridStruct), _p, c_uint32, _p, _p)),
+    "shd_joint_counts": (c_int, (POINTER(BaseGridStruct), _p, c_uint32, _p)),
+    "shd_ulp_from_base_decode": (c_int, (_p, c_uint64, _p, c_uint32, c_uint64, _p)),
     "shd_values_size": (c_uint64, (c_int, c_int, c_uint64)),
     "shd_values_encode": (c_int, (c_int, _p, c_uint64, _p, c_uint64)),
     "shd_select_at_least": (c_int, (_p, c_uint64, c_float, c_uint64, _p, c_uint64, POINTER(c_uint64))),
@@ -152,7 +202,7 @@ def library() -> ctypes.CDLL:
         raise ShiraDeltaError(f"{path}: has ABI {abi}, this package needs {ABI}; install shiradelta again")
     for name, (result, arguments) in _PROTOTYPES.items():
         functions[name].restype, functions[name].argtypes = result, arguments
-    for which, struct in ((STATUS, Status), (WEIGHTS, Weights), (RICE, RicePlan), (TILED, TiledGrid)):
+    for which, struct in _MIRRORED.items():
         if loaded.shd_struct_size(which) != ctypes.sizeof(struct):
             raise ShiraDeltaError(f"{path}: its structs have other sizes; install shiradelta again")
     return loaded
