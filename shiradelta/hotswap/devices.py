@@ -10,6 +10,7 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.layers import Held, Layer
 from shiradelta.hotswap.matching import check_sets
 from shiradelta.hotswap.protocol import Fit, LiveBackend
+from shiradelta.models.live import Target
 
 #: Layers on the weights, for each backend: of one level in the order of the adapters' digests.
 Layers = dict[LiveBackend, list[Layer]]
@@ -57,6 +58,12 @@ class Devices:
             for backend, stream in (self.streams(None) if streams is None else streams).items():
                 stack.enter_context(backend.ordered(stream, reads))
             return stack.pop_all()
+
+
+def devices_of(targets: Iterable[Target]) -> list[str]:
+    """Where the memory of tensors is, of their parts, too; the CPU where there is none."""
+    found = {leaf.device for target in targets for leaf, _ in target.leaves()}
+    return sorted(found - {"meta"}) or ["cpu"]
 
 
 def new_layers(wanted: Iterable[tuple[Mapping[LiveBackend, Held], float]], before: Layers) -> Layers:

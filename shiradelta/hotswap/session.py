@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from shiradelta.errors import ArgumentError, BaseMismatchError
 from shiradelta.hotswap.base_check import Fingerprints, check_base, checkable, fingerprints
 from shiradelta.hotswap.choose import new_backend
-from shiradelta.hotswap.devices import Devices, Streams
+from shiradelta.hotswap.devices import Devices, Streams, devices_of
 from shiradelta.hotswap.layers import different_tensors
 from shiradelta.hotswap.levels import Level, layers_of
 from shiradelta.hotswap.loaded import Loaded, Strengths, changed_strengths, check_loaded, targets_of, without
@@ -103,8 +103,7 @@ class HotSwap(SelfTested):
         targets = live_tensors(model, allow_shared=allow_shared, layout=layout)
         self._ranks = ranks_for(targets, group, timeout)
         self._targets = with_those_elsewhere(targets, self._ranks)
-        devices = {target.device for target in self._targets.values()} - {"meta"} or {"cpu"}
-        self._devices = Devices({device: new_backend(backend, device) for device in sorted(devices)})
+        self._devices = Devices({device: new_backend(backend, device) for device in devices_of(self._targets.values())})
         self._preparation = Preparation(self._targets, names, backend, self._devices)
         self._adapters: dict[str, Loaded] = {}
         self._lock = threading.RLock()  # of the thread that uses the session

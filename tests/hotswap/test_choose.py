@@ -61,3 +61,16 @@ def test_auto_passes_over_what_cannot_be_had(first: DeviceBackend):
     with pytest.raises(ShiraDeltaError, match="no such machine here"):
         new_backend("toy", "cpu")
     assert new_backend("auto", "cpu").name in LIVE_BACKENDS
+
+
+def test_parts_have_the_devices_that_they_are_on():
+    """A model of which every tensor is in parts, as one that is split over GPUs, has no other tensor to tell."""
+    from types import SimpleNamespace
+
+    from shiradelta.hotswap.devices import devices_of
+
+    parts = [SimpleNamespace(device=f"cuda:{i}", leaves=lambda: iter(())) for i in range(2)]
+    whole = SimpleNamespace(device="meta", leaves=lambda: iter((part, ()) for part in parts))
+    elsewhere = SimpleNamespace(device="meta", leaves=lambda: iter(()))
+    assert devices_of([whole, elsewhere]) == ["cuda:0", "cuda:1"]
+    assert devices_of([elsewhere]) == ["cpu"]
