@@ -1,8 +1,9 @@
 """The next checkpoint of real training steps: how small, how fast, side by side with other ways to send it.
 
 `python -m benchmarks.lossless` trains all-MiniLM-L6-v2 for some steps of AdamW in float32, stored as bfloat16, at
-learning rates of 1e-6 and 1e-5, and stores the last step in every way.  All are checked to give it back.  A peer that
-is not installed is named: `pip install zipnn fireworks-delta-compression`.
+learning rates of 1e-6 and 1e-5, and stores the last step in every way.  With `--model FOLDER --examples FILE` it trains
+a language model on prompts and completions.  All are checked to give it back.  A peer that is not installed is named:
+`pip install zipnn fireworks-delta-compression`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,7 @@ from demo.task import embed, load_base
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.entropy import entropy
+from shiradelta.io.context import plain_delta
 
 RATES = (1e-6, 1e-5)
 STEPS, BATCH = 12, 32
@@ -73,6 +77,25 @@ def steps(rate: float) -> Iterator[State]:
         yield {name: tensor.bfloat16() for name, tensor in floats.items()}
 
 
+def language_steps(folder: Path, examples: Path, rate: float) -> Iterator[State]:
+    """A language model after each step on prompts with their completions, in bfloat16."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with examples.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    optimizer = torch.optim.AdamW(model.float().train().parameters(), lr=rate)
+    rng = np.random.default_rng(0)
+    while True:
+        chosen = [rows[i]["prompt"] + rows[i]["completion"] for i in rng.choice(len(rows), BATCH // 4, replace=False)]
+        batch = tokenizer(chosen, return_tensors="pt", padding=True, truncation=True, max_length=96)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        optimizer.zero_grad()
+        torch.autograd.backward(model(**batch, labels=labels).loss)
+        optimizer.step()
+        yield {name: tensor.detach().bfloat16() for name, tensor in model.named_parameters()}
+
+
 def bits(tensor: torch.Tensor) -> Array:
     """The elements as uint16."""
     return tensor.contiguous().view(-1).view(torch.uint16).numpy()
@@ -111,24 +134,27 @@ def timed(
 def patched(base: State, file: Path) -> State:
     """Copies of the base's weights with a file's delta on them."""
     state = {name: tensor.clone() for name, tensor in base.items()}
-    with sd.open_delta(file) as delta:
+    with ExitStack() as stack:
+        delta = stack.enter_context(sd.open_delta(file))
+        if delta.needs_base:
+            delta = stack.enter_context(plain_delta(delta, lambda record: bits(base[record.name])))
         for name, tensor in delta.items():
             tensor.patch(bits(state[name]), "bfloat16")
     return state
 
 
-def ours(base: State, tuned: State, folder: Path, compressed: bool) -> Row:
+def ours(base: State, tuned: State, folder: Path, how: str, **options: Any) -> Row:
     """`convert --lossless`, and the delta on the base's weights in memory."""
     for name, state in ("base", base), ("tuned", tuned):
         (folder / name).mkdir(exist_ok=True)
         save_file(dict(state), folder / name / "model.safetensors", metadata={"format": "pt"})
-    path = folder / f"{compressed}.shd"
+    path = folder / f"shd{how}.shd"
 
     def encode() -> Path:
-        sd.convert(folder / "tuned", path, base=folder / "base", lossless=True, zstd=compressed)
+        sd.convert(folder / "tuned", path, base=folder / "base", lossless=True, **options)
         return path
 
-    return timed(f"shd{', zstd' if compressed else ''}", encode, os.path.getsize, partial(patched, base), tuned)
+    return timed(f"shd{how}", encode, os.path.getsize, partial(patched, base), tuned)
 
 
 def of_floats(base: State, tuned: State, folder: Path) -> Row:
@@ -228,8 +254,9 @@ def by_fireworks(base: State, tuned: State, folder: Path, layout: str) -> Row:
 
 def ways(base: State, tuned: State, folder: Path) -> Iterator[Row | str]:
     """A row for each way, or the name of a peer that is not installed."""
-    yield ours(base, tuned, folder, False)
-    yield ours(base, tuned, folder, True)
+    yield ours(base, tuned, folder, "")
+    yield ours(base, tuned, folder, ", zstd", zstd=True)
+    yield ours(base, tuned, folder, ", base as context", context="base")
     yield of_floats(base, tuned, folder)
     yield of_xor("zstd-19", base, tuned, zstd, unzstd)
     yield of_xor("zstd-19, byte planes,", base, tuned, zstd_planes, unzstd_planes)
@@ -265,10 +292,11 @@ def compare(base: State, tuned: State, title: str) -> None:
                 rows.append([way, *"-----"])
             else:
                 add(way.name, way.size, least, changed, f"{way.encode:.2f}", f"{way.decode:.2f}")
-        with sd.open_delta(folder / "False.shd") as delta:
-            large = [tensor.record for tensor in delta.values() if tensor.numel > LARGE]
-            sections = sum(record.index.stored + record.values.stored for record in large)
-            add(f"shd, sections of tensors above {LARGE:,}", sections, *floor(base, tuned, LARGE))
+        for how in "", ", base as context":
+            with sd.open_delta(folder / f"shd{how}.shd") as delta:
+                large = [tensor.record for tensor in delta.values() if tensor.numel > LARGE]
+                sections = sum(record.index.stored + record.values.stored for record in large)
+                add(f"shd{how}: sections of tensors above {LARGE:,}", sections, *floor(base, tuned, LARGE))
     print_table(f"{title}: {share:.2%} of {len(base)} tensors' elements changed; processor time", rows)
 
 
@@ -276,9 +304,12 @@ def main() -> None:
     """Prints a table for each learning rate."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="steps before the one that is stored")
+    parser.add_argument("--model", type=Path, help="folder of a language model, instead of all-MiniLM-L6-v2")
+    parser.add_argument("--examples", type=Path, help="its examples: JSON Lines with prompt and completion")
+    parser.add_argument("--rate", type=float, nargs="*", default=RATES, help="learning rates")
     options = parser.parse_args()
-    for rate in RATES:
-        every = steps(rate)
+    for rate in options.rate:
+        every = language_steps(options.model, options.examples, rate) if options.model else steps(rate)
         base = [next(every) for _ in range(options.steps)][-1]
         compare(base, next(every), f"AdamW, learning rate {rate:g}, step {options.steps + 1}")
 

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
 from shiradelta.chain.difference import changed, shifted
 from shiradelta.errors import SourceError, TargetError
+from shiradelta.folder.recode import base_of
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import BITS, ULP
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.windows import Cursor
+from shiradelta.io.context import plain_delta, write_on_base
 from shiradelta.io.reader import Delta, parse_delta
 from shiradelta.io.recognise import UNCHANGED, Wanted
 from shiradelta.io.writer import writing_to
@@ -51,6 +55,7 @@ class Lossless:
         zstd: compress sections where that helps.
         backend: a name of `shiradelta.backends.choose.FILE_BACKENDS`, or "auto".
         metadata: further pairs for the file.
+        context: one of `CONTEXTS`.
         progress: called with (what, done, total).
     """
 
@@ -60,6 +65,7 @@ class Lossless:
     zstd: bool
     backend: str
     metadata: Mapping[str, str]
+    context: str
     progress: Progress
 
     def write(self) -> ConversionReport:
@@ -73,8 +79,11 @@ class Lossless:
         names = _names(source, base)
         report = ConversionReport(os.fspath(self.source), os.fspath(self.target), 0.0, "lossless", lossless=True)
         scratch = self.target.absolute().parent
-        with replacing(self.target) as output:
-            with writing_to(output, "f32", self.zstd, self.backend, scratch) as writer:
+        with replacing(self.target) as output, ExitStack() as stack:
+            plain = output
+            if self.context == "base":
+                plain = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
+            with writing_to(plain, "f32", self.zstd, self.backend, scratch) as writer:
                 work = ahead(lambda name: _difference(source, base, name), names)
                 for number, (name, tensor) in enumerate(zip(names, work, strict=True)):
                     self.progress(name, number, len(names))
@@ -93,19 +102,28 @@ class Lossless:
                         **self.metadata,
                     }
                 )
+            if plain is not output:
+                with self._opened(plain) as delta:
+                    write_on_base(delta, base_of(delta, base), output, self.progress)
             self._verify(output, source, base)
         changed = sum(tensor.nnz for tensor in report.tensors if not tensor.operation.creates)
         report.sparsity = changed / max(sum(slot.numel for slot in base.values()), 1)
         report.file_bytes = self.target.stat().st_size
         return report
 
-    def _verify(self, output: BinaryIO, source: Checkpoint, base: Checkpoint) -> None:
-        """Reads the file and compares what it gives with the source, bit for bit."""
+    def _opened(self, output: IO[bytes]) -> Delta:
+        """The file as far as it is written."""
         output.flush()
         mapped = mmap.mmap(output.fileno(), 0, access=mmap.ACCESS_READ)
         data = np.frombuffer(mapped, np.uint8)
-        with parse_delta(data, os.fspath(self.target), self.backend, limit=_UNLIMITED) as delta:
-            del data
+        return parse_delta(data, os.fspath(self.target), self.backend, mapped, limit=_UNLIMITED)
+
+    def _verify(self, output: IO[bytes], source: Checkpoint, base: Checkpoint) -> None:
+        """Reads the file and compares what it gives with the source, bit for bit."""
+        with ExitStack() as stack:
+            delta = stack.enter_context(self._opened(output))
+            if delta.needs_base:
+                delta = stack.enter_context(plain_delta(delta, base_of(delta, base)))
             delta.verify()
             for number, name in enumerate(delta):
                 self.progress("verifying", number, len(delta))

@@ -10,6 +10,7 @@ from pathlib import Path
 from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.fit import Fit
 from shiradelta.format import registry
+from shiradelta.io.context import CONTEXTS
 from shiradelta.io.download import local_model
 from shiradelta.io.hub import origin_of
 from shiradelta.io.recognise import Wanted, explain
@@ -92,6 +93,7 @@ def convert(
     metadata: dict[str, str] | None = None,
     backend: str = "auto",
     lossless: bool = False,
+    context: str = "none",
     fit: Fit | None = None,
     plot: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -127,6 +129,7 @@ def convert(
         lossless: everything that differs from the base, so that `apply` gives the source bit for bit: every tensor as
             the smallest of what the format has, tensors added and dropped, too.  The result is compared with the source
             before it is put in place.  It takes no choice of what is kept and how: no sparsity, values, fit and so on.
+        context: "base" makes a lossless file smaller that is read with its base only, as `recode` does; else "none".
         fit: fits the nonzeros, as these settings say; it needs texts and the base.
         plot: a PNG to write: nonzeros and energy by layer, and the distance from the fine-tune while fitting.
         progress: called with (what, done, total) while work goes on.
@@ -149,6 +152,9 @@ def convert(
     refuse_itself(source, target)
     if plot is not None:
         check_plot(plot)
+    if context not in CONTEXTS or (context != "none" and not lossless):
+        why = "is for lossless files" if context in CONTEXTS else f"is unknown; it is one of {', '.join(CONTEXTS)}"
+        raise ArgumentError(f"context {context!r} {why}")
     if lossless:
         choices = {
             "sparsity": sparsity, "target_size": target_size, "target_error": target_error, "target_kept": target_kept,
@@ -158,7 +164,9 @@ def convert(
         _check_lossless(source, base, choices)
         assert base is not None
         nothing: Progress = lambda what, done, total: None  # noqa: E731
-        return Lossless(Path(source), Path(base), target, zstd, backend, metadata or {}, progress or nothing).write()
+        return Lossless(
+            Path(source), Path(base), target, zstd, backend, metadata or {}, context, progress or nothing
+        ).write()
     share = _check_arguments(sparsity, target_size, target_error, target_kept, fit)
     if alpha is not None and not 0 < abs(alpha) <= _MOST_ALPHA:
         why = (

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from shiradelta.exports.run import export
     from shiradelta.folder.apply import apply
+    from shiradelta.folder.recode import recode
     from shiradelta.folder.revert import revert
     from shiradelta.folder.verification import verify
     from shiradelta.format.delta import TensorDelta
@@ -65,6 +66,7 @@ __all__ = [
     "load",
     "open_delta",
     "push_to_hub",
+    "recode",
     "revert",
     "save_delta",
     "sign",
@@ -83,6 +85,7 @@ _HOMES = {
     "load": "hotswap.load",
     "open_delta": "io.reader",
     "push_to_hub": "publish.push",
+    "recode": "folder.recode",
     "revert": "folder.revert",
     "save_delta": "io.writer",
     "sign": "signing.sign",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -14,17 +14,21 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import zstandard
 
 import shiradelta as sd
 from shiradelta.backends.choose import choose
 from shiradelta.errors import FormatError
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.codecs import FROM_BASE, INDEX_CODECS, ULP_FROM_BASE, VALUE_CODECS
 from tests import building
 
 SPEC = Path(__file__).parent.parent / "spec"
 VALID = SPEC / "vectors" / "valid"
 INVALID = SPEC / "vectors" / "invalid"
+WITH_BASE = SPEC / "vectors" / "with_base"
 
 #: What a reader says about a file: its contents, or the reason code of the refusal.
 Outcome = dict[str, Any] | str
@@ -57,10 +61,10 @@ def without_zstandard() -> AbstractContextManager[object]:
     return mock.patch.dict(sys.modules, {"zstandard": None})
 
 
-def by_decoder(data: bytes, zstd: bool = True) -> Outcome:
+def by_decoder(data: bytes, zstd: bool = True, base: Mapping[str, bytes] | None = None) -> Outcome:
     """What spec/decoder.py says."""
     try:
-        return json.loads(json.dumps(asdict(decoder.decode(data, unzstd if zstd else None))))
+        return json.loads(json.dumps(asdict(decoder.decode(data, unzstd if zstd else None, base))))
     except decoder.Refused as refused:
         return str(refused.reason)
 
@@ -74,6 +78,68 @@ def by_package(data: bytes, zstd: bool = True, backend: str = "numpy") -> Outcom
                 return contents(delta)
         except FormatError as error:
             return error.reason
+
+
+def records_of(data: bytes) -> list[Any]:
+    """The records of a file whose table is right."""
+    header = decoder.read_header(data)
+    offsets, end = decoder.read_file_sections(data, header)
+    records: list[Any] = decoder.read_table(data, header, offsets, end)
+    return records
+
+
+def base_of(data: bytes, elements: bytes) -> dict[str, bytes]:
+    """The base of a vector, by name: its elements are those of all tensors, one tensor after the other."""
+    base, at = {}, 0
+    for record in records_of(data):
+        size = record.numel * record.element_size
+        base[record.tensor.name] = elements[at : at + size]
+        at += size
+    assert at == len(elements)
+    return base
+
+
+def by_codecs(data: bytes, base: Mapping[str, bytes]) -> Outcome:
+    """What NumPy's codecs make of a file's sections beside its base; decoder.py reads the container."""
+    with mock.patch.multiple(decoder, decode_positions=_positions_by_codec, decode_values=_values_by_codec):
+        return by_decoder(data, base=base)
+
+
+def _positions_by_codec(record: Any, section: bytes, base: Mapping[str, bytes]) -> list[int]:
+    if not record.nnz:
+        return []
+    codec = INDEX_CODECS[record.tensor.index_codec]
+    content, shape = np.frombuffer(section, np.uint8), record.tensor.shape
+    with _refusing():
+        if codec is FROM_BASE:
+            return FROM_BASE.decode_on(content, record.nnz, shape, _elements(record, base)).tolist()
+        return codec.decode(content, record.nnz, shape).tolist()
+
+
+def _values_by_codec(record: Any, section: bytes, base: Mapping[str, bytes]) -> list[int]:
+    if not record.nnz:
+        return []
+    codec = VALUE_CODECS[record.tensor.value_codec]
+    content, size = np.frombuffer(section, np.uint8), record.element_size
+    with _refusing():
+        if codec is ULP_FROM_BASE:
+            at = _elements(record, base)[record.tensor.positions]
+            return ULP_FROM_BASE.decode_on(content, record.nnz, size, at).tolist()
+        codec.check(content, record.nnz, size)
+        values = codec.decode(content, record.nnz, size, 0, record.nnz)
+        return values.view(f"<u{values.itemsize}").tolist()
+
+
+def _elements(record: Any, base: Mapping[str, bytes]) -> Array:
+    return np.frombuffer(base[record.tensor.name], f"<u{record.element_size}")
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except FormatError as error:
+        raise decoder.Refused(error.reason) from error
 
 
 def _dumped(files: Sequence[Path], zstd: bool) -> list[str]:
@@ -150,6 +216,18 @@ def is_available(backend: str) -> bool:
     return True
 
 
+def knows_base(backend: str) -> bool:
+    """Whether the backend has the codecs that need the base."""
+    return is_available(backend) and FROM_BASE.id in choose(backend).index_codecs
+
+
+def names_base_codec(data: bytes) -> bool:
+    """Whether the table of a file, as far as it is there, names a codec that needs the base."""
+    records = range(128, min(128 + 160 * int.from_bytes(data[12:16], "little"), len(data) - 10), 160)
+    return any(data[at + 9] == FROM_BASE.id or data[at + 10] == ULP_FROM_BASE.id for at in records)
+
+
+#: What reads a file whole, without its base.
 READERS = [
     pytest.param(by_decoder, id="decoder"),
     pytest.param(by_package, id="numpy"),

@@ -32,6 +32,7 @@ class _Modules(Mapping[str, click.Command]):
         "list",
         "commit",
         "fuse",
+        "recode",
         "report",
         "export",
         "sign",

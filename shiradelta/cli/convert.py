@@ -77,6 +77,13 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 @click.option("--zstd", is_flag=True, help="Compress further; switching becomes slower.")
 @click.option("--lossless", is_flag=True, help="Everything that differs from the base, bit for bit, with --base.")
 @click.option(
+    "--context",
+    type=RegistryChoice("shiradelta.io.context:CONTEXTS"),
+    default="none",
+    show_default=True,
+    help="What a reader of a lossless file has: with its base the file can be smaller.",
+)
+@click.option(
     "--fit",
     "texts",
     metavar="FILE[:COLUMN]",
@@ -144,6 +151,8 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
     if arguments["lossless"] and (given := options.given("values")):
         raise click.UsageError(f"{given} is for a choice of changes; --lossless keeps all as they are.")
     fit = texts and Fit(texts, **settings, device=device, log=lambda line: echo_lines(line, err=True))
+    if not arguments["lossless"] and options.given("context"):
+        raise click.UsageError("--context is for --lossless; `shiradelta recode` makes other files smaller.")
     out = arguments.pop("out")
     with target(out, SUFFIX) as path, progress_bar("fitting" if fit else "converting") as progress:
         report = run(**arguments, out=path, fit=fit or None, progress=progress)

@@ -22,6 +22,7 @@ from shiradelta.folder.copying import copied
 from shiradelta.folder.digests import digest_of, digests_meanwhile, model_files
 from shiradelta.folder.journal import FOLDER, Journal, locked, originals_name, undo_name
 from shiradelta.folder.plan import Edit, FolderPlan, make_plan
+from shiradelta.folder.recode import plain_on
 from shiradelta.folder.recovery import give_up, recover
 from shiradelta.folder.state import Applied, FolderState, check_names
 from shiradelta.folder.verification import existing
@@ -183,7 +184,8 @@ def _apply_in_place(
     label: str = "",
 ) -> ApplyReport:
     arithmetic.alpha_of(strength)  # refused before anything is written
-    delta.verify()  # the digest that it carries tells deltas apart
+    if not delta.needs_base:
+        delta.verify()  # the digest that it carries tells deltas apart
     with os_errors(root, "cannot be read"):
         if not os.path.lexists(root / FOLDER):
             _check_writable(root)
@@ -194,9 +196,11 @@ def _apply_in_place(
         for applied in journal.state.applied:
             if applied.digest == delta.digest:
                 raise TargetError(f"{root}: {applied.file} is applied already; revert it first")
-        with WeightFiles(journal.folder, _check_writable(root)) as files:
+        with WeightFiles(journal.folder, _check_writable(root)) as files, ExitStack() as stack:
             checkpoint = open_checkpoint(root)
             files.check()
+            if delta.needs_base:
+                delta = stack.enter_context(plain_on(journal, checkpoint, delta, progress))
             plan = make_plan(checkpoint, delta, strength, allow_dtype)
             files.reserve_space()
             others = [f"{file.relative_to(root)} is left as it is" for file in other_weight_files(checkpoint)]

@@ -46,6 +46,10 @@ class PastBits:
             undo.overlay(positions, view)
         return view
 
+    def every(self) -> Array:
+        """All elements; nothing else may be read then."""
+        return self.at(np.arange(self._bits.size)) if self._undos else self._bits
+
     def fingerprint(self, tensor: TensorDelta | None = None) -> int:
         """The fingerprint of the elements: all, or those that a delta compares; nothing else may be read then."""
         every = (np.arange(*span, dtype=np.int64) for span in ranges(self._bits.size))

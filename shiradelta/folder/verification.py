@@ -13,6 +13,7 @@ from shiradelta.folder.comparison import PastBits, first_difference, unlike_base
 from shiradelta.folder.digests import digests_of
 from shiradelta.folder.journal import Journal, reading
 from shiradelta.folder.lost import lost_delta
+from shiradelta.folder.recode import plain_on
 from shiradelta.folder.state import Applied
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import DELTA, Delta, StoredTensor, open_delta
@@ -80,9 +81,11 @@ def verify(
     with ExitStack() as stack:
         stack.enter_context(os_errors(root, "cannot be read"))
         opened = None if delta is None else stack.enter_context(_opened(delta, limit))
-        if opened is not None:
-            opened.verify()
         journal = stack.enter_context(reading(root))
+        if opened is not None and opened.needs_base:
+            opened = stack.enter_context(plain_on(journal, open_checkpoint(root), opened))
+        elif opened is not None:
+            opened.verify()
         if journal is not None and journal.state.pending is not None:
             return _verify_interrupted(journal, journal.state.pending)
         if journal is not None and journal.state.applied:

@@ -16,6 +16,7 @@ from shiradelta.format.record import Section
 from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.matching import Names, check_target, match, only_these
+from shiradelta.hotswap.on_base import plain_bytes
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.reading import read_whole
 from shiradelta.hotswap.reports import LoadReport
@@ -80,6 +81,9 @@ class Preparation:
         choice = self.backend if self.backend in FILE_BACKENDS else AUTO
         delta = open_delta(data, choice, limit=limit)
         matched, unmatched = match(delta, self.targets, self.names, label, skip)
+        if delta.needs_base:
+            _, data = read_whole(plain_bytes(label, delta, matched, self.targets), self.devices.buffer)
+            delta = open_delta(data, choice, limit=limit)
         matched = only_these(label, matched, only)
         wanted = delta if only is None else matched
         delta.check_memory("all of it", sum(delta[own].record.unpacked_size for own in wanted))

@@ -20,7 +20,7 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.container import Container
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.format.digest import content_digest, tensor_digest
-from shiradelta.format.record import Record
+from shiradelta.format.record import Record, Section
 from shiradelta.io.hub import Path_, hub_path
 from shiradelta.util import text
 from shiradelta.util.arguments import OPEN, ArgumentKind, checked, is_path
@@ -90,9 +90,14 @@ class StoredTensor(TensorDelta):
     def bits_windows(self) -> Iterator[Array]:
         return self.decoder.bits_windows(self.record) if self.nnz else iter(())
 
-    def index_section(self) -> Bytes:
-        """The section of the positions, decompressed and not checked further.  Raises FormatError."""
-        return self.decoder.index_section(self.record)
+    @property
+    def file(self) -> str | None:
+        """The file's name, or None."""
+        return self._delta.file
+
+    def section(self, which: Section) -> Bytes:
+        """One of the record's sections, decompressed and not checked further.  Raises FormatError."""
+        return self.decoder.section(self.record, which)
 
     def check(self) -> None:
         """Decodes all of it without keeping it.  Raises FormatError if it is damaged."""
@@ -219,6 +224,11 @@ class Delta(Mapping[str, StoredTensor]):
         """Nonzeros of all tensors."""
         return sum(record.nnz for record in self._records.values())
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether positions or values of a tensor can only be read with the base; see `shiradelta.recode`."""
+        return any(record.needs_base for record in self._records.values())
+
     def to_torch_sparse(self) -> dict[str, Tensor]:
         """Name -> the tensor's delta as a torch.sparse COO tensor, float32; see `TensorDelta.to_torch_sparse`.
 
@@ -235,7 +245,7 @@ class Delta(Mapping[str, StoredTensor]):
         """Decodes and checks everything, the content digest too.  Raises FormatError."""
         found = content_digest((name, tensor_digest(tensor)) for name, tensor in self.items())
         if found.hex() != self.digest:
-            raise FormatError("digest_mismatch", offset=80, file=self.file)
+            raise FormatError("digest_mismatch", offset=registry.DIGEST_OFFSET, file=self.file)
 
 
 #: An argument that is a delta.

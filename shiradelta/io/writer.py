@@ -91,7 +91,7 @@ class DeltaWriter:
         digest = TensorDigest(OPERATIONS["set"], dtype, at.shape, at.nnz)
         for positions in at.position_windows():
             digest.update(positions)
-        index = self._store_in_parts([at.index_section().tobytes()] if at.nnz else [])
+        index = self._store_in_parts([at.section(at.record.index).tobytes()] if at.nnz else [])
         fingerprint, of_base, of_result = self._backend.fingerprint, 0, 0
 
         def parts() -> Iterator[bytes]:
@@ -118,6 +118,19 @@ class DeltaWriter:
         )
         self._records[name], self._digests[name] = record, digest.digest()
         return record
+
+    def add_sections(self, record: Record, digest: bytes, index: bytes, values: bytes) -> None:
+        """Adds a tensor as sections that are ready; none is compressed, and nothing is checked again.
+
+        Args:
+            record: its row of the table, but for the sections.
+            digest: the digest of what it does.
+            index: the positions' section.
+            values: the values' section.
+        """
+        sections = [self._store_in_parts([section]) for section in (index, values)]
+        self._records[record.name] = replace(record, index=sections[0], values=sections[1])
+        self._digests[record.name] = digest
 
     def _store_in_parts(self, parts: Iterable[bytes]) -> Section:
         """Appends a section to the spool, part by part."""
@@ -187,6 +200,11 @@ class DeltaWriter:
         return Section(offset, len(stored), len(payload), container.crc32(stored), zstd)
 
     @property
+    def digest(self) -> str:
+        """The content digest, hexadecimal, of the tensors added so far."""
+        return content_digest((name, self._digests[name]) for name in sorted(self._records, key=str.encode)).hex()
+
+    @property
     def size(self) -> int:
         """Size of the file in bytes, with the tensors added so far."""
         names_size = sum(len(name.encode()) for name in self._records)
@@ -215,12 +233,12 @@ class DeltaWriter:
             cursor = values.end
             records.append(replace(record, index=index, values=values))
             moves += [record.index, record.values]
-        digest = content_digest((name, self._digests[name]) for name in names)
-        output.write(container.build(records, self.metadata, digest, cursor))
+        digest = self.digest
+        output.write(container.build(records, self.metadata, bytes.fromhex(digest), cursor))
         for section in moves:
             self._spool.seek(section.offset)
             _copy(self._spool, output, section.end - section.offset)
-        return digest.hex()
+        return digest
 
 
 def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:

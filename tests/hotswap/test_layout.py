@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import shiradelta as sd
 from shiradelta import HotSwap
-from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
+from shiradelta.errors import ArgumentError, BaseMismatchError, FormatError, TargetError
 from shiradelta.models.layout import Layout, Region
 from tests.swapping import BACKENDS_IN_TIME, DEVICE, adapter, bits, formula, random_delta, weights
 
@@ -138,3 +139,30 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     *_, block = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "distributed.md", "exec"), {})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_read_with_its_base_only_finds_it_in_pieces(backend: str, tmp_path: Path):
+    base = {name: weights((64, 60), "bfloat16", seed) for seed, name in enumerate("qk")}
+    fused = torch.stack([base[name].view(2, 32, 60) for name in "qk"], dim=1).contiguous()  # two heads of each
+    layout = {name: Layout((64, 60), [Region(fused[h, i], (32 * h, 0)) for h in (0, 1)]) for i, name in enumerate("qk")}
+    small = {
+        name: np.flatnonzero(np.abs(tensor.float().cpu().numpy().reshape(-1)) < 0.1) for name, tensor in base.items()
+    }
+    deltas = {
+        name: sd.TensorDelta((64, 60), at, np.ones(at.size, int), "bfloat16", "ulp", bits(base[name]).reshape(-1)[at])
+        for name, at in small.items()
+    }
+    save_file({name: tensor.cpu() for name, tensor in base.items()}, tmp_path / "model.safetensors")
+    sd.save_delta(tmp_path / "plain.shd", deltas)
+    assert sd.recode(tmp_path / "plain.shd", tmp_path / "small.shd", tmp_path).needs_base
+    swap = HotSwap({"qk": fused}, backend=backend, layout=layout)
+    swap.load("small", tmp_path / "small.shd")
+    swap.switch("small")
+    after = bits(fused)
+    swap.switch({})
+    swap.load("plain", tmp_path / "plain.shd")
+    swap.switch("plain")
+    assert np.array_equal(bits(fused), after)
+    with pytest.raises(FormatError, match="another base"):
+        swap.load("again", tmp_path / "small.shd")

@@ -1,0 +1,41 @@
+"""`shiradelta recode`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from shiradelta.cli import options
+from shiradelta.cli.options import command
+from shiradelta.cli.output import echo_json, echo_lines
+from shiradelta.cli.progress import progress_bar
+from shiradelta.util.text import size
+
+
+@command(
+    short_help="Make a .shd file smaller for where its base is, or plain again.",
+    extra="give one file to read and one to write",
+    examples=["recode 101.shd small.shd --base step_100/", "recode small.shd 101.shd --base step_100/"],
+)
+@click.argument("source")
+@click.argument("out")
+@click.option("--base", required=True, metavar="MODEL", help="Folder or file of the model that it was made for.")
+@options.max_memory
+@options.as_json
+def recode(source: str, out: str, base: str, limit: str | None, as_json: bool) -> None:
+    """Write the .shd file SOURCE to OUT in its other form; both do the same.
+
+    One form is smaller, and is read with its base only: for a file on its way to where the base is.  `shiradelta apply`
+    takes either.
+    """
+    from shiradelta.folder.recode import recode as run
+
+    with progress_bar("recoding") as progress:
+        report = run(source, out, base, limit=limit, progress=progress)
+    if as_json:
+        echo_json(dataclasses.asdict(report))
+        return
+    how = "read with its base only" if report.needs_base else "read by itself"
+    share = report.file_bytes / max(report.source_bytes, 1)
+    echo_lines(f"{out}: {size(report.file_bytes)}, {share:.2f} of {source}; {how}")

@@ -1,0 +1,145 @@
+"""`recode`: turns a delta into the form that is read with its base only, or back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from shiradelta.errors import FormatError
+from shiradelta.folder.comparison import Past
+from shiradelta.folder.journal import Journal
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.record import Record
+from shiradelta.io.context import Base, plain_delta, write_on_base, write_plain
+from shiradelta.io.download import local_model
+from shiradelta.io.reader import DELTA, Delta, open_delta
+from shiradelta.io.recognise import Wanted
+from shiradelta.models.checkpoint import Checkpoint, bits_of, open_checkpoint
+from shiradelta.models.library import match_names
+from shiradelta.util.arguments import PATH, checked
+from shiradelta.util.files import replacing
+from shiradelta.util.progress import Progress
+
+Path_ = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class RecodeReport:
+    """Report of `recode`.
+
+    Attributes:
+        source: the file that was read.
+        out: the file that was written.
+        needs_base: whether the written file is read with its base only.
+        tensors: number of tensors.
+        nonzeros: number of nonzeros.
+        source_bytes: size of the first file.
+        file_bytes: size of the second.
+        digest: the content digest of both, hexadecimal.
+    """
+
+    source: str
+    out: str
+    needs_base: bool
+    tensors: int
+    nonzeros: int
+    source_bytes: int
+    file_bytes: int
+    digest: str
+
+
+@checked(source=DELTA, out=PATH, base=PATH)
+def recode(
+    source: Delta | Path_,
+    out: Path_,
+    base: Path_,
+    *,
+    progress: Progress | None = None,
+    limit: int | str | None = None,
+) -> RecodeReport:
+    """Writes a delta in its other form: the smaller one that is read with its base only, or the plain one.
+
+    Both have the same digest.  The smaller form is for a file on its way to where the base is: the base's elements tell
+    where changes are likely (spec/FORMAT.md, 4.7 and 5.2).  A tensor that would not become smaller stays as it is.
+
+    Args:
+        source: the `.shd` file, of either form.
+        out: the file to write; it may be `source`.
+        base: the model that the delta was made for: a folder, a file, or `user/repo[@revision][/folder]` on the Hub.
+        progress: called with (tensor, done, total).
+        limit: for a path, the most memory that decoding one tensor may take; see `open_delta`.
+
+    Raises:
+        FormatError: the file is damaged, or was made for another base.
+        LimitError: a tensor takes more memory than `limit` allows.
+        SourceError: there is no such model.
+        TargetError: the file cannot be written.
+    """
+    checkpoint = open_checkpoint(Path(local_model(base)), Wanted.BASE)
+    with ExitStack() as stack:
+        delta = source if isinstance(source, Delta) else stack.enter_context(open_delta(source, limit=limit))
+        write = write_plain if delta.needs_base else write_on_base
+        with replacing(Path(out)) as output:
+            write(delta, base_of(delta, checkpoint), output, progress)
+            file_bytes = output.tell()
+    return RecodeReport(
+        source=delta.file or "delta",
+        out=os.fspath(out),
+        needs_base=not delta.needs_base,
+        tensors=len(delta),
+        nonzeros=delta.nnz,
+        source_bytes=delta.sizes["file"],
+        file_bytes=file_bytes,
+        digest=delta.digest,
+    )
+
+
+def base_of(delta: Delta, checkpoint: Checkpoint, bits: Callable[[str], Array] | None = None) -> Base:
+    """The elements that a delta's tensors change.
+
+    Args:
+        delta: the delta.
+        checkpoint: the model that has them.
+        bits: a tensor's name there -> its elements' bits, if those are not the ones that are stored.
+    """
+    wanted = {name: tensor.shape for name, tensor in delta.items() if tensor.operation.in_base}
+    names = match_names(wanted, checkpoint).names
+
+    def elements(record: Record) -> Array:
+        slot = checkpoint[names[record.name]] if record.name in names else None
+        if slot is None or (slot.shape, slot.dtype) != (record.shape, record.dtype):
+            found = "does not have it" if slot is None else f"has it as {slot.dtype.name} {list(slot.shape)}"
+            raise FormatError("wrong_base", f"{checkpoint.root} {found}", tensor=record.name, file=delta.file)
+        return bits_of(slot) if bits is None else bits(names[record.name])
+
+    return elements
+
+
+def plain_on(journal: Journal | None, checkpoint: Checkpoint, delta: Delta, progress: Progress | None = None) -> Delta:
+    """A delta in the form that needs no base to be read: a folder's weights tell, or those before some deltas on them.
+
+    Args:
+        journal: the folder's journal; None where it has none.
+        checkpoint: the folder's weights.
+        delta: the delta, which is read with its base only.
+        progress: called with (tensor, done, total).
+
+    Raises:
+        FormatError: it was made for none of these, or is damaged.
+    """
+    entries = () if journal is None else journal.state.applied
+    with ExitStack() as stack:
+        past = Past(dict(checkpoint))
+        for entry in reversed(entries):
+            with suppress(FormatError):
+                return plain_delta(delta, _base_in(past, delta, checkpoint), progress)
+            assert journal is not None
+            past = past.before(journal, entry, stack)
+        return plain_delta(delta, _base_in(past, delta, checkpoint), progress)
+
+
+def _base_in(past: Past, delta: Delta, checkpoint: Checkpoint) -> Base:
+    return base_of(delta, checkpoint, lambda name: past.view(name).every())

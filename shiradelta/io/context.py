@@ -1,0 +1,199 @@
+"""The two forms of a delta: a plain one, and a smaller one that is read with its base only (FORMAT.md, 4.7 and 5.2).
+
+Whatever works on deltas works on the plain form.  So a file of the other form is turned into it as soon as the base is
+at hand; the digest, which is that of both, tells whether the base was the right one.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import IO
+
+import numpy as np
+
+from shiradelta.backends.choose import choose
+from shiradelta.errors import FormatError
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.codecs import (
+    FROM_BASE,
+    INDEX_CODECS,
+    ULP,
+    ULP_FROM_BASE,
+    VALUE_CODECS,
+    smallest_index_codec,
+)
+from shiradelta.format.codecs.from_base import FromBase
+from shiradelta.format.codecs.ulp_from_base import UlpFromBase
+from shiradelta.format.delta import TensorDelta
+from shiradelta.format.digest import tensor_digest
+from shiradelta.format.record import Record
+from shiradelta.io.reader import Delta, StoredTensor, parse_delta
+from shiradelta.io.writer import DeltaWriter, writing_to
+from shiradelta.util.mapping import map_file
+from shiradelta.util.progress import Progress
+
+#: What is taken for known where a file is read.
+CONTEXTS = ("none", "base")
+#: All elements' bits, flat, of the base of a file's tensor.  Raises FormatError ("wrong_base") where there is none.
+Base = Callable[[Record], Array]
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """A tensor's sections, each with its codec's id."""
+
+    index_codec: int
+    index: bytes
+    value_codec: int
+    values: bytes
+
+
+def write_plain(delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None) -> None:
+    """Writes a file that does the same and needs no base to be read.
+
+    Args:
+        delta: the file.
+        base: the elements that it was made for.
+        output: where to write.
+        progress: called with (tensor, done, total).
+
+    Raises:
+        FormatError: the file is damaged, or was made for another base.
+    """
+
+    def plain(stored: StoredTensor) -> tuple[TensorDelta, _Sections]:
+        if not stored.record.needs_base:
+            return stored, _as_stored(stored)
+        tensor = restored(stored, base(stored.record))
+        positions, kept = tensor.positions(), _as_stored(stored)
+        backend = choose(index_ids=INDEX_CODECS.by_id)
+        codec = smallest_index_codec(positions, tensor.shape, backend.index_codecs)
+        kept = replace(kept, index_codec=codec, index=backend.index_codecs[codec].encode(positions, tensor.shape))
+        if tensor.operation.shifts:
+            kept = replace(kept, value_codec=ULP.id, values=ULP.encode(tensor.bits()))
+        return tensor, kept
+
+    _write(delta, plain, output, progress)
+
+
+def write_on_base(delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None) -> None:
+    """Writes a file that does the same and is read with its base only, where that makes it smaller.
+
+    Args and errors are those of `write_plain`.
+    """
+
+    def on_base(stored: StoredTensor) -> tuple[TensorDelta, _Sections]:
+        kept, record = _as_stored(stored), stored.record
+        if not record.nnz or stored.operation.creates or not record.may_need_base:
+            return stored, kept
+        elements, positions = base(record), stored.positions()
+        at = elements[positions]
+        if record.base_fingerprint not in (None, choose().fingerprint(positions, at)):
+            raise FormatError("wrong_base", tensor=record.name)
+        index_codec, value_codec = _codecs()
+        index = index_codec.encode_on(positions, stored.shape, elements)
+        if index is not None and len(index) < len(kept.index):
+            kept = replace(kept, index_codec=index_codec.id, index=index)
+        if stored.operation.shifts:
+            values = value_codec.encode_on(stored.bits(), at)
+            if len(values) < len(kept.values):
+                kept = replace(kept, value_codec=value_codec.id, values=values)
+        return stored, kept
+
+    if delta.needs_base:
+        raise FormatError("base_needed", file=delta.file)
+    _write(delta, on_base, output, progress)
+
+
+def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> Delta:
+    """A delta that does the same and needs no base to be read; it is in a nameless temporary file, until it is closed.
+
+    Args and errors are those of `write_plain`.
+    """
+    with tempfile.TemporaryFile() as stream:
+        write_plain(delta, base, stream, progress)
+        stream.flush()
+        mapped = map_file(stream.fileno(), delta.file or "delta", os.fstat(stream.fileno()).st_size)
+    return parse_delta(np.frombuffer(mapped, np.uint8), delta.file, mapped=mapped, limit=delta.limit)
+
+
+def _codecs() -> tuple[FromBase, UlpFromBase]:
+    """Those of the fastest backend."""
+    backend = choose(index_ids=(FROM_BASE.id,), value_ids=(ULP_FROM_BASE.id,))
+    index, values = backend.index_codecs[FROM_BASE.id], backend.value_codecs[ULP_FROM_BASE.id]
+    assert isinstance(index, FromBase)
+    assert isinstance(values, UlpFromBase)
+    return index, values
+
+
+def _as_stored(stored: StoredTensor) -> _Sections:
+    record = stored.record
+    index, values = (stored.section(each).tobytes() for each in (record.index, record.values))
+    return _Sections(record.index_codec, index, record.value_codec, values)
+
+
+def restored(stored: StoredTensor, base: Array) -> TensorDelta:
+    """What a tensor that is read with its base only does.
+
+    Args:
+        stored: the tensor.
+        base: all elements' bits of its base, flat.
+
+    Raises:
+        FormatError: it is damaged, or was made for another base; most others are noticed here.
+    """
+    record, (index_codec, value_codec) = stored.record, _codecs()
+    stored.check_memory(record.decoded_size)
+    section = record.index
+    try:
+        data, nnz, size = stored.section(section), record.nnz, record.element_size
+        if record.index_codec == index_codec.id:
+            positions = index_codec.decode_on(data, nnz, record.shape, base)
+        else:  # a decoder of files may refuse all of a tensor of which one section needs the base
+            positions = INDEX_CODECS.by_id[record.index_codec].decode(data, nnz, record.shape)
+        at, section = base[positions], record.values
+        data = stored.section(section)
+        if record.value_codec == value_codec.id:
+            bits = value_codec.decode_on(data, nnz, size, at)
+        else:
+            codec = VALUE_CODECS.by_id[record.value_codec]
+            codec.check(data, nnz, size)
+            bits = codec.decode(data, nnz, size, 0, nnz)
+    except FormatError as error:
+        error.tensor, error.file = record.name, stored.file
+        error.offset = section.offset if error.offset is None else error.offset
+        raise
+    dtype, operation = record.dtype.name, record.operation.name
+    return TensorDelta.trusted(record.shape, positions, bits, dtype, operation, at, record.base_fingerprint)
+
+
+def _write(
+    delta: Delta,
+    other_form: Callable[[StoredTensor], tuple[TensorDelta, _Sections]],
+    output: IO[bytes],
+    progress: Progress | None,
+) -> None:
+    """Writes the other form of every tensor, and compares the digests."""
+    with writing_to(output, "f32") as writer:
+        writer.metadata.update(delta.metadata)
+        for number, (name, stored) in enumerate(delta.items()):
+            if progress:
+                progress(name, number, len(delta))
+            tensor, sections = other_form(stored)
+            writer.add_sections(
+                replace(stored.record, index_codec=sections.index_codec, value_codec=sections.value_codec),
+                tensor_digest(tensor),
+                sections.index,
+                sections.values,
+            )
+        _check_digest(writer, delta)
+
+
+def _check_digest(writer: DeltaWriter, delta: Delta) -> None:
+    if writer.digest != delta.digest:
+        reason = "wrong_base" if delta.needs_base else "digest_mismatch"
+        raise FormatError(reason, offset=registry.DIGEST_OFFSET, file=delta.file)

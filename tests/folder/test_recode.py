@@ -1,0 +1,208 @@
+"""Deltas in the form that is read with its base only: the same bits as the plain form gives, or a refusal by name."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import shiradelta as sd
+from shiradelta.errors import ArgumentError, FormatError
+from tests.swapping import bits
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e5m2}
+
+
+def trained(seed: int, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A step that moves all weights by about the same amount, so that small ones change."""
+    rng, tuned = np.random.default_rng(seed), {}
+    for name, tensor in base.items():
+        moved = tensor.float() + torch.from_numpy(rng.normal(size=tuple(tensor.shape)).astype(np.float32)) * 2e-4
+        unlike = moved.to(tensor.dtype).view(torch.uint8) != tensor.view(torch.uint8)
+        changed = torch.from_numpy(bits(moved.to(tensor.dtype)) != bits(tensor)).reshape(tensor.shape)
+        assert unlike.any()
+        small = tensor.float().abs() < tensor.float().abs().median()
+        tuned[name] = torch.where(changed & small, moved.to(tensor.dtype), tensor)
+    return tuned
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of three versions, and the step from each to the next as a plain file."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("recode")
+    state = {name: (torch.randn(160, 96) * 0.02).to(dtype) for name, dtype in DTYPES.items()}
+    state |= {"norm": torch.ones(300).bfloat16() * 0.001, "ids": torch.arange(50)}
+    for version in range(3):
+        (place / str(version)).mkdir()
+        save_file(state, place / str(version) / "model.safetensors", metadata={"format": "pt"})
+        if version:
+            base = place / str(version - 1)
+            sd.convert(place / str(version), place / f"{version}.shd", base=base, lossless=True)
+            sd.recode(place / f"{version}.shd", place / f"small{version}.shd", base)
+        state |= trained(version, {name: tensor for name, tensor in state.items() if name in DTYPES})
+    return place
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_the_way_there_and_back_gives_the_same_file(made: Path, tmp_path: Path):
+    plain, small, back = made / "1.shd", made / "small1.shd", tmp_path / "back.shd"
+    report = sd.recode(small, back, made / "0")
+    assert back.read_bytes() == plain.read_bytes()
+    assert not report.needs_base
+    assert (report.source_bytes, report.file_bytes) == (small.stat().st_size, plain.stat().st_size)
+    assert small.stat().st_size < 0.9 * plain.stat().st_size
+    with sd.open_delta(plain) as one, sd.open_delta(small) as other:
+        assert (one.needs_base, other.needs_base) == (False, True)
+        assert one.digest == other.digest == report.digest
+        assert one.metadata == other.metadata
+        codecs = {(tensor.record.index_codec_name, tensor.record.value_codec_name) for tensor in other.values()}
+        assert ("FROM_BASE", "ULP_FROM_BASE") in codecs
+
+
+def test_a_file_may_be_recoded_in_place(made: Path, tmp_path: Path):
+    file = tmp_path / "step.shd"
+    shutil.copy(made / "1.shd", file)
+    assert sd.recode(file, file, made / "0").needs_base
+    assert file.read_bytes() == (made / "small1.shd").read_bytes()
+
+
+def test_convert_writes_the_smaller_form(made: Path, tmp_path: Path):
+    report = sd.convert(made / "1", tmp_path / "a.shd", base=made / "0", lossless=True, context="base")
+    assert report.exact
+    assert (tmp_path / "a.shd").read_bytes() == (made / "small1.shd").read_bytes()
+    with pytest.raises(ArgumentError, match="for lossless files"):
+        sd.convert(made / "1", tmp_path / "b.shd", base=made / "0", context="base")
+    with pytest.raises(ArgumentError, match="one of none, base"):
+        sd.convert(made / "1", tmp_path / "b.shd", base=made / "0", lossless=True, context="other")
+
+
+def test_apply_and_verify_take_it_as_any_other(made: Path, tmp_path: Path):
+    shutil.copytree(made / "0", model := tmp_path / "model")
+    assert sd.verify(model, made / "small1.shd").state == "base"
+    sd.apply(model, made / "small1.shd")
+    assert load_file(model / "model.safetensors").keys() == load_file(made / "1" / "model.safetensors").keys()
+    assert weights(model) == weights(made / "1")
+    assert sd.verify(model, made / "small1.shd").state == "patched"
+    sd.apply(model, made / "small2.shd")  # a successor: what is there now is its base
+    assert weights(model) == weights(made / "2")
+    sd.revert(model)
+    sd.revert(model)
+    assert weights(model) == weights(made / "0")
+
+
+def test_the_base_may_lie_under_a_delta(made: Path, tmp_path: Path):
+    """A delta that was made for a folder's base is read with that base, whatever is on it."""
+    shutil.copytree(made / "0", model := tmp_path / "model")
+    shape = (160, 96)
+    other = sd.TensorDelta(shape, np.arange(0, 15360, 7), np.full(2195, 0.01, np.float32), "bfloat16")
+    sd.save_delta(tmp_path / "other.shd", {"bf16": other}, values="bf16")
+    mine = sd.TensorDelta(shape, np.arange(3, 15360, 50), np.full(308, 0.02, np.float32), "bfloat16")
+    sd.save_delta(tmp_path / "mine.shd", {"bf16": mine}, values="bf16")
+    sd.recode(tmp_path / "mine.shd", tmp_path / "small.shd", made / "0")
+    sd.apply(model, tmp_path / "other.shd")
+    sd.apply(model, tmp_path / "small.shd")
+    shutil.copytree(made / "0", expected := tmp_path / "expected")
+    sd.apply(expected, tmp_path / "other.shd")
+    sd.apply(expected, tmp_path / "mine.shd")
+    assert weights(model) == weights(expected)
+
+
+def test_a_mask_by_magnitude_takes_next_to_nothing(made: Path, tmp_path: Path):
+    base = load_file(made / "0" / "model.safetensors")["fp32"]
+    at = np.flatnonzero(np.abs(base.numpy().reshape(-1)) > 0.045)
+    values = np.linspace(-1, 1, at.size, dtype=np.float32)
+    sd.save_delta(tmp_path / "a.shd", {"fp32": sd.TensorDelta((160, 96), at, values, "float32")})
+    sd.recode(tmp_path / "a.shd", tmp_path / "small.shd", made / "0")
+    with sd.open_delta(tmp_path / "a.shd") as plain, sd.open_delta(tmp_path / "small.shd") as small:
+        one, other = plain["fp32"].record, small["fp32"].record
+        assert other.index_codec_name == "FROM_BASE"
+        assert other.value_codec == one.value_codec
+        assert 8 * other.index.stored < 2 * at.size < 4 * 8 * one.index.stored
+    sd.recode(tmp_path / "small.shd", tmp_path / "back.shd", made / "0")
+    assert (tmp_path / "back.shd").read_bytes() == (tmp_path / "a.shd").read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "auto"])
+def test_without_the_base_there_are_no_positions(made: Path, backend: str):
+    with sd.open_delta(made / "small1.shd", backend) as delta:
+        for read in (delta["bf16"].positions, delta["bf16"].check, delta.verify, lambda: delta["bf16"].rows(0, 3)):
+            with pytest.raises(FormatError, match="--base") as caught:
+                read()
+            assert caught.value.reason == "base_needed"
+
+
+def test_another_base_is_refused_and_nothing_is_written(made: Path, tmp_path: Path):
+    shutil.copytree(made / "1", model := tmp_path / "model")
+    with pytest.raises(FormatError) as caught:
+        sd.apply(model, made / "small1.shd")
+    assert caught.value.reason == "wrong_base"
+    assert weights(model) == weights(made / "1")
+    for source in ("small1.shd", "1.shd"):
+        with pytest.raises(FormatError) as caught:
+            sd.recode(made / source, tmp_path / "out.shd", made / "2")
+        assert caught.value.reason == "wrong_base"
+    state = load_file(made / "0" / "model.safetensors")
+    for name, tensor in {"shape": torch.zeros(3, 3).bfloat16(), "dtype": torch.zeros(160, 96).half()}.items():
+        (tmp_path / name).mkdir()
+        save_file(state | {"bf16": tensor}, tmp_path / name / "model.safetensors")
+        with pytest.raises(FormatError, match="has it as") as caught:
+            sd.recode(made / "small1.shd", tmp_path / "out.shd", tmp_path / name)
+        assert caught.value.reason == "wrong_base"
+    assert not (tmp_path / "out.shd").exists()
+
+
+def test_one_element_that_differs_is_noticed(made: Path, tmp_path: Path):
+    """Whatever is read of the wrong base, no file comes of it."""
+    refused = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        state = load_file(made / "0" / "model.safetensors")
+        state["bf16"].view(-1)[rng.integers(state["bf16"].numel())] = float(rng.choice([0.0, 1.0, float("nan")]))
+        (tmp_path / str(seed)).mkdir()
+        save_file(state, tmp_path / str(seed) / "model.safetensors")
+        out = tmp_path / f"{seed}.shd"
+        with suppress(FormatError):
+            sd.recode(made / "small1.shd", out, tmp_path / str(seed))
+        refused += not out.exists()
+        if out.exists():  # the element is of a class that lists nothing after it, and the step does not touch it
+            assert out.read_bytes() == (made / "1.shd").read_bytes()
+    assert refused
+
+
+@pytest.mark.parametrize("kind", ["arrays", "torch"])
+def test_a_live_model_is_its_own_base(made: Path, kind: str):
+    state = load_file(made / "0" / "model.safetensors")
+    model = (
+        state if kind == "torch" else {name: bits(tensor).copy() for name, tensor in state.items() if name == "bf16"}
+    )
+    before = {name: bits(tensor).copy() if kind == "torch" else tensor.copy() for name, tensor in model.items()}
+    if kind == "arrays":
+        at = np.arange(0, 15360, 31)
+        step = sd.TensorDelta((160, 96), at, np.ones(at.size, np.int64), "bfloat16", op="ulp")
+        sd.save_delta(made / "one.shd", {"bf16": step})
+        sd.recode(made / "one.shd", made / "one-small.shd", made / "0")
+        swap = sd.load({"bf16": model["bf16"].reshape(160, 96)}, made / "one-small.shd")
+        assert (model["bf16"].reshape(-1) != before["bf16"].reshape(-1)).sum() == at.size
+    else:
+        swap = sd.load(model, made / "small1.shd")
+        after = load_file(made / "1" / "model.safetensors")
+        assert all(np.array_equal(bits(model[name]), bits(after[name])) for name in after)
+        with pytest.raises(FormatError) as caught:
+            swap.load("again", made / "small1.shd")  # the weights are not its base now
+        assert caught.value.reason == "wrong_base"
+        swap.load("next", made / "small2.shd")
+        swap.switch({"small1": 1.0, "next": 1.0})
+        after = load_file(made / "2" / "model.safetensors")
+        assert all(np.array_equal(bits(model[name]), bits(after[name])) for name in after)
+    swap.revert()
+    now = {name: bits(tensor) if kind == "torch" else tensor for name, tensor in model.items()}
+    assert all(np.array_equal(now[name].reshape(-1), before[name].reshape(-1)) for name in before)
