@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shiradelta.chain.checks import check_contents, check_digest, check_state, check_sum
 from shiradelta.chain.conditions import read_if_there
-from shiradelta.chain.difference import write_difference
+from shiradelta.chain.difference import smaller_form, write_difference
 from shiradelta.chain.digests import digest_of_file
 from shiradelta.chain.files import files_of_model, put, write_anchor
 from shiradelta.chain.fold import fold, needs_base
@@ -25,10 +25,11 @@ from shiradelta.chain.pages import Pages
 from shiradelta.chain.rows import Anchor, Step
 from shiradelta.chain.state import State, advanced, state_digest, state_of
 from shiradelta.chain.stores import Store, open_store
+from shiradelta.chain.versions import Versions
 from shiradelta.chain.way import Way, cheapest
 from shiradelta.errors import ChainError, ShiraDeltaError, TargetError
-from shiradelta.folder.apply import apply
-from shiradelta.folder.commit import commit
+from shiradelta.folder.recode import base_of
+from shiradelta.io.context import plain_delta
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import writing
@@ -131,7 +132,13 @@ class Chain:
 
     @checked(delta=PATH, version=WHOLE)
     def publish(
-        self, delta: Path_, *, version: int | None = None, base: Path_ | None = None, progress: Progress | None = None
+        self,
+        delta: Path_,
+        *,
+        version: int | None = None,
+        base: Path_ | None = None,
+        context: str = "base",
+        progress: Progress | None = None,
     ) -> Step:
         """Publishes the step from the newest version to the next.
 
@@ -140,6 +147,8 @@ class Chain:
             version: the version that it gives, which has to be the next; None for the next, whatever it is.
             base: the model before it, to check that it is the newest version and that the step fits it; reads all of
                 it.  For a folder it is needed.
+            context: with `base`, "base" publishes the form that is read with the version before only, if that is
+                smaller; "none" keeps the form of the file, and makes a plain one of a folder.
             progress: called with (tensor, done, total).
 
         Raises:
@@ -153,17 +162,23 @@ class Chain:
             before = None if base is None else open_checkpoint(local_model(base))
             if before is not None:
                 check_state(before, manifest.state, f"version {manifest.head}")
-            path = Path(delta)
+            path, work = Path(delta), Path(stack.enter_context(tempfile.TemporaryDirectory()))
             if path.is_dir():
                 if before is None:
                     raise ChainError("no_fingerprint", str(path), "a folder is compared with the model before it")
-                made = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "step.shd"
-                with writing(made) as writer:
-                    write_difference(writer, before, open_checkpoint(path), progress)
-                path = made
+                path = work / "step.shd"
+                with writing(path) as writer:
+                    write_difference(writer, before, open_checkpoint(Path(delta)), progress)
             opened = stack.enter_context(open_delta(path))
             step = _described(opened, path, manifest, version)
-            check_contents(opened, before)
+            readable = opened
+            if before is not None and opened.needs_base:
+                readable = stack.enter_context(plain_delta(opened, base_of(opened, before)))
+            check_contents(readable, before)
+            if before is not None and context == "base" and not opened.needs_base:
+                path = smaller_form(path, opened, before, work)
+                size, sha256 = digest_of_file(path)
+                step = replace(step, bytes=size, sha256=sha256)
             tensors = advanced(manifest.tensors, opened.items(), str(delta))
             step = replace(step, gives=state_digest(tensors))
             put(self.store, step.path, path, step.bytes, step.sha256)
@@ -228,28 +243,22 @@ class Chain:
             if base is not None:
                 checkpoint = open_checkpoint(local_model(base))
             elif needs_base(opened) and cheapest(manifest, None, start) is not None:
-                checkpoint = open_checkpoint(self._built(start, work / "base"))
+                checkpoint = self._versions(work).at(start)
             with writing(path, "f32") as writer:
                 fold(opened, writer, checkpoint, progress)
             folded = stack.enter_context(open_delta(path))
             check_sum(opened, folded)
+            if checkpoint is not None and any(step.needs_base for step in opened):
+                path = smaller_form(path, folded, checkpoint, work)
             size, sha256 = digest_of_file(path)
             step = Step(start, stop, steps[0].needs, steps[-1].gives, size, sha256, folded.digest)
             put(self.store, step.path, path, size, sha256)
             self._save(replace(manifest, newest=_inserted(manifest.newest, step)))
             return step
 
-    def _built(self, version: int, folder: Path) -> Path:
-        """A folder with the model at a version, from an anchor."""
-        way = self.way(None, version)
-        folder.mkdir()
-        if way.anchor is not None:
-            write_anchor(self.store, way.anchor, folder)
-        for step in way.steps:
-            with self.open_step(step) as delta:
-                apply(folder, delta)
-            commit(folder)  # a later step may set the same again
-        return folder
+    def _versions(self, folder: Path) -> Versions:
+        """The chain's versions, to be built in a folder."""
+        return Versions(self.store, self.way, self.open_step, folder)
 
     # ------------------------------------------------------------------------------------- following
 
@@ -331,6 +340,11 @@ class Chain:
         Raises:
             ChainError: the manifest is refused.
         """
+        with tempfile.TemporaryDirectory() as folder:
+            return self._problems(self._versions(Path(folder)))
+
+    def _problems(self, versions: Versions) -> list[str]:
+        """What `verify` finds, given a place for versions that steps are read with."""
         problems: list[str] = []
         states: dict[int, State] = {}
         manifest = self.refresh()
@@ -339,7 +353,10 @@ class Chain:
                 write_anchor(self.store, anchor, Path(folder))
                 states[anchor.version] = state_of(open_checkpoint(folder))
         for step in manifest.steps:
-            with _collected(problems), self.open_step(step) as delta:
+            with _collected(problems), ExitStack() as steps:
+                delta = steps.enter_context(self.open_step(step))
+                if delta.needs_base:
+                    delta = steps.enter_context(plain_delta(delta, base_of(delta, versions.at(step.start))))
                 check_contents(delta, None)
                 delta.verify()
                 if step.start in states:
@@ -413,7 +430,7 @@ def _described(delta: Delta, path: Path, manifest: Manifest, version: int | None
     head, label = manifest.head, os.fspath(path)
     if version is None or version <= head:
         stop = head if version is None else version
-        there = (step for step in manifest.since(max(stop - 1, 0)) if (step.stop, step.sha256) == (stop, sha256))
+        there = (step for step in manifest.since(max(stop - 1, 0)) if (step.stop, step.delta) == (stop, delta.digest))
         told = any(step.needs != step.gives for step in there)
         if version is not None:
             raise ChainError("duplicate" if told else "taken", label, f"version {version}; the newest is {head}")

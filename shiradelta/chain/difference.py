@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from shiradelta.folder.comparison import PastBits
+from shiradelta.folder.recode import base_of
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.codecs import BITS, ULP
 from shiradelta.format.delta import TensorDelta
+from shiradelta.io.context import write_on_base
+from shiradelta.io.reader import Delta
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.util.progress import Progress
@@ -59,3 +64,11 @@ def shifted(step: TensorDelta) -> TensorDelta:
         return step
     positions = None if step.all_positions else step.positions()
     return TensorDelta.trusted(step.shape, positions, bits, step.dtype, "ulp", step.base_bits)
+
+
+def smaller_form(path: Path, delta: Delta, base: Checkpoint, work: Path) -> Path:
+    """The smaller one of a step's file and its form that is read with the model before it only."""
+    other = work / "small.shd"
+    with other.open("wb") as output:
+        write_on_base(delta, base_of(delta, base), output)
+    return min((path, other), key=lambda file: file.stat().st_size)

@@ -18,10 +18,11 @@ from shiradelta.backends.choose import choose
 from shiradelta.chain.difference import shifted
 from shiradelta.chain.runs import Run, Runs
 from shiradelta.chain.state import known
-from shiradelta.errors import ChainError
+from shiradelta.errors import ChainError, FormatError
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.delta import TensorDelta
+from shiradelta.io.context import restored
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint, bits_of
@@ -60,6 +61,8 @@ def fold(
 def needs_base(steps: Sequence[Delta]) -> bool:
     """Whether `fold` of these steps needs the model that the first one is for."""
     for name in {name for step in steps for name in step}:
+        if any(step[name].record.needs_base for step in steps if name in step):
+            return True
         tensors = [step[name].operation for step in steps if name in step]
         follows = [operation for operation in tensors if operation.in_base and not operation.removes]
         first = tensors[0]
@@ -78,22 +81,24 @@ def fold_tensor(name: str, steps: Sequence[tuple[str, StoredTensor]], base: Slot
         steps: (label, delta) of the steps that have it, in order.
         base: the tensor before the first of them, if it is known.
     """
-    (_, first), (label, last) = steps[0], steps[-1]
+    (label, first), (_, last) = steps[0], steps[-1]
     if len(steps) == 1:
-        return first
+        return _readable(first, f"{label}: tensor {name!r}", None if base is None else bits_of(base))
     runs = Runs()
     replay = None if base is None else _Replay(bits_of(base))
     whole: StoredTensor | None = None  # the step that added the tensor, as it is now
     elements: Array = np.zeros(0, np.uint8)  # all of its elements, then
     removed = 0  # the fingerprint of all of the base's elements, after a step that removes the tensor
-    for label, step in steps:
-        where, operation = f"{label}: tensor {name!r}", step.operation
+    for label, stored in steps:
+        where, operation = f"{label}: tensor {name!r}", stored.operation
+        now = elements if whole is not None else None if replay is None else replay.now
+        step = _readable(stored, where, now)
         if operation.removes and whole is None:
             run = runs.all() if replay is None else replay.all()
             after = 0 if run is None else choose().fingerprint(run.positions, run.bits) - run.base
             removed = (known(step.base_fingerprint, label, name) - after) % _MODULUS
         if operation.creates:
-            whole, elements = step, step.bits().copy()
+            whole, elements = stored, step.bits().copy()
         elif operation.removes:
             whole = None
         elif whole is not None:
@@ -142,27 +147,30 @@ class _Replay:
 
     Args:
         base: all elements' bits before the first step.
+
+    Attributes:
+        now: all of them after the steps so far.
     """
 
     def __init__(self, base: Array) -> None:
-        self._base, self._now = base, base.copy()
+        self._base, self.now = base, base.copy()
         self._touched = np.zeros(base.size, np.bool_)
 
-    def add(self, where: str, step: StoredTensor) -> None:
+    def add(self, where: str, step: TensorDelta) -> None:
         """Applies the next step."""
         if self._base.size != step.numel:
             raise ChainError("wrong_base", where, "the base has it in another shape")
         positions = step.positions()
-        old = self._now[positions]
+        old = self.now[positions]
         check_base(where, step, positions, old)
-        self._now[positions] = arithmetic.result(step.operation, step.bits(), old, step.dtype, 1)
+        self.now[positions] = arithmetic.result(step.operation, step.bits(), old, step.dtype, 1)
         self._touched[positions] = True
 
     def all(self) -> Run:
         """What differs after the steps so far."""
         positions = np.flatnonzero(self._touched)
-        positions = positions[self._now[positions] != self._base[positions]]
-        return Run(positions, self._now[positions], choose().fingerprint(positions, self._base[positions]))
+        positions = positions[self.now[positions] != self._base[positions]]
+        return Run(positions, self.now[positions], choose().fingerprint(positions, self._base[positions]))
 
 
 def check_base(where: str, step: TensorDelta, positions: Positions, bits: Array) -> None:
@@ -175,6 +183,26 @@ def check_base(where: str, step: TensorDelta, positions: Positions, bits: Array)
         raise ChainError("wrong_base", where, "its fingerprint is that of other elements")
 
 
-def _check_same(where: str, step: StoredTensor, other: StoredTensor) -> None:
+def _readable(step: StoredTensor, where: str, now: Array | None) -> TensorDelta:
+    """A step that can be read, given all elements before it, where they are known.
+
+    Raises:
+        ChainError: it is read with them only, and they are not known, or are others.
+    """
+    if not step.record.needs_base:
+        return step
+    if now is None:
+        raise ChainError("needs_base", where, "it is read with the elements before it only")
+    if now.size != step.numel:
+        raise ChainError("wrong_base", where, "the base has it in another shape")
+    try:
+        return restored(step, now)
+    except FormatError as error:
+        if error.reason != "wrong_base":
+            raise
+        raise ChainError("wrong_base", where, error.detail) from None
+
+
+def _check_same(where: str, step: TensorDelta, other: TensorDelta) -> None:
     if (step.shape, step.dtype) != (other.shape, other.dtype):
         raise ChainError("wrong_base", where, f"it is {step.dtype} {list(step.shape)}, and was of another form before")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -58,8 +58,15 @@ def init(chain: str, model: str) -> None:
 @click.argument("delta")
 @click.option("--version", type=click.IntRange(0), help="Refuse the step unless this is the version that it gives.")
 @click.option("--base", metavar="MODEL", help="The model before the step, to check that the step fits it.")
+@click.option(
+    "--context",
+    type=options.RegistryChoice("shiradelta.io.context:CONTEXTS"),
+    default="base",
+    show_default=True,
+    help="With --base: whether the step may be read with the version before it only, which makes it smaller.",
+)
 @options.as_json
-def publish(chain: str, delta: str, version: int | None, base: str | None, as_json: bool) -> None:
+def publish(chain: str, delta: str, as_json: bool, **arguments: Any) -> None:
     """Publish DELTA as the step from the newest version of CHAIN to the next.
 
     DELTA is a .shd file with fingerprints, or, with --base, the folder of the model after the step.
@@ -67,7 +74,7 @@ def publish(chain: str, delta: str, version: int | None, base: str | None, as_js
     from shiradelta.chain import Chain
 
     with progress_bar("publishing") as progress:
-        step = Chain.open(chain).publish(delta, version=version, base=base, progress=progress)
+        step = Chain.open(chain).publish(delta, progress=progress, **arguments)
     _print_step(step, as_json)
 
 
