@@ -12,7 +12,7 @@ from shiradelta.errors import FormatError
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.codecs.from_base import FromBase
-from shiradelta.format.codecs.from_base_classes import BaseGrid, Counts, Keys
+from shiradelta.format.codecs.from_base_classes import BaseCounts, BaseGrid, Keys
 from shiradelta.format.codecs.tiles import Small
 from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 
@@ -27,8 +27,8 @@ def _check(code: int) -> None:
         raise FormatError(reason)
 
 
-class NativeCounts(Counts):
-    """Counts with the library."""
+class NativeCounts(BaseCounts):
+    """BaseCounts with the library."""
 
     def of_keys(self, base: Array) -> Positions:
         base, counts = np.ascontiguousarray(base), np.empty(1 << 15, np.int64)

@@ -11,7 +11,7 @@ from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes, IndexCodec, check_zero, padded
-from shiradelta.format.codecs.from_base_classes import BaseGrid, Counts, choose
+from shiradelta.format.codecs.from_base_classes import BaseCounts, BaseGrid, choose
 from shiradelta.format.codecs.tiles import Gaps, PartsReader, fields, widths_and_gaps
 from shiradelta.format.registry import IndexId
 
@@ -28,7 +28,7 @@ class FromBase(IndexCodec):
     needs_base = True
     #: Table and widths; nothing is listed.
     least = HEAD.size + 4 * 2 + registry.SLACK
-    counts = Counts()
+    counts = BaseCounts()
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> None:
         """None: a writer that has the base calls `encode_on`."""

@@ -92,7 +92,7 @@ def keys_of(bits: Array) -> Keys:
     return keys
 
 
-class Counts:
+class BaseCounts:
     """What is counted over all of the base's elements; a backend that is faster gives the same numbers.
 
     Elements are bits, flat; classes of elements are made by thresholds, as in `BaseGrid`.
@@ -146,7 +146,7 @@ def _classes_of(thresholds: Keys) -> Small:
     return np.searchsorted(thresholds, np.arange(_KEYS, dtype=np.uint16), side="right").astype(np.uint8)
 
 
-def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Counts) -> BaseGrid | None:
+def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: BaseCounts) -> BaseGrid | None:
     """The grid that takes about the fewest bits; None where a row does not fit in a tile.
 
     Args:
