@@ -15,7 +15,7 @@ from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.codecs import FROM_BASE, ULP_FROM_BASE
 from shiradelta.format.codecs.from_base_classes import choose
-from tests.reference import WITH_BASE, base_of, by_decoder, decoder, records_of
+from tests.reference import WITH_BASE, base_of, by_decoder, decoder, make_vectors, records_of
 
 Shape = tuple[int, ...]
 
@@ -187,6 +187,26 @@ def test_a_tile_over_the_limit_is_refused():
 def test_a_row_over_the_limit_is_not_written():
     base = np.zeros(registry.MAX_BASE_TILE + 1, np.uint8)
     assert FROM_BASE.encode_on(np.array([5]), base.shape, base) is None
+
+
+@given(seed=st.integers(0, 2**32), size=sizes)
+def test_any_classes_are_read(seed, size):
+    """What the independent writer makes of classes, bytes and thresholds that NumPy would not choose."""
+    rng = np.random.default_rng(seed)
+    (rows, columns), bits = rng.integers(1, 12, 2).tolist(), rng.integers(0, 5, 2).tolist()
+    base = rng.integers(0, 256, rows * columns * size, np.uint8).view(f"<u{size}")
+    classes = int(rng.integers(1, registry.MAX_BASE_CLASSES + 1))
+    cells = rng.choice([0, 1, 2, 5, 31, 0x80, 0x81, 0x9F], (1 << bits[0], 1 << bits[1], classes)).tolist()
+    lines = [rng.integers(0, 1 << width, count).tolist() for width, count in zip(bits, (rows, columns), strict=True)]
+    thresholds = np.sort(rng.integers(0, 150 if size == 1 else 40000, classes - 1)).tolist()
+    matrix = make_vectors.BaseMatrix(int(rng.integers(1, rows + 1)), *lines, thresholds, cells)
+    listed = rng.random(base.size) < rng.choice([0.05, 0.5, 0.95, 1])
+    listed[rng.integers(base.size)] = True
+    positions = np.flatnonzero(listed).tolist()
+    dtype = {1: "float8_e5m2", 2: "bfloat16", 4: "float32", 8: "float64"}[size]
+    section = make_vectors.from_base(positions, base.tolist(), matrix, None, dtype).section
+    assert listed_by_numpy(section, len(positions), (rows, columns), base) == positions
+    assert listed_by_decoder(section, len(positions), base) == positions
 
 
 # --- what is damaged, or made for another base ---
