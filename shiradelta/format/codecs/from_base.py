@@ -88,23 +88,30 @@ class FromBase(IndexCodec):
             FormatError: the section is damaged, or was made for another base.
         """
         grid, gaps = _parts(data, math.prod(shape))
-        size, found = grid.tile_rows * grid.columns, []
-        for tile in range(grid.tiles):
-            sound, ones = gaps.sound(tile, tile + 1)
-            if sound == tile:
-                raise FormatError("bad_index", f"unary bits of tile {tile}")
-            of_tile = grid.groups_of(tile, base[tile * size : (tile + 1) * size])
+        size, count, found = grid.tile_rows * grid.columns, grid.numbers.size, []
+        # Low tiles are read together: a small section may well have a tile for each element.
+        step = max(registry.MAX_BASE_TILE // max(size, count), 1)
+        for first in range(0, grid.tiles, step):
+            last = min(first + step, grid.tiles)
+            sound, ones = gaps.sound(first, last)
+            of_element = grid.groups_of(first, base[first * size : sound * size])
+            several = np.arange(of_element.size) // size * count if last - first > 1 else 0
+            of_tile = of_element + several
             chosen = np.argsort(of_tile, kind="stable")
-            stops = np.cumsum(np.bincount(of_tile, minlength=grid.numbers.size))
+            stops = np.cumsum(np.bincount(of_tile, minlength=(sound - first) * count))
             starts = np.append(0, stops[:-1])
-            listed = gaps.orders(tile, tile + 1, ones)
-            group = gaps.groups[listed.group]
+            listed = gaps.orders(first, sound, ones)
+            group = listed.tile * count + gaps.groups[listed.group]
             at = starts[group] + listed.order
             if np.any(at >= stops[group]):
-                raise FormatError("wrong_base", f"tile {tile} lists more elements of a class than there are")
-            is_nonzero = (grid.numbers >= registry.TURNED)[of_tile]
+                raise FormatError(
+                    "wrong_base", f"one of tiles {first} to {last - 1} lists more of a class than there is"
+                )
+            if sound < last:
+                raise FormatError("bad_index", f"unary bits of tile {sound}")
+            is_nonzero = (grid.numbers >= registry.TURNED)[of_element]
             is_nonzero[chosen[at]] ^= True
-            found.append(np.flatnonzero(is_nonzero) + tile * size)
+            found.append(np.flatnonzero(is_nonzero) + first * size)
         if not gaps.unused_bits_are_zero():
             raise FormatError("padding_not_zero", "unused bits of a part")
         check_zero(gaps.unary, gaps.end)

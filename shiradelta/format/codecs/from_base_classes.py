@@ -73,13 +73,13 @@ class BaseGrid:
         return found
 
     def groups_of(self, tile: int, base: Array) -> Small:
-        """The group of each of a tile's elements, given their bits."""
+        """The group of each of the elements from a tile on, given their bits."""
         first = tile * self.tile_rows
         keys = keys_of(base).reshape(-1, self.columns)
         if self.row_bits == self.column_bits == 0:
             found: Small = self._group_of[0, 0][keys]
         else:
-            rows = self.row_class[first : first + self.tile_rows, None]
+            rows = self.row_class[first : first + keys.shape[0], None]
             found = self._group_of[rows, self.column_class, keys]
         return found.reshape(-1)
 
