@@ -155,7 +155,7 @@ def test_classes_of_lines_and_elements_and_what_is_turned_are_chosen():
     small = base & 0x7FFF < 0x3F00
     listed = rng.random(base.shape) < np.where(small, 0.95, 0.02) * np.where(np.arange(200) % 2, 1, 0.3)
     positions, flat = np.flatnonzero(listed), base.ravel()
-    grid = choose(positions, base.shape, flat)
+    grid = choose(positions, base.shape, flat, FROM_BASE.counts)
     assert grid is not None
     assert grid.thresholds.size > 0
     assert grid.column_bits > 0
