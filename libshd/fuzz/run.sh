@@ -25,7 +25,7 @@ for source in "$here"/src/*.c; do
     "$clang" $flags -fsanitize=fuzzer-no-link -fno-sanitize-coverage=trace-cmp -c "$source" \
         -o "$work/objects/$(basename "$source").o"
 done
-for target in open decode apply; do
+for target in open decode apply base; do
     # shellcheck disable=SC2086
     "$clang" $flags "$here/fuzz/$target.c" "$here/fuzz/common.c" "$here/tests/support.c" "$work"/objects/*.o \
         -fsanitize=fuzzer -fno-sanitize-coverage=inline-8bit-counters,pc-table,trace-cmp -lm -o "$work/$target"
@@ -37,7 +37,7 @@ tests=$(find "$here/tests" -name '*.c' ! -name dump.c)
 # shellcheck disable=SC2086
 "$clang" $memory "$here"/src/*.c $tests -lm -o "$work/memory-tests"
 "$work/memory-tests"
-for target in open decode apply; do
+for target in open decode apply base; do
     # shellcheck disable=SC2086
     "$clang" $memory "$here/fuzz/$target.c" "$here/fuzz/common.c" "$here/tests/support.c" "$here"/src/*.c \
         -fsanitize=fuzzer -lm -o "$work/memory-$target"
@@ -46,14 +46,14 @@ for target in open decode apply; do
 done
 
 cd "$work"
-for target in open decode apply; do
+for target in open decode apply base; do
     mkdir -p "corpus-$target"
     "./$target" -max_total_time="$seconds" -max_len=9216 -timeout=10 -print_final_stats=1 -artifact_prefix="$target-" \
         "corpus-$target" "$here/../spec/vectors/valid" "$here/../spec/vectors/invalid" >"$target.log" 2>&1 &
     eval "$target=$!"
 done
 found=0
-for target in open decode apply; do
+for target in open decode apply base; do
     eval "process=\$$target"
     if wait "$process"; then
         sed -n "s/^Done \([0-9]*\) runs in \([0-9]*\) .*/$target: \1 executions in \2 s, nothing found/p" "$target.log"

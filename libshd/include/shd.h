@@ -504,8 +504,8 @@ typedef struct shd_base_grid {
 /* The scratch buffer, of any alignment, that shd_from_base_plan() needs; 0 for what is no such matrix. */
 SHD_API uint64_t shd_from_base_plan_size(const shd_base_grid *grid);
 
-/* Computes the size of the FROM_BASE section of a list of positions, as shd_rice_plan() takes them, given all of the base's
- * elements, and makes `scratch` a plan of it. */
+/* Computes the size of the FROM_BASE section of a list of positions, as shd_rice_plan() takes them, given all of the
+ * base's elements, and makes `scratch` a plan of it. */
 SHD_API int shd_from_base_plan(const shd_base_grid *grid, const void *elements, uint32_t element_size,
                                const int64_t *positions, uint64_t count, void *scratch, uint64_t scratch_size,
                                uint64_t *size);

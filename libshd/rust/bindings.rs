@@ -119,6 +119,7 @@ pub const SHD_STRUCT_WEIGHTS: c_int = 4;
 pub const SHD_STRUCT_RICE: c_int = 5;
 pub const SHD_STRUCT_TILED: c_int = 6;
 pub const SHD_STRUCT_FROM_BASE: c_int = 7;
+pub const SHD_STRUCT_BASE_GRID: c_int = 8;
 
 pub type shd_read_fn = Option<unsafe extern "C" fn(context: *mut c_void, offset: u64, buffer: *mut c_void, size: usize) -> c_int>;
 
@@ -246,6 +247,21 @@ pub struct shd_tiled {
     pub column_bits: u32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct shd_base_grid {
+    pub numel: u64,
+    pub columns: u64,
+    pub thresholds: *const u16,
+    pub groups: *const u8,
+    pub row_classes: *const u8,
+    pub column_classes: *const u8,
+    pub classes: u32,
+    pub tile_rows: u32,
+    pub row_bits: u32,
+    pub column_bits: u32,
+}
+
 unsafe extern "C" {
     pub fn shd_version() -> *const c_char;
     pub fn shd_abi() -> c_int;
@@ -270,6 +286,7 @@ unsafe extern "C" {
     pub fn shd_from_base_scratch_size(section: *const c_void, size: u64) -> u64;
     pub fn shd_from_base_open(reader: *mut shd_from_base, section: *const c_void, size: u64, numel: u64, nnz: u64, scratch: *mut c_void, scratch_size: u64) -> c_int;
     pub fn shd_from_base_next(reader: *mut shd_from_base, elements: *const c_void, element_size: u32, positions: *mut i64, capacity: u64, count: *mut u64) -> c_int;
+    pub fn shd_ulp_from_base_decode(section: *const c_void, size: u64, elements: *const c_void, element_size: u32, count: u64, shifts: *mut c_void) -> c_int;
     pub fn shd_apply(delta: *const shd_delta, weights: *const shd_weights, strength: f64, first_block: u64, last_block: u64, saved: *mut c_void, status: *mut shd_status) -> c_int;
     pub fn shd_sum_scratch_size(count: u32) -> u64;
     pub fn shd_apply_sum(deltas: *const *const shd_delta, strengths: *const f64, saved: *const *mut c_void, count: u32, weights: *const shd_weights, from_saved: c_int, scratch: *mut c_void, scratch_size: u64, status: *mut shd_status) -> c_int;
@@ -281,6 +298,12 @@ unsafe extern "C" {
     pub fn shd_rice_encode(plan: *const shd_rice, positions: *const i64, section: *mut c_void, capacity: u64) -> c_int;
     pub fn shd_tiled_scratch_size(grid: *const shd_tiled) -> u64;
     pub fn shd_tiled_encode(grid: *const shd_tiled, positions: *const i64, count: u64, scratch: *mut c_void, scratch_size: u64, section: *mut c_void, capacity: u64, size: *mut u64) -> c_int;
+    pub fn shd_from_base_plan_size(grid: *const shd_base_grid) -> u64;
+    pub fn shd_from_base_plan(grid: *const shd_base_grid, elements: *const c_void, element_size: u32, positions: *const i64, count: u64, scratch: *mut c_void, scratch_size: u64, size: *mut u64) -> c_int;
+    pub fn shd_from_base_encode(grid: *const shd_base_grid, elements: *const c_void, element_size: u32, positions: *const i64, count: u64, scratch: *mut c_void, section: *mut c_void, capacity: u64) -> c_int;
+    pub fn shd_key_counts(elements: *const c_void, count: u64, element_size: u32, counts: *mut u64) -> c_int;
+    pub fn shd_line_counts(grid: *const shd_base_grid, elements: *const c_void, element_size: u32, of_rows: *mut u64, of_columns: *mut u64) -> c_int;
+    pub fn shd_joint_counts(grid: *const shd_base_grid, elements: *const c_void, element_size: u32, counts: *mut u64) -> c_int;
     pub fn shd_values_size(value_codec: c_int, dtype: c_int, count: u64) -> u64;
     pub fn shd_values_encode(value_codec: c_int, values: *const f32, count: u64, section: *mut c_void, capacity: u64) -> c_int;
     pub fn shd_count_at_least(x: *const f32, n: u64, threshold: f32) -> u64;

@@ -28,7 +28,7 @@ typedef struct plan {
     shdi_groups table;
     shdi_masks masks;
     uint8_t classes[SHDI_KEYS];
-    uint8_t column_cells[]; /* then sizes, counts, unary */
+    uint8_t column_cells[]; /* where the cells of each column's class start in those of a row; then the numbers */
 } plan;
 
 int shdi_is_base_grid(const shd_base_grid *grid) {
@@ -48,8 +48,8 @@ static uint64_t tiles_of(const shd_base_grid *grid) {
 }
 
 uint64_t shd_from_base_plan_size(const shd_base_grid *grid) {
-    return is_grid(grid) ? 64 + sizeof(plan) + shdi_align64(grid->columns + 64) + 4 * tiles_of(grid) * (1 + 2 * SHDI_MAX_GROUPS)
-                         : 0;
+    const uint64_t numbers = 1 + 2 * SHDI_MAX_GROUPS; /* of a tile */
+    return is_grid(grid) ? 64 + sizeof(plan) + shdi_align64(grid->columns + 64) + 4 * numbers * tiles_of(grid) : 0;
 }
 
 static plan *plan_in(void *memory) { return (plan *)(void *)((uint8_t *)memory + (64 - (uintptr_t)memory % 64) % 64); }
@@ -225,7 +225,7 @@ static uint64_t size_of(const plan *p, const shd_base_grid *grid) {
 
 /* ---- The public functions ---- */
 
-/* Walks over all tiles, and writes what they list. */
+/* Walks over all tiles and writes what they list. */
 static void write_all(plan *p, const shd_base_grid *grid, const uint8_t *elements, uint32_t size,
                       const int64_t *positions, uint64_t count) {
     uint64_t low = 0, unary = 0;

@@ -11,6 +11,7 @@ void test_values(void);
 void test_apply(void);
 void test_sum(void);
 void test_encode(void);
+void test_from_base(void);
 void test_hostile(void);
 
 #ifdef WRAP_MALLOC
@@ -45,6 +46,7 @@ int main(void) {
     test_apply();
     test_sum();
     test_encode();
+    test_from_base();
     test_hostile();
 #ifdef WRAP_MALLOC
     CHECK(allocations == 0);

@@ -17,6 +17,7 @@ fn structs_have_the_sizes_of_the_library() {
         (SHD_STRUCT_RICE, size_of::<shd_rice>()),
         (SHD_STRUCT_TILED, size_of::<shd_tiled>()),
         (SHD_STRUCT_FROM_BASE, size_of::<shd_from_base>()),
+        (SHD_STRUCT_BASE_GRID, size_of::<shd_base_grid>()),
     ];
     for (which, size) in sizes {
         assert_eq!(unsafe { shd_struct_size(which) }, size, "struct {which}");
