@@ -87,8 +87,8 @@ def test_the_examples_of_lossless_steps_run(tmp_path: Path, monkeypatch: pytest.
     for name, value in {"step_100": 1.0, "step_101": 1.0078125, "model": 1.0}.items():
         write_model(Path(name), {"w": torch.full((40, 30), value).bfloat16()})
     page = (EXTEND.parent / "lossless.md").read_text()
-    (shell,), (python,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python"))
-    for line in shell.splitlines():
+    shell, (python,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python"))
+    for line in "".join(shell).splitlines():
         result = CliRunner().invoke(main, shlex.split(line, comments=True)[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"
     exec(compile(python, "lossless.md", "exec"), {})

@@ -79,7 +79,8 @@ def test_sections_are_the_same_bytes_and_read_alike_whatever_they_hold(size: int
         base = weights(rng, shape[0] * shape[1], size)
         positions = changed(rng, base, shape)
         section = FROM_BASE.encode_on(positions, shape, base)
-        assert section is not None and NATIVE.encode_on(positions, shape, base) == section
+        assert section is not None
+        assert NATIVE.encode_on(positions, shape, base) == section
         for _ in range(10):
             data = damaged(rng, section, 80) if rng.integers(8) else np.frombuffer(section, np.uint8)
             nnz = max(positions.size + int(rng.integers(-1, 2)) * int(rng.integers(8) == 0), 1)
