@@ -192,7 +192,7 @@ static void take_header(shd_file *file, const uint8_t *header, const part parts[
     memcpy(file->digest, header + AT_DIGEST, sizeof file->digest);
 }
 
-static int open_any(shd_file *file, void *front, uint64_t front_size, shd_status *status) {
+SHDI_ONCE static int open_any(shd_file *file, void *front, uint64_t front_size, shd_status *status) {
     uint8_t header[SHDI_HEADER_SIZE];
     uint64_t available = shdi_min(file->size, SHDI_HEADER_SIZE);
     const uint8_t *bytes = available == 0 ? header : shdi_view(file, 0, available, header);

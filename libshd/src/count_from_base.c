@@ -14,7 +14,7 @@ int shd_key_counts(const void *elements, uint64_t count, uint32_t element_size, 
 }
 
 /* Checks a call, and writes the class of each key. */
-static int open_classes(const shd_base_grid *grid, const void *elements, uint32_t element_size, uint8_t *classes) {
+SHDI_ONCE static int open_classes(const shd_base_grid *grid, const void *elements, uint32_t element_size, uint8_t *classes) {
     return shdi_is_base_grid(grid) && elements != NULL && shdi_size_is_known(element_size) &&
                    shdi_classes_of_keys(grid->thresholds, grid->classes - 1, classes)
                ? SHD_OK

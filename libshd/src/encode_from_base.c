@@ -31,7 +31,7 @@ typedef struct plan {
     uint8_t column_cells[]; /* where the cells of each column's class start in those of a row; then the numbers */
 } plan;
 
-int shdi_is_base_grid(const shd_base_grid *grid) {
+SHDI_ONCE int shdi_is_base_grid(const shd_base_grid *grid) {
     return grid != NULL && (grid->thresholds != NULL || grid->classes == 1) &&
            (grid->row_classes != NULL || grid->row_bits == 0) &&
            (grid->column_classes != NULL || grid->column_bits == 0) && grid->row_bits <= SHDI_MAX_CLASS_BITS &&
@@ -41,13 +41,13 @@ int shdi_is_base_grid(const shd_base_grid *grid) {
            grid->tile_rows <= SHDI_MAX_BASE_TILE / grid->columns && grid->tile_rows <= grid->numel / grid->columns;
 }
 
-static int is_grid(const shd_base_grid *grid) { return shdi_is_base_grid(grid) && grid->groups != NULL; }
+SHDI_ONCE static int is_grid(const shd_base_grid *grid) { return shdi_is_base_grid(grid) && grid->groups != NULL; }
 
 static uint64_t tiles_of(const shd_base_grid *grid) {
     return shdi_ceil_div(grid->numel / grid->columns, grid->tile_rows);
 }
 
-uint64_t shd_from_base_plan_size(const shd_base_grid *grid) {
+SHDI_ONCE uint64_t shd_from_base_plan_size(const shd_base_grid *grid) {
     const uint64_t numbers = 1 + 2 * SHDI_MAX_GROUPS; /* of a tile */
     return is_grid(grid) ? 64 + sizeof(plan) + shdi_align64(grid->columns + 64) + 4 * numbers * tiles_of(grid) : 0;
 }
@@ -55,7 +55,7 @@ uint64_t shd_from_base_plan_size(const shd_base_grid *grid) {
 static plan *plan_in(void *memory) { return (plan *)(void *)((uint8_t *)memory + (64 - (uintptr_t)memory % 64) % 64); }
 
 /* Sets up what no tile changes. Returns 0 if the grid is not one. */
-static int open_plan(plan *p, const shd_base_grid *grid) {
+SHDI_ONCE static int open_plan(plan *p, const shd_base_grid *grid) {
     memset(p, 0, sizeof *p);
     p->rows = grid->numel / grid->columns;
     p->tiles = tiles_of(grid);
@@ -183,7 +183,7 @@ static uint32_t count_width(const plan *p, uint32_t group) {
 }
 
 /* Writes everything before the low bits; returns where these go. */
-static uint8_t *write_before_low(const plan *p, const shd_base_grid *grid, uint8_t *to) {
+SHDI_ONCE static uint8_t *write_before_low(const plan *p, const shd_base_grid *grid, uint8_t *to) {
     const uint32_t cells = grid->classes << (grid->row_bits + grid->column_bits);
     to[0] = (uint8_t)grid->row_bits;
     to[1] = (uint8_t)grid->column_bits;
@@ -211,7 +211,7 @@ static uint8_t *write_before_low(const plan *p, const shd_base_grid *grid, uint8
     return to;
 }
 
-static uint64_t size_of(const plan *p, const shd_base_grid *grid) {
+SHDI_ONCE static uint64_t size_of(const plan *p, const shd_base_grid *grid) {
     uint64_t size = SHDI_FROM_BASE_HEAD + shdi_align4(2 * (grid->classes - 1)) +
                     shdi_align4(grid->classes << (grid->row_bits + grid->column_bits)) +
                     shdi_align4(1 + p->table.count) + shdi_fields_size(p->rows, grid->row_bits) +

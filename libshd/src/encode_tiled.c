@@ -26,7 +26,7 @@ typedef struct order {
 } order;
 
 /* Lays out the caller's memory. Returns how much it is. */
-static uint64_t lay_out(order *o, uint8_t *memory) {
+SHDI_ONCE static uint64_t lay_out(order *o, uint8_t *memory) {
     const uint64_t bitmap = 64, columns = bitmap + SHDI_MAX_TILE / 8, rows = columns + 4 * o->grid->columns;
     const uint64_t sizes = rows + 4 * (uint64_t)o->grid->tile_rows, counts = sizes + 4 * o->tiles;
     if (memory != NULL) {
@@ -41,7 +41,7 @@ static uint64_t lay_out(order *o, uint8_t *memory) {
 }
 
 /* Sets up everything that does not depend on a tile but `column_rank`. Returns 0 if the grid is not one. */
-static int open_order(order *o, const shd_tiled *grid) {
+SHDI_ONCE static int open_order(order *o, const shd_tiled *grid) {
     uint8_t found[SHDI_MAX_KS] = {0};
     if (grid == NULL || grid->k == NULL || grid->row_classes == NULL || grid->column_classes == NULL ||
         grid->row_bits - 1 >= SHDI_MAX_CLASS_BITS || grid->column_bits - 1 >= SHDI_MAX_CLASS_BITS ||
@@ -184,7 +184,7 @@ static int write_tiles(order *o, const int64_t *positions, uint64_t count, strea
 
 /* ---- The section ---- */
 
-static uint64_t size_before_low(const order *o) {
+SHDI_ONCE static uint64_t size_before_low(const order *o) {
     uint64_t size = 24 + o->cells + shdi_align4(1 + o->ks) + shdi_fields_size(o->rows, o->grid->row_bits) +
                     shdi_fields_size(o->grid->columns, o->grid->column_bits) +
                     shdi_fields_size(o->tiles, shdi_width_of(o->sizes, o->tiles));
@@ -195,7 +195,7 @@ static uint64_t size_before_low(const order *o) {
 }
 
 /* Writes everything before the low bits; returns where these go. */
-static uint8_t *write_before_low(const order *o, uint64_t unary_bits, uint8_t *to) {
+SHDI_ONCE static uint8_t *write_before_low(const order *o, uint64_t unary_bits, uint8_t *to) {
     const shd_tiled *grid = o->grid;
     to[0] = (uint8_t)grid->row_bits;
     to[1] = (uint8_t)grid->column_bits;

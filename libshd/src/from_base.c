@@ -48,7 +48,7 @@ typedef struct state {
 
 /* ---- The parts before low ---- */
 
-int shdi_classes_of_keys(const uint16_t *thresholds, uint32_t count, uint8_t *classes) {
+SHDI_ONCE int shdi_classes_of_keys(const uint16_t *thresholds, uint32_t count, uint8_t *classes) {
     uint32_t last = 0;
     memset(classes, 0, SHDI_KEYS);
     for (uint32_t i = 0; i < count; i++) {
@@ -64,7 +64,7 @@ int shdi_classes_of_keys(const uint16_t *thresholds, uint32_t count, uint8_t *cl
     return 1;
 }
 
-uint32_t shdi_number_groups(const uint8_t *table, uint32_t row_bits, uint32_t column_bits, uint32_t classes,
+SHDI_ONCE uint32_t shdi_number_groups(const uint8_t *table, uint32_t row_bits, uint32_t column_bits, uint32_t classes,
                             shdi_groups *groups) {
     const uint32_t all = classes << (row_bits + column_bits);
     uint8_t number[256] = {0};
@@ -91,7 +91,7 @@ uint32_t shdi_number_groups(const uint8_t *table, uint32_t row_bits, uint32_t co
     return all;
 }
 
-void shdi_open_masks(shdi_masks *masks, uint32_t classes, const shdi_groups *groups) {
+SHDI_ONCE void shdi_open_masks(shdi_masks *masks, uint32_t classes, const shdi_groups *groups) {
     masks->classes = classes;
     for (uint32_t row = 0; row < SHDI_MAX_CLASSES; row++) {
         uint32_t listed = 0;
@@ -110,7 +110,7 @@ void shdi_open_masks(shdi_masks *masks, uint32_t classes, const shdi_groups *gro
 }
 
 /* Takes the table. */
-static shdi_fault take_table(state *s, shdi_parts *from, uint32_t classes) {
+SHDI_ONCE static shdi_fault take_table(state *s, shdi_parts *from, uint32_t classes) {
     const uint32_t all = classes << (s->row_bits + s->column_bits);
     const uint64_t start = from->at;
     const uint8_t *table = shdi_take(from, 8 * (uint64_t)all);
@@ -124,7 +124,7 @@ static shdi_fault take_table(state *s, shdi_parts *from, uint32_t classes) {
 }
 
 /* Takes the widths, and everything that they are the widths of. */
-static shdi_fault take_sizes(state *s, shdi_parts *from, shdi_fields *column_classes) {
+SHDI_ONCE static shdi_fault take_sizes(state *s, shdi_parts *from, shdi_fields *column_classes) {
     const uint64_t start = from->at;
     const uint8_t *data = shdi_take(from, 8 * (1 + (uint64_t)s->table.count));
     uint8_t widths[1 + SHDI_MAX_GROUPS];
@@ -156,7 +156,7 @@ static uint64_t sum_of(const state *s, const shdi_fields *f) {
 }
 
 /* Takes the section apart, with all checks up to the tiles. There is room for so many columns. */
-static shdi_fault take_apart(state *s, uint64_t size, uint64_t room) {
+SHDI_ONCE static shdi_fault take_apart(state *s, uint64_t size, uint64_t room) {
     const uint8_t *section = s->section;
     shdi_parts from = {section, size, SHDI_FROM_BASE_HEAD, 0};
     shdi_fields column_classes = {NULL, 0};
@@ -215,7 +215,7 @@ static shdi_fault take_apart(state *s, uint64_t size, uint64_t room) {
     return shdi_ok();
 }
 
-static int check_unused(const state *s) {
+SHDI_ONCE static int check_unused(const state *s) {
     return s->unused || shdi_check_zeros(s->section, 8 * s->low + s->low_bits, s->unary).code != SHD_OK
                ? SHD_PADDING_NOT_ZERO
                : shdi_check_zeros(s->section, 8 * s->unary + s->unary_bits, s->end).code;
@@ -237,7 +237,7 @@ static uint32_t read_gap(const state *s, group *g) {
 }
 
 /* Finds where each group's gaps are in the next tile, and reads the first of each. */
-static int open_tile(state *s) {
+SHDI_ONCE static int open_tile(state *s) {
     const uint8_t *unary = s->section + s->unary;
     const uint64_t size = shdi_field(&s->sizes, s->tile), end = s->unary_bit + size;
     if (size > s->unary_bits - s->unary_bit) { /* the file has changed */
@@ -371,18 +371,18 @@ static void walk_tile(walk *w, const uint8_t *elements, uint32_t size, uint64_t 
 
 static uint64_t columns_of(const uint8_t *section) { return shdi_min(shdi_load64(section + 8), SHDI_MAX_BASE_TILE); }
 
-uint64_t shd_from_base_scratch_size(const void *section, uint64_t size) {
+SHDI_ONCE uint64_t shd_from_base_scratch_size(const void *section, uint64_t size) {
     return section == NULL || size < LEAST ? 0 : 64 + sizeof(state) + columns_of(section) + 64;
 }
 
-static void set_next(shd_from_base *reader) {
+SHDI_ONCE static void set_next(shd_from_base *reader) {
     const state *s = reader->state;
     const uint64_t size = s->tile_rows * s->columns;
     reader->next_position = shdi_min(s->tile * size, s->numel);
     reader->next_count = shdi_min(size, s->numel - reader->next_position);
 }
 
-int shd_from_base_open(shd_from_base *reader, const void *section, uint64_t size, uint64_t numel, uint64_t nnz,
+SHDI_ONCE int shd_from_base_open(shd_from_base *reader, const void *section, uint64_t size, uint64_t numel, uint64_t nnz,
                        void *scratch, uint64_t scratch_size) {
     if (reader == NULL || section == NULL || scratch == NULL || numel > SHDI_MAX_NUMEL || nnz > numel) {
         return SHD_INVALID_ARGUMENT;

@@ -23,6 +23,13 @@
 #define SHDI_PREFETCH(address) ((void)(address))
 #endif
 
+/* A function that is called once for a section: it is made small, not fast. */
+#if defined(__GNUC__)
+#define SHDI_ONCE __attribute__((cold))
+#else
+#define SHDI_ONCE
+#endif
+
 /* The kernels of avx2.c need the function attributes of gcc and clang. On Windows gcc does not align the stack for
  * them (its bug 54412). */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(SHD_NO_SIMD) && (!defined(_WIN32) || defined(__clang__))

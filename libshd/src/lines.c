@@ -178,7 +178,7 @@ static uint64_t next_position(shdi_lines *lines) {
     }
 }
 
-static shdi_fault open_lines(shdi_lines *lines, const shd_delta *delta) {
+SHDI_ONCE static shdi_fault open_lines(shdi_lines *lines, const shd_delta *delta) {
     const shd_tensor *tensor = &delta->tensor;
     uint32_t entries = (uint32_t)((tensor->index.decoded - SHDI_SLACK) / sizeof lines->entries[0]);
     memcpy(lines->entries, delta->index, entries * sizeof lines->entries[0]);

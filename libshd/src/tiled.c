@@ -31,7 +31,7 @@ typedef struct parts {
 /* ---- The parts before low ---- */
 
 /* Takes the table, and lists its different k. */
-static shdi_fault take_table(parts *p, shdi_parts *from, uint32_t row_bits) {
+SHDI_ONCE static shdi_fault take_table(parts *p, shdi_parts *from, uint32_t row_bits) {
     const uint32_t pairs = 1u << (row_bits + p->column_bits);
     const uint64_t start = from->at;
     const uint8_t *table = shdi_take(from, 8 * pairs);
@@ -63,7 +63,7 @@ static shdi_fault take_table(parts *p, shdi_parts *from, uint32_t row_bits) {
 }
 
 /* Takes the widths, and everything that they are the widths of. */
-static shdi_fault take_sizes(parts *p, shdi_parts *from, uint32_t row_bits) {
+SHDI_ONCE static shdi_fault take_sizes(parts *p, shdi_parts *from, uint32_t row_bits) {
     const uint64_t start = from->at;
     const uint8_t *data = shdi_take(from, 8 * (1 + (uint64_t)p->ks));
     uint8_t widths[1 + SHDI_MAX_KS];
@@ -86,7 +86,7 @@ static shdi_fault take_sizes(parts *p, shdi_parts *from, uint32_t row_bits) {
 }
 
 /* Takes the section apart, with all checks up to the tiles. */
-static shdi_fault take_apart(const shd_delta *delta, parts *p) {
+SHDI_ONCE static shdi_fault take_apart(const shd_delta *delta, parts *p) {
     const uint8_t *section = delta->index;
     const uint64_t numel = delta->tensor.numel;
     const uint32_t row_bits = section[0];
@@ -132,7 +132,7 @@ static shdi_fault take_apart(const shd_delta *delta, parts *p) {
     return count == delta->tensor.nnz && unary_bits == p->unary_bits ? shdi_ok() : shdi_fault_at(SHD_BAD_INDEX, 16);
 }
 
-static shdi_fault check_unused(const shd_delta *delta, const parts *p) {
+SHDI_ONCE static shdi_fault check_unused(const shd_delta *delta, const parts *p) {
     if (p->unused) {
         return shdi_fault_at(SHD_PADDING_NOT_ZERO, 24);
     }
@@ -337,7 +337,7 @@ static uint64_t most_lines(const shd_tensor *tensor) {
     return shdi_min(shdi_min(tensor->numel, SHDI_MAX_TILE), 8 * tensor->index.decoded);
 }
 
-static room room_of(const shd_tensor *tensor) {
+SHDI_ONCE static room room_of(const shd_tensor *tensor) {
     room r = {0, 0, 0, 0, 0, 0, 0};
     while (r.k < SHDI_MAX_RICE_K && tensor->numel >> (r.k + 1) >= tensor->nnz) {
         r.k++;

@@ -80,28 +80,7 @@ static inline uint64_t shdi_read_zeros(shdi_unary *r) {
 }
 
 /* Moves `*at` behind the `count`-th one from there on. Returns 0 if `end` comes first. */
-static inline int shdi_skip_ones(const uint8_t *bitmap, uint64_t *at, uint64_t end, uint64_t count) {
-    while (count > 0) {
-        if (*at >= end) {
-            return 0;
-        }
-        const uint64_t valid = shdi_min(64 - *at % 8, end - *at); /* at least 57, or all */
-        uint64_t word = shdi_load64(bitmap + *at / 8) >> (*at % 8);
-        word = valid < 64 ? word & ((UINT64_C(1) << valid) - 1) : word;
-        const uint32_t ones = shdi_ones(word);
-        if (ones < count) {
-            count -= ones;
-            *at += valid;
-            continue;
-        }
-        while (--count > 0) {
-            word &= word - 1;
-        }
-        *at += shdi_lowest_one(word) + 1;
-        return 1;
-    }
-    return 1;
-}
+int shdi_skip_ones(const uint8_t *bitmap, uint64_t *at, uint64_t end, uint64_t count);
 
 SHDI_END
 

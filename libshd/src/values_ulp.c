@@ -60,8 +60,10 @@ static void entry(const shdi_ulp *ulp, uint64_t block, uint64_t *bit, uint64_t *
 
 /* The zeros before the next one, of which there is one before `end` unless the file changes; moves `at` behind it. */
 static uint64_t zeros_before_one(const shdi_ulp *ulp, uint64_t *at, uint64_t end) {
-    uint64_t start = *at;
-    return shdi_skip_ones(ulp->stream, at, end, 1) ? *at - start - 1 : end - start;
+    shdi_unary reader = {ulp->stream, *at, end};
+    const uint64_t zeros = shdi_read_zeros(&reader);
+    *at = reader.bit;
+    return zeros;
 }
 
 /* ---- Blocks ---- */

@@ -34,7 +34,7 @@ static uint64_t start_of(const shifts *s, uint64_t block) {
     return block < s->blocks ? shdi_load_word(s->directory + block * s->word, s->word) : s->bits;
 }
 
-static int take_apart(shifts *s, const uint8_t *section, uint64_t size) {
+SHDI_ONCE static int take_apart(shifts *s, const uint8_t *section, uint64_t size) {
     shdi_parts from = {section, size, HEAD, 0};
     uint64_t head = shdi_load64(section);
     SHDI_PIN(head);
