@@ -141,7 +141,7 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(block, "distributed.md", "exec"), {})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 def test_what_is_read_with_its_base_only_finds_it_in_pieces(backend: str, tmp_path: Path):
     base = {name: weights((64, 60), "bfloat16", seed) for seed, name in enumerate("qk")}
     fused = torch.stack([base[name].view(2, 32, 60) for name in "qk"], dim=1).contiguous()  # two heads of each
