@@ -1,4 +1,4 @@
-"""libshd built by plain `cc` for the tests that use it without the package."""
+"""What tests build: libshd by plain `cc` and for WebAssembly, where they use it without the package; the wheel."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def kept(name: str, about: str, inputs: Iterable[Path], make: Callable[[Path], o
     """
     digest = hashlib.sha256(about.encode())
     for path in sorted(inputs):
-        digest.update(path.read_bytes())
+        digest.update(str(path.relative_to(LIBSHD.parent)).encode() + path.read_bytes())
     home = LIBSHD.parent / "build" / f"{name}-tests"
     home.mkdir(parents=True, exist_ok=True)
     folder = home / digest.hexdigest()[:16]
@@ -103,3 +103,20 @@ def dump() -> Path:
     """The program that prints what files hold."""
     libraries = [str(library()), *(["-ldl"] if sys.platform == "linux" else [])]
     return compile_c(scratch() / "dump", LIBSHD / "tests" / "dump.c", libraries=libraries)
+
+
+@cache
+def wheel() -> Path:
+    """The package's wheel for this machine."""
+    root = LIBSHD.parent
+    parts = [*(root / name for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")), *sources()]
+    parts.append(LIBSHD / "CMakeLists.txt")
+    for folder in ("shiradelta", "converters"):
+        parts += [path for path in (root / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+
+    def make(folder: Path) -> None:
+        options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder)
+        run(sys.executable, "-m", "pip", "wheel", *options, f"--config-settings=build-dir={scratch() / 'cmake'}", root)
+
+    (made,) = kept("wheel", sys.version, parts, make).glob("*.whl")
+    return made

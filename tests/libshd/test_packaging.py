@@ -24,6 +24,8 @@ from tests.libshd.test_libshd import needs
 ROOT = LIBSHD.parent
 VERSION = re.findall(r'^#define SHD_VERSION "(.*)"', (LIBSHD / "include" / "shd.h").read_text(), re.MULTILINE)[0]
 PACKAGING = LIBSHD / "packaging"
+#: That a package can be built and used is shown in half the time so.
+QUICKLY = "-DCMAKE_C_FLAGS_RELEASE=-O0"
 posix = pytest.mark.skipif(CC is None or sys.platform == "win32", reason="no C compiler, or one with other options")
 
 
@@ -84,7 +86,8 @@ def test_the_snippet_for_fetchcontent_links_the_library_alone(tmp_path: Path):
     (tmp_path / "CMakeLists.txt").write_text(project + snippet)
     shutil.copy(PACKAGING / "conan" / "test_package" / "test_package.c", tmp_path / "main.c")
     build = tmp_path / "build"
-    run("cmake", "-S", tmp_path, "-B", build, f"-DFETCHCONTENT_SOURCE_DIR_SHD={ROOT}", "-DFETCHCONTENT_QUIET=OFF")
+    options = [f"-DFETCHCONTENT_SOURCE_DIR_SHD={ROOT}", "-DFETCHCONTENT_QUIET=OFF", QUICKLY]
+    run("cmake", "-S", tmp_path, "-B", build, *options)
     run("cmake", "--build", build, "--parallel", "2")
     assert f"libshd {VERSION}, " in run(build / "main")
     assert not list(build.rglob("shd_test*"))
@@ -98,7 +101,7 @@ set(PORT shd)
 set(VCPKG_LIBRARY_LINKAGE {linkage})
 function(vcpkg_cmake_configure)
     cmake_parse_arguments(given "" "SOURCE_PATH" "OPTIONS" ${{ARGN}})
-    execute_process(COMMAND ${{CMAKE_COMMAND}} -S ${{given_SOURCE_PATH}} -B {build} -DCMAKE_INSTALL_LIBDIR=lib
+    execute_process(COMMAND ${{CMAKE_COMMAND}} -S ${{given_SOURCE_PATH}} -B {build} -DCMAKE_INSTALL_LIBDIR=lib {quickly}
         -DCMAKE_INSTALL_PREFIX={packages} ${{given_OPTIONS}} COMMAND_ERROR_IS_FATAL ANY)
 endfunction()
 function(vcpkg_cmake_install)
@@ -129,6 +132,7 @@ include("{port}")
 def test_the_port_for_vcpkg_installs_one_kind_of_library(linkage: str, library: str, tmp_path: Path):
     port = PACKAGING / "vcpkg" / "shd"
     names = {"packages": tmp_path / "packages", "build": tmp_path / "build", "port": port / "portfile.cmake"}
+    names["quickly"] = QUICKLY
     (tmp_path / "port.cmake").write_text(VCPKG.format(linkage=linkage, **names))
     run("cmake", "-P", tmp_path / "port.cmake")
     found = {path.name for path in (tmp_path / "packages").rglob("*") if path.is_file() or path.is_symlink()}

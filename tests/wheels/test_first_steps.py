@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.building import wheel
 from tests.hub import TOKEN, Hub
-from wheels.build import ROOT, run
+from wheels.build import run
 
 NEEDED = ("scikit_build_core", "transformers", "diffusers", "huggingface_hub", "jinja2")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -22,13 +23,10 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 @pytest.mark.skipif(sys.platform == "win32", reason="the environment's folders are named otherwise there")
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the wheel's library is compiled")
 def test_a_newcomer_gets_from_the_wheel_to_the_hub(hub: Hub, tmp_path: Path):
-    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", tmp_path)
-    run(sys.executable, "-m", "pip", "wheel", *options, ROOT)
-    (wheel,) = tmp_path.glob("*.whl")
     env = tmp_path / "env"
     run(sys.executable, "-m", "venv", env)
     python = env / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel())
     # What the package requires comes from the environment of the tests, which has torch; the wheel's own comes first.
     # `tests/wheels/test_wheels.py` installs its requirements.
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
