@@ -16,7 +16,7 @@ from tests import BRIEF
 from tests.scenes import weights
 
 #: Every how many calls one fails in a scenario that is not `QUICK`.
-STRIDE = 8 if BRIEF else 1
+STRIDE = 20 if BRIEF else 1
 #: Functions of `os` that change something; writes of streams fail in `fdopen`'s.
 WRITES = (
     "open",

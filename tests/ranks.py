@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["torch.distributed.tensor", "torch.distributed.fsdp", "shiradelta.hotswap.session", __name__]
+    ["torch.distributed.tensor", "torch.distributed.fsdp", "shiradelta.hotswap.session", "tests.swapping", __name__]
 )
 #: Seconds after which processes count as hanging.
 _PATIENCE = 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -39,6 +40,7 @@ from shiradelta.format.codecs import VALUE_OPTIONS
 from shiradelta.format.codecs.base import TorchRounder
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.text.batches import split
+from tests import BRIEF
 
 WORDS = [f"w{i}" for i in range(60)]
 BERT = {
@@ -130,15 +132,18 @@ def fit(pair: tuple[Path, Path], out: Path, **settings: Any) -> Any:
     )
 
 
+KINDS = ("causal", "encoder", "classifier")
+MORE: tuple[dict[str, Any], ...] = ({"mask": "gradient"}, {"scope": "model"}, {"micro": 5})
+WAYS = [
+    *((kind, {}) for kind in KINDS),
+    *(zip(KINDS, MORE, strict=True) if BRIEF else itertools.product(KINDS, MORE)),
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        *(
-            pytest.param(more, marks=pytest.mark.slow)
-            for more in ({"mask": "gradient"}, {"scope": "model"}, {"micro": 5})
-        ),
-    ],
+    ("pair", "settings"),
+    [pytest.param(*way, marks=[] if way == ("causal", {}) else pytest.mark.slow) for way in WAYS],
+    indirect=["pair"],
     ids=str,
 )
 def test_it_comes_closer(pair: tuple[Path, Path], tmp_path: Path, settings: dict[str, Any]):
@@ -169,8 +174,12 @@ def test_more_steps_bring_the_distance_down(encoder: tuple[Path, Path], tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 2, 3, 7])
-@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize(
+    ("scope", "steps"),
+    [("tensor", 1), ("model", 2), ("tensor", 3), ("model", 7)]
+    if BRIEF
+    else list(itertools.product(("tensor", "model"), (1, 2, 3, 7))),
+)
 def test_few_steps_too_end_at_the_sparsity(encoder: tuple[Path, Path], tmp_path: Path, steps: int, scope: str):
     plain = shiradelta.convert(encoder[1], tmp_path / "b.shd", 0.05, encoder[0], scope=scope)
     assert fit(encoder, tmp_path / "a.shd", steps=steps, scope=scope, **FEW).nnz == plain.nnz

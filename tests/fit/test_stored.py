@@ -24,7 +24,8 @@ from shiradelta.fit.tuned_weights import TunedWeights, exact_homes, write_exact
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.views import Box, View, contiguous
 from shiradelta.text.batches import split
-from tests.fit.test_fit import SETTINGS, write_tokenizer
+from tests.fit import test_fit
+from tests.fit.test_fit import write_tokenizer
 from tests.fit.test_stream import LAYERS, LLAMA, TOKENS, write_pair
 
 pytestmark = pytest.mark.slow
@@ -53,6 +54,10 @@ KINDS: dict[Callable[[], nn.Module], str] = {
     tied: "model.embed_tokens.weight",
 }
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+#: The time goes by the number of batches.
+SETTINGS = replace(test_fit.SETTINGS, batch=40)
 
 
 @pytest.fixture(autouse=True)

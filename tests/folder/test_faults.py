@@ -58,7 +58,7 @@ SCENARIOS: dict[str, tuple[str, list[str], str | None]] = {
 }
 
 
-#: Every call fails; in the rest each eighth one, unless time does not matter (`STRIDE`).
+#: Every call fails; in the rest each twentieth one, unless time does not matter (`STRIDE`).
 QUICK = {("apply", WRITES, False), ("revert whole tensors on top", WRITES, True)}
 
 

@@ -15,6 +15,7 @@ import pytest
 import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.util.directory import Directory
+from tests import BRIEF
 from tests.faults import check_true, take_all_out
 from tests.folder.test_faults import GONE, UP
 from tests.power import Disk, recorded
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 #: Outcomes that are tried of each moment.
-TRIES = 4
+TRIES = 1 if BRIEF else 4
 
 
 def whole(folder: Path) -> Path:
