@@ -82,6 +82,7 @@ def test_every_file_gets_a_row_once(folder: Path, source: str):
     assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_an_extracted_lora_of_full_rank_is_the_fine_tune_on_its_layers(folder: Path):
     task = Echo(folder)

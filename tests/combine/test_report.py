@@ -77,6 +77,7 @@ def test_few_nonzeros_of_a_huge_shape_take_little_time():
     assert few._counts.size <= 1 << 12 < many._counts.size <= 1 << 20
 
 
+@pytest.mark.slow
 def test_profiles_are_those_of_dense_arrays(files: dict[Path, float], reported: DeltaReport):
     for adapter, file in zip(reported.adapters, files, strict=True):
         with shiradelta.open_delta(file) as delta:

@@ -37,6 +37,7 @@ def test_every_linear_layer_changes_as_peft_merges(row: str, tmp_path: Path):
     COLUMNS["lora-linear"](Case(ROWS[row], tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_a_half_that_was_adapted_alone_is_not_taken_for_the_other(half: str, tmp_path: Path):
     """Its names lack what tells the halves apart."""

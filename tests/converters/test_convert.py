@@ -57,6 +57,7 @@ def test_top_k_is_a_stable_sort_without_zeros(values: list[float], k: int):
     assert found.energy == pytest.approx(float(flat @ flat))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skew", [0.0, 3.0, 12.0])
 def test_top_k_of_a_large_tensor_is_exact_whatever_the_sample_says(skew: float):
     generator = np.random.default_rng(0)

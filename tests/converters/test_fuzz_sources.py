@@ -26,6 +26,7 @@ def test_damaged_sources_are_converted_or_refused():
     assert len(report.outcomes) > len(KINDS)
 
 
+@pytest.mark.slow
 def test_cases_depend_on_nothing_but_seed_and_number():
     def written(seed: int, i: int) -> dict[str, object]:
         files = case(seed, i).files.items()

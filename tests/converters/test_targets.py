@@ -69,6 +69,7 @@ def test_a_file_is_at_most_as_large_as_wished_and_nearly_that(
         assert float(delta.metadata["sparsity"]) == pytest.approx(report.sparsity, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 @pytest.mark.parametrize(
     ("values", "error"),

@@ -184,6 +184,7 @@ def test_both_layers_of_a_base_that_stores_both(tmp_path: Path):
         torch.testing.assert_close(before["lm_head.weight"] + change, weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ensured", [False, True])
 @pytest.mark.parametrize(
     ("rows", "tied"),

@@ -341,6 +341,7 @@ def test_a_damaged_delta_changes_nothing(model: Path, made: Path, tmp_path: Path
     assert contents(model) == before
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_to_wait(model: Path, made: Path):
     child = subprocess.Popen(
         [

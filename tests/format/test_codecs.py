@@ -173,6 +173,7 @@ def test_size_is_that_of_the_section(id, data):
         assert not section or section.endswith(bytes(registry.SLACK))
 
 
+@pytest.mark.slow
 @index_codecs
 @given(data=st.data())
 def test_a_part_is_a_slice_of_the_whole(id, data):
@@ -188,6 +189,7 @@ def test_a_part_is_a_slice_of_the_whole(id, data):
     assert rank == first or not part.size
 
 
+@pytest.mark.slow
 @index_codecs
 @given(data=st.data())
 def test_one_bit_of_slack_is_refused(id, data):
@@ -258,6 +260,7 @@ def test_best_k_is_the_smallest_of_the_best(gaps):
     assert rice.best_k(np.array(gaps)) == costs.index(min(costs))
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(shape=huge_shapes.filter(lambda shape: math.prod(shape) <= 1 << 40), data=st.data())
 def test_rice_past_32_bits(shape, data):

@@ -120,6 +120,7 @@ def test_zstd_is_missed_only_where_it_is_needed(read):
     assert not isinstance(read(vector("zstd_bit_without_use"), zstd=False), str)
 
 
+@pytest.mark.slow
 def test_refusals_are_one_line_that_names_file_and_reason():
     for name, reason in REFUSED.items():
         if reason == "zstd_unavailable":

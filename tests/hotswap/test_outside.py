@@ -414,6 +414,7 @@ def test_two_sessions_on_one_model(kind: str, backend: str):
     assert not np.any(bits(other)) or kind in ("parameter", "data")
 
 
+@pytest.mark.slow
 def test_of_two_sessions_in_threads_one_switches():
     array, data = np.zeros((300, 300), np.float32), delta(shape=(300, 300))
     for _ in range(20):

@@ -92,6 +92,7 @@ def traced(model: torch.nn.Module) -> Any:
     return torch.jit.optimize_for_inference(torch.jit.trace(model, X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "stale"),
     [

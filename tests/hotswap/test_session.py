@@ -415,6 +415,7 @@ def test_inference_tensors(one: bytes):
         assert np.array_equal(bits(base["w"]), before)
 
 
+@pytest.mark.slow
 def test_importing_brings_neither_torch_nor_triton():
     code = (
         "import sys, numpy as np, shiradelta as sd;"

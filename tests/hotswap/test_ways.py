@@ -118,6 +118,7 @@ def test_a_pair_that_fails_at_its_overlaps_leaves_the_base(files: dict[str, byte
         assert np.array_equal(bits(tensor), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_sums_in_other_dtypes(backend: str, dtype: str):

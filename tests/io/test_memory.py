@@ -124,6 +124,7 @@ def test_the_limit_is_a_gibibyte_or_the_size_that_zstd_may_unpack_to():
     assert default_limit(1 << 30) == 64 << 30
 
 
+@pytest.mark.slow
 def test_every_reader_takes_a_limit(bomb: Path, tmp_path: Path):
     model = {"w": np.zeros((3 << 10, 2 << 10), np.float32)}
     folder = tmp_path / "model"

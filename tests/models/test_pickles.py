@@ -205,6 +205,7 @@ def test_what_is_more_than_tensors_is_refused_in_a_line(tmp_path: Path, held: ob
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_before_they_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.save(tensors(), tmp_path / "x.pt")
     bomb = rezipped(tmp_path / "x.pt", lambda name, data: data + b"N0" * (1 << 22), zipfile.ZIP_DEFLATED)

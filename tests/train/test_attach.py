@@ -414,6 +414,7 @@ def test_weights_without_a_part_in_the_loss():
         assert list(tuner.positions) == ["0.weight"]
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_how_far_from_what_was_trained(tmp_path: Path):
     model, targets, loss = make("experts")  # whose tensors lie otherwise in the file
     tuner = train.attach(model, 0.1, "wm", targets)

@@ -188,6 +188,7 @@ def test_before_training_nothing_changes_and_detach_restores_all():
     assert all(torch.equal(after[name], one) for name, one in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"magnitude": True}, {"mask": "rigsa", "calibration": [BATCH]}])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_model_is_used_without_gradients(mode: Any, options: dict[str, Any]):

@@ -205,6 +205,7 @@ def test_a_state_goes_on_without_another_search():
     assert all(torch.equal(weight, llama().state_dict()[name]) for name, weight in other.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_reattaching_to_other_states(magnitude: bool):
     model = llama()
