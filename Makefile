@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker that has done its tests takes over others': the long ones stand together.
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
-# All tests but the slow ones: 100 seconds on two cores.
+# All tests but the slow ones: about 95 seconds on two cores.
 check: $(STAMP)
 	$(PYTEST) -m "not slow"
 
