@@ -13,7 +13,7 @@ from shiradelta.backends.libshd.from_base import NativeFromBase, NativeUlpFromBa
 from shiradelta.errors import FormatError, ShiraDeltaError
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import FROM_BASE, ULP_FROM_BASE
-from shiradelta.format.codecs.from_base_classes import COUNTS, BaseGrid, choose
+from shiradelta.format.codecs.from_base_classes import BaseCounts, BaseGrid, choose
 from shiradelta.format.registry import MAX_BASE_TILE, ULP_BLOCK, IndexId, ValueId
 
 try:
@@ -22,6 +22,7 @@ except ShiraDeltaError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 NATIVE, NATIVE_ULP = NativeFromBase(), NativeUlpFromBase()
+COUNTS = BaseCounts()
 
 
 def test_the_backend_has_them():

@@ -111,7 +111,7 @@ def test_every_kind_of_positions(backend: str, kind: str):
 def test_these_positions_are_stored_in_every_way():
     numel = SHAPE[0] * SHAPE[1]
     chosen = {smallest_index_codec(positions_of(kind, numel, SHAPE[1]), SHAPE) for kind in KINDS_OF_POSITIONS}
-    assert chosen == set(INDEX_CODECS.by_id)
+    assert chosen == {id for id, codec in INDEX_CODECS.by_id.items() if not codec.needs_base}
 
 
 @pytest.mark.parametrize("backend", BACKENDS_IN_TIME)

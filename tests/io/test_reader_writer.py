@@ -232,7 +232,7 @@ def test_fingerprint_of_no_positions_is_known_to_be_0(tmp_path):
 SOME_ROWS = [(0, 64), (0, 1), (63, 64), (10, 30), (5, 5), (0, 0), (64, 64)]
 
 
-@pytest.mark.parametrize("codec", INDEX_CODECS.by_id, ids=INDEX_CODECS)
+@pytest.mark.parametrize("codec", [codec.id for codec in INDEX_CODECS.values() if not codec.needs_base])
 @pytest.mark.parametrize("rows", SOME_ROWS)
 def test_rows_are_those_of_the_whole(tmp_path, codec, rows):
     shape = (64, 96)
