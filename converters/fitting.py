@@ -15,7 +15,7 @@ from shiradelta.util.progress import Progress
 from .item import SkipReason, Source
 
 if TYPE_CHECKING:
-    from shiradelta.fit.fitted import Fitted
+    from shiradelta.fit.fitted import Fitted, OldBase
 
 
 def refuse_resized(source: Source, path: str | os.PathLike[str]) -> None:
@@ -42,6 +42,7 @@ def run_fit(
     scope: str,
     out: Path,
     progress: Progress,
+    old: OldBase | None = None,
 ) -> Fitted:
     """Fits the items that have a dense delta to add; model and fine-tune share the others.
 
@@ -72,5 +73,6 @@ def run_fit(
         whole_model=scope == "model",
         out=out,
         progress=progress,
+        old=old,
     )
     return run(job)

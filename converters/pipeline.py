@@ -17,7 +17,7 @@ from shiradelta.io.recognise import Wanted, explain
 from shiradelta.io.writer import writing
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import open_checkpoint
-from shiradelta.models.provenance import named
+from shiradelta.models.provenance import named, renewed
 from shiradelta.select.counts import Counts
 from shiradelta.select.shares import check_share
 from shiradelta.util.arguments import ArgumentKind, as_patterns, checked
@@ -95,6 +95,7 @@ def convert(
     lossless: bool = False,
     context: str = "none",
     fit: Fit | None = None,
+    from_base: str | os.PathLike[str] | None = None,
     plot: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -131,6 +132,8 @@ def convert(
             before it is put in place.  It takes no choice of what is kept and how: no sparsity, values, fit and so on.
         context: "base" makes a lossless file smaller that is read with its base only, as `recode` does; else "none".
         fit: fits the nonzeros, as these settings say; it needs texts and the base.
+        from_base: the base that the source was made for, where `base` is a new one: with the fitted delta the new base
+            behaves as the old base does with the source.  Only with `fit`; the two have the same names and shapes.
         plot: a PNG to write: nonzeros and energy by layer, and the distance from the fine-tune while fitting.
         progress: called with (what, done, total) while work goes on.
 
@@ -146,6 +149,7 @@ def convert(
     """
     source = local_model(source, pickles=True)
     base = None if base is None else local_model(base, pickles=True)
+    from_base = None if from_base is None else local_model(from_base, pickles=True)
     _check_named(source, out is None)
     target = default_output(source) if out is None else Path(out)
     check_target(target, registry.MAGIC, "a .shd file")
@@ -160,6 +164,7 @@ def convert(
             "sparsity": sparsity, "target_size": target_size, "target_error": target_error, "target_kept": target_kept,
             "values": None if values == "int4" else values, "scope": None if scope == "tensor" else scope,
             "kind": None if kind == AUTO else kind, "alpha": alpha, "skip": skip or None, "fit": fit, "plot": plot,
+            "from_base": from_base,
         }  # fmt: skip
         _check_lossless(source, base, choices)
         assert base is not None
@@ -175,11 +180,19 @@ def convert(
         raise ArgumentError(f"alpha {alpha:g} {why}; give a number such as 16")
     if fit is not None and as_patterns(whole):
         raise ArgumentError("a model with a tensor of another shape cannot be fitted; leave out whole (--whole) or fit")
-    if base is not None:
-        refuse_several(base)
+    if from_base is not None and (fit is None or base is None):
+        raise ArgumentError(
+            f"a delta goes over from the old base {from_base} to a new one by a fit only; give --base MODEL and --fit"
+            " TEXTS (base=, fit=), too"
+        )
+    for model in (base, from_base):
+        if model is not None:
+            refuse_several(model)
     progress = progress or (lambda what, done, total: None)
     patterns = as_patterns(skip)
-    opened = open_source(source, kind, None if base is None else open_checkpoint(base, Wanted.BASE), alpha, patterns)
+    made_for = base if from_base is None else from_base
+    checkpoint = None if made_for is None else open_checkpoint(made_for, Wanted.BASE)
+    opened = open_source(source, kind, checkpoint, alpha, patterns)
     store_whole(opened, source, as_patterns(whole))
     if not opened.items:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(opened.skipped.items())[:3])
@@ -192,8 +205,15 @@ def convert(
 
         refuse_resized(opened, source)
     losses = check_whole(opened, source, patterns)
+    old = None
+    if from_base is not None:
+        from .new_base import on_new_base
+
+        assert checkpoint is not None
+        assert base is not None
+        opened, old = on_new_base(opened, checkpoint, open_checkpoint(base, Wanted.BASE))
     counts = Counts(opened.items, scope, progress)
-    pairs = named(source, base)
+    pairs = named(source, base) if from_base is None else renewed(source, from_base, base)
     job = Conversion(
         source=os.fspath(source),
         target=target,
@@ -211,14 +231,14 @@ def convert(
         assert fit is not None
         share, fitted = find_kept(
             target_kept,
-            lambda trial: run_fit(fit, opened, counts(trial), source, base, values, scope, target, progress),
+            lambda trial: run_fit(fit, opened, counts(trial), source, base, values, scope, target, progress, old),
             fit.log,
         )
     elif share is None:
         share = job.find_sparsity(counts, target_size, target_error, fit is not None)
     kept = counts(share)
     if fit is not None and fitted is None:
-        fitted = run_fit(fit, opened, kept, source, base, values, scope, target, progress)
+        fitted = run_fit(fit, opened, kept, source, base, values, scope, target, progress, old)
     with writing(target, values, zstd, backend) as writer:
         report = job.write(writer, share, kept, fitted)
     report.complete()

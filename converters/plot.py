@@ -37,7 +37,8 @@ def draw(path: str | os.PathLike[str], report: ConversionReport) -> None:
 def _draw_steps(axes: Any, fit: Fitted) -> None:
     """Plots the distance from the fine-tune against steps."""
     levels = (("base", fit.base, ":", "gray"), ("top-k", fit.topk, "--", "tab:orange"))
-    for name, level, style, color in (*levels, ("in the file", fit.fitted, "-", "tab:green")):
+    old = () if fit.old_delta is None else (("old delta", fit.old_delta, "-.", "tab:red"),)
+    for name, level, style, color in (*levels, *old, ("in the file", fit.fitted, "-", "tab:green")):
         axes.axhline(level, color=color, linestyle=style, label=f"{name}: {level:.3g}")
     if fit.history:
         axes.plot(*zip(*fit.history, strict=True), marker=".", color="tab:blue", label="while fitting")

@@ -229,11 +229,33 @@ class ConversionReport:
         fit = self.fit
         if fit is None:
             return []
-        states = ("base", "topk", "fitted")
-        found = {fit.measure: {state: getattr(fit, state) for state in states}, **fit.further}
+        found = {fit.measure: {state: getattr(fit, state) for state in self._states}, **fit.further}
         return [
-            [f"against the fine-tune, {text.count(fit.held_out, 'text')} held out", "base", "top-k", "fitted"],
-            *([name, *(f"{values[state]:.4g}" for state in states)] for name, values in found.items()),
+            [f"against the fine-tune, {text.count(fit.held_out, 'text')} held out", *self._states.values()],
+            *([name, *(f"{values[state]:.4g}" for state in self._states)] for name, values in found.items()),
+        ]
+
+    @property
+    def _states(self) -> dict[str, str]:
+        """The models that a fit has measured: names in its figures -> heads of columns."""
+        moves = self.fit is not None and self.fit.old_delta is not None
+        old = {"old_delta": "old delta"} if moves else {}
+        return {"base": "new base" if moves else "base", "topk": "top-k", **old, "fitted": "fitted"}
+
+    @property
+    def apart(self) -> list[list[str]]:
+        """The rows of a table, where a delta is fitted to a new base: the bases' difference, and what deltas add."""
+        fit = self.fit
+        if fit is None or not fit.apart:
+            return []
+        heads = {
+            "new_base": "new base from the old",
+            "old_delta": "old delta adds to the old",
+            "fitted": "fitted adds to the new",
+        }
+        return [
+            [f"two models apart, {text.count(fit.held_out, 'text')} held out", *heads.values()],
+            *([name, *(f"{values[what]:.4g}" for what in heads)] for name, values in fit.apart.items()),
         ]
 
     @property
@@ -242,15 +264,15 @@ class ConversionReport:
         gain = None if self.fit is None else self.fit.gain
         if gain is None:
             return []
-        states = ("base", "topk", "fitted", "tuned")
+        states = {**self._states, "tuned": "fine-tune"}
         rows = [
-            [f"loss, {text.count(gain.examples, 'example')} held out", "base", "top-k", "fitted", "fine-tune"],
+            [f"loss, {text.count(gain.examples, 'example')} held out", *states.values()],
             [gain.measure, *(f"{gain.losses[state]:.4g}" for state in states)],
         ]
         if gain.kept is not None:
-            shares = [f"{share.kept:.1%}" for share in gain.shares.values()]
-            rows.append([f"share of {gain.share_of}", "0%", *shares, "100%"])
-            rows.append(["its standard error", "-", *(f"{share.error:.1%}" for share in gain.shares.values()), "-"])
+            shares = [gain.shares[state] for state in self._states if state != "base"]
+            rows.append([f"share of {gain.share_of}", "0%", *(f"{share.kept:.1%}" for share in shares), "100%"])
+            rows.append(["its standard error", "-", *(f"{share.error:.1%}" for share in shares), "-"])
         return rows
 
     @property
@@ -271,14 +293,14 @@ class ConversionReport:
         if fit is None:
             return None
         if fit.gain is None:
-            found = {"base": fit.base, "topk": fit.topk, "fitted": fit.fitted}
-            than = [state for state in ("base", "topk") if fit.fitted > found[state]]
+            found = {state: getattr(fit, state) for state in self._states}
+            than = [state for state in found if fit.fitted > found[state]]
             measure = fit.measure
         else:
             found, measure, than = fit.gain.losses, fit.gain.measure, [*fit.gain.worse_than]
         if not than:
             return None
-        names = {"base": "its base", "topk": "plain top-k"}
+        names = {"base": "its base", "topk": "plain top-k", "old_delta": "the old delta as it was"}
         against = " and ".join(f"{names[state]} ({found[state]:.4g})" for state in than)
         return (
             f"the result ({found['fitted']:.4g}) is worse than {against} by {measure}: give more texts, of the"

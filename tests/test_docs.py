@@ -98,11 +98,12 @@ def test_the_examples_of_lossless_steps_run(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.filterwarnings("ignore")
 def test_the_examples_of_fits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from tests.fit.test_fit import texts
-    from tests.fit.test_gain import EXAMPLES, write_trained
+    from tests.fit.test_gain import EXAMPLES
+    from tests.fit.test_new_base import write_bases
     from tests.text.test_tokenised import TEMPLATE
 
     monkeypatch.chdir(tmp_path)
-    write_trained(tmp_path)
+    write_bases(tmp_path)
     (tmp_path / "base").rename("model")
     Path("model", "chat_template.jinja").write_text(TEMPLATE)
     answers = 3 * EXAMPLES[:40]

@@ -53,6 +53,11 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
     help="Share of the fine-tune's gain to keep on held-out examples, such as 95%, with --fit; finds the sparsity.",
 )
 @click.option("--base", metavar="MODEL", help="Folder or file of the base model; required for a full fine-tune.")
+@click.option(
+    "--from-base",
+    metavar="MODEL",
+    help="The base that SOURCE was made for, where --base is a new one; with --fit, which makes it work there.",
+)
 @options.values("int4")
 @click.option("-o", "--out", metavar="FILE", help="File to write, - for stdout.  [default: SOURCE with .shd]")
 @options.scope("Apply the sparsity to each tensor, or to the whole model.")
@@ -168,7 +173,7 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
         echo_text(line)
     echo_warnings(line for line in report.warnings if line != report.worse)
     if report.fit is not None:
-        for rows in filter(None, (report.trials, report.losses, report.measures)):
+        for rows in filter(None, (report.trials, report.losses, report.measures, report.apart)):
             echo_text("")
             echo_table(rows)
         echo_text("")

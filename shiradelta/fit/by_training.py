@@ -125,6 +125,7 @@ def _identity(job: FitJob, subject: Subject) -> object:
         *(masks_of_0_1.get(fit.mask, fit.mask), fit.steps, fit.batch, subject.micro),
         *(fit.relative_lr or MASKS.find(fit.mask).relative_lr, fit.tokens, fit.text_share, fit.seed),
         *([fit.prompt_share] if fit.prompt_share else []),  # 0.1 had none
+        *([str(job.old.root.resolve())] if job.old is not None else []),
         subject.texts.train[:1],
         [str(text) for text in subject.texts.every],
     ]

@@ -50,6 +50,23 @@ class FitTarget:
         return delta
 
 
+@dataclass(frozen=True)
+class OldBase:
+    """The base that a delta was made for, where it is fitted to a new one: as dense deltas on the new base.
+
+    Attributes:
+        root: the old base's file or folder.
+        base: give the old base, in every tensor.
+        tuned: give the old base with the old delta, which is the teacher, in every tensor.
+        delta: the old delta by itself, in the tensors that it changes.
+    """
+
+    root: Path
+    base: Sequence[FitTarget]
+    tuned: Sequence[FitTarget]
+    delta: Sequence[FitTarget]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitJob:
     """Everything that a fit gets.
@@ -59,6 +76,7 @@ class FitJob:
         targets: the tensors to fit.
         exact: further changes of the file, by name; the student and the teacher both have them.
         base, source: where the model and its fine-tune are.
+        old: the base that the source was made for, if it is not `base`.
         codec: the value codec.
         whole_model: nonzeros may move between tensors.
         out: the file to write; the state of an interrupted run is kept beside it.
@@ -74,6 +92,7 @@ class FitJob:
     whole_model: bool
     out: Path
     progress: Progress
+    old: OldBase | None = None
 
 
 #: The key of a fit's main measure, which `Fitted.measure` says in words, among all measures.
@@ -90,6 +109,8 @@ class Fitted:
         texts, held_out: number of texts to fit on, and of held-out texts to measure on.
         base, topk, fitted: distance from the fine-tune of the base, of plain top-k, and of the fit, as a reader of the
             file would measure them.
+        old_delta: distance of the new base with the old delta as it was; None without a new base.
+        apart: measure -> what `HeldOut.apart` and `HeldOut.added` tell; empty without a new base.
         steps: optimizer steps.
         seconds: time that the fit took.
         text_share: share of the target that was the text's next token.
@@ -107,22 +128,29 @@ class Fitted:
     base: float = 0.0
     topk: float = 0.0
     fitted: float = 0.0
+    old_delta: float | None = None
     steps: int = 0
     seconds: float = 0.0
     text_share: float = 0.0
     gain: Gain | None = None
     further: dict[str, dict[str, float]] = field(default_factory=dict)
+    apart: dict[str, dict[str, float]] = field(default_factory=dict)
     history: list[tuple[int, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     trials: list[tuple[float, float, float]] = field(default_factory=list)
 
     def note(self, state: str, measures: Mapping[str, float]) -> None:
-        """Records measures of a state, "base", "topk" or "fitted", as `Behaviour.compare` names them."""
+        """Records measures of a state, "base", "topk", "old_delta" or "fitted", as `Behaviour.compare` names them."""
         for name, value in measures.items():
             if name == DISTANCE:
                 setattr(self, state, value)
             else:
                 self.further.setdefault(name, {})[state] = value
+
+    def note_apart(self, what: str, measures: Mapping[str, float]) -> None:
+        """Records how far two models are from each other that `HeldOut` has compared."""
+        for name, value in measures.items():
+            self.apart.setdefault(self.measure if name == DISTANCE else name, {})[what] = value
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but tensors and warnings, for JSON."""
@@ -137,11 +165,13 @@ class Fitted:
             "distance": f"{self.fitted:.6g}",
             "distance_base": f"{self.base:.6g}",
             "distance_topk": f"{self.topk:.6g}",
+            **({} if self.old_delta is None else {"distance_old_delta": f"{self.old_delta:.6g}"}),
             "distance_measure": f"{self.measure}, {self.held_out} texts held out",
             **{
                 name: ", ".join(f"{value:.4g} {of}" for of, value in values.items())
                 for name, values in self.further.items()
             },
+            **{f"apart_{key}": f"{value:.6g}" for key, value in self.apart.get(self.measure, {}).items()},
             "fit_texts": str(self.texts),
             "fit_steps": str(self.steps),
             **({"fit_text_share": f"{self.text_share:.3g}"} if self.text_share else {}),

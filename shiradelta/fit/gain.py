@@ -14,6 +14,8 @@ from shiradelta.fit.behaviour import Behaviour, Outputs
 #: A difference counts if it is more than this many standard errors.
 CERTAIN = 2
 BASE, TUNED, TOPK, FITTED = "base", "tuned", "topk", "fitted"
+#: The new base with the old delta as it was, where a delta is fitted to a new base.
+OLD_DELTA = "old_delta"
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Gain:
         measure: what the losses are, in words.
         is_own: whether they are losses of the examples; or else they tell how far a model is from the fine-tune.
         examples: how many examples they are measured on.
-        losses: mean loss of the base, of the fine-tune ("tuned"), of plain top-k and of the fit.
-        shares: shares of the gain that top-k and the fit keep; empty if the fine-tune gains nothing here.
-        worse_than: those of base and top-k than which the fit is worse, by more than two standard errors.
+        losses: mean loss of the base, of the fine-tune ("tuned"), of plain top-k and of the fit; and of the old delta,
+            if there is one.
+        shares: shares of the gain that these keep, without the base; empty if the fine-tune gains nothing here.
+        worse_than: those of base, top-k and old delta than which the fit is worse, by more than two standard errors.
     """
 
     measure: str
@@ -58,9 +61,10 @@ class Gain:
         doubles = {state: loss.double() for state, loss in losses.items()}
         gain = doubles[BASE] - doubles[TUNED]
         shares = {}
+        others = [state for state in (TOPK, OLD_DELTA) if state in doubles]
         if is_positive(gain):
-            shares = {state: _share(doubles[BASE] - doubles[state], gain) for state in (TOPK, FITTED)}
-        worse = tuple(state for state in (BASE, TOPK) if is_positive(doubles[FITTED] - doubles[state]))
+            shares = {state: _share(doubles[BASE] - doubles[state], gain) for state in (*others, FITTED)}
+        worse = tuple(state for state in (BASE, *others) if is_positive(doubles[FITTED] - doubles[state]))
         total = float(weights.double().sum())
         means = {state: float(loss.sum()) / total for state, loss in doubles.items()}
         return cls(measure, is_own, len(gain), means, shares, worse)
@@ -90,11 +94,11 @@ class Gain:
     @property
     def metadata(self) -> dict[str, str]:
         """Metadata of the file."""
-        names = {FITTED: "loss", BASE: "loss_base", TUNED: "loss_tuned", TOPK: "loss_topk"}
+        names = {FITTED: "loss", BASE: "loss_base", TUNED: "loss_tuned", TOPK: "loss_topk", OLD_DELTA: "loss_old_delta"}
         key = "gain_kept" if self.is_own else "agreement_kept"
         return {
             key: str(self.kept) if self.kept else f"unknown, as {self.nothing}",
-            **{name: f"{self.losses[state]:.6g}" for state, name in names.items()},
+            **{name: f"{self.losses[state]:.6g}" for state, name in names.items() if state in self.losses},
             "loss_measure": f"{self.measure}, {self.examples} examples held out",
         }
 

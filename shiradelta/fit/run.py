@@ -30,6 +30,8 @@ def run(job: FitJob) -> Fitted:
     with advising_on_memory(_advice(fit)):
         if method.streamed is not None and fit.model is None and fit.forward is None:
             try:
+                if job.old is not None:
+                    raise CannotStreamError("it is measured beside the old base")
                 found: Fitted = method.stream(job)
             except CannotStreamError as reason:
                 fit.log(f"the model is loaded as a whole, for {reason}")
@@ -48,6 +50,7 @@ def _fit_whole(job: FitJob) -> Fitted:
     result = Fitted({}, subject.behaviour.measure, len(subject.texts.train), len(subject.texts.held_out))
     result.warnings = subject.warnings
     result.note("base", subject.held_out.measures("base"))
+    subject.measure_old(result)
     result.text_share = subject.behaviour.text_share if method.trains else 0.0
     nonzeros = subject.fitted.topk()
     try:
@@ -56,6 +59,7 @@ def _fit_whole(job: FitJob) -> Fitted:
         nonzeros.write(None)
         method.fit(job, subject, nonzeros, result)
         result.note("fitted", subject.held_out.measures("fitted"))
+        subject.measure_added(result, nonzeros, job.codec)
         result.gain = subject.held_out.gain()
     finally:
         nonzeros.write(None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -14,14 +15,17 @@ from shiradelta.fit.behaviour import Behaviour
 from shiradelta.fit.choices import FitMask
 from shiradelta.fit.custom_behaviour import CustomBehaviour
 from shiradelta.fit.fit_texts import FitTexts
-from shiradelta.fit.fitted import FitJob, FitTarget
+from shiradelta.fit.fitted import FitJob, FitTarget, Fitted
+from shiradelta.fit.gain import OLD_DELTA
 from shiradelta.fit.measures import HeldOut
+from shiradelta.fit.rounding import write_rounded
 from shiradelta.fit.stored import LoadedWeights, group, make_contiguous
-from shiradelta.fit.teacher import Teacher
+from shiradelta.fit.teacher import Teacher, exchanged
 from shiradelta.fit.text_behaviour import not_run
-from shiradelta.fit.tuned_weights import TunedWeights, dense, exact_homes, write_exact
+from shiradelta.fit.tuned_weights import TunedWeights, dense, exact_homes, weights_after, write_exact
 from shiradelta.io.recognise import UNCHANGED
 from shiradelta.models import loading
+from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.largest_torch import largest, largest_of_all
 from shiradelta.text.pooling import find_pooling
@@ -68,6 +72,9 @@ class Subject:
         self.warnings = _not_fitted(missing) + ([] if job.fit.forward else not_run(job.base, job.source))
         for name, view, delta in exact_homes(job.exact, weights):
             write_exact(flat(weights.by_name[name]), delta, view)
+        self._weights, self._old = weights, job.old
+        if job.old is not None:  # the teacher has the old base in the other tensors, too
+            self.fitted.tuned = weights_after(job.old.tuned, weights)
         self.teacher = Teacher(self.model, self.fitted.tuned, self.behaviour)
         # Only texts to fit on, so that held-out texts have no influence.
         with torch.no_grad():
@@ -134,6 +141,30 @@ class Subject:
             positions = [largest(scores(i), min(count, changed)) for i, (count, changed) in enumerate(pairs)]
         pairs_of = zip(self.fitted.targets, positions, strict=True)
         return positions, torch.cat([dense(target, self.device)[at] for target, at in pairs_of])
+
+    def measure_old(self, result: Fitted) -> None:
+        """Measures the old base and the old delta, if there are such, while the model is the new base."""
+        if self._old is None:
+            return
+        with exchanged(weights_after(self._old.delta, self._weights)):
+            result.note(OLD_DELTA, self.held_out.measures(OLD_DELTA))
+        new_base, added = self.held_out.apart(weights_after(self._old.base, self._weights))
+        result.note_apart("new_base", new_base)
+        result.note_apart("old_delta", added)
+
+    def measure_added(self, result: Fitted, nonzeros: Nonzeros, codec: str) -> None:
+        """Measures what the nonzeros add to a new base, while the model has them, rounded by the codec."""
+
+        @contextmanager
+        def without() -> Iterator[None]:
+            nonzeros.write(None)
+            try:
+                yield
+            finally:
+                write_rounded(nonzeros, self.fitted, codec)
+
+        if self._old is not None:
+            result.note_apart("fitted", self.held_out.added(without))
 
     @cached_property
     def calibration(self) -> list[list[int]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shiradelta.fit.fitted import FitTarget
 from shiradelta.fit.quantise import Quantiser
-from shiradelta.fit.stored import LoadedWeights, Piece, joined
+from shiradelta.fit.stored import LoadedWeights, Piece, group, joined
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.dtypes import torch_dtype
@@ -136,6 +136,15 @@ class TunedWeights:
             order = np.argsort(at, kind="stable")
             found[name] = indices[order], at[order]
         return found
+
+
+def weights_after(targets: Sequence[FitTarget], weights: LoadedWeights) -> dict[Tensor, Tensor]:
+    """Weight -> what it is with dense deltas added, for weights that these change; the model has to hold the base."""
+    found = TunedWeights()
+    pieces, _ = group(targets, weights.find({target.name: target.shape for target in targets}))
+    for name, own in pieces.items():
+        found.add(name, weights.by_name[name], own)
+    return found.tuned
 
 
 def _by_index(nonzeros: Nonzeros) -> dict[int, Tensor]:

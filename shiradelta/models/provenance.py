@@ -31,6 +31,12 @@ def named(source: Path, base: Path | None) -> dict[str, str]:
     return {**pairs, **({"base": repo} if repo is not None else base_names(base, source))}
 
 
+def renewed(source: Path, old: Path, base: Path | None) -> dict[str, str]:
+    """The same for a delta that is fitted to a new base; `old_base` is the one that the source was made for."""
+    pairs = named(source, old)
+    return {"source": pairs["source"], **({} if base is None else base_names(base)), "old_base": pairs["base"]}
+
+
 def base_names(base: Path, *tuned: Path) -> dict[str, str]:
     """The pairs `base` and `base_revision`, from a model's path, or from its or its fine-tunes' configurations."""
     if (origin := origin_of(base)) is not None:

@@ -57,6 +57,8 @@ _SHOWN = {
     "distance": "with the delta",
     "distance_topk": "with plain top-k",
     "distance_base": "without it",
+    "distance_old_delta": "with the old delta as it was",
+    "old_base": "made from a delta for",
     "loss_measure": "loss",
     "loss": "loss with the delta",
     "loss_base": "loss without it",

@@ -130,7 +130,7 @@ WHOLE = ArgumentKind("a whole number", _is_whole)
 COMMON: dict[str, ArgumentKind] = {
     **dict.fromkeys(("allow_dtype", "check", "force", "forget", "full", "lock", "lossless", "zstd"), BOOL),
     **dict.fromkeys(("backend", "context", "kind", "method", "name", "scope", "values"), TEXT),
-    **dict.fromkeys(("base", "model_dir", "out", "path", "plot", "png", "signature", "source"), PATH),
+    **dict.fromkeys(("base", "from_base", "model_dir", "out", "path", "plot", "png", "signature", "source"), PATH),
     **dict.fromkeys(("alpha", "drop", "sparsity", "strength", "target_error", "target_kept"), NUMBER),
     "key": PATHS,
     "limit": SIZE,
