@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from shiradelta.io.context import Base, plain_delta, write_on_base, write_plain
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import DELTA, Delta, open_delta
 from shiradelta.io.recognise import Wanted
-from shiradelta.models.checkpoint import Checkpoint, bits_of, open_checkpoint
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.library import match_names
 from shiradelta.util.arguments import PATH, checked
 from shiradelta.util.files import replacing
@@ -97,23 +96,25 @@ def recode(
     )
 
 
-def base_of(delta: Delta, checkpoint: Checkpoint, bits: Callable[[str], Array] | None = None) -> Base:
+def base_of(delta: Delta, checkpoint: Checkpoint, past: Past | None = None) -> Base:
     """The elements that a delta's tensors change.
 
     Args:
         delta: the delta.
         checkpoint: the model that has them.
-        bits: a tensor's name there -> its elements' bits, if those are not the ones that are stored.
+        past: its tensors before some deltas on it, if those are meant.
     """
     wanted = {name: tensor.shape for name, tensor in delta.items() if tensor.operation.in_base}
-    names = match_names(wanted, checkpoint).names
+    names, tensors = match_names(wanted, checkpoint).names, Past(dict(checkpoint)) if past is None else past
 
     def elements(record: Record) -> Array:
-        slot = checkpoint[names[record.name]] if record.name in names else None
+        # A tensor that a delta has dropped since is found under the file's name only.
+        name = names.get(record.name, record.name)
+        slot = tensors.slots.get(name)
         if slot is None or (slot.shape, slot.dtype) != (record.shape, record.dtype):
             found = "does not have it" if slot is None else f"has it as {slot.dtype.name} {list(slot.shape)}"
             raise FormatError("wrong_base", f"{checkpoint.root} {found}", tensor=record.name, file=delta.file)
-        return bits_of(slot) if bits is None else bits(names[record.name])
+        return tensors.view(name).every()
 
     return elements
 
@@ -135,11 +136,7 @@ def plain_on(journal: Journal | None, checkpoint: Checkpoint, delta: Delta, prog
         past = Past(dict(checkpoint))
         for entry in reversed(entries):
             with suppress(FormatError):
-                return plain_delta(delta, _base_in(past, delta, checkpoint), progress)
+                return plain_delta(delta, base_of(delta, checkpoint, past), progress)
             assert journal is not None
             past = past.before(journal, entry, stack)
-        return plain_delta(delta, _base_in(past, delta, checkpoint), progress)
-
-
-def _base_in(past: Past, delta: Delta, checkpoint: Checkpoint) -> Base:
-    return base_of(delta, checkpoint, lambda name: past.view(name).every())
+        return plain_delta(delta, base_of(delta, checkpoint, past), progress)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shiradelta.errors import BaseMismatchError, ShiraDeltaError, TargetError
+from shiradelta.errors import BaseMismatchError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.folder.comparison import PastBits, first_difference, unlike_base, unlike_delta
 from shiradelta.folder.digests import digests_of
 from shiradelta.folder.journal import Journal, reading
@@ -82,12 +82,17 @@ def verify(
         stack.enter_context(os_errors(root, "cannot be read"))
         opened = None if delta is None else stack.enter_context(_opened(delta, limit))
         journal = stack.enter_context(reading(root))
-        if opened is not None and opened.needs_base:
-            opened = stack.enter_context(plain_on(journal, open_checkpoint(root), opened))
-        elif opened is not None:
+        if opened is not None and not opened.needs_base:
             opened.verify()
         if journal is not None and journal.state.pending is not None:
             return _verify_interrupted(journal, journal.state.pending)
+        if opened is not None and opened.needs_base:
+            try:
+                opened = stack.enter_context(plain_on(journal, open_checkpoint(root), opened))
+            except FormatError as error:
+                if error.reason != "wrong_base":
+                    raise
+                return _verify_without_base(journal, opened, error)
         if journal is not None and journal.state.applied:
             return _verify_applied(journal, opened, full)
         recorded = journal if journal is not None and journal.state.base else None
@@ -139,6 +144,19 @@ def _in_full(report: VerifyReport, journal: Journal | None) -> VerifyReport:
     if problem is not None:
         return replace(report, state="neither", detail=problem)
     return replace(report, detail=f"{report.detail}, and all others are the base's (SHA-256)")
+
+
+def _verify_without_base(journal: Journal | None, delta: Delta, error: FormatError) -> VerifyReport:
+    """`verify` of a folder that is not, and was not under its deltas, the base that a delta is read with."""
+    if journal is None or not journal.state.applied:
+        remedy = "make it plain to compare them with its result: `shiradelta recode FILE OUT --base MODEL`"
+        return VerifyReport("unknown", (), f"the weights are not the base of {delta.file or 'delta'}; {remedy}")
+    report = _verify_applied(journal, None, False)
+    if report.state == "neither":
+        return report
+    among = any(entry.digest == delta.digest for entry in report.applied)
+    problem = str(error) if among else f"{delta.file} is not among the deltas that are applied"
+    return replace(report, state="neither", detail=problem)
 
 
 def _verify_interrupted(journal: Journal, pending: Applied) -> VerifyReport:

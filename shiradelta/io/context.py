@@ -150,6 +150,9 @@ def restored(stored: StoredTensor, base: Array) -> TensorDelta:
     stored.check_memory(record.decoded_size)
     section = record.index
     try:
+        # Readers go through all of it without looking at its size again.
+        if (base.size, base.itemsize) != (record.numel, record.element_size):
+            raise FormatError("wrong_base", f"{base.size} elements of {base.itemsize} bytes")
         data, nnz, size = stored.section(section), record.nnz, record.element_size
         if record.index_codec == index_codec.id:
             positions = index_codec.decode_on(data, nnz, record.shape, base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import shiradelta as sd
 from shiradelta.errors import ArgumentError, FormatError
+from shiradelta.io.context import restored
 from tests.swapping import bits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e5m2}
@@ -176,6 +178,84 @@ def test_one_element_that_differs_is_noticed(made: Path, tmp_path: Path):
         if out.exists():  # the element is of a class that lists nothing after it, and the step does not touch it
             assert out.read_bytes() == (made / "1.shd").read_bytes()
     assert refused
+
+
+def folder_of(place: Path, weights: dict[str, torch.Tensor]) -> Path:
+    place.mkdir()
+    save_file(weights, place / "model.safetensors")
+    return place
+
+
+@pytest.mark.parametrize("now", [None, (200, 100)], ids=["dropped", "replaced"])
+def test_the_tensor_may_be_gone_since(made: Path, tmp_path: Path, now: tuple[int, ...] | None):
+    old, new = (load_file(made / version / "model.safetensors")["bf16"] for version in "01")
+    rest = {"rest": torch.zeros(8).bfloat16()}
+    base = folder_of(tmp_path / "base", rest | {"w": old})
+    moved = folder_of(tmp_path / "moved", rest | {"w": new})
+    end = folder_of(tmp_path / "end", rest if now is None else rest | {"w": torch.zeros(now).bfloat16()})
+    sd.convert(moved, tmp_path / "move.shd", base=base, lossless=True, context="base")
+    sd.convert(end, tmp_path / "end.shd", base=moved, lossless=True)
+    sd.apply(base, tmp_path / "move.shd")
+    sd.apply(base, tmp_path / "end.shd")
+    assert sd.verify(base, tmp_path / "move.shd").state == "patched"
+
+
+@pytest.mark.parametrize("before", [None, (3, 5)], ids=["added", "replaced"])
+def test_a_tensor_that_was_not_there_before_is_no_base(made: Path, tmp_path: Path, before: tuple[int, ...] | None):
+    """Under the delta that brought the tensor there is none, or a smaller one."""
+    rest, now = {"rest": torch.zeros(8).bfloat16()}, {"w": torch.zeros(160, 96).bfloat16()}
+    base = folder_of(tmp_path / "base", rest if before is None else rest | {"w": torch.zeros(before).bfloat16()})
+    sd.convert(folder_of(tmp_path / "now", rest | now), tmp_path / "now.shd", base=base, lossless=True)
+    others = [
+        folder_of(tmp_path / version, {"w": load_file(made / version / "model.safetensors")["bf16"]})
+        for version in "01"
+    ]
+    sd.convert(others[1], tmp_path / "theirs.shd", base=others[0], lossless=True, context="base")
+    sd.apply(base, tmp_path / "now.shd")
+    found = weights(base)
+    with pytest.raises(FormatError, match="does not have it" if before is None else "has it as") as caught:
+        sd.apply(base, tmp_path / "theirs.shd")
+    assert caught.value.reason == "wrong_base"
+    assert weights(base) == found
+
+
+def test_no_more_is_read_than_the_base_has(made: Path):
+    """A caller with other elements than the tensor's is refused before a reader sees them."""
+    with sd.open_delta(made / "small1.shd") as delta:
+        for base in (np.zeros(15359, "<u2"), np.zeros(15360, np.uint8), np.zeros(15360, "<u4")):
+            with pytest.raises(FormatError, match=f"{base.size} elements of {base.itemsize} bytes") as caught:
+                restored(delta["bf16"], base)
+            assert caught.value.reason == "wrong_base"
+
+
+def test_verify_tells_what_it_can_without_the_base(made: Path, tmp_path: Path):
+    assert (found := sd.verify(made / "1", made / "small1.shd")).state == "unknown"
+    assert "shiradelta recode" in found.detail
+    shutil.copytree(made / "0", model := tmp_path / "model")
+    sd.apply(model, made / "1.shd")
+    assert sd.verify(model, made / "small2.shd").state == "neither"
+    state = load_file(model / "model.safetensors")
+    at = int(np.flatnonzero(bits(state["bf16"]) != bits(load_file(made / "0" / "model.safetensors")["bf16"]))[0])
+    state["bf16"].view(-1)[at] = 3
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    assert "not as 1.shd left it" in sd.verify(model, made / "small1.shd").detail
+
+
+def test_an_interrupted_action_comes_first(made: Path, tmp_path: Path):
+    """Weights that are half patched are nobody's base."""
+    shutil.copytree(made / "0", model := tmp_path / "model")
+    sd.apply(model, made / "small1.shd")
+    record = model / ".shiradelta" / "state.json"
+    entry = json.loads(record.read_bytes())["applied"][0]
+    for field in ("before", "after", "undo"):  # as version 1 had it, which has no checksum
+        del entry[field]
+    record.write_text(json.dumps({"version": 1, "applied": [], "pending": entry}))
+    state = load_file(made / "1" / "model.safetensors")
+    state["bf16"][:80] = load_file(made / "0" / "model.safetensors")["bf16"][:80]
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    assert sd.verify(model, made / "small1.shd").interrupted
+    sd.revert(model, force=True)
+    assert weights(model) == weights(made / "0")
 
 
 @pytest.mark.parametrize("kind", ["arrays", "torch"])
