@@ -80,9 +80,12 @@ def recode(
     checkpoint = open_checkpoint(Path(local_model(base)), Wanted.BASE)
     with ExitStack() as stack:
         delta = source if isinstance(source, Delta) else stack.enter_context(open_delta(source, limit=limit))
-        write = write_plain if delta.needs_base else write_on_base
+        there = base_of(delta, checkpoint)
         with replacing(Path(out)) as output:
-            write(delta, base_of(delta, checkpoint), output, progress)
+            if delta.needs_base:
+                write_plain(delta, there, output, progress, zstd=True)
+            else:
+                write_on_base(delta, there, output, progress)
             file_bytes = output.tell()
     return RecodeReport(
         source=delta.file or "delta",

@@ -52,7 +52,9 @@ class _Sections:
     values: bytes
 
 
-def write_plain(delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None) -> None:
+def write_plain(
+    delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None, *, zstd: bool = False
+) -> None:
     """Writes a file that does the same and needs no base to be read.
 
     Args:
@@ -60,6 +62,7 @@ def write_plain(delta: Delta, base: Base, output: IO[bytes], progress: Progress 
         base: the elements that it was made for.
         output: where to write.
         progress: called with (tensor, done, total).
+        zstd: compress sections where that helps, if the file has such sections.
 
     Raises:
         FormatError: the file is damaged, or was made for another base.
@@ -77,13 +80,13 @@ def write_plain(delta: Delta, base: Base, output: IO[bytes], progress: Progress 
             kept = replace(kept, value_codec=ULP.id, values=ULP.encode(tensor.bits()))
         return tensor, kept
 
-    _write(delta, plain, output, progress)
+    _write(delta, plain, output, progress, zstd and _has_zstd(delta))
 
 
 def write_on_base(delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None) -> None:
     """Writes a file that does the same and is read with its base only, where that makes it smaller.
 
-    Args and errors are those of `write_plain`.
+    Args and errors are those of `write_plain`.  Sections are compressed where that helps, if the file has such ones.
     """
 
     def on_base(stored: StoredTensor) -> tuple[TensorDelta, _Sections]:
@@ -96,17 +99,17 @@ def write_on_base(delta: Delta, base: Base, output: IO[bytes], progress: Progres
             raise FormatError("wrong_base", tensor=record.name)
         index_codec, value_codec = _codecs()
         index = index_codec.encode_on(positions, stored.shape, elements)
-        if index is not None and len(index) < len(kept.index):
+        if index is not None and len(index) < record.index.stored:
             kept = replace(kept, index_codec=index_codec.id, index=index)
         if stored.operation.shifts:
             values = value_codec.encode_on(stored.bits(), at)
-            if len(values) < len(kept.values):
+            if len(values) < record.values.stored:
                 kept = replace(kept, value_codec=value_codec.id, values=values)
         return stored, kept
 
     if delta.needs_base:
         raise FormatError("base_needed", file=delta.file)
-    _write(delta, on_base, output, progress)
+    _write(delta, on_base, output, progress, _has_zstd(delta))
 
 
 def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> Delta:
@@ -119,6 +122,10 @@ def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> D
         stream.flush()
         mapped = map_file(stream.fileno(), delta.file or "delta", os.fstat(stream.fileno()).st_size)
     return parse_delta(np.frombuffer(mapped, np.uint8), delta.file, mapped=mapped, limit=delta.limit)
+
+
+def _has_zstd(delta: Delta) -> bool:
+    return any(section.zstd for stored in delta.values() for section in (stored.record.index, stored.record.values))
 
 
 def _codecs() -> tuple[FromBase, UlpFromBase]:
@@ -179,9 +186,10 @@ def _write(
     other_form: Callable[[StoredTensor], tuple[TensorDelta, _Sections]],
     output: IO[bytes],
     progress: Progress | None,
+    zstd: bool,
 ) -> None:
     """Writes the other form of every tensor, and compares the digests."""
-    with writing_to(output, "f32") as writer:
+    with writing_to(output, "f32", zstd) as writer:
         writer.metadata.update(delta.metadata)
         for number, (name, stored) in enumerate(delta.items()):
             if progress:

@@ -120,7 +120,7 @@ class DeltaWriter:
         return record
 
     def add_sections(self, record: Record, digest: bytes, index: bytes, values: bytes) -> None:
-        """Adds a tensor as sections that are ready; none is compressed, and nothing is checked again.
+        """Adds a tensor as sections that are ready; nothing is checked again.
 
         Args:
             record: its row of the table, but for the sections.
@@ -128,7 +128,7 @@ class DeltaWriter:
             index: the positions' section.
             values: the values' section.
         """
-        sections = [self._store_in_parts([section]) for section in (index, values)]
+        sections = [self._store(section) for section in (index, values)]
         self._records[record.name] = replace(record, index=sections[0], values=sections[1])
         self._digests[record.name] = digest
 

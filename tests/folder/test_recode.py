@@ -258,6 +258,21 @@ def test_an_interrupted_action_comes_first(made: Path, tmp_path: Path):
     assert weights(model) == weights(made / "0")
 
 
+def test_compressed_sections_stay_so(made: Path, tmp_path: Path):
+    pytest.importorskip("zstandard")
+    base = load_file(made / "0" / "model.safetensors")["fp32"]
+    at = np.flatnonzero(np.abs(base.numpy().reshape(-1)) > 0.03)
+    delta = sd.TensorDelta(
+        (160, 96), at, np.random.default_rng(0).choice(np.float32([0.5, 0.25, -1.0]), at.size), "float32"
+    )
+    a, small, back = (tmp_path / name for name in ("a.shd", "small.shd", "back.shd"))
+    sd.save_delta(a, {"fp32": delta}, values="f32", zstd=True)
+    assert sd.recode(a, small, made / "0").needs_base
+    assert small.stat().st_size < a.stat().st_size
+    sd.recode(small, back, made / "0")
+    assert back.read_bytes() == a.read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["arrays", "torch"])
 def test_a_live_model_is_its_own_base(made: Path, kind: str):
     state = load_file(made / "0" / "model.safetensors")
