@@ -55,7 +55,8 @@ REASONS: dict[str, str] = {
     "digest_mismatch": "the contents are not those that the header names",
 }
 
-_REMEDIES: dict[str, str] = {
+#: Reason code -> what to do, where it is not to get the file again.
+REMEDIES: dict[str, str] = {
     "bad_magic": "give a .shd file; `shiradelta convert` makes one",
     "truncated": "fetch or copy it again",
     "unsupported_version": "upgrade shiradelta",
@@ -65,8 +66,8 @@ _REMEDIES: dict[str, str] = {
     "unknown_index_codec": "upgrade shiradelta",
     "unknown_value_codec": "upgrade shiradelta",
     "zstd_unavailable": "install zstandard",
-    "base_needed": "give the model that it was made for (--base)",
-    "wrong_base": "give the model that it was made for (--base)",
+    "base_needed": "make it plain first: `shiradelta recode FILE OUT --base MODEL`",
+    "wrong_base": "give the model that it was made for",
 }
 
 
@@ -163,7 +164,7 @@ class FormatError(ShiraDeltaError):
         if self.offset is not None:
             where += f", byte {self.offset}"
         what = REASONS[self.reason] + (f" ({self.detail})" if self.detail else "")
-        remedy = self.remedy or _REMEDIES.get(
+        remedy = self.remedy or REMEDIES.get(
             self.reason, "the file is damaged or was not made to the format; get it again"
         )
         return f"{where}: refused, {what} [{self.reason}]; {remedy}"

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shiradelta.errors import FormatError
+from shiradelta.errors import REMEDIES, FormatError
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.record import Record
+from shiradelta.hotswap.matching import check_target
 from shiradelta.hotswap.transcode import stored_positions
 from shiradelta.io.context import write_plain
 from shiradelta.io.reader import Delta
@@ -19,7 +20,9 @@ from shiradelta.models.views import View
 from shiradelta.util.arrays import ranges
 
 
-def plain_bytes(label: str, delta: Delta, matched: Mapping[str, str], targets: Mapping[str, Target]) -> bytes:
+def plain_bytes(
+    label: str, delta: Delta, matched: Mapping[str, str], targets: Mapping[str, Target], allow_dtype: bool
+) -> bytes:
     """A file that does the same as a delta and needs no base to be read.
 
     Args:
@@ -27,24 +30,26 @@ def plain_bytes(label: str, delta: Delta, matched: Mapping[str, str], targets: M
         delta: the delta.
         matched: the file's names -> the model's.
         targets: the model's tensors by name.
+        allow_dtype: take values that were made against another dtype; they cannot be read with the weights then.
 
     Raises:
-        FormatError: the weights are not the ones that it was made for, or are in pieces, or the file is damaged.
+        FormatError: the weights are not the ones that it was made for, or not all are here, or the file is damaged.
+        TargetError: a tensor cannot be written.
+        BaseMismatchError: a tensor does not fit.
     """
 
     def base(record: Record) -> Array:
-        target = targets[matched[record.name]].in_form(record.shape) if record.name in matched else None
-        leaves = [] if target is None else list(target.leaves())
-        sizes = {leaf.tensor.itemsize for leaf, _ in leaves}
-        if target is None or target.shape != record.shape or not sizes <= {record.element_size}:
-            raise FormatError("wrong_base", "no tensor of the model fits", tensor=record.name, file=label)
+        if record.name not in matched:
+            raise FormatError("base_needed", "the model does not have it", tensor=record.name, file=label)
+        target = targets[matched[record.name]].in_form(record.shape)
+        dtype = check_target(f"{label}: tensor {record.name!r}", delta[record.name], target, allow_dtype)
+        if dtype != record.dtype.name:
+            raise FormatError("wrong_base", f"the model has it as {dtype}", tensor=record.name, file=label)
         if target.extent is None:
             return _bits(target)
         bits = np.zeros(record.numel, record.dtype.bits)
-        if sum(_take_over(bits, leaf, views) for leaf, views in leaves) < record.numel:
-            error = FormatError("base_needed", "this process has a part of it only", tensor=record.name, file=label)
-            error.remedy = "make it plain first: shiradelta recode FILE OUT --base MODEL"
-            raise error
+        if sum(_take_over(bits, leaf, views) for leaf, views in target.leaves()) < record.numel:
+            raise FormatError("base_needed", "this process has a part of it only", tensor=record.name, file=label)
         return bits
 
     output = io.BytesIO()
@@ -52,6 +57,8 @@ def plain_bytes(label: str, delta: Delta, matched: Mapping[str, str], targets: M
         write_plain(delta, base, output)
     except FormatError as error:
         error.file = error.file or label
+        if error.reason == "wrong_base":
+            error.remedy = f"take out the adapters that it was not made with, or {REMEDIES['base_needed']}"
         raise
     return output.getvalue()
 

@@ -82,7 +82,7 @@ class Preparation:
         delta = open_delta(data, choice, limit=limit)
         matched, unmatched = match(delta, self.targets, self.names, label, skip)
         if delta.needs_base:
-            _, data = read_whole(plain_bytes(label, delta, matched, self.targets), self.devices.buffer)
+            _, data = read_whole(plain_bytes(label, delta, matched, self.targets, allow_dtype), self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
         matched = only_these(label, matched, only)
         wanted = delta if only is None else matched

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.errors import ShiraDeltaError, TargetError
 from tests import BRIEF
-from tests.hotswap.ranks_at_random import LAYOUTS, at_random, delta, spread, whole
+from tests.hotswap.ranks_at_random import LAYOUTS, at_random, delta, net, spread, whole
 from tests.ranks import Ended, run
 from tests.swapping import adapter, bits, random_delta
 
@@ -93,6 +94,31 @@ def test_fingerprints_are_summed_and_copies_compared(tmp_path: Path):
     """The norm is whole in both processes, and is not the same there."""
     for said in run(other_base, 2, tmp_path, delta(1)):
         assert said.startswith("BaseMismatchError: tensor 'norm.weight' is in several places, and its elements are not")
+
+
+def part_of_base(rank: int, data: bytes) -> str:
+    model = spread("tp")
+    base = whole(model)
+    swap = HotSwap(model, timeout=30)
+    said = refusal_of(swap.load, "a", data)
+    assert swap.loaded == {}
+    assert all(np.array_equal(now, base[name]) for name, now in whole(model).items())
+    return said
+
+
+def test_no_rank_takes_its_part_for_the_base(tmp_path: Path):
+    """A file that is read with its base only, where no rank has all of a tensor."""
+    tensor = net().up.weight.detach()
+    at = np.flatnonzero(tensor.abs().float().numpy().reshape(-1) < 0.1)
+    step = sd.TensorDelta(
+        tuple(tensor.shape), at, np.ones(at.size, int), "bfloat16", "ulp", bits(tensor).reshape(-1)[at]
+    )
+    sd.save_delta(tmp_path / "plain.shd", {"up.weight": step})
+    save_file({"up.weight": tensor.contiguous()}, tmp_path / "model.safetensors")
+    assert sd.recode(tmp_path / "plain.shd", tmp_path / "small.shd", tmp_path / "model.safetensors").needs_base
+    for said in run(part_of_base, 2, tmp_path, (tmp_path / "small.shd").read_bytes()):
+        assert "a part of it only" in said
+        assert "shiradelta recode" in said
 
 
 def killed(rank: int, data: bytes, seed: int) -> tuple[bool, str]:
