@@ -99,7 +99,7 @@ def push_to_hub(
     path = Path(local_source(delta))
     file = path.name if name is None else name
     with open_delta(path) as opened:
-        opened.verify()
+        opened.verify_without_base()
         if not file.endswith(registry.SUFFIX):
             raise ArgumentError(f"{file}: is no name of a delta; give name= (--name) that ends in {registry.SUFFIX}")
         about = _about(opened.metadata, repo, file, base_model, base_revision, license, tags)

@@ -38,6 +38,8 @@ class SignatureReport:
 def verify_signature(delta: Source, key: Keys, signature: str | os.PathLike[str] | None = None) -> SignatureReport:
     """Checks that a `.shd` file is, byte for byte, what the owner of a key has signed, and that it is whole.
 
+    Of a file that is read with its base only, the sections are compared with their checksums; who has it decodes it.
+
     Args:
         delta: a path, bytes, or a binary file.
         key: a file of public keys (PEM or OpenSSH's form), or several files; any of the keys is enough.
@@ -51,7 +53,7 @@ def verify_signature(delta: Source, key: Keys, signature: str | os.PathLike[str]
     """
     opened, report = open_signed(delta, key, signature)
     with opened:
-        opened.verify()
+        opened.verify_without_base()
     return report
 
 

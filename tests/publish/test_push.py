@@ -16,6 +16,7 @@ import shiradelta as sd
 from shiradelta.cli import main
 from shiradelta.errors import ArgumentError, FormatError, MissingDependencyError, TargetError
 from tests.hub import TOKEN, Hub, files_of
+from tests.recoded import write_small
 
 METADATA = {"base": "org/base", "base_revision": "0123", "license": "Apache-2.0", "energy_kept": "0.8127"}
 
@@ -125,6 +126,18 @@ def test_a_signature_goes_with_its_file(owner: Hub, tmp_path: Path):
     (tmp_path / "a.shd.sig").write_bytes(b"signature")
     assert sd.push_to_hub(path, "user/a").files == ("a.shd", "a.shd.sig", "README.md")
     assert files(owner, "user/a")["a.shd.sig"] == b"signature"
+
+
+def test_a_file_that_needs_its_base_is_pushed_if_its_sections_are_whole(owner: Hub, tmp_path: Path):
+    path = write_small(tmp_path)
+    assert sd.push_to_hub(path, "user/small").files == ("small.shd", "README.md")
+    assert files(owner, "user/small")["small.shd"] == path.read_bytes()
+    data = bytearray(path.read_bytes())
+    data[-70] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="checksum"):
+        sd.push_to_hub(path, "user/damaged")
+    assert "user/damaged" not in owner.repos
 
 
 def test_private_is_private(owner: Hub, tmp_path: Path):

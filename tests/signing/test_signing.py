@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,10 +21,11 @@ from safetensors.torch import save_file
 
 import shiradelta as sd
 from shiradelta.cli import main
-from shiradelta.signing.form import read_signature
+from shiradelta.signing.form import Signature, read_signature
 from shiradelta.signing.keys import private_key, public_keys
 from tests.conftest import read
 from tests.hub import Hub
+from tests.recoded import write_small
 from tests.scenes import contents
 from tests.signing.conftest import PASSPHRASE, write_delta
 
@@ -105,6 +108,22 @@ def test_the_content_digest_is_recomputed_before_a_file_is_signed(signed: Path):
     with pytest.raises(sd.FormatError, match="digest_mismatch"):
         sd.sign("b.shd", "private.pem")
     assert not Path("b.shd.sig").exists()
+
+
+def test_what_needs_its_base_is_signed_by_who_has_it_and_verified_by_anyone(signed: Path):
+    """A signer has to compute the content digest (spec/SIGNATURES.md); a verifier compares two digests."""
+    path = write_small(signed)
+    with pytest.raises(sd.FormatError, match="shiradelta recode"):
+        sd.sign(path, "private.pem")
+    private = private_key("private.pem")
+    with sd.open_delta(path) as delta:
+        signature = Signature(private.public.fingerprint, delta.digest, hashlib.sha256(path.read_bytes()).hexdigest())
+    Path(f"{path}.sig").write_bytes(replace(signature, value=private.sign(signature.message)).to_bytes())
+    assert sd.verify_signature(path, "public.pem").digest == signature.digest
+    assert run("verify", path, "--key", "public.pem").exit_code == 0
+    assert "base: exactly the base" in run("verify", "base", path, "--key", "public.pem").stdout
+    assert run("apply", "base", path, "--key", "public.pem").exit_code == 0
+    assert "patched: exactly" in run("verify", "base", path, "--key", "public.pem").stdout
 
 
 @pytest.mark.parametrize(
