@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shiradelta.chain.checks import check_contents, check_digest, check_state, check_sum
 from shiradelta.chain.conditions import read_if_there
-from shiradelta.chain.difference import smaller_form, write_difference
+from shiradelta.chain.difference import plain_step, smaller_form, write_difference
 from shiradelta.chain.digests import digest_of_file
 from shiradelta.chain.files import files_of_model, put, write_anchor
 from shiradelta.chain.fold import fold, needs_base
@@ -28,8 +28,6 @@ from shiradelta.chain.stores import Store, open_store
 from shiradelta.chain.versions import Versions
 from shiradelta.chain.way import Way, cheapest
 from shiradelta.errors import ChainError, ShiraDeltaError, TargetError
-from shiradelta.folder.recode import base_of
-from shiradelta.io.context import plain_delta
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import writing
@@ -172,8 +170,8 @@ class Chain:
             opened = stack.enter_context(open_delta(path))
             step = _described(opened, path, manifest, version)
             readable = opened
-            if before is not None and opened.needs_base:
-                readable = stack.enter_context(plain_delta(opened, base_of(opened, before)))
+            if opened.needs_base:
+                readable = stack.enter_context(plain_step(opened, before))
             check_contents(readable, before)
             if before is not None and context == "base" and not opened.needs_base:
                 path = smaller_form(path, opened, before, work)
@@ -356,7 +354,7 @@ class Chain:
             with _collected(problems), ExitStack() as steps:
                 delta = steps.enter_context(self.open_step(step))
                 if delta.needs_base:
-                    delta = steps.enter_context(plain_delta(delta, base_of(delta, versions.at(step.start))))
+                    delta = steps.enter_context(plain_step(delta, versions.at(step.start)))
                 check_contents(delta, None)
                 delta.verify()
                 if step.start in states:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from shiradelta.errors import FormatError
 from shiradelta.folder.comparison import PastBits
 from shiradelta.folder.recode import base_of
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.codecs import BITS, ULP
 from shiradelta.format.delta import TensorDelta
-from shiradelta.io.context import write_on_base
+from shiradelta.io.context import plain_delta, write_on_base
 from shiradelta.io.reader import Delta
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint
@@ -64,6 +65,19 @@ def shifted(step: TensorDelta) -> TensorDelta:
         return step
     positions = None if step.all_positions else step.positions()
     return TensorDelta.trusted(step.shape, positions, bits, step.dtype, "ulp", step.base_bits)
+
+
+def plain_step(step: Delta, before: Checkpoint | None) -> Delta:
+    """The form that needs no base of a step that is read with the version before it only.
+
+    Raises:
+        FormatError: that version is not given or is another one, or the step is damaged.
+    """
+    if before is None:
+        error = FormatError("base_needed", file=step.file)
+        error.remedy = "give the model before it (--base)"
+        raise error
+    return plain_delta(step, base_of(step, before))
 
 
 def smaller_form(path: Path, delta: Delta, base: Checkpoint, work: Path) -> Path:

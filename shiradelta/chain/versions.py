@@ -38,7 +38,7 @@ class Versions:
             ChainError: no way leads there, or a file is missing or is another one.
         """
         if not 0 <= self._version <= version:
-            self._count += 1
+            self._count, self._version = self._count + 1, -1
             way = self._way(None, version)
             self._here.mkdir()
             if way.anchor is not None:
@@ -47,8 +47,10 @@ class Versions:
             way = self._way(self._version, version)
         for step in way.steps:
             with self._opened(step) as delta:
+                self._version = -1  # what fails half-way is no version
                 apply(self._here, delta)
             commit(self._here)  # a later step may set the same again
+            self._version = step.stop
         self._version = version
         return open_checkpoint(self._here)
 
