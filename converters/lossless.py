@@ -104,7 +104,7 @@ class Lossless:
                 )
             if plain is not output:
                 with self._opened(plain) as delta:
-                    write_on_base(delta, base_of(delta, base), output, self.progress)
+                    write_on_base(delta, base_of(delta, base), output, self.progress, scratch=scratch)
             self._verify(output, source, base)
         changed = sum(tensor.nnz for tensor in report.tensors if not tensor.operation.creates)
         report.sparsity = changed / max(sum(slot.numel for slot in base.values()), 1)

@@ -80,12 +80,12 @@ def recode(
     checkpoint = open_checkpoint(Path(local_model(base)), Wanted.BASE)
     with ExitStack() as stack:
         delta = source if isinstance(source, Delta) else stack.enter_context(open_delta(source, limit=limit))
-        there = base_of(delta, checkpoint)
+        there, scratch = base_of(delta, checkpoint), Path(out).absolute().parent
         with replacing(Path(out)) as output:
             if delta.needs_base:
-                write_plain(delta, there, output, progress, zstd=True)
+                write_plain(delta, there, output, progress, scratch=scratch, zstd=True)
             else:
-                write_on_base(delta, there, output, progress)
+                write_on_base(delta, there, output, progress, scratch=scratch)
             file_bytes = output.tell()
     return RecodeReport(
         source=delta.file or "delta",

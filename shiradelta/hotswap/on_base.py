@@ -18,6 +18,7 @@ from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array
 from shiradelta.models.views import View
 from shiradelta.util.arrays import ranges
+from shiradelta.util.files import temporary_errors
 
 
 def plain_bytes(
@@ -54,7 +55,8 @@ def plain_bytes(
 
     output = io.BytesIO()
     try:
-        write_plain(delta, base, output)
+        with temporary_errors():
+            write_plain(delta, base, output)
     except FormatError as error:
         error.file = error.file or label
         if error.reason == "wrong_base":

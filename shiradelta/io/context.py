@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -33,6 +34,7 @@ from shiradelta.format.digest import tensor_digest
 from shiradelta.format.record import Record
 from shiradelta.io.reader import Delta, StoredTensor, parse_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
+from shiradelta.util.files import temporary_errors
 from shiradelta.util.mapping import map_file
 from shiradelta.util.progress import Progress
 
@@ -53,7 +55,13 @@ class _Sections:
 
 
 def write_plain(
-    delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None, *, zstd: bool = False
+    delta: Delta,
+    base: Base,
+    output: IO[bytes],
+    progress: Progress | None = None,
+    *,
+    scratch: Path | None = None,
+    zstd: bool = False,
 ) -> None:
     """Writes a file that does the same and needs no base to be read.
 
@@ -62,6 +70,7 @@ def write_plain(
         base: the elements that it was made for.
         output: where to write.
         progress: called with (tensor, done, total).
+        scratch: the folder of a nameless file for what is too large for memory; None for the system's.
         zstd: compress sections where that helps, if the file has such sections.
 
     Raises:
@@ -80,10 +89,12 @@ def write_plain(
             kept = replace(kept, value_codec=ULP.id, values=ULP.encode(tensor.bits()))
         return tensor, kept
 
-    _write(delta, plain, output, progress, zstd and _has_zstd(delta))
+    _write(delta, plain, output, progress, scratch, zstd and _has_zstd(delta))
 
 
-def write_on_base(delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None) -> None:
+def write_on_base(
+    delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None, *, scratch: Path | None = None
+) -> None:
     """Writes a file that does the same and is read with its base only, where that makes it smaller.
 
     Args and errors are those of `write_plain`.  Sections are compressed where that helps, if the file has such ones.
@@ -109,15 +120,15 @@ def write_on_base(delta: Delta, base: Base, output: IO[bytes], progress: Progres
 
     if delta.needs_base:
         raise FormatError("base_needed", file=delta.file)
-    _write(delta, on_base, output, progress, _has_zstd(delta))
+    _write(delta, on_base, output, progress, scratch, _has_zstd(delta))
 
 
 def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> Delta:
     """A delta that does the same and needs no base to be read; it is in a nameless temporary file, until it is closed.
 
-    Args and errors are those of `write_plain`.
+    Args and errors are those of `write_plain`, and TargetError where there is no room for that file.
     """
-    with tempfile.TemporaryFile() as stream:
+    with temporary_errors(), tempfile.TemporaryFile() as stream:
         write_plain(delta, base, stream, progress)
         stream.flush()
         mapped = map_file(stream.fileno(), delta.file or "delta", os.fstat(stream.fileno()).st_size)
@@ -186,10 +197,11 @@ def _write(
     other_form: Callable[[StoredTensor], tuple[TensorDelta, _Sections]],
     output: IO[bytes],
     progress: Progress | None,
+    scratch: Path | None,
     zstd: bool,
 ) -> None:
     """Writes the other form of every tensor, and compares the digests."""
-    with writing_to(output, "f32", zstd) as writer:
+    with writing_to(output, "f32", zstd, scratch=scratch) as writer:
         writer.metadata.update(delta.metadata)
         for number, (name, stored) in enumerate(delta.items()):
             if progress:

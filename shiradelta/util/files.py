@@ -52,6 +52,14 @@ def os_errors(path: Path, what: str = "cannot be written", ending: str = NOTHING
         raise system_error(error, path, what, ending) from error
 
 
+@contextmanager
+def temporary_errors() -> Iterator[None]:
+    """`os_errors` of a block in which only the system's temporary folder is written."""
+    remedy = "; free some space there, or set TMPDIR to another folder"
+    with os_errors(Path(tempfile.gettempdir()), ending=NOTHING_CHANGED + remedy):
+        yield
+
+
 def system_error(
     error: OSError, path: Path, what: str = "cannot be written", ending: str = NOTHING_CHANGED
 ) -> TargetError:

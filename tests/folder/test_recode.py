@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -13,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shiradelta as sd
-from shiradelta.errors import ArgumentError, FormatError
+from shiradelta.errors import ArgumentError, FormatError, TargetError
 from shiradelta.io.context import restored
 from tests.swapping import bits
 
@@ -255,6 +260,24 @@ def test_an_interrupted_action_comes_first(made: Path, tmp_path: Path):
     save_file(state, model / "model.safetensors", metadata={"format": "pt"})
     assert sd.verify(model, made / "small1.shd").interrupted
     sd.revert(model, force=True)
+    assert weights(model) == weights(made / "0")
+
+
+def test_a_full_temporary_folder_is_named(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is not the model that cannot be read."""
+    shutil.copytree(made / "0", model := tmp_path / "model")
+    state = load_file(made / "0" / "model.safetensors")
+
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.write", full)
+    for call in (sd.apply, sd.verify):
+        with pytest.raises(TargetError, match=f"^{re.escape(tempfile.gettempdir())}: .* set TMPDIR"):
+            call(model, made / "small1.shd")
+    with pytest.raises(TargetError, match="set TMPDIR"):
+        sd.load(state, made / "small1.shd")
     assert weights(model) == weights(made / "0")
 
 
