@@ -209,7 +209,8 @@ class ConversionReport:
             closer = f", {fit.gain.kept} of {fit.gain.share_of} kept"
         else:
             closer = f", {1 - fit.fitted / fit.base:.0%} of the way" if fit.base and fit.fitted < fit.base else ""
-        return f"fitted on {text.count(fit.texts, 'text')} in {fit.seconds:.0f} s{closer}"
+        made = f" and {fit.generated:,} generated" if fit.generated else ""
+        return f"fitted on {text.count(fit.texts, 'text')}{made} in {fit.seconds:.0f} s{closer}"
 
     @property
     def rows(self) -> list[list[str]]:

@@ -127,6 +127,14 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
     show_default=True,
     help="Share of a language model's target that is the text's next token; the fine-tune predicts the rest.",
 )
+@click.option(
+    "--fit-generate",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Texts to fit on beside the examples, which a fine-tuned language model generates from their prompts.",
+)
 @options.prompt_share
 @click.option(
     "--accept-worse",

@@ -85,8 +85,9 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
         training.load(resumed)
         settings.log(f"going on from step {resumed.step} of {steps}, found in {path}")
     left = steps - training.state.step
+    made = f" and {result.generated:,} generated ones" if result.generated else ""
     settings.log(
-        f"fitting on {len(subject.texts.train):,} texts: {left} steps of {settings.batch} texts on {subject.device},"
+        f"fitting on {result.texts:,} texts{made}: {left} steps of {settings.batch} texts on {subject.device},"
         f" about {_duration(1.1 * left * seconds)}; if it is interrupted, the same command goes on"
     )
 
@@ -125,6 +126,7 @@ def _identity(job: FitJob, subject: Subject) -> object:
         *(masks_of_0_1.get(fit.mask, fit.mask), fit.steps, fit.batch, subject.micro),
         *(fit.relative_lr or MASKS.find(fit.mask).relative_lr, fit.tokens, fit.text_share, fit.seed),
         *([fit.prompt_share] if fit.prompt_share else []),  # 0.1 had none
+        *([f"{fit.generate} generated"] if fit.generate else []),
         *([str(job.old.root.resolve())] if job.old is not None else []),
         subject.texts.train[:1],
         [str(text) for text in subject.texts.every],

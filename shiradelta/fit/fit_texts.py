@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from shiradelta.fit.settings import Fit
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.text.batches import batches, split
 from shiradelta.text.read import ExampleSet, check_number, read_file, read_list
+from shiradelta.util.progress import Progress
 
 #: Batches for the loss's scales, for importance scores, and for the moments of the closed form.
 CALIBRATION = 8
@@ -24,7 +26,8 @@ class FitTexts:
 
     Attributes:
         every: each example as the user's own `forward` gets it.
-        train, held_out: indices of the examples to fit on, and of the held-out ones.
+        train, held_out: indices of the examples to fit on, and of the held-out ones.  Those of generated texts come
+            after all others.
 
     Raises:
         SourceError: the examples cannot be read, or are too few.
@@ -47,6 +50,17 @@ class FitTexts:
         if self._examples is None:
             raise SourceError("the texts to fit on have to be strings, or objects as in a file; others need `forward`")
         return TextBehaviour(tokenizer, self._examples, model, fit.tokens, pooling, fit.text_share, fit.prompt_share)
+
+    def generate(self, behaviour: TextBehaviour, model: nn.Module, progress: Progress) -> None:
+        """Adds texts to fit on that the model generates, as many as the settings say; errors are the behaviour's."""
+        fit, what = self._fit, "texts of the fine-tune"
+        behaviour.generate(model, self.train, fit.generate, fit.per_pass, fit.seed, partial(progress, what))
+        self.train = [*self.train, *range(len(self.every), len(self.every) + fit.generate)]
+
+    def numbers(self, indices: Iterable[int]) -> tuple[int, int]:
+        """How many of some texts are examples, and how many are generated."""
+        generated = [index >= len(self.every) for index in indices]
+        return len(generated) - sum(generated), sum(generated)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Batches for the optimizer, forever; `lengths` has the tokens of every text."""

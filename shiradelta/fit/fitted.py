@@ -107,6 +107,7 @@ class Fitted:
         tensors: name -> positions and values, not yet quantised.
         measure: the unit of the distances, in words.
         texts, held_out: number of texts to fit on, and of held-out texts to measure on.
+        generated: number of texts to fit on beside these that the fine-tune generated.
         base, topk, fitted: distance from the fine-tune of the base, of plain top-k, and of the fit, as a reader of the
             file would measure them.
         old_delta: distance of the new base with the old delta as it was; None without a new base.
@@ -125,6 +126,7 @@ class Fitted:
     measure: str
     texts: int
     held_out: int
+    generated: int = 0
     base: float = 0.0
     topk: float = 0.0
     fitted: float = 0.0
@@ -173,6 +175,7 @@ class Fitted:
             },
             **{f"apart_{key}": f"{value:.6g}" for key, value in self.apart.get(self.measure, {}).items()},
             "fit_texts": str(self.texts),
+            **({"fit_generated": str(self.generated)} if self.generated else {}),
             "fit_steps": str(self.steps),
             **({"fit_text_share": f"{self.text_share:.3g}"} if self.text_share else {}),
         }

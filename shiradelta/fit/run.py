@@ -32,6 +32,8 @@ def run(job: FitJob) -> Fitted:
             try:
                 if job.old is not None:
                     raise CannotStreamError("it is measured beside the old base")
+                if fit.generate:
+                    raise CannotStreamError("it generates texts")
                 found: Fitted = method.stream(job)
             except CannotStreamError as reason:
                 fit.log(f"the model is loaded as a whole, for {reason}")
@@ -47,7 +49,8 @@ def _fit_whole(job: FitJob) -> Fitted:
     method = METHODS.find(job.fit.method)
     job.progress("the fine-tune's outputs", 0, 1)
     subject = Subject(job)
-    result = Fitted({}, subject.behaviour.measure, len(subject.texts.train), len(subject.texts.held_out))
+    texts, generated = subject.texts.numbers(subject.texts.train)
+    result = Fitted({}, subject.behaviour.measure, texts, len(subject.texts.held_out), generated)
     result.warnings = subject.warnings
     result.note("base", subject.held_out.measures("base"))
     subject.measure_old(result)

@@ -40,13 +40,15 @@ class Fit:
         prompt_share: how much a prompt's token counts in losses and measures, where one that the model is to say has 1:
             a completion's, or an assistant's.  0 leaves prompts out, 1 makes no difference.
         held_out: texts kept from fitting, on which distances are measured; at most a fifth of all.
-        seed: of the order of the texts.
+        seed: of the order of the texts, and of generated ones.
         device: "cpu", "cuda", ...; None takes a GPU if there is one.
         state: where the state of an interrupted run is kept; None puts it beside the output.
         model: the base as a torch module, where transformers cannot load it by itself.
         forward: forward(model, examples) -> tensor or tensors, instead of tokenizer and hidden states.
         loss: loss(student's, teacher's) -> scalar tensor, instead of the relative error of what `forward` gives.
         log: called with a line of text, such as an estimate of the time.
+        generate: texts to fit on beside the examples, which a fine-tuned language model generates from prompts of those
+            it is fitted on, or from the start token where these have none; they are never held out.
 
     Raises:
         ArgumentError: a setting is unknown or out of range.
@@ -70,6 +72,7 @@ class Fit:
     forward: Callable[[Any, Sequence[Any]], Any] | None = None
     loss: Callable[[Any, Any], Any] | None = None
     log: Callable[[str], None] = lambda message: None
+    generate: int = 0
 
     def __post_init__(self) -> None:
         if self.mask in RENAMED_MASKS:
@@ -84,6 +87,10 @@ class Fit:
         if not 0 <= self.text_share < 1:
             raise ArgumentError(f"a text share of {self.text_share} is out of range; give 0, or a number below 1")
         check_prompt_share(self.prompt_share)
+        if self.generate < 0:
+            raise ArgumentError(f"generate is {self.generate}; give a number of texts, or 0 for none")
+        if self.generate and self.forward is not None:
+            raise ArgumentError("no texts can be generated for a forward function; leave generate or forward out")
         for name in ("steps", "batch", "micro", "tokens", "held_out"):
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -110,7 +117,7 @@ class Fit:
 _TEXTS = ArgumentKind(
     "a file of examples, or a list of them", lambda value: is_path(value) or hasattr(value, "__getitem__")
 )
-_COUNTS = dict.fromkeys(("steps", "batch", "micro", "tokens", "held_out"), WHOLE)
+_COUNTS = dict.fromkeys(("steps", "batch", "micro", "tokens", "held_out", "generate"), WHOLE)
 _FUNCTIONS = dict.fromkeys(("forward", "loss", "log"), CALL)
 _NUMBERS = dict.fromkeys(("relative_lr", "text_share", "prompt_share"), NUMBER)
 _OTHERS = {"texts": _TEXTS, "mask": TEXT, "device": TEXT, "state": PATH}

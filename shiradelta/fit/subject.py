@@ -21,7 +21,7 @@ from shiradelta.fit.measures import HeldOut
 from shiradelta.fit.rounding import write_rounded
 from shiradelta.fit.stored import LoadedWeights, group, make_contiguous
 from shiradelta.fit.teacher import Teacher, exchanged
-from shiradelta.fit.text_behaviour import not_run
+from shiradelta.fit.text_behaviour import TextBehaviour, not_run
 from shiradelta.fit.tuned_weights import TunedWeights, dense, exact_homes, weights_after, write_exact
 from shiradelta.io.recognise import UNCHANGED
 from shiradelta.models import loading
@@ -75,6 +75,10 @@ class Subject:
         self._weights, self._old = weights, job.old
         if job.old is not None:  # the teacher has the old base in the other tensors, too
             self.fitted.tuned = weights_after(job.old.tuned, weights)
+        if fit.generate:
+            assert isinstance(self.behaviour, TextBehaviour)  # `Fit` refuses `forward`
+            with exchanged(self.fitted.tuned):
+                self.texts.generate(self.behaviour, self.model, job.progress)
         self.teacher = Teacher(self.model, self.fitted.tuned, self.behaviour)
         # Only texts to fit on, so that held-out texts have no influence.
         with torch.no_grad():

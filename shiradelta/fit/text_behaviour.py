@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shiradelta.errors import SourceError
 from shiradelta.fit.behaviour import Behaviour, Outputs
 from shiradelta.fit.divergence import blend, divergence, divergence_of_labels, log_likelihoods, weighted_mean
+from shiradelta.fit.generate import generate
 from shiradelta.fit.losses import AGREEMENT, ANSWERS, LABELS, LIKELIHOOD, PARTNERS, ExampleLoss
 from shiradelta.models.sentence import modules_not_run
 from shiradelta.text.pooling import pool
@@ -87,21 +88,47 @@ class TextBehaviour(Behaviour):
                 f"{type(model).__name__} {'predicts the next token' if self.predicts else 'predicts no next token'}, so"
                 f' {" and ".join(examples.kind.keys)} are no examples for it; give {{"text": ...}}'
             )
-        found = self._examples = TokenisedExamples(examples, tokenizer, model, tokens, prompt_share)
-        self._table, self.lengths = found.table, found.lengths
-        self._row_weights = found.row_weights()
-        counts = torch.ones(len(found.table.ids)) if self._row_weights is None else self._row_weights
-        #: Index of each token among those that count.
-        self._rank = (counts > 0).cumsum(0) - 1
+        self._tokenizer = tokenizer
+        self._examples = TokenisedExamples(examples, tokenizer, model, tokens, prompt_share)
+        self._lay_out()
         config: Any = model.config
         # A classifier on a causal model looks for the last token by its config's padding token.
-        config.pad_token_id = found.pad
+        config.pad_token_id = self._examples.pad
         multi = getattr(config, "problem_type", None) == "multi_label_classification"
         self._logits = OutputKind.LABELS if multi else OutputKind.LOGITS
         self._output = OutputKind.EMBEDDING
         self._per_token: list[bool] = []
         self._device = next(model.parameters()).device
         self._pooling, self.text_share = pooling, text_share
+
+    def _lay_out(self) -> None:
+        found = self._examples
+        self._table, self.lengths = found.table, found.lengths
+        self._row_weights = found.row_weights()
+        counts = torch.ones(len(found.table.ids)) if self._row_weights is None else self._row_weights
+        #: Index of each token among those that count.
+        self._rank = (counts > 0).cumsum(0) - 1
+
+    def generate(
+        self,
+        model: nn.Module,
+        indices: Sequence[int],
+        number: int,
+        batch: int,
+        seed: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Adds texts that a model generates from prompts of some examples; arguments are those of `generate.generate`.
+
+        Raises:
+            SourceError: the model is no language model, or there is nothing to begin a text with.
+        """
+        if not self.predicts:
+            raise SourceError(
+                f"{type(model).__name__} is no language model and generates no texts; leave out --fit-generate"
+            )
+        self._examples.extend(generate(model, self._tokenizer, self._examples, indices, number, batch, seed, progress))
+        self._lay_out()
 
     @property
     def measure(self) -> str:

@@ -64,6 +64,7 @@ _SHOWN = {
     "loss_base": "loss without it",
     "loss_tuned": "loss of the fine-tune",
     "fit_texts": "texts fitted on",
+    "fit_generated": "texts fitted on that the fine-tune generated",
     "fit_steps": "steps of the fit",
     "mask": "mask",
     "examples": "examples trained on",

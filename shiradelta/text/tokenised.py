@@ -35,6 +35,7 @@ class TokenisedExamples:
         lengths: tokens by example: of a pair, those of its longer text.
         weights: float32 [tokens]: how much each token of the table counts; None if all count alike.
         pad: the token to pad with.
+        limit: the longest text in tokens.
 
     Raises:
         SourceError: the tokenizer does not belong to the model, it has no chat template and the examples need one, a
@@ -51,10 +52,11 @@ class TokenisedExamples:
         ends: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
-        self._limit = token_limit(tokens, tokenizer, model)
+        self.limit = token_limit(tokens, tokenizer, model)
         self.pad = padding_token(tokenizer, model)
         self.sides = 1 if examples.kind.predicts else len(examples.kind.keys)
         self.weights: Tensor | None = None
+        self._prompt_share, self._prompts = prompt_share, list[int]()
         if examples.kind.check is MESSAGES.check:
             ids = self._said([self._conversation(row[0], n) for n, row in enumerate(examples.rows, 1)], prompt_share)
         elif examples.kind is COMPLETION:
@@ -65,8 +67,26 @@ class TokenisedExamples:
         if not all(ids):
             raise SourceError("a text has no tokens; leave it out")
         check_vocabulary(max(map(max, ids)), model)
+        self._lay_out(ids)
+
+    def _lay_out(self, ids: Sequence[Sequence[int]]) -> None:
         self.table = TokenTable(ids)
         self.lengths = [max(own) for own in zip(*[iter(self.table.lengths)] * self.sides, strict=True)]
+
+    def row(self, index: int) -> tuple[list[int], int]:
+        """(token ids of an example that is one text, how many of these are before the first that a model is to say)."""
+        end = int(self.table.ends([index])[0])
+        ids = self.table.ids[end - self.table.lengths[index] : end].tolist()
+        return ids, self._prompts[index] if self._prompts else 0
+
+    def extend(self, rows: Sequence[tuple[Sequence[int], int]]) -> None:
+        """Adds examples, each (token ids of a text, how many of these are its prompt), after the others."""
+        if self.weights is not None:
+            shares = [self._prompt_share if at < prompt else 1.0 for ids, prompt in rows for at in range(len(ids))]
+            self.weights = torch.cat([self.weights, torch.tensor(shares)])
+        if self._prompts:
+            self._prompts += [prompt for _, prompt in rows]
+        self._lay_out([*(self.row(index)[0] for index in range(len(self.lengths))), *(ids for ids, _ in rows)])
 
     def texts(self, indices: Sequence[int]) -> list[int]:
         """The texts of some examples, by their number in the table; of pairs, first the anchors."""
@@ -87,14 +107,15 @@ class TokenisedExamples:
         """Raises SourceError if an example is so short that no token of it follows another."""
         for number, length in enumerate(self.lengths, 1):
             if length < 2:
-                raise _nothing_to_predict(number, self._limit)
+                raise _nothing_to_predict(number, self.limit)
 
     def _said(self, found: Sequence[_Said], prompt_share: float) -> list[list[int]]:
         """The ids of texts, cut; sets the weights.  The first token has nothing before it to predict it from."""
-        cut = [(ids[: self._limit], said[: self._limit]) for ids, said in found]
+        cut = [(ids[: self.limit], said[: self.limit]) for ids, said in found]
         for number, (_, said) in enumerate(cut, 1):
             if not any(said[1:]):
-                raise _nothing_to_predict(number, self._limit)
+                raise _nothing_to_predict(number, self.limit)
+        self._prompts = [said.index(True) for _, said in cut]
         if prompt_share < 1:
             self.weights = torch.tensor([1.0 if one else prompt_share for _, said in cut for one in said])
         return [ids for ids, _ in cut]
@@ -121,7 +142,7 @@ class TokenisedExamples:
         return found["input_ids"], said
 
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
-        cut = {"truncation": True, "max_length": self._limit}
+        cut = {"truncation": True, "max_length": self.limit}
         found: list[list[int]] = self._tokenizer(list(texts), **cut, **options)["input_ids"]
         return found
 
@@ -131,7 +152,7 @@ class TokenisedExamples:
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self._tokenizer.eos_token_id
-        return ids if end is None or len(ids) >= self._limit or ids[-1:] == [end] else [*ids, end]
+        return ids if end is None or len(ids) >= self.limit or ids[-1:] == [end] else [*ids, end]
 
 
 def _nothing_to_predict(number: int, limit: int) -> SourceError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 
 from shiradelta.fit.fitted import FitJob, Fitted
 from shiradelta.fit.refit.least_squares import left_out, left_out_warnings, own_linears, refit
@@ -13,7 +14,7 @@ from shiradelta.nonzeros.vector import Nonzeros
 
 def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
     """Refits mask and values of linear layers in closed form; afterwards the weights hold them."""
-    result.texts = sum(map(len, subject.calibration))
+    result.texts, result.generated = subject.texts.numbers(chain(*subject.calibration))
     left = solve(job, subject, nonzeros)
     result.warnings += left_out_warnings(left_out(subject.model, subject.fitted, left))
     write_rounded(nonzeros, subject.fitted, job.codec)
