@@ -17,10 +17,17 @@ from shiradelta.fit.settings import Fit
 SETTINGS: dict[str, Any] = {"steps": 40, "batch": 16, "micro": 8, "relative_lr": 0.05, "tokens": 32, "seed": 7}
 
 
-def digest(**settings: Any) -> str:
+def digest(old: Path | None = None, **settings: Any) -> str:
     fit = Fit(["one", "two"], **{**SETTINGS, **settings})
     folder = Path("/models")
-    job: Any = Fields(fit=fit, base=folder / "base", source=folder / "tuned", codec="int4", whole_model=False)
+    job: Any = Fields(
+        fit=fit,
+        base=folder / "base",
+        source=folder / "tuned",
+        codec="int4",
+        whole_model=False,
+        old=None if old is None else Fields(root=old),
+    )
     targets = [Fields(name="a.weight", count=12), Fields(name="b.weight", count=3)]
     texts = Fields(train=[5, 2], every=fit.texts)
     subject: Any = Fields(fitted=Fields(targets=targets, energy=[2.5, 0.125]), micro=fit.per_pass, texts=texts)
@@ -39,3 +46,8 @@ def test_each_mask_is_another_run():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_each_setting_is_another_run(setting: str):
     assert digest(**{setting: 2 * SETTINGS[setting]}) != digest()
+
+
+def test_generated_texts_and_another_old_base_make_another_run():
+    found = [digest(), digest(generate=5), digest(generate=6), digest(Path("/models/a")), digest(Path("/models/b"))]
+    assert len(set(found)) == 5
