@@ -32,7 +32,7 @@ class RecodeReport:
     Attributes:
         source: the file that was read.
         out: the file that was written.
-        needs_base: whether the written file is read with its base only.
+        needs_base: whether the written file is read with its base only; not if that would make no tensor smaller.
         tensors: number of tensors.
         nonzeros: number of nonzeros.
         source_bytes: size of the first file.
@@ -82,15 +82,15 @@ def recode(
         delta = source if isinstance(source, Delta) else stack.enter_context(open_delta(source, limit=limit))
         there, scratch = base_of(delta, checkpoint), Path(out).absolute().parent
         with replacing(Path(out)) as output:
-            if delta.needs_base:
-                write_plain(delta, there, output, progress, scratch=scratch, zstd=True)
+            if needs_base := not delta.needs_base:
+                needs_base = write_on_base(delta, there, output, progress, scratch=scratch)
             else:
-                write_on_base(delta, there, output, progress, scratch=scratch)
+                write_plain(delta, there, output, progress, scratch=scratch, zstd=True)
             file_bytes = output.tell()
     return RecodeReport(
         source=delta.file or "delta",
         out=os.fspath(out),
-        needs_base=not delta.needs_base,
+        needs_base=needs_base,
         tensors=len(delta),
         nonzeros=delta.nnz,
         source_bytes=delta.sizes["file"],

@@ -31,7 +31,7 @@ from shiradelta.format.codecs.from_base import FromBase
 from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import tensor_digest
-from shiradelta.format.record import Record
+from shiradelta.format.record import Record, Section
 from shiradelta.io.reader import Delta, StoredTensor, parse_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.util.files import temporary_errors
@@ -94,8 +94,8 @@ def write_plain(
 
 def write_on_base(
     delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None, *, scratch: Path | None = None
-) -> None:
-    """Writes a file that does the same and is read with its base only, where that makes it smaller.
+) -> bool:
+    """Writes a file that does the same and is read with its base only, where that makes it smaller; whether it did.
 
     Args and errors are those of `write_plain`.  Sections are compressed where that helps, if the file has such ones.
     """
@@ -110,17 +110,17 @@ def write_on_base(
             raise FormatError("wrong_base", tensor=record.name)
         index_codec, value_codec = _codecs()
         index = index_codec.encode_on(positions, stored.shape, elements)
-        if index is not None and len(index) < record.index.stored:
+        if index is not None and _takes_less(index, record.index):
             kept = replace(kept, index_codec=index_codec.id, index=index)
         if stored.operation.shifts:
             values = value_codec.encode_on(stored.bits(), at)
-            if len(values) < record.values.stored:
+            if _takes_less(values, record.values):
                 kept = replace(kept, value_codec=value_codec.id, values=values)
         return stored, kept
 
     if delta.needs_base:
         raise FormatError("base_needed", file=delta.file)
-    _write(delta, on_base, output, progress, scratch, _has_zstd(delta))
+    return _write(delta, on_base, output, progress, scratch, _has_zstd(delta))
 
 
 def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> Delta:
@@ -133,6 +133,11 @@ def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> D
         stream.flush()
         mapped = map_file(stream.fileno(), delta.file or "delta", os.fstat(stream.fileno()).st_size)
     return parse_delta(np.frombuffer(mapped, np.uint8), delta.file, mapped=mapped, limit=delta.limit)
+
+
+def _takes_less(section: bytes, other: Section) -> bool:
+    """Whether a section takes less of a file than another, with the padding."""
+    return registry.align(len(section), registry.SECTION_ALIGNMENT) < other.end - other.offset
 
 
 def _has_zstd(delta: Delta) -> bool:
@@ -199,21 +204,20 @@ def _write(
     progress: Progress | None,
     scratch: Path | None,
     zstd: bool,
-) -> None:
-    """Writes the other form of every tensor, and compares the digests."""
+) -> bool:
+    """Writes the other form of every tensor, and compares the digests; whether one of them needs the base."""
+    needs_base = False
     with writing_to(output, "f32", zstd, scratch=scratch) as writer:
         writer.metadata.update(delta.metadata)
         for number, (name, stored) in enumerate(delta.items()):
             if progress:
                 progress(name, number, len(delta))
             tensor, sections = other_form(stored)
-            writer.add_sections(
-                replace(stored.record, index_codec=sections.index_codec, value_codec=sections.value_codec),
-                tensor_digest(tensor),
-                sections.index,
-                sections.values,
-            )
+            record = replace(stored.record, index_codec=sections.index_codec, value_codec=sections.value_codec)
+            writer.add_sections(record, tensor_digest(tensor), sections.index, sections.values)
+            needs_base |= record.needs_base
         _check_digest(writer, delta)
+    return needs_base
 
 
 def _check_digest(writer: DeltaWriter, delta: Delta) -> None:

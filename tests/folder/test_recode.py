@@ -15,9 +15,11 @@ from typing import NoReturn
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import shiradelta as sd
+from shiradelta.cli import main
 from shiradelta.errors import ArgumentError, FormatError, TargetError
 from shiradelta.io.context import restored
 from tests.swapping import bits
@@ -279,6 +281,18 @@ def test_a_full_temporary_folder_is_named(made: Path, tmp_path: Path, monkeypatc
     with pytest.raises(TargetError, match="set TMPDIR"):
         sd.load(state, made / "small1.shd")
     assert weights(model) == weights(made / "0")
+
+
+def test_what_the_base_does_not_make_smaller_stays_as_it_is(made: Path, tmp_path: Path):
+    at = np.sort(np.random.default_rng(0).choice(15360, 40, replace=False))
+    delta = sd.TensorDelta((160, 96), at, np.ones(40, np.float32), "float32")
+    sd.save_delta(tmp_path / "a.shd", {"fp32": delta, "none": sd.TensorDelta((3,), [], [], "float32")})
+    base = folder_of(tmp_path / "base", {"fp32": torch.ones(160, 96), "none": torch.ones(3)})
+    assert not sd.recode(tmp_path / "a.shd", tmp_path / "b.shd", base).needs_base
+    assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "b.shd").read_bytes()
+    arguments = ["recode", str(tmp_path / "a.shd"), str(tmp_path / "b.shd"), "--base", str(base)]
+    assert "1.00 of" in (said := CliRunner().invoke(main, arguments).stdout)
+    assert "its base would not make it smaller" in said.replace("\n", " ")
 
 
 def test_compressed_sections_stay_so(made: Path, tmp_path: Path):
