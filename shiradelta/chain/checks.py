@@ -29,7 +29,11 @@ def check_contents(delta: Delta, base: Checkpoint | None) -> None:
         if base is not None and not tensor.operation.restructures:
             if name not in base:
                 raise ChainError("wrong_base", where, f"{base.root} does not have it")
-            elements = bits_of(base[name])
+            slot = base[name]
+            if (slot.shape, slot.dtype.name) != (tensor.shape, tensor.dtype):
+                found = f"{base.root} has it as {slot.dtype.name} {list(slot.shape)}"
+                raise ChainError("wrong_base", where, found)
+            elements = bits_of(slot)
             check_base(where, tensor, tensor.positions(), elements[tensor.positions()])
         if not tensor.operation.in_result or (not tensor.operation.stores_elements and elements is None):
             continue

@@ -96,6 +96,18 @@ def test_the_form_is_chosen(versions: list[Path], tmp_path: Path):
     assert sizes["base"] < sizes["none"]
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((960, 80), "bfloat16"), ((96, 80), "float16")])
+def test_a_step_for_another_form_of_a_tensor_is_refused(
+    versions: list[Path], tmp_path: Path, shape: tuple[int, int], dtype: str
+):
+    last = shape[0] * shape[1] - 1
+    step = sd.TensorDelta(shape, [last], np.ones(1, np.uint16), dtype, "set", base_bits=np.zeros(1, np.uint16))
+    sd.save_delta(tmp_path / "step.shd", {"up": step})
+    with pytest.raises(ChainError, match="has it as bfloat16") as caught:
+        Chain.create(tmp_path / "chain", versions[0]).publish(tmp_path / "step.shd", base=versions[0])
+    assert caught.value.reason == "wrong_base"
+
+
 def test_a_step_of_that_form_is_published_with_its_base_only(versions: list[Path], tmp_path: Path):
     sd.convert(versions[1], tmp_path / "1.shd", base=versions[0], lossless=True, context="base")
     made = Chain.create(tmp_path / "chain", versions[0])
