@@ -353,10 +353,10 @@ class Chain:
         for step in manifest.steps:
             with _collected(problems), ExitStack() as steps:
                 delta = steps.enter_context(self.open_step(step))
-                if delta.needs_base:
-                    delta = steps.enter_context(plain_step(delta, versions.at(step.start)))
-                check_contents(delta, None)
-                delta.verify()
+                before = versions.at(step.start) if delta.needs_base else None
+                if before is not None:
+                    delta = steps.enter_context(plain_step(delta, before))
+                check_contents(delta, before)
                 if step.start in states:
                     after = advanced(states[step.start], delta.items(), f"{self.store.name}: {step}")
                     check_digest(after, step.gives, f"{self.store.name}: {step}")

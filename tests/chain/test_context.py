@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 
 import shiradelta as sd
 from shiradelta.chain import Chain, FolderFollower, LiveFollower
-from shiradelta.errors import ChainError, FormatError
+from shiradelta.errors import BaseMismatchError, ChainError, FormatError
 from shiradelta.format import arithmetic
+from shiradelta.format.digest import tensor_digest
+from shiradelta.io.writer import writing
 from tests.chain.models import Model, read, same, write
 
 
@@ -70,6 +73,34 @@ def test_every_step_is_proved(chain: Path, versions: list[Path], tmp_path: Path)
     problems = opened.verify()
     assert len(problems) == 3  # the step, and the versions behind it
     assert all(path.name in problem and "wrong_bytes" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("field", ["base_fingerprint", "result_fingerprint"])
+def test_a_step_whose_fingerprint_lies_is_found(
+    versions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+):
+    """The content digest does not cover fingerprints, and this publisher has not checked them."""
+    sd.convert(versions[1], tmp_path / "step.shd", base=versions[0], lossless=True)
+    sd.convert(versions[1], tmp_path / "small.shd", base=versions[0], lossless=True, context="base")
+    with (
+        sd.open_delta(tmp_path / "step.shd") as plain,
+        sd.open_delta(tmp_path / "small.shd") as small,
+        writing(tmp_path / "lie.shd", "f32") as writer,
+    ):
+        for name, stored in small.items():
+            record = replace(stored.record, **{field: getattr(stored.record, field) ^ 1})
+            sections = (stored.section(each).tobytes() for each in (record.index, record.values))
+            writer.add_sections(record, tensor_digest(plain[name]), *sections)
+    made = Chain.create(tmp_path / "chain", versions[0])
+    with pytest.raises(ChainError, match="wrong_base"):
+        made.publish(tmp_path / "lie.shd", base=versions[0])
+    monkeypatch.setattr("shiradelta.chain.chain.check_contents", lambda *_: None)
+    made.publish(tmp_path / "lie.shd", base=versions[0])
+    monkeypatch.undo()
+    (problem,) = made.verify()
+    assert "fingerprint" in problem
+    with pytest.raises(BaseMismatchError, match="fingerprint"):
+        FolderFollower(made, tmp_path / "model").follow()
 
 
 @pytest.mark.parametrize("given", [True, False])
