@@ -32,7 +32,7 @@ from shiradelta.util.text import count, size
     "--mask",
     cls=RegistryOption,
     type=RegistryChoice("shiradelta.train.masks:MASKS"),
-    default="snip",
+    default="rand",
     show_default=True,
     help="Which weights change",
 )

@@ -58,7 +58,7 @@ _BATCHES = ArgumentKind("a list of batches", lambda value: isinstance(value, Ite
 def attach(
     model: nn.Module,
     sparsity: float | str = 0.01,
-    mask: str | OwnMask = "snip",
+    mask: str | OwnMask = "rand",
     targets: str | Sequence[str] | None = None,
     calibration: Iterable[Any] = (),
     *,

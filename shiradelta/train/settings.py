@@ -24,7 +24,7 @@ class TrainSettings:
     """
 
     sparsity: float | str = 0.01
-    mask: str = "snip"
+    mask: str = "rand"
     targets: tuple[str, ...] = ()
     scope: str = "tensor"
     avoid: tuple[str, ...] = ()
