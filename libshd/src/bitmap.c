@@ -8,7 +8,7 @@ static int size_is_possible(const shd_tensor *tensor, uint64_t decoded) {
                           4 * shdi_ceil_div(tensor->numel, 32) + SHDI_SLACK;
 }
 
-static shdi_fault open_section(shd_delta *delta) {
+SHDI_ONCE static shdi_fault open_section(shd_delta *delta) {
     delta->block_count = shdi_ceil_div(delta->tensor.numel, SHDI_BLOCK);
     delta->unary_offset = delta->block_count * delta->word; /* of the bitmap */
     return shdi_ok();

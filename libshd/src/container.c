@@ -27,7 +27,7 @@ enum {
     AT_HEADER_CRC = 124
 };
 
-static int check_header(shd_file *file, const uint8_t *header, uint64_t available, shd_status *status) {
+SHDI_ONCE static int check_header(shd_file *file, const uint8_t *header, uint64_t available, shd_status *status) {
     if (available < sizeof magic || memcmp(header, magic, sizeof magic) != 0) {
         return shdi_fail(status, SHD_BAD_MAGIC, SHD_NO_TENSOR, 0);
     }
@@ -82,7 +82,7 @@ typedef struct part {
 } part;
 
 /* Lays the four out, and returns the aligned end of the last. The limits keep the sums far from an overflow. */
-static uint64_t lay_out(const uint8_t *header, part parts[4]) {
+SHDI_ONCE static uint64_t lay_out(const uint8_t *header, part parts[4]) {
     parts[0].size = (uint64_t)SHDI_RECORD_SIZE * shdi_load32(header + AT_TENSOR_COUNT);
     parts[1].size = shdi_load64(header + AT_NAMES_SIZE);
     parts[2].size = shdi_load64(header + AT_METADATA_SIZE);
@@ -96,7 +96,7 @@ static uint64_t lay_out(const uint8_t *header, part parts[4]) {
     return offset;
 }
 
-static int check_part(const shd_file *file, const part *section, shd_status *status) {
+SHDI_ONCE static int check_part(const shd_file *file, const part *section, shd_status *status) {
     uint8_t buffer[4096]; /* for EXTENSION, which no caller keeps in memory */
     uint32_t crc = 0;
     for (uint64_t done = 0; done < section->size;) {
@@ -114,8 +114,8 @@ static int check_part(const shd_file *file, const part *section, shd_status *sta
     return shdi_check_padding(file, section->offset + section->size, SHD_NO_TENSOR, status);
 }
 
-int shd_metadata_next(const shd_file *file, uint64_t *cursor, const char **key, uint32_t *key_size,
-                      const char **value, uint32_t *value_size) {
+SHDI_ONCE int shd_metadata_next(const shd_file *file, uint64_t *cursor, const char **key, uint32_t *key_size,
+                                const char **value, uint32_t *value_size) {
     if (file == NULL || cursor == NULL || key == NULL || key_size == NULL || value == NULL || value_size == NULL) {
         return SHD_INVALID_ARGUMENT;
     }
@@ -145,7 +145,7 @@ static int strictly_less(const char *a, uint32_t a_size, const char *b, uint32_t
     return order < 0 || (order == 0 && a_size < b_size);
 }
 
-static int check_metadata(const shd_file *file, shd_status *status) {
+SHDI_ONCE static int check_metadata(const shd_file *file, shd_status *status) {
     const char *last_key = "";
     uint32_t last_key_size = 0;
     uint64_t cursor = 0;
@@ -168,7 +168,7 @@ static int check_metadata(const shd_file *file, shd_status *status) {
 }
 
 /* Checks everything after the header, once the front is in memory. */
-static int check_sections(shd_file *file, const part parts[4], uint64_t sections_offset, shd_status *status) {
+SHDI_ONCE static int check_sections(shd_file *file, const part parts[4], uint64_t sections_offset, shd_status *status) {
     for (int i = 0; i < 4; i++) {
         int code = check_part(file, &parts[i], status);
         if (code != SHD_OK) {
@@ -179,7 +179,7 @@ static int check_sections(shd_file *file, const part parts[4], uint64_t sections
     return code != SHD_OK ? code : shdi_check_table(file, sections_offset, status);
 }
 
-static void take_header(shd_file *file, const uint8_t *header, const part parts[4]) {
+SHDI_ONCE static void take_header(shd_file *file, const uint8_t *header, const part parts[4]) {
     file->front_size = parts[3].offset;
     file->incompatible = shdi_load64(header + AT_INCOMPATIBLE);
     file->compatible = shdi_load64(header + AT_COMPATIBLE);
@@ -225,7 +225,7 @@ SHDI_ONCE static int open_any(shd_file *file, void *front, uint64_t front_size, 
 }
 
 /* A file that was refused has no tensors, so callers may go on. */
-static int finish(shd_file *file, int code, shd_status *status) {
+SHDI_ONCE static int finish(shd_file *file, int code, shd_status *status) {
     if (code != SHD_OK) {
         file->tensor_count = 0;
         file->metadata_size = 0;
@@ -234,7 +234,7 @@ static int finish(shd_file *file, int code, shd_status *status) {
     return shdi_fail(status, SHD_OK, SHD_NO_TENSOR, 0);
 }
 
-int shd_open(shd_file *file, const void *data, uint64_t size, shd_status *status) {
+SHDI_ONCE int shd_open(shd_file *file, const void *data, uint64_t size, shd_status *status) {
     if (file == NULL || (data == NULL && size != 0) || size > (uint64_t)PTRDIFF_MAX) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
     }
@@ -244,8 +244,8 @@ int shd_open(shd_file *file, const void *data, uint64_t size, shd_status *status
     return finish(file, open_any(file, NULL, 0, status), status);
 }
 
-int shd_open_callback(shd_file *file, shd_read_fn read, void *context, uint64_t size, void *front,
-                      uint64_t front_size, shd_status *status) {
+SHDI_ONCE int shd_open_callback(shd_file *file, shd_read_fn read, void *context, uint64_t size, void *front,
+                                uint64_t front_size, shd_status *status) {
     if (file == NULL || read == NULL || front == NULL || size > (uint64_t)INT64_MAX) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
     }

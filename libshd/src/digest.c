@@ -63,7 +63,7 @@ static shdi_fault add_values(shdi_sha256 *hash, const shd_delta *delta) {
     return shdi_ok();
 }
 
-static int digest_tensor(const shd_delta *delta, uint8_t digest[32], shd_status *status) {
+SHDI_ONCE static int digest_tensor(const shd_delta *delta, uint8_t digest[32], shd_status *status) {
     const shd_tensor *tensor = &delta->tensor;
     shdi_sha256 hash;
     shdi_sha256_start(&hash);
@@ -86,8 +86,8 @@ static int digest_tensor(const shd_delta *delta, uint8_t digest[32], shd_status 
     return SHD_OK;
 }
 
-static int digest_file(const shd_file *file, void *scratch, uint64_t scratch_size, uint8_t digest[32],
-                       shd_status *status) {
+SHDI_ONCE static int digest_file(const shd_file *file, void *scratch, uint64_t scratch_size, uint8_t digest[32],
+                                 shd_status *status) {
     shdi_sha256 hash;
     shdi_sha256_start(&hash);
     shdi_sha256_add(&hash, "shiradelta 1", 12);
@@ -110,7 +110,7 @@ static int digest_file(const shd_file *file, void *scratch, uint64_t scratch_siz
     return SHD_OK;
 }
 
-int shd_verify(const shd_file *file, void *scratch, uint64_t scratch_size, shd_status *status) {
+SHDI_ONCE int shd_verify(const shd_file *file, void *scratch, uint64_t scratch_size, shd_status *status) {
     uint8_t digest[32];
     if (file == NULL) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);

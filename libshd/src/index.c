@@ -65,7 +65,7 @@ uint64_t shd_block_rank(const shd_delta *delta, uint64_t block) {
 }
 
 /* The number of blocks whose least position is not above `position`. */
-static uint64_t blocks_from(const shdi_index_codec *codec, const shd_delta *delta, uint64_t position) {
+SHDI_ONCE static uint64_t blocks_from(const shdi_index_codec *codec, const shd_delta *delta, uint64_t position) {
     uint64_t low = 0, high = delta->block_count;
     while (low < high) {
         uint64_t middle = low + (high - low) / 2;
@@ -78,8 +78,8 @@ static uint64_t blocks_from(const shdi_index_codec *codec, const shd_delta *delt
     return low;
 }
 
-int shd_find_blocks(const shd_delta *delta, uint64_t first_position, uint64_t end_position, uint64_t *first_block,
-                    uint64_t *last_block) {
+SHDI_ONCE int shd_find_blocks(const shd_delta *delta, uint64_t first_position, uint64_t end_position,
+                              uint64_t *first_block, uint64_t *last_block) {
     if (delta == NULL || first_block == NULL || last_block == NULL || first_position > end_position) {
         return SHD_INVALID_ARGUMENT;
     }

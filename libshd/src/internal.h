@@ -23,11 +23,19 @@
 #define SHDI_PREFETCH(address) ((void)(address))
 #endif
 
-/* A function that is called once for a section: it is made small, not fast. */
+/* A function that is called once for a file, a tensor or a call: it is made small, not fast. */
 #if defined(__GNUC__)
 #define SHDI_ONCE __attribute__((cold))
 #else
 #define SHDI_ONCE
+#endif
+
+/* A function that is called often. gcc takes what follows a call of an SHDI_ONCE function for rare, and with it every
+ * function that is called from there alone, and makes them small, too: this one is made fast. */
+#if defined(__GNUC__)
+#define SHDI_OFTEN __attribute__((hot, noinline))
+#else
+#define SHDI_OFTEN
 #endif
 
 /* The kernels of avx2.c need the function attributes of gcc and clang. On Windows gcc does not align the stack for

@@ -40,8 +40,9 @@ static uint64_t count_elements(const shdi_lines *lines, const shdi_progression *
     return elements;
 }
 
-static shdi_fault check_entry(const shdi_lines *lines, const shdi_progression *entry, const shdi_progression *last,
-                              uint64_t *elements, uint64_t nnz, uint64_t offset) {
+SHDI_ONCE static shdi_fault check_entry(const shdi_lines *lines, const shdi_progression *entry,
+                                        const shdi_progression *last, uint64_t *elements, uint64_t nnz,
+                                        uint64_t offset) {
     if (entry->kind > DIAGONAL || entry->step == 0 || entry->count == 0 || !in_range(lines, entry)) {
         return shdi_fault_at(SHD_BAD_INDEX, offset);
     }

@@ -13,21 +13,21 @@ static uint64_t stored_room(const shd_file *file, const shd_section *section) {
     return file->read != NULL && section->zstd ? section->stored : 0;
 }
 
-uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor) {
+SHDI_ONCE uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor) {
     uint64_t index = stored_room(file, &tensor->index), values = stored_room(file, &tensor->values);
     return decoded_room(file, &tensor->index) + decoded_room(file, &tensor->values) +
            (index > values ? index : values) + shdi_tiled_room(tensor);
 }
 
-uint64_t shd_decoded_size(const shd_tensor *tensor) {
+SHDI_ONCE uint64_t shd_decoded_size(const shd_tensor *tensor) {
     int in_elements = shdi_values_are_elements(tensor->value_codec) || shdi_values_are_shifts(tensor->value_codec);
     uint64_t value = in_elements ? shd_dtype_size(tensor->dtype) : sizeof(float);
     return tensor->nnz * (sizeof(int64_t) + value); /* nnz is at most 2^56 */
 }
 
 /* Brings a section to memory. *bytes become its bytes after zstd. */
-static int load_section(const shd_file *file, const shd_section *section, int check, uint8_t *decoded, uint8_t *stored,
-                        const uint8_t **bytes) {
+SHDI_ONCE static int load_section(const shd_file *file, const shd_section *section, int check, uint8_t *decoded,
+                                  uint8_t *stored, const uint8_t **bytes) {
     if (section->stored == 0) {
         return SHD_OK;
     }
@@ -51,8 +51,8 @@ static int load_section(const shd_file *file, const shd_section *section, int ch
                : SHD_BAD_ZSTD;
 }
 
-static int load_index(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, uint8_t *tiled,
-                      shd_delta *delta, shd_status *status) {
+SHDI_ONCE static int load_index(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, uint8_t *tiled,
+                                shd_delta *delta, shd_status *status) {
     const shd_tensor *tensor = &delta->tensor;
     shdi_fault fault = {load_section(file, &tensor->index, check, decoded, stored, &delta->index), 0};
     if (fault.code == SHD_OK && tensor->index_codec == SHD_INDEX_FROM_BASE) {
@@ -72,8 +72,8 @@ static int load_index(const shd_file *file, int check, uint8_t *decoded, uint8_t
     return fault.code == SHD_OK ? SHD_OK : shdi_fail_in(status, fault, tensor, &tensor->index);
 }
 
-static int load_values(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, shd_delta *delta,
-                       shd_status *status) {
+SHDI_ONCE static int load_values(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, shd_delta *delta,
+                                 shd_status *status) {
     const shd_tensor *tensor = &delta->tensor;
     shdi_fault fault = {load_section(file, &tensor->values, check, decoded, stored, &delta->values), 0};
     if (fault.code == SHD_OK && shdi_values_need_base(tensor->value_codec)) {
@@ -85,8 +85,8 @@ static int load_values(const shd_file *file, int check, uint8_t *decoded, uint8_
     return fault.code == SHD_OK ? SHD_OK : shdi_fail_in(status, fault, tensor, &tensor->values);
 }
 
-int shd_load(const shd_file *file, uint32_t number, int check, void *scratch, uint64_t scratch_size, shd_delta *delta,
-             shd_status *status) {
+SHDI_ONCE int shd_load(const shd_file *file, uint32_t number, int check, void *scratch, uint64_t scratch_size,
+                       shd_delta *delta, shd_status *status) {
     int level = check & ~SHD_SCALAR;
     if (file == NULL || delta == NULL || level < SHD_CHECK_SIZES || level > SHD_CHECK_ALL) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);

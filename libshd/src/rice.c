@@ -28,7 +28,7 @@ static int size_is_possible(const shd_tensor *tensor, uint64_t decoded) {
     return decoded >= 16 + SHDI_SLACK; /* the rest is checked with the section's header */
 }
 
-static shdi_fault open_section(shd_delta *delta) {
+SHDI_ONCE static shdi_fault open_section(shd_delta *delta) {
     const uint8_t *section = delta->index;
     const shd_tensor *tensor = &delta->tensor;
     uint64_t start = shdi_load64(section);

@@ -41,7 +41,8 @@ typedef struct place {
 /* Why a record is refused: the code, and the offset of the field in the record. */
 typedef shdi_fault refusal;
 
-static refusal check_name(const shd_file *file, const uint8_t *record, const place *expected, shd_tensor *tensor) {
+SHDI_ONCE static refusal check_name(const shd_file *file, const uint8_t *record, const place *expected,
+                                    shd_tensor *tensor) {
     uint64_t offset = shdi_load32(record + AT_NAME_OFFSET);
     tensor->name_size = shdi_load16(record + AT_NAME_SIZE);
     if (offset != expected->name_offset || offset > file->names_size ||
@@ -73,7 +74,7 @@ static refusal check_name(const shd_file *file, const uint8_t *record, const pla
     return shdi_ok();
 }
 
-static refusal check_ids(const uint8_t *record, shd_tensor *tensor) {
+SHDI_ONCE static refusal check_ids(const uint8_t *record, shd_tensor *tensor) {
     tensor->dtype = record[AT_DTYPE];
     tensor->op = record[AT_OP];
     tensor->index_codec = record[AT_INDEX_CODEC];
@@ -102,7 +103,7 @@ static refusal check_ids(const uint8_t *record, shd_tensor *tensor) {
     return shdi_ok();
 }
 
-static refusal check_shape(const uint8_t *record, shd_tensor *tensor) {
+SHDI_ONCE static refusal check_shape(const uint8_t *record, shd_tensor *tensor) {
     tensor->rank = record[AT_RANK];
     if (tensor->rank > SHDI_MAX_RANK) {
         return shdi_fault_at(SHD_BAD_SHAPE, AT_RANK);
@@ -126,7 +127,7 @@ static refusal check_shape(const uint8_t *record, shd_tensor *tensor) {
 }
 
 /* Section 3.1: operation, dtype, codecs, flags and count go together. */
-static int goes_together(const shd_tensor *tensor) {
+SHDI_ONCE static int goes_together(const shd_tensor *tensor) {
     int no_nonzeros = tensor->nnz == 0;
     int no_values = tensor->value_codec == SHD_VALUES_NONE;
     if (no_nonzeros != (tensor->index_codec == SHD_INDEX_NONE) || no_nonzeros != no_values) {
@@ -169,7 +170,7 @@ static int goes_together(const shd_tensor *tensor) {
              (!shdi_is_in_result(operation) && (fingerprints & SHD_HAS_RESULT_FINGERPRINT) != 0));
 }
 
-static refusal check_fingerprints(const uint8_t *record, shd_tensor *tensor) {
+SHDI_ONCE static refusal check_fingerprints(const uint8_t *record, shd_tensor *tensor) {
     tensor->base_fingerprint = shdi_load64(record + AT_BASE_FINGERPRINT);
     tensor->result_fingerprint = shdi_load64(record + AT_RESULT_FINGERPRINT);
     if ((tensor->flags & SHD_HAS_BASE_FINGERPRINT) == 0 && tensor->base_fingerprint != 0) {
@@ -181,7 +182,8 @@ static refusal check_fingerprints(const uint8_t *record, shd_tensor *tensor) {
     return shdi_ok();
 }
 
-static void take_section(const uint8_t *record, uint32_t at, uint32_t at_crc, uint32_t zstd, shd_section *section) {
+SHDI_ONCE static void take_section(const uint8_t *record, uint32_t at, uint32_t at_crc, uint32_t zstd,
+                                   shd_section *section) {
     section->offset = shdi_load64(record + at);
     section->stored = shdi_load64(record + at + 8);
     section->decoded = shdi_load64(record + at + 16);
@@ -190,7 +192,7 @@ static void take_section(const uint8_t *record, uint32_t at, uint32_t at_crc, ui
 }
 
 /* Makes check 10 up to the decoded size. */
-static int check_section(const shd_file *file, const shd_section *section, uint64_t expected_offset) {
+SHDI_ONCE static int check_section(const shd_file *file, const shd_section *section, uint64_t expected_offset) {
     if (section->offset != expected_offset || section->offset > file->size ||
         section->stored > file->size - section->offset ||
         shdi_align64(section->offset + section->stored) > file->size) {
@@ -212,7 +214,7 @@ static int check_section(const shd_file *file, const shd_section *section, uint6
     return SHD_OK;
 }
 
-static int sizes_are_possible(const shd_tensor *tensor, int values) {
+SHDI_ONCE static int sizes_are_possible(const shd_tensor *tensor, int values) {
     if (values) {
         return shdi_values_size_is_possible(tensor, tensor->values.decoded);
     }
@@ -221,7 +223,8 @@ static int sizes_are_possible(const shd_tensor *tensor, int values) {
 }
 
 /* Makes checks 1 to 9. */
-static refusal check_fields(const shd_file *file, const uint8_t *record, const place *expected, shd_tensor *tensor) {
+SHDI_ONCE static refusal check_fields(const shd_file *file, const uint8_t *record, const place *expected,
+                                      shd_tensor *tensor) {
     refusal why = check_name(file, record, expected, tensor);
     if (why.code == SHD_OK) {
         why = check_ids(record, tensor);
@@ -243,8 +246,8 @@ static refusal check_fields(const shd_file *file, const uint8_t *record, const p
 }
 
 /* Reads and checks one record. `expected` moves on to the next. */
-static int check_record(const shd_file *file, uint32_t number, place *expected, shd_tensor *tensor,
-                        shd_status *status) {
+SHDI_ONCE static int check_record(const shd_file *file, uint32_t number, place *expected, shd_tensor *tensor,
+                                  shd_status *status) {
     uint64_t record_offset = SHDI_HEADER_SIZE + (uint64_t)number * SHDI_RECORD_SIZE;
     uint8_t record[SHDI_RECORD_SIZE]; /* a copy, so that it stays as it was checked */
     memcpy(record, file->data + record_offset, sizeof record);
@@ -277,7 +280,7 @@ static int check_record(const shd_file *file, uint32_t number, place *expected, 
     return SHD_OK;
 }
 
-int shdi_check_table(const shd_file *file, uint64_t sections_offset, shd_status *status) {
+SHDI_ONCE int shdi_check_table(const shd_file *file, uint64_t sections_offset, shd_status *status) {
     place expected = {0, NULL, 0, sections_offset};
     for (uint32_t number = 0; number < file->tensor_count; number++) {
         shd_tensor tensor;
@@ -295,7 +298,7 @@ int shdi_check_table(const shd_file *file, uint64_t sections_offset, shd_status 
     return SHD_OK;
 }
 
-int shd_tensor_at(const shd_file *file, uint32_t number, shd_tensor *tensor, shd_status *status) {
+SHDI_ONCE int shd_tensor_at(const shd_file *file, uint32_t number, shd_tensor *tensor, shd_status *status) {
     if (file == NULL || tensor == NULL || number >= file->tensor_count) {
         return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
     }
@@ -306,7 +309,7 @@ int shd_tensor_at(const shd_file *file, uint32_t number, shd_tensor *tensor, shd
     return code != SHD_OK ? code : shdi_fail(status, SHD_OK, number, 0);
 }
 
-int shd_find(const shd_file *file, const char *name, size_t name_size, uint32_t *number) {
+SHDI_ONCE int shd_find(const shd_file *file, const char *name, size_t name_size, uint32_t *number) {
     if (file == NULL || name == NULL || number == NULL) {
         return SHD_INVALID_ARGUMENT;
     }

@@ -146,17 +146,42 @@ SHDI_ONCE static shdi_fault check_unused(const shd_delta *delta, const parts *p)
 
 /* The lines of one class among `lines`: from first to the next class's first. */
 typedef struct classes {
-    uint32_t *lines; /* by class, then in order */
+    uint32_t *lines; /* by class, then in order: each times `step` */
+    uint32_t step;
     uint32_t first[SHDI_MAX_CLASSES + 1];
 } classes;
 
-/* What decoding works on, in the caller's memory. */
+/* The elements of a tile in rows of one class and columns of one class. */
+typedef struct cell {
+    const uint32_t *columns;
+    uint64_t reciprocal; /* of their number, times 2^35 */
+    uint32_t width;      /* their number, which is not 0 */
+    uint32_t row_class;
+} cell;
+
+/* A walk over the ones among a tile's unary bits: over those in SHDI_BLOCK bits at a time, which are in work. */
+typedef struct ones {
+    const uint8_t *bitmap;
+    uint64_t end;   /* of the tile's bits */
+    uint64_t next;  /* the first bit behind those in work */
+    uint64_t start; /* the bit that index 0 means */
+    uint32_t at;    /* the next one of those in work */
+    uint32_t count; /* of those in work */
+    uint32_t index[SHDI_BLOCK_ROOM];
+} ones;
+
+/* What decoding works on; pointers are to the caller's memory. */
 typedef struct work {
-    uint64_t *bitmap;  /* of a tile's elements, zeros between tiles */
-    uint64_t *summary; /* a bit for each word of the bitmap that is not zero */
+    const shdi_kernels *kernels;
+    uint8_t *bitmap;  /* of a tile's elements, zeros between tiles */
+    uint8_t *touched; /* a byte for each 64 of them: 1 if one is set */
     classes columns;
     classes rows; /* of a tile, from 0 */
-    uint64_t reciprocal[SHDI_MAX_CLASSES]; /* of the number of columns of a class, times 2^35 */
+    cell cells[SHDI_MAX_CLASSES * SHDI_MAX_CLASSES]; /* by k, then as their elements stand in the order */
+    uint32_t first_cell[SHDI_MAX_KS + 1];
+    ones ones;
+    uint8_t summary[SHDI_MAX_TILE / 512]; /* a bit for each byte of `touched` */
+    uint32_t words[SHDI_BLOCK_ROOM];      /* whose bits are set */
 } work;
 
 /* Sorts `count` lines from `start` on. */
@@ -171,127 +196,263 @@ static shdi_fault sort_lines(const shdi_fields *of_lines, uint64_t start, uint32
     memcpy(c->first, next, sizeof next);
     for (uint32_t i = 0; i < count; i++) {
         uint32_t class = shdi_field(of_lines, start + i);
+        SHDI_PIN(class);
         if (next[class] >= c->first[class + 1]) { /* the file has changed */
             return shdi_fault_at(SHD_BAD_INDEX, 0);
         }
-        c->lines[next[class]++] = i;
+        c->lines[next[class]++] = i * c->step;
     }
     return shdi_ok();
 }
 
-static shdi_fault sort_columns(const parts *p, work *w) {
+/* Sorts the columns, and lists the cells that have some. */
+SHDI_ONCE static shdi_fault list_cells(const parts *p, work *w) {
     shdi_fault fault = sort_lines(&p->column_classes, 0, (uint32_t)p->columns, &w->columns);
-    for (uint32_t class = 0; class < SHDI_MAX_CLASSES; class ++) {
-        uint32_t count = w->columns.first[class + 1] - w->columns.first[class];
-        w->reciprocal[class] = count == 0 ? 0 : (UINT64_C(1) << 35) / count + 1;
+    uint32_t listed = 0;
+    for (uint32_t i = 0; i < p->ks; i++) {
+        w->first_cell[i] = listed;
+        for (uint32_t a = 0; a < SHDI_MAX_CLASSES; a++) {
+            for (uint32_t bits = p->classes[i][a]; bits != 0; bits &= bits - 1) {
+                const uint32_t b = shdi_lowest_one(bits), first = w->columns.first[b];
+                const uint32_t width = w->columns.first[b + 1] - first;
+                if (width != 0) {
+                    w->cells[listed++] = (cell){w->columns.lines + first, (UINT64_C(1) << 35) / width + 1, width, a};
+                }
+            }
+        }
     }
+    w->first_cell[p->ks] = listed;
     return fault;
 }
 
 /* The number of ones of a tile, and whether its last bit is one of them. */
 static int has_ones(const uint8_t *bitmap, uint64_t first, uint64_t end, uint64_t count) {
-    uint64_t ones = 0, bit = first;
-    for (; bit + 56 <= end; bit += 56) {
-        ones += shdi_ones((shdi_load64(bitmap + bit / 8) >> (bit % 8)) << 8);
-    }
-    if (bit < end) {
-        ones += shdi_ones((shdi_load64(bitmap + bit / 8) >> (bit % 8)) << (64 - (end - bit)));
+    uint64_t ones = 0;
+    for (uint64_t bit = first; bit < end; bit += 56) {
+        const uint64_t word = shdi_load64(bitmap + bit / 8) >> (bit % 8);
+        ones += shdi_ones(word << (64 - shdi_min(end - bit, 56)));
     }
     return ones == count && (first == end || bitmap[(end - 1) / 8] >> ((end - 1) % 8) & 1);
 }
 
-/* A walk over the cells of one k in a tile. A cell is the elements in rows of one class and columns of one class. */
-typedef struct cell_walk {
-    const uint16_t *classes; /* those of columns, by that of the row */
-    uint32_t row_class;      /* the next */
-    uint32_t column_classes; /* those of the row class in work that are still to come */
-    uint32_t size;           /* of the cell in work */
-    uint32_t width;          /* its columns */
-    uint64_t reciprocal;     /* of that */
-    const uint32_t *rows;
-    const uint32_t *columns;
-} cell_walk;
-
-/* Brings the walk to the next cell. Returns 0 at the end of the tile. */
-static int next_cell(cell_walk *walk, const work *w) {
-    while (walk->column_classes == 0) {
-        if (walk->row_class == SHDI_MAX_CLASSES) {
-            return 0;
+/* How many ones are in work and not yet taken; finds the next if there are none. 0 at the end of the tile. */
+static uint32_t find_ones(ones *o, const shdi_kernels *kernels) {
+    while (o->at == o->count && o->next < o->end) {
+        const uint32_t before = o->next % 8; /* bits of its byte */
+        o->start = o->next - before;
+        const uint32_t bits = (uint32_t)shdi_min(o->end - o->start, SHDI_BLOCK);
+        o->next = o->start + bits;
+        o->count = kernels->ones(o->bitmap + o->start / 8, bits, o->index);
+        o->at = 0;
+        while (o->at < o->count && o->index[o->at] < before) {
+            o->at++;
         }
-        walk->column_classes = walk->classes[walk->row_class++];
     }
-    const uint32_t a = walk->row_class - 1, b = shdi_lowest_one(walk->column_classes);
-    walk->column_classes &= walk->column_classes - 1;
-    walk->width = w->columns.first[b + 1] - w->columns.first[b];
-    walk->size = (w->rows.first[a + 1] - w->rows.first[a]) * walk->width;
-    walk->reciprocal = w->reciprocal[b];
-    walk->rows = w->rows.lines + w->rows.first[a];
-    walk->columns = w->columns.lines + w->columns.first[b];
-    return 1;
+    return o->count - o->at;
 }
 
-/* Sets the bits of `count` nonzeros of one k in a tile. Returns 0 if they are not all in it. */
-static int decode_k(const parts *p, work *w, uint32_t number, uint64_t count, shdi_unary *reader, const uint8_t *low,
-                    uint64_t low_bit) {
-    const uint32_t k = p->k[number], mask = (uint32_t)((UINT64_C(1) << k) - 1), columns = (uint32_t)p->columns;
-    uint64_t *const bitmap = w->bitmap, *const summary = w->summary;
-    cell_walk walk = {.classes = p->classes[number]};
-    shdi_unary unary = *reader;
-    uint64_t order = 0; /* within the cell */
-    for (; count != 0; count--, low_bit += k) {
-        order += shdi_read_zeros(&unary) << k;
-        order += (uint32_t)(shdi_load64(low + low_bit / 8) >> (low_bit % 8)) & mask;
-        while (order >= walk.size) {
-            order -= walk.size;
-            if (!next_cell(&walk, w)) {
-                return 0;
+/* Sets the bits of the elements of one k that have these orders, which increase and are below SHDI_MAX_TILE; `base` is
+ * to be added to each, modulo 2^32. *at is the cell of the order before, *first the order of its first element, and
+ * they become those of the last. Returns 0 if the tile has no such element. */
+static int set_bits(work *w, const uint32_t *order, uint32_t count, uint32_t base, const cell **at, uint32_t *first,
+                    const cell *end) {
+    uint8_t *const bitmap = w->bitmap, *const touched = w->touched;
+    const uint32_t *const stop = order + count;
+    const cell *c = *at;
+    uint32_t start = *first;
+    for (; c != end; c++) {
+        const uint32_t *const rows = w->rows.lines + w->rows.first[c->row_class], *const columns = c->columns;
+        const uint32_t width = c->width, from = start - base;
+        const uint32_t size = (w->rows.first[c->row_class + 1] - w->rows.first[c->row_class]) * width;
+        const uint64_t reciprocal = c->reciprocal;
+        while (*order - from < size) {
+            /* Exact, since both numbers are at most 2^17. */
+            const uint32_t place = *order - from, row = (uint32_t)(place * reciprocal >> 35);
+            const uint32_t element = rows[row] + columns[place - row * width];
+            bitmap[element / 8] |= (uint8_t)(1u << (element % 8)); /* most often not the byte of the element before */
+            touched[element / 64] = 1;
+            if (++order == stop) {
+                *at = c;
+                *first = start;
+                return 1;
             }
         }
-        /* Exact, since both numbers are at most 2^17. */
-        const uint32_t row = (uint32_t)(order * walk.reciprocal >> 35), column = (uint32_t)order - row * walk.width;
-        const uint32_t element = walk.rows[row] * columns + walk.columns[column];
-        bitmap[element / 64] |= UINT64_C(1) << (element % 64);
-        summary[element / 4096] |= UINT64_C(1) << (element / 64 % 64);
-        order++;
+        start += size;
     }
-    *reader = unary;
+    return 0;
+}
+
+/* Makes orders of indices of ones, in place, where k is over SHDI_NARROW_K: `bit` is the index after the one before,
+ * and `next` the order after the one before. Returns 0 if an order is not below SHDI_MAX_TILE. */
+SHDI_ONCE static int find_orders(uint32_t *index, uint32_t count, uint64_t bit, uint64_t next, uint32_t k,
+                                 const uint8_t *low, uint64_t low_bit) {
+    const uint32_t mask = (uint32_t)((UINT64_C(1) << k) - 1);
+    for (uint32_t i = 0; i < count; i++, low_bit += k) {
+        const uint64_t zeros = index[i] - bit;
+        bit += zeros + 1;
+        next += (zeros << k) + ((uint32_t)(shdi_load64(low + low_bit / 8) >> (low_bit % 8)) & mask);
+        SHDI_PIN(next);
+        if (next >= SHDI_MAX_TILE) {
+            return 0;
+        }
+        index[i] = (uint32_t)next++;
+    }
     return 1;
 }
 
-/* Writes the positions of the bits that are set, from `base` on, and clears them. Returns 0 if they are more than `most`. */
-static int write_bits(const work *w, uint64_t base, uint64_t most, shdi_rice_writer *writer) {
-    shdi_rice_writer to = *writer; /* in registers */
-    for (uint64_t i = 0; i < SHDI_MAX_TILE / 4096; i++) {
-        uint64_t words = w->summary[i];
-        w->summary[i] = 0;
-        for (; words != 0; words &= words - 1) {
-            const uint64_t at = 64 * i + shdi_lowest_one(words);
-            uint64_t word = w->bitmap[at];
-            w->bitmap[at] = 0;
-            do {
-                if (to.rank == most) {
-                    return 0;
-                }
-                shdi_rice_write(&to, base + 64 * at + shdi_lowest_one(word));
-                word &= word - 1;
-            } while (word != 0);
+/* SIMD kernels are worth their start from this many nonzeros on. */
+#define FEW 24u
+
+/* Sets the bits of `count` nonzeros of one k in a tile. *bit is where their unary bits start, and becomes where these
+ * end. `low_size` bytes may be read from `low` on. Returns 0 if they are not all in it. */
+static int decode_k(const parts *p, work *w, uint32_t number, uint64_t count, uint64_t *bit, const uint8_t *low,
+                    uint64_t low_size, uint64_t low_bit) {
+    const uint32_t k = p->k[number];
+    const cell *at = w->cells + w->first_cell[number], *const end = w->cells + w->first_cell[number + 1];
+    uint32_t first = 0;
+    uint64_t next = 0; /* the order after the last */
+    while (count != 0) {
+        const uint32_t n = (uint32_t)shdi_min(find_ones(&w->ones, w->kernels), count);
+        if (n == 0) { /* the file has changed */
+            return 0;
+        }
+        uint32_t *const order = w->ones.index + w->ones.at;
+        const uint64_t place = *bit - w->ones.start; /* below 0, modulo 2^64, if zeros came before */
+        *bit = w->ones.start + order[n - 1] + 1;
+        uint64_t base = 0;
+        if (k > SHDI_NARROW_K) {
+            if (!find_orders(order, n, place, next, k, low, low_bit)) {
+                return 0;
+            }
+        } else {
+            const shdi_kernels *kernels = n < FEW ? &shdi_scalar : w->kernels;
+            base = next - (place << k);
+            kernels->rice_offsets(order, n, k, low + low_bit / 8, low_size - low_bit / 8, low_bit % 8);
+        }
+        next = base + order[n - 1] + 1;
+        /* Orders increase, so the check of the last one is enough. */
+        if (next > SHDI_MAX_TILE || !set_bits(w, order, n, (uint32_t)base, &at, &first, end)) {
+            return 0;
+        }
+        w->ones.at += n;
+        low_bit += n * (uint64_t)k;
+        count -= n;
+    }
+    return 1;
+}
+
+/* ---- Writing RICE ---- */
+
+/* Packs up to 56 bits, where up to 7 are left. Writes 8 bytes. */
+static inline void pack_bytes(shdi_packer *p, uint64_t value, uint32_t bits) {
+    p->bits |= value << p->count;
+    shdi_store64(p->next, p->bits);
+    p->count += bits;
+    p->next += p->count / 8;
+    p->bits >>= p->count & 56;
+    p->count &= 7;
+}
+
+/* Writes positions base + offset[i], one after the other. */
+static void write_slowly(shdi_rice_writer *w, uint64_t base, const uint32_t *offset, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) {
+        shdi_rice_write(w, base + offset[i]);
+    }
+    pack_bytes(&w->low, 0, 0);
+}
+
+/* The largest k of which pack_bytes() takes four numbers at a time. */
+#define FOUR_K 14u
+
+/* Writes positions base + offset[i], four at a time where no block starts. */
+SHDI_OFTEN static void write_run(shdi_rice_writer *w, uint64_t base, const uint32_t *offset, uint32_t count) {
+    uint32_t i = (uint32_t)shdi_min(count, 1);
+    write_slowly(w, base, offset, i);
+    const uint32_t k = w->k, mask = (1u << k) - 1;
+    uint8_t *const unary = w->unary;
+    while (k <= FOUR_K && count - i >= 4) {
+        const uint64_t limit = w->block * SHDI_BLOCK, first = i;
+        uint64_t last = w->bit - 1, word = shdi_load64(unary + last / 64 * 8);
+        shdi_packer low = w->low;
+        for (; count - i >= 4; i += 4) {
+            uint32_t gap[4];
+            uint64_t one[4], packed = 0;
+            for (uint32_t j = 0; j < 4; j++) {
+                gap[j] = offset[i + j] - offset[i + j - 1] - 1;
+                one[j] = (j == 0 ? last : one[j - 1]) + 1 + (gap[j] >> k);
+            }
+            if (one[3] >= limit) {
+                break;
+            }
+            for (uint32_t j = 0; j < 4; j++) {
+                word = (one[j] / 64 == last / 64 ? word : 0) | UINT64_C(1) << (one[j] % 64);
+                last = one[j];
+                shdi_store64(unary + last / 64 * 8, word);
+                packed |= (uint64_t)(gap[j] & mask) << (j * k);
+            }
+            pack_bytes(&low, packed, 4 * k);
+        }
+        w->low = low;
+        w->bit = last + 1;
+        w->position = base + offset[i - 1] + 1;
+        w->rank += i - first;
+        if (count - i >= 4) {
+            write_slowly(w, base, offset + i, 4);
+            i += 4;
         }
     }
-    *writer = to;
-    return 1;
+    write_slowly(w, base, offset + i, count - i);
 }
 
-static shdi_fault decode_tiles(const shd_delta *delta, const parts *p, work *w, shdi_rice_writer *writer) {
+/* ---- Decoding tiles ---- */
+
+/* Writes the positions of the bits that are set among `elements`, from `base` on, and clears them. */
+static void write_bits(work *w, uint64_t base, uint32_t elements, shdi_rice_writer *writer) {
+    const uint64_t top = UINT64_C(1) << 63; /* so there is always a one */
+    const uint32_t size = (uint32_t)shdi_ceil_div(elements, 512);
+    uint8_t *const summary = w->summary, *const bitmap = w->bitmap, *const touched = w->touched;
+    for (uint32_t i = 0; i < size; i++) {
+        const uint64_t eight = shdi_load64(touched + 8 * i);
+        shdi_store64(touched + 8 * i, 0);
+        summary[i] = (uint8_t)(eight * UINT64_C(0x0102040810204080) >> 56);
+    }
+    uint32_t *const words = w->words, *const offset = w->ones.index;
+    uint32_t ones = 0; /* how many offsets are to be written */
+    const uint32_t count = w->kernels->ones(summary, 8 * size, words);
+    for (uint32_t i = 0; i < count; i++) {
+        const uint32_t start = 64 * words[i];
+        uint64_t word = shdi_load64(bitmap + 8 * words[i]);
+        shdi_store64(bitmap + 8 * words[i], 0);
+        const uint32_t in_word = shdi_ones(word);
+        for (uint32_t *to = offset + ones, *end = to + in_word; to < end; to += 4) {
+            for (uint32_t j = 0; j < 4; j++) {
+                to[j] = start + shdi_lowest_one(word | top);
+                word &= word - 1;
+            }
+        }
+        ones += in_word;
+        if (ones > SHDI_BLOCK - 64 || i + 1 == count) {
+            write_run(writer, base, offset, ones);
+            ones = 0;
+        }
+    }
+}
+
+SHDI_OFTEN static shdi_fault decode_tiles(const shd_delta *delta, const parts *p, work *w, shdi_rice_writer *writer) {
     const uint8_t *low = delta->index + p->low, *unary = delta->index + p->unary;
+    const uint64_t low_size = delta->tensor.index.decoded - p->low;
     uint64_t low_bit = 0, unary_bit = 0;
     for (uint64_t tile = 0; tile < p->tiles; tile++) {
-        const uint64_t row = tile * p->tile_rows, size = shdi_field(&p->sizes, tile);
+        const uint64_t row = tile * p->tile_rows;
         const uint32_t rows = (uint32_t)shdi_min(p->rows - row, p->tile_rows);
-        uint64_t count = 0, low_end = low_bit, n[SHDI_MAX_KS];
+        uint64_t size = shdi_field(&p->sizes, tile), count = 0, low_end = low_bit, n[SHDI_MAX_KS];
+        SHDI_PIN(size);
         for (uint32_t i = 0; i < p->ks; i++) {
-            n[i] = shdi_field(&p->counts[i], tile);
-            count += n[i];
-            low_end += n[i] * p->k[i];
+            uint64_t of_k = shdi_field(&p->counts[i], tile);
+            SHDI_PIN(of_k);
+            n[i] = of_k;
+            count += of_k;
+            low_end += of_k * p->k[i];
         }
         if (size > p->unary_bits - unary_bit || low_end > p->low_bits || count > delta->tensor.nnz - writer->rank ||
             !has_ones(unary, unary_bit, unary_bit + size, count)) {
@@ -304,16 +465,17 @@ static shdi_fault decode_tiles(const shd_delta *delta, const parts *p, work *w, 
         if (fault.code != SHD_OK) {
             return fault;
         }
-        shdi_unary reader = {unary, unary_bit, unary_bit + size};
+        w->ones.end = unary_bit + size;
+        w->ones.next = unary_bit;
+        w->ones.at = w->ones.count = 0;
+        uint64_t bit = unary_bit;
         for (uint32_t i = 0; i < p->ks; i++) {
-            if (!decode_k(p, w, i, n[i], &reader, low, low_bit)) {
+            if (!decode_k(p, w, i, n[i], &bit, low, low_size, low_bit)) {
                 return shdi_fault_at(SHD_POSITION_RANGE, p->unary + unary_bit / 8);
             }
             low_bit += n[i] * p->k[i];
         }
-        if (!write_bits(w, row * p->columns, delta->tensor.nnz, writer)) {
-            return shdi_fault_at(SHD_BAD_INDEX, p->unary + unary_bit / 8); /* the file has changed */
-        }
+        write_bits(w, row * p->columns, rows * (uint32_t)p->columns, writer);
         unary_bit += size;
     }
     return shdi_ok();
@@ -346,10 +508,10 @@ SHDI_ONCE static room room_of(const shd_tensor *tensor) {
     const uint64_t unary_bits = tensor->nnz + (tensor->numel >> r.k);
     const uint64_t lines = most_lines(tensor);
     r.low = shdi_ceil_div(unary_bits, SHDI_BLOCK) * 2 * shdi_word(tensor->numel);
-    r.unary = r.low + 4 * shdi_ceil_div(tensor->nnz * r.k, 32);
+    r.unary = r.low + 4 * shdi_ceil_div(tensor->nnz * r.k, 32) + SHDI_SLACK; /* for pack_bytes() */
     r.rice = r.unary + 4 * shdi_ceil_div(unary_bits, 32) + SHDI_SLACK;
     r.bitmap = shdi_align64(r.rice);
-    r.lines = r.bitmap + SHDI_MAX_TILE / 8 + SHDI_MAX_TILE / 512;
+    r.lines = r.bitmap + SHDI_MAX_TILE / 8 + SHDI_MAX_TILE / 64;
     r.size = 64 + r.lines + 2 * 4 * lines; /* 64 bytes, since the buffer may start anywhere */
     return r;
 }
@@ -358,7 +520,7 @@ uint64_t shdi_tiled_room(const shd_tensor *tensor) {
     return tensor->index_codec == SHD_INDEX_TILED ? room_of(tensor).size : 0;
 }
 
-shdi_fault shdi_tiled_load(shd_delta *delta, int check_padding, uint8_t *memory) {
+SHDI_ONCE shdi_fault shdi_tiled_load(shd_delta *delta, int check_padding, uint8_t *memory) {
     const room r = room_of(&delta->tensor);
     parts p;
     shdi_fault fault = take_apart(delta, &p);
@@ -367,13 +529,18 @@ shdi_fault shdi_tiled_load(shd_delta *delta, int check_padding, uint8_t *memory)
     }
     memory += (64 - (uintptr_t)memory % 64) % 64;
     memset(memory, 0, (size_t)r.lines);
-    work w = {.bitmap = (uint64_t *)(void *)(memory + r.bitmap),
-              .columns.lines = (uint32_t *)(void *)(memory + r.lines)};
-    w.summary = w.bitmap + SHDI_MAX_TILE / 64;
+    work w;
+    w.kernels = shdi_kernels_of(delta);
+    w.bitmap = memory + r.bitmap;
+    w.touched = w.bitmap + SHDI_MAX_TILE / 8;
+    w.columns.lines = (uint32_t *)(void *)(memory + r.lines);
+    w.columns.step = 1;
     w.rows.lines = w.columns.lines + most_lines(&delta->tensor);
+    w.rows.step = (uint32_t)p.columns;
+    w.ones.bitmap = delta->index + p.unary;
     shdi_rice_writer writer = {.directory = memory, .unary = memory + r.unary, .low = {memory + r.low, 0, 0},
                                .word = shdi_word(delta->tensor.numel), .k = r.k};
-    fault = sort_columns(&p, &w);
+    fault = list_cells(&p, &w);
     if (fault.code == SHD_OK) {
         fault = decode_tiles(delta, &p, &w, &writer);
     }

@@ -68,7 +68,7 @@ static uint32_t element_bits(const codec_row *codec, int dtype) {
     return codec->element_bits == BITS_OF_DTYPE ? 8 * shd_dtype_size(dtype) : codec->element_bits;
 }
 
-uint64_t shd_values_size(int value_codec, int dtype, uint64_t count) {
+SHDI_ONCE uint64_t shd_values_size(int value_codec, int dtype, uint64_t count) {
     const codec_row *codec = value_codec < 0 ? NULL : codec_of((uint32_t)value_codec);
     if (codec == NULL || codec->element_bits == 0) {
         return 0;

@@ -18,7 +18,7 @@ static int dtypes_go_together(const shd_tensor *tensor, const shd_weights *weigh
     return tensor->dtype == weights->dtype;
 }
 
-int shdi_check_weights(const shd_delta *delta, const shd_weights *weights, const void *saved) {
+SHDI_ONCE int shdi_check_weights(const shd_delta *delta, const shd_weights *weights, const void *saved) {
     if (delta == NULL || weights == NULL || (weights->data == NULL && weights->count != 0)) {
         return SHD_INVALID_ARGUMENT;
     }
@@ -33,7 +33,7 @@ int shdi_check_weights(const shd_delta *delta, const shd_weights *weights, const
     return shdi_is_aligned(weights->data, size) && shdi_is_aligned(saved, size) ? SHD_OK : SHD_MISALIGNED;
 }
 
-int shdi_check_strength(const shd_tensor *tensor, double strength) {
+SHDI_ONCE int shdi_check_strength(const shd_tensor *tensor, double strength) {
     const shdi_operation *operation = shdi_operation_of(tensor->op);
     if (operation == NULL) {
         return SHD_UNKNOWN_OP;
