@@ -178,6 +178,7 @@ def restored(stored: StoredTensor, base: Array) -> TensorDelta:
             raise FormatError("wrong_base", f"{base.size} elements of {base.itemsize} bytes")
         data, nnz, size = stored.section(section), record.nnz, record.element_size
         if record.index_codec == index_codec.id:
+            stored.check_memory(record.decoded_size + index_codec.room(data, record.numel))
             positions = index_codec.decode_on(data, nnz, record.shape, base)
         else:  # a decoder of files may refuse all of a tensor of which one section needs the base
             positions = INDEX_CODECS.by_id[record.index_codec].decode(data, nnz, record.shape)

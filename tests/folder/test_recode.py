@@ -20,8 +20,15 @@ from safetensors.torch import load_file, save_file
 
 import shiradelta as sd
 from shiradelta.cli import main
-from shiradelta.errors import ArgumentError, FormatError, TargetError
-from shiradelta.io.context import restored
+from shiradelta.errors import ArgumentError, FormatError, LimitError, TargetError
+from shiradelta.format import registry
+from shiradelta.format.codecs import BITS, FROM_BASE, ULP_FROM_BASE
+from shiradelta.format.codecs.base import SLACK
+from shiradelta.format.codecs.from_base import HEAD, FromBase
+from shiradelta.format.operations import OPERATIONS
+from shiradelta.format.record import Record, Section
+from shiradelta.io.context import _codecs, restored
+from shiradelta.io.writer import writing
 from tests.swapping import bits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e5m2}
@@ -233,6 +240,24 @@ def test_no_more_is_read_than_the_base_has(made: Path):
             with pytest.raises(FormatError, match=f"{base.size} elements of {base.itemsize} bytes") as caught:
                 restored(delta["bf16"], base)
             assert caught.value.reason == "wrong_base"
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_tiles_are_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool):
+    """A section of 40 bytes may have a tile for each element; who keeps a number of each refuses before that."""
+    if not native:
+        monkeypatch.setattr("shiradelta.io.context._codecs", lambda: (FROM_BASE, ULP_FROM_BASE))
+    elif type(_codecs()[0]) is FromBase:
+        pytest.skip("libshd is not here")
+    numel, empty = 1 << 20, Section(0, 0, 0, 0)
+    dtype, codecs = registry.DTYPE_OF_NAME["float16"], (FROM_BASE.id, BITS.id)
+    record = Record("w", (numel,), dtype, OPERATIONS["set"], *codecs, 1, None, None, empty, empty)
+    head = HEAD.pack(0, 0, 1, 0, 1, 1, 0)
+    with writing(tmp_path / "many.shd", "f32") as writer:
+        writer.add_sections(record, bytes(32), head + bytes([3, 0, 0, 0]) + bytes(4) + SLACK, bytes(4) + SLACK)
+    refusal = pytest.raises(FormatError if native else LimitError)
+    with sd.open_delta(tmp_path / "many.shd", limit="32MB") as delta, refusal:
+        restored(delta["w"], np.zeros(numel, "<u2"))
 
 
 def test_verify_tells_what_it_can_without_the_base(made: Path, tmp_path: Path):
