@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -20,15 +21,17 @@ import numpy as np
 from safetensors.torch import save_file
 
 import shiradelta as sd
-from benchmarks.lossless import RATES, STEPS, State, steps
+from benchmarks.lossless import RATES, STEPS, State, language_steps, steps
 from benchmarks.table import print_table
 from shiradelta.chain.difference import shifted
 from shiradelta.chain.fold import check_base
 from shiradelta.chain.wires import WIRES
+from shiradelta.folder.recode import base_of
 from shiradelta.format.arithmetic import Array
+from shiradelta.io.context import plain_delta
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 
-SHD, SHD_ZSTD = "shd", "shd, zstd"
+SHD, SHD_ZSTD, SHD_ON_BASE = "shd", "shd, zstd", "shd, base as context"
 #: Wires that the size of a `.shd` file is compared with as one.
 OPEN = ("slime", "verl", "nemo-rl", "huggingface", "grail", "vllm")
 Bits = dict[str, Array]
@@ -58,6 +61,8 @@ def encode(name: str, folder: Path, base: Checkpoint, changes: Changes) -> None:
             dtype = base[tensor].dtype.name
             deltas[tensor] = shifted(sd.TensorDelta.trusted(base[tensor].shape, at, new[at], dtype, "set", old[at]))
     sd.save_delta(folder / "step.shd", deltas, zstd=name == SHD_ZSTD)
+    if name == SHD_ON_BASE:
+        sd.recode(folder / "step.shd", folder / "step.shd", base.root)
 
 
 def apply(name: str, folder: Path, base: Checkpoint) -> Bits:
@@ -69,7 +74,10 @@ def apply(name: str, folder: Path, base: Checkpoint) -> Bits:
     if name in WIRES:
         return {tensor: new for tensor, _, new in WIRES[name].read(folder, base)}
     found = {}
-    with sd.open_delta(folder / "step.shd") as delta:
+    with ExitStack() as stack:
+        delta = stack.enter_context(sd.open_delta(folder / "step.shd"))
+        if delta.needs_base:
+            delta = stack.enter_context(plain_delta(delta, base_of(delta, base)))
         delta.verify()
         for tensor, one in delta.items():
             found[tensor], positions = base.bits(tensor).copy(), one.positions()
@@ -129,7 +137,7 @@ def compare(states: list[State], title: str) -> None:
         sizes: dict[str, int] = {}
         rows = [["", "bytes", "bits a change", "encode", "apply"]]
         mistakes = [["", "a bit flipped", "weights of another run", "twice", "without the step before"]]
-        for wire in (SHD, SHD_ZSTD, *WIRES):
+        for wire in (SHD, SHD_ZSTD, SHD_ON_BASE, *WIRES):
             seconds = timed(lambda wire=wire: encode(wire, new_folder(root, wire), base, changes))  # type: ignore[misc]
             folder = next(root.glob(f"{wire}-*"))
             assert outcome(wire, folder, base, wanted) == "same weights", wire
@@ -144,13 +152,17 @@ def compare(states: list[State], title: str) -> None:
         print_table(f"{title}: {changed / total:.2%} of {total:,} weights change; processor time", rows)
         print_table(f"{title}: what comes of a mistake", mistakes)
         least = min(OPEN, key=lambda wire: sizes[wire])
-        print(f"\n.shd is {sizes[SHD] / sizes[least]:.3f} x {least}, {sizes[SHD] / sizes['fireworks']:.3f} x fireworks")
+        for form in SHD, SHD_ON_BASE:
+            of_least, of_fireworks = sizes[form] / sizes[least], sizes[form] / sizes["fireworks"]
+            print(f"{form}: {of_least:.3f} x {least}, {of_fireworks:.3f} x fireworks")
 
 
-def tables(before: int) -> None:
+def tables(
+    before: int, rates: Sequence[float] = RATES, model: Path | None = None, examples: Path | None = None
+) -> None:
     """Prints the tables for each learning rate, after some steps."""
-    for rate in RATES:
-        every = steps(rate)
+    for rate in rates:
+        every = language_steps(model, examples, rate) if model is not None and examples is not None else steps(rate)
         states = list(islice(every, before + 2))[-3:]
         compare(states, f"AdamW, learning rate {rate:g}, step {before + 2}")
 
@@ -159,7 +171,11 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="steps before the one that is written")
-    tables(parser.parse_args().steps)
+    parser.add_argument("--model", type=Path, help="folder of a language model, instead of all-MiniLM-L6-v2")
+    parser.add_argument("--examples", type=Path, help="its examples: JSON Lines with prompt and completion")
+    parser.add_argument("--rate", type=float, nargs="*", default=RATES, help="learning rates")
+    options = parser.parse_args()
+    tables(options.steps, options.rate, options.model, options.examples)
 
 
 if __name__ == "__main__":
