@@ -6,6 +6,7 @@ names it, and the manifest goes before the files that it does not name any more.
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import tempfile
@@ -338,14 +339,17 @@ class Chain:
         Raises:
             ChainError: the manifest is refused.
         """
+        self.refresh()
+        read_anew = copy.copy(self)
+        read_anew.store = self.store.fresh()
         with tempfile.TemporaryDirectory() as folder:
-            return self._problems(self._versions(Path(folder)))
+            return read_anew._problems(read_anew._versions(Path(folder)))
 
     def _problems(self, versions: Versions) -> list[str]:
         """What `verify` finds, given a place for versions that steps are read with."""
         problems: list[str] = []
         states: dict[int, State] = {}
-        manifest = self.refresh()
+        manifest = self.manifest
         for anchor in manifest.anchors:
             with _collected(problems), tempfile.TemporaryDirectory() as folder:
                 write_anchor(self.store, anchor, Path(folder))

@@ -9,6 +9,7 @@ and after it is written, and one process publishes at a time.
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import tempfile
@@ -68,6 +69,7 @@ class RemoteStore:
             raise ArgumentError(f"{url}: fsspec does not know such a store ({error}); check the URL") from None
         home = os.environ.get("SHIRADELTA_CACHE") or Path.home() / ".cache" / "shiradelta"
         self._cache = Path(home if cache is None else cache) / "chains"
+        self._anew: set[str] | None = None  # paths that were read, where each has to be once
         protocol = self._fs.protocol
         self._protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
@@ -86,9 +88,10 @@ class RemoteStore:
         target, where = self._cache / sha256[:2] / sha256, f"{self.name}/{path}"
         with os_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(ChainError):
-            check_file(target, size, sha256, where)
-            return target
+        if self._anew is None or path in self._anew:
+            with suppress(ChainError):
+                check_file(target, size, sha256, where)
+                return target
         with _part_of(target) as part:
             for resumed in (part.seek(0, os.SEEK_END) > 0, False):
                 try:
@@ -106,7 +109,15 @@ class RemoteStore:
                 os.fsync(part.fileno())
                 os.replace(part.name, target)
                 sync_directory(target.parent)
+        if self._anew is not None:
+            self._anew.add(path)
         return target
+
+    def fresh(self) -> RemoteStore:
+        """As `Store.fresh`."""
+        other = copy.copy(self)
+        other._anew = set()
+        return other
 
     def _download(self, path: str, part: BinaryIO, size: int) -> None:
         """Appends what is missing; a try that got something does not count."""

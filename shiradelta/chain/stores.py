@@ -43,6 +43,9 @@ class Store(Protocol):
             ChainError: it is missing, is another file, or cannot be read.
         """
 
+    def fresh(self) -> Store:
+        """The same store, from which every path is read anew once, whatever is on this machine already."""
+
     def writing(self, path: str) -> AbstractContextManager[BinaryIO]:
         """A context with a file to write, which is put in place, durably, if the block succeeds.
 
@@ -98,6 +101,10 @@ class FolderStore:
         found = self.root / path
         check_file(found, size, sha256, os.fspath(found))
         return found
+
+    def fresh(self) -> FolderStore:
+        """Itself: nothing of it is elsewhere."""
+        return self
 
     @contextmanager
     def writing(self, path: str) -> Iterator[BinaryIO]:

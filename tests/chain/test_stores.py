@@ -20,7 +20,7 @@ import shiradelta as sd
 from shiradelta.chain import Chain, FolderFollower, remote
 from shiradelta.chain.remote import RemoteStore
 from shiradelta.chain.stores import Store
-from tests.chain.models import read, same, write
+from tests.chain.models import read, same, small, write
 from tests.chain.servers import CLIENTS, ObjectServer, bucket, serving
 from tests.chain.test_chain import Run, reason
 
@@ -288,3 +288,14 @@ def test_a_stand_in_of_s3_is_published_to_and_followed(
     server.faults = lambda method, key, number: ""
     assert run.chain.verify() == []
     assert run.chain.collect().files == 0
+
+
+def test_verification_reads_the_store_and_not_what_is_on_this_machine(tmp_path: Path):
+    """Two anchors may have the same file: one of them tells nothing of the other."""
+    run, url = tmp_path / "model", f"memory://{tmp_path.name}/anew"
+    chain = Chain.create(RemoteStore(url, cache=tmp_path / "cache"), write(run, small()))
+    assert chain.verify() == []
+    files = fsspec.filesystem("memory")
+    path = f"/{tmp_path.name}/anew/" + next(each for each in chain.store.files() if each.endswith("config.json"))
+    files.pipe_file(path, files.cat_file(path)[:-1] + b" ")
+    assert "config.json" in chain.verify()[0]
