@@ -12,7 +12,7 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes, IndexCodec, check_zero, padded
 from shiradelta.format.codecs.from_base_classes import BaseCounts, BaseGrid, choose
-from shiradelta.format.codecs.tiles import Gaps, PartsReader, fields, widths_and_gaps
+from shiradelta.format.codecs.tiles import Gaps, PartsReader, fields, tiles_are_possible, widths_and_gaps
 from shiradelta.format.registry import IndexId
 
 HEAD = registry.FROM_BASE_HEAD
@@ -136,10 +136,7 @@ def _parts(data: Bytes, numel: int) -> tuple[BaseGrid, Gaps]:
         max(row_bits, column_bits) > registry.MAX_CLASS_BITS
         or not 0 < classes <= registry.MAX_BASE_CLASSES
         or reserved
-        or not columns
-        or numel % columns
-        or not 0 < tile_rows <= numel // columns
-        or tile_rows * columns > registry.MAX_BASE_TILE
+        or not tiles_are_possible(numel, columns, tile_rows, registry.MAX_BASE_TILE)
     ):
         raise FormatError("bad_index", f"tiles of {tile_rows} x {columns} elements, or bits of classes")
     taken = PartsReader(data, HEAD.size)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs.tiled_classes import bits_of, low_bits, nested_classes, widths_of
-from shiradelta.format.codecs.tiles import Small
+from shiradelta.format.codecs.tiled_classes import bits_of, coarser, low_bits, nested_classes, widths_of
+from shiradelta.format.codecs.tiles import Lines, Small
 
 Keys = npt.NDArray[np.uint16]
 _KEYS = 1 << 15
@@ -26,40 +26,18 @@ _WINDOW = 1 << 16
 
 
 @dataclass(frozen=True)
-class BaseGrid:
-    """A tensor seen as a matrix, with classes of rows, columns and the base's elements.
+class BaseGrid(Lines):
+    """A tensor seen as a matrix, with classes of rows, columns and the base's elements; 0 bits are for one class.
 
     Attributes:
-        columns: elements of a row.
-        tile_rows: rows of a tile.
-        row_class: class of each row.
-        row_bits: bits of such a class; 0 for one class.
-        column_class: class of each column.
-        column_bits: bits of such a class.
         thresholds: uint16, not decreasing, one less than there are classes of elements; the class of an element is how
             many of them are at most its key.
         groups: uint8 [2^row_bits, 2^column_bits, classes of elements]: k, and `registry.TURNED` where what is listed is
             the elements that are no nonzeros.
     """
 
-    columns: int
-    tile_rows: int
-    row_class: Small
-    row_bits: int
-    column_class: Small
-    column_bits: int
     thresholds: Keys
     groups: Small
-
-    @property
-    def rows(self) -> int:
-        """Rows of the matrix."""
-        return self.row_class.size
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of the matrix."""
-        return -(-self.rows // self.tile_rows)
 
     @cached_property
     def numbers(self) -> Small:
@@ -181,8 +159,7 @@ def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Ba
     for row_bits in range(most + 1):
         for column_bits in range(most + 1):
             merged = [
-                _coarser(_coarser(cells, of_rows, row_bits, most), of_columns, column_bits, most, axis=1)
-                for cells in (listed, all_)
+                coarser(coarser(cells, of_rows, row_bits, 0), of_columns, column_bits, 1) for cells in (listed, all_)
             ]
             side = rows * row_bits + columns * column_bits + 8 * merged[0].size
             bits = float(bits_of(*merged).sum()) + side
@@ -224,16 +201,6 @@ def _thresholds(nonzeros: Positions, elements: Positions) -> Keys:
             break
         edges = sorted([*edges, split])
     return np.array(edges[1:-1], np.uint16)
-
-
-def _coarser(cells: Positions, classes: dict[int, Small], bits: int, most: int, axis: int = 0) -> Positions:
-    """Sums of classes along an axis, of the finest, that are one class of so many bits."""
-    into = np.zeros(1 << most, np.int64)
-    into[classes[most]] = classes[bits]
-    moved = np.moveaxis(cells, axis, 0)
-    merged = np.zeros((1 << bits, *moved.shape[1:]), np.int64)
-    np.add.at(merged, into, moved)
-    return np.moveaxis(merged, 0, axis)
 
 
 def _groups(nonzeros: Positions, elements: Positions) -> Small:

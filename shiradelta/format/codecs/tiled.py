@@ -15,7 +15,7 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes, IndexCodec, between, check_zero, padded
 from shiradelta.format.codecs.tiled_classes import Grid, choose, pays_for_lines
-from shiradelta.format.codecs.tiles import Gaps, PartsReader, Small, fields, widths_and_gaps
+from shiradelta.format.codecs.tiles import Gaps, PartsReader, Small, fields, tiles_are_possible, widths_and_gaps
 from shiradelta.format.registry import IndexId
 from shiradelta.util.arrays import WINDOW
 
@@ -33,16 +33,6 @@ class _TiledLayout:
     """
 
     grid: Grid
-
-    @property
-    def rows(self) -> int:
-        """Rows of the matrix."""
-        return self.grid.row_class.size
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of the matrix."""
-        return -(-self.rows // self.grid.tile_rows)
 
     @property
     def cells(self) -> int:
@@ -68,7 +58,7 @@ class _TiledLayout:
     def tiles_of(self, first: int, last: int) -> _Tiles:
         """The order of the elements of tiles first to last - 1."""
         grid = self.grid
-        start, stop = first * grid.tile_rows, min(last * grid.tile_rows, self.rows)
+        start, stop = first * grid.tile_rows, min(last * grid.tile_rows, grid.rows)
         group = np.arange(stop - start) // grid.tile_rows << grid.row_bits
         group += grid.row_class[start:stop]
         counts = np.bincount(group, minlength=(last - first) << grid.row_bits)
@@ -106,10 +96,7 @@ class _TiledParts:
         if (
             not 1 <= min(row_bits, column_bits) <= max(row_bits, column_bits) <= registry.MAX_CLASS_BITS
             or reserved
-            or not columns
-            or numel % columns
-            or not 0 < tile_rows <= numel // columns
-            or tile_rows * columns > registry.MAX_TILE
+            or not tiles_are_possible(numel, columns, tile_rows, registry.MAX_TILE)
         ):
             raise FormatError("bad_index", f"tiles of {tile_rows} x {columns} elements, or bits of classes")
         taken = PartsReader(data, HEAD.size)
@@ -122,7 +109,7 @@ class _TiledParts:
         row_class = taken.fields(numel // columns, row_bits).astype(np.uint8)
         column_class = taken.fields(columns, column_bits).astype(np.uint8)
         layout = _TiledLayout(Grid(columns, tile_rows, row_class, row_bits, column_class, column_bits, k))
-        gaps = Gaps.read(taken, widths, layout.ks.astype(np.int64), layout.tiles, all_unary, registry.MAX_TILE)
+        gaps = Gaps.read(taken, widths, layout.ks.astype(np.int64), layout.grid.tiles, all_unary, registry.MAX_TILE)
         if gaps.ranks[-1] != nnz or gaps.unary_starts[-1] != all_unary:
             raise FormatError(
                 "bad_index", f"{gaps.ranks[-1]} nonzeros of {nnz}, {gaps.unary_starts[-1]} unary bits of {all_unary}"
@@ -218,7 +205,7 @@ class Tiled(IndexCodec):
         grid, gaps = parts.layout.grid, parts.gaps
         most = max(_MOST_LINES // max(grid.tile_rows, parts.layout.cells), 1)
         first = 0
-        while first < parts.layout.tiles:
+        while first < grid.tiles:
             by_rank = np.searchsorted(gaps.ranks, gaps.ranks[first] + WINDOW, side="right")
             by_bits = np.searchsorted(gaps.unary_starts, gaps.unary_starts[first] + 8 * WINDOW, side="right")
             last = min(max(int(min(by_rank, by_bits)) - 1, first + 1), first + most)
@@ -234,7 +221,7 @@ class Tiled(IndexCodec):
         """Decodes only the tiles that can hold the range."""
         parts = _TiledParts.of(data, nnz, math.prod(shape))
         tile = parts.layout.grid.tile_rows * parts.layout.grid.columns
-        first = min(start // tile, parts.layout.tiles - 1)
+        first = min(start // tile, parts.layout.grid.tiles - 1)
         last = max(-(-stop // tile), first + 1)
         skip, inside = between(parts.positions(first, last), start, stop)
         return int(parts.gaps.ranks[first]) + skip, inside
@@ -247,7 +234,7 @@ def _encode(positions: Positions, grid: Grid) -> bytes:
     row, column = np.divmod(positions, grid.columns)
     tile = row // grid.tile_rows
     of_k = np.searchsorted(ks, grid.k)[grid.row_class[row], grid.column_class[column]]
-    tiles = layout.tiles_of(0, layout.tiles)
+    tiles = layout.tiles_of(0, grid.tiles)
     column_class = grid.column_class[column].astype(np.int64)
     order = _ranks(tiles.rows, tiles.first_rows, tiles.group)[row] * np.diff(layout.first_columns)[column_class]
     order += _ranks(layout.columns, layout.first_columns, grid.column_class)[column]
@@ -258,7 +245,7 @@ def _encode(positions: Positions, grid: Grid) -> bytes:
         order[chosen] += before[cell[chosen]] - before[tile[chosen] * layout.cells]
     # No tile has more elements than MAX_TILE, so that one number sorts by tile, k and order.
     keys = np.sort((tile * ks.size + of_k) * registry.MAX_TILE + order)
-    widths, rest, unary_bits = widths_and_gaps(keys, ks.astype(np.int64), layout.tiles, registry.MAX_TILE)
+    widths, rest, unary_bits = widths_and_gaps(keys, ks.astype(np.int64), grid.tiles, registry.MAX_TILE)
     return b"".join(
         (
             HEAD.pack(grid.row_bits, grid.column_bits, 0, grid.tile_rows, grid.columns, unary_bits),

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
-from shiradelta.format.codecs.tiles import Small
+from shiradelta.format.codecs.tiles import Lines, Small
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.entropy import entropy
 
@@ -25,25 +25,13 @@ _LEAST_SAVING = 1 / 32
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Lines):
     """A tensor seen as a matrix, with classes of rows and columns.
 
     Attributes:
-        columns: elements of a row.
-        tile_rows: rows of a tile.
-        row_class: class of each row.
-        row_bits: bits of such a class.
-        column_class: class of each column.
-        column_bits: bits of such a class.
         k: [2^row_bits, 2^column_bits], low bits of a nonzero in a row and a column of these classes.
     """
 
-    columns: int
-    tile_rows: int
-    row_class: Small
-    row_bits: int
-    column_class: Small
-    column_bits: int
     k: Small
 
 
@@ -89,7 +77,7 @@ def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid
     best: tuple[float, int, int, Positions, Positions] | None = None
     for row_bits in range(1, most + 1):
         for column_bits in range(1, most + 1):
-            nonzeros = _coarser(_coarser(finest, of_rows, row_bits).T, of_columns, column_bits).T
+            nonzeros = coarser(coarser(finest, of_rows, row_bits, 0), of_columns, column_bits, 1)
             elements = np.outer(
                 np.bincount(of_rows[row_bits], minlength=1 << row_bits),
                 np.bincount(of_columns[column_bits], minlength=1 << column_bits),
@@ -131,13 +119,15 @@ def nested_classes(nonzeros: Positions, elements: float | Floats, most: int) -> 
     return result
 
 
-def _coarser(counts: Positions, classes: dict[int, Small], bits: int) -> Positions:
-    """Sums of rows, of the finest classes, that are one class of so many bits."""
-    merged = np.zeros((1 << bits, counts.shape[1]), np.int64)
-    into = np.zeros(counts.shape[0], np.int64)
-    into[classes[registry.MAX_CLASS_BITS]] = classes[bits]
-    np.add.at(merged, into, counts)
-    return merged
+def coarser(cells: Positions, classes: dict[int, Small], bits: int, axis: int) -> Positions:
+    """Sums of classes along an axis, of the finest, that are one class of so many bits."""
+    finest = max(classes)
+    into = np.zeros(1 << finest, np.int64)
+    into[classes[finest]] = classes[bits]
+    moved = np.moveaxis(cells, axis, 0)
+    merged = np.zeros((1 << bits, *moved.shape[1:]), np.int64)
+    np.add.at(merged, into, moved)
+    return np.moveaxis(merged, 0, axis)
 
 
 def low_bits(nonzeros: Positions, elements: Positions) -> Small:

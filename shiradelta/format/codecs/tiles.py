@@ -23,6 +23,42 @@ from shiradelta.format.codecs.packing import Words, field_words, find_ones, pack
 Small = npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class Lines:
+    """A tensor seen as a matrix, in tiles of whole rows, with classes of rows and columns.
+
+    Attributes:
+        columns: elements of a row.
+        tile_rows: rows of a tile.
+        row_class: class of each row.
+        row_bits: bits of such a class.
+        column_class: class of each column.
+        column_bits: bits of such a class.
+    """
+
+    columns: int
+    tile_rows: int
+    row_class: Small
+    row_bits: int
+    column_class: Small
+    column_bits: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return self.row_class.size
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the matrix."""
+        return -(-self.rows // self.tile_rows)
+
+
+def tiles_are_possible(numel: int, columns: int, tile_rows: int, largest: int) -> bool:
+    """Whether a tensor of so many elements has tiles of `tile_rows` whole rows, of at most `largest` elements."""
+    return columns > 0 and numel % columns == 0 and 0 < tile_rows <= numel // columns and tile_rows * columns <= largest
+
+
 class PartsReader:
     """Takes the parts of a section that lie before low, one after the other.
 
