@@ -19,6 +19,11 @@ def pack_bitmap(ones: Positions, bits: int) -> bytes:
     return np.packbits(flags, bitorder="little").tobytes()
 
 
+def has_unused_bits(bitmap: Bytes, bits: int) -> bool:
+    """Whether a bitmap of `bits` bits in whole u32 words has a bit above its last one."""
+    return bits % 32 > 0 and int.from_bytes(bitmap[-4:].tobytes(), "little") >> bits % 32 > 0
+
+
 def find_ones(bitmap: Bytes) -> Positions:
     """The indices of the set bits, increasing."""
     return np.flatnonzero(np.unpackbits(bitmap, bitorder="little")).astype(np.int64, copy=False)

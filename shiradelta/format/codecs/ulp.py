@@ -15,7 +15,7 @@ from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, ValueCodec, check_zero, part
-from shiradelta.format.codecs.packing import pack_bitmap
+from shiradelta.format.codecs.packing import has_unused_bits, pack_bitmap
 from shiradelta.format.codecs.rice import best_k
 from shiradelta.format.codecs.ulp_stream import MOST_J, MOST_K, BlockRuns, Listed, best_j, read_listed, write_listed
 from shiradelta.format.registry import ValueId
@@ -130,7 +130,7 @@ class Ulp(ValueCodec):
         for start, stop in ranges(nnz):
             self._decode(parts, nnz, size, start, stop)
         for bitmap, bits in (parts.signs, nnz), (parts.stream[: -registry.SLACK], parts.bits):
-            if bits % 32 and int.from_bytes(bitmap[-4:].tobytes(), "little") >> bits % 32:
+            if has_unused_bits(bitmap, bits):
                 raise FormatError("padding_not_zero", "unused bits of signs or stream")
         check_zero(data, parts.end)
 

@@ -15,7 +15,7 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, ValueCodec, check_zero, padded, part
 from shiradelta.format.codecs.from_base_classes import Keys, keys_of
-from shiradelta.format.codecs.packing import pack_bitmap
+from shiradelta.format.codecs.packing import has_unused_bits, pack_bitmap
 from shiradelta.format.codecs.rice import best_k
 from shiradelta.format.codecs.tiles import PartsReader, Small, fields
 from shiradelta.format.codecs.ulp_stream import MOST_J, MOST_K, BlockRuns, Listed, best_j, read_listed, write_listed
@@ -202,17 +202,14 @@ class UlpFromBase(ValueCodec):
         parts = _ClassedParts.of(data, nnz)
         found = parts.magnitudes(keys_of(base), (1 << (8 * size - 1)) - 1)
         minus: Small = np.unpackbits(parts.signs, bitorder="little")
-        bits = int(parts.starts[-1])
-        unused = parts.stream[: parts.end], bits
-        if not parts.padding_is_zero or minus[nnz:].any() or _last_bits(*unused):
+        if (
+            not parts.padding_is_zero
+            or minus[nnz:].any()
+            or has_unused_bits(parts.stream[: parts.end], int(parts.starts[-1]))
+        ):
             raise FormatError("padding_not_zero", "unused bits of a part")
         check_zero(parts.stream, parts.end)
         return np.where(minus[:nnz], -found, found).astype(f"<i{size}").view(f"<u{size}")
-
-
-def _last_bits(bitmap: Bytes, bits: int) -> int:
-    """What the last word of a bitmap has above its last bit."""
-    return int.from_bytes(bitmap[-4:].tobytes(), "little") >> bits % 32 if bits % 32 else 0
 
 
 def _thresholds(listed: Keys) -> Keys:
