@@ -15,7 +15,7 @@ from shiradelta.hotswap.transcode import stored_positions
 from shiradelta.io.context import write_plain
 from shiradelta.io.reader import Delta
 from shiradelta.models.live import Target
-from shiradelta.models.memory import is_array
+from shiradelta.models.memory import flat_bits, is_array
 from shiradelta.models.views import View
 from shiradelta.util.arrays import ranges
 from shiradelta.util.files import temporary_errors
@@ -77,12 +77,7 @@ def _take_over(bits: Array, leaf: Target, views: tuple[View, ...]) -> int:
 
 def _bits(target: Target) -> Array:
     """All elements' bits, flat, in NumPy."""
-    if is_array(target.tensor):
-        array: Array = np.ascontiguousarray(target.tensor)
-    else:
-        import torch
-
-        size = target.tensor.element_size()
-        signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-        array = target.tensor.contiguous().view(signed).cpu().numpy()
+    if not is_array(target.tensor):
+        return flat_bits(target.tensor)
+    array: Array = np.ascontiguousarray(target.tensor)
     return array.reshape(-1).view(f"<u{array.itemsize}")

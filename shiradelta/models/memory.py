@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from shiradelta.format.arithmetic import Array
 from shiradelta.models.names import Shape
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Span(NamedTuple):
@@ -59,6 +63,18 @@ def bare(tensor: Any) -> Any:
     import torch
 
     return tensor.detach().as_subclass(torch.Tensor)
+
+
+def flat_bits(tensor: torch.Tensor) -> Array:
+    """A torch tensor's elements, row by row, as unsigned integers in NumPy; a copy only where they lie otherwise."""
+    import torch
+
+    flat, size = tensor.reshape(-1), tensor.element_size()
+    if not flat.numel():
+        return np.zeros(0, f"<u{size}")
+    signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    found: Array = flat.contiguous().view(signed).cpu().numpy().view(f"<u{size}")
+    return found
 
 
 def address_of(tensor: Any) -> int:

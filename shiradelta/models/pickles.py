@@ -12,16 +12,14 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
 from shiradelta.errors import MissingDependencyError, SourceError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array
+from shiradelta.models.memory import flat_bits
 from shiradelta.models.safetensors import Shard, Slot
 from shiradelta.util.optional import importing
 from shiradelta.util.regular_file import open_regular
@@ -246,17 +244,11 @@ def _slot(path: Path, name: str, tensor: torch.Tensor, size: int) -> Slot:
         raise SourceError(f"{called} is sparse, without elements or a view that torch computes; {_REMEDY}")
     if plain.numel() * plain.element_size() > size:
         raise SourceError(f"{called} has shape {list(plain.shape)}, and the file has only {count(size, 'byte')}")
-    return Slot(name, path, 0, tuple(plain.shape), dtype, partial(_elements, plain, dtype))
+    return Slot(name, path, 0, tuple(plain.shape), dtype, partial(_elements, plain))
 
 
-def _elements(tensor: torch.Tensor, dtype: registry.DType) -> Array:
-    """A tensor's elements, row by row, in a flat array of unsigned integers; a copy only where they lie otherwise."""
-    import torch
-
-    flat = tensor.reshape(-1)
-    if not flat.numel():
-        return np.zeros(0, dtype.bits)
-    signed: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    found: Array = flat.contiguous().view(signed[dtype.size]).numpy().view(dtype.bits)
+def _elements(tensor: torch.Tensor) -> Array:
+    """`flat_bits` of a tensor, which nobody can write."""
+    found = flat_bits(tensor)
     found.flags.writeable = False
     return found
