@@ -82,10 +82,11 @@ def recode(
         delta = source if isinstance(source, Delta) else stack.enter_context(open_delta(source, limit=limit))
         there, scratch = base_of(delta, checkpoint), Path(out).absolute().parent
         with replacing(Path(out)) as output:
-            if needs_base := not delta.needs_base:
-                needs_base = write_on_base(delta, there, output, progress, scratch=scratch)
-            else:
+            if delta.needs_base:
                 write_plain(delta, there, output, progress, scratch=scratch, zstd=True)
+                needs_base = False
+            else:
+                needs_base = write_on_base(delta, there, output, progress, scratch=scratch)
             file_bytes = output.tell()
     return RecodeReport(
         source=delta.file or "delta",
