@@ -258,10 +258,19 @@ def test_a_key_a_slow_client_and_too_many_of_them(scene: Scene, monkeypatch: pyt
     monkeypatch.setattr(served._Handler, "timeout", 0.2)
     monkeypatch.setattr(served, "CONNECTIONS", 1)
     server = ChainServer(scene.receiver(None), key="secret")
+
+    def is_free() -> None:
+        """Waits: an answer is there before its place is given back."""
+        with server.free:
+            pass
+
     with running(server) as port:
         assert ask(port, "GET", "/get_weight_version")[0] == 401
+        is_free()
         assert ask(port, "GET", "/get_weight_version", Authorization="Bearer secret")[0] == 200
+        is_free()
         assert ask(port, "GET", "/health")[0] == 200
+        is_free()
         with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
             head = "POST /pull_weights HTTP/1.1\r\nAuthorization: Bearer secret\r\nContent-Length: 10\r\n\r\n{"
             slow.sendall(head.encode())
