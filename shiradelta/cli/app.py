@@ -15,51 +15,55 @@ from shiradelta.errors import ShiraDeltaError, printable
 from shiradelta.util.interrupts import terminations_raised
 from shiradelta.util.optional import failed_import
 
+#: What each command does in a line, in the order in which a user meets them.
+_DOES = {
+    "demo": "Show convert, apply, verify and revert on a tiny model.",
+    "convert": "Convert a LoRA, a full fine-tune or a diff to a .shd file.",
+    "train": "Train a sparse adapter.",
+    "apply": "Patch a delta into a model's folder.",
+    "revert": "Take the last delta out of a model's folder, bit for bit.",
+    "verify": "Check whether a model's folder is base, patched or neither, or a signature.",
+    "list": "Show which deltas are on a model's folder.",
+    "commit": "Make the present weights of a model's folder its base.",
+    "fuse": "Fuse several deltas into one.",
+    "recode": "Make a .shd file smaller for where its base is, or plain again.",
+    "report": "Report what deltas hold and how they interfere.",
+    "export": "Write a delta in the layout of another library.",
+    "sign": "Sign a .shd file.",
+    "push": "Upload a .shd file and its model card to the Hugging Face Hub.",
+    "chain": "Publish the steps of a training run, fold and follow them.",
+    "info": "Show what is in a .shd file; - reads it from stdin.",
+    "diff": "Compare two .shd files.",
+}
+
 
 class _Modules(Mapping[str, click.Command]):
-    """The commands in the order in which a user meets them.
-
-    Each is imported when it is needed, so that `info` starts about as fast as numpy and click can be imported.
-    """
-
-    names = (
-        "demo",
-        "convert",
-        "train",
-        "apply",
-        "revert",
-        "verify",
-        "list",
-        "commit",
-        "fuse",
-        "recode",
-        "report",
-        "export",
-        "sign",
-        "push",
-        "chain",
-        "info",
-        "diff",
-    )
+    """The commands.  Each is imported when it is needed, so that none has to wait for the others."""
 
     def __getitem__(self, name: str) -> click.Command:
-        if name not in self.names:
+        if name not in _DOES:
             raise KeyError(name)
         found: click.Command = getattr(import_module(f"shiradelta.cli.{name}"), name)
+        found.short_help = _DOES[name]
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(_DOES)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(_DOES)
 
 
 class _Commands(click.Group):
-    """Lists commands in the order of `_Modules`, and prints an error of the package as one line."""
+    """Lists commands in the order of `_DOES`, and prints an error of the package as one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's, without importing the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_DOES.items()))
 
     def make_context(self, *args: Any, **settings: Any) -> click.Context:
         """As click's; a reader of the help that has gone is no error."""

@@ -17,7 +17,6 @@ from shiradelta.util.text import count
 
 
 @command(
-    short_help="Patch a delta into a model's folder.",
     extra="apply one delta after the other, or make one of them with `shiradelta fuse`",
     examples=["apply model/ style.shd", "apply model/ style.shd --strength 0.7 -o patched/"],
 )

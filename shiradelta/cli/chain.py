@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 @click.group(
     cls=Group,
-    short_help="Publish the steps of a training run, fold and follow them.",
     examples=["chain init chain/ model/", "chain publish chain/ step.shd", "chain fold chain/ 0 10"],
 )
 def chain() -> None:

@@ -12,7 +12,6 @@ from shiradelta.cli.output import echo_json, echo_lines
 
 
 @command(
-    short_help="Make the present weights of a model's folder its base.",
     extra="give one model at a time",
     examples=["commit model/"],
 )

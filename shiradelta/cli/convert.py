@@ -33,7 +33,6 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 
 
 @command(
-    short_help="Convert a LoRA, a full fine-tune or a diff to a .shd file.",
     extra="give the base model as --base MODEL, and the file to write as -o FILE",
     examples=[
         "convert lora/ --base model/",

@@ -27,7 +27,6 @@ _WEIGHTS = "model/model.safetensors"
 
 
 @command(
-    short_help="Show convert, apply, verify and revert on a tiny model.",
     extra="it takes no model; `shiradelta convert` converts yours",
     examples=["demo", "demo --keep tiny"],
 )

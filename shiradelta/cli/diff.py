@@ -13,7 +13,6 @@ from shiradelta.util.text import count
 
 
 @command(
-    short_help="Compare two .shd files.",
     extra="compare two files at a time",
     examples=["diff style.shd other.shd"],
 )

@@ -23,7 +23,6 @@ def _list_layouts(context: click.Context, parameter: click.Parameter, value: boo
 
 
 @command(
-    short_help="Write a delta in the layout of another library.",
     extra="give one delta at a time",
     examples=["export style.shd peft-shira adapter/", "export style.shd merged patched/ --model model/"],
 )

@@ -15,7 +15,6 @@ from shiradelta.util.text import count, percent
 
 
 @command(
-    short_help="Fuse several deltas into one.",
     examples=[
         "fuse style.shd:0.7 task.shd -o both.shd",
         "fuse style.shd task.shd --method ties --density 1% -o both.shd",

@@ -14,7 +14,6 @@ from shiradelta.util.text import count
 
 
 @command(
-    short_help="Show which deltas are on a model's folder.",
     extra="give one model at a time",
     examples=["list model/"],
 )

@@ -13,7 +13,6 @@ from shiradelta.cli.output import echo_json, echo_lines, echo_warnings
 
 
 @command(
-    short_help="Upload a .shd file and its model card to the Hugging Face Hub.",
     extra="push one delta at a time",
     examples=["push style.shd user/style --base-model org/model --license apache-2.0"],
 )

@@ -14,7 +14,6 @@ from shiradelta.util.text import size
 
 
 @command(
-    short_help="Make a .shd file smaller for where its base is, or plain again.",
     extra="give one file to read and one to write",
     examples=["recode 101.shd small.shd --base step_100/", "recode small.shd 101.shd --base step_100/"],
 )

@@ -14,7 +14,6 @@ from shiradelta.util.text import size
 
 
 @command(
-    short_help="Report what deltas hold and how they interfere.",
     examples=["report style.shd task.shd", "report style.shd:0.7 task.shd -o report.html --png heat.png"],
 )
 @click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")

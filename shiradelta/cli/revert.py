@@ -13,7 +13,6 @@ from shiradelta.cli.progress import progress_bar
 
 
 @command(
-    short_help="Take the last delta out of a model's folder, bit for bit.",
     extra="the last delta is taken out, with --all every one",
     examples=["revert model/", "revert model/ --all"],
 )

@@ -14,7 +14,6 @@ from shiradelta.errors import SignatureError
 
 
 @command(
-    short_help="Sign a .shd file.",
     extra="give the key as --key FILE, and the signature to write as -o FILE",
     examples=["sign style.shd --key private.pem"],
 )

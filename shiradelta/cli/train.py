@@ -17,7 +17,6 @@ from shiradelta.util.text import count, size
 
 
 @command(
-    short_help="Train a sparse adapter.",
     extra="give the examples as --texts FILE, and the file to write as -o FILE",
     examples=[
         "train model/ --texts pairs.jsonl -o task.shd",

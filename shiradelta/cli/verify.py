@@ -16,7 +16,6 @@ from shiradelta.errors import SignatureError
 
 
 @command(
-    short_help="Check whether a model's folder is base, patched or neither, or a signature.",
     extra="give one delta at a time",
     examples=["verify model/", "verify model/ style.shd", "verify style.shd --key public.pem"],
 )

@@ -286,11 +286,13 @@ def test_the_help_of_a_registry_is_the_same_each_time():
     assert option.help == "Which weights change"
 
 
-def test_help_imports_neither_numpy_nor_torch():
+def test_help_lists_every_command_and_imports_none():
     code = "import sys; from shiradelta.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(f"\n  {name} " in said for name in main.commands)
+    modules = said.split()
     assert "click" in modules
-    assert not {"numpy", "torch", "scipy"} & set(modules)
+    assert not {"numpy", "torch", "scipy", *(f"shiradelta.cli.{name}" for name in main.commands)} & set(modules)
 
 
 def test_convert_lists_the_kinds_in_the_order_in_which_they_are_asked():
