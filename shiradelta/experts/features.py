@@ -43,23 +43,31 @@ class Sketch:
 
     def __init__(self, gradients: NonzeroGradients, scales: Mapping[str, Array], dims: int, seed: int) -> None:
         self.gradients, self.dims = gradients, dims
-        self._targets: list[Tensor] = []
-        self._factors: list[Tensor] = []
+        # Device -> (numbers of its pieces; of their nonzeros, one after the other, dimensions and factors).
+        self._on: dict[torch.device, tuple[list[int], Tensor, Tensor]] = {}
         random = {name: _random(name, count, dims, seed) for name, count in gradients.counts.items()}
-        for piece in gradients.pieces:
-            order, device = piece.order.numpy(), piece.positions.device
+        parts: dict[torch.device, list[tuple[int, Array, Float32]]] = {}
+        for number, piece in enumerate(gradients.pieces):
+            order = piece.order.numpy()
             targets, signs = random[piece.tensor]
             exponents = scales[piece.tensor][order]
             powers = np.where(exponents == ZERO, 0, np.ldexp(np.float32(1), exponents.astype(np.int32)))
-            self._targets.append(torch.from_numpy(targets[order]).to(device))
-            self._factors.append(torch.from_numpy((powers * signs[order]).astype(np.float32)).to(device))
+            part = number, targets[order], (powers * signs[order]).astype(np.float32)
+            parts.setdefault(piece.positions.device, []).append(part)
+        for device, own in parts.items():
+            dimensions, factors = (np.concatenate([part[column] for part in own]) for column in (1, 2))
+            self._on[device] = (
+                [number for number, *_ in own],
+                torch.from_numpy(dimensions).to(device),
+                torch.from_numpy(factors).to(device),
+            )
 
     def project(self, gradients: Sequence[Tensor]) -> Float32:
         """float32 [dims], of length 1, or zero."""
         total = torch.zeros(self.dims, dtype=torch.float32)
-        for gradient, targets, factors in zip(gradients, self._targets, self._factors, strict=True):
-            part = torch.zeros(self.dims, dtype=torch.float32, device=gradient.device)
-            total += part.index_add_(0, targets, gradient * factors).cpu()
+        for device, (numbers, targets, factors) in self._on.items():
+            scaled = torch.cat([gradients[number] for number in numbers]) * factors
+            total += torch.zeros(self.dims, dtype=torch.float32, device=device).index_add_(0, targets, scaled).cpu()
         return unit(total.numpy())
 
     def features(self, examples: Sequence[Any], loss: Loss, progress: Progress) -> Float32:
@@ -87,7 +95,7 @@ def adam_scales(
 
     def take(number: int, found: list[Tensor]) -> None:
         for total, gradient in zip(sums, found, strict=True):
-            total += gradient.square()
+            total.addcmul_(gradient, gradient)
 
     gradients.each(examples, loss, take, progress, "scales of gradients")
     result = {name: np.full(count, ZERO, np.int8) for name, count in gradients.counts.items()}

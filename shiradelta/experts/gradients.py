@@ -113,7 +113,7 @@ class NonzeroGradients:
                 found[index] if index in found else torch.zeros_like(piece.positions, dtype=torch.float32)
                 for index, piece in enumerate(self.pieces)
             ]
-            lengths = torch.stack([one.norm().cpu() for one in taken])
+            lengths = torch.stack([one.norm().to(taken[0].device) for one in taken]).cpu()
             if not torch.isfinite(lengths).all():
                 raise ShiraDeltaError(f"example {number + 1} has a gradient with NaN or infinity; leave it out")
             if not lengths.any():
