@@ -18,8 +18,16 @@ BATCH = 32
 _IGNORED = -100
 
 
+#: Token ids, and the number of those that are the prompt's.
+Row = tuple[list[int], int]
+
+
 class Answers(Task):
-    """Completions of prompts by the model of `OUT/real/model`; loss and scores count the completion and its end."""
+    """Completions of prompts by the model of `OUT/real/model`; loss and scores count the completion and its end.
+
+    Attributes:
+        train, held_out: the examples.
+    """
 
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     rates: ClassVar = {"LoRA": 1e-3, "full": 5e-5, "sparse": 5e-3}
@@ -36,7 +44,7 @@ class Answers(Task):
         self.texts: list[Any] = rows[:-HELD_OUT]
         tokenizer = AutoTokenizer.from_pretrained(self.base, local_files_only=True)
         found = [_tokens(row, tokenizer) for row in rows]
-        self._train, self._held_out = found[:-HELD_OUT], found[-HELD_OUT:]
+        self.train, self.held_out = found[:-HELD_OUT], found[-HELD_OUT:]
 
     def load(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -50,36 +58,36 @@ class Answers(Task):
     def batches(self, seed: int) -> Iterator[Batch]:
         rng = random.Random(seed)
         while True:
-            order = rng.sample(self._train, len(self._train))
+            order = rng.sample(self.train, len(self.train))
             yield from (order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            logits, labels = self._predict(model, batch)
+            logits, labels = self.predict(model, batch)
         return nn.functional.cross_entropy(logits.float(), labels)
 
     def answers(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self._held_out), BATCH):
+        for start in range(0, len(self.held_out), BATCH):
             with torch.inference_mode():
-                found = self._predict(model, self._held_out[start : start + BATCH])
+                found = self.predict(model, self.held_out[start : start + BATCH])
             yield found
 
     def score(self, model: nn.Module) -> tuple[float, ...]:
         """The measures, and the share of answers of which all tokens are right."""
         likelihood, count, tokens, right = 0.0, 0, 0, 0
-        for start in range(0, len(self._held_out), BATCH):
-            rows = self._held_out[start : start + BATCH]
+        for start in range(0, len(self.held_out), BATCH):
+            rows = self.held_out[start : start + BATCH]
             with torch.inference_mode():
-                logits, labels = self._predict(model, rows)
+                logits, labels = self.predict(model, rows)
             likelihood -= float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
             count += len(labels)
             found = logits.argmax(-1) == labels
             tokens += int(found.sum())
             hits = torch.split(found, [len(ids) - said for ids, said in rows])
             right += sum(bool(hit.all()) for hit in hits)
-        return likelihood / count, tokens / count, right / len(self._held_out)
+        return likelihood / count, tokens / count, right / len(self.held_out)
 
-    def _predict(self, model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
+    def predict(self, model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Logits [n, vocabulary] of the tokens of completions, and these tokens [n], text after text."""
         width = max(len(ids) for ids, _ in rows)
         padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=DEVICE)
@@ -93,8 +101,8 @@ class Answers(Task):
         return logits[counted], labels[:, 1:][counted]
 
 
-def _tokens(row: dict[str, str], tokenizer: Any) -> tuple[list[int], int]:
-    """(token ids, number of those that are the prompt's); the end of the completion is one of its tokens."""
+def _tokens(row: dict[str, str], tokenizer: Any) -> Row:
+    """The end of the completion is one of its tokens."""
     prompt = tokenizer(row["prompt"])["input_ids"]
     completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
     return [*prompt, *completion, tokenizer.eos_token_id], len(prompt)

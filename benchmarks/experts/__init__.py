@@ -1,0 +1,1 @@
+"""A family of experts against one delta, on several tasks at once."""
