@@ -10,7 +10,7 @@ import click
 from shiradelta.cli import options
 from shiradelta.cli.mistakes import misread_strength
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines, echo_warnings
+from shiradelta.cli.output import delta_from, echo_json, echo_lines, echo_warnings
 from shiradelta.cli.progress import progress_bar
 from shiradelta.errors import ArgumentError
 from shiradelta.util.text import count
@@ -18,7 +18,11 @@ from shiradelta.util.text import count
 
 @command(
     extra="apply one delta after the other, or make one of them with `shiradelta fuse`",
-    examples=["apply model/ style.shd", "apply model/ style.shd --strength 0.7 -o patched/"],
+    examples=[
+        "apply model/ style.shd",
+        "apply model/ style.shd --strength 0.7 -o patched/",
+        "apply model/ - < style.shd",
+    ],
 )
 @click.argument("model")
 @click.argument("delta")
@@ -43,7 +47,7 @@ def apply(
     limit: str | None,
     as_json: bool,
 ) -> None:
-    """Patch DELTA into the weights of the folder MODEL.
+    """Patch DELTA, or - for stdin, into the weights of the folder MODEL.
 
     `shiradelta revert` takes it out again bit for bit.
     """
@@ -51,10 +55,10 @@ def apply(
 
     if (message := misread_strength(delta, "give the strength as --strength {strength}")) is not None:
         raise ArgumentError(message)
-    with progress_bar("applying") as progress:
+    with delta_from(delta, limit) as taken, progress_bar("applying") as progress:
         report = run(
             model,
-            delta,
+            taken,
             out=out,
             strength=strength,
             check=not no_check,

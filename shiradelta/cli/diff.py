@@ -8,7 +8,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines, echo_table
+from shiradelta.cli.output import echo_json, echo_lines, echo_table, open_named
 from shiradelta.util.text import count
 
 
@@ -24,12 +24,12 @@ from shiradelta.util.text import count
 def diff(context: click.Context, first: str, second: str, limit: str | None, as_json: bool) -> None:
     """Compare what the .shd files FIRST and SECOND change: which tensors, and how many elements.
 
-    Exit code 0 if both change the same elements to the same values, 1 if not.  Codecs and metadata do not count.
+    Exit code 0 if both change the same elements to the same values, 1 if not.  Codecs and metadata do not count.  One
+    of the files may be - for stdin.
     """
     from shiradelta.combine.differences import differences
-    from shiradelta.io.reader import open_delta
 
-    with open_delta(first, limit=limit) as one, open_delta(second, limit=limit) as other:
+    with open_named(first, limit) as one, open_named(second, limit) as other:
         found = differences(one, other)
         tensors = len({*one, *other})
     if as_json:

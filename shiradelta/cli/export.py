@@ -9,7 +9,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import RegistryChoice, command
-from shiradelta.cli.output import echo_json, echo_lines, echo_table, echo_warnings
+from shiradelta.cli.output import delta_from, echo_json, echo_lines, echo_table, echo_warnings
 from shiradelta.cli.progress import progress_bar
 from shiradelta.util.text import count, percent, size
 
@@ -45,12 +45,12 @@ def _list_layouts(context: click.Context, parameter: click.Parameter, value: boo
 @click.option("--strength", type=options.STRENGTH, help="Factor for all changes, for merged.  [default: 1]")
 @options.max_memory
 @options.as_json
-def export(as_json: bool, **arguments: Any) -> None:
-    """Write DELTA in the layout of another library to OUT, a file or a folder."""
+def export(delta: str, limit: str | None, as_json: bool, **arguments: Any) -> None:
+    """Write DELTA, or - for stdin, in the layout of another library to OUT, a file or a folder."""
     from shiradelta.exports.run import export as run
 
-    with progress_bar("exporting") as progress:
-        report = run(**arguments, progress=progress)
+    with delta_from(delta, limit) as taken, progress_bar("exporting") as progress:
+        report = run(taken, **arguments, progress=progress, limit=limit)
     if as_json:
         echo_json(dataclasses.asdict(report))
         return

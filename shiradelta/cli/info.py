@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import DASH, echo_json, echo_lines, echo_text, terminal_width
+from shiradelta.cli.output import DASH, echo_json, echo_lines, echo_text, open_named, terminal_width
 
 
 @command(
@@ -34,10 +32,9 @@ def info(file: str | None, system: bool, full: bool, limit: str | None, as_json:
     if file is None:
         raise click.UsageError("Missing argument 'FILE'; give a .shd file, or --system.")
     from shiradelta.io.describe import describe, summary
-    from shiradelta.io.reader import open_delta
     from shiradelta.signing.form import describe_signature
 
-    with open_delta(sys.stdin.buffer if file == DASH else file, limit=limit) as delta:
+    with open_named(file, limit) as delta:
         if full:
             delta.verify()
         about = describe(delta)

@@ -1,4 +1,4 @@
-"""Prints what commands have in common: JSON, tables, warnings.  Nothing else in the package prints.
+"""Prints what commands have in common: JSON, tables, warnings.  Nothing else in the package prints, or reads stdin.
 
 Work is not undone by a reader that has gone: what is printed to a closed pipe is dropped, and the exit code is that of
 the work.
@@ -10,12 +10,15 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from shiradelta.errors import ArgumentError, printable
+from shiradelta.errors import ArgumentError, FormatError, printable
 from shiradelta.util.text import table
+
+if TYPE_CHECKING:
+    from shiradelta.io.reader import Delta
 
 #: Where the context keeps how much is said: -1 with --quiet, 1 with --verbose.
 _VERBOSITY = "shiradelta.verbosity"
@@ -50,6 +53,36 @@ def target(out: str | None, suffix: str) -> Iterator[str | None]:
         with open(path, "rb") as stream:
             shutil.copyfileobj(stream, stdout)
         stdout.flush()
+
+
+def open_named(path: str, limit: str | None) -> Delta:
+    """The delta in a file; for `-` the one on stdin.
+
+    Raises:
+        ArgumentError: stdin is a terminal.
+        FormatError: the delta is refused.
+    """
+    from shiradelta.io.reader import open_delta
+
+    if path != DASH:
+        return open_delta(path, limit=limit)
+    if sys.stdin.isatty():
+        raise ArgumentError("-: stdin is a terminal; name a file, or redirect the input (< FILE)")
+    try:
+        return open_delta(sys.stdin.buffer, limit=limit)
+    except FormatError as error:
+        error.file = "stdin"
+        raise
+
+
+@contextmanager
+def delta_from(path: str, limit: str | None) -> Iterator[str | Delta]:
+    """The path of a delta; for `-` the delta on stdin, as `open_named` gives it."""
+    if path != DASH:
+        yield path
+    else:
+        with open_named(path, limit) as delta:
+            yield delta
 
 
 def set_verbosity(context: click.Context, verbosity: int) -> None:

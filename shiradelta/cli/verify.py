@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines
+from shiradelta.cli.output import delta_from, echo_json, echo_lines
 from shiradelta.errors import SignatureError
 
 
@@ -36,7 +37,8 @@ def verify(
 ) -> None:
     """Check whether the folder MODEL is exactly its base, exactly patched, or neither (exit code 1).
 
-    Only weights listed in the applied deltas are checked, with DELTA against its own fingerprints and values, too.
+    Only weights listed in the applied deltas are checked, with DELTA (- for stdin) against its own fingerprints and
+    values, too.
 
     If nothing is applied, the folder is compared with the fingerprints in DELTA, or with the digests that the last
     revert has left.  Without either its state is unknown (exit code 1).
@@ -51,7 +53,8 @@ def verify(
     if not keys:
         if signature is not None:
             raise click.UsageError("--signature proves nothing without a key; add --key FILE.")
-        report = run(model, delta, full=full, limit=limit)
+        with nullcontext() if delta is None else delta_from(delta, limit) as taken:
+            report = run(model, taken, full=full, limit=limit)
         _show(model, dataclasses.asdict(report), as_json)
         return
     from shiradelta.signing.keys import public_keys

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import save_file
 
 import shiradelta
 from shiradelta.cli import main
@@ -75,6 +76,31 @@ def test_a_dash_is_stdin_or_stdout(folder: Path):
     page = run("report", "a.shd", "-o", "-")
     assert page.stdout.startswith("<!doctype html>") or page.stdout.lower().startswith("<!doctype")
     assert "tmp" not in page.stderr
+
+
+def test_a_delta_on_stdin_is_as_good_as_its_file(folder: Path):
+    stdin = Path("a.shd").read_bytes()
+    (folder / "model").mkdir()
+    weights = {name: np.zeros(tensor.shape, np.float32) for name, tensor in shiradelta.open_delta(stdin).items()}
+    save_file(weights, "model/model.safetensors")
+    base = Path("model/model.safetensors").read_bytes()
+    assert "patched" in run("apply", "model", "-", stdin=stdin).stdout
+    assert run("verify", "model", "a.shd").stdout.startswith("model: patched: exactly ")
+    assert run("verify", "model", "-", stdin=stdin).stdout == run("verify", "model", "a.shd").stdout
+    run("revert", "model")
+    assert Path("model/model.safetensors").read_bytes() == base
+    assert run("diff", "-", "a.shd", stdin=stdin).exit_code == 0
+    assert run("export", "-", "dense", "dense.safetensors", stdin=stdin).exit_code == 0
+    run("export", "a.shd", "dense", "file.safetensors")
+    assert Path("dense.safetensors").read_bytes() == Path("file.safetensors").read_bytes()
+
+
+def test_bytes_on_stdin_that_are_no_delta_are_refused(folder: Path):
+    for command in (["info", "-"], ["apply", ".", "-"], ["diff", "a.shd", "-"], ["export", "-", "dense", "out"]):
+        result = run(*command, stdin=b"{}")
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert result.stderr.startswith("error: stdin, byte ")
+    assert not Path("out").exists()
 
 
 def test_what_a_file_needs_is_said(folder: Path):
