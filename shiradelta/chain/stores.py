@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol
 from shiradelta.chain.conditions import swap_by_reading
 from shiradelta.chain.digests import check_file
 from shiradelta.chain.rows import KINDS
-from shiradelta.errors import ChainError
+from shiradelta.errors import ChainError, TargetError
 from shiradelta.util.files import close_synced, os_errors, replacing, sync_directory
 from shiradelta.util.locks import try_lock_if_possible
 from shiradelta.util.regular_file import open_regular
@@ -151,7 +151,13 @@ class FolderStore:
 
 def _make_folder(folder: Path) -> None:
     """Makes a folder and those above it, durably."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    missing = []
+    for each in (folder, *folder.parents):
+        if each.is_dir():
+            break
+        if each.exists():
+            raise TargetError(f"{each}: is a file; name a folder that is new, or that holds the chain")
+        missing.append(each)
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
         sync_directory(each.parent)

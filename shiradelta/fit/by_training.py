@@ -88,7 +88,8 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     made = f" and {result.generated:,} generated ones" if result.generated else ""
     settings.log(
         f"fitting on {result.texts:,} texts{made}: {left} steps of {settings.batch} texts on {subject.device},"
-        f" about {_duration(1.1 * left * seconds)}; if it is interrupted, the same command goes on"
+        f" about {_duration(1.1 * left * seconds)} at the pace of the first two; if it is interrupted, the same command"
+        " goes on"
     )
 
     def save(reached: FitState) -> None:
