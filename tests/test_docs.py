@@ -25,7 +25,9 @@ from shiradelta.errors import ArgumentError
 from shiradelta.exports import EXPORTS
 from shiradelta.format.codecs import INDEX_CODECS
 from shiradelta.util.registry import Registry
-from tests.conftest import write_model
+from tests.conftest import write_lora, write_model
+from tests.hub import TOKEN, Hub
+from tests.signing.conftest import write_keys
 
 EXTEND = Path(__file__).parent.parent / "docs" / "extend"
 #: The examples that no other test executes.
@@ -64,6 +66,29 @@ def test_the_table_of_sources_is_that_of_the_registry():
 def test_the_table_of_exports_is_that_of_the_registry():
     rows = re.findall(r"^\| ([\w-]+) \| (.*) \|$", (EXTEND.parent / "export.md").read_text(), re.MULTILINE)
     assert rows[1 : len(EXPORTS) + 1] == [(name, row.help) for name, row in EXPORTS.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_of_the_first_page_run(made: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Line for line, in a folder with the files that they name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    shutil.copytree(made / "bf16", "model")
+    lora = write_lora(Path("lora"), {"model.layers.0.mlp.up_proj": (96, 32)}, {"lora_alpha": 8})
+    for file in lora.iterdir():
+        file.rename({"adapter_model.safetensors": "lora.safetensors"}.get(file.name, file.name))
+    for source, name in (("a", "style"), ("b", "task"), ("a", "step")):
+        shutil.copy(made / f"{source}.shd", f"{name}.shd")
+    write_keys(Path())
+    (shell,) = re.findall(r"```sh\n(.*?)```", (EXTEND.parent / "convert.md").read_text(), re.DOTALL)
+    for line in shell.splitlines():
+        words = shlex.split(line, comments=True)[1:]
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == (words[0] == "diff"), f"{line}\n{result.output}"
+    assert set(hub.repos) == {"user/lora"}
+    files = {"lora.shd", "report.html", "both.shd", "small.shd", "adapter", "lora.shd.sig"}
+    assert files <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -189,14 +214,16 @@ def test_the_page_of_errors_has_every_class_and_reason():
         assert set(re.findall(r"also an? `(\w+)`", rows[name])) == also, name
 
 
-def test_the_recipe_of_the_documentation_runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_commands_and_the_recipe_for_many_adapters_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for delta, name in (("a.shd", "style.shd"), ("b.shd", "tuned.shd")):
         shutil.copy(made / delta, name)
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", (EXTEND.parent / "combine.md").read_text(), re.DOTALL)
+    page = (EXTEND.parent / "combine.md").read_text()
+    (shell,), (recipe,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "yaml"))
     Path("merge.yml").write_text(recipe)
-    result = CliRunner().invoke(main, ["fuse", "--recipe", "merge.yml", "-o", "both.shd"])
-    assert result.exit_code == 0, result.output
+    for line in [*shell.splitlines(), "shiradelta fuse --recipe merge.yml -o both.shd"]:
+        result = CliRunner().invoke(main, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
 
 
 #: Pages whose blocks of Python go on from each other, in a folder that holds stranger.shd.
