@@ -6,51 +6,33 @@ delta is loaded, it is encoded anew in the memory order of each weight, so that 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from io import BytesIO
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from shiradelta.backends.choose import choose
+from shiradelta.backends.protocols import Backend
 from shiradelta.errors import BaseMismatchError
+from shiradelta.format import container, registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs import F32, VALUE_CODECS
-from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.codecs import BITS, F32, ULP, VALUE_CODECS
+from shiradelta.format.codecs.base import Bytes, ValueCodec
 from shiradelta.format.codecs.float import Float
-from shiradelta.format.delta import TensorDelta
-from shiradelta.format.record import Record
+from shiradelta.format.operations import Operation
+from shiradelta.format.record import Record, Section
+from shiradelta.format.registry import IndexId, ValueId
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.shares import Share, Shares, share_of
 from shiradelta.io.reader import StoredTensor, open_delta
-from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.live import Target
-from shiradelta.models.views import View
-from shiradelta.util.arrays import RepeatedPositionError, join_sorted
+from shiradelta.models.views import View, move
+from shiradelta.util.arrays import RepeatedPositionError, aligned, join_sorted, order_of
+from shiradelta.util.threads import map_in_threads
 
 #: A weight and an operation's name.
 Change = tuple[Target, str]
-
-
-class _Portion(NamedTuple):
-    """The nonzeros of a stored tensor's delta that lie in one weight, in the order of the weight.
-
-    Attributes:
-        weight: the weight.
-        views: which elements it has.
-        ranks: their numbers among all nonzeros of the delta.
-        positions: their positions in the weight, increasing.
-    """
-
-    weight: Target
-    views: tuple[View, ...]
-    ranks: Positions
-    positions: Positions
-
-    @property
-    def share(self) -> Share:
-        """Which elements of the stored tensor it has."""
-        return share_of(self.views)
 
 
 class InPieces(NamedTuple):
@@ -101,65 +83,202 @@ def take_apart(
         BaseMismatchError: an element would be changed twice.
     """
     fits = list(fits)
+    groups = _apart(fits)
+    known = choose(backend, (IndexId.RICE,), ())
+    made = map_in_threads(lambda group: _encoded(label, group, others, known), groups)
+    pieces = [piece for some, _ in made for piece in some]
     nonzeros: dict[str, dict[Share, int]] = {tensor.record.name: {} for tensor, _, _ in fits}
-    # Groups of values in other codecs do not survive new neighbours.
-    codecs = {VALUE_CODECS.by_id[tensor.record.value_codec] for tensor, _, _ in fits if tensor.nnz}
-    kept = next(iter(codecs), F32) if len(codecs) == 1 else F32
-    codec = kept if isinstance(kept, Float) else F32
-    writer = DeltaWriter(BytesIO(), codec.option, False, backend)
-    weights: dict[str, tuple[Target, str]] = {}
-    missing = Counter((weight, tensor.op) for tensor, target, _ in fits for weight, _ in target.leaves())
-    waiting: dict[Change, list[tuple[Positions, Array]]] = {}
-    for tensor, target, dtype in fits:
-        payload = tensor.payload()
-        for portion in _portions(tensor, target):
-            change = portion.weight, tensor.op
-            nonzeros[tensor.record.name][portion.share] = portion.ranks.size
-            if portion.weight in others:
-                other = others[portion.weight][0].record.name
-                raise _changed_twice(label, tensor, portion.weight, f"as tensor {other!r} does")
-            waiting.setdefault(change, []).append((portion.positions, payload[portion.ranks]))
-            missing[change] -= 1
-            if missing[change]:
-                continue
-            try:
-                positions, values = join_sorted(waiting.pop(change))
-            except RepeatedPositionError:
-                how = "at a position that another tensor changes"
-                raise _changed_twice(label, tensor, portion.weight, how) from None
-            name = str(len(weights))
-            writer.add(name, TensorDelta(portion.weight.shape, positions, values, dtype, tensor.op))
-            weights[name] = portion.weight, dtype
-    output = BytesIO()
-    writer.finish(output)
-    data = buffer(output.tell())
-    data[:] = np.frombuffer(output.getbuffer(), np.uint8)
-    deltas = open_delta(data, backend).items()
-    return Transcoded(data, [(tensor, *weights[name]) for name, tensor in deltas], nonzeros)
+    for _, found in made:
+        nonzeros.update(found)
+    data = _as_file(pieces, buffer)
+    deltas = open_delta(data, backend).values()
+    return Transcoded(
+        data, [(one, piece.weight, piece.dtype) for one, piece in zip(deltas, pieces, strict=True)], nonzeros
+    )
 
 
-def _portions(tensor: StoredTensor, target: Target) -> Iterator[_Portion]:
-    """The nonzeros in each of the target's pieces of memory."""
-    positions = tensor.positions()
-    for weight, views in target.leaves():
-        ranks, where = np.arange(positions.size), positions
-        for view in views:
-            first, last = np.searchsorted(where, view.stored.span)
-            chosen, where = view.to_weight(where[first:last])
-            ranks = ranks[first:last][chosen]
-        yield _Portion(weight, views, ranks, where)
+def _apart(fits: Sequence[Fit]) -> list[list[Fit]]:
+    """Groups of deltas that share weights, so that those of different groups can be encoded at a time."""
+    group_of: dict[Target, list[Fit]] = {}
+    for fit in fits:
+        weights = [weight for weight, _ in fit[1].leaves()]
+        before = {id(group): group for weight in weights if (group := group_of.get(weight)) is not None}
+        joined = max(before.values(), key=len, default=[])
+        for group in before.values():
+            if group is not joined:
+                joined += group
+                weights += [weight for _, target, _ in group for weight, _ in target.leaves()]
+        joined.append(fit)
+        group_of.update(dict.fromkeys(weights, joined))
+    return list({id(group): group for group in group_of.values()}.values())
 
 
-def stored_positions(positions: Positions, views: Sequence[View]) -> tuple[Positions, Positions]:
-    """Finds the positions of a weight that these views show, each a view of the one before.
+@dataclass(frozen=True)
+class _Piece:
+    """A weight's delta, encoded.
+
+    Attributes:
+        weight: the weight.
+        dtype: of its elements.
+        operation: what the delta does.
+        nnz: how many nonzeros it has.
+        value_codec: the id of the codec of its values.
+        index: its positions in RICE.
+        values: its values.
+    """
+
+    weight: Target
+    dtype: str
+    operation: Operation
+    nnz: int
+    value_codec: int
+    index: bytes
+    values: bytes
+
+    def record(self, name: str, start: int) -> Record:
+        """Its row in the table of a file, where its sections begin at `start`."""
+        index = Section(start, len(self.index), len(self.index), container.crc32(self.index))
+        values = Section(index.end, len(self.values), len(self.values), container.crc32(self.values))
+        return Record(
+            name=name,
+            shape=self.weight.shape,
+            dtype=registry.DTYPE_OF_NAME[self.dtype],
+            operation=self.operation,
+            index_codec=(IndexId.RICE if self.nnz else IndexId.NONE).value,
+            value_codec=self.value_codec,
+            nnz=self.nnz,
+            base_fingerprint=None,
+            result_fingerprint=None,
+            index=index,
+            values=values,
+        )
+
+
+def _encoded(
+    label: str, fits: Sequence[Fit], others: Mapping[Target, tuple[StoredTensor, str]], backend: Backend
+) -> tuple[list[_Piece], dict[str, dict[Share, int]]]:
+    """Encodes deltas of tensors that share weights, one for each weight and operation.
 
     Returns:
-        (their indices in `positions`, their positions in the stored tensor).
+        (the weights' deltas, the nonzeros in each share of the tensors).
     """
-    chosen, where = np.arange(positions.size), positions
+    nonzeros: dict[str, dict[Share, int]] = {}
+    portions: dict[Change, list[tuple[Positions, Array]]] = {}
+    last: dict[Change, tuple[StoredTensor, str]] = {}
+    codecs: dict[Change, set[ValueCodec]] = {}
+    for tensor, target, dtype in fits:
+        leaves = list(target.leaves())
+        nonzeros[tensor.record.name] = shares = {}
+        for (weight, views), portion in zip(leaves, _portions(tensor, leaves), strict=True):
+            if weight in others:
+                other = others[weight][0].record.name
+                raise _changed_twice(label, tensor, weight, f"as tensor {other!r} does")
+            change = weight, tensor.op
+            shares[share_of(views)] = portion[0].size
+            portions.setdefault(change, []).append(portion)
+            last[change] = tensor, dtype
+            if tensor.nnz:
+                codecs.setdefault(change, set()).add(VALUE_CODECS.by_id[tensor.record.value_codec])
+    pieces = []
+    for change, (tensor, dtype) in last.items():
+        weight, _ = change
+        every = portions.pop(change)
+        some = [portion for portion in every if portion[0].size] or every[:1]
+        try:
+            positions, bits = some[0] if len(some) == 1 else join_sorted(some)
+        except RepeatedPositionError:
+            how = "at a position that another tensor changes"
+            raise _changed_twice(label, tensor, weight, how) from None
+        pieces.append(_piece(weight, tensor, dtype, positions, bits, codecs.get(change, set()), backend))
+    return pieces, nonzeros
+
+
+def _piece(
+    weight: Target,
+    tensor: StoredTensor,
+    dtype: str,
+    positions: Positions,
+    bits: Array,
+    codecs: set[ValueCodec],
+    backend: Backend,
+) -> _Piece:
+    """Encodes a weight's delta; the tensor is one of those that it comes from, and codecs are those of their values."""
+    operation = tensor.operation
+    if not positions.size:
+        return _Piece(weight, dtype, operation, 0, ValueId.NONE.value, b"", b"")
+    if operation.adds:
+        # Groups of values in other codecs do not survive new neighbours.
+        kept = next(iter(codecs)) if len(codecs) == 1 else F32
+        id, values = (kept if isinstance(kept, Float) else F32).id, bits.view(np.float32)
+    else:
+        id, values = (ULP if operation.shifts else BITS).id, bits
+    codec = backend.value_codecs.get(id, VALUE_CODECS.by_id[id])
+    index = backend.index_codecs[IndexId.RICE].encode(positions, weight.shape)
+    return _Piece(weight, dtype, operation, positions.size, id, index, codec.encode(values))
+
+
+def _as_file(pieces: Sequence[_Piece], buffer: Callable[[int], Bytes]) -> Bytes:
+    """The pieces as a file in memory, in their order; its digest is not computed."""
+    names = [f"{number:08}" for number in range(len(pieces))]
+    start = container.payload_start(len(names), sum(map(len, names)), {})
+    records = []
+    for name, piece in zip(names, pieces, strict=True):
+        records.append(piece.record(name, start))
+        start = records[-1].values.end
+    data = buffer(start)
+    front = np.frombuffer(container.build(records, {}, bytes(32), start), np.uint8)
+    data[: front.size] = front
+    for record, piece in zip(records, pieces, strict=True):
+        for section, content in ((record.index, piece.index), (record.values, piece.values)):
+            data[section.offset : section.offset + section.stored] = np.frombuffer(content, np.uint8)
+            data[section.offset + section.stored : section.end] = 0
+    return data
+
+
+def _portions(tensor: StoredTensor, leaves: Sequence[tuple[Target, tuple[View, ...]]]) -> list[tuple[Positions, Array]]:
+    """The nonzeros in each of a tensor's pieces of memory: (positions there, increasing; their bits)."""
+    found: list[tuple[list[Positions], list[Array]]] = [([], []) for _ in leaves]
+    for positions, bits in aligned(tensor.position_windows(), tensor.bits_windows()):
+        for (_, views), (all_where, all_bits) in zip(leaves, found, strict=True):
+            where, some = positions, bits
+            for number, view in enumerate(views):
+                start, end = view.stored.span
+                if not where.size or (not number and (where[0] >= end or where[-1] < start)):
+                    break
+                chosen, where = move(where, view.stored, view.weight)
+                some = some[chosen]
+            else:
+                all_where.append(where)
+                all_bits.append(some)
+    return [_joined(*pair) for pair in found]
+
+
+def _joined(positions: Sequence[Positions], bits: Sequence[Array]) -> tuple[Positions, Array]:
+    """All windows' positions, sorted, and their bits."""
+    if not positions:
+        return np.zeros(0, np.int64), np.zeros(0, np.uint8)
+    where, some = np.concatenate(positions), np.concatenate(bits)
+    if np.all(where[1:] > where[:-1]):
+        return where, some
+    order = order_of(where)
+    return where[order], some[order]
+
+
+def stored_positions(positions: Any, views: Sequence[View]) -> tuple[Any, Any]:
+    """Finds the positions of a weight that these views show, each a view of the one before.
+
+    Args:
+        positions: int64; a NumPy array or a torch tensor.
+        views: the stored tensor's own first.
+
+    Returns:
+        (their indices in `positions`, or the slice of all; their positions in the stored tensor, in the same order).
+    """
+    chosen: Any = slice(None)
+    where = positions
     for view in reversed(views):
-        some, where = view.from_weight(where)
-        chosen = chosen[some]
+        some, where = move(where, view.weight, view.stored)
+        chosen = some if isinstance(chosen, slice) else chosen[some]
     return chosen, where
 
 

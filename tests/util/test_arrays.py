@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiradelta.util.arrays import RepeatedPositionError, join_sorted, merge_sorted, overlay_values, sum_of_squares
+from shiradelta.util.arrays import (
+    RepeatedPositionError,
+    join_sorted,
+    merge_sorted,
+    order_of,
+    overlay_values,
+    sum_of_squares,
+)
 
 RUNS = st.sets(st.integers(0, 30), max_size=12).map(sorted)
 
@@ -19,6 +26,11 @@ def test_runs_are_merged(runs: list[list[int]]):
     assert merged.union.tolist() == sorted(set().union(*runs))
     assert [merged.union[at].tolist() for at in merged.indices] == runs
     assert merged.shared().tolist() == [sum(number in run for run in runs) > 1 for number in merged.union.tolist()]
+
+
+@given(st.lists(st.integers(0, 3) | st.integers(0, 1 << 40), max_size=20))
+def test_integers_are_ordered_and_equal_ones_stay_as_they_are(numbers: list[int]):
+    assert order_of(np.array(numbers, np.int64)).tolist() == sorted(range(len(numbers)), key=numbers.__getitem__)
 
 
 @given(st.lists(RUNS, min_size=1, max_size=4))

@@ -121,6 +121,12 @@ class LoadedTensor:
                 self._call(library().shd_revert, self.address, byref(weights), first, last, room)
             raise
 
+    def fingerprint(self, weight: Array, dtype: str) -> int:
+        """The fingerprint of all elements' bits at the positions (FORMAT.md, 6.3)."""
+        weights, result = Weights(address(weight), 0, weight.size, DTYPE_OF_NAME[dtype].id, 1), c_uint64()
+        self._call(library().shd_fingerprint, self.address, byref(weights), 0, self.blocks, byref(result))
+        return result.value
+
     def revert(self, weight: Array, dtype: str, saved: Array) -> None:
         """Writes back the elements that `apply` saved."""
         weights = Weights(address(weight), 0, weight.size, DTYPE_OF_NAME[dtype].id, 1)
@@ -165,7 +171,7 @@ class NativeDecoder(Decoder):
         self._data, self._name = data, file
         self._reference = NumpyDecoder(data, file, records)
         self.numbers = {record.name: number for number, record in enumerate(records)}
-        self._last: LoadedTensor | None = None
+        self._last = threading.local()  # `loaded`: the tensor that a thread has loaded last
         self._failures = threading.local()  # of a callback, until the call that it failed in has ended
         self._struct = new_struct(FILE)
         self.file = address(self._struct)
@@ -208,11 +214,16 @@ class NativeDecoder(Decoder):
         return 0
 
     def load(self, record: Record) -> LoadedTensor:
-        """Loads and checks a tensor; keeps the last one, since positions and values are read in turn."""
-        last = self._last
-        if last is None or last.record is not record:
-            last = self._last = LoadedTensor(self, record)
+        """Loads and checks a tensor; keeps a thread's last one, since positions and values are read in turn."""
+        last = self._loaded(record)
+        if last is None:
+            last = self._last.loaded = LoadedTensor(self, record)
         return last
+
+    def _loaded(self, record: Record) -> LoadedTensor | None:
+        """A tensor, if it is the one that this thread has loaded last."""
+        last: LoadedTensor | None = getattr(self._last, "loaded", None)
+        return last if last is not None and last.record is record else None
 
     def positions(self, record: Record) -> Positions:
         return self.load(record).positions()
@@ -238,10 +249,8 @@ class NativeDecoder(Decoder):
             yield loaded.bits(first, last - first)
 
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
-        last = self._last
-        if last is None or last.record is not record:
-            last = LoadedTensor(self, record, _CHECK_SIZES)
-        return last.between(start, stop)
+        loaded = self._loaded(record) or LoadedTensor(self, record, _CHECK_SIZES)
+        return loaded.between(start, stop)
 
     def check(self, record: Record) -> None:
         """Checks a tensor as loading does, but in one call if nothing needs memory."""

@@ -143,6 +143,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (_p, POINTER(c_double), _p, c_uint32, POINTER(Weights), c_int, _p, c_uint64, POINTER(Status)),
     ),
     "shd_revert": (c_int, (_p, POINTER(Weights), c_uint64, c_uint64, _p, POINTER(Status))),
+    "shd_fingerprint": (c_int, (_p, POINTER(Weights), c_uint64, c_uint64, POINTER(c_uint64), POINTER(Status))),
     "shd_fingerprint_elements": (c_int, (_p, c_uint64, _p, c_uint64, c_uint32, POINTER(c_uint64))),
     "shd_knows_index_codec": (c_int, (c_int,)),
     "shd_rice_plan": (c_int, (_p, c_uint64, c_uint64, POINTER(RicePlan))),
