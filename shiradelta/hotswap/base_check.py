@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from shiradelta.format import arithmetic
 from shiradelta.format.record import Record
 from shiradelta.hotswap.layers import Held, Layer, patches_on
-from shiradelta.hotswap.protocol import LiveBackend
+from shiradelta.hotswap.protocol import LiveBackend, Part
 from shiradelta.hotswap.shares import Share, Shares, add, share_of
-from shiradelta.hotswap.transcode import Change, InPieces, stored_positions
+from shiradelta.hotswap.transcode import Change, InPieces
 from shiradelta.models.compatibility import Remedies
 from shiradelta.models.live import Target
 from shiradelta.models.stacking import StackFit, StackWords
@@ -64,17 +63,12 @@ def fingerprints(
                 shown.setdefault((weight, record.operation.name), []).append((record, views))
     for backend, one in held.items():
         stacks = patches_on(layers.get(backend, []))
-        for patch in one.patches:
-            here = shown.get((patch.target, patch.record.operation.name))
-            if not here:
-                continue
-            stack = stacks.get(patch.target, [])
-            positions, base_bits = backend.base(patch, stack)
-            present_bits = backend.base(patch, [])[1] if stack else base_bits
-            for record, views in here:
-                chosen, stored = stored_positions(positions, views)
-                sums = [arithmetic.fingerprint(stored, bits[chosen]) for bits in (base_bits, present_bits)]
-                add(found[record.name], record.name, share_of(views), (sums[0], sums[1]))
+        here = [(patch, shown.get((patch.target, patch.record.operation.name), [])) for patch in one.patches]
+        here = [(patch, some) for patch, some in here if some]
+        wanted = [Part(patch, stacks.get(patch.target, []), [views for _, views in some]) for patch, some in here]
+        for (_, some), sums in zip(here, backend.part_fingerprints(wanted), strict=True):
+            for (record, views), pair in zip(some, sums, strict=True):
+                add(found[record.name], record.name, share_of(views), pair)
     return found
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from shiradelta.format.arithmetic import Positions
 from shiradelta.hotswap.layers import Array, Held, Layer, LayerPatch, Patch, Stack, patches_on, stacks_of
-from shiradelta.hotswap.protocol import LiveBackend
+from shiradelta.hotswap.protocol import LiveBackend, Part
+from shiradelta.hotswap.transcode import stored_positions
 from shiradelta.models.live import Target
 from shiradelta.util.arrays import overlay_values
 
@@ -71,10 +71,6 @@ class Elementwise(LiveBackend, ABC):
         """The fingerprint of elements at their positions (FORMAT.md, 6.3)."""
 
     @abstractmethod
-    def host(self, array: Array) -> Array:
-        """The array in NumPy."""
-
-    @abstractmethod
     def bits_type(self, dtype: str) -> Any:
         """The array library's type for the bits of elements."""
 
@@ -88,21 +84,30 @@ class Elementwise(LiveBackend, ABC):
         stacks = patches_on(below)
         return [self._fingerprint_of(patch, stacks.get(patch.target, [])) for patch in held.patches]
 
-    def base(self, patch: Patch, below: Stack) -> tuple[Positions, Array]:
-        """(a patch's positions, the base's elements there as unsigned bits), in NumPy."""
-        positions, bits = map(self.host, self._base(patch, below))
-        return positions, bits.view(f"u{bits.itemsize}")
+    def part_fingerprints(self, parts: Sequence[Part]) -> list[list[tuple[int, int]]]:
+        """Fingerprints of (the base, what is there now), one part after the other."""
+        return [self._fingerprints_of_part(part) for part in parts]
 
-    def _base(self, patch: Patch, below: Stack) -> tuple[Array, Array]:
-        """(a patch's positions, the base's bits there)."""
-        positions = self.positions(patch)
-        bits = self.read(patch.target, positions)
+    def _fingerprints_of_part(self, part: Part) -> list[tuple[int, int]]:
+        patch, below, shown = part
+        positions, found = self.positions(patch), []
+        present = self.read(patch.target, positions)
+        base = self._beneath(present, positions, below)
+        for views in shown:
+            chosen, stored = stored_positions(positions, views)
+            now = self.fingerprint(stored, present[chosen])
+            found.append((self.fingerprint(stored, base[chosen]) if below else now, now))
+        return found
+
+    def _beneath(self, bits: Array, positions: Array, below: Stack) -> Array:
+        """The base's bits at positions, given those that are there now."""
         for item in below:
             bits = overlay_values(self.xp, bits, positions, self.positions(item.patch), self.saved(item))
-        return positions, bits
+        return bits
 
     def _fingerprint_of(self, patch: Patch, below: Stack) -> int:
-        return self.fingerprint(*self._base(patch, below))
+        positions = self.positions(patch)
+        return self.fingerprint(positions, self._beneath(self.read(patch.target, positions), positions, below))
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         """Restores the base, then applies the new layers."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from shiradelta.backends.libshd.decoder import LoadedTensor, NativeDecoder, apply_sum
+from shiradelta.backends.libshd.encoder import fingerprint
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, Stack, only_strengths_differ, stacks_of
@@ -48,6 +49,16 @@ class NativeBackend(NumpyBackend):
     def payload(self, patch: Patch) -> Array:
         held: _Data = patch.data
         return held.tensor.payload()
+
+    def fingerprint(self, positions: Positions, bits: Array) -> int:
+        return fingerprint(positions, bits)
+
+    def _fingerprint_of(self, patch: Patch, below: Stack) -> int:
+        """Takes one pass on a contiguous tensor that has no deltas on it."""
+        loaded, weight = self._fused(patch)
+        if below or loaded is None or weight is None:
+            return super()._fingerprint_of(patch, below)
+        return loaded.fingerprint(weight, patch.dtype)
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         """If only strengths change, summed elements are recomputed from the saved base without a restore."""

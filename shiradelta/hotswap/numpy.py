@@ -11,12 +11,13 @@ from shiradelta.format import arithmetic, registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.elementwise import Elementwise
-from shiradelta.hotswap.layers import Held, Patch
-from shiradelta.hotswap.protocol import Fit
+from shiradelta.hotswap.layers import Held, Layer, Patch, patches_on
+from shiradelta.hotswap.protocol import Fit, Part
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array
 from shiradelta.util.arrays import merge_sorted
+from shiradelta.util.threads import map_in_threads
 
 
 class NumpyBackend(Elementwise):
@@ -35,8 +36,14 @@ class NumpyBackend(Elementwise):
             tensor.check()
         return held_as_stored([Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in fits])
 
-    def host(self, array: Array) -> Array:
-        return array
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
+        """Fingerprints of the base at each patch's positions, on several threads."""
+        stacks = patches_on(below)
+        return map_in_threads(lambda patch: self._fingerprint_of(patch, stacks.get(patch.target, [])), held.patches)
+
+    def part_fingerprints(self, parts: Sequence[Part]) -> list[list[tuple[int, int]]]:
+        """Fingerprints of (the base, what is there now), on several threads."""
+        return map_in_threads(self._fingerprints_of_part, parts)
 
     def room(self, size: int) -> Array:
         return np.empty(size, np.uint8)

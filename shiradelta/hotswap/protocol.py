@@ -8,16 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.layers import Array, Held, Layer, Patch, Stack
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target
+from shiradelta.models.views import View
 
 #: A delta, the tensor that it changes, and the dtype of the tensor's elements.
 Fit = tuple[StoredTensor, Target, str]
+
+
+class Part(NamedTuple):
+    """A patch of a weight that has elements of tensors of the checkpoint.
+
+    Attributes:
+        patch: the patch.
+        below: what is on the weight now, in levels.
+        shown: which elements of each tensor it has: views of one another, the tensor's own first.
+    """
+
+    patch: Patch
+    below: Stack
+    shown: Sequence[tuple[View, ...]]
 
 
 class LiveBackend(Protocol):
@@ -48,10 +62,10 @@ class LiveBackend(Protocol):
     def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
         """Fingerprints of the base at each patch's positions; `below` is what is on the targets now, in levels."""
 
-    def base(self, patch: Patch, below: Stack) -> tuple[Positions, Array]:
-        """(a patch's positions, the base's elements there as unsigned bits), in NumPy.
+    def part_fingerprints(self, parts: Sequence[Part]) -> list[list[tuple[int, int]]]:
+        """Fingerprints of (the base, what is there now) at the positions of patches that views show.
 
-        `below` is what is on the target now, in levels.
+        Positions count as in the checkpoint's tensors.  One list a part, with one pair for each of its views.
         """
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:

@@ -26,7 +26,7 @@ from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import ORDERED, IndexId, Order
 from shiradelta.hotswap.elementwise import Elementwise
-from shiradelta.hotswap.layers import Array, Held, Layer, Patch
+from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.io.reader import StoredTensor
 from shiradelta.models.live import Target
@@ -130,9 +130,6 @@ class TorchBackend(Elementwise):
         for start, part in copies:
             buffer[start : start + part.size].copy_(torch.from_numpy(part.content), non_blocking=True)
         return buffer, starts
-
-    def host(self, array: Tensor) -> Array:
-        return array.cpu().numpy()
 
     def room(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
