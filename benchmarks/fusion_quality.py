@@ -17,25 +17,23 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import shiradelta as sd
+from benchmarks.fusion_models import DEVICE, FusionModel, fusion_model
 from benchmarks.fusion_tasks import TASKS, Pairs, batches, load
 from benchmarks.table import print_table
-from demo.task import load_base
+from shiradelta.combine import interference
 from shiradelta.combine.fuse import Source
-from shiradelta.combine.interference import measure
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]
-RANK, SPARSITY = 16, 0.01
-BATCH, WARMUP, TEMPERATURE, MAX_TOKENS = 128, 30, 0.05, 32
+SPARSITY = 0.01
+BATCH, WARMUP = 128, 30
 #: Method -> (mask, whether the masks of the three tasks are kept apart).
 METHODS: dict[str, tuple[str, bool]] = {
     "LoRA": ("", False),
@@ -43,14 +41,18 @@ METHODS: dict[str, tuple[str, bool]] = {
     "SHiRA wm, disjoint": ("wm", True),
     "SHiRA snip, overlapping": ("snip", False),
     "SHiRA snip, disjoint": ("snip", True),
+    "SHiRA rand, independent": ("rand", False),
 }
 #: What is fused: tasks of a kind, as in the paper, and two of them with one that has nothing to do with meaning.
 TRIPLES = {"of a kind": ("define", "api", "synonym"), "with sound": ("define", "api", "sound")}
 #: Learning rates that were tried, of a LoRA and of sparse values (with snip); the best on define and api.
 RATES = {"": (5e-4, 1e-3, 2e-3), "snip": (1e-3, 3e-3, 1e-2)}
-LORA_RATE, SHIRA_RATE = 1e-3, 3e-3
-#: The drops of the paper's table: BoolQ, PIQA and Arc-e on LLaMA-7B, points.
+#: The drops of the paper's table: BoolQ, PIQA and Arc-e on LLaMA2-7B, points.
 PAPER = {"LoRA": "11.08", "SHiRA wm, overlapping": "4.43", "SHiRA wm, disjoint": "3.62"}
+
+
+#: The table, in the folder that is written.
+FILE = "fusion-quality.csv"
 
 
 class Settings(NamedTuple):
@@ -60,47 +62,12 @@ class Settings(NamedTuple):
     steps: int
     batch: int
     items: int
+    model: str = "encoder"
 
-
-@cache
-def tokenizer() -> Any:
-    return load_base()[1]
-
-
-def base_model() -> nn.Module:
-    torch.set_float32_matmul_precision("high")
-    model: nn.Module = load_base()[0]
-    return model.to(DEVICE)
-
-
-def embed(model: nn.Module, texts: Sequence[str]) -> Tensor:
-    """Unit vectors: the mean over the tokens, as the model was trained."""
-    options = {"padding": True, "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
-    batch = tokenizer()(list(texts), **options).to(DEVICE)
-    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-def loss_of(model: nn.Module, batch: Pairs) -> Tensor:
-    """Each query picks its answer among the batch's, and the other way round."""
-    queries, answers = zip(*batch, strict=True)
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-        vectors = embed(model, queries), embed(model, answers)
-    similarity = vectors[0].float() @ vectors[1].float().T / TEMPERATURE
-    target = torch.arange(len(similarity), device=DEVICE)
-    return (nn.functional.cross_entropy(similarity, target) + nn.functional.cross_entropy(similarity.T, target)) / 2
-
-
-def score(model: nn.Module, pairs: Pairs) -> float:
-    """Queries, in percent, whose own answer is the nearest of all."""
-    queries, answers = zip(*pairs, strict=True)
-    with torch.inference_mode():
-        found, wanted = (
-            torch.cat([embed(model, texts[i : i + 250]) for i in range(0, len(texts), 250)])
-            for texts in (queries, answers)
-        )
-        nearest = (found @ wanted.T).argmax(1)
-    return 100 * (nearest == torch.arange(len(nearest), device=DEVICE)).double().mean().item()
+    @property
+    def subject(self) -> FusionModel:
+        """The model that is adapted."""
+        return fusion_model(self.model, self.out)
 
 
 def optimise(model: nn.Module, task: str, rate: float, seed: int, settings: Settings) -> None:
@@ -113,7 +80,7 @@ def optimise(model: nn.Module, task: str, rate: float, seed: int, settings: Sett
     )
     stream = batches(load(task, settings.items)[0], settings.batch, seed)
     for _ in range(steps):
-        loss = loss_of(model, next(stream))
+        loss = settings.subject.loss(model, next(stream))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -123,8 +90,9 @@ def optimise(model: nn.Module, task: str, rate: float, seed: int, settings: Sett
 def train_lora(task: str, rate: float, seed: int, settings: Settings, out: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
-    model: Any = get_peft_model(base_model(), config)
+    subject = settings.subject
+    config = LoraConfig(r=subject.rank, lora_alpha=2 * subject.rank, target_modules=list(subject.targets))
+    model: Any = get_peft_model(subject.load(), config)
     optimise(model, task, rate, seed, settings)
     tensors = {}
     for name, module in model.get_base_model().named_modules():
@@ -139,11 +107,19 @@ def train_shira(
 ) -> None:
     from shiradelta import train
 
-    model = base_model()
+    subject = settings.subject
+    model = subject.load()
     stream = batches(load(task, settings.items)[0], settings.batch, seed + 1000)
     calibration = [next(stream) for _ in range(8)] if mask == "snip" else []
     tuner = train.attach(
-        model, sparsity=SPARSITY, mask=mask, targets=TARGETS, calibration=calibration, loss=loss_of, avoid=avoid
+        model,
+        sparsity=SPARSITY,
+        mask=mask,
+        targets=subject.targets,
+        calibration=calibration,
+        loss=subject.loss,
+        seed=len(TASKS) * seed + list(TASKS).index(task),
+        avoid=avoid,
     )
     optimise(model, task, rate, seed, settings)
     tuner.save(out, values="f32")
@@ -162,13 +138,13 @@ def train_one(
     return out
 
 
-def with_delta(file: Path, pairs: Pairs) -> float:
+def with_delta(file: Path, pairs: Pairs, settings: Settings) -> float:
     """The score with a delta switched in."""
-    model = base_model()
+    model = settings.subject.load()
     swap = sd.HotSwap(model)
     swap.load("delta", file)
     swap.switch("delta")
-    return score(model, pairs)
+    return settings.subject.score(model, pairs)
 
 
 # ------------------------------------------------------------------------------------- what workers do
@@ -178,7 +154,8 @@ def try_rate(mask: str, task: str, rate: float, settings: Settings) -> dict[str,
     """The gain that one learning rate gives, on the part that nothing is reported of."""
     file = train_one(mask, task, rate, 99, settings, settings.out / f"rate-{mask or 'lora'}-{task}-{rate}.shd")
     pairs = load(task, settings.items)[1]
-    gain = with_delta(file, pairs) - score(base_model(), pairs)
+    subject = settings.subject
+    gain = with_delta(file, pairs, settings) - subject.score(subject.load(), pairs)
     file.unlink()
     return {"mask": mask, "task": task, "rate": rate, "gain": gain}
 
@@ -186,20 +163,21 @@ def try_rate(mask: str, task: str, rate: float, settings: Settings) -> dict[str,
 def experiment(method: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     """An adapter a task: alone, three added up, averaged; a row a task of a triple."""
     mask, apart = METHODS[method]
+    subject = settings.subject
     # Who chooses first has the better mask: each seed starts with another task.
     order = [list(TASKS)[(seed + turn) % len(TASKS)] for turn in range(len(TASKS))]
     stem = f"{method.replace(' ', '-').replace(',', '')}-{seed}"
     files: dict[str, Path] = {}
     for task in order:
-        rate, avoid = SHIRA_RATE if mask else LORA_RATE, list(files.values()) if apart else ()
+        rate, avoid = subject.sparse_rate if mask else subject.lora_rate, list(files.values()) if apart else ()
         files[task] = train_one(mask, task, rate, seed, settings, settings.out / f"{stem}-{task}.shd", avoid)
-    alone = {task: with_delta(file, load(task, settings.items)[2]) for task, file in files.items()}
+    alone = {task: with_delta(file, load(task, settings.items)[2], settings) for task, file in files.items()}
     rows: list[dict[str, Any]] = []
     for triple, tasks in TRIPLES.items():
         parts: dict[Source, float] = {files[task]: 1.0 for task in tasks}
         about = how_they_meet(parts) if not seed else {}  # the same for every seed, within a percent or two
         for task in tasks:
-            base = score(base_model(), load(task, settings.items)[2])
+            base = subject.score(subject.load(), load(task, settings.items)[2])
             row: dict[str, Any] = {"method": method, "triple": triple, "seed": seed, "task": task}
             row |= {"base": base, "alone": alone[task], "added": 0.0, "mean": 0.0}
             rows.append(row | {key: about.get(key, "") for key in MEETING})
@@ -207,7 +185,7 @@ def experiment(method: str, seed: int, settings: Settings) -> list[dict[str, Any
             fused = settings.out / f"{stem}-fused.shd"
             sd.fuse(parts, fused, method=how)
             for row in rows[-len(tasks) :]:
-                row[key] = with_delta(fused, load(row["task"], settings.items)[2])
+                row[key] = with_delta(fused, load(row["task"], settings.items)[2], settings)
             fused.unlink()
     for file in files.values():
         file.unlink()
@@ -219,7 +197,7 @@ MEETING = ("shared", "opposed", "cosine", "awom", "awor", "norm")
 
 
 def how_they_meet(files: dict[Source, float]) -> dict[str, float]:
-    found = measure(files)
+    found = interference.measure(files)
     totals = [found.total(pair) for pair in found.pairs]
     figures = (
         (max(t.shares), t.opposed_share or 0, t.cosine or 0, t.awom or 0, t.awor or 0, math.sqrt(t.squares[0]))
@@ -250,15 +228,19 @@ def main() -> None:
         tries = [(mask, task, rate) for mask in RATES for task in TASKS for rate in RATES[mask]]
         gather(arguments.processes, out / "fusion-rates.csv", [partial(try_rate, *one, settings) for one in tries])
         return
-    path = out / "fusion-quality.csv"
-    done = {(row["method"], int(row["seed"])) for row in read(path)}
-    runs = product(range(arguments.seeds), arguments.methods)
-    wanted = [(method, seed) for seed, method in runs if (method, seed) not in done]
     if not arguments.draw:
-        gather(arguments.processes, path, [partial(experiment, *one, settings) for one in wanted])
-    rows = read(path)
+        make(settings, arguments.methods, arguments.seeds, arguments.processes)
+    rows = read(out / FILE)
     summarise(rows)
     draw(rows, out / "fusion-quality.png")
+
+
+def make(settings: Settings, methods: Sequence[str], seeds: int, processes: int) -> None:
+    """Trains and scores what the folder does not have yet."""
+    path = settings.out / FILE
+    done = {(row["method"], int(row["seed"])) for row in read(path)}
+    wanted = [(method, seed) for seed, method in product(range(seeds), methods) if (method, seed) not in done]
+    gather(processes, path, [partial(experiment, *one, settings) for one in wanted])
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -298,7 +280,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> None:
+def figures(rows: Sequence[dict[str, Any]]) -> tuple[str, str, str, str, str, str]:
+    """Of one method and triple: base, alone, added, drop, share of the gain that is kept, seeds."""
+    base, alone, added = (statistics.fmean(row[key] for row in rows) for key in ("base", "alone", "added"))
+    lost, kept = drops(rows), f"{(added - base) / ((alone - base) or math.nan):.0%}"
+    return f"{base:.2f}", f"{alone:.2f}", f"{added:.2f}", spread(lost), kept, str(len(lost))
+
+
+def summarise(rows: Sequence[dict[str, Any]], measure: str = "top-1") -> None:
     for triple, tasks in TRIPLES.items():
         lines = [["method", "base", "alone", "added", "drop", "drop, paper", "gain kept", "drop of the mean", "seeds"]]
         more = [["method", *MEETING]]
@@ -307,11 +296,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
             found = [row for row in rows if (row["method"], row["triple"]) == (method, triple)]
             if not found:
                 continue
-            base, alone, added = (statistics.fmean(row[key] for row in found) for key in ("base", "alone", "added"))
-            scores, lost = [f"{base:.2f}", f"{alone:.2f}", f"{added:.2f}"], drops(found)
-            kept = f"{(added - base) / ((alone - base) or math.nan):.0%}"
-            of_mean = spread(drops(found, "mean"))
-            lines.append([method, *scores, spread(lost), PAPER.get(method, "-"), kept, of_mean, str(len(lost))])
+            base, *scores, kept, seeds = figures(found)
+            lines.append([method, base, *scores, PAPER.get(method, "-"), kept, spread(drops(found, "mean")), seeds])
             more += [[method, *(f"{row[key]:.3g}" for key in MEETING)] for row in found if row["norm"] != ""][:1]
             for task in tasks:
                 mine = [row for row in found if row["task"] == task]
@@ -319,7 +305,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
                 each.append([f"{method}, {task}", *values])
         if len(lines) == 1:
             continue
-        print_table(f"{triple} ({', '.join(tasks)}): top-1, mean over the tasks; alone, then three in one", lines)
+        print_table(f"{triple} ({', '.join(tasks)}): {measure}, mean over the tasks; alone, then three in one", lines)
         print_table("how the adapters meet, mean over pairs, first seed", more)
         print_table("each task", each)
 

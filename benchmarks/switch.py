@@ -232,7 +232,7 @@ def _indexing(stage: Stage, data: bytes) -> None:
 
 
 @contextmanager
-def _wrapped(stage: Stage, config: Any, layers: int) -> Iterator[Any]:
+def wrapped(stage: Stage, config: Any, layers: int) -> Iterator[Any]:
     """The first layers with a PEFT adapter on them; their weights are shared."""
     from peft import get_peft_model
 
@@ -265,7 +265,7 @@ MODULES = [name.replace(".", "_") for name in LLAMA_7B_LAYER]
 def _lora(stage: Stage) -> float:
     from peft import LoraConfig
 
-    with _wrapped(stage, LoraConfig(r=16, lora_alpha=32, target_modules=MODULES), stage.layers) as model:
+    with wrapped(stage, LoraConfig(r=16, lora_alpha=32, target_modules=MODULES), stage.layers) as model:
         model.to(torch.bfloat16)
         merge = stage.row("compare", "PEFT LoRA merge", 1, stage.seconds(model.merge_adapter, model.unmerge_adapter))
         model.merge_adapter()
@@ -279,7 +279,7 @@ def _shira(stage: Stage) -> None:
     from peft import ShiraConfig
 
     layers = 1
-    with _wrapped(stage, ShiraConfig(r=20, target_modules=MODULES), layers) as model:  # 20 (m + n) weights: about 1 %
+    with wrapped(stage, ShiraConfig(r=20, target_modules=MODULES), layers) as model:  # 20 (m + n) weights: about 1 %
         model.to(torch.bfloat16)
         seconds = stage.seconds(model.merge_adapter, model.unmerge_adapter)
         stage.row("compare", "PEFT SHiRA merge", 1, seconds * stage.layers / layers)

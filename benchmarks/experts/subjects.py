@@ -87,6 +87,24 @@ class Subject(ABC):
         return [part.mean().item() for part in torch.split(nats, [self.length(one) for one in some])]
 
 
+def to_bytes(query: str, answer: str) -> tuple[bytes, bytes]:
+    """Both end with a byte that no text has, and are cut to what the model has positions for."""
+    cut = query.encode()[: PROMPT - 1] + END
+    return cut, answer.encode()[: WIDTH - len(cut) - 1] + END
+
+
+def predict_bytes(model: nn.Module, some: Sequence[tuple[bytes, bytes]]) -> tuple[Tensor, Tensor]:
+    """(logits [n, vocabulary], what is right [n]) of the answers' bytes, one example after the other."""
+    rows = torch.full((len(some), max(len(query + answer) for query, answer in some)), PADDING)
+    said = torch.zeros(rows.shape, dtype=torch.bool)
+    for number, (query, answer) in enumerate(some):
+        rows[number, : len(query + answer)] = torch.tensor([*query, *answer])
+        said[number, len(query) : len(query + answer)] = True
+    rows, said = (one.to(next(model.parameters()).device) for one in (rows, said))
+    logits = model(input_ids=rows, attention_mask=(rows != PADDING).long()).logits[:, :-1]
+    return logits[said[:, 1:]], rows[:, 1:][said[:, 1:]]
+
+
 class Bytes(Subject):
     """The language model of bytes that `benchmarks.quality.small` pretrains, and the tasks of fusion_tasks.py."""
 
@@ -101,22 +119,13 @@ class Bytes(Subject):
     @staticmethod
     def _some(task: str, part: int, count: int) -> list[Example]:
         """Of a task: of part 0 to train on, of part 2 to score."""
-        pairs = random.Random(0).sample(load(task, 500)[part], count)
-        cut = [(query.encode()[: PROMPT - 1] + END, answer.encode()) for query, answer in pairs]
-        return [(query, answer[: WIDTH - len(query) - 1] + END) for query, answer in cut]
+        return [to_bytes(*pair) for pair in random.Random(0).sample(load(task, 500)[part], count)]
 
     def load(self) -> nn.Module:
         return self._small.load()
 
     def predict(self, model: nn.Module, some: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        rows = torch.full((len(some), max(len(query + answer) for query, answer in some)), PADDING)
-        said = torch.zeros(rows.shape, dtype=torch.bool)
-        for number, (query, answer) in enumerate(some):
-            rows[number, : len(query + answer)] = torch.tensor([*query, *answer])
-            said[number, len(query) : len(query + answer)] = True
-        rows, said = (one.to(next(model.parameters()).device) for one in (rows, said))
-        logits = model(input_ids=rows, attention_mask=(rows != PADDING).long()).logits[:, :-1]
-        return logits[said[:, 1:]], rows[:, 1:][said[:, 1:]]
+        return predict_bytes(model, some)
 
     def query(self, one: Example) -> Example:
         return one[0][:1], one[0][1:]
