@@ -20,7 +20,7 @@ import pytest
 
 import shiradelta as sd
 from shiradelta.format.codecs import VALUE_OPTIONS
-from tests.building import CC, INCLUDE, LIBSHD, WARNINGS, compile_c, library, run, scratch, wasm
+from tests.building import CC, INCLUDE, LIBSHD, WARNINGS, compile_c, dump, library, run, scratch, wasm
 
 pytestmark = pytest.mark.skipif(CC is None, reason="no C compiler")
 
@@ -63,6 +63,24 @@ def test_own_tests_pass(sanitize: bool, tmp_path: Path):
             options += ["-DWRAP_MALLOC", "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc"]
     program = compile_c(tmp_path / "test", *parts, options=options, libraries=["-lm"])
     assert run(program).endswith(" 0 failed\n")
+
+
+@pytest.mark.slow
+@needs("qemu-aarch64-static")
+def test_own_tests_pass_on_aarch64_and_files_hold_the_same(tmp_path: Path):
+    """By Zig's compiler, as the wheels are built, and in qemu: the NEON paths, where this machine has none."""
+    pytest.importorskip("ziglang")
+    compiler = (sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-static", INCLUDE)
+    flags = ("-std=c11", "-O2", "-ffp-contract=off", "-DSHD_STATIC")
+    parts, dumper = sorted((LIBSHD / "src").glob("*.c")), LIBSHD / "tests" / "dump.c"
+    tests = sorted({*(LIBSHD / "tests").glob("*.c")} - {dumper})
+    for name, more in (("test", tests), ("dump", [dumper])):
+        run(*compiler, *flags, *parts, *more, "-lm", "-o", tmp_path / name)
+    assert run("qemu-aarch64-static", tmp_path / "test").endswith(" 0 failed\n")
+    files = sorted((LIBSHD.parent / "spec" / "vectors").glob("*/*.shd"))
+    assert len(files) > 500
+    here = run(dump(), "--without-zstd", *files)
+    assert run("qemu-aarch64-static", tmp_path / "dump", "--without-zstd", *files) == here
 
 
 @pytest.mark.slow
