@@ -31,12 +31,6 @@ def run(*command: object, code: int = 0, **options: object) -> str:
     return str(done.stdout)
 
 
-def compile_c(output: Path, *sources: Path, options: Sequence[str] = (), libraries: Sequence[str] = ()) -> Path:
-    """A program in C11."""
-    run(CC, "-std=c11", "-O2", *WARNINGS, INCLUDE, *options, *sources, *libraries, "-o", output)
-    return output
-
-
 @cache
 def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="libshd-")  # kept by the cache, removed at exit
@@ -77,6 +71,18 @@ def sources() -> list[Path]:
     return [*(LIBSHD / "src").glob("*.[ch]"), *(LIBSHD / "include").glob("*.h")]
 
 
+def program(name: str, *parts: Path, options: Sequence[str] = ("-std=c11", "-O2"), compiler: str | None = CC) -> Path:
+    """A program from C or C++, and from libraries."""
+    libraries = ["-lm", *(["-ldl"] if sys.platform == "linux" else [])]
+
+    def make(folder: Path) -> None:
+        run(compiler, *WARNINGS, INCLUDE, *options, *parts, *libraries, "-o", folder / name)
+
+    headers = [header for folder in {part.parent for part in parts} for header in folder.glob("*.h")]
+    about = run(compiler, "--version") + repr(options)
+    return kept(name, about, {*parts, *headers, *sources()}, make) / name
+
+
 @cache
 def library() -> Path:
     """`libshd.a`; its objects do for the shared library, too."""
@@ -101,8 +107,7 @@ def wasm() -> Path:
 @cache
 def dump() -> Path:
     """The program that prints what files hold."""
-    libraries = [str(library()), *(["-ldl"] if sys.platform == "linux" else [])]
-    return compile_c(scratch() / "dump", LIBSHD / "tests" / "dump.c", libraries=libraries)
+    return program("dump", LIBSHD / "tests" / "dump.c", library())
 
 
 @cache

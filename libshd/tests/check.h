@@ -5,6 +5,7 @@
 #include <stdio.h>
 
 extern unsigned long checks_made, checks_failed;
+extern int is_brief; /* try fewer damaged files and sums */
 
 #define CHECK(condition)                                                              \
     do {                                                                              \

@@ -1,9 +1,12 @@
-/* Runs all tests. The library is linked with --wrap where the linker can: any allocation in it then fails. */
+/* Runs all tests; with SHD_TEST_BRIEF in the environment, fewer damaged files and sums. The library is linked with
+ * --wrap where the linker can: any allocation in it then fails. */
 #include "check.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 
 unsigned long checks_made, checks_failed;
+int is_brief;
 
 void test_container(void);
 void test_index(void);
@@ -40,6 +43,7 @@ void *__wrap_realloc(void *memory, size_t size) {
 #endif
 
 int main(void) {
+    is_brief = getenv("SHD_TEST_BRIEF") != NULL;
     test_container();
     test_index();
     test_values();

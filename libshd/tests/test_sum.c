@@ -124,16 +124,20 @@ static void test_sums(void) {
             make(count, dtypes[i], mixed, different, 0, 0);
             check_all(1 + count % 3);
             drop();
-            make(count, dtypes[i], mixed, different, 0, SHD_SCALAR);
-            check_all(count);
-            drop();
+            if (!is_brief || (count + (uint32_t)i) % 3 == 0) {
+                make(count, dtypes[i], mixed, different, 0, SHD_SCALAR);
+                check_all(count);
+                drop();
+            }
         }
         const codec_list codecs = float_codecs();
         for (int j = 0; j < codecs.count; j++) { /* all positions are in all of them */
             static const double density[] = {0.02, 0.02, 0.02};
-            make(3, dtypes[i], density, same, codecs.ids[j], 0);
-            check_all(2);
-            drop();
+            if (!is_brief || j % 3 == i) {
+                make(3, dtypes[i], density, same, codecs.ids[j], 0);
+                check_all(2);
+                drop();
+            }
         }
     }
     static double densities[MOST];

@@ -45,7 +45,8 @@ int use_file(const uint8_t *data, uint64_t size, int check) {
     if (shd_open(&file, data, size, NULL) != SHD_OK) {
         return 1;
     }
-    memset(memory, 0x5A, sizeof memory);
+    memset(memory, 0x5A, GUARD * sizeof *memory);
+    memset(memory + GUARD + WORDS, 0x5A, GUARD * sizeof *memory);
     for (uint32_t number = 0; number < file.tensor_count; number++) {
         shd_delta delta;
         if (shd_load(&file, number, check, NULL, 0, &delta, NULL) == SHD_OK) {

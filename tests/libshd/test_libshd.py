@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import shutil
 import struct
@@ -20,7 +21,8 @@ import pytest
 
 import shiradelta as sd
 from shiradelta.format.codecs import VALUE_OPTIONS
-from tests.building import CC, INCLUDE, LIBSHD, WARNINGS, compile_c, dump, library, run, scratch, wasm
+from tests import BRIEF
+from tests.building import CC, INCLUDE, LIBSHD, WARNINGS, dump, library, program, run, wasm
 
 pytestmark = pytest.mark.skipif(CC is None, reason="no C compiler")
 
@@ -41,28 +43,33 @@ def needs(*tools: str) -> pytest.MarkDecorator:
 # --- its own tests ---
 
 
+def environment() -> dict[str, str]:
+    """In which libshd's own tests take as long as a run of these allows."""
+    return {**os.environ, **({"SHD_TEST_BRIEF": "1"} if BRIEF else {})}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
 def test_own_tests_pass(sanitize: bool, tmp_path: Path):
     """The plain ones fail on any allocation in the library."""
     tests = sorted({*(LIBSHD / "tests").glob("*.c")} - {LIBSHD / "tests" / "dump.c"})
-    options = ["-ffp-contract=off", "-DSHD_STATIC"]
+    options = ["-std=c11", "-O1", "-ffp-contract=off", "-DSHD_STATIC"]
     if sanitize:
-        options += ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        options += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         probe = tmp_path / "probe.c"
         probe.write_text("int main(void) { return 0; }\n")
         try:
-            run(compile_c(tmp_path / "probe", probe, options=options))
+            run(CC, *options, probe, "-o", tmp_path / "probe")
+            run(tmp_path / "probe")
         except AssertionError:
             pytest.skip("this compiler has no sanitizers")
         parts = [*sorted((LIBSHD / "src").glob("*.c")), *tests]
     else:
-        options += ["-O1"]
         parts = [*tests, library()]
         if sys.platform == "linux":
             options += ["-DWRAP_MALLOC", "-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc"]
-    program = compile_c(tmp_path / "test", *parts, options=options, libraries=["-lm"])
-    assert run(program).endswith(" 0 failed\n")
+    made = program(f"shd_test-{'sanitized' if sanitize else 'plain'}", *parts, options=options)
+    assert run(made, env=environment()).endswith(" 0 failed\n")
 
 
 @pytest.mark.slow
@@ -76,7 +83,7 @@ def test_own_tests_pass_on_aarch64_and_files_hold_the_same(tmp_path: Path):
     tests = sorted({*(LIBSHD / "tests").glob("*.c")} - {dumper})
     for name, more in (("test", tests), ("dump", [dumper])):
         run(*compiler, *flags, *parts, *more, "-lm", "-o", tmp_path / name)
-    assert run("qemu-aarch64-static", tmp_path / "test").endswith(" 0 failed\n")
+    assert run("qemu-aarch64-static", tmp_path / "test", env=environment()).endswith(" 0 failed\n")
     files = sorted((LIBSHD.parent / "spec" / "vectors").glob("*/*.shd"))
     assert len(files) > 500
     here = run(dump(), "--without-zstd", *files)
@@ -113,7 +120,7 @@ def test_cmake_builds_installs_and_is_found(tmp_path: Path):
     options = [f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DCMAKE_C_FLAGS_RELEASE=-O1", "-DSHD_WERROR=ON"]  # in half the time
     run("cmake", "-S", LIBSHD, "-B", build, *options)
     run("cmake", "--build", build, "--parallel", "2")
-    run("ctest", "--output-on-failure", cwd=build)
+    run("ctest", "--output-on-failure", cwd=build, env=environment())
     run("cmake", "--install", build)
     run("cmake", "-S", user, "-B", user / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
     run("cmake", "--build", user / "build")
@@ -165,7 +172,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def patch_raw() -> Path:
-    return compile_c(scratch() / "patch_raw", LIBSHD / "examples" / "patch_raw.c", libraries=[str(library())])
+    return program("patch_raw", LIBSHD / "examples" / "patch_raw.c", library())
 
 
 @dtypes
@@ -227,10 +234,8 @@ def test_readme_example_patches_a_buffer(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def patch_safetensors() -> Path:
-    program = scratch() / "patch_safetensors"
     source = LIBSHD / "examples" / "patch_safetensors.cpp"
-    run("c++", "-std=c++17", "-O1", *WARNINGS, INCLUDE, source, library(), "-o", program)
-    return program
+    return program("patch_safetensors", source, library(), options=("-std=c++17", "-O1"), compiler="c++")
 
 
 def safetensors(header: object, data: bytes = b"") -> bytes:
