@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,11 +138,18 @@ def interrupted_switch(
 
 
 def interrupt_repeatedly(
-    backend: str, interrupt: Callable[[int], None], count: int, seed: int, nonzeros: int = NONZEROS
+    new_session: Callable[[], Session], interrupt: Callable[[int], None], count: int, seed: int
 ) -> Counter[str]:
-    """Interrupts so many switches; how often which outcome."""
+    """Interrupts so many switches; how often which outcome.
+
+    Args:
+        new_session: gives a session, and another one where the last has come to harm.
+        interrupt: does it to a thread.
+        count: how many.
+        seed: decides at which moments.
+    """
     generator = random.Random(seed)
-    session, seen = Session(backend, nonzeros), Counter[str]()
+    session, seen = new_session(), Counter[str]()
     active, threads = dict(session.swap.active), threading.active_count()
     while seen.total() < count:
         wanted = generator.choice([state for state in STATES if state != active])
@@ -153,7 +161,7 @@ def interrupt_repeatedly(
         outcome = session.outcome(active, wanted)
         seen[outcome if not left else f"{outcome}; {left} THREADS LEFT AT WORK"] += 1
         if outcome not in ("as before", "as wanted"):
-            session = Session(backend, nonzeros)
+            session = new_session()
         active = dict(session.swap.active)
     return seen
 
@@ -203,7 +211,7 @@ def main() -> None:
             faulthandler.dump_traceback_later(60 + count, exit=True)  # a hang ends the run
             where, interrupt = WAYS[way]
             seed = options.seed * len(runs) + number
-            seen = where(lambda: interrupt_repeatedly(backend, interrupt, count, seed))  # noqa: B023
+            seen = where(lambda: interrupt_repeatedly(partial(Session, backend), interrupt, count, seed))  # noqa: B023
             for outcome, times in sorted(seen.items()):
                 failed |= outcome not in ("as before", "as wanted")
                 print(f"{backend:7} {way:42} {times:5}  {outcome}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from shiradelta.hotswap.layers import Held
 from tests.hotswap.interrupts import (
     WAYS,
     Interrupted,
+    Session,
     by_exception,
     in_another_thread,
     interrupt_repeatedly,
@@ -27,13 +29,19 @@ libshd = pytest.param("libshd", marks=pytest.mark.skipif(describe_system()["back
 CPU_BACKENDS = ["numpy", libshd, "torch"]
 
 
+@cache
+def session(backend: str) -> Session:
+    """One for all ways: each leaves it as it says, or has failed."""
+    return Session(backend, 70_000)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_the_weights_are_what_the_session_says(backend: str, way: str):
     where, interrupt = WAYS[way]
     with interruptible():
-        seen = where(lambda: interrupt_repeatedly(backend, interrupt, 5, 0, 70_000))
+        seen = where(lambda: interrupt_repeatedly(partial(session, backend), interrupt, 5, 0))
     assert set(seen) <= {"as before", "as wanted"}
 
 
@@ -44,7 +52,7 @@ def test_work_that_is_only_queued_is_done_by_the_caller(monkeypatch: pytest.Monk
     monkeypatch.setattr(Devices, "only_queue", True)
     where, interrupt = WAYS[way]
     with interruptible():
-        seen = where(lambda: interrupt_repeatedly("torch", interrupt, 8, 0, 70_000))
+        seen = where(lambda: interrupt_repeatedly(partial(session, "torch"), interrupt, 8, 0))
     assert set(seen) <= {"as before", "as wanted"}
 
 
