@@ -136,36 +136,39 @@ class PatchedWeights:
         """
         with self._working:
             before = self.levels
+            # Where others are lost, each process can still give back what it has saved itself.
+            ranks: Ranks = _ALONE if self._ranks.lost and not make_plan() else self._ranks
 
-            def reserve() -> list[Level] | None:
+            def reserve() -> list[Level]:
+                ranks.check()
                 self.check_usable()
                 plan = make_plan()
                 if self.is_active(plan):
                     self._watch.check()
-                    return None
+                    return before
                 return new_levels(plan, before, adapters)
 
-            # Where others are lost, each process can still give back what it has saved itself.
-            ranks: Ranks = _ALONE if self._ranks.lost and not make_plan() else self._ranks
             with self._devices.ordered(streams):
-                after = ranks.agree(what, reserve)
-                if after is not None:
-                    self._commit(before, after, what, ranks)
+                self._commit(reserve, what, ranks)
             return self.report(adapters)
 
-    def _commit(self, before: list[Level], after: list[Level], what: str, ranks: Ranks) -> None:
-        changing = [level.layers for levels in different(before, after) for level in levels]
-        touched = different_tensors(layers for level in changing for layers in level.values())
+    def _commit(self, reserve: Callable[[], list[Level]], what: str, ranks: Ranks) -> None:
+        """Writes at once, without asking the others first: they vote while the device works, and all may be undone."""
+        before = after = self.levels
         wrote, error = False, None
         try:
-            for held in touched:
-                held.check_memory()
-            self._watch.claim()
-            self._unfinished, wrote = after, True
-            exchange(before, after)
-            for held in touched:  # while the device works
-                held.check_model()
-            increment_versions(touched)
+            after = reserve()
+            if after is not before:
+                changing = [level.layers for levels in different(before, after) for level in levels]
+                touched = different_tensors(layers for level in changing for layers in level.values())
+                for held in touched:
+                    held.check_memory()
+                self._watch.claim()
+                self._unfinished, wrote = after, True
+                exchange(before, after)
+                for held in touched:  # while the device works
+                    held.check_model()
+                increment_versions(touched)
         except BaseException as raised:
             error = raised
         try:

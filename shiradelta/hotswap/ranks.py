@@ -42,11 +42,16 @@ class Ranks(Protocol):
             BaseException: what the work raised here.
         """
 
+    def check(self) -> None:
+        """Checks that no process is known to be lost.  Raises TargetError."""
+
     def gather(self, known: ResultT) -> list[ResultT]:
         """What all processes know, in the order of their ranks; called after `agree`.  Raises TargetError as that."""
 
     def decide(self, what: str, error: BaseException | None) -> None:
-        """Ends a call that has written weights: it counts where all processes did it, and is to be undone elsewhere.
+        """Ends a call that may have written weights: it counts if all processes did it, and is to be undone otherwise.
+
+        Every process ends such a call with this, also one that refused it or had nothing to write.
 
         Args:
             what: the call, for messages.
@@ -65,6 +70,9 @@ class Alone(Ranks):
 
     def agree(self, what: str, work: Callable[[], ResultT]) -> ResultT:
         return work()
+
+    def check(self) -> None:
+        pass
 
     def gather(self, known: ResultT) -> list[ResultT]:
         return [known]
@@ -99,7 +107,7 @@ class Together(Ranks):
         except RuntimeError as error:
             raise self._lost_error(error) from None
         self._store = dist.distributed_c10d._get_default_store()
-        self._decided = 0
+        self._votes, self._last_key = 0, ""
         self._name = self._exchange(uuid4().hex)[0]
 
     def agree(self, what: str, work: Callable[[], ResultT]) -> ResultT:
@@ -111,31 +119,34 @@ class Together(Ranks):
         self._vote(what, error)
         return result
 
+    def check(self) -> None:
+        if self.lost:
+            raise self._lost_error()
+
     def gather(self, known: ResultT) -> list[ResultT]:
         return self._exchange(known)
 
     def decide(self, what: str, error: BaseException | None) -> None:
-        number, self._decided = self._decided, self._decided + 1
         failed: BaseException | None = None
         try:
             self._vote(what, error)
         except BaseException as raised:
             failed = raised
         try:
-            decision = self._store.compare_set(self._key(number), "", _UNDONE if failed else _DONE).decode()
-            if self._own == self._ranks[0] and number:
+            key, before = f"shiradelta/{self._name}/{self._votes}", self._last_key
+            decision = self._store.compare_set(key, "", _UNDONE if failed else _DONE).decode()
+            self._last_key = key
+            if self._own == self._ranks[0] and before:
                 with suppress(Exception):  # not every store deletes
-                    self._store.delete_key(self._key(number - 1))  # all others have read it, as they have voted since
+                    self._store.delete_key(before)  # all others have read it, as they have voted since
         except Exception as unreachable:  # the process that has the store has ended
             self.lost, decision = True, _UNDONE
             failed = failed or self._lost_error(unreachable)
         if decision != _DONE:
             raise failed or TargetError(f"another rank could not do {what}, so that nothing has changed; try again")
 
-    def _key(self, number: int) -> str:
-        return f"shiradelta/{self._name}/{number}"
-
     def _vote(self, what: str, error: BaseException | None) -> None:
+        self._votes += 1  # in all processes, whatever comes of it
         said = f"{type(error).__name__}: {error}" if error is not None else None
         try:
             if self._all_agree(what, error is None):
@@ -173,8 +184,7 @@ class Together(Ranks):
 
     def _together(self, exchange: Callable[[], object]) -> None:
         """Does what all ranks do at once.  After a failure the group is lost."""
-        if self.lost:
-            raise self._lost_error()
+        self.check()
         try:
             exchange()
         except BaseException as error:  # Ctrl-C, too, may leave the others in the middle of it
