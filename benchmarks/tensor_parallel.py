@@ -3,7 +3,7 @@
 `torchrun --nproc-per-node 2 -m benchmarks.tensor_parallel`, one GPU a process (gloo and the CPU where there is none):
 linear layers in the shapes of Llama-2-7B with random bf16 weights, split by columns (q, k, v, gate, up) and by rows (o,
 down).  Times are wall times from a barrier to when the slowest rank's device is done, votes included; memory is that of
-one rank.
+one rank.  Loading is compared with that of the same file into whole tensors, in the first rank alone.
 """
 
 from __future__ import annotations
@@ -52,6 +52,21 @@ def split_model(layers: int, device: torch.device) -> torch.nn.ModuleList:
     return made
 
 
+def whole_model(layers: int, device: torch.device) -> torch.nn.ModuleList:
+    """The same tensors in one piece each; their values do not matter."""
+    made = torch.nn.ModuleList()
+    for _ in range(layers):
+        block = torch.nn.ModuleDict()
+        for name, (rows, columns) in LLAMA_7B_LAYER.items():
+            module = torch.nn.Linear(1, 1, bias=False, device="meta")
+            module.weight = torch.nn.Parameter(
+                torch.zeros(rows, columns, dtype=torch.bfloat16, device=device), requires_grad=False
+            )
+            block[name.replace(".", "_")] = module
+        made.append(block)
+    return made
+
+
 def one_layer(density: float, seed: int, values: str) -> bytes:
     """A file for the first layer: independent positions, random values; nothing is known of the base."""
     rng, tensors = np.random.default_rng(seed), {}
@@ -83,6 +98,14 @@ def slowest(work: Callable[[], object], repeats: int, after: Callable[[], object
     return statistics.median(times)
 
 
+def loading_of(model: torch.nn.ModuleList | None, file: Path) -> float:
+    """What loading a file takes the slowest rank that has a model, in seconds; kernels are compiled before."""
+    if model is None:
+        return slowest(lambda: None, 3)
+    swap = sd.HotSwap(model)
+    return slowest(lambda: swap.load("timed", file), 3, lambda: swap.unload("timed"))
+
+
 def _device() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -99,10 +122,10 @@ def measure(model: torch.nn.ModuleList, layers: int, values: str, repeats: int, 
         for seed, file in enumerate(files):
             file.write_bytes(for_all_layers(one_layer(0.01, seed, values), layers))
     dist.barrier()
+    whole_loading = loading_of(whole_model(layers, _device()) if dist.get_rank() == 0 else None, files[0])
+    loading = loading_of(model, files[0])
     swap = sd.HotSwap(model)
-    began = time.perf_counter()
     reports = [swap.load(file.stem, file) for file in files]
-    loading = (time.perf_counter() - began) / len(files)
     first, second = (file.stem for file in files)
     apply = slowest(partial(swap.switch, first), repeats, swap.revert)
     swap.switch(first)
@@ -117,7 +140,8 @@ def measure(model: torch.nn.ModuleList, layers: int, values: str, repeats: int, 
     vote = slowest(lambda: swap.switch({}), repeats)  # nothing changes: the votes alone
     times = {"copy": copy, "nothing": vote, "apply": apply, "revert": revert, "A -> B": other}
     rows = [[values, what, f"{1000 * seconds:.2f} ms", f"{seconds / copy:.2f} x"] for what, seconds in times.items()]
-    rows.append([values, "load", f"{1000 * loading:.0f} ms", f"{loading / copy:.0f} x"])
+    rows.append([values, "load", f"{1000 * loading:.0f} ms", f"{loading / whole_loading:.1f} x whole tensors"])
+    rows.append([values, "load, whole tensors", f"{1000 * whole_loading:.0f} ms", ""])
     size = reports[0].nbytes
     rows.append([values, "memory of an adapter", f"{size / 1e6:.1f} MB", f"{size / whole.nbytes:.4f} x the weights"])
     swap.unload(first)
