@@ -13,7 +13,6 @@ EXTRAS = {
     "cryptography": "sign",
     "fsspec": "stores",
     "huggingface_hub": "hub",
-    "jinja2": "hub",
     "matplotlib": "plot",
     "safetensors": "fit",
     "sklearn": "experts",

@@ -34,6 +34,7 @@ COMMANDS = {
     "commit": ["commit", "model"],
     "fuse": ["fuse", "a.shd", "b.shd", "-o", "fused.shd"],
     "report": ["report", "a.shd", "b.shd"],
+    "page": ["report", "a.shd", "b.shd", "-o", "page.html"],
     "png": ["report", "a.shd", "b.shd", "--png", "heat.png"],
     "export": ["export", "a.shd", "dense", "diff.safetensors"],
     "info": ["info", "a.shd", "--verify"],
@@ -51,10 +52,11 @@ DRAWING = {"plot", "png"}
 #: Package -> commands that cannot do without it.
 NEEDED: dict[str, set[str]] = {
     "cryptography": {"sign"} & set(COMMANDS),
+    "jinja2": {"page"},
     "matplotlib": {"plot", "png"},
     "rich": set(),
     "safetensors": set(),
-    "scipy": {"report", "png"},
+    "scipy": {"report", "page", "png"},
     "torch": {"fit", "train"},
     "transformers": {"fit", "train"},
     "zstandard": {"zstd"},

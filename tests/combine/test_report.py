@@ -20,11 +20,11 @@ from shiradelta import TensorDelta
 from shiradelta.cli import main
 from shiradelta.combine.interference import Meeting
 from shiradelta.combine.report import DeltaReport, report
-from shiradelta.combine.report.markup import bars, cell, letter, table
-from shiradelta.combine.report.page import render
+from shiradelta.combine.report.page import Shade, letter, outline, render
 from shiradelta.combine.report.profiles import _Counts
 from shiradelta.combine.report.verdict import advice, verdict
 from shiradelta.errors import DeltaError, TargetError
+from shiradelta.util.html import template
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -231,13 +231,19 @@ def test_heat_map_as_png(files: dict[Path, float], tmp_path: Path):
 
 def test_pieces():
     assert [letter(number) for number in (0, 25, 26)] == ["A", "Z", "A1"]
-    assert 'd="M0 20h1V0h1V10h1V20H0z"' in bars([0, 2, 1], 0)
-    assert bars([], 0) == bars([0, 0], 0) == ""
-    row = table(["", "", ""], [["a", "b", cell(None, "", 0)]])
-    assert '<tr><th>a</th><td>b</td><td class="dim">-</td></tr>' in row
-    assert "<td><td>text</td>" in table(["", ""], [["a", "<td>text"]])
-    assert cell(None, "", 0) == '<td class="dim">-</td>'
-    assert cell(-0.5, "x", -0.7) == '<td class="n full" style="--a:0.70">x</td>'
+    assert outline([0, 2, 1]) == "M0 20h1V0h1V10h1V20H0z"
+    assert outline([]) == outline([0, 0]) == ""
+    assert (Shade("x", -0.7).kind, Shade("x", -0.7).strength) == ("n full", 0.7)
+    assert (Shade("x", 3).kind, Shade("x", 3).strength) == ("full", 1)
+
+
+def test_values_in_a_template_are_escaped():
+    from markupsafe import Markup
+
+    page = template("{{ name }} {{ style }} {{ number }}")
+    assert page.render(name="<b>\x1b", style=Markup("<i>"), number=7) == r"&lt;b&gt;\x1b <i> 7"
+    with pytest.raises(Exception, match="'style' is undefined"):
+        page.render(name="", number=7)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_what_is_refused_pushes_nothing(hub: Hub, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("package", ["huggingface_hub", "jinja2"])
 def test_without_its_packages(package: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingDependencyError, match=rf"needs {package}.*pip install 'shiradelta\[hub\]'"):
+    with pytest.raises(MissingDependencyError, match=rf"needs {package}, .*; pip install "):
         sd.push_to_hub(write(tmp_path / "a.shd"), "user/a")
     assert hub.repos == {}
 

@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from string import ascii_uppercase
+from typing import Any, NamedTuple
 
-from shiradelta.combine.interference import Meeting
+from shiradelta.combine.interference import Interference, Meeting
 from shiradelta.combine.report.data import DeltaReport
-from shiradelta.combine.report.markup import badge, bars, cell, letter, table, tabs, text
-from shiradelta.combine.report.profiles import Axis, DeltaProfile, TensorProfile
+from shiradelta.combine.report.profiles import DeltaProfile
 from shiradelta.combine.report.verdict import advice
 from shiradelta.format.operations import OPERATIONS
 from shiradelta.models.names import layer_of
 from shiradelta.util.files import replacing
+from shiradelta.util.html import template
 from shiradelta.util.text import brief, percent, shape, size
 
 #: The first bytes of the file.
@@ -97,55 +98,99 @@ def write(path: Path, report: DeltaReport) -> None:
 
 
 def render(report: DeltaReport) -> str:
-    """Renders the whole page."""
-    names = ", ".join(text(adapter.label) for adapter in report.adapters)
-    warnings = "".join(f'<p class="warning">{text(warning)}</p>' for warning in report.interference.warnings)
-    sections = [_adapters(report.adapters)]
-    if report.interference.pairs:
-        sections = [_verdicts(report), *sections, _heat(report), _pairs(report)]
-    sections += [_densities(report.adapters), _tensors(report)]
-    style = (files(__package__) / "page.css").read_text(encoding="utf-8")
-    return f"""{START.decode()}
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{names}: shiradelta report</title>
-<style>{style}</style>
-<header><p class="dim">shiradelta report</p><h1>{names}</h1>{warnings}</header>
-{"".join(sections)}
-<footer class="dim">Shares count listed weights. AWOM and AWOR are those of <i>Sparse High Rank Adapters</i>
-(arXiv:2406.13175). The figures of the weights tell how much two deltas overlap, not how much a task will lose: try it.
-</footer>
-</html>
-"""
+    """Renders the whole page.  `page.html` says how it looks; here is what it says."""
+    folder, found = files(__package__), report.interference
+    page = template((folder / "page.html").read_text(encoding="utf-8"))
+    from markupsafe import Markup  # which the template has loaded
+
+    made = page.render(
+        # functions
+        letter=letter,
+        outline=outline,
+        percent=percent,
+        shape=shape,
+        # the whole
+        names=", ".join(adapter.label for adapter in report.adapters),
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        warnings=found.warnings,
+        deltas=_deltas(report.adapters),
+        densities=_densities(report.adapters),
+        layers=_layers(report),
+        # pairs
+        pairs=list(found.pairs),
+        verdicts=_verdicts(report),
+        metrics=_heat(found),
+        overlap_head=list(_OVERLAP_HEAD),
+        totals=[("", pair, _figures(found.total(pair))) for pair in found.pairs],
+        awom=Markup(_AWOM),
+        awor=Markup(_AWOR),
+    )
+    return made.lstrip() + "\n"
 
 
-def _verdicts(report: DeltaReport) -> str:
-    cards = []
-    for (i, j), sentence in report.verdicts().items():
-        total = report.interference.total((i, j))
+class Shade(NamedTuple):
+    """A cell of a heat map.
+
+    Attributes:
+        words: the figure.
+        colour: from -1 to 1.
+    """
+
+    words: str
+    colour: float
+
+    @property
+    def strength(self) -> float:
+        """How strong the colour is, from 0 to 1."""
+        return min(abs(self.colour), 1)
+
+    @property
+    def kind(self) -> str:
+        """The cell's classes in `page.css`."""
+        return " ".join([*["n"] * (self.colour < 0), *["full"] * (self.strength > 0.6)])
+
+
+def letter(number: int) -> str:
+    """What a delta is called where its name would be too long: A to Z, then A1, B1, ..."""
+    turn, index = divmod(number, len(ascii_uppercase))
+    return ascii_uppercase[index] + (str(turn) if turn else "")
+
+
+def outline(heights: Sequence[float]) -> str:
+    """The path of a bar chart in SVG, 20 high, scaled to its highest bar; empty if there is none."""
+    top = max(heights, default=0)
+    if not top:
+        return ""
+    steps = [round(20 * (1 - height / top)) for height in heights]
+    return f"M0 {steps[0]}h1" + "".join(f"V{y}h1" for y in steps[1:]) + "V20H0z"
+
+
+def _verdicts(report: DeltaReport) -> list[dict[str, Any]]:
+    found = []
+    for pair, sentence in report.verdicts().items():
+        total = report.interference.total(pair)
         alone = [nnz - total.shared for nnz in total.nnz]
-        both = f'<i class="both" style="flex:{total.shared}"></i>' if total.shared else ""
-        picture = (
-            f'<div class="bar"><i style="--n:{i};flex:{alone[0]}"></i>{both}'
-            f'<i style="--n:{j};flex:{alone[1]}"></i></div>'
-        )
-        counts = f"{alone[0]:,} in {letter(i)} alone, {total.shared:,} in both, {alone[1]:,} in {letter(j)} alone"
-        cards.append(
-            f'<div class="card {advice(total)[0]}">{badge(i)} {badge(j)} {text(sentence)}{picture}'
-            f'<div class="dim"><small>{counts}</small></div></div>'
-        )
-    return f'<h2>Together</h2><div class="grid">{"".join(cards)}</div>'
+        about = {"kind": advice(total)[0], "sentence": sentence, "shared": total.shared, "alone": alone}
+        found.append({"pair": pair, **about})
+    return found
 
 
-def _adapters(adapters: Sequence[DeltaProfile]) -> str:
-    largest_file = max(adapter.about["bytes"]["file"] for adapter in adapters)
-    return f"""<h2>Each by itself</h2><div class="grid">{
-        "".join(_adapter(number, adapter, largest_file) for number, adapter in enumerate(adapters))
-    }</div>"""
+def _deltas(adapters: Sequence[DeltaProfile]) -> list[dict[str, Any]]:
+    largest = max(adapter.about["bytes"]["file"] for adapter in adapters)
+    return [
+        {
+            "name": os.path.basename(adapter.about["file"] or adapter.label),
+            "width": 100 * adapter.about["bytes"]["file"] / largest,
+            "facts": [(key, brief(value)) for key, value in _facts(adapter)],
+            "layers": list(adapter.layers().values()),
+            "densest": percent(max(adapter.layers().values(), default=0)),
+        }
+        for adapter in adapters
+    ]
 
 
-def _adapter(number: int, adapter: DeltaProfile, largest_file: int) -> str:
+def _facts(adapter: DeltaProfile) -> list[tuple[str, str]]:
+    """What is known of a delta; the file's metadata after what was found."""
     about = adapter.about
     codecs = sorted({f"{t['index_codec']} + {t['value_codec']}" for t in about["tensors"] if t["nnz"]})
     fingerprints = sum(t["base_fingerprint"] is not None for t in about["tensors"])
@@ -163,26 +208,17 @@ def _adapter(number: int, adapter: DeltaProfile, largest_file: int) -> str:
         + f"; fingerprints for {fingerprints} of {len(adapter.profiles)} tensors",
         "digest": about["digest"][:16] + "...",
     }
-    others = [(key, value) for key, value in about["metadata"].items() if key != "base"]
-    name = os.path.basename(about["file"] or adapter.label)
-    rows = "".join(f"<dt>{text(key)}</dt><dd>{text(brief(value))}</dd>" for key, value in [*facts.items(), *others])
-    layers = adapter.layers()
-    return (
-        f'<div class="card"><h3>{badge(number)} {text(name)}</h3>'
-        f'<div class="size" style="--n:{number};width:{100 * about["bytes"]["file"] / largest_file:.1f}%"></div>'
-        f"<dl>{rows}</dl>{bars(list(layers.values()), number, 'layers')}"
-        f'<small class="dim">density of each of {len(layers)} layers, up to {percent(max(layers.values(), default=0))}'
-        "</small></div>"
-    )
+    return [*facts.items(), *((key, value) for key, value in about["metadata"].items() if key != "base")]
 
 
-def _heat(report: DeltaReport) -> str:
-    found = report.interference
+def _heat(found: Interference) -> list[dict[str, Any]]:
+    """A map for each metric: layers by pairs."""
+    from markupsafe import Markup
+
     by_pair = {pair: found.layers(pair) for pair in found.pairs}
     layers = list(dict.fromkeys(layer for meetings in by_pair.values() for layer in meetings))
     common, short = _shortened(layers)
-    head = [text(common) or "layer", *(f"{badge(i)} {badge(j)}" for i, j in found.pairs)]
-    panes = {}
+    maps = []
     for metric in _METRICS:
         values = {
             (layer, pair): metric.value(meetings[layer]) if layer in meetings else None
@@ -191,30 +227,27 @@ def _heat(report: DeltaReport) -> str:
         }
         top = max((v for v in values.values() if v is not None), default=0) if metric.relative else 1
         rows = [
-            [text(short[layer])]
-            + [
-                cell(v, "" if v is None else metric.text(v), 0 if v is None else metric.colour(v / (top or 1)))
-                for v in (values[layer, pair] for pair in by_pair)
-            ]
+            (
+                short[layer],
+                [
+                    None if v is None else Shade(metric.text(v), metric.colour(v / (top or 1)))
+                    for v in (values[layer, pair] for pair in by_pair)
+                ],
+            )
             for layer in layers
         ]
-        panes[metric.title] = f'<p class="dim">{metric.help}</p>{table(head, rows, "heat")}'
-    return f"<h2>Layer by layer</h2>{tabs('metric', panes)}"
+        maps.append({"title": metric.title, "help": Markup(metric.help), "common": common, "rows": rows})
+    return maps
 
 
-def _pairs(report: DeltaReport) -> str:
-    found = report.interference
-    rows = [[f"{badge(i)} {badge(j)}", *_meeting_cells(found.total((i, j)))] for i, j in found.pairs]
-    notes = f'<p class="dim">AWOM: {_AWOM}</p><p class="dim">AWOR: {_AWOR}</p>'
-    return f"<h2>Every pair</h2>{notes}{table(['', *_MEETING_HEAD], rows)}"
-
-
-_MEETING_HEAD = (
+_OVERLAP_HEAD = (
     "shared", "of the first", "of the second", "Jaccard", "by chance", "opposite signs", "cosine", "AWOM", "AWOR",
 )  # fmt: skip
 
 
-def _meeting_cells(m: Meeting) -> list[str]:
+def _figures(m: Meeting) -> list[str]:
+    """The cells of `_OVERLAP_HEAD`."""
+
     def figure(value: float | None, form: Callable[[float], str]) -> str:
         return "-" if value is None else form(value)
 
@@ -231,20 +264,17 @@ def _meeting_cells(m: Meeting) -> list[str]:
     ]
 
 
-def _densities(adapters: Sequence[DeltaProfile]) -> str:
+def _densities(adapters: Sequence[DeltaProfile]) -> dict[str, Any]:
+    """The map of densities: layers by deltas."""
     layers = list(dict.fromkeys(layer for adapter in adapters for layer in adapter.layers()))
     by_adapter = [adapter.layers() for adapter in adapters]
     top = max((d for densities in by_adapter for d in densities.values()), default=0) or 1
     common, short = _shortened(layers)
-    head = [text(common) or "layer", *(badge(n) for n in range(len(adapters)))]
     rows = [
-        [text(short[layer])] + [cell(d.get(layer), percent(d.get(layer, 0)), d.get(layer, 0) / top) for d in by_adapter]
+        (short[layer], [Shade(percent(d[layer]), d[layer] / top) if layer in d else None for d in by_adapter])
         for layer in layers
     ]
-    return (
-        '<h2>Density</h2><p class="dim">The share of each layer\'s weights that change, in the tensors listed.</p>'
-        + table(head, rows, "heat")
-    )
+    return {"common": common, "columns": [(number,) for number in range(len(adapters))], "rows": rows}
 
 
 def _shortened(layers: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -254,58 +284,33 @@ def _shortened(layers: Sequence[str]) -> tuple[str, dict[str, str]]:
     return common, {layer: layer[len(common) :].lstrip(".") or layer for layer in layers}
 
 
-def _tensors(report: DeltaReport) -> str:
-    """A closed section for each layer: its tensors' profiles, and the overlap of each pair."""
+def _layers(report: DeltaReport) -> list[dict[str, Any]]:
+    """Each layer with its tensors' profiles, and the overlaps of each pair."""
     profiles = [{p.name: p for p in adapter.profiles} for adapter in report.adapters]
     names = list(dict.fromkeys(name for pair in report.interference.pairs.values() for name in pair))
     names = names or list(profiles[0])
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(layer_of(name), []).append(name)
-    drawers = []
-    for layer, members in groups.items():
-        own = [
-            _profile_row(_leaf(name, layer), number, adapter[name])
-            for name in members
-            for number, adapter in enumerate(profiles)
-            if name in adapter
-        ]
-        met = [
-            [f"{text(_leaf(name, layer))} {badge(i)} {badge(j)}", *_meeting_cells(meetings[name])]
-            for name in members
-            for (i, j), meetings in report.interference.pairs.items()
-            if name in meetings
-        ]
-        drawers.append(
-            f"<details><summary>{text(layer)} <small class=dim>{len(members)} tensors</small></summary>"
-            + table(_PROFILE_HEAD, own)
-            + (table(["", *_MEETING_HEAD], met) if met else "")
-            + "</details>"
-        )
-    return (
-        '<h2>Tensor by tensor</h2><p class="dim">Over rows and columns: the density of each part, from first to'
-        " last, and the share of the nonzeros in the densest tenth: 10% if all are alike.</p>" + "".join(drawers)
-    )
-
-
-_PROFILE_HEAD = ("", "density", "over rows", "over columns", "nonzeros", "largest", "shape", "operation")
-
-
-def _profile_row(leaf: str, number: int, p: TensorProfile) -> list[str]:
     return [
-        f"{text(leaf)} {badge(number)}",
-        percent(p.density),
-        _axis(p.rows, number),
-        _axis(p.columns, number),
-        f"{p.nnz:,}",
-        "-" if p.largest is None else f"{p.largest:.3g}",
-        shape(p.shape),
-        p.op,
+        {
+            "name": layer,
+            "tensors": len(members),
+            "profiles": [
+                (_leaf(name, layer), number, profile[name])
+                for name in members
+                for number, profile in enumerate(profiles)
+                if name in profile
+            ],
+            "overlaps": [
+                (_leaf(name, layer), pair, _figures(meetings[name]))
+                for name in members
+                for pair, meetings in report.interference.pairs.items()
+                if name in meetings
+            ],
+        }
+        for layer, members in groups.items()
     ]
-
-
-def _axis(axis: Axis, number: int) -> str:
-    return f"{bars(axis.density, number)} {percent(axis.densest_tenth)}" if axis.density else "-"
 
 
 def _leaf(name: str, layer: str) -> str:
