@@ -9,11 +9,18 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from shiradelta.nonzeros.pruning import PRUNE_FROM
+from shiradelta.select.shares import parse_sparsity
 from shiradelta.text.batches import batches, by_length
+from shiradelta.train.attaching import attach, reattach
+from shiradelta.train.gradients import Loss
 from shiradelta.train.masks import MASKS
 from shiradelta.train.probe import LEAST_STEPS, SHARE, Probe
+from shiradelta.train.run_state import RunState
 from shiradelta.train.settings import TrainSettings
+from shiradelta.train.targets import find_weights
 from shiradelta.train.tuner import Tuner
+from shiradelta.util.progress import Progress
 
 #: Number of batches over which gradients are summed for a mask.
 CALIBRATION = 16
@@ -35,6 +42,55 @@ def calibration(settings: TrainSettings, indices: Sequence[int], lengths: Sequen
     searches = MASKS.find(settings.mask).search is not None
     stream = batches(indices, lengths, settings.batch, settings.seed + 1)
     return list(islice(stream, epoch if searches else CALIBRATION))
+
+
+def attached(
+    model: nn.Module,
+    loss: Loss,
+    settings: TrainSettings,
+    indices: Sequence[int],
+    lengths: Sequence[int],
+    resumed: RunState | None,
+    progress: Progress,
+) -> Tuner:
+    """Attaches to a model for a run by settings.
+
+    Args:
+        model: with the base weights.
+        loss: loss(model, indices of examples).
+        settings: of the run.
+        indices: numbers of the examples to train on.
+        lengths: of all examples.
+        resumed: the state of an interrupted run, whose mask is taken; it is restored by `RunState.restore`.
+        progress: called with (what, done, total).
+    """
+    # A search takes long, and finds more than a mask.
+    if resumed is not None and MASKS.find(settings.mask).search is not None:
+        return reattach(model, resumed.of_tuner, settings.mask)
+    targets: list[str] | None = list(settings.targets) or None
+    mask: str | dict[str, Tensor] = settings.mask if resumed is None else resumed.mask
+    weights = find_weights(model, targets)
+    prune_steps, prune_from = settings.pruning
+    starting = prune_steps if resumed is None else 0  # a resumed run continues to prune the mask of its state
+    tuner = attach(
+        model,
+        settings.sparsity,
+        mask,
+        targets,
+        calibration(settings, indices, lengths),
+        loss=loss,
+        scope=settings.scope,
+        avoid=settings.avoid,
+        seed=settings.seed,
+        prune_steps=starting,
+        prune_from=prune_from if starting else PRUNE_FROM,
+        magnitude=settings.magnitude,
+        progress=progress,
+    )
+    if prune_steps and not starting:
+        share, _ = parse_sparsity(settings.sparsity)
+        tuner.prune(prune_steps, share, weights.values() if settings.scope == "model" else None)
+    return tuner
 
 
 def optimizer_of(tuner: Tuner, units: Sequence[float], mask: str) -> torch.optim.AdamW:

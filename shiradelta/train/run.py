@@ -5,42 +5,25 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shiradelta.errors import DivergedError, SourceError
+from shiradelta.errors import DivergedError
 from shiradelta.format import registry
-from shiradelta.io.download import local_model
-from shiradelta.models import loading
-from shiradelta.models.candidates import refuse_several
-from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
-from shiradelta.models.dtypes import TORCH_DTYPES
-from shiradelta.models.library import match_names
 from shiradelta.models.provenance import base_names
-from shiradelta.models.sentence import modules_not_run
-from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.unfinished import UnfinishedRun
-from shiradelta.select.shares import parse_sparsity
-from shiradelta.text.batches import batches, by_length, mean_over, split
-from shiradelta.text.examples import training_examples
-from shiradelta.text.pooling import find_pooling
-from shiradelta.text.read import read_file
-from shiradelta.train.attaching import attach, reattach
-from shiradelta.train.masks import MASKS
+from shiradelta.text.batches import batches
 from shiradelta.train.plot import draw_losses
-from shiradelta.train.recipe import HELD_OUT, calibration, find_lr, optimizer_of, take_step
+from shiradelta.train.recipe import attached, find_lr, optimizer_of, take_step
 from shiradelta.train.run_state import BestState, History, RunState, load_run, save_run
 from shiradelta.train.settings import TrainReport, TrainSettings
-from shiradelta.train.targets import find_weights
+from shiradelta.train.subject import TrainingSubject
 from shiradelta.train.tuner import Tuner
 from shiradelta.util.deprecated import renamed_arguments, renamed_names
 from shiradelta.util.files import check_target
@@ -92,7 +75,7 @@ def run(
     )
     with advising_on_memory(advice):
         run = _Run(
-            folder=local_model(model_folder),
+            folder=model_folder,
             examples_file=examples_file,
             out=out,
             settings=settings,
@@ -115,35 +98,10 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.settings, self.out, self.log, self.progress = settings, out, log, progress
-        refuse_several(folder)
-        checkpoint = open_checkpoint(folder)
-        given = read_file(examples_file)
-        kind = given.kind
-        loader, _ = loading.model_class(folder, folder)
-        tokenizer = loading.load_tokenizer(folder)
-        if kind.predicts and not loader.can_generate():
-            raise SourceError(
-                f"{folder}: {loader.__name__} does not predict the next token, which {' and '.join(kind.keys)}"
-                " train; for an encoder, give pairs: anchor and positive"
-            )
-        if not kind.predicts and (left_out := modules_not_run(folder)):
-            raise SourceError(
-                f"{folder}: {' and '.join(kind.keys)} train the embedding, and its {', '.join(left_out)} would not be"
-                " run; train the SentenceTransformer in a loop of your own (shiradelta.train.attach)"
-            )
-        self.device = loading.pick_device(device)
-        dtype = _stored_dtype(checkpoint)
-        # Activations in float16 may overflow, so products are made in bfloat16; the weights stay float16.
-        mixed = dtype == torch.float16
-        self.casting: Any = torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
-        self.model = loading.load_model(folder, folder, self.device, dtype).eval()
-        self.examples = training_examples(
-            given, tokenizer, self.model, settings.tokens, find_pooling(folder), settings.prompt_share
-        )
-        self.train, self.held_out = split(len(given.rows), HELD_OUT, settings.seed)
-        identity = [str(folder.resolve()), given.rows, settings.as_of_0_1()]
-        self.unfinished = UnfinishedRun(out.with_name(out.name + ".train"), identity)
-        self.checkpoint = checkpoint
+        self.subject = subject = TrainingSubject(folder, examples_file, settings, device)
+        self.model, self.examples, self.checkpoint = subject.model, subject.examples, subject.checkpoint
+        self.device, self.train, self.held_out = subject.device, subject.train, subject.held_out
+        self.unfinished = UnfinishedRun(out.with_name(out.name + ".train"), subject.identity)
         self.history: History = []
         self.best: BestState | None = None
 
@@ -204,36 +162,9 @@ class _Run:
         )
 
     def _attach(self, resumed: RunState | None) -> Tuner:
-        settings = self.settings
-        # A search takes long, and finds more than a mask.
-        if resumed is not None and MASKS.find(settings.mask).search is not None:
-            tuner = reattach(self.model, resumed.of_tuner, settings.mask)
-            self.units = tuner.units()
-            return tuner
-        targets: list[str] | None = list(settings.targets) or None
-        mask: str | dict[str, Tensor] = settings.mask if resumed is None else resumed.mask
-        weights = find_weights(self.model, targets)
-        prune_steps, prune_from = settings.pruning
-        starting = prune_steps if resumed is None else 0  # a resumed run continues to prune the mask of its state
-        tuner = attach(
-            self.model,
-            settings.sparsity,
-            mask,
-            targets,
-            calibration(settings, self.train, self.examples.lengths),
-            loss=self._loss,
-            scope=settings.scope,
-            avoid=settings.avoid,
-            seed=settings.seed,
-            prune_steps=starting,
-            prune_from=prune_from if starting else PRUNE_FROM,
-            magnitude=settings.magnitude,
-            progress=self.progress,
-        )
-        if prune_steps and not starting:
-            share, _ = parse_sparsity(settings.sparsity)
-            tuner.prune(prune_steps, share, weights.values() if settings.scope == "model" else None)
-        self._check_stored(tuner)
+        lengths = self.examples.lengths
+        tuner = attached(self.model, self._loss, self.settings, self.train, lengths, resumed, self.progress)
+        self.subject.check_stored(tuner)
         self.units = tuner.units()
         return tuner
 
@@ -248,30 +179,12 @@ class _Run:
         loss = partial(self._loss, self.model)
         return find_lr(tuner, self.units, loss, self.settings, self.train, self.examples.lengths, tried)
 
-    def _check_stored(self, tuner: Tuner) -> None:
-        """Checks that the folder stores the weights with the bits that are trained, since the file is made for them."""
-        shapes = {view.name: view.shape for views in tuner.views.values() for view in views}
-        found = match_names(shapes, self.checkpoint).names
-        for name, weight in tuner.weights.items():
-            own = str(weight.dtype).removeprefix("torch.")
-            for view in tuner.views[name]:
-                slot = self.checkpoint[found[view.name]] if view.name in found else None
-                if slot is None or slot.dtype.name != own or slot.shape != view.shape:
-                    where = "not in the folder"
-                    if slot is not None and slot.dtype.name != own:
-                        where = f"stored as {slot.dtype.name}, but trained as {own}"
-                    elif slot is not None:
-                        where = f"stored as {list(slot.shape)}, and saved as {list(view.shape)}"
-                    raise SourceError(f"{self.checkpoint.root}: {view.name!r} is {where}; leave it out of --targets")
-
     def _loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
-        with self.casting:
-            return self.examples.loss(model, indices)
+        return self.subject.loss(model, indices)
 
     def _measure(self) -> float:
         """Mean loss on the held-out examples."""
-        parts = by_length(self.held_out, self.examples.lengths, self.settings.batch)
-        return mean_over(parts, lambda part: {"loss": self._loss(self.model, part).item()})["loss"]
+        return self.subject.measure(self.held_out)
 
     def _worse(self, before: float, trained: float, after: float) -> DivergedError:
         """The error of a run that ends worse than the base."""
@@ -334,24 +247,6 @@ class _Run:
             smaller = f"{self.relative_lr / 4:.2g}"
             raise DivergedError(f"training gave NaN at step {step}; give a smaller --relative-lr, such as {smaller}")
         return found
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of most weights of a checkpoint.
-
-    Raises:
-        SourceError: weights of that dtype, such as quantised ones, cannot be trained.
-    """
-    sizes: Counter[str] = Counter()
-    for slot in checkpoint.values():
-        sizes[slot.dtype.name] += slot.numel
-    name = sizes.most_common(1)[0][0]
-    if name not in TORCH_DTYPES:
-        raise SourceError(
-            f"{checkpoint.root}: its weights are stored as {name}: quantised, or more precise than float32; train on"
-            " the model in bfloat16, float16 or float32"
-        )
-    return TORCH_DTYPES[name]
 
 
 __getattr__ = renamed_names(__name__, {"Settings": TrainSettings, "Report": TrainReport})
