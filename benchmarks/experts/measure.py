@@ -17,11 +17,11 @@ from torch import Tensor
 
 from benchmarks.experts.subjects import Example, Scale, Subject
 from benchmarks.table import seconds
-from shiradelta import experts
+from shiradelta import HotSwap, experts
 from shiradelta.experts.training import FamilyTraining
 
 #: Prompts that are timed, and answers that are scored at a time where all have the same weights.
-TIMED, TOGETHER = 40, 16
+TIMED, TOGETHER = 20, 16
 #: The rows of a seed.
 METHODS = (
     "base model",
@@ -49,6 +49,7 @@ class Experiment:
         )  # fmt: skip
         self.costs: dict[str, float] = {}
         self.model = subject.load()
+        self._begun = self._before = time.perf_counter()
 
     def run(self) -> Iterator[tuple[str, dict[str, float]]]:
         """The methods as they come: (method, task -> nats)."""
@@ -56,48 +57,43 @@ class Experiment:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             longer = replace(self.settings, steps=2 * self.settings.steps)
-            training = FamilyTraining(model, subject.train, subject.loss, longer, lambda what, done, total: None)
+            training = FamilyTraining(model, subject.train, subject.loss, longer, self._progress)
             every = range(len(subject.train))
-            self._timed("s, one delta of twice the steps", lambda: training.base(every, folder / "long.shd"))
-            settings = replace(self.settings, relative_lr=training.relative_lr)
+            training.base(every, folder / "long.shd")
             print(f"seed {self.seed}: learning rate {training.relative_lr:.3g}", flush=True)
-            family = self._family(settings, folder / "family")
-            router = experts.ExpertRouter(model, family, subject.prompt_loss)
-            router.swap.load("long", folder / "long.shd")
-            self.costs["MB, a member"] = (
-                statistics.fmean(family.path(one).stat().st_size for one in family.digests) / 1e6
-            )
             yield METHODS[0], self._together()
-            for method, name in ((METHODS[1], "base"), (METHODS[2], "long")):
-                with router.swap.applied(name):
-                    yield method, self._together()
+            swap = HotSwap(model)
+            swap.load("long", folder / "long.shd")
+            with swap.applied("long"):
+                yield METHODS[2], self._together()
+            family = self._family(replace(self.settings, relative_lr=training.relative_lr), folder / "family")
+            router = self._router(family)
+            sizes = [family.path(one).stat().st_size for one in family.digests]
+            self.costs["MB, a member"] = statistics.fmean(sizes) / 1e6
+            with router.swap.applied("base"):
+                yield METHODS[1], self._together()
             yield from self._routed(router)
             self._cost(router)
 
-    def _timed(self, what: str, work: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        work()
-        self.costs[what] = time.perf_counter() - start
+    def _router(self, family: experts.ExpertFamily) -> experts.ExpertRouter:
+        return experts.ExpertRouter(self.model, family, self.subject.prompt_loss, TOGETHER)
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        """Notes seconds by kind of work, and says how far it is."""
+        kind, now = f"s, {what.split(':')[0].split('-')[0]}", time.perf_counter()
+        self.costs[kind] = self.costs.get(kind, 0) + now - self._before
+        self._before = now
+        if done % 50 == 0 or done == total:
+            print(f"seed {self.seed}, {now - self._begun:.0f} s: {what}, {done} of {total}", flush=True)
 
     def _family(self, settings: experts.TrainSettings, folder: Path) -> experts.ExpertFamily:
-        """Trains it, and notes what took how long, and which tasks each expert is for."""
+        """Trains it, and says which tasks each expert is for."""
         subject = self.subject
-        start, spent = time.perf_counter(), dict[str, float]()
-
-        def progress(what: str, done: int, total: int) -> None:
-            nonlocal start
-            kind = what.split(":")[0].split("-")[0]
-            now = time.perf_counter()
-            kind = "features" if "gradients" in kind else kind
-            spent[kind] = spent.get(kind, 0) + now - start
-            start = now
-
         family = experts.train_family(
             self.model, subject.train, subject.loss, folder, prompt_loss=subject.prompt_loss, experts=self.members,
-            settings=settings, progress=progress,
+            settings=settings, prompt_batch=TOGETHER, progress=self._progress,
         )  # fmt: skip
-        self.costs |= {f"s, family: {what}": found for what, found in spent.items()}
-        router = experts.ExpertRouter(self.model, family, subject.prompt_loss)
+        router = self._router(family)
         some = random.Random(self.seed).sample(range(len(subject.train)), min(200, len(subject.train)))
         groups: list[int] = router.cosines([subject.train[index] for index in some]).argmax(1).tolist()
         for number, name in enumerate(family.experts):
@@ -120,35 +116,43 @@ class Experiment:
     def _routed(self, router: experts.ExpertRouter) -> Iterator[tuple[str, dict[str, float]]]:
         subject, swap = self.subject, router.swap
         every = [one for some in subject.held_out.values() for one in some]
-        routes = [router.route([one]) for one in every]
-
-        def averaged(index: int) -> float:
-            with swap.applied(routes[index]):
-                return self._scores([every[index]])[0]
-
-        def best(index: int) -> float:
-            with swap.applied(max(routes[index], key=routes[index].__getitem__)):
-                return self._scores([every[index]])[0]
-
-        @torch.no_grad()
-        def ensemble(index: int) -> float:
-            right: list[Tensor] = []
-
-            def run() -> Tensor:
-                logits, labels = subject.predict(self.model, [every[index]])
-                right[:] = [labels]
-                return logits.float()
-
-            return subject.scores(router.ensemble(run, routes[index]), right[0], [every[index]])[0]
-
-        for method, of in zip(METHODS[3:6], (averaged, ensemble, best), strict=True):
-            yield method, self._by_task([of(index) for index in range(len(every))])
+        routes = router.each(every)
+        averages = []
+        for one, route in zip(every, routes, strict=True):
+            with swap.applied(route):
+                averages += self._scores([one])
+        yield METHODS[3], self._by_task(averages)
+        # As `ExpertRouter.ensemble`, but each expert answers all prompts before the next is switched in.
+        members: list[list[Tensor]] = []
+        alone: list[list[float]] = []
+        for name in router.family.experts:
+            with swap.applied(name):
+                members.append(self._logits(every))
+                alone.append(self._scores(every))
+        right = [subject.right(one).to(members[0][0].device) for one in every]
+        ensemble = []
+        for index, route in enumerate(routes):
+            logits = torch.stack([route[n] * own[index] for n, own in zip(route, members, strict=True)]).sum(0)
+            ensemble += subject.scores(logits, right[index], [every[index]])
+        yield METHODS[4], self._by_task(ensemble)
+        best = [max(range(self.members), key=list(route.values()).__getitem__) for route in routes]
+        yield METHODS[5], self._by_task([alone[expert][index] for index, expert in enumerate(best)])
         found = [0.0] * len(every)
         for group in router.groups(every):
             with swap.applied(group.strengths):
                 for index, nats in zip(group.indices, self._scores([every[i] for i in group.indices]), strict=True):
                     found[index] = nats
         yield METHODS[6], self._by_task(found)
+
+    @torch.no_grad()
+    def _logits(self, some: Sequence[Example]) -> list[Tensor]:
+        """Of each example, float32."""
+        found: list[Tensor] = []
+        for start in range(0, len(some), TOGETHER):
+            part = some[start : start + TOGETHER]
+            logits = self.subject.predict(self.model, part)[0].float()
+            found += torch.split(logits, [self.subject.length(one) for one in part])
+        return found
 
     def _by_task(self, nats: Sequence[float]) -> dict[str, float]:
         """Of the held-out examples, one task after the other."""
@@ -179,6 +183,7 @@ class Experiment:
         self.costs |= {
             "ms, a forward pass": each(forward),
             "ms, a route": each(lambda number: router.route([timed[number]])),
+            "ms, a route of many": 1000 * seconds(lambda: router.each(timed), 1) / len(timed),
             "ms, a switch to an average": each(switch),
             "ms, an ensemble's passes and switches": each(
                 lambda number: router.ensemble(lambda: forward(number), routes[number])

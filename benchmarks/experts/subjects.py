@@ -69,6 +69,10 @@ class Subject(ABC):
         """An example whose answer is the query, all of it that can be predicted."""
 
     @abstractmethod
+    def right(self, one: Example) -> Tensor:
+        """What `predict` says is right, on the CPU."""
+
+    @abstractmethod
     def length(self, one: Example) -> int:
         """What there is to predict of an answer."""
 
@@ -130,6 +134,9 @@ class Bytes(Subject):
     def query(self, one: Example) -> Example:
         return one[0][:1], one[0][1:]
 
+    def right(self, one: Example) -> Tensor:
+        return torch.tensor([*one[1]])
+
     def length(self, one: Example) -> int:
         return len(one[1])
 
@@ -160,6 +167,10 @@ class Real(Subject):
         ids, said = one
         return ids[:said], 1
 
+    def right(self, one: Example) -> Tensor:
+        ids, said = one
+        return torch.tensor(ids[said:])
+
     def length(self, one: Example) -> int:
         ids, said = one
         return len(ids) - int(said)
@@ -168,5 +179,5 @@ class Real(Subject):
 #: Name -> (what makes it, its tasks, how much is trained by default).
 SUBJECTS: dict[str, tuple[Callable[[Path, Sequence[str], Scale], Subject], tuple[str, ...], Scale]] = {
     "small": (Bytes, tuple(TASKS), Scale(1000, 100, 400, 16, 0.3)),
-    "real": (Real, ("define", "code", "explain", "word"), Scale(320, 60, 200, 16, None)),
+    "real": (Real, ("define", "code", "explain", "word"), Scale(320, 60, 150, 16, None)),
 }

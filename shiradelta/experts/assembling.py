@@ -31,7 +31,9 @@ from shiradelta.util.progress import Progress
 SCALED_BY = 256
 
 
-@checked(model=ANY, experts=PATHS, examples=ANY, groups=ANY, prompt_loss=CALL, base=PATH, dims=WHOLE)
+@checked(
+    model=ANY, experts=PATHS, examples=ANY, groups=ANY, prompt_loss=CALL, base=PATH, dims=WHOLE, prompt_batch=WHOLE
+)
 def assemble_family(
     model: nn.Module,
     base: str | os.PathLike[str],
@@ -43,6 +45,7 @@ def assemble_family(
     *,
     dims: int = DIMS,
     seed: int = 0,
+    prompt_batch: int = 1,
     progress: Progress = lambda what, done, total: None,
 ) -> ExpertFamily:
     """Makes a family of deltas that exist already, such as those that `convert` made of ELREA's LoRAs.
@@ -57,6 +60,7 @@ def assemble_family(
         out: the folder to make; there must be none of that name.
         dims: dimensions of the projected gradients.
         seed: of the projection.
+        prompt_batch: examples whose gradients are taken together, as `train_family` takes it.
         progress: called with (what, done, total).
 
     Raises:
@@ -73,7 +77,7 @@ def assemble_family(
             check.load(name, path)
             with os_errors(Path(path), "cannot be copied"):
                 shutil.copyfile(path, folder / f"{name}.shd")
-        scales, features = measured(model, folder, examples, prompt_loss, dims, seed, progress)
+        scales, features = measured(model, folder, examples, prompt_loss, dims, seed, progress, prompt_batch)
         return replace(finish(folder, scales, features, labels, seed), folder=Path(out))
 
 
@@ -97,6 +101,7 @@ def measured(
     dims: int,
     seed: int,
     progress: Progress,
+    batch: int,
 ) -> tuple[dict[str, Array], Float32]:
     """(scales of the base delta's gradients, the examples' features), with the folder's base delta on the weights."""
     path = folder / f"{BASE}.shd"
@@ -105,9 +110,9 @@ def measured(
     with swap.applied(BASE):
         gradients = NonzeroGradients(model, path)
         order = random.Random(seed).sample(range(len(examples)), min(SCALED_BY, len(examples)))
-        scales = adam_scales(gradients, [examples[index] for index in order], prompt_loss, progress)
+        scales = adam_scales(gradients, [examples[index] for index in order], prompt_loss, progress, batch)
         sketch = Sketch(gradients, scales, dims, seed)
-        return scales, sketch.features(examples, prompt_loss, progress)
+        return scales, sketch.features(examples, prompt_loss, progress, batch)
 
 
 def finish(folder: Path, scales: dict[str, Array], features: Float32, labels: Array, seed: int) -> ExpertFamily:

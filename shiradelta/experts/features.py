@@ -70,19 +70,19 @@ class Sketch:
             total += torch.zeros(self.dims, dtype=torch.float32, device=device).index_add_(0, targets, scaled).cpu()
         return unit(total.numpy())
 
-    def features(self, examples: Sequence[Any], loss: Loss, progress: Progress) -> Float32:
-        """Projects the gradient of each example's loss: float32 [examples, dims], of length 1."""
+    def features(self, examples: Sequence[Any], loss: Loss, progress: Progress, batch: int = 1) -> Float32:
+        """Projects the gradient of each example's loss: float32 [examples, dims], of length 1; `batch` run together."""
         found = np.zeros((len(examples), self.dims), np.float32)
 
         def take(number: int, gradients: list[Tensor]) -> None:
             found[number] = self.project(gradients)
 
-        self.gradients.each(examples, loss, take, progress, "gradients of examples")
+        self.gradients.each(examples, loss, take, progress, "gradients of examples", batch)
         return found
 
 
 def adam_scales(
-    gradients: NonzeroGradients, examples: Sequence[Any], loss: Loss, progress: Progress
+    gradients: NonzeroGradients, examples: Sequence[Any], loss: Loss, progress: Progress, batch: int = 1
 ) -> dict[str, Array]:
     """What Adam would multiply gradients by, 1 / (sqrt(v) + 1e-8), as exponents of two.
 
@@ -97,7 +97,7 @@ def adam_scales(
         for total, gradient in zip(sums, found, strict=True):
             total.addcmul_(gradient, gradient)
 
-    gradients.each(examples, loss, take, progress, "scales of gradients")
+    gradients.each(examples, loss, take, progress, "scales of gradients", batch)
     result = {name: np.full(count, ZERO, np.int8) for name, count in gradients.counts.items()}
     for piece, total in zip(gradients.pieces, sums, strict=True):
         moment = (total / len(examples)).sqrt().cpu()

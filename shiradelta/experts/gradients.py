@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import ShiraDeltaError, SourceError, TargetError
+from shiradelta.experts.by_example import NotByExampleError, gradients_by_example, linear_layers
 from shiradelta.io.reader import open_delta
 from shiradelta.models.saved import stored_views
 from shiradelta.nonzeros.patched import is_patched
@@ -76,6 +76,10 @@ class NonzeroGradients:
                     at = torch.from_numpy(where).to(weights[weight].device)
                     self.pieces.append(NonzeroPiece(name, torch.from_numpy(order), weight, at))
         self._weights = {piece.weight: weights[piece.weight] for piece in self.pieces}
+        self._by_weight: dict[str, list[int]] = {}
+        for number, piece in enumerate(self.pieces):
+            self._by_weight.setdefault(piece.weight, []).append(number)
+        self._layers = linear_layers(model, {weight: name for name, weight in self._weights.items()})
 
     def each(
         self,
@@ -84,45 +88,84 @@ class NonzeroGradients:
         take: Callable[[int, list[Tensor]], None],
         progress: Progress,
         what: str,
+        batch: int = 1,
     ) -> None:
         """Takes the gradient of each example's loss.
 
         Args:
             examples: the examples.
-            loss: loss(model, [example]).
+            loss: loss(model, [example]); with a batch, loss(model, examples).
             take: take(number of the example, float32 gradient of each of `pieces`); zero where the loss does not
                 depend on a weight.
             progress: called with (what, done, total).
             what: what the gradients are for.
+            batch: examples to run together, of which each gets its share of the loss of all, times their number: a
+                factor that is 1 where all weigh the same.  Where weights are not of linear layers, or a layer's input
+                has no row an example, examples run one by one all the same.
 
         Raises:
             ShiraDeltaError: a gradient is not finite, or is zero at all nonzeros.
         """
-        by_weight: dict[str, list[int]] = {}
-        for number, piece in enumerate(self.pieces):
-            by_weight.setdefault(piece.weight, []).append(number)
-        for number, example in enumerate(examples):
-            progress(what, number, len(examples))
-            found: dict[int, Tensor] = {}
-            gather = partial(self._gather, found, by_weight)
-            with torch.inference_mode(False), taking_gradients(self._model, self._weights, gather), torch.enable_grad():
-                value = loss(self._model, [example])
+        for start in range(0, len(examples), batch):
+            progress(what, start, len(examples))
+            some = examples[start : start + batch]
+            together = self._together(some, loss) if len(some) > 1 and self._layers is not None else None
+            for number, example in enumerate(some):
+                taken = self._alone(example, loss) if together is None else [one[number] for one in together]
+                _check(taken, start + number + 1)
+                take(start + number, taken)
+
+    def _alone(self, example: Any, loss: Loss) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+
+        def gather(name: str, gradient: Tensor) -> None:
+            for number in self._by_weight[name]:
+                found[number] = gradient.reshape(-1)[self.pieces[number].positions].float()
+
+        with torch.inference_mode(False), taking_gradients(self._model, self._weights, gather), torch.enable_grad():
+            value = loss(self._model, [example])
+            if value.requires_grad:
+                value.backward()  # type: ignore[no-untyped-call]
+        return [
+            found[index] if index in found else torch.zeros_like(piece.positions, dtype=torch.float32)
+            for index, piece in enumerate(self.pieces)
+        ]
+
+    def _together(self, examples: Sequence[Any], loss: Loss) -> list[Tensor] | None:
+        """Of each piece, float32 [examples, n]; None if a layer's input has no row an example."""
+        assert self._layers is not None
+        at = {name: torch.cat([self.pieces[n].positions for n in own]) for name, own in self._by_weight.items()}
+        found: dict[str, Tensor] = {}
+
+        def take(name: str, gradients: Tensor) -> None:
+            found[name] = found[name] + gradients if name in found else gradients
+
+        count = len(examples)
+        try:
+            taking = gradients_by_example(self._model, self._layers, at, count, take)
+            with torch.inference_mode(False), torch.enable_grad(), taking:
+                value = loss(self._model, examples)
                 if value.requires_grad:
                     value.backward()  # type: ignore[no-untyped-call]
-            taken = [
-                found[index] if index in found else torch.zeros_like(piece.positions, dtype=torch.float32)
-                for index, piece in enumerate(self.pieces)
-            ]
-            lengths = torch.stack([one.norm().to(taken[0].device) for one in taken]).cpu()
-            if not torch.isfinite(lengths).all():
-                raise ShiraDeltaError(f"example {number + 1} has a gradient with NaN or infinity; leave it out")
-            if not lengths.any():
-                raise ShiraDeltaError(
-                    f"example {number + 1} has no gradient at the nonzeros of the base delta; leave it out, or check"
-                    " that the loss depends on the weights"
-                )
-            take(number, taken)
+        except NotByExampleError:
+            self._layers = None
+            return None
+        result: list[Tensor] = [torch.empty(0)] * len(self.pieces)
+        for name, own in self._by_weight.items():
+            whole = found[name] * count if name in found else torch.zeros(count, len(at[name]), device=at[name].device)
+            parts = whole.split([len(self.pieces[n].positions) for n in own], 1)  # type: ignore[no-untyped-call]
+            for number, part in zip(own, parts, strict=True):
+                result[number] = part
+        return result
 
-    def _gather(self, found: dict[int, Tensor], by_weight: dict[str, list[int]], name: str, gradient: Tensor) -> None:
-        for number in by_weight[name]:
-            found[number] = gradient.reshape(-1)[self.pieces[number].positions].float()
+
+def _check(taken: Sequence[Tensor], number: int) -> None:
+    """Raises ShiraDeltaError if a gradient is not finite, or all are zero."""
+    lengths = torch.stack([one.norm().to(taken[0].device) for one in taken]).cpu()
+    if not torch.isfinite(lengths).all():
+        raise ShiraDeltaError(f"example {number} has a gradient with NaN or infinity; leave it out")
+    if not lengths.any():
+        raise ShiraDeltaError(
+            f"example {number} has no gradient at the nonzeros of the base delta; leave it out, or check"
+            " that the loss depends on the weights"
+        )

@@ -63,6 +63,7 @@ class ExpertRouter:
         model: the base model; its weights must be parameters.
         family: the family.
         prompt_loss: loss(model, [prompt]) on the prompt's tokens alone, as the family was made with.
+        prompt_batch: prompts whose gradients are taken together, as `train_family` takes it.
 
     Attributes:
         swap: a session with the members loaded, under their names.
@@ -72,9 +73,9 @@ class ExpertRouter:
         SourceError: a tensor of the base delta is not a parameter of the model.
     """
 
-    def __init__(self, model: nn.Module, family: ExpertFamily, prompt_loss: Loss) -> None:
+    def __init__(self, model: nn.Module, family: ExpertFamily, prompt_loss: Loss, prompt_batch: int = 1) -> None:
         self.family = family
-        self._loss = prompt_loss
+        self._loss, self._batch = prompt_loss, prompt_batch
         self._sketch = Sketch(
             NonzeroGradients(model, family.path(BASE)), family.scales, family.centroids.shape[1], family.seed
         )
@@ -96,6 +97,12 @@ class ExpertRouter:
             ShiraDeltaError: the gradient of a prompt is not finite, or zero.
         """
         return self._strengths(self._features(prompts, progress))
+
+    def each(
+        self, prompts: Sequence[Any], progress: Progress = lambda what, done, total: None
+    ) -> list[dict[str, float]]:
+        """The route of each prompt by itself."""
+        return [self._strengths(feature[None]) for feature in self._features(prompts, progress)]
 
     def groups(self, prompts: Sequence[Any], progress: Progress = lambda what, done, total: None) -> list[RoutedGroup]:
         """Groups prompts by the expert that weighs most, so that each group takes one switch; largest group first."""
@@ -130,7 +137,7 @@ class ExpertRouter:
         if isinstance(prompts, str) or not len(prompts):
             raise ArgumentError("give a list of one prompt or more")
         with self.swap.applied(BASE):
-            return self._sketch.features(prompts, self._loss, progress)
+            return self._sketch.features(prompts, self._loss, progress, self._batch)
 
     def _strengths(self, features: Float32) -> dict[str, float]:
         weights = route_weights(unit(features.mean(0)) @ self.family.centroids.T)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -18,12 +18,15 @@ from shiradelta.experts.assembling import finish, group_labels, making, measured
 from shiradelta.experts.clusters import birch
 from shiradelta.experts.family import BASE, ExpertFamily, names_of
 from shiradelta.experts.features import DIMS
-from shiradelta.nonzeros.pruning import PRUNE_FROM
+from shiradelta.experts.unfinished import UnfinishedFamily, digest_of
+from shiradelta.format.arithmetic import Array
 from shiradelta.nonzeros.schedule import cycle
+from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.text.batches import batches
 from shiradelta.train.attaching import attach
 from shiradelta.train.gradients import Loss
-from shiradelta.train.recipe import calibration, find_lr, optimizer_of, take_step
+from shiradelta.train.recipe import attached, find_lr, optimizer_of, take_step
+from shiradelta.train.run_state import RunState, load_run, save_run
 from shiradelta.train.settings import TrainSettings
 from shiradelta.train.tuner import Tuner
 from shiradelta.util.arguments import ANY, CALL, PATH, WHOLE, ArgumentKind, checked
@@ -43,6 +46,8 @@ _SETTINGS = ArgumentKind("TrainSettings", lambda value: isinstance(value, TrainS
     settings=_SETTINGS,
     expert_steps=WHOLE,
     dims=WHOLE,
+    prompt_batch=WHOLE,
+    unfinished=PATH,
 )
 def train_family(
     model: nn.Module,
@@ -56,6 +61,8 @@ def train_family(
     settings: TrainSettings | None = None,
     expert_steps: int | None = None,
     dims: int = DIMS,
+    prompt_batch: int = 1,
+    unfinished: str | os.PathLike[str] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> ExpertFamily:
     """Trains a family of deltas, and writes its folder.  The model is as before afterwards, bit for bit.
@@ -76,6 +83,12 @@ def train_family(
             have no effect, since the losses are yours.
         expert_steps: optimizer steps of each expert; by default it sees its examples as often as the base delta did.
         dims: dimensions of the projected gradients; 8,192 as in the paper.
+        prompt_batch: examples whose gradients are taken in one backward pass, each by itself, which is several times
+            as fast on a GPU.  `prompt_loss` must then take lists, and be a mean over examples, or over their tokens,
+            each of which depends on its own row of the model's inputs alone.
+        unfinished: a folder that keeps the state while training, some 20 bytes a nonzero of each member and 4 bytes a
+            dimension of each example.  After an interruption the same call goes on from there.  It is deleted when the
+            family is written.  Examples that JSON cannot hold are told apart by their number alone.
         progress: called with (what, done, total).
 
     Raises:
@@ -85,25 +98,20 @@ def train_family(
         ShiraDeltaError: the gradient of an example is not finite, or zero.
         MissingDependencyError: scikit-learn, which clusters, is not installed.
     """
-    for name, given, least in (("experts", experts, 2), ("expert_steps", expert_steps, 1), ("dims", dims, 1)):
-        if given is not None and given < least:
-            raise ArgumentError(f"{name} is {given}; give {least} or more")
+    least = {"experts": (experts, 2), "expert_steps": (expert_steps, 1), "dims": (dims, 1)}
+    for name, (given, least_of) in (least | {"prompt_batch": (prompt_batch, 1)}).items():
+        if given is not None and given < least_of:
+            raise ArgumentError(f"{name} is {given}; give {least_of} or more")
     if len(examples) < experts:
         raise ArgumentError(f"{len(examples)} examples are too few for {experts} experts; give more")
     settings = settings or TrainSettings()
     labels = None if groups is None else group_labels(groups, len(examples), experts)
-    with making(Path(out)) as folder:
-        training = FamilyTraining(model, examples, loss, settings, progress)
-        every = range(len(examples))
-        training.base(every, folder / f"{BASE}.shd")
-        scales, features = measured(model, folder, examples, prompt_loss or loss, dims, settings.seed, progress)
-        if labels is None:
-            labels = birch(features, experts)
-        for number, name in enumerate(names_of(experts)[1:]):
-            own = (labels == number).nonzero()[0].tolist()
-            steps = expert_steps or max(1, round(settings.steps * len(own) / len(examples)))
-            training.expert(own, steps, folder / f"{BASE}.shd", folder / f"{name}.shd")
-        return replace(finish(folder, scales, features, labels, settings.seed), folder=Path(out))
+    state = None
+    if unfinished is not None:
+        identity = [digest_of(examples), settings.as_of_0_1()]
+        state = UnfinishedFamily(Path(unfinished), identity, lambda line: None)
+    training = FamilyTraining(model, examples, loss, settings, progress, state)
+    return training.family(Path(out), prompt_loss or loss, experts, labels, expert_steps, dims, prompt_batch)
 
 
 class FamilyTraining:
@@ -111,56 +119,106 @@ class FamilyTraining:
 
     Args:
         model, examples, loss, settings, progress: as `train_family` takes them.
+        unfinished: where the state is kept; None keeps none.
+        check: called with each tuner before it is trained.
 
     Attributes:
         relative_lr: the learning rate; None until the base delta's training has found one.
     """
 
     def __init__(
-        self, model: nn.Module, examples: Sequence[Any], loss: Loss, settings: TrainSettings, progress: Progress
+        self,
+        model: nn.Module,
+        examples: Sequence[Any],
+        loss: Loss,
+        settings: TrainSettings,
+        progress: Progress,
+        unfinished: UnfinishedFamily | None = None,
+        check: Callable[[Tuner], None] = lambda tuner: None,
     ) -> None:
         self.model, self.examples, self.settings, self.progress = model, examples, settings, progress
+        self.unfinished, self._check = unfinished, check
         self._given_loss = loss
         self._lengths = [0] * len(examples)  # batches need not be of similar length
         self.relative_lr = settings.relative_lr
 
+    def family(
+        self,
+        out: Path,
+        prompt_loss: Loss,
+        experts: int,
+        labels: Array | None,
+        expert_steps: int | None,
+        dims: int,
+        prompt_batch: int,
+    ) -> ExpertFamily:
+        """Trains all members, and writes the folder; arguments and errors are those of `train_family`."""
+        settings, unfinished, every = self.settings, self.unfinished, range(len(self.examples))
+        with making(out) as folder:
+            base = folder / f"{BASE}.shd"
+            self.base(every, base)
+            found = None if unfinished is None else unfinished.features(dims)
+            if found is None:
+                given = self.model, folder, self.examples, prompt_loss, dims, settings.seed, self.progress
+                found = measured(*given, prompt_batch)
+                if unfinished is not None:
+                    unfinished.keep_features(dims, *found)
+            scales, features = found
+            if labels is None:
+                labels = birch(features, experts)
+            for number, name in enumerate(names_of(experts)[1:]):
+                own = (labels == number).nonzero()[0].tolist()
+                steps = expert_steps or max(1, round(settings.steps * len(own) / len(every)))
+                self.expert(own, steps, base, folder / f"{name}.shd")
+            family = replace(finish(folder, scales, features, labels, settings.seed), folder=out)
+        if unfinished is not None:
+            unfinished.remove()
+        return family
+
     def base(self, indices: Sequence[int], path: Path) -> None:
-        """Trains the base delta."""
-        settings = self.settings
-        prune_steps, prune_from = settings.pruning
-        with attach(
-            self.model,
-            settings.sparsity,
-            settings.mask,
-            list(settings.targets) or None,
-            calibration(settings, indices, self._lengths),
-            loss=self._loss,
-            scope=settings.scope,
-            avoid=settings.avoid,
-            seed=settings.seed,
-            prune_steps=prune_steps,
-            prune_from=prune_from if prune_steps else PRUNE_FROM,
-            magnitude=settings.magnitude,
-            progress=self.progress,
-        ) as tuner:
-            units = tuner.units()
+        """Trains the base delta, or another one of the same settings, which is named as the file."""
+        settings, kept = self.settings, self._kept(path.stem)
+        resumed = None if kept is None else load_run(kept, lambda line: None)
+        if resumed is not None:
+            self.relative_lr = resumed.relative_lr
+        with attached(self.model, self._loss, settings, indices, self._lengths, resumed, self.progress) as tuner:
+            self._check(tuner)
             if self.relative_lr is None:
                 loss = partial(self._loss, self.model)
-                self.relative_lr = find_lr(tuner, units, loss, settings, indices, self._lengths)
-            self._fit(tuner, units, indices, settings.steps, BASE)
+                self.relative_lr = find_lr(tuner, tuner.units(), loss, settings, indices, self._lengths)
+            self._fit(tuner, indices, settings.steps, path.stem, kept, resumed)
             tuner.save(path, settings.values)
 
     def expert(self, indices: Sequence[int], steps: int, start: Path, path: Path) -> None:
         """Trains an expert from the base delta's stored values."""
+        kept = self._kept(path.stem, list(indices), steps)
+        resumed = None if kept is None else load_run(kept, lambda line: None)
         with attach(self.model, start=start, magnitude=self.settings.magnitude) as tuner:
-            self._fit(tuner, tuner.units(), indices, steps, path.stem)
+            self._fit(tuner, indices, steps, path.stem, kept, resumed)
             tuner.save(path, self.settings.values)
 
-    def _fit(self, tuner: Tuner, units: Sequence[float], indices: Sequence[int], steps: int, what: str) -> None:
+    def _kept(self, name: str, *inputs: object) -> UnfinishedRun | None:
+        return None if self.unfinished is None else self.unfinished.run(name, *inputs)
+
+    def _fit(
+        self,
+        tuner: Tuner,
+        indices: Sequence[int],
+        steps: int,
+        what: str,
+        kept: UnfinishedRun | None,
+        resumed: RunState | None,
+    ) -> None:
         assert self.relative_lr is not None
-        optimizer = optimizer_of(tuner, units, self.settings.mask)
+        optimizer = optimizer_of(tuner, tuner.units(), self.settings.mask)
+        first = 0
+        if kept is not None and resumed is not None:
+            resumed.restore(tuner, optimizer, Path("the model"), kept.path)
+            first = resumed.step
         stream = batches(indices, self._lengths, self.settings.batch, self.settings.seed)
-        for step, batch in enumerate(islice(stream, steps)):
+        for step, batch in islice(enumerate(stream), first, steps):
+            if kept is not None and kept.is_due():
+                save_run(kept, tuner, optimizer, step, [], None, self.relative_lr)
             loss = partial(self._loss, self.model, batch)
             found = take_step(tuner, optimizer, loss, self.relative_lr, cycle(step, steps))
             if math.isnan(found):
@@ -169,6 +227,8 @@ class FamilyTraining:
                     f"training {what} gave NaN at step {step}; give a smaller relative_lr, such as {smaller}"
                 )
             self.progress(f"{what}: loss {found:.3f}", step + 1, steps)
+        if kept is not None and first < steps:
+            save_run(kept, tuner, optimizer, steps, [], None, self.relative_lr)
 
     def _loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         return self._given_loss(model, [self.examples[index] for index in indices])

@@ -128,26 +128,35 @@ def taking_gradients(
         weights: by name; they alone take gradients.
         take: take(name, gradient of the weight's shape), as soon as the gradient is made.
     """
+    with frozen(model):
+        hooks, before = [], {weight: weight.grad for weight in weights.values()}
+        for name, weight in weights.items():
+            weight.grad = None  # keep the user's gradients out of the mask
+            weight.requires_grad_(True)
+            hooks.append(weight.register_post_accumulate_grad_hook(partial(_give, take, name)))  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for weight, grad in before.items():
+                weight.grad = grad
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within this context, a model is in evaluation mode, and no parameter takes gradients."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [module for module in model.modules() if module.training]
     model.requires_grad_(False).eval()
     for module in training:
         # Gradient checkpointing is needed here, too, and transformers does it in training mode only.
         module.training = bool(getattr(module, "gradient_checkpointing", False))
-    hooks, before = [], {weight: weight.grad for weight in weights.values()}
-    for name, weight in weights.items():
-        weight.grad = None  # keep the user's gradients out of the mask
-        weight.requires_grad_(True)
-        hooks.append(weight.register_post_accumulate_grad_hook(partial(_give, take, name)))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for weight, grad in before.items():
-            weight.grad = grad
         for module in training:
             module.training = True
 
