@@ -92,10 +92,11 @@ def match(
         raise BaseMismatchError(f"{label}: {why} of the model; map the names with HotSwap(model, names=...)")
     if missing or not matched:
         few = missing or list(delta)
+        examples = f"e.g. {next(iter(targets))!r}" if targets else "no tensors"
         more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
         raise BaseMismatchError(
             f"{label}: {len(few)} of {count(delta, 'tensor')} not found in the model:"
-            f" {', '.join(map(repr, few[:_NAMED]))}{more} (the model has e.g. {next(iter(targets), 'nothing')!r});"
+            f" {', '.join(map(repr, few[:_NAMED]))}{more} (the model has {examples});"
             f" {remedy_of(delta.values())}, map the names with HotSwap(model, names=...), or leave tensors out with"
             " skip="
         )
