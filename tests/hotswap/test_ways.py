@@ -42,6 +42,8 @@ WAYS = [
     {"g": 1.0},
     {"f": 1.0, "g": 2.0, "h": -3.0},
     {"f": 1.0, "g": 2.0},
+    {"f": 1.0, "g": 2.0, "h": -3.0},
+    {"f": 2.0, "g": 1.0, "h": 1.0},
     {},
 ]
 
@@ -116,6 +118,46 @@ def test_a_pair_that_fails_at_its_overlaps_leaves_the_base(files: dict[str, byte
     for name, tensor in base.items():
         expected = formula(before[name], "bfloat16", [(files[one], strength) for one, strength in both.items()], name)
         assert np.array_equal(bits(tensor), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_many_adapters_are_applied_one_by_one_and_corrected_where_they_meet(monkeypatch: pytest.MonkeyPatch):
+    """Ten adapters, some elements of one, two, three and all of them; memory for what they share is limited."""
+    from shiradelta.hotswap.triton import backend as triton_backend
+
+    shape, rng = (30, 40), np.random.default_rng(1)
+    tensor = weights(shape, "bfloat16", special=True)
+    before = bits(tensor)
+    places = rng.permutation(1200)
+    of_all, of_three, of_two, own = places[:3], places[3:5], places[5:15], places[15:].reshape(-1, 5)
+    files = {}
+    for number in range(10):
+        shared = [of_all, of_two[number // 2 :: 5]] + ([of_three] if number in (2, 5, 9) else [])
+        positions = np.sort(np.concatenate([*shared, own[number::10].reshape(-1)]))
+        values = rng.normal(size=positions.size).astype(np.float32)
+        files[f"n{number}"] = adapter({"w": sd.TensorDelta(shape, positions, values, "bfloat16")}, "int8")
+    swap = sd.HotSwap({"w": tensor}, backend="triton")
+    for name, content in files.items():
+        swap.load(name, content)
+    used, kernel = [], triton_backend.kernels.overlap_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]):
+            used.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(triton_backend.kernels, "overlap_kernel", Counted())
+    several, others = dict.fromkeys(files, 0.5), {name: 0.1 * i for i, name in enumerate(files, 1)}
+    for wanted, times in ((several, 0), (others, 1), ({}, 1), (several, 2)):
+        swap.switch(wanted)
+        assert np.array_equal(bits(tensor), formula(before, "bfloat16", [(files[x], s) for x, s in wanted.items()]))
+        assert used == [(3,)] * times  # one program each for two, three and ten deltas that share elements
+    monkeypatch.setattr(triton_backend, "_OVERLAP", 0.001)
+    for wanted in ({"n0": 1.0, "n1": 1.0}, {"n0": 2.0, "n1": 1.0}):
+        swap.switch(wanted)
+        assert np.array_equal(bits(tensor), formula(before, "bfloat16", [(files[x], s) for x, s in wanted.items()]))
+    assert len(used) == 2
 
 
 @pytest.mark.slow

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
-from shiradelta.hotswap.layers import Held, Layer, LayerPatch, only_strengths_differ
+from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, only_strengths_differ
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.hotswap.triton import kernels
-from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, new_plan, prepare
+from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, Shared, new_plan, prepare
 
 #: Warps per program of 2,048 lanes.  This is the fastest of 4 to 32; fewer registers, cache hints and programmatic
 #: dependent launches gained nothing (H100).
@@ -32,8 +32,8 @@ _ALIGNED = 1 << 40
 _ALL = 1 << 31
 #: Number of plans that a delta keeps: the most recently used ones.
 _PLANS = 16
-#: Bytes per nonzero that the overlaps of a plan may take.
-_OVERLAP = 0.1
+#: Bytes per nonzero that the overlaps of a tensor may take.  Eight deltas of 1 % at independent positions take 0.43.
+_OVERLAP = 0.5
 
 
 class TritonBackend(TorchBackend):
@@ -137,8 +137,8 @@ class TritonBackend(TorchBackend):
         memory = self._there(np.array([rooms, strengths], np.int64).T.copy())
         for x in plan.overlaps:
             assert x.lists is not None
-            where = plan.table, x.entries, x.lists, x.lists.shape[1]
-            self._run(kernels.overlap_kernel, x, *where, memory, FILLED=filled, **x.kind.values())
+            where = plan.table, x.entries, x.lists, memory
+            self._run(kernels.overlap_kernel, x, *where, FILLED=filled, **x.kind.values())
         if not plan.sums:
             return
         size = self._programs * REGION
@@ -184,13 +184,13 @@ class TritonBackend(TorchBackend):
     # -------------------------------------------------------------------------------------- planning
 
     def _plan(self, layers: Sequence[Layer]) -> Plan:
-        """The plan for these deltas, made once.  At its second use, overlaps of pairs are searched for."""
+        """The plan for these deltas, made once.  At its second use, overlaps are searched for."""
         plans: dict[tuple[int, ...], Plan] = layers[0].held.data.plans
         key = tuple(layer.held.data.serial for layer in layers)
         plan = plans.pop(key, None)
         if plan is None:
             plan = new_plan(layers, self._there)
-        elif plan.pairs:
+        elif plan.searchable:
             plan = new_plan(layers, self._there, self._overlaps(plan, layers))
         if len(plans) >= _PLANS:
             del plans[next(iter(plans))]
@@ -198,18 +198,31 @@ class TritonBackend(TorchBackend):
         return plan
 
     def _overlaps(self, plan: Plan, layers: Sequence[Layer]) -> Overlaps:
-        """The positions that pairs of patches share; empty if they would take too much memory."""
-        found: Overlaps = []
-        left = _OVERLAP * sum(layer.held.data.nonzeros for layer in layers)
-        for kind, stack in plan.pairs:
-            one, other = (self.positions(layers[layer].held.patches[number]) for layer, number in stack)
-            slot = torch.searchsorted(one, other).clamp_(max=len(one) - 1)
-            second = (one[slot] == other).nonzero()[:, 0]
-            shared = torch.stack([other[second], slot[second], second]).int()
-            left -= shared.nbytes
+        """What the patches of each stack share, where that takes little memory."""
+        found: dict[tuple[tuple[int, int], ...], Shared] = {}
+        for stack in plan.searchable:
+            shared = self._shared([layers[layer].held.patches[number] for layer, number in stack])
+            if shared is not None:
+                found[tuple(stack)] = shared
+        return found
+
+    def _shared(self, patches: Sequence[Patch]) -> Shared | None:
+        """The elements that patches of one tensor share; None if they take too much memory."""
+        parts = [self.positions(patch) for patch in patches]
+        ranks = [torch.arange(len(part), device=self.device) for part in parts]
+        words = torch.cat([rank | (number << kernels.RANK_BITS.value) for number, rank in enumerate(ranks)])
+        positions, order = torch.cat(parts).sort(stable=True)
+        starts = torch.cat([positions.new_ones(1, dtype=torch.bool), positions[1:] != positions[:-1]]).nonzero()[:, 0]
+        counts = torch.diff(starts, append=starts.new_tensor([len(positions)]))
+        found, left = [], _OVERLAP * len(positions)
+        for count in range(2, len(patches) + 1):
+            at = starts[counts == count]
+            left -= 4 * (1 + count) * len(at)
             if left < 0:
-                return []
-            found.append((kind, (stack, shared)))
+                return None
+            if len(at):
+                rows = [positions[at], *(words[order[at + number]] for number in range(count))]
+                found.append(torch.stack(rows).int())
         return found
 
     def _there(self, array: NDArray[Any]) -> torch.Tensor:

@@ -52,6 +52,11 @@ SIGN = tl.constexpr(int(ValueId.SIGN))
 BITS = tl.constexpr(int(ValueId.BITS))
 #: Their ids.
 CODECS = frozenset(id for id in ValueId if id.name in globals())
+#: The bits of a word of `overlap_kernel` that hold a rank, and how many they are; above them is a delta's number.
+RANK_BITS = tl.constexpr(28)
+RANK = tl.constexpr((1 << 28) - 1)
+#: The largest number of a delta.
+LAST_NUMBER = tl.constexpr(15)
 #: Marks an element without a contribution: a NaN pattern that no sum can have.
 EMPTY = tl.constexpr(-1)
 
@@ -331,11 +336,17 @@ def stack_kernel(
 
 
 @triton.jit
+def _sharer(first, at, active):
+    """(row, rank) of a delta, from a word of `lists`."""
+    word = tl.load(at, mask=active, other=0)
+    return first + ((word >> RANK_BITS) & LAST_NUMBER) * WIDTH, word & RANK
+
+
+@triton.jit
 def overlap_kernel(
     table,
     work,
     lists,
-    size,
     layers,
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -344,28 +355,31 @@ def overlap_kernel(
     BIG: tl.constexpr,
     FILLED: tl.constexpr,
 ):
-    """Corrects the elements that two deltas share, after each was applied separately, in order.
+    """Corrects the elements that several deltas of a stack share, after each was applied separately, in order.
 
-    An entry is (row, start, count); the second delta's row follows the first one's.  `lists` is int32 [3, size]:
-    positions, and both ranks there.  Corrects the elements that the second delta saved, and rounds the sum once.
+    An entry is (the stack's first row, start, count, how many share each element, size): `lists` has int32
+    [1 + how many, size] there, from element `start` on: positions, then for each delta that shares the element its
+    number in the stack and its rank, in one word.  Corrects the elements that all but the first one saved, and rounds
+    the sum once.
     """
-    entry = work + 3 * tl.program_id(0)
-    row = table + tl.load(entry) * WIDTH
-    other = row + WIDTH
+    entry = work + 5 * tl.program_id(0)
+    first = table + tl.load(entry) * WIDTH
     lane = tl.arange(0, BLOCK)
     active = lane < tl.load(entry + 2)
+    size = tl.load(entry + 4)
     at = lists + tl.load(entry + 1) + lane
     position = tl.load(at, mask=active, other=0)
-    first = tl.load(at + size, mask=active, other=0)
-    second = tl.load(at + 2 * size, mask=active, other=0)
+    row, rank = _sharer(first, at + size, active)
     room, strength = _layer(layers, row)
-    old = tl.load(_pointer(room + tl.load(row + ROOM), SIZE) + first, mask=active, other=0)
-    sum = strength * _value(row, first, active, CODEC)
-    room, strength = _layer(layers, other)
-    if not FILLED:
-        tl.store(_pointer(room + tl.load(other + ROOM), SIZE) + second, old, mask=active)
-    sum += strength * _value(other, second, active, CODEC)
-    tl.store(_pointer(tl.load(row + WEIGHT), SIZE) + position, _sum(old, sum, DTYPE), mask=active)
+    old = tl.load(_pointer(room + tl.load(row + ROOM), SIZE) + rank, mask=active, other=0)
+    sum = strength * _value(row, rank, active, CODEC)
+    for number in range(2, tl.load(entry + 3) + 1):
+        row, rank = _sharer(first, at + number * size, active)
+        room, strength = _layer(layers, row)
+        if not FILLED:
+            tl.store(_pointer(room + tl.load(row + ROOM), SIZE) + rank, old, mask=active)
+        sum += strength * _value(row, rank, active, CODEC)
+    tl.store(_pointer(tl.load(first + WEIGHT), SIZE) + position, _sum(old, sum, DTYPE), mask=active)
 
 
 @triton.jit

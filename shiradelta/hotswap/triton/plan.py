@@ -5,7 +5,7 @@ Switches are short, so everything that does not depend on memory or strength is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
@@ -53,8 +53,11 @@ class Kind(NamedTuple):
 
 #: The patches on one tensor, as (layer, patch), in the order in which they take effect.
 Stack = list[tuple[int, int]]
-#: One per tensor: (kind, (stack of two, the `lists` of `overlap_kernel`, int32 [3, n])).
-Overlaps = list[tuple[Kind, tuple[Stack, torch.Tensor]]]
+#: Elements that deltas of a stack share, one int32 [1 + how many share each, n] for each such number of deltas; see
+#: `overlap_kernel`.
+Shared = list[torch.Tensor]
+#: Stack -> what its deltas share.
+Overlaps = Mapping[tuple[tuple[int, int], ...], Shared]
 
 
 class Launch(NamedTuple):
@@ -80,11 +83,11 @@ class Plan:
 
     Attributes:
         alone: launches for patches that are applied separately, layer after layer.
-        overlaps: launches of `overlap_kernel`, for tensors with two separately applied patches.
+        overlaps: launches of `overlap_kernel`, for tensors with several separately applied patches.
         sums: launches of `stack_kernel`, for tensors with several patches that are summed.
         table: the table of `overlaps` and `sums`, on the device.
         plain: stacks that plain torch operations apply.
-        pairs: stacks of `sums` for which `overlap_kernel` may be faster.
+        searchable: stacks of `sums` for which `overlap_kernel` may be faster.
     """
 
     alone: list[Launch]
@@ -92,7 +95,7 @@ class Plan:
     sums: list[Launch]
     table: torch.Tensor
     plain: list[Stack]
-    pairs: list[tuple[Kind, Stack]]
+    searchable: list[Stack]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,28 +134,39 @@ def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = 
     Args:
         layers: the layers, in the order of their digests.
         there: copies to the device.
-        overlaps: the overlaps of all `pairs` of an earlier plan of these layers; empty if they take too much memory.
+        overlaps: those of the `searchable` stacks of an earlier plan of these layers that take little memory; None if
+            they were not searched for.
     """
     numbers = {id(layer): number for number, layer in enumerate(layers)}
     alone: list[tuple[tuple[Kind, int], int]] = []
     sums: list[tuple[Kind, Stack]] = []
     plain: list[Stack] = []
+    meeting: list[tuple[Kind, tuple[Stack, Shared]]] = []
     for patches in stacks_of(layers).values():
         stack = [(numbers[id(layer)], number) for layer, number in patches]
         kinds = {layers[layer].held.data.kinds[number] for layer, number in stack}
         kind = kinds.pop() if len(kinds) == 1 else None
         if kind is None or (len(stack) > 1 and kind.codec == kernels.BITS.value):
             plain.append(stack)
-        elif len(stack) > 1 and not (overlaps and _is_pair(kind, stack)):
+        elif len(stack) > 1 and (not overlaps or tuple(stack) not in overlaps):
             sums.append((kind, stack))
         else:
             alone += [((kind, layer), number) for layer, number in stack]
+            if overlaps and len(stack) > 1:
+                meeting.append((kind, (stack, overlaps[tuple(stack)])))
     made = _Launches(layers, there)
     summing = [made.sum(kind, stacks) for kind, stacks in _groups(sums)]
-    meeting = [made.overlap(kind, found) for kind, found in _groups(overlaps or [])]
+    corrections = [made.overlap(kind, found) for kind, found in _groups(meeting)]
     launches = sorted((made.alone(*group) for group in _groups(alone)), key=lambda launch: launch.layer)
-    pairs = [one for one in sums if _is_pair(*one)] if overlaps is None else []
-    return Plan(launches, meeting, summing, there(np.array(made.rows, np.int64)), plain, pairs)
+    searchable = [stack for kind, stack in sums if _is_searchable(kind, stack, layers)] if overlaps is None else []
+    return Plan(
+        launches,
+        [launch for launch in corrections if len(launch.entries)],
+        summing,
+        there(np.array(made.rows, np.int64)),
+        plain,
+        searchable,
+    )
 
 
 class _Launches:
@@ -184,16 +198,19 @@ class _Launches:
         regions = np.array([-(-self.rows[first][_NUMEL] // REGION) for first, _ in columns.tolist()], np.int64)
         return Launch(kind, -1, _numbers(stacks), self._there(_entries(columns, regions)))
 
-    def overlap(self, kind: Kind, found: Sequence[tuple[Stack, torch.Tensor]]) -> Launch:
-        """Corrects the elements that the two patches of each stack share, with one program per 2,048 elements."""
+    def overlap(self, kind: Kind, found: Sequence[tuple[Stack, Shared]]) -> Launch:
+        """Corrects the elements that patches of each stack share, with one program per 2,048 elements."""
         entries, start = [], 0
-        for stack, shared in found:
-            first, size = self._add(stack), shared.shape[1]
-            entries += [(first, start + i, min(_LANES, size - i)) for i in range(0, size, _LANES)]
-            start += size
-        work = self._there(np.array(entries, np.int32).reshape(-1, 3))
-        stacks, lists = zip(*found, strict=True)
-        return Launch(kind, -1, _numbers(stacks), work, torch.cat(lists, 1))
+        for stack, every in found:
+            first = self._add(stack)
+            for shared in every:
+                rows, size = shared.shape
+                entries += [(first, start + i, min(_LANES, size - i), rows - 1, size) for i in range(0, size, _LANES)]
+                start += rows * size
+        work = self._there(np.array(entries, np.int32).reshape(-1, 5))
+        lists = [shared.reshape(-1) for _, every in found for shared in every]
+        stacks = [stack for stack, _ in found]
+        return Launch(kind, -1, _numbers(stacks), work, torch.cat(lists) if lists else None)
 
 
 def _numbers(stacks: Sequence[Stack]) -> NDArray[np.int64]:
@@ -201,9 +218,10 @@ def _numbers(stacks: Sequence[Stack]) -> NDArray[np.int64]:
     return np.array([pair for stack in stacks for pair in stack], np.int64)
 
 
-def _is_pair(kind: Kind, stack: Stack) -> bool:
-    """Whether `overlap_kernel` can handle the stack."""
-    return len(stack) == 2 and not kind.big
+def _is_searchable(kind: Kind, stack: Stack, layers: Sequence[Layer]) -> bool:
+    """Whether `overlap_kernel` can handle the stack: numbers of deltas and ranks fit into its words."""
+    most = max(int(layers[layer].held.data.rows[number, _NNZ]) for layer, number in stack)
+    return not kind.big and most <= kernels.RANK.value + 1 and len(stack) <= kernels.LAST_NUMBER.value + 1
 
 
 def _kind(patch: Patch) -> Kind | None:
