@@ -1,16 +1,11 @@
-"""Run by torchrun on two processes: DistributedDataParallel and FSDP2 against one process with the whole batch.
-
-Prints, on the first process, a line of JSON for each: the largest differences, of values and of outputs.
-"""
+"""What each of two processes does: DistributedDataParallel and FSDP2 against one process with the whole batch."""
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +17,7 @@ STEPS = 3
 
 
 class Net(nn.Module):
-    """As small as that torchrun takes longer; without transformers, which two processes would have to import."""
+    """Small, and without transformers, which the processes need not import."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,22 +63,36 @@ def whole(tuner: train.Tuner) -> dict[str, Tensor]:
     return {name: value for name, value in tuner.state_dict().items() if name.endswith(("values", "magnitudes"))}
 
 
-def main(out: Path) -> None:
-    ids = torch.randint(0, 60, (STEPS, 4, 9), generator=torch.Generator().manual_seed(0))
-    halves = list(ids[0].split(2))
-    references = {}
-    for magnitude in (False, True):  # before there are processes to sum over
-        single = model()
-        reference = attach(single, halves, magnitude=magnitude)
-        steps(single, list(ids))
-        references[magnitude] = single, whole(reference), reference.positions
+def batches() -> Tensor:
+    return torch.randint(0, 60, (STEPS, 4, 9), generator=torch.Generator().manual_seed(0))
 
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
+
+def alone(magnitude: bool) -> dict[str, Any]:
+    """What one process gives, in which there are no others to sum over: values, positions and an output."""
+    ids, single = batches(), model()
+    tuner = attach(single, list(ids[0].split(2)), magnitude=magnitude)
+    steps(single, list(ids))
+    return {"values": whole(tuner), "positions": tuner.positions, "output": single(ids[0]).detach()}
+
+
+def compare(rank: int, references: Path, out: Path) -> list[tuple[str, float, float, float]]:
+    """Trains in two processes as `alone` in one.
+
+    Args:
+        rank: of this process.
+        references: what `alone` gave, by whether there are magnitudes, as `torch.save` writes it.
+        out: the folder of the files that are saved.
+
+    Returns:
+        By kind: the largest difference of a value, the largest value, the largest difference of an output.
+    """
+    ids, told = batches(), []
+    halves = list(ids[0].split(2))
     mine = [part.split(2)[rank] for part in ids]
+    single = torch.load(references)
     for kind in ("DDP", "FSDP2", "DDP magnitude", "FSDP2 magnitude"):
         magnitude = kind.endswith("magnitude")
-        single, expected, masks = references[magnitude]
+        expected, masks = single[magnitude]["values"], single[magnitude]["positions"]
         replica = model()
         base = {name: p.detach().clone() for name, p in replica.named_parameters()}
         tuner = attach(replica, [halves[rank]], magnitude=magnitude)
@@ -105,14 +114,12 @@ def main(out: Path) -> None:
         with torch.no_grad():
             before = runner(ids[0])
             tuner.load_state_dict(tuner.state_dict())
-            outputs = float((runner(ids[0]) - single(ids[0])).abs().max())
+            outputs = float((runner(ids[0]) - single[magnitude]["output"]).abs().max())
             assert torch.equal(runner(ids[0]), before)
         tuner.detach()
         if kind.startswith("DDP"):
             assert all(torch.equal(p, base[name]) for name, p in replica.named_parameters())
-        if rank == 0:
-            size = max(float(value.abs().max()) for value in expected.values())
-            print(json.dumps({"kind": kind, "values": values, "of": size, "outputs": outputs}), flush=True)
+        told.append((kind, values, max(float(value.abs().max()) for value in expected.values()), outputs))
     replica = model()
     tuner = attach(replica, [halves[rank]], prune_steps=2)
     steps(nn.parallel.DistributedDataParallel(replica), mine)
@@ -125,12 +132,8 @@ def main(out: Path) -> None:
     tuner.load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in tuner.state_dict().items())
 
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
     # Models let go of the group before it is destroyed, and no process leaves while the other still communicates.
+    del replica, runner, tuner
     gc.collect()
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # once in many runs torch's threads aborted the process in its destructors, after everything had passed
+    return told

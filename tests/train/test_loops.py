@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,8 @@ from shiradelta import train
 from shiradelta.errors import DeltaError
 from shiradelta.nonzeros.saved_state import load_state
 from shiradelta.train.trainer import STATE, SparseCheckpoints
-from tests.building import run as run_command
-from tests.train import processes as train_processes
+from tests import ranks
+from tests.train import processes
 from tests.train.test_attach import BATCH, IDS, llama, text_loss, train_dense, train_sparse
 
 pytestmark = pytest.mark.slow
@@ -258,10 +255,10 @@ def test_gradients_of_gradients_are_refused():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_compiled():
     def train_net(compiled: bool) -> list[float]:
-        net = train_processes.model()
+        net = processes.model()
         train.attach(net, 0.25, "wm", ["table", "1", "0.0.weight", "0.3.bias", "head"])
         runner = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
-        return train_sparse(net, lambda _: train_processes.loss(runner, IDS), 4)
+        return train_sparse(net, lambda _: processes.loss(runner, IDS), 4)
 
     assert train_net(compiled=True) == pytest.approx(train_net(compiled=False), rel=1e-5)
 
@@ -304,15 +301,12 @@ def test_weights_that_were_put_in_anew_are_patched_and_given_back():
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path):
     """DistributedDataParallel and FSDP2, by gloo; masks are the same on both, too, also with pruning."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(__file__).with_name("processes.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
-    printed = run_command(*command, script, tmp_path, env=environment)
-    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    assert [line["kind"] for line in found] == ["DDP", "FSDP2", "DDP magnitude", "FSDP2 magnitude"], printed
-    for line in found:
-        assert line["values"] < 1e-6 * line["of"]
-        assert line["outputs"] < 1e-5
+    torch.save({magnitude: processes.alone(magnitude) for magnitude in (False, True)}, tmp_path / "alone.pt")
+    for found in ranks.run(processes.compare, 2, tmp_path, tmp_path / "alone.pt", tmp_path):
+        assert [kind for kind, *_ in found] == ["DDP", "FSDP2", "DDP magnitude", "FSDP2 magnitude"]
+        for _, values, largest, outputs in found:
+            assert values < 1e-6 * largest
+            assert outputs < 1e-5
     for more in ("", " magnitude"):
         files = tmp_path / f"DDP{more}.shd", tmp_path / f"FSDP2{more}.shd"
         with shiradelta.open_delta(files[0]) as one, shiradelta.open_delta(files[1]) as other:
