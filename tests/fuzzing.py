@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -21,6 +20,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+
+from tests.forked import CONTEXT
 
 MEMORY_LIMIT = 256 << 20
 CASES_PER_REPORT = 200
@@ -122,13 +123,12 @@ def run(
     seconds: float = math.inf,
 ) -> Report:
     """All cases in a child process, so that a crash or too much memory is a finding and not the end."""
-    context = multiprocessing.get_context("spawn")
     total, end = Report(), time.time() + seconds
     while total.done < count:
-        current = context.Value("q", -1)
-        receiver, sender = context.Pipe(duplex=False)
+        current = CONTEXT.Value("q", -1)
+        receiver, sender = CONTEXT.Pipe(duplex=False)
         cases = range(total.done, count)
-        child = context.Process(target=_child, args=(start, seed, cases, end, current, sender), daemon=True)
+        child = CONTEXT.Process(target=_child, args=(start, seed, cases, end, current, sender), daemon=True)
         child.start()
         sender.close()
         with suppress(EOFError), receiver:

@@ -9,7 +9,6 @@ interrupted; an error is one line and true; the same command again ends as if no
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import random
 import re
 import shutil
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.forked import CONTEXT
 from tests.killing import VICTIMS
 from tests.scenes import Scene, Victim, preload, write_inputs
 
@@ -70,7 +70,7 @@ class Fault:
 
 def traced(scene: Scene, *options: str) -> int:
     """Runs a scene's command under strace; its exit code."""
-    hold = multiprocessing.get_context("forkserver").Lock()
+    hold = CONTEXT.Lock()
     with hold:
         child = scene.start(scene.victim.command, hold)
         command = ["strace", "-f", "-p", str(child.pid), *options]

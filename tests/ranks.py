@@ -1,8 +1,7 @@
-"""Runs a function in several processes that form a gloo group, forked from a server that has imported torch."""
+"""Runs a function in several forked processes that form a gloo group."""
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    ["torch.distributed.tensor", "torch.distributed.fsdp", "shiradelta.hotswap.session", "tests.swapping", __name__]
-)
+from tests.forked import CONTEXT
+
 #: Seconds after which processes count as hanging.
 _PATIENCE = 300
 
@@ -33,9 +30,9 @@ def run(function: Callable[..., Any], count: int, folder: Path, *arguments: Any)
     while store.exists():
         number += 1
         store = folder / f"store{number}"
-    pairs = [_SERVER.Pipe(duplex=False) for _ in range(count)]
+    pairs = [CONTEXT.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        _SERVER.Process(target=_work, args=(rank, count, str(store), sender, function, arguments), daemon=True)
+        CONTEXT.Process(target=_work, args=(rank, count, str(store), sender, function, arguments), daemon=True)
         for rank, (_, sender) in enumerate(pairs)
     ]
     for process, (_, sender) in zip(processes, pairs, strict=True):

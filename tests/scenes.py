@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -23,18 +22,13 @@ import numpy as np
 import shiradelta
 from shiradelta import TensorDelta
 from shiradelta.folder.verification import VerifyReport
+from tests import forked
+from tests.forked import CONTEXT
 
 #: What ends a process from outside.
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if os.name != "nt" else ()
-#: What the process that is forked loads once; a command starts in milliseconds then.
-_LOADED = [
-    "tests.scenes",
-    "shiradelta.cli.apply",
-    "shiradelta.converters",
-    "shiradelta.folder.apply",
-    "shiradelta.combine.fuse",
-]
-_TRAINING = ["torch", "shiradelta.train.run", "shiradelta.fit.run", "transformers.models.bert.modeling_bert"]
+#: What commands that train load; with it each begins in milliseconds.
+_TRAINING = ["shiradelta.train.run", "shiradelta.fit.run", "transformers.models.bert.modeling_bert"]
 
 
 @dataclass(frozen=True)
@@ -155,10 +149,11 @@ class Scene:
             command: the command.
             hold: a lock that the process waits for before it begins; with it, this returns when it waits.
         """
-        context = multiprocessing.get_context("forkserver")
-        writing, tell = context.Pipe(duplex=False)
+        writing, tell = CONTEXT.Pipe(duplex=False)
         said = str(self.folder.with_suffix(".said"))
-        child = context.Process(target=_work, args=(self._arguments(command, self.folder), said, tell, hold))
+        child: BaseProcess = CONTEXT.Process(
+            target=_work, args=(self._arguments(command, self.folder), said, tell, hold)
+        )
         child.start()
         tell.close()
         writing.recv()
@@ -211,7 +206,7 @@ class Scene:
 
 def run(arguments: Sequence[str]) -> None:
     """Runs a command in a process of its own, which has to succeed."""
-    child = multiprocessing.get_context("forkserver").Process(target=_work, args=(arguments, os.devnull))
+    child = CONTEXT.Process(target=_work, args=(arguments, os.devnull))
     child.start()
     child.join()
     assert child.exitcode == 0, arguments
@@ -258,8 +253,7 @@ def _tell_of_file(tell: Connection, event: str, given: tuple[object, ...]) -> No
 
 def preload(victims: Sequence[Victim]) -> None:
     """Lets the processes of commands begin with everything imported; called before the first one."""
-    training = _TRAINING if any(victim.kept for victim in victims) else []
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_LOADED + training)
+    forked.preload(*(_TRAINING if any(victim.kept for victim in victims) else []))
 
 
 def write_inputs(root: Path, model: Path, source: Path) -> None:

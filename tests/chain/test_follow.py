@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -236,7 +235,6 @@ def test_the_commands_follow(run: Run, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_follower_that_is_killed_goes_on(made: Path, tmp_path: Path):
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.scenes", "shiradelta.chain.follow"])
     (tmp_path / "inputs").mkdir()
     write_inputs(tmp_path / "inputs", made / "bf16", made / "tuned_a")
     (victim,) = (each for each in VICTIMS if each.name == "chain follow")

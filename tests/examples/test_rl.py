@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
-from examples.rl.__main__ import differing, prepare
+from examples.rl.__main__ import differing, main, prepare
 from examples.rl.files import wait
 from examples.rl.generator import generate
 from examples.rl.policy import prompts, rewards, solutions
 from examples.rl.trainer import train
 from shiradelta.chain import Chain
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_generator_has_the_trainers_weights_at_every_version(tmp_path: Path):
@@ -35,12 +32,11 @@ def test_the_generator_has_the_trainers_weights_at_every_version(tmp_path: Path)
     assert Chain.open(tmp_path / "chain").verify() == []
 
 
-@pytest.mark.slow  # two new processes import torch
+@pytest.mark.slow  # a new process imports torch
 def test_two_processes_have_the_same_weights(tmp_path: Path):
-    words = ["-m", "examples.rl", str(tmp_path / "run"), "--updates", "3", "--imitated", "2"]
-    found = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "0 weights differ" in found.stdout
+    found = CliRunner().invoke(main, [str(tmp_path / "run"), "--updates", "3", "--imitated", "2"])
+    assert found.exit_code == 0, found.output
+    assert "0 weights differ" in found.output
     assert (tmp_path / "run" / "rl.png").exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import random
 import time
 from contextlib import suppress
@@ -13,6 +12,7 @@ import pytest
 
 import shiradelta
 from shiradelta.errors import TargetError
+from tests.forked import CONTEXT
 from tests.scenes import contents
 
 
@@ -38,10 +38,9 @@ def revert_all(model: Path) -> None:
 @pytest.mark.slow
 def test_four_processes_never_lose_the_way_back(model: Path, made: Path):
     before = contents(model)
-    spawn = multiprocessing.get_context("spawn")
     for round_ in range(2):
         workers = [
-            spawn.Process(target=work, args=(model, [made / "a.shd", made / "b.shd"], 1.0, 4 * round_ + i))
+            CONTEXT.Process(target=work, args=(model, [made / "a.shd", made / "b.shd"], 1.0, 4 * round_ + i))
             for i in range(4)
         ]
         for worker in workers:
