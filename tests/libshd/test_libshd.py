@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import shiradelta as sd
+from shiradelta.backends.libshd.library import library as package_library
 from shiradelta.format.codecs import VALUE_OPTIONS
 from tests import BRIEF
 from tests.building import CC, INCLUDE, LIBSHD, WARNINGS, dump, library, program, run, wasm
@@ -106,6 +107,13 @@ def test_shared_library_is_small_and_needs_nothing(tmp_path: Path):
     assert names["defined"] == set(re.findall(r"^SHD_API [^;(]*?(\w+)\(", header, re.M))
     run("strip", shared)
     assert shared.stat().st_size <= LARGEST_LIBRARY
+
+
+@linux
+@needs("strip")
+def test_library_of_the_package_is_small(tmp_path: Path):
+    run("strip", "-o", tmp_path / "libshd.so", package_library()._name)
+    assert (tmp_path / "libshd.so").stat().st_size <= LARGEST_LIBRARY
 
 
 @pytest.mark.slow
