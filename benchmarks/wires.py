@@ -27,7 +27,10 @@ from shiradelta.chain.difference import shifted
 from shiradelta.chain.fold import check_base
 from shiradelta.chain.wires import WIRES
 from shiradelta.folder.recode import base_of
+from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array
+from shiradelta.format.codecs.from_base_classes import keys_of
+from shiradelta.format.entropy import entropy
 from shiradelta.io.context import plain_delta
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 
@@ -125,6 +128,20 @@ def damaged(name: str, folder: Path, base: Checkpoint, wanted: Bits) -> str:
     return "refused" if found == {"refused"} else "other weights"
 
 
+def entropy_on_base(base: Checkpoint, changes: Changes) -> float:
+    """Bytes of positions and shifts by their entropies, given each element's exponent in the base, by tensor."""
+    bits = 0.0
+    for tensor, old, new in changes:
+        at, exponents = np.flatnonzero(old != new), keys_of(old) >> 7
+        shifts = arithmetic.shifts_between(old[at], new[at], base[tensor].dtype.name)
+        assert shifts is not None
+        for exponent in np.unique(exponents[at]):
+            here = shifts[exponents[at] == exponent]
+            share = np.unique(here, return_counts=True)[1] / here.size
+            bits += here.size * (entropy(here.size, int((exponents == exponent).sum())) - float(share @ np.log2(share)))
+    return bits / 8
+
+
 def compare(states: list[State], title: str) -> None:
     """Prints the tables of the step from the second state to the third."""
     with tempfile.TemporaryDirectory() as name:
@@ -155,6 +172,8 @@ def compare(states: list[State], title: str) -> None:
         for form in SHD, SHD_ON_BASE:
             of_least, of_fireworks = sizes[form] / sizes[least], sizes[form] / sizes["fireworks"]
             print(f"{form}: {of_least:.3f} x {least}, {of_fireworks:.3f} x fireworks")
+        floor = entropy_on_base(base, changes)
+        print(f"entropy given the base's exponents: {floor:,.0f} bytes, {floor / sizes[least]:.3f} x {least}")
 
 
 def tables(

@@ -40,7 +40,7 @@ INDEX_CODECS = {0: "NONE", 1: "RICE", 2: "RAW", 3: "BITMAP", 4: "STRUCT", 5: "AL
 VALUE_CODECS = dict(enumerate(("NONE", "F32", "F16", "BF16", "I8", "I4", "SIGN", "BITS", "ULP")))
 VALUE_CODECS[10] = "ULP_FROM_BASE"
 FROM_BASE_CODECS = ("FROM_BASE", "ULP_FROM_BASE")
-FEATURE_ZSTD = 1 << 0
+FEATURE_ZSTD, FEATURE_PACKED = 1 << 0, 1 << 2
 
 MAX_TENSORS = 1048576
 MAX_NAMES_SIZE = 67108864
@@ -179,7 +179,7 @@ def ones_of(bitmap: bytes) -> list[int]:
 
 # --- 2. The file ---
 
-HEADER = struct.Struct("<8sHHIQQQQQQIIII32s12sI")
+HEADER = struct.Struct("<8sHHIQQQQQQIIII32sIIII")
 MAGIC = b"\x89SHD\r\n\x1a\n"
 
 
@@ -192,18 +192,20 @@ class Header:
     sizes: list[int]  # of TABLE, NAMES, METADATA, EXTENSION
     crcs: list[int]  # of the same
     digest: bytes
+    control: tuple[int, int]  # stored and decoded bytes of CONTROL, of a packed file
 
 
 def read_header(data: bytes) -> Header:
-    """2.1, checks 1 to 7."""
+    """2.1, checks 1 to 7; and, of a packed file, which fields are zero (2.3)."""
     check(data[:8] == MAGIC, "bad_magic", 0)
     check(len(data) >= HEADER.size, "truncated", len(data))
     fields = HEADER.unpack_from(data)
     _, major, minor, count, incompatible, _compatible, file_size, names, metadata, ext = fields[:10]
     check(major == 1, "unsupported_version", 8)
-    check(zlib.crc32(data[:124]) == fields[16], "header_checksum", 124)
-    check(incompatible & ~FEATURE_ZSTD == 0, "unknown_feature", 16)
-    check(not any(fields[15]), "reserved_not_zero", 112)
+    check(zlib.crc32(data[:124]) == fields[18], "header_checksum", 124)
+    check(incompatible & ~(FEATURE_ZSTD | FEATURE_PACKED) == 0, "unknown_feature", 16)
+    zeros = (*fields[12:14], fields[17]) if incompatible & FEATURE_PACKED else fields[15:18]
+    check(not any(zeros), "reserved_not_zero", 112)
     check(len(data) >= file_size, "truncated", len(data))
     check(len(data) <= file_size, "trailing_data", file_size)
     check(count <= MAX_TENSORS, "limit_exceeded", 12)
@@ -211,7 +213,7 @@ def read_header(data: bytes) -> Header:
     check(metadata <= MAX_METADATA_SIZE, "limit_exceeded", 48)
     check(ext <= MAX_EXTENSION_SIZE, "limit_exceeded", 56)
     sizes = [RECORD.size * count, names, metadata, ext]
-    return Header(minor, count, incompatible, file_size, sizes, list(fields[10:14]), fields[14])
+    return Header(minor, count, incompatible, file_size, sizes, list(fields[10:14]), fields[14], fields[15:17])
 
 
 def check_padding(data: bytes, end: int) -> None:
@@ -250,6 +252,59 @@ def read_metadata(data: bytes, at: int, size: int) -> dict[str, str]:
         key_before = key
         at = value_at + value_size
     return metadata
+
+
+def unpack(data: bytes, header: Header, zstd: Zstd | None) -> bytes:
+    """2.3: the file that a packed one stands for."""
+    stored, decoded = header.control
+    rest_at = HEADER.size + stored
+    check(rest_at <= len(data), "section_layout", HEADER.size)
+    check(zlib.crc32(data[HEADER.size : rest_at]) == header.crcs[0], "section_checksum", HEADER.size)
+    check(zlib.crc32(data[rest_at:]) == header.crcs[1], "section_checksum", rest_at)
+    check(decoded <= stored * MAX_ZSTD_RATIO, "zstd_ratio", HEADER.size)
+    leads_at = sum(header.sizes)
+    check(decoded >= leads_at, "bad_size", HEADER.size)
+    control = undo_zstd(data[HEADER.size : rest_at], decoded, zstd)
+
+    records, sections = [], []
+    for i in range(header.tensor_count):
+        fields = list(RECORD.unpack(control[i : RECORD.size * header.tensor_count : header.tensor_count]))
+        check(fields[0] == 0, "reserved_not_zero", HEADER.size)
+        for first, crc, flag in (12, 18, ZSTD_INDEX), (15, 19, ZSTD_VALUES):
+            lead, size, decoded_size = fields[first : first + 3]
+            is_zstd = bool(fields[7] & flag)
+            check(fields[crc] == 0 and (is_zstd or decoded_size == 0), "reserved_not_zero", HEADER.size)
+            tail = 8 if size and not is_zstd else 0
+            check(lead + tail <= size and leads_at + lead <= decoded, "bad_size", HEADER.size)
+            middle = size - lead - tail
+            check(rest_at + middle <= len(data), "section_layout", HEADER.size)
+            section = control[leads_at : leads_at + lead] + data[rest_at : rest_at + middle] + bytes(tail)
+            sections.append(section)
+            leads_at, rest_at = leads_at + lead, rest_at + middle
+            fields[crc] = zlib.crc32(section)
+            if not is_zstd:
+                fields[first + 2] = size
+        records.append(fields)
+    check(leads_at == decoded, "bad_size", HEADER.size)
+    check(rest_at == len(data), "section_layout", HEADER.size)
+
+    place = HEADER.size + sum(align64(size) for size in header.sizes)
+    name_offset = 0
+    for i, fields in enumerate(records):
+        fields[0] = name_offset & 0xFFFFFFFF
+        name_offset += fields[1]
+        for first, section in zip((12, 15), sections[2 * i : 2 * i + 2], strict=True):
+            fields[first] = place
+            place += align64(len(section))
+    at, parts = header.sizes[0], [b"".join(RECORD.pack(*fields) for fields in records)]
+    for size in header.sizes[1:]:
+        parts.append(control[at : at + size])
+        at += size
+    head = list(HEADER.unpack_from(data))
+    head[4] &= ~FEATURE_PACKED
+    head[6], head[10:14], head[15:17] = place, map(zlib.crc32, parts), (0, 0)
+    head[18] = zlib.crc32(HEADER.pack(*head)[:124])
+    return HEADER.pack(*head) + b"".join(part + bytes(align64(len(part)) - len(part)) for part in parts + sections)
 
 
 # --- 3. The tensor table ---
@@ -468,15 +523,18 @@ def read_section(data: bytes, s: Section, zstd: Zstd | None) -> bytes:
     """4: checks the CRC and undoes zstd. Empty sections go through it too: their CRC is 0."""
     stored = data[s.offset : s.offset + s.stored]
     check(zlib.crc32(stored) == s.crc, "section_checksum")
-    if not s.zstd:
-        return stored
+    return undo_zstd(stored, s.decoded, zstd) if s.zstd else stored
+
+
+def undo_zstd(stored: bytes, size: int, zstd: Zstd | None) -> bytes:
+    """4: the contents of a frame, of that size."""
     if zstd is None:
         raise Refused("zstd_unavailable")
     try:
-        decoded = zstd(stored, s.decoded)
+        decoded = zstd(stored, size)
     except Exception as error:  # any failure of the library means that the frame is bad
         raise Refused("bad_zstd") from error
-    check(len(decoded) == s.decoded, "bad_zstd")
+    check(len(decoded) == size, "bad_zstd")
     return decoded
 
 
@@ -1074,6 +1132,9 @@ def decode(data: bytes, zstd: Zstd | None = None, base: Base | None = None) -> D
     `base` has the bytes of tensors by name: little-endian elements, flat and row-major.
     """
     header = read_header(data)
+    if header.incompatible & FEATURE_PACKED:
+        data = unpack(data, header, zstd)
+        header = read_header(data)
     offsets, end = read_file_sections(data, header)
     metadata = read_metadata(data, offsets[2], header.sizes[2])
     records = read_table(data, header, offsets, end)

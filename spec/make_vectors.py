@@ -825,6 +825,7 @@ class File:
     canonical: bool = True
     names: bytes | None = None
     tail: bytes = b""
+    leads: tuple[int, ...] | None = None  # of each section, INDEX 0, VALUES 0, ...: the file is packed (2.3)
     header: Fields = field(default_factory=dict)
 
     @property
@@ -843,7 +844,8 @@ class File:
     def written_minor(self) -> int:
         """Section 8."""
         used = chain.from_iterable((t.op, t.index.codec, t.values.codec) for t in self.tensors)
-        return max((MINORS.get(name, 0) for name in used), default=0) if self.minor is None else self.minor
+        least = int(self.leads is not None)
+        return max((least, *(MINORS.get(name, 0) for name in used))) if self.minor is None else self.minor
 
     def expected(self) -> dict[str, object]:
         """What a reader finds."""
@@ -916,7 +918,54 @@ def build(file: File) -> Built:
         for name, stored in ("INDEX", _stored(tensor.index)), ("VALUES", _stored(tensor.values)):
             places[f"{name} {i}"] = at, at + len(stored)
             at += align(len(stored), 64)
+    if file.leads is not None:
+        return Built(packed(data + payload, file.leads), {})
     return Built(data + payload, places)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a packed file is made of, for those that are to be refused.
+
+    `records` replaces fields of records, by number.  `frame` is CONTROL as it is stored.
+    """
+
+    records: Mapping[int, Fields] = field(default_factory=dict)
+    leads: bytes | None = None
+    rest: bytes | None = None
+    frame: bytes | None = None
+
+
+def packed(data: bytes, leads: Sequence[int], other: Control = Control(), **header: int | bytes) -> bytes:
+    """The packed file that stands for another one (section 2.3), with these fields in its header."""
+    fields = dict(zip(HEADER_FIELDS, HEADER.unpack_from(data), strict=True))
+    count = fields["tensor_count"]
+    at, parts, of_leads, rest, table = 128, [], b"", b"", []
+    for size in (count * RECORD.size, fields["names_size"], fields["metadata_size"], fields["extension_size"]):
+        parts.append(data[at : at + size])
+        at += align(size, 64)
+    for i, values in enumerate(RECORD.iter_unpack(parts[0])):
+        record = dict(zip(RECORD_FIELDS, values, strict=True))
+        record["name_offset"] = 0
+        for j, which in enumerate(("index", "values")):
+            start, stored, lead = record[f"{which}_offset"], record[f"{which}_stored"], leads[2 * i + j]
+            is_zstd = record["flags"] >> (2 + j) & 1
+            of_leads += data[start : start + lead]
+            rest += data[start + lead : start + stored - (8 if stored and not is_zstd else 0)]
+            record |= {f"{which}_offset": lead, f"{which}_crc": 0}
+            if not is_zstd:
+                record[f"{which}_decoded"] = 0
+        table.append(_packed(RECORD, RECORD_FIELDS, {**record, **other.records.get(i, {})}))
+    columns = b"".join(bytes(column) for column in zip(*table, strict=True))
+    control = b"".join((columns, *parts[1:], of_leads if other.leads is None else other.leads))
+    frame = zstd_frame(control) if other.frame is None else other.frame
+    rest = rest if other.rest is None else other.rest
+    zeros = {"metadata_crc": 0, "extension_crc": 0}
+    fields |= zeros | {"incompatible": fields["incompatible"] | 4, "file_size": 128 + len(frame) + len(rest)}
+    fields |= {"table_crc": zlib.crc32(frame), "names_crc": zlib.crc32(rest)}
+    fields["zero"] = struct.pack("<III", len(frame), len(control), 0)
+    head = _packed(HEADER, HEADER_FIELDS, fields | header)
+    return head + struct.pack("<I", zlib.crc32(head)) + frame + rest
 
 
 def _stored(part: Index | Values) -> bytes:
@@ -1456,6 +1505,29 @@ def valid_container() -> Valid:
     yield "zstd_some", File((change((8,), all_of(8), name="a"), replace(rle, index=index, name="b")), canonical=False)
 
 
+def valid_packed() -> Valid:
+    """Section 2.3."""
+    tensor = change((64, 64), rice(spread(40, 90), 4096))
+    whole = len(tensor.index.section) - 8, len(tensor.values.section) - 8
+
+    def of(tensors: tuple[Tensor, ...], leads: tuple[int, ...]) -> File:
+        return File(tensors, canonical=False, leads=leads)
+
+    yield "packed_no_tensors", of((), ())
+    yield "packed_metadata", replace(of((), ()), metadata={"base": "a/b", "k": ""}, extension=b"whatever comes")
+    yield "packed", replace(of((tensor,), (16, 0)), metadata={"base": "a/b"})
+    yield "packed_without_leads", of((tensor,), (0, 0))
+    yield "packed_wholly", of((tensor,), whole)
+    frames = replace(tensor, index=zstd_index(tensor.index), values=zstd_values(tensor.values))
+    yield "packed_zstd", of((frames,), (0, len(frames.values.frame or b"")))
+    yield "packed_zstd_index", of((replace(tensor, index=zstd_index(tensor.index)),), (3, 5))
+    empty = (Tensor((0,), name="a"), Tensor((4, 4), name="b", op="DROP"), Tensor((4, 4), name="c"))
+    yield "packed_of_nothing", of(empty, (0,) * 6)
+    several = tuple(change((3, i + 1), all_of(3 * i + 3), i4_values, f"layers.{i}.weight") for i in range(5))
+    yield "packed_five_tensors", of(several, (0, 8) * 5)
+    yield "packed_compatible_bits", replace(of((tensor,), (16, 0)), compatible=1 << 63 | 1)
+
+
 # --- invalid files ---
 
 Invalid = Iterator[tuple[str, str, bytes]]
@@ -1586,6 +1658,79 @@ def invalid_file_sections() -> Invalid:
     ):
         yield f"metadata_{name}", "bad_metadata", build(File((SAMPLE,), section)).data
     yield "metadata_before_table", "bad_metadata", build(File((replace(SAMPLE, record={"dtype": 99}),), b"x")).data
+
+
+def invalid_packed() -> Invalid:
+    """Section 2.3, in the order of its checks; and that what a packed file stands for is checked as any file is."""
+    a, b = (replace(SAMPLE, name=name) for name in "ab")
+    plain, leads = bytes_of(a, b), (16, 0, 16, 0)
+    index, values = len(SAMPLE.index.section), len(SAMPLE.values.section)
+
+    def of(record: Fields, number: int = 0, **header: int | bytes) -> bytes:
+        return packed(plain, leads, Control({number: record}), **header)
+
+    good = of({})
+    stored, decoded = struct.unpack_from("<II", good, 112)
+
+    def zero(stored: int = stored, decoded: int = decoded, last: int = 0) -> bytes:
+        return struct.pack("<III", stored, decoded, last)
+
+    yield "packed_reserved_last", "reserved_not_zero", of({}, zero=zero(last=1 << 31))
+    yield "packed_metadata_crc", "reserved_not_zero", of({}, metadata_crc=1)
+    yield "packed_extension_crc", "reserved_not_zero", of({}, extension_crc=1)
+    yield "packed_cut", "truncated", good[:-1]
+    yield "packed_cut_to_header", "truncated", good[:128]
+    yield "packed_longer", "trailing_data", good + b"\0"
+    yield "packed_too_many_tensors", "limit_exceeded", of({}, tensor_count=(1 << 20) + 1)
+    yield "packed_control_beyond_file", "section_layout", of({}, zero=zero(stored=len(good) - 127))
+    yield "packed_control_size_max", "section_layout", of({}, zero=zero((1 << 32) - 1, (1 << 32) - 1))
+    yield "packed_control_crc", "section_checksum", patched(good, 140, bytes((good[140] ^ 1,)))
+    yield "packed_rest_crc", "section_checksum", patched(good, len(good) - 1, bytes((good[-1] ^ 1,)))
+    yield "packed_control_crc_before_ratio", "section_checksum", of({}, table_crc=0, zero=zero(decoded=(1 << 32) - 1))
+    yield "packed_ratio", "zstd_ratio", of({}, zero=zero(decoded=64 * stored + 1))
+    yield "packed_without_control", "zstd_ratio", packed(plain, leads, Control(frame=b""))
+    yield "packed_empty_control", "bad_zstd", packed(bytes_of(), (), Control(frame=b""), zero=bytes(12))
+    yield "packed_table_beyond_control", "bad_size", of({}, tensor_count=3)
+    yield "packed_names_beyond_control", "bad_size", of({}, names_size=64 << 20)
+    yield "packed_other_content_size", "bad_zstd", of({}, zero=zero(decoded=decoded + 1))
+    yield "packed_no_frame", "bad_zstd", packed(plain, leads, Control(frame=b"no frame" * 60))
+    yield "packed_frame_and_more", "bad_zstd", packed(plain, leads, Control(frame=good[128 : 128 + stored] + b"\0"))
+    yield "packed_name_offset", "reserved_not_zero", of({"name_offset": 1}, 1)
+    for which in "index", "values":
+        yield f"packed_{which}_crc_in_record", "reserved_not_zero", of({f"{which}_crc": 1})
+        yield f"packed_{which}_decoded", "reserved_not_zero", of({f"{which}_decoded": index})
+        yield f"packed_{which}_lead_over_size", "bad_size", of({f"{which}_offset": U64})
+        yield f"packed_{which}_size_max", "section_layout", of({f"{which}_stored": U64})
+        yield f"packed_{which}_size_0", "bad_size", of({f"{which}_stored": 0, f"{which}_offset": 1})
+    yield "packed_lead_into_tail", "bad_size", of({"index_offset": index - 7})
+    yield "packed_size_below_tail", "bad_size", of({"index_stored": 7, "index_offset": 0})
+    yield "packed_leads_end_early", "bad_size", of({"values_offset": 1, "values_stored": values + 1}, 1)
+    yield "packed_leads_are_more", "bad_size", packed(plain, leads, Control(leads=bytes(33)))
+    yield "packed_rest_ends_early", "section_layout", of({"values_stored": values + 1}, 1)
+    yield "packed_rest_is_more", "section_layout", of({"values_stored": values - 1}, 1)
+    yield "packed_sizes_overflow", "section_layout", of({"index_stored": 1 << 63, "values_stored": 1 << 63})
+    yield (
+        "packed_first_record_decides",
+        "bad_size",
+        packed(plain, leads, Control({0: {"index_offset": U64}, 1: {"name_offset": 1}})),
+    )
+    yield (
+        "packed_zstd_flag_without_bit",
+        "bad_combination",
+        packed(plain, (16, 0, 16, 0), Control({0: {"flags": 4, "index_stored": index - 8, "index_decoded": index}})),
+    )
+    # What it stands for.
+    yield "packed_names_out_of_order", "name_order", packed(bytes_of(b, a), leads)
+    yield "packed_names_too_short", "name_layout", packed(bytes_of(a), leads[:2], Control({0: {"name_size": 2}}))
+    yield (
+        "packed_size_of_index",
+        "bad_size",
+        packed(bytes_of(a), (16, 0), Control({0: {"index_stored": index + 4}}, rest=bytes(index - 20 + values - 8))),
+    )
+    yield "packed_bad_metadata", "bad_metadata", packed(build(File((a,), b"\0" * 7)).data, leads[:2])
+    yield "packed_digest", "digest_mismatch", packed(bytes_of(a, digest=bytes(32)), leads[:2])
+    bad = replace(a, index=replace(a.index, section=patched(a.index.section, 0, b"\x20")))
+    yield "packed_bad_index", "bad_index", packed(bytes_of(bad), leads[:2])
 
 
 def invalid_names() -> Invalid:
@@ -2485,9 +2630,27 @@ def invalid_contents() -> Invalid:
 
 # --- writing them ---
 
-VALID = (*(valid_rice, valid_other_positions, valid_tiled, valid_values, valid_ulp, valid_operations, valid_container),)
+VALID = (
+    *(
+        valid_rice,
+        valid_other_positions,
+        valid_tiled,
+        valid_values,
+        valid_ulp,
+        valid_operations,
+        valid_container,
+        valid_packed,
+    ),
+)
 INVALID = (
-    *(invalid_header, invalid_file_sections, invalid_names, invalid_ids_and_shapes, invalid_combinations),
+    *(
+        invalid_header,
+        invalid_file_sections,
+        invalid_packed,
+        invalid_names,
+        invalid_ids_and_shapes,
+        invalid_combinations,
+    ),
     *(invalid_layout, invalid_zstd, invalid_rice, invalid_raw_and_bitmap, invalid_struct, invalid_tiled),
     *(invalid_values, invalid_ulp, invalid_without_base, invalid_contents),
 )

@@ -87,6 +87,7 @@ def program(name: str, *parts: Path, options: Sequence[str] = ("-std=c11", "-O2"
 def library() -> Path:
     """`libshd.a`; its objects do for the shared library, too."""
     options = ("-std=c11", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", *WARNINGS)
+    options += () if sys.platform == "win32" else ("-fno-asynchronous-unwind-tables",)
 
     def make(folder: Path) -> None:
         run(CC, *options, "-c", *sorted((LIBSHD / "src").glob("*.c")), cwd=folder)

@@ -39,6 +39,7 @@ from tests.reference import (
     decoder,
     is_available,
     knows_base,
+    make_vectors,
     names_base_codec,
     unzstd,
 )
@@ -54,6 +55,7 @@ HEADER_FIELDS = [(8, 2), (10, 2), (12, 4), *((at, 8) for at in range(16, 64, 8))
 #: Those of a record (section 3), without its checksums.  First the small ones: rank, ids, flags.
 SMALL_FIELDS = [(at, 1) for at in range(6, 12)]
 LARGE_FIELDS = [(0, 4), (4, 2), (12, 4), *((at, 8) for at in (*range(16, 88, 8), *range(96, 160, 8)))]
+PACKED_FIELDS = ("offset", "stored", "decoded", "crc")
 RECORD_SIZE = 160
 
 Random = random.Random
@@ -99,6 +101,10 @@ def repaired(data: bytes) -> bytes:
     if found is None:
         return data
     fixed = bytearray(data)
+    if is_packed(data):
+        rest = min(128 + number(data, 112, 4), len(data))
+        fixed[64:72] = struct.pack("<II", zlib.crc32(data[128:rest]), zlib.crc32(data[rest:]))
+        return with_header_crc(fixed)
     for i, (start, end) in enumerate(found.sections):
         place = found.records[i // 2] + 88 + 4 * (i % 2)
         fixed[place : place + 4] = struct.pack("<I", zlib.crc32(data[start:end]))
@@ -107,6 +113,10 @@ def repaired(data: bytes) -> bytes:
     with suppress(decoder.Refused):
         fixed[80:112] = digest_of(with_header_crc(fixed))
     return with_header_crc(fixed)
+
+
+def is_packed(data: bytes) -> bool:
+    return bool(number(data, 16, 8) & decoder.FEATURE_PACKED)
 
 
 def with_header_crc(data: bytes | bytearray) -> bytes:
@@ -228,6 +238,26 @@ def splice(rng: Random, data: bytes, other: bytes) -> bytes:
     return put(joined, 32, 8, len(joined)) if rng.random() < 0.5 and len(joined) >= 128 else joined
 
 
+def packed(rng: Random, data: bytes) -> bytes:
+    """The packed file that stands for one, with a change in what only such files have."""
+    found = layout(data)
+    if found is None or is_packed(data) or len(found.records) != number(data, 12, 4):
+        return data
+    leads = [rng.choice((0, rng.randrange(max(end - start - 7, 1)))) for start, end in found.sections]
+    record: dict[str, int | bytes] = {}
+    if rng.random() < 0.5:
+        name = rng.choice(("name_offset", *(f"{a}_{b}" for a in ("index", "values") for b in PACKED_FIELDS)))
+        size = 4 if name.endswith("crc") or name == "name_offset" else 8
+        record = {name: other_number(rng, rng.choice((0, 8, 16, 40)), size)}
+    other = make_vectors.Control({rng.randrange(max(len(found.records), 1)): record})
+    try:
+        data = make_vectors.packed(data, leads, other)
+    except struct.error:  # what is cut off
+        return data
+    mutate = rng.choice((lambda _, data: data, flip_bits, change_bytes, change_header, cut))
+    return repaired(mutate(rng, data)) if rng.random() < 0.8 else mutate(rng, data)
+
+
 MUTATIONS: tuple[Callable[[Random, bytes], bytes], ...] = (
     *(flip_bits, change_bytes, cut, resize, change_header, change_record, change_record, change_record_id),
     *(change_record_id, change_section, change_section, change_section, change_section, swap_sections),
@@ -250,7 +280,8 @@ def case(files: Sequence[bytes], seed: int, i: int) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if data:
             data = rng.choice(MUTATIONS)(rng, data)
-    return repaired(data) if i % 2 else data
+    data = repaired(data) if i % 2 else data
+    return packed(rng, data) if rng.random() < 0.2 else data
 
 
 # --- one file, read and judged ---

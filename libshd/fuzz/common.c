@@ -15,7 +15,7 @@ int fake_zstd(void *context, const void *source, size_t source_size, void *resul
     for (size_t i = 0; i < size; i++) {
         to[i] = from[i % source_size];
     }
-    return from[0] == 0xFF;
+    return source_size == 0 || from[0] == 0xFF;
 }
 
 loaded load(const shd_file *file, uint32_t number, int check) {
@@ -38,6 +38,11 @@ typedef struct extent {
 static extent random_part(const uint8_t *file, size_t size, unsigned int seed) {
     extent part = {0, size};
     uint32_t tensors;
+    if (file[16] & 4) { /* packed: the header, or what follows */
+        part.start = seed / 4 % 4 != 0 && size > 128 ? 128 : 0;
+        part.size -= part.start;
+        return part;
+    }
     memcpy(&tensors, file + 12, sizeof tensors);
     if (tensors == 0 || tensors > (size - 128) / 160) {
         return part;
@@ -65,7 +70,11 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsi
     if (size >= 128 && seed / 65536 % 8 != 0) {
         bytes file = {data, size};
         memcpy(data + 32, &file.size, sizeof file.size);
-        fix_all_checksums(file);
+        if (data[16] & 4) {
+            fix_packed_checksums(file);
+        } else {
+            fix_all_checksums(file);
+        }
     }
     return size;
 }

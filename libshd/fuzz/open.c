@@ -1,4 +1,5 @@
-/* Opening and looking around: a file in memory and the same one through a callback are judged alike. */
+/* Opening and looking around: a file in memory and the same one through a callback are judged alike; and what a packed
+ * one stands for. */
 #include "fuzz.h"
 
 static int read_bytes(void *context, uint64_t offset, void *buffer, size_t size) {
@@ -24,7 +25,27 @@ static void look_around(const shd_file *file) {
     PROMISE(shd_find(file, "", 0, &number) == SHD_NOT_FOUND);
 }
 
+static void unpack(const uint8_t *data, size_t size) {
+    uint64_t room = shd_unpack_size(data, size), unpacked = 0;
+    if (room == 0 || room > 1 << 22) {
+        return;
+    }
+    PROMISE(room <= 195 * size);
+    uint8_t *result = exactly(room);
+    int code = shd_unpack(data, size, fake_zstd, NULL, result, room, &unpacked, NULL);
+    PROMISE(code < SHD_INVALID_ARGUMENT);
+    if (code == SHD_OK) {
+        shd_file file;
+        PROMISE(unpacked <= room && unpacked % 64 == 0);
+        code = shd_open(&file, result, unpacked, NULL);
+        PROMISE(code != SHD_UNKNOWN_FEATURE && code != SHD_HEADER_CHECKSUM && code != SHD_SECTION_CHECKSUM);
+        look_around(&file);
+    }
+    free(result);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    unpack(data, size);
     shd_file file, other;
     shd_status status, other_status;
     uint8_t least[128];

@@ -231,6 +231,17 @@ SHD_API int shd_open_callback(shd_file *file, shd_read_fn read, void *context, u
 /* Without this a zstd section is refused: SHD_ZSTD_UNAVAILABLE. */
 SHD_API void shd_set_zstd(shd_file *file, shd_zstd_fn zstd, void *context);
 
+/* A packed file (FORMAT.md, section 2.3) is one on its way, and stands for another. shd_open() refuses it:
+ * SHD_UNKNOWN_FEATURE; the other one can be opened. */
+
+/* The bytes of the buffer that shd_unpack() needs, at most 195 times the file's; 0 for a file that is not packed. */
+SHD_API uint64_t shd_unpack_size(const void *data, uint64_t size);
+
+/* Writes the file that a packed one stands for to `result`, and its size; on an error, anything. `capacity` is at least
+ * shd_unpack_size(). */
+SHD_API int shd_unpack(const void *data, uint64_t size, shd_zstd_fn zstd, void *context, void *result, uint64_t capacity,
+                       uint64_t *unpacked, shd_status *status);
+
 /* Walks the metadata: start with *cursor = 0; SHD_NOT_FOUND is the end. Strings are UTF-8, without a zero at the end,
  * and may hold any character. */
 SHD_API int shd_metadata_next(const shd_file *file, uint64_t *cursor, const char **key, uint32_t *key_size,

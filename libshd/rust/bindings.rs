@@ -270,6 +270,8 @@ unsafe extern "C" {
     pub fn shd_open(file: *mut shd_file, data: *const c_void, size: u64, status: *mut shd_status) -> c_int;
     pub fn shd_open_callback(file: *mut shd_file, read: shd_read_fn, context: *mut c_void, size: u64, front: *mut c_void, front_size: u64, status: *mut shd_status) -> c_int;
     pub fn shd_set_zstd(file: *mut shd_file, zstd: shd_zstd_fn, context: *mut c_void);
+    pub fn shd_unpack_size(data: *const c_void, size: u64) -> u64;
+    pub fn shd_unpack(data: *const c_void, size: u64, zstd: shd_zstd_fn, context: *mut c_void, result: *mut c_void, capacity: u64, unpacked: *mut u64, status: *mut shd_status) -> c_int;
     pub fn shd_metadata_next(file: *const shd_file, cursor: *mut u64, key: *mut *const c_char, key_size: *mut u32, value: *mut *const c_char, value_size: *mut u32) -> c_int;
     pub fn shd_tensor_at(file: *const shd_file, number: u32, tensor: *mut shd_tensor, status: *mut shd_status) -> c_int;
     pub fn shd_find(file: *const shd_file, name: *const c_char, name_size: usize, number: *mut u32) -> c_int;

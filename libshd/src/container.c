@@ -1,5 +1,7 @@
 /* Opening a file: the header and the four sections of the whole file, in the order of the checks (FORMAT.md,
  * section 2). */
+#include "container.h"
+
 #include "bytes.h"
 #include "section.h"
 #include "table.h"
@@ -7,27 +9,7 @@
 
 static const uint8_t magic[8] = {0x89, 'S', 'H', 'D', '\r', '\n', 0x1A, '\n'};
 
-/* Offsets of the header's fields. */
-enum {
-    AT_MAJOR = 8,
-    AT_MINOR = 10,
-    AT_TENSOR_COUNT = 12,
-    AT_INCOMPATIBLE = 16,
-    AT_COMPATIBLE = 24,
-    AT_FILE_SIZE = 32,
-    AT_NAMES_SIZE = 40,
-    AT_METADATA_SIZE = 48,
-    AT_EXTENSION_SIZE = 56,
-    AT_TABLE_CRC = 64,
-    AT_NAMES_CRC = 68,
-    AT_METADATA_CRC = 72,
-    AT_EXTENSION_CRC = 76,
-    AT_DIGEST = 80,
-    AT_ZERO = 112,
-    AT_HEADER_CRC = 124
-};
-
-SHDI_ONCE static int check_header(shd_file *file, const uint8_t *header, uint64_t available, shd_status *status) {
+SHDI_ONCE int shdi_check_header(const shd_file *file, const uint8_t *header, uint64_t available, shd_status *status) {
     if (available < sizeof magic || memcmp(header, magic, sizeof magic) != 0) {
         return shdi_fail(status, SHD_BAD_MAGIC, SHD_NO_TENSOR, 0);
     }
@@ -40,11 +22,14 @@ SHDI_ONCE static int check_header(shd_file *file, const uint8_t *header, uint64_
     if (shd_crc32(0, header, AT_HEADER_CRC) != shdi_load32(header + AT_HEADER_CRC)) {
         return shdi_fail(status, SHD_HEADER_CHECKSUM, SHD_NO_TENSOR, AT_HEADER_CRC);
     }
-    if ((shdi_load64(header + AT_INCOMPATIBLE) & ~(uint64_t)SHDI_FEATURE_ZSTD) != 0) {
+    uint64_t features = shdi_load64(header + AT_INCOMPATIBLE);
+    if ((features & ~(uint64_t)(SHDI_FEATURE_ZSTD | SHDI_FEATURE_PACKED)) != 0) {
         return shdi_fail(status, SHD_UNKNOWN_FEATURE, SHD_NO_TENSOR, AT_INCOMPATIBLE);
     }
-    for (uint64_t i = AT_ZERO; i < AT_HEADER_CRC; i++) {
-        if (header[i] != 0) {
+    int is_packed = (features & SHDI_FEATURE_PACKED) != 0;
+    for (uint64_t i = is_packed ? AT_METADATA_CRC : AT_CONTROL_STORED; i < AT_HEADER_CRC; i++) {
+        int has_meaning = is_packed && i >= AT_DIGEST && i < AT_ZERO;
+        if (header[i] != 0 && !has_meaning) {
             return shdi_fail(status, SHD_RESERVED_NOT_ZERO, SHD_NO_TENSOR, i);
         }
     }
@@ -74,15 +59,7 @@ SHDI_ONCE static int check_header(shd_file *file, const uint8_t *header, uint64_
     return SHD_OK;
 }
 
-/* One of TABLE, NAMES, METADATA and EXTENSION. */
-typedef struct part {
-    uint64_t offset;
-    uint64_t size;
-    uint32_t crc;
-} part;
-
-/* Lays the four out, and returns the aligned end of the last. The limits keep the sums far from an overflow. */
-SHDI_ONCE static uint64_t lay_out(const uint8_t *header, part parts[4]) {
+SHDI_ONCE uint64_t shdi_lay_out(const uint8_t *header, shdi_part parts[4]) {
     parts[0].size = (uint64_t)SHDI_RECORD_SIZE * shdi_load32(header + AT_TENSOR_COUNT);
     parts[1].size = shdi_load64(header + AT_NAMES_SIZE);
     parts[2].size = shdi_load64(header + AT_METADATA_SIZE);
@@ -96,7 +73,7 @@ SHDI_ONCE static uint64_t lay_out(const uint8_t *header, part parts[4]) {
     return offset;
 }
 
-SHDI_ONCE static int check_part(const shd_file *file, const part *section, shd_status *status) {
+SHDI_ONCE static int check_part(const shd_file *file, const shdi_part *section, shd_status *status) {
     uint8_t buffer[4096]; /* for EXTENSION, which no caller keeps in memory */
     uint32_t crc = 0;
     for (uint64_t done = 0; done < section->size;) {
@@ -168,7 +145,7 @@ SHDI_ONCE static int check_metadata(const shd_file *file, shd_status *status) {
 }
 
 /* Checks everything after the header, once the front is in memory. */
-SHDI_ONCE static int check_sections(shd_file *file, const part parts[4], uint64_t sections_offset, shd_status *status) {
+SHDI_ONCE static int check_sections(shd_file *file, const shdi_part parts[4], uint64_t sections_offset, shd_status *status) {
     for (int i = 0; i < 4; i++) {
         int code = check_part(file, &parts[i], status);
         if (code != SHD_OK) {
@@ -179,7 +156,7 @@ SHDI_ONCE static int check_sections(shd_file *file, const part parts[4], uint64_
     return code != SHD_OK ? code : shdi_check_table(file, sections_offset, status);
 }
 
-SHDI_ONCE static void take_header(shd_file *file, const uint8_t *header, const part parts[4]) {
+SHDI_ONCE static void take_header(shd_file *file, const uint8_t *header, const shdi_part parts[4]) {
     file->front_size = parts[3].offset;
     file->incompatible = shdi_load64(header + AT_INCOMPATIBLE);
     file->compatible = shdi_load64(header + AT_COMPATIBLE);
@@ -202,12 +179,15 @@ SHDI_ONCE static int open_any(shd_file *file, void *front, uint64_t front_size, 
     if (bytes != header) {
         memcpy(header, bytes, (size_t)available);
     }
-    int code = check_header(file, header, available, status);
+    int code = shdi_check_header(file, header, available, status);
     if (code != SHD_OK) {
         return code;
     }
-    part parts[4];
-    uint64_t sections_offset = lay_out(header, parts);
+    if ((shdi_load64(header + AT_INCOMPATIBLE) & SHDI_FEATURE_PACKED) != 0) {
+        return shdi_fail(status, SHD_UNKNOWN_FEATURE, SHD_NO_TENSOR, AT_INCOMPATIBLE); /* shd_unpack() knows it */
+    }
+    shdi_part parts[4];
+    uint64_t sections_offset = shdi_lay_out(header, parts);
     if (sections_offset > file->size) {
         return shdi_fail(status, SHD_SECTION_LAYOUT, SHD_NO_TENSOR, AT_EXTENSION_SIZE);
     }

@@ -9,27 +9,6 @@
 #include "utf8.h"
 #include "values.h"
 
-/* Offsets of a record's fields. */
-enum {
-    AT_NAME_OFFSET = 0,
-    AT_NAME_SIZE = 4,
-    AT_RANK = 6,
-    AT_DTYPE = 7,
-    AT_OP = 8,
-    AT_INDEX_CODEC = 9,
-    AT_VALUE_CODEC = 10,
-    AT_FLAGS = 11,
-    AT_ZERO = 12,
-    AT_NNZ = 16,
-    AT_BASE_FINGERPRINT = 24,
-    AT_RESULT_FINGERPRINT = 32,
-    AT_INDEX = 40,
-    AT_VALUES = 64,
-    AT_INDEX_CRC = 88,
-    AT_VALUES_CRC = 92,
-    AT_DIMS = 96
-};
-
 /* Where a record's name and sections must start, and the name that comes before its own. */
 typedef struct place {
     uint64_t name_offset;
@@ -82,8 +61,8 @@ SHDI_ONCE static refusal check_ids(const uint8_t *record, shd_tensor *tensor) {
     tensor->flags = record[AT_FLAGS];
     const uint32_t known_flags =
         SHD_HAS_BASE_FINGERPRINT | SHD_HAS_RESULT_FINGERPRINT | SHD_INDEX_ZSTD | SHD_VALUES_ZSTD;
-    if (shdi_load32(record + AT_ZERO) != 0) {
-        return shdi_fault_at(SHD_RESERVED_NOT_ZERO, AT_ZERO);
+    if (shdi_load32(record + AT_RECORD_ZERO) != 0) {
+        return shdi_fault_at(SHD_RESERVED_NOT_ZERO, AT_RECORD_ZERO);
     }
     if ((tensor->flags & ~known_flags) != 0) {
         return shdi_fault_at(SHD_RESERVED_NOT_ZERO, AT_FLAGS);

@@ -186,8 +186,14 @@ static uint64_t scratch_of_all(const shd_file *file) {
 
 /* 0 for a file that was printed or refused; anything else is a fault of the library, since verified files decode. */
 static int dump(const void *data, uint64_t size, zstd_library *zstd) {
-    shd_file file;
-    int code = shd_open(&file, data, size, NULL);
+    shd_file file = {0};
+    int code = SHD_OK;
+    uint64_t room = shd_unpack_size(data, size);
+    void *unpacked = room != 0 ? take(room) : NULL;
+    if (room != 0) {
+        code = shd_unpack(data, size, zstd != NULL ? unzstd : NULL, zstd, unpacked, room, &size, NULL);
+    }
+    code = code != SHD_OK ? code : shd_open(&file, room != 0 ? unpacked : data, size, NULL);
     if (zstd != NULL) {
         shd_set_zstd(&file, unzstd, zstd);
     }
@@ -201,6 +207,7 @@ static int dump(const void *data, uint64_t size, zstd_library *zstd) {
         code = print_file(&file, scratch, scratch_size);
     }
     free(scratch);
+    free(unpacked);
     return code;
 }
 

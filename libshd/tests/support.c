@@ -89,6 +89,15 @@ void fix_all_checksums(bytes f) {
     fix_checksums(f);
 }
 
+void fix_packed_checksums(bytes file) {
+    uint64_t rest = 128 + get(file.data + 112, 4);
+    if (rest <= file.size) {
+        put(file.data + 64, shd_crc32(0, file.data + 128, rest - 128), 4);
+        put(file.data + 68, shd_crc32(0, file.data + rest, file.size - rest), 4);
+    }
+    put(file.data + 124, shd_crc32(0, file.data, 124), 4);
+}
+
 static void put_section(uint8_t *record, uint32_t at, uint32_t at_crc, bytes file, uint64_t offset, const void *data,
                         uint64_t size, uint64_t decoded) {
     put(record + at, offset, 8);

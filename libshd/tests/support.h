@@ -49,6 +49,9 @@ void fix_checksums(bytes file);
 /* Those of the tensors' sections, too. The file has at least 128 bytes. */
 void fix_all_checksums(bytes file);
 
+/* Those of a packed file: of CONTROL, of REST and of the header. */
+void fix_packed_checksums(bytes file);
+
 bytes encode_positions(const int64_t *positions, uint64_t count, uint64_t numel);
 bytes encode_values(int value_codec, const float *values, uint64_t count);
 

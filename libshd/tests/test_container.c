@@ -190,6 +190,64 @@ static void test_zstd(void) {
     give(f.data);
 }
 
+/* ---- Packed files ---- */
+
+/* The packed file of one of a single tensor, nothing of whose sections is in CONTROL; its "frame" is CONTROL itself. */
+static bytes pack(bytes f, uint64_t names_size) {
+    const uint64_t rest = 8, control = 160 + names_size;
+    const uint32_t sizes[3] = {(uint32_t)control, (uint32_t)control, 0};
+    bytes packed = {take(128 + control + rest), 128 + control + rest};
+    memcpy(packed.data, f.data, 128);
+    memcpy(packed.data + 128, f.data + 128, 160);           /* one record: its columns are bytes */
+    memcpy(packed.data + 288, f.data + 320, names_size);
+    memset(packed.data + 128 + 40, 0, 8);                   /* leads */
+    memset(packed.data + 128 + 64, 0, 8);
+    memset(packed.data + 128 + 56, 0, 8);                   /* decoded sizes */
+    memset(packed.data + 128 + 80, 0, 8);
+    memset(packed.data + 128 + 88, 0, 8);                   /* CRCs */
+    memcpy(packed.data + 128 + control, f.data + 384, 4);   /* INDEX without slack */
+    memcpy(packed.data + 132 + control, f.data + 448, 4);   /* VALUES */
+    packed.data[16] |= 4;
+    memcpy(packed.data + 32, &packed.size, 8);
+    memset(packed.data + 72, 0, 8);
+    memcpy(packed.data + 112, sizes, sizeof sizes);
+    return packed;
+}
+
+static void test_packed(void) {
+    static const uint8_t index[12] = {1}, values[12] = {0x80, 0x3F};
+    tensor_spec t = {.name = "w", .rank = 1, .dims = {4}, .dtype = SHD_BF16, .op = SHD_OP_SET,
+                     .index_codec = SHD_INDEX_RAW, .value_codec = SHD_VALUES_BITS, .nnz = 1,
+                     .index = index, .index_size = 12, .values = values, .values_size = 12};
+    bytes f = build_file(&t, 1, 0, NULL, 0), packed = pack(f, 1);
+    fix_packed_checksums(packed);
+    uint64_t room = shd_unpack_size(packed.data, packed.size), unpacked = 0;
+    uint8_t *result = take(room);
+    shd_file file;
+    shd_status status;
+    CHECK(shd_unpack_size(f.data, f.size) == 0 && shd_unpack_size(packed.data, 127) == 0);
+    CHECK(room >= f.size && room <= 195 * packed.size);
+    CHECK_CODE(shd_open(&file, packed.data, packed.size, &status), SHD_UNKNOWN_FEATURE);
+    CHECK(status.offset == 16);
+    CHECK_CODE(shd_unpack(packed.data, packed.size, NULL, NULL, result, room, &unpacked, NULL), SHD_ZSTD_UNAVAILABLE);
+    CHECK_CODE(shd_unpack(packed.data, packed.size, copy_frame, NULL, result, room - 1, &unpacked, NULL),
+               SHD_BUFFER_TOO_SMALL);
+    CHECK_CODE(shd_unpack(f.data, f.size, copy_frame, NULL, result, room, &unpacked, NULL), SHD_INVALID_ARGUMENT);
+    CHECK_CODE(shd_unpack(packed.data, packed.size, copy_frame, NULL, result, room, &unpacked, &status), SHD_OK);
+    CHECK(status.code == SHD_OK && unpacked == f.size && memcmp(result, f.data, f.size) == 0);
+    CHECK_CODE(shd_open(&file, result, unpacked, NULL), SHD_OK);
+    packed.data[128 + 48] = 13; /* INDEX would take a byte of VALUES, and VALUES one that is not there */
+    CHECK_CODE(shd_unpack(packed.data, packed.size, copy_frame, NULL, result, room, &unpacked, &status),
+               SHD_SECTION_CHECKSUM);
+    fix_packed_checksums(packed);
+    CHECK_CODE(shd_unpack(packed.data, packed.size, copy_frame, NULL, result, room, &unpacked, &status),
+               SHD_SECTION_LAYOUT);
+    CHECK(status.offset == 128 && status.tensor == SHD_NO_TENSOR);
+    give(result);
+    give(packed.data);
+    give(f.data);
+}
+
 static void test_crc(void) {
     static uint8_t data[1000];
     random_state r = {5};
@@ -225,4 +283,5 @@ void test_container(void) {
     test_refusals();
     test_callback();
     test_zstd();
+    test_packed();
 }

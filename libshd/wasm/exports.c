@@ -9,8 +9,11 @@ EXPORT("struct_size") uint32_t struct_size(int which) { return (uint32_t)shd_str
 EXPORT("error_name") const char *error_name(int code) { return shd_error_name(code); }
 EXPORT("dtype_size") uint32_t dtype_size(int dtype) { return shd_dtype_size(dtype); }
 
+/* A packed file is refused, since there is no zstd here; nothing is written then. */
 EXPORT("open") int open_file(shd_file *file, const void *data, uint32_t size) {
-    return shd_open(file, data, size, NULL);
+    uint64_t unpacked;
+    return shd_unpack_size(data, size) == 0 ? shd_open(file, data, size, NULL)
+                                            : shd_unpack(data, size, NULL, NULL, file, 0, &unpacked, NULL);
 }
 
 EXPORT("tensor_count") uint32_t tensor_count(const shd_file *file) { return file->tensor_count; }

@@ -10,11 +10,13 @@ import numpy as np
 
 from shiradelta.backends.protocols import Backend, Decoder
 from shiradelta.errors import FormatError
-from shiradelta.format import arithmetic, container
+from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.header import crc32
 from shiradelta.format.record import Record, Section
+from shiradelta.format.zstd import unzstd
 from shiradelta.util.arrays import WINDOW, aligned, ranges
 
 
@@ -93,33 +95,9 @@ class NumpyDecoder(Decoder):
     def _section(self, section: Section, whole: bool = True) -> Bytes:
         """The decoded bytes of a section; checks its checksum if `whole`."""
         stored = self._data[section.offset : section.offset + section.stored]
-        if whole and container.crc32(stored) != section.crc:
+        if whole and crc32(stored) != section.crc:
             raise FormatError("section_checksum")
         return np.frombuffer(unzstd(stored, section.decoded), np.uint8) if section.zstd else stored
-
-
-def has_zstd() -> bool:
-    """Whether zstd sections can be read."""
-    try:
-        import zstandard  # noqa: F401
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-def unzstd(stored: Bytes, decoded: int) -> bytes:
-    """Decompresses one zstd frame of exactly `decoded` bytes.  Raises FormatError."""
-    if not has_zstd():
-        raise FormatError("zstd_unavailable")
-    import zstandard
-
-    try:
-        # zstandard allocates the size that the frame claims, so that is checked first.
-        if zstandard.frame_content_size(stored.data) != decoded:
-            raise FormatError("bad_zstd", "the frame's content size differs")
-        return zstandard.ZstdDecompressor().decompress(stored.data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise FormatError("bad_zstd", str(error)) from None
 
 
 def at_least(x: Float32, threshold: float) -> Positions:

@@ -36,7 +36,9 @@ def recode(source: str, out: str, base: str, limit: str | None, as_json: bool) -
         echo_json(dataclasses.asdict(report))
         return
     how = "read with its base only" if report.needs_base else "read by itself"
-    if not report.needs_base and report.source_bytes == report.file_bytes:
-        how += ", as its base would not make it smaller"
+    if not report.needs_base and report.packed:
+        how += ", and packed: its base would not make it smaller"
+    elif not report.needs_base and report.source_bytes == report.file_bytes:
+        how += ", as neither its base nor packing would make it smaller"
     share = report.file_bytes / max(report.source_bytes, 1)
     echo_lines(f"{out}: {size(report.file_bytes)}, {share:.2f} of {source}; {how}")

@@ -12,7 +12,7 @@ from shiradelta.folder.comparison import Past
 from shiradelta.folder.journal import Journal
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.record import Record
-from shiradelta.io.context import Base, plain_delta, write_on_base, write_plain
+from shiradelta.io.context import Base, WrittenForm, plain_delta, write_on_base, write_plain
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import DELTA, Delta, open_delta
 from shiradelta.io.recognise import Wanted
@@ -33,6 +33,7 @@ class RecodeReport:
         source: the file that was read.
         out: the file that was written.
         needs_base: whether the written file is read with its base only; not if that would make no tensor smaller.
+        packed: whether the written file is packed; not if that would make it no smaller.
         tensors: number of tensors.
         nonzeros: number of nonzeros.
         source_bytes: size of the first file.
@@ -43,6 +44,7 @@ class RecodeReport:
     source: str
     out: str
     needs_base: bool
+    packed: bool
     tensors: int
     nonzeros: int
     source_bytes: int
@@ -62,7 +64,8 @@ def recode(
     """Writes a delta in its other form: the smaller one that is read with its base only, or the plain one.
 
     Both have the same digest.  The smaller form is for a file on its way to where the base is: the base's elements tell
-    where changes are likely (spec/FORMAT.md, 4.7 and 5.2).  A tensor that would not become smaller stays as it is.
+    where changes are likely (spec/FORMAT.md, 4.7 and 5.2), and table and names are packed (2.3).  A tensor that would
+    not become smaller stays as it is.
 
     Args:
         source: the `.shd` file, of either form.
@@ -82,16 +85,17 @@ def recode(
         delta = source if isinstance(source, Delta) else stack.enter_context(open_delta(source, limit=limit))
         there, scratch = base_of(delta, checkpoint), Path(out).absolute().parent
         with replacing(Path(out)) as output:
-            if delta.needs_base:
+            if delta.needs_base or delta.packed:
                 write_plain(delta, there, output, progress, scratch=scratch, zstd=True)
-                needs_base = False
+                written = WrittenForm(needs_base=False, packed=False)
             else:
-                needs_base = write_on_base(delta, there, output, progress, scratch=scratch)
+                written = write_on_base(delta, there, output, progress, scratch=scratch)
             file_bytes = output.tell()
     return RecodeReport(
         source=delta.file or "delta",
         out=os.fspath(out),
-        needs_base=needs_base,
+        needs_base=written.needs_base,
+        packed=written.packed,
         tensors=len(delta),
         nonzeros=delta.nnz,
         source_bytes=delta.sizes["file"],

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +13,9 @@ from shiradelta.errors import ArgumentError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.header import Header, crc32, read_header
 from shiradelta.format.operations import OPERATIONS
+from shiradelta.format.packed import unpack
 from shiradelta.format.record import Record, Section, combination_problem
 from shiradelta.format.registry import Flag, Incompatible, IndexId, ValueId
 
@@ -29,8 +30,10 @@ class Container:
     records: tuple[Record, ...]
     metadata: Mapping[str, str]
     digest: bytes
+    data: Bytes  # the file, unpacked
     minor: int = 0
-    sizes: Mapping[str, int] = field(default_factory=dict)  # part -> its bytes, for people
+    sizes: Mapping[str, int] = field(default_factory=dict)  # part -> its bytes unpacked, but the file's own
+    packed: bool = False
 
     @property
     def index_codecs(self) -> frozenset[int]:
@@ -43,87 +46,50 @@ class Container:
         return frozenset(record.value_codec for record in self.records) - {ValueId.NONE}
 
 
-def crc32(data: Bytes | bytes, before: int = 0) -> int:
-    """The CRC-32 of zlib; 0 for no bytes.  `before` is that of the bytes in front."""
-    return zlib.crc32(data if isinstance(data, bytes) else data.data, before)
-
-
 def check_padding(data: Bytes, start: int, end: int) -> None:
     """Checks that bytes between sections are zero."""
     if data[start:end].tobytes().strip(b"\0"):
         raise FormatError("padding_not_zero", "between sections", offset=start)
 
 
-def parse(data: Bytes) -> Container:
+def parse(data: Bytes, most: int | None = None) -> Container:
     """Reads a whole file and checks everything but the payload.
+
+    Args:
+        data: the file's bytes.
+        most: the most bytes of memory that a packed file may take.
 
     Raises:
         FormatError: in the order and with the reasons of FORMAT.md.
+        LimitError: a packed file takes more.
     """
-    if data[:8].tobytes() != registry.MAGIC:
-        raise FormatError("bad_magic", offset=0)
-    if data.size < registry.HEADER_SIZE:
-        raise FormatError("truncated", f"{data.size} bytes, a header has {registry.HEADER_SIZE}", offset=data.size)
-    (
-        _,
-        major,
-        minor,
-        tensor_count,
-        incompatible,
-        _compatible,
-        file_size,
-        names_size,
-        metadata_size,
-        extension_size,
-        *crcs,
-        digest,
-    ) = registry.HEADER.unpack(data[: registry.HEADER.size].tobytes())
-    if major != registry.MAJOR:
-        raise FormatError("unsupported_version", f"version {major}.{minor}", offset=8)
-    if crc32(data[: registry.HEADER.size]) != int.from_bytes(data[124:128].tobytes(), "little"):
-        raise FormatError("header_checksum", offset=124)
-    unknown = incompatible & ~sum(Incompatible)
-    if unknown:
-        raise FormatError("unknown_feature", f"bits 0x{unknown:x}", offset=16)
-    if data[112:124].any():
-        raise FormatError("reserved_not_zero", offset=112)
-    if data.size != file_size:
-        reason = "truncated" if data.size < file_size else "trailing_data"
-        raise FormatError(reason, f"{data.size} bytes of {file_size}", offset=min(data.size, file_size))
-    for what, count, limit in (
-        ("tensors", tensor_count, registry.MAX_TENSORS),
-        ("bytes of names", names_size, registry.MAX_NAMES_SIZE),
-        ("bytes of metadata", metadata_size, registry.MAX_METADATA_SIZE),
-        ("bytes of extension", extension_size, registry.MAX_EXTENSION_SIZE),
-    ):
-        if count > limit:
-            raise FormatError("limit_exceeded", f"{count} {what}, at most {limit}")
-
+    header, packed_size = read_header(data), None
+    if header.packed:
+        data, packed_size = unpack(data, header, most), data.size
+        header = read_header(data)
     sections = []
     cursor = registry.HEADER_SIZE
-    for size, crc in zip(
-        (tensor_count * registry.RECORD_SIZE, names_size, metadata_size, extension_size), crcs, strict=True
-    ):
+    for size, crc in zip(header.whole_sizes, header.crcs, strict=True):
         sections.append(Section(cursor, size, size, crc))
         cursor = sections[-1].end
-    if cursor > file_size:
-        raise FormatError("section_layout", f"the table and its like end at {cursor} of {file_size} bytes")
+    if cursor > header.file_size:
+        raise FormatError("section_layout", f"the table and its like end at {cursor} of {header.file_size} bytes")
     for section in sections:
         if crc32(data[section.offset : section.offset + section.stored]) != section.crc:
             raise FormatError("section_checksum", offset=section.offset)
         check_padding(data, section.offset + section.stored, section.end)
     table, names, metadata, extension = (data[s.offset : s.offset + s.stored] for s in sections)
     pairs = parse_metadata(metadata.tobytes(), sections[2].offset)
-    records = _parse_table(data, table, names, cursor, bool(incompatible & Incompatible.ZSTD))
+    records = _parse_table(data, table, names, cursor, bool(header.incompatible & Incompatible.ZSTD))
     sizes = {
         "header": registry.HEADER_SIZE,
         "table": table.size + names.size,
         "metadata": metadata.size + extension.size,
         "index": sum(r.index.stored for r in records),
         "values": sum(r.values.stored for r in records),
-        "file": file_size,
+        "file": header.file_size if packed_size is None else packed_size,
     }
-    return Container(records, pairs, digest, minor, sizes)
+    return Container(records, pairs, header.digest, data, header.minor, sizes, packed_size is not None)
 
 
 def parse_metadata(data: bytes, offset: int) -> dict[str, str]:
@@ -304,8 +270,10 @@ def _check_section(section: Section, cursor: int, data: Bytes, zstd: bool, size_
     check_padding(data, section.offset + section.stored, section.end)
 
 
-def build(records: Iterable[Record], metadata: Mapping[str, str], digest: bytes, file_size: int) -> bytes:
-    """Everything before the first payload section; the records' offsets are final.
+def front(
+    records: Iterable[Record], metadata: Mapping[str, str], digest: bytes, file_size: int
+) -> tuple[Header, list[bytes]]:
+    """The header, and TABLE, NAMES, METADATA and EXTENSION; the records' offsets are final.
 
     The minor version is the lowest that defines all that the records use.
     """
@@ -316,21 +284,25 @@ def build(records: Iterable[Record], metadata: Mapping[str, str], digest: bytes,
     for record, name in zip(records, names, strict=True):
         table += _build_record(record, offset, len(name))
         offset += len(name)
-    sections = [bytes(table), b"".join(names), build_metadata(metadata), b""]
+    parts = [bytes(table), b"".join(names), build_metadata(metadata), b""]
     zstd = any(record.index.zstd or record.values.zstd for record in records)
-    head = registry.HEADER.pack(
-        registry.MAGIC,
-        registry.MAJOR,
-        max((record.minor for record in records), default=0),
-        len(records),
-        Incompatible.ZSTD if zstd else 0,
-        0,
-        file_size,
-        *(len(section) for section in sections[1:]),
-        *(crc32(section) for section in sections),
-        digest,
+    header = Header(
+        minor=max((record.minor for record in records), default=0),
+        tensor_count=len(records),
+        incompatible=Incompatible.ZSTD if zstd else 0,
+        compatible=0,
+        file_size=file_size,
+        sizes=(len(parts[1]), len(parts[2]), len(parts[3])),
+        crcs=(crc32(parts[0]), crc32(parts[1]), crc32(parts[2]), crc32(parts[3])),
+        digest=digest,
     )
-    return b"".join((head, crc32(head).to_bytes(4, "little"), *(pad_section(section) for section in sections)))
+    return header, parts
+
+
+def build(records: Iterable[Record], metadata: Mapping[str, str], digest: bytes, file_size: int) -> bytes:
+    """Everything before the first payload section; arguments are those of `front`."""
+    header, parts = front(records, metadata, digest, file_size)
+    return b"".join((header.to_bytes(), *map(pad_section, parts)))
 
 
 def pad_section(section: bytes) -> bytes:

@@ -18,7 +18,7 @@ GROUP = 128
 ULP_BLOCK = 8192
 
 # spec/FORMAT.md, section 2.1; the CRC-32 of the header follows in the last four bytes.
-HEADER = struct.Struct("<8sHHIQQQQQQIIII32s12x")
+HEADER = struct.Struct("<8sHHIQQQQQQIIII32sII4x")
 HEADER_SIZE = 128
 DIGEST_OFFSET = 80
 # Section 3: the record up to its dims, which are eight u64.
@@ -60,6 +60,7 @@ class Incompatible(IntFlag):
     """Features without which a file cannot be read."""
 
     ZSTD = 1 << 0
+    PACKED = 1 << 2  # bit 1 is never assigned: the conformance vectors use it as an unknown one
 
 
 class Flag(IntFlag):

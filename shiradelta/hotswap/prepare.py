@@ -84,6 +84,9 @@ class Preparation:
         if delta.needs_base:
             _, data = read_whole(plain_bytes(label, delta, matched, self.targets, allow_dtype), self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
+        elif delta.unpacked is not None:
+            _, data = read_whole(delta.unpacked, self.devices.buffer)
+            delta = open_delta(data, choice, limit=limit)
         matched = only_these(label, matched, only)
         wanted = delta if only is None else matched
         delta.check_memory("all of it", sum(delta[own].record.unpacked_size for own in wanted))

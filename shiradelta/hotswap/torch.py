@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from shiradelta.backends.choose import AUTO, choose
-from shiradelta.backends.numpy import unzstd
 from shiradelta.errors import DeltaError
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.codecs import BITS, F32, VALUE_CODECS
@@ -25,6 +24,7 @@ from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import ORDERED, IndexId, Order
+from shiradelta.format.zstd import unzstd
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.hotswap.protocol import Fit

@@ -20,6 +20,7 @@ from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs import BITS, F32, ULP, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, ValueCodec
 from shiradelta.format.codecs.float import Float
+from shiradelta.format.header import crc32
 from shiradelta.format.operations import Operation
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import IndexId, ValueId
@@ -137,8 +138,8 @@ class _Piece:
 
     def record(self, name: str, start: int) -> Record:
         """Its row in the table of a file, where its sections begin at `start`."""
-        index = Section(start, len(self.index), len(self.index), container.crc32(self.index))
-        values = Section(index.end, len(self.values), len(self.values), container.crc32(self.values))
+        index = Section(start, len(self.index), len(self.index), crc32(self.index))
+        values = Section(index.end, len(self.values), len(self.values), crc32(self.values))
         return Record(
             name=name,
             shape=self.weight.shape,

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from shiradelta.format.codecs.from_base import FromBase
 from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import tensor_digest
-from shiradelta.format.record import Record, Section
+from shiradelta.format.record import Record
 from shiradelta.io.reader import Delta, StoredTensor, parse_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.util.files import temporary_errors
@@ -52,6 +52,23 @@ class _Sections:
     index: bytes
     value_codec: int
     values: bytes
+
+    def index_taken(self, record: Record) -> int:
+        """About what INDEX takes of a packed file, in which the first bytes are compressed."""
+        lead = INDEX_CODECS.by_id[self.index_codec].lead(np.frombuffer(self.index, np.uint8), record.nnz, record.numel)
+        return len(self.index) - lead // 2
+
+    def values_taken(self, record: Record) -> int:
+        """About what VALUES takes."""
+        lead = VALUE_CODECS.by_id[self.value_codec].lead(np.frombuffer(self.values, np.uint8), record.nnz)
+        return len(self.values) - lead // 2
+
+
+class WrittenForm(NamedTuple):
+    """What a file became: read with its base only, or packed."""
+
+    needs_base: bool
+    packed: bool
 
 
 def write_plain(
@@ -94,10 +111,11 @@ def write_plain(
 
 def write_on_base(
     delta: Delta, base: Base, output: IO[bytes], progress: Progress | None = None, *, scratch: Path | None = None
-) -> bool:
-    """Writes a file that does the same and is read with its base only, where that makes it smaller; whether it did.
+) -> WrittenForm:
+    """Writes a file that does the same, on its way to where the base is: packed, and read with its base only.
 
-    Args and errors are those of `write_plain`.  Sections are compressed where that helps, if the file has such ones.
+    Each where it makes the file smaller.  Sections are compressed where that helps, if the file has such ones.  Args
+    and errors are those of `write_plain`.
     """
 
     def on_base(stored: StoredTensor) -> tuple[TensorDelta, _Sections]:
@@ -110,17 +128,17 @@ def write_on_base(
             raise FormatError("wrong_base", tensor=record.name)
         index_codec, value_codec = _codecs()
         index = index_codec.encode_on(positions, stored.shape, elements)
-        if index is not None and _takes_less(index, record.index):
-            kept = replace(kept, index_codec=index_codec.id, index=index)
+        if index is not None:
+            other = replace(kept, index_codec=index_codec.id, index=index)
+            kept = min(kept, other, key=lambda each: each.index_taken(record))
         if stored.operation.shifts:
-            values = value_codec.encode_on(stored.bits(), at)
-            if _takes_less(values, record.values):
-                kept = replace(kept, value_codec=value_codec.id, values=values)
+            other = replace(kept, value_codec=value_codec.id, values=value_codec.encode_on(stored.bits(), at))
+            kept = min(kept, other, key=lambda each: each.values_taken(record))
         return stored, kept
 
     if delta.needs_base:
         raise FormatError("base_needed", file=delta.file)
-    return _write(delta, on_base, output, progress, scratch, _has_zstd(delta))
+    return _write(delta, on_base, output, progress, scratch, _has_zstd(delta), packed=True)
 
 
 def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> Delta:
@@ -133,11 +151,6 @@ def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> D
         stream.flush()
         mapped = map_file(stream.fileno(), delta.file or "delta", os.fstat(stream.fileno()).st_size)
     return parse_delta(np.frombuffer(mapped, np.uint8), delta.file, mapped=mapped, limit=delta.limit)
-
-
-def _takes_less(section: bytes, other: Section) -> bool:
-    """Whether a section takes less of a file than another, with the padding."""
-    return registry.align(len(section), registry.SECTION_ALIGNMENT) < other.end - other.offset
 
 
 def _has_zstd(delta: Delta) -> bool:
@@ -205,10 +218,11 @@ def _write(
     progress: Progress | None,
     scratch: Path | None,
     zstd: bool,
-) -> bool:
-    """Writes the other form of every tensor, and compares the digests; whether one of them needs the base."""
+    packed: bool = False,
+) -> WrittenForm:
+    """Writes the other form of every tensor, and compares the digests."""
     needs_base = False
-    with writing_to(output, "f32", zstd, scratch=scratch) as writer:
+    with writing_to(output, "f32", zstd, scratch=scratch, packed=packed) as writer:
         writer.metadata.update(delta.metadata)
         for number, (name, stored) in enumerate(delta.items()):
             if progress:
@@ -218,7 +232,7 @@ def _write(
             writer.add_sections(record, tensor_digest(tensor), sections.index, sections.values)
             needs_base |= record.needs_base
         _check_digest(writer, delta)
-    return needs_base
+    return WrittenForm(needs_base, writer.packed)
 
 
 def _check_digest(writer: DeltaWriter, delta: Delta) -> None:

@@ -45,6 +45,7 @@ def describe(delta: Delta) -> dict[str, Any]:
         "file": delta.file,
         "version": delta.version,
         "needs": _reader(delta),
+        "packed": delta.packed,
         "digest": delta.digest,
         "metadata": delta.metadata,
         "nnz": nnz,
@@ -82,7 +83,7 @@ def _reader(delta: Delta) -> str:
     """The oldest reader that takes the file."""
     release = RELEASES.get(delta.version)
     ours = "" if release is None else f" (shiradelta {release})"
-    zstd = any(tensor.record.index.zstd or tensor.record.values.zstd for tensor in delta.values())
+    zstd = delta.packed or any(tensor.record.index.zstd or tensor.record.values.zstd for tensor in delta.values())
     return f"a reader of format {delta.version}{ours} or later{', with zstd' if zstd else ''}"
 
 

@@ -137,18 +137,18 @@ class Delta(Mapping[str, StoredTensor]):
         digest: the content digest, hexadecimal (FORMAT.md, section 7).
         file: the file's name, or None.
         limit: the most memory, in bytes or such as "500MB", that decoding one of its tensors may take.
+        packed: whether the file is packed (FORMAT.md, 2.3), and was unpacked into memory.
     """
 
     def __init__(
         self,
-        data: Bytes,
         container: Container,
         file: str | None,
         mapped: mmap.mmap | None,
         backend: Backend,
         limit: int,
     ) -> None:
-        self._decoder: Decoder | None = backend.decoder(data, file, container.records)
+        self._decoder: Decoder | None = backend.decoder(container.data, file, container.records)
         self._mapped = mapped
         self._records = {record.name: record for record in container.records}
         self.file = file
@@ -157,6 +157,8 @@ class Delta(Mapping[str, StoredTensor]):
         self.digest = container.digest.hex()
         self.version = f"1.{container.minor}"
         self.sizes = container.sizes
+        self.packed = container.packed
+        self._unpacked = container.data if container.packed else None
 
     def __getitem__(self, name: str) -> StoredTensor:
         return StoredTensor(self, self._records[name])
@@ -193,7 +195,7 @@ class Delta(Mapping[str, StoredTensor]):
 
     def close(self) -> None:
         """Closes the file.  Decoded arrays stay valid."""
-        self._decoder = None
+        self._decoder = self._unpacked = None
         if self._mapped is not None:
             # If a view of BITS values is still in use, the map lives as long as the view.
             with suppress(BufferError):
@@ -206,6 +208,11 @@ class Delta(Mapping[str, StoredTensor]):
         if self._decoder is None:
             raise ShiraDeltaError(f"{self.file or 'delta'} was closed; open it again to read from it")
         return self._decoder
+
+    @property
+    def unpacked(self) -> Bytes | None:
+        """The file that a packed one stands for, in memory; None where this one is not packed."""
+        return self._unpacked
 
     def check_memory(self, what: str, size: int) -> None:
         """Checks that `size` bytes, which `what` takes when it is decoded, are within the limit.
@@ -280,8 +287,9 @@ def open_delta(source: Source, backend: str = "auto", *, limit: int | str | None
         source: a path (mapped into memory; also `user/repo[@revision][/file]` on the Hub), bytes or an array of them,
             or a binary file (read to its end).
         backend: "libshd", "numpy", or "auto" for the fastest that knows the file's codecs; the bits are the same.
-        limit: the most memory that decoding one tensor may take, in bytes or such as "500MB"; a tensor that takes more
-            raises LimitError before any is allocated.  None for 1 GiB, or 64 times the file's size if that is more.
+        limit: the most memory that decoding one tensor may take, or unpacking a packed file, in bytes or such as
+            "500MB"; what takes more raises LimitError before any is allocated.  None for 1 GiB, or 64 times the file's
+            size if that is more.
 
     Raises:
         ArgumentError: the backend does not know one of the file's codecs, or the limit is not positive.
@@ -323,9 +331,11 @@ def parse_delta(
             f"limit {limit} is less than a byte; give a positive number of bytes, or None for the default"
         )
     try:
-        parsed = container.parse(data)
+        parsed = container.parse(data, allowed)
         chosen = choose(backend, parsed.index_codecs, parsed.value_codecs)
-        return Delta(data, parsed, file, mapped, chosen, allowed)
+        return Delta(parsed, file, mapped, chosen, allowed)
+    except LimitError as error:
+        raise LimitError(f"{file or 'delta'}: {error}") from None
     except FormatError as error:
         error.file = file
         if file is not None:

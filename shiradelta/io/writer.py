@@ -17,12 +17,15 @@ from shiradelta.backends.protocols import Backend
 from shiradelta.errors import ArgumentError, DeltaError, FormatError
 from shiradelta.format import arithmetic, container, registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs import BITS, INDEX_CODECS, ULP, VALUE_OPTIONS, smallest_index_codec
+from shiradelta.format.codecs import BITS, INDEX_CODECS, ULP, VALUE_CODECS, VALUE_OPTIONS, smallest_index_codec
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import TensorDigest, content_digest, tensor_digest
+from shiradelta.format.header import crc32
 from shiradelta.format.operations import OPERATIONS
+from shiradelta.format.packed import Packer
 from shiradelta.format.record import Record, Section, combination_problem
 from shiradelta.format.windows import windows_of
+from shiradelta.format.zstd import compressed
 from shiradelta.io.reader import StoredTensor
 from shiradelta.util.arguments import ArgumentKind, checked
 from shiradelta.util.files import replacing
@@ -35,10 +38,14 @@ class DeltaWriter:
     """Writes a `.shd` file, tensor by tensor in any order; encoded sections wait until all tensors are known.
 
     `writing` makes it, and moves the file into place.
+
+    Attributes:
+        metadata: what the file says about itself.
+        packed: whether the file that was written is packed.
     """
 
-    def __init__(self, spool: IO[bytes], values: str, zstd: bool, backend: str) -> None:
-        self._spool = spool
+    def __init__(self, spool: IO[bytes], values: str, zstd: bool, backend: str, packed: bool = False) -> None:
+        self._spool, self._may_pack, self.packed = spool, packed, False
         self._codec = VALUE_OPTIONS.find(values)
         self._zstd = zstd
         # Positions may need any index codec; a backend given by name uses only the codecs that it knows.
@@ -137,7 +144,7 @@ class DeltaWriter:
         offset, size, crc = self._spool.tell(), 0, 0
         for part in parts:
             self._spool.write(part)
-            size, crc = size + len(part), container.crc32(part, crc)
+            size, crc = size + len(part), crc32(part, crc)
         self._spool.write(bytes(-size % registry.SECTION_ALIGNMENT))
         return Section(offset, size, size, crc)
 
@@ -188,16 +195,11 @@ class DeltaWriter:
 
     def _store(self, payload: bytes) -> Section:
         """Appends a section to the spool; returns its offset there."""
-        stored, zstd = payload, False
-        if self._zstd:
-            import zstandard
-
-            packed = zstandard.ZstdCompressor(level=19).compress(payload)
-            if len(packed) < len(payload) <= len(packed) * registry.MAX_ZSTD_RATIO:
-                stored, zstd = packed, True
+        frame = compressed(payload) if self._zstd else None
+        stored = payload if frame is None else frame
         offset = self._spool.tell()
         self._spool.write(container.pad_section(stored))
-        return Section(offset, len(stored), len(payload), container.crc32(stored), zstd)
+        return Section(offset, len(stored), len(payload), crc32(stored), frame is not None)
 
     @property
     def digest(self) -> str:
@@ -225,20 +227,44 @@ class DeltaWriter:
                 f"metadata of {metadata_size} bytes (at most {registry.MAX_METADATA_SIZE}), or an empty key"
             )
         start = container.payload_start(len(names), names_size, self.metadata)
-        cursor, records, moves = start, [], []
-        for name in names:
-            record = self._records[name]
+        cursor, records, spooled = start, [], [self._records[name] for name in names]
+        for record in spooled:
             index = replace(record.index, offset=cursor)
             values = replace(record.values, offset=index.end)
             cursor = values.end
             records.append(replace(record, index=index, values=values))
-            moves += [record.index, record.values]
         digest = self.digest
-        output.write(container.build(records, self.metadata, bytes.fromhex(digest), cursor))
-        for section in moves:
-            self._spool.seek(section.offset)
-            _copy(self._spool, output, section.end - section.offset)
+        header, parts = container.front(records, self.metadata, bytes.fromhex(digest), cursor)
+        if self._may_pack:
+            packer = Packer(header, parts, spooled, [self._leads(record) for record in spooled], self._read)
+            self.packed = packer.pays
+            if self.packed:
+                packer.write(output)
+                return digest
+        output.write(b"".join((header.to_bytes(), *map(container.pad_section, parts))))
+        for record in spooled:
+            for section in record.index, record.values:
+                self._spool.seek(section.offset)
+                _copy(self._spool, output, section.end - section.offset)
         return digest
+
+    def _read(self, offset: int, size: int) -> bytes:
+        """Bytes of the spool."""
+        self._spool.seek(offset)
+        return self._spool.read(size)
+
+    def _leads(self, record: Record) -> tuple[int, int]:
+        """How many first bytes of both sections a packed file has beside its table."""
+        if not record.nnz:
+            return 0, 0
+        index, values = (
+            np.frombuffer(self._read(each.offset, each.stored), np.uint8) for each in (record.index, record.values)
+        )
+        codec, of_values = INDEX_CODECS.by_id[record.index_codec], VALUE_CODECS.by_id[record.value_codec]
+        return (
+            0 if record.index.zstd else codec.lead(index, record.nnz, record.numel),
+            0 if record.values.zstd else of_values.lead(values, record.nnz),
+        )
 
 
 def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
@@ -309,6 +335,7 @@ def writing_to(
     zstd: bool = False,
     backend: str = "auto",
     scratch: Path | None = None,
+    packed: bool = False,
 ) -> Iterator[DeltaWriter]:
     """A context with a `DeltaWriter` that writes to an open file when the block succeeds.
 
@@ -318,9 +345,10 @@ def writing_to(
         zstd: compress sections where that helps.
         backend: a name of `shiradelta.backends.choose.FILE_BACKENDS`, or "auto".
         scratch: the folder of a nameless file for what is too large for memory; None for the system's.
+        packed: pack the file where that makes it smaller: for one on its way, which is unpacked to be read.
     """
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=None if scratch is None else str(scratch)) as spool:
-        writer = DeltaWriter(spool, values, zstd, backend)
+        writer = DeltaWriter(spool, values, zstd, backend, packed)
         yield writer
         writer.finish(output)
 

@@ -120,9 +120,9 @@ def test_a_folder_is_published_as_what_differs_whole_tensors_too(run: Run, tmp_p
     after["head.weight"] = small(5)["layers.0.up.weight"]
     one, other = write(tmp_path / "before", before), write(tmp_path / "after", after)
     assert reason(lambda: run.chain.publish(other)) == "no_fingerprint"
-    run.chain.publish(other, base=one)
+    run.chain.publish(other, base=one, context="none")
     assert same(run.reached(None, 4), after)
-    back = run.chain.publish(one, base=other)
+    back = run.chain.publish(one, base=other, context="none")
     assert same(run.reached(3, 5), before)
     assert back.gives == run.chain.manifest.states()[3]
     run.chain.fold(3, 5)

@@ -313,11 +313,33 @@ def test_what_the_base_does_not_make_smaller_stays_as_it_is(made: Path, tmp_path
     delta = sd.TensorDelta((160, 96), at, np.ones(40, np.float32), "float32")
     sd.save_delta(tmp_path / "a.shd", {"fp32": delta, "none": sd.TensorDelta((3,), [], [], "float32")})
     base = folder_of(tmp_path / "base", {"fp32": torch.ones(160, 96), "none": torch.ones(3)})
-    assert not sd.recode(tmp_path / "a.shd", tmp_path / "b.shd", base).needs_base
-    assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "b.shd").read_bytes()
+    report = sd.recode(tmp_path / "a.shd", tmp_path / "b.shd", base)
+    assert (report.needs_base, report.packed) == (False, True)
+    assert report.file_bytes < report.source_bytes
     arguments = ["recode", str(tmp_path / "a.shd"), str(tmp_path / "b.shd"), "--base", str(base)]
-    assert "1.00 of" in (said := CliRunner().invoke(main, arguments).stdout)
+    said = CliRunner().invoke(main, arguments).stdout
     assert "its base would not make it smaller" in said.replace("\n", " ")
+    state = {"fp32": torch.ones(160, 96), "none": torch.ones(3)}
+    sd.load(state, tmp_path / "b.shd")
+    assert int((state["fp32"] == 2).sum()) == 40
+    sd.recode(tmp_path / "b.shd", tmp_path / "c.shd", base)
+    assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "c.shd").read_bytes()
+
+
+def test_packing_leaves_a_file_that_it_makes_no_smaller(tmp_path: Path):
+    values = np.random.default_rng(0).standard_normal(20000).astype(np.float32)
+    sd.save_delta(
+        tmp_path / "a.shd", {"w": sd.TensorDelta((200, 100), np.arange(20000), values, "float32")}, values="f32"
+    )
+    report = sd.recode(
+        tmp_path / "a.shd", tmp_path / "b.shd", folder_of(tmp_path / "base", {"w": torch.ones(200, 100)})
+    )
+    assert (report.needs_base, report.packed) == (False, False)
+    assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "b.shd").read_bytes()
+    said = CliRunner().invoke(
+        main, ["recode", str(tmp_path / "a.shd"), str(tmp_path / "b.shd"), "--base", str(tmp_path / "base")]
+    )
+    assert "1.00 of" in said.stdout
 
 
 def test_compressed_sections_stay_so(made: Path, tmp_path: Path):

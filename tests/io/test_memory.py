@@ -15,6 +15,7 @@ import shiradelta as sd
 from shiradelta.cli import main
 from shiradelta.combine.report import report
 from shiradelta.io.reader import default_limit
+from tests.reference import make_vectors
 
 #: Reads the most memory that the process ever had, in bytes; it starts from what the imports took.
 PEAK = """
@@ -117,6 +118,19 @@ def test_what_takes_more_than_the_limit_is_refused_before_it_is_decoded(bomb: Pa
         delta.verify()
     with pytest.raises(sd.ArgumentError, match="limit 0"):
         sd.open_delta(bomb, limit=0)
+
+
+def test_a_packed_file_is_not_unpacked_beyond_the_limit():
+    """A file that stands for 17 times its size: empty tensors."""
+    file = make_vectors.File(tuple(make_vectors.Tensor((4, 4), name=f"{i:04}") for i in range(1000)))
+    data = make_vectors.packed(make_vectors.build(file).data, (0, 0) * 1000)
+    size = len(make_vectors.build(file).data)
+    assert size > 17 * len(data)
+    with sd.open_delta(data) as delta:
+        assert delta.packed
+        assert delta.sizes["file"] == len(data)
+    with pytest.raises(sd.LimitError, match="when it is unpacked, over the limit"):
+        sd.open_delta(data, limit=size)
 
 
 def test_the_limit_is_a_gibibyte_or_the_size_that_zstd_may_unpack_to():

@@ -99,7 +99,7 @@ def test_metadata_are_signed_although_the_content_digest_leaves_them_out(signed:
 
 
 def test_the_content_digest_is_recomputed_before_a_file_is_signed(signed: Path):
-    from shiradelta.format.container import crc32
+    from shiradelta.format.header import crc32
 
     data = bytearray(Path("b.shd").read_bytes())
     data[80] ^= 1  # the digest in the header, with a right checksum

@@ -22,13 +22,14 @@ from shiradelta.backends.libshd.library import (
     library,
     new_struct,
 )
-from shiradelta.backends.numpy import NumpyDecoder, has_zstd, unzstd
+from shiradelta.backends.numpy import NumpyDecoder
 from shiradelta.backends.protocols import Decoder
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format.arithmetic import Array, Positions, out_of_range
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import BLOCK_BITS, DTYPE_OF_NAME, IndexId
+from shiradelta.format.zstd import has_zstd, unzstd
 from shiradelta.util.arrays import WINDOW, ranges
 
 _FIRST_MISUSE = 64

@@ -73,6 +73,10 @@ class IndexCodec(ABC):
     ) -> tuple[int, Positions]:
         """(rank of the first one, positions) of all positions in [start, stop)."""
 
+    def lead(self, data: Bytes, nnz: int, numel: int) -> int:
+        """Bytes of a valid section before its streams, which compress; all but the slack of a small one."""
+        return small_lead(data)
+
 
 class ValueCodec(ABC):
     """Values <-> the bytes of a VALUES section.  `size` is the bytes of one element of the base's dtype.
@@ -125,6 +129,10 @@ class ValueCodec(ABC):
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         """Checks the whole section, which `decode` trusts: parameters or values, padding, slack."""
 
+    def lead(self, data: Bytes, nnz: int) -> int:
+        """As that of an index codec."""
+        return small_lead(data)
+
     def codes_at(self, nnz: int) -> int:
         """Offset of the codes in a section, after the groups' parameters; 0 without parameters."""
         return 0
@@ -168,6 +176,13 @@ def padded(data: bytes) -> bytes:
 
 
 SLACK = bytes(registry.SLACK)
+#: The most bytes of a section that is small.
+_SMALL = 64
+
+
+def small_lead(data: Bytes) -> int:
+    """All but the slack of a small section; otherwise 0."""
+    return max(data.size - registry.SLACK, 0) if data.size <= _SMALL else 0
 
 
 def check_positions(positions: Positions, numel: int) -> None:

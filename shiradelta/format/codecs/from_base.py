@@ -48,6 +48,9 @@ class FromBase(IndexCodec):
     def decode_between(self, data: Bytes, nnz: int, shape: tuple[int, ...], start: int, stop: int) -> NoReturn:
         raise FormatError("base_needed")
 
+    def lead(self, data: Bytes, nnz: int, numel: int) -> int:
+        return data.size - _parts(data, numel)[1].low.nbytes
+
     def room(self, data: Bytes, numel: int) -> int:
         """Bytes of memory that `decode_on` takes for tiles; a section of 40 bytes may have one for each element."""
         *_, tile_rows, columns, _ = HEAD.unpack_from(data.data)

@@ -11,7 +11,7 @@ import numpy as np
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, check_positions, check_zero, part
+from shiradelta.format.codecs.base import SLACK, Bytes, IndexCodec, check_positions, check_zero, part, small_lead
 from shiradelta.format.codecs.packing import (
     Words,
     count_ones,
@@ -154,6 +154,9 @@ class Rice(IndexCodec):
                 SLACK,
             )
         )
+
+    def lead(self, data: Bytes, nnz: int, numel: int) -> int:
+        return small_lead(data) or registry.RICE_HEAD.size
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
         return np.concatenate(list(self.windows(data, nnz, shape)))

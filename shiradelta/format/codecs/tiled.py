@@ -196,6 +196,9 @@ class Tiled(IndexCodec):
             known = self._last = weakref.ref(positions), shape, choose(positions, shape)
         return known[2]
 
+    def lead(self, data: Bytes, nnz: int, numel: int) -> int:
+        return data.size - _TiledParts.of(data, nnz, numel).gaps.low.nbytes
+
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
         return np.concatenate(list(self.windows(data, nnz, shape)))
 

@@ -104,6 +104,10 @@ class Ulp(ValueCodec):
         """Whether everything but the stream fits; the head tells the rest."""
         return section >= self.size(nnz, size)
 
+    def lead(self, data: Bytes, nnz: int) -> int:
+        parts = _UlpParts.of(data, nnz)
+        return data.size - parts.signs.size - parts.stream.size
+
     def encode(self, values: Array) -> bytes:
         size = values.itemsize
         shifts = values.view(f"<i{size}").astype(np.int64)

@@ -155,6 +155,10 @@ class UlpFromBase(ValueCodec):
     def check(self, data: Bytes, nnz: int, size: int) -> NoReturn:
         raise FormatError("base_needed")
 
+    def lead(self, data: Bytes, nnz: int) -> int:
+        parts = _ClassedParts.of(data, nnz)
+        return data.size - parts.signs.size - parts.stream.size
+
     def encode_on(self, shifts: Array, base: Array) -> bytes:
         """The section of shifts as unsigned bits, which are in the range that ULP has, given the base's elements."""
         size, nnz = shifts.itemsize, shifts.size
