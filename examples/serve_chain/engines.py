@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlencode, urlsplit
 
 import shiradelta as sd
 
 #: What becomes of generation in flight -> what vLLM calls that.
 POLICIES = {"finish": "wait", "abort": "abort"}
+
+
+class Layer(NamedTuple):
+    """A step on the weights: it makes version `stop` of version `start`."""
+
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in the engine."""
+        return f"version {self.stop} from {self.start}"
+
+    @classmethod
+    def of(cls, name: str) -> Layer | None:
+        """The one of a name; None for another adapter's."""
+        found = re.fullmatch(r"version ([0-9]{1,16}) from ([0-9]{1,16})", name)
+        return None if found is None else cls(int(found[2]), int(found[1]))
 
 
 class EngineError(Exception):
@@ -31,16 +50,16 @@ class Engine(Protocol):
     def flush(self) -> None:
         """Forgets what was computed with other weights."""
 
-    def active(self) -> str:
-        """The name of the step that is on the weights; "" for none."""
+    def active(self) -> tuple[Layer, ...]:
+        """The steps that are on the weights, in order, from the first version on."""
 
-    def apply(self, name: str, step: Path | None, before: str) -> None:
-        """Puts the weights at what a step from the first version gives.
+    def apply(self, before: Sequence[Layer], after: Sequence[Layer], files: Mapping[Layer, Path]) -> None:
+        """Puts the weights at what some steps give, one after the other, from the first version on.
 
         Args:
-            name: what the step is called there.
-            step: its file; None for the first version itself.
-            before: the name of the step that is on the weights; "" for none.
+            before: the steps that are on the weights.
+            after: those that are to be; the first ones may be the same.
+            files: the files of those that are new.
         """
 
 
@@ -56,11 +75,11 @@ class FolderOnly:
     def flush(self) -> None:
         """Does nothing."""
 
-    def active(self) -> str:
+    def active(self) -> tuple[Layer, ...]:
         """There is none."""
-        return ""
+        return ()
 
-    def apply(self, name: str, step: Path | None, before: str) -> None:
+    def apply(self, before: Sequence[Layer], after: Sequence[Layer], files: Mapping[Layer, Path]) -> None:
         """Does nothing."""
 
 
@@ -92,26 +111,31 @@ class VllmServer:
         if self._post("/reset_prefix_cache").get("success") is not True:
             raise EngineError("vLLM did not reset its prefix cache; pause generation before")
 
-    def active(self) -> str:
+    def active(self) -> tuple[Layer, ...]:
         """As `Engine.active`; workers that have no session yet refuse the question, and get one."""
         try:
             adapters = self._call("shd_info")["results"][0]["adapters"]
         except EngineError:
             self._call("shd_init", str(self._checkpoint))
-            return ""
+            return ()
         except (KeyError, IndexError, TypeError):
             raise EngineError("vLLM's answer to shd_info is another one than expected") from None
         names = [str(name) for name, one in adapters.items() if one["strength"]]
-        if names and not (len(names) == 1 and names[0].startswith("version ") and names[0][8:].isdecimal()):
+        layers = [found for name in names if (found := Layer.of(name)) is not None]
+        layers.sort()
+        ends = [0, *(layer.stop for layer in layers)]
+        if len(layers) < len(names) or [layer.start for layer in layers] != ends[:-1]:
             raise EngineError(f"the workers have {', '.join(names)[:200]} active, which is no version; take that out")
-        return "".join(names)
+        return tuple(layers)
 
-    def apply(self, name: str, step: Path | None, before: str) -> None:
+    def apply(self, before: Sequence[Layer], after: Sequence[Layer], files: Mapping[Layer, Path]) -> None:
         """As `Engine.apply`: in all workers or in none."""
-        load = {} if step is None else {name: str(step)}
-        self._call(
-            "shd_update", {"load": load, "active": dict.fromkeys(load, 1.0), "unload": [before] if before else []}
-        )
+        request = {
+            "load": {layer.name: str(file) for layer, file in files.items()},
+            "active": dict.fromkeys((layer.name for layer in after), 1.0),
+            "unload": [layer.name for layer in before if layer not in after],
+        }
+        self._call("shd_update", request)
 
     def _call(self, method: str, *args: Any) -> dict[str, Any]:
         return self._post("/collective_rpc", {"method": method, "args": list(args)})

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
 import shiradelta as sd
-from examples.serve_chain.engines import POLICIES, Engine
+from examples.serve_chain.engines import POLICIES, Engine, Layer
 from shiradelta.chain import Chain, FolderFollower
+from shiradelta.chain.rows import Step
+from shiradelta.chain.way import Way, cheapest
 from shiradelta.chain.wires.registry import read_wire
+
+#: The most steps on the engine's weights, each of which keeps what it overwrote; beyond, one from the first version.
+MOST_LAYERS = 8
 
 
 class Receiver:
@@ -23,7 +29,6 @@ class Receiver:
         policy: what becomes of generation in flight where a request does not say.
 
     Attributes:
-        version: the version that the engine has, once the first update has asked it.
         paused: whether generation is held back.
     """
 
@@ -32,7 +37,13 @@ class Receiver:
     ) -> None:
         self.chain, self.folder, self.source, self.policy = chain, folder, source, policy
         self._engine, self._follower, self._lock = engine, FolderFollower(chain, folder), Lock()
-        self.version, self.paused, self._active, self._asked = 0, False, "", False
+        self.paused, self._asked = False, False
+        self._layers: tuple[Layer, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """The version that the engine has, once the first update has asked it."""
+        return self._layers[-1].stop if self._layers else 0
 
     def pull(self, target: int) -> None:
         """Takes the folder to a version, step by step; each is wholly on it or not at all.
@@ -101,27 +112,44 @@ class Receiver:
             if target not in (None, version):
                 raise sd.ArgumentError(f"the folder is version {version}, not {target}; pull that version first")
             if not self._asked:  # it may have run longer than this process
-                self._active = self._engine.active()
-                self.version, self._asked = int(self._active.removeprefix("version ") or 0), True
+                self._layers, self._asked = self._engine.active(), True
             if version != self.version:
                 self._switch(version)
             return version
 
     def _switch(self, version: int) -> None:
-        """One step from the first version, so that the engine goes from any version to any other at once."""
-        path = None
-        if version > 0:
-            steps = [step for step in self.chain.manifest.since(0) if (step.start, step.stop) == (0, version)]
-            step = steps[0] if steps else self.chain.fold(0, version)
+        kept, steps = self._way(version)
+        files, needs_base = {}, False
+        for step in steps:
             path = self.chain.store.fetched(step.path, step.bytes, step.sha256)
-        name = f"version {version}" if path is not None else ""
+            files[Layer(step.start, step.stop)] = path
+            with sd.open_delta(path) as delta:
+                needs_base |= delta.needs_base
+        # What is read with the version before it only is loaded when that is on the weights.
+        stages = [[layer] for layer in files] if needs_base else [[*files]]
         paused = self.paused
         if not paused:
             self._engine.pause(self.policy)
         try:
-            self._engine.apply(name, path, self._active)
-            self.version, self._active = version, name
+            for new in stages:
+                after = (*kept, *new)
+                self._engine.apply(self._layers, after, {layer: files[layer] for layer in new})
+                kept = self._layers = after
             self._engine.flush()
         finally:
             if not paused:
                 self._engine.resume()
+
+    def _way(self, version: int) -> tuple[tuple[Layer, ...], Sequence[Step]]:
+        """(the engine's layers that stay, the steps that come on them): what takes the fewest bytes to load."""
+        found = []
+        for count in range(len(self._layers) + 1):
+            kept = self._layers[:count]
+            start = kept[-1].stop if kept else 0
+            way = Way(None, ()) if start == version else cheapest(self.chain.manifest, start, version)
+            if way is not None and count + len(way.steps) <= MOST_LAYERS:
+                found.append((way.bytes, kept, way.steps))
+        if found:
+            _, kept, steps = min(found, key=lambda each: each[0])
+            return kept, steps
+        return (), [self.chain.fold(0, version)]

@@ -108,6 +108,9 @@ class Scene:
         engine = FolderOnly() if vllm is None else VllmServer(f"http://127.0.0.1:{vllm}", self.root / "model")
         return Receiver(self.chain, self.root / "local", engine, self.shared)
 
+    def layers(self) -> list[str]:
+        return list(self.vllm.swap.loaded)
+
     def has(self, version: int) -> bool:
         return np.array_equal(self.vllm.weights["w"].reshape(-1), self.models[version]["w"][2])
 
@@ -150,13 +153,61 @@ def test_what_slime_sends_brings_each_version_into_the_engine(scene: Scene):
             assert scene.vllm.log == ["/pause?mode=wait", cache, *updates, cache, "/resume"]
             assert scene.has(version)
             assert same(read(scene.root / "local"), scene.models[version])
-        assert list(scene.vllm.swap.loaded) == ["version 3"]
+        assert scene.layers() == ["version 1 from 0", "version 2 from 1", "version 3 from 2"]
         # Back: the folder's steps are taken back, and the engine goes there at once.
         assert ask(port, "POST", "/pull_weights", {**where, "target_version": 1})[0] == 200
         scene.vllm.log.clear()
         assert ask(port, "POST", "/update_weights_from_disk")[0] == 200
         assert scene.vllm.log == ["/pause?mode=wait", "shd_update", "/reset_prefix_cache", "/resume"]
         assert scene.has(1)
+        assert scene.layers() == ["version 1 from 0"]
+
+
+def test_the_engine_goes_the_way_of_the_fewest_bytes(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("examples.serve_chain.receiver.MOST_LAYERS", 2)
+    with running(scene.vllm) as vllm:
+        receiver = scene.receiver(vllm)
+        for version, layers in (
+            (1, ["version 1 from 0"]),
+            (3, ["version 3 from 0"]),  # three steps are too many: a fold, which the chain keeps
+            (2, ["version 1 from 0", "version 2 from 1"]),
+            (0, []),
+            (3, ["version 3 from 0"]),
+        ):
+            receiver.pull(version)
+            assert receiver.update(version) == version
+            assert scene.layers() == layers
+            assert scene.has(version)
+        assert len([step for step in scene.chain.manifest.since(0) if step.start == 0 and step.stop == 3]) == 1
+
+
+def test_steps_that_are_read_with_the_version_before_come_one_by_one(tmp_path: Path):
+    """Each is loaded when the version that it was made for is on the weights."""
+    bits = (np.random.default_rng(0).standard_normal(4096).astype(np.float32).view("<u4") >> 16).astype("<u2")
+    models: list[Model] = [{"w": ("bfloat16", (64, 64), bits)}]
+    folder = write(tmp_path / "0", models[0])
+    chain = Chain.create(tmp_path / "chain", folder)
+    for version in (1, 2):
+        bits = bits + version * ((bits & 0x7FFF) < 0x3D00).astype("<u2")
+        models.append({"w": ("bfloat16", (64, 64), bits)})
+        after = write(tmp_path / str(version), models[-1])
+        chain.publish(after, base=folder)
+        folder = after
+    with StandIn(models[0]) as vllm, running(vllm) as port:
+        receiver = Receiver(chain, tmp_path / "local", VllmServer(f"http://127.0.0.1:{port}", tmp_path / "0"))
+        receiver.pull(2)
+        with sd.open_delta(chain.store.fetched(*_file(chain, 2))) as delta:
+            assert delta.needs_base
+        assert receiver.update() == 2
+        assert np.array_equal(vllm.weights["w"].reshape(-1), bits)
+        assert vllm.log.count("shd_update") == 2
+        assert vllm.log.count("/resume") == 1
+
+
+def _file(chain: Chain, version: int) -> tuple[str, int, str]:
+    """Where the step to a version is."""
+    (step,) = [step for step in chain.manifest.since(version - 1) if step.stop == version]
+    return step.path, step.bytes, step.sha256
 
 
 def test_a_receiver_that_is_started_again_goes_on(scene: Scene):
