@@ -31,6 +31,7 @@ _DOES = {
     "export": "Write a delta in the layout of another library.",
     "sign": "Sign a .shd file.",
     "push": "Upload a .shd file and its model card to the Hugging Face Hub.",
+    "experts": "Train families of deltas, and route prompts to them.",
     "chain": "Publish the steps of a training run, fold and follow them.",
     "info": "Show what is in a .shd file; - reads it from stdin.",
     "diff": "Compare two .shd files.",

@@ -127,6 +127,14 @@ def finish(folder: Path, scales: dict[str, Array], features: Float32, labels: Ar
     return open_family(folder)
 
 
+def check_absent(out: Path) -> None:
+    """Raises TargetError if there is something of that name, or no folder to make it in."""
+    if os.path.lexists(out):
+        raise TargetError(f"{out}: is there already; give another name, or move it away")
+    if not out.absolute().parent.is_dir():
+        raise TargetError(f"{out}: cannot be made (no such folder: {out.absolute().parent}); make that first")
+
+
 @contextmanager
 def making(out: Path) -> Iterator[Path]:
     """A folder that gets its name when the block succeeds, and is deleted otherwise.
@@ -134,8 +142,7 @@ def making(out: Path) -> Iterator[Path]:
     Raises:
         TargetError: there is something of that name, or the folder cannot be made.
     """
-    if os.path.lexists(out):
-        raise TargetError(f"{out}: is there already; give another name, or move it away")
+    check_absent(out)
     with os_errors(out):
         scratch = tempfile.TemporaryDirectory(prefix=".shiradelta-", dir=out.absolute().parent)
     with scratch:

@@ -15,6 +15,12 @@ _SUBCLUSTERS = 8
 _HALVINGS = 12
 
 
+def check_clustering() -> None:
+    """Raises MissingDependencyError, before long work, if scikit-learn is not installed."""
+    with importing("clusters of examples"):
+        import sklearn.cluster  # noqa: F401
+
+
 def birch(features: Float32, clusters: int) -> Array:
     """Groups features.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import ArgumentError, DivergedError
 from shiradelta.experts.assembling import finish, group_labels, making, measured
-from shiradelta.experts.clusters import birch
+from shiradelta.experts.clusters import birch, check_clustering
 from shiradelta.experts.family import BASE, ExpertFamily, names_of
 from shiradelta.experts.features import DIMS
 from shiradelta.experts.unfinished import UnfinishedFamily, digest_of
@@ -98,12 +98,9 @@ def train_family(
         ShiraDeltaError: the gradient of an example is not finite, or zero.
         MissingDependencyError: scikit-learn, which clusters, is not installed.
     """
-    least = {"experts": (experts, 2), "expert_steps": (expert_steps, 1), "dims": (dims, 1)}
-    for name, (given, least_of) in (least | {"prompt_batch": (prompt_batch, 1)}).items():
-        if given is not None and given < least_of:
-            raise ArgumentError(f"{name} is {given}; give {least_of} or more")
-    if len(examples) < experts:
-        raise ArgumentError(f"{len(examples)} examples are too few for {experts} experts; give more")
+    check_numbers(len(examples), experts, expert_steps, dims, prompt_batch)
+    if groups is None:
+        check_clustering()
     settings = settings or TrainSettings()
     labels = None if groups is None else group_labels(groups, len(examples), experts)
     state = None
@@ -111,7 +108,19 @@ def train_family(
         identity = [digest_of(examples), settings.as_of_0_1()]
         state = UnfinishedFamily(Path(unfinished), identity, lambda line: None)
     training = FamilyTraining(model, examples, loss, settings, progress, state)
-    return training.family(Path(out), prompt_loss or loss, experts, labels, expert_steps, dims, prompt_batch)
+    family = training.family(Path(out), prompt_loss or loss, experts, labels, expert_steps, dims, prompt_batch)
+    training.finished()
+    return family
+
+
+def check_numbers(examples: int, experts: int, expert_steps: int | None, dims: int, prompt_batch: int = 1) -> None:
+    """Raises ArgumentError if a number is out of range, or there are fewer examples than experts."""
+    least = {"experts": (experts, 2), "expert_steps": (expert_steps, 1), "dims": (dims, 1)}
+    for name, (given, smallest) in (least | {"prompt_batch": (prompt_batch, 1)}).items():
+        if given is not None and given < smallest:
+            raise ArgumentError(f"{name} is {given}; give {smallest} or more")
+    if examples < experts:
+        raise ArgumentError(f"{examples} examples are too few for {experts} experts; give more")
 
 
 class FamilyTraining:
@@ -124,6 +133,7 @@ class FamilyTraining:
 
     Attributes:
         relative_lr: the learning rate; None until the base delta's training has found one.
+        expert_steps: of each expert that `family` has trained.
     """
 
     def __init__(
@@ -141,6 +151,7 @@ class FamilyTraining:
         self._given_loss = loss
         self._lengths = [0] * len(examples)  # batches need not be of similar length
         self.relative_lr = settings.relative_lr
+        self.expert_steps: list[int] = []
 
     def family(
         self,
@@ -169,15 +180,23 @@ class FamilyTraining:
             for number, name in enumerate(names_of(experts)[1:]):
                 own = (labels == number).nonzero()[0].tolist()
                 steps = expert_steps or max(1, round(settings.steps * len(own) / len(every)))
+                self.expert_steps.append(steps)
                 self.expert(own, steps, base, folder / f"{name}.shd")
-            family = replace(finish(folder, scales, features, labels, settings.seed), folder=out)
-        if unfinished is not None:
-            unfinished.remove()
-        return family
+            return replace(finish(folder, scales, features, labels, settings.seed), folder=out)
+
+    def finished(self) -> None:
+        """Deletes the state."""
+        if self.unfinished is not None:
+            self.unfinished.remove()
+
+    @property
+    def state(self) -> Path | None:
+        """The folder of the state."""
+        return None if self.unfinished is None else self.unfinished.folder
 
     def base(self, indices: Sequence[int], path: Path) -> None:
         """Trains the base delta, or another one of the same settings, which is named as the file."""
-        settings, kept = self.settings, self._kept(path.stem)
+        settings, kept = self.settings, self._kept(path.stem, self.settings.steps)
         resumed = None if kept is None else load_run(kept, lambda line: None)
         if resumed is not None:
             self.relative_lr = resumed.relative_lr

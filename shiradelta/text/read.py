@@ -46,6 +46,7 @@ def read_file(
     path: str | os.PathLike[str],
     kinds: Iterable[ExampleKind] = KINDS.values(),
     skipped: Callable[[int], None] | None = None,
+    least: int = LEAST,
 ) -> ExampleSet:
     """The examples of a JSON Lines file, or of a data set of Hugging Face.
 
@@ -55,6 +56,7 @@ def read_file(
         path: the file or folder.  FILE:COLUMN takes one column or key: texts, or conversations if it has lists.
         kinds: the kinds to accept.
         skipped: called with the number of blank examples, which are skipped; without it they are refused.
+        least: the least number of examples.
 
     Raises:
         SourceError: the file cannot be read, an example is not of the file's kind, or there are too few.
@@ -67,7 +69,7 @@ def read_file(
     kind, rows, blank = _of_one_kind(records, kinds, column, shapes, skipped is not None)
     if skipped is not None and blank:
         skipped(blank)
-    check_number(len(rows), os.fspath(path))
+    check_number(len(rows), os.fspath(path), least)
     assert kind is not None
     return ExampleSet(kind, rows)
 
@@ -89,10 +91,10 @@ def read_list(examples: Sequence[Any]) -> ExampleSet | None:
     return ExampleSet(kind, rows)
 
 
-def check_number(count: int, where: str) -> None:
+def check_number(count: int, where: str, least: int = LEAST) -> None:
     """Raises SourceError if there are too few examples."""
-    if count < LEAST:
-        raise SourceError(f"{where}: {count} examples are too few; give {LEAST}, better some thousands")
+    if count < least:
+        raise SourceError(f"{where}: {count} examples are too few; give {least}, better some thousands")
 
 
 def _split_column(path: str | os.PathLike[str]) -> tuple[Path, str | None]:

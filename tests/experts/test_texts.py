@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from shiradelta import experts
+from shiradelta.cli import main
 from shiradelta.errors import SourceError
 from tests.fit.test_fit import WORDS, write_tokenizer
 from tests.train.test_attach import llama
@@ -71,6 +74,12 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     llama(vocab_size=100).save_pretrained("model")
     write_tokenizer(Path("model"))
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
+    (shell,) = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    prompt = rows(1)[0]["prompt"]
+    for line in shell.splitlines():
+        given = [prompt if word == "a prompt" else word for word in shlex.split(line)[1:]]
+        result = CliRunner().invoke(main, given)
+        assert result.exit_code == 0, f"{line}\n{result.output}"
     scope: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for block in blocks:

@@ -1,0 +1,81 @@
+"""A model from a folder, for routes of text prompts; and the weight average that a route gives, as a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.combine.fuse import Source, fuse
+from shiradelta.experts.family import ExpertFamily
+from shiradelta.experts.routing import ExpertRouter
+from shiradelta.experts.texts import prompt_loss
+from shiradelta.io.download import local_model
+from shiradelta.models import loading
+from shiradelta.models.candidates import refuse_several
+from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.train.gradients import Loss
+from shiradelta.train.subject import stored_dtype
+from shiradelta.util.progress import Progress
+
+#: Prompts whose gradients are taken together.
+TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A model that routes prompts.
+
+    Attributes:
+        model: in evaluation mode, in the dtype in which it is stored.
+        prompt_loss: of the tokens of prompts.
+    """
+
+    model: nn.Module
+    prompt_loss: Loss
+
+    def routes(
+        self, family: ExpertFamily, prompts: Sequence[Any], progress: Progress
+    ) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """(the route of each prompt, the route of all as one group)."""
+        router = ExpertRouter(self.model, family, self.prompt_loss, TOGETHER)
+        routes = router.each(prompts, progress)
+        return routes, routes[0] if len(routes) == 1 else router.route(prompts, progress)
+
+
+def open_live(folder: Path, tokens: int, device: str | None) -> LiveModel:
+    """Loads a language model.
+
+    Args:
+        folder: a folder that transformers loads, or a name on the Hub.
+        tokens: longer prompts are cut.
+        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+
+    Raises:
+        SourceError: the model cannot be used.
+    """
+    folder = local_model(folder)
+    refuse_several(folder)
+    dtype = stored_dtype(open_checkpoint(folder))
+    where = loading.pick_device(device)
+    of_prompts = prompt_loss(loading.load_tokenizer(folder), tokens)
+    # As in training: activations in float16 may overflow.
+    casting: Any = torch.autocast(where.type, torch.bfloat16) if dtype == torch.float16 else nullcontext()
+
+    def loss(model: nn.Module, prompts: Sequence[Any]) -> Tensor:
+        with casting:
+            return of_prompts(model, prompts)
+
+    return LiveModel(loading.load_model(folder, folder, where, dtype).eval(), loss)
+
+
+def write_average(family: ExpertFamily, strengths: Mapping[str, float], out: str | os.PathLike[str]) -> None:
+    """Writes the experts' weight average as one delta, which changes weights as `HotSwap.switch(strengths)` does."""
+    parts: dict[Source, float] = {family.path(name): strength for name, strength in strengths.items()}
+    fuse(parts, out, method="sum", values="f32")
