@@ -23,6 +23,10 @@ class Section:
     crc: int
     zstd: bool = False
 
+    def at(self, offset: int) -> Section:
+        """The same section somewhere else."""
+        return Section(offset, self.stored, self.decoded, self.crc, self.zstd)
+
     @property
     def end(self) -> int:
         """Offset of the next section."""

@@ -229,8 +229,8 @@ class DeltaWriter:
         start = container.payload_start(len(names), names_size, self.metadata)
         cursor, records, spooled = start, [], [self._records[name] for name in names]
         for record in spooled:
-            index = replace(record.index, offset=cursor)
-            values = replace(record.values, offset=index.end)
+            index = record.index.at(cursor)
+            values = record.values.at(index.end)
             cursor = values.end
             records.append(replace(record, index=index, values=values))
         digest = self.digest

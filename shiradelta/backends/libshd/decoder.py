@@ -21,6 +21,7 @@ from shiradelta.backends.libshd.library import (
     in_threads,
     library,
     new_struct,
+    struct_size,
 )
 from shiradelta.backends.numpy import NumpyDecoder
 from shiradelta.backends.protocols import Decoder
@@ -37,6 +38,12 @@ _OUT_OF_RANGE = "out_of_range"
 _CHECK_SIZES, _CHECK_ALL = 0, 2
 #: A thread works on a multiple of this many weights: whole cache lines.
 _STRIDE = 64
+_NO_SCRATCH = np.empty(0, np.uint8)
+
+
+def _needs_scratch(record: Record) -> bool:
+    """Whether the library decompresses or recodes a section of a file in memory when it loads a tensor."""
+    return record.index.zstd or record.values.zstd or record.index_codec == IndexId.TILED
 
 
 class LoadedTensor:
@@ -45,15 +52,17 @@ class LoadedTensor:
     def __init__(self, decoder: NativeDecoder, record: Record, check: int = _CHECK_ALL) -> None:
         self._decoder, self.record = decoder, record
         number = decoder.numbers[record.name]
-        tensor = new_struct(TENSOR)
-        decoder.call(library().shd_tensor_at, record, decoder.file, number, address(tensor))
-        scratch_size = library().shd_scratch_size(decoder.file, address(tensor))
-        self._scratch = np.empty(scratch_size, np.uint8)
+        self._scratch = _NO_SCRATCH
+        if _needs_scratch(record):
+            tensor = new_struct(TENSOR)
+            decoder.call(library().shd_tensor_at, record, decoder.file, number, address(tensor))
+            self._scratch = np.empty(library().shd_scratch_size(decoder.file, address(tensor)), np.uint8)
         self._struct = new_struct(DELTA)
         self.address = address(self._struct)
-        self._call(library().shd_load, decoder.file, number, check, address(self._scratch), scratch_size, self.address)
+        scratch = address(self._scratch), self._scratch.size
+        self._call(library().shd_load, decoder.file, number, check, *scratch, self.address)
         # `block_count` follows the copy of the tensor's record.
-        self.blocks = int(self._struct[tensor.size : tensor.size + 8].view("<u8")[0])
+        self.blocks = c_uint64.from_address(self.address + struct_size(TENSOR)).value
 
     def _call(self, function: Any, *arguments: Any) -> None:
         self._decoder.call(function, self.record, *arguments)
@@ -77,6 +86,8 @@ class LoadedTensor:
 
     def _rank(self, block: int) -> int:
         """The number of nonzeros before a block."""
+        if block in (0, self.blocks):
+            return self.record.nnz if block else 0
         return int(library().shd_block_rank(self.address, block))
 
     def _decode(self, first: int, last: int, room: Positions) -> None:
@@ -255,7 +266,7 @@ class NativeDecoder(Decoder):
 
     def check(self, record: Record) -> None:
         """Checks a tensor as loading does, but in one call if nothing needs memory."""
-        if record.index.zstd or record.values.zstd or record.index_codec == IndexId.TILED:
+        if _needs_scratch(record):
             LoadedTensor(self, record)
         else:
             delta = ctypes.create_string_buffer(library().shd_struct_size(DELTA))

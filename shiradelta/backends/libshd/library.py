@@ -240,9 +240,15 @@ def address(array: Array) -> int:
     return array.ctypes.data
 
 
+@cache
+def struct_size(which: int) -> int:
+    """Bytes of a struct of the library."""
+    return int(library().shd_struct_size(which))
+
+
 def new_struct(which: int) -> Array:
     """Allocates a struct whose fields only the library reads."""
-    return np.zeros(library().shd_struct_size(which), np.uint8)
+    return np.zeros(struct_size(which), np.uint8)
 
 
 def in_threads(work: Callable[[int, int], None], units: int, nonzeros: int) -> None:
