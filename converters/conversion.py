@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import numpy as np
 from shiradelta.backends.choose import choose
 from shiradelta.errors import SourceError
 from shiradelta.format import registry
+from shiradelta.format.arithmetic import Float32, Positions
 from shiradelta.io.recognise import UNCHANGED
 from shiradelta.io.writer import DeltaWriter, weighing
 from shiradelta.select.counts import Counts
@@ -68,6 +70,11 @@ class Conversion:
                 return find_fitted_sparsity(counts, self.values, parse_size(size) - self._fixed(counts))
             aim = SizeAim(parse_size(size), counts, self.values)
         return find_sparsity(aim, lambda sparsity: self._weigh(sparsity, counts(sparsity)))
+
+    @cached_property
+    def _at_least(self) -> Callable[[Float32, float], Positions]:
+        """The backend's function for the indices where |x| >= threshold."""
+        return choose(self.backend).at_least
 
     def _fixed(self, counts: Counts) -> int:
         """Bytes of everything except the positions and values of dense deltas."""
@@ -137,7 +144,7 @@ class Conversion:
         """Adds one tensor, if any of it is selected; `compare` counts the elements that are not the fine-tune's."""
         try:
             if item.dense is not None:
-                selection = fitted or top_k(item.dense(), item.matrix, k, choose(self.backend).at_least)
+                selection = fitted or top_k(item.dense(), item.matrix, k, self._at_least)
                 tensor = item.delta(selection.positions, selection.values)
                 energy, selected = selection.energy, selection.values
             else:
