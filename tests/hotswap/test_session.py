@@ -613,7 +613,7 @@ def test_names(base: dict[str, torch.Tensor], one: bytes):
     both = adapter({"w": random_delta(SHAPE, 5, 1), "x": random_delta((3,), 1, 2)})
     with pytest.raises(BaseMismatchError, match=r"the model has e\.g\. 'unlike'"):
         HotSwap({"unlike": base["w"]}).load("one", one)
-    with pytest.raises(BaseMismatchError, match=r"the model has e\.g\. 'nothing'"):
+    with pytest.raises(BaseMismatchError, match="the model has no tensors"):
         HotSwap({}).load("one", one)
     assert HotSwap({"deep.model.w": base["w"]}).load("one", one).matched == {"w": "deep.model.w"}
     assert HotSwap({"a": base["w"]}, names={"w": "a"}).load("one", one).matched == {"w": "a"}
