@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     gc.enable()
     # Not before pytest's own collections at the end, which would walk through all of it.  Compiled libraries complain
     # of what is not freed when the process ends.
     atexit.register(gc.unfreeze)
-    if "triton" in sys.modules:
+    if find_spec("triton") and any("triton" in item.nodeid for item in session.items):
         _interpret_quickly()
     # PEFT writes a model card beside each adapter, which takes longer than the adapter; nothing reads it.
     if peft := sys.modules.get("peft"):
