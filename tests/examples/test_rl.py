@@ -18,6 +18,7 @@ from examples.rl.trainer import train
 from shiradelta.chain import Chain
 
 
+@pytest.mark.slow
 def test_the_generator_has_the_trainers_weights_at_every_version(tmp_path: Path):
     """The trainer is a thread here, which begins at once."""
     prepare(tmp_path, 2)

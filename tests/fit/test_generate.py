@@ -99,6 +99,7 @@ def test_added_texts_count_as_the_examples_do(tuned: tuple[Path, Path], share: f
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"method": "refit"}, {"method": "train", "steps": 4}], ids=["refit", "train"])
 @pytest.mark.parametrize("examples", [EXAMPLES, texts()], ids=["completions", "texts"])
 def test_they_are_counted_apart_and_never_held_out(
@@ -116,6 +117,7 @@ def test_they_are_counted_apart_and_never_held_out(
         assert "fit_generated" not in found.metadata
 
 
+@pytest.mark.slow
 def test_few_examples_are_not_enough_and_generated_ones_help(tuned: tuple[Path, Path], tmp_path: Path):
     few, more = (fit(tuned, tmp_path / f"{n}.shd", EXAMPLES[:30], n, held_out=6).fit for n in (0, 480))
     assert more.fitted < 0.9 * few.fitted

@@ -70,7 +70,11 @@ def distance(student: Path, teacher: Path, rows: list[tuple[int, list[int]]]) ->
     return total / number
 
 
-@pytest.mark.parametrize("settings", [{"method": "refit"}, {"method": "train", "steps": 30}], ids=["refit", "train"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "refit"}, pytest.param({"method": "train", "steps": 30}, marks=pytest.mark.slow)],
+    ids=["refit", "train"],
+)
 def test_it_is_nearer_than_the_old_delta_and_the_new_base(
     bases: tuple[Path, Path, Path], tmp_path: Path, settings: dict[str, Any]
 ):
@@ -101,6 +105,7 @@ def test_it_is_nearer_than_the_old_delta_and_the_new_base(
     shiradelta.verify(new, tmp_path / "moved.shd")
 
 
+@pytest.mark.slow
 def test_the_figures_are_in_the_report_and_what_is_printed(bases: tuple[Path, Path, Path], tmp_path: Path):
     old, new, style = map(str, bases)
     Path(tmp_path / "texts.jsonl").write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
@@ -143,6 +148,7 @@ def test_a_fit_that_is_worse_than_the_old_delta_is_said_to_be(bases: tuple[Path,
     assert "than the old delta as it was" in report.worse
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_goes_over_as_well(bases: tuple[Path, Path, Path], tmp_path: Path):
     old, new, style = bases
     shiradelta.apply(old, style, tmp_path / "tuned")
