@@ -334,7 +334,7 @@ def test_the_quickstart_works_in_an_empty_folder(tmp_path: Path):
         (bin / name).chmod(0o755)
     folder = tmp_path / "empty"
     folder.mkdir()
-    environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["sh", "-ec", quickstart],
         cwd=folder,
@@ -344,4 +344,8 @@ def test_the_quickstart_works_in_an_empty_folder(tmp_path: Path):
         text=True,
     )
     assert done.returncode == 0, done.stdout
+    gain = re.search(r"of the fine-tune's gain +0% +([\d.]+)% +([\d.]+)% +100%", done.stdout)
+    assert gain is not None, done.stdout
+    assert float(gain[1]) < 30  # README has 14
+    assert float(gain[2]) > 60  # and 74
     assert "took out tuned.shd, bit for bit" in done.stdout
