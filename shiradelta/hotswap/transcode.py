@@ -126,6 +126,7 @@ class _Piece:
         value_codec: the id of the codec of its values.
         index: its positions in RICE.
         values: its values.
+        checksums: of both.
     """
 
     weight: Target
@@ -135,11 +136,12 @@ class _Piece:
     value_codec: int
     index: bytes
     values: bytes
+    checksums: tuple[int, int]
 
     def record(self, name: str, start: int) -> Record:
         """Its row in the table of a file, where its sections begin at `start`."""
-        index = Section(start, len(self.index), len(self.index), crc32(self.index))
-        values = Section(index.end, len(self.values), len(self.values), crc32(self.values))
+        index = Section(start, len(self.index), len(self.index), self.checksums[0])
+        values = Section(index.end, len(self.values), len(self.values), self.checksums[1])
         return Record(
             name=name,
             shape=self.weight.shape,
@@ -206,7 +208,7 @@ def _piece(
     """Encodes a weight's delta; the tensor is one of those that it comes from, and codecs are those of their values."""
     operation = tensor.operation
     if not positions.size:
-        return _Piece(weight, dtype, operation, 0, ValueId.NONE.value, b"", b"")
+        return _Piece(weight, dtype, operation, 0, ValueId.NONE.value, b"", b"", (0, 0))
     if operation.adds:
         # Groups of values in other codecs do not survive new neighbours.
         kept = next(iter(codecs)) if len(codecs) == 1 else F32
@@ -215,7 +217,8 @@ def _piece(
         id, values = (ULP if operation.shifts else BITS).id, bits
     codec = backend.value_codecs.get(id, VALUE_CODECS.by_id[id])
     index = backend.index_codecs[IndexId.RICE].encode(positions, weight.shape)
-    return _Piece(weight, dtype, operation, positions.size, id, index, codec.encode(values))
+    section = codec.encode(values)
+    return _Piece(weight, dtype, operation, positions.size, id, index, section, (crc32(index), crc32(section)))
 
 
 def _as_file(pieces: Sequence[_Piece], buffer: Callable[[int], Bytes]) -> Bytes:
@@ -229,10 +232,14 @@ def _as_file(pieces: Sequence[_Piece], buffer: Callable[[int], Bytes]) -> Bytes:
     data = buffer(start)
     front = np.frombuffer(container.build(records, {}, bytes(32), start), np.uint8)
     data[: front.size] = front
-    for record, piece in zip(records, pieces, strict=True):
+
+    def fill(pair: tuple[Record, _Piece]) -> None:
+        record, piece = pair
         for section, content in ((record.index, piece.index), (record.values, piece.values)):
             data[section.offset : section.offset + section.stored] = np.frombuffer(content, np.uint8)
             data[section.offset + section.stored : section.end] = 0
+
+    map_in_threads(fill, list(zip(records, pieces, strict=True)))
     return data
 
 
