@@ -41,6 +41,8 @@ _STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "ra
 _DEPTH, _WIDTH, _NAMED = 4, 50, 3
 #: Bytes of a tensor that is read and not mapped.
 _SMALL = 1 << 16 if hasattr(os, "pread") else 0
+#: What lists the tensors in a folder of torch.distributed.checkpoint.
+DISTCP = ".metadata"
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -106,6 +108,10 @@ def same_bits(one: Checkpoint, name: str, other: Checkpoint, its_name: str) -> b
 
 
 def _read(file: Path, wanted: Wanted) -> Shard:
+    if file.name == DISTCP and wanted in _READS_PICKLES:
+        from shiradelta.models.distcp import read_distcp
+
+        return read_distcp(file)
     if wanted not in _READS_PICKLES or not is_pickle(file):
         return read_shard(file)
     from shiradelta.models.pickles import read_pickle  # takes a while to import
@@ -169,6 +175,8 @@ def weight_files(root: Path, wanted: Wanted = Wanted.WEIGHTS) -> list[Path]:
     if not root.is_dir():
         what = "not a regular file" if root.exists() else "no such file or folder"
         raise SourceError(f"{root}: {what}; check the path")
+    if wanted in _READS_PICKLES and any(root.glob("*.distcp")) and not any(root.glob("*.safetensors")):
+        return [root / DISTCP]
     index = root / "model_index.json"
     modules = modules_of(root)
     if modules is not None:

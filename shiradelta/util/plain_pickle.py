@@ -1,13 +1,15 @@
 """Pickles of plain data: mappings with names, tuples, lists, texts, bytes and whole numbers.
 
 A pickle is a program.  This reader runs the part of its language that puts such data together, in which nothing can be
-called or imported, and refuses the rest.
+called or imported, and refuses the rest.  What a pickle would import or call can be taken for what it is called.
 """
 
 from __future__ import annotations
 
 import pickletools
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from shiradelta.util.text import brief
@@ -23,8 +25,30 @@ _EMPTY: dict[str, type[Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_T
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def read_plain(raw: bytes) -> Any:
+@dataclass(frozen=True)
+class PickledName:
+    """What a pickle would import: "module name"."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class PickledObject:
+    """What a pickle would call, with what, and the state that it would give the result."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    state: Any = None
+
+
+def read_plain(raw: bytes, names: Callable[[str], bool] | None = None, most: int = _MOST_OPCODES) -> Any:
     """What a pickle of plain data holds.
+
+    Args:
+        raw: the pickle.
+        names: whether what it would import, "module name", is taken for a `PickledName`, and what is made by that for a
+            `PickledObject`; None if it has to be plain data.
+        most: the most steps of its program.
 
     Raises:
         ValueError: it is none, or is damaged.
@@ -35,8 +59,10 @@ def read_plain(raw: bytes) -> Any:
     try:
         for number, (opcode, argument, place) in enumerate(pickletools.genops(raw)):
             name = opcode.name
-            if number > _MOST_OPCODES:
+            if number > most:
                 raise ValueError("its program is huge")
+            if names is not None and _run_object(name, argument, stack, names):
+                continue
             if name == "STOP":
                 if place != len(raw) - 1 or len(stack) != 1 or marks:
                     raise ValueError("it goes on after its end")
@@ -81,6 +107,34 @@ def _run(name: str, argument: Any, stack: list[Any], marks: list[int], memo: dic
         raise ValueError(f"a pickle of more than plain data ({name})")
 
 
+def _run_object(name: str, argument: Any, stack: list[Any], names: Callable[[str], bool]) -> bool:
+    """One opcode that plain data do not have; whether it is one.
+
+    Raises:
+        ValueError: it imports what it must not, or calls something else than that.
+    """
+    if name in ("NEWTRUE", "NEWFALSE"):
+        stack.append(name == "NEWTRUE")
+    elif name in ("GLOBAL", "STACK_GLOBAL"):
+        whole = argument if name == "GLOBAL" else " ".join([stack.pop(-2), stack.pop()])
+        if not names(whole):
+            raise ValueError(f"a pickle that names {brief(whole.replace(' ', '.'), 80)}")
+        stack.append(PickledName(whole))
+    elif name in ("NEWOBJ", "REDUCE"):
+        called, arguments = stack.pop(-2), stack.pop()
+        if type(called) is not PickledName or type(arguments) is not tuple:
+            raise ValueError("a pickle that calls no name")
+        stack.append(PickledObject(called.name, arguments))
+    elif name == "BUILD":
+        state = stack.pop()
+        if type(stack[-1]) is not PickledObject:
+            raise ValueError("a pickle that gives a state to no object")
+        stack[-1].state = state
+    else:
+        return False
+    return True
+
+
 def _since_mark(stack: list[Any], marks: list[int]) -> list[Any]:
     start = marks.pop()
     found = stack[start:]
@@ -98,7 +152,7 @@ def _set(mapping: Any, items: list[Any]) -> None:
     if type(mapping) is not dict or len(items) % 2:
         raise ValueError("a pickle that sets items of no mapping")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str) or key in mapping:
+        if not isinstance(key, str | PickledObject) or key in mapping:
             raise ValueError(f"a mapping with {brief(repr(key), 40)} twice, or for a name")
         mapping[key] = value
 
