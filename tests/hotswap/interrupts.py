@@ -150,14 +150,14 @@ def interrupt_repeatedly(
     """
     generator = random.Random(seed)
     session, seen = new_session(), Counter[str]()
-    active, threads = dict(session.swap.active), threading.active_count()
+    active, threads = dict(session.swap.active), {*threading.enumerate()}
     while seen.total() < count:
         wanted = generator.choice([state for state in STATES if state != active])
         if not interrupted_switch(session, wanted, interrupt, generator.uniform(0, session.span)):
             active = dict(session.swap.active)
             assert active == wanted
             continue
-        left = threading.active_count() - threads
+        left = len({*threading.enumerate()} - threads)  # others, of earlier tests, may end meanwhile
         outcome = session.outcome(active, wanted)
         seen[outcome if not left else f"{outcome}; {left} THREADS LEFT AT WORK"] += 1
         if outcome not in ("as before", "as wanted"):
