@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from shiradelta.fit.tuned_weights import TunedWeights, exact_homes, write_exact
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.views import Box, View, contiguous
 from shiradelta.text.batches import split
+from tests import BRIEF
 from tests.fit import test_fit
 from tests.fit.test_fit import write_tokenizer
 from tests.fit.test_stream import LAYERS, LLAMA, TOKENS, write_pair
@@ -75,12 +77,16 @@ def distance(patched: Path, tuned: Path, out: Path) -> float:
     return found
 
 
-#: The others need nothing that these do not.
-FITTED = [pytest.param(kind, marks=[] if kind in (stacked, fused_on_disk) else pytest.mark.slow) for kind in KINDS]
+#: The others need nothing that these do not: on a desk each of them has one of the methods.
+ALL_METHODS = (stacked, fused_on_disk)
+FITTED = [
+    pytest.param(method, kind, id=f"{method}-{kind.__name__}")
+    for method, kind in product(("train", "refit"), KINDS)
+    if not BRIEF or kind in ALL_METHODS or (method == "train") == (kind is tied)
+]
 
 
-@pytest.mark.parametrize("kind", FITTED, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("method", ["train", "refit"])
+@pytest.mark.parametrize(("method", "kind"), FITTED)
 def test_the_file_holds_the_checkpoints_tensors_and_gives_what_was_measured(kind: Any, method: str, tmp_path: Path):
     torch.manual_seed(0)
     base, tuned = write_pair(kind(), tmp_path)

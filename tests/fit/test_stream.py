@@ -34,7 +34,8 @@ def gpt2() -> nn.Module:
 
 def gemma3() -> nn.Module:
     """Local and global attention: not all layers are called with the same mask."""
-    config = transformers.Gemma3TextConfig(**{**LLAMA, "num_hidden_layers": 7}, head_dim=16, sliding_window=4)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Gemma3TextConfig(**LLAMA, head_dim=16, sliding_window=4, layer_types=kinds)
     return transformers.Gemma3ForCausalLM(config)
 
 
