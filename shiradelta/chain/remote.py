@@ -72,14 +72,21 @@ class RemoteStore:
         self._anew: set[str] | None = None  # paths that were read, where each has to be once
         protocol = self._fs.protocol
         self._protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
+        self._is_http = bool({"http", "https"} & {*self._protocols})
 
     def read(self, path: str, most: int) -> bytes:
-        """As `Store.read`."""
+        """As `Store.read`; of a file that is replaced meanwhile, all of one state."""
 
         def read() -> bytes:
-            with self._fs.open(self._at(path), "rb") as stream:
-                found: bytes = stream.read(most + 1)
-                return found
+            # In one request: a size that is asked for first may be that of the file before.
+            if isinstance(self._fs, ObjectFiles):
+                return self._fs.tagged(self._at(path), most)[0]
+            options = {"block_size": 0} if self._is_http else {}
+            found = bytearray()
+            with self._fs.open(self._at(path), "rb", **options) as stream:
+                while len(found) <= most and (part := stream.read(most + 1 - len(found))):
+                    found += part
+            return bytes(found)
 
         return self._tried(path, read)
 
@@ -237,7 +244,7 @@ class RemoteStore:
 
     def _says_missing(self, error: Exception) -> bool:
         """Whether the store says that there is no such file; fsspec calls whatever fails over HTTP so."""
-        cause = error.__cause__ if {"http", "https"} & set(self._protocols) else None
+        cause = error.__cause__ if self._is_http else None
         final = 400 <= getattr(cause, "status", 0) < 500 and getattr(cause, "status", 0) not in _PASSING
         return isinstance(error, FileNotFoundError) and (cause is None or isinstance(cause, FileNotFoundError) or final)
 

@@ -91,6 +91,26 @@ class Failing:
         return call(*args, **options)
 
 
+@pytest.mark.parametrize("client", [*CLIENTS, "http"])
+@pytest.mark.parametrize("size", [10, 4000])
+def test_a_file_that_is_replaced_while_it_is_read_is_one_of_the_two(
+    client: str, size: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Shorter or longer: before each request that is not the first."""
+    before, after = b"a" * 1000, b"b" * size
+    with serving() as server:
+        store = RemoteStore(f"{server.url}/bucket/run") if client == "http" else bucket(server, client, monkeypatch)
+        server.files["bucket/run/chain.json"] = before
+
+        def replaced(method: str, key: str, number: int) -> str:
+            if number > 1:
+                server.files["bucket/run/chain.json"] = after
+            return ""
+
+        server.faults = replaced
+        assert store.read("chain.json", 5000) in (before, after)
+
+
 def test_a_store_that_fails_sometimes_is_tried_again(memory: RemoteStore, tmp_path: Path):
     run = copy_to(memory, Run(tmp_path / "run", 2))
     memory._fs = Failing(memory._fs, lambda call: call % 3 != 0 if call < 20 else call % 3 == 0)
