@@ -1,10 +1,10 @@
 """Sparse adapters beside their neighbours, trained with labels at equal numbers of trained parameters.
 
 `python -m benchmarks.quality.neighbours OUT` writes neighbours.csv to a folder and prints means over seeds: SHiRA's
-masks (`snip`, `rand`, `grad`), SHiRA-DoRA, RIGSA, SymLoRA, PEFT's LoRA and DoRA; each one's score, its score on another
-task before and after (forgetting), seconds of preparation and of a step, memory, and the size of the file.  What OUT
-holds already is not done again.  The small model of bytes is for a CPU.  `--model real` takes the Gemma 3 270M and the
-tasks that `python -m benchmarks.quality.gemma OUT` makes; a GPU is taken if there is one.
+masks (`snip`, `rand`, `grad`, `wm`, `struct`), SHiRA-DoRA, RIGSA, SymLoRA, PEFT's LoRA and DoRA; each one's score, its
+score on another task before and after (forgetting), seconds of preparation and of a step, memory, and the size of the
+file.  What OUT holds already is not done again.  The small model of bytes is for a CPU.  `--model real` takes the Gemma 3
+270M and the tasks that `python -m benchmarks.quality.gemma OUT` makes; a GPU is taken if there is one.
 
 The learning rate of each method is the best of `RATES` times its usual one, by the loss of the last quarter of a run of
 half the steps with another seed; less than an epoch is trained, so that loss is one on unseen examples.
@@ -196,6 +196,8 @@ METHODS: dict[str, tuple[Callable[[Case], Run], str]] = {
     "SHiRA snip": (lambda case: sparse(case, "snip"), "sparse"),
     "SHiRA rand": (lambda case: sparse(case, "rand"), "sparse"),
     "SHiRA grad": (lambda case: sparse(case, "grad"), "sparse"),
+    "SHiRA wm": (lambda case: sparse(case, "wm"), "sparse"),
+    "SHiRA struct": (lambda case: sparse(case, "struct"), "sparse"),
     "SHiRA-DoRA snip": (lambda case: sparse(case, "snip", magnitude=True), "sparse"),
     "RIGSA": (lambda case: sparse(case, "rigsa", decay=0.1), "sparse"),
     "LoRA": (lora, "LoRA"),
