@@ -6,14 +6,14 @@ one delta with as many steps as the family's base delta, and as the whole family
 nats a byte of held-out answers, and prints milliseconds a prompt.  A CPU takes some minutes a seed.
 
 `--model real` takes the Gemma 3 270M and the tasks that `python -m benchmarks.quality.gemma OUT` makes, and a GPU if
-there is one; figures are nats a token then.  Rows are kept as they come; a seed that OUT has wholly is not done again.
+there is one; figures are nats a token then.  Rows and models are kept in OUT as they come, and what is there is not
+done again, so another scale needs another folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import statistics
 import warnings
 from collections import Counter
@@ -51,28 +51,26 @@ def main() -> None:
         **{key: value if (asked := getattr(given, key)) is None else asked for key, value in vars(scale).items()}
     )
     subject = make(given.out, given.tasks or tasks, scale)
-    table, costs = given.out / "experts.csv", given.out / "experts-costs.json"
+    table = given.out / "experts.csv"
     rows = read(table) if table.exists() else []
+    costs: list[dict[str, float]] = []
     for seed in given.seeds:
-        if len([row for row in rows if row["model"] == given.model and row["seed"] == str(seed)]) == len(METHODS):
+        done = [row["method"] for row in rows if (row["model"], row["seed"]) == (given.model, str(seed))]
+        folder = given.out / f"{given.model}-{seed}"
+        if set(METHODS) <= set(done):
             continue
-        rows = [row for row in rows if (row["model"], row["seed"]) != (given.model, str(seed))]
-        experiment = Experiment(subject, scale, given.sparsity, given.experts, seed)
+        experiment = Experiment(subject, scale, given.sparsity, given.experts, seed, folder, done)
         for method, found in experiment.run():
-            rows.append({"model": given.model, "method": method, "seed": str(seed), **found})
-            write(table, rows)
-            print(*rows[-1].values(), flush=True)
-        notes = json.loads(costs.read_text()) if costs.exists() else {}
-        notes[f"{given.model} {seed}"] = experiment.costs
-        costs.write_text(json.dumps(notes, indent=1) + "\n")
-        print(json.dumps(experiment.costs), flush=True)
+            if method not in done:
+                rows.append({"model": given.model, "method": method, "seed": str(seed), **found})
+                write(table, rows)
+                print(*rows[-1].values(), flush=True)
+        costs.append(experiment.costs)
     own = [row for row in rows if row["model"] == given.model]
     summarise(own, list(subject.held_out), subject.unit)
-    notes = json.loads(costs.read_text()) if costs.exists() else {}
-    paid = [cost for key, cost in notes.items() if key.split()[0] == given.model]
-    if paid:
+    if costs:
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        medians = [[what, f"{statistics.median(cost[what] for cost in paid):.2f}"] for what in paid[0]]
+        medians = [[what, f"{statistics.median(cost[what] for cost in costs):.4g}"] for what in costs[0]]
         print_table(f"cost, median of seeds, {where}", medians)
 
 

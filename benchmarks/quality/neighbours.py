@@ -3,8 +3,8 @@
 `python -m benchmarks.quality.neighbours OUT` writes neighbours.csv to a folder and prints means over seeds: SHiRA's
 masks (`snip`, `rand`, `grad`, `wm`, `struct`), SHiRA-DoRA, RIGSA, SymLoRA, PEFT's LoRA and DoRA; each one's score, its
 score on another task before and after (forgetting), seconds of preparation and of a step, memory, and the size of the
-file.  What OUT holds already is not done again.  The small model of bytes is for a CPU.  `--model real` takes the Gemma 3
-270M and the tasks that `python -m benchmarks.quality.gemma OUT` makes; a GPU is taken if there is one.
+file.  What OUT holds already is not done again.  The small model of bytes is for a CPU.  `--model real` takes the Gemma
+3 270M and the tasks that `python -m benchmarks.quality.gemma OUT` makes; a GPU is taken if there is one.
 
 The learning rate of each method is the best of `RATES` times its usual one, by the loss of the last quarter of a run of
 half the steps with another seed; less than an epoch is trained, so that loss is one on unseen examples.

@@ -40,7 +40,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[st
     monkeypatch.setattr(sys, "argv", ["experts", str(folder), *given, *options])
     benchmark.main()
     rows = {row["method"]: row for row in read(folder / "experts.csv")}
-    assert set(rows) == set(measure.METHODS)
+    assert list(rows) == list(measure.METHODS)
     return rows
 
 
@@ -98,6 +98,13 @@ def test_the_real_language_model_runs_with_its_own_tasks(
     monkeypatch.setattr(answers, "HELD_OUT", 10)
     monkeypatch.setattr(real, "HELD_OUT", 10)
     write_gemma(tmp_path / "real")
+    monkeypatch.setattr(measure.Experiment, "_cost", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, monkeypatch, "--model", "real", "--tasks", "define", "code")
+    assert len(read(tmp_path / "experts.csv")) == len(measure.METHODS) - 1
+    monkeypatch.undo()
+    monkeypatch.setattr(real, "HELD_OUT", 10)
+    monkeypatch.setattr(measure.FamilyTraining, "family", lambda *_: 1 // 0)  # it is there
     rows = run(tmp_path, monkeypatch, "--model", "real", "--tasks", "define", "code")
     assert float(rows["one delta"]["code"]) < float(rows["base model"]["code"])
     shown = capsys.readouterr().out
