@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shiradelta.folder.apply import apply
     from shiradelta.folder.recode import recode
     from shiradelta.folder.revert import revert
+    from shiradelta.folder.sign import sign
     from shiradelta.folder.verification import verify
     from shiradelta.format.delta import TensorDelta
     from shiradelta.hotswap.load import load
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from shiradelta.io.reader import open_delta
     from shiradelta.io.writer import save_delta
     from shiradelta.publish.push import push_to_hub
-    from shiradelta.signing.sign import sign
     from shiradelta.signing.verify import verify_signature
 
     __version__: str
@@ -88,7 +88,7 @@ _HOMES = {
     "recode": "folder.recode",
     "revert": "folder.revert",
     "save_delta": "io.writer",
-    "sign": "signing.sign",
+    "sign": "folder.sign",
     "verify": "folder.verification",
     "verify_signature": "signing.verify",
 }

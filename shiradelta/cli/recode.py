@@ -7,31 +7,41 @@ import dataclasses
 import click
 
 from shiradelta.cli import options
-from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines
+from shiradelta.cli.options import RegistryChoice, command
+from shiradelta.cli.output import delta_from, echo_json, echo_lines, target
 from shiradelta.cli.progress import progress_bar
 from shiradelta.util.text import size
 
 
 @command(
     extra="give one file to read and one to write",
-    examples=["recode 101.shd small.shd --base step_100/", "recode small.shd 101.shd --base step_100/"],
+    examples=[
+        "recode 101.shd small.shd --base step_100/ --context base",
+        "recode small.shd 101.shd --base step_100/ --context none",
+    ],
 )
 @click.argument("source")
 @click.argument("out")
 @click.option("--base", required=True, metavar="MODEL", help="Folder or file of the model that it was made for.")
+@click.option(
+    "--context",
+    type=RegistryChoice("shiradelta.io.context:CONTEXTS"),
+    help="What a reader has: with the base the file can be smaller.  [default: the form that SOURCE does not have]",
+)
 @options.max_memory
 @options.as_json
-def recode(source: str, out: str, base: str, limit: str | None, as_json: bool) -> None:
-    """Write the .shd file SOURCE to OUT in its other form; both do the same.
+def recode(source: str, out: str, base: str, context: str | None, limit: str | None, as_json: bool) -> None:
+    """Write the .shd file SOURCE to OUT in another form; both do the same.
 
     One form is smaller, and is read with its base only: for a file on its way to where the base is.  `shiradelta apply`
-    takes either.
+    takes either.  SOURCE may be - for stdin, OUT for stdout.
     """
     from shiradelta.folder.recode import recode as run
 
-    with progress_bar("recoding") as progress:
-        report = run(source, out, base, limit=limit, progress=progress)
+    with target(out, ".shd") as path, delta_from(source, limit) as delta, progress_bar("recoding") as progress:
+        assert path is not None
+        report = run(delta, path, base, context=context, limit=limit, progress=progress)
+    report = dataclasses.replace(report, out=out)
     if as_json:
         echo_json(dataclasses.asdict(report))
         return

@@ -20,10 +20,13 @@ from shiradelta.errors import SignatureError
 @click.argument("delta")
 @click.option("--key", required=True, metavar="FILE", help="Private Ed25519 key: PEM, or of OpenSSH.")
 @click.option("-o", "--out", metavar="FILE", help="Signature to write.  [default: DELTA.sig]")
+@click.option("--base", metavar="MODEL", help="The model that it was made for, where it is read with its base only.")
 @click.option("--passphrase-file", metavar="FILE", help="Its first line is the passphrase of an encrypted key.")
 @click.option("--force", is_flag=True, help="Replace a signature that is there.")
 @options.as_json
-def sign(delta: str, key: str, out: str | None, passphrase_file: str | None, force: bool, as_json: bool) -> None:
+def sign(
+    delta: str, key: str, out: str | None, base: str | None, passphrase_file: str | None, force: bool, as_json: bool
+) -> None:
     """Sign the file DELTA with a private key.
 
     `shiradelta verify DELTA --key PUBLIC` and `shiradelta apply MODEL DELTA --key PUBLIC` check the signature.
@@ -31,7 +34,7 @@ def sign(delta: str, key: str, out: str | None, passphrase_file: str | None, for
     Make a pair of keys with `openssl genpkey -algorithm ed25519 -out private.pem`, then
     `openssl pkey -in private.pem -pubout -out public.pem`; keys of `ssh-keygen -t ed25519` do as well.
     """
-    from shiradelta.signing.sign import sign as run
+    from shiradelta.folder.sign import sign as run
 
     def passphrase() -> str | bytes:
         """Is called only if the key is encrypted."""
@@ -43,7 +46,7 @@ def sign(delta: str, key: str, out: str | None, passphrase_file: str | None, for
         answer: str = click.prompt(f"Passphrase of {key}", hide_input=True, err=True)
         return answer
 
-    report = run(delta, key, out, passphrase=passphrase, force=force)
+    report = run(delta, key, out, base=base, passphrase=passphrase, force=force)
     echo_warnings(report.warnings)
     if as_json:
         echo_json(dataclasses.asdict(report))

@@ -7,12 +7,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from shiradelta.errors import FormatError
+from shiradelta.errors import ArgumentError, FormatError
 from shiradelta.folder.comparison import Past
 from shiradelta.folder.journal import Journal
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.record import Record
-from shiradelta.io.context import Base, WrittenForm, plain_delta, write_on_base, write_plain
+from shiradelta.io.context import CONTEXTS, Base, WrittenForm, plain_delta, write_on_base, write_plain
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import DELTA, Delta, open_delta
 from shiradelta.io.recognise import Wanted
@@ -58,10 +58,11 @@ def recode(
     out: Path_,
     base: Path_,
     *,
+    context: str | None = None,
     progress: Progress | None = None,
     limit: int | str | None = None,
 ) -> RecodeReport:
-    """Writes a delta in its other form: the smaller one that is read with its base only, or the plain one.
+    """Writes a delta in another form: the smaller one that is read with its base only, or the plain one.
 
     Both have the same digest.  The smaller form is for a file on its way to where the base is: the base's elements tell
     where changes are likely (spec/FORMAT.md, 4.7 and 5.2), and table and names are packed (2.3).  A tensor that would
@@ -71,25 +72,32 @@ def recode(
         source: the `.shd` file, of either form.
         out: the file to write; it may be `source`.
         base: the model that the delta was made for: a folder, a file, or `user/repo[@revision][/folder]` on the Hub.
+        context: "base" for the smaller form, "none" for the plain one; None for the one that the file does not have.
         progress: called with (tensor, done, total).
         limit: for a path, the most memory that decoding one tensor may take; see `open_delta`.
 
     Raises:
+        ArgumentError: there is no such form.
         FormatError: the file is damaged, or was made for another base.
         LimitError: a tensor takes more memory than `limit` allows.
         SourceError: there is no such model.
         TargetError: the file cannot be written.
     """
+    if context not in (None, *CONTEXTS):
+        raise ArgumentError(f"context is {context!r}, which is none of {', '.join(CONTEXTS)}")
     checkpoint = open_checkpoint(Path(local_model(base)), Wanted.BASE)
     with ExitStack() as stack:
         delta = source if isinstance(source, Delta) else stack.enter_context(open_delta(source, limit=limit))
         there, scratch = base_of(delta, checkpoint), Path(out).absolute().parent
+        read, is_small = delta, delta.needs_base or delta.packed
+        if context == "base" and delta.needs_base:  # it is made anew, which needs its positions
+            read = stack.enter_context(plain_delta(delta, there))
         with replacing(Path(out)) as output:
-            if delta.needs_base or delta.packed:
-                write_plain(delta, there, output, progress, scratch=scratch, zstd=True)
+            if context == "none" or (context is None and is_small):
+                write_plain(read, there, output, progress, scratch=scratch, zstd=True)
                 written = WrittenForm(needs_base=False, packed=False)
             else:
-                written = write_on_base(delta, there, output, progress, scratch=scratch)
+                written = write_on_base(read, there, output, progress, scratch=scratch)
             file_bytes = output.tell()
     return RecodeReport(
         source=delta.file or "delta",

@@ -326,6 +326,25 @@ def test_what_the_base_does_not_make_smaller_stays_as_it_is(made: Path, tmp_path
     assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "c.shd").read_bytes()
 
 
+def test_the_form_can_be_said_and_a_pipe_takes_it(made: Path, tmp_path: Path):
+    plain, small = (made / "1.shd").read_bytes(), tmp_path / "small.shd"
+    base = made / "0"
+    for source in plain, plain:  # the second time it has that form already
+        (tmp_path / "a.shd").write_bytes(source)
+        assert not sd.recode(tmp_path / "a.shd", tmp_path / "same.shd", base, context="none").needs_base
+        assert (tmp_path / "same.shd").read_bytes() == plain
+        assert sd.recode(tmp_path / "a.shd", small, base, context="base").needs_base
+    report = sd.recode(small, tmp_path / "again.shd", base, context="base")
+    assert (tmp_path / "again.shd").read_bytes() == small.read_bytes()
+    assert report.source_bytes == report.file_bytes == small.stat().st_size
+    with pytest.raises(sd.ArgumentError, match="none, base"):
+        sd.recode(small, tmp_path / "no.shd", base, context="other")
+    arguments = ["recode", "-", "-", "--base", str(base), "--context", "none"]
+    done = CliRunner().invoke(main, arguments, input=small.read_bytes())
+    assert (done.exit_code, done.stdout_bytes) == (0, plain)
+    assert "read by itself" in done.stderr
+
+
 def test_packing_leaves_a_file_that_it_makes_no_smaller(tmp_path: Path):
     values = np.random.default_rng(0).standard_normal(20000).astype(np.float32)
     sd.save_delta(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from safetensors.torch import save_file
 
 import shiradelta as sd
 from shiradelta.cli import main
-from shiradelta.signing.form import Signature, read_signature
+from shiradelta.signing.form import read_signature
 from shiradelta.signing.keys import private_key, public_keys
 from tests.conftest import read
 from tests.hub import Hub
@@ -115,11 +113,14 @@ def test_what_needs_its_base_is_signed_by_who_has_it_and_verified_by_anyone(sign
     path = write_small(signed)
     with pytest.raises(sd.FormatError, match="shiradelta recode"):
         sd.sign(path, "private.pem")
-    private = private_key("private.pem")
     with sd.open_delta(path) as delta:
-        signature = Signature(private.public.fingerprint, delta.digest, hashlib.sha256(path.read_bytes()).hexdigest())
-    Path(f"{path}.sig").write_bytes(replace(signature, value=private.sign(signature.message)).to_bytes())
-    assert sd.verify_signature(path, "public.pem").digest == signature.digest
+        digest = delta.digest
+    with pytest.raises(sd.FormatError, match="wrong_base"):
+        sd.sign(path, "private.pem", base="after")
+    assert not Path(f"{path}.sig").exists()
+    assert sd.sign(path, "private.pem", base="base").digest == digest
+    assert run("sign", path, "--key", "private.pem", "--base", "base", "--force").exit_code == 0
+    assert sd.verify_signature(path, "public.pem").digest == digest
     assert run("verify", path, "--key", "public.pem").exit_code == 0
     assert "base: exactly the base" in run("verify", "base", path, "--key", "public.pem").stdout
     assert run("apply", "base", path, "--key", "public.pem").exit_code == 0
