@@ -297,9 +297,14 @@ class Matrix:
     def order(self, tile: int, k: int) -> list[int]:
         """The positions of a tile's elements of this k, in their order."""
         rows = range(tile * self.tile_rows, min((tile + 1) * self.tile_rows, len(self.row_classes)))
-        columns = range(len(self.column_classes))
-        elements = [(self.row_classes[r], self.column_classes[c], r, c) for r in rows for c in columns]
-        return [r * len(columns) + c for a, b, r, c in sorted(elements) if self.k[a][b] == k]
+        found = [
+            (a, b, r, c)
+            for r in rows
+            for a in (self.row_classes[r],)
+            for c, b in enumerate(self.column_classes)
+            if self.k[a][b] == k
+        ]
+        return [r * len(self.column_classes) + c for _, _, r, c in sorted(found)]
 
 
 def fields_of(numbers: Sequence[int], width: int) -> bytes:
