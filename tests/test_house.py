@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +51,15 @@ def nodes(module: str) -> list[ast.AST]:
     return list(ast.walk(tree(module)))
 
 
+def statements(outer: ast.AST) -> Iterator[ast.stmt]:
+    """All statements within a node; expressions, in which no statement is, are passed over."""
+    for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for inner in getattr(outer, name, ()):
+            if isinstance(inner, ast.stmt):
+                yield inner
+            yield from statements(inner)
+
+
 @cache
 def imports(module: str) -> set[str]:
     """The project's modules that a module imports at any depth, but for names that only a type checker needs."""
@@ -57,12 +67,12 @@ def imports(module: str) -> set[str]:
     package = module if every[module].name == "__init__.py" else module.rpartition(".")[0]
     hidden = {
         id(inner)
-        for node in nodes(module)
+        for node in statements(tree(module))
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
+        for inner in statements(node)
     }
     found = set()
-    for node in nodes(module):
+    for node in statements(tree(module)):
         if id(node) in hidden:
             continue
         if isinstance(node, ast.Import):

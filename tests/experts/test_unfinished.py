@@ -58,7 +58,15 @@ def is_same(one: experts.ExpertFamily, other: experts.ExpertFamily) -> bool:
     return one.digests == other.digests and np.array_equal(one.centroids, other.centroids)
 
 
-@pytest.mark.parametrize("left", [14, 12, 8, 2], ids=["base", "between", "first expert", "last expert"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param(14, id="base", marks=pytest.mark.slow),
+        pytest.param(12, id="between", marks=pytest.mark.slow),
+        pytest.param(8, id="first expert"),
+        pytest.param(2, id="last expert", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_training_ends_in_the_same_family(
     left: int, whole: tuple[experts.ExpertFamily, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -84,6 +92,7 @@ def test_features_are_taken_once(
     assert gradients.calls == 0
 
 
+@pytest.mark.slow
 def test_another_training_takes_what_does_not_depend_on_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with at_every_step(monkeypatch):
         train(tmp_path / "f", Counted(whole_calls(tmp_path) - 2))
