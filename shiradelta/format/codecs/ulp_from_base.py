@@ -23,6 +23,8 @@ from shiradelta.format.registry import ValueId
 
 BLOCK = registry.ULP_BLOCK
 HEAD = registry.ULP_FROM_BASE_HEAD
+#: How many keys there are (FORMAT.md, 4.7).
+_KEYS = 1 << 15
 #: The most bits of a count: a block may list all of its shifts.
 _MOST_COUNT = 14
 #: A class more is taken for each so many listed shifts, up to the most.
@@ -39,10 +41,15 @@ class _Order:
     @classmethod
     def of(cls, keys: Keys, thresholds: Keys) -> _Order:
         """The order of whole blocks, given their base's keys."""
-        classes = thresholds.size + 1
-        group = np.arange(keys.size) // BLOCK * classes + np.searchsorted(thresholds, keys, side="right")
-        groups = np.bincount(group, minlength=-(-keys.size // BLOCK) * classes)
-        return cls(np.argsort(group, kind="stable"), groups)
+        classes, blocks = thresholds.size + 1, -(-keys.size // BLOCK)
+        # A table tells the class of each key: searching for each takes ten times as long; and bytes sort as fast.
+        of_key = np.searchsorted(thresholds, np.arange(_KEYS), side="right").astype(np.uint8)
+        of_class = np.full((blocks, BLOCK), classes, np.uint8)
+        of_class.reshape(-1)[: keys.size] = of_key[keys]
+        ranks = np.argsort(of_class, axis=1, kind="stable") + np.arange(blocks)[:, None] * BLOCK
+        every = (of_class + np.arange(blocks, dtype=np.int64)[:, None] * (classes + 1)).reshape(-1)
+        groups = np.bincount(every, minlength=blocks * (classes + 1)).reshape(blocks, classes + 1)
+        return cls(ranks.reshape(-1)[: keys.size], groups[:, :classes].reshape(-1))
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,10 @@ def write_listed(listed: Listed, runs: BlockRuns, k: Positions, j: Positions) ->
 
 def best_j(beyond: Unsigned, most: int) -> int:
     """The smallest j that makes the magnitudes' bits fewest."""
-    # A magnitude takes 2 z + 1 + j bits, and z + j + 1 is the length of beyond + 2^j.
-    costs = [2 * int((_bit_length(beyond + _POWERS[j]) - 1 - j).sum()) + j * beyond.size for j in range(most + 1)]
-    return int(np.argmin(costs))
+    # A magnitude takes 2 z + 1 + j bits, and z + j + 1 is the length of beyond + 2^j.  Few of them differ.
+    different, counts = np.unique(beyond, return_counts=True)
+    zeros = [int((_bit_length(different + _POWERS[j]) - 1 - j) @ counts) for j in range(most + 1)]
+    return int(np.argmin([2 * z + j * beyond.size for j, z in enumerate(zeros)]))
 
 
 def _bit_length(numbers: Unsigned) -> Positions:
