@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.combine.fuse import Source, fuse
+from shiradelta.errors import BaseMismatchError
 from shiradelta.experts.family import ExpertFamily
 from shiradelta.experts.routing import ExpertRouter
 from shiradelta.experts.texts import prompt_loss
@@ -33,18 +34,30 @@ class LiveModel:
     """A model that routes prompts.
 
     Attributes:
+        folder: where it is from.
         model: in evaluation mode, in the dtype in which it is stored.
         prompt_loss: of the tokens of prompts.
     """
 
+    folder: Path
     model: nn.Module
     prompt_loss: Loss
 
     def routes(
         self, family: ExpertFamily, prompts: Sequence[Any], progress: Progress
     ) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """(the route of each prompt, the route of all as one group)."""
-        router = ExpertRouter(self.model, family, self.prompt_loss, TOGETHER)
+        """(the route of each prompt, the route of all as one group).
+
+        Raises:
+            BaseMismatchError: the family is another model's, or the folder has deltas on it.
+        """
+        try:
+            router = ExpertRouter(self.model, family, self.prompt_loss, TOGETHER)
+        except BaseMismatchError as error:
+            raise BaseMismatchError(
+                f"{self.folder}: is not the model that {family.folder} was made for, or has deltas on it; give its base"
+                f" model, or take them out with `shiradelta revert {self.folder}`"
+            ) from error
         routes = router.each(prompts, progress)
         return routes, routes[0] if len(routes) == 1 else router.route(prompts, progress)
 
@@ -72,7 +85,7 @@ def open_live(folder: Path, tokens: int, device: str | None) -> LiveModel:
         with casting:
             return of_prompts(model, prompts)
 
-    return LiveModel(loading.load_model(folder, folder, where, dtype).eval(), loss)
+    return LiveModel(folder, loading.load_model(folder, folder, where, dtype).eval(), loss)
 
 
 def write_average(family: ExpertFamily, strengths: Mapping[str, float], out: str | os.PathLike[str]) -> None:

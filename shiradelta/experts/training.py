@@ -234,6 +234,8 @@ class FamilyTraining:
         if kept is not None and resumed is not None:
             resumed.restore(tuner, optimizer, Path("the model"), kept.path)
             first = resumed.step
+            if self.unfinished is not None:
+                self.unfinished.log(f"{what}: going on from step {first} of {steps}, found in {kept.path}")
         stream = batches(indices, self._lengths, self.settings.batch, self.settings.seed)
         for step, batch in islice(enumerate(stream), first, steps):
             if kept is not None and kept.is_due():

@@ -106,6 +106,15 @@ def test_a_route_is_the_routers_and_its_average_is_what_a_switch_gives(folder: P
 
 
 @pytest.mark.slow
+def test_a_model_that_has_deltas_on_it_is_refused(folder: Path, tmp_path: Path):
+    patched = str(tmp_path / "patched")
+    shiradelta.apply("model", "family/expert-0.shd", out=patched)
+    result = CliRunner().invoke(main, ["experts", "route", patched, "family", WORDS[0] + " " + WORDS[1]])
+    assert result.exit_code == 1
+    assert f"or take them out with `shiradelta revert {patched}`" in result.stderr
+
+
+@pytest.mark.slow
 def test_members_that_exist_become_a_family(folder: Path, tmp_path: Path):
     rows = pairs(20)
     write("a.jsonl", rows[::2])
@@ -138,7 +147,8 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.train"]
     monkeypatch.setattr(FamilyTraining, "expert", expert)
     monkeypatch.setattr("shiradelta.experts.training.measured", lambda *_: 1 // 0)  # features are there
-    assert run(*arguments).exit_code == 0
+    again = run(*arguments)
+    assert f"base: going on from step 12 of 12, found in {out}.train" in again.stderr
     assert experts.open_family(out).digests == experts.open_family("family").digests
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f"]
 
