@@ -28,7 +28,7 @@ from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.shares import Share, Shares, share_of
 from shiradelta.io.reader import StoredTensor, open_delta
 from shiradelta.models.live import Target
-from shiradelta.models.views import View, move
+from shiradelta.models.views import View, move, shift_between
 from shiradelta.util.arrays import RepeatedPositionError, aligned, join_sorted, order_of
 from shiradelta.util.threads import map_in_threads
 
@@ -245,27 +245,55 @@ def _as_file(pieces: Sequence[_Piece], buffer: Callable[[int], Bytes]) -> Bytes:
 
 def _portions(tensor: StoredTensor, leaves: Sequence[tuple[Target, tuple[View, ...]]]) -> list[tuple[Positions, Array]]:
     """The nonzeros in each of a tensor's pieces of memory: (positions there, increasing; their bits)."""
-    found: list[tuple[list[Positions], list[Array]]] = [([], []) for _ in leaves]
-    for positions, bits in aligned(tensor.position_windows(), tensor.bits_windows()):
-        for (_, views), (all_where, all_bits) in zip(leaves, found, strict=True):
-            where, some = positions, bits
-            for number, view in enumerate(views):
-                start, end = view.stored.span
-                if not where.size or (not number and (where[0] >= end or where[-1] < start)):
-                    break
-                chosen, where = move(where, view.stored, view.weight)
-                some = some[chosen]
-            else:
-                all_where.append(where)
-                all_bits.append(some)
-    return [_joined(*pair) for pair in found]
+    runs = [_run(views) for _, views in leaves]
+    parts: list[list[tuple[Positions, Array]]] = [[] for _ in leaves]
+    if tensor.nnz and any(run is not None for run in runs):
+        tensor.check()
+    for run, found in zip(runs, parts, strict=True):
+        if run is not None:
+            positions, bits = tensor.between(run.start, run.stop)
+            found.append((positions + run.shift, bits))
+    if None in runs:
+        for positions, bits in aligned(tensor.position_windows(), tensor.bits_windows()):
+            for run, (_, views), found in zip(runs, leaves, parts, strict=True):
+                start, stop = views[0].stored.span
+                if run is None and positions[0] < stop and positions[-1] >= start:
+                    found.append(_moved(positions, bits, views))
+    return [_joined(found) for found in parts]
 
 
-def _joined(positions: Sequence[Positions], bits: Sequence[Array]) -> tuple[Positions, Array]:
-    """All windows' positions, sorted, and their bits."""
-    if not positions:
+class _SharedRun(NamedTuple):
+    """Neighbours of a stored tensor, from start to stop - 1, that are also neighbours in a weight.
+
+    `shift` is what is added to their positions there.
+    """
+
+    start: int
+    stop: int
+    shift: int
+
+
+def _run(views: Sequence[View]) -> _SharedRun | None:
+    """The elements that views show, if they are one run; None if not, or if there are several views."""
+    if len(views) != 1:
+        return None
+    shift = shift_between(views[0].stored, views[0].weight)
+    return None if shift is None else _SharedRun(*views[0].stored.span, shift)
+
+
+def _moved(positions: Positions, bits: Array, views: Sequence[View]) -> tuple[Positions, Array]:
+    """(positions in the last view's weight, bits) of the nonzeros that views show."""
+    for view in views:
+        chosen, positions = move(positions, view.stored, view.weight)
+        bits = bits[chosen]
+    return positions, bits
+
+
+def _joined(parts: Sequence[tuple[Positions, Array]]) -> tuple[Positions, Array]:
+    """All parts' positions, sorted, and their bits."""
+    if not parts:
         return np.zeros(0, np.int64), np.zeros(0, np.uint8)
-    where, some = np.concatenate(positions), np.concatenate(bits)
+    where, some = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
     if np.all(where[1:] > where[:-1]):
         return where, some
     order = order_of(where)

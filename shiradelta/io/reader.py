@@ -116,13 +116,18 @@ class StoredTensor(TensorDelta):
         count, columns = matrix_shape(self.shape)
         if not 0 <= start <= stop <= count:
             raise ArgumentError(f"rows {start} to {stop} of a tensor of {count} rows")
-        if self.nnz and start < stop and columns:
-            most = min(self.nnz, (stop - start) * columns) * 16 + self.record.unpacked_size
-            decoder = self._within(min(most, self.record.decoded_size))
-            positions, bits = decoder.between(self.record, start * columns, stop * columns)
-        else:
-            positions, bits = np.zeros(0, np.int64), self.bits()[:0]
+        positions, bits = self.between(start * columns, stop * columns)
         return positions, bits.view(np.float32) if self.operation.adds else bits
+
+    def between(self, start: int, stop: int) -> tuple[Positions, Array]:
+        """(positions from start to stop - 1; what `bits` gives of them).
+
+        Only the blocks that hold the range are read, so the sections' checksums are not looked at; see `check`.
+        """
+        if not self.nnz or start >= stop:
+            return np.zeros(0, np.int64), self.bits()[:0]
+        most = min(self.nnz, stop - start) * 16 + self.record.unpacked_size
+        return self._within(min(most, self.record.decoded_size)).between(self.record, start, stop)
 
     def patch(self, weight: Array, dtype: str, strength: float = 1.0) -> None:
         """Applies the delta in place to the bits of a whole tensor, flat and writable; shapes and dtypes must fit."""
