@@ -3,7 +3,7 @@
 `python -m benchmarks.lossless` trains all-MiniLM-L6-v2 for some steps of AdamW in float32, stored as bfloat16, at
 learning rates of 1e-6 and 1e-5, and stores the last step in every way.  With `--model FOLDER --examples FILE` it trains
 a language model on prompts and completions.  All are checked to give it back.  A peer that is not installed is named:
-`pip install zipnn fireworks-delta-compression`.
+`pip install zipnn fireworks-delta-compression openzl weightscope`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import zstandard
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import shiradelta as sd
 from benchmarks.table import print_table
@@ -249,7 +249,45 @@ def by_fireworks(base: State, tuned: State, folder: Path, layout: str) -> Row:
         )
         return found
 
-    return timed(f"fireworks {layout}", encode, os.path.getsize, partial(patched, base), tuned)
+    return timed(f"fireworks {layout}", encode, os.path.getsize, decode, tuned)
+
+
+def by_openzl(base: State, tuned: State) -> Row:
+    """OpenZL's codec for numbers that are mostly 0: distances and values, each through its generic graph."""
+    openzl = importlib.import_module("openzl.ext")
+
+    def encode(mixed: Array) -> bytes:
+        compressor = openzl.Compressor()
+        compressor.set_parameter(openzl.CParam.FormatVersion, openzl.MAX_FORMAT_VERSION)
+        compressor.set_parameter(openzl.CParam.CompressionLevel, 19)
+        node, generic = compressor.get_node("zl.sparse_num_auto"), compressor.get_graph("zl.compress_generic")
+        compressor.select_starting_graph(compressor.build_static_graph(node, [generic, generic]))
+        context = openzl.CCtx()
+        context.ref_compressor(compressor)
+        return bytes(context.compress([openzl.Input(openzl.Type.Numeric, mixed)]))
+
+    def decode(stored: bytes) -> Array:
+        (found,) = openzl.DCtx().decompress(stored)
+        return np.array(found.content.as_nparray()).view(np.uint16).reshape(-1)
+
+    return of_xor("openzl sparse_num", base, tuned, encode, decode)
+
+
+def by_weightscope(base: State, tuned: State, folder: Path) -> Row:
+    """weightscope's patch, from folder to folder; a threshold of 0 keeps every change."""
+    export, apply = (importlib.import_module(f"weightscope.{name}") for name in ("export_patch", "apply_patch"))
+    path, result = folder / "weightscope.wsp", folder / "weightscope.safetensors"
+
+    def encode() -> Path:
+        export.export_patch(str(folder / "base"), str(folder / "tuned"), path, threshold=0.0)
+        return path
+
+    def decode(stored: Path) -> State:
+        apply.apply_patch(stored, str(folder / "base"), result)
+        found: State = load_file(result)
+        return found
+
+    return timed("weightscope", encode, os.path.getsize, decode, tuned)
 
 
 def ways(base: State, tuned: State, folder: Path) -> Iterator[Row | str]:
@@ -265,6 +303,8 @@ def ways(base: State, tuned: State, folder: Path) -> Iterator[Row | str]:
         "fireworks_delta_compression": [
             partial(by_fireworks, base, tuned, folder, layout) for layout in ("arc_v2", "arc_v3")
         ],
+        "openzl": [partial(by_openzl, base, tuned)],
+        "weightscope": [partial(by_weightscope, base, tuned, folder)],
     }
     for module, each in peers.items():
         try:
