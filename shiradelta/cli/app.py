@@ -72,6 +72,9 @@ class _Commands(click.Group):
             return super().make_context(*args, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
+        from shiradelta.util.threads import share_processors  # which a help does without
+
+        share_processors()
         try:
             with terminations_raised(), _closed_pipes():
                 return super().invoke(ctx)

@@ -21,6 +21,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def share_processors() -> None:
+    """Lets torch's threads give up their processors soon when they wait for each other, if torch is not imported yet.
+
+    By default GNU's OpenMP, which torch brings on Linux, spins for a millisecond first.  Where other work takes one of
+    the processors, or a container has a part of them only, threads then spin instead of working.  What the environment
+    says of it is left alone.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
 def in_ranges(work: Callable[[int, int], None], units: int, threads: int = THREADS) -> None:
     """Calls `work(first, last)` for consecutive ranges that cover 0 to `units` once, each on its own thread.
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 
-from shiradelta.util.threads import ahead, in_ranges, map_in_threads
+from shiradelta.util.threads import ahead, in_ranges, map_in_threads, share_processors
+
+
+@pytest.mark.parametrize("said", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_what_the_environment_says_of_waiting_holds(said: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    share_processors()
+    assert {name: os.environ[name] for name in names if name in os.environ} == (said or {"GOMP_SPINCOUNT": "1000"})
 
 
 @pytest.mark.parametrize("units", [0, 1, 5, 64])
