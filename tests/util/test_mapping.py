@@ -19,6 +19,7 @@ def no_maps(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr("shiradelta.models.checkpoint._SMALL", 0)  # small tensors are read
 
 
 @pytest.mark.usefixtures("no_maps")
