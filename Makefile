@@ -15,11 +15,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker that has done its tests takes over others': the long ones stand together.
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
-# All tests but the slow ones: about 95 seconds on two cores.
+# All tests but the slow ones: 90 CPU seconds, or 170 on a slower processor; on two cores 50 to 100 seconds.
 check: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-# All tests: less than 10 minutes on two cores.
+# All tests: five times as long.
 test: $(STAMP)
 	$(PYTEST)
 
