@@ -18,6 +18,9 @@ ResultT = TypeVar("ResultT")
 
 _DONE, _UNDONE = "done", "undone"
 
+#: Seconds that gloo can wait: it counts milliseconds, and sums of nanoseconds.
+_SHORTEST, _LONGEST = 0.001, 1e8
+
 
 class Ranks(Protocol):
     """The processes that take part in the calls of a session.
@@ -228,8 +231,10 @@ def ranks_for(targets: Mapping[str, Target], group: Any, timeout: float) -> Rank
         timeout: seconds to wait for a process.
 
     Raises:
-        ArgumentError: the group is none that this process is in.
+        ArgumentError: the group is none that this process is in, or no process can wait that long.
     """
+    if not _SHORTEST <= timeout <= _LONGEST:
+        raise ArgumentError(f"timeout={timeout!r} is no time to wait; give seconds, from {_SHORTEST} to {_LONGEST:.0e}")
     if group is None:
         ranks = ranks_of(target.holder for target in targets.values())
     else:

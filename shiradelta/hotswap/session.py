@@ -78,11 +78,11 @@ class HotSwap(SelfTested):
             engine's fused weights, for example (docs/distributed.md).
         group: a process group of torch.distributed whose processes each have a part of the model, and make the same
             calls; None for the ranks that the model's DTensors are spread over.
-        timeout: seconds to wait for the other processes.
+        timeout: seconds to wait for the other processes, from 0.001 to 1e8.
 
     Raises:
         TargetError: `model` is not a model, or a layout names memory that is not the model's.
-        ArgumentError: a layout does not fit its tensor.
+        ArgumentError: a layout does not fit its tensor; no process can wait for such a time, or is in the group.
         DeltaError: the backend is unknown.
     """
 

@@ -276,6 +276,12 @@ def test_reports_and_memory(base: dict[str, torch.Tensor], one: bytes, two: byte
     assert swap.switch({}).tensors == 0
 
 
+@pytest.mark.parametrize("timeout", [0, -3, 1e-9, 1e30, float("inf"), float("nan")])
+def test_a_time_that_no_process_can_wait_is_refused(base: dict[str, torch.Tensor], timeout: float):
+    with pytest.raises(ArgumentError, match=r"is no time to wait; give seconds, from 0\.001 to 1e\+08"):
+        HotSwap(base, timeout=timeout)
+
+
 def test_the_base_is_checked_through_what_is_active(base: dict[str, torch.Tensor], one: bytes, two: bytes):
     swap = make(base, one=one)
     swap.switch("one")
