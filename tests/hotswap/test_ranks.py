@@ -113,7 +113,6 @@ def part_of_base(rank: int, data: bytes) -> str:
 def test_no_rank_takes_its_part_for_the_base(tmp_path: Path):
     """A file that is read with its base only, where no rank has all of a tensor."""
     tensor = net().up.weight.detach()
-    tensor = net().up.weight.detach()
     at = np.flatnonzero(tensor.abs().float().numpy().reshape(-1) < 0.1)
     step = sd.TensorDelta(
         tuple(tensor.shape), at, np.ones(at.size, int), "bfloat16", "ulp", bits(tensor).reshape(-1)[at]
@@ -241,14 +240,16 @@ def test_no_process_makes_a_whole_tensor(tmp_path: Path):
         assert most > 60e6  # a whole tensor is seen
 
 
-def experts(rank: int, folder: Path, data: bytes) -> dict[str, np.ndarray]:
-    """Mixtral as transformers distributes it: experts are stacked in memory, and sharded in strides."""
+def experts(rank: int, folder: Path, data: bytes, how: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Mixtral as transformers distributes it: experts are stacked in memory, and sharded by rows or by expert."""
     import transformers
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    plan = transformers.distributed.DistributedConfig(tp_plan="auto")
+    plan = transformers.distributed.DistributedConfig(**how)
     model = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=plan)
     assert hasattr(model.lm_head.weight, "placements")
+    stacked = model.model.layers[0].mlp.experts.down_proj
+    assert ("ep_size" in how) == (stacked.to_local().shape[0] < stacked.shape[0])
     base = whole(model)
     swap = HotSwap(model)
     assert swap.load("a", data).unchecked == ()
@@ -259,7 +260,12 @@ def experts(rank: int, folder: Path, data: bytes) -> dict[str, np.ndarray]:
     return now
 
 
-def test_what_transformers_stacks_and_distributes(tmp_path: Path):
+@pytest.mark.parametrize(
+    "how",
+    [{"tp_plan": "auto"}, {"tp_plan": "auto", "ep_size": 2}, {"fsdp_size": 2, "ep_size": 2}],
+    ids=["tp", "tp and experts", "fsdp and experts"],
+)
+def test_what_transformers_stacks_and_distributes(how: dict[str, Any], tmp_path: Path):
     transformers = pytest.importorskip("transformers", minversion="5.20")
     from tests.hotswap.test_forms import Case, mixtral
 
@@ -270,6 +276,6 @@ def test_what_transformers_stacks_and_distributes(tmp_path: Path):
     swap = HotSwap(one)
     swap.load("a", data)
     swap.switch("a", 0.5)
-    for found in run(experts, 2, tmp_path, tmp_path / "base", data):
+    for found in run(experts, 2, tmp_path, tmp_path / "base", data, how):
         for name, tensor in one.state_dict().items():
             assert np.array_equal(found[name], bits(tensor)), name
