@@ -38,7 +38,9 @@ def _list_layouts(context: click.Context, parameter: click.Parameter, value: boo
     help="List the layouts, and exit.",
 )
 @click.option(
-    "--model", metavar="MODEL", help="Folder or file of the base model; merged needs it, and sparse for additions."
+    "--model",
+    metavar="MODEL",
+    help="Folder or file of the base model; merged and sparse-undo need it, and sparse for additions.",
 )
 @click.option("--rank", type=int, help="Rank of each layer's factors, for peft-lora.  [default: 16]")
 @click.option("--energy", type=options.SHARE, help="Share of each layer's energy to keep instead, such as 90%.")

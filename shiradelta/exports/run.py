@@ -64,8 +64,9 @@ def export(
         delta: the `.shd` file.
         layout: a name of `shiradelta.exports.EXPORTS`; `shiradelta export --list` lists them.
         out: the file or folder to write.
-        model: the base model's file or folder.  "merged" needs it, "sparse" needs it for additions.  The other layouts
-            check with it that each tensor belongs to a linear layer, and take the layers' names in memory from it.
+        model: the base model's file or folder.  "merged" and "sparse-undo" need it, "sparse" for additions.  The
+            other layouts check with it that each tensor belongs to a linear layer, and take the layers' names in memory
+            from it.
         rank: the rank of each layer's factors, for "peft-lora"; 16 by default.
         energy: the share of each layer's squared norm that the factors keep instead, for "peft-lora".
         strength: alpha, the factor of the values, for "merged"; 1 by default.

@@ -1,7 +1,8 @@
-"""Exports to sparse new values: a safetensors file with NAME.indices and NAME.values.
+"""Exports to sparse values, new or old: a safetensors file with NAME.indices and NAME.values.
 
 Indices are flat and row-major, int32, or int64 in tensors of more than 2^31 elements.  Values are the new elements in
-the base's dtype.  The metadata `layout` is "sparse-values"; `shapes` is a JSON object of the tensors' shapes.
+the base's dtype; those of the file that undoes them are the base's own.  The metadata `layout` is "sparse-values";
+`shapes` is a JSON object of the tensors' shapes.
 """
 
 from __future__ import annotations
@@ -53,9 +54,8 @@ def write(
         DeltaError: a delta adds or removes a tensor, or its result follows from a model and none is given.
         TargetError: the file cannot be written.
     """
+    _check_elements(deltas)
     for name, delta in deltas.items():
-        if delta.operation.restructures:
-            raise DeltaError(f"tensor {name!r} is {delta.op}, and this layout changes elements only; use merged")
         if not delta.operation.stores_elements and model is None:
             raise DeltaError(
                 f"tensor {name!r} is {delta.op}, whose new elements follow from the base's; give --model MODEL (model=)"
@@ -70,6 +70,66 @@ def write(
         for edit in it.plan.edits:
             new = partial(_new, edit.tensor, partial(it.checkpoint.bits, edit.name), edit.slot.dtype.name)
             found[edit.name] = edit.tensor, edit.slot.dtype.name, new
+    _write(path, found, progress)
+
+
+@export(
+    "sparse-undo",
+    "Sparse old values: the same file with the base's elements, which undo the layout sparse.",
+    options=("model", "progress"),
+    needs_model=True,
+)
+def write_undo(
+    path: str | os.PathLike[str],
+    deltas: Mapping[str, TensorDelta],
+    base: str = "",
+    *,
+    model: str | os.PathLike[str],
+    progress: Progress | None = None,
+) -> None:
+    """Writes the base's elements at the positions of sparse new values, which `convert` reads, too.
+
+    Args:
+        path: the file.
+        deltas: name of the weight -> its delta.
+        base: ignored.
+        model: the base's files.
+        progress: called with (what, done, total).
+
+    Raises:
+        BaseMismatchError: the delta was made for another base.
+        DeltaError: a delta adds or removes a tensor.
+        TargetError: the file cannot be written.
+    """
+    _check_elements(deltas)
+    check_file(Path(path))
+    it = based(deltas, model, progress)
+    found: dict[str, tuple[TensorDelta, str, Callable[[], Array]]] = {}
+    for edit in it.plan.edits:
+        old = partial(_old, edit.tensor, partial(it.checkpoint.bits, edit.name))
+        found[edit.name] = edit.tensor, edit.slot.dtype.name, old
+    _write(path, found, progress)
+
+
+def _check_elements(deltas: Mapping[str, TensorDelta]) -> None:
+    """Checks that deltas change elements only.  Raises DeltaError."""
+    for name, delta in deltas.items():
+        if delta.operation.restructures:
+            raise DeltaError(f"tensor {name!r} is {delta.op}, and this layout changes elements only; use merged")
+
+
+def _write(
+    path: str | os.PathLike[str],
+    found: Mapping[str, tuple[TensorDelta, str, Callable[[], Array]]],
+    progress: Progress | None,
+) -> None:
+    """Writes a file of positions and elements.
+
+    Args:
+        path: the file.
+        found: name of the weight -> its delta, the elements' dtype, and what gives their bits.
+        progress: called with (what, done, total).
+    """
     tensors = []
     for name, (delta, dtype, bits) in found.items():
         wide = "int64" if delta.numel > 1 << 31 else "int32"
@@ -90,3 +150,8 @@ def _new(delta: TensorDelta, base: Callable[[], Array], dtype: str) -> Array:
     if delta.operation.stores_elements:
         return delta.bits()
     return arithmetic.result(delta.operation, delta.bits(), base()[delta.positions()], dtype, 1.0)
+
+
+def _old(delta: TensorDelta, base: Callable[[], Array]) -> Array:
+    """The base's elements."""
+    return base()[delta.positions()]

@@ -172,6 +172,26 @@ def test_sparse_new_values_are_the_base_with_the_delta(made: Path, tmp_path: Pat
         assert np.array_equal(weight.view(torch.int16).numpy().view("u2").reshape(-1), read(tmp_path / "right", name))
 
 
+def test_sparse_old_values_undo_new_ones(made: Path, tmp_path: Path):
+    """By hand, as an engine's own loader does it, and as a delta."""
+    new, old = tmp_path / "new.safetensors", tmp_path / "old.safetensors"
+    sd.export(made / "a.shd", "sparse", new, model=made / "bf16")
+    sd.export(made / "a.shd", "sparse-undo", old, model=made / "bf16")
+    weights = load_file(made / "bf16" / "model.safetensors")
+    for file in (new, old):
+        held = load_file(file)
+        before = {name: weight.clone() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            weight.view(-1)[held[f"{name}.indices"].long()] = held[f"{name}.values"]
+            assert not torch.equal(weight, before[name])
+    for name, weight in load_file(made / "bf16" / "model.safetensors").items():
+        assert torch.equal(weights[name].view(torch.int16), weight.view(torch.int16))
+    sd.apply(made / "bf16", made / "a.shd", out=tmp_path / "tuned")
+    sd.convert(old, tmp_path / "undo.shd", base=tmp_path / "tuned")
+    sd.apply(tmp_path / "tuned", tmp_path / "undo.shd", out=tmp_path / "base")
+    assert contents(tmp_path / "base" / "model.safetensors") == contents(made / "bf16" / "model.safetensors")
+
+
 @pytest.mark.parametrize("base", [True, False])
 def test_sparse_new_values_are_converted_back(made: Path, tmp_path: Path, base: bool):
     out, back = tmp_path / "new.safetensors", tmp_path / "back.shd"
@@ -235,7 +255,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("op", REFUSED)
-@pytest.mark.parametrize("layout", [name for name in EXPORTS if name != "merged"])
+@pytest.mark.parametrize("layout", [name for name, row in EXPORTS.items() if not row.needs_model])
 def test_what_a_layout_cannot_hold_is_refused_by_name(layout: str, op: str, tmp_path: Path):
     """Additions to vectors are dense differences; whole values are sparse new values; nothing else is held."""
     out = tmp_path / "out"
@@ -275,7 +295,15 @@ def test_layers_have_their_names_in_the_model(root: Path, tmp_path: Path):
     assert contents(tmp_path / "out") == contents(tmp_path / "right")
 
 
-@pytest.mark.parametrize("layout", ["peft-shira", "sparse", "merged"])
+@pytest.mark.parametrize("op", ["new", "drop", "replace"])
+def test_only_changed_elements_are_undone(made: Path, op: str, tmp_path: Path):
+    sd.save_delta(tmp_path / "x.shd", {"layer.weight": REFUSED[op]}, values="f32")
+    with pytest.raises(DeltaError, match=f"'layer.weight' is {op}.*merged"):
+        sd.export(tmp_path / "x.shd", "sparse-undo", tmp_path / "out", model=made / "bf16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["peft-shira", "sparse", "sparse-undo", "merged"])
 def test_another_base_is_refused(root: Path, layout: str, tmp_path: Path):
     small_model(tied=True).save_pretrained(tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
@@ -295,6 +323,7 @@ def test_another_base_is_refused(root: Path, layout: str, tmp_path: Path):
         ("dense", {"rank": 4}, "rank is an option of peft-lora, not of dense"),
         ("peft-shira", {"strength": 0.5}, "strength is an option of merged"),
         ("merged", {}, "merged needs the base model's files; give --model MODEL"),
+        ("sparse-undo", {}, "sparse-undo needs the base model's files; give --model MODEL"),
         ("peft-lora", {"rank": 4, "energy": 0.5}, "rank and energy exclude each other"),
         ("peft-lora", {"rank": 0}, "rank 0 is less than 1"),
         ("peft-lora", {"energy": 0.0}, "energy 0 is no share"),
