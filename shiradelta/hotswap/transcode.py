@@ -245,9 +245,12 @@ def _as_file(pieces: Sequence[_Piece], buffer: Callable[[int], Bytes]) -> Bytes:
 
 def _portions(tensor: StoredTensor, leaves: Sequence[tuple[Target, tuple[View, ...]]]) -> list[tuple[Positions, Array]]:
     """The nonzeros in each of a tensor's pieces of memory: (positions there, increasing; their bits)."""
-    runs = [_run(views) for _, views in leaves]
+    record = tensor.record
+    # A part of another section is decoded from all of it, which is done once, in windows.
+    has_parts = record.index_codec == IndexId.RICE and not (record.index.zstd or record.values.zstd)
+    runs = [_run(views) if has_parts else None for _, views in leaves]
     parts: list[list[tuple[Positions, Array]]] = [[] for _ in leaves]
-    if tensor.nnz and any(run is not None for run in runs):
+    if any(run is not None for run in runs):
         tensor.check()
     for run, found in zip(runs, parts, strict=True):
         if run is not None:
