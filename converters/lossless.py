@@ -88,7 +88,7 @@ class Lossless:
                 for number, (name, tensor) in enumerate(zip(names, work, strict=True)):
                     self.progress(name, number, len(names))
                     if tensor is not None:
-                        writer.add(name, tensor)
+                        writer.add(name, tensor, compress=2 * tensor.nnz > tensor.numel)
                         about = name, tensor.op, tensor.shape, tensor.nnz, tensor.numel
                         report.tensors.append(TensorReport(*about, energy=0.0, lost=0.0, inexact=0))
                 if not report.tensors:

@@ -88,7 +88,7 @@ def write_plain(
         output: where to write.
         progress: called with (tensor, done, total).
         scratch: the folder of a nameless file for what is too large for memory; None for the system's.
-        zstd: compress sections where that helps, if the file has such sections.
+        zstd: compress the sections of tensors that have compressed ones, where that helps.
 
     Raises:
         FormatError: the file is damaged, or was made for another base.
@@ -106,7 +106,7 @@ def write_plain(
             kept = replace(kept, value_codec=ULP.id, values=ULP.encode(tensor.bits()))
         return tensor, kept
 
-    _write(delta, plain, output, progress, scratch, zstd and _has_zstd(delta))
+    _write(delta, plain, output, progress, scratch, zstd)
 
 
 def write_on_base(
@@ -114,7 +114,7 @@ def write_on_base(
 ) -> WrittenForm:
     """Writes a file that does the same, on its way to where the base is: packed, and read with its base only.
 
-    Each where it makes the file smaller.  Sections are compressed where that helps, if the file has such ones.  Args
+    Each where it makes the file smaller.  Sections of tensors that have compressed ones are compressed, too.  Args
     and errors are those of `write_plain`.
     """
 
@@ -138,7 +138,7 @@ def write_on_base(
 
     if delta.needs_base:
         raise FormatError("base_needed", file=delta.file)
-    return _write(delta, on_base, output, progress, scratch, _has_zstd(delta), packed=True)
+    return _write(delta, on_base, output, progress, scratch, zstd=True, packed=True)
 
 
 def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> Delta:
@@ -151,10 +151,6 @@ def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> D
         stream.flush()
         mapped = map_file(stream.fileno(), delta.file or "delta", os.fstat(stream.fileno()).st_size)
     return parse_delta(np.frombuffer(mapped, np.uint8), delta.file, mapped=mapped, limit=delta.limit)
-
-
-def _has_zstd(delta: Delta) -> bool:
-    return any(section.zstd for stored in delta.values() for section in (stored.record.index, stored.record.values))
 
 
 def _codecs() -> tuple[FromBase, UlpFromBase]:
@@ -222,14 +218,15 @@ def _write(
 ) -> WrittenForm:
     """Writes the other form of every tensor, and compares the digests."""
     needs_base = False
-    with writing_to(output, "f32", zstd, scratch=scratch, packed=packed) as writer:
+    with writing_to(output, "f32", scratch=scratch, packed=packed) as writer:
         writer.metadata.update(delta.metadata)
         for number, (name, stored) in enumerate(delta.items()):
             if progress:
                 progress(name, number, len(delta))
             tensor, sections = other_form(stored)
             record = replace(stored.record, index_codec=sections.index_codec, value_codec=sections.value_codec)
-            writer.add_sections(record, tensor_digest(tensor), sections.index, sections.values)
+            compress = zstd and (stored.record.index.zstd or stored.record.values.zstd)
+            writer.add_sections(record, tensor_digest(tensor), sections.index, sections.values, compress=compress)
             needs_base |= record.needs_base
         _check_digest(writer, delta)
     return WrittenForm(needs_base, writer.packed)

@@ -25,7 +25,7 @@ from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.packed import Packer
 from shiradelta.format.record import Record, Section, combination_problem
 from shiradelta.format.windows import windows_of
-from shiradelta.format.zstd import compressed
+from shiradelta.format.zstd import FAST, LEVEL, compressed
 from shiradelta.io.reader import StoredTensor
 from shiradelta.util.arguments import ArgumentKind, checked
 from shiradelta.util.files import replacing
@@ -48,6 +48,7 @@ class DeltaWriter:
         self._spool, self._may_pack, self.packed = spool, packed, False
         self._codec = VALUE_OPTIONS.find(values)
         self._zstd = zstd
+        self._level = LEVEL if zstd else None
         # Positions may need any index codec; a backend given by name uses only the codecs that it knows.
         index_ids = INDEX_CODECS.by_id if backend == AUTO else ()
         self._backend = choose(backend, index_ids, (self._codec.id, ULP.id, BITS.id))
@@ -55,8 +56,13 @@ class DeltaWriter:
         self._digests: dict[str, bytes] = {}
         self.metadata: dict[str, str] = {}
 
-    def add(self, name: str, tensor: TensorDelta) -> TensorDelta:
+    def add(self, name: str, tensor: TensorDelta, *, compress: bool = False) -> TensorDelta:
         """Encodes one tensor; returns it as a reader will see it, with quantised values.
+
+        Args:
+            name: its name.
+            tensor: the delta.
+            compress: compress its sections fast where that helps, in a file in which others are not compressed.
 
         Raises:
             DeltaError: a name that is taken or not allowed, values that do not fit the codec, or a tensor that a reader
@@ -68,6 +74,7 @@ class DeltaWriter:
             container.check_name(name.encode())
         except (FormatError, UnicodeEncodeError) as error:
             raise ArgumentError(f"tensor name {name!r} is not allowed: {error}") from None
+        self._level = LEVEL if self._zstd else FAST if compress else None
         try:
             record, stored = self._encode(name, tensor)
         except DeltaError as error:
@@ -126,7 +133,9 @@ class DeltaWriter:
         self._records[name], self._digests[name] = record, digest.digest()
         return record
 
-    def add_sections(self, record: Record, digest: bytes, index: bytes, values: bytes) -> None:
+    def add_sections(
+        self, record: Record, digest: bytes, index: bytes, values: bytes, *, compress: bool = False
+    ) -> None:
         """Adds a tensor as sections that are ready; nothing is checked again.
 
         Args:
@@ -134,7 +143,9 @@ class DeltaWriter:
             digest: the digest of what it does.
             index: the positions' section.
             values: the values' section.
+            compress: compress both where that helps, in a file in which others are not compressed.
         """
+        self._level = LEVEL if self._zstd or compress else None
         sections = [self._store(section) for section in (index, values)]
         self._records[record.name] = replace(record, index=sections[0], values=sections[1])
         self._digests[record.name] = digest
@@ -195,7 +206,7 @@ class DeltaWriter:
 
     def _store(self, payload: bytes) -> Section:
         """Appends a section to the spool; returns its offset there."""
-        frame = compressed(payload) if self._zstd else None
+        frame = None if self._level is None else compressed(payload, self._level)
         stored = payload if frame is None else frame
         offset = self._spool.tell()
         self._spool.write(container.pad_section(stored))

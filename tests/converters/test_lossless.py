@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 import shiradelta as sd
@@ -203,3 +204,25 @@ def test_two_steps_fuse_into_one_without_a_base(tmp_path: Path):
         assert report.nnz == np.count_nonzero(bits(first["w"]) != bits(third["w"]))
     sd.apply(models[0], tmp_path / "x.shd")
     assert same(read(models[0]), third)
+
+
+def test_what_changes_nearly_everywhere_is_compressed(tmp_path: Path):
+    """A bitmap of ones, and shifts of about one size, beside a tensor of which little changes."""
+    rng = np.random.default_rng(0)
+    before = {name: (rng.standard_normal((128, 96)) * 0.02).astype(np.float16) for name in "ab"}
+    moved = rng.random((128, 96)) < 0.97
+    bits = before["a"].view("<u2")
+    after = {"a": np.where(moved, bits ^ np.uint16(5), bits).view(np.float16), "b": before["b"].copy()}
+    after["b"][3, :4] *= 2
+    for name, state in ("0", before), ("1", after):
+        (tmp_path / name).mkdir()
+        save_numpy(state, tmp_path / name / "model.safetensors")
+    sd.convert(tmp_path / "1", tmp_path / "1.shd", base=tmp_path / "0", lossless=True)
+    with sd.open_delta(tmp_path / "1.shd") as delta:
+        records = {name: tensor.record for name, tensor in delta.items()}
+    assert records["a"].index.zstd
+    assert [section.zstd for section in (records["b"].index, records["b"].values)] == [False, False]
+    sd.recode(tmp_path / "1.shd", tmp_path / "small.shd", tmp_path / "0")
+    sd.recode(tmp_path / "small.shd", tmp_path / "back.shd", tmp_path / "0")
+    with sd.open_delta(tmp_path / "back.shd") as delta:
+        assert [tensor.record.index.zstd for tensor in delta.values()] == [True, False]
