@@ -36,15 +36,15 @@ class Run(NamedTuple):
     base: int
 
 
-#: (positions, bits after all steps, fingerprint of the elements that a later step set again).
-_Merged = tuple[Positions, Array, int]
+#: (positions, bits after all steps).
+_Merged = tuple[Positions, Array]
 
 
 def merged(runs: Sequence[Run]) -> Run:
     """One run for several, the earliest first.
 
     A step's base_fingerprint is that of what the steps before it gave.  So the sum of all is that of the base and of
-    the elements that were set again.
+    the elements that were set again, which are those of all runs without those that are left in the end.
     """
     runs_left = [run for run in runs if run.positions.size]
     if len(runs_left) < 2:
@@ -56,7 +56,9 @@ def merged(runs: Sequence[Run]) -> Run:
     work: Callable[[int, Sequence[Run]], _Merged] = _Places(span, runs_left[0].bits.dtype) if dense else _by_sorting
     parts = [work(start, some) for start, some in _ranges(runs_left, low, high, span)]
     positions, bits = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-    return Run(positions, bits, (sum(run.base for run in runs) - sum(part[2] for part in parts)) % _MODULUS)
+    fingerprint = choose().fingerprint
+    base = sum(run.base for run in runs) + fingerprint(positions, bits)
+    return Run(positions, bits, (base - sum(fingerprint(run.positions, run.bits) for run in runs_left)) % _MODULUS)
 
 
 def _ranges(runs: Sequence[Run], low: int, high: int, span: int) -> Iterator[tuple[int, list[Run]]]:
@@ -82,16 +84,12 @@ class _Places:
     def __call__(self, start: int, runs: Sequence[Run]) -> _Merged:
         bits, known = self._bits, self._known
         known[:] = False
-        again: list[tuple[Positions, Array]] = []
         for run in runs:
             at = run.positions - start
-            repeated = at[known[at]]
-            again.append((repeated, bits[repeated]))
             bits[at] = run.bits
             known[at] = True
         found = np.flatnonzero(known)
-        positions, replaced = (np.concatenate(parts) for parts in zip(*again, strict=True))
-        return found + start, bits[found], choose().fingerprint(positions + start, replaced)
+        return found + start, bits[found]
 
 
 def _by_sorting(start: int, runs: Sequence[Run]) -> _Merged:
@@ -100,8 +98,7 @@ def _by_sorting(start: int, runs: Sequence[Run]) -> _Merged:
     order = np.argsort(positions, kind="stable")  # equal ones stay in the order of the steps
     positions, bits = positions[order], bits[order]
     last = np.append(positions[1:] != positions[:-1], True)
-    again = 0 if last.all() else choose().fingerprint(positions[~last], bits[~last])
-    return positions[last], bits[last], again
+    return positions[last], bits[last]
 
 
 class Runs:
