@@ -34,6 +34,7 @@ from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.util.arguments import PATH, WHOLE, ArgumentKind, checked, is_path
+from shiradelta.util.open_files import open_files
 from shiradelta.util.progress import Progress
 
 Path_ = str | os.PathLike[str]
@@ -236,6 +237,7 @@ class Chain:
             steps = self.way(start, stop).steps
             if len(steps) < 2:
                 raise ChainError("not_published", self.store.name, f"{start} -> {stop} is no way over several steps")
+            stack.enter_context(open_files(len(steps)))
             opened = [stack.enter_context(self.open_step(step)) for step in steps]
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             path, checkpoint = work / "fold.shd", None

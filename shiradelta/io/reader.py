@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -379,5 +380,7 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         from shiradelta.io.recognise import Wanted, explain
 
-        message = explain(path, Wanted.DELTA) or f"{path}: cannot be read ({error.strerror}); check the path"
+        full = error.errno in (errno.EMFILE, errno.ENFILE)
+        advice = "open fewer at a time, or raise the limit (`ulimit -n`)" if full else "check the path"
+        message = explain(path, Wanted.DELTA) or f"{path}: cannot be read ({error.strerror}); {advice}"
         raise ShiraDeltaError(message) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 import shiradelta as sd
 from shiradelta import TensorDelta
+from shiradelta.chain import chain as chain_module
 from shiradelta.chain import runs as module
 from shiradelta.chain.difference import shifted
 from shiradelta.chain.fold import fold_tensor
@@ -110,3 +113,25 @@ def test_steps_whose_fingerprints_contradict_each_other_are_refused(tmp_path: Pa
         name = "layers.0.up.weight"
         with pytest.raises(sd.ChainError, match="was of another form before"):
             fold_tensor(name, [("a", one[name]), ("b", two[name])], None)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_more_steps_are_folded_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import resource
+
+    run = Training(tmp_path, 24)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(each) for each in os.listdir("/dev/fd")}
+    free = (limit for limit in range(len(used), 1 << 16) if limit - sum(at < limit for at in used) > 12)
+    low = next(free), limits[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, low)
+    try:
+        run.chain.fold(0, 24)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == low
+        monkeypatch.setattr(chain_module, "open_files", lambda _: nullcontext())
+        with pytest.raises(sd.ShiraDeltaError, match=r"Too many open files\)*; open fewer at a time"):
+            run.chain.fold(1, 24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert run.chain.verify() == []
+    assert same(run.reached(None, 24), run.models[24])
