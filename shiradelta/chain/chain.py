@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shiradelta.chain.checks import check_contents, check_digest, check_state, check_sum
+from shiradelta.chain.checks import check_contents, check_digest, check_digest_new, check_new, check_state, check_sum
 from shiradelta.chain.conditions import read_if_there
 from shiradelta.chain.difference import plain_step, smaller_form, write_difference
 from shiradelta.chain.digests import digest_of_file
@@ -160,9 +160,15 @@ class Chain:
             if version is not None and version > manifest.head + 1:
                 raise ChainError("gap", os.fspath(delta), f"version {version} after {manifest.head}")
             before = None if base is None else open_checkpoint(local_model(base))
-            if before is not None:
-                check_state(before, manifest.state, f"version {manifest.head}")
             path, work = Path(delta), Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if version is not None and version <= manifest.head:
+                check_new(path, manifest, version)
+            if before is not None:
+                try:
+                    check_state(before, manifest.state, f"version {manifest.head}")
+                except ChainError:
+                    check_new(path, manifest, version)  # a step that comes twice was made for an earlier version
+                    raise
             if path.is_dir():
                 if before is None:
                     raise ChainError("no_fingerprint", str(path), "a folder is compared with the model before it")
@@ -170,7 +176,9 @@ class Chain:
                 with writing(path) as writer:
                     write_difference(writer, before, open_checkpoint(Path(delta)), progress)
             opened = stack.enter_context(open_delta(path))
-            step = _described(opened, path, manifest, version)
+            size, sha256 = digest_of_file(path)
+            check_digest_new(opened, str(delta), manifest, version)
+            step = Step(manifest.head, manifest.head + 1, manifest.state, "", size, sha256, opened.digest)
             readable = opened
             if opened.needs_base:
                 readable = stack.enter_context(plain_step(opened, before))
@@ -422,25 +430,6 @@ def _put_anchor(store: Store, version: int, checkpoint: Checkpoint) -> tuple[Anc
 def _inserted(steps: tuple[Step, ...], step: Step) -> tuple[Step, ...]:
     """Steps with another one, in order."""
     return tuple(sorted((*steps, step), key=lambda each: (each.start, each.stop)))
-
-
-def _described(delta: Delta, path: Path, manifest: Manifest, version: int | None) -> Step:
-    """The row of the next step, without the digest of what it gives.
-
-    Raises:
-        ChainError: the version or the file is published already.
-    """
-    size, sha256 = digest_of_file(path)
-    head, label = manifest.head, os.fspath(path)
-    if version is None or version <= head:
-        stop = head if version is None else version
-        there = (step for step in manifest.since(max(stop - 1, 0)) if (step.stop, step.delta) == (stop, delta.digest))
-        told = any(step.needs != step.gives for step in there)
-        if version is not None:
-            raise ChainError("duplicate" if told else "taken", label, f"version {version}; the newest is {head}")
-        if told:
-            raise ChainError("duplicate", label, f"version {head}")
-    return Step(head, head + 1, manifest.state, "", size, sha256, delta.digest)
 
 
 @contextmanager

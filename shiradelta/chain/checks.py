@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from shiradelta.backends.choose import choose
 from shiradelta.chain.fold import check_base
+from shiradelta.chain.manifest import Manifest
 from shiradelta.chain.state import State, state_digest, state_of
 from shiradelta.errors import ChainError
 from shiradelta.format import arithmetic
 from shiradelta.format.windows import windows_of
-from shiradelta.io.reader import Delta
-from shiradelta.models.checkpoint import Checkpoint, bits_of
+from shiradelta.io.reader import Delta, open_delta
+from shiradelta.models.checkpoint import Checkpoint, bits_of, open_checkpoint
 
 
 def check_contents(delta: Delta, base: Checkpoint | None) -> None:
@@ -83,3 +86,37 @@ def check_digest(state: State, wanted: str, label: str) -> None:
     """
     if state_digest(state) != wanted:
         raise ChainError("wrong_base", label, "it does not give the version that the manifest says")
+
+
+def check_new(path: Path, manifest: Manifest, version: int | None) -> None:
+    """Checks that a step, or the model after it, is not published already.
+
+    Raises:
+        ChainError: it is, or the version is.
+    """
+    if version is not None and version > manifest.head:
+        return
+    if not path.is_dir():
+        with open_delta(path) as delta:
+            check_digest_new(delta, os.fspath(path), manifest, version)
+        return
+    stop = manifest.head if version is None else version
+    is_same = manifest.states().get(stop) == state_digest(state_of(open_checkpoint(path)))
+    if is_same or version is not None:
+        raise _published(is_same, os.fspath(path), stop, manifest)
+
+
+def check_digest_new(delta: Delta, label: str, manifest: Manifest, version: int | None) -> None:
+    """As `_check_new`, for a file."""
+    if version is not None and version > manifest.head:
+        return
+    stop = manifest.head if version is None else version
+    there = [step for step in manifest.since(max(stop - 1, 0)) if (step.stop, step.delta) == (stop, delta.digest)]
+    if version is not None:
+        raise _published(bool(there), label, stop, manifest)
+    if any(step.needs != step.gives for step in there):  # steps without a change may follow each other
+        raise _published(True, label, stop, manifest)
+
+
+def _published(is_same: bool, label: str, version: int, manifest: Manifest) -> ChainError:
+    return ChainError("duplicate" if is_same else "taken", label, f"version {version}; the newest is {manifest.head}")

@@ -129,6 +129,28 @@ def test_a_folder_is_published_as_what_differs_whole_tensors_too(run: Run, tmp_p
     assert same(run.reached(3, 5), before)
 
 
+def test_a_step_that_comes_twice_with_its_base_is_called_so(run: Run, tmp_path: Path):
+    """A trainer that was killed tries again with the base that it had."""
+    step = run.step(publish=False)
+    before, after, other = (
+        write(tmp_path / name, model)
+        for name, model in (("before", run.models[3]), ("after", run.models[4]), ("other", run.models[2]))
+    )
+    publish = run.chain.publish
+    publish(step, base=before, version=4)
+    for what in (after, step):
+        for version in (4, None):
+            with pytest.raises(sd.ChainError, match=rf"{what.name}: .*version 4; the newest is 4\) \[duplicate\]"):
+                publish(what, base=before, version=version)
+    with pytest.raises(sd.ChainError, match=r"other: .*\[taken\]"):
+        publish(other, base=before, version=4)
+    assert reason(lambda: publish(other, base=before)) == "other_model"
+    assert reason(lambda: publish(other, base=before, version=5)) == "other_model"
+    publish(after, base=after, version=5)  # nothing changes
+    assert reason(lambda: publish(after, base=after, version=5)) == "duplicate"
+    assert publish(after, base=after).stop == 6
+
+
 def test_a_fold_is_one_step_that_gives_the_same(run: Run):
     folded = run.chain.fold(0, 3)
     assert run.chain.way(0, 3).steps == (folded,)
