@@ -19,7 +19,7 @@ from shiradelta.chain.checks import check_contents, check_digest, check_digest_n
 from shiradelta.chain.conditions import read_if_there
 from shiradelta.chain.difference import plain_step, smaller_form, write_difference
 from shiradelta.chain.digests import digest_of_file
-from shiradelta.chain.files import files_of_model, put, write_anchor
+from shiradelta.chain.files import check_outside, files_of_model, put, write_anchor
 from shiradelta.chain.fold import fold, needs_base
 from shiradelta.chain.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, check_tensor_name, parse_manifest
 from shiradelta.chain.pages import Pages
@@ -80,9 +80,11 @@ class Chain:
         Raises:
             ChainError: a chain is there already.
             SourceError: there is no such model.
-            TargetError: the store cannot be written, or an anchor cannot hold a file of the model.
+            TargetError: the store cannot be written or lies in the model's folder, or an anchor cannot hold a file of
+                the model.
         """
         opened, checkpoint = open_store(store), open_checkpoint(local_model(model_dir))
+        check_outside(opened, checkpoint.root)
         with opened.locked():
             if _read(opened) is not None:
                 raise ChainError("exists", opened.name)
@@ -422,8 +424,9 @@ def _put_anchor(store: Store, version: int, checkpoint: Checkpoint) -> tuple[Anc
         except ValueError as error:
             raise TargetError(f"{checkpoint.root}: {error}; rename it") from None
     anchor = Anchor(version, state_digest(state), tuple(files_of_model(checkpoint)))
+    folder = checkpoint.root.parent if checkpoint.root.is_file() else checkpoint.root
     for file in anchor.files:
-        put(store, anchor.path(file), checkpoint.root / file.name, file.bytes, file.sha256)
+        put(store, anchor.path(file), folder / file.name, file.bytes, file.sha256)
     return anchor, state
 
 

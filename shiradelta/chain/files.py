@@ -9,7 +9,7 @@ from pathlib import Path
 from shiradelta.chain.digests import copied_with_digest, digest_of_file
 from shiradelta.chain.rows import FILE_NAME, Anchor, StoredFile
 from shiradelta.chain.state import state_digest, state_of
-from shiradelta.chain.stores import Store
+from shiradelta.chain.stores import FolderStore, Store
 from shiradelta.errors import ChainError, TargetError
 from shiradelta.folder.copying import FollowedLinks
 from shiradelta.folder.weights import relative_files
@@ -48,13 +48,27 @@ def write_anchor(store: Store, anchor: Anchor, folder: Path) -> None:
         raise ChainError("wrong_bytes", f"{store.name}/{anchor.folder}", "it is another model")
 
 
+def check_outside(store: Store, root: Path) -> None:
+    """Checks that a store is no part of a model's folder, which would hold it in its own anchor.
+
+    Raises:
+        TargetError: it is.
+    """
+    if isinstance(store, FolderStore) and store.root.resolve().is_relative_to(root.resolve()):
+        raise TargetError(f"{store.name}: lies in the model's folder {root}; name one beside it for the chain")
+
+
 def files_of_model(checkpoint: Checkpoint) -> list[StoredFile]:
-    """The files of a model's folder that belong into an anchor: all but hidden ones.
+    """The files of a model that belong into an anchor: all but hidden ones of its folder, or the one that it is.
 
     Raises:
         TargetError: a link, a device, or a name that an anchor cannot hold.
     """
     root = checkpoint.root
+    if root.is_file():
+        if not FILE_NAME.fullmatch(root.name) or root.suffix != ".safetensors":
+            raise TargetError(f"{root}: an anchor cannot hold a file of this name; give the model's folder")
+        return [StoredFile(root.name, *digest_of_file(root))]
     links = FollowedLinks(root, set(relative_files(checkpoint)))
     found = []
     with os_errors(root, "cannot be read"):

@@ -15,7 +15,7 @@ import shiradelta as sd
 from shiradelta.chain import Chain, FolderFollower
 from shiradelta.chain.fold import fold
 from shiradelta.cli import main
-from shiradelta.errors import CHAIN_REASONS
+from shiradelta.errors import CHAIN_REASONS, TargetError
 from shiradelta.io.writer import writing
 from tests.chain.models import Model, add_step, change, read, replayed, same, set_step, small, write
 from tests.scenes import contents
@@ -127,6 +127,29 @@ def test_a_folder_is_published_as_what_differs_whole_tensors_too(run: Run, tmp_p
     assert back.gives == run.chain.manifest.states()[3]
     run.chain.fold(3, 5)
     assert same(run.reached(3, 5), before)
+
+
+def test_a_chain_does_not_lie_in_its_model(run: Run):
+    model, before = run.folder / "model", contents(run.folder)
+    for place in (model, model / "chain", model / ".." / "model" / "a" / "b"):
+        with pytest.raises(TargetError, match=r"lies in the model's folder .*; name one beside it"):
+            Chain.create(place, model)
+    assert contents(run.folder) == before
+
+
+def test_a_model_that_is_one_file_is_an_anchor_too(run: Run, tmp_path: Path):
+    file = run.folder / "model" / "model.safetensors"
+    chain = Chain.create(tmp_path / "of file", file)
+    chain.publish(run.files[0], base=file)
+    assert chain.publish_anchor(write(tmp_path / "first", run.models[1]) / file.name).bytes > 0
+    assert chain.verify() == []
+    for version in (0, 1):
+        FolderFollower(chain, tmp_path / f"copy{version}").follow(version)
+        assert same(read(tmp_path / f"copy{version}"), run.models[version])
+    shutil.copy(file, tmp_path / "weights.bin")
+    with pytest.raises(sd.ShiraDeltaError):
+        Chain.create(tmp_path / "other", tmp_path / "weights.bin")
+    assert not (tmp_path / "other" / "chain.json").exists()
 
 
 def test_a_step_that_comes_twice_with_its_base_is_called_so(run: Run, tmp_path: Path):
