@@ -246,6 +246,8 @@ def ranks_for(targets: Mapping[str, Target], group: Any, timeout: float) -> Rank
             raise ArgumentError(
                 f"group {brief(repr(group))} is no process group; give one of torch.distributed"
             ) from None
+        if dist.get_rank() not in ranks:
+            raise ArgumentError("this process is not in the group; make a HotSwap in its processes only")
     return Together(ranks, timeout) if len(ranks) > 1 else Alone()
 
 

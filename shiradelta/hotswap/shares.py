@@ -68,7 +68,7 @@ def check_whole(label: str, nonzeros: Shares[int], records: Mapping[str, Record]
         if found < wanted:
             raise BaseMismatchError(
                 f"{label}: tensor {name!r} changes {wanted - found:,} elements that are nowhere in memory; give"
-                " HotSwap(model, layout=...) all regions of the tensor"
+                " HotSwap(model, layout=...) all regions of the tensor, and group=... where other processes have some"
             )
         if found > wanted:
             raise BaseMismatchError(

@@ -70,6 +70,16 @@ def refusals(rank: int, good: bytes, damaged: bytes, other: bytes, strange: byte
     return said
 
 
+def outside(rank: int) -> str | None:
+    first = dist.new_group([0])
+    return refusal_of(HotSwap, {"w": torch.zeros(4)}, group=first) if rank else None
+
+
+def test_a_process_outside_the_group_is_refused(tmp_path: Path):
+    _, said = run(outside, 2, tmp_path)
+    assert said == "ArgumentError: this process is not in the group; make a HotSwap in its processes only"
+
+
 def test_where_one_rank_refuses_none_changes(tmp_path: Path):
     good, at = delta(1), 700
     damaged = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
