@@ -27,6 +27,7 @@ from .aim import Aim, ErrorAim, SizeAim, Trial, find_fitted_sparsity, find_spars
 from .exactness import count_inexact
 from .item import Item, Source
 from .report import ConversionReport, TensorReport
+from .together import Crew
 from .whole import Losses
 
 #: What a file's metadata say of a figure that cannot be computed.
@@ -95,6 +96,7 @@ class Conversion:
         kept: Mapping[str, int],
         fitted: Fitted | None,
         compare: bool = True,
+        crew: Crew | None = None,
     ) -> ConversionReport:
         """Selects, unless fitting has done so, and gives all tensors to the writer.
 
@@ -104,9 +106,10 @@ class Conversion:
             kept: name -> how many elements are selected.
             fitted: the result of a fit, if there was one.
             compare: count the elements that are not the fine-tune's.
+            crew: the processes that convert a part of the tensors each; None for this one alone.
 
         Raises:
-            SourceError: nothing changes the base.
+            SourceError: nothing changes the base, or another process could not convert its part.
         """
         report = ConversionReport(self.source, str(self.target), sparsity, self.values, fit=fitted)
         report.skipped.update({name: str(skipped) for name, skipped in self.opened.skipped.items()})
@@ -116,9 +119,14 @@ class Conversion:
         report.warnings.extend(self.opened.warnings)
         report.warnings.extend(fitted.warnings if fitted else [])
         selections = fitted.tensors if fitted else {}
-        for number, item in enumerate(self.opened.items):
-            self.progress(item.name, number, len(self.opened.items))
-            tensor = self._add(writer, item, kept.get(item.name, 0), selections.get(item.name), compare)
+        items = self.opened.items
+
+        def converted(number: int) -> TensorReport:
+            item = items[number]
+            self.progress(item.name, number, len(items))
+            return self._add(writer, item, kept.get(item.name, 0), selections.get(item.name), compare)
+
+        for tensor in (crew or Crew()).reports(writer, len(items), converted):
             if tensor.nnz or tensor.operation.removes:
                 report.tensors.append(tensor)
             else:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.fit import Fit
@@ -14,13 +15,12 @@ from shiradelta.io.context import CONTEXTS
 from shiradelta.io.download import local_model
 from shiradelta.io.hub import origin_of
 from shiradelta.io.recognise import Wanted, explain
-from shiradelta.io.writer import writing
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.provenance import named, renewed
 from shiradelta.select.counts import Counts
 from shiradelta.select.shares import check_share
-from shiradelta.util.arguments import ArgumentKind, as_patterns, checked
+from shiradelta.util.arguments import ANY, ArgumentKind, as_patterns, checked
 from shiradelta.util.files import check_target
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
@@ -33,6 +33,7 @@ from .plot import draw
 from .report import ConversionReport
 from .shd import refuse_itself
 from .sources import AUTO, open_source
+from .together import Crew
 from .whole import check_whole, store_whole
 
 DEFAULT_SPARSITY = 0.01
@@ -73,7 +74,7 @@ def _is_fit(value: object) -> bool:
     return isinstance(value, Fit)
 
 
-@checked(fit=ArgumentKind("a shiradelta.fit.Fit", _is_fit))
+@checked(fit=ArgumentKind("a shiradelta.fit.Fit", _is_fit), group=ANY)
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
@@ -97,6 +98,7 @@ def convert(
     fit: Fit | None = None,
     from_base: str | os.PathLike[str] | None = None,
     plot: str | os.PathLike[str] | None = None,
+    group: Any = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Converts a fine-tune to a `.shd` file: keeps its largest changes, or fits a few changes to behave like it.
@@ -135,6 +137,8 @@ def convert(
         from_base: the base that the source was made for, where `base` is a new one: with the fitted delta the new base
             behaves as the old base does with the source.  Only with `fit`; the two have the same names and shapes.
         plot: a PNG to write: nonzeros and energy by layer, and the distance from the fine-tune while fitting.
+        group: a process group of torch.distributed whose processes all make this call, with the same files: each
+            converts a part of the tensors, and the first writes the file.  Not with `lossless` or `fit`.
         progress: called with (what, done, total) while work goes on.
 
     Returns:
@@ -147,6 +151,10 @@ def convert(
         TargetError: the file cannot be written.
         MissingDependencyError: a file is a pickle, and torch is not installed, or older than 2.10.
     """
+    crew = Crew(group)
+    if not crew.alone and (lossless or fit is not None):
+        what = "lossless (--lossless)" if lossless else "fit (--fit)"
+        raise ArgumentError(f"{what} is for one process; start it without torchrun, and give no group=")
     source = local_model(source, pickles=True)
     base = None if base is None else local_model(base, pickles=True)
     from_base = None if from_base is None else local_model(from_base, pickles=True)
@@ -239,11 +247,11 @@ def convert(
     kept = counts(share)
     if fit is not None and fitted is None:
         fitted = run_fit(fit, opened, kept, source, base, values, scope, target, progress, old)
-    with writing(target, values, zstd, backend) as writer:
-        report = job.write(writer, share, kept, fitted)
+    with crew.writing(target, values, zstd, backend) as writer:
+        report = job.write(writer, share, kept, fitted, crew=crew)
     report.complete()
-    report.file_bytes = target.stat().st_size
-    if plot is not None:
+    report.file_bytes = crew.size(target)
+    if plot is not None and crew.first:
         draw(plot, report)
     return report
 

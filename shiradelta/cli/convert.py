@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -30,6 +31,17 @@ def _list_kinds(context: click.Context, parameter: click.Parameter, value: bool)
 
         echo_table([["kind", "what it reads"], *([kind, SOURCES[kind].help] for kind in kinds()[1:])], left=2)
         context.exit()
+
+
+def _of_torchrun() -> Any:
+    """The group of the processes that torchrun has started; None if it has not, or one process only."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.group.WORLD
 
 
 @command(
@@ -166,8 +178,13 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
     if not arguments["lossless"] and options.given("context"):
         raise click.UsageError("--context is for --lossless; `shiradelta recode` makes other files smaller.")
     out = arguments.pop("out")
+    group = _of_torchrun()
+    if group is not None and out == DASH:
+        raise click.UsageError("-o - is for one process; name a file that the first process of torchrun can write.")
     with target(out, SUFFIX) as path, progress_bar("fitting" if fit else "converting") as progress:
-        report = run(**arguments, out=path, fit=fit or None, progress=progress)
+        report = run(**arguments, out=path, fit=fit or None, group=group, progress=progress)
+    if group is not None and group.rank():
+        return  # the first process says it for all
     report.out = report.out if path == out else DASH
     code = 1 if report.worse is not None and not accept_worse else 0
     if as_json:
