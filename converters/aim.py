@@ -20,7 +20,7 @@ from shiradelta.select.counts import Counts
 CLOSE, KNOWN = 0.005, 1.002
 TRIALS = 12
 #: Upper bounds in bytes: a fitted file's metadata, and the padding of a tensor whose count may change.
-_FIT_METADATA, _PADDING = 1536, 192
+_FIT_METADATA, _PADDING = 1664, 192
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from shiradelta.select.counts import Counts
 from shiradelta.select.topk import Selection, top_k
 from shiradelta.util.progress import Progress
 from shiradelta.util.text import parse_size
-from shiradelta.util.version import VERSION
+from shiradelta.util.version import made_by
 
 from .aim import Aim, ErrorAim, SizeAim, Trial, find_fitted_sparsity, find_sparsity
 from .exactness import count_inexact
@@ -136,7 +136,7 @@ class Conversion:
         kept_energy = UNKNOWN if report.energy_kept is None else f"{report.energy_kept:.4f}"
         writer.metadata.update(
             {
-                "created_by": f"shiradelta {VERSION}",
+                "created_by": made_by() if fitted is None else made_by("torch", "transformers"),
                 "method": "topk" if fitted is None else "fit",
                 "sparsity": f"{sparsity:g}",
                 **({"energy_kept": kept_energy} if fitted is None else fitted.metadata),

@@ -35,7 +35,7 @@ from shiradelta.util.arrays import ranges
 from shiradelta.util.files import replacing
 from shiradelta.util.progress import Progress
 from shiradelta.util.threads import ahead
-from shiradelta.util.version import VERSION
+from shiradelta.util.version import made_by
 
 from .report import ConversionReport, TensorReport
 
@@ -95,7 +95,7 @@ class Lossless:
                     raise SourceError(f"{self.source}: {UNCHANGED}")
                 writer.metadata.update(
                     {
-                        "created_by": f"shiradelta {VERSION}",
+                        "created_by": made_by(),
                         "method": "lossless",
                         "exactness": "exact",
                         **named(self.source, self.base),

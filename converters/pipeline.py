@@ -235,6 +235,8 @@ def convert(
         progress=progress,
     )
     fitted = None
+    if fit is not None:
+        pairs["fit_seed"] = str(fit.seed)
     if target_kept is not None:
         assert fit is not None
         share, fitted = find_kept(

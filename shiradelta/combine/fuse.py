@@ -45,6 +45,7 @@ from shiradelta.util.arrays import RepeatedPositionError, join_sorted, merge_sor
 from shiradelta.util.files import check_target
 from shiradelta.util.progress import Progress
 from shiradelta.util.threads import ahead
+from shiradelta.util.version import made_by
 
 Source = str | os.PathLike[str]
 #: Bytes that fusing a tensor takes for each nonzero of the result, as was measured.
@@ -188,7 +189,9 @@ def fuse(
                 writer.add(name, tensor)
                 nnz, shared, conflicts = nnz + tensor.nnz, shared + met, conflicts + opposed
             parts_text = " + ".join(f"{described(s)} {Path(d.file or d.digest[:12]).name}" for d, s in opened)
-            writer.metadata.update({"method": f"fuse {method}", "source": parts_text})
+            writer.metadata.update({"created_by": made_by(), "method": f"fuse {method}", "source": parts_text})
+            if "seed" in row.options:
+                writer.metadata["seed"] = str(seed)
             for key in ("base", "base_revision"):
                 named = {delta.metadata[key] for delta, _ in opened if key in delta.metadata}
                 if len(named) != 1:

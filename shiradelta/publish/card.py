@@ -69,6 +69,8 @@ _SHOWN = {
     "mask": "mask",
     "examples": "examples trained on",
     "steps": "steps of training",
+    "seed": "seed",
+    "fit_seed": "seed of the fit",
     "created_by": "made by",
 }
 

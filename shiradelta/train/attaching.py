@@ -172,7 +172,7 @@ def attach(
     if not positions:
         raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
     label = Path(start).name if start is not None else mask if isinstance(mask, str) else "own"
-    about = {"mask": label} | ({"magnitude": "rows"} if magnitude else {})
+    about = {"mask": label, "seed": str(seed)} | ({"magnitude": "rows"} if magnitude else {})
     tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, about, scaling)
     if prune_steps:
         tuner.prune(prune_steps, share, weights.values() if scope == "model" else None)

@@ -124,6 +124,7 @@ class _Run:
         self._train(tuner, optimizer, step, before)
         about = {
             "mask": settings.mask,
+            "seed": str(settings.seed),
             "prune_from": f"{settings.pruning[1]:g}",
             "steps": str(settings.steps),
             "examples": str(len(self.train)),

@@ -25,6 +25,7 @@ from shiradelta.train.pruning import Pruner
 from shiradelta.train.tuned import SUFFIX, TunedWeight, compact, holders, scales_name
 from shiradelta.util.arguments import PATH, TEXT, checked
 from shiradelta.util.deprecated import warn_renamed
+from shiradelta.util.version import made_by
 
 
 class Tuner:
@@ -250,7 +251,13 @@ class Tuner:
             TargetError: the file cannot be written.
         """
         found = self.deltas()
-        about = {"method": "train", **self._metadata, "sparsity": f"{self.nnz / self.numel:.6g}", **(metadata or {})}
+        about = {
+            "created_by": made_by("torch", "transformers"),
+            "method": "train",
+            **self._metadata,
+            "sparsity": f"{self.nnz / self.numel:.6g}",
+            **(metadata or {}),
+        }
         return saving.save(path, found, values, about)
 
     @checked(folder=PATH, layout=TEXT, base=TEXT)

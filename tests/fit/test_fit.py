@@ -40,6 +40,7 @@ from shiradelta.format.codecs import VALUE_OPTIONS
 from shiradelta.format.codecs.base import TorchRounder
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.text.batches import split
+from shiradelta.util.version import made_by
 from tests import BRIEF
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -199,6 +200,8 @@ def test_the_file_gives_what_was_measured(encoder: tuple[Path, Path], tmp_path: 
             assert np.isin(changed, delta[name].positions() if name in delta else []).all()
         assert float(delta.metadata["distance"]) == pytest.approx(report.fit.fitted, rel=1e-4)
         assert delta.metadata["method"] == "fit"
+        assert delta.metadata["fit_seed"] == "0"
+        assert delta.metadata["created_by"] == made_by("torch", "transformers")
 
     held_out = split(120, 24, 0)[1]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)

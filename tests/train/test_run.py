@@ -23,6 +23,7 @@ from shiradelta.text.read import ExampleSet
 from shiradelta.train import run as run_module
 from shiradelta.train.run import run
 from shiradelta.train.settings import TrainSettings
+from shiradelta.util.version import made_by
 from tests import BRIEF
 from tests.fit.test_fit import WORDS, write_tokenizer
 from tests.train.test_attach import llama
@@ -203,13 +204,16 @@ def test_the_command(folders: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert "held out" in result.output
     assert "shiradelta apply" in result.output
-    result = CliRunner().invoke(main, [*command, *options, "--json", "--mask", "struct"])
+    result = CliRunner().invoke(main, [*command, *options, "--json", "--mask", "struct", "--seed", "3"])
     found = json.loads(result.stdout)
     assert found["steps"] == 3
     with shiradelta.open_delta(tmp_path / "task.shd") as delta:
         assert all("q_proj" in name or "up_proj" in name for name in delta)
         assert delta.metadata["mask"] == "struct"
         assert delta.metadata["base"] == "causal"
+        assert delta.metadata["seed"] == "3"
+        assert delta.metadata["created_by"] == made_by("torch", "transformers")
+        assert f"torch {torch.__version__}" in delta.metadata["created_by"]
     result = CliRunner().invoke(main, [*command, "--sparsity", "much"])
     assert result.exit_code == 1
     assert "1:64" in result.output
