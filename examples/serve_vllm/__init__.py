@@ -1,0 +1,1 @@
+"""Adapters that are switched between requests to vLLM's OpenAI-compatible server."""
