@@ -238,7 +238,7 @@ def route(
     With several prompts, `together` is the route of all as one group.
     """
     from shiradelta.experts import open_family
-    from shiradelta.experts.live import open_live, write_average
+    from shiradelta.experts.live import check_average, open_live, write_average
 
     if bool(prompts) == (texts is not None):
         raise ArgumentError("give prompts, or --texts FILE, one of the two")
@@ -249,10 +249,7 @@ def route(
         some = read_file(texts, least=1).plain
     opened = open_family(family)
     if out is not None:
-        from shiradelta.format import registry
-        from shiradelta.util.files import check_target
-
-        check_target(Path(out), registry.MAGIC, "a .shd file")
+        check_average(opened, out)
     with progress_bar("routing") as progress:
         routes, together = open_live(Path(model), tokens, device).routes(opened, some, progress)
         if out is not None:

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.combine.fuse import Source, fuse
-from shiradelta.errors import BaseMismatchError
+from shiradelta.errors import BaseMismatchError, TargetError
 from shiradelta.experts.family import ExpertFamily
 from shiradelta.experts.routing import ExpertRouter
 from shiradelta.experts.texts import prompt_loss
+from shiradelta.format import registry
 from shiradelta.io.download import local_model
 from shiradelta.models import loading
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.train.gradients import Loss
 from shiradelta.train.subject import stored_dtype
+from shiradelta.util.files import check_target
 from shiradelta.util.progress import Progress
 
 #: Prompts whose gradients are taken together.
@@ -88,7 +90,25 @@ def open_live(folder: Path, tokens: int, device: str | None) -> LiveModel:
     return LiveModel(folder, loading.load_model(folder, folder, where, dtype).eval(), loss)
 
 
+def check_average(family: ExpertFamily, out: str | os.PathLike[str]) -> None:
+    """Checks, before long work, that an average can be written.
+
+    Raises:
+        TargetError: the file cannot be written, is of another kind, or lies in the family's folder, where it would
+            replace a member, or be taken for one.
+    """
+    path = Path(out)
+    check_target(path, registry.MAGIC, "a .shd file")
+    if path.absolute().parent.samefile(family.folder):
+        raise TargetError(f"{path}: lies in the folder of the family, which holds its members alone; give another name")
+
+
 def write_average(family: ExpertFamily, strengths: Mapping[str, float], out: str | os.PathLike[str]) -> None:
-    """Writes the experts' weight average as one delta, which changes weights as `HotSwap.switch(strengths)` does."""
+    """Writes the experts' weight average as one delta, which changes weights as `HotSwap.switch(strengths)` does.
+
+    Raises:
+        TargetError: as `check_average`.
+    """
+    check_average(family, out)
     parts: dict[Source, float] = {family.path(name): strength for name, strength in strengths.items()}
     fuse(parts, out, method="sum", values="f32")

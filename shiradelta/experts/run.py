@@ -7,13 +7,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from shiradelta.errors import DivergedError, SourceError
+from shiradelta.errors import DivergedError, SourceError, TargetError
 from shiradelta.experts.assembling import check_absent
 from shiradelta.experts.clusters import check_clustering
 from shiradelta.experts.family import BASE, ExpertFamily
@@ -29,7 +30,7 @@ from shiradelta.text.kinds import COMPLETION, TEXT
 from shiradelta.train.gradients import Loss
 from shiradelta.train.settings import TrainSettings
 from shiradelta.train.subject import TrainingSubject
-from shiradelta.util.files import check_target
+from shiradelta.util.files import check_target, os_errors
 from shiradelta.util.memory import advising_on_memory
 from shiradelta.util.progress import Progress
 
@@ -122,9 +123,12 @@ def run_family(
     """
     start = time.monotonic()
     check_absent(out)
-    check_clustering()
+    kept = out.with_name(out.name + ".train")
     if longer is not None:
         check_target(longer, registry.MAGIC, "a .shd file")
+        if longer.absolute() in (out.absolute(), kept.absolute()):
+            raise TargetError(f"{longer}: is a folder of the family; give the delta to compare with another name")
+    check_clustering()
     advice = f": --batch {max(1, settings.batch // 2)} halves what a step takes, or cut examples with --tokens"
     with advising_on_memory(advice):
         subject = TrainingSubject(model_folder, examples_file, settings, device)
@@ -135,7 +139,7 @@ def run_family(
                 f" {TEXT.shape}"
             )
         check_numbers(len(subject.train), experts, expert_steps, dims)
-        state = UnfinishedFamily(out.with_name(out.name + ".train"), subject.identity, log)
+        state = UnfinishedFamily(kept, subject.identity, log)
         training = FamilyTraining(
             subject.model, subject.train, subject.loss, settings, progress, state, subject.check_stored
         )
@@ -153,6 +157,13 @@ def prompt_of(subject: TrainingSubject) -> Loss:
             return of_prompts(model, [plain[index] for index in indices])
 
     return loss
+
+
+def _beside(path: Path, stack: ExitStack) -> Path:
+    """A scratch folder on the same file system, so that what is made there can be moved to `path`."""
+    with os_errors(path):
+        scratch = tempfile.TemporaryDirectory(prefix=".shiradelta-", dir=path.absolute().parent)
+    return Path(stack.enter_context(scratch))
 
 
 @dataclass
@@ -175,12 +186,12 @@ class _FamilyRun:
     ) -> FamilyReport:
         subject, settings = self.subject, self.subject.settings
         before = subject.measure(subject.held_out)
-        with tempfile.TemporaryDirectory(prefix=".shiradelta-", dir=out.absolute().parent) as scratch:
-            written = Path(scratch) / out.name
+        with ExitStack() as stack:
+            written = _beside(out, stack) / out.name
             try:
                 family = self.training.family(written, self.prompt_loss, experts, None, expert_steps, dims, TOGETHER)
                 steps = settings.steps + sum(self.training.expert_steps)
-                one = None if longer is None else Path(scratch) / "longer.shd"
+                one = None if longer is None else _beside(longer, stack) / "longer.shd"
                 if one is not None:
                     self.training.settings = replace(settings, steps=steps)
                     self.training.base(range(len(subject.train)), one)
@@ -188,14 +199,16 @@ class _FamilyRun:
                 self.log(f"the same command goes on from what is in {self.training.state}")
                 raise
             losses = self._losses(family, one)
-            if losses["after"] > before and not accept_worse:
+            if not losses["after"] <= before and not accept_worse:  # NaN is worse, too
                 raise self._worse(before, losses["after"])
             with open_delta(family.path(BASE)) as delta:
                 nnz = sum(tensor.nnz for tensor in delta.values())
             size = sum(path.stat().st_size for path in written.iterdir())
-            written.rename(out)
-            if one is not None and longer is not None:
-                os.replace(one, longer)
+            if one is not None and longer is not None:  # first, since the family is what a repeated call refuses
+                with os_errors(longer):
+                    os.replace(one, longer)
+            with os_errors(out):
+                written.rename(out)
         self.training.finished()
         return FamilyReport(
             out=str(out),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def test_a_route_is_the_routers_and_its_average_is_what_a_switch_gives(folder: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["base.shd", "expert-0.shd", "average.shd"])
+def test_an_average_is_not_written_into_the_family(name: str, folder: Path):
+    result = CliRunner().invoke(main, ["experts", "route", "model", "family", WORDS[0], "-o", f"family/{name}"])
+    assert result.exit_code == 1
+    assert "lies in the folder of the family" in result.stderr
+    experts.open_family("family")
+
+
+@pytest.mark.slow
 def test_a_model_that_has_deltas_on_it_is_refused(folder: Path, tmp_path: Path):
     patched = str(tmp_path / "patched")
     shiradelta.apply("model", "family/expert-0.shd", out=patched)
@@ -164,6 +174,8 @@ def test_a_family_that_is_worse_is_not_written_unless_asked_for(
     assert result.exit_code == 1
     assert "is worse than the base model on 16 examples held out" in result.stderr
     assert "--accept-worse" in result.stderr
+    monkeypatch.setattr(_FamilyRun, "_losses", lambda *_: {"one_delta": 3.0, "longer": None, "after": math.nan})
+    assert CliRunner().invoke(main, ["experts", *arguments]).exit_code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.train"]
     assert run(*arguments, "--accept-worse").exit_code == 0
     assert out.is_dir()
@@ -200,6 +212,8 @@ def test_a_warning_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (["assemble", "model", "b.shd", "e.shd", "--texts", "a", "--texts", "b", "-o", "f"], "once for each expert"),
         (["train", "model", "--texts", "x.jsonl", "-o", "there"], "is there already"),
         (["train", "model", "--texts", "x.jsonl", "-o", "no/f"], "no such folder"),
+        (["train", "model", "--texts", "x.jsonl", "-o", "f", "--longer", "f"], "is a folder of the family"),
+        (["train", "model", "--texts", "x.jsonl", "-o", "f", "--longer", "./f.train"], "is a folder of the family"),
         (["info", "there"], "is no family of experts"),
     ],
 )
