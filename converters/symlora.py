@@ -62,7 +62,12 @@ def _recognises(files: SourceFiles) -> bool:
     if not keys:
         return False
     modules, _ = _modules(files.checkpoint)
-    return any(_fits(files.checkpoint, parts) is None for parts in modules.values())
+    return any(_fits(files.checkpoint, parts) is None or _is_meant(parts) for parts in modules.values())
+
+
+def _is_meant(parts: Mapping[str, str]) -> bool:
+    """Whether a module has Q and a Lambda with a capital letter, which no model calls its own, whatever the shapes."""
+    return len(parts) == 2 and re.search(r"[._]Lambda(?:\.|$)", parts["Lambda"]) is not None
 
 
 @source(

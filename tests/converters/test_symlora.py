@@ -106,6 +106,15 @@ def test_what_does_not_fit_is_refused(base: Path, tmp_path: Path, held: dict[str
     assert not (tmp_path / "x.shd").exists()
 
 
+@pytest.mark.parametrize("values", ["Lambda", "symlora_Lambda.default"])
+@pytest.mark.parametrize("shape", [(RANK, SIDE), (SIDE, RANK + 1)])
+def test_shapes_that_do_not_fit_are_named_without_a_kind(
+    base: Path, tmp_path: Path, values: str, shape: tuple[int, int]
+):
+    with pytest.raises(SourceError, match=rf"Q of shape \[{shape[0]}, {shape[1]}\] and Lambda of \[5\] are not"):
+        converted({f"{Q}.Q": draw(*shape), f"{Q}.{values}": draw(RANK)}, tmp_path, base)
+
+
 def test_a_module_may_be_left_out_by_name(base: Path, tmp_path: Path):
     found = converted({**pair(Q), **pair(UP, seed=3)}, tmp_path, base, skip=f"{UP}*")
     assert list(found) == [f"{Q}.weight"]
