@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,18 @@ from shiradelta.models.compatibility import spec_of
 from shiradelta.models.layout import Layout
 from shiradelta.models.memory import bare
 from shiradelta.serving.recorded import ServedModel, recorded_layout
+from shiradelta.util.arguments import NUMBER, TEXT, TEXTS, ArgumentKind, is_path
+from shiradelta.util.text import brief
 
+#: What a request's fields have to be.
+_FIELDS = {
+    "load": ArgumentKind("a mapping of names to paths", lambda value: _maps(value, is_path)),
+    "data": ArgumentKind("a mapping of names to files' bytes", lambda value: _maps(value, _is_data)),
+    "active": ArgumentKind(
+        "a mapping of names to strengths", lambda value: value is None or _maps(value, NUMBER.holds)
+    ),
+    "unload": ArgumentKind("a list of names", lambda value: not isinstance(value, str) and TEXTS.holds(value)),
+}
 #: Elements of a region that are compared with the checkpoint's.
 _SAMPLES = 256
 
@@ -43,6 +54,16 @@ class SwapRequest:
     data: Mapping[str, str | bytes] = field(default_factory=dict)
     active: Mapping[str, float] | None = None
     unload: Sequence[str] = ()
+
+    def check(self) -> None:
+        """Checks that the fields are what they have to be.  Raises ArgumentError."""
+        for name, kind in _FIELDS.items():
+            value = getattr(self, name)
+            if not kind.holds(value):
+                raise ArgumentError(f"a request's {name} is {brief(repr(value), 80)}; give {kind.what}")
+        for name in self.load:
+            if name in self.data:
+                raise ArgumentError(f"adapter {name!r} is in load and in data; give one file of each name")
 
 
 class ServedWeights:
@@ -76,13 +97,15 @@ class ServedWeights:
             What `about` says afterwards.
 
         Raises:
-            ArgumentError: a name is taken, not loaded or still active; or bytes are not base64.
+            ArgumentError: a field is of the wrong type; a name is taken, not loaded or still active; or bytes are not
+                base64.
             TargetError: an adapter changes a tensor that is not in memory as in the checkpoint, such as a repacked one.
             ShiraDeltaError: as `HotSwap.load` and `switch`.
         """
-        swap = self.swap
+        request.check()
+        swap, unwanted = self.swap, dict.fromkeys(request.unload)
         left = dict(swap.active if request.active is None else request.active)
-        for name in request.unload:
+        for name in unwanted:
             if name in left or name not in {*swap.loaded, *request.load, *request.data}:
                 what = "is to be active" if name in left else "is not loaded"
                 raise ArgumentError(f"adapter {name!r} {what}, and is to be unloaded; leave it out of one of the two")
@@ -100,7 +123,7 @@ class ServedWeights:
                 with suppress(ShiraDeltaError):  # the first error counts
                     swap.unload(name)
             raise
-        for name in request.unload:
+        for name in unwanted:
             swap.unload(name)
         return self.about()
 
@@ -153,6 +176,14 @@ def _holds(layout: Layout, stored: Array) -> bool:
         if not np.array_equal(bits, flat[box.positions(at)]):
             return False
     return True
+
+
+def _maps(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(map(TEXT.holds, value)) and all(map(holds, value.values()))
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, str | bytes)
 
 
 def _bytes(name: str, text: str | bytes) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,11 @@ def swap(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         raise ArgumentError(f"no tensor {REQUEST!r} is there; send what request_tensors gives, and nothing else")
     request = _object(files.pop(REQUEST))
     checkpoint = request.pop("checkpoint", None)
-    data = request.get("data", {})
+    wanted = SwapRequest(**request)
+    wanted.check()
     for name in files:
-        _check_free(name, data)
-    wanted = SwapRequest(**{**request, "data": {**data, **files}})
+        _check_free(name, wanted.data)
+    wanted = replace(wanted, data={**wanted.data, **files})
     device = next((tensor.device for tensor in model.parameters()), "cpu")
     synchronize(device)  # a batch may be on its way on another stream
     _weights(model, checkpoint).do(wanted)

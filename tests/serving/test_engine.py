@@ -199,6 +199,35 @@ def test_layers_that_were_repacked_are_refused_before_anything_is_written(folder
     assert np.array_equal(bits(made.qkv.t()), bits(model().qkv))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(
+            ({"active": value}, "active is .*; give a mapping of names to strengths")
+            for value in ("a", ["a"], 3, {1: 1})
+        ),
+        *(({"load": value}, "load is .*; give a mapping of names to paths") for value in ("a", ["b"], 3, {"b": 3})),
+        *(({"data": value}, "data is .*; give a mapping of names to files' bytes") for value in ("x", {"b": 3}, None)),
+        *(({"unload": value}, "unload is .*; give a list of names") for value in ("a", 3, [3], [["a"]])),
+        ({"load": {"b": "b.shd"}, "data": {"b": ""}}, "'b' is in load and in data"),
+    ],
+)
+def test_fields_of_the_wrong_type_are_refused(fields: dict[str, Any], message: str, folder: Path):
+    made = model()
+    served = ServedWeights(made, folder)
+    served.do(SwapRequest(load={"a": str(folder / "a.shd")}, active={"a": 1.0}))
+    before = state(made)
+    with pytest.raises(ArgumentError, match=message):
+        served.do(SwapRequest(**fields))
+    assert state(made) == before
+
+
+def test_a_name_may_be_unloaded_twice(folder: Path):
+    served = ServedWeights(model(), folder)
+    served.do(SwapRequest(load={"a": str(folder / "a.shd")}))
+    assert served.do(SwapRequest(unload=["a", "a"])) == {"adapters": {}}
+
+
 class Moves(Engine):
     """A layer that moves elements after loading, in a weight that is called as in the checkpoint."""
 

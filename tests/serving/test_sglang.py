@@ -67,6 +67,7 @@ def good(folder: Path) -> list[tuple[str, torch.Tensor]]:
         (lambda f: [("request", torch.zeros(3, dtype=torch.uint8))], ArgumentError, "is no JSON"),
         (lambda f: [*good(f), good(f)[1]], ArgumentError, "'b' is given twice"),
         (lambda f: request_tensors({"data": {"b": ""}}, {"b": f / "b.shd"}), ArgumentError, "'b' is given twice"),
+        (lambda f: request_tensors({"data": "b"}, {"b": f / "b.shd"}), ArgumentError, "data is 'b'; give a mapping"),
         (lambda f: request_tensors({"active": {"c": 1.0}}), ShiraDeltaError, "'c' is not loaded"),
         (lambda f: request_tensors({}, {"a": f / "b.shd"}), ArgumentError, "'a' is loaded already"),
         (lambda f: request_tensors({"activate": {}}), ArgumentError, "fields activate, which is not known.* active"),
