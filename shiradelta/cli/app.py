@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,6 +72,16 @@ class _Commands(click.Group):
         with _closed_pipes():
             return super().make_context(*args, **settings)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's; of an option that is not the group's it is said where it belongs."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.possibilities:
+                raise
+            said = f"No such option {error.option_name!r}; give a command's options after the command."
+            raise click.NoSuchOption(error.option_name, said, ctx=ctx) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         from shiradelta.util.threads import share_processors  # which a help does without
 
@@ -94,7 +105,9 @@ def _said(error: BaseException, command: str) -> str:
     if isinstance(error, ImportError):
         return f"error: {failed_import(error, f'shiradelta {command}')}"
     if isinstance(error, OSError):
-        return f"error: {printable(str(error))}; check the path and its permissions"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room there" if full else "check the path and its permissions"
+        return f"error: {printable(str(error))}; {remedy}"
     if isinstance(error, MemoryError):
         return "error: out of memory; close other programs, or use a machine with more memory"
     return "interrupted; every file is whole, as before the command or as after it"

@@ -17,6 +17,7 @@ from shiradelta.cli.output import (
     echo_table,
     echo_text,
     echo_warnings,
+    named,
     skipped_lines,
     target,
 )
@@ -45,6 +46,7 @@ def _of_torchrun() -> Any:
 
 
 @command(
+    to_stdout=True,
     extra="give the base model as --base MODEL, and the file to write as -o FILE",
     examples=[
         "convert lora/ --base model/",
@@ -205,6 +207,6 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
     echo_lines(
         f"{count(report.tensors, 'tensor')} converted, {len(report.skipped)} skipped; {changed:,} of"
         f" {count(report.numel, 'weight')} changed ({percent(changed / max(report.numel, 1))}); {report.summary}",
-        f"{report.out}: {size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero",
+        f"{named(report.out, 'stdout')}: {size(report.file_bytes)}, {report.bits_per_nonzero:.2f} bits per nonzero",
     )
     click.get_current_context().exit(code)

@@ -9,12 +9,13 @@ import click
 
 from shiradelta.cli import options
 from shiradelta.cli.options import command
-from shiradelta.cli.output import echo_json, echo_lines, target
+from shiradelta.cli.output import echo_json, echo_lines, named, target
 from shiradelta.cli.progress import progress_bar
 from shiradelta.util.text import count, percent
 
 
 @command(
+    to_stdout=True,
     examples=[
         "fuse style.shd:0.7 task.shd -o both.shd",
         "fuse style.shd task.shd --method ties --density 1% -o both.shd",
@@ -77,7 +78,7 @@ def fuse(deltas: tuple[str, ...], out: str, recipe: str | None, as_json: bool, *
         echo_json(dataclasses.asdict(report))
         return
     echo_lines(
-        f"{report.out}: {count(report.tensors, 'tensor')}, {count(report.nnz, 'nonzero')} of"
+        f"{named(report.out, 'stdout')}: {count(report.tensors, 'tensor')}, {count(report.nnz, 'nonzero')} of"
         f" {report.input_nnz:,} in the inputs",
         f"{report.shared:,} of them ({percent(report.shared / max(report.nnz, 1))}) are in several inputs,"
         f" {percent(report.conflicts / max(report.shared, 1))} of these with opposite signs;"

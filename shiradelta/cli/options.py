@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from shiradelta.cli.mistakes import is_number, meant_strength, misread_strength, too_many, with_order
-from shiradelta.cli.output import echo, echo_warnings, is_verbose, set_verbosity
+from shiradelta.cli.output import DASH, echo, echo_warnings, is_verbose, set_verbosity
 from shiradelta.errors import ArgumentError
 from shiradelta.util.text import parse_share, size
 
@@ -163,11 +163,12 @@ class Command(WithExamples):
 
     Args:
         extra: what to do about an argument too many.
+        to_stdout: whether it writes to stdout where `-` is given for `out`.
     """
 
-    def __init__(self, *args: Any, extra: str = "leave it out", **settings: Any) -> None:
+    def __init__(self, *args: Any, extra: str = "leave it out", to_stdout: bool = False, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.extra = extra
+        self.extra, self.to_stdout = extra, to_stdout
         for parameter in self.params:
             named = isinstance(parameter, click.Argument) or parameter.metavar in _PATHS
             if named and parameter.type is click.STRING:
@@ -202,6 +203,8 @@ class Command(WithExamples):
             raise with_order(error, ctx) from None
         if rest and not ctx.resilient_parsing:
             raise too_many(ctx, given, rest, self.extra)
+        if ctx.params.get("out") == DASH and not (self.to_stdout or ctx.resilient_parsing):
+            raise click.UsageError("- is stdout, to which this command writes no result; give a path.", ctx)
         return rest
 
 

@@ -40,8 +40,8 @@ def target(out: str | None, suffix: str) -> Iterator[str | None]:
     if out != DASH:
         yield out
         return
-    if sys.stdout.isatty():
-        raise ArgumentError("-o -: stdout is a terminal; name a file, or redirect the output (> FILE)")
+    if why := _unfit(sys.stdout):
+        raise ArgumentError(f"-o -: stdout is {why}; name a file, or redirect the output (> FILE)")
     click.get_current_context().meta[_TAKEN] = True
     import shutil
     import tempfile  # both take longer to import than the rest of the command line's own modules
@@ -55,6 +55,16 @@ def target(out: str | None, suffix: str) -> Iterator[str | None]:
         stdout.flush()
 
 
+def _unfit(stream: TextIO | None) -> str:
+    """Why a stream is none for a file's bytes; empty if it is one.  Python has None for a stream that is closed."""
+    return "closed" if stream is None else "a terminal" if stream.isatty() else ""
+
+
+def named(path: str, stream: str = "stdin") -> str:
+    """What an input, or with "stdout" an output, is called in what is said."""
+    return stream if path == DASH else path
+
+
 def open_named(path: str, limit: str | None) -> Delta:
     """The delta in a file; for `-` the one on stdin.
 
@@ -66,8 +76,8 @@ def open_named(path: str, limit: str | None) -> Delta:
 
     if path != DASH:
         return open_delta(path, limit=limit)
-    if sys.stdin.isatty():
-        raise ArgumentError("-: stdin is a terminal; name a file, or redirect the input (< FILE)")
+    if why := _unfit(sys.stdin):
+        raise ArgumentError(f"-: stdin is {why}; name a file, or redirect the input (< FILE)")
     try:
         return open_delta(sys.stdin.buffer, limit=limit)
     except FormatError as error:
@@ -113,6 +123,9 @@ def echo(text: str, err: bool = False) -> None:
         click.echo(text, err=err)
     except BrokenPipeError:
         discard(sys.stderr if err else sys.stdout)
+    except OSError as error:
+        error.filename = error.filename or ("stderr" if err else "stdout")
+        raise
 
 
 def discard(stream: TextIO) -> None:
@@ -155,7 +168,7 @@ def echo_warnings(warnings: Iterable[str]) -> None:
 
 def terminal_width() -> int | None:
     """Columns of the terminal; None where the output goes elsewhere, which takes any."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         return None
     import shutil
 

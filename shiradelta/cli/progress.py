@@ -31,7 +31,7 @@ def progress_bar(label: str) -> Iterator[Progress]:
         yield lambda what, done, total: None
         return
     with ExitStack() as stack:
-        yield (_Bar(label, stack) if sys.stderr.isatty() else _Lines(label)).step
+        yield (_Bar(label, stack) if sys.stderr is not None and sys.stderr.isatty() else _Lines(label)).step
 
 
 class _Lines:

@@ -14,6 +14,7 @@ from shiradelta.util.text import size
 
 
 @command(
+    to_stdout=True,
     extra="give one file to read and one to write",
     examples=[
         "recode 101.shd small.shd --base step_100/ --context base",

@@ -14,6 +14,7 @@ from shiradelta.util.text import size
 
 
 @command(
+    to_stdout=True,
     examples=["report style.shd task.shd", "report style.shd:0.7 task.shd -o report.html --png heat.png"],
 )
 @click.argument("deltas", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")

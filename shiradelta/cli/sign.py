@@ -41,7 +41,7 @@ def sign(
         if passphrase_file is not None:
             with open(passphrase_file, "rb") as stream:
                 return stream.readline(4096).rstrip(b"\r\n")
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():
             raise SignatureError(f"{key}: the key is encrypted; give its passphrase with --passphrase-file")
         answer: str = click.prompt(f"Passphrase of {key}", hide_input=True, err=True)
         return answer

@@ -53,7 +53,7 @@ THINGS: Registry[Thing] = Registry("thing")
 def explain(path: Path, wanted: Wanted) -> str | None:
     """A message that says what a path is and what to do; None if nothing is known about it."""
     thing = _recognise(path, wanted)
-    return None if thing is None else f"{path}: {thing.what}; {_remedy(thing, wanted, path)}"
+    return None if thing is None else f"{_shown(path)}: {thing.what}; {_remedy(thing, wanted, path)}"
 
 
 def explain_refusal(error: FormatError, path: Path) -> None:
@@ -65,6 +65,11 @@ def explain_refusal(error: FormatError, path: Path) -> None:
 def _remedy(thing: Thing, wanted: Wanted, path: Path) -> str:
     """What to do, with the path as a shell takes it."""
     return thing.remedies[wanted].replace("{path}", shlex.quote(str(path)))
+
+
+def _shown(path: Path) -> str:
+    """A path as it was given: one that is a URL has lost a slash."""
+    return re.sub(r"^(https?|hf|s3|gs):/(?!/)", r"\1://", path.as_posix()) if _is_url(path) else str(path)
 
 
 def is_patched(folder: Path) -> bool:
@@ -110,8 +115,16 @@ def _is_zip_with(path: Path, end: str) -> bool:
         return False
 
 
+def _is_dash(path: Path) -> bool:
+    return str(path) == "-" and not path.exists()
+
+
 def _is_url(path: Path) -> bool:
-    return bool(re.match(r"(?:https?|hf|s3|gs):/", str(path))) and not path.exists()
+    return bool(re.match(r"(?:https?|hf|s3|gs):/", path.as_posix())) and not path.exists()
+
+
+def _is_hub_page(path: Path) -> bool:
+    return bool(re.match(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)(?:/|$)", path.as_posix())) and _is_url(path)
 
 
 def _is_hub_id(path: Path) -> bool:
@@ -201,7 +214,14 @@ _ORDER = "give the model's folder; where a delta is given, too, it comes after t
 _CONVERT = "`shiradelta convert {path}` makes a .shd file of it"
 
 for _row in (
-    Thing("URL", _is_url, "is a URL, and only local paths are read", dict.fromkeys(Wanted, _GET)),
+    Thing("stdin", _is_dash, "stands for stdin, which is not read here", dict.fromkeys(Wanted, "give a path")),
+    Thing(
+        "page of the Hub",
+        _is_hub_page,
+        "is the address of a page",
+        dict.fromkeys((Wanted.DELTA, Wanted.SOURCE, *_MODELS), "give the name on the Hub, user/repo or user/repo/file"),
+    ),
+    Thing("URL", _is_url, "is a URL, and only local paths and names on the Hub are read", dict.fromkeys(Wanted, _GET)),
     Thing("hub id", _is_hub_id, "no such file or folder", dict.fromkeys(_NOT_DOWNLOADED, _HUB)),
     Thing(
         "Git LFS pointer",

@@ -70,7 +70,7 @@ def test_large_deltas_are_compared_as_plain_arrays_are(folder: Path):
 def test_a_dash_is_stdin_or_stdout(folder: Path):
     assert "stdin: format 1.0" in run("info", "-", stdin=Path("a.shd").read_bytes()).stdout
     fused = run("fuse", "y.shd", "-o", "-")
-    assert fused.stderr.startswith("-: 1 tensor, 2 nonzeros")
+    assert fused.stderr.startswith("stdout: 1 tensor, 2 nonzeros")
     Path("f.shd").write_bytes(fused.stdout_bytes)
     assert run("diff", "f.shd", "y.shd").exit_code == 0
     page = run("report", "a.shd", "-o", "-")

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import shlex
 import shutil
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -71,6 +73,49 @@ def test_a_closed_pipe_changes_neither_the_work_nor_its_exit_code(folder: Path, 
     assert "rror" not in done.stderr
     if arguments[0] == "apply":
         assert "exactly a.shd" in run("verify", "model").stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("info a.shd >&-", 0, ""),
+        ("info - < a.shd >&-", 0, ""),
+        ("info a.shd >&- 2>&-", 0, ""),
+        ("info nothing.shd 2>&-", 1, ""),
+        ("info - <&-", 1, "error: -: stdin is closed; name a file, or redirect the input (< FILE)"),
+        ("convert lora -o - >&-", 1, "error: -o -: stdout is closed; name a file, or redirect the output (> FILE)"),
+        pytest.param(
+            "info a.shd >/dev/full",
+            1,
+            "error: [Errno 28] No space left on device: 'stdout'; make room there",
+            marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full"),
+        ),
+    ],
+)
+def test_a_stream_that_is_closed_or_full_ends_in_a_line(folder: Path, line: str, code: int, said: str):
+    command = ["sh", "-c", f"{shlex.quote(sys.executable)} -m shiradelta {line}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (code, said)
+
+
+@pytest.mark.parametrize(
+    "line", ["apply model a.shd -o -", "train model --texts t.jsonl --out=-", "sign a.shd --key k -o -"]
+)
+def test_nothing_is_made_that_is_called_dash(folder: Path, line: str):
+    outcome = run(*line.split())
+    assert outcome.exit_code == 2
+    assert "- is stdout, to which this command writes no result; give a path." in outcome.stderr
+    assert not Path("-").exists()
+
+
+def test_the_help_says_which_commands_write_to_stdout():
+    takes = set()
+    for name, command in main.commands.items():
+        for option in (parameter for parameter in command.params if parameter.name == "out"):
+            if isinstance(option, click.Option):
+                assert command.to_stdout == ("stdout" in str(option.help)), name
+            takes |= {name} if command.to_stdout else set()
+    assert takes == {"convert", "fuse", "report", "recode"}
 
 
 def test_quiet_prints_errors_warnings_and_json_only(folder: Path):

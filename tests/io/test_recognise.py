@@ -81,7 +81,11 @@ def quantised(folder: Path, method: str) -> Path:
 
 #: (name in THINGS, makes it in a folder).
 CASES: list[tuple[str, Callable[[Path], Path]]] = [
+    ("stdin", lambda at: Path("-")),
+    ("page of the Hub", lambda at: Path("https://huggingface.co/user/repo/blob/main/a.shd")),
+    ("page of the Hub", lambda at: Path("http://hf.co/user/repo")),
     ("URL", lambda at: Path("https://example.org/model")),
+    ("URL", lambda at: Path("https://huggingface.community/model")),
     ("hub id", lambda at: Path("some-user/model-7B")),
     ("Git LFS pointer", lambda at: lfs(at / "x.safetensors")),
     ("Git LFS pointer", lambda at: lfs(at / "x.shd")),
@@ -118,7 +122,7 @@ def test_things_are_called_by_their_name(tmp_path: Path, name: str, make: Callab
         with pytest.raises(ShiraDeltaError) as caught:
             OPENED[one](path)
         message = str(caught.value)
-        assert message.startswith(str(path))
+        assert message.startswith(str(path).replace(":/", "://"))  # a URL that is a path lacks a slash
         assert thing.what in message
         assert message.endswith("; " + thing.remedies[one].replace("{path}", str(path)))
         assert "\n" not in message
