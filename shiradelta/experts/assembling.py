@@ -64,7 +64,7 @@ def assemble_family(
         progress: called with (what, done, total).
 
     Raises:
-        ArgumentError: an expert has no example, or an example no expert.
+        ArgumentError: an expert has no example, or an example no expert, or two experts are the same delta.
         TargetError: the folder cannot be made.
         BaseMismatchError: a delta is another model's.
         SourceError: a delta does more than add.
@@ -77,6 +77,7 @@ def assemble_family(
             check.load(name, path)
             with os_errors(Path(path), "cannot be copied"):
                 shutil.copyfile(path, folder / f"{name}.shd")
+        _digests(folder, len(experts))
         scales, features = measured(model, folder, examples, prompt_loss, dims, seed, progress, prompt_batch)
         return replace(finish(folder, scales, features, labels, seed), folder=Path(out))
 
@@ -119,12 +120,24 @@ def finish(folder: Path, scales: dict[str, Array], features: Float32, labels: Ar
     """Writes the index of a folder that has all members, and reads the family."""
     counts = np.bincount(labels)
     centroids = np.stack([unit(features[labels == number].mean(0)) for number in range(len(counts))])
-    digests = {}
-    for name in names_of(len(counts)):
-        with open_delta(folder / f"{name}.shd") as delta:
-            digests[name] = delta.digest
+    digests = _digests(folder, len(counts))
     write_index(ExpertFamily(folder, digests, tuple(counts.tolist()), centroids, scales, seed))
     return open_family(folder)
+
+
+def _digests(folder: Path, experts: int) -> dict[str, str]:
+    """The digest of each member.  Raises ArgumentError if two experts are the same delta, which is never averaged."""
+    digests: dict[str, str] = {}
+    for name in names_of(experts):
+        with open_delta(folder / f"{name}.shd") as delta:
+            twins = [other for other, digest in digests.items() if other != BASE and digest == delta.digest]
+            if twins:
+                raise ArgumentError(
+                    f"{twins[0]} and {name} are the same delta, so no route can average them; give each expert a delta"
+                    " of its own, or train for longer"
+                )
+            digests[name] = delta.digest
+    return digests
 
 
 def check_absent(out: Path) -> None:

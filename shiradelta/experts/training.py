@@ -92,7 +92,8 @@ def train_family(
         progress: called with (what, done, total).
 
     Raises:
-        ArgumentError: an argument is out of range, or the examples do not fall into so many clusters.
+        ArgumentError: an argument is out of range, the examples do not fall into so many clusters, or two experts ended
+            as the same delta.
         TargetError: the folder cannot be made, or a weight cannot be trained.
         DivergedError: training gave NaN.
         ShiraDeltaError: the gradient of an example is not finite, or zero.

@@ -159,6 +159,18 @@ def test_members_that_exist_already_become_the_same_family(trained: Path, tmp_pa
     assert not (tmp_path / "g").exists()
 
 
+def test_experts_that_are_the_same_delta_are_refused_before_the_work(trained: Path, tmp_path: Path):
+    """A switch to both would refuse them, with each prompt."""
+
+    def measured(model: nn.Module, prompts: Sequence[Any]) -> Tensor:
+        pytest.fail("gradients were taken")
+
+    own = [trained / "expert-1.shd", shutil.copy(trained / "expert-1.shd", tmp_path / "copy.shd")]
+    with pytest.raises(ArgumentError, match="expert-0 and expert-1 are the same delta"):
+        experts.assemble_family(model(), trained / "base.shd", own, EXAMPLES, TASKS, measured, tmp_path / "f", dims=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.shd"]
+
+
 def test_what_does_more_than_add_is_no_member(trained: Path, tmp_path: Path):
     with shiradelta.open_delta(trained / "base.shd") as delta:
         name, shape = next((name, one.shape) for name, one in delta.items())
