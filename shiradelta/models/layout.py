@@ -11,7 +11,8 @@ from shiradelta.errors import ArgumentError, TargetError
 from shiradelta.models.memory import address_of, is_contiguous, span_of, strides_of
 from shiradelta.models.names import Shape
 from shiradelta.models.views import Box, View, contiguous
-from shiradelta.util.arguments import ArgumentKind
+from shiradelta.util.arguments import SHAPE, ArgumentKind
+from shiradelta.util.text import brief
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,15 @@ class Region:
     memory: Any
     start: Sequence[int] = ()
     step: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the types.  Raises ArgumentError."""
+        if not all(hasattr(self.memory, one) for one in ("shape", "dtype", "itemsize")):
+            raise ArgumentError(
+                f"a region's memory is {brief(repr(self.memory), 80)}; give a view of a tensor or array"
+            )
+        for what in ("start", "step"):
+            _check_whole(f"a region's {what}", getattr(self, what))
 
     def box(self, name: str, shape: Shape) -> Box:
         """The elements in the flat tensor of the checkpoint, which has this name and shape.
@@ -62,11 +72,25 @@ class Layout:
     shape: Sequence[int]
     regions: Sequence[Region]
 
+    def __post_init__(self) -> None:
+        """Checks the types.  Raises ArgumentError."""
+        _check_whole("a layout's shape", self.shape)
+        if not isinstance(self.regions, Sequence) or not all(isinstance(one, Region) for one in self.regions):
+            raise ArgumentError(f"a layout's regions are {brief(repr(self.regions), 80)}; give a list of Region")
+
+
+def _check_whole(what: str, value: object) -> None:
+    if not SHAPE.holds(value):
+        raise ArgumentError(f"{what} is {brief(repr(value), 80)}; give whole numbers, one for each dimension")
+
 
 #: An argument that says how tensors lie in memory.
 LAYOUTS = ArgumentKind(
     "a mapping of names to shiradelta.models.layout.Layout",
-    lambda value: isinstance(value, Mapping) and all(isinstance(one, Layout) for one in value.values()),
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(isinstance(one, Layout) and isinstance(name, str) for name, one in value.items())
+    ),
 )
 #: Name of a tensor in the checkpoint -> its shape there, and its elements: (name of a weight in memory, which of them).
 Parts = dict[str, tuple[Shape, tuple[tuple[str, View], ...]]]
@@ -81,8 +105,8 @@ def parts_of(layouts: Mapping[str, Layout], weights: Mapping[str, Any]) -> Parts
 
     Raises:
         ArgumentError: a region does not lie in the checkpoint's tensor.
-        TargetError: a region is not part of a contiguous weight, or two regions share elements that differ in the
-            checkpoint.
+        TargetError: a region is not part of a contiguous weight, shows one element of memory twice, or shares it with a
+            region of other elements.
     """
     found: Parts = {}
     spans = {weight: span_of(tensor) for weight, tensor in weights.items() if 0 not in tensor.shape}
@@ -98,10 +122,26 @@ def parts_of(layouts: Mapping[str, Layout], weights: Mapping[str, Any]) -> Parts
                 whole = weights[weight]
                 offset = (address_of(region.memory) - address_of(whole)) // region.memory.itemsize
                 box = Box(stored.shape, strides_of(region.memory), offset)
+                if _folds(box):
+                    raise TargetError(
+                        f"layout of tensor {name!r}: elements of a region share memory, as in an expanded view; give"
+                        " each element memory of its own"
+                    )
                 parts.append((weight, View(name, shape, box, stored, math.prod(whole.shape))))
         found[name] = shape, tuple(parts)
     _check_apart((weight, view) for _, parts in found.values() for weight, view in parts)
     return found
+
+
+def _folds(box: Box) -> bool:
+    """Whether two elements may be at one place: a dimension's stride is less than what the smaller ones span."""
+    reach = 0
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(box.strides, box.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _owner(name: str, memory: Any, around: Mapping[str, Any]) -> str:

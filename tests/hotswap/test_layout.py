@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,31 @@ def test_regions_that_overlap_without_being_copies_are_refused():
     data = adapter({"q": random_delta((4, 4), 12, 1, "float32")})
     with pytest.raises(BaseMismatchError, match="elements in several regions that are not the same"):
         HotSwap(memory, layout=layout).load("a", data)
+
+
+@pytest.mark.parametrize("shows", [lambda one: one[:1].expand(4, 4), lambda one: one.as_strided((4, 4), (1, 1))])
+def test_a_region_that_shows_an_element_twice_is_refused(shows: Any):
+    one = torch.zeros(4, 4)
+    with pytest.raises(TargetError, match="tensor 'w': elements of a region share memory, as in an expanded view"):
+        HotSwap({"one": one}, layout={"w": Layout((4, 4), [Region(shows(one))])})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda one: Region(None), "a region's memory is None; give a view of a tensor or array"),
+        (lambda one: Region([[1]]), "a region's memory is .*; give a view"),
+        (lambda one: Region(one, "ab"), "a region's start is 'ab'; give whole numbers"),
+        (lambda one: Region(one, (0.5, 0)), "a region's start is .*; give whole numbers"),
+        (lambda one: Region(one, step=3), "a region's step is 3; give whole numbers"),
+        (lambda one: Layout("ab", [Region(one)]), "a layout's shape is 'ab'; give whole numbers"),
+        (lambda one: Layout((4, 4), Region(one)), "a layout's regions are .*; give a list of Region"),
+        (lambda one: HotSwap({"w": one}, layout={3: Layout((4, 4), [Region(one)])}), "give a mapping of names to"),
+    ],
+)
+def test_layouts_of_wrong_types_are_refused(make: Any, message: str):
+    with pytest.raises(ArgumentError, match=message):
+        make(torch.zeros(4, 4))
 
 
 def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
