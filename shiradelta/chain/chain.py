@@ -28,7 +28,8 @@ from shiradelta.chain.state import State, advanced, state_digest, state_of
 from shiradelta.chain.stores import Store, open_store
 from shiradelta.chain.versions import Versions
 from shiradelta.chain.way import Way, cheapest
-from shiradelta.errors import ChainError, ShiraDeltaError, TargetError
+from shiradelta.errors import ArgumentError, ChainError, ShiraDeltaError, TargetError
+from shiradelta.io.context import CONTEXTS
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import writing
@@ -155,9 +156,12 @@ class Chain:
 
         Raises:
             ChainError: a version before it is missing, it is published already, or it was made for something else.
+            ArgumentError: there is no such context.
             FormatError: the file is damaged.
             TargetError: the store cannot be written.
         """
+        if context not in CONTEXTS:
+            raise ArgumentError(f"context is {context!r}, which is none of {', '.join(CONTEXTS)}")
         with self._changing() as manifest, ExitStack() as stack:
             if version is not None and version > manifest.head + 1:
                 raise ChainError("gap", os.fspath(delta), f"version {version} after {manifest.head}")

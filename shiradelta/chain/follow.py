@@ -21,7 +21,7 @@ from shiradelta.chain.inflight import InFlight
 from shiradelta.chain.rows import Anchor, Step
 from shiradelta.chain.state import state_digest, state_of
 from shiradelta.chain.stores import Store
-from shiradelta.errors import ChainError, TargetError
+from shiradelta.errors import ArgumentError, ChainError, TargetError
 from shiradelta.folder.apply import apply_step
 from shiradelta.folder.commit import make_base
 from shiradelta.folder.copying import new_folder
@@ -123,8 +123,11 @@ class Follower(ABC):
             until: called before each look; True ends it.
 
         Raises:
+            ArgumentError: the time is less than none.
             As `follow`.
         """
+        if not every >= 0:
+            raise ArgumentError(f"every is {every}; give seconds, 0 or more")
         while not until():
             done = self.follow()
             yield from done
@@ -159,6 +162,7 @@ class FolderFollower(Follower):
         progress: called with (what, done, total).
 
     Raises:
+        ArgumentError: no step is to be kept.
         ChainError: there is no such chain.
     """
 
@@ -174,8 +178,10 @@ class FolderFollower(Follower):
         progress: Progress | None = None,
     ) -> None:
         super().__init__(chain, before, after)
+        if keep < 1:
+            raise ArgumentError(f"keep is {keep}; give 1 or more, as the last step is always kept")
         self.folder = Path(folder)
-        self._keep, self._progress = max(int(keep), 1), progress
+        self._keep, self._progress = int(keep), progress
 
     @property
     def version(self) -> int | None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition
 
-from shiradelta.errors import TargetError
+from shiradelta.errors import ArgumentError, TargetError
 from shiradelta.util.arguments import NUMBER, TEXT, checked
 from shiradelta.util.registry import Registry
 
@@ -54,7 +54,7 @@ class InFlight:
         seconds: how long a step waits for them; then it is not applied.
 
     Raises:
-        ArgumentError: there is no such policy.
+        ArgumentError: there is no such policy, or the time is less than none.
 
     Attributes:
         version: the version that is on the weights.
@@ -62,6 +62,8 @@ class InFlight:
 
     @checked(policy=TEXT, seconds=NUMBER)
     def __init__(self, policy: str = "finish", seconds: float = 600.0) -> None:
+        if not seconds >= 0:
+            raise ArgumentError(f"seconds is {seconds}; give 0 or more")
         self._policy, self._seconds = POLICIES.find(policy), float(seconds)
         self._changed = Condition()
         self._answers: set[Answer] = set()

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 import shiradelta as sd
-from shiradelta.chain import FolderFollower, LiveFollower, Step, status
+from shiradelta.chain import FolderFollower, InFlight, LiveFollower, Step, status
 from shiradelta.cli import main
-from shiradelta.errors import TargetError
+from shiradelta.errors import ArgumentError, TargetError
 from tests.chain.models import Model, read, same, small, write
 from tests.chain.test_chain import Run, reason
 from tests.killing import VICTIMS, kill_repeatedly, write_inputs
@@ -178,6 +178,23 @@ def test_a_file_that_is_collected_meanwhile_is_said_by_the_manifest_of_then(run:
     newer = FolderFollower(run.chain.store, tmp_path / "newer")
     newer.follow()
     assert same(read(newer.folder), run.models[3])
+
+
+def test_arguments_that_mean_nothing_are_refused(run: Run, tmp_path: Path):
+    follower = FolderFollower(run.chain, tmp_path / "copy")
+    for call, what in (
+        (lambda: FolderFollower(run.chain, tmp_path / "copy", keep=0), "keep is 0"),
+        (lambda: next(follower.watch(-1)), "every is -1"),
+        (lambda: next(follower.watch(float("nan"))), "every is nan"),
+        (lambda: InFlight("finish", -1), "seconds is -1"),
+        (lambda: InFlight("finish", float("nan")), "seconds is nan"),
+        (lambda: InFlight("mix"), "'mix' is unknown; take finish, abort"),
+        (lambda: run.chain.publish(run.files[2], context="lossy"), "context is 'lossy', which is none of none, base"),
+    ):
+        with pytest.raises(ArgumentError, match=what):
+            call()
+    assert not follower.folder.exists()
+    assert run.chain.refresh().head == 3
 
 
 @pytest.mark.parametrize("adds", [False, True])
