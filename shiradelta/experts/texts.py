@@ -12,6 +12,7 @@ from shiradelta.text.examples import Predicted, training_examples
 from shiradelta.text.read import of_texts, read_list
 from shiradelta.text.tokenised import TokenisedExamples
 from shiradelta.train.gradients import Loss
+from shiradelta.util.text import brief
 
 #: The longest text in tokens, by default.
 TOKENS = 512
@@ -51,7 +52,12 @@ def prompt_loss(tokenizer: Any, tokens: int = TOKENS) -> Loss:
     def loss(model: nn.Module, prompts: Sequence[Any]) -> Tensor:
         texts = [_prompt(one) for one in prompts]
         found = TokenisedExamples(of_texts(texts), tokenizer, model, tokens)
-        found.check_predicted()
+        for text, length in zip(texts, found.lengths, strict=True):
+            if length < 2:
+                remedy = "a longer prompt" if tokens > 1 else "2 tokens or more"
+                raise SourceError(
+                    f"prompt {brief(repr(text), 60)} has nothing to predict, with one token; give {remedy}"
+                )
         return Predicted(found).loss(model, range(len(texts)))
 
     return loss

@@ -62,8 +62,10 @@ def test_examples_without_a_prompt_are_refused(tokenizer: Any):
         experts.prompt_loss(tokenizer)(model, [{"text": "a"}])
     with pytest.raises(SourceError, match="neither texts nor objects"):
         experts.text_loss(tokenizer)(model, [5])
-    with pytest.raises(SourceError, match="nothing to predict"):
-        experts.prompt_loss(tokenizer)(model, [WORDS[0]])
+    with pytest.raises(SourceError, match=f"prompt '{WORDS[0]}' has nothing to predict, .* give a longer prompt"):
+        experts.prompt_loss(tokenizer)(model, [" ".join(WORDS[:3]), WORDS[0]])
+    with pytest.raises(SourceError, match="give 2 tokens or more"):
+        experts.prompt_loss(tokenizer, 1)(model, [" ".join(WORDS[:3])])
 
 
 @pytest.mark.slow
