@@ -188,6 +188,11 @@ def check_target(where: str, tensor: StoredTensor, target: Target, allow_dtype: 
     """
     if target.refusal is not None:
         raise TargetError(f"{where} {target.refusal}")
+    if target.extent is not None and not target.parts and target.dtype == "?":
+        raise BaseMismatchError(
+            f"{where} has no region in memory; give HotSwap(model, layout=...) its regions, and group=... where other"
+            " processes have them"
+        )
     # NumPy has no bfloat16: a uint16 array stands for it where the delta says so, as everywhere in the package.
     stands_for_bfloat16 = is_array(target.tensor) and (target.dtype, tensor.dtype) == ("uint16", "bfloat16")
     dtype = "bfloat16" if stands_for_bfloat16 else target.dtype

@@ -135,6 +135,12 @@ def test_regions_that_overlap_without_being_copies_are_refused():
         HotSwap(memory, layout=layout).load("a", data)
 
 
+def test_a_tensor_without_regions_is_refused():
+    swap = HotSwap({"one": torch.zeros(4, 4)}, layout={"w": Layout((4, 4), [])})
+    with pytest.raises(BaseMismatchError, match=r"tensor 'w' has no region in memory; give HotSwap\(model, layout="):
+        swap.load("a", adapter({"w": random_delta((4, 4), 3, 1, "float32")}))
+
+
 @pytest.mark.parametrize("shows", [lambda one: one[:1].expand(4, 4), lambda one: one.as_strided((4, 4), (1, 1))])
 def test_a_region_that_shows_an_element_twice_is_refused(shows: Any):
     one = torch.zeros(4, 4)
