@@ -57,6 +57,23 @@ def test_a_session_takes_further_deltas_beside_those_it_has():
         sd.load(model, adapter({"weight": random_delta(SHAPE, 12, 3)}))
 
 
+@pytest.mark.parametrize("strength", [0.8, 1])
+def test_the_same_line_twice_is_refused_until_the_delta_is_out(tmp_path: Path, strength: float):
+    """As where a notebook's cell runs a second time."""
+    model = linear()
+    base = bits(model.weight)
+    (tmp_path / "style.shd").write_bytes(delta(1, model))
+    swap = sd.load(model, tmp_path / "style.shd", strength)
+    patched = bits(model.weight)
+    with pytest.raises((BaseMismatchError, TargetError)):
+        sd.load(model, tmp_path / "style.shd", strength)
+    assert np.array_equal(bits(model.weight), patched)
+    swap.revert()
+    assert np.array_equal(bits(model.weight), base)
+    assert sd.load(model, tmp_path / "style.shd", strength).active == {"style": strength}
+    assert np.array_equal(bits(model.weight), patched)
+
+
 def test_what_fails_leaves_session_and_weights_as_they_were():
     model = linear()
     swap = sd.load(model, delta(1, model), name="one")
