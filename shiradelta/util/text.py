@@ -1,4 +1,8 @@
-"""Text for people: escaped names, tables, sizes, shapes, percentages."""
+"""Text for people: escaped names, tables, sizes, shapes, percentages.
+
+Tables are not drawn by rich: to import it and draw one takes 0.42 of the time of importing numpy and click, and `info`,
+which has 1.5 of it, takes 1.4 already.  Progress bars, which only long work shows, are rich's.
+"""
 
 from __future__ import annotations
 
