@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 import shiradelta as sd
 from shiradelta import TensorDelta
+from shiradelta.folder.recode import recode
 from shiradelta.format import arithmetic
 from shiradelta.models.checkpoint import open_checkpoint
 
@@ -100,9 +102,12 @@ def add_step(before: Model, rng: np.random.Generator, share: float = 0.2) -> dic
 
 
 def replayed(model: Model, step: Path) -> Model:
-    """The model after a step, by the plain reading of FORMAT.md, 6.1."""
+    """The model after a step, by the plain reading of FORMAT.md, 6.1; made plain first, if it is read with its base."""
     after = dict(model)
-    with sd.open_delta(step) as delta:
+    with sd.open_delta(step) as delta, tempfile.TemporaryDirectory() as folder:
+        if delta.needs_base:
+            recode(delta, plain := Path(folder) / "plain.shd", write(Path(folder) / "base", model), context="none")
+            return replayed(model, plain)
         for name, one in delta.items():
             if not one.operation.in_result:
                 del after[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import shiradelta as sd
@@ -51,6 +51,7 @@ def random_step(before: Model, rng: np.random.Generator) -> dict[str, TensorDelt
 
 @pytest.mark.slow
 @given(st.integers(0, 1 << 30), st.integers(2, 6), st.booleans())
+@example(248, 2, False)
 def test_a_fold_gives_what_its_steps_give(seed: int, steps: int, has_base: bool):
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
