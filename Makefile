@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker that has done its tests takes over others': the long ones stand together.
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
-# All tests but the slow ones: 90 CPU seconds, or 170 on a slower processor; on two cores 50 to 100 seconds.
+# All tests but the slow ones: 50 seconds on two quiet cores, 100 on slower ones.
 check: $(STAMP)
 	$(PYTEST) -m "not slow"
 
