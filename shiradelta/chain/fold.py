@@ -84,7 +84,7 @@ def fold_tensor(name: str, steps: Sequence[tuple[str, StoredTensor]], base: Slot
     (label, first), (_, last) = steps[0], steps[-1]
     if len(steps) == 1:
         return _readable(first, f"{label}: tensor {name!r}", None if base is None else bits_of(base))
-    runs = Runs()
+    runs = Runs(first.numel)
     replay = None if base is None else _Replay(bits_of(base))
     whole: StoredTensor | None = None  # the step that added the tensor, as it is now
     elements: Array = np.zeros(0, np.uint8)  # all of its elements, then

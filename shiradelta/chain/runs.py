@@ -1,12 +1,13 @@
 """Runs of elements that steps have set, and one run for several: the last step that sets an element decides.
 
-Runs are merged a range of positions at a time, so that what is worked on stays in the processor's cache.
+Few elements of a tensor are merged by sorting.  Many are written to an array of the whole tensor as they come, while
+the processor's cache still has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,11 +15,13 @@ from shiradelta.backends.choose import choose
 from shiradelta.format.arithmetic import Array, Positions
 
 _MODULUS = 1 << 64
-#: Positions of a range in which many elements are set, and elements of one in which few are.
-_SPAN, _ELEMENTS = 1 << 18, 1 << 16
-#: Up to so many positions for each element, a range has a place for every position.
-_DENSE = 16
-#: Elements that wait at least until they are merged.
+#: Elements of a range of positions that are sorted at a time, about, and the fewest positions of one.
+_ELEMENTS, _SPAN = 1 << 16, 1 << 18
+#: Up to so many positions of the tensor for each element of its runs, there is a place for every position.
+_DENSE = 8
+#: Bytes of an element that fits twice into one of NumPy's integers.
+_WIDEST = 4
+#: Elements that wait at least until they are merged by sorting.
 _WAITING = 1 << 21
 
 
@@ -36,92 +39,117 @@ class Run(NamedTuple):
     base: int
 
 
-#: (positions, bits after all steps).
-_Merged = tuple[Positions, Array]
-
-
 def merged(runs: Sequence[Run]) -> Run:
-    """One run for several, the earliest first.
-
-    A step's base_fingerprint is that of what the steps before it gave.  So the sum of all is that of the base and of
-    the elements that were set again, which are those of all runs without those that are left in the end.
-    """
+    """One run for several, the earliest first."""
     runs_left = [run for run in runs if run.positions.size]
     if len(runs_left) < 2:
         return runs_left[0] if runs_left else runs[0]
     total = sum(run.positions.size for run in runs_left)
     low, high = min(int(run.positions[0]) for run in runs_left), max(int(run.positions[-1]) for run in runs_left) + 1
-    dense = (high - low) <= _DENSE * total
-    span = _SPAN if dense else max((high - low) * _ELEMENTS // total, _SPAN)
-    work: Callable[[int, Sequence[Run]], _Merged] = _Places(span, runs_left[0].bits.dtype) if dense else _by_sorting
-    parts = [work(start, some) for start, some in _ranges(runs_left, low, high, span)]
+    parts = [_by_sorting(some) for some in _ranges(runs_left, low, high, max((high - low) * _ELEMENTS // total, _SPAN))]
     positions, bits = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-    fingerprint = choose().fingerprint
-    base = sum(run.base for run in runs) + fingerprint(positions, bits)
-    return Run(positions, bits, (base - sum(fingerprint(run.positions, run.bits) for run in runs_left)) % _MODULUS)
+    return _with_base(positions, bits, sum(map(_gone, runs)))
 
 
-def _ranges(runs: Sequence[Run], low: int, high: int, span: int) -> Iterator[tuple[int, list[Run]]]:
-    """(first position, the runs' parts there that are not empty) for consecutive ranges of positions."""
+def _gone(run: Run) -> int:
+    """The fingerprint of what a run found, less that of what it left."""
+    return run.base - choose().fingerprint(run.positions, run.bits)
+
+
+def _with_base(positions: Positions, bits: Array, gone: int) -> Run:
+    """A run for several, of which these elements are left.
+
+    A step's base_fingerprint is that of what the steps before it gave.  So the sum of all is that of the base and of
+    the elements that were set again, which are those of all runs without those that are left in the end.
+    """
+    return Run(positions, bits, (gone + choose().fingerprint(positions, bits)) % _MODULUS)
+
+
+def _ranges(runs: Sequence[Run], low: int, high: int, span: int) -> Iterator[list[tuple[Positions, Array]]]:
+    """The runs' parts, those that are not empty, in consecutive ranges of positions."""
     edges = np.arange(low, high + span, span)
     cuts = [np.searchsorted(run.positions, edges).tolist() for run in runs]
-    for number, start in enumerate(edges[:-1].tolist()):
+    for number in range(len(edges) - 1):
         found = []
         for run, cut in zip(runs, cuts, strict=True):
             first, last = cut[number], cut[number + 1]
             if first < last:
-                found.append(Run(run.positions[first:last], run.bits[first:last], 0))
+                found.append((run.positions[first:last], run.bits[first:last]))
         if found:
-            yield start, found
+            yield found
 
 
-class _Places:
-    """Merges runs in an array that has a place for every position of a range."""
-
-    def __init__(self, span: int, dtype: np.dtype[Any]) -> None:
-        self._bits, self._known = np.empty(span, dtype), np.empty(span, np.bool_)
-
-    def __call__(self, start: int, runs: Sequence[Run]) -> _Merged:
-        bits, known = self._bits, self._known
-        known[:] = False
-        for run in runs:
-            at = run.positions - start
-            bits[at] = run.bits
-            known[at] = True
-        found = np.flatnonzero(known)
-        return found + start, bits[found]
-
-
-def _by_sorting(start: int, runs: Sequence[Run]) -> _Merged:
-    """Merges runs of few elements, wherever they are."""
-    positions, bits = np.concatenate([run.positions for run in runs]), np.concatenate([run.bits for run in runs])
+def _by_sorting(parts: Sequence[tuple[Positions, Array]]) -> tuple[Positions, Array]:
+    """(positions, bits after all) of parts, the earliest first."""
+    positions, bits = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
     order = np.argsort(positions, kind="stable")  # equal ones stay in the order of the steps
     positions, bits = positions[order], bits[order]
     last = np.append(positions[1:] != positions[:-1], True)
     return positions[last], bits[last]
 
 
-class Runs:
-    """Consecutive runs, merged now and then: each element is copied a few times, whatever the number of runs.
+class _Places:
+    """Merges runs in an array that has a place for every position of a tensor.
 
-    Runs wait until they have twice as many elements as what is merged already, so memory is that of a few tensors.
+    A place has twice the bits of an element: the lower half is the element, the upper half tells whether one is there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numel: int, runs: Sequence[Run]) -> None:
+        self._narrow = runs[0].bits.dtype
+        self._there = 1 << 8 * self._narrow.itemsize
+        self._places = np.zeros(numel, f"<u{2 * self._narrow.itemsize}")
+        self._gone = 0
+        for run in runs:
+            self.add(run)
+
+    def add(self, run: Run) -> None:
+        self._places[run.positions] = run.bits | self._places.dtype.type(self._there)
+        self._gone += _gone(run)
+
+    def all(self) -> Run:
+        positions = np.flatnonzero(self._places)
+        return _with_base(positions, self._places[positions].astype(self._narrow), self._gone)
+
+
+class Runs:
+    """Consecutive runs of a tensor, merged as they come or now and then.
+
+    Runs that wait to be sorted have at most twice as many elements as what is merged already; an array of the tensor is
+    made when there is an element for each `_DENSE` of its positions.  So memory is that of a few tensors.
+
+    Args:
+        numel: elements of the tensor.
+    """
+
+    def __init__(self, numel: int) -> None:
+        self._numel = numel
         self._merged: Run | None = None
         self._waiting: list[Run] = []
         self._size = 0
+        self._places: _Places | None = None
 
     def add(self, run: Run) -> None:
         """Adds the next run."""
+        if self._places is not None:
+            self._places.add(run)
+            return
         self._waiting.append(run)
         self._size += run.positions.size
-        if self._size > max(_WAITING, 0 if self._merged is None else 2 * self._merged.positions.size):
+        merged_size = 0 if self._merged is None else self._merged.positions.size
+        is_dense = (self._size + merged_size) * _DENSE >= self._numel > 0
+        if is_dense and run.bits.itemsize <= _WIDEST:
+            self._places = _Places(self._numel, self._runs())
+            self._merged, self._waiting, self._size = None, [], 0
+        elif self._size > max(_WAITING, 2 * merged_size):
             self.all()
 
     def all(self) -> Run | None:
         """One run for all so far; None if there was none."""
+        if self._places is not None:
+            return self._places.all()
         if self._waiting:
-            self._merged = merged([*([] if self._merged is None else [self._merged]), *self._waiting])
-            self._waiting, self._size = [], 0
+            self._merged, self._waiting, self._size = merged(self._runs()), [], 0
         return self._merged
+
+    def _runs(self) -> list[Run]:
+        return [*([] if self._merged is None else [self._merged]), *self._waiting]

@@ -79,7 +79,7 @@ def test_runs_merge_to_the_same_whatever_their_sizes(numel: int, sizes: list[int
     rng = np.random.default_rng(0)
     places = distinct(rng.integers(0, numel, 5000)) if numel > 5000 else np.arange(numel)
     before = dict(zip(places.tolist(), rng.integers(0, 1 << 16, places.size).tolist(), strict=True))
-    now, runs, parts = dict(before), Runs(), []
+    now, runs, parts = dict(before), Runs(numel), []
     for size in sizes:
         at = np.sort(rng.choice(places[: 3 * max(sizes)], size, replace=False))
         bits = rng.integers(0, 1 << 16, size).astype("<u2")
