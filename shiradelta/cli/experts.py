@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from shiradelta.cli import options
-from shiradelta.cli.options import Command, Group, RegistryChoice, RegistryOption
+from shiradelta.cli.options import Command, Group
 from shiradelta.cli.output import echo_json, echo_lines, echo_table, echo_warnings
 from shiradelta.cli.progress import progress_bar
 from shiradelta.errors import ArgumentError
@@ -49,29 +49,18 @@ device = click.option("--device", help="Where the model runs.  [default: a GPU, 
     ],
 )
 @click.argument("model")
-@click.option("--texts", required=True, metavar="FILE[:COLUMN]", help=f"Examples to train on: {options.EXAMPLES}.")
+@options.train_texts
 @click.option("-o", "--out", required=True, metavar="FOLDER", help="The folder to make.")
 @click.option("--experts", "members", default=4, show_default=True, help="Number of experts.")
-@click.option("--sparsity", default="0.01", show_default=True, help="Share of weights that change, such as 1%, or N:M.")
-@click.option(
-    "--mask",
-    cls=RegistryOption,
-    type=RegistryChoice("shiradelta.train.masks:MASKS"),
-    default="rand",
-    show_default=True,
-    help="Which weights change",
-)
-@click.option("--targets", help="Layers to train, such as q_proj,v_proj.  [default: all linear layers but the output]")
+@options.train_sparsity
+@options.train_mask
+@options.train_targets
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps of the base delta.")
 @click.option(
     "--expert-steps", type=int, help="Steps of each expert.  [default: it sees its examples as often as the base delta]"
 )
-@click.option("--batch", default=32, show_default=True, help="Examples per step.")
-@click.option(
-    "--relative-lr",
-    type=float,
-    help="Learning rate, relative to the RMS of each weight tensor. By default short runs find it.",
-)
+@options.train_batch
+@options.train_relative_lr
 @tokens
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of examples, masks and the projection.")
 @options.values("int4")
@@ -87,7 +76,7 @@ def train(
     texts: str,
     out: str,
     members: int,
-    targets: str | None,
+    targets: tuple[str, ...],
     expert_steps: int | None,
     dims: int,
     longer: str | None,
@@ -106,13 +95,12 @@ def train(
     from shiradelta.experts.run import run_family
     from shiradelta.train.settings import TrainSettings
 
-    names = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
     with progress_bar("training") as progress:
         report = run_family(
             Path(model),
             Path(texts),
             Path(out),
-            TrainSettings(targets=names, **settings),
+            TrainSettings(targets=targets, **settings),
             experts=members,
             expert_steps=expert_steps,
             dims=dims,

@@ -291,6 +291,30 @@ prompt_share = click.option(
     help="How much a prompt's token counts, from 0 to 1, where one that the model is to say has 1.",
 )
 
+train_texts = click.option("--texts", required=True, metavar="FILE[:COLUMN]", help=f"Examples to train on: {EXAMPLES}.")
+train_sparsity = click.option(
+    "--sparsity", default="0.01", show_default=True, help="Share of weights that change, such as 1%, or N:M."
+)
+train_mask = click.option(
+    "--mask",
+    cls=RegistryOption,
+    type=RegistryChoice("shiradelta.train.masks:MASKS"),
+    default="rand",
+    show_default=True,
+    help="Which weights change",
+)
+train_targets = click.option(
+    "--targets",
+    callback=lambda context, option, names: tuple(name.strip() for name in (names or "").split(",") if name.strip()),
+    help="Layers to train, such as q_proj,v_proj.  [default: all linear layers but the output]",
+)
+train_batch = click.option("--batch", default=32, show_default=True, help="Examples per step.")
+train_relative_lr = click.option(
+    "--relative-lr",
+    type=float,
+    help="Learning rate, relative to the RMS of each weight tensor. By default short runs find it.",
+)
+
 
 def scope(text: str) -> Callable[[Function], Function]:
     """The option that says whether the sparsity is that of each tensor or of the whole model."""

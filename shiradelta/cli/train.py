@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from shiradelta.cli import options
-from shiradelta.cli.options import RegistryChoice, RegistryOption, command
+from shiradelta.cli.options import command
 from shiradelta.cli.output import echo_json, echo_lines
 from shiradelta.cli.progress import progress_bar
 from shiradelta.util.text import count, size
@@ -24,18 +24,11 @@ from shiradelta.util.text import count, size
     ],
 )
 @click.argument("model")
-@click.option("--texts", required=True, metavar="FILE[:COLUMN]", help=f"Examples to train on: {options.EXAMPLES}.")
+@options.train_texts
 @click.option("-o", "--out", required=True, metavar="FILE", help="The file to write.")
-@click.option("--sparsity", default="0.01", show_default=True, help="Share of weights that change, such as 1%, or N:M.")
-@click.option(
-    "--mask",
-    cls=RegistryOption,
-    type=RegistryChoice("shiradelta.train.masks:MASKS"),
-    default="rand",
-    show_default=True,
-    help="Which weights change",
-)
-@click.option("--targets", help="Layers to train, such as q_proj,v_proj.  [default: all linear layers but the output]")
+@options.train_sparsity
+@options.train_mask
+@options.train_targets
 @options.scope("Train the share of every tensor, or of the whole model.")
 @click.option(
     "--prune-from",
@@ -51,12 +44,8 @@ from shiradelta.util.text import count, size
 )
 @click.option("--avoid", multiple=True, metavar="FILE", help="A .shd file whose weights must not change; repeatable.")
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
-@click.option("--batch", default=32, show_default=True, help="Examples per step.")
-@click.option(
-    "--relative-lr",
-    type=float,
-    help="Learning rate, relative to the RMS of each weight tensor. By default short runs find it.",
-)
+@options.train_batch
+@options.train_relative_lr
 @options.renamed_option("--rate", "--relative-lr")
 @click.option("--tokens", default=512, show_default=True, help="Longer examples are cut to this many tokens.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of examples, and of random masks.")
@@ -70,7 +59,7 @@ def train(
     model: str,
     texts: str,
     out: str,
-    targets: str | None,
+    targets: tuple[str, ...],
     device: str | None,
     plot: str | None,
     as_json: bool,
@@ -88,13 +77,12 @@ def train(
     from shiradelta.train.run import run
     from shiradelta.train.settings import TrainSettings
 
-    names = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
     with progress_bar("training") as progress:
         report = run(
             Path(model),
             Path(texts),
             Path(out),
-            TrainSettings(targets=names, **settings),
+            TrainSettings(targets=targets, **settings),
             device=device,
             plot=None if plot is None else Path(plot),
             log=lambda line: echo_lines(line, err=True),
