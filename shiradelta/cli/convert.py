@@ -42,6 +42,8 @@ def _of_torchrun() -> Any:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+        # Where gloo's threads still run as Python ends, it aborts now and then.
+        click.get_current_context().call_on_close(dist.destroy_process_group)
     return dist.group.WORLD
 
 
