@@ -10,6 +10,7 @@ from typing import Any
 
 import shiradelta
 from shiradelta.backends.libshd.library import library_name
+from shiradelta.serving.plugin import UNPACKED
 
 ROOT = Path(__file__).parents[1]
 #: Where `make vllm` has it.
@@ -28,7 +29,7 @@ def run(interpreter: Path, module: str, wanted: Any, threads: int) -> Any:
     libraries = (Path(folder) / library_name() for folder in shiradelta.__path__)
     built = next((path for path in libraries if path.exists()), None)
     more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    more |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    more |= {UNPACKED: "1", "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     more |= {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(openmp or ""), "SHIRADELTA_LIBSHD": str(built or "")}
     done = subprocess.run(
         [str(interpreter), "-m", module],

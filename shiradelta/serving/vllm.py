@@ -6,11 +6,13 @@ vLLM imports this module itself; `shiradelta.serving.plugin` tells it where it i
 # mypy: disable-error-code="import-not-found, import-untyped, misc, no-any-unimported"
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from shiradelta.errors import ArgumentError
+from shiradelta.errors import ArgumentError, TargetError
+from shiradelta.serving.plugin import UNPACKED
 from shiradelta.serving.session import ServedWeights, SwapRequest, served, synchronize
 
 try:
@@ -52,7 +54,7 @@ class SwapEngine(WeightTransferEngine):
 
     def init_transfer_engine(self, init_info: SwapInit) -> None:
         """Finds where this worker has the checkpoint's tensors."""
-        self._served = served(self.model, init_info.checkpoint or self.model_config.model)
+        self._served = _found(self.model, init_info.checkpoint or self.model_config.model)
 
     def start_weight_update(self) -> None:
         """Does nothing: an update is whole in itself."""
@@ -85,7 +87,7 @@ class SwapExtension:
 
     def shd_init(self, checkpoint: str | None = None) -> dict[str, Any]:
         """Finds the weights of a checkpoint, the folder that vLLM was given if none is.  Returns `shd_info`."""
-        self._shd = served(self.get_model(), checkpoint or self.model_config.model)  # type: ignore[attr-defined]
+        self._shd = _found(self.get_model(), checkpoint or self.model_config.model)  # type: ignore[attr-defined]
         return self._shd.about()
 
     def shd_update(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -102,3 +104,13 @@ class SwapExtension:
         if not hasattr(self, "_shd"):
             raise ArgumentError("the adapters' session was not made; call shd_init first")
         return self._shd
+
+
+def _found(model: Any, checkpoint: str) -> ServedWeights:
+    """As `served`; if it refuses on a CPU, says what may help."""
+    try:
+        return served(model, checkpoint)
+    except TargetError as error:
+        if next(model.parameters()).device.type != "cpu" or os.environ.get(UNPACKED) == "1":
+            raise
+        raise TargetError(f"{error}, or start vLLM with {UNPACKED}=1, which keeps weights as they are loaded") from None

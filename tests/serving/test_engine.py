@@ -260,3 +260,24 @@ def test_what_is_not_in_memory_as_in_the_checkpoint_is_refused_by_name(name: str
     served.do(SwapRequest(active={}, unload=["b"]))
     assert state(made) == before
     assert served.about() == {"adapters": {}}
+
+
+def test_a_cpu_that_packs_weights_is_told_how_to_keep_them(vllm: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    made = model()
+    made.qkv = torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16), requires_grad=False)  # as vLLM leaves it
+    engine = vllm.SwapEngine(None, SimpleNamespace(model_config=SimpleNamespace(model=str(folder))), "cpu", made)
+    with pytest.raises(TargetError, match=f"start vLLM with {plugin.UNPACKED}=1, which keeps weights"):
+        engine.init_transfer_engine(engine.parse_init_info({}))
+    utils = ModuleType("vllm.model_executor.layers.utils")
+    for name in ("vllm.model_executor", "vllm.model_executor.layers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm.model_executor.layers"].utils = utils  # type: ignore[attr-defined]
+    monkeypatch.setenv(plugin.UNPACKED, "1")
+    plugin.register()
+    layer = SimpleNamespace()
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
+    assert torch.equal(layer.cpu_linear(x, weight, bias), torch.full((2, 4), 4.0))
+    with pytest.raises(TargetError, match="apply the delta to the checkpoint") as caught:
+        engine.init_transfer_engine(engine.parse_init_info({}))
+    assert plugin.UNPACKED not in str(caught.value)

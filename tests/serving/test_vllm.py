@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import shiradelta as sd
 from shiradelta.errors import TargetError
+from shiradelta.serving.plugin import UNPACKED
 from shiradelta.serving.session import SwapRequest
 from shiradelta.serving.vllm_client import RUNNING, VLLMServer, weight_version
 from tests.swapping import random_delta
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(*paths: Path, **more: str) -> dict[str, str]:
     preload = next(ENVIRONMENT.rglob("libiomp5.so"), None)
     path = os.pathsep.join(map(str, (ROOT, *paths)))
-    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **more}
+    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", UNPACKED: "1", **more}
     return {**os.environ, **more, "LD_PRELOAD": str(preload or "")}
 
 
