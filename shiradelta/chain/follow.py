@@ -134,6 +134,10 @@ class Follower(ABC):
             if not done:
                 time.sleep(every)
 
+    def _label(self, version: int) -> str:
+        """What a record calls a version; `version_in` reads it."""
+        return f"{self.chain.manifest.id}:{version}"
+
     def _held(self) -> AbstractContextManager[None]:
         """A context in which nothing uses what is changed."""
         return nullcontext()
@@ -219,9 +223,6 @@ class FolderFollower(Follower):
             raise ChainError("not_on_chain", os.fspath(self.folder), "its digest is that of no version")
         make_base(self.folder, self._label(max(versions)))
         return max(versions)
-
-    def _label(self, version: int) -> str:
-        return f"{self.chain.manifest.id}:{version}"
 
     def _begin(self, anchor: Anchor) -> None:
         store = self.chain.store

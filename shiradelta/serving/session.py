@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,14 @@ from shiradelta.models.compatibility import spec_of
 from shiradelta.models.layout import Layout
 from shiradelta.models.memory import bare
 from shiradelta.serving.recorded import ServedModel, recorded_layout
-from shiradelta.util.arguments import NUMBER, TEXT, TEXTS, ArgumentKind, is_path
+from shiradelta.util.arguments import BOOL, NUMBER, TEXT, TEXTS, ArgumentKind, is_path
 from shiradelta.util.text import brief
 
 #: What a request's fields have to be.
 _FIELDS = {
     "load": ArgumentKind("a mapping of names to paths", lambda value: _maps(value, is_path)),
     "data": ArgumentKind("a mapping of names to files' bytes", lambda value: _maps(value, _is_data)),
+    "rebase": BOOL,
     "active": ArgumentKind(
         "a mapping of names to strengths", lambda value: value is None or _maps(value, NUMBER.holds)
     ),
@@ -46,14 +50,26 @@ class SwapRequest:
     Attributes:
         load: name -> path of a `.shd` file, which all workers can read.
         data: name -> the bytes of a `.shd` file, as they are or in base64.
+        rebase: whether what is active before becomes the base, and is removed; then no other adapter may be loaded.
         active: name -> strength, for exactly the adapters that are to be active; None to leave them as they are.
         unload: names of adapters to remove.
     """
 
     load: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str | bytes] = field(default_factory=dict)
+    rebase: bool = False
     active: Mapping[str, float] | None = None
     unload: Sequence[str] = ()
+
+    def active_after(self, before: Mapping[str, float]) -> dict[str, float]:
+        """The adapters that it makes active, with their strengths, where `before` are."""
+        kept = {} if self.rebase else before
+        return dict(kept if self.active is None else self.active)
+
+    def digest(self) -> bytes:
+        """SHA-256 of what it says."""
+        data = {name: hashlib.sha256(_bytes(name, one)).hexdigest() for name, one in self.data.items()}
+        return hashlib.sha256(json.dumps(asdict(self) | {"data": data}, default=os.fspath).encode()).digest()
 
     def check(self) -> None:
         """Checks that the fields are what they have to be.  Raises ArgumentError."""
@@ -85,13 +101,17 @@ class ServedWeights:
         # Some layers move elements after loading, within the same memory.
         self._layout = {name: one for name, one in layout.items() if _holds(one, stored.bits(name))}
         self.swap = HotSwap(model, self._name, layout=self._layout, group=group)
+        self._last = b""
 
     def _name(self, name: str) -> str:
         """A name of the checkpoint's, or one that no model has where memory has no such elements."""
         return name if name in self._layout else f"{name} (not in memory as in the checkpoint)"
 
     def do(self, request: SwapRequest) -> dict[str, Any]:
-        """Does what a request says; on every error nothing has changed.
+        """Does what a request says; on every error no weight has changed.
+
+        Where a request is the same as the one before it, nothing is loaded or unloaded again: its sender may not have
+        heard that it was done.
 
         Returns:
             What `about` says afterwards.
@@ -103,12 +123,25 @@ class ServedWeights:
             ShiraDeltaError: as `HotSwap.load` and `switch`.
         """
         request.check()
+        key = request.digest()
+        if key == self._last:
+            request = SwapRequest(active=request.active_after(self.swap.active))
+        self._last = b""
+        self._do(request)
+        self._last = key
+        return self.about()
+
+    def _do(self, request: SwapRequest) -> None:
         swap, unwanted = self.swap, dict.fromkeys(request.unload)
-        left = dict(swap.active if request.active is None else request.active)
+        fused = list(swap.active) if request.rebase else []
+        left = request.active_after(swap.active)
         for name in unwanted:
             if name in left or name not in {*swap.loaded, *request.load, *request.data}:
                 what = "is to be active" if name in left else "is not loaded"
                 raise ArgumentError(f"adapter {name!r} {what}, and is to be unloaded; leave it out of one of the two")
+        for name in swap.loaded if request.rebase else ():
+            if name not in fused:
+                raise ArgumentError(f"adapter {name!r} was made for the base, which is to change; unload it before")
         sources: dict[str, Source] = dict(request.load)
         sources.update({name: _bytes(name, text) for name, text in request.data.items()})
         loaded: list[str] = []
@@ -116,16 +149,21 @@ class ServedWeights:
             for name, source in sources.items():
                 self._load(name, source)
                 loaded.append(name)
-            if request.active is not None:
-                swap.switch(request.active)
+            if request.rebase:
+                swap.switch(swap.active)  # refused if something else has written the weights
+                swap.rebase(check=False)  # those that were loaded now are for what is on the weights
+                for name in fused:
+                    swap.unload(name)
+            if request.rebase or request.active is not None:
+                swap.switch(left)
         except BaseException:
             for name in loaded:
                 with suppress(ShiraDeltaError):  # the first error counts
                     swap.unload(name)
             raise
         for name in unwanted:
-            swap.unload(name)
-        return self.about()
+            if name not in fused:
+                swap.unload(name)
 
     def _load(self, name: str, source: Source) -> None:
         try:

@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from shiradelta.errors import ArgumentError, TargetError
 from shiradelta.serving.session import SwapRequest
@@ -28,6 +28,18 @@ def weight_version(active: Mapping[str, float], policy: str | None = None) -> st
     """What vLLM is to call weights: JSON with the policy's version and the adapters on it, name -> strength."""
     strengths = {name: float(active[name]) for name in sorted(active)}
     return json.dumps({"policy": policy, "adapters": strengths}, separators=(",", ":"))
+
+
+class KnownWeights(NamedTuple):
+    """What an engine's version says of its weights.
+
+    Attributes:
+        policy: the policy's version; None if nobody has given one.
+        adapters: those that are active, name -> strength; None if it does not say.
+    """
+
+    policy: str | None
+    adapters: dict[str, float] | None
 
 
 class _NoAnswerError(TargetError):
@@ -70,13 +82,13 @@ class VLLM(ABC):
         """
         if running not in RUNNING:
             raise ArgumentError(f"running={running!r} is unknown; give one of {', '.join(RUNNING)}")
-        before = self._known_version()
-        active = request.active if request.active is not None else before["adapters"]
-        if active is None:
+        before = self.known()
+        if before.adapters is None and request.active is None:
             raise ArgumentError(
                 "the engine's version does not say which adapters are active; give the request's active"
             )
-        version = weight_version(active, before["policy"] if policy is None else policy)
+        active = request.active_after(before.adapters or {})
+        version = weight_version(active, before.policy if policy is None else policy)
         try:
             self._pause(running)
             self._start()
@@ -100,16 +112,16 @@ class VLLM(ABC):
         self._resume()
         return version
 
-    def _known_version(self) -> dict[str, Any]:
-        """The policy and the adapters that the present version names; adapters are None where it names none."""
+    def known(self) -> KnownWeights:
+        """What the present version names."""
         version = self.version()
         if version == _UNKNOWN:
-            return {"policy": None, "adapters": {}}
+            return KnownWeights(None, {})
         try:
             found = json.loads(version)
-            return {"policy": found["policy"], "adapters": dict(found["adapters"])}
+            return KnownWeights(found["policy"], dict(found["adapters"]))
         except (ValueError, KeyError, TypeError):
-            return {"policy": version, "adapters": None}
+            return KnownWeights(version, None)
 
     @abstractmethod
     def version(self) -> str:

@@ -59,7 +59,7 @@ def test_an_update_pauses_first_and_resumes_with_fresh_caches(running: str, stan
     version = one.update(request, policy="17", running=running)
     assert stand.calls == ["init_weight_transfer_engine", f"pause?mode={running}", *STEPS, *CACHES, "resume"]
     assert stand.updates == [
-        {"load": {"s": "/s.shd"}, "data": {"t": "AP8="}, "active": {"t": 0.5, "s": 1}, "unload": ()}
+        {"load": {"s": "/s.shd"}, "data": {"t": "AP8="}, "rebase": False, "active": {"t": 0.5, "s": 1}, "unload": ()}
     ]
     assert version == one.version() == '{"policy":"17","adapters":{"s":1.0,"t":0.5}}'
 
