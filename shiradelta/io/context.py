@@ -27,11 +27,13 @@ from shiradelta.format.codecs import (
     VALUE_CODECS,
     smallest_index_codec,
 )
+from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.codecs.from_base import FromBase
 from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import tensor_digest
 from shiradelta.format.record import Record
+from shiradelta.format.zstd import FAST, compressed
 from shiradelta.io.reader import Delta, StoredTensor, parse_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.util.files import temporary_errors
@@ -54,14 +56,19 @@ class _Sections:
     values: bytes
 
     def index_taken(self, record: Record) -> int:
-        """About what INDEX takes of a packed file, in which the first bytes are compressed."""
-        lead = INDEX_CODECS.by_id[self.index_codec].lead(np.frombuffer(self.index, np.uint8), record.nnz, record.numel)
-        return len(self.index) - lead // 2
+        """What INDEX takes of a packed file, in which the first bytes are compressed."""
+        data = np.frombuffer(self.index, np.uint8)
+        return _taken(data, INDEX_CODECS.by_id[self.index_codec].lead(data, record.nnz, record.numel))
 
     def values_taken(self, record: Record) -> int:
-        """About what VALUES takes."""
-        lead = VALUE_CODECS.by_id[self.value_codec].lead(np.frombuffer(self.values, np.uint8), record.nnz)
-        return len(self.values) - lead // 2
+        """What VALUES takes."""
+        data = np.frombuffer(self.values, np.uint8)
+        return _taken(data, VALUE_CODECS.by_id[self.value_codec].lead(data, record.nnz))
+
+
+def _taken(section: Bytes, lead: int) -> int:
+    frame = compressed(section[:lead].tobytes(), FAST)
+    return section.size - lead + (lead if frame is None else len(frame))
 
 
 class WrittenForm(NamedTuple):

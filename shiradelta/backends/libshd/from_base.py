@@ -11,8 +11,9 @@ from shiradelta.backends.libshd.library import BaseGridStruct, FromBaseReader, a
 from shiradelta.errors import FormatError
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.codecs.base_classes import Keys
 from shiradelta.format.codecs.from_base import FromBase
-from shiradelta.format.codecs.from_base_classes import BaseCounts, BaseGrid, Keys
+from shiradelta.format.codecs.from_base_classes import BaseCounts, BaseGrid
 from shiradelta.format.codecs.tiles import Small
 from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 

@@ -60,7 +60,7 @@ class FromBase(IndexCodec):
     def encode_on(self, positions: Positions, shape: tuple[int, ...], base: Array) -> bytes | None:
         """The section, given all elements' bits of the base, flat; None where a row does not fit in a tile."""
         grid = choose(positions, shape, base, self.counts)
-        return None if grid is None else self.encode_in(positions, grid, base)
+        return None if grid is None else _with_equal_widths(self.encode_in(positions, grid, base), grid)
 
     def encode_in(self, positions: Positions, grid: BaseGrid, base: Array) -> bytes:
         """The section of these positions in this grid."""
@@ -130,6 +130,17 @@ class FromBase(IndexCodec):
         if positions.size != nnz:
             raise FormatError("wrong_base", f"{positions.size} nonzeros of {nnz}")
         return positions
+
+
+def _with_equal_widths(section: bytes, grid: BaseGrid) -> bytes:
+    """A section whose only tile has fields of equal widths, which a packed file has for nothing: each has a word."""
+    if grid.tiles > 1:
+        return section
+    at = HEAD.size + len(padded(bytes(2 * grid.thresholds.size))) + len(padded(bytes(grid.groups.size)))
+    result = np.frombuffer(section, np.uint8).copy()
+    widths = result[at : at + 1 + grid.numbers.size]
+    widths[widths > 0] = registry.MAX_BASE_TILE_FIELD
+    return result.tobytes()
 
 
 def _parts(data: Bytes, numel: int) -> tuple[BaseGrid, Gaps]:

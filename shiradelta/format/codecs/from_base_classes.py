@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base_classes import KEYS, Keys, round_step, thresholds
 from shiradelta.format.codecs.tiled_classes import bits_of, coarser, low_bits, nested_classes, widths_of
 from shiradelta.format.codecs.tiles import Lines, Small
 
-Keys = npt.NDArray[np.uint16]
-_KEYS = 1 << 15
 #: The most bits of a class of a row or a column that are tried: what more would save, their tables take.
 _LINE_BITS = 2
+#: Classes of lines are tried where there are fewer of these than so many times the nonzeros.
+_LINES = 32
 #: Bits of a class more: its thresholds, and a tile's count of what it lists.
 _CLASS_COST = 16 + 10
 #: Elements that are looked at in one go; they stay in a core's cache.
@@ -78,7 +78,7 @@ class BaseCounts:
 
     def of_keys(self, base: Array) -> Positions:
         """int64 [keys]: elements of each key."""
-        counts: Positions = np.bincount(keys_of(base), minlength=_KEYS)
+        counts: Positions = np.bincount(keys_of(base), minlength=KEYS)
         return counts
 
     def of_lines(self, base: Array, columns: int, thresholds: Keys) -> tuple[Positions, Positions]:
@@ -121,7 +121,7 @@ def _windows(base: Array, columns: int, thresholds: Keys) -> Iterator[tuple[int,
 
 def _classes_of(thresholds: Keys) -> Small:
     """The class of each key."""
-    return np.searchsorted(thresholds, np.arange(_KEYS, dtype=np.uint16), side="right").astype(np.uint8)
+    return np.searchsorted(thresholds, np.arange(KEYS, dtype=np.uint16), side="right").astype(np.uint8)
 
 
 def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: BaseCounts) -> BaseGrid | None:
@@ -138,15 +138,17 @@ def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Ba
         return None
     columns, rows = widths[0], base.size // widths[0]
     keys = keys_of(base[positions])
-    nonzeros, elements = np.bincount(keys, minlength=_KEYS), counts.of_keys(base)
-    thresholds = _thresholds(nonzeros, elements)
-    classes = _classes_of(thresholds)
-    row, column = np.divmod(positions, columns)
+    nonzeros, elements = np.bincount(keys, minlength=KEYS), counts.of_keys(base)
     tile_rows = max(1, min(registry.MAX_BASE_TILE // columns, rows))
-    count = thresholds.size + 1
-    most = _LINE_BITS if rows + columns < positions.size else 0
+    edges = np.union1d(np.arange(0, KEYS, round_step(base.itemsize)), _splits(nonzeros, elements)).astype(np.int64)
+    binned, listed = (np.add.reduceat(each, edges) for each in (elements, nonzeros))
+    cuts = thresholds(edges, binned, listed, base.itemsize, -(-rows // tile_rows), turns=True)
+    classes = _classes_of(cuts)
+    row, column = np.divmod(positions, columns)
+    count = cuts.size + 1
+    most = _LINE_BITS if rows + columns < _LINES * positions.size else 0
     rates = np.bincount(classes, nonzeros, count) / np.maximum(np.bincount(classes, elements, count), 1)
-    expected = [(each * rates).sum(1) for each in counts.of_lines(base, columns, thresholds)]
+    expected = [(each * rates).sum(1) for each in counts.of_lines(base, columns, cuts)]
     of_rows, of_columns = (
         nested_classes(np.bincount(lines, minlength=each.size), each * (base.size / positions.size), most)
         for lines, each in zip((row, column), expected, strict=True)
@@ -154,14 +156,14 @@ def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Ba
     at = ((of_rows[most][row].astype(np.int64) << most) + of_columns[most][column]) * count
     shape_ = (1 << most, 1 << most, count)
     listed = np.bincount(at + classes[keys], minlength=math.prod(shape_)).reshape(shape_)
-    all_ = counts.joint(base, thresholds, (of_rows[most], of_columns[most]), most)
+    all_ = counts.joint(base, cuts, (of_rows[most], of_columns[most]), most)
     best: tuple[float, int, int, Positions, Positions] | None = None
     for row_bits in range(most + 1):
         for column_bits in range(most + 1):
             merged = [
                 coarser(coarser(cells, of_rows, row_bits, 0), of_columns, column_bits, 1) for cells in (listed, all_)
             ]
-            side = rows * row_bits + columns * column_bits + 8 * merged[0].size
+            side = sum(map(_class_bits, (of_rows[row_bits], of_columns[column_bits]))) + 8 * merged[0].size
             bits = float(bits_of(*merged).sum()) + side
             if best is None or bits < best[0]:
                 best = bits, row_bits, column_bits, merged[0], merged[1]
@@ -174,12 +176,12 @@ def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Ba
         row_bits,
         of_columns[column_bits],
         column_bits,
-        thresholds,
+        cuts,
         _groups(found, sizes),
     )
 
 
-def _thresholds(nonzeros: Positions, elements: Positions) -> Keys:
+def _splits(nonzeros: Positions, elements: Positions) -> Keys:
     """Where classes of elements begin but for the first: they are split where that saves the most, while it pays.
 
     Args:
@@ -201,6 +203,12 @@ def _thresholds(nonzeros: Positions, elements: Positions) -> Keys:
             break
         edges = sorted([*edges, split])
     return np.array(edges[1:-1], np.uint16)
+
+
+def _class_bits(of_lines: Small) -> float:
+    """Bits of the classes of lines in a packed file, by their entropy."""
+    _, counts = np.unique(of_lines, return_counts=True)
+    return float(counts @ np.log2(of_lines.size / counts))
 
 
 def _groups(nonzeros: Positions, elements: Positions) -> Small:

@@ -14,7 +14,8 @@ from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, ValueCodec, check_zero, padded, part
-from shiradelta.format.codecs.from_base_classes import Keys, keys_of
+from shiradelta.format.codecs.base_classes import KEYS, Keys, round_step, thresholds
+from shiradelta.format.codecs.from_base_classes import keys_of
 from shiradelta.format.codecs.packing import has_unused_bits, pack_bitmap
 from shiradelta.format.codecs.rice import best_k
 from shiradelta.format.codecs.tiles import PartsReader, Small, fields
@@ -23,12 +24,10 @@ from shiradelta.format.registry import ValueId
 
 BLOCK = registry.ULP_BLOCK
 HEAD = registry.ULP_FROM_BASE_HEAD
-#: How many keys there are (FORMAT.md, 4.7).
-_KEYS = 1 << 15
+#: How many j are weighed where classes are chosen.
+_JS = 14
 #: The most bits of a count: a block may list all of its shifts.
 _MOST_COUNT = 14
-#: A class more is taken for each so many listed shifts, up to the most.
-_LISTED, _MOST_CLASSES = 32, 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class _Order:
         """The order of whole blocks, given their base's keys."""
         classes, blocks = thresholds.size + 1, -(-keys.size // BLOCK)
         # A table tells the class of each key: searching for each takes ten times as long; and bytes sort as fast.
-        of_key = np.searchsorted(thresholds, np.arange(_KEYS), side="right").astype(np.uint8)
+        of_key = np.searchsorted(thresholds, np.arange(KEYS), side="right").astype(np.uint8)
         of_class = np.full((blocks, BLOCK), classes, np.uint8)
         of_class.reshape(-1)[: keys.size] = of_key[keys]
         ranks = np.argsort(of_class, axis=1, kind="stable") + np.arange(blocks)[:, None] * BLOCK
@@ -171,9 +170,9 @@ class UlpFromBase(ValueCodec):
         size, nnz = shifts.itemsize, shifts.size
         signed = shifts.view(f"<i{size}").astype(np.int64)
         magnitudes, keys = np.abs(signed), keys_of(base)
-        thresholds = _thresholds(keys[magnitudes > 1])
-        classes, blocks = thresholds.size + 1, -(-nnz // BLOCK)
-        order = _Order.of(keys, thresholds)
+        cuts = _thresholds(keys, magnitudes, size)
+        classes, blocks = cuts.size + 1, -(-nnz // BLOCK)
+        order = _Order.of(keys, cuts)
         ordered = magnitudes[order.ranks]
         at = np.flatnonzero(ordered > 1)
         ends = np.cumsum(order.groups)
@@ -194,7 +193,7 @@ class UlpFromBase(ValueCodec):
         return b"".join(
             (
                 HEAD.pack(classes, width, bits),
-                padded(thresholds.astype("<u2").tobytes()),
+                padded(cuts.astype("<u2").tobytes()),
                 padded(np.stack((k, j), axis=1).astype(np.uint8).tobytes()),
                 *(fields(column, width) for column in counts.T),
                 (np.cumsum(sizes) - sizes).astype(f"<u{registry.word_size(bits)}").tobytes(),
@@ -223,8 +222,15 @@ class UlpFromBase(ValueCodec):
         return np.where(minus[:nnz], -found, found).astype(f"<i{size}").view(f"<u{size}")
 
 
-def _thresholds(listed: Keys) -> Keys:
-    """Where classes begin but for the first: each lists about as many shifts, given the keys of those to list."""
-    classes = min(1 + listed.size // _LISTED, _MOST_CLASSES)
-    cuts = np.sort(listed)[np.arange(1, classes) * listed.size // classes]
-    return np.unique(cuts + np.uint16(1))
+def _thresholds(keys: Keys, magnitudes: Positions, size: int) -> Keys:
+    """Where classes begin but for the first, given the base's keys of all shifts."""
+    edges = np.arange(0, KEYS, round_step(size))
+    bins, where = keys // round_step(size), np.flatnonzero(magnitudes > 1)
+    beyond, of_listed = magnitudes[where] - 2.0, bins[where]
+    # What the magnitudes take in each bin, for each j: those of Exp-Golomb codes.
+    bits = np.empty((edges.size, min(_JS, 8 * size - 1)))
+    for j in range(bits.shape[1]):
+        widths = 2 * np.floor(np.log2(beyond + (1 << j))) - j + 1
+        bits[:, j] = np.bincount(of_listed, widths, edges.size)
+    elements, listed = (np.bincount(each, minlength=edges.size) for each in (bins, of_listed))
+    return thresholds(edges, elements, listed, size, -(-keys.size // BLOCK), bits=bits)
