@@ -263,7 +263,7 @@ class Chain:
                 fold(opened, writer, checkpoint, progress)
             folded = stack.enter_context(open_delta(path))
             check_sum(opened, folded)
-            if checkpoint is not None and any(step.needs_base for step in opened):
+            if checkpoint is not None and any(step.needs_base or step.packed for step in opened):
                 path = smaller_form(path, folded, checkpoint, work)
             size, sha256 = digest_of_file(path)
             step = Step(start, stop, steps[0].needs, steps[-1].gives, size, sha256, folded.digest)

@@ -61,10 +61,16 @@ def shifted(step: TensorDelta) -> TensorDelta:
     if shifts is None:
         return step
     bits = shifts.view(step.base_bits.dtype)
-    if len(ULP.encode(bits)) > BITS.size(step.nnz, bits.itemsize):
+    # Where a file takes as much for either, shifts are smaller once it is packed.
+    if _room(len(ULP.encode(bits))) > _room(BITS.size(step.nnz, bits.itemsize)):
         return step
     positions = None if step.all_positions else step.positions()
     return TensorDelta.trusted(step.shape, positions, bits, step.dtype, "ulp", step.base_bits)
+
+
+def _room(size: int) -> int:
+    """What a section takes in a file."""
+    return registry.align(size, registry.SECTION_ALIGNMENT)
 
 
 def plain_step(step: Delta, before: Checkpoint | None) -> Delta:
