@@ -193,7 +193,7 @@ class Chain:
                 path = smaller_form(path, opened, before, work)
                 size, sha256 = digest_of_file(path)
                 step = replace(step, bytes=size, sha256=sha256)
-            tensors = advanced(manifest.tensors, opened.items(), str(delta))
+            tensors = advanced(manifest.tensors, readable.items(), str(delta))
             step = replace(step, gives=state_digest(tensors))
             put(self.store, step.path, path, step.bytes, step.sha256)
             self._save(replace(manifest, head=step.stop, tensors=tensors, newest=_inserted(manifest.newest, step)))

@@ -22,7 +22,7 @@ from shiradelta.errors import ChainError, FormatError
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.delta import TensorDelta
-from shiradelta.io.context import restored
+from shiradelta.io.context import lacks_result, restored
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint, bits_of
@@ -83,7 +83,11 @@ def fold_tensor(name: str, steps: Sequence[tuple[str, StoredTensor]], base: Slot
     """
     (label, first), (_, last) = steps[0], steps[-1]
     if len(steps) == 1:
-        return _readable(first, f"{label}: tensor {name!r}", None if base is None else bits_of(base))
+        where = f"{label}: tensor {name!r}"
+        only = _readable(first, where, None if base is None else bits_of(base))
+        if only.base_bits is not None:
+            check_base(where, only, only.positions(), only.base_bits)
+        return only
     runs = Runs(first.numel)
     replay = None if base is None else _Replay(bits_of(base))
     whole: StoredTensor | None = None  # the step that added the tensor, as it is now
@@ -184,12 +188,12 @@ def check_base(where: str, step: TensorDelta, positions: Positions, bits: Array)
 
 
 def _readable(step: StoredTensor, where: str, now: Array | None) -> TensorDelta:
-    """A step that can be read, given all elements before it, where they are known.
+    """A step that can be read and says what it gives, given all elements before it, where they are known.
 
     Raises:
         ChainError: it is read with them only, and they are not known, or are others.
     """
-    if not step.record.needs_base:
+    if not step.record.needs_base and (now is None or not lacks_result(step.record)):
         return step
     if now is None:
         raise ChainError("needs_base", where, "it is read with the elements before it only")

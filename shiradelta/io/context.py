@@ -17,7 +17,7 @@ import numpy as np
 
 from shiradelta.backends.choose import choose
 from shiradelta.errors import FormatError
-from shiradelta.format import registry
+from shiradelta.format import arithmetic, registry
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import (
     FROM_BASE,
@@ -102,10 +102,12 @@ def write_plain(
     """
 
     def plain(stored: StoredTensor) -> tuple[TensorDelta, _Sections]:
+        kept = _as_stored(stored)
         if not stored.record.needs_base:
-            return stored, _as_stored(stored)
+            lacks = delta.needs_base and lacks_result(stored.record)
+            return restored(stored, base(stored.record)) if lacks else stored, kept
         tensor = restored(stored, base(stored.record))
-        positions, kept = tensor.positions(), _as_stored(stored)
+        positions = tensor.positions()
         backend = choose(index_ids=INDEX_CODECS.by_id)
         codec = smallest_index_codec(positions, tensor.shape, backend.index_codecs)
         kept = replace(kept, index_codec=codec, index=backend.index_codecs[codec].encode(positions, tensor.shape))
@@ -232,11 +234,37 @@ def _write(
                 progress(name, number, len(delta))
             tensor, sections = other_form(stored)
             record = replace(stored.record, index_codec=sections.index_codec, value_codec=sections.value_codec)
+            if not packed:
+                record = _with_result(record, tensor)
             compress = zstd and (stored.record.index.zstd or stored.record.values.zstd)
             writer.add_sections(record, tensor_digest(tensor), sections.index, sections.values, compress=compress)
             needs_base |= record.needs_base
+        if packed and needs_base:
+            writer.drop_results(_follows)
         _check_digest(writer, delta)
     return WrittenForm(needs_base, writer.packed)
+
+
+def _follows(record: Record) -> bool:
+    """Whether the fingerprint of the result follows from the base, which can be told by its own."""
+    return record.base_fingerprint is not None and record.nnz > 0 and not record.operation.restructures
+
+
+def lacks_result(record: Record) -> bool:
+    """Whether a fingerprint of the result is left out that follows from the base."""
+    return record.result_fingerprint is None and _follows(record)
+
+
+def _with_result(record: Record, tensor: TensorDelta) -> Record:
+    """A record with the fingerprint of the result, which a file that is read with its base only leaves out."""
+    base = tensor.base_bits
+    if base is None or not lacks_result(record):
+        return record
+    positions, fingerprint = tensor.positions(), choose().fingerprint
+    if fingerprint(positions, base) != record.base_fingerprint:
+        return record  # not the base: whoever applies the delta compares it, and says so
+    result = arithmetic.result(tensor.operation, tensor.bits(), base, tensor.dtype, 1)
+    return replace(record, result_fingerprint=fingerprint(positions, result))
 
 
 def _check_digest(writer: DeltaWriter, delta: Delta) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +149,12 @@ class DeltaWriter:
         sections = [self._store(section) for section in (index, values)]
         self._records[record.name] = replace(record, index=sections[0], values=sections[1])
         self._digests[record.name] = digest
+
+    def drop_results(self, which: Callable[[Record], bool]) -> None:
+        """Leaves out the fingerprints of the results of some of the tensors added so far."""
+        for name, record in self._records.items():
+            if which(record):
+                self._records[name] = replace(record, result_fingerprint=None)
 
     def _store_in_parts(self, parts: Iterable[bytes]) -> Section:
         """Appends a section to the spool, part by part."""

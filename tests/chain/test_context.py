@@ -88,7 +88,9 @@ def test_a_step_whose_fingerprint_lies_is_found(
         writing(tmp_path / "lie.shd", "f32") as writer,
     ):
         for name, stored in small.items():
-            record = replace(stored.record, **{field: getattr(stored.record, field) ^ 1})
+            assert stored.result_fingerprint is None  # it follows from the base
+            record = replace(stored.record, result_fingerprint=plain[name].result_fingerprint)
+            record = replace(record, **{field: getattr(record, field) ^ 1})
             sections = (stored.section(each).tobytes() for each in (record.index, record.values))
             writer.add_sections(record, tensor_digest(plain[name]), *sections)
     made = Chain.create(tmp_path / "chain", versions[0])

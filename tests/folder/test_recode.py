@@ -82,6 +82,10 @@ def test_the_way_there_and_back_gives_the_same_file(made: Path, tmp_path: Path):
         assert one.metadata == other.metadata
         codecs = {(tensor.record.index_codec_name, tensor.record.value_codec_name) for tensor in other.values()}
         assert ("FROM_BASE", "ULP_FROM_BASE") in codecs
+        # What the result's fingerprint is follows from the base, so only the plain form has it.
+        assert None not in {tensor.result_fingerprint for tensor in one.values()}
+        assert {tensor.result_fingerprint for tensor in other.values()} == {None}
+        assert [tensor.base_fingerprint for tensor in other.values()] == [one[n].base_fingerprint for n in other]
 
 
 def test_a_file_may_be_recoded_in_place(made: Path, tmp_path: Path):
