@@ -83,7 +83,8 @@ class Lossless:
             plain = output
             if self.context == "base":
                 plain = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
-            with writing_to(plain, "f32", self.zstd, self.backend, scratch) as writer:
+            packed = self.zstd and plain is output
+            with writing_to(plain, "f32", self.zstd, self.backend, scratch, packed) as writer:
                 work = ahead(lambda name: _difference(source, base, name), names)
                 for number, (name, tensor) in enumerate(zip(names, work, strict=True)):
                     self.progress(name, number, len(names))

@@ -55,7 +55,7 @@ class Crew:
     def writing(self, target: Path, values: str, zstd: bool, backend: str) -> Iterator[DeltaWriter]:
         """A context with a writer: of the file in the first process, of a part in memory in the others."""
         if self._rank == 0:
-            with writing(target, values, zstd, backend) as writer:
+            with writing(target, values, zstd, backend, packed=zstd) as writer:
                 yield writer
         else:
             yield DeltaWriter(io.BytesIO(), values, False, backend)

@@ -146,7 +146,11 @@ class DeltaWriter:
             compress: compress both where that helps, in a file in which others are not compressed.
         """
         self._level = LEVEL if self._zstd or compress else None
-        sections = [self._store(section) for section in (index, values)]
+        leads = (
+            self._index_lead(record.index_codec, index, record.nnz, record.numel),
+            self._values_lead(record.value_codec, values, record.nnz),
+        )
+        sections = [self._store(*each) for each in zip((index, values), leads, strict=True)]
         self._records[record.name] = replace(record, index=sections[0], values=sections[1])
         self._digests[record.name] = digest
 
@@ -173,7 +177,8 @@ class DeltaWriter:
         if tensor.nnz:
             positions = tensor.positions()
             index_id = smallest_index_codec(positions, tensor.shape, self._backend.index_codecs)
-            index = self._store(self._backend.index_codecs[index_id].encode(positions, tensor.shape))
+            section = self._backend.index_codecs[index_id].encode(positions, tensor.shape)
+            index = self._store(section, self._index_lead(index_id, section, tensor.nnz, tensor.numel))
             value_id = self._codec.id if operation.adds else (ULP if operation.shifts else BITS).id
             values, decoded = self._store_values(tensor, value_id)
             stored = TensorDelta.trusted(
@@ -208,11 +213,19 @@ class DeltaWriter:
         codec, count = self._backend.value_codecs[id], tensor.nnz
         payload = codec.encode(tensor.values() if tensor.operation.adds else tensor.bits())
         size = registry.DTYPE_OF_NAME[tensor.dtype].size
-        return self._store(payload), codec.decode(np.frombuffer(payload, np.uint8), count, size, 0, count)
+        stored = self._store(payload, self._values_lead(id, payload, count))
+        return stored, codec.decode(np.frombuffer(payload, np.uint8), count, size, 0, count)
 
-    def _store(self, payload: bytes) -> Section:
-        """Appends a section to the spool; returns its offset there."""
+    def _store(self, payload: bytes, lead: int) -> Section:
+        """Appends a section to the spool; returns its offset there.
+
+        Args:
+            payload: the section.
+            lead: how many of its first bytes are compressed together with those of all others if the file is packed.
+        """
         frame = None if self._level is None else compressed(payload, self._level)
+        if frame is not None and self._may_pack and len(frame) > len(payload) - lead * 3 // 4 - registry.SLACK:
+            frame = None
         stored = payload if frame is None else frame
         offset = self._spool.tell()
         self._spool.write(container.pad_section(stored))
@@ -272,16 +285,20 @@ class DeltaWriter:
 
     def _leads(self, record: Record) -> tuple[int, int]:
         """How many first bytes of both sections a packed file has beside its table."""
-        if not record.nnz:
-            return 0, 0
-        index, values = (
-            np.frombuffer(self._read(each.offset, each.stored), np.uint8) for each in (record.index, record.values)
-        )
-        codec, of_values = INDEX_CODECS.by_id[record.index_codec], VALUE_CODECS.by_id[record.value_codec]
+        index, values = (self._read(each.offset, each.stored) for each in (record.index, record.values))
         return (
-            0 if record.index.zstd else codec.lead(index, record.nnz, record.numel),
-            0 if record.values.zstd else of_values.lead(values, record.nnz),
+            0 if record.index.zstd else self._index_lead(record.index_codec, index, record.nnz, record.numel),
+            0 if record.values.zstd else self._values_lead(record.value_codec, values, record.nnz),
         )
+
+    def _index_lead(self, id: int, section: bytes, nnz: int, numel: int) -> int:
+        """The lead of an INDEX section that is not compressed; 0 in a file that is not packed."""
+        data = np.frombuffer(section, np.uint8)
+        return INDEX_CODECS.by_id[id].lead(data, nnz, numel) if self._may_pack and nnz else 0
+
+    def _values_lead(self, id: int, section: bytes, nnz: int) -> int:
+        """As `_index_lead`, of VALUES."""
+        return VALUE_CODECS.by_id[id].lead(np.frombuffer(section, np.uint8), nnz) if self._may_pack and nnz else 0
 
 
 def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
@@ -333,15 +350,15 @@ def weighing(values: str = "int4", zstd: bool = False, backend: str = "auto") ->
 
 @contextmanager
 def writing(
-    path: str | os.PathLike[str], values: str = "int4", zstd: bool = False, backend: str = "auto"
+    path: str | os.PathLike[str], values: str = "int4", zstd: bool = False, backend: str = "auto", packed: bool = False
 ) -> Iterator[DeltaWriter]:
-    """A context with a `DeltaWriter`; its file replaces `path` atomically if the block succeeds.
+    """A context with a `DeltaWriter`; its file replaces `path` atomically if the block succeeds.  See `writing_to`.
 
     Raises:
         TargetError: the file cannot be written; `path` is unchanged.
     """
     target = Path(path)
-    with replacing(target) as output, writing_to(output, values, zstd, backend, target.parent) as writer:
+    with replacing(target) as output, writing_to(output, values, zstd, backend, target.parent, packed) as writer:
         yield writer
 
 
@@ -362,7 +379,8 @@ def writing_to(
         zstd: compress sections where that helps.
         backend: a name of `shiradelta.backends.choose.FILE_BACKENDS`, or "auto".
         scratch: the folder of a nameless file for what is too large for memory; None for the system's.
-        packed: pack the file where that makes it smaller: for one on its way, which is unpacked to be read.
+        packed: pack the file where that makes it smaller: for one on its way or in an archive, which is unpacked to be
+            read.
     """
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=None if scratch is None else str(scratch)) as spool:
         writer = DeltaWriter(spool, values, zstd, backend, packed)

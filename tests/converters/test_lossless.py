@@ -226,3 +226,43 @@ def test_what_changes_nearly_everywhere_is_compressed(tmp_path: Path):
     sd.recode(tmp_path / "small.shd", tmp_path / "back.shd", tmp_path / "0")
     with sd.open_delta(tmp_path / "back.shd") as delta:
         assert [tensor.record.index.zstd for tensor in delta.values()] == [True, False]
+
+
+def test_what_is_compressed_is_packed_too(tmp_path: Path):
+    """Of small changes in many tensors, most bytes tell of the tensors."""
+    pytest.importorskip("zstandard")
+    torch.manual_seed(0)
+    base = {f"model.layers.{layer}.mlp.weight": torch.randn(64, 32).bfloat16() for layer in range(12)}
+    tuned = {name: step(tensor, 0.01) for name, tensor in base.items()}
+    for name, state in ("base", base), ("tuned", tuned):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    sizes = []
+    for zstd in False, True:
+        path = tmp_path / f"{zstd}.shd"
+        sd.convert(tmp_path / "tuned", path, base=tmp_path / "base", lossless=True, zstd=zstd)
+        sizes.append(path.stat().st_size)
+        with sd.open_delta(path) as delta:
+            assert delta.packed == zstd
+            assert delta.version == "1.1"
+        sd.apply(tmp_path / "base", path)
+        assert same(load_file(tmp_path / "base" / "model.safetensors"), tuned)
+        sd.revert(tmp_path / "base")
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_zstd_of_a_selection_is_packed_where_that_pays(tmp_path: Path):
+    pytest.importorskip("zstandard")
+    torch.manual_seed(0)
+    base = {f"model.layers.{layer}.mlp.weight": torch.randn(64, 32) for layer in range(12)}
+    tuned = {name: tensor + torch.randn(64, 32) * 0.1 for name, tensor in base.items()}
+    for name, state in ("base", base), ("tuned", tuned):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    found = {}
+    for zstd in False, True:
+        sd.convert(tmp_path / "tuned", tmp_path / "a.shd", base=tmp_path / "base", sparsity=0.01, zstd=zstd)
+        with sd.open_delta(tmp_path / "a.shd") as delta:
+            found[zstd] = delta.packed, delta.version, delta.digest
+    assert found[False][2] == found[True][2]
+    assert [found[zstd][:2] for zstd in (False, True)] == [(False, "1.0"), (True, "1.1")]

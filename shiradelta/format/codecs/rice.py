@@ -156,7 +156,8 @@ class Rice(IndexCodec):
         )
 
     def lead(self, data: Bytes, nnz: int, numel: int) -> int:
-        return small_lead(data) or registry.RICE_HEAD.size
+        _, unary_bits = registry.RICE_HEAD.unpack_from(data.data)
+        return small_lead(data) or registry.RICE_HEAD.size + -(-unary_bits // BLOCK) * 2 * registry.word_size(numel)
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Positions:
         return np.concatenate(list(self.windows(data, nnz, shape)))
