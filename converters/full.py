@@ -24,6 +24,7 @@ from shiradelta.util.text import count
 from .differences import parse_key as parse_difference
 from .float8 import RANKED, WIDEN, other_scale, scaled, values_of
 from .full_converted import in_form_of
+from .gates import refuse_gates
 from .item import Item, Skipped, SkipReason, Source, replacing_tensor, whole_tensor
 from .lora_keys import refuse_unmerged
 from .sources import SourceFiles, source
@@ -32,10 +33,15 @@ from .sources import SourceFiles, source
 _HEAD = 0.1
 
 
+def _recognises(files: SourceFiles) -> bool:
+    refuse_gates(files)
+    return files.base is not None
+
+
 @source(
     "full",
     "A fine-tuned model, as a folder or a file; it needs the base.",
-    lambda files: files.base is not None,
+    _recognises,
     order=30,
     hint="for a full fine-tune give --base MODEL",
 )
