@@ -15,15 +15,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shiradelta.chain.checks import check_contents, check_digest, check_digest_new, check_new, check_state, check_sum
+from shiradelta.chain.checks import (
+    check_contents,
+    check_digest,
+    check_digest_new,
+    check_new,
+    check_state,
+    check_sum,
+    check_version,
+)
 from shiradelta.chain.conditions import read_if_there
 from shiradelta.chain.difference import plain_step, smaller_form, write_difference
 from shiradelta.chain.digests import digest_of_file
-from shiradelta.chain.files import check_outside, files_of_model, put, write_anchor
+from shiradelta.chain.files import check_outside, put, put_anchor, write_anchor
 from shiradelta.chain.fold import fold, needs_base
-from shiradelta.chain.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, check_tensor_name, parse_manifest
+from shiradelta.chain.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, parse_manifest
 from shiradelta.chain.pages import Pages
-from shiradelta.chain.rows import Anchor, Step
+from shiradelta.chain.rows import Anchor, Step, inserted
 from shiradelta.chain.state import State, advanced, state_digest, state_of
 from shiradelta.chain.stores import Store, open_store
 from shiradelta.chain.versions import Versions
@@ -33,13 +41,15 @@ from shiradelta.io.context import CONTEXTS
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import Delta, open_delta
 from shiradelta.io.writer import writing
-from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.util.arguments import PATH, WHOLE, ArgumentKind, checked, is_path
 from shiradelta.util.open_files import open_files
 from shiradelta.util.progress import Progress
 
 Path_ = str | os.PathLike[str]
 STORE = ArgumentKind("the path of a chain, or an open store", lambda value: is_path(value) or hasattr(value, "locked"))
+START = ArgumentKind("a version, or None for an anchor", lambda value: value is None or WHOLE.holds(value))
+STEP = ArgumentKind("a step of the chain's manifest", lambda value: isinstance(value, Step))
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class Chain:
         with opened.locked():
             if _read(opened) is not None:
                 raise ChainError("exists", opened.name)
-            anchor, state = _put_anchor(opened, 0, checkpoint)
+            anchor, state = put_anchor(opened, 0, checkpoint)
             chain = cls(opened, Manifest(secrets.token_hex(16), 0, state, (anchor,), ()))
             chain._save(chain.manifest)
             return chain
@@ -156,12 +166,14 @@ class Chain:
 
         Raises:
             ChainError: a version before it is missing, it is published already, or it was made for something else.
-            ArgumentError: there is no such context.
+            ArgumentError: there is no such context, or no step can give that version.
             FormatError: the file is damaged.
             TargetError: the store cannot be written.
         """
         if context not in CONTEXTS:
             raise ArgumentError(f"context is {context!r}, which is none of {', '.join(CONTEXTS)}")
+        if version is not None and version < 1:
+            raise ArgumentError(f"version is {version}; give 1 or more, as a chain begins with version 0")
         with self._changing() as manifest, ExitStack() as stack:
             if version is not None and version > manifest.head + 1:
                 raise ChainError("gap", os.fspath(delta), f"version {version} after {manifest.head}")
@@ -196,7 +208,7 @@ class Chain:
             tensors = advanced(manifest.tensors, readable.items(), str(delta))
             step = replace(step, gives=state_digest(tensors))
             put(self.store, step.path, path, step.bytes, step.sha256)
-            self._save(replace(manifest, head=step.stop, tensors=tensors, newest=_inserted(manifest.newest, step)))
+            self._save(replace(manifest, head=step.stop, tensors=tensors, newest=inserted(manifest.newest, step)))
             return step
 
     @checked(version=WHOLE)
@@ -213,14 +225,15 @@ class Chain:
         """
         with self._changing() as manifest:
             number = manifest.head if version is None else int(version)
+            check_version(number, manifest, self.store.name)
             wanted = manifest.states().get(number)
             if wanted is None:
-                raise ChainError("not_published", self.store.name, f"version {number}")
+                raise ChainError("not_published", self.store.name, f"version {number}, which is named nowhere any more")
             if any(anchor.version == number for anchor in manifest.anchors):
                 raise ChainError("duplicate", self.store.name, f"an anchor for version {number} is there")
             checkpoint = open_checkpoint(local_model(model_dir))
             check_state(checkpoint, wanted, f"version {number}")
-            anchor, state = _put_anchor(self.store, number, checkpoint)
+            anchor, state = put_anchor(self.store, number, checkpoint)
             if state_digest(state) != wanted:
                 raise TargetError(f"{model_dir}: was changed meanwhile; try again when nothing else writes it")
             anchors = sorted((*manifest.anchors, anchor), key=lambda each: each.version)
@@ -241,16 +254,17 @@ class Chain:
             progress: called with (tensor, done, total).
 
         Raises:
+            ArgumentError: `stop` is not after `start`.
             ChainError: no steps lead there, they cannot be folded exactly, or the fold is there already.
             FormatError: a step is damaged.
             TargetError: the store cannot be written.
         """
+        if start >= stop:
+            raise ArgumentError(f"a fold of {start} -> {stop} does not lead forward; give a stop after its start")
         with self._changing() as manifest, ExitStack() as stack:
             if any((step.start, step.stop) == (start, stop) for step in manifest.since(start)):
                 raise ChainError("duplicate", self.store.name, f"a step {start} -> {stop} is there")
             steps = self.way(start, stop).steps
-            if len(steps) < 2:
-                raise ChainError("not_published", self.store.name, f"{start} -> {stop} is no way over several steps")
             stack.enter_context(open_files(len(steps)))
             opened = [stack.enter_context(self.open_step(step)) for step in steps]
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -268,7 +282,7 @@ class Chain:
             size, sha256 = digest_of_file(path)
             step = Step(start, stop, steps[0].needs, steps[-1].gives, size, sha256, folded.digest)
             put(self.store, step.path, path, size, sha256)
-            self._save(replace(manifest, newest=_inserted(manifest.newest, step)))
+            self._save(replace(manifest, newest=inserted(manifest.newest, step)))
             return step
 
     def _versions(self, folder: Path) -> Versions:
@@ -277,6 +291,7 @@ class Chain:
 
     # ------------------------------------------------------------------------------------- following
 
+    @checked(start=START, stop=WHOLE)
     def way(self, start: int | None, stop: int) -> Way:
         """The way to a version that takes the fewest bytes.
 
@@ -285,12 +300,15 @@ class Chain:
             stop: the version to reach.
 
         Raises:
+            ArgumentError: `stop` is before `start`.
             ChainError: the chain has no such version, or no steps that are left lead there.
         """
         manifest = self.manifest
         for version in (start, stop):
-            if version is not None and not 0 <= version <= manifest.head:
-                raise ChainError("not_published", self.store.name, f"version {version}; the newest is {manifest.head}")
+            if version is not None:
+                check_version(version, manifest, self.store.name)
+        if start is not None and start > stop:
+            raise ArgumentError(f"{start} -> {stop} goes back, and steps lead forward; a follower takes steps back")
         found = cheapest(manifest, start, stop)
         if found is None:
             begin = "an anchor" if start is None else f"version {start}"
@@ -298,6 +316,7 @@ class Chain:
             raise ChainError("pruned", self.store.name, f"from {begin} to version {stop}{gone}")
         return found
 
+    @checked(step=STEP)
     def open_step(self, step: Step) -> Delta:
         """Opens the file of a step, once its digest is checked.
 
@@ -417,26 +436,6 @@ def _needed(store: Store) -> bytes:
 
 def _parsed(store: Store, raw: bytes, pages: Pages) -> Manifest:
     return parse_manifest(raw, f"{store.name}/{MANIFEST}", pages)
-
-
-def _put_anchor(store: Store, version: int, checkpoint: Checkpoint) -> tuple[Anchor, State]:
-    """Copies a model's files into a store; the state that they were read as, which the caller compares."""
-    state = state_of(checkpoint)
-    for name in state:
-        try:
-            check_tensor_name(name)
-        except ValueError as error:
-            raise TargetError(f"{checkpoint.root}: {error}; rename it") from None
-    anchor = Anchor(version, state_digest(state), tuple(files_of_model(checkpoint)))
-    folder = checkpoint.root.parent if checkpoint.root.is_file() else checkpoint.root
-    for file in anchor.files:
-        put(store, anchor.path(file), folder / file.name, file.bytes, file.sha256)
-    return anchor, state
-
-
-def _inserted(steps: tuple[Step, ...], step: Step) -> tuple[Step, ...]:
-    """Steps with another one, in order."""
-    return tuple(sorted((*steps, step), key=lambda each: (each.start, each.stop)))
 
 
 @contextmanager

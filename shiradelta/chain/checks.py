@@ -94,6 +94,16 @@ def check_digest(state: State, wanted: str, label: str) -> None:
         raise ChainError("wrong_base", label, "it does not give the version that the manifest says")
 
 
+def check_version(version: int, manifest: Manifest, chain: str) -> None:
+    """Checks that a chain has a version, or had it.
+
+    Raises:
+        ChainError: it never had.
+    """
+    if not 0 <= version <= manifest.head:
+        raise ChainError("not_published", chain, f"version {version}; the newest is {manifest.head}")
+
+
 def check_new(path: Path, manifest: Manifest, version: int | None) -> None:
     """Checks that a step, or the model after it, is not published already.
 

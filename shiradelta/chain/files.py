@@ -7,8 +7,9 @@ import stat
 from pathlib import Path
 
 from shiradelta.chain.digests import copied_with_digest, digest_of_file
+from shiradelta.chain.manifest import check_tensor_name
 from shiradelta.chain.rows import FILE_NAME, Anchor, StoredFile
-from shiradelta.chain.state import state_digest, state_of
+from shiradelta.chain.state import State, state_digest, state_of
 from shiradelta.chain.stores import FolderStore, Store
 from shiradelta.errors import ChainError, TargetError
 from shiradelta.folder.copying import FollowedLinks
@@ -27,6 +28,25 @@ def put(store: Store, path: str, source: Path, size: int, sha256: str) -> None:
     with open(source, "rb") as stream, store.writing(path) as target:
         if copied_with_digest(stream, target) != (size, sha256):
             raise TargetError(f"{source}: was changed meanwhile; try again when nothing else writes it")
+
+
+def put_anchor(store: Store, version: int, checkpoint: Checkpoint) -> tuple[Anchor, State]:
+    """Copies a model's files into a store; the state that they were read as, which the caller compares.
+
+    Raises:
+        TargetError: the store cannot be written, or an anchor cannot hold a file of the model.
+    """
+    state = state_of(checkpoint)
+    for name in state:
+        try:
+            check_tensor_name(name)
+        except ValueError as error:
+            raise TargetError(f"{checkpoint.root}: {error}; rename it") from None
+    anchor = Anchor(version, state_digest(state), tuple(files_of_model(checkpoint)))
+    folder = checkpoint.root.parent if checkpoint.root.is_file() else checkpoint.root
+    for file in anchor.files:
+        put(store, anchor.path(file), folder / file.name, file.bytes, file.sha256)
+    return anchor, state
 
 
 def write_anchor(store: Store, anchor: Anchor, folder: Path) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shiradelta.chain.chain import STORE, Chain, Path_
+from shiradelta.chain.checks import check_version
 from shiradelta.chain.files import write_anchor
 from shiradelta.chain.inflight import InFlight
 from shiradelta.chain.rows import Anchor, Step
@@ -94,6 +95,7 @@ class Follower(ABC):
         while True:
             manifest = self.chain.refresh()
             stop = manifest.head if to is None else int(to)
+            check_version(stop, manifest, self.chain.store.name)  # before anything is taken back for it
             version = self.version
             while version is not None and version > stop:
                 with self._held():
@@ -196,6 +198,8 @@ class FolderFollower(Follower):
             TargetError: its record is damaged, or another process is changing it.
         """
         with os_errors(self.folder, "cannot be read"):
+            if self.folder.exists() and not self.folder.is_dir():
+                raise TargetError(f"{self.folder}: is a file; give a model's folder, or a new one")
             if not self.folder.exists() or not any(self.folder.iterdir()):
                 return None
         state = self._settled()
@@ -253,14 +257,14 @@ class LiveFollower(Follower):
     Args:
         chain: the chain, its folder, or an open store.
         swap: the session on the model.
-        version: the version that the model is now.
+        version: the version that the model is now; the chain has to have it.
         before: called with a step before it is applied, to stop what uses the weights; an error that it raises leaves
             the weights as they are.
         after: called with a step when it has been applied.
         in_flight: the answers that are made with the weights; a step, and taking one back, waits for these.
 
     Raises:
-        ChainError: there is no such chain.
+        ChainError: there is no such chain, or it has no such version.
     """
 
     @checked(chain=CHAIN, swap=SESSION, version=WHOLE, before=CALL, after=CALL, in_flight=IN_FLIGHT)
@@ -275,6 +279,9 @@ class LiveFollower(Follower):
         in_flight: InFlight | None = None,
     ) -> None:
         super().__init__(chain, before, after)
+        if version > self.chain.head:  # it may have been published since the manifest was read
+            self.chain.refresh()
+        check_version(version, self.chain.manifest, self.chain.store.name)
         self._swap = swap
         self._base = int(version)
         self._last: tuple[str, Step] | None = None

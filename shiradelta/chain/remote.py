@@ -52,6 +52,7 @@ class RemoteStore:
     Raises:
         MissingDependencyError: fsspec, or what it needs for this URL, is not installed, nor is obstore.
         ArgumentError: fsspec does not know such URLs.
+        ChainError: the place cannot be reached, where its client connects at once.
     """
 
     def __init__(self, url: str, cache: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -67,6 +68,8 @@ class RemoteStore:
             self._root = self._fs.root
         except ValueError as error:
             raise ArgumentError(f"{url}: fsspec does not know such a store ({error}); check the URL") from None
+        except OSError as error:  # some clients connect at once
+            raise ChainError("store_failed", self.name, _said(error)) from error
         home = os.environ.get("SHIRADELTA_CACHE") or Path.home() / ".cache" / "shiradelta"
         self._cache = Path(home if cache is None else cache) / "chains"
         self._anew: set[str] | None = None  # paths that were read, where each has to be once
@@ -251,9 +254,15 @@ class RemoteStore:
     def _refuse_or_wait(self, path: str, error: Exception, tries: int) -> None:
         """Waits before the next try; without one, raises."""
         if tries <= 0 or isinstance(error, PermissionError | NotImplementedError):
-            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise ChainError("store_failed", f"{self.name}/{path}", what) from error
+            # fsspec calls whatever fails over HTTP a missing file; what it was is the cause.
+            cause = error.__cause__ if self._is_http and isinstance(error, FileNotFoundError) else None
+            raise ChainError("store_failed", f"{self.name}/{path}", _said(cause or error)) from error
         time.sleep(_PAUSE * 2 ** (_TRIES - tries))
+
+
+def _said(error: BaseException) -> str:
+    """What an error of a client says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _skip(stream: BinaryIO, offset: int) -> None:

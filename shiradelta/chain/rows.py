@@ -151,6 +151,11 @@ def parse_page(found: Any) -> Page:
     return Page(*fields(found, {**dict.fromkeys(("first", "last", "bytes"), number), "sha256": digest}))
 
 
+def inserted(steps: tuple[Step, ...], step: Step) -> tuple[Step, ...]:
+    """Steps with another one, in order."""
+    return tuple(sorted((*steps, step), key=lambda each: (each.start, each.stop)))
+
+
 def in_order(steps: tuple[Step, ...]) -> bool:
     """Whether steps are sorted by `start`, then `stop`, and no two have the same."""
     keys = [(step.start, step.stop) for step in steps]

@@ -48,7 +48,7 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
         TargetError: `out` exists, or cannot be written.
     """
     if _is_taken(out):
-        raise TargetError(f"{out}: exists already; give a new folder")
+        raise _taken(out)
     copy = out.with_name(temporary_name(out.name))
     try:
         with os_errors(out):
@@ -56,7 +56,12 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
             copy.mkdir()
         yield copy
         with os_errors(out):
-            os.replace(copy, out)
+            try:
+                os.replace(copy, out)
+            except OSError as error:
+                if not _is_taken(out):
+                    raise
+                raise _taken(out, " by now, as another process has made it; wait for that one, or") from error
             sync_directory(out.parent)
     except BaseException as error:
         shutil.rmtree(copy, ignore_errors=True)
@@ -64,6 +69,10 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
             # Where the system fails, `out` could not be written; what else is wrong is so in the user's folder.
             _rename(error, copy, out if isinstance(error.__cause__, OSError) else source)
         raise
+
+
+def _taken(out: Path, since: str = " already;") -> TargetError:
+    return TargetError(f"{out}: exists{since} give a new folder")
 
 
 def _is_taken(out: Path) -> bool:

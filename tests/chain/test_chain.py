@@ -15,7 +15,7 @@ import shiradelta as sd
 from shiradelta.chain import Chain, FolderFollower
 from shiradelta.chain.fold import fold
 from shiradelta.cli import main
-from shiradelta.errors import CHAIN_REASONS, TargetError
+from shiradelta.errors import CHAIN_REASONS, ArgumentError, TargetError
 from shiradelta.io.writer import writing
 from tests.chain.models import Model, add_step, change, read, replayed, same, set_step, small, write
 from tests.scenes import contents
@@ -181,8 +181,34 @@ def test_a_fold_is_one_step_that_gives_the_same(run: Run):
     assert run.chain.verify() == []
     assert reason(lambda: run.chain.fold(0, 3)) == "duplicate"
     assert reason(lambda: run.chain.fold(2, 3)) == "duplicate"
-    assert reason(lambda: run.chain.fold(3, 1)) == "pruned"
     assert reason(lambda: run.chain.fold(0, 9)) == "not_published"
+
+
+def test_what_no_chain_can_have_is_refused_before_anything_is_done(run: Run):
+    chain, path, before = run.chain, run.step(publish=False), contents(run.folder)
+    calls: dict[str, Callable[[], object]] = {
+        r"version is -1; give 1 or more": lambda: chain.publish(path, version=-1),
+        r"version is 0; give 1 or more": lambda: chain.publish(path, version=0),
+        r"3 -> 1 does not lead forward; give a stop after": lambda: chain.fold(3, 1),
+        r"2 -> 2 does not lead forward; give a stop after": lambda: chain.fold(2, 2),
+        r"3 -> 1 goes back, .*a follower takes steps back": lambda: chain.way(3, 1),
+        r"Chain.way: start is 'a'; give": lambda: chain.way("a", 2),  # type: ignore[arg-type]
+        r"Chain.way: stop is None; give": lambda: chain.way(0, None),  # type: ignore[arg-type]
+        r"Chain.open_step: step is '0'; give": lambda: chain.open_step("0"),  # type: ignore[arg-type]
+    }
+    for message, call in calls.items():
+        with pytest.raises(ArgumentError, match=message):
+            call()
+    for version in (-1, 9):
+        for refused in (
+            lambda version=version: chain.way(version, 2),
+            lambda version=version: chain.way(None, version),
+            lambda version=version: chain.collect(version),
+            lambda version=version: chain.publish_anchor(run.folder / "model", version),
+        ):
+            with pytest.raises(sd.ChainError, match=rf"version {version}; the newest is 3\) \[not_published\]"):
+                refused()
+    assert contents(run.folder) == before
 
 
 def test_sums_are_folded_with_the_base(run: Run, tmp_path: Path):

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import shiradelta as sd
-from shiradelta.chain import FolderFollower, InFlight, LiveFollower, Step, status
+from shiradelta.chain import Chain, FolderFollower, InFlight, LiveFollower, Step, follow, status
 from shiradelta.cli import main
 from shiradelta.errors import ArgumentError, TargetError
 from tests.chain.models import Model, read, same, small, write
@@ -42,9 +43,47 @@ def test_a_new_folder_begins_with_an_anchor_and_follows(run: Run, tmp_path: Path
 
 def test_a_file_in_place_of_the_folder_is_refused(run: Run, tmp_path: Path):
     (tmp_path / "copy").write_bytes(b"not a folder")
-    with pytest.raises(TargetError, match=r"copy: cannot be read \(Not a directory\)"):
+    with pytest.raises(TargetError, match=r"copy: is a file; give a model's folder"):
         FolderFollower(run.chain, tmp_path / "copy").follow()
     assert (tmp_path / "copy").read_bytes() == b"not a folder"
+
+
+def test_a_version_that_the_chain_does_not_have_takes_nothing_back(run: Run, tmp_path: Path):
+    follower = FolderFollower(run.chain, tmp_path / "copy")
+    follower.follow()
+    for version in (-1, 9):
+        with pytest.raises(sd.ChainError, match=rf"version {version}; the newest is 3\) \[not_published\]"):
+            follower.follow(version)
+        assert follower.version == 3
+
+
+def test_a_live_model_is_of_a_version_that_the_chain_has(run: Run):
+    late = Chain.open(run.folder / "chain")
+    run.step()
+    swap = sd.HotSwap({"w": np.zeros((8, 8), np.float32)})
+    for version in (-1, 99):
+        with pytest.raises(sd.ChainError, match=rf"version {version}; the newest is 4\) \[not_published\]"):
+            LiveFollower(run.chain, swap, version)
+    assert LiveFollower(late, swap, 4).version == 4  # published since it was opened
+
+
+def test_of_two_that_begin_a_folder_at_once_one_is_told_of_the_other(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, write_anchor = tmp_path / "copy", follow.write_anchor
+    first, second = FolderFollower(run.chain, folder), FolderFollower(run.chain, folder)
+
+    def overtaken(*args: Any) -> None:
+        monkeypatch.setattr(follow, "write_anchor", write_anchor)
+        second.follow()
+        write_anchor(*args)
+
+    monkeypatch.setattr(follow, "write_anchor", overtaken)
+    with pytest.raises(TargetError, match=r"copy: exists by now, as another process has made it; wait for that one"):
+        first.follow()
+    assert first.version == second.version == 3
+    assert same(read(folder), run.models[3])
+    assert sorted(each.name for each in tmp_path.iterdir() if "copy" in each.name) == ["copy"]
 
 
 def test_steps_are_taken_back_as_far_as_they_are_kept(run: Run, tmp_path: Path):

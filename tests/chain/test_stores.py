@@ -7,6 +7,7 @@ import io
 import os
 import random
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -62,6 +63,20 @@ def test_a_chain_in_a_store_is_published_folded_followed_and_collected(memory: R
     assert run.chain.collect(3).files == 7
     assert sorted(memory.files()) == sorted(run.chain.manifest.files())
     assert run.chain.verify() == []
+
+
+@pytest.mark.parametrize("protocol", ["http", "ftp"])
+def test_a_server_that_is_dead_is_named_by_what_failed(protocol: str):
+    if protocol == "http":
+        pytest.importorskip("aiohttp")
+    with socket.socket() as taken:  # bound, and not listened to: nothing answers
+        taken.bind(("127.0.0.1", 0))
+        url = f"{protocol}://127.0.0.1:{taken.getsockname()[1]}/run"
+        with pytest.raises(
+            sd.ChainError, match=r"(?i)^(?!.*FileNotFound).*connect.*\[store_failed\]; try again"
+        ) as caught:
+            Chain.open(url)
+    assert str(caught.value).startswith(url)
 
 
 def test_a_place_that_renames_shows_no_file_that_is_half_written(tmp_path: Path):
