@@ -40,11 +40,13 @@ from shiradelta.chain.stores import FolderStore, Store
 from shiradelta.errors import CHAIN_REASONS
 from shiradelta.models.checkpoint import open_checkpoint
 from tests import BRIEF
-from tests.chain.models import Model, add_step, change, read, replayed, same, set_step, small, write
+from tests.chain.models import Model, add_step, change, read, replayed, same, set_step, small, tensor, write
 
 fsspec = pytest.importorskip("fsspec")
 #: Actions of each machine that has ended, for the report of a long run.
 COUNTED: list[int] = []
+#: Steps that were published to each machine that has ended.
+REACHED: list[int] = []
 #: Calls that change what is on the disk.
 CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "rename")
 VERSIONS = st.integers(0, 1 << 16)
@@ -77,9 +79,11 @@ def killed_at(moment: int | None) -> Iterator[None]:
 class ChainMachine(RuleBasedStateMachine):
     """Everyone who has to do with a chain."""
 
+    page_steps, newest = 3, 1
+
     def __init__(self) -> None:
         super().__init__()
-        self.small_pages = mock.patch.multiple(pages, PAGE_STEPS=3, NEWEST=1)
+        self.small_pages = mock.patch.multiple(pages, PAGE_STEPS=self.page_steps, NEWEST=self.newest)
         self.small_pages.start()
         self.root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
         self.rng = np.random.default_rng(0)
@@ -90,14 +94,19 @@ class ChainMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         COUNTED.append(self.actions)
+        REACHED.append(len(self.models) - 1)
         self.small_pages.stop()
         shutil.rmtree(self.root)
 
     @initialize(seed=st.integers(0, 1 << 16))
     def begin(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.models = [{name: one for name, one in small().items() if name != "layers.1.up.weight"}]
+        self.models = [self.model()]
         Chain.create(self.place(), write(self.root / "model", self.models[0]))
+
+    def model(self) -> Model:
+        """What the chain begins with."""
+        return {name: one for name, one in small().items() if name != "layers.1.up.weight"}
 
     def place(self) -> Path | Store:
         """Where the chain is."""
@@ -334,6 +343,48 @@ class RemoteMachine(ChainMachine):
         return before
 
 
+class LongMachine(ChainMachine):
+    """The same while the trainer goes on: after every action it publishes a burst of steps, until there are 1,000.
+
+    In a burst, too, the process dies at times, and steps come twice and early.  A fold of each burst is published.
+    """
+
+    page_steps, newest = 50, 10
+    burst, enough = 40, 1000
+
+    def model(self) -> Model:
+        return {"w": tensor(np.random.default_rng(0), (8, 8))}
+
+    @invariant()
+    def the_trainer_goes_on(self) -> None:
+        if not self.models or len(self.models) > self.enough:
+            return
+        start, chain = len(self.models) - 1, self.chain
+        for number in range(start + 1, min(start + self.burst, self.enough) + 1):
+            path, after = self.step(False)
+            if self.rng.random() < 0.05:
+                assert self.refused(partial(chain.publish, path, version=number + 1), "gap")
+            if self.rng.random() < 0.1:
+                with self.trouble(int(self.rng.integers(20))):
+                    self.chain.publish(path, version=number)
+            chain = self.chain
+            if chain.head < number:
+                chain.publish(path, version=number)
+            self.models.append(after)
+            if self.rng.random() < 0.05:
+                assert self.refused(partial(chain.publish, path, version=number), "duplicate")
+        self.refused(lambda: chain.fold(start, chain.head), "duplicate")
+
+    @invariant()
+    def the_chain_is_whole(self) -> None:
+        """All of it is read at times only."""
+        if self.models and self.actions % 10 == 0:
+            super().the_chain_is_whole()
+
+
+MACHINES = {each.__name__: each for each in (ChainMachine, RemoteMachine, LongMachine)}
+
+
 def many(steps: int, examples: int) -> settings:
     """Settings for a number of actions in a row, and a number of such rows."""
     return settings(
@@ -344,6 +395,15 @@ def many(steps: int, examples: int) -> settings:
 ChainMachine.TestCase.settings = RemoteMachine.TestCase.settings = many(30, settings.default.max_examples // 2)
 TestChain = pytest.mark.slow(ChainMachine.TestCase)
 TestRemoteChain = pytest.mark.slow(RemoteMachine.TestCase)
+
+
+@pytest.mark.slow
+def test_everything_goes_wrong_while_a_thousand_steps_are_published():
+    """In brief 200."""
+    with mock.patch.object(LongMachine, "enough", 200 if BRIEF else 1000):
+        steps = LongMachine.enough // LongMachine.burst + 5
+        run_state_machine_as_test(LongMachine, settings=settings(many(steps, 1), derandomize=True, database=None))
+        assert REACHED[-1] >= LongMachine.enough
 
 
 @pytest.mark.slow
@@ -371,15 +431,19 @@ def test_a_thousand_steps(tmp_path: Path):
 
 
 def main() -> None:
-    """Runs both machines for long."""
+    """Runs the machines for long."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="actions in a row")
     parser.add_argument("--examples", type=int, default=1, help="such rows")
+    parser.add_argument("--machine", nargs="+", choices=MACHINES, default=list(MACHINES))
     options = parser.parse_args()
-    for machine in (ChainMachine, RemoteMachine):
-        start, done = time.perf_counter(), sum(COUNTED)
+    for machine in map(MACHINES.__getitem__, options.machine):
+        COUNTED.clear()
+        REACHED.clear()
+        start = time.perf_counter()
         run_state_machine_as_test(machine, settings=many(options.steps, options.examples))
-        print(f"{machine.__name__}: {sum(COUNTED) - done:,} actions in {time.perf_counter() - start:.0f} s")
+        actions, longest = sum(COUNTED), max(REACHED)
+        print(f"{machine.__name__}: {actions:,} actions, {time.perf_counter() - start:.0f} s; up to {longest:,} steps")
 
 
 if __name__ == "__main__":
