@@ -14,7 +14,7 @@ import numpy as np
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs.base import SLACK, Bytes, ValueCodec, check_zero, part
+from shiradelta.format.codecs.base import SLACK, Bytes, ValueCodec, check_zero, part, small_lead
 from shiradelta.format.codecs.packing import has_unused_bits, pack_bitmap
 from shiradelta.format.codecs.rice import best_k
 from shiradelta.format.codecs.ulp_stream import MOST_J, MOST_K, BlockRuns, Listed, best_j, read_listed, write_listed
@@ -106,7 +106,7 @@ class Ulp(ValueCodec):
 
     def lead(self, data: Bytes, nnz: int) -> int:
         parts = _UlpParts.of(data, nnz)
-        return data.size - parts.signs.size - parts.stream.size
+        return small_lead(data) or data.size - parts.signs.size - parts.stream.size
 
     def encode(self, values: Array) -> bytes:
         size = values.itemsize
