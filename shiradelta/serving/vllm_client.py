@@ -20,6 +20,8 @@ from shiradelta.util.text import brief
 
 #: What becomes of requests that are being answered: they are answered first, ended, or computed anew and go on.
 RUNNING = ("wait", "abort", "keep")
+#: What vLLM says of an update that has not been finished.
+_BEGUN = "already active"
 #: What vLLM says of weights that nobody has given a version.
 _UNKNOWN = "default"
 
@@ -91,7 +93,7 @@ class VLLM(ABC):
         version = weight_version(active, before.policy if policy is None else policy)
         try:
             self._pause(running)
-            self._start()
+            self._start_anew()
             self._send(asdict(request))
         except _NoAnswerError as error:
             raise TargetError(
@@ -111,6 +113,13 @@ class VLLM(ABC):
             ) from error
         self._resume()
         return version
+
+    def _start_anew(self) -> None:
+        try:
+            self._start()
+        except TargetError as error:  # a sender that was killed may have left it begun
+            if _BEGUN not in str(error):
+                raise
 
     def known(self) -> KnownWeights:
         """What the present version names."""
@@ -134,7 +143,8 @@ class VLLM(ABC):
     def _pause(self, running: str) -> None: ...
 
     @abstractmethod
-    def _start(self) -> None: ...
+    def _start(self) -> None:
+        """Raises TargetError if vLLM refuses."""
 
     @abstractmethod
     def _send(self, request: dict[str, Any]) -> None: ...
@@ -224,7 +234,10 @@ class VLLMOffline(VLLM):
         pass
 
     def _start(self) -> None:
-        self._engine.start_weight_update()
+        try:
+            self._engine.start_weight_update()
+        except Exception as error:
+            raise TargetError(f"vLLM refuses the update: {error}") from error
 
     def _send(self, request: dict[str, Any]) -> None:
         try:

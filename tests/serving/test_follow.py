@@ -60,7 +60,7 @@ class Engine(VLLM):
 
     def __init__(self, model: Fused, checkpoint: Path) -> None:
         self.weights = ServedWeights(model, checkpoint)
-        self.said, self.log, self.dies = "default", list[str](), ""
+        self.said, self.log, self.dies, self.begun = "default", list[str](), "", False
 
     def _note(self, step: str) -> None:
         self.log.append(step)
@@ -77,17 +77,21 @@ class Engine(VLLM):
         self._note(f"pause {running}")
 
     def _start(self) -> None:
+        if self.begun:
+            raise TargetError("start_weight_update called while a weight update is already active")
+        self.begun = True
         self._note("start")
 
     def _send(self, request: dict[str, Any]) -> None:
         try:
             self.weights.do(SwapRequest(**request))
         except sd.ShiraDeltaError as error:
+            self.begun = False  # as vLLM does
             raise TargetError(f"vLLM refuses: {error}") from error
         self._note("send")
 
     def _finish(self, version: str) -> None:
-        self.said = version
+        self.said, self.begun = version, False
         self._note("finish")
 
     def _reset_caches(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -187,3 +190,30 @@ def test_a_server_is_switched_between_batches(server: Server, folder: Path):
         assert server.tokens(prompt, 8) == plain
     assert tuned[0] == tuned[1] == tuned[2]
     assert sum(tuned[0][name] != base[name] for name in base) == 15
+
+
+def test_a_trainer_publishes_into_a_server_that_answers(server: Server, folder: Path, tmp_path: Path):
+    """After the last step the server's tensors are the trainer's, by vLLM's own digests."""
+    VLLMServer(server).init()
+    server.call("pause?mode=wait", {})  # as a sender leaves it that is killed in the middle
+    server.call("start_weight_update", {})
+    command = [sys.executable, "-m", "examples.publish_vllm", str(folder / "base"), str(tmp_path / "run"), server.url]
+    done = subprocess.run([*command, "--steps", "6"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == ["1", "2", "3", "4", "5", "6"]
+    assert ':6","adapters":{"step 5 -> 6":1.0}}' in lines[-1]
+    trained = load_file(tmp_path / "run" / "trained" / "6" / "model.safetensors")
+    base = load_file(folder / "base" / "model.safetensors")
+    parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    compared = 0
+    for key, found in server.checksums().items():
+        name = key.rpartition(":")[2]
+        fused = next((own for own in parts if own in name), None)
+        names = [name] if fused is None else [name.replace(fused, part) for part in parts[fused]]
+        if "embed" in name or "lm_head" in name:  # padded
+            continue
+        wanted, before = (torch.cat([of[one] for one in names]).view(torch.uint8).numpy() for of in (trained, base))
+        assert hashlib.sha256(wanted).hexdigest() == found, name
+        compared += not np.array_equal(wanted, before)
+    assert compared == 8  # norms are too large for so small steps

@@ -23,7 +23,7 @@ class Stand:
     def __init__(self) -> None:
         self.version, self.calls, self.updates = "default", list[str](), list[dict[str, Any]]()
         self.refuses: set[str] = set()
-        self.silent, self.resets, self.status = "", True, 500
+        self.silent, self.resets, self.status, self.reason = "", True, 500, "a reason"
 
     def __call__(self, method: str, route: str, body: Any) -> tuple[int, Any]:
         name = route.partition("?")[0]
@@ -33,7 +33,7 @@ class Stand:
             return 200, {"weight_version": self.version} if name == "weight_info" else None
         self.calls.append(route)
         if name in self.refuses:
-            return self.status, {"error": "a reason"}
+            return self.status, {"error": self.reason}
         if name == "update_weights":
             self.updates.append(body["update_info"])
         if name == "finish_weight_update":
@@ -86,6 +86,12 @@ def test_a_refused_request_leaves_the_version_and_resumes(step: str, stand: Stan
         VLLMServer(stand).update(SwapRequest(active={"a": 1.0}))
     assert (stand.version, stand.updates, stand.calls[-1]) == ("default", [], "resume")
     assert CACHES[0] not in stand.calls
+
+
+def test_an_update_that_a_killed_sender_has_begun_is_gone_on_with(stand: Stand):
+    stand.refuses, stand.reason = {"start_weight_update"}, "start_weight_update called while it is already active."
+    assert VLLMServer(stand).update(SwapRequest(active={"a": 1.0})) == stand.version == weight_version({"a": 1.0})
+    assert stand.calls[-1] == "resume"
 
 
 @pytest.mark.parametrize("step", ["finish_weight_update", "reset_prefix_cache", "reset_encoder_cache", "no reset"])
