@@ -46,6 +46,21 @@ class Container:
         return frozenset(record.value_codec for record in self.records) - {ValueId.NONE}
 
 
+def _tables(header: Header) -> list[Section]:
+    """TABLE, NAMES, METADATA and EXTENSION, which follow the header in this order."""
+    sections = []
+    cursor = registry.HEADER_SIZE
+    for size, crc in zip(header.whole_sizes, header.crcs, strict=True):
+        sections.append(Section(cursor, size, size, crc))
+        cursor = sections[-1].end
+    return sections
+
+
+def tables_end(header: Header) -> int:
+    """Where the tensors' sections begin in a file that is not packed; beyond the file's end if it is damaged."""
+    return _tables(header)[-1].end
+
+
 def check_padding(data: Bytes, start: int, end: int) -> None:
     """Checks that bytes between sections are zero."""
     if data[start:end].tobytes().strip(b"\0"):
@@ -67,11 +82,8 @@ def parse(data: Bytes, most: int | None = None) -> Container:
     if header.packed:
         data, packed_size = unpack(data, header, most), data.size
         header = read_header(data)
-    sections = []
-    cursor = registry.HEADER_SIZE
-    for size, crc in zip(header.whole_sizes, header.crcs, strict=True):
-        sections.append(Section(cursor, size, size, crc))
-        cursor = sections[-1].end
+    sections = _tables(header)
+    cursor = sections[-1].end
     if cursor > header.file_size:
         raise FormatError("section_layout", f"the table and its like end at {cursor} of {header.file_size} bytes")
     for section in sections:

@@ -18,7 +18,7 @@ from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.matching import Names, check_target, match, only_these
 from shiradelta.hotswap.on_base import plain_bytes
 from shiradelta.hotswap.protocol import Fit
-from shiradelta.hotswap.reading import read_whole
+from shiradelta.hotswap.reading import PartlyRead, read_whole
 from shiradelta.hotswap.reports import LoadReport
 from shiradelta.hotswap.shares import Share
 from shiradelta.hotswap.transcode import InPieces, take_apart
@@ -26,6 +26,7 @@ from shiradelta.io.reader import Delta, Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
 from shiradelta.models.compatibility import check_tied
 from shiradelta.models.live import Target
+from shiradelta.models.views import show_nothing
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import local_with_signature
 
@@ -58,36 +59,56 @@ class Preparation:
     ) -> Loaded:
         """Reads an adapter and prepares it; arguments and errors are those of `HotSwap.load`."""
         source = local_with_signature(source, key)
-        label, data = read_whole(source, self.devices.buffer, key)
+        partly: PartlyRead | None = None
+        label = "delta"
         try:
-            return self._prepare(name, label, data, allow_dtype, skip, only, limit)
+            # A signature is of the whole file.
+            if key is None and isinstance(source, (str, os.PathLike)) and self._lacks_tensors():
+                label = os.fspath(source)
+                partly = PartlyRead(source)
+                data = partly.data
+            else:
+                label, data = read_whole(source, self.devices.buffer, key)
+            return self._prepare(name, label, data, partly, allow_dtype, skip, only, limit)
         except FormatError as error:
             error.file = error.file or label
             if isinstance(source, (str, os.PathLike)):
                 explain_refusal(error, Path(source))
             raise
 
+    def _lacks_tensors(self) -> bool:
+        """Whether there are tensors of which this process has nothing, as other processes have them."""
+        return any(_is_elsewhere(target) for target in self.targets.values())
+
     def _prepare(
         self,
         name: str,
         label: str,
         data: Bytes,
+        partly: PartlyRead | None,
         allow_dtype: bool,
         skip: Sequence[str],
         only: Sequence[str] | None,
         limit: int | str | None,
     ) -> Loaded:
-        """Checks that a file fits the model, and copies it, compressed, to where the tensors are."""
+        """Checks that a file fits the model, and copies it, compressed, to where the tensors are.
+
+        The sections of a file that is partly read are read here, as soon as it is known which are of use.
+        """
         choice = self.backend if self.backend in FILE_BACKENDS else AUTO
         delta = open_delta(data, choice, limit=limit)
         matched, unmatched = match(delta, self.targets, self.names, label, skip)
+        chosen = only_these(label, matched, only)
+        if partly is not None and not delta.packed:
+            here = (own for own in chosen if not _is_elsewhere(self.targets[chosen[own]].in_form(delta[own].shape)))
+            partly.read(delta[own].record for own in (delta if delta.needs_base else here))
         if delta.needs_base:
             _, data = read_whole(plain_bytes(label, delta, matched, self.targets, allow_dtype), self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
         elif delta.unpacked is not None:
             _, data = read_whole(delta.unpacked, self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
-        matched = only_these(label, matched, only)
+        matched = chosen
         wanted = delta if only is None else matched
         delta.check_memory("all of it", sum(delta[own].record.unpacked_size for own in wanted))
         fits: dict[Target, tuple[StoredTensor, str]] = {}
@@ -121,6 +142,11 @@ class Preparation:
         )
         pieces = [InPieces(tensor.record, target, dtype) for tensor, target, dtype in parts]
         return Loaded(bytes.fromhex(delta.digest), held, pieces, records, nonzeros, report, label)
+
+
+def _is_elsewhere(target: Target) -> bool:
+    """Whether this process has no element of a tensor."""
+    return all(show_nothing(views) for _, views in target.leaves())
 
 
 def _alone(

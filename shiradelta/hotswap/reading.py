@@ -1,13 +1,18 @@
-"""Reads a whole file on several threads, into memory that a backend provides."""
+"""Reads a file on several threads: whole, into memory that a backend provides, or some tensors of it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
+
 from shiradelta.errors import ShiraDeltaError
+from shiradelta.format import container, registry
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.header import read_header
+from shiradelta.format.record import Record
 from shiradelta.io.reader import Source, bytes_of, explained
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import check_signed
@@ -50,13 +55,79 @@ def _read(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Bytes]:
     with explained(path):
         with open_regular(path) as stream:
             data = buffer(os.fstat(stream.fileno()).st_size)
-        chunk = max(_CHUNK, -(-data.size // THREADS))
-
-        def read(start: int) -> int:
-            with open(path, "rb", buffering=0) as stream:
-                stream.seek(start)
-                return stream.readinto(data[start : start + chunk].data) or 0
-
-        if sum(map_in_threads(read, range(0, data.size, chunk))) != data.size:
-            raise ShiraDeltaError(f"{label}: was cut short while it was read; try again")
+        _fill(label, path, data, [(0, data.size)])
     return label, data
+
+
+class PartlyRead:
+    """A file of which some tensors are read only, into memory that nobody else can change.
+
+    Its header and tables are read at once, and all of it where it is packed.  What is not read is zero, and takes no
+    memory.
+
+    Attributes:
+        label: a name for messages.
+        data: the file, as far as it has been read.
+
+    Raises:
+        ShiraDeltaError: the file cannot be read.
+        FormatError: its header is refused.
+    """
+
+    def __init__(self, source: str | os.PathLike[str]) -> None:
+        self.label, self._path = os.fspath(source), Path(source)
+        with explained(self._path), open_regular(self._path) as stream:
+            status = os.fstat(stream.fileno())
+        self._same = _identity(status)
+        self.data: Bytes = np.zeros(status.st_size, np.uint8)
+        self._read([(0, min(registry.HEADER_SIZE, self.data.size))])
+        header = read_header(self.data)
+        end = self.data.size if header.packed else container.tables_end(header)
+        self._read([(registry.HEADER_SIZE, min(end, self.data.size))])
+
+    def read(self, records: Iterable[Record]) -> None:
+        """Reads the sections of some tensors.
+
+        Raises:
+            ShiraDeltaError: the file cannot be read, or is another one by now.
+        """
+        self._read([(record.index.offset, record.values.end) for record in records])
+
+    def _read(self, spans: Iterable[tuple[int, int]]) -> None:
+        with explained(self._path):
+            _fill(self.label, self._path, self.data, _joined(spans), self._same)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What differs when a file of the same name is another one, or has been written since."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans without those that are empty; neighbours in one."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if found and start == found[-1][1]:
+            found[-1] = found[-1][0], end
+        elif start < end:
+            found.append((start, end))
+    return found
+
+
+def _fill(
+    label: str, path: Path, data: Bytes, spans: Iterable[tuple[int, int]], same: tuple[int, int, int, int] | None = None
+) -> None:
+    """Reads spans of a file to their places in `data`; `same` is the identity that the file has to have."""
+    chunk = max(_CHUNK, -(-data.size // THREADS))
+    pieces = [(at, min(at + chunk, end)) for start, end in spans for at in range(start, end, chunk)]
+
+    def read(piece: tuple[int, int]) -> int:
+        start, end = piece
+        with open(path, "rb", buffering=0) as stream:
+            if same is not None and _identity(os.fstat(stream.fileno())) != same:
+                raise ShiraDeltaError(f"{label}: was replaced while it was read; try again")
+            stream.seek(start)
+            return stream.readinto(data[start:end].data) or 0
+
+    if sum(map_in_threads(read, pieces)) != sum(end - start for start, end in pieces):
+        raise ShiraDeltaError(f"{label}: was cut short while it was read; try again")

@@ -28,7 +28,7 @@ from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.shares import Share, Shares, share_of
 from shiradelta.io.reader import StoredTensor, open_delta
 from shiradelta.models.live import Target
-from shiradelta.models.views import View, move, shift_between
+from shiradelta.models.views import View, move, shift_between, show_nothing
 from shiradelta.util.arrays import RepeatedPositionError, aligned, join_sorted, order_of
 from shiradelta.util.threads import map_in_threads
 
@@ -248,17 +248,18 @@ def _portions(tensor: StoredTensor, leaves: Sequence[tuple[Target, tuple[View, .
     record = tensor.record
     # A part of another section is decoded from all of it, which is done once, in windows.
     has_parts = record.index_codec == IndexId.RICE and not (record.index.zstd or record.values.zstd)
-    runs = [_run(views) if has_parts else None for _, views in leaves]
     parts: list[list[tuple[Positions, Array]]] = [[] for _ in leaves]
+    here = [(found, views) for found, (_, views) in zip(parts, leaves, strict=True) if not show_nothing(views)]
+    runs = [_run(views) if has_parts else None for _, views in here]
     if any(run is not None for run in runs):
         tensor.check()
-    for run, found in zip(runs, parts, strict=True):
+    for run, (found, _) in zip(runs, here, strict=True):
         if run is not None:
             positions, bits = tensor.between(run.start, run.stop)
             found.append((positions + run.shift, bits))
     if None in runs:
         for positions, bits in aligned(tensor.position_windows(), tensor.bits_windows()):
-            for run, (_, views), found in zip(runs, leaves, parts, strict=True):
+            for run, (found, views) in zip(runs, here, strict=True):
                 start, stop = views[0].stored.span
                 if run is None and positions[0] < stop and positions[-1] >= start:
                     found.append(_moved(positions, bits, views))

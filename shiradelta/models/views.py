@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -145,6 +147,13 @@ class View:
         if self.is_same:
             return np.arange(positions.size), positions
         return _sorted(*move(positions, self.stored, self.weight), positions.size)
+
+
+def show_nothing(views: Sequence[View]) -> bool:
+    """Whether views of one another, the tensor's own first, surely have no element of the tensor in common."""
+    return any(not view.weight.numel for view in views) or any(
+        not upper.weight.overlaps(lower.stored) for upper, lower in pairwise(views)
+    )
 
 
 def move(positions: Any, source: Box, target: Box) -> tuple[Any, Any]:

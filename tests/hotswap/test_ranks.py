@@ -25,6 +25,7 @@ from shiradelta.io.writer import writing_to
 from tests import BRIEF
 from tests.hotswap.ranks_at_random import LAYOUTS, at_random, delta, net, spread, whole
 from tests.ranks import Ended, run
+from tests.reference import make_vectors
 from tests.swapping import adapter, bits, random_delta
 
 if not dist.is_available() or not dist.is_gloo_available():
@@ -263,6 +264,18 @@ def experts(rank: int, folder: Path, data: bytes, how: dict[str, Any]) -> dict[s
     base = whole(model)
     swap = HotSwap(model)
     assert swap.load("a", data).unchecked == ()
+    with sd.open_delta(data) as delta:
+        records = {name: tensor.record for name, tensor in delta.items()}
+    path = folder / f"of-rank-{rank}.shd"
+    damaged = bytearray(data)
+    for name, record in records.items():  # what only the other process needs, where experts are shared out
+        expert = re.search(r"experts\.(\d+)\.", name)
+        if "ep_size" in how and expert is not None and int(expert[1]) != rank:
+            damaged[record.index.offset] ^= 1
+    assert ("ep_size" in how) == (damaged != data)
+    path.write_bytes(damaged)
+    assert swap.load("damaged elsewhere", path).nonzeros == swap.loaded["a"].nonzeros
+    swap.switch("damaged elsewhere", 0.5)
     swap.switch("a", 0.5)
     now = whole(model)
     swap.revert()
@@ -289,3 +302,60 @@ def test_what_transformers_stacks_and_distributes(how: dict[str, Any], tmp_path:
     for found in run(experts, 2, tmp_path, tmp_path / "base", data, how):
         for name, tensor in one.state_dict().items():
             assert np.array_equal(found[name], bits(tensor)), name
+
+
+def bytes_read() -> int:
+    """What this process has read from files so far, in bytes."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def layers_of(rank: int, count: int) -> dict[str, torch.Tensor]:
+    """The layers of a process, of 2 a process, as pipelines share them out."""
+    return {f"{layer}.weight": torch.zeros(512, 512) for layer in (2 * rank, 2 * rank + 1)} | {"norm": torch.zeros(64)}
+
+
+def reads_its_part(rank: int, count: int, path: Path, packed: Path, damaged: Path) -> list[int]:
+    model = layers_of(rank, count)
+    swap = HotSwap(model, group=dist.group.WORLD, timeout=30)
+    swap.load("warm", path)
+    read = []
+    for number, file in enumerate((path, packed)):
+        before = bytes_read()
+        swap.load(f"{number}", file)
+        read.append(bytes_read() - before)
+    mine = damaged if rank == 1 else path  # its damage is in a section of rank 0's
+    swap.load("its part is whole", mine)
+    swap.switch("its part is whole")
+    with sd.open_delta(path) as delta:
+        for name, tensor in model.items():
+            assert np.array_equal(tensor.numpy(), delta[name].to_dense()), name
+    swap.revert()
+    assert not any(tensor.any() for tensor in model.values())
+    said = refusal_of(swap.load, "damaged", damaged)
+    assert "section_checksum" in said, said
+    assert said.startswith("FormatError" if rank == 0 else "TargetError: rank 0 refuses"), said
+    return read
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not tell what was read")
+@pytest.mark.parametrize("count", [2, 4])
+def test_sections_of_other_processes_tensors_are_not_read(count: int, tmp_path: Path):
+    every = {name: tensor for rank in range(count) for name, tensor in layers_of(rank, count).items()}
+    deltas = {
+        name: random_delta(tuple(tensor.shape), tensor.numel() // 8, number, "float32")
+        for number, (name, tensor) in enumerate(every.items())
+    }
+    path, packed, damaged = (tmp_path / name for name in ("a.shd", "packed.shd", "damaged.shd"))
+    sd.save_delta(path, deltas)
+    packed.write_bytes(make_vectors.packed(path.read_bytes(), (0, 0) * len(deltas)))
+    content = bytearray(path.read_bytes())
+    with sd.open_delta(packed) as delta:
+        assert delta.packed
+    with sd.open_delta(path) as delta:
+        content[delta["0.weight"].record.values.offset + 5] ^= 1
+        front = delta["0.weight"].record.index.offset
+    damaged.write_bytes(content)
+    for own, of_packed in run(reads_its_part, count, tmp_path, count, path, packed, damaged):
+        assert own < front + (len(content) - front) / count + 4096
+        assert own > 0.9 * len(content) / count
+        assert of_packed >= packed.stat().st_size
