@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from importlib.util import find_spec
 from threading import Lock, Thread
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.request import Request, urlopen
 from xml.sax.saxutils import escape
 
 import pytest
@@ -224,3 +228,23 @@ def bucket(server: ObjectServer, client: str, monkeypatch: pytest.MonkeyPatch) -
         store = RemoteStore("s3://bucket/run", endpoint=server.url, client_options={"allow_http": True})
     assert isinstance(store._fs, ObjectFiles)
     return store
+
+
+@contextmanager
+def moto_server() -> Iterator[str]:
+    """The URL of moto's server, with an empty bucket.
+
+    Raises:
+        ImportError: moto is not installed.
+    """
+    moto: Any = import_module("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it tells of every request
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        for method, path in (("POST", "moto-api/reset"), ("PUT", "bucket")):  # it keeps its buckets in the process
+            urlopen(Request(f"{url}/{path}", method=method)).close()
+        yield url
+    finally:
+        server.stop()

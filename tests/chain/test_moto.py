@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
 
 from shiradelta.chain import Chain, FolderFollower
 from tests.chain.models import read, same, write
-from tests.chain.servers import CLIENTS, bucket
+from tests.chain.servers import CLIENTS, bucket, moto_server
 from tests.chain.test_chain import Run, reason
 
-moto = pytest.importorskip("moto.server")
+pytest.importorskip("moto.server")
 
 
 @pytest.mark.slow
@@ -22,12 +20,7 @@ moto = pytest.importorskip("moto.server")
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_chain_in_the_server_of_moto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: str):
     run = Run(tmp_path)
-    server: Any = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        url = "http://{}:{}".format(*server.get_host_and_port())
-        for method, path in (("POST", "moto-api/reset"), ("PUT", "bucket")):  # it keeps its buckets in the process
-            urlopen(Request(f"{url}/{path}", method=method)).close()
+    with moto_server() as url:
         monkeypatch.setenv("SHIRADELTA_CACHE", str(tmp_path / "cache"))
         place = SimpleNamespace(url=url)
         chain, late = (
@@ -46,5 +39,3 @@ def test_a_chain_in_the_server_of_moto(tmp_path: Path, monkeypatch: pytest.Monke
         chain.collect(3)
         assert chain.verify() == []
         assert sorted(chain.store.files()) == sorted(chain.manifest.files())
-    finally:
-        server.stop()
