@@ -37,6 +37,8 @@ def lines_of(entry: Entry, start: int = 0, stop: int | None = None) -> Positions
     return line + (step if count > 1 else 0) * np.arange(start, count if stop is None else stop, dtype=np.int64)
 
 
+#: How many rows are looked at before all elements are: of a column, of which each has to be listed.
+_SAMPLED = 32
 #: A part of a matrix: from row and column, to row and column.
 Block = tuple[int, int, int, int]
 
@@ -171,11 +173,11 @@ def _columns_of(positions: Positions, row: int, columns: int) -> Positions:
 
 
 def _whole_columns(positions: Positions, rows: int, columns: int) -> Positions:
-    """Columns of which every element is listed; three rows rule out most others."""
+    """Columns of which every element is listed; a few rows rule out others, up to a density of a half or so."""
     found = np.zeros(0, np.int64) if positions.size < rows else _columns_of(positions, 0, columns)
-    for row in (rows // 2, rows - 1):
+    for row in np.linspace(0, rows - 1, min(rows, _SAMPLED), dtype=np.int64)[1:]:
         if found.size:
-            found = np.intersect1d(found, _columns_of(positions, row, columns), assume_unique=True)
+            found = np.intersect1d(found, _columns_of(positions, int(row), columns), assume_unique=True)
     return found[_count_on(found, positions % columns) == rows] if found.size else found
 
 
