@@ -17,7 +17,7 @@ from shiradelta.models.memory import is_sharded
 from shiradelta.models.refusals import Refusal, RefusalKind
 
 #: What to do with distributed weights.
-_BEFORE = "attach before the model is distributed"
+_BEFORE = "attach to the whole model, then call fully_shard; with tensor parallelism attach does not work"
 ALL_LINEAR = "all-linear"
 #: Number of similar names that a message lists.
 _NEAR = 5

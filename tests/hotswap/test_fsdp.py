@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from shiradelta import HotSwap
 from shiradelta.errors import TargetError
+from shiradelta.train import attach
 from tests.swapping import adapter, bits, formula, random_delta
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -106,3 +107,22 @@ def test_a_model_that_is_distributed_after_loading(mesh: object):
         with pytest.raises(TargetError, match="was moved or replaced"):
             swap.switch("a")
     assert swap.active == {}
+
+
+def test_training_is_refused_by_name(model: torch.nn.Sequential):
+    before = model.state_dict(keep_vars=True)
+    with pytest.raises(TargetError, match=r"'.+weight' is a DTensor.*; attach to the whole model, then call fully_sh"):
+        attach(model, 0.5)
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is tensor for name, tensor in before.items())
+
+
+def test_values_cannot_be_made_tensor_parallel(mesh: object):
+    """docs/distributed.md says so."""
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    model = net()
+    attach(model, 0.5)
+    with pytest.raises(RuntimeError, match="leaf tensor"):
+        parallelize_module(model, mesh, {"1.0": RowwiseParallel()})
