@@ -36,7 +36,8 @@ _WHOLE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "memory", "oci
 _RENAMED = ("file", "local", "sftp", "ssh", "smb", "ftp", "webdav")
 #: How often a call is tried, and the seconds before it is tried again, doubled each time.
 _TRIES, _PAUSE = 5, 0.2
-_CHUNK = 1 << 20
+#: Bytes of a request: fewer take longer where each has to wait, more are lost with a connection or a time limit.
+_CHUNK = 4 << 20
 #: Answers of HTTP from 400 to 499 that may be others the next time: too slow, too early, too many requests.
 _PASSING = (408, 425, 429)
 
