@@ -16,7 +16,7 @@ A model of bf16 matrices changes by a share of its weights, each by one unit in 
 Wall clock and processor seconds of all threads, medians of `--steps` steps after one that does not count.  Data of the
 stand-ins of S3 (`S3` the tests' own, `moto` the server of moto) go through HTTP on the loopback device, and their work
 counts as the process's.  All files are in the page cache.  What is durable on a folder is so here.  With
-`--weights 400_000_000 --density 0.25 --steps 2`, 100 million weights change; that takes 3 GB of memory, and as much on
+`--weights 400_000_000 --density 0.25 --steps 2`, 100 million weights change; that takes 5.2 GB of memory and as much of
 the disk.  Writes `follow.csv`, after the rows that it has.
 """
 
@@ -181,7 +181,7 @@ def main() -> None:
             print_table(f"a step of {options.density:.1%} of {weights:,} weights to live weights, {name}", lines(row))
     if options.out:
         about = {"density": options.density, "steps": options.steps, "seed": SEED}
-        about |= {"load": f"{os.getloadavg()[1]:.1f}", "machine": machine()}
+        about |= {"load_average": f"{os.getloadavg()[1]:.1f}", "machine": machine()}
         about |= {"date": date.today().isoformat(), "commit": commit()}
         path = options.out / "follow.csv"
         is_new = not path.exists()
