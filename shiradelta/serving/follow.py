@@ -89,28 +89,66 @@ class EngineFollower(Follower):
     def follow(self, to: int | None = None) -> list[Step]:
         """As `Follower.follow`.  The first call sends a request though there is no step.
 
-        A follower before this one may have ended with the engine paused, or with its caches of older weights.
+        A follower before this one may have ended with the engine paused, with its caches of older weights, or with
+        weights that the engine does not name yet.
         """
-        done = super().follow(to)
-        if not (done or self._is_settled):
-            self._update(SwapRequest(active=self._engine.known().adapters), self.version)
+        try:
+            done = super().follow(to)
+        except TargetError as error:
+            if self._is_settled or not _is_refusal(error):
+                raise
+            self._settle()
+            return self.follow(to)
+        if not (done or self._is_settled) and self._settle():
+            return self.follow(to)
         self._is_settled = True
         return done
+
+    def _settle(self) -> bool:
+        """Has the engine name the weights that it has; True if it named others.
+
+        A follower that is killed between a request and its version leaves a step done, or taken back, that the engine
+        does not name.  A worker refuses to make active what it has not loaded, so its refusals tell which it was.
+        """
+        here, last, _ = self._known()
+        steps = self.chain.manifest.steps
+        names = [(str(step), step.stop) for step in steps if step.start == here]
+        if last is not None:
+            names.append((last, here))
+        for name, version in names:
+            try:
+                self._update(SwapRequest(active={name: 1.0}), version)
+            except TargetError as error:
+                if not _is_refusal(error):
+                    raise
+            else:
+                self._is_settled = True
+                return version != here
+        if last is None:
+            self._update(SwapRequest(active={}), here)
+        else:  # it was taken back: it is done again, which the workers refuse on any other weights
+            again = next((step for step in steps if str(step) == last), None)
+            if again is None:
+                raise ChainError("not_on_chain", _WHERE, f"it names {last}, which the chain no longer has")
+            with self.chain.open_step(again) as delta:
+                self._update(self._request(again, delta), here)
+        self._is_settled = True
+        return False
 
     def _begin(self, anchor: Anchor) -> None:
         raise TargetError("an engine has a version from its beginning; start it with a newer one")
 
     def _apply(self, step: Step, delta: Delta) -> None:
-        request = SwapRequest(rebase=True)
-        if len(delta):  # otherwise there is nothing to load
-            name, file = str(step), str(delta.file)
-            request.active = {name: 1.0}
-            if self._send:
-                with open(file, "rb") as stream:
-                    request.data = {name: stream.read()}
-            else:
-                request.load = {name: file}
+        request = self._request(step, delta) if len(delta) else SwapRequest()  # otherwise there is nothing to load
+        request.rebase = True
         self._update(request, step.stop)
+
+    def _request(self, step: Step, delta: Delta) -> SwapRequest:
+        name, file = str(step), str(delta.file)
+        if not self._send:
+            return SwapRequest(load={name: file}, active={name: 1.0})
+        with open(file, "rb") as stream:
+            return SwapRequest(data={name: stream.read()}, active={name: 1.0})
 
     def _take_back(self, version: int) -> None:
         here, step, before = self._known()
@@ -120,3 +158,8 @@ class EngineFollower(Follower):
 
     def _update(self, request: SwapRequest, version: int) -> None:
         self._engine.update(request, policy=self._label(version), running=self._running)
+
+
+def _is_refusal(error: TargetError) -> bool:
+    """Whether an update was refused, and nothing has changed: not if there was no answer, or a later step failed."""
+    return not isinstance(error.__cause__, TargetError)

@@ -179,6 +179,36 @@ def test_a_follower_that_was_killed_is_followed_by_one_that_goes_on(scene: Scene
     assert (follower.version, scene.model.has(scene.models[STEPS])) == (STEPS, True)
 
 
+@pytest.mark.parametrize("how", ["sent", "moved", "back", "ahead"])
+def test_a_follower_that_was_killed_before_the_version_is_followed_by_another_kind(scene: Scene, how: str):
+    """The next request is not the same one, so what the workers have is found out first."""
+    scene.follower().follow(2 if how == "ahead" else 1)
+    scene.engine.dies = "send"
+    with pytest.raises(Killed):
+        scene.follower().follow(1 if how == "ahead" else 2)
+    scene.engine.dies = ""
+    if how == "moved":
+        (scene.root / "chain").rename(scene.root / "elsewhere")
+        scene.chain = Chain.open(scene.root / "elsewhere")
+    follower = scene.follower(send=how == "sent")
+    for goal in (1, STEPS) if how == "back" else (STEPS,):
+        follower.follow(goal)
+        assert (follower.version, scene.model.has(scene.models[goal])) == (goal, True)
+        assert scene.engine.log[-1] == "resume"
+
+
+def test_weights_of_a_new_session_keep_the_version_that_they_have(scene: Scene):
+    """Its workers know no step, as after one that was taken back, but the weights are the later ones."""
+    scene.follower().follow(2)
+    said = scene.engine.said
+    scene.engine.weights = ServedWeights(scene.model, scene.root / "2")
+    with pytest.raises(TargetError, match="refuses"):
+        scene.follower().follow(2)
+    assert scene.engine.said == said
+    assert scene.model.has(scene.models[2])
+    assert scene.engine.log[-1] == "resume"
+
+
 def test_the_bytes_of_a_step_are_sent_where_workers_cannot_read_its_file(scene: Scene, monkeypatch: pytest.MonkeyPatch):
     sent: list[SwapRequest] = []
     update = scene.engine.update
