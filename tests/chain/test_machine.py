@@ -399,11 +399,11 @@ TestRemoteChain = pytest.mark.slow(RemoteMachine.TestCase)
 
 @pytest.mark.slow
 def test_everything_goes_wrong_while_a_thousand_steps_are_published():
-    """In brief 200."""
+    """In brief 200.  The first of two rows is the simplest there is: one action, again and again."""
     with mock.patch.object(LongMachine, "enough", 200 if BRIEF else 1000):
         steps = LongMachine.enough // LongMachine.burst + 5
-        run_state_machine_as_test(LongMachine, settings=settings(many(steps, 1), derandomize=True, database=None))
-        assert REACHED[-1] >= LongMachine.enough
+        run_state_machine_as_test(LongMachine, settings=settings(many(steps, 2), derandomize=True, database=None))
+        assert min(REACHED[-2:]) >= LongMachine.enough
 
 
 @pytest.mark.slow
@@ -434,7 +434,7 @@ def main() -> None:
     """Runs the machines for long."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="actions in a row")
-    parser.add_argument("--examples", type=int, default=1, help="such rows")
+    parser.add_argument("--examples", type=int, default=2, help="such rows; the first repeats one action")
     parser.add_argument("--machine", nargs="+", choices=MACHINES, default=list(MACHINES))
     options = parser.parse_args()
     for machine in map(MACHINES.__getitem__, options.machine):
