@@ -246,7 +246,8 @@ class FamilyTraining:
             if math.isnan(found):
                 smaller = f"{self.relative_lr / 4:.2g}"
                 raise DivergedError(
-                    f"training {what} gave NaN at step {step}; give a smaller relative_lr, such as {smaller}"
+                    f"training {what} gave NaN at step {step}; give a smaller relative_lr= or --relative-lr, such as"
+                    f" {smaller}"
                 )
             self.progress(f"{what}: loss {found:.3f}", step + 1, steps)
         if kept is not None and first < steps:

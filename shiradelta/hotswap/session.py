@@ -303,6 +303,8 @@ class HotSwap(SelfTested):
             self._watch.follow(targets_of(self._adapters.values()))
 
     def _free_name(self, name: str) -> None:
+        if not name:
+            raise ArgumentError("the adapter's name is empty; give one, by which switch() finds it")
         if name in self._adapters:
             raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 

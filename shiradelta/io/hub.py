@@ -54,7 +54,8 @@ def hub_path(path: Path_) -> HubPath | None:
     A path is local where something of this name is there, or of the first part of it.  `hf://` before it says that it
     is not.  A slash in a revision is written as %2F, but for `refs/pr/1` and the like.
     """
-    given = os.fspath(path) if isinstance(path, str) else Path(path).as_posix()
+    # A Path has one slash where an address has two.
+    given = path if isinstance(path, str) else re.sub(r"^hf:/(?=[^/])", "hf://", Path(path).as_posix())
     if "/" not in given or given.startswith(("/", ".", "~")) or os.path.lexists(given):
         return None
     found = re.fullmatch(_NAMED, given, re.ASCII)

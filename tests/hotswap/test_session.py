@@ -370,6 +370,8 @@ def test_loading_in_the_background(base: dict[str, torch.Tensor], one: bytes):
     assert swap.load_async("one", file(one)).result().nonzeros == 500
     with pytest.raises(DeltaError, match="loaded already"):
         swap.load_async("one", one, skip="*").result()
+    with pytest.raises(ArgumentError, match="name is empty"):
+        swap.load("", one)
     with pytest.raises(FormatError):
         swap.load_async("two", one[:100]).result()
 

@@ -37,6 +37,12 @@ def test_what_a_path_names(
     assert (found and (found.repo, found.revision, found.file)) == expected
 
 
+@pytest.mark.parametrize("path", ["hf://user/repo/a.shd", "user/repo"])
+def test_messages_have_the_path_as_it_was_given(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(hub_path(path)) == str(hub_path(Path(path))) == path
+
+
 def test_what_is_here_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "user" / "repo").mkdir(parents=True)
