@@ -199,6 +199,7 @@ METHODS: dict[str, tuple[Callable[[Case], Run], str]] = {
     "SHiRA wm": (lambda case: sparse(case, "wm"), "sparse"),
     "SHiRA struct": (lambda case: sparse(case, "struct"), "sparse"),
     "SHiRA-DoRA snip": (lambda case: sparse(case, "snip", magnitude=True), "sparse"),
+    "SHiRA-DoRA rand": (lambda case: sparse(case, "rand", magnitude=True), "sparse"),
     "RIGSA": (lambda case: sparse(case, "rigsa", decay=0.1), "sparse"),
     "LoRA": (lora, "LoRA"),
     "DoRA": (lambda case: lora(case, dora=True), "LoRA"),
