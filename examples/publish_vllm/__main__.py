@@ -92,7 +92,7 @@ def follow(follower: EngineFollower, steps: int, alive: Callable[[], bool], aski
         was_alive = alive()
         done = follower.follow()
         for step in done:
-            published = Path(follower.chain.store.fetched(step.path, step.bytes, step.sha256)).stat().st_mtime
+            published = follower.chain.store.fetched(step.path, step.bytes, step.sha256).stat().st_mtime
             yield Applied(step.stop, step.bytes, time.time() - published, asking.count)
         left = steps - (follower.version or 0)
         if left and not done:

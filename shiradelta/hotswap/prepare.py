@@ -97,18 +97,17 @@ class Preparation:
         """
         choice = self.backend if self.backend in FILE_BACKENDS else AUTO
         delta = open_delta(data, choice, limit=limit)
-        matched, unmatched = match(delta, self.targets, self.names, label, skip)
-        chosen = only_these(label, matched, only)
+        every, unmatched = match(delta, self.targets, self.names, label, skip)
+        matched = only_these(label, every, only)
         if partly is not None and not delta.packed:
-            here = (own for own in chosen if not _is_elsewhere(self.targets[chosen[own]].in_form(delta[own].shape)))
+            here = (own for own in matched if not _is_elsewhere(self.targets[matched[own]].in_form(delta[own].shape)))
             partly.read(delta[own].record for own in (delta if delta.needs_base else here))
         if delta.needs_base:
-            _, data = read_whole(plain_bytes(label, delta, matched, self.targets, allow_dtype), self.devices.buffer)
+            _, data = read_whole(plain_bytes(label, delta, every, self.targets, allow_dtype), self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
         elif delta.unpacked is not None:
             _, data = read_whole(delta.unpacked, self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
-        matched = chosen
         wanted = delta if only is None else matched
         delta.check_memory("all of it", sum(delta[own].record.unpacked_size for own in wanted))
         fits: dict[Target, tuple[StoredTensor, str]] = {}
