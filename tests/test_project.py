@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,12 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 #: Of the text at https://www.apache.org/licenses/LICENSE-2.0.txt, appendix included.
 APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+#: What stands at the top: people find the rest from here.
+TOP = (
+    ".ci .github .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff CMakeLists.txt CONTRIBUTING.md LICENSE "
+    "Makefile README.md SECURITY.md benchmarks constraints.txt converters demo docs examples libshd mkdocs.yml "
+    "pyproject.toml shiradelta spec tests wheels"
+)
 SYSTEMS = {"ubuntu-latest", "macos-latest", "windows-latest"}
 
 
@@ -34,6 +41,15 @@ def parsed(path: Path) -> dict[Any, Any]:
 
 PROJECT: dict[str, Any] = tomllib.loads(text("pyproject.toml"))["project"]
 PYTHONS = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", name)]
+
+
+# --- the top level ---
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an sdist has no list of what belongs to it")
+def test_nothing_else_stands_at_the_top():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {line.split("/")[0] for line in listed.stdout.splitlines()} == {*TOP.split()}
 
 
 # --- license, security, citation ---
