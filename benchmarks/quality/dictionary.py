@@ -1,4 +1,4 @@
-"""The demo's task with more held out: given a definition, find its word; all-MiniLM-L6-v2 on WordNet."""
+"""The demo's task with more held out, and one that it may cost: all-MiniLM-L6-v2 finds words, and functions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from demo.task import MAX_TOKENS, Pair, load_base, load_split
 from demo.train_lora import TEMPERATURE, batches
 
+from .answers import explain
 from .tasks import DEVICE, TEXTS, Batch, Task
 
 #: Words to be found among as many, this often: the demo's, and words taken from its training part.
@@ -81,3 +82,14 @@ class Dictionary(Task):
         ranks = [(logits > logits.gather(1, right[:, None])).sum(1) + 1 for logits, right in self.answers(model)]
         rank = torch.cat(ranks).double()
         return float((rank == 1).double().mean()), float((1 / rank).mean())
+
+
+class Functions(Dictionary):
+    """What the encoder knows beside words, and may forget: given a function's documentation, find its code."""
+
+    name = "functions by their documentation, MiniLM"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        of_text = {text: source for source, text in explain()}
+        self._held_out = [Pair(text, source) for text, source in random.Random(0).sample(sorted(of_text.items()), POOL)]

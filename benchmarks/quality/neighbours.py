@@ -3,8 +3,9 @@
 `python -m benchmarks.quality.neighbours OUT` writes neighbours.csv to a folder and prints means over seeds: SHiRA's
 masks (`snip`, `rand`, `grad`, `wm`, `struct`), SHiRA-DoRA, RIGSA, SymLoRA, PEFT's LoRA and DoRA; each one's score, its
 score on another task before and after (forgetting), seconds of preparation and of a step, memory, and the size of the
-file.  What OUT holds already is not done again.  The small model of bytes is for a CPU.  `--model real` takes the Gemma
-3 270M and the tasks that `python -m benchmarks.quality.gemma OUT` makes; a GPU is taken if there is one.
+file.  What OUT holds already is not done again.  The small model of bytes is for a CPU.  `--model encoder` takes
+all-MiniLM-L6-v2, which has square weights for SymLoRA too; `--model real` takes the Gemma 3 270M and the tasks that
+`python -m benchmarks.quality.gemma OUT` makes.  A GPU is taken if there is one.
 
 The learning rate of each method is the best of `RATES` times its usual one, by the loss of the last quarter of a run of
 half the steps with another seed; less than an epoch is trained, so that loss is one on unseen examples.
@@ -60,7 +61,14 @@ def real(out: Path) -> tuple[Task, Task]:
     return Define(out / "define"), Code(out / "code")
 
 
-PAIRS |= {"small": small, "real": real}
+def encoder(out: Path) -> tuple[Task, Task]:
+    """Words by their definitions, and functions by their documentation; all-MiniLM-L6-v2."""
+    from .dictionary import Dictionary, Functions
+
+    return Dictionary(out / "dictionary"), Functions(out / "functions")
+
+
+PAIRS |= {"small": small, "real": real, "encoder": encoder}
 
 
 @dataclass
