@@ -8,7 +8,7 @@ import numpy as np
 
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
-from shiradelta.format.arithmetic import Array, Float32, Positions, bfloat16_bits, from_bfloat16
+from shiradelta.format.arithmetic import Array, Float32, bfloat16_bits, from_bfloat16
 from shiradelta.format.codecs.base import Bytes, part
 
 if TYPE_CHECKING:
@@ -30,21 +30,19 @@ def grouped(values: Float32, fill: float) -> Float32:
     return result.reshape(groups, GROUP)
 
 
-def parameters_of(data: Bytes, count: int, start: int, stop: int) -> tuple[Float32, Positions]:
-    """The parameters of the groups that have ranks from start to stop - 1.
+def parameters_of(data: Bytes, count: int, start: int, stop: int) -> Float32:
+    """The parameters of the nonzeros with ranks from start to stop - 1: float32 [count, stop - start].
 
     Args:
         data: a section that begins with the groups' parameters, in bf16.
         count: parameters of a group.
         start: the first rank.
         stop: the rank behind the last.
-
-    Returns:
-        (float32 [groups, count], for each rank the group's index there).
     """
     first, last = start // GROUP, group_count(stop)
     bits = part(data, 2 * count * first, count * (last - first), "<u2")
-    return from_bfloat16(bits).reshape(-1, count), np.arange(start, stop) // GROUP - first
+    of_groups = from_bfloat16(bits).reshape(-1, count).T
+    return of_groups.repeat(GROUP, axis=1)[:, start - first * GROUP : stop - first * GROUP]
 
 
 def parameter(values: Float32) -> tuple[Array, Float32]:

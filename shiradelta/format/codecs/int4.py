@@ -61,10 +61,11 @@ class Int4(TorchDecoder, TorchRounder):
         return parameters + padded((nibbles[::2] | (nibbles[1::2] << 4)).tobytes()) + SLACK
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        parameters, group = parameters_of(data, 2, start, stop)
-        rank = np.arange(start, stop)
-        nibbles = data[self.codes_at(nnz) + rank // 2] >> ((rank % 2) * 4).astype(np.uint8)
-        lo, step = parameters[group].T
+        lo, step = parameters_of(data, 2, start, stop)
+        packed = part(data, self.codes_at(nnz) + start // 2, -(-stop // 2) - start // 2, "u1")
+        nibbles = np.empty(2 * packed.size, np.uint8)
+        nibbles[::2], nibbles[1::2] = packed & 15, packed >> 4
+        nibbles = nibbles[start % 2 : start % 2 + stop - start]
         magnitude: Float32 = lo + step * (nibbles & 7).astype(np.float32)
         return np.where(nibbles & 8, -magnitude, magnitude)
 

@@ -51,9 +51,9 @@ class Int8(TorchDecoder, TorchRounder):
         return padded(bits.astype("<u2").tobytes()) + padded(codes.tobytes()) + SLACK
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        scale, group = parameters_of(data, 1, start, stop)
+        (scale,) = parameters_of(data, 1, start, stop)
         codes = part(data, self.codes_at(nnz) + start, stop - start, "i1")
-        values: Array = scale[group, 0] * codes.astype(np.float32)
+        values: Array = scale * codes.astype(np.float32)
         return values
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:

@@ -50,10 +50,9 @@ class Sign(TorchDecoder, TorchRounder):
         return padded(bits.astype("<u2").tobytes()) + signs + SLACK
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
-        parameters, group = parameters_of(data, 1, start, stop)
-        lo: Float32 = parameters[group, 0]
-        rank = np.arange(start, stop)
-        minus = (data[self.codes_at(nnz) + rank // 8] >> (rank % 8).astype(np.uint8)) & 1
+        lo: Float32 = parameters_of(data, 1, start, stop)[0]
+        packed = part(data, self.codes_at(nnz) + start // 8, -(-stop // 8) - start // 8, "u1")
+        minus = np.unpackbits(packed, bitorder="little")[start % 8 : start % 8 + stop - start]
         return np.where(minus, -lo, lo)
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:
