@@ -13,7 +13,7 @@ from shiradelta.format.arithmetic import Array, Float32
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.io.recognise import Wanted, explain
-from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, same_bits
+from shiradelta.models.checkpoint import Checkpoint, bits_of, open_checkpoint, same_bits
 from shiradelta.models.library import Converted, match_names
 from shiradelta.models.names import Named, search_the_rest
 from shiradelta.models.safetensors import Slot
@@ -207,11 +207,11 @@ def difference(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Ite
             whole = None
         why = f"its shape is {list(tuned_slot.shape)}, the base's {list(slot.shape)}; {remedy}"
         return _resized(Skipped(SkipReason.SHAPE, why, whole=whole), source, key, base, name)
-    base_bits, tuned = partial(base.bits, name), partial(source.bits, key)
+    base_bits, tuned = partial(bits_of, slot), partial(bits_of, tuned_slot)
     dtype, tuned_dtype = slot.dtype.name, tuned_slot.dtype.name
     if (unlike := other_scale(source, key, base, name)) is not None:
         return unlike
-    dense = scaled(partial(_subtraction, source, key, base, name), base, name)
+    dense = scaled(partial(_subtraction, tuned_slot, slot), base, name)
     if dtype in ADD_DTYPES and tuned_dtype in ADD_DTYPES:
         return Item(name, slot.shape, dtype, dense, base_bits=base_bits, tuned=tuned, tuned_dtype=tuned_dtype)
     if dtype != tuned_dtype:
@@ -243,7 +243,7 @@ def _resized(skipped: Skipped, source: Checkpoint, key: str, base: Checkpoint, n
     bits, dtype = longer.bits(where), longer[where].dtype.name
     count, columns = row_shape(longer[where].shape)
     shared = common * (count // longer[where].shape[0])
-    change = _subtraction(source, key, base, name)
+    change = _subtraction(source[key], base[name])
 
     def rows(start: int, stop: int) -> Float32:
         parts = [change(start, min(stop, shared))] if start < shared else []
@@ -255,11 +255,11 @@ def _resized(skipped: Skipped, source: Checkpoint, key: str, base: Checkpoint, n
     return skipped.of_change(lambda: rows, longer[where].shape)
 
 
-def _subtraction(source: Checkpoint, key: str, base: Checkpoint, name: str) -> Rows:
+def _subtraction(tuned: Slot, base: Slot) -> Rows:
     """tuned - base in float32, a few rows at a time."""
-    tuned_bits, base_bits = source.bits(key), base.bits(name)
-    tuned_dtype, dtype = source[key].dtype.name, base[name].dtype.name
-    columns = row_shape(base[name].shape)[1]
+    tuned_bits, base_bits = bits_of(tuned), bits_of(base)
+    tuned_dtype, dtype = tuned.dtype.name, base.dtype.name
+    columns = row_shape(base.shape)[1]
 
     def rows(start: int, stop: int) -> Float32:
         part = slice(start * columns, stop * columns)

@@ -6,8 +6,10 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -32,21 +34,20 @@ class Reshaped(Checkpoint):
 
     def __init__(self, source: Checkpoint, made: Mapping[str, _Pieces]) -> None:
         self.root, self.shards, self.folders = source.root, source.shards, source.folders
-        self._source, self._made = source, made
         used = {key for pieces in made.values() for key, _ in pieces}
         self._slots = {key: slot for key, slot in source.items() if key not in used}
         for name, pieces in made.items():
-            self._slots[name] = replace(source[pieces[0][0]], name=name, shape=pieces[0][1].shape)
+            read = partial(_put_together, source, pieces)
+            self._slots[name] = replace(source[pieces[0][0]], name=name, shape=pieces[0][1].shape, read=read)
 
-    def bits(self, name: str) -> Array:
-        """The tensor's elements; those of one that is put together are a copy in memory."""
-        if name not in self._made:
-            return self._source.bits(name)
-        slot = self[name]
-        whole = np.zeros(slot.numel, slot.dtype.bits)
-        for key, view in self._made[name]:
-            view.stored.of(whole)[...] = view.weight.of(self._source.bits(key))
-        return whole
+
+def _put_together(source: Checkpoint, pieces: _Pieces) -> Array:
+    """The elements of a tensor of the base, flat, as a copy in memory."""
+    key, view = pieces[0]
+    whole = np.zeros(math.prod(view.shape), source[key].dtype.bits)
+    for key, view in pieces:
+        view.stored.of(whole)[...] = view.weight.of(source.bits(key))
+    return whole
 
 
 def in_form_of(

@@ -85,7 +85,7 @@ class GgufCheckpoint(Checkpoint):
             raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
         except (struct.error, ValueError, OverflowError, RecursionError) as error:
             raise SourceError(f"{path}: its GGUF header is damaged ({brief(str(error), 120)}); get it again") from None
-        self.shards = (Shard(path, 0, {}, slots),)
+        self.shards = (Shard(path, 0, None, slots),)
         self._slots = {slot.name: slot for slot in slots}
         if len(self._slots) < len(slots):
             raise SourceError(f"{path}: has a tensor twice; get it again")

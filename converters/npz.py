@@ -38,7 +38,7 @@ class NpzCheckpoint(Checkpoint):
         self.root = path
         with _opened(path) as archive:
             slots = tuple(_slot(path, archive, entry) for entry in archive.infolist())
-        self.shards = (Shard(path, 0, {}, slots),)
+        self.shards = (Shard(path, 0, None, slots),)
         self.folders = {"": path.parent}
         self._slots = {slot.name: slot for slot in slots}
         if len(self._slots) < len(slots):

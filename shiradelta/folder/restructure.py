@@ -104,7 +104,7 @@ def _rewrite(
         Unwritten(name, tensor.shape, registry.DTYPE_OF_NAME[tensor.dtype], tensor.bits)
         for name, tensor in come.items()
     ]
-    header = header_of([*kept, *added], shard.header.get("__metadata__"))
+    header = header_of([*kept, *added], shard.stored_metadata)
     source_home, source_name = folder.home(file)
     home, name = _below(originals, file)
     with (

@@ -92,7 +92,7 @@ def read_distcp(path: Path) -> Shard:
         raise SourceError(
             f"{path}: is not of torch.distributed.checkpoint, or damaged ({what}); get it again"
         ) from None
-    return Shard(path, 0, {}, tuple(slots))
+    return Shard(path, 0, None, tuple(slots))
 
 
 def _state(record: Any) -> dict[str, Any]:

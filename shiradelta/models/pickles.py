@@ -63,7 +63,7 @@ def read_pickle(path: Path) -> Shard:
     """
     zipped, size, _ = _checked(path)
     tensors = _tensors(path, _load(path, zipped))
-    return Shard(path, 0, {}, tuple(_slot(path, name, tensor, size) for name, tensor in tensors.items()))
+    return Shard(path, 0, None, tuple(_slot(path, name, tensor, size) for name, tensor in tensors.items()))
 
 
 def holds_sparse(path: Path) -> bool:

@@ -56,17 +56,21 @@ class Slot:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its header, parsed."""
+    """One safetensors file: what its header says.
+
+    Attributes:
+        stored_metadata: its `__metadata__`; None if it has none.
+    """
 
     file: Path
     data_start: int
-    header: dict[str, Any]
+    stored_metadata: dict[str, str] | None
     slots: tuple[Slot, ...]
 
     @property
     def metadata(self) -> dict[str, str]:
         """The file's `__metadata__`."""
-        return dict(self.header.get("__metadata__") or {})
+        return dict(self.stored_metadata or {})
 
 
 def read_shard(path: Path) -> Shard:
@@ -103,7 +107,7 @@ def read_shard(path: Path) -> Shard:
         what = f"no {error}" if isinstance(error, KeyError) else brief(str(error))
         raise SourceError(f"{path}: its safetensors header is damaged ({what}); get it again") from None
     _check_cover(path, slots, 8 + length, size)
-    return Shard(path, 8 + length, header, slots)
+    return Shard(path, 8 + length, metadata, slots)
 
 
 class _Repeating(dict[str, Any]):
