@@ -14,7 +14,8 @@ import numpy as np
 from shiradelta.backends.choose import choose
 from shiradelta.errors import SourceError
 from shiradelta.format import registry
-from shiradelta.format.arithmetic import Float32, Positions
+from shiradelta.format.arithmetic import Array, Float32, Positions
+from shiradelta.format.delta import TensorDelta
 from shiradelta.io.recognise import UNCHANGED
 from shiradelta.io.writer import DeltaWriter, weighing
 from shiradelta.select.counts import Counts
@@ -24,7 +25,7 @@ from shiradelta.util.text import parse_size
 from shiradelta.util.version import made_by
 
 from .aim import Aim, ErrorAim, SizeAim, Trial, find_fitted_sparsity, find_sparsity
-from .exactness import count_inexact
+from .exactness import Inexact
 from .item import Item, Source
 from .report import ConversionReport, TensorReport
 from .together import Crew
@@ -150,18 +151,39 @@ class Conversion:
 
     def _add(self, writer: DeltaWriter, item: Item, k: int, fitted: Selection | None, compare: bool) -> TensorReport:
         """Adds one tensor, if any of it is selected; `compare` counts the elements that are not the fine-tune's."""
+        base = None
         try:
             if item.dense is not None:
                 selection = fitted or top_k(item.dense(), item.matrix, k, self._at_least)
-                tensor = item.delta(selection.positions, selection.values)
+                base = None if item.base_bits is None else item.base_bits()
+                tensor = _delta_of(item, selection, base, TensorDelta.trusted if fitted is None else TensorDelta)
                 energy, selected = selection.energy, selection.values
             else:
                 assert item.exact is not None
                 tensor = item.exact()
                 selected = tensor.values() if tensor.operation.adds else np.zeros(0, np.float32)
                 energy = float((selected.astype("f8") ** 2).sum())
-            stored = writer.add(item.name, tensor) if tensor.nnz or tensor.operation.removes else tensor
-            inexact = count_inexact(item, stored) if compare else None
+            inexact = Inexact(item, base) if compare else None
+            stored = tensor
+            if tensor.nnz or tensor.operation.removes:
+                stored = writer.add(item.name, tensor, see=None if inexact is None else inexact.see)
         except SourceError as error:
             raise SourceError(f"tensor {item.name!r} {error}") from None
-        return TensorReport.of(item.name, tensor, stored, energy, selected, inexact)
+        count = None if inexact is None else inexact.count
+        return TensorReport.of(item.name, tensor, stored, energy, selected, count)
+
+
+def _delta_of(item: Item, selection: Selection, base: Array | None, make: Callable[..., TensorDelta]) -> TensorDelta:
+    """The tensor delta of selected elements.
+
+    Args:
+        item: the tensor.
+        selection: what is selected of it.
+        base: the base's elements, flat; None without a base.
+        make: `TensorDelta`, or `TensorDelta.trusted` for what `top_k` has selected.
+    """
+    at, values, op = selection.positions, selection.values, "add"
+    if item.replaces:
+        assert item.tuned is not None
+        values, op = item.tuned()[at], "set"
+    return make(item.shape, at, values, item.dtype, op, None if base is None else base[at])

@@ -8,7 +8,7 @@ from enum import Enum, auto
 from functools import partial
 
 from shiradelta.folder.comparison import PastBits
-from shiradelta.format.arithmetic import Array, Float32, Positions
+from shiradelta.format.arithmetic import Array
 from shiradelta.format.delta import TensorDelta, check_shape
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.io.recognise import UNQUANTISED
@@ -54,14 +54,6 @@ class Item:
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of what `dense` returns."""
         return row_shape(self.shape)
-
-    def delta(self, positions: Positions, values: Float32) -> TensorDelta:
-        """The tensor delta of selected elements."""
-        base = None if self.base_bits is None else self.base_bits()[positions]
-        if self.replaces:
-            assert self.tuned is not None
-            return TensorDelta(self.shape, positions, self.tuned()[positions], self.dtype, "set", base_bits=base)
-        return TensorDelta(self.shape, positions, values, self.dtype, base_bits=base)
 
 
 class SkipReason(Enum):

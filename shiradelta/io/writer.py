@@ -32,6 +32,8 @@ from shiradelta.util.files import replacing
 
 #: Sections are collected in memory up to this size, then on disk beside the output.
 SPOOL_BYTES = 16 << 20
+#: Called with positions, the bits of the base's elements there, and those of the result at strength 1.
+SeesResult = Callable[[Positions, Array, Array], None]
 
 
 class DeltaWriter:
@@ -56,13 +58,16 @@ class DeltaWriter:
         self._digests: dict[str, bytes] = {}
         self.metadata: dict[str, str] = {}
 
-    def add(self, name: str, tensor: TensorDelta, *, compress: bool = False) -> TensorDelta:
+    def add(
+        self, name: str, tensor: TensorDelta, *, compress: bool = False, see: SeesResult | None = None
+    ) -> TensorDelta:
         """Encodes one tensor; returns it as a reader will see it, with quantised values.
 
         Args:
             name: its name.
             tensor: the delta.
             compress: compress its sections fast where that helps, in a file in which others are not compressed.
+            see: called with the elements that it changes, if the base's are known.
 
         Raises:
             DeltaError: a name that is taken or not allowed, values that do not fit the codec, or a tensor that a reader
@@ -76,7 +81,7 @@ class DeltaWriter:
             raise ArgumentError(f"tensor name {name!r} is not allowed: {error}") from None
         self._level = LEVEL if self._zstd else FAST if compress else None
         try:
-            record, stored = self._encode(name, tensor)
+            record, stored = self._encode(name, tensor, see)
         except DeltaError as error:
             raise DeltaError(f"tensor {name!r}: {error}") from None
         self._records[name] = record
@@ -169,7 +174,7 @@ class DeltaWriter:
         self._spool.write(bytes(-size % registry.SECTION_ALIGNMENT))
         return Section(offset, size, size, crc)
 
-    def _encode(self, name: str, tensor: TensorDelta) -> tuple[Record, TensorDelta]:
+    def _encode(self, name: str, tensor: TensorDelta, see: SeesResult | None) -> tuple[Record, TensorDelta]:
         operation = tensor.operation
         index_id, value_id = registry.IndexId.NONE.value, registry.ValueId.NONE.value
         index = values = Section(0, 0, 0, 0)
@@ -189,7 +194,7 @@ class DeltaWriter:
                 op=tensor.op,
                 base_bits=tensor.base_bits,
             )
-        base_fingerprint, result_fingerprint = _fingerprints(tensor, stored, self._backend)
+        base_fingerprint, result_fingerprint = _fingerprints(tensor, stored, self._backend, see)
         record = Record(
             name=name,
             shape=tensor.shape,
@@ -308,7 +313,9 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
         size -= len(chunk)
 
 
-def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) -> tuple[int | None, int | None]:
+def _fingerprints(
+    tensor: TensorDelta, stored: TensorDelta, backend: Backend, see: SeesResult | None
+) -> tuple[int | None, int | None]:
     """Fingerprints of the base and of the result at strength 1; None if the base is unknown."""
     if tensor.dtype == "unspecified":
         return None, None
@@ -324,6 +331,8 @@ def _fingerprints(tensor: TensorDelta, stored: TensorDelta, backend: Backend) ->
         if old is not None:
             of_base += backend.fingerprint(positions, old)
             bits = arithmetic.result(operation, bits, old, tensor.dtype, 1)
+            if see is not None:
+                see(positions, old, bits)
         of_result += backend.fingerprint(positions, bits)
     known = tensor.base_fingerprint if base is None else of_base % (1 << 64)
     return (known if operation.in_base else None), of_result % (1 << 64)

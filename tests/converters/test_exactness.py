@@ -6,10 +6,14 @@ import json
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from shiradelta.converters.exactness import Inexact
+from shiradelta.converters.item import Item
 from torch import Tensor
 
 import shiradelta
@@ -160,3 +164,20 @@ def test_the_command_says_so(tmp_path: Path, made: Path):
     table = run("--sparsity", "0.05")
     assert table.splitlines()[0].split()[-1] == "inexact"
     assert f"not exact: {found['inexact']:,} elements differ" in table
+
+
+def test_a_change_where_the_fine_tune_has_none_counts():
+    """A fit may change any element."""
+    base, changed = np.zeros(6, np.uint16), np.array([0, 0, 0, 0, 0, 7], np.uint16)
+
+    def unused(start: int, stop: int) -> NDArray[np.float32]:
+        raise AssertionError
+
+    def item(tuned: NDArray[np.uint16]) -> Item:
+        return Item("w", (6,), "bfloat16", lambda: unused, tuned=lambda: tuned)
+
+    for tuned, before in ((base, 0), (changed, 1)):
+        inexact = Inexact(item(tuned), base)
+        assert inexact.count == before
+        inexact.see(np.array([1, 5]), base[[1, 5]], np.array([9, 7], np.uint16))
+        assert inexact.count == 2 - before
