@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from shiradelta.errors import BaseMismatchError
 from shiradelta.format.record import Record
 from shiradelta.hotswap.layers import Held, Layer, patches_on
+from shiradelta.hotswap.levels import Level, layers_of
+from shiradelta.hotswap.loaded import Loaded
+from shiradelta.hotswap.outside import Watch
+from shiradelta.hotswap.prepare import Preparation
 from shiradelta.hotswap.protocol import LiveBackend, Part
-from shiradelta.hotswap.shares import Share, Shares, add, share_of
+from shiradelta.hotswap.ranks import Ranks
+from shiradelta.hotswap.shares import Share, Shares, add, check_whole, share_of, together
 from shiradelta.hotswap.transcode import Change, InPieces
 from shiradelta.models.compatibility import Remedies
 from shiradelta.models.live import Target
@@ -28,15 +34,67 @@ _WORDS = StackWords(
 Fingerprints = Shares[tuple[int, int]]
 
 
-def checkable(held: Mapping[LiveBackend, Held], parts: Sequence[InPieces]) -> set[Target]:
-    """The tensors whose fingerprint can be compared; arguments are those of `fingerprints`."""
+def fit_of(
+    preparation: Preparation,
+    ranks: Ranks,
+    watch: Watch,
+    what: str,
+    adapter: Loaded,
+    check: bool,
+    levels: Sequence[Level],
+) -> tuple[tuple[str, ...], StackFit | None]:
+    """Checks that all of an adapter is in memory, and compares its fingerprints with the base beneath the levels.
+
+    Args:
+        preparation: what the adapter was prepared for.
+        ranks: the processes that have the model.
+        watch: knows where the model has its tensors.
+        what: the call, for messages.
+        adapter: the adapter.
+        check: compare fingerprints.
+        levels: what is on the weights.
+
+    Returns:
+        Names of tensors that were not compared; what the adapter fits, if any were.
+
+    Raises:
+        BaseMismatchError: it does not fit, or another process has loaded another file.
+        TargetError: a tensor was moved or replaced, or another process refuses.
+    """
+    known = _checkable(adapter.held, adapter.parts) if check else set()
+
+    def own() -> Fingerprints:
+        for held in adapter.held.values():
+            held.check_memory()
+        watch.check_model(target for held in adapter.held.values() for target in held.targets)
+        if not known:
+            return {}
+        with preparation.devices.ordered(reads=True):
+            return _fingerprints(adapter.held, adapter.parts, layers_of(levels))
+
+    found = ranks.agree(what, own)
+    names = adapter.report.matched
+    every = ranks.gather((adapter.digest, sorted(names), adapter.nonzeros, found))
+    if any(other[:2] != every[0][:2] for other in every):
+        raise BaseMismatchError(f"{adapter.label}: another rank has loaded another file; give all ranks the same one")
+    check_whole(adapter.label, together(nonzeros for _, _, nonzeros, _ in every), adapter.records)
+    fit = None
+    if check and (compared := together(found for *_, found in every)):
+        fit = _check_base(adapter.label, compared, adapter.records, bool(levels))
+    targets = {name: preparation.targets[other] for name, other in names.items()}
+    forms = {name: {target, *target.forms.values()} for name, target in targets.items()}
+    return tuple(name for name, some in forms.items() if known.isdisjoint(some)), fit
+
+
+def _checkable(held: Mapping[LiveBackend, Held], parts: Sequence[InPieces]) -> set[Target]:
+    """The tensors whose fingerprint can be compared; arguments are those of `_fingerprints`."""
     patches = {
         patch.target for one in held.values() for patch in one.patches if _is_checkable(patch.record, patch.dtype)
     }
     return patches | {target for record, target, dtype in parts if _is_checkable(record, dtype)}
 
 
-def fingerprints(
+def _fingerprints(
     held: Mapping[LiveBackend, Held], parts: Sequence[InPieces], layers: Mapping[LiveBackend, Sequence[Layer]]
 ) -> Fingerprints:
     """Fingerprints of the elements that a file changes, where it has some to compare.
@@ -72,7 +130,7 @@ def fingerprints(
     return found
 
 
-def check_base(label: str, found: Fingerprints, records: Mapping[str, Record], stacked: bool) -> StackFit:
+def _check_base(label: str, found: Fingerprints, records: Mapping[str, Record], stacked: bool) -> StackFit:
     """Compares fingerprints with those in the file.
 
     Args:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.layers import Held, Layer
 from shiradelta.hotswap.matching import check_sets
 from shiradelta.hotswap.protocol import Fit, LiveBackend
@@ -64,6 +65,15 @@ def devices_of(targets: Iterable[Target]) -> list[str]:
     """Where the memory of tensors is, of their parts, too; the CPU where there is none."""
     found = {leaf.device for target in targets for leaf, _ in target.leaves()}
     return sorted(found - {"meta"}) or ["cpu"]
+
+
+def devices_for(targets: Iterable[Target], backend: str) -> Devices:
+    """The devices of tensors, each with the backend of a name.
+
+    Raises:
+        DeltaError: the backend is unknown, or not available.
+    """
+    return Devices({device: new_backend(backend, device) for device in devices_of(targets)})
 
 
 def new_layers(wanted: Iterable[tuple[Mapping[LiveBackend, Held], float]], before: Layers) -> Layers:

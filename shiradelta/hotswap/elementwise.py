@@ -6,16 +6,17 @@ A backend that fuses these operations overrides `apply`, `replace` and `restore`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from shiradelta.hotswap.layers import Array, Held, Layer, LayerPatch, Patch, Stack, patches_on, stacks_of
-from shiradelta.hotswap.protocol import LiveBackend, Part
+from shiradelta.hotswap.protocol import LiveBackend, Overwritten, Part
 from shiradelta.hotswap.transcode import stored_positions
 from shiradelta.models.live import Target
+from shiradelta.models.memory import flat_bits, is_array
 from shiradelta.util.arrays import overlay_values
 
 
@@ -147,15 +148,22 @@ class Elementwise(LiveBackend, ABC):
 
     def changed(self, layers: Sequence[Layer]) -> int:
         """Number of elements at the layers' positions whose bits differ from the base's."""
-        count = 0
-        for stack in patches_on(layers).values():
+        return sum(int((now != base).sum()) for _, _, _, base, now in self._overwritten(layers))
+
+    def overwritten(self, layers: Sequence[Layer]) -> Iterator[Overwritten]:
+        """Takes the elements to the host, tensor by tensor."""
+        for target, dtype, positions, base, now in self._overwritten(layers):
+            yield Overwritten(target, dtype, _on_host(positions).view(np.int64), _on_host(base), _on_host(now))
+
+    def _overwritten(self, layers: Sequence[Layer]) -> Iterator[tuple[Target, str, Array, Array, Array]]:
+        """(tensor, dtype, positions, the base's bits, present bits), for each tensor that the layers change."""
+        for target, stack in patches_on(layers).items():
             union, indices = self._union([item.patch for item in stack])
-            now = self.read(stack[0].patch.target, union)
+            now = self.read(target, union)
             base = now + 0  # a copy
             for item, at in zip(stack, indices, strict=True):
                 base[at] = self.saved(item)
-            count += int((now != base).sum())
-        return count
+            yield target, stack[0].patch.dtype, union, base, now
 
     def stream(self, given: Any) -> Any:
         """None: on a CPU, work is done when a call returns."""
@@ -189,3 +197,8 @@ class Elementwise(LiveBackend, ABC):
         if total is None:
             return bits
         return self.xp.where(added, self.add(bits, stack[-1].patch.dtype, total), bits)
+
+
+def _on_host(numbers: Array) -> Array:
+    """Integers of NumPy or torch as unsigned ones in NumPy."""
+    return numbers.view(f"u{numbers.itemsize}") if is_array(numbers) else flat_bits(numbers)

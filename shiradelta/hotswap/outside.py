@@ -168,13 +168,20 @@ class Watch:
     def _are_same(self) -> bool:
         """`check` but for the addresses.  This is on the way of every switch; the loops run in C."""
         return (
-            not self._foreign
-            and self._tensors.are_there()
-            and (self._modules.are_there() or self._are_elsewhere())
-            and self._versions.are_same()
-            and self._parts.are_same()
-            and self._samples.are_same()
+            self._tensors.are_there() and (self._modules.are_there() or self._are_elsewhere()) and self._are_unwritten()
         )
+
+    def _are_unwritten(self) -> bool:
+        return not self._foreign and self._versions.are_same() and self._parts.are_same() and self._samples.are_same()
+
+    def check_unwritten(self) -> None:
+        """Checks that nothing else has written the tensors, whatever the model has in their places now.
+
+        Raises:
+            TargetError: something has.
+        """
+        if not self._are_unwritten():
+            raise _written_error(list(dict.fromkeys(self._written())))
 
     def _are_elsewhere(self) -> bool:
         """Whether the model has all modules of the tensors, though other modules are around them, such as PEFT's."""
@@ -190,11 +197,7 @@ class Watch:
         for target in changed:
             if not self._has(now, target):
                 return target.moved_error()
-        others = f" (and {len(changed) - 1} others)" if len(changed) > 1 else ""
-        return TargetError(
-            f"tensor {changed[0].name!r}{others} was changed from outside since HotSwap last wrote or checked it; call"
-            " rebase() to take the weights as they are now as the base, or make a new HotSwap"
-        )
+        return _written_error(changed)
 
     def changed(self) -> list[Target]:
         """The tensors that something else has written, moved or replaced, as far as that can be told."""
@@ -204,8 +207,11 @@ class Watch:
             for target, known in self._things.items()
             if not self._has(now, target) or any(map(is_not, target.now(), known))
         )
-        found = (moved, self._versions.changed(), self._parts.changed(), self._samples.changed(), self._foreign)
-        return list(dict.fromkeys(chain.from_iterable(found)))
+        return list(dict.fromkeys(chain(moved, self._written())))
+
+    def _written(self) -> Iterator[Target]:
+        """The tensors that something else has written, as far as that can be told; some of them several times."""
+        return chain(self._versions.changed(), self._parts.changed(), self._samples.changed(), self._foreign)
 
     def claim(self) -> None:
         """Announces that the session is about to write its tensors, to all sessions that have the same memory.
@@ -243,6 +249,15 @@ class Watch:
             before = bisect_left(starts, (device, end))
             if before and reach[before - 1] > (device, start):
                 yield target
+
+
+def _written_error(changed: Sequence[Target]) -> TargetError:
+    """The error for tensors that something else has written."""
+    others = f" (and {len(changed) - 1} others)" if len(changed) > 1 else ""
+    return TargetError(
+        f"tensor {changed[0].name!r}{others} was changed from outside since HotSwap last wrote or checked it; call"
+        " rebase() to take the weights as they are now as the base, or make a new HotSwap"
+    )
 
 
 def _versions(tensors: Sequence[Any]) -> list[Any]:

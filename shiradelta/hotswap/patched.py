@@ -18,6 +18,8 @@ from shiradelta.hotswap.strengths import are_same
 from shiradelta.models.live import Target
 
 _ALONE = Alone()
+#: Why a session cannot be used after `end`.
+DISTRIBUTED = "the model was distributed since this HotSwap was made; make a new HotSwap"
 
 
 class PatchedWeights:
@@ -90,6 +92,17 @@ class PatchedWeights:
     def forget(self) -> None:
         """Takes the weights as they are for the base."""
         self.levels, self._broken, self._unfinished = [], None, None
+
+    def end(self, put_back: Callable[[], None]) -> None:
+        """Takes everything off weights of which the model has copies elsewhere; the session cannot be used after it.
+
+        Args:
+            put_back: puts the base into the copies, wholly or not at all.
+        """
+        with self._working:
+            self.check_usable()
+            put_back()
+            self.levels, self._broken = [], DISTRIBUTED
 
     def after_fork(self, was_used: bool) -> None:
         """Goes on in a process that was forked; `was_used` says that another thread used the session then."""

@@ -6,10 +6,12 @@ on their elements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
+from shiradelta.format.arithmetic import Array as Bits
+from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.layers import Array, Held, Layer, Patch, Stack
 from shiradelta.io.reader import StoredTensor
@@ -32,6 +34,24 @@ class Part(NamedTuple):
     patch: Patch
     below: Stack
     shown: Sequence[tuple[View, ...]]
+
+
+class Overwritten(NamedTuple):
+    """The elements of a tensor that layers change, in NumPy.
+
+    Attributes:
+        target: the tensor.
+        dtype: the dtype of its elements, as deltas call it.
+        positions: where, increasing.
+        base: the base's elements there, as bits.
+        present: those that are there now.
+    """
+
+    target: Target
+    dtype: str
+    positions: Positions
+    base: Bits
+    present: Bits
 
 
 class LiveBackend(Protocol):
@@ -83,6 +103,9 @@ class LiveBackend(Protocol):
 
     def changed(self, layers: Sequence[Layer]) -> int:
         """Number of elements whose bits differ from the base's now; the layers are those of all levels."""
+
+    def overwritten(self, layers: Sequence[Layer]) -> Iterator[Overwritten]:
+        """What the layers have changed; they are those of all levels."""
 
     def stream(self, given: Any) -> Any:
         """The stream to queue work on: the given one if it is this device's, or the calling thread's current one.

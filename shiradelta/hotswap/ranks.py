@@ -28,10 +28,12 @@ class Ranks(Protocol):
     Attributes:
         alone: whether this process is the only one.
         lost: whether another has ended, or did not answer in time.  Nothing more can be done together.
+        members: their ranks in the default group; empty for a process alone.
     """
 
     alone: bool
     lost: bool
+    members: Sequence[int]
 
     def agree(self, what: str, work: Callable[[], ResultT]) -> ResultT:
         """Does work that writes nothing, as all others do, and returns its result here.
@@ -70,6 +72,7 @@ class Alone(Ranks):
     """This process alone."""
 
     alone, lost = True, False
+    members = ()
 
     def agree(self, what: str, work: Callable[[], ResultT]) -> ResultT:
         return work()
@@ -103,7 +106,7 @@ class Together(Ranks):
         import torch.distributed as dist
 
         self.lost = False
-        self._dist, self._timeout, self._ranks = dist, timeout, list(ranks)
+        self._dist, self._timeout, self.members = dist, timeout, list(ranks)
         self._own = dist.get_rank()
         try:
             self._group = _group_of(tuple(ranks), timeout)
@@ -139,7 +142,7 @@ class Together(Ranks):
             key, before = f"shiradelta/{self._name}/{self._votes}", self._last_key
             decision = self._store.compare_set(key, "", _UNDONE if failed else _DONE).decode()
             self._last_key = key
-            if self._own == self._ranks[0] and before:
+            if self._own == self.members[0] and before:
                 with suppress(Exception):  # not every store deletes
                     self._store.delete_key(before)  # all others have read it, as they have voted since
         except Exception as unreachable:  # the process that has the store has ended
@@ -161,7 +164,7 @@ class Together(Ranks):
             raise
         if error is not None:
             raise error
-        for rank, (other, refusal) in zip(self._ranks, votes, strict=True):
+        for rank, (other, refusal) in zip(self.members, votes, strict=True):
             if other != what:
                 raise TargetError(
                     f"rank {rank} calls {brief(other, 80)} where rank {self._own} calls {brief(what, 80)}; make the"
@@ -176,12 +179,12 @@ class Together(Ranks):
 
         call = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=8).digest(), "little", signed=True)
         own = torch.tensor([call, int(agrees)])
-        found = [torch.empty_like(own) for _ in self._ranks]
+        found = [torch.empty_like(own) for _ in self.members]
         self._together(lambda: self._dist.all_gather(found, own, group=self._group))
         return all(one.tolist() == [call, 1] for one in found)
 
     def _exchange(self, own: Any) -> list[Any]:
-        found: list[Any] = [None] * len(self._ranks)
+        found: list[Any] = [None] * len(self.members)
         self._together(lambda: self._dist.all_gather_object(found, own, group=self._group))
         return found
 
@@ -192,7 +195,7 @@ class Together(Ranks):
             exchange()
         except BaseException as error:  # Ctrl-C, too, may leave the others in the middle of it
             self.lost = True
-            _groups.pop((tuple(self._ranks), self._timeout), None)
+            _groups.pop((tuple(self.members), self._timeout), None)
             if isinstance(error, RuntimeError | ValueError):
                 raise self._lost_error(error) from None
             raise

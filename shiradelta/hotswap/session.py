@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,12 +11,11 @@ from functools import partial
 from time import perf_counter
 from typing import Any, NoReturn
 
-from shiradelta.errors import ArgumentError, BaseMismatchError
-from shiradelta.hotswap.base_check import Fingerprints, check_base, checkable, fingerprints
-from shiradelta.hotswap.choose import new_backend
-from shiradelta.hotswap.devices import Devices, Streams, devices_of
+from shiradelta.errors import ArgumentError, TargetError
+from shiradelta.hotswap.base_check import fit_of
+from shiradelta.hotswap.devices import Streams, devices_for
+from shiradelta.hotswap.distributed import Distribution
 from shiradelta.hotswap.layers import different_tensors
-from shiradelta.hotswap.levels import Level, layers_of
 from shiradelta.hotswap.loaded import Loaded, Strengths, changed_strengths, check_loaded, targets_of, without
 from shiradelta.hotswap.matching import Names, check_overlaps
 from shiradelta.hotswap.outside import NO_COPIES, Watch, survive_forks
@@ -25,13 +24,11 @@ from shiradelta.hotswap.prepare import Preparation
 from shiradelta.hotswap.ranks import ranks_for, with_those_elsewhere
 from shiradelta.hotswap.reports import LoadReport, RebaseReport, SwitchReport, adapters_line, adapters_table
 from shiradelta.hotswap.selftest import SelfTested
-from shiradelta.hotswap.shares import check_whole, together
 from shiradelta.hotswap.strengths import by_part, call_of, strengths_of
 from shiradelta.io.reader import Source
 from shiradelta.models.layout import LAYOUTS, Layout
 from shiradelta.models.live import live_tensors
 from shiradelta.models.pipelines import model_in
-from shiradelta.models.stacking import StackFit
 from shiradelta.models.strengths import Strength
 from shiradelta.signing.keys import Keys
 from shiradelta.util.arguments import (
@@ -103,12 +100,14 @@ class HotSwap(SelfTested):
         targets = live_tensors(model, allow_shared=allow_shared, layout=layout)
         self._ranks = ranks_for(targets, group, timeout)
         self._targets = with_those_elsewhere(targets, self._ranks)
-        self._devices = Devices({device: new_backend(backend, device) for device in devices_of(self._targets.values())})
+        self._devices = devices_for(self._targets.values(), backend)
         self._preparation = Preparation(self._targets, names, backend, self._devices)
         self._adapters: dict[str, Loaded] = {}
         self._lock = threading.RLock()  # of the thread that uses the session
         self._watch = Watch(model)
+        self._fit = partial(fit_of, self._preparation, self._ranks, self._watch)
         self._weights = PatchedWeights(self._devices, self._watch, self._ranks)
+        self._distribution = Distribution(model, self._targets, backend, group, timeout)
         survive_forks(self)
 
     # ---------------------------------------------------------------------------------------- state
@@ -258,7 +257,7 @@ class HotSwap(SelfTested):
                 self._watch.check()
 
             self._ranks.agree(what, check_model)
-            unchecked, fit = self._check(what, adapter, check, levels)
+            unchecked, fit = self._fit(what, adapter, check, levels)
             if check:
                 self._ranks.agree(what, lambda: self._weights.others.check(targets_of([adapter])))
             report = replace(adapter.report, unchecked=unchecked, seconds=perf_counter() - began)
@@ -308,39 +307,6 @@ class HotSwap(SelfTested):
         if name in self._adapters:
             raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
 
-    def _check(
-        self, what: str, adapter: Loaded, check: bool, levels: Sequence[Level]
-    ) -> tuple[tuple[str, ...], StackFit | None]:
-        """Checks that all of an adapter is in memory, and compares its fingerprints with the base beneath the levels.
-
-        Returns:
-            Names of tensors that were not compared; what the adapter fits, if any were.
-        """
-        known = checkable(adapter.held, adapter.parts) if check else set()
-
-        def own() -> Fingerprints:
-            for held in adapter.held.values():
-                held.check_memory()
-            self._watch.check_model(target for held in adapter.held.values() for target in held.targets)
-            if not known:
-                return {}
-            with self._devices.ordered(reads=True):
-                return fingerprints(adapter.held, adapter.parts, layers_of(levels))
-
-        found = self._ranks.agree(what, own)
-        names = adapter.report.matched
-        every = self._ranks.gather((adapter.digest, sorted(names), adapter.nonzeros, found))
-        if any(other[:2] != every[0][:2] for other in every):
-            raise BaseMismatchError(
-                f"{adapter.label}: another rank has loaded another file; give all ranks the same one"
-            )
-        check_whole(adapter.label, together(nonzeros for _, _, nonzeros, _ in every), adapter.records)
-        fit = None
-        if check and (compared := together(found for *_, found in every)):
-            fit = check_base(adapter.label, compared, adapter.records, bool(levels))
-        forms = {name: {self._targets[other], *self._targets[other].forms.values()} for name, other in names.items()}
-        return tuple(name for name, some in forms.items() if known.isdisjoint(some)), fit
-
     # -------------------------------------------------------------------------------------- switching
 
     @checked(adapters=SWITCHED, stream=ANY)
@@ -376,7 +342,7 @@ class HotSwap(SelfTested):
                     self._watch.check()
                     return self._weights.report(self._adapters)
                 make_plan = partial(list, plan)
-            switch = partial(self._weights.switch, make_plan, call_of(wanted), self._adapters, streams)
+            switch = partial(self._switch, wanted, make_plan, streams)
             try:
                 if self._devices.only_queue and self._ranks.alone:
                     # Work that is queued is no faster on another thread, but begins later.
@@ -390,7 +356,14 @@ class HotSwap(SelfTested):
                 raise
 
     def revert(self, stream: Any = None) -> SwitchReport:
-        """Puts the base back, bit for bit."""
+        """Puts the base back, bit for bit.
+
+        Where the model was distributed since (`fully_shard`, `parallelize_module`), all processes call this, and each
+        puts back its own part.  The session cannot be used afterwards.
+
+        Raises:
+            TargetError: the model was moved, changed from outside, or is in an unknown state.
+        """
         return self.switch(None, stream=stream)
 
     @checked()
@@ -411,7 +384,7 @@ class HotSwap(SelfTested):
         with self._lock:
             self._weights.settle()
             unchecked = {
-                name: self._check("rebase()", adapter, check and adapter.was_compared, [])[0]
+                name: self._fit("rebase()", adapter, check and adapter.was_compared, [])[0]
                 for name, adapter in self._adapters.items()
             }
             changed = {target.name for target in self._watch.changed()}
@@ -444,5 +417,15 @@ class HotSwap(SelfTested):
                     raise
 
     def _go_back(self, active: Strengths, streams: Streams) -> SwitchReport:
-        make_plan = partial(self._weights.plan, active, self._adapters)
-        return self._weights.switch(make_plan, call_of(active), self._adapters, streams)
+        return self._switch(active, partial(self._weights.plan, active, self._adapters), streams)
+
+    def _switch(
+        self, wanted: Strengths, make_plan: Callable[[], Sequence[Strengths]], streams: Streams
+    ) -> SwitchReport:
+        try:
+            return self._weights.switch(make_plan, call_of(wanted), self._adapters, streams)
+        except TargetError:
+            if wanted or not self._weights.levels or not self._distribution.is_there():
+                raise
+            self._weights.end(partial(self._distribution.put_back, self._weights.layers, self._watch, self._ranks))
+            return self._weights.report(self._adapters)
