@@ -62,7 +62,7 @@ def shifted(step: TensorDelta) -> TensorDelta:
         return step
     bits = shifts.view(step.base_bits.dtype)
     # Where a file takes as much for either, shifts are smaller once it is packed.
-    if _room(len(ULP.encode(bits))) > _room(BITS.size(step.nnz, bits.itemsize)):
+    if _room(ULP.encoded_size(bits)) > _room(BITS.size(step.nnz, bits.itemsize)):
         return step
     positions = None if step.all_positions else step.positions()
     return TensorDelta.trusted(step.shape, positions, bits, step.dtype, "ulp", step.base_bits)

@@ -332,6 +332,18 @@ def test_bit_fields_come_back(k, data):
     assert np.array_equal(packing.unpack_fields(words, k, start, stop), fields[start:stop])
 
 
+@given(seed=st.integers(0, 2**32))
+def test_fields_of_any_width_and_place(seed):
+    rng = np.random.default_rng(seed)
+    widths, holes = rng.integers(0, 65, 40), rng.integers(0, 70, 40)
+    fields = [int(rng.integers(0, 2**64, dtype=np.uint64)) & (1 << width) - 1 for width in widths.tolist()]
+    ends = np.cumsum(widths + holes)
+    words = np.zeros(int(ends[-1]) // 64 + 2, np.uint64)
+    packing.put_fields(words, ends - widths, np.array(fields, np.uint64))
+    whole = sum(field << at for field, at in zip(fields, (ends - widths).tolist(), strict=True))
+    assert int.from_bytes(words.astype("<u8").tobytes(), "little") == whole
+
+
 # --- STRUCT ---
 
 

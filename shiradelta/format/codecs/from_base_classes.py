@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy as np
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base_classes import KEYS, Keys, round_step, thresholds
-from shiradelta.format.codecs.tiled_classes import bits_of, coarser, low_bits, nested_classes, widths_of
+from shiradelta.format.codecs.tiled_classes import bits_of, low_bits, merging, nested_classes, widths_of
 from shiradelta.format.codecs.tiles import Lines, Small
 
 #: The most bits of a class of a row or a column that are tried: what more would save, their tables take.
@@ -158,10 +159,12 @@ def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Ba
     listed = np.bincount(at + classes[keys], minlength=math.prod(shape_)).reshape(shape_)
     all_ = counts.joint(base, cuts, (of_rows[most], of_columns[most]), most)
     best: tuple[float, int, int, Positions, Positions] | None = None
+    merged_rows, merged_columns = merging(of_rows), merging(of_columns)
     for row_bits in range(most + 1):
         for column_bits in range(most + 1):
             merged = [
-                coarser(coarser(cells, of_rows, row_bits, 0), of_columns, column_bits, 1) for cells in (listed, all_)
+                merged_columns[column_bits] @ np.tensordot(merged_rows[row_bits], cells, axes=1)
+                for cells in (listed, all_)
             ]
             side = sum(map(_class_bits, (of_rows[row_bits], of_columns[column_bits]))) + 8 * merged[0].size
             bits = float(bits_of(*merged).sum()) + side
@@ -188,21 +191,29 @@ def _splits(nonzeros: Positions, elements: Positions) -> Keys:
         nonzeros: of each key.
         elements: of each key.
     """
-    found, sizes = (np.append(0, np.cumsum(counts)) for counts in (nonzeros, elements))
-    edges = [0, nonzeros.size]
+    used = np.flatnonzero(elements)
+    found, sizes = (np.append(0, np.cumsum(counts[used])) for counts in (nonzeros, elements))
+    gain, edges = np.zeros(used.size), [0, used.size]
+
+    def weigh(start: int, stop: int) -> None:
+        """What a split of one class at each of its keys saves."""
+        at = np.arange(start, stop)
+        left, right, whole = (
+            bits_of(found[stops] - found[starts], sizes[stops] - sizes[starts])
+            for starts, stops in ((start, at), (at, stop), (start, stop))
+        )
+        gain[start:stop] = whole - left - right
+
+    weigh(0, used.size)
     while len(edges) <= registry.MAX_BASE_CLASSES:
-        starts, stops = np.array(edges[:-1]), np.array(edges[1:])
-        of_key = np.repeat(np.arange(starts.size), stops - starts)
-        at = np.arange(nonzeros.size)
-        left = bits_of(found[at] - found[starts[of_key]], sizes[at] - sizes[starts[of_key]])
-        right = bits_of(found[stops[of_key]] - found[at], sizes[stops[of_key]] - sizes[at])
-        whole = bits_of(found[stops] - found[starts], sizes[stops] - sizes[starts])
-        gain = whole[of_key] - left - right
         split = int(np.argmax(gain))
         if gain[split] < _CLASS_COST:
             break
-        edges = sorted([*edges, split])
-    return np.array(edges[1:-1], np.uint16)
+        after = bisect(edges, split)
+        weigh(edges[after - 1], split)
+        weigh(split, edges[after])
+        edges.insert(after, split)
+    return used[edges[1:-1]].astype(np.uint16)
 
 
 def _class_bits(of_lines: Small) -> float:

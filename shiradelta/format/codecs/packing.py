@@ -62,6 +62,25 @@ def pack_fields(fields: Array, k: int) -> bytes:
     return words.T.reshape(-1)[: field_words(fields.size, k)].astype("<u4").tobytes()
 
 
+def put_fields(words: npt.NDArray[np.uint64], at: Positions, fields: npt.NDArray[np.uint64]) -> None:
+    """Sets fields of any width in a bitmap of zeros.
+
+    Args:
+        words: the bitmap, with a word more than the fields reach.
+        at: the first bit of each field, not decreasing; no two fields overlap.
+        fields: numbers of no more bits than their fields have.
+    """
+    if not at.size:
+        return
+    word, low = at >> 6, (at & 63).astype(np.uint64)
+    firsts = np.flatnonzero(np.diff(word, prepend=-1))
+    words[word[firsts]] |= np.bitwise_or.reduceat(fields << low, firsts)
+    # A shift by 64 bits is not defined, so what is left for the next word moves in two.  Few fields lie across.
+    beyond = (fields >> np.uint64(1)) >> (np.uint64(63) - low)
+    across = np.flatnonzero(beyond)
+    words[word[across] + 1] |= beyond[across]
+
+
 def unpack_fields(words: Words, k: int, start: int, stop: int) -> Positions:
     """The packed fields from start to stop - 1, int64; 1 <= k <= 31."""
     first, last = start // 32, -(-stop // 32)

@@ -75,13 +75,16 @@ def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid
     tile_rows = max(1, min(registry.MAX_TILE // columns, rows))
     counts = -(-rows // tile_rows) * _COUNT_BITS
     best: tuple[float, int, int, Positions, Positions] | None = None
+    row_counts, column_counts = (
+        [np.bincount(classes[bits], minlength=1 << bits) for bits in range(most + 1)]
+        for classes in (of_rows, of_columns)
+    )
+    merged_rows, merged_columns = merging(of_rows), merging(of_columns)
     for row_bits in range(1, most + 1):
+        of_row_class = merged_rows[row_bits] @ finest
         for column_bits in range(1, most + 1):
-            nonzeros = coarser(coarser(finest, of_rows, row_bits, 0), of_columns, column_bits, 1)
-            elements = np.outer(
-                np.bincount(of_rows[row_bits], minlength=1 << row_bits),
-                np.bincount(of_columns[column_bits], minlength=1 << column_bits),
-            )
+            nonzeros = of_row_class @ merged_columns[column_bits].T
+            elements = np.outer(row_counts[row_bits], column_counts[column_bits])
             side = rows * row_bits + columns * column_bits + 8 * nonzeros.size + counts * min(nonzeros.size, _KS)
             bits = float(bits_of(nonzeros, elements).sum()) + side
             if best is None or bits < best[0]:
@@ -105,29 +108,37 @@ def nested_classes(nonzeros: Positions, elements: float | Floats, most: int) -> 
     among = np.maximum(np.full(nonzeros.size, elements, np.float64), nonzeros)
     density = (nonzeros + 1) / np.maximum(among / among.mean(), 2.0**-_STEPS)
     _, group = np.unique(np.floor(np.log2(density) * _STEPS), return_inverse=True)
-    found, sizes = np.bincount(group, weights=nonzeros), np.bincount(group, weights=among)
-    of_group = np.arange(found.size)
+    found, sizes = (np.bincount(group, weights=each).tolist() for each in (nonzeros, among))
+    apart = list(map(_bits, found, sizes))
+
+    def loss(first: int) -> float:
+        together = _bits(found[first] + found[first + 1], sizes[first] + sizes[first + 1])
+        return together - apart[first] - apart[first + 1]
+
+    starts, losses = list(range(len(found))), [loss(first) for first in range(len(found) - 1)]
     result: dict[int, Small] = {}
     for bits in range(most, -1, -1):
-        while found.size > 1 << bits:
-            apart, together = bits_of(found, sizes), bits_of(found[:-1] + found[1:], sizes[:-1] + sizes[1:])
-            merged = int(np.argmin(together - apart[:-1] - apart[1:]))
-            first = np.append(np.arange(merged + 1), np.arange(merged + 2, found.size))
-            found, sizes = np.add.reduceat(found, first), np.add.reduceat(sizes, first)
-            of_group = np.where(of_group > merged, of_group - 1, of_group)
-        result[bits] = of_group[group].astype(np.uint8)
+        while len(found) > 1 << bits:
+            merged = losses.index(min(losses))
+            for each in found, sizes:
+                each[merged] += each.pop(merged + 1)
+            apart[merged : merged + 2] = [_bits(found[merged], sizes[merged])]
+            del starts[merged + 1], losses[merged]
+            for first in range(max(merged - 1, 0), min(merged + 1, len(losses))):
+                losses[first] = loss(first)
+        result[bits] = (np.searchsorted(starts, group, side="right") - 1).astype(np.uint8)
     return result
 
 
-def coarser(cells: Positions, classes: dict[int, Small], bits: int, axis: int) -> Positions:
-    """Sums of classes along an axis, of the finest, that are one class of so many bits."""
+def merging(classes: dict[int, Small]) -> dict[int, Positions]:
+    """For each number of bits, [classes of so many bits, finest classes]: 1 where the one holds the other."""
     finest = max(classes)
-    into = np.zeros(1 << finest, np.int64)
-    into[classes[finest]] = classes[bits]
-    moved = np.moveaxis(cells, axis, 0)
-    merged = np.zeros((1 << bits, *moved.shape[1:]), np.int64)
-    np.add.at(merged, into, moved)
-    return np.moveaxis(merged, 0, axis)
+    result = {}
+    for bits, of_lines in classes.items():
+        holds = np.zeros((1 << bits, 1 << finest), np.int64)
+        holds[of_lines, classes[finest]] = 1
+        result[bits] = holds
+    return result
 
 
 def low_bits(nonzeros: Positions, elements: Positions) -> Small:
@@ -147,6 +158,14 @@ def bits_of(nonzeros: npt.NDArray[np.number], elements: npt.NDArray[np.number]) 
     others = elements - nonzeros
     bits = elements * _log2(elements) - nonzeros * _log2(nonzeros) - others * _log2(others)
     return np.asarray(bits, np.float64)
+
+
+def _bits(nonzeros: float, elements: float) -> float:
+    """`bits_of` two numbers."""
+    others = elements - nonzeros
+    return sum(
+        sign * count * math.log2(count) for sign, count in ((1, elements), (-1, nonzeros), (-1, others)) if count > 1
+    )
 
 
 def _log2(counts: npt.NDArray[np.number]) -> Floats:

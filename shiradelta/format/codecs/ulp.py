@@ -17,7 +17,16 @@ from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, ValueCodec, check_zero, part, small_lead
 from shiradelta.format.codecs.packing import has_unused_bits, pack_bitmap
 from shiradelta.format.codecs.rice import best_k
-from shiradelta.format.codecs.ulp_stream import MOST_J, MOST_K, BlockRuns, Listed, best_j, read_listed, write_listed
+from shiradelta.format.codecs.ulp_stream import (
+    MOST_J,
+    MOST_K,
+    BlockRuns,
+    Listed,
+    best_j,
+    magnitude_bits,
+    read_listed,
+    write_listed,
+)
 from shiradelta.format.registry import ValueId
 from shiradelta.util.arrays import ranges
 
@@ -109,22 +118,26 @@ class Ulp(ValueCodec):
         return small_lead(data) or data.size - parts.signs.size - parts.stream.size
 
     def encode(self, values: Array) -> bytes:
-        size = values.itemsize
-        shifts = values.view(f"<i{size}").astype(np.int64)
-        magnitudes, most = np.abs(shifts), (1 << (8 * size - 1)) - 1
-        if np.any(magnitudes < 1) or np.any(magnitudes > most):
-            raise DeltaError(f"a shift is 0, or beyond {most}: it does not fit the codec")
-        k, j, stream, directory = _encode(np.flatnonzero(magnitudes > 1), magnitudes, 8 * size - 2)
+        shifts = _signed(values)
+        listing = _Listing.of(shifts, values.itemsize)
+        stream, directory = listing.written()
         bits, listed = directory[-1].tolist()
         return b"".join(
             (
-                registry.ULP_HEAD.pack(k, j, bits, listed),
+                registry.ULP_HEAD.pack(listing.k, listing.j, bits, listed),
                 directory[:-1].astype(f"<u{registry.word_size(max(bits, listed))}").tobytes(),
                 pack_bitmap(np.flatnonzero(shifts < 0), values.size),
                 stream,
                 SLACK,
             )
         )
+
+    def encoded_size(self, values: Array) -> int:
+        """Bytes of the section of these values, without making it."""
+        listing = _Listing.of(_signed(values), values.itemsize)
+        bits, listed = listing.bits, listing.listed.gaps.size
+        least = self.size(values.size, values.itemsize) - 8 * listing.counts.size
+        return least + 2 * registry.word_size(max(bits, listed)) * listing.counts.size + 4 * -(-bits // 32)
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
         return self._decode(_UlpParts.of(data, nnz), nnz, size, start, stop)
@@ -148,17 +161,47 @@ class Ulp(ValueCodec):
         return np.where(minus, -found, found).astype(f"<i{size}").view(f"<u{size}")
 
 
-def _encode(ranks: Positions, magnitudes: Positions, most_j: int) -> tuple[int, int, bytes, Positions]:
-    """(k, j, the stream, the directory with the end as its last row) of the shifts to list."""
-    blocks = -(-magnitudes.size // BLOCK)
-    listed = np.bincount(ranks // BLOCK, minlength=blocks)
-    beyond = magnitudes[ranks].astype(np.uint64) - np.uint64(2)
-    gaps = ranks - np.maximum(np.append(-1, ranks[:-1])[: ranks.size], ranks // BLOCK * BLOCK - 1) - 1
-    k, j = best_k(gaps), best_j(beyond, most_j)
-    lists, sizes, stream = np.flatnonzero(listed), np.zeros(blocks, np.int64), b""
-    if lists.size:
-        stream, sizes[lists] = write_listed(
-            Listed(gaps, beyond), BlockRuns(listed[lists]), np.full(ranks.size, k), np.full(ranks.size, j)
-        )
-    starts = np.append(0, np.cumsum(sizes))
-    return k, j, stream, np.stack((starts, np.append(0, np.cumsum(listed))), axis=1)
+def _signed(values: Array) -> Array:
+    return values.view(f"<i{values.itemsize}")
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The shifts to list, and how."""
+
+    listed: Listed
+    counts: Positions  # of each block
+    k: int
+    j: int
+
+    @classmethod
+    def of(cls, shifts: Array, size: int) -> _Listing:
+        """Those beyond 1 among signed shifts of elements of so many bytes.
+
+        Raises:
+            DeltaError: a shift does not fit.
+        """
+        ranks = np.flatnonzero((shifts != 1) & (shifts != -1))
+        magnitudes, most = np.abs(shifts[ranks].astype(np.int64)), (1 << (8 * size - 1)) - 1
+        # The magnitude of the smallest 64-bit integer is itself.
+        if np.any(magnitudes < 1) or np.any(magnitudes > most):
+            raise DeltaError(f"a shift is 0, or beyond {most}: it does not fit the codec")
+        beyond = magnitudes.astype(np.uint64) - np.uint64(2)
+        gaps = ranks - np.maximum(np.append(-1, ranks[:-1])[: ranks.size], ranks // BLOCK * BLOCK - 1) - 1
+        counts = np.bincount(ranks // BLOCK, minlength=-(-shifts.size // BLOCK))
+        return cls(Listed(gaps, beyond), counts, best_k(gaps), best_j(beyond, 8 * size - 2))
+
+    @property
+    def bits(self) -> int:
+        """Bits of the stream."""
+        gaps, beyond = self.listed
+        return int((gaps >> self.k).sum()) + (1 + self.k) * gaps.size + magnitude_bits(beyond, self.j)
+
+    def written(self) -> tuple[bytes, Positions]:
+        """(the stream, the directory with the end as its last row)."""
+        lists, sizes, stream = np.flatnonzero(self.counts), np.zeros(self.counts.size, np.int64), b""
+        if lists.size:
+            k, j = (np.full(self.listed.gaps.size, each) for each in (self.k, self.j))
+            stream, sizes[lists] = write_listed(self.listed, BlockRuns(self.counts[lists]), k, j)
+        ends = [np.append(0, np.cumsum(each)) for each in (sizes, self.counts)]
+        return stream, np.stack(ends, axis=1)

@@ -19,7 +19,16 @@ from shiradelta.format.codecs.from_base_classes import keys_of
 from shiradelta.format.codecs.packing import has_unused_bits, pack_bitmap
 from shiradelta.format.codecs.rice import best_k
 from shiradelta.format.codecs.tiles import PartsReader, Small, fields
-from shiradelta.format.codecs.ulp_stream import MOST_J, MOST_K, BlockRuns, Listed, best_j, read_listed, write_listed
+from shiradelta.format.codecs.ulp_stream import (
+    MOST_J,
+    MOST_K,
+    BlockRuns,
+    Listed,
+    best_j,
+    counted,
+    read_listed,
+    write_listed,
+)
 from shiradelta.format.registry import ValueId
 
 BLOCK = registry.ULP_BLOCK
@@ -226,11 +235,16 @@ def _thresholds(keys: Keys, magnitudes: Positions, size: int) -> Keys:
     """Where classes begin but for the first, given the base's keys of all shifts."""
     edges = np.arange(0, KEYS, round_step(size))
     bins, where = keys // round_step(size), np.flatnonzero(magnitudes > 1)
-    beyond, of_listed = magnitudes[where] - 2.0, bins[where]
+    # Few bins and magnitudes go together, so each pair is weighed once.  A pair has to fit 64 bits.
+    least = np.minimum(magnitudes[where], 1 << 55).astype(np.uint64)
+    of_pair, counts = counted(least * np.uint64(edges.size) + bins[where])
+    beyond, of_listed = np.divmod(of_pair, np.uint64(edges.size))
+    of_listed, beyond = of_listed.astype(np.int64), beyond - 2.0
     # What the magnitudes take in each bin, for each j: those of Exp-Golomb codes.
     bits = np.empty((edges.size, min(_JS, 8 * size - 1)))
     for j in range(bits.shape[1]):
         widths = 2 * np.floor(np.log2(beyond + (1 << j))) - j + 1
-        bits[:, j] = np.bincount(of_listed, widths, edges.size)
-    elements, listed = (np.bincount(each, minlength=edges.size) for each in (bins, of_listed))
+        bits[:, j] = np.bincount(of_listed, widths * counts, edges.size)
+    elements = np.bincount(bins, minlength=edges.size)
+    listed = np.bincount(of_listed, counts, edges.size)
     return thresholds(edges, elements, listed, size, -(-keys.size // BLOCK), bits=bits)

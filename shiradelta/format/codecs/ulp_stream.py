@@ -10,10 +10,15 @@ import numpy.typing as npt
 from shiradelta.errors import FormatError
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.codecs.packing import find_ones
+from shiradelta.format.codecs.packing import find_ones, put_fields
+from shiradelta.util.arrays import ranges
 
 #: The largest k, with which a gap has no unary part; the largest j; the most bits of a magnitude's field.
 MOST_K, MOST_J, MOST_WIDTH = 13, 62, 63
+#: About how many shifts are written at a time.
+_AT_A_TIME = 1 << 15
+#: Numbers below this are counted in a table.
+_COUNTED = 1 << 20
 _POWERS = np.uint64(1) << np.arange(64, dtype=np.uint64)
 
 Unsigned = npt.NDArray[np.uint64]
@@ -89,38 +94,72 @@ def read_listed(stream: Bytes, at: Positions, end: Positions, runs: BlockRuns, k
 
 def write_listed(listed: Listed, runs: BlockRuns, k: Positions, j: Positions) -> tuple[bytes, Positions]:
     """(the streams of blocks in whole u32 words, the bits of each block); see `read_listed`."""
+    written, sizes, bits = [], [], 0
+    edges = np.append(0, np.cumsum(runs.counts)).tolist()
+    # Some blocks at a time, so that what is made of them stays in a core's cache.
+    for first, last in ranges(runs.counts.size, max(_AT_A_TIME * runs.counts.size // edges[-1], 1)):
+        start, stop = edges[first], edges[last]
+        some = Listed(listed.gaps[start:stop], listed.beyond[start:stop])
+        words, of_blocks = _write(some, BlockRuns(runs.counts[first:last]), k[start:stop], j[start:stop], bits % 64)
+        written.append((bits // 64, words))
+        sizes.append(of_blocks)
+        bits += int(of_blocks.sum())
+    stream = np.zeros(bits // 64 + 2, np.uint64)
+    for word, words in written:
+        stream[word : word + words.size] |= words
+    return stream.astype("<u8", copy=False).tobytes()[: 4 * -(-bits // 32)], np.concatenate(sizes)
+
+
+def _write(listed: Listed, runs: BlockRuns, k: Positions, j: Positions, at: int) -> tuple[Unsigned, Positions]:
+    """(words of the streams of blocks from a bit on, the bits of each block)."""
     gaps, beyond = listed
     widths = _bit_length(beyond + _POWERS[j]) - 1
     gap_unary, unary = (gaps >> k) + 1, widths - j + 1
     parts = runs.sums(gap_unary), runs.sums(k), runs.sums(unary), runs.sums(widths)
     sizes: Positions = np.sum(parts, axis=0)
-    starts = np.cumsum(sizes) - sizes
+    starts = np.cumsum(sizes) - sizes + at
     gap_at, low_at, unary_at, field_at = starts + np.cumsum([np.zeros_like(starts), *parts[:3]], axis=0)
-    stream = np.zeros(-(-int(sizes.sum()) // 32) * 32, np.uint8)
-    stream[runs.spread(gap_at) + runs.up_to(gap_unary) - 1] = 1
-    stream[runs.spread(unary_at) + runs.up_to(unary) - 1] = 1
-    low = runs.spread(low_at) + runs.up_to(k) - k
-    for bit in range(int(k.max())):
-        has = k > bit
-        stream[low[has] + bit] = gaps[has] >> bit & 1
-    fields, field = beyond + _POWERS[j] - _POWERS[widths], runs.spread(field_at) + runs.up_to(widths) - widths
-    for bit in range(int(widths.max())):
-        has = widths > bit
-        stream[field[has] + bit] = fields[has] >> np.uint64(bit) & np.uint64(1)
-    return np.packbits(stream, bitorder="little").tobytes(), sizes
+    words, ones = np.zeros((at + int(sizes.sum())) // 64 + 2, np.uint64), np.ones(k.size, np.uint64)
+    low, fields = gaps.astype(np.uint64) & (_POWERS[k] - np.uint64(1)), beyond + _POWERS[j] - _POWERS[widths]
+    put_fields(words, runs.spread(gap_at) + runs.up_to(gap_unary) - 1, ones)
+    put_fields(words, runs.spread(low_at) + runs.up_to(k) - k, low)
+    put_fields(words, runs.spread(unary_at) + runs.up_to(unary) - 1, ones)
+    put_fields(words, runs.spread(field_at) + runs.up_to(widths) - widths, fields)
+    return words, sizes
 
 
 def best_j(beyond: Unsigned, most: int) -> int:
     """The smallest j that makes the magnitudes' bits fewest."""
-    # A magnitude takes 2 z + 1 + j bits, and z + j + 1 is the length of beyond + 2^j.  Few of them differ.
-    different, counts = np.unique(beyond, return_counts=True)
-    zeros = [int((_bit_length(different + _POWERS[j]) - 1 - j) @ counts) for j in range(most + 1)]
-    return int(np.argmin([2 * z + j * beyond.size for j, z in enumerate(zeros)]))
+    different, counts = counted(beyond)
+    return int(np.argmin([_bits_of(different, counts, j) for j in range(most + 1)]))
+
+
+def magnitude_bits(beyond: Unsigned, j: int) -> int:
+    """Bits of the magnitudes."""
+    return _bits_of(*counted(beyond), j)
+
+
+def counted(numbers: Unsigned) -> tuple[Unsigned, Positions]:
+    """(the different numbers, how many there are of each); few numbers differ."""
+    if numbers.size and int(numbers.max()) < _COUNTED:  # much faster than sorting
+        counts = np.bincount(numbers.astype(np.int64))
+        different = np.flatnonzero(counts)
+        return different.astype(np.uint64), counts[different]
+    return np.unique(numbers, return_counts=True)
+
+
+def _bits_of(beyond: Unsigned, counts: Positions, j: int) -> int:
+    # A magnitude takes 2 z + 1 + j bits, and z + j + 1 is the length of beyond + 2^j.
+    zeros = _bit_length(beyond + _POWERS[j]) - 1 - j
+    return int((2 * zeros + 1 + j) @ counts)
 
 
 def _bit_length(numbers: Unsigned) -> Positions:
     """The bits of each number; exact, unlike a logarithm."""
-    return np.searchsorted(_POWERS, numbers, side="right")
+    if numbers.size and int(numbers.max()) >= _POWERS[53]:  # which float64 rounds
+        return np.searchsorted(_POWERS, numbers, side="right")
+    _, lengths = np.frexp(numbers.astype(np.float64))
+    return lengths.astype(np.int64)
 
 
 def _unary(ones: Positions, at: Positions, end: Positions, runs: BlockRuns) -> tuple[Positions, Positions]:
