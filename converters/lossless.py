@@ -20,15 +20,15 @@ import numpy as np
 from shiradelta.chain.difference import changed, shifted
 from shiradelta.errors import SourceError, TargetError
 from shiradelta.folder.recode import base_of
-from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import BITS, ULP
+from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.delta import TensorDelta
-from shiradelta.format.windows import Cursor
 from shiradelta.io.context import plain_delta, write_on_base
+from shiradelta.io.encoded import Encoded
 from shiradelta.io.reader import Delta, parse_delta
 from shiradelta.io.recognise import UNCHANGED, Wanted
-from shiradelta.io.writer import writing_to
+from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.provenance import named
 from shiradelta.util.arrays import ranges
@@ -85,12 +85,13 @@ class Lossless:
                 plain = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
             packed = self.zstd and plain is output
             with writing_to(plain, "f32", self.zstd, self.backend, scratch, packed) as writer:
-                work = ahead(lambda name: _difference(source, base, name), names)
+                work = ahead(lambda name: _encoded(writer, name, _difference(source, base, name)), names)
                 for number, (name, tensor) in enumerate(zip(names, work, strict=True)):
                     self.progress(name, number, len(names))
                     if tensor is not None:
-                        writer.add(name, tensor, compress=2 * tensor.nnz > tensor.numel)
-                        about = name, tensor.op, tensor.shape, tensor.nnz, tensor.numel
+                        record = tensor.record
+                        writer.add_encoded(tensor, compress=2 * record.nnz > record.numel)
+                        about = name, record.operation.name, record.shape, record.nnz, record.numel
                         report.tensors.append(TensorReport(*about, energy=0.0, lost=0.0, inexact=0))
                 if not report.tensors:
                     raise SourceError(f"{self.source}: {UNCHANGED}")
@@ -126,9 +127,12 @@ class Lossless:
             if delta.needs_base:
                 delta = stack.enter_context(plain_delta(delta, base_of(delta, base)))
             delta.verify()
+            # One buffer for all: memory that was not touched before takes longer to fill than to compare.
+            largest = max((tensor.numel * tensor.record.element_size for tensor in delta.values()), default=0)
+            room = np.empty(largest, np.uint8)
             for number, name in enumerate(delta):
                 self.progress("verifying", number, len(delta))
-                if not _gives(delta, name, source, base):
+                if not _gives(delta, name, source, base, room):
                     raise TargetError(f"{self.target}: tensor {name!r} would not be the source's; report this")
 
 
@@ -153,6 +157,10 @@ def _difference(source: Checkpoint, base: Checkpoint, name: str) -> TensorDelta 
     return smallest(step, base.bits(name), source.bits(name))
 
 
+def _encoded(writer: DeltaWriter, name: str, tensor: TensorDelta | None) -> Encoded | None:
+    return None if tensor is None else writer.encode(name, tensor)
+
+
 def smallest(step: TensorDelta, old: Array, new: Array) -> TensorDelta:
     """The delta with the smallest sections that does what a step does.
 
@@ -165,14 +173,14 @@ def smallest(step: TensorDelta, old: Array, new: Array) -> TensorDelta:
     if 2 * step.nnz <= old.size or step.all_positions:
         return step
     # Where most elements change, positions are a bitmap: one bit an element.
-    size = len(ULP.encode(step.bits())) if step.operation.shifts else BITS.size(step.nnz, old.itemsize)
+    size = ULP.encoded_size(step.bits()) if step.operation.shifts else BITS.size(step.nnz, old.itemsize)
     if size + old.size // 8 > BITS.size(old.size, old.itemsize):
         return TensorDelta.trusted(step.shape, None, new, step.dtype, "set", old)
     return step
 
 
-def _gives(delta: Delta, name: str, source: Checkpoint, base: Checkpoint) -> bool:
-    """Whether a tensor of the file makes the base's tensor the source's."""
+def _gives(delta: Delta, name: str, source: Checkpoint, base: Checkpoint, room: Bytes) -> bool:
+    """Whether a tensor of the file makes the base's tensor the source's; there is room for the tensor's bytes."""
     tensor = delta[name]
     operation = tensor.operation
     if (name in base, name in source) != (operation.in_base, operation.in_result):
@@ -182,15 +190,11 @@ def _gives(delta: Delta, name: str, source: Checkpoint, base: Checkpoint) -> boo
     new = source.bits(name)
     if operation.creates:
         return new.size == tensor.nnz and all(map(np.array_equal, tensor.bits_windows(), _cut(new)))
-    old, cursor = base.bits(name), Cursor(tensor)
-    for start, stop in ranges(old.size, _BLOCK):
-        block = old[start:stop].copy()
-        for positions, bits in cursor.until(stop):
-            at = positions - start
-            block[at] = arithmetic.result(operation, bits, block[at], tensor.dtype, 1.0)
-        if not np.array_equal(block, new[start:stop]):
-            return False
-    return cursor.end is None
+    old = base.bits(name)
+    patched = room[: old.nbytes].view(old.dtype)
+    np.copyto(patched, old)
+    tensor.patch(patched, tensor.dtype)
+    return all(np.array_equal(patched[start:stop], new[start:stop]) for start, stop in ranges(new.size, _BLOCK))
 
 
 def _cut(bits: Array) -> Iterator[Array]:

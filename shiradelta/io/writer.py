@@ -13,27 +13,24 @@ from typing import IO, cast
 import numpy as np
 
 from shiradelta.backends.choose import AUTO, choose
-from shiradelta.backends.protocols import Backend
 from shiradelta.errors import ArgumentError, DeltaError, FormatError
-from shiradelta.format import arithmetic, container, registry
+from shiradelta.format import container, registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs import BITS, INDEX_CODECS, ULP, VALUE_CODECS, VALUE_OPTIONS, smallest_index_codec
+from shiradelta.format.codecs import BITS, INDEX_CODECS, ULP, VALUE_CODECS, VALUE_OPTIONS
 from shiradelta.format.delta import TensorDelta
-from shiradelta.format.digest import TensorDigest, content_digest, tensor_digest
+from shiradelta.format.digest import TensorDigest, content_digest
 from shiradelta.format.header import crc32
 from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.packed import Packer
-from shiradelta.format.record import Record, Section, combination_problem
-from shiradelta.format.windows import windows_of
+from shiradelta.format.record import Record, Section
 from shiradelta.format.zstd import FAST, LEVEL, compressed
+from shiradelta.io.encoded import Encoded, SeesResult, encoded
 from shiradelta.io.reader import StoredTensor
 from shiradelta.util.arguments import ArgumentKind, checked
 from shiradelta.util.files import replacing
 
 #: Sections are collected in memory up to this size, then on disk beside the output.
 SPOOL_BYTES = 16 << 20
-#: Called with positions, the bits of the base's elements there, and those of the result at strength 1.
-SeesResult = Callable[[Positions, Array, Array], None]
 
 
 class DeltaWriter:
@@ -50,7 +47,6 @@ class DeltaWriter:
         self._spool, self._may_pack, self.packed = spool, packed, False
         self._codec = VALUE_OPTIONS.find(values)
         self._zstd = zstd
-        self._level = LEVEL if zstd else None
         # Positions may need any index codec; a backend given by name uses only the codecs that it knows.
         index_ids = INDEX_CODECS.by_id if backend == AUTO else ()
         self._backend = choose(backend, index_ids, (self._codec.id, ULP.id, BITS.id))
@@ -73,20 +69,35 @@ class DeltaWriter:
             DeltaError: a name that is taken or not allowed, values that do not fit the codec, or a tensor that a reader
             would refuse.
         """
-        if name in self._records:
-            raise ArgumentError(f"tensor {name!r} is given twice")
+        encoded = self.encode(name, tensor, see)
+        self.add_encoded(encoded, compress=compress)
+        return encoded.stored
+
+    def encode(self, name: str, tensor: TensorDelta, see: SeesResult | None = None) -> Encoded:
+        """What `add` makes of one tensor; several threads may call it at a time.
+
+        Raises:
+            DeltaError: as `add`, but for a name that is taken.
+        """
         try:
             container.check_name(name.encode())
         except (FormatError, UnicodeEncodeError) as error:
             raise ArgumentError(f"tensor name {name!r} is not allowed: {error}") from None
-        self._level = LEVEL if self._zstd else FAST if compress else None
         try:
-            record, stored = self._encode(name, tensor, see)
+            return encoded(name, tensor, self._codec, self._backend, see)
         except DeltaError as error:
             raise DeltaError(f"tensor {name!r}: {error}") from None
-        self._records[name] = record
-        self._digests[name] = tensor_digest(stored)
-        return stored
+
+    def add_encoded(self, tensor: Encoded, *, compress: bool = False) -> None:
+        """Adds what `encode` made, as `add` does.
+
+        Raises:
+            ArgumentError: its name is taken.
+        """
+        if tensor.record.name in self._records:
+            raise ArgumentError(f"tensor {tensor.record.name!r} is given twice")
+        level = LEVEL if self._zstd else FAST if compress else None
+        self._put(tensor.record, tensor.digest, (tensor.index, tensor.values), level)
 
     def add_set(
         self, name: str, at: StoredTensor, dtype: registry.DType, windows: Iterable[tuple[Positions, Array, Array]]
@@ -150,13 +161,16 @@ class DeltaWriter:
             values: the values' section.
             compress: compress both where that helps, in a file in which others are not compressed.
         """
-        self._level = LEVEL if self._zstd or compress else None
+        self._put(record, digest, (index, values), LEVEL if self._zstd or compress else None)
+
+    def _put(self, record: Record, digest: bytes, sections: tuple[bytes, bytes], level: int | None) -> None:
+        """Appends both sections to the spool, compressed at a level where that helps."""
         leads = (
-            self._index_lead(record.index_codec, index, record.nnz, record.numel),
-            self._values_lead(record.value_codec, values, record.nnz),
+            self._index_lead(record.index_codec, sections[0], record.nnz, record.numel),
+            self._values_lead(record.value_codec, sections[1], record.nnz),
         )
-        sections = [self._store(*each) for each in zip((index, values), leads, strict=True)]
-        self._records[record.name] = replace(record, index=sections[0], values=sections[1])
+        index, values = (self._store(*each, level) for each in zip(sections, leads, strict=True))
+        self._records[record.name] = replace(record, index=index, values=values)
         self._digests[record.name] = digest
 
     def drop_results(self, which: Callable[[Record], bool]) -> None:
@@ -174,61 +188,15 @@ class DeltaWriter:
         self._spool.write(bytes(-size % registry.SECTION_ALIGNMENT))
         return Section(offset, size, size, crc)
 
-    def _encode(self, name: str, tensor: TensorDelta, see: SeesResult | None) -> tuple[Record, TensorDelta]:
-        operation = tensor.operation
-        index_id, value_id = registry.IndexId.NONE.value, registry.ValueId.NONE.value
-        index = values = Section(0, 0, 0, 0)
-        stored = tensor
-        if tensor.nnz:
-            positions = tensor.positions()
-            index_id = smallest_index_codec(positions, tensor.shape, self._backend.index_codecs)
-            section = self._backend.index_codecs[index_id].encode(positions, tensor.shape)
-            index = self._store(section, self._index_lead(index_id, section, tensor.nnz, tensor.numel))
-            value_id = self._codec.id if operation.adds else (ULP if operation.shifts else BITS).id
-            values, decoded = self._store_values(tensor, value_id)
-            stored = TensorDelta.trusted(
-                shape=tensor.shape,
-                positions=None if operation.creates else positions,
-                values=decoded,
-                dtype=tensor.dtype,
-                op=tensor.op,
-                base_bits=tensor.base_bits,
-            )
-        base_fingerprint, result_fingerprint = _fingerprints(tensor, stored, self._backend, see)
-        record = Record(
-            name=name,
-            shape=tensor.shape,
-            dtype=registry.DTYPE_OF_NAME[tensor.dtype],
-            operation=operation,
-            index_codec=index_id,
-            value_codec=value_id,
-            nnz=tensor.nnz,
-            base_fingerprint=base_fingerprint,
-            result_fingerprint=result_fingerprint,
-            index=index,
-            values=values,
-        )
-        problem = combination_problem(record)
-        if problem:
-            raise DeltaError(problem)
-        return record, stored
-
-    def _store_values(self, tensor: TensorDelta, id: int) -> tuple[Section, Array]:
-        """Encodes values: (the VALUES section, the values as a reader will decode them)."""
-        codec, count = self._backend.value_codecs[id], tensor.nnz
-        payload = codec.encode(tensor.values() if tensor.operation.adds else tensor.bits())
-        size = registry.DTYPE_OF_NAME[tensor.dtype].size
-        stored = self._store(payload, self._values_lead(id, payload, count))
-        return stored, codec.decode(np.frombuffer(payload, np.uint8), count, size, 0, count)
-
-    def _store(self, payload: bytes, lead: int) -> Section:
+    def _store(self, payload: bytes, lead: int, level: int | None) -> Section:
         """Appends a section to the spool; returns its offset there.
 
         Args:
             payload: the section.
             lead: how many of its first bytes are compressed together with those of all others if the file is packed.
+            level: compress it at this level where that helps; None for never.
         """
-        frame = None if self._level is None else compressed(payload, self._level)
+        frame = None if level is None else compressed(payload, level)
         if frame is not None and self._may_pack and len(frame) > len(payload) - lead * 3 // 4 - registry.SLACK:
             frame = None
         stored = payload if frame is None else frame
@@ -311,31 +279,6 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
         chunk = source.read(min(size, 1 << 20))
         target.write(chunk)
         size -= len(chunk)
-
-
-def _fingerprints(
-    tensor: TensorDelta, stored: TensorDelta, backend: Backend, see: SeesResult | None
-) -> tuple[int | None, int | None]:
-    """Fingerprints of the base and of the result at strength 1; None if the base is unknown."""
-    if tensor.dtype == "unspecified":
-        return None, None
-    base, operation = tensor.base_bits, tensor.operation
-    if not operation.in_result or (base is None and not operation.stores_elements):
-        # Where the values stay as they are, so does the result.
-        same = tensor.result_fingerprint is not None and np.array_equal(stored.bits(), tensor.bits())
-        return tensor.base_fingerprint, tensor.result_fingerprint if same else None
-    of_base = of_result = start = 0
-    for positions, bits in windows_of(stored):
-        old = None if base is None else base[start : start + positions.size]
-        start += positions.size
-        if old is not None:
-            of_base += backend.fingerprint(positions, old)
-            bits = arithmetic.result(operation, bits, old, tensor.dtype, 1)
-            if see is not None:
-                see(positions, old, bits)
-        of_result += backend.fingerprint(positions, bits)
-    known = tensor.base_fingerprint if base is None else of_base % (1 << 64)
-    return (known if operation.in_base else None), of_result % (1 << 64)
 
 
 class _Scale:

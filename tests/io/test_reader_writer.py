@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shiradelta as sd
-from shiradelta.errors import DeltaError, FormatError, ShiraDeltaError, TargetError
+from shiradelta.errors import ArgumentError, DeltaError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.digest import tensor_digest
 from shiradelta.io.writer import writing_to
+from shiradelta.util.threads import ahead
 from tests.reference import VALID, by_decoder, contents
 
 VALUES = list(VALUE_OPTIONS)
@@ -432,6 +433,16 @@ def test_values_that_do_not_fit_name_the_tensor(tmp_path):
     text = refused(sd.save_delta, tmp_path / "out.shd", {"layers.7.weight": tensor}, values="f16")
     assert "layers.7.weight" in text
     assert "f32" in text
+
+
+def test_what_threads_encode_is_written_as_one_does(tmp_path):
+    tensors = {str(seed): random_delta(count=50 << seed, seed=seed) for seed in range(8)}
+    with (tmp_path / "threads.shd").open("wb") as output, writing_to(output) as writer:
+        for one in ahead(lambda name: writer.encode(name, tensors[name]), tensors, threads=4):
+            writer.add_encoded(one)
+        with pytest.raises(ArgumentError, match="'3' is given twice"):
+            writer.add_encoded(writer.encode("3", tensors["4"]))
+    assert (tmp_path / "threads.shd").read_bytes() == written(tensors, tmp_path)
 
 
 def test_an_unknown_codec_lists_those_there_are(tmp_path):
