@@ -21,7 +21,7 @@ import numpy as np
 
 import shiradelta as sd
 from benchmarks import wires
-from benchmarks.lossless import STEPS
+from benchmarks.lossless.steps import STEPS
 from benchmarks.table import print_table
 from shiradelta.chain import Chain, FolderFollower, LiveFollower
 from shiradelta.chain.difference import shifted

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.torch import save_file
 
 import shiradelta as sd
-from benchmarks.lossless import RATES, STEPS, State, language_steps, steps
+from benchmarks.lossless.steps import RATES, STEPS, State, language_steps, steps
 from benchmarks.table import print_table
 from shiradelta.chain.difference import shifted
 from shiradelta.chain.fold import check_base
