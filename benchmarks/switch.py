@@ -31,7 +31,7 @@ from benchmarks.table import machine, print_table
 from shiradelta.format import container, registry
 
 RESULTS = Path(__file__).parent / "results"
-EXPERIMENTS = ["compare", "density", "adapters", "size"]
+EXPERIMENTS = ["compare", "lossless", "density", "adapters", "size"]
 
 
 class Stage:
@@ -92,8 +92,8 @@ class Stage:
         return seconds
 
 
-def one_layer(stage: Stage, density: float, seed: int, values: str = "int8") -> bytes:
-    """A file for the first layer: independent positions, random values."""
+def one_layer(stage: Stage, density: float, seed: int, values: str = "int8", shifts: bool = False) -> bytes:
+    """A file for the first layer: independent positions, random values, or shifts of which nine in ten are 1 or -1."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, parameter in stage.model[0].named_parameters():
@@ -102,9 +102,13 @@ def one_layer(stage: Stage, density: float, seed: int, values: str = "int8") -> 
         positions = np.cumsum(gaps) - 1
         positions = positions[positions < numel]
         base = parameter.data.view(torch.int16).view(-1)[torch.from_numpy(positions).to(stage.device)].cpu().numpy()
-        delta = (rng.standard_normal(positions.size) * 0.01).astype(np.float32)
-        shape = tuple(parameter.shape)
-        tensors[f"0.{name}"] = sd.TensorDelta(shape, positions, delta, "bfloat16", base_bits=base.view(np.uint16))
+        if shifts:
+            delta = rng.choice([-1, 1], positions.size) * np.where(rng.random(positions.size) < 0.1, 2, 1)
+        else:
+            delta = (rng.standard_normal(positions.size) * 0.01).astype(np.float32)
+        bits = base.view(np.uint16)
+        operation = "ulp" if shifts else "add"
+        tensors[f"0.{name}"] = sd.TensorDelta(tuple(parameter.shape), positions, delta, "bfloat16", operation, bits)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.shd"
         sd.save_delta(path, tensors, values=values)
@@ -177,6 +181,24 @@ def compare(stage: Stage) -> None:
     for what, seconds in against.items():
         rows.append([what, *(f"{value / seconds:.3f} x" for value in (apply, revert, other))])
     print_table(f"{stage.layers} layers of Llama-2-7B, bf16, 1 %, int8, on {where(stage.device)}", rows)
+
+
+def lossless(stage: Stage) -> None:
+    """The next checkpoint of a training run, 1 % changed, by each backend of the device."""
+    weights = stage.weights()
+    copies = [torch.empty_like(weight) for weight in weights]
+    copy = stage.row("lossless", "copy of the weights", 1, stage.seconds(lambda: torch._foreach_copy_(copies, weights)))
+    data = for_all_layers(one_layer(stage, 0.01, 0, shifts=True), stage.layers)
+    rows = [["", "apply", "revert"]]
+    for backend in ("triton", "torch") if stage.device == "cuda" else ("libshd", "numpy"):
+        swap = sd.HotSwap(stage.model, backend=backend)
+        swap.load("step", data)
+        found = _apply(stage, swap, {"step": 1.0}), _reverts(stage, swap, "step")
+        for what, seconds in zip(("apply", "revert"), found, strict=True):
+            stage.row("lossless", f"HotSwap {what}, {backend}", 1, seconds)
+        rows.append([backend, *(f"{seconds / copy:.3f} x" for seconds in found)])
+        swap.revert()
+    print_table(f"a lossless step of 1 %, against a copy of the weights, on {where(stage.device)}", rows)
 
 
 def _copies(stage: Stage) -> tuple[float, float]:
@@ -382,6 +404,7 @@ def main() -> None:
     print(f"{where(options.device)}; {versions()}")
     experiments: dict[str, Callable[[], object]] = {
         "compare": lambda: compare(stage),
+        "lossless": lambda: lossless(stage),
         "density": lambda: densities(stage, [0.1, 1] if options.quick else [0.1, 0.2, 0.5, 1, 2, 5], layers),
         "adapters": lambda: counts(stage, [1, 2] if options.quick else [1, 2, 4, 8], layers),
         "size": lambda: sizes(stage, [number for number in (1, 2, 4, 8, 16, 32) if number <= layers]),

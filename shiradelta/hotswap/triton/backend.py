@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shiradelta.format import arithmetic
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, only_strengths_differ
 from shiradelta.hotswap.protocol import Fit
@@ -47,6 +48,7 @@ class TritonBackend(TorchBackend):
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 1
         self._programs = _PROGRAMS * processors
         self._compiled: dict[tuple[object, ...], Any] = {}
+        self._refused = torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
         held = super().hold(files)
@@ -64,7 +66,7 @@ class TritonBackend(TorchBackend):
         """
         for x in self._plan([Layer(held, 1, None)]).alone:
             onto = held.data.table, x.entries, _ALIGNED
-            self._run(kernels.apply_kernel, x, *onto, 1.0, most=0, FILLED=False, **x.kind.values())
+            self._run(kernels.apply_kernel, x, *onto, 1.0, self._refused, most=0, FILLED=False, **x.kind.put())
             self._run(kernels.restore_kernel, x, *onto, most=0, **x.kind.elements())
 
     def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
@@ -104,9 +106,12 @@ class TritonBackend(TorchBackend):
             filled = False
         for x in plan.alone:
             new = after[x.layer]
-            onto = new.held.data.table, x.entries, new.room.data_ptr(), float(np.float32(new.strength))
-            self._launch(kernels.apply_kernel, x, *onto, FILLED=filled, **x.kind.values())
+            onto = new.held.data.table, x.entries, new.room.data_ptr(), float(np.float32(new.strength)), self._refused
+            self._launch(kernels.apply_kernel, x, *onto, FILLED=filled, **x.kind.put())
             new.filled[x.patches] = True
+        if any(x.kind.order != kernels.NO_ORDER.value for x in plan.alone) and self._refused.item():
+            self._refused.zero_()
+            raise arithmetic.out_of_range("an element")
         if plan.sums or plan.overlaps:
             self._add_up(plan, after, filled)
         for stack in plan.plain:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shiradelta.format.registry import ValueId
+from shiradelta.format.registry import Order, ValueId
 
 #: The columns of a row, all int64: addresses of the parts of both sections and of the weight, then numbers.
 COLUMNS = (
@@ -52,6 +52,10 @@ SIGN = tl.constexpr(int(ValueId.SIGN))
 BITS = tl.constexpr(int(ValueId.BITS))
 #: Their ids.
 CODECS = frozenset(id for id in ValueId if id.name in globals())
+#: Orders of elements, which `_shifted` moves in; NO_ORDER is that of operations that do not shift.
+SIGN_AND_MAGNITUDE = tl.constexpr(int(Order.SIGN_AND_MAGNITUDE))
+UNSIGNED = tl.constexpr(int(Order.UNSIGNED))
+NO_ORDER = tl.constexpr(-1)
 #: The bits of a word of `overlap_kernel` that hold a rank, and how many they are; above them is a delta's number.
 RANK_BITS = tl.constexpr(28)
 RANK = tl.constexpr((1 << 28) - 1)
@@ -201,6 +205,27 @@ def _sum(old, contribution, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _turned(whole, ORDER: tl.constexpr, SIZE: tl.constexpr):
+    """Elements in the highest bits of int64 <-> integers that grow with them."""
+    if ORDER == SIGN_AND_MAGNITUDE:
+        magnitude: tl.constexpr = 0x7FFFFFFFFFFFFFFF >> (64 - 8 * SIZE) << (64 - 8 * SIZE)
+        whole = whole ^ ((whole >> 63) & magnitude)
+    elif ORDER == UNSIGNED:
+        whole = whole ^ (-1 << 63)
+    return whole
+
+
+@triton.jit
+def _shifted(old, by, ORDER: tl.constexpr, SIZE: tl.constexpr):
+    """(bits of elements that are moved in their order, whether one leaves the range); FORMAT.md, 6.1, ULP."""
+    unused: tl.constexpr = 64 - 8 * SIZE
+    start = _turned(old.to(tl.int64) << unused, ORDER, SIZE)
+    by = by.to(tl.int64) << unused
+    end = start + by
+    return (_turned(end, ORDER, SIZE) >> unused).to(old.dtype), ((start ^ end) & (by ^ end)) < 0
+
+
+@triton.jit
 def _pointer(address, SIZE: tl.constexpr):
     """Pointer to elements of SIZE bytes, as integers."""
     if SIZE == 1:
@@ -216,7 +241,20 @@ def _pointer(address, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _put(row, index, active, position, room, strength, CODEC, DTYPE: tl.constexpr, SIZE: tl.constexpr, FILLED):
+def _put(
+    row,
+    index,
+    active,
+    position,
+    room,
+    strength,
+    refused,
+    CODEC,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    ORDER: tl.constexpr,
+    FILLED,
+):
     """Saves the elements at the positions, unless they are in the room already, and writes the new ones."""
     weight = _pointer(tl.load(row + WEIGHT), SIZE) + position
     saved = _pointer(room + tl.load(row + ROOM), SIZE) + index
@@ -227,6 +265,9 @@ def _put(row, index, active, position, room, strength, CODEC, DTYPE: tl.constexp
         tl.store(saved, old, mask=active)
     if CODEC == BITS:
         new = tl.load(_pointer(tl.load(row + VALUES), SIZE) + index, mask=active, other=0)
+        if ORDER != NO_ORDER:
+            new, leaves = _shifted(old, new, ORDER, SIZE)
+            tl.store(refused + (index - index), 1, mask=active & leaves)
     else:
         new = _sum(old, strength * _value(row, index, active, CODEC), DTYPE)
     tl.store(weight, new, mask=active)
@@ -245,18 +286,23 @@ def apply_kernel(
     work,
     room,
     strength,
+    refused,
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
     SIZE: tl.constexpr,
     WORD: tl.constexpr,
     BIG: tl.constexpr,
+    ORDER: tl.constexpr,
     FILLED: tl.constexpr,
 ):
-    """Applies a delta to the base; if FILLED, replaces the same delta with another strength."""
+    """Applies a delta to the base; if FILLED, replaces the same delta with another strength.
+
+    A shift that leaves the dtype's range sets `refused`, int32; what is written then has to be restored.
+    """
     entry = work + 2 * tl.program_id(0)
     row = table + tl.load(entry) * WIDTH
     index, active, position = _targets(row, tl.load(entry + 1), WORD, BIG)
-    _put(row, index, active, position, room, strength, CODEC, DTYPE, SIZE, FILLED)
+    _put(row, index, active, position, room, strength, refused, CODEC, DTYPE, SIZE, ORDER, FILLED)
 
 
 @triton.jit

@@ -41,6 +41,11 @@ class Kind(NamedTuple):
     size: int  # bytes of an element
     word: int  # bytes of a word of the directory
     big: bool  # positions pass 2^31
+    order: int  # that elements are moved in; NO_ORDER if the operation does not shift
+
+    def put(self) -> dict[str, Any]:
+        """Compile-time arguments of the kernel that applies a patch separately."""
+        return {"ORDER": self.order, **self.values()}
 
     def values(self) -> dict[str, Any]:
         """Compile-time arguments of kernels that decode values."""
@@ -226,13 +231,12 @@ def _is_searchable(kind: Kind, stack: Stack, layers: Sequence[Layer]) -> bool:
 
 def _kind(patch: Patch) -> Kind | None:
     tensor = patch.target.tensor
-    if patch.record.operation.shifts:  # a kernel could not refuse an element that leaves the range
-        return None
     if is_array(tensor) or (patch.record.nnz and not tensor.is_contiguous()):
         return None
     size = registry.DTYPE_OF_NAME[patch.dtype].size
     big = patch.record.numel >= _BIG
-    return Kind(int(patch.data.codec.id), patch.dtype, size, registry.word_size(patch.record.numel), big)
+    order = int(registry.ORDERED[patch.dtype]) if patch.record.operation.shifts else kernels.NO_ORDER.value
+    return Kind(int(patch.data.codec.id), patch.dtype, size, registry.word_size(patch.record.numel), big, order)
 
 
 def _row(patch: Patch, room: int) -> tuple[int, ...]:
