@@ -121,9 +121,7 @@ def _of_torchrun() -> Any:
     "--fit-mask",
     cls=RegistryOption,
     type=RegistryChoice("shiradelta.fit:MASKS", "shiradelta.fit.choices:RENAMED_MASKS"),
-    default="refit",
-    show_default=True,
-    help="Which weights change",
+    help="Which weights change; without it refit, or prune where that would leave much",
 )
 @click.option("--fit-steps", type=int, help="Training steps.  [default: 1,000; on a CPU what ten minutes hold]")
 @click.option("--fit-batch", default=128, show_default=True, help="Texts per step.")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from shiradelta.errors import DivergedError
-from shiradelta.fit.choices import MASKS, RENAMED_MASKS
+from shiradelta.fit.choices import MASKS, RENAMED_MASKS, FitMask
 from shiradelta.fit.fitted import FitJob, Fitted
 from shiradelta.fit.refit.whole import fit as refit
 from shiradelta.fit.refit.whole import solve
@@ -26,6 +26,9 @@ from shiradelta.nonzeros.vector import Nonzeros
 STEPS, CPU_SECONDS, CPU_LEAST, CPU_MOST = 1_000, 600, 40, 900
 #: With fewer steps than these, what least squares gave is not pruned, and is the result where training is no better.
 REFIT_STEPS = 100
+#: The mask where none is asked for.  Where it leaves more than this share of the base's distance, and there are so many
+#: steps at least, training comes farther from the largest changes ("prune"), as on small models.
+MASK, LEFT, PRUNE_STEPS = "refit", 0.25, 400
 
 
 def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
@@ -34,21 +37,21 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     Raises:
         DivergedError: training gave NaN again and again.
     """
-    settings, mask = job.fit, MASKS.find(job.fit.mask)
+    settings = job.fit
     path = Path(settings.state) if settings.state is not None else job.out.with_name(job.out.name + ".fit")
     unfinished = UnfinishedRun(path, _identity(job, subject))
     tuned = subject.fitted
     counts = [min(target.count, changed) for target, changed in zip(tuned.targets, tuned.changed, strict=True)]
 
-    def select(begin: float) -> None:
-        """Takes the largest changes, `begin` times as many as are kept."""
+    def select(mask: FitMask, begin: float) -> None:
+        """Takes the most important changes, `begin` times as many as are kept."""
         number, whole = (_begin(job, subject, counts, begin), False) if begin > 1 else (counts, job.whole_model)
         positions, values = subject.select(mask, number, whole)
         nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], values)
 
-    begin = mask.begin
-    select(begin)
     resumed = load_state(unfinished, settings.log)
+    mask = MASKS.find((resumed.mask if resumed else "") or settings.mask or MASK)
+    select(mask, begin := mask.begin)
     units = [(energy / max(count, 1)) ** 0.5 for energy, count in zip(tuned.energy, counts, strict=True)]
 
     def trainer(steps: int) -> FitTrainer:
@@ -61,6 +64,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
             units=units,
             whole_model=job.whole_model,
             keeps_start=mask.solves and begin == 1,
+            mask=mask.name,
         )
         return FitTrainer(subject.model, nonzeros, subject.behaviour, subject.teacher, plan)
 
@@ -72,14 +76,21 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
                 f"{steps} steps on {subject.device} would take {_duration(steps * seconds)}, so values are those of"
                 f" least squares, as by --fit-method refit; --fit-steps {steps} trains them all the same"
             )
-            select(1)
+            select(mask, 1)
             refit(job, subject, nonzeros, result)
             return
         if steps < REFIT_STEPS:
-            begin = 1
-            select(begin)
+            select(mask, begin := 1)
         if resumed is None:
             solve(job, subject, nonzeros)
+            if settings.mask is None and steps >= PRUNE_STEPS and result.base:
+                left = trainer(steps).distance(subject.held_out) / result.base
+                if left > LEFT:
+                    settings.log(
+                        f"least squares leave {left:.0%} of the distance, so training starts from the largest changes"
+                    )
+                    mask = MASKS["prune"]
+                    select(mask, mask.begin)
     training = trainer(steps)
     if resumed is not None:
         training.load(resumed)
@@ -118,14 +129,14 @@ def _identity(job: FitJob, subject: Subject) -> object:
 
     As in 0.1, whose interrupted runs are resumed as well: in its order, with the mask by its old name.
     """
-    fit, tuned = job.fit, subject.fitted
+    fit, tuned, mask = job.fit, subject.fitted, job.fit.mask or MASK
     targets = zip(tuned.targets, tuned.energy, strict=True)
     masks_of_0_1 = {new: old for old, new in RENAMED_MASKS.items()}
     return [
         *(str(job.base.resolve()), str(job.source.resolve()), job.codec, job.whole_model),
         *([target.name, target.count, f"{energy:.4g}"] for target, energy in targets),
-        *(masks_of_0_1.get(fit.mask, fit.mask), fit.steps, fit.batch, subject.micro),
-        *(fit.relative_lr or MASKS.find(fit.mask).relative_lr, fit.tokens, fit.text_share, fit.seed),
+        *(masks_of_0_1.get(mask, mask), fit.steps, fit.batch, subject.micro),
+        *(fit.relative_lr or MASKS.find(mask).relative_lr, fit.tokens, fit.text_share, fit.seed),
         *([fit.prompt_share] if fit.prompt_share else []),  # 0.1 had none
         *([f"{fit.generate} generated"] if fit.generate else []),
         *([str(job.old.root.resolve())] if job.old is not None else []),

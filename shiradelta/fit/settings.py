@@ -25,7 +25,8 @@ class Fit:
             is given).
         method: "train" uses gradients; "refit" solves least squares layer by layer, from forward passes alone.
         mask: which weights change, for "train".  "refit" starts with what the method "refit" gives for twice the
-            nonzeros, and prunes the least important while it trains; "prune" starts with the largest changes;
+            nonzeros, and prunes the least important while it trains; "prune" starts with the largest changes; None
+            takes "refit", but "prune" for 400 steps or more where least squares leave over a quarter of the distance;
             "magnitude", "activation" (change times the RMS of its input) and "gradient" (change times RMS gradient)
             keep one mask from the start.
         steps: optimizer steps; None takes 1,000 on a GPU, and as many as fit into ten minutes on a CPU.
@@ -56,7 +57,7 @@ class Fit:
 
     texts: str | os.PathLike[str] | Sequence[Any]
     method: str = "train"
-    mask: str = "refit"
+    mask: str | None = None
     steps: int | None = None
     batch: int = 128
     micro: int | None = None
@@ -75,12 +76,12 @@ class Fit:
     generate: int = 0
 
     def __post_init__(self) -> None:
-        if self.mask in RENAMED_MASKS:
+        if self.mask is not None and self.mask in RENAMED_MASKS:
             # Behind this method, the dataclass's `__init__` and its two wrappers stands the caller.
             warn_renamed(f"mask {self.mask!r}", repr(RENAMED_MASKS[self.mask]), stacklevel=5)
             object.__setattr__(self, "mask", RENAMED_MASKS[self.mask])
-        method, mask = METHODS.find(self.method), MASKS.find(self.mask)
-        if not method.trains and mask.begin == 1:
+        method = METHODS.find(self.method)
+        if self.mask is not None and MASKS.find(self.mask).begin == 1 and not method.trains:
             raise ArgumentError(f"fitting method {self.method!r} finds its own mask; leave {self.mask!r} out, or train")
         if self.relative_lr is not None and not self.relative_lr > 0:
             raise ArgumentError(f"a learning rate of {self.relative_lr} fits nothing; give one above 0")

@@ -13,7 +13,7 @@ from shiradelta.errors import SourceError
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 
 _TENSORS = ("positions", "values", "mean", "square", "best_values")
-_NUMBERS = ("steps", "step", "counts", "failures", "waited", "history", "best")
+_PLAIN = ("steps", "step", "counts", "mask", "failures", "waited", "history", "best")
 
 
 @dataclass
@@ -26,6 +26,7 @@ class FitState:
         counts: nonzeros by tensor.
         positions, values: the vectors of `Nonzeros`.
         mean, square: Adam's running means of the gradient and of its square.
+        mask: the name of the mask that training started from; empty for that of the settings.
         failures: how often training gave NaN.
         waited: evaluations without a gain.
         history: (step, distance).
@@ -40,6 +41,7 @@ class FitState:
     values: Tensor
     mean: Tensor
     square: Tensor
+    mask: str = ""
     failures: int = 0
     waited: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
@@ -55,7 +57,7 @@ class FitState:
 def save_state(run: UnfinishedRun, state: FitState) -> None:
     """Writes a state to disk."""
     tensors = {name: tensor.cpu() for name in _TENSORS if (tensor := getattr(state, name)) is not None}
-    run.save(tensors, {name: getattr(state, name) for name in _NUMBERS})
+    run.save(tensors, {name: getattr(state, name) for name in _PLAIN})
 
 
 def load_state(run: UnfinishedRun, log: Callable[[str], None]) -> FitState | None:
@@ -67,9 +69,9 @@ def load_state(run: UnfinishedRun, log: Callable[[str], None]) -> FitState | Non
     found = run.load(log)
     if found is None:
         return None
-    tensors, numbers = found
+    tensors, plain = found
     try:
-        fields: dict[str, Any] = {**numbers, **tensors}
+        fields: dict[str, Any] = {**plain, **tensors}
         fields["history"] = [(int(step), float(distance)) for step, distance in fields["history"]]
         return FitState(**fields)
     except (KeyError, ValueError, TypeError) as error:

@@ -49,6 +49,7 @@ class TrainingPlan:
         units: unit of the learning rate, by tensor.
         whole_model: whether nonzeros may move between tensors.
         keeps_start: whether the values at the start are the result where no later ones are better.
+        mask: the name of the mask that it starts from, which the state remembers.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class TrainingPlan:
     units: Sequence[float]
     whole_model: bool
     keeps_start: bool
+    mask: str = ""
 
 
 class FitTrainer:
@@ -84,6 +86,7 @@ class FitTrainer:
             values=nonzeros.values,
             mean=zero,
             square=zero.clone(),
+            mask=plan.mask,
         )
         self.good = self.state
         self._lay_out()
@@ -155,6 +158,12 @@ class FitTrainer:
         if state.best_values is not None:
             self._nonzeros.values = state.values = state.best_values
         self.write()
+
+    def distance(self, held_out: HeldOut) -> float:
+        """From the fine-tune now, on texts held out."""
+        with self._nonzeros.attached(self._model):
+            self.write()
+            return held_out.mean(self._compare)[DISTANCE]
 
     def step(self, batch: list[int]) -> Tensor:
         """Does one optimizer step, within `Nonzeros.attached`; returns the loss before it."""

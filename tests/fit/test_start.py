@@ -12,9 +12,10 @@ import torch
 import shiradelta
 from shiradelta.fit import by_training
 from shiradelta.fit.refit.least_squares import refit as least_squares
+from shiradelta.fit.training import FitTrainer
 from shiradelta.models.loading import load_tokenizer
 from shiradelta.nonzeros.vector import Nonzeros
-from tests.fit.test_fit import SETTINGS, encoder, fit  # noqa: F401  (the fixture)
+from tests.fit.test_fit import SETTINGS, encoder, fit, stopping  # noqa: F401  (the fixture)
 
 
 @pytest.mark.slow
@@ -48,6 +49,37 @@ def test_a_slow_processor_is_left_at_least_squares(
     assert report.fit.steps == 0
     assert any("--fit-steps" in line and "trains them all the same" in line for line in said)
     assert report.fit.fitted < report.fit.topk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("left", "asked", "starts"), [(0.0, None, "prune"), (1.0, None, "refit"), (0.0, "refit", "refit")]
+)
+def test_where_least_squares_leave_much_it_starts_from_the_largest_changes(
+    encoder: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    left: float,
+    asked: str | None,
+    starts: str,
+):
+    """And an interrupted run goes on with what it started from."""
+    monkeypatch.setattr("shiradelta.nonzeros.unfinished.SAVE_EVERY", 0)
+    monkeypatch.setattr(by_training, "PRUNE_STEPS", 40)
+    monkeypatch.setattr(by_training, "LEFT", left)
+    monkeypatch.setattr(by_training, "REFIT_STEPS", 1)
+    said: list[str] = []
+    settings = {"relative_lr": None, "log": said.append}
+    fit(encoder, tmp_path / "wanted.shd", mask=starts, **settings)
+    assert not any("largest changes" in line for line in said)
+    with monkeypatch.context() as patched:
+        patched.setattr(FitTrainer, "_evaluate", stopping(FitTrainer._evaluate, 27))
+        with pytest.raises(KeyboardInterrupt):
+            fit(encoder, tmp_path / "a.shd", mask=asked, **settings)
+    assert any("largest changes" in line for line in said) is (starts != "refit")
+    fit(encoder, tmp_path / "a.shd", mask=asked, **settings)
+    assert any("going on from step 26" in line for line in said)
+    assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "wanted.shd").read_bytes()
 
 
 class Changed:
