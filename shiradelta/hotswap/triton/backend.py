@@ -19,7 +19,7 @@ from shiradelta.format.codecs.base import Bytes, TorchDecoder
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, only_strengths_differ
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.torch import TorchBackend
-from shiradelta.hotswap.triton import kernels
+from shiradelta.hotswap.triton import elements, kernels
 from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, Shared, new_plan, prepare
 
 #: Warps per program of 2,048 lanes.  This is the fastest of 4 to 32; fewer registers, cache hints and programmatic
@@ -57,7 +57,7 @@ class TritonBackend(TorchBackend):
         return held
 
     def decodes(self, codec: TorchDecoder) -> bool:
-        return codec.id in kernels.CODECS
+        return codec.id in elements.CODECS
 
     def _compile(self, held: Held) -> None:
         """Compiles the switch kernels now, not during the first switch.
@@ -109,7 +109,7 @@ class TritonBackend(TorchBackend):
             onto = new.held.data.table, x.entries, new.room.data_ptr(), float(np.float32(new.strength)), self._refused
             self._launch(kernels.apply_kernel, x, *onto, FILLED=filled, **x.kind.put())
             new.filled[x.patches] = True
-        if any(x.kind.order != kernels.NO_ORDER.value for x in plan.alone) and self._refused.item():
+        if any(x.kind.order != elements.NO_ORDER.value for x in plan.alone) and self._refused.item():
             self._refused.zero_()
             raise arithmetic.out_of_range("an element")
         if plan.sums or plan.overlaps:

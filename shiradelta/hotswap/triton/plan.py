@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from shiradelta.format import registry
 from shiradelta.hotswap.layers import Held, Layer, Patch, stacks_of
 from shiradelta.hotswap.torch import Sections
-from shiradelta.hotswap.triton import kernels
+from shiradelta.hotswap.triton import elements, kernels, positions
 from shiradelta.models.memory import is_array
 
 #: Elements that a program of `stack_kernel` sums at a time; those of all programs fit into the cache.
 REGION = 1 << 16
 _BIG = 1 << 31
 _LAYER, _UNARY_BITS, _NNZ, _NUMEL = (
-    column.value for column in (kernels.LAYER, kernels.UNARY_BITS, kernels.NNZ, kernels.NUMEL)
+    column.value for column in (positions.LAYER, positions.UNARY_BITS, positions.NNZ, positions.NUMEL)
 )
-_LANES = kernels.BLOCK.value
+_LANES = positions.BLOCK.value
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -129,7 +129,7 @@ There = Callable[[NDArray[Any]], torch.Tensor]
 def prepare(held: Held, there: There) -> Prepared:
     """Makes the tables of a delta, which do not depend on other deltas."""
     rows = [_row(patch, held.span(number).start) for number, patch in enumerate(held.patches)]
-    table = np.array(rows, np.int64).reshape(len(rows), len(kernels.COLUMNS))
+    table = np.array(rows, np.int64).reshape(len(rows), len(positions.COLUMNS))
     return Prepared(table, there(table), [_kind(patch) for patch in held.patches], int(table[:, _NNZ].sum()))
 
 
@@ -151,7 +151,7 @@ def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = 
         stack = [(numbers[id(layer)], number) for layer, number in patches]
         kinds = {layers[layer].held.data.kinds[number] for layer, number in stack}
         kind = kinds.pop() if len(kinds) == 1 else None
-        if kind is None or (len(stack) > 1 and kind.codec == kernels.BITS.value):
+        if kind is None or (len(stack) > 1 and kind.codec == elements.BITS.value):
             plain.append(stack)
         elif len(stack) > 1 and (not overlaps or tuple(stack) not in overlaps):
             sums.append((kind, stack))
@@ -235,7 +235,7 @@ def _kind(patch: Patch) -> Kind | None:
         return None
     size = registry.DTYPE_OF_NAME[patch.dtype].size
     big = patch.record.numel >= _BIG
-    order = int(registry.ORDERED[patch.dtype]) if patch.record.operation.shifts else kernels.NO_ORDER.value
+    order = int(registry.ORDERED[patch.dtype]) if patch.record.operation.shifts else elements.NO_ORDER.value
     return Kind(int(patch.data.codec.id), patch.dtype, size, registry.word_size(patch.record.numel), big, order)
 
 
@@ -257,7 +257,7 @@ def _row(patch: Patch, room: int) -> tuple[int, ...]:
         "room": room,
         "layer": 0,
     }
-    return tuple(columns[name] for name in kernels.COLUMNS)
+    return tuple(columns[name] for name in positions.COLUMNS)
 
 
 def _entries(columns: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
