@@ -122,22 +122,30 @@ GATHERED = Refusal(
 
 def gathered_by_fsdp(model: Any) -> Iterator[Any]:
     """The parameters of a torch module that FSDP2 has gathered: inside `unshard()`, and after a forward pass."""
+    return (tensor for tensor, is_gathered in _parameters_of_fsdp(model) if is_gathered)
+
+
+def sharded_by_fsdp(model: Any) -> Iterator[Any]:
+    """The parameters of a torch module that FSDP2 has sharded."""
+    return (tensor for tensor, is_gathered in _parameters_of_fsdp(model) if not is_gathered)
+
+
+def _parameters_of_fsdp(model: Any) -> Iterator[tuple[Any, bool]]:
+    """The parameters that FSDP2 shards, and whether they are gathered now: over tensor parallelism as DTensors, too."""
     for module in model.modules():
         if not hasattr(module, "_get_fsdp_state"):
             continue
         try:
             state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            owners = [
-                (one._module_info.module, one._module_info.param_name) for group in groups for one in group.fsdp_params
+            own = [
+                (one._module_info.module._parameters.get(one._module_info.param_name), one.sharded_param)
+                for group in groups
+                for one in group.fsdp_params
             ]
         except AttributeError:  # another release of torch: without its lists, every parameter may be one
-            yield from (tensor for tensor in module.parameters() if type(tensor).__name__ in PLAIN)
-            continue
-        for owner, name in owners:
-            tensor = owner._parameters.get(name)
-            if tensor is not None and type(tensor).__name__ in PLAIN:
-                yield tensor
+            own = [(tensor, tensor if is_sharded(tensor) else None) for tensor in module.parameters()]
+        yield from ((tensor, tensor is not sharded) for tensor, sharded in own if tensor is not None)
 
 
 #: Why a tensor of the checkpoint cannot be written whose elements the library computes on loading.

@@ -126,3 +126,21 @@ def test_values_cannot_be_made_tensor_parallel(mesh: object):
     attach(model, 0.5)
     with pytest.raises(RuntimeError, match="leaf tensor"):
         parallelize_module(model, mesh, {"1.0": RowwiseParallel()})
+
+
+def test_tensor_parallel_weights_that_fsdp_gathers_are_refused(mesh: object):
+    """They are DTensors then, too."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    both = dist.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    model = net()
+    parallelize_module(model, both["tp"], {"0": ColwiseParallel()})
+    fsdp.fully_shard(model, mesh=both["dp"])
+    model.unshard()
+    with pytest.raises(TargetError, match=r"'0\.weight' is a copy that FSDP2 has gathered"):
+        HotSwap(model).load("a", DATA)
+    model.reshard()
+    swap = HotSwap(model)
+    swap.load("a", DATA)
+    swap.switch("a")
+    swap.revert()
