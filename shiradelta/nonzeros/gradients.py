@@ -105,7 +105,8 @@ class AliasFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         nonzeros: WeightNonzeros = ctx.nonzeros
-        matrix = grads[0].reshape(-1, max(nonzeros.columns, 1))
+        grad = grads[0] if nonzeros.spread is None else nonzeros.spread.gradient(grads[0])
+        matrix = grad.reshape(-1, max(nonzeros.columns, 1))
         found = nonzeros.gather(lambda start, stop: matrix[start:stop])
         if not torch.compiler.is_compiling():
             nonzeros.written = None

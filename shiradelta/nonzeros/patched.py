@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiradelta.errors import DeltaError
+from shiradelta.errors import DeltaError, TargetError
 from shiradelta.models.layers import is_conv1d
 from shiradelta.models.memory import is_sharded
 from shiradelta.nonzeros.gradients import AliasFunction, EmbeddingFunction, LinearFunction
@@ -52,6 +52,7 @@ def is_patched(module: nn.Module) -> bool:
 @cache
 def _derived(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {name: _property(name) for name in names}
+    members["register_parameter"] = _register
     if "weight" in names:
         if kind is nn.Linear or (is_conv1d(kind) and kind.__module__ == "transformers.pytorch_utils"):
             members["forward"] = _linear_forward
@@ -77,22 +78,40 @@ def _made(kind: type[nn.Module], names: tuple[str, ...], *given: Any) -> nn.Modu
 def _property(name: str) -> property:
     def get(module: nn.Module) -> Tensor:
         weight, values, nonzeros = _current(module, name)
-        if not torch.is_grad_enabled() or not values.requires_grad or is_sharded(weight):
+        part = nonzeros.part(weight)
+        if not torch.is_grad_enabled() or not values.requires_grad or part is None:
             return weight
-        if weight is nonzeros.parameter:
+        if part is nonzeros.parameter:
             result: Tensor = AliasFunction.apply(values, weight, nonzeros)  # type: ignore[no-untyped-call]
             return result
         # FSDP gathered the weight for this pass only; the backward pass would read it without the values.
         total = nonzeros.total(values).to(weight.dtype)
-        return weight.reshape(-1).index_put([nonzeros.positions.long()], total).view_as(weight)
+        changed = part.reshape(-1).index_put([nonzeros.positions.long()], total).view_as(part)
+        return changed if part is weight or nonzeros.spread is None else nonzeros.spread.like(weight, changed)
 
     return property(get)
+
+
+def _register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Registers a parameter, but not the DTensor that `parallelize_module` puts in the place of another one.
+
+    Raises:
+        TargetError: it is.
+    """
+    if is_sharded(parameter) and not is_sharded(module._parameters.get(name)):
+        raise TargetError(
+            f"parameter {name!r} is in a layer with values that are trained, so it cannot be made tensor parallel;"
+            " detach() the tuner, call parallelize_module on a model that was loaded again, and attach to that"
+        )
+    type(module).__mro__[1].register_parameter(module, name, parameter)  # type: ignore[attr-defined]
 
 
 def _linear_forward(module: nn.Module, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _plain(module, x)
     weight, values, nonzeros = _current(module, "weight")
+    if nonzeros.spread is not None:
+        return _plain(module, x)
     bias: Tensor | None = module.bias  # type: ignore[assignment]
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -108,7 +127,8 @@ def _embedding_forward(module: nn.Embedding, ids: Tensor) -> Tensor:
     weight, values, nonzeros = _current(module, "weight")
     if module.max_norm is not None or module.scale_grad_by_freq:
         raise DeltaError("an embedding with max_norm or scale_grad_by_freq rewrites its weights; switch that off")
-    if torch.compiler.is_compiling():  # tracing does not know which rows a batch uses
+    # Tracing does not know which rows a batch uses, and a part of a table does not have all of them.
+    if torch.compiler.is_compiling() or nonzeros.spread is not None:
         return nn.functional.embedding(ids, module.weight, module.padding_idx)
     padding = module.padding_idx
     result: Tensor = EmbeddingFunction.apply(ids, values, weight, padding, nonzeros)  # type: ignore[no-untyped-call]
@@ -126,6 +146,7 @@ def _current(module: nn.Module, name: str) -> tuple[Tensor, Tensor, WeightNonzer
     weight = module._parameters[name]
     values, nonzeros = module._nonzeros[name](module, name)  # type: ignore[index, operator]
     assert weight is not None
-    if not torch.compiler.is_compiling() and not is_sharded(weight):
-        nonzeros.refresh(weight, values)
+    part = nonzeros.part(weight)
+    if not torch.compiler.is_compiling() and part is not None:
+        nonzeros.refresh(part, values)
     return weight, values, nonzeros

@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from shiradelta.models.memory import is_sharded, own_part
+from shiradelta.nonzeros.spread import SpreadNonzeros
+
 #: Elements of a dense gradient computed at a time: more than any layer of a 7B model has.
 CHUNK = 1 << 26
 
@@ -20,16 +23,26 @@ class WeightNonzeros:
         stored: the dtype that sums are rounded to.
         positions: integers [n], increasing, flat in the weight.
         base: [n], the base weights at the positions.
+        spread: which of the nonzeros these are, if tensor parallelism has spread the weight over processes: `parameter`
+            and `positions` are those of this process's part then; None otherwise.
         kept: bool [n], the nonzeros that are trained; None for all.  It is changed in place, because compiled graphs
             refer to it.  The others were pruned: their values are zero.  Their base stays known, in case something
             else overwrites the weight.
     """
 
-    def __init__(self, parameter: Tensor, stored: torch.dtype, positions: Tensor, base: Tensor) -> None:
+    def __init__(
+        self,
+        parameter: Tensor,
+        stored: torch.dtype,
+        positions: Tensor,
+        base: Tensor,
+        spread: SpreadNonzeros | None = None,
+    ) -> None:
         self.parameter: Tensor = parameter
+        self.spread = spread
         self.stored = stored
         self.numel = parameter.numel()
-        self.columns = self.numel // parameter.shape[0] if parameter.dim() > 1 else self.numel
+        self.columns = self.numel // max(parameter.shape[0], 1) if parameter.dim() > 1 else self.numel
         self.move(positions, base)
 
     def move(self, positions: Tensor, base: Tensor, kept: Tensor | None = None) -> None:
@@ -68,6 +81,13 @@ class WeightNonzeros:
             own.move(self.positions[indices], self.base[indices])
             self._only_kept = indices.to(self.positions.dtype), own
 
+    def part(self, weight: Tensor) -> Tensor | None:
+        """What this process has of the weight, to write values into; None where FSDP has sharded it."""
+        if not is_sharded(weight):
+            return weight
+        part: Tensor = own_part(weight)
+        return part if self.spread is not None and self.spread.fits(weight) else None
+
     def masked(self, values: Tensor) -> Tensor:
         """The values [n], with zeros where nonzeros were pruned."""
         return values if self.kept is None else values.where(self.kept, 0)
@@ -87,6 +107,8 @@ class WeightNonzeros:
         for first, last, start, stop in self.chunks:
             where = self.positions[start:stop]
             found.append(rows(first, last).reshape(-1)[where - first * self.columns if first else where].float())
+        if not found:  # a part without elements
+            return torch.zeros(0, device=self.positions.device)
         return self.masked(found[0] if len(found) == 1 else torch.cat(found))
 
     def write(self, values: Tensor | None, weight: Tensor | None = None) -> None:
@@ -134,5 +156,6 @@ class WeightNonzeros:
 
 
 def flat(parameter: Tensor) -> Tensor:
-    """A flat view of a weight's elements, without autograd."""
-    return parameter.data.view(-1)
+    """A flat view of a weight's elements, of those of this process if it is a DTensor, without autograd."""
+    part: Tensor = own_part(parameter)
+    return part.data.view(-1)

@@ -24,7 +24,7 @@ from shiradelta.train.gradients import Loss, own_loss
 from shiradelta.train.masks import Ticket, find_mask
 from shiradelta.train.pruning import check_pruning
 from shiradelta.train.scalings import MakeScaling, gates_of, magnitudes_of
-from shiradelta.train.targets import ALL_LINEAR, check_weights, find_weights
+from shiradelta.train.targets import ALL_LINEAR, check_spread, check_weights, find_weights
 from shiradelta.train.tuner import Tuner
 from shiradelta.train.tuner_state import POSITIONS
 from shiradelta.util.arguments import BOOL, CALL, NUMBER, PATH, TEXT, TEXTS, WHOLE, ArgumentKind, checked
@@ -78,6 +78,9 @@ def attach(
     weights themselves, into which the values are written as soon as they change; nothing is cloned.  An optimizer's
     weight decay acts on the values, so it pulls towards the base weights, not zero.
 
+    In a tensor-parallel model each process trains the nonzeros of its part; all processes call this alike
+    (docs/distributed.md).
+
     Args:
         model: any torch module whose weights are float32, bfloat16 or float16.  Cast it before, not after.
         sparsity: share of the weights that change; or a pattern N:M ("1:64"), N of every M in a row.
@@ -112,7 +115,8 @@ def attach(
         ArgumentError: targets match nothing, the mask does not fit, or the sparsity leaves a weight without an element;
             or magnitudes are asked for a weight without rows.
         DeltaError: there are no calibration batches.
-        TargetError: a weight cannot be trained in place: it is quantised, distributed, or on meta.
+        TargetError: a weight cannot be trained in place: it is quantised, on meta, or sharded by FSDP2; or it is spread
+            over processes, and what is asked for needs whole weights.
         SourceError: the adapter to start from does not fit.
         ShiraDeltaError: gradients are not finite.
     """
@@ -133,6 +137,16 @@ def attach(
             for name, weight in weights.items():
                 exact_count_for(share, weight.numel(), name)
     check_weights(model, weights)
+    chosen_by = find_mask(mask, pattern, scope == "model") if isinstance(mask, str) and start is None else None
+    check_spread(
+        weights,
+        {
+            "magnitude=True": magnitude,
+            "prune_steps=": bool(prune_steps),
+            "a pattern N:M": pattern is not None,
+            f"mask={mask!r}": chosen_by is not None and (chosen_by.gives != "positions" or chosen_by.needs_gradients),
+        },
+    )
     scaling: MakeScaling | None = magnitudes_of(model, weights) if magnitude else None
     in_checkpoint = stored_views(model, weights)
     names = WeightNames(weights, in_checkpoint)
@@ -142,7 +156,7 @@ def attach(
     if started:
         positions = {name: where.to(weights[name].device) for name, (where, _) in started.items()}
     elif isinstance(mask, str):
-        row = find_mask(mask, pattern, scope == "model")
+        row = chosen_by or find_mask(mask, pattern, scope == "model")
         choice = Choice(
             model=model,
             weights=weights,
@@ -215,6 +229,7 @@ def reattach(model: nn.Module, state: Mapping[str, Tensor], mask: str = "own") -
         if name not in weights or bool((state[name + POSITIONS] >= weights[name].numel()).any()):
             raise ArgumentError(f"the state's {name!r} does not fit the model; give the model that was trained")
     check_weights(model, weights)
+    check_spread(weights, {f"the state's {kind}": True for kind in kinds})
     scaling = gates_of(weights) if Gate.name in kinds else magnitudes_of(model, weights) if kinds else None
     positions = {name: state[name + POSITIONS].to(weight.device) for name, weight in weights.items()}
     tuner = Tuner(model, weights, positions, stored_views(model, weights), {"mask": mask}, scaling)

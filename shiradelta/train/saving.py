@@ -36,15 +36,15 @@ def deltas(tuned: Mapping[str, TunedWeight]) -> dict[str, TensorDelta]:
                 f"tensor {name!r} was cast to {one.weight.dtype} while it was trained; cast the model first, then"
                 " attach"
             )
-        values = nonzeros.masked(one.changes().to(nonzeros.positions.device))
+        values = one.gathered(nonzeros.masked(one.changes().to(nonzeros.positions.device)))
         if not torch.isfinite(values).all():
             raise DeltaError(
                 f"training gave NaN or infinity in tensor {name!r}; go back to an earlier state, with a smaller"
                 " learning rate or with gradients clipped"
             )
         changed = values.nonzero().reshape(-1)
-        positions = nonzeros.positions[changed].long().cpu().numpy()
-        numbers, base = values[changed].cpu().numpy(), _bits(nonzeros.base[changed])
+        positions = one.whole_positions()[changed].cpu().numpy()
+        numbers, base = values[changed].cpu().numpy(), _bits(one.gathered(nonzeros.base)[changed])
         dtype = str(nonzeros.stored).removeprefix("torch.")
         for view in one.views:
             order, where = view.from_weight(positions)
@@ -94,7 +94,7 @@ def export(
             raise DeltaError(f"tensor {name!r} is not the weight of a linear layer, which is all that exports take")
         shape = tuple(linear[layer]._parameters["weight"].shape)  # type: ignore[union-attr]
         values = one.changes()
-        numbers = values[one.kept.to(values.device)].cpu().numpy()
+        numbers = one.gathered(values[one.kept.to(values.device)]).cpu().numpy()
         found[name] = TensorDelta(shape, one.positions.cpu().numpy(), numbers, "unspecified")
     write(folder, found, base)
     return found

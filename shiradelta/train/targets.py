@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -13,11 +14,11 @@ from shiradelta.errors import ArgumentError, DeltaError, TargetError
 from shiradelta.format import registry
 from shiradelta.models.layers import is_conv1d
 from shiradelta.models.live import live_tensors
-from shiradelta.models.memory import is_sharded
-from shiradelta.models.refusals import Refusal, RefusalKind
+from shiradelta.models.memory import is_sharded, own_part
+from shiradelta.models.refusals import Refusal, RefusalKind, sharded_by_fsdp
 
 #: What to do with distributed weights.
-_BEFORE = "attach to the whole model, then call fully_shard; with tensor parallelism attach does not work"
+_BEFORE = "attach to the whole model, then call fully_shard"
 ALL_LINEAR = "all-linear"
 #: Number of similar names that a message lists.
 _NEAR = 5
@@ -71,12 +72,13 @@ def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         TargetError: a weight is quantised, distributed, on meta, expanded, or not a float.
     """
     targets = live_tensors(model)
+    sharded = {id(parameter) for parameter in sharded_by_fsdp(model)}
     for name in weights:
         target = targets[name]
         if target.refusal is not None:
             raise TargetError(f"tensor {name!r} {_for_training(target.refusal)}")
-        if is_sharded(weights[name]):
-            raise TargetError(f"tensor {name!r} is a DTensor, of which this process has a part; {_BEFORE}")
+        if id(weights[name]) in sharded:
+            raise TargetError(f"tensor {name!r} is sharded by FSDP2, which takes no new values; {_BEFORE}")
         if target.dtype not in registry.ADD_DTYPES:
             raise TargetError(
                 f"tensor {name!r} has elements of {weights[name].dtype}: quantised, or more precise than float32;"
@@ -86,8 +88,37 @@ def check_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
             raise TargetError(
                 f"tensor {name!r} was made in inference mode, and takes no gradient; load the model outside of it"
             )
-        if not weights[name].is_contiguous():
+        if not own_part(weights[name]).is_contiguous():
             raise TargetError(f"tensor {name!r} is not contiguous; call .contiguous() on it first")
+
+
+def check_spread(weights: Mapping[str, nn.Parameter], uses: Mapping[str, bool]) -> None:
+    """Checks that weights that tensor parallelism has spread over processes can be trained as is asked for.
+
+    Args:
+        weights: by name.
+        uses: what needs whole weights in each process -> whether it is asked for.
+
+    Raises:
+        TargetError: a weight is spread, and something needs it whole, or it is spread in stripes.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    for name, weight in weights.items():
+        if not is_sharded(weight):
+            continue
+        placements: Any = weight.placements  # type: ignore[attr-defined]
+        if not all(type(one) in (Shard, Replicate) for one in placements):
+            raise TargetError(
+                f"tensor {name!r} is a DTensor with the placements {placements}, of which Shard and Replicate can be"
+                " trained; leave it out of the targets"
+            )
+        for what, is_used in uses.items():
+            if is_used:
+                raise TargetError(
+                    f"tensor {name!r} is a DTensor, and {what} needs whole weights in each process; attach to a whole"
+                    " model in one process, and give its Tuner.positions as mask="
+                )
 
 
 def _for_training(refusal: Refusal) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
-from shiradelta.models.memory import is_sharded
 from shiradelta.models.views import View
 from shiradelta.nonzeros.scaling import Scaling
 from shiradelta.nonzeros.weight import WeightNonzeros, flat
@@ -42,13 +42,19 @@ class TunedWeight:
 
     @property
     def nnz(self) -> int:
-        """Number of nonzeros that are trained."""
-        return int(self.kept.sum())
+        """Number of nonzeros that are trained, in all processes."""
+        return int(self.kept.sum()) if self.nonzeros.spread is None else self.nonzeros.spread.count
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the weight, in all processes."""
+        return self.nonzeros.numel if self.nonzeros.spread is None else self.nonzeros.spread.numel
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the nonzeros that are trained."""
-        return self.nonzeros.positions[self.kept]
+        """Positions of the nonzeros that are trained, in the whole weight; as `gathered`."""
+        where = self.whole_positions()
+        return where[self.kept] if self.nonzeros.spread is None else where
 
     @property
     def values(self) -> nn.Parameter:
@@ -68,6 +74,8 @@ class TunedWeight:
 
     def changes(self) -> Tensor:
         """What is added to the base now: float32 [n], without autograd."""
+        if self.nonzeros.spread is not None:
+            return self.nonzeros.spread.own(self.values.detach())
         values, scales = whole(self.values).detach().float(), self.scales
         if self.scaling is None or scales is None:
             return values
@@ -75,21 +83,44 @@ class TunedWeight:
 
     @property
     def weight(self) -> Tensor | None:
-        """The weight; None where FSDP has sharded it.
+        """The weight, or this process's part of it; None where FSDP has sharded it.
 
         The shards hold the base.  Values are added when the weight is gathered.
         """
         module, name = self.holders[0]
         found = module._parameters[name.removesuffix(SUFFIX)]
-        return None if found is None or is_sharded(found) else found
+        return None if found is None else self.nonzeros.part(found)
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """What all processes have for their nonzeros, in the order of the whole weight; all of them call this."""
+        return own if self.nonzeros.spread is None else self.nonzeros.spread.gather(own)
+
+    def whole_positions(self) -> Tensor:
+        """Positions of all processes' nonzeros in the whole weight, pruned ones included, int64; as `gathered`."""
+        spread = self.nonzeros.spread
+        return self.nonzeros.positions.long() if spread is None else spread.whole_positions()
+
+    def whole_values(self) -> Tensor:
+        """The values of all processes, without autograd; as `gathered`."""
+        if self.nonzeros.spread is None:
+            return whole(self.values).detach().float()
+        return self.gathered(self.changes())
+
+    def rms(self) -> float:
+        """Root mean square of the weight; 0.02, a common value, if all its elements are zero."""
+        assert self.weight is not None
+        squares, spread = flat(self.weight).float().square(), self.nonzeros.spread
+        if spread is None:
+            return float(squares.mean().sqrt()) or 0.02
+        return math.sqrt(spread.sum(squares.sum()) / max(spread.numel, 1)) or 0.02
 
     def write(self) -> None:
         """Writes base + changes into the weight."""
         weight = self.weight
         if weight is not None:
             self.nonzeros.written = None
-            changes = self.values.detach() if self.scaling is None else self.changes()
-            self.nonzeros.refresh(weight, changes)
+            is_plain = self.scaling is None and self.nonzeros.spread is None
+            self.nonzeros.refresh(weight, self.values.detach() if is_plain else self.changes())
 
     def restore(self) -> None:
         """Writes the base into the weight."""
@@ -98,12 +129,25 @@ class TunedWeight:
             self.nonzeros.written = None
             self.nonzeros.write(None, weight)
 
+    @torch.no_grad()
+    def start_from(self, values: Tensor) -> None:
+        """Sets the values, float32 [n] of all processes."""
+        spread = self.nonzeros.spread
+        if spread is None:
+            self.values.copy_(values)
+        else:
+            spread.put(values.to(spread.chosen.device)[spread.chosen].float(), self.values)
+
     def load(
         self, name: str, positions: Tensor, values: Tensor, kept: Tensor | None, scales: Tensor | None = None
     ) -> None:
         """Restores a state; None for `kept` means all."""
-        weight = self.weight
-        if weight is not None:
+        weight, spread = self.weight, self.nonzeros.spread
+        if spread is not None:
+            if not torch.equal(positions, self.whole_positions().cpu()):
+                raise DeltaError(f"the state of {name!r} has another mask; give it to reattach")
+            self.start_from(values)
+        elif weight is not None:
             self.restore()
             where = positions.to(weight.device)
             self.nonzeros.move(compact(where, weight), flat(weight)[where], kept)

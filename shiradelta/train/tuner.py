@@ -15,10 +15,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from shiradelta.errors import DeltaError
 from shiradelta.exports.peft_shira import rank_of
 from shiradelta.format.delta import TensorDelta
-from shiradelta.models.memory import is_sharded
+from shiradelta.models.memory import is_sharded, own_part
 from shiradelta.models.views import View
 from shiradelta.nonzeros.patched import patch, unpatch
 from shiradelta.nonzeros.scaling import Scaling
+from shiradelta.nonzeros.spread import SpreadNonzeros
 from shiradelta.nonzeros.weight import WeightNonzeros, flat
 from shiradelta.train import saving, tuner_state
 from shiradelta.train.pruning import Pruner
@@ -52,9 +53,13 @@ class Tuner:
         self._tuned: dict[str, TunedWeight] = {}
         values, scales = {}, {}
         for name, weight in weights.items():  # allocate everything before the model is changed
-            where = positions[name]
-            nonzeros = WeightNonzeros(weight, weight.dtype, compact(where, weight), flat(weight)[where])
-            values[name] = nn.Parameter(torch.zeros(where.numel(), dtype=torch.float32, device=weight.device))
+            spread = SpreadNonzeros(name, weight, positions[name]) if is_sharded(weight) else None
+            where = positions[name] if spread is None else spread.positions
+            nonzeros = WeightNonzeros(
+                own_part(weight), weight.dtype, compact(where, weight), flat(weight)[where], spread
+            )
+            start = torch.zeros(where.numel(), dtype=torch.float32, device=weight.device)
+            values[name] = nn.Parameter(start if spread is None else spread.wrap(start))
             held = [(module, own + SUFFIX) for module, own in held_by[weight]]
             made = None if scaling is None else scaling(name, nonzeros)
             if made is not None:
@@ -94,7 +99,11 @@ class Tuner:
 
     @property
     def positions(self) -> dict[str, Tensor]:
-        """The mask: the model's names -> int64 [nonzeros], increasing, flat in the weight."""
+        """The mask: the model's names -> int64 [nonzeros], increasing, flat in the weight.
+
+        Where tensor parallelism has spread a weight, the nonzeros are those of all processes, and all have to ask for
+        this or for `base`.
+        """
         return {name: tuned.positions.long() for name, tuned in self._tuned.items()}
 
     @property
@@ -102,7 +111,8 @@ class Tuner:
         """The parameters that are trained: the model's names -> float32 [n], added to the base at the mask.
 
         With scales they are the direction of what is added, before it is scaled.  If nonzeros are pruned, n is that of
-        the mask at the start: pruned values stay in the parameter, as zeros.
+        the mask at the start: pruned values stay in the parameter, as zeros.  Where tensor parallelism has spread the
+        weight, they are a DTensor: each process has the values of its part, and zeros after them.
         """
         return {name: tuned.values for name, tuned in self._tuned.items()}
 
@@ -123,11 +133,14 @@ class Tuner:
     @property
     def base(self) -> dict[str, Tensor]:
         """The base weights where the values are: the model's names -> [n], of the weight's dtype."""
-        return {name: tuned.nonzeros.base for name, tuned in self._tuned.items()}
+        return {name: tuned.gathered(tuned.nonzeros.base) for name, tuned in self._tuned.items()}
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The weights that are changed, by the model's names; weights that FSDP has sharded are left out."""
+        """The weights that are changed, by the model's names; weights that FSDP has sharded are left out.
+
+        Of a weight that tensor parallelism has spread it is this process's part.
+        """
         return {name: weight for name, tuned in self._tuned.items() if (weight := tuned.weight) is not None}
 
     @property
@@ -144,7 +157,7 @@ class Tuner:
         self._check_attached()
         for tuned in self._tuned.values():
             tuned.restore()
-        found = [_rms(weight) for weight in self.weights.values()]
+        found = [tuned.rms() for tuned in self._tuned.values() if tuned.weight is not None]
         self.write()
         return found + [tuned.scaling.unit for tuned in self._tuned.values() if tuned.scaling is not None]
 
@@ -167,7 +180,7 @@ class Tuner:
     def start_from(self, name: str, changes: Tensor) -> None:
         """Sets the parameters of a weight so that its changes are these, float32 [n], up to rounding with scales."""
         tuned = self._tuned[name]
-        tuned.values.copy_(changes)
+        tuned.start_from(changes)
         if tuned.scaling is not None and tuned.scales is not None:
             tuned.scales.copy_(tuned.scaling.scales_at(tuned.values.detach()))
 
@@ -235,7 +248,7 @@ class Tuner:
     ) -> float:
         """Writes a `.shd` file, with fingerprints of the base, by which `shiradelta apply` and `HotSwap` check it.
 
-        In a run with sharded parameters all processes have to call it; the first one writes.
+        Where parameters are sharded or spread all processes have to call it; the first one writes.
 
         Args:
             path: the file; it is written atomically.
@@ -319,6 +332,10 @@ def _nonzeros_of(
 ) -> tuple[Tensor, WeightNonzeros]:
     values = module._parameters[name + SUFFIX]
     assert values is not None
+    if nonzeros.spread is not None and nonzeros.spread.is_whole(values):
+        if nonzeros.spread.has_changed(values):
+            nonzeros.written = None
+        return nonzeros.spread.own(values), nonzeros
     if scaling is None or is_sharded(values):  # FSDP looks at its shards, between passes
         return values, nonzeros
     scales = module._parameters[scales_name(name, scaling)]
@@ -327,11 +344,6 @@ def _nonzeros_of(
         nonzeros.written = None  # no version tells whether what is computed anew has changed
     with torch.inference_mode(False):  # what is made in that mode has no version
         return scaling.changes(values, scales), nonzeros
-
-
-def _rms(weight: Tensor) -> float:
-    """Root mean square of a weight; 0.02, a common value, if all its elements are zero."""
-    return float(flat(weight).float().square().mean().sqrt()) or 0.02
 
 
 def _after_step(tuner: weakref.ref[Tuner], optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -21,8 +21,8 @@ def state_of(tuned: Mapping[str, TunedWeight], pruner: Pruner | None) -> dict[st
     """`NAME.positions` and `NAME.values` of each weight, and its scales; if pruned, `NAME.kept` and the steps done."""
     state = {}
     for name, one in tuned.items():
-        state[name + POSITIONS] = one.nonzeros.positions.long().cpu()
-        state[f"{name}.values"] = whole(one.values).detach().float().cpu()
+        state[name + POSITIONS] = one.whole_positions().cpu()
+        state[f"{name}.values"] = one.whole_values().cpu()
         if one.scaling is not None and one.scales is not None:
             state[f"{name}.{one.scaling.name}"] = whole(one.scales).detach().float().cpu()
         if pruner is not None:
@@ -66,7 +66,7 @@ def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mappi
         sound = sound and (kept is values or kept.dtype == torch.bool)
         if one.scaling is not None and one.scales is not None:
             sound = sound and state[f"{name}.{one.scaling.name}"].shape == one.scales.shape
-        if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= one.nonzeros.numel:
-            raise DeltaError(f"the state of {name!r} does not fit a weight of {one.nonzeros.numel} elements")
+        if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= one.numel:
+            raise DeltaError(f"the state of {name!r} does not fit a weight of {one.numel} elements")
     if pruner is not None and (state[_STEP].numel() != 1 or state[_STEP].is_floating_point()):
         raise DeltaError(f"the state's {_STEP!r} is not a number of steps; take a state that Tuner.state_dict gave")

@@ -111,7 +111,7 @@ def test_a_model_that_is_distributed_after_loading(mesh: object):
 
 def test_training_is_refused_by_name(model: torch.nn.Sequential):
     before = model.state_dict(keep_vars=True)
-    with pytest.raises(TargetError, match=r"'.+weight' is a DTensor.*; attach to the whole model, then call fully_sh"):
+    with pytest.raises(TargetError, match=r"'.+weight' is sharded by FSDP2.*; attach to the whole model, then call fu"):
         attach(model, 0.5)
     after = model.state_dict(keep_vars=True)
     assert list(after) == list(before)
@@ -120,12 +120,16 @@ def test_training_is_refused_by_name(model: torch.nn.Sequential):
 
 def test_values_cannot_be_made_tensor_parallel(mesh: object):
     """docs/distributed.md says so."""
-    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     model = net()
     attach(model, 0.5)
-    with pytest.raises(RuntimeError, match="leaf tensor"):
+    before = dict(model.named_parameters())
+    with pytest.raises(TargetError, match=r"'weight' is in a layer with values that are trained.*attach to that"):
+        parallelize_module(model, mesh, {"1.0": ColwiseParallel()})
+    with pytest.raises(RuntimeError, match="leaf tensor"):  # torch's own
         parallelize_module(model, mesh, {"1.0": RowwiseParallel()})
+    assert all(one is before[name] for name, one in model.named_parameters())
 
 
 def test_tensor_parallel_weights_that_fsdp_gathers_are_refused(mesh: object):
@@ -139,8 +143,12 @@ def test_tensor_parallel_weights_that_fsdp_gathers_are_refused(mesh: object):
     model.unshard()
     with pytest.raises(TargetError, match=r"'0\.weight' is a copy that FSDP2 has gathered"):
         HotSwap(model).load("a", DATA)
+    with pytest.raises(TargetError, match=r"'0\.weight' is a copy that FSDP2 has gathered.*then call fully_shard"):
+        attach(model, 0.5)
     model.reshard()
     swap = HotSwap(model)
     swap.load("a", DATA)
     swap.switch("a")
     swap.revert()
+    with pytest.raises(TargetError, match=r"'0\.weight' is sharded by FSDP2"):
+        attach(model, 0.5)
