@@ -91,7 +91,7 @@ def recode(
         there, scratch = base_of(delta, checkpoint), Path(out).absolute().parent
         read, is_small = delta, delta.needs_base or delta.packed
         if context == "base" and delta.needs_base:  # it is made anew, which needs its positions
-            read = stack.enter_context(plain_delta(delta, there))
+            read = stack.enter_context(plain_delta(delta, there, passing=False))
         with replacing(Path(out)) as output:
             if context == "none" or (context is None and is_small):
                 write_plain(read, there, output, progress, scratch=scratch, zstd=True)

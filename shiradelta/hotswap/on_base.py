@@ -56,7 +56,7 @@ def plain_bytes(
     output = io.BytesIO()
     try:
         with temporary_errors():
-            write_plain(delta, base, output)
+            write_plain(delta, base, output, passing=True)
     except FormatError as error:
         error.file = error.file or label
         if error.reason == "wrong_base":

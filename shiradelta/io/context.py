@@ -33,6 +33,7 @@ from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import tensor_digest
 from shiradelta.format.record import Record
+from shiradelta.format.registry import IndexId
 from shiradelta.format.zstd import FAST, compressed
 from shiradelta.io.reader import Delta, StoredTensor, parse_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
@@ -86,6 +87,7 @@ def write_plain(
     *,
     scratch: Path | None = None,
     zstd: bool = False,
+    passing: bool = False,
 ) -> None:
     """Writes a file that does the same and needs no base to be read.
 
@@ -96,10 +98,13 @@ def write_plain(
         progress: called with (tensor, done, total).
         scratch: the folder of a nameless file for what is too large for memory; None for the system's.
         zstd: compress the sections of tensors that have compressed ones, where that helps.
+        passing: the file is read once and thrown away, so no time is spent on making it smaller.
 
     Raises:
         FormatError: the file is damaged, or was made for another base.
     """
+    backend = choose(index_ids=INDEX_CODECS.by_id)
+    codecs = {id: codec for id, codec in backend.index_codecs.items() if not (passing and id == IndexId.TILED)}
 
     def plain(stored: StoredTensor) -> tuple[TensorDelta, _Sections]:
         kept = _as_stored(stored)
@@ -108,9 +113,8 @@ def write_plain(
             return restored(stored, base(stored.record)) if lacks else stored, kept
         tensor = restored(stored, base(stored.record))
         positions = tensor.positions()
-        backend = choose(index_ids=INDEX_CODECS.by_id)
-        codec = smallest_index_codec(positions, tensor.shape, backend.index_codecs)
-        kept = replace(kept, index_codec=codec, index=backend.index_codecs[codec].encode(positions, tensor.shape))
+        codec = smallest_index_codec(positions, tensor.shape, codecs)
+        kept = replace(kept, index_codec=codec, index=codecs[codec].encode(positions, tensor.shape))
         if tensor.operation.shifts:
             kept = replace(kept, value_codec=ULP.id, values=ULP.encode(tensor.bits()))
         return tensor, kept
@@ -150,13 +154,14 @@ def write_on_base(
     return _write(delta, on_base, output, progress, scratch, zstd=True, packed=True)
 
 
-def plain_delta(delta: Delta, base: Base, progress: Progress | None = None) -> Delta:
+def plain_delta(delta: Delta, base: Base, progress: Progress | None = None, *, passing: bool = True) -> Delta:
     """A delta that does the same and needs no base to be read; it is in a nameless temporary file, until it is closed.
 
-    Args and errors are those of `write_plain`, and TargetError where there is no room for that file.
+    Args and errors are those of `write_plain`, and TargetError where there is no room for that file.  Where its
+    sections are taken over into another file, it is not `passing`.
     """
     with temporary_errors(), tempfile.TemporaryFile() as stream:
-        write_plain(delta, base, stream, progress)
+        write_plain(delta, base, stream, progress, passing=passing)
         stream.flush()
         mapped = map_file(stream.fileno(), delta.file or "delta", os.fstat(stream.fileno()).st_size)
     return parse_delta(np.frombuffer(mapped, np.uint8), delta.file, mapped=mapped, limit=delta.limit)

@@ -21,14 +21,16 @@ from safetensors.torch import load_file, save_file
 import shiradelta as sd
 from shiradelta.cli import main
 from shiradelta.errors import ArgumentError, FormatError, LimitError, TargetError
+from shiradelta.folder.recode import base_of
 from shiradelta.format import registry
 from shiradelta.format.codecs import BITS, FROM_BASE, ULP_FROM_BASE
 from shiradelta.format.codecs.base import SLACK
 from shiradelta.format.codecs.from_base import HEAD, FromBase
 from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.record import Record, Section
-from shiradelta.io.context import _codecs, restored
+from shiradelta.io.context import _codecs, plain_delta, restored
 from shiradelta.io.writer import writing
+from shiradelta.models.checkpoint import open_checkpoint
 from tests.swapping import bits
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e5m2}
@@ -93,6 +95,25 @@ def test_a_file_may_be_recoded_in_place(made: Path, tmp_path: Path):
     shutil.copy(made / "1.shd", file)
     assert sd.recode(file, file, made / "0").needs_base
     assert file.read_bytes() == (made / "small1.shd").read_bytes()
+
+
+def test_a_form_that_is_thrown_away_takes_no_codec_that_is_slow_to_choose(tmp_path: Path):
+    base, rng = {"w": torch.randn(256, 256).bfloat16()}, np.random.default_rng(0)
+    moves = rng.random((256, 256)) < np.where(np.arange(256) % 8, 0.002, 0.4)[:, None]
+    tuned = {"w": (base["w"].view(torch.int16) ^ torch.from_numpy(moves).to(torch.int16)).view(torch.bfloat16)}
+    for name, state in ("base", base), ("tuned", tuned):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+    small, back = tmp_path / "small.shd", tmp_path / "back.shd"
+    sd.convert(tmp_path / "tuned", small, base=tmp_path / "base", lossless=True, context="base")
+    sd.recode(small, back, tmp_path / "base")
+    with sd.open_delta(small) as delta, sd.open_delta(back) as other:
+        assert delta.needs_base
+        with plain_delta(delta, base_of(delta, open_checkpoint(tmp_path / "base"))) as passing:
+            codecs = {name: each["w"].record.index_codec_name for name, each in {"kept": other, "not": passing}.items()}
+            assert passing.digest == other.digest
+            assert np.array_equal(passing["w"].positions(), other["w"].positions())
+    assert codecs == {"kept": "TILED", "not": "RICE"}
 
 
 def test_convert_writes_the_smaller_form(made: Path, tmp_path: Path):

@@ -91,6 +91,8 @@ class PartsReader:
         if not width:
             return np.zeros(count, np.int64)
         self.padding_is_zero &= not (count * width % 32 and words[-1] >> (count * width % 32))
+        if count == 1:  # most tensors have one tile, and many parts of one field
+            return (words & np.uint32((1 << width) - 1)).astype(np.int64)
         return unpack_fields(words, width, 0, count)
 
 
@@ -257,4 +259,6 @@ def widths_and_gaps(keys: Positions, ks: Positions, tiles: int, largest: int) ->
 
 def fields(numbers: Positions | Small, width: int) -> bytes:
     """`numbers` packed into words; nothing if they have no bits."""
-    return pack_fields(numbers, width) if width else b""
+    if not width:
+        return b""
+    return numbers.astype("<u4").tobytes() if numbers.size == 1 else pack_fields(numbers, width)
