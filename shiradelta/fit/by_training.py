@@ -28,7 +28,7 @@ STEPS, CPU_SECONDS, CPU_LEAST, CPU_MOST = 1_000, 600, 40, 900
 REFIT_STEPS = 100
 #: The mask where none is asked for.  Where it leaves more than this share of the base's distance, and there are so many
 #: steps at least, training comes farther from the largest changes ("prune"), as on small models.
-MASK, LEFT, PRUNE_STEPS = "refit", 0.25, 400
+MASK, LEFT, PRUNE_STEPS = "refit", 0.25, 300
 
 
 def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
