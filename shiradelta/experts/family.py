@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ FILE = "family.safetensors"
 BASE = "base"
 #: The version of the file that is written and read.
 _FORMAT = "1"
-_KEYS = {"format", "digests", "examples", "seed"}
+_KEYS = {"checksum", "digests", "examples", "format", "seed"}
 _CENTROIDS = "centroids"
 _SCALES = "scales."
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -83,6 +84,7 @@ def write_index(family: ExpertFamily) -> None:
         "examples": json.dumps(list(family.examples)),
         "seed": str(family.seed),
     }
+    about["checksum"] = _checksum(about, family)
     with replacing(family.folder / FILE) as stream:
         write_tensors(stream, tensors, about)
 
@@ -95,8 +97,8 @@ def open_family(path: str | os.PathLike[str]) -> ExpertFamily:
         path: the folder.
 
     Raises:
-        SourceError: the folder is no family, its index is damaged, or a member is missing, damaged, another file's, or
-            not listed.
+        SourceError: the folder is no family, a bit of its index is wrong, or a member is missing, damaged, another
+            file's, or not listed.
     """
     folder = Path(path)
     index = folder / FILE
@@ -117,7 +119,20 @@ def open_family(path: str | os.PathLike[str]) -> ExpertFamily:
         raise SourceError(f"{folder}: {strangers[0]} is not a member of this family; move it away")
     for name in digests:
         _check_member(family, name)
+    if _checksum(shard.metadata, family) != shard.metadata["checksum"]:
+        raise _damaged(index, "its contents are not those of its checksum")
     return family
+
+
+def _checksum(about: Mapping[str, str], family: ExpertFamily) -> str:
+    """SHA-256 of an index: its metadata, its centroids, and its scales with their names."""
+    rest = {key: value for key, value in about.items() if key != "checksum"}
+    heads = [rest, list(family.centroids.shape), {name: one.size for name, one in family.scales.items()}]
+    found = hashlib.sha256(json.dumps(heads, sort_keys=True).encode())
+    found.update(family.centroids.astype("<f4").tobytes())
+    for _, scales in sorted(family.scales.items()):
+        found.update(scales.tobytes())
+    return found.hexdigest()
 
 
 def _check_member(family: ExpertFamily, name: str) -> None:

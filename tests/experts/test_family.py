@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -415,6 +416,22 @@ def test_a_folder_that_is_no_family_is_refused_by_name(kind: str, trained: Path,
     change(folder)
     with pytest.raises(SourceError, match=message):
         experts.open_family(folder)
+
+
+def test_no_bit_of_an_index_is_read_wrong(trained: Path, tmp_path: Path):
+    folder = tmp_path / "family"
+    shutil.copytree(trained, folder)
+    index = folder / "family.safetensors"
+    whole = index.read_bytes()
+    rng = random.Random(0)
+    for at in [*range(8, 24), len(whole) - 1, *rng.sample(range(len(whole)), 200)]:
+        raw = bytearray(whole)
+        raw[at] ^= 1 << rng.randrange(8)
+        index.write_bytes(raw)
+        with pytest.raises(SourceError):
+            experts.open_family(folder)
+    index.write_bytes(whole)
+    experts.open_family(folder)
 
 
 def test_only_additions_are_members(trained: Path, tmp_path: Path):
