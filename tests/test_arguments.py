@@ -13,12 +13,13 @@ import torch
 
 import shiradelta
 from shiradelta.errors import ArgumentError
-from shiradelta.experts import assemble_family, open_family, train_family
+from shiradelta.experts import ExpertRouter, assemble_family, open_family, train_family
 from shiradelta.fit import Fit
 from shiradelta.train import Tuner, attach
 from shiradelta.util.arguments import (
     ANY,
     COMMON,
+    LIST,
     OPEN,
     PAIRS,
     SHAPE,
@@ -42,6 +43,7 @@ def public() -> dict[str, Callable[..., Any]]:
             found[name] = one
         elif not issubclass(one, Exception):
             found[name] = one.__init__
+    found |= {"ExpertRouter": ExpertRouter.__init__, "ExpertRouter.ensemble": ExpertRouter.ensemble}
     found |= {f"HotSwap.{name}": getattr(shiradelta.HotSwap, name) for name in ("load", "unload", "switch", "rebase")}
     return found | {f"Tuner.{name}": getattr(Tuner, name) for name in ("save", "export")}
 
@@ -83,6 +85,11 @@ def test_a_wrong_type_is_one_line_that_names_the_argument(name: str):
         (COMMON["progress"], [print], ["x", 1]),
         (COMMON["key"], ["a", ["a", Path("b")], {Path("a")}], [5, [5], b"a", ""]),
         (OPEN, ["a", b"a", np.zeros(1, np.uint8), open], [5, None, ["a"], ""]),
+        (
+            LIST,
+            [[], (), np.zeros(2), torch.utils.data.TensorDataset(torch.zeros(2))],
+            [iter([]), "ab", {}, {1}, 5, b"a"],
+        ),
         (SHAPE, [(), [4, 4], np.array([4, 4]), torch.Size([4, 4])], [4, "44", [4.0]]),
         (PAIRS, [{}, {"a": "b"}], [{"a": 1}, [("a", "b")]]),
         (STRENGTHS, [{}, {"a": 1}, {Path("a"): 0.5}], [["a"], {"a": "1"}, {5: 1.0}, "a"]),

@@ -23,16 +23,18 @@ from shiradelta.format.arithmetic import Array, Float32
 from shiradelta.hotswap.session import HotSwap
 from shiradelta.io.reader import open_delta
 from shiradelta.train.gradients import Loss
-from shiradelta.util.arguments import ANY, CALL, PATH, PATHS, WHOLE, checked
+from shiradelta.util.arguments import ANY, CALL, LIST, PATH, PATHS, WHOLE, ArgumentKind, check_least, checked, is_path
 from shiradelta.util.files import os_errors
 from shiradelta.util.progress import Progress
 
 #: Examples whose gradients give the scales.
 SCALED_BY = 256
 
+_MEMBERS = ArgumentKind("a list of paths", lambda value: PATHS.holds(value) and not is_path(value))
+
 
 @checked(
-    model=ANY, experts=PATHS, examples=ANY, groups=ANY, prompt_loss=CALL, base=PATH, dims=WHOLE, prompt_batch=WHOLE
+    model=ANY, experts=_MEMBERS, examples=LIST, groups=ANY, prompt_loss=CALL, base=PATH, dims=WHOLE, prompt_batch=WHOLE
 )
 def assemble_family(
     model: nn.Module,
@@ -64,12 +66,14 @@ def assemble_family(
         progress: called with (what, done, total).
 
     Raises:
-        ArgumentError: an expert has no example, or an example no expert, or two experts are the same delta.
+        ArgumentError: an argument is out of range, an expert has no example, or an example no expert, or two experts
+            are the same delta.
         TargetError: the folder cannot be made.
         BaseMismatchError: a delta is another model's.
         SourceError: a delta does more than add.
         ShiraDeltaError: the gradient of an example is not finite, or zero.
     """
+    check_numbers(len(examples), len(experts), dims, prompt_batch)
     labels = group_labels(groups, len(examples), len(experts))
     with making(Path(out)) as folder:
         check = HotSwap(model)
@@ -80,6 +84,16 @@ def assemble_family(
         _digests(folder, len(experts))
         scales, features = measured(model, folder, examples, prompt_loss, dims, seed, progress, prompt_batch)
         return replace(finish(folder, scales, features, labels, seed), folder=Path(out))
+
+
+def check_numbers(
+    examples: int, experts: int, dims: int, prompt_batch: int = 1, expert_steps: int | None = None
+) -> None:
+    """Raises ArgumentError if a number is out of range, or there are fewer examples than experts."""
+    check_least(2, experts=experts)
+    check_least(1, expert_steps=expert_steps, dims=dims, prompt_batch=prompt_batch)
+    if examples < experts:
+        raise ArgumentError(f"{examples} examples are too few for {experts} experts; give more")
 
 
 def group_labels(groups: Sequence[int], examples: int, experts: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,14 @@ from shiradelta.experts.gradients import NonzeroGradients
 from shiradelta.format.arithmetic import Array, Float32
 from shiradelta.hotswap.session import HotSwap
 from shiradelta.train.gradients import Loss
+from shiradelta.util.arguments import ANY, CALL, SWITCHED, WHOLE, ArgumentKind, check_least, checked
 from shiradelta.util.progress import Progress
+
+_FAMILY = ArgumentKind("an ExpertFamily, such as open_family reads", lambda value: isinstance(value, ExpertFamily))
+_WEIGHTS = ArgumentKind(
+    "a mapping of members to weights, such as route gives",
+    lambda value: isinstance(value, Mapping) and SWITCHED.holds(value),
+)
 
 
 def route_weights(cosines: Array) -> Float32:
@@ -69,11 +77,14 @@ class ExpertRouter:
         swap: a session with the members loaded, under their names.
 
     Raises:
+        ArgumentError: an argument is of a wrong type or out of range.
         BaseMismatchError: the family is another model's.
         SourceError: a tensor of the base delta is not a parameter of the model.
     """
 
+    @checked(model=ANY, family=_FAMILY, prompt_loss=CALL, prompt_batch=WHOLE)
     def __init__(self, model: nn.Module, family: ExpertFamily, prompt_loss: Loss, prompt_batch: int = 1) -> None:
+        check_least(1, prompt_batch=prompt_batch)
         self.family = family
         self._loss, self._batch = prompt_loss, prompt_batch
         self._sketch = Sketch(
@@ -115,6 +126,7 @@ class ExpertRouter:
                 found.append(RoutedGroup(name, indices.tolist(), self._strengths(features[indices])))
         return sorted(found, key=lambda group: -len(group.indices))
 
+    @checked(run=CALL, strengths=_WEIGHTS)
     def ensemble(self, run: Callable[[], Tensor], strengths: Mapping[str, float]) -> Tensor:
         """The weighted sum of outputs, as in ELREA: the members one after the other, each at strength 1.
 
@@ -123,7 +135,13 @@ class ExpertRouter:
         Args:
             run: runs the model and gives its outputs, such as logits.
             strengths: member -> weight of its outputs, as `route` gives them.
+
+        Raises:
+            ArgumentError: there are no members, one is unknown, or a weight is not finite.
         """
+        odd = [f"{name} has {strength}" for name, strength in strengths.items() if not math.isfinite(strength)]
+        if odd:
+            raise ArgumentError(f"weights of outputs are finite numbers, and {odd[0]}; give the strengths of `route`")
         total: Tensor | None = None
         for name, strength in strengths.items():
             with self.swap.applied(name):

@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from shiradelta.errors import DivergedError, SourceError, TargetError
-from shiradelta.experts.assembling import check_absent
+from shiradelta.experts.assembling import check_absent, check_numbers
 from shiradelta.experts.clusters import check_clustering
 from shiradelta.experts.family import BASE, ExpertFamily
 from shiradelta.experts.features import DIMS
 from shiradelta.experts.live import TOGETHER
 from shiradelta.experts.routing import ExpertRouter
 from shiradelta.experts.texts import prompt_loss
-from shiradelta.experts.training import FamilyTraining, check_numbers
+from shiradelta.experts.training import FamilyTraining
 from shiradelta.experts.unfinished import UnfinishedFamily
 from shiradelta.format import registry
 from shiradelta.io.reader import open_delta
@@ -138,7 +138,7 @@ def run_family(
                 f"{examples_file}: {' and '.join(kind.keys)} have no prompt to route by; give {COMPLETION.shape} or"
                 f" {TEXT.shape}"
             )
-        check_numbers(len(subject.train), experts, expert_steps, dims)
+        check_numbers(len(subject.train), experts, dims, expert_steps=expert_steps)
         state = UnfinishedFamily(kept, subject.identity, log)
         training = FamilyTraining(
             subject.model, subject.train, subject.loss, settings, progress, state, subject.check_stored

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shiradelta.errors import ArgumentError, DivergedError
-from shiradelta.experts.assembling import finish, group_labels, making, measured
+from shiradelta.errors import DivergedError
+from shiradelta.experts.assembling import check_numbers, finish, group_labels, making, measured
 from shiradelta.experts.clusters import birch, check_clustering
 from shiradelta.experts.family import BASE, ExpertFamily, names_of
 from shiradelta.experts.features import DIMS
@@ -29,7 +29,7 @@ from shiradelta.train.recipe import attached, find_lr, optimizer_of, take_step
 from shiradelta.train.run_state import RunState, load_run, save_run
 from shiradelta.train.settings import TrainSettings
 from shiradelta.train.tuner import Tuner
-from shiradelta.util.arguments import ANY, CALL, PATH, WHOLE, ArgumentKind, checked
+from shiradelta.util.arguments import ANY, CALL, LIST, PATH, WHOLE, ArgumentKind, checked
 from shiradelta.util.progress import Progress
 
 _SETTINGS = ArgumentKind("TrainSettings", lambda value: isinstance(value, TrainSettings))
@@ -37,7 +37,7 @@ _SETTINGS = ArgumentKind("TrainSettings", lambda value: isinstance(value, TrainS
 
 @checked(
     model=ANY,
-    examples=ANY,
+    examples=LIST,
     loss=CALL,
     out=PATH,
     prompt_loss=CALL,
@@ -99,7 +99,7 @@ def train_family(
         ShiraDeltaError: the gradient of an example is not finite, or zero.
         MissingDependencyError: scikit-learn, which clusters, is not installed.
     """
-    check_numbers(len(examples), experts, expert_steps, dims, prompt_batch)
+    check_numbers(len(examples), experts, dims, prompt_batch, expert_steps)
     if groups is None:
         check_clustering()
     settings = settings or TrainSettings()
@@ -112,16 +112,6 @@ def train_family(
     family = training.family(Path(out), prompt_loss or loss, experts, labels, expert_steps, dims, prompt_batch)
     training.finished()
     return family
-
-
-def check_numbers(examples: int, experts: int, expert_steps: int | None, dims: int, prompt_batch: int = 1) -> None:
-    """Raises ArgumentError if a number is out of range, or there are fewer examples than experts."""
-    least = {"experts": (experts, 2), "expert_steps": (expert_steps, 1), "dims": (dims, 1)}
-    for name, (given, smallest) in (least | {"prompt_batch": (prompt_batch, 1)}).items():
-        if given is not None and given < smallest:
-            raise ArgumentError(f"{name} is {given}; give {smallest} or more")
-    if examples < experts:
-        raise ArgumentError(f"{examples} examples are too few for {experts} experts; give more")
 
 
 class FamilyTraining:

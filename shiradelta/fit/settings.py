@@ -10,7 +10,7 @@ from typing import Any
 from shiradelta.errors import ArgumentError
 from shiradelta.fit.choices import MASKS, METHODS, RENAMED_MASKS
 from shiradelta.text.kinds import check_prompt_share
-from shiradelta.util.arguments import ANY, CALL, NUMBER, PATH, TEXT, WHOLE, ArgumentKind, checked, is_path
+from shiradelta.util.arguments import ANY, CALL, NUMBER, PATH, TEXT, WHOLE, ArgumentKind, check_least, checked, is_path
 from shiradelta.util.deprecated import renamed_arguments, warn_renamed
 
 
@@ -92,10 +92,7 @@ class Fit:
             raise ArgumentError(f"generate is {self.generate}; give a number of texts, or 0 for none")
         if self.generate and self.forward is not None:
             raise ArgumentError("no texts can be generated for a forward function; leave generate or forward out")
-        for name in ("steps", "batch", "micro", "tokens", "held_out"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ArgumentError(f"{name} is {count}; give 1 or more")
+        check_least(1, **{name: getattr(self, name) for name in ("steps", "batch", "micro", "tokens", "held_out")})
 
     @property
     def per_pass(self) -> int:

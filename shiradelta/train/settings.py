@@ -12,6 +12,7 @@ from shiradelta.nonzeros.pruning import PRUNE_FROM, PRUNE_UNTIL
 from shiradelta.select.shares import parse_sparsity
 from shiradelta.text.kinds import check_prompt_share
 from shiradelta.train.masks import can_be_larger
+from shiradelta.util.arguments import check_least
 from shiradelta.util.deprecated import renamed_arguments
 
 
@@ -44,9 +45,7 @@ class TrainSettings:
             raise ArgumentError(
                 f"a relative learning rate of {self.relative_lr} trains nothing; give one above 0, such as 0.04"
             )
-        for name in ("steps", "batch", "tokens"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} is {getattr(self, name)}; give 1 or more")
+        check_least(1, steps=self.steps, batch=self.batch, tokens=self.tokens)
         if self.prune_from is not None and not 1 <= self.prune_from < math.inf:
             raise ArgumentError(
                 f"pruning from {self.prune_from:g} x the sparsity is impossible; give 1 (no pruning) or more"

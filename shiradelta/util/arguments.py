@@ -80,6 +80,17 @@ def _maps(value: Any, key: Callable[[Any], bool], to: Callable[[Any], bool]) -> 
     return isinstance(value, Mapping) and all(map(key, value)) and all(map(to, value.values()))
 
 
+def check_least(least: int, **numbers: float | None) -> None:
+    """Raises ArgumentError if one of the numbers is less than another; None is none."""
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise ArgumentError(f"{name} is {number}; give {least} or more")
+
+
+def _is_list(value: Any) -> bool:
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str | bytes | Mapping)
+
+
 def _is_array(value: Any) -> bool:
     try:
         return np.asarray(value).dtype.kind in "biufcV"
@@ -93,6 +104,7 @@ BOOL = ArgumentKind(
     "True or False", lambda value: isinstance(value, bool | np.bool_) or (type(value) is int and value in (0, 1))
 )
 CALL = ArgumentKind("a function", callable)
+LIST = ArgumentKind("a list", _is_list)
 NAMES = ArgumentKind(
     "a mapping of names to names, or a function", lambda value: isinstance(value, Mapping) or callable(value)
 )

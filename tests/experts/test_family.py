@@ -336,6 +336,7 @@ def test_clusters_without_scikit_learn_are_refused(monkeypatch: pytest.MonkeyPat
         ({"experts": 1}, "experts is 1; give 2 or more"),
         ({"dims": 0}, "dims is 0"),
         ({"expert_steps": 0}, "expert_steps is 0"),
+        ({"prompt_batch": 0}, "prompt_batch is 0; give 1 or more"),
         ({"experts": 61}, "too few for 61 experts"),
         ({"experts": 2, "groups": [0] * 60}, "give examples for each expert"),
         ({"experts": 2, "groups": [0, 1]}, "no whole number for each of the 60 examples"),
@@ -346,6 +347,45 @@ def test_arguments_out_of_range(options: dict[str, Any], message: str, tmp_path:
     with pytest.raises(ArgumentError, match=message):
         experts.train_family(model(), EXAMPLES, loss, tmp_path / "f", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": 0}, "dims is 0; give 1 or more"),
+        ({"prompt_batch": 0}, "prompt_batch is 0; give 1 or more"),
+        ({"experts": ["a.shd"]}, "experts is 1; give 2 or more"),
+        ({"experts": "a.shd"}, "experts is 'a.shd'; give a list of paths"),
+        ({"experts": ["a.shd"] * 61}, "too few for 61 experts"),
+        ({"examples": iter(EXAMPLES)}, "give a list"),
+    ],
+)
+def test_arguments_of_an_assembly_out_of_range(options: dict[str, Any], message: str, tmp_path: Path):
+    given = {"experts": ["a.shd", "b.shd"], "examples": EXAMPLES, "groups": TASKS} | options
+    with pytest.raises(ArgumentError, match=message):
+        experts.assemble_family(model(), "base.shd", prompt_loss=prompt_loss, out=tmp_path / "f", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_router_does_not_take(trained: Path):
+    family = experts.open_family(trained)
+    with pytest.raises(ArgumentError, match="prompt_batch is 0; give 1 or more"):
+        experts.ExpertRouter(model(), family, prompt_loss, prompt_batch=0)
+    with pytest.raises(ArgumentError, match="give an ExpertFamily"):
+        experts.ExpertRouter(model(), trained, prompt_loss)  # type: ignore[arg-type]
+    router = experts.ExpertRouter(model(), family, prompt_loss)
+    runs: list[int] = []
+    for weights, message in (
+        ({"expert-0": float("nan")}, "finite numbers, and expert-0 has nan"),
+        ({"expert-0": 1.0, "expert-1": float("inf")}, "finite numbers, and expert-1 has inf"),
+        ({"expert-9": 1.0}, "'expert-9' is not loaded"),
+        ({"expert-0": "1"}, "give a mapping of members to weights"),
+        ("expert-0", "give a mapping of members to weights"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            router.ensemble(lambda: runs.append(1), weights)  # type: ignore[arg-type, func-returns-value]
+    assert not runs
+    assert not router.swap.active
 
 
 def test_what_is_there_is_not_replaced(tmp_path: Path):
