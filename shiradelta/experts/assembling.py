@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from shiradelta.errors import ArgumentError, TargetError
+from shiradelta.errors import ArgumentError, SourceError, TargetError
 from shiradelta.experts.family import BASE, ExpertFamily, names_of, open_family, write_index
 from shiradelta.experts.features import DIMS, Sketch, adam_scales, unit
 from shiradelta.experts.gradients import NonzeroGradients
@@ -70,7 +70,7 @@ def assemble_family(
             are the same delta.
         TargetError: the folder cannot be made.
         BaseMismatchError: a delta is another model's.
-        SourceError: a delta does more than add.
+        SourceError: a delta does more than add, or does not say which base it is for.
         ShiraDeltaError: the gradient of an example is not finite, or zero.
     """
     check_numbers(len(examples), len(experts), dims, prompt_batch)
@@ -79,11 +79,24 @@ def assemble_family(
         check = HotSwap(model)
         for name, path in zip(names_of(len(experts)), [base, *experts], strict=True):
             check.load(name, path)
+            _check_fingerprints(Path(path))
             with os_errors(Path(path), "cannot be copied"):
                 shutil.copyfile(path, folder / f"{name}.shd")
         _digests(folder, len(experts))
         scales, features = measured(model, folder, examples, prompt_loss, dims, seed, progress, prompt_batch)
         return replace(finish(folder, scales, features, labels, seed), folder=Path(out))
+
+
+def _check_fingerprints(path: Path) -> None:
+    """Raises SourceError if nothing tells that a delta is for the model it was loaded on."""
+    with open_delta(path) as delta:
+        # What does more than add is refused as such.
+        lacking = [name for name, one in delta.items() if one.operation.adds and one.base_fingerprint is None]
+    if lacking:
+        raise SourceError(
+            f"{path}: tensor {lacking[0]!r} has no fingerprint, so it may be for another base; convert its source"
+            " again, with --base"
+        )
 
 
 def check_numbers(

@@ -172,6 +172,21 @@ def test_experts_that_are_the_same_delta_are_refused_before_the_work(trained: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["copy.shd"]
 
 
+def test_a_member_that_may_be_for_another_base_is_refused(trained: Path, tmp_path: Path):
+    own = [trained / "expert-0.shd", trained / "expert-1.shd"]
+    with shiradelta.open_delta(own[1]) as delta:
+        bare = {
+            name: shiradelta.TensorDelta(one.shape, one.positions(), one.values(), one.dtype)
+            for name, one in delta.items()
+        }
+    shiradelta.save_delta(tmp_path / "bare.shd", bare)
+    with pytest.raises(SourceError, match=r"bare\.shd: tensor '0\.weight' has no fingerprint"):
+        experts.assemble_family(
+            model(), trained / "base.shd", [own[0], tmp_path / "bare.shd"], EXAMPLES, TASKS, prompt_loss, tmp_path / "f"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["bare.shd"]
+
+
 def test_what_does_more_than_add_is_no_member(trained: Path, tmp_path: Path):
     with shiradelta.open_delta(trained / "base.shd") as delta:
         name, shape = next((name, one.shape) for name, one in delta.items())
