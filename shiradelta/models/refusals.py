@@ -139,13 +139,15 @@ def _parameters_of_fsdp(model: Any) -> Iterator[tuple[Any, bool]]:
             state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             own = [
-                (one._module_info.module._parameters.get(one._module_info.param_name), one.sharded_param)
+                (one._module_info.module._parameters.get(one._module_info.param_name), one)
                 for group in groups
                 for one in group.fsdp_params
             ]
         except AttributeError:  # another release of torch: without its lists, every parameter may be one
-            own = [(tensor, tensor if is_sharded(tensor) else None) for tensor in module.parameters()]
-        yield from ((tensor, tensor is not sharded) for tensor, sharded in own if tensor is not None)
+            own = [(tensor, None) for tensor in module.parameters()]
+        for tensor, one in own:
+            if tensor is not None:
+                yield tensor, not is_sharded(tensor) or tensor is getattr(one, "_unsharded_param", None)
 
 
 #: Why a tensor of the checkpoint cannot be written whose elements the library computes on loading.
