@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -34,9 +34,9 @@ class NumpyDecoder(Decoder):
     def bits(self, record: Record) -> Array:
         return np.concatenate(list(self.bits_windows(record)))
 
-    def section(self, record: Record, which: Section) -> Bytes:
+    def section(self, record: Record, which: Section, checked: bool = False) -> Bytes:
         with self._context(record, which):
-            return self._section(which) if which.stored else self._data[:0]
+            return self._section(which, not checked) if which.stored else self._data[:0]
 
     def position_windows(self, record: Record) -> Iterator[Positions]:
         with self._context(record, record.index):
@@ -65,6 +65,16 @@ class NumpyDecoder(Decoder):
             if record.adds and not np.all(np.isfinite(values)):
                 raise FormatError("bad_value", "a value is not finite")
         return positions, values.view("<u4") if record.adds else values
+
+    def runs(self, record: Record, spans: Sequence[tuple[int, int]]) -> list[tuple[int, Positions]]:
+        self.check(record)
+        data, codec = self.section(record, record.index, checked=True), INDEX_CODECS.by_id[record.index_codec]
+        return [codec.decode_between(data, record.nnz, record.shape, *span) for span in spans]
+
+    def bits_from(self, record: Record, rank: int, count: int) -> Array:
+        data, codec = self.section(record, record.values, checked=True), VALUE_CODECS.by_id[record.value_codec]
+        values = codec.decode(data, record.nnz, record.element_size, rank, rank + count)
+        return values.view("<u4") if record.adds else values
 
     def check(self, record: Record) -> None:
         if record.nnz:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,8 +21,8 @@ class Decoder(Protocol):
     def bits(self, record: Record) -> Array:
         """Unsigned [nnz], nnz > 0: binary32 of the values for ADD, elements otherwise."""
 
-    def section(self, record: Record, which: Section) -> Bytes:
-        """A section of a record, decompressed; only its checksum is checked."""
+    def section(self, record: Record, which: Section, checked: bool = False) -> Bytes:
+        """A section of a record, decompressed; only its checksum is checked, if it has not been."""
 
     def position_windows(self, record: Record) -> Iterator[Positions]:
         """What `positions` gives, in runs of at most `WINDOW`; all is checked when the last one was taken."""
@@ -32,6 +32,15 @@ class Decoder(Protocol):
 
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
         """Positions in [start, stop) and their bits; reads only the blocks that hold them, and no checksums."""
+
+    def runs(self, record: Record, spans: Sequence[tuple[int, int]]) -> list[tuple[int, Positions]]:
+        """(rank of the first, positions) of the nonzeros in several spans of positions, (start, stop).
+
+        All of the tensor is checked before.
+        """
+
+    def bits_from(self, record: Record, rank: int, count: int) -> Array:
+        """What `bits` gives of the nonzeros from a rank on, of a tensor that has been checked."""
 
     def check(self, record: Record) -> None:
         """Checks everything that `positions` and `bits` check, without keeping it; safe in several threads."""

@@ -6,6 +6,7 @@ delta is loaded, it is encoded anew in the memory order of each weight, so that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,6 @@ from shiradelta.backends.choose import choose
 from shiradelta.backends.protocols import Backend
 from shiradelta.errors import BaseMismatchError
 from shiradelta.format import container, registry
-from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs import BITS, F32, ULP, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, ValueCodec
 from shiradelta.format.codecs.float import Float
@@ -24,12 +24,13 @@ from shiradelta.format.header import crc32
 from shiradelta.format.operations import Operation
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import IndexId, ValueId
+from shiradelta.hotswap.portions import Portion, joined, portions_of
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.shares import Share, Shares, share_of
 from shiradelta.io.reader import StoredTensor, open_delta
 from shiradelta.models.live import Target
-from shiradelta.models.views import View, move, shift_between, show_nothing
-from shiradelta.util.arrays import RepeatedPositionError, aligned, join_sorted, order_of
+from shiradelta.models.views import View, move
+from shiradelta.util.arrays import RepeatedPositionError
 from shiradelta.util.threads import map_in_threads
 
 #: A weight and an operation's name.
@@ -166,33 +167,33 @@ def _encoded(
         (the weights' deltas, the nonzeros in each share of the tensors).
     """
     nonzeros: dict[str, dict[Share, int]] = {}
-    portions: dict[Change, list[tuple[Positions, Array]]] = {}
+    portions: dict[Change, list[Portion]] = {}
     last: dict[Change, tuple[StoredTensor, str]] = {}
     codecs: dict[Change, set[ValueCodec]] = {}
     for tensor, target, dtype in fits:
         leaves = list(target.leaves())
         nonzeros[tensor.record.name] = shares = {}
-        for (weight, views), portion in zip(leaves, _portions(tensor, leaves), strict=True):
+        for (weight, views), portion in zip(leaves, portions_of(tensor, leaves), strict=True):
             if weight in others:
                 other = others[weight][0].record.name
                 raise _changed_twice(label, tensor, weight, f"as tensor {other!r} does")
             change = weight, tensor.op
-            shares[share_of(views)] = portion[0].size
+            shares[share_of(views)] = portion.positions.size
             portions.setdefault(change, []).append(portion)
             last[change] = tensor, dtype
-            if tensor.nnz:
+            if portion.positions.size:
                 codecs.setdefault(change, set()).add(VALUE_CODECS.by_id[tensor.record.value_codec])
     pieces = []
     for change, (tensor, dtype) in last.items():
         weight, _ = change
         every = portions.pop(change)
-        some = [portion for portion in every if portion[0].size] or every[:1]
+        some = [portion for portion in every if portion.positions.size] or every[:1]
         try:
-            positions, bits = some[0] if len(some) == 1 else join_sorted(some)
+            portion = some[0] if len(some) == 1 else joined(some)
         except RepeatedPositionError:
             how = "at a position that another tensor changes"
             raise _changed_twice(label, tensor, weight, how) from None
-        pieces.append(_piece(weight, tensor, dtype, positions, bits, codecs.get(change, set()), backend))
+        pieces.append(_piece(weight, tensor, dtype, portion, codecs.get(change, set()), backend))
     return pieces, nonzeros
 
 
@@ -200,25 +201,29 @@ def _piece(
     weight: Target,
     tensor: StoredTensor,
     dtype: str,
-    positions: Positions,
-    bits: Array,
+    portion: Portion,
     codecs: set[ValueCodec],
     backend: Backend,
 ) -> _Piece:
     """Encodes a weight's delta; the tensor is one of those that it comes from, and codecs are those of their values."""
-    operation = tensor.operation
+    operation, (positions, bits, sections) = tensor.operation, portion
     if not positions.size:
         return _Piece(weight, dtype, operation, 0, ValueId.NONE.value, b"", b"", (0, 0))
     if operation.adds:
         # Groups of values in other codecs do not survive new neighbours.
         kept = next(iter(codecs)) if len(codecs) == 1 else F32
-        id, values = (kept if isinstance(kept, Float) else F32).id, bits.view(np.float32)
+        id = (kept if isinstance(kept, Float) else F32).id
     else:
-        id, values = (ULP if operation.shifts else BITS).id, bits
-    codec = backend.value_codecs.get(id, VALUE_CODECS.by_id[id])
-    index = backend.index_codecs[IndexId.RICE].encode(positions, weight.shape)
-    section = codec.encode(values)
-    return _Piece(weight, dtype, operation, positions.size, id, index, section, (crc32(index), crc32(section)))
+        id = (ULP if operation.shifts else BITS).id
+    index, values = (None, None) if sections is None else sections(math.prod(weight.shape))
+    if index is None:
+        index = backend.index_codecs[IndexId.RICE].encode(positions, weight.shape)
+    if values is None:
+        found = bits()
+        values = backend.value_codecs.get(id, VALUE_CODECS.by_id[id]).encode(
+            found.view(np.float32) if operation.adds else found
+        )
+    return _Piece(weight, dtype, operation, positions.size, id, index, values, (crc32(index), crc32(values)))
 
 
 def _as_file(pieces: Sequence[_Piece], buffer: Callable[[int], Bytes]) -> Bytes:
@@ -241,67 +246,6 @@ def _as_file(pieces: Sequence[_Piece], buffer: Callable[[int], Bytes]) -> Bytes:
 
     map_in_threads(fill, list(zip(records, pieces, strict=True)))
     return data
-
-
-def _portions(tensor: StoredTensor, leaves: Sequence[tuple[Target, tuple[View, ...]]]) -> list[tuple[Positions, Array]]:
-    """The nonzeros in each of a tensor's pieces of memory: (positions there, increasing; their bits)."""
-    record = tensor.record
-    # A part of another section is decoded from all of it, which is done once, in windows.
-    has_parts = record.index_codec == IndexId.RICE and not (record.index.zstd or record.values.zstd)
-    parts: list[list[tuple[Positions, Array]]] = [[] for _ in leaves]
-    here = [(found, views) for found, (_, views) in zip(parts, leaves, strict=True) if not show_nothing(views)]
-    runs = [_run(views) if has_parts else None for _, views in here]
-    if any(run is not None for run in runs):
-        tensor.check()
-    for run, (found, _) in zip(runs, here, strict=True):
-        if run is not None:
-            positions, bits = tensor.between(run.start, run.stop)
-            found.append((positions + run.shift, bits))
-    if None in runs:
-        for positions, bits in aligned(tensor.position_windows(), tensor.bits_windows()):
-            for run, (found, views) in zip(runs, here, strict=True):
-                start, stop = views[0].stored.span
-                if run is None and positions[0] < stop and positions[-1] >= start:
-                    found.append(_moved(positions, bits, views))
-    return [_joined(found) for found in parts]
-
-
-class _SharedRun(NamedTuple):
-    """Neighbours of a stored tensor, from start to stop - 1, that are also neighbours in a weight.
-
-    `shift` is what is added to their positions there.
-    """
-
-    start: int
-    stop: int
-    shift: int
-
-
-def _run(views: Sequence[View]) -> _SharedRun | None:
-    """The elements that views show, if they are one run; None if not, or if there are several views."""
-    if len(views) != 1:
-        return None
-    shift = shift_between(views[0].stored, views[0].weight)
-    return None if shift is None else _SharedRun(*views[0].stored.span, shift)
-
-
-def _moved(positions: Positions, bits: Array, views: Sequence[View]) -> tuple[Positions, Array]:
-    """(positions in the last view's weight, bits) of the nonzeros that views show."""
-    for view in views:
-        chosen, positions = move(positions, view.stored, view.weight)
-        bits = bits[chosen]
-    return positions, bits
-
-
-def _joined(parts: Sequence[tuple[Positions, Array]]) -> tuple[Positions, Array]:
-    """All parts' positions, sorted, and their bits."""
-    if not parts:
-        return np.zeros(0, np.int64), np.zeros(0, np.uint8)
-    where, some = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-    if np.all(where[1:] > where[:-1]):
-        return where, some
-    order = order_of(where)
-    return where[order], some[order]
 
 
 def stored_positions(positions: Any, views: Sequence[View]) -> tuple[Any, Any]:

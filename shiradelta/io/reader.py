@@ -96,9 +96,9 @@ class StoredTensor(TensorDelta):
         """The file's name, or None."""
         return self._delta.file
 
-    def section(self, which: Section) -> Bytes:
-        """One of the record's sections, decompressed and not checked further.  Raises FormatError."""
-        return self.decoder.section(self.record, which)
+    def section(self, which: Section, checked: bool = False) -> Bytes:
+        """One of the record's sections, decompressed; only its checksum is checked, if not yet.  Raises FormatError."""
+        return self.decoder.section(self.record, which, checked)
 
     def check(self) -> None:
         """Decodes all of it without keeping it.  Raises FormatError if it is damaged."""
@@ -129,6 +129,24 @@ class StoredTensor(TensorDelta):
             return np.zeros(0, np.int64), self.bits()[:0]
         most = min(self.nnz, stop - start) * 16 + self.record.unpacked_size
         return self._within(min(most, self.record.decoded_size)).between(self.record, start, stop)
+
+    def runs(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, Positions]]:
+        """(rank of the first, positions) of the nonzeros in several spans of positions, (start, stop).
+
+        All of the tensor is checked before.
+
+        Raises:
+            FormatError: it is damaged.
+            LimitError: it takes too much memory.
+        """
+        if not self.nnz:
+            return [(0, np.zeros(0, np.int64)) for _ in spans]
+        most = sum(min(self.nnz, stop - start) for start, stop in spans) * 16 + self.record.unpacked_size
+        return self._within(min(most, self.record.decoded_size)).runs(self.record, spans)
+
+    def bits_from(self, rank: int, count: int) -> Array:
+        """What `bits` gives of the nonzeros from a rank on, of a tensor that has been checked."""
+        return self._within(4 * count).bits_from(self.record, rank, count) if count else self.bits()[:0]
 
     def patch(self, weight: Array, dtype: str, strength: float = 1.0) -> None:
         """Applies the delta in place to the bits of a whole tensor, flat and writable; shapes and dtypes must fit."""

@@ -176,7 +176,7 @@ def move(positions: Any, source: Box, target: Box) -> tuple[Any, Any]:
         return chosen, rest + (start + shift)
     if isinstance(rest, np.ndarray) and max(end, end_there) <= _NARROW:
         rest = rest.astype(np.uint32)  # halves the time of what follows
-    where: Any = target.offset
+    where: Any = None
     inside: Any = None
     # Divides by one stride after the other, the largest first; no element of a box has two positions.
     for number, (size, step, step_there) in enumerate(_dimensions(source, target)):
@@ -184,12 +184,15 @@ def move(positions: Any, source: Box, target: Box) -> tuple[Any, Any]:
         rest = rest - index * step if step > 1 else None
         if number or end - start > step * size:  # otherwise the span has told
             inside = index < size if inside is None else inside & (index < size)
-        where = index * step_there + where
+        reach = index * step_there if step_there > 1 else index
+        where = reach if where is None else where + reach
     if rest is not None:
         inside = rest == 0 if inside is None else inside & (rest == 0)
     some, where = (slice(None), where) if inside is None else _those(inside, where)
     if isinstance(where, np.ndarray):
         where = where.astype(np.int64, copy=False)
+    if target.offset:
+        where = where + target.offset
     return (some if isinstance(chosen, slice) else chosen[some]), where
 
 

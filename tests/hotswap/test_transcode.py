@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import shiradelta as sd
-from shiradelta.hotswap.transcode import _portions
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
+from shiradelta.hotswap.portions import portions_of
 from shiradelta.io.writer import writing_to
 from shiradelta.models.views import Box, View, contiguous
 
@@ -55,8 +56,36 @@ def test_every_piece_gets_its_nonzeros(codec: str, zstd: bool, backend: str):
         (TURNED,): (row >= 0, column * ROWS + row),
         (TURNED, PART): ((column >= 3) & (column < 8), (column - 3) * ROWS + row),
     }
-    found = _portions(tensor, [(None, views) for views in wanted])  # type: ignore[misc]
-    for (where, bits), (inside, moved) in zip(found, wanted.values(), strict=True):
+    found = portions_of(tensor, [(None, views) for views in wanted])  # type: ignore[misc]
+    for (where, bits, _), (inside, moved) in zip(found, wanted.values(), strict=True):
         order = np.argsort(moved[inside], kind="stable")
         assert np.array_equal(where, moved[inside][order])
-        assert np.array_equal(bits.view(np.float32), values[inside][order])
+        assert np.array_equal(bits().view(np.float32), values[inside][order])
+
+
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+@pytest.mark.parametrize(("values", "op"), [("f32", "add"), ("bf16", "add"), ("int4", "add"), ("f32", "set")])
+def test_a_run_of_rows_is_cut_out_of_both_sections(values: str, op: str, backend: str):
+    rng = np.random.default_rng(4)
+    positions = np.flatnonzero(rng.random(WHOLE) < 0.01)
+    given = rng.standard_normal(positions.size).astype(np.float32)
+    given = given if op == "add" else given.astype(np.float16)
+    output = io.BytesIO()
+    with writing_to(output, values) as writer:
+        writer.add("w", sd.TensorDelta(WHOLE, positions, given, "float16", op))
+    tensor = sd.open_delta(output.getvalue(), backend)["w"]
+    (portion,) = portions_of(tensor, [(None, (SOME_ROWS,))])  # type: ignore[list-item]
+    assert portion.sections is not None
+    index, section = portion.sections(SOME_ROWS.numel)
+    assert index is not None
+    assert (section is None) == (values == "int4")  # whose groups are others
+    record = tensor.record
+    where = INDEX_CODECS.by_id[record.index_codec].decode(
+        np.frombuffer(index, np.uint8), portion.positions.size, (100, 400)
+    )
+    assert np.array_equal(where, portion.positions)
+    if section is not None:
+        codec, data = VALUE_CODECS.by_id[record.value_codec], np.frombuffer(section, np.uint8)
+        codec.check(data, where.size, record.element_size)
+        found = codec.decode(data, where.size, record.element_size, 0, where.size)
+        assert np.array_equal(found.view(portion.bits().dtype), portion.bits())

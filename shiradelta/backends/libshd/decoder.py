@@ -110,6 +110,14 @@ class LoadedTensor:
         self._call(find, self.address, start, stop, address(positions), count.value, byref(rank), byref(count))
         return positions, self.bits(rank.value, count.value)
 
+    def run(self, start: int, stop: int) -> tuple[int, Positions]:
+        """(rank of the first, positions) in [start, stop), of a tensor whose directory has been checked."""
+        first, last = c_uint64(), c_uint64()
+        assert library().shd_find_blocks(self.address, start, stop, byref(first), byref(last)) == 0
+        positions = self.positions_of_blocks(first.value, last.value)
+        skip, end = np.searchsorted(positions, (start, stop)).tolist()
+        return self._rank(first.value) + skip, positions[skip:end]
+
     def apply(self, weight: Array, dtype: str, strength: float, saved: Array | None = None) -> None:
         """Patches all elements' bits; `saved`, [nnz] of the same dtype, receives what is overwritten.
 
@@ -243,8 +251,8 @@ class NativeDecoder(Decoder):
     def bits(self, record: Record) -> Array:
         return self.load(record).bits(0, record.nnz)
 
-    def section(self, record: Record, which: Section) -> Bytes:
-        return self._reference.section(record, which)
+    def section(self, record: Record, which: Section, checked: bool = False) -> Bytes:
+        return self._reference.section(record, which, checked)
 
     def position_windows(self, record: Record) -> Iterator[Positions]:
         """By blocks; a STRUCT is one block, and the reference decodes large ones."""
@@ -263,6 +271,13 @@ class NativeDecoder(Decoder):
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
         loaded = self._loaded(record) or LoadedTensor(self, record, _CHECK_SIZES)
         return loaded.between(start, stop)
+
+    def runs(self, record: Record, spans: Sequence[tuple[int, int]]) -> list[tuple[int, Positions]]:
+        loaded = self.load(record)
+        return [loaded.run(start, stop) for start, stop in spans]
+
+    def bits_from(self, record: Record, rank: int, count: int) -> Array:
+        return (self._loaded(record) or LoadedTensor(self, record, _CHECK_SIZES)).bits(rank, count)
 
     def check(self, record: Record) -> None:
         """Checks a tensor as loading does, but in one call if nothing needs memory."""

@@ -133,6 +133,10 @@ class ValueCodec(ABC):
         """As that of an index codec."""
         return small_lead(data)
 
+    def cut(self, data: Bytes, size: int, start: int, stop: int) -> bytes | None:
+        """The section of the nonzeros with ranks from start to stop - 1; None if their bytes depend on others."""
+        return None
+
     def codes_at(self, nnz: int) -> int:
         """Offset of the codes in a section, after the groups' parameters; 0 without parameters."""
         return 0
@@ -173,6 +177,11 @@ def check_zero(data: Bytes, offset: int) -> None:
 def padded(data: bytes) -> bytes:
     """`data` with zeros up to a multiple of 4."""
     return data + bytes(-len(data) % 4)
+
+
+def with_slack(data: Array) -> bytes:
+    """The bytes of an array with zeros up to a multiple of 4, and slack."""
+    return b"".join((data.data, bytes(-data.nbytes % 4), SLACK))
 
 
 SLACK = bytes(registry.SLACK)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array
-from shiradelta.format.codecs.base import SLACK, Bytes, TorchDecoder, check_zero, padded, part
+from shiradelta.format.codecs.base import Bytes, TorchDecoder, check_zero, part, with_slack
 from shiradelta.format.registry import ValueId
 
 if TYPE_CHECKING:
@@ -32,10 +34,13 @@ class Bits(TorchDecoder):
         return registry.align(nnz * size, 4) + registry.SLACK
 
     def encode(self, values: Array) -> bytes:
-        return padded(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()) + SLACK
+        return with_slack(np.ascontiguousarray(values, values.dtype.newbyteorder("<")))
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
         return part(data, start * size, stop - start, f"<u{size}")
+
+    def cut(self, data: Bytes, size: int, start: int, stop: int) -> bytes:
+        return with_slack(part(data, start * size, stop - start, f"<u{size}"))
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         check_zero(data, nnz * size)

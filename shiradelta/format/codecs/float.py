@@ -9,7 +9,7 @@ import numpy as np
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, from_float32, to_float32
-from shiradelta.format.codecs.base import SLACK, Bytes, TorchDecoder, TorchRounder, check_zero, padded, part
+from shiradelta.format.codecs.base import Bytes, TorchDecoder, TorchRounder, check_zero, part, with_slack
 from shiradelta.util.arrays import ranges
 
 if TYPE_CHECKING:
@@ -32,10 +32,13 @@ class Float(TorchDecoder, TorchRounder):
         bits = from_float32(values, self.dtype.name)
         if not np.all(np.isfinite(to_float32(bits, self.dtype.name))):
             raise DeltaError(f"a value of {np.abs(values).max():.4g} does not fit {self.dtype.name}; take f32 or bf16")
-        return padded(bits.astype(self.dtype.bits).tobytes()) + SLACK
+        return with_slack(bits.astype(self.dtype.bits, copy=False))
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
         return to_float32(part(data, start * self.dtype.size, stop - start, self.dtype.bits), self.dtype.name)
+
+    def cut(self, data: Bytes, size: int, start: int, stop: int) -> bytes:
+        return with_slack(part(data, start * self.dtype.size, stop - start, self.dtype.bits))
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         if not all(np.all(np.isfinite(self.decode(data, nnz, size, start, stop))) for start, stop in ranges(nnz)):

@@ -55,7 +55,7 @@ def section_size(nnz: int, numel: int, k: int, unary_bits: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class RiceParts:
     """A section taken apart; sizes are checked."""
 
     k: int
@@ -66,7 +66,7 @@ class _Parts:
     end: int  # where the slack starts
 
     @classmethod
-    def of(cls, data: Bytes, nnz: int, numel: int) -> _Parts:
+    def of(cls, data: Bytes, nnz: int, numel: int) -> RiceParts:
         """Raises FormatError where head and size contradict each other."""
         k, unary_bits = registry.RICE_HEAD.unpack_from(data.data)
         if k > registry.MAX_RICE_K or data[1:8].any():
@@ -165,7 +165,7 @@ class Rice(IndexCodec):
     def windows(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Iterator[Positions]:
         """Decodes several blocks at once: the formula of a block holds for any run of blocks."""
         numel = math.prod(shape)
-        parts = _Parts.of(data, nnz, numel)
+        parts = RiceParts.of(data, nnz, numel)
         last = parts.unary_bits - 1
         tail = find_ones(parts.unary[last // 8 :]) if parts.unary_bits else np.zeros(0, np.int64)
         padding = int(np.count_nonzero(tail > last % 8))
@@ -200,7 +200,7 @@ class Rice(IndexCodec):
     ) -> tuple[int, Positions]:
         """Decodes only the blocks that can hold the range."""
         numel = math.prod(shape)
-        parts = _Parts.of(data, nnz, numel)
+        parts = RiceParts.of(data, nnz, numel)
         base, rank = parts.directory.T
         if not base.size or base[0] or rank[0] or np.any(base[1:] < base[:-1]) or base[-1] >= numel:
             raise FormatError("bad_directory", "bases do not increase from 0 to below the number of elements")
