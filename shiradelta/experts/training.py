@@ -25,6 +25,7 @@ from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.text.batches import batches
 from shiradelta.train.attaching import attach
 from shiradelta.train.gradients import Loss
+from shiradelta.train.mask_registry import is_searched
 from shiradelta.train.recipe import attached, find_lr, optimizer_of, take_step
 from shiradelta.train.run_state import RunState, load_run, save_run
 from shiradelta.train.settings import TrainSettings
@@ -189,10 +190,12 @@ class FamilyTraining:
         """Trains the base delta, or another one of the same settings, which is named as the file."""
         settings, kept = self.settings, self._kept(path.stem, self.settings.steps)
         resumed = None if kept is None else load_run(kept, lambda line: None)
-        if resumed is not None:
+        if resumed is not None and resumed.relative_lr is not None:
             self.relative_lr = resumed.relative_lr
         with attached(self.model, self._loss, settings, indices, self._lengths, resumed, self.progress) as tuner:
             self._check(tuner)
+            if kept is not None and resumed is None and is_searched(settings.mask):
+                save_run(kept, tuner, None, 0, [], None, None)
             if self.relative_lr is None:
                 loss = partial(self._loss, self.model)
                 self.relative_lr = find_lr(tuner, tuner.units(), loss, settings, indices, self._lengths)

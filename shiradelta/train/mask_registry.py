@@ -189,6 +189,11 @@ def can_be_larger(mask: object, pattern: tuple[int, int] | None) -> bool:
     return isinstance(mask, str) and mask in MASKS and MASKS[mask].can_be_larger and pattern is None
 
 
+def is_searched(mask: str) -> bool:
+    """Whether a mask is searched by training, which takes long."""
+    return MASKS.find(mask).search is not None
+
+
 def seed_of(text: str) -> int:
     """A number of 63 bits that is the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -14,6 +14,7 @@ from shiradelta.select.shares import parse_sparsity
 from shiradelta.text.batches import batches, by_length
 from shiradelta.train.attaching import attach, reattach
 from shiradelta.train.gradients import Loss
+from shiradelta.train.mask_registry import is_searched
 from shiradelta.train.masks import MASKS
 from shiradelta.train.probe import LEAST_STEPS, SHARE, Probe
 from shiradelta.train.run_state import RunState
@@ -39,9 +40,8 @@ def calibration(settings: TrainSettings, indices: Sequence[int], lengths: Sequen
         lengths: of all examples; batches are of similar ones.
     """
     epoch = min(settings.steps, math.ceil(len(indices) / settings.batch))
-    searches = MASKS.find(settings.mask).search is not None
     stream = batches(indices, lengths, settings.batch, settings.seed + 1)
-    return list(islice(stream, epoch if searches else CALIBRATION))
+    return list(islice(stream, epoch if is_searched(settings.mask) else CALIBRATION))
 
 
 def attached(
@@ -65,7 +65,7 @@ def attached(
         progress: called with (what, done, total).
     """
     # A search takes long, and finds more than a mask.
-    if resumed is not None and MASKS.find(settings.mask).search is not None:
+    if resumed is not None and is_searched(settings.mask):
         return reattach(model, resumed.of_tuner, settings.mask)
     targets: list[str] | None = list(settings.targets) or None
     mask: str | dict[str, Tensor] = settings.mask if resumed is None else resumed.mask

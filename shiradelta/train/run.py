@@ -19,6 +19,7 @@ from shiradelta.models.provenance import base_names
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.text.batches import batches
+from shiradelta.train.mask_registry import is_searched
 from shiradelta.train.plot import draw_losses
 from shiradelta.train.recipe import attached, find_lr, optimizer_of, take_step
 from shiradelta.train.run_state import BestState, History, RunState, load_run, save_run
@@ -112,6 +113,8 @@ class _Run:
         self.history = [] if resumed is None else resumed.history
         before = self.history[0][2] if self.history else self._measure()
         tuner = self._attach(resumed)
+        if resumed is None and is_searched(settings.mask):
+            save_run(self.unfinished, tuner, None, 0, [], None, None)
         optimizer = optimizer_of(tuner, self.units, settings.mask)
         step = 0
         if resumed is not None:

@@ -57,7 +57,7 @@ class RunState:
         base: digest of the base weights at the mask when the run started.
         history: the history up to this step.
         best_loss: the least held-out loss of the final mask; None before there is one.
-        relative_lr: the learning rate; None in a state of 0.1, where the settings have it.
+        relative_lr: the learning rate; None before it is found, and in a state of 0.1, where the settings have it.
     """
 
     tensors: Mapping[str, Tensor]
@@ -117,18 +117,17 @@ class RunState:
 def save_run(
     unfinished: UnfinishedRun,
     tuner: Tuner,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     step: int,
     history: History,
     best: BestState | None,
-    relative_lr: float,
+    relative_lr: float | None,
 ) -> None:
-    """Writes the state of a run."""
+    """Writes the state of a run; before its first step there need be no optimizer and no learning rate."""
     tensors = tuner.state_dict()
     for name, values in tuner.trained.items():
-        for moment in _MOMENTS:
-            if moment in optimizer.state[values]:
-                tensors[f"{name}.{moment}"] = optimizer.state[values][moment].cpu()
+        moments = {} if optimizer is None else optimizer.state[values]
+        tensors |= {f"{name}.{moment}": moments[moment].cpu() for moment in _MOMENTS if moment in moments}
     if best is not None:
         tensors |= {f"{name}.{_BEST}": values for name, values in best.values.items()}
     about = {

@@ -81,6 +81,22 @@ def test_an_interrupted_training_ends_in_the_same_family(
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
+@pytest.mark.slow
+def test_a_search_for_the_mask_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    searched = replace(SHORT, mask="rigsa")
+    whole = train(tmp_path / "w", settings=searched)
+
+    def stop(*given: Any) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shiradelta.experts.training.find_lr", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "f", settings=searched)
+    monkeypatch.setattr("shiradelta.train.rigsa.search", stop)
+    assert is_same(train(tmp_path / "f", settings=searched), whole)
+
+
 def test_features_are_taken_once(
     whole: tuple[experts.ExpertFamily, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -149,6 +149,26 @@ def test_a_learning_rate_is_found_once(folders: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
 
 
+def test_a_search_is_not_made_again(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It takes longest, and its result is kept before the learning rate is searched."""
+    texts, told = write(tmp_path / "data.jsonl", "text"), list[str]()
+    settings = TrainSettings(**{**vars(SETTINGS), "relative_lr": None, "steps": 12, "mask": "rigsa"})
+    run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu")
+
+    def stop(*given: Any) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "find_lr", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu")
+    monkeypatch.setattr("shiradelta.train.rigsa.search", stop)
+    run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", log=told.append)
+    assert any("going on from step 0 of 12" in line for line in told)
+    assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
+    assert not (tmp_path / "task.shd.train").exists()
+
+
 def measuring(monkeypatch: pytest.MonkeyPatch, *losses: float) -> list[dict[str, torch.Tensor]]:
     """Lets a run measure these held-out losses, one after the other; gives the model's weights at each."""
     left, seen = list(losses), list[dict[str, torch.Tensor]]()
