@@ -19,7 +19,10 @@ from shiradelta.format.packed import unpack
 from shiradelta.format.record import Record, Section, combination_problem
 from shiradelta.format.registry import Flag, Incompatible, IndexId, ValueId
 
-_FLAGS = sum(Flag)
+# Flags as plain integers: tests on an IntFlag take a fifth of the time that parsing a record does.
+_BASE, _RESULT = int(Flag.BASE_FINGERPRINT), int(Flag.RESULT_FINGERPRINT)
+_INDEX_ZSTD, _VALUES_ZSTD = int(Flag.INDEX_ZSTD), int(Flag.VALUES_ZSTD)
+_FLAGS = sum(map(int, Flag))
 _CONTROL = bytes([*range(0x20), 0x7F])
 
 
@@ -63,7 +66,7 @@ def tables_end(header: Header) -> int:
 
 def check_padding(data: Bytes, start: int, end: int) -> None:
     """Checks that bytes between sections are zero."""
-    if data[start:end].tobytes().strip(b"\0"):
+    if start < end and data[start:end].tobytes().strip(b"\0"):
         raise FormatError("padding_not_zero", "between sections", offset=start)
 
 
@@ -219,7 +222,6 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
         raise FormatError("unknown_index_codec", f"id {index_id}")
     if value_id and value_id not in VALUE_CODECS.by_id:
         raise FormatError("unknown_value_codec", f"id {value_id}")
-    flags = Flag(flag_bits)
     shape = _parse_shape(rank, dims)
     if nnz > math.prod(shape):
         raise FormatError("bad_count", f"{nnz} nonzeros, {math.prod(shape)} elements")
@@ -231,10 +233,10 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
         index_codec=index_id,
         value_codec=value_id,
         nnz=nnz,
-        base_fingerprint=base_fingerprint if Flag.BASE_FINGERPRINT in flags else None,
-        result_fingerprint=result_fingerprint if Flag.RESULT_FINGERPRINT in flags else None,
-        index=Section(index_offset, index_stored, index_decoded, index_crc, Flag.INDEX_ZSTD in flags),
-        values=Section(values_offset, values_stored, values_decoded, values_crc, Flag.VALUES_ZSTD in flags),
+        base_fingerprint=base_fingerprint if flag_bits & _BASE else None,
+        result_fingerprint=result_fingerprint if flag_bits & _RESULT else None,
+        index=Section(index_offset, index_stored, index_decoded, index_crc, bool(flag_bits & _INDEX_ZSTD)),
+        values=Section(values_offset, values_stored, values_decoded, values_crc, bool(flag_bits & _VALUES_ZSTD)),
     )
     problem = combination_problem(record)
     if problem:
@@ -329,15 +331,12 @@ def payload_start(tensor_count: int, names_size: int, metadata: Mapping[str, str
 
 
 def _build_record(record: Record, name_offset: int, name_size: int) -> bytes:
-    flags = Flag(0)
-    for present, flag in (
-        (record.base_fingerprint is not None, Flag.BASE_FINGERPRINT),
-        (record.result_fingerprint is not None, Flag.RESULT_FINGERPRINT),
-        (record.index.zstd, Flag.INDEX_ZSTD),
-        (record.values.zstd, Flag.VALUES_ZSTD),
-    ):
-        if present:
-            flags |= flag
+    flags = (
+        _BASE * (record.base_fingerprint is not None)
+        | _RESULT * (record.result_fingerprint is not None)
+        | _INDEX_ZSTD * record.index.zstd
+        | _VALUES_ZSTD * record.values.zstd
+    )
     dims = record.shape + (0,) * (registry.MAX_RANK - len(record.shape))
     return registry.RECORD.pack(
         name_offset,

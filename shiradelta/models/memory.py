@@ -94,6 +94,9 @@ def is_contiguous(tensor: Any) -> bool:
 
 def span_of(tensor: Any) -> Span:
     """The range that the elements span."""
+    if is_contiguous(tensor):
+        start = address_of(tensor)
+        return Span(str(getattr(tensor, "device", "cpu")), start, start + tensor.nbytes)
     reach = [s * tensor.itemsize * (size - 1) for s, size in zip(strides_of(tensor), tensor.shape, strict=True)]
     start = address_of(tensor)
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)

@@ -59,7 +59,7 @@ class LoadedTensor:
             self._scratch = np.empty(library().shd_scratch_size(decoder.file, address(tensor)), np.uint8)
         self._struct = new_struct(DELTA)
         self.address = address(self._struct)
-        scratch = address(self._scratch), self._scratch.size
+        scratch = (address(self._scratch) if self._scratch.size else None), self._scratch.size
         self._call(library().shd_load, decoder.file, number, check, *scratch, self.address)
         # `block_count` follows the copy of the tensor's record.
         self.blocks = c_uint64.from_address(self.address + struct_size(TENSOR)).value
