@@ -1,5 +1,6 @@
 /* CRC-32 as in zlib: by tables, or by carry-less multiplication where the machine has it. */
 #include "bytes.h"
+#include "cpu.h"
 
 #include "crc32_table.h"
 
@@ -73,7 +74,7 @@ uint32_t shd_crc32(uint32_t crc, const void *data, size_t size) {
     const uint8_t *bytes = data;
     crc = ~crc;
 #if SHDI_AVX2
-    if (size >= 64 && __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
+    if (size >= 64 && (shdi_cpu & SHDI_HAS_CLMUL) != 0) {
         size_t folded = size & ~(size_t)15;
         crc = crc32_fold(crc, bytes, folded);
         bytes += folded;

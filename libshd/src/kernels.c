@@ -1,11 +1,12 @@
 /* The choice among the kernels. */
 #include "kernels.h"
+#include "cpu.h"
 
 const shdi_kernels *shdi_kernels_best(void) {
 #if SHDI_NEON
     return &shdi_neon;
 #elif SHDI_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt")) {
+    if ((shdi_cpu & SHDI_HAS_AVX2) != 0) {
         return &shdi_avx2;
     }
     return &shdi_scalar;
