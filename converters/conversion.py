@@ -156,7 +156,7 @@ class Conversion:
             if item.dense is not None:
                 selection = fitted or top_k(item.dense(), item.matrix, k, self._at_least)
                 base = None if item.base_bits is None else item.base_bits()
-                tensor = _delta_of(item, selection, base, TensorDelta.trusted if fitted is None else TensorDelta)
+                tensor = _delta_of(item, selection, base, is_fitted=fitted is not None)
                 energy, selected = selection.energy, selection.values
             else:
                 assert item.exact is not None
@@ -173,17 +173,19 @@ class Conversion:
         return TensorReport.of(item.name, tensor, stored, energy, selected, count)
 
 
-def _delta_of(item: Item, selection: Selection, base: Array | None, make: Callable[..., TensorDelta]) -> TensorDelta:
+def _delta_of(item: Item, selection: Selection, base: Array | None, is_fitted: bool) -> TensorDelta:
     """The tensor delta of selected elements.
 
     Args:
         item: the tensor.
         selection: what is selected of it.
         base: the base's elements, flat; None without a base.
-        make: `TensorDelta`, or `TensorDelta.trusted` for what `top_k` has selected.
+        is_fitted: it is not what `top_k` has selected: it is checked, and may be anywhere.
     """
     at, values, op = selection.positions, selection.values, "add"
     if item.replaces:
         assert item.tuned is not None
         values, op = item.tuned()[at], "set"
-    return make(item.shape, at, values, item.dtype, op, None if base is None else base[at])
+    draw = item.draw if not is_fitted and np.all(values) else None
+    make = TensorDelta if is_fitted else TensorDelta.trusted
+    return make(item.shape, at, values, item.dtype, op, None if base is None else base[at], draw=draw)

@@ -10,6 +10,7 @@ from functools import partial
 from shiradelta.folder.comparison import PastBits
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.delta import TensorDelta, check_shape
+from shiradelta.format.draw import Draw
 from shiradelta.format.registry import ADD_DTYPES
 from shiradelta.io.recognise import UNQUANTISED
 from shiradelta.models.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ class Item:
         tuned: maps the fine-tune's elements, flat; None if the source holds a change and not the result.
         tuned_dtype: their dtype, if it is not the base's.
         replaces: selected elements are set to the fine-tune's, in a dtype that nothing can be added to.
+        draw: the draw that all elements of the dense delta that are not zero are of, or None.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Item:
     tuned: Callable[[], Array] | None = None
     tuned_dtype: str | None = None
     replaces: bool = False
+    draw: Draw | None = None
 
     @property
     def numel(self) -> int:

@@ -71,12 +71,12 @@ def _item(
         exact = partial(_checked, path, name, tensor, base, found)
         if not tensor.operation.adds:
             return Item(found, tensor.shape, tensor.dtype, exact=exact)
-        return Item(found, tensor.shape, tensor.dtype, partial(_rows, exact))
+        return Item(found, tensor.shape, tensor.dtype, partial(_rows, exact), draw=tensor.draw)
     slot = base[found]
     if (refused := not_addable(found, slot)) is not None:
         return refused
     dense = partial(_rows, partial(_checked, path, name, tensor, base, found))
-    return Item(found, slot.shape, slot.dtype.name, dense, base_bits=partial(base.bits, found))
+    return Item(found, slot.shape, slot.dtype.name, dense, base_bits=partial(base.bits, found), draw=tensor.draw)
 
 
 def _checked(path: Path, name: str, tensor: StoredTensor, base: Checkpoint | None, found: str) -> TensorDelta:

@@ -18,7 +18,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -36,7 +36,8 @@ DTYPES = [
     ("complex64", 8),
 ]
 OPS = {0: "ADD", 1: "SET", 2: "ULP", 3: "NEW", 4: "DROP", 6: "REPLACE"}
-INDEX_CODECS = {0: "NONE", 1: "RICE", 2: "RAW", 3: "BITMAP", 4: "STRUCT", 5: "ALL", 7: "TILED", 11: "FROM_BASE"}
+INDEX_CODECS = dict(enumerate(("NONE", "RICE", "RAW", "BITMAP", "STRUCT", "ALL")))
+INDEX_CODECS |= {7: "TILED", 10: "SEEDED", 11: "FROM_BASE"}
 VALUE_CODECS = dict(enumerate(("NONE", "F32", "F16", "BF16", "I8", "I4", "SIGN", "BITS", "ULP")))
 VALUE_CODECS[10] = "ULP_FROM_BASE"
 FROM_BASE_CODECS = ("FROM_BASE", "ULP_FROM_BASE")
@@ -57,6 +58,8 @@ MAX_CLASS_BITS = 4
 MAX_BASE_CLASSES = 16
 MAX_BASE_TILE = 1048576
 MAX_BASE_TILE_FIELD = 22
+MAX_CELLS = (1 << 32) - 1
+MAX_CELL = 1 << 32
 MAX_ZSTD_RATIO = 64
 
 
@@ -485,6 +488,8 @@ def index_size_fits(r: Record) -> bool:
         return rest == 0 and 1 <= entries <= MAX_STRUCT_ENTRIES
     if codec == "TILED":
         return size >= 60
+    if codec == "SEEDED":
+        return size >= 24
     if codec == "FROM_BASE":
         return size >= 40
     return size == 0  # NONE, ALL
@@ -583,6 +588,8 @@ def decode_positions(r: Record, section: bytes, base: Base | None) -> list[int]:
         return list(range(r.nnz))
     if codec == "FROM_BASE":
         return decode_from_base(r, Parts(section), base_keys(r, base))
+    if codec == "SEEDED":
+        return decode_seeded(r, section)
     decoders = {
         "RICE": decode_rice,
         "RAW": decode_raw,
@@ -795,6 +802,30 @@ class Gaps:
                 found.append(numbers)
             yield found
             first_bit = end_bit
+
+
+def decode_seeded(r: Record, section: bytes) -> list[int]:
+    """4.8"""
+    seed, cells = struct.unpack_from("<QQ", section)
+    check(r.nnz <= cells <= min(r.numel, MAX_CELLS) and ceil_div(r.numel, cells) <= MAX_CELL, "bad_index")
+    parts = Parts(section[16:])
+    chosen: Iterable[int] = range(cells)
+    if cells == r.nnz:
+        check(len(section) == 16 + SLACK, "bad_size")
+    else:
+        check(len(section) >= 16 + 24, "bad_size")
+        others = 2 * r.nnz > cells  # and then cells is bounded by the file
+        chosen = decode_rice(replace(r, nnz=cells - r.nnz if others else r.nnz, numel=cells), parts)
+        if others:
+            chosen = sorted(set(range(cells)) - set(chosen))
+    parts.finish()
+    return [drawn(seed, cell, cells, r.numel) for cell in chosen]
+
+
+def drawn(seed: int, cell: int, cells: int, numel: int) -> int:
+    """4.8: the position of a cell."""
+    start, end = (i * (numel // cells) + i * (numel % cells) // cells for i in (cell, cell + 1))
+    return start + ((mix(cell, seed) >> 32) * (end - start) >> 32)
 
 
 def base_keys(r: Record, base: Base | None) -> list[int]:

@@ -32,7 +32,7 @@ from itertools import chain, pairwise
 from math import prod
 from operator import add
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 VECTORS = Path(__file__).parent / "vectors"
@@ -63,15 +63,17 @@ DTYPES = {
     "complex64": (19, 8),
 }
 OPS = {"ADD": 0, "SET": 1, "ULP": 2, "NEW": 3, "DROP": 4, "REPLACE": 6}
-INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5, "TILED": 7, "FROM_BASE": 11}
+INDEX_CODECS = {"NONE": 0, "RICE": 1, "RAW": 2, "BITMAP": 3, "STRUCT": 4, "ALL": 5}
+INDEX_CODECS |= {"TILED": 7, "SEEDED": 10, "FROM_BASE": 11}
 VALUE_CODECS = {"NONE": 0, "F32": 1, "F16": 2, "BF16": 3, "I8": 4, "I4": 5, "SIGN": 6, "BITS": 7, "ULP": 8}
 VALUE_CODECS["ULP_FROM_BASE"] = 10
 #: What only the base's elements tell, and the dtypes that it has.
 FROM_BASE_CODECS = ("FROM_BASE", "ULP_FROM_BASE")
 FROM_BASE_DTYPES = sorted(name for name in DTYPES if "float" in name and name != "float8_e8m0fnu")
 #: Operation or codec -> the minor version that defines it, where that is not 0.
-MINORS: dict[str, int] = {"REPLACE": 1, "TILED": 1, "FROM_BASE": 1, "ULP": 1, "ULP_FROM_BASE": 1}
+MINORS: dict[str, int] = {"REPLACE": 1, "TILED": 1, "SEEDED": 1, "FROM_BASE": 1, "ULP": 1, "ULP_FROM_BASE": 1}
 MAX_NUMEL = 1 << 56
+U64 = (1 << 64) - 1
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 #: What a zstd library made of a section: Huffman and sequences, with a checksum.
 ZSTD_COMPRESSED = "28b52ffd648801e50000a80000003f0000a0bf000040400000003f00000000000100e04c35979f51fe86"
@@ -179,14 +181,16 @@ def added(base: int, value: float, dtype: str) -> int:
     return nan if total != total else encode(total)
 
 
+def mix(position: int, bits: int) -> int:
+    """Section 6.3."""
+    x = (position * 0x9E3779B97F4A7C15 + (bits + 1) * 0xD1B54A32D192ED03) & U64
+    x = ((x ^ (x >> 32)) * 0xD6E8FEB86659FD93) & U64
+    return x ^ (x >> 32)
+
+
 def fingerprint(pairs: Iterator[tuple[int, int]]) -> int:
     """Section 6.3, of (position, bits)."""
-    total, mask = 0, (1 << 64) - 1
-    for position, bits in pairs:
-        x = (position * 0x9E3779B97F4A7C15 + (bits + 1) * 0xD1B54A32D192ED03) & mask
-        x = ((x ^ (x >> 32)) * 0xD6E8FEB86659FD93) & mask
-        total += x ^ (x >> 32)
-    return total & mask
+    return sum(mix(position, bits) for position, bits in pairs) & U64
 
 
 # --- index codecs (section 4) ---
@@ -194,12 +198,16 @@ def fingerprint(pairs: Iterator[tuple[int, int]]) -> int:
 
 @dataclass(frozen=True)
 class Index:
-    """An INDEX section, decoded, and what it lists; `frame` is what is stored instead, if zstd is."""
+    """An INDEX section, decoded, and what it lists.
+
+    `frame` is what is stored instead, if zstd is, and `draw` the seed and the cells of SEEDED.
+    """
 
     codec: str
     positions: tuple[int, ...]
     section: bytes
     frame: bytes | None = None
+    draw: tuple[int, int] | None = None
 
 
 NO_INDEX = Index("NONE", (), b"")
@@ -283,6 +291,35 @@ def struct_of(shape: tuple[int, ...], *entries: Entry) -> Index:
         if any(line == (r, c, c - r)[kind] for kind, line in lines)
     ]
     return Index("STRUCT", tuple(found), struct_section(*entries))
+
+
+def seeded(
+    numel: int,
+    seed: int,
+    cells: int,
+    chosen: Sequence[int] | None = None,
+    k: int | None = None,
+    tail: bytes | None = None,
+) -> Index:
+    """SEEDED.
+
+    Args:
+        numel: elements of the tensor.
+        seed: the seed.
+        cells: how many cells there are.
+        chosen: those with a nonzero; None for all.
+        k: that of the list of cells.
+        tail: what follows seed and cells, instead of what is right.
+    """
+    chosen = range(cells) if chosen is None else chosen
+    starts = {cell: cell * numel // cells for i in chosen for cell in (i, i + 1)}
+    positions = [starts[i] + ((mix(i, seed) >> 32) * (starts[i + 1] - starts[i]) >> 32) for i in chosen]
+    if tail is None and len(chosen) == cells:
+        tail = SLACK
+    elif tail is None:
+        listed = chosen if 2 * len(chosen) <= cells else sorted(set(range(cells)) - set(chosen))
+        tail = rice(listed, cells, k).section
+    return Index("SEEDED", tuple(positions), struct.pack("<QQ", seed, cells) + tail, draw=(seed, cells))
 
 
 @dataclass(frozen=True)
@@ -1162,6 +1199,34 @@ def valid_tiled() -> Valid:
     yield "tiled_largest_tile", case((4, 65536), (0, 65535, 65536, 131071, 131072, 262143), largest)
 
 
+def valid_seeded() -> Valid:
+    """Section 4.8."""
+
+    def case(shape: tuple[int, ...], *arguments: Any) -> File:
+        return one(change(shape, seeded(prod(shape), *arguments)), canonical=False)
+
+    yield "seeded", case((4, 4), 7, 5, (0, 1, 3), 0)
+    yield "seeded_all_cells", one(change((64, 64), seeded(4096, 0, 40)))
+    yield "seeded_cells_of_two_sizes", case((29,), U64, 12)
+    yield "seeded_cells_of_one_element", case((3, 7), 1, 21, (0, 1, 5, 20))
+    yield "seeded_cells_of_one_and_two_elements", case((3, 7), 1, 13, (0, 1, 5, 12))
+    yield "seeded_one_cell", case((1000,), 3, 1)
+    yield "seeded_rank_0", case((), 9, 1)
+    yield "seeded_one_of_many", case((64, 64), 2, 4000, (2345,))
+    yield "seeded_all_but_one", one(change((64, 64), seeded(4096, 2, 100, [i for i in range(100) if i != 32])))
+    yield "seeded_some", one(change((64, 64), seeded(4096, 2, 500, [i for i in range(500) if i * 7 % 10 < 3])))
+    for count in 6, 7:  # the cells with a nonzero are half of all, and more
+        yield f"seeded_{count}_of_12", case((100,), 5, 12, [i for i in range(12) if i % 2 or i > 25 - 2 * count])
+    for k in 0, 5, 31:
+        yield f"seeded_k{k}", case((64, 64), 2, 3000, spread(40, 60), k)
+    yield "seeded_blocks", case((128, 64), 1 << 63, 4200, (0, 2047, 2048, 4100), 0)
+    yield "seeded_blocks_of_others", case((64, 64), 4, 2060, [i for i in range(2060) if i % 2 or i == 1000], 0)
+    for power in 32, 33, 50, 56:
+        numel, cells = 1 << power, max(1 << (power - 32), 3)
+        yield f"seeded_wide_{power}", case((4, numel // 4), 8, cells, sorted({0, cells // 2, cells - 1}))
+    yield "seeded_most_cells", case((1 << 33,), 8, (1 << 32) - 1, (0, 77, 1 << 31, (1 << 32) - 2))
+
+
 def valid_values() -> Valid:
     """Section 5, for ADD."""
     for codec in FLOAT_CODECS:
@@ -1542,7 +1607,6 @@ SET_SAMPLE = Tensor((4, 4), EXAMPLE.index, bits_values((1, 2, 3), "int32"), dtyp
 NEW_SAMPLE = Tensor((3,), all_of(3), bits_values((1, 2, 3), "int32"), dtype="int32", op="NEW")
 REPLACE_SAMPLE = replace(NEW_SAMPLE, op="REPLACE")
 NOTHING = Tensor((4, 4))
-U64 = (1 << 64) - 1
 
 
 def bytes_of(*tensors: Tensor, **header: int | bytes) -> bytes:
@@ -1784,7 +1848,7 @@ def invalid_ids_and_shapes() -> Invalid:
     for what, ids in (
         ("dtype", (20, 255)),
         ("op", (5, 255)),
-        ("index_codec", (6, *range(8, 11), 12, 255)),
+        ("index_codec", (6, 8, 9, 12, 255)),
         ("value_codec", (9, 255)),
     ):
         for id in ids:
@@ -2220,6 +2284,46 @@ def invalid_tiled() -> Invalid:
         yield f"tiled_unused_{name}", "padding_not_zero", case(**{name.removeprefix("last_"): new})
 
 
+def invalid_seeded() -> Invalid:
+    """Section 4.8."""
+    all_cells, some, most = seeded(16, 7, 5), seeded(16, 7, 9, (1, 2, 6), 1), seeded(16, 7, 5, (0, 1, 3), 1)
+
+    def headed(cells: int, index: Index = all_cells, numel: int = 16) -> bytes:
+        return indexed(index, at=8, new=struct.pack("<Q", cells), shape=(numel,))
+
+    for name, cells in ("0", 0), ("below_n", 4), ("above_numel", 17), ("above_numel_high", 5 + (1 << 32)), ("max", U64):
+        yield f"seeded_cells_{name}", "bad_index", headed(cells)
+    yield "seeded_too_many_cells", "bad_index", headed(1 << 32, some, 1 << 33)
+    yield "seeded_cell_too_large", "bad_index", headed(5, all_cells, 5 * (1 << 32) + 1)
+    yield "seeded_one_cell_too_large", "bad_index", indexed(seeded(16, 7, 1), shape=(MAX_NUMEL,))
+    yield "seeded_cells_before_size", "bad_index", headed(17, seeded(16, 7, 5, tail=bytes(12)))
+    yield "seeded_all_cells_longer", "bad_size", indexed(seeded(16, 7, 5, tail=bytes(12)))
+    yield "seeded_all_cells_with_a_list", "bad_size", headed(3, most)
+    yield "seeded_without_list", "bad_size", headed(6)
+    for size in 12, 16, 20:
+        yield f"seeded_list_of_{size}_bytes", "bad_size", headed(6, seeded(16, 7, 5, tail=b"\xff" * size))
+
+    # The list: k at 16, the number of unary bits at 24, a directory of one entry at 32, low at 40, unary at 44.
+    for name, index in ("list", some), ("others", most):
+        for k in 32, 255:
+            yield f"seeded_{name}_k_{k}", "bad_index", indexed(index, at=16, new=bytes((k,)))
+        yield f"seeded_{name}_head_not_zero", "bad_index", indexed(index, at=23, new=b"\1")
+        yield f"seeded_{name}_longer", "bad_size", indexed(replace(index, section=index.section + bytes(4)))
+        yield f"seeded_{name}_unary_bits_max", "bad_size", indexed(index, at=24, new=b"\xff" * 8)
+        yield f"seeded_{name}_one_less", "bad_index", indexed(index, at=44, new=b"\0")
+        yield f"seeded_{name}_base", "bad_directory", indexed(index, at=32, new=b"\1")
+        yield f"seeded_{name}_rank", "bad_directory", indexed(index, at=36, new=b"\1")
+        for part, at in ("low", 43), ("unary", 47), ("slack", -8), ("last_slack", -1):
+            yield f"seeded_{name}_unused_{part}", "padding_not_zero", indexed(index, at=at, new=b"\x80")
+    yield "seeded_list_of_the_others", "bad_index", indexed(replace(some, section=seeded(16, 7, 9, range(5)).section))
+    outside = seeded(16, 7, 5, (0, 1, 3), tail=rice((2, 5), 5).section)
+    yield "seeded_list_range", "position_range", headed(6, some)
+    yield "seeded_others_range", "position_range", indexed(outside)
+    yield "seeded_range_before_directory", "position_range", indexed(outside, at=32, new=b"\1")
+    yield "seeded_slack_first", "padding_not_zero", indexed(all_cells, at=-8, new=b"\1")
+    yield "seeded_slack_last", "padding_not_zero", indexed(all_cells, at=-1, new=b"\x80")
+
+
 def invalid_values() -> Invalid:
     """Section 5."""
     numbers = halves(129)
@@ -2640,6 +2744,7 @@ VALID = (
         valid_rice,
         valid_other_positions,
         valid_tiled,
+        valid_seeded,
         valid_values,
         valid_ulp,
         valid_operations,
@@ -2657,7 +2762,7 @@ INVALID = (
         invalid_combinations,
     ),
     *(invalid_layout, invalid_zstd, invalid_rice, invalid_raw_and_bitmap, invalid_struct, invalid_tiled),
-    *(invalid_values, invalid_ulp, invalid_without_base, invalid_contents),
+    *(invalid_seeded, invalid_values, invalid_ulp, invalid_without_base, invalid_contents),
 )
 VALID_WITH_BASE = (valid_from_base, valid_ulp_from_base)
 INVALID_WITH_BASE = (invalid_from_base, invalid_ulp_from_base, wrong_base)

@@ -160,6 +160,7 @@ enum shd_index_codec {
     SHD_INDEX_STRUCT = 4,
     SHD_INDEX_ALL = 5,
     SHD_INDEX_TILED = 7,
+    SHD_INDEX_SEEDED = 10,
     SHD_INDEX_FROM_BASE = 11
 };
 
@@ -287,7 +288,7 @@ SHD_API int shd_find(const shd_file *file, const char *name, size_t name_size, u
 
 /* How much shd_load() checks. Whatever it is, later calls never leave the caller's buffers. */
 enum shd_check {
-    SHD_CHECK_SIZES = 0, /* nothing that takes time, except for SHD_INDEX_TILED */
+    SHD_CHECK_SIZES = 0, /* nothing that takes time, except for TILED and SEEDED */
     SHD_CHECK_CRC = 1,   /* the checksums of both sections */
     SHD_CHECK_ALL = 2,   /* everything: if it passes, and the file stays as it is, applying cannot fail */
     SHD_SCALAR = 16      /* to be added: do without SIMD, also in later calls (same results, for comparison) */
@@ -296,8 +297,9 @@ enum shd_check {
 /* A tensor ready to be decoded. To be read, not written: `tensor` and `block_count` are of use.
  *
  * A *block* is what decodes without its neighbours: 2,048 unary bits for RICE, 2,048 elements for BITMAP and ALL,
- * 2,048 nonzeros for RAW, and all of a STRUCT. Blocks are numbered from 0 in order of their positions. TILED is decoded
- * when it is loaded, in the scratch buffer: what is loaded is RICE, and so says tensor.index_codec. */
+ * 2,048 nonzeros for RAW, and all of a STRUCT. Blocks are numbered from 0 in order of their positions. TILED and
+ * SEEDED are decoded when they are loaded, in the scratch buffer: what is loaded is RICE, and so says
+ * tensor.index_codec. */
 typedef struct shd_delta {
     shd_tensor tensor;
     uint64_t block_count;
@@ -313,7 +315,7 @@ typedef struct shd_delta {
 } shd_delta;
 
 /* The scratch buffer that shd_load() needs for this tensor: 0 unless the file is read through a callback, a section is
- * zstd, or the positions are TILED. */
+ * zstd, or the positions are TILED or SEEDED. */
 SHD_API uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor);
 
 /* The bytes of all positions of a tensor, and of its values or elements. One byte of a file may ask for 6,144 of them:

@@ -88,6 +88,7 @@ pub const SHD_INDEX_BITMAP: c_int = 3;
 pub const SHD_INDEX_STRUCT: c_int = 4;
 pub const SHD_INDEX_ALL: c_int = 5;
 pub const SHD_INDEX_TILED: c_int = 7;
+pub const SHD_INDEX_SEEDED: c_int = 10;
 pub const SHD_INDEX_FROM_BASE: c_int = 11;
 
 pub const SHD_VALUES_NONE: c_int = 0;

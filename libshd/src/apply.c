@@ -55,12 +55,6 @@ static uint64_t element_bits(const uint8_t *from, uint32_t size, uint64_t i) {
     }
 }
 
-static uint64_t mix(uint64_t position, uint64_t bits) {
-    uint64_t x = position * UINT64_C(0x9E3779B97F4A7C15) + (bits + 1) * UINT64_C(0xD1B54A32D192ED03);
-    x = (x ^ x >> 32) * UINT64_C(0xD6E8FEB86659FD93);
-    return x ^ x >> 32;
-}
-
 static void save(const work *w, const shdi_run *r, const shdi_run *ahead, batch *old) {
     shdi_gather(w->weights, w->size, r, ahead, old->bytes);
     if (w->saved != NULL) {
@@ -126,7 +120,7 @@ static shdi_fault visit_fingerprint(work *w, const shdi_run *r, const shdi_run *
     batch now;
     shdi_gather(w->weights, w->size, r, ahead, now.bytes);
     for (uint32_t i = 0; i < r->count; i++) {
-        w->sum += mix(w->first_position + r->shift + r->offset[i], element_bits(now.bytes, w->size, i));
+        w->sum += shdi_mix(w->first_position + r->shift + r->offset[i], element_bits(now.bytes, w->size, i));
     }
     return shdi_ok();
 }
@@ -336,7 +330,7 @@ int shd_fingerprint_elements(const int64_t *positions, uint64_t first_position, 
     uint64_t sum = 0;
     for (uint64_t i = 0; i < count; i++) {
         uint64_t position = positions == NULL ? first_position + i : (uint64_t)positions[i];
-        sum += mix(position, element_bits(elements, element_size, i));
+        sum += shdi_mix(position, element_bits(elements, element_size, i));
     }
     *fingerprint = sum;
     return SHD_OK;

@@ -76,6 +76,13 @@ static inline uint32_t shdi_ones(uint64_t v) {
     return (uint32_t)((v * UINT64_C(0x0101010101010101)) >> 56);
 }
 
+/* FORMAT.md, section 6.3. */
+static inline uint64_t shdi_mix(uint64_t position, uint64_t bits) {
+    uint64_t x = position * UINT64_C(0x9E3779B97F4A7C15) + (bits + 1) * UINT64_C(0xD1B54A32D192ED03);
+    x = (x ^ x >> 32) * UINT64_C(0xD6E8FEB86659FD93);
+    return x ^ x >> 32;
+}
+
 /* The place of the one that `before` others precede; there is such a one. */
 static inline uint32_t shdi_select(uint64_t v, uint32_t before) {
     const uint64_t each = UINT64_C(0x0101010101010101);

@@ -10,6 +10,7 @@ const shdi_index_codec *shdi_index_codec_of(uint32_t id) {
         [SHD_INDEX_STRUCT] = &shdi_index_struct,
         [SHD_INDEX_ALL] = &shdi_index_all,
         [SHD_INDEX_TILED] = &shdi_index_tiled,
+        [SHD_INDEX_SEEDED] = &shdi_index_seeded,
         [SHD_INDEX_FROM_BASE] = &shdi_index_from_base,
     };
     return id < sizeof codecs / sizeof codecs[0] ? codecs[id] : NULL;

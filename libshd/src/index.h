@@ -103,8 +103,9 @@ extern const shdi_index_codec shdi_index_raw;
 extern const shdi_index_codec shdi_index_bitmap;
 extern const shdi_index_codec shdi_index_struct;
 extern const shdi_index_codec shdi_index_all;
-/* These have `size_is_possible` alone: loading makes one of them RICE, and refuses the other. */
+/* These have `size_is_possible` alone: loading makes two of them RICE, and refuses the other. */
 extern const shdi_index_codec shdi_index_tiled;
+extern const shdi_index_codec shdi_index_seeded;
 extern const shdi_index_codec shdi_index_from_base;
 
 /* The codec of an id. NULL for an unknown id. */

@@ -1,7 +1,6 @@
 /* Loading a tensor: brings its sections to memory, checks them, and makes it ready. */
-#include "index.h"
+#include "recode.h"
 #include "section.h"
-#include "tiled.h"
 #include "values.h"
 
 /* What a section needs of the scratch buffer: room for the decoded bytes, and then for the stored ones. */
@@ -16,7 +15,7 @@ static uint64_t stored_room(const shd_file *file, const shd_section *section) {
 SHDI_ONCE uint64_t shd_scratch_size(const shd_file *file, const shd_tensor *tensor) {
     uint64_t index = stored_room(file, &tensor->index), values = stored_room(file, &tensor->values);
     return decoded_room(file, &tensor->index) + decoded_room(file, &tensor->values) +
-           (index > values ? index : values) + shdi_tiled_room(tensor);
+           (index > values ? index : values) + shdi_recode_room(tensor);
 }
 
 SHDI_ONCE uint64_t shd_decoded_size(const shd_tensor *tensor) {
@@ -51,23 +50,12 @@ SHDI_ONCE static int load_section(const shd_file *file, const shd_section *secti
                : SHD_BAD_ZSTD;
 }
 
-SHDI_ONCE static int load_index(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, uint8_t *tiled,
+SHDI_ONCE static int load_index(const shd_file *file, int check, uint8_t *decoded, uint8_t *stored, uint8_t *room,
                                 shd_delta *delta, shd_status *status) {
     const shd_tensor *tensor = &delta->tensor;
     shdi_fault fault = {load_section(file, &tensor->index, check, decoded, stored, &delta->index), 0};
-    if (fault.code == SHD_OK && tensor->index_codec == SHD_INDEX_FROM_BASE) {
-        fault.code = SHD_BASE_NEEDED;
-        return shdi_fail_in(status, fault, tensor, &tensor->index);
-    }
-    if (fault.code == SHD_OK && tensor->index_codec == SHD_INDEX_TILED) {
-        fault = shdi_tiled_load(delta, check >= SHD_CHECK_ALL, tiled);
-        return fault.code == SHD_OK ? SHD_OK : shdi_fail_in(status, fault, tensor, &tensor->index);
-    }
     if (fault.code == SHD_OK) {
-        fault = shdi_index_open(delta);
-    }
-    if (fault.code == SHD_OK && check >= SHD_CHECK_ALL) {
-        fault = shdi_index_check(delta);
+        fault = shdi_recode(delta, check >= SHD_CHECK_ALL, room);
     }
     return fault.code == SHD_OK ? SHD_OK : shdi_fail_in(status, fault, tensor, &tensor->index);
 }
@@ -105,8 +93,8 @@ SHDI_ONCE int shd_load(const shd_file *file, uint32_t number, int check, void *s
     uint8_t *index = needed != 0 ? scratch : nothing;
     uint8_t *values = index + decoded_room(file, &delta->tensor.index);
     uint8_t *stored = values + decoded_room(file, &delta->tensor.values);
-    uint8_t *tiled = index + needed - shdi_tiled_room(&delta->tensor);
-    code = load_index(file, level, index, stored, tiled, delta, status);
+    uint8_t *recoded = index + needed - shdi_recode_room(&delta->tensor);
+    code = load_index(file, level, index, stored, recoded, delta, status);
     if (code == SHD_OK) {
         code = load_values(file, level, values, stored, delta, status);
     }

@@ -67,4 +67,12 @@ static inline void shdi_rice_write(shdi_rice_writer *w, uint64_t position) {
     w->rank++;
 }
 
+SHDI_BEGIN
+
+/* Writes positions base + offset[i], which increase and are not below w->position. Faster than one by one, but the low bits
+ * have to be followed by 8 bytes that it may write. */
+void shdi_rice_write_run(shdi_rice_writer *w, uint64_t base, const uint32_t *offset, uint32_t count);
+
+SHDI_END
+
 #endif

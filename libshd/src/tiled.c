@@ -3,7 +3,6 @@
 #include "tiled.h"
 #include "bytes.h"
 #include "index.h"
-#include "rice_writer.h"
 #include "section.h"
 #include "tiles.h"
 
@@ -341,69 +340,6 @@ static int decode_k(const parts *p, work *w, uint32_t number, uint64_t count, ui
     return 1;
 }
 
-/* ---- Writing RICE ---- */
-
-/* Packs up to 56 bits, where up to 7 are left. Writes 8 bytes. */
-static inline void pack_bytes(shdi_packer *p, uint64_t value, uint32_t bits) {
-    p->bits |= value << p->count;
-    shdi_store64(p->next, p->bits);
-    p->count += bits;
-    p->next += p->count / 8;
-    p->bits >>= p->count & 56;
-    p->count &= 7;
-}
-
-/* Writes positions base + offset[i], one after the other. */
-static void write_slowly(shdi_rice_writer *w, uint64_t base, const uint32_t *offset, uint32_t count) {
-    for (uint32_t i = 0; i < count; i++) {
-        shdi_rice_write(w, base + offset[i]);
-    }
-    pack_bytes(&w->low, 0, 0);
-}
-
-/* The largest k of which pack_bytes() takes four numbers at a time. */
-#define FOUR_K 14u
-
-/* Writes positions base + offset[i], four at a time where no block starts. */
-SHDI_OFTEN static void write_run(shdi_rice_writer *w, uint64_t base, const uint32_t *offset, uint32_t count) {
-    uint32_t i = (uint32_t)shdi_min(count, 1);
-    write_slowly(w, base, offset, i);
-    const uint32_t k = w->k, mask = (1u << k) - 1;
-    uint8_t *const unary = w->unary;
-    while (k <= FOUR_K && count - i >= 4) {
-        const uint64_t limit = w->block * SHDI_BLOCK, first = i;
-        uint64_t last = w->bit - 1, word = shdi_load64(unary + last / 64 * 8);
-        shdi_packer low = w->low;
-        for (; count - i >= 4; i += 4) {
-            uint32_t gap[4];
-            uint64_t one[4], packed = 0;
-            for (uint32_t j = 0; j < 4; j++) {
-                gap[j] = offset[i + j] - offset[i + j - 1] - 1;
-                one[j] = (j == 0 ? last : one[j - 1]) + 1 + (gap[j] >> k);
-            }
-            if (one[3] >= limit) {
-                break;
-            }
-            for (uint32_t j = 0; j < 4; j++) {
-                word = (one[j] / 64 == last / 64 ? word : 0) | UINT64_C(1) << (one[j] % 64);
-                last = one[j];
-                shdi_store64(unary + last / 64 * 8, word);
-                packed |= (uint64_t)(gap[j] & mask) << (j * k);
-            }
-            pack_bytes(&low, packed, 4 * k);
-        }
-        w->low = low;
-        w->bit = last + 1;
-        w->position = base + offset[i - 1] + 1;
-        w->rank += i - first;
-        if (count - i >= 4) {
-            write_slowly(w, base, offset + i, 4);
-            i += 4;
-        }
-    }
-    write_slowly(w, base, offset + i, count - i);
-}
-
 /* ---- Decoding tiles ---- */
 
 /* Writes the positions of the bits that are set among `elements`, from `base` on, and clears them. */
@@ -432,7 +368,7 @@ static void write_bits(work *w, uint64_t base, uint32_t elements, shdi_rice_writ
         }
         ones += in_word;
         if (ones > SHDI_BLOCK - 64 || i + 1 == count) {
-            write_run(writer, base, offset, ones);
+            shdi_rice_write_run(writer, base, offset, ones);
             ones = 0;
         }
     }
@@ -483,12 +419,8 @@ SHDI_OFTEN static shdi_fault decode_tiles(const shd_delta *delta, const parts *p
 
 /* ---- Loading ---- */
 
-/* Where the parts of a RICE of any positions are, and what decoding needs beside it. */
+/* Where what decoding needs is in the scratch buffer, after the RICE. */
 typedef struct room {
-    uint32_t k;
-    uint64_t low;
-    uint64_t unary;
-    uint64_t rice; /* its size */
     uint64_t bitmap;
     uint64_t lines;
     uint64_t size;
@@ -499,36 +431,25 @@ static uint64_t most_lines(const shd_tensor *tensor) {
     return shdi_min(shdi_min(tensor->numel, SHDI_MAX_TILE), 8 * tensor->index.decoded);
 }
 
-SHDI_ONCE static room room_of(const shd_tensor *tensor) {
-    room r = {0, 0, 0, 0, 0, 0, 0};
-    while (r.k < SHDI_MAX_RICE_K && tensor->numel >> (r.k + 1) >= tensor->nnz) {
-        r.k++;
-    }
-    /* numel / 2^k is below 2 nnz (or k is its largest), so that this bounds the unary bits. */
-    const uint64_t unary_bits = tensor->nnz + (tensor->numel >> r.k);
-    const uint64_t lines = most_lines(tensor);
-    r.low = shdi_ceil_div(unary_bits, SHDI_BLOCK) * 2 * shdi_word(tensor->numel);
-    r.unary = r.low + 4 * shdi_ceil_div(tensor->nnz * r.k, 32) + SHDI_SLACK; /* for pack_bytes() */
-    r.rice = r.unary + 4 * shdi_ceil_div(unary_bits, 32) + SHDI_SLACK;
-    r.bitmap = shdi_align64(r.rice);
+SHDI_ONCE static room room_of(const shd_tensor *tensor, uint64_t rice) {
+    room r;
+    r.bitmap = shdi_align64(rice);
     r.lines = r.bitmap + SHDI_MAX_TILE / 8 + SHDI_MAX_TILE / 64;
-    r.size = 64 + r.lines + 2 * 4 * lines; /* 64 bytes, since the buffer may start anywhere */
+    r.size = r.lines + 2 * 4 * most_lines(tensor);
     return r;
 }
 
-uint64_t shdi_tiled_room(const shd_tensor *tensor) {
-    return tensor->index_codec == SHD_INDEX_TILED ? room_of(tensor).size : 0;
-}
+uint64_t shdi_tiled_room(const shd_tensor *tensor, uint64_t rice) { return room_of(tensor, rice).size; }
 
-SHDI_ONCE shdi_fault shdi_tiled_load(shd_delta *delta, int check_padding, uint8_t *memory) {
-    const room r = room_of(&delta->tensor);
+SHDI_ONCE shdi_fault shdi_tiled_decode(const shd_delta *delta, int check_padding, uint8_t *memory, uint64_t rice,
+                                       shdi_rice_writer *writer) {
+    const room r = room_of(&delta->tensor, rice);
     parts p;
     shdi_fault fault = take_apart(delta, &p);
     if (fault.code != SHD_OK) {
         return fault;
     }
-    memory += (64 - (uintptr_t)memory % 64) % 64;
-    memset(memory, 0, (size_t)r.lines);
+    memset(memory + r.bitmap, 0, (size_t)(r.lines - r.bitmap));
     work w;
     w.kernels = shdi_kernels_of(delta);
     w.bitmap = memory + r.bitmap;
@@ -538,30 +459,11 @@ SHDI_ONCE shdi_fault shdi_tiled_load(shd_delta *delta, int check_padding, uint8_
     w.rows.lines = w.columns.lines + most_lines(&delta->tensor);
     w.rows.step = (uint32_t)p.columns;
     w.ones.bitmap = delta->index + p.unary;
-    shdi_rice_writer writer = {.directory = memory, .unary = memory + r.unary, .low = {memory + r.low, 0, 0},
-                               .word = shdi_word(delta->tensor.numel), .k = r.k};
     fault = list_cells(&p, &w);
     if (fault.code == SHD_OK) {
-        fault = decode_tiles(delta, &p, &w, &writer);
+        fault = decode_tiles(delta, &p, &w, writer);
     }
-    if (fault.code == SHD_OK && check_padding) {
-        fault = check_unused(delta, &p);
-    }
-    if (fault.code != SHD_OK) {
-        return fault;
-    }
-    shdi_pack_rest(&writer.low);
-    delta->index = memory;
-    delta->tensor.index_codec = SHD_INDEX_RICE;
-    delta->tensor.index.decoded = r.rice;
-    delta->word = writer.word;
-    delta->k = r.k;
-    delta->unary_bits = writer.bit;
-    delta->block_count = shdi_ceil_div(writer.bit, SHDI_BLOCK);
-    delta->directory_offset = 0;
-    delta->low_offset = r.low;
-    delta->unary_offset = r.unary;
-    return shdi_ok();
+    return fault.code == SHD_OK && check_padding ? check_unused(delta, &p) : fault;
 }
 
 /* ---- The codec ---- */
@@ -571,5 +473,5 @@ static int size_is_possible(const shd_tensor *tensor, uint64_t decoded) {
     return decoded >= 60; /* the rest is checked when it is decoded */
 }
 
-/* shdi_tiled_load() comes before whatever the other functions of a codec do. */
+/* Recoding comes before whatever the other functions of a codec do. */
 const shdi_index_codec shdi_index_tiled = {.size_is_possible = size_is_possible};

@@ -112,14 +112,31 @@ static const uint8_t tiled_example[72] = {
     12, 0, 0, 0, 0x1C, 0, 0, 0, 6, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0, 9, 0, 0, 0, 0x6F, 0, 0, 0,
 };
 
+/* The section of FORMAT.md, 9.7: a 4 x 4 tensor. */
+static const uint8_t seeded_example[52] = {
+    7, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0x14, 0, 0, 0,
+};
+
+/* A section that loading recodes. */
+typedef struct recoded_example {
+    int codec;
+    const uint8_t *section;
+    size_t size;
+    uint32_t count;
+    int64_t positions[6];
+} recoded_example;
+
+static const recoded_example tiled = {SHD_INDEX_TILED, tiled_example, sizeof tiled_example, 6, {0, 1, 3, 6, 9, 15}};
+static const recoded_example seeded = {SHD_INDEX_SEEDED, seeded_example, sizeof seeded_example, 3, {0, 5, 10}};
+
 /* Checks the example with `value` at `offset`: its code if that is not SHD_OK, and otherwise its positions. */
-static void check_tiled(size_t offset, uint8_t value, int expected) {
-    static const int64_t positions[6] = {0, 1, 3, 6, 9, 15};
+static void check_recoded(const recoded_example *example, size_t offset, uint8_t value, int expected) {
     uint8_t copy[72];
-    bytes index = {copy, sizeof copy};
-    memcpy(copy, tiled_example, sizeof copy);
+    bytes index = {copy, example->size};
+    memcpy(copy, example->section, example->size);
     copy[offset] = value;
-    bytes f = file_of_index(SHD_INDEX_TILED, index, 2, 4, 4, 6);
+    bytes f = file_of_index(example->codec, index, 2, 4, 4, example->count);
     shd_file file;
     shd_tensor tensor;
     shd_delta delta;
@@ -128,30 +145,49 @@ static void check_tiled(size_t offset, uint8_t value, int expected) {
     uint8_t *scratch = take(size);
     CHECK_CODE(shd_load(&file, 0, SHD_CHECK_ALL, scratch, size - 1, &delta, NULL), SHD_BUFFER_TOO_SMALL);
     CHECK_CODE(shd_load(&file, 0, SHD_CHECK_ALL, scratch, size, &delta, NULL), expected);
+    if (expected == SHD_PADDING_NOT_ZERO) {
+        expected = shd_load(&file, 0, SHD_CHECK_SIZES, scratch, size, &delta, NULL);
+        CHECK_CODE(expected, SHD_OK);
+    }
     if (expected == SHD_OK) {
         int64_t found[6];
-        CHECK(tensor.index_codec == SHD_INDEX_TILED && delta.tensor.index_codec == SHD_INDEX_RICE);
+        CHECK(tensor.index_codec == example->codec && delta.tensor.index_codec == SHD_INDEX_RICE);
         CHECK_CODE(shd_positions(&delta, 0, delta.block_count, found, 6, &count, NULL), SHD_OK);
-        CHECK(count == 6 && memcmp(found, positions, sizeof found) == 0);
+        CHECK(count == example->count && memcmp(found, example->positions, count * sizeof *found) == 0);
     }
     give(scratch);
     give(f.data);
 }
 
 static void test_tiled(void) {
-    check_tiled(0, 1, SHD_OK);
-    check_tiled(0, 5, SHD_BAD_INDEX);
-    check_tiled(4, 5, SHD_BAD_INDEX);     /* more rows than there are */
-    check_tiled(8, 3, SHD_BAD_INDEX);     /* columns that do not divide */
-    check_tiled(16, 40, SHD_BAD_SIZE);    /* more unary bits */
-    check_tiled(23, 0xFF, SHD_BAD_SIZE);
-    check_tiled(27, 32, SHD_BAD_INDEX);   /* k */
-    check_tiled(28, 20, SHD_BAD_INDEX);   /* a field of 20 bits */
-    check_tiled(52, 2, SHD_BAD_INDEX);    /* a nonzero less */
-    check_tiled(60, 0x6E, SHD_BAD_INDEX); /* a one less */
-    check_tiled(56, 0x11, SHD_POSITION_RANGE);
-    check_tiled(36, 0x1C, SHD_PADDING_NOT_ZERO);
-    check_tiled(71, 1, SHD_PADDING_NOT_ZERO);
+    check_recoded(&tiled, 0, 1, SHD_OK);
+    check_recoded(&tiled, 0, 5, SHD_BAD_INDEX);
+    check_recoded(&tiled, 4, 5, SHD_BAD_INDEX);     /* more rows than there are */
+    check_recoded(&tiled, 8, 3, SHD_BAD_INDEX);     /* columns that do not divide */
+    check_recoded(&tiled, 16, 40, SHD_BAD_SIZE);    /* more unary bits */
+    check_recoded(&tiled, 23, 0xFF, SHD_BAD_SIZE);
+    check_recoded(&tiled, 27, 32, SHD_BAD_INDEX);   /* k */
+    check_recoded(&tiled, 28, 20, SHD_BAD_INDEX);   /* a field of 20 bits */
+    check_recoded(&tiled, 52, 2, SHD_BAD_INDEX);    /* a nonzero less */
+    check_recoded(&tiled, 60, 0x6E, SHD_BAD_INDEX); /* a one less */
+    check_recoded(&tiled, 56, 0x11, SHD_POSITION_RANGE);
+    check_recoded(&tiled, 36, 0x1C, SHD_PADDING_NOT_ZERO);
+    check_recoded(&tiled, 71, 1, SHD_PADDING_NOT_ZERO);
+}
+
+static void test_seeded(void) {
+    check_recoded(&seeded, 0, 7, SHD_OK);
+    check_recoded(&seeded, 8, 2, SHD_BAD_INDEX);  /* fewer cells than nonzeros */
+    check_recoded(&seeded, 8, 17, SHD_BAD_INDEX); /* more than elements */
+    check_recoded(&seeded, 15, 1, SHD_BAD_INDEX);
+    check_recoded(&seeded, 8, 3, SHD_BAD_SIZE);    /* no cell is listed */
+    check_recoded(&seeded, 8, 4, SHD_BAD_INDEX);   /* one is */
+    check_recoded(&seeded, 16, 32, SHD_BAD_INDEX); /* k */
+    check_recoded(&seeded, 24, 37, SHD_BAD_SIZE);
+    check_recoded(&seeded, 32, 1, SHD_BAD_DIRECTORY);
+    check_recoded(&seeded, 40, 0x10, SHD_BAD_INDEX); /* a one less */
+    check_recoded(&seeded, 43, 1, SHD_PADDING_NOT_ZERO);
+    check_recoded(&seeded, 51, 1, SHD_PADDING_NOT_ZERO);
 }
 
 static void check_rice(uint64_t numel, double density, uint64_t seed) {
@@ -414,6 +450,7 @@ void test_index(void) {
     test_worked_example();
     test_rice_refusals();
     test_tiled();
+    test_seeded();
     test_rice();
     test_rice_clusters();
     test_raw();

@@ -65,7 +65,7 @@ def shifted(step: TensorDelta) -> TensorDelta:
     if _room(ULP.encoded_size(bits)) > _room(BITS.size(step.nnz, bits.itemsize)):
         return step
     positions = None if step.all_positions else step.positions()
-    return TensorDelta.trusted(step.shape, positions, bits, step.dtype, "ulp", step.base_bits)
+    return TensorDelta.trusted(step.shape, positions, bits, step.dtype, "ulp", step.base_bits, draw=step.draw)
 
 
 def _room(size: int) -> int:

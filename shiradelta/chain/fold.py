@@ -22,6 +22,7 @@ from shiradelta.errors import ChainError, FormatError
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.draw import common_draw
 from shiradelta.io.context import lacks_result, restored
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.io.writer import DeltaWriter
@@ -135,7 +136,8 @@ def fold_tensor(name: str, steps: Sequence[tuple[str, StoredTensor]], base: Slot
     if run is None or not run.positions.size:
         return None
     before = None if base is None else bits_of(base)[run.positions]
-    folded = TensorDelta.trusted(first.shape, run.positions, run.bits, first.dtype, "set", before, run.base)
+    draw = common_draw(step for _, step in steps)
+    folded = TensorDelta.trusted(first.shape, run.positions, run.bits, first.dtype, "set", before, run.base, draw)
     return folded if before is None else shifted(folded)
 
 

@@ -29,6 +29,7 @@ from shiradelta.combine.overlay import Overlay, overlay
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError
 from shiradelta.format.arithmetic import Float32, Positions, scaled
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.draw import common_draw
 from shiradelta.format.registry import MAGIC
 from shiradelta.format.windows import Window, side_by_side
 from shiradelta.io.download import local_model
@@ -274,6 +275,7 @@ def _fuse_tensor(
         op=first.op,
         base_bits=None if base is None else base[positions],
         base_fingerprint=_fingerprint(name, parts, size, nonzeros) if base is None and adds else None,
+        draw=common_draw(tensors),
     )
     return result, shared, conflicts
 

@@ -167,12 +167,17 @@ def result(operation: Operation, payload: Array, old: Array, dtype: str, strengt
     return shift(old, dtype, payload) if operation.shifts else payload
 
 
-def fingerprint(positions: Positions, bits: Array) -> int:
-    """Sum of mix(position, bits) modulo 2^64 (section 6.3)."""
+def mix(positions: Array, bits: Array) -> Array:
+    """The mixed bits of each pair, uint64 (section 6.3)."""
     with np.errstate(over="ignore"):
         x = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x += (bits.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
         x ^= x >> np.uint64(32)
         x *= np.uint64(0xD6E8FEB86659FD93)
         x ^= x >> np.uint64(32)
-        return int(x.sum(dtype=np.uint64))
+        return x
+
+
+def fingerprint(positions: Positions, bits: Array) -> int:
+    """Sum of mix(position, bits) modulo 2^64 (section 6.3)."""
+    return int(mix(positions, bits).sum(dtype=np.uint64))

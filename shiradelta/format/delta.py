@@ -12,6 +12,7 @@ import numpy.typing as npt
 from shiradelta.errors import ArgumentError, DeltaError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Float32, Positions, to_float32
+from shiradelta.format.draw import Draw
 from shiradelta.format.operations import OPERATIONS, Operation
 from shiradelta.util.arguments import ARRAY, SHAPE, TEXT, WHOLE, ArgumentKind, checked
 from shiradelta.util.arrays import ranges
@@ -42,6 +43,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 POSITIONS = ArgumentKind("an array of whole numbers, or None", lambda value: value is None or ARRAY.holds(value))
+DRAW = ArgumentKind("a Draw", lambda value: isinstance(value, Draw))
 VALUES = ArgumentKind("an array of numbers; None for op='drop'", lambda value: value is None or ARRAY.holds(value))
 
 
@@ -62,13 +64,22 @@ class TensorDelta:
             dtype, is added under its name).
         base_bits: the base's elements at the positions, as bits: with it, a file gets fingerprints.
         base_fingerprint: the base's fingerprint there, if only that is known.
+        draw: the draw that all positions are of, if they were drawn from a seed: with it, a file is smaller.  Writing
+            one compares them.
 
     Raises:
         DeltaError: the arguments break these rules.
     """
 
     @checked(
-        shape=SHAPE, positions=POSITIONS, values=VALUES, dtype=TEXT, op=TEXT, base_bits=ARRAY, base_fingerprint=WHOLE
+        shape=SHAPE,
+        positions=POSITIONS,
+        values=VALUES,
+        dtype=TEXT,
+        op=TEXT,
+        base_bits=ARRAY,
+        base_fingerprint=WHOLE,
+        draw=DRAW,
     )
     def __init__(
         self,
@@ -79,6 +90,7 @@ class TensorDelta:
         op: str = "add",
         base_bits: Array | None = None,
         base_fingerprint: int | None = None,
+        draw: Draw | None = None,
     ) -> None:
         self._shape = tuple(int(size) for size in shape)
         numel = check_shape(self._shape)
@@ -110,7 +122,7 @@ class TensorDelta:
         if base_bits is not None and base_bits.shape != (count,):
             raise DeltaError(f"{base_bits.size} base elements for {count} positions")
         self.base_bits = base_bits
-        self._base_fingerprint = base_fingerprint
+        self._base_fingerprint, self._draw = base_fingerprint, draw
 
     @classmethod
     def trusted(
@@ -122,11 +134,13 @@ class TensorDelta:
         op: str,
         base_bits: Array | None,
         base_fingerprint: int | None = None,
+        draw: Draw | None = None,
     ) -> TensorDelta:
         """Makes a delta without checks, and without copies, of arrays that keep the rules and that nobody changes."""
         made = cls.__new__(cls)
         made._shape, made._positions, made._values, made._dtype = shape, positions, values, dtype
         made._operation, made.base_bits, made._base_fingerprint = OPERATIONS[op], base_bits, base_fingerprint
+        made._draw = draw
         return made
 
     @property
@@ -173,6 +187,11 @@ class TensorDelta:
     def result_fingerprint(self) -> int | None:
         """The fingerprint of the result at strength 1; None if unknown."""
         return None
+
+    @property
+    def draw(self) -> Draw | None:
+        """The draw that all positions are of; None where none is known."""
+        return self._draw
 
     def positions(self) -> Positions:
         """int64 [nnz], strictly increasing, flat row-major."""

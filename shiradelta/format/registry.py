@@ -30,6 +30,7 @@ ULP_HEAD = struct.Struct("<BB6xQQ")
 ULP_FROM_BASE_HEAD = struct.Struct("<BB6xQ")
 TILED_HEAD = struct.Struct("<BBHIQQ")
 FROM_BASE_HEAD = struct.Struct("<BBBBIQQ")
+SEEDED_HEAD = struct.Struct("<QQ")
 STRUCT_ENTRY = struct.Struct("<QqQQ")
 DIGEST_SEED = b"shiradelta 1"
 
@@ -51,6 +52,8 @@ MAX_CLASS_BITS = 4
 MAX_BASE_CLASSES = 16
 MAX_BASE_TILE = 1 << 20
 MAX_BASE_TILE_FIELD = 22
+MAX_CELLS = (1 << 32) - 1
+MAX_CELL = 1 << 32
 #: The bit of a group's byte that says that the elements which are no nonzeros are listed.
 TURNED = 1 << 7
 MAX_ZSTD_RATIO = 64

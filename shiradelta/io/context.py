@@ -22,13 +22,14 @@ from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import (
     FROM_BASE,
     INDEX_CODECS,
+    SEEDED,
     ULP,
     ULP_FROM_BASE,
     VALUE_CODECS,
-    smallest_index_codec,
 )
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.codecs.from_base import FromBase
+from shiradelta.format.codecs.smallest import smallest_section
 from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import tensor_digest
@@ -113,8 +114,8 @@ def write_plain(
             return restored(stored, base(stored.record)) if lacks else stored, kept
         tensor = restored(stored, base(stored.record))
         positions = tensor.positions()
-        codec = smallest_index_codec(positions, tensor.shape, codecs)
-        kept = replace(kept, index_codec=codec, index=codecs[codec].encode(positions, tensor.shape))
+        codec, index = smallest_section(positions, tensor.shape, codecs, tensor.draw)
+        kept = replace(kept, index_codec=codec, index=index)
         if tensor.operation.shifts:
             kept = replace(kept, value_codec=ULP.id, values=ULP.encode(tensor.bits()))
         return tensor, kept
@@ -140,7 +141,8 @@ def write_on_base(
         if record.base_fingerprint not in (None, choose().fingerprint(positions, at)):
             raise FormatError("wrong_base", tensor=record.name)
         index_codec, value_codec = _codecs()
-        index = index_codec.encode_on(positions, stored.shape, elements)
+        drawn = record.index_codec == SEEDED.id  # stays, so that the way back finds it
+        index = None if drawn else index_codec.encode_on(positions, stored.shape, elements)
         if index is not None:
             other = replace(kept, index_codec=index_codec.id, index=index)
             kept = min(kept, other, key=lambda each: each.index_taken(record))
@@ -218,7 +220,8 @@ def restored(stored: StoredTensor, base: Array) -> TensorDelta:
         error.offset = section.offset if error.offset is None else error.offset
         raise
     dtype, operation = record.dtype.name, record.operation.name
-    return TensorDelta.trusted(record.shape, positions, bits, dtype, operation, at, record.base_fingerprint)
+    known = record.base_fingerprint
+    return TensorDelta.trusted(record.shape, positions, bits, dtype, operation, at, known, stored.draw)
 
 
 def _write(

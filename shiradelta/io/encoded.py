@@ -11,8 +11,9 @@ from shiradelta.backends.protocols import Backend
 from shiradelta.errors import DeltaError
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs import BITS, ULP, smallest_index_codec
+from shiradelta.format.codecs import BITS, ULP
 from shiradelta.format.codecs.base import ValueCodec
+from shiradelta.format.codecs.smallest import smallest_section
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import tensor_digest
 from shiradelta.format.record import Record, Section, combination_problem
@@ -61,8 +62,7 @@ def encoded(
     index, values, stored = b"", b"", tensor
     if tensor.nnz:
         positions = tensor.positions()
-        index_id = smallest_index_codec(positions, tensor.shape, backend.index_codecs)
-        index = backend.index_codecs[index_id].encode(positions, tensor.shape)
+        index_id, index = smallest_section(positions, tensor.shape, backend.index_codecs, tensor.draw)
         value_id = codec.id if operation.adds else (ULP if operation.shifts else BITS).id
         values, decoded = _values(tensor, backend.value_codecs[value_id])
         stored = TensorDelta.trusted(

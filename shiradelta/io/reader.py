@@ -17,10 +17,13 @@ from shiradelta.backends.protocols import Backend, Decoder
 from shiradelta.errors import ArgumentError, DeltaError, FormatError, LimitError, ShiraDeltaError
 from shiradelta.format import container, registry
 from shiradelta.format.arithmetic import Array, Float32, Positions
+from shiradelta.format.codecs import SEEDED
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.codecs.seeded import draw_of
 from shiradelta.format.container import Container
 from shiradelta.format.delta import TensorDelta, matrix_shape
 from shiradelta.format.digest import content_digest, tensor_digest
+from shiradelta.format.draw import Draw
 from shiradelta.format.record import Record, Section
 from shiradelta.io.hub import Path_, hub_path
 from shiradelta.util import text
@@ -59,6 +62,18 @@ class StoredTensor(TensorDelta):
     @property
     def result_fingerprint(self) -> int | None:
         return self.record.result_fingerprint
+
+    @property
+    def draw(self) -> Draw | None:
+        """The draw that all positions are of; None without.  Raises FormatError where there is no such draw."""
+        record = self.record
+        if record.index_codec != SEEDED.id:
+            return None
+        try:
+            return draw_of(self.section(record.index), record.nnz, record.numel)
+        except FormatError as error:
+            error.file, error.tensor, error.offset = self.file, record.name, record.index.offset
+            raise
 
     @property
     def decoder(self) -> Decoder:

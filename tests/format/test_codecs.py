@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
-from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, packing, rice, smallest_index_codec, struct
+from shiradelta.format.codecs import INDEX_CODECS, SEEDED, VALUE_CODECS, packing, rice, struct
 from shiradelta.format.codecs.base import ValueCodec
+from shiradelta.format.codecs.smallest import smallest_section
+from shiradelta.format.draw import Draw
 from shiradelta.format.registry import IndexId, ValueId
 from shiradelta.util.arrays import WINDOW
 
@@ -77,6 +79,24 @@ def in_dense_lines(draw: st.DrawFn, shape: Shape) -> np.ndarray:
     return np.flatnonzero(listed)
 
 
+def draws_in(shape: Shape) -> list[Draw]:
+    """Draws of few cells to one in each element; `encoded` finds the one that positions are of."""
+    numel = math.prod(shape)
+    cells = sorted({1, min(300, numel), -(-numel // 50), -(-numel // 3), -(-2 * numel // 3), numel})
+    draws = [Draw(count, count) for count in cells if count < 1 << 20]
+    return [draw for draw in draws if draw.is_possible(numel)]
+
+
+@st.composite
+def of_a_draw(draw: st.DrawFn, shape: Shape) -> np.ndarray:
+    """Some positions of a draw; never none."""
+    drawn = draw(st.sampled_from(draws_in(shape))).positions(math.prod(shape))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kept = rng.random(drawn.size) < draw(st.sampled_from([0.02, 0.4, 0.6, 0.98, 1.0]))
+    kept[draw(st.integers(0, drawn.size - 1))] = True
+    return drawn[kept]
+
+
 @st.composite
 def positions_for(draw: st.DrawFn, id: IndexId) -> tuple[np.ndarray, Shape]:
     """Positions that the codec can hold, and the shape."""
@@ -87,6 +107,9 @@ def positions_for(draw: st.DrawFn, id: IndexId) -> tuple[np.ndarray, Shape]:
         return draw(lines(shape)), shape
     if id == IndexId.TILED:
         return draw(dense(shape) | in_dense_lines(shape)), shape
+    if id == IndexId.SEEDED:
+        shape = draw(st.just(shape) | huge_shapes.filter(draws_in))
+        return draw(of_a_draw(shape)), shape
     if id == IndexId.RAW and draw(st.booleans()):
         shape = draw(huge_shapes)
         return draw(runs_and_points(shape)), shape
@@ -101,12 +124,22 @@ index_codecs = pytest.mark.parametrize("id", WITHOUT_BASE.values(), ids=WITHOUT_
 def encoded(id: IndexId, positions: np.ndarray, shape: Shape) -> bytes | None:
     """None where the codec does not hold the positions; those that hold any positions never say so."""
     codec = INDEX_CODECS.by_id[id]
+    if id == IndexId.SEEDED:
+        assert codec.size(positions, shape) is None  # without the draw
+        return next(found for draw in draws_in(shape) if (found := encoded_from(draw, positions, shape)) is not None)
     if id == IndexId.TILED:  # it holds what it does not pay for, too
         return codec.encode(positions, shape)
     if codec.size(positions, shape) is None:
         assert id not in (IndexId.RICE, IndexId.RAW, IndexId.BITMAP, IndexId.ALL)
         return None
     return codec.encode(positions, shape)
+
+
+def encoded_from(draw: Draw, positions: np.ndarray, shape: Shape) -> bytes | None:
+    """None where the positions are not all of the draw."""
+    with suppress(DeltaError):
+        return SEEDED.encode_from(draw, positions, shape)
+    return None
 
 
 @index_codecs
@@ -130,6 +163,9 @@ def large_positions(id: IndexId) -> tuple[np.ndarray, Shape]:
         return struct.positions_in(struct.progressions(lines), (0, 0, 1500, 2000), 2000), (1500, 2000)
     if id == IndexId.TILED:
         return tiled_positions(1200, 700)
+    if id == IndexId.SEEDED:
+        drawn = draws_in((numel,))[-2].positions(numel)
+        return np.delete(drawn, np.s_[::5]), (numel,)
     return np.flatnonzero(np.random.default_rng(0).random(numel) < 0.5), (numel,)
 
 
@@ -167,7 +203,7 @@ def test_size_is_that_of_the_section(id, data):
     section = encoded(id, positions, shape)
     if section is not None:
         size = INDEX_CODECS.by_id[id].size(positions, shape)
-        assert size == len(section) or (id == IndexId.TILED and size is None)
+        assert size == len(section) or (id in (IndexId.TILED, IndexId.SEEDED) and size is None)
         assert INDEX_CODECS.by_id[id].size_is_possible(len(section), positions.size, math.prod(shape))
         assert len(section) % 4 == 0
         assert not section or section.endswith(bytes(registry.SLACK))
@@ -209,7 +245,7 @@ def test_the_smallest_codec_is_chosen_and_ties_go_to_the_lowest_id(data):
     positions = data.draw(runs_and_points(shape) | dense(shape) | lines(shape))
     sizes = {id: codec.size(positions, shape) for id, codec in INDEX_CODECS.by_id.items()}
     best = min(size for size in sizes.values() if size is not None)
-    assert smallest_index_codec(positions, shape) == min(id for id, size in sizes.items() if size == best)
+    assert smallest_section(positions, shape)[0] == min(id for id, size in sizes.items() if size == best)
 
 
 # --- TILED ---
@@ -220,9 +256,9 @@ def test_tiled_is_chosen_where_densities_differ_by_enough():
     rows, columns = (np.exp(rng.normal(0, 1, 600)) for _ in range(2))
     listed = rng.random((600, 600)) < np.outer(rows, columns) * 0.004
     positions = np.flatnonzero(listed)
-    assert smallest_index_codec(positions, listed.shape) == IndexId.TILED
-    assert smallest_index_codec(rng.permutation(listed.ravel()).nonzero()[0], listed.shape) == IndexId.RICE
-    assert smallest_index_codec(np.flatnonzero(listed[:10]), (10, 600)) == IndexId.RICE
+    assert smallest_section(positions, listed.shape)[0] == IndexId.TILED
+    assert smallest_section(rng.permutation(listed.ravel()).nonzero()[0], listed.shape)[0] == IndexId.RICE
+    assert smallest_section(np.flatnonzero(listed[:10]), (10, 600))[0] == IndexId.RICE
 
 
 def test_tiled_takes_the_rows_of_the_last_dimension_where_they_differ():

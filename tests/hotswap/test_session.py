@@ -21,7 +21,9 @@ from shiradelta import HotSwap
 from shiradelta.backends.choose import choose
 from shiradelta.backends.libshd.decoder import LoadedTensor
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, FormatError, ShiraDeltaError, TargetError
-from shiradelta.format.codecs import INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_OPTIONS
+from shiradelta.format.codecs.smallest import smallest_section
+from shiradelta.format.draw import Draw
 from shiradelta.hotswap import patched, session
 from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.numpy import NumpyBackend
@@ -76,7 +78,8 @@ def test_every_value_codec_on_every_dtype(backend: str, dtype: str, values: str)
     assert np.array_equal(bits(base), before)
 
 
-KINDS_OF_POSITIONS = ["all", "rows", "column", "dense", "few", "spread", "crossings"]
+KINDS_OF_POSITIONS = ["all", "rows", "column", "dense", "few", "spread", "crossings", "drawn"]
+DRAWS = {"drawn": Draw(5, 500)}
 
 
 def positions_of(kind: str, numel: int, columns: int) -> np.ndarray:
@@ -90,6 +93,7 @@ def positions_of(kind: str, numel: int, columns: int) -> np.ndarray:
         "few": np.array([0, 1, numel - 1]),
         "spread": every[::53],
         "crossings": every[crossed & (every % 3 > 0)],
+        "drawn": DRAWS["drawn"].positions(numel)[3:],
     }[kind]
 
 
@@ -100,7 +104,8 @@ def test_every_kind_of_positions(backend: str, kind: str):
     before = bits(base)
     positions = positions_of(kind, base.numel(), SHAPE[1])
     values = np.random.default_rng(1).normal(size=positions.size)
-    data = adapter({"w": sd.TensorDelta(SHAPE, positions, values, dtype="bfloat16", base_bits=before[positions])})
+    known = {"base_bits": before[positions], "draw": DRAWS.get(kind)}
+    data = adapter({"w": sd.TensorDelta(SHAPE, positions, values, dtype="bfloat16", **known)})
     swap = make({"w": base}, backend, a=data)
     swap.switch("a", 0.5)
     assert np.array_equal(bits(base), formula(before, "bfloat16", [(data, 0.5)]))
@@ -110,7 +115,10 @@ def test_every_kind_of_positions(backend: str, kind: str):
 
 def test_these_positions_are_stored_in_every_way():
     numel = SHAPE[0] * SHAPE[1]
-    chosen = {smallest_index_codec(positions_of(kind, numel, SHAPE[1]), SHAPE) for kind in KINDS_OF_POSITIONS}
+    chosen = {
+        smallest_section(positions_of(kind, numel, SHAPE[1]), SHAPE, draw=DRAWS.get(kind))[0]
+        for kind in KINDS_OF_POSITIONS
+    }
     assert chosen == {id for id, codec in INDEX_CODECS.by_id.items() if not codec.needs_base}
 
 

@@ -10,14 +10,15 @@ import pytest
 
 import shiradelta as sd
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
+from shiradelta.format.draw import Draw
 from shiradelta.hotswap.portions import portions_of
 from shiradelta.io.writer import writing_to
 from shiradelta.models.views import Box, View, contiguous
 
 ROWS, COLUMNS = 300, 400
 UNEVEN = np.outer(*(np.random.default_rng(1).random(size) ** 4 for size in (ROWS, COLUMNS)))
-#: Density by element -> the index codec that is the smallest for it.
-MASKS = {"RICE": 0.01, "BITMAP": 0.6, "ALL": 1.0, "TILED": 2 * UNEVEN}
+#: Density by element, or a draw -> the index codec that is the smallest for it.
+MASKS = {"RICE": 0.01, "BITMAP": 0.6, "ALL": 1.0, "TILED": 2 * UNEVEN, "SEEDED": Draw(3, 2000)}
 
 
 def shown(shape: tuple[int, int], weight: Box, stored: Box, of: tuple[int, int]) -> View:
@@ -42,11 +43,15 @@ PART = shown((5, ROWS), contiguous((5, ROWS)), Box((5, ROWS), (ROWS, 1), 3 * ROW
 @pytest.mark.parametrize("codec", MASKS)
 def test_every_piece_gets_its_nonzeros(codec: str, zstd: bool, backend: str):
     rng = np.random.default_rng(2)
-    positions = np.flatnonzero(rng.random(WHOLE) < MASKS[codec])
+    mask, draw = MASKS[codec], None
+    if isinstance(mask, Draw):
+        draw, positions = mask, mask.positions(ROWS * COLUMNS)[::3]
+    else:
+        positions = np.flatnonzero(rng.random(WHOLE) < mask)
     values = rng.standard_normal(positions.size).astype(np.float32)
     output = io.BytesIO()
     with writing_to(output, "f32", zstd=zstd) as writer:
-        writer.add("w", sd.TensorDelta(WHOLE, positions, values, "float32"))
+        writer.add("w", sd.TensorDelta(WHOLE, positions, values, "float32", draw=draw))
     tensor = sd.open_delta(output.getvalue(), backend)["w"]
     assert tensor.record.index_codec_name == codec
     row, column = positions // COLUMNS, positions % COLUMNS

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 import shiradelta as sd
 from shiradelta.errors import ArgumentError, DeltaError, FormatError, ShiraDeltaError, TargetError
 from shiradelta.format import arithmetic, registry
-from shiradelta.format.codecs import INDEX_CODECS, VALUE_OPTIONS, smallest_index_codec
+from shiradelta.format.codecs import INDEX_CODECS, VALUE_OPTIONS
+from shiradelta.format.codecs.smallest import smallest_section
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.digest import tensor_digest
+from shiradelta.format.draw import Draw
 from shiradelta.io.writer import writing_to
 from shiradelta.util.threads import ahead
 from tests.reference import VALID, by_decoder, contents
@@ -173,7 +175,7 @@ def test_each_tensor_gets_its_smallest_codec(tmp_path):
     }
     for name, tensor in delta.items():
         if name != "none":
-            assert tensor.record.index_codec == smallest_index_codec(tensor.positions(), shape)
+            assert tensor.record.index_codec == smallest_section(tensor.positions(), shape)[0]
 
 
 def test_the_writer_refuses_what_a_reader_would(tmp_path):
@@ -239,6 +241,7 @@ def test_rows_are_those_of_the_whole(tmp_path, codec, rows):
     shape = (64, 96)
     elements = np.arange(6144)
     crossed = elements[(elements // 96 % 4 == 0) & (elements % 96 % 4 == 0) & (elements % 5 > 0)]
+    drawn = Draw(5, 300)
     tensor = {
         registry.IndexId.RICE: random_delta(shape, 300),
         registry.IndexId.RAW: random_delta(shape, 3),
@@ -246,6 +249,7 @@ def test_rows_are_those_of_the_whole(tmp_path, codec, rows):
         registry.IndexId.STRUCT: sd.TensorDelta(shape, np.arange(12, 6144, 96), np.ones(64)),
         registry.IndexId.ALL: sd.TensorDelta(shape, None, np.arange(6144) - 3000.0),
         registry.IndexId.TILED: sd.TensorDelta(shape, crossed, np.arange(crossed.size) + 1.0),
+        registry.IndexId.SEEDED: sd.TensorDelta(shape, drawn.positions(6144)[5:], np.arange(295.0), draw=drawn),
     }[codec]
     found = sd.open_delta(written({"w": tensor}, tmp_path))["w"]
     assert found.record.index_codec == codec

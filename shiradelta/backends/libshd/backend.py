@@ -11,6 +11,7 @@ from shiradelta.backends.libshd.library import knows_index_codec, knows_value_co
 from shiradelta.backends.protocols import Backend
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import IndexCodec, ValueCodec
+from shiradelta.format.codecs.seeded import Seeded
 
 
 @cache
@@ -23,7 +24,7 @@ def backend() -> Backend:
     library()
     index: dict[int, IndexCodec] = {id: one for id, one in INDEX_CODECS.by_id.items() if knows_index_codec(id)}
     values: dict[int, ValueCodec] = {id: one for id, one in VALUE_CODECS.by_id.items() if knows_value_codec(id)}
-    native: tuple[IndexCodec, ...] = (NativeRice(), NativeTiled(), NativeFromBase())
+    native: tuple[IndexCodec, ...] = (NativeRice(), NativeTiled(), Seeded(NativeRice()), NativeFromBase())
     return Backend(
         "libshd",
         NativeDecoder,

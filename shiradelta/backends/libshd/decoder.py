@@ -39,11 +39,13 @@ _CHECK_SIZES, _CHECK_ALL = 0, 2
 #: A thread works on a multiple of this many weights: whole cache lines.
 _STRIDE = 64
 _NO_SCRATCH = np.empty(0, np.uint8)
+#: What the library makes RICE in memory when it loads a tensor.
+_RECODED = (IndexId.TILED, IndexId.SEEDED)
 
 
 def _needs_scratch(record: Record) -> bool:
     """Whether the library decompresses or recodes a section of a file in memory when it loads a tensor."""
-    return record.index.zstd or record.values.zstd or record.index_codec == IndexId.TILED
+    return record.index.zstd or record.values.zstd or record.index_codec in _RECODED
 
 
 class LoadedTensor:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
-from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.all import AllPositions
 from shiradelta.format.codecs.base import IndexCodec, ValueCodec
 from shiradelta.format.codecs.bitmap import Bitmap
@@ -17,6 +13,7 @@ from shiradelta.format.codecs.int8 import Int8
 from shiradelta.format.codecs.options import ValueOptions
 from shiradelta.format.codecs.raw import Raw
 from shiradelta.format.codecs.rice import Rice
+from shiradelta.format.codecs.seeded import Seeded
 from shiradelta.format.codecs.sign import Sign
 from shiradelta.format.codecs.struct import Struct
 from shiradelta.format.codecs.tiled import Tiled
@@ -25,9 +22,9 @@ from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 from shiradelta.format.registry import ValueId
 from shiradelta.util.registry import IdRegistry
 
-FROM_BASE = FromBase()
+FROM_BASE, SEEDED = FromBase(), Seeded(Rice())
 INDEX_CODECS: IdRegistry[IndexCodec] = IdRegistry(
-    "index codec", (Rice(), Raw(), Bitmap(), Struct(), AllPositions(), Tiled(), FROM_BASE)
+    "index codec", (Rice(), Raw(), Bitmap(), Struct(), AllPositions(), Tiled(), SEEDED, FROM_BASE)
 )
 
 F32 = Float(ValueId.F32, "F32", "f32", "float32")
@@ -38,16 +35,3 @@ VALUE_CODECS: IdRegistry[ValueCodec] = IdRegistry(
 )
 #: Option that a user gives for values -> codec.
 VALUE_OPTIONS = ValueOptions(VALUE_CODECS)
-
-
-def smallest_index_codec(
-    positions: Positions, shape: tuple[int, ...], codecs: Mapping[int, IndexCodec] = INDEX_CODECS.by_id
-) -> int:
-    """The id of the canonical codec for these positions: the smallest section, ties to the lowest id."""
-    best: tuple[float, int] = math.inf, 0
-    for id, codec in sorted(codecs.items(), key=lambda row: row[1].least):
-        if codec.least > best[0]:  # a small tensor is not searched for whole lines
-            break
-        size = codec.size(positions, shape)
-        best = best if size is None else min(best, (size, id))
-    return best[1]
