@@ -109,6 +109,11 @@ class View:
         """Whether the weight is the tensor as it is, element by element; it may be renamed."""
         return self.numel == self.weight.numel and self.weight == self.stored == contiguous(self.shape)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weight has all elements of the tensor."""
+        return self.weight.numel == math.prod(self.shape)
+
     def reversed(self, name: str, shape: Shape) -> View:
         """The same elements, with the tensor in the weight's place and the weight in the tensor's.
 

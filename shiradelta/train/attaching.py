@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import ArgumentError, DeltaError, TargetError
+from shiradelta.format.draw import Draw
 from shiradelta.models.saved import stored_views
 from shiradelta.nonzeros.gate import Gate
 from shiradelta.nonzeros.magnitude import RowMagnitudes
@@ -152,7 +153,8 @@ def attach(
     names = WeightNames(weights, in_checkpoint)
     others = avoided(avoid, names)
     tickets: Mapping[str, Ticket] = {}
-    started = {} if start is None else read_adapter(start, weights, names)
+    draws: dict[str, Draw] = {}
+    started = {} if start is None else read_adapter(start, weights, names, draws)
     if started:
         positions = {name: where.to(weights[name].device) for name, (where, _) in started.items()}
     elif isinstance(mask, str):
@@ -178,7 +180,7 @@ def attach(
             positions = {name: ticket.positions for name, ticket in tickets.items()}
             scaling = gates_of(weights)
         else:
-            positions = choice.by_name(mask)
+            positions, draws = choice.by_name(mask)
     else:
         positions = own_mask(mask, weights, others)
     # In the model's order, whatever the mask's: gradients are clipped by sums in this order.
@@ -187,7 +189,7 @@ def attach(
         raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
     label = Path(start).name if start is not None else mask if isinstance(mask, str) else "own"
     about = {"mask": label, "seed": str(seed)} | ({"magnitude": "rows"} if magnitude else {})
-    tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, about, scaling)
+    tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, about, scaling, draws)
     if prune_steps:
         tuner.prune(prune_steps, share, weights.values() if scope == "model" else None)
     with torch.no_grad():
@@ -218,7 +220,7 @@ def reattach(model: nn.Module, state: Mapping[str, Tensor], mask: str = "own") -
     if any(map(is_patched, model.modules())):
         raise TargetError("the model, or a part of it, has a tuner already; detach() it first")
     names = {name.removesuffix(POSITIONS) for name in state if name.endswith(POSITIONS)}
-    kinds = {name.rpartition(".")[2] for name in state} - {"positions", "values"}
+    kinds = {name.rpartition(".")[2] for name in state} - {"positions", "values", "draws"}
     if not names or len(kinds) > 1 or not kinds <= {Gate.name, RowMagnitudes.name}:
         raise ArgumentError(
             "the state is none of Tuner.state_dict, or is of a run that prunes; for such a run attach with prune_steps,"

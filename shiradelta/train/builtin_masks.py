@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shiradelta.format.arithmetic import Positions
-from shiradelta.train.mask_registry import MaskInput, Ticket, mask, seed_of
+from shiradelta.format.draw import Draw
+from shiradelta.format.registry import MAX_CELLS
+from shiradelta.select.shares import count_for
+from shiradelta.train.mask_registry import Chosen, MaskInput, Ticket, mask, seed_of
 from shiradelta.util.arrays import distinct
 
 if TYPE_CHECKING:
@@ -50,12 +53,21 @@ def random_scores(given: MaskInput) -> Tensor:
     "at random",
     gives="positions",
     can_be_larger=True,
-    whole_model=True,  # each element is drawn independently, so the others make no difference
+    whole_model=True,  # the share is that of each weight, too
     pattern_scores=random_scores,
 )
-def rand(given: MaskInput) -> Positions:
-    """Positions: each element with a probability of the share, independently."""
-    return draw(given.weight.numel(), given.share, given.seed, given.avoid)
+def rand(given: MaskInput) -> Chosen:
+    """Positions: one in each of as many cells of equal size, so that a file can name their seed instead."""
+    numel = given.weight.numel()
+    avoided = 0 if given.avoid is None else given.avoid.size / max(numel, 1)
+    if not all(view.is_whole for view in given.views) or not given.views:
+        return Chosen(draw_of(numel, given.share, given.seed, avoided).positions(numel))
+    draws, found = {}, []
+    for view in given.views:
+        seed = given.seed if len(given.views) == 1 else f"{given.seed} {view.name}"
+        draws[view.name] = drawn = draw_of(view.weight.numel, given.share, seed, avoided)
+        found.append(view.to_weight(drawn.positions(view.weight.numel))[1])
+    return Chosen(distinct(np.concatenate(found)), draws)
 
 
 @mask("struct", "whole rows and the diagonal", gives="positions")
@@ -107,27 +119,14 @@ def rows_and_diagonal(shape: tuple[int, ...], count: int, start: int = 0) -> Pos
     return distinct(np.concatenate([elements, diagonal]))
 
 
-def draw(numel: int, share: float, seed: str, avoid: Positions | None = None) -> Positions:
-    """Draws each position with probability `share`, independently.
-
-    Draws the number of positions (binomial), then that many positions: the same distribution, without a random number
-    per element.
+def draw_of(numel: int, share: float, seed: str, avoided: float = 0) -> Draw:
+    """The draw that leaves a share of a tensor's elements, one in each cell.
 
     Args:
         numel: elements of the tensor.
-        share: the probability.
+        share: the share.
         seed: any text; the same text gives the same positions on every machine.
-        avoid: positions not to draw, increasing.
+        avoided: the share of the elements that is taken out of the positions afterwards.
     """
-    generator = np.random.Generator(np.random.Philox(seed_of(seed)))
-    taken = np.zeros(0, np.int64) if avoid is None else avoid
-    count = min(int(generator.binomial(numel, share)), numel - taken.size)
-    if count > (numel - taken.size) // 2:
-        free = np.ones(numel, bool)
-        free[taken] = False
-        return np.sort(generator.choice(np.flatnonzero(free), count, replace=False))
-    found = np.zeros(0, np.int64)
-    while found.size < count:
-        drawn = distinct(np.concatenate([found, generator.integers(0, numel, count - found.size)]))
-        found = np.setdiff1d(drawn, taken, assume_unique=True) if taken.size else drawn
-    return found
+    cells = round(count_for(share, numel) / (1 - avoided)) if avoided < 1 else numel
+    return Draw(seed_of(seed), min(cells, numel, MAX_CELLS))

@@ -14,12 +14,13 @@ from torch.nn.modules.conv import _ConvNd as _Convolution
 
 from shiradelta.errors import ArgumentError
 from shiradelta.format.arithmetic import Positions
+from shiradelta.format.draw import Draw
 from shiradelta.models.views import View
 from shiradelta.select.histogram import CLASSES, Histogram, allocate
 from shiradelta.select.largest_torch import largest, largest_of_groups
 from shiradelta.select.shares import count_for, exact_count_for
 from shiradelta.train.gradients import Loss, sums
-from shiradelta.train.masks import Mask, MaskInput, find_mask
+from shiradelta.train.masks import Chosen, Mask, MaskInput, find_mask
 from shiradelta.util.progress import Progress
 
 
@@ -62,8 +63,12 @@ class Choice:
     progress: Progress
     all_needed: bool
 
-    def by_name(self, name: str) -> dict[str, Tensor]:
-        """Positions by weight, int64, increasing, on the weight's device.
+    def by_name(self, name: str) -> tuple[dict[str, Tensor], dict[str, Draw]]:
+        """What a mask chooses.
+
+        Returns:
+            (positions by weight, int64, increasing, on the weight's device; the draws that they are of, if there are
+            any, by the checkpoint's names).
 
         Raises:
             ArgumentError: the mask is unknown or lacks a capability, or the share of a weight rounds to no element.
@@ -72,10 +77,17 @@ class Choice:
         if not self.whole_model and self.pattern is None:
             for weight_name, weight in self.weights.items():
                 exact_count_for(self.share, weight.numel(), weight_name)
+        chosen: dict[str, Tensor] = {}
+        draws: dict[str, Draw] = {}
         if mask.positions is not None and self.pattern is None:
-            return {name: self._checked_positions(mask, given, name) for name, given in self._inputs(mask)}
+            for weight_name, given in self._inputs(mask):
+                found = mask.positions(given)
+                if isinstance(found, Chosen):
+                    draws |= found.draws
+                    found = found.positions
+                chosen[weight_name] = _checked_positions(mask, given, weight_name, found)
+            return chosen, draws
         counts = self._counts(mask) if self.whole_model else {}
-        chosen = {}
         for weight_name, scores in self._scores(mask):
             if self.pattern is not None:
                 shape = matrix_shape(self.model, weight_name, self.weights[weight_name])
@@ -84,7 +96,7 @@ class Choice:
                 own = counts[weight_name] if counts else count_for(self.share, scores.numel())
                 positions = largest(scores, own)
             chosen[weight_name] = positions[scores[positions] >= 0]  # scores are negative where to avoid
-        return chosen
+        return chosen, draws
 
     def _inputs(self, mask: Mask) -> Iterator[tuple[str, MaskInput]]:
         if mask.needs_gradients:
@@ -101,22 +113,9 @@ class Choice:
                 gradients=total,
                 seed=f"{self.seed} {self.views[name][0].name}",
                 avoid=self.avoid.get(name),
+                views=self.views[name],
             )
             yield name, given
-
-    def _checked_positions(self, mask: Mask, given: MaskInput, name: str) -> Tensor:
-        assert mask.positions is not None
-        positions = torch.as_tensor(mask.positions(given), device=given.weight.device)
-        integer = not positions.is_floating_point() and not positions.is_complex() and positions.dtype != torch.bool
-        sound = integer and positions.dim() == 1 and bool((positions.diff() > 0).all())
-        if not sound or (positions.numel() and not 0 <= int(positions[0]) <= int(positions[-1]) < given.weight.numel()):
-            raise ArgumentError(
-                f"mask {mask.name!r} does not give increasing positions within tensor {name!r} of"
-                f" {given.weight.numel()} elements; mend its function"
-            )
-        if given.avoid is None:
-            return positions.long()
-        return positions[~torch.isin(positions, torch.from_numpy(given.avoid).to(positions.device))].long()
 
     def _scores(self, mask: Mask) -> Iterator[tuple[str, Tensor]]:
         """(name, flat float32 scores), weight by weight; negative where to avoid."""
@@ -142,3 +141,18 @@ class Choice:
             classes = torch.bincount(scores[scores >= 0].view(torch.int32) >> 16, minlength=CLASSES)
             histograms[name] = Histogram.of_counts(np.asarray(classes.cpu()))
         return allocate(histograms, total)
+
+
+def _checked_positions(mask: Mask, given: MaskInput, name: str, found: Positions | Tensor) -> Tensor:
+    """The positions that a mask's function gave, but for those to avoid."""
+    positions = torch.as_tensor(found, device=given.weight.device)
+    integer = not positions.is_floating_point() and not positions.is_complex() and positions.dtype != torch.bool
+    sound = integer and positions.dim() == 1 and bool((positions.diff() > 0).all())
+    if not sound or (positions.numel() and not 0 <= int(positions[0]) <= int(positions[-1]) < given.weight.numel()):
+        raise ArgumentError(
+            f"mask {mask.name!r} does not give increasing positions within tensor {name!r} of"
+            f" {given.weight.numel()} elements; mend its function"
+        )
+    if given.avoid is None:
+        return positions.long()
+    return positions[~torch.isin(positions, torch.from_numpy(given.avoid).to(positions.device))].long()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shiradelta.errors import ArgumentError
 from shiradelta.format.arithmetic import Positions
+from shiradelta.format.draw import Draw
+from shiradelta.models.views import View
 from shiradelta.select.shares import count_for
 from shiradelta.util.registry import Registry
 
@@ -29,6 +31,7 @@ class MaskInput:
         gradients: |gradient| summed over the calibration batches, flat, float32; None unless the mask asks for it.
         seed: differs between weights and between the user's seeds; the same on every machine.
         avoid: positions not to choose, increasing; None for none.  They are removed from what the function returns.
+        views: the tensors of the checkpoint that together have the weight's elements; none where these are not known.
     """
 
     weight: Tensor
@@ -37,6 +40,7 @@ class MaskInput:
     gradients: Tensor | None
     seed: str
     avoid: Positions | None
+    views: Sequence[View] = ()
 
     @property
     def count(self) -> int:
@@ -51,8 +55,23 @@ class MaskInput:
 
 #: Scores of all elements, float32, in the weight's shape or flat, at least 0.  The largest are chosen.
 Scores = Callable[[MaskInput], "Tensor"]
-#: Positions, flat in the weight, increasing; NumPy or torch.
-Chosen = Callable[[MaskInput], "Positions | Tensor"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Chosen positions, and the draws that they are of, so that a file can name these instead.
+
+    Attributes:
+        positions: flat in the weight, increasing; NumPy or torch.
+        draws: by the checkpoint's names, of tensors that lie in the weight as a whole.
+    """
+
+    positions: Positions | Tensor
+    draws: Mapping[str, Draw] = field(default_factory=dict)
+
+
+#: Positions, flat in the weight, increasing; NumPy or torch, or `Chosen`.
+Choose = Callable[[MaskInput], "Positions | Tensor | Chosen"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,7 @@ class Mask:
     name: str
     help: str
     scores: Scores | None
-    positions: Chosen | None
+    positions: Choose | None
     search: Search | None
     needs_gradients: bool
     can_be_larger: bool

@@ -6,7 +6,18 @@ The built-in ones are those of Sparse High Rank Adapters (Bhardwaj et al., arXiv
 
 from __future__ import annotations
 
-from shiradelta.train.builtin_masks import draw, rows_and_diagonal  # registers the built-in masks
-from shiradelta.train.mask_registry import MASKS, Mask, MaskInput, Ticket, can_be_larger, find_mask, mask
+from shiradelta.train.builtin_masks import draw_of, rows_and_diagonal  # registers the built-in masks
+from shiradelta.train.mask_registry import MASKS, Chosen, Mask, MaskInput, Ticket, can_be_larger, find_mask, mask
 
-__all__ = ["MASKS", "Mask", "MaskInput", "Ticket", "can_be_larger", "draw", "find_mask", "mask", "rows_and_diagonal"]
+__all__ = [
+    "MASKS",
+    "Chosen",
+    "Mask",
+    "MaskInput",
+    "Ticket",
+    "can_be_larger",
+    "draw_of",
+    "find_mask",
+    "mask",
+    "rows_and_diagonal",
+]

@@ -16,6 +16,7 @@ from shiradelta.errors import DeltaError
 from shiradelta.exports.layouts import find_layout
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.draw import Draw
 from shiradelta.io.writer import weighing, writing
 from shiradelta.train.tuned import TunedWeight
 from shiradelta.util.arrays import join_sorted
@@ -29,6 +30,7 @@ def deltas(tuned: Mapping[str, TunedWeight]) -> dict[str, TensorDelta]:
     """
     parts: dict[str, list[tuple[Positions, Float32, Array]]] = {}  # several weights may be stored in one tensor
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}
+    draws: dict[str, Draw] = {}
     for name, one in tuned.items():
         nonzeros = one.nonzeros
         if one.weight is not None and one.weight.dtype != nonzeros.stored:
@@ -45,6 +47,7 @@ def deltas(tuned: Mapping[str, TunedWeight]) -> dict[str, TensorDelta]:
         changed = values.nonzero().reshape(-1)
         positions = one.whole_positions()[changed].cpu().numpy()
         numbers, base = values[changed].cpu().numpy(), _bits(one.gathered(nonzeros.base)[changed])
+        draws |= one.draws
         dtype = str(nonzeros.stored).removeprefix("torch.")
         for view in one.views:
             order, where = view.from_weight(positions)
@@ -58,7 +61,7 @@ def deltas(tuned: Mapping[str, TunedWeight]) -> dict[str, TensorDelta]:
         shape, dtype = kinds[name]
         positions, joined = join_sorted([(where, numbers) for where, numbers, _ in some])
         _, bits = join_sorted([(where, base) for where, _, base in some])
-        found[name] = TensorDelta(shape, positions, joined, dtype, base_bits=bits)
+        found[name] = TensorDelta(shape, positions, joined, dtype, base_bits=bits, draw=draws.get(name))
     return found
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
+from shiradelta.format.draw import Draw
 from shiradelta.models.views import View
 from shiradelta.nonzeros.scaling import Scaling
 from shiradelta.nonzeros.weight import WeightNonzeros, flat
@@ -27,12 +28,14 @@ class TunedWeight:
         views: the checkpoint's views of the weight.
         holders: (module, name) of each module that holds the values; tied weights have several.
         scaling: makes the change of the values and of further scales; None where the values are the change.
+        draws: the draws that the positions are of, by the names of the views' tensors.
     """
 
     nonzeros: WeightNonzeros
     views: Sequence[View]
     holders: list[tuple[nn.Module, str]]
     scaling: Scaling | None = None
+    draws: Mapping[str, Draw] = field(default_factory=dict)
 
     @property
     def kept(self) -> Tensor:

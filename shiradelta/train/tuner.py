@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from shiradelta.errors import DeltaError
 from shiradelta.exports.peft_shira import rank_of
 from shiradelta.format.delta import TensorDelta
+from shiradelta.format.draw import Draw
 from shiradelta.models.memory import is_sharded, own_part
 from shiradelta.models.views import View
 from shiradelta.nonzeros.patched import patch, unpatch
@@ -43,6 +44,7 @@ class Tuner:
         in_checkpoint: Mapping[str, Sequence[View]],
         metadata: Mapping[str, str],
         scaling: Callable[[str, WeightNonzeros], Scaling] | None = None,
+        draws: Mapping[str, Draw] | None = None,
     ) -> None:
         self.model = model
         self._metadata = dict(metadata)
@@ -64,7 +66,8 @@ class Tuner:
             made = None if scaling is None else scaling(name, nonzeros)
             if made is not None:
                 scales[name] = nn.Parameter(made.start())
-            self._tuned[name] = TunedWeight(nonzeros, in_checkpoint[name], held, made)
+            of_views = {view.name: draws[view.name] for view in in_checkpoint[name] if draws and view.name in draws}
+            self._tuned[name] = TunedWeight(nonzeros, in_checkpoint[name], held, made, of_views)
         model.requires_grad_(False)
         for name, tuned in self._tuned.items():
             for module, own in tuned.holders:
@@ -310,6 +313,7 @@ class Tuner:
     def state_dict(self) -> dict[str, Tensor]:
         """Mask and values, to resume exactly: `NAME.positions` int64 [n], `NAME.values` float32 [n].
 
+        With a random mask also `NAME.draws`, int64 [tensors of the checkpoint, 2]: seeds and cells of the positions.
         With scales also `NAME.magnitudes`, float32 [rows], or `NAME.gate`, [1].  If nonzeros are pruned also
         `NAME.kept`, bool [n], and `prune_step`, the optimizer steps that are done.
         """

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shiradelta.errors import DeltaError
+from shiradelta.format.draw import Draw
 from shiradelta.train.pruning import Pruner
 from shiradelta.train.tuned import TunedWeight, whole
 
 #: Ends the key of a weight's positions.
 POSITIONS = ".positions"
+#: Ends the key of the draws that they are of: int64 [views, 2], the bits of the seed, and the cells; 0 for no draw.
+DRAWS = ".draws"
 #: Key of the optimizer steps that pruning has done, beside the weights' names; and its name in states of 0.1.
 _STEP, _STEP_OF_0_1 = "prune_step", "fall"
+_NO_DRAW = Draw(0, 0)
 
 
 def state_of(tuned: Mapping[str, TunedWeight], pruner: Pruner | None) -> dict[str, Tensor]:
-    """`NAME.positions` and `NAME.values` of each weight, and its scales; if pruned, `NAME.kept` and the steps done."""
+    """What `Tuner.state_dict` says."""
     state = {}
     for name, one in tuned.items():
         state[name + POSITIONS] = one.whole_positions().cpu()
         state[f"{name}.values"] = one.whole_values().cpu()
+        if one.draws:
+            of_views = [one.draws.get(view.name, _NO_DRAW) for view in one.views]
+            rows = np.array([(draw.seed, draw.cells) for draw in of_views], np.uint64)
+            state[name + DRAWS] = torch.from_numpy(rows.view(np.int64))
         if one.scaling is not None and one.scales is not None:
             state[f"{name}.{one.scaling.name}"] = whole(one.scales).detach().float().cpu()
         if pruner is not None:
@@ -44,6 +53,9 @@ def restore(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapp
     for name, one in tuned.items():
         scales = None if one.scaling is None else state[f"{name}.{one.scaling.name}"]
         one.load(name, state[f"{name}.positions"], state[f"{name}.values"], state.get(f"{name}.kept"), scales)
+        rows = state.get(name + DRAWS, torch.zeros(0, 2, dtype=torch.int64)).cpu().numpy().view(np.uint64)
+        draws = [Draw(*row) for row in rows.tolist()]
+        one.draws = {view.name: draw for view, draw in zip(one.views, draws, strict=False) if draw.cells}
     if pruner is not None:
         pruner.step = int(state[_STEP])
 
@@ -54,6 +66,7 @@ def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mappi
     parts = ("positions", "values") if pruner is None else ("positions", "values", "kept")
     expected = {f"{name}.{part}" for name in tuned for part in parts}
     expected |= {f"{name}.{one.scaling.name}" for name, one in tuned.items() if one.scaling is not None}
+    expected |= {name + DRAWS for name in tuned} & set(state)
     expected |= set() if pruner is None else {_STEP}
     if expected != set(state):
         odd = sorted(expected ^ set(state))[0]
@@ -64,6 +77,8 @@ def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mappi
         sound = positions.dtype in (torch.int32, torch.int64) and positions.dim() == 1
         sound = sound and positions.shape == values.shape == kept.shape and bool((positions.diff() > 0).all())
         sound = sound and (kept is values or kept.dtype == torch.bool)
+        draws = state.get(name + DRAWS)
+        sound = sound and (draws is None or (draws.dtype, draws.shape) == (torch.int64, (len(one.views), 2)))
         if one.scaling is not None and one.scales is not None:
             sound = sound and state[f"{name}.{one.scaling.name}"].shape == one.scales.shape
         if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= one.numel:

@@ -161,7 +161,7 @@ def by_adam(model: nn.Module, parts: list[slice], distribute: Any = None) -> dic
         tuner.load_state_dict(state)
         assert torch.equal(full(model(inputs)), output)
     assert all(torch.equal(one, state[name]) for name, one in tuner.state_dict().items())
-    assert float(norm) > 0.2
+    assert float(norm) > 0.1  # so that the gradients were clipped
     return {name: one.numpy().copy() for name, one in state.items()} | {
         "norm": full(norm).numpy(),
         "out": output.numpy(),

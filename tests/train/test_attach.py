@@ -205,14 +205,27 @@ def test_struct_keeps_the_rank_and_is_cheap():
     assert masks.rows_and_diagonal((50,), 5).size == 5
 
 
-@pytest.mark.slow
-def test_rand_is_bernoulli():
-    counts = [masks.draw(10_000, 0.01, f"{seed}").size for seed in range(400)]
-    assert np.mean(counts) == pytest.approx(100, abs=2.5)
-    assert np.var(counts) == pytest.approx(99, rel=0.3)
-    assert np.array_equal(masks.draw(1000, 0.1, "a"), masks.draw(1000, 0.1, "a"))
-    hits = np.bincount(np.concatenate([masks.draw(20, 0.5, f"{seed}") for seed in range(2000)]), minlength=20)
+def test_rand_is_one_element_in_each_cell_of_equal_size():
+    for numel, share in (10_000, 0.01), (1999, 0.1), (50, 0.7), (7, 1.0):
+        drawn = masks.draw_of(numel, share, "a")
+        assert drawn.cells == round(share * numel)
+        positions = drawn.positions(numel)
+        cells = np.arange(drawn.cells + 1) * numel // drawn.cells
+        assert np.array_equal(np.searchsorted(positions, cells[1:]), np.arange(drawn.cells) + 1)
+        assert drawn == masks.draw_of(numel, share, "a") != masks.draw_of(numel, share, "b")
+    hits = np.bincount(np.concatenate([masks.draw_of(20, 0.5, f"{seed}").positions(20) for seed in range(2000)]))
     assert hits == pytest.approx(1000, abs=120)
+
+
+def test_rand_avoids_without_drawing_fewer():
+    model = llama()
+    first = train.attach(model, 0.2, "rand", ["down_proj"])
+    taken, count = first.positions, first.nnz
+    first.detach()
+    second = train.attach(model, 0.2, "rand", ["down_proj"], avoid=[taken], seed=1)
+    for name, positions in second.positions.items():
+        assert not torch.isin(positions, taken[name]).any()
+    assert second.nnz == pytest.approx(count, rel=0.1)
 
 
 def test_gradient_masks_are_their_definitions(monkeypatch: pytest.MonkeyPatch):
