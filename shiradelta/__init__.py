@@ -23,10 +23,12 @@ if TYPE_CHECKING:
         FormatError,
         LimitError,
         MissingDependencyError,
+        NoAnswerError,
         ShiraDeltaError,
         SignatureError,
         SourceError,
         TargetError,
+        UnreachableError,
     )
     from shiradelta.exports.run import export
     from shiradelta.folder.apply import apply
@@ -54,11 +56,13 @@ __all__ = [
     "HotSwap",
     "LimitError",
     "MissingDependencyError",
+    "NoAnswerError",
     "ShiraDeltaError",
     "SignatureError",
     "SourceError",
     "TargetError",
     "TensorDelta",
+    "UnreachableError",
     "apply",
     "convert",
     "export",

@@ -5,9 +5,11 @@ ShiraDeltaError
  |- DeltaError (ValueError)             a tensor delta is impossible
  |   `- ArgumentError                   an argument is wrong
  |- SourceError                         something cannot be converted
+ |   `- UnreachableError                the Hub is not asked, or does not answer
  |- BaseMismatchError                   a delta was made for another base
  |- ChainError                          a step or a chain is refused; has a reason code
  |- TargetError                         a folder or file cannot be written
+ |   `- NoAnswerError                   a serving engine does not answer
  |- LimitError                          a file takes more memory than its reader allows
  |- SignatureError                      a file is not signed by a key that is trusted
  |- DivergedError                       training gave NaN
@@ -189,6 +191,10 @@ class SourceError(ShiraDeltaError):
     """A model, an adapter or a text file that cannot be read or converted."""
 
 
+class UnreachableError(SourceError):
+    """A file on the Hub that is not in its cache, while the Hub does not answer or HF_HUB_OFFLINE is set."""
+
+
 class BaseMismatchError(ShiraDeltaError):
     """A model that the delta was not made for: names, shape, dtype or fingerprint differ."""
 
@@ -239,6 +245,10 @@ class TargetError(ShiraDeltaError):
 
     def _whole(self) -> str:
         return f"{self.problem}; {self.ending}" if self.ending else self.problem
+
+
+class NoAnswerError(TargetError):
+    """A serving engine that does not answer: whether it has done what it was asked for is not known."""
 
 
 class SignatureError(ShiraDeltaError):

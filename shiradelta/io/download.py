@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from shiradelta.errors import ShiraDeltaError, SourceError
+from shiradelta.errors import ShiraDeltaError, SourceError, UnreachableError
 from shiradelta.format import registry
 from shiradelta.io.hub import HubPath, Path_, hub_path
 from shiradelta.util.optional import importing, require
@@ -151,7 +151,7 @@ class _Hub:
             with _explained(named):
                 about = self._api.model_info(named.repo, revision=named.revision)
                 return sorted(file.rfilename for file in about.siblings or ())
-        except _UnreachableError:
+        except UnreachableError:
             self._cached = self._in_cache()
             if self._cached is None:
                 raise
@@ -197,10 +197,6 @@ class _Hub:
             return Path(self._api.snapshot_download(named.repo, revision=named.revision, allow_patterns=patterns))
 
 
-class _UnreachableError(SourceError):
-    """The Hub is not asked, as HF_HUB_OFFLINE says, or does not answer."""
-
-
 @contextmanager
 def _explained(named: HubPath) -> Iterator[None]:
     """Turns the errors of huggingface_hub, and of the HTTP library beneath it, into one line."""
@@ -235,11 +231,11 @@ def _explain(error: Exception, named: HubPath) -> SourceError:
         why = cause.server_message or brief(str(cause), 200)
         return SourceError(f"{named}: the Hub refuses it ({cause.response.status_code}, {why}); try again later")
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return _UnreachableError(
+        return UnreachableError(
             f"{named}: no such file or folder here, nor in the Hub's cache, and HF_HUB_OFFLINE is set; check the path,"
             " or unset it"
         )
-    return _UnreachableError(
+    return UnreachableError(
         f"{named}: no such file or folder here, and it cannot be had from the Hub ({brief(str(cause), 200)}); check the"
         " path and the connection"
     )

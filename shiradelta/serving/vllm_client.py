@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from shiradelta.errors import ArgumentError, TargetError
+from shiradelta.errors import ArgumentError, NoAnswerError, TargetError
 from shiradelta.serving.session import SwapRequest
 from shiradelta.util.text import brief
 
@@ -42,10 +42,6 @@ class KnownWeights(NamedTuple):
 
     policy: str | None
     adapters: dict[str, float] | None
-
-
-class _NoAnswerError(TargetError):
-    """Whether a step was done is not known."""
 
 
 class VLLM(ABC):
@@ -95,8 +91,8 @@ class VLLM(ABC):
             self._pause(running)
             self._start_anew()
             self._send(asdict(request))
-        except _NoAnswerError as error:
-            raise TargetError(
+        except NoAnswerError as error:
+            raise NoAnswerError(
                 f"{error}; the engine stays paused, because it is not known whether the request was done; send one that"
                 " says what is to be active when it answers again"
             ) from error
@@ -206,7 +202,7 @@ class VLLMServer(VLLM):
         try:
             status, answer = self._send_to(method, route, body)
         except Exception as error:
-            raise _NoAnswerError(f"vLLM does not answer /{name}: {type(error).__name__}: {error}") from error
+            raise NoAnswerError(f"vLLM does not answer /{name}: {type(error).__name__}: {error}") from error
         if not 200 <= status < 300:
             said = brief(str(answer), 300)
             what = "; start the server with VLLM_SERVER_DEV_MODE=1" if status == 404 else f": {said}"
