@@ -27,7 +27,7 @@ class UnfinishedFamily:
     A member that is finished is kept as the state after its last step.
 
     Args:
-        folder: where; made if it is missing.
+        folder: where; made with the first state that is kept.
         identity: everything that the base delta depends on, in types that JSON can hold.
         log: called with lines for the user.
 
@@ -38,8 +38,11 @@ class UnfinishedFamily:
     def __init__(self, folder: Path, identity: object, log: Callable[[str], None]) -> None:
         self.folder, self.log, self._identity = folder, log, identity
         with os_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            others = sorted(path.name for path in folder.iterdir() if path.suffix != _SUFFIX and path.name[0] != ".")
+            folder.mkdir(parents=True, exist_ok=True)  # now, as an error that comes after hours of work is late
+            found = list(folder.iterdir())
+            if not found:
+                folder.rmdir()  # a process that is killed early leaves nothing
+        others = sorted(path.name for path in found if path.suffix != _SUFFIX and path.name[0] != ".")
         if others:
             raise TargetError(f"{folder}: holds {others[0]}, so it is no state of a family; give another folder")
 
@@ -66,7 +69,7 @@ class UnfinishedFamily:
         for path in self.folder.glob(f"*{_SUFFIX}"):
             path.unlink()
         with os_errors(self.folder):
-            if not os.listdir(self.folder):
+            if self.folder.exists() and not os.listdir(self.folder):
                 self.folder.rmdir()
 
 

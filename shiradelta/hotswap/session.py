@@ -305,7 +305,9 @@ class HotSwap(SelfTested):
         if not name:
             raise ArgumentError("the adapter's name is empty; give one, by which switch() finds it")
         if name in self._adapters:
-            raise ArgumentError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
+            raise ArgumentError(
+                f"an adapter {name!r} is loaded already; take it out (del swap[{name!r}]), or take another name"
+            )
 
     # -------------------------------------------------------------------------------------- switching
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shiradelta.errors import SourceError
 from shiradelta.nonzeros.saved_state import load_with_about, save_state
+from shiradelta.util.files import os_errors
 
 #: The least time between two saved states, in seconds.
 SAVE_EVERY = 20
@@ -36,7 +37,9 @@ class UnfinishedRun:
         return time.monotonic() - self._saved > SAVE_EVERY
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Writes the state atomically."""
+        """Writes the state atomically, in a folder that is made if it is missing."""
+        with os_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         save_state(self.path, tensors, {"run": self._key, "state": json.dumps(numbers)})
         self._saved = time.monotonic()
 

@@ -129,6 +129,23 @@ def whole_calls(folder: Path, **more: Any) -> int:
     return counted.calls
 
 
+def test_there_is_no_folder_before_there_is_a_state(tmp_path: Path):
+    """So a process that is killed early leaves nothing."""
+    seen = []
+
+    def given(network: nn.Module, some: Any) -> Tensor:
+        seen.append((tmp_path / "f.train").exists())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "f", given)
+    assert seen == [False]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TargetError, match="file"):  # at once
+        train(tmp_path / "f", given, unfinished=tmp_path / "file" / "f.train")
+    assert seen == [False]
+
+
 def test_what_cannot_go_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "f.train").mkdir()
     (tmp_path / "f.train" / "notes.txt").write_text("mine")

@@ -376,8 +376,11 @@ def test_unload(base: dict[str, torch.Tensor], one: bytes):
 def test_loading_in_the_background(base: dict[str, torch.Tensor], one: bytes):
     swap = HotSwap(base)
     assert swap.load_async("one", file(one)).result().nonzeros == 500
-    with pytest.raises(DeltaError, match="loaded already"):
+    with pytest.raises(DeltaError, match=r"loaded already; take it out \(del swap\['one'\]\)"):
         swap.load_async("one", one, skip="*").result()
+    swap.switch("one")
+    del swap["one"]  # what the message says, for an adapter that is active, too
+    swap.load("one", one)
     with pytest.raises(ArgumentError, match="name is empty"):
         swap.load("", one)
     with pytest.raises(FormatError):
