@@ -180,7 +180,19 @@ class ArgumentError(DeltaError):
     """A wrong argument: an unknown name, a number out of range, or two arguments that exclude each other.
 
     It is a DeltaError for code that was written before this class existed.
+
+    Attributes:
+        argument: the argument that the message is about and begins with; None for other messages.  The command line
+            puts the option in its place.
     """
+
+    def __init__(self, message: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+    def _whole(self) -> str:
+        message = super()._whole()
+        return message if self.argument is None else f"{self.argument} {message}"
 
 
 class MissingDependencyError(ShiraDeltaError, ImportError):

@@ -89,6 +89,13 @@ def with_order(error: click.BadParameter, context: click.Context) -> click.Usage
     return click.UsageError(printable(f"{error.format_message().rstrip('. ')}; {remedy}."), context)
 
 
+def as_typed(argument: str | None, command: click.Command) -> str | None:
+    """The option of a command that stands for an argument of a function, or of its `fit=`; else the argument."""
+    options = {each.name: each.opts for each in command.params if isinstance(each, click.Option)}
+    found = options.get(argument or "") or options.get(f"fit_{argument}") or []
+    return next((name for name in found if name.startswith("--")), argument)
+
+
 def _arguments(context: click.Context) -> list[str]:
     return [each.make_metavar(context) for each in context.command.params if isinstance(each, click.Argument)]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shiradelta.cli.mistakes import is_number, meant_strength, misread_strength, too_many, with_order
+from shiradelta.cli.mistakes import as_typed, is_number, meant_strength, misread_strength, too_many, with_order
 from shiradelta.cli.output import DASH, echo, echo_warnings, is_verbose, set_verbosity
 from shiradelta.errors import ArgumentError
 from shiradelta.util.text import parse_share, size
@@ -180,6 +180,9 @@ class Command(WithExamples):
         begun = time.monotonic()
         try:
             return super().invoke(ctx)
+        except ArgumentError as error:
+            error.argument = as_typed(error.argument, self)  # messages of functions are about their arguments
+            raise
         finally:
             if is_verbose():
                 echo(f"{ctx.info_name}: {time.monotonic() - begun:.1f} s, {_peak_memory()}", err=True)

@@ -89,7 +89,7 @@ class Fit:
             raise ArgumentError(f"a text share of {self.text_share} is out of range; give 0, or a number below 1")
         check_prompt_share(self.prompt_share)
         if self.generate < 0:
-            raise ArgumentError(f"generate is {self.generate}; give a number of texts, or 0 for none")
+            raise ArgumentError(f"is {self.generate}; give a number of texts, or 0 for none", argument="generate")
         if self.generate and self.forward is not None:
             raise ArgumentError("no texts can be generated for a forward function; leave generate or forward out")
         check_least(1, **{name: getattr(self, name) for name in ("steps", "batch", "micro", "tokens", "held_out")})

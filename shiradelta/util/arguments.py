@@ -84,7 +84,7 @@ def check_least(least: int, **numbers: float | None) -> None:
     """Raises ArgumentError if one of the numbers is less than another; None is none."""
     for name, number in numbers.items():
         if number is not None and number < least:
-            raise ArgumentError(f"{name} is {number}; give {least} or more")
+            raise ArgumentError(f"is {number}; give {least} or more", argument=name)
 
 
 def _is_list(value: Any) -> bool:

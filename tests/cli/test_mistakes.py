@@ -10,13 +10,16 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 import shiradelta
 from shiradelta.cli import main
+from shiradelta.errors import ArgumentError
 from tests.conftest import random_tensors, write_lora, write_model
 from tests.scenes import contents
 
@@ -88,3 +91,54 @@ def write_page() -> None:
 
 if __name__ == "__main__":
     write_page()
+
+
+def every(command: click.Command, path: str = "shiradelta") -> Iterator[tuple[str, click.Command]]:
+    """All commands by what is typed."""
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from every(found, f"{path} {name}")
+    else:
+        yield path, command
+
+
+def test_an_error_names_the_option_that_was_typed(monkeypatch: pytest.MonkeyPatch):
+    """Whatever the option: messages of the library are about arguments, which nobody has typed."""
+    tried = 0
+    for path, command in every(main):
+        for option in command.params:
+            if not isinstance(option, click.Option) or option.name is None:
+                continue
+            typed = next(name for name in option.opts if name.startswith("--"))
+            for argument in {option.name, option.name.removeprefix("fit_")} - {"texts"}:
+                if argument != option.name and any(other.name == argument for other in command.params):
+                    continue  # it is an option of its own
+
+                def fail(argument: str = argument, **given: object) -> None:
+                    raise ArgumentError("is 0; give 1 or more", argument=argument)
+
+                monkeypatch.setattr(command, "callback", fail)
+                with pytest.raises(ArgumentError) as raised:
+                    command.invoke(click.Context(command, info_name=path))
+                assert str(raised.value) == f"{typed} is 0; give 1 or more"
+                tried += 1
+    assert tried > 100
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train model --texts texts.jsonl -o t.shd --steps 0", "--steps"),
+        ("experts train model --texts texts.jsonl -o t --steps 0", "--steps"),
+        ("convert tuned --base model -o t.shd --fit texts.jsonl --fit-steps 0", "--fit-steps"),
+        ("convert tuned --base model -o t.shd --fit texts.jsonl --fit-generate -1", "--fit-generate"),
+    ],
+)
+def test_numbers_out_of_range_are_called_as_they_were_typed(command: str, option: str, folder: Path):
+    code, line = said(command)
+    assert code in (1, 2)
+    assert option in line
+    assert not re.search(r"(?<!-)\b(fit_)?(steps|generate) is", line)
