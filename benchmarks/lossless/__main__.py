@@ -101,6 +101,7 @@ def beside_reading(layers: int, density: float, repeats: int) -> list[Row]:
 
 def write_csv(folder: Path, rows: Sequence[Row]) -> None:
     """`lossless.csv`, after the rows that it has."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lossless.csv"
     about = {"machine": machine(), "date": date.today().isoformat(), "commit": commit()}
     fields = ["case", "way", "bytes", "bits", "floor", "encode", "encode_cpu", "decode", "decode_cpu", *about]
