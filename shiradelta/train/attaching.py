@@ -27,7 +27,7 @@ from shiradelta.train.pruning import check_pruning
 from shiradelta.train.scalings import MakeScaling, gates_of, magnitudes_of
 from shiradelta.train.targets import ALL_LINEAR, check_spread, check_weights, find_weights
 from shiradelta.train.tuner import Tuner
-from shiradelta.train.tuner_state import POSITIONS
+from shiradelta.train.tuner_state import POSITIONS, are_positions
 from shiradelta.util.arguments import BOOL, CALL, NUMBER, PATH, TEXT, TEXTS, WHOLE, ArgumentKind, checked
 from shiradelta.util.deprecated import renamed_arguments
 from shiradelta.util.progress import Progress
@@ -228,7 +228,7 @@ def reattach(model: nn.Module, state: Mapping[str, Tensor], mask: str = "own") -
         )
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
     for name in sorted(names):
-        if name not in weights or bool((state[name + POSITIONS] >= weights[name].numel()).any()):
+        if name not in weights or not are_positions(state[name + POSITIONS], weights[name].numel()):
             raise ArgumentError(f"the state's {name!r} does not fit the model; give the model that was trained")
     check_weights(model, weights)
     check_spread(weights, {f"the state's {kind}": True for kind in kinds})

@@ -22,6 +22,13 @@ _STEP, _STEP_OF_0_1 = "prune_step", "fall"
 _NO_DRAW = Draw(0, 0)
 
 
+def are_positions(given: object, numel: int) -> bool:
+    """Whether these are positions, one or more, in a weight of so many elements."""
+    if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64) or given.dim() != 1:
+        return False
+    return bool(given.numel() and given[0] >= 0 and given[-1] < numel and (given.diff() > 0).all())
+
+
 def state_of(tuned: Mapping[str, TunedWeight], pruner: Pruner | None) -> dict[str, Tensor]:
     """What `Tuner.state_dict` says."""
     state = {}
@@ -74,14 +81,13 @@ def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mappi
     for name, one in tuned.items():
         positions, values = state[f"{name}.positions"], state[f"{name}.values"]
         kept = state.get(f"{name}.kept", values)
-        sound = positions.dtype in (torch.int32, torch.int64) and positions.dim() == 1
-        sound = sound and positions.shape == values.shape == kept.shape and bool((positions.diff() > 0).all())
+        sound = are_positions(positions, one.numel) and positions.shape == values.shape == kept.shape
         sound = sound and (kept is values or kept.dtype == torch.bool)
         draws = state.get(name + DRAWS)
         sound = sound and (draws is None or (draws.dtype, draws.shape) == (torch.int64, (len(one.views), 2)))
         if one.scaling is not None and one.scales is not None:
             sound = sound and state[f"{name}.{one.scaling.name}"].shape == one.scales.shape
-        if not sound or not positions.numel() or positions[0] < 0 or positions[-1] >= one.numel:
+        if not sound:
             raise DeltaError(f"the state of {name!r} does not fit a weight of {one.numel} elements")
     if pruner is not None and (state[_STEP].numel() != 1 or state[_STEP].is_floating_point()):
         raise DeltaError(f"the state's {_STEP!r} is not a number of steps; take a state that Tuner.state_dict gave")

@@ -220,6 +220,10 @@ def test_reattaching_to_other_states(magnitude: bool):
         train.reattach(other, {"x": torch.zeros(3)})
     with pytest.raises(ArgumentError, match="does not fit the model"):
         train.reattach(other, state | {f"{name}.positions": torch.tensor([10**6]), f"{name}.values": torch.zeros(1)})
+    where = state[f"{name}.positions"]
+    for odd in (where - 10**6, where.flip(0), where.float(), where > 3, where[None], where[:0], [1, 2]):
+        with pytest.raises(ArgumentError, match="does not fit the model"):
+            train.reattach(other, state | {f"{name}.positions": odd})  # type: ignore[operator]
     with pytest.raises(DeltaError, match="does not fit"):
         train.reattach(other, state | {f"{name}.values": torch.zeros(1)})
     assert not hasattr(other, "_shiradelta")
