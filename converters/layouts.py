@@ -9,6 +9,7 @@ from . import (  # noqa: F401
     mlx,
     nemo,
     peft_merge,
+    rigsa,
     shd,
     sparse,
     symlora,

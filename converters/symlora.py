@@ -22,9 +22,9 @@ from shiradelta.select.topk import Rows
 from shiradelta.util.json_files import read_json
 from shiradelta.util.text import brief
 
-from .base_names import BaseTensors, find_tensors
-from .item import Item, Skipped, SkipReason, Source, not_addable
-from .lora_converted import Change, add_converted
+from .changes import add_changes
+from .item import Skipped, SkipReason, Source
+from .lora_converted import Change
 from .lycoris import in_rows, no_remarks
 from .peft_config import type_of
 from .sources import SourceFiles, source
@@ -78,7 +78,7 @@ def _is_meant(parts: Mapping[str, str]) -> bool:
 )
 def open_symlora(files: SourceFiles) -> Source:
     """The changes of all modules."""
-    checkpoint, base, result = files.checkpoint, files.base, Source()
+    checkpoint, result = files.checkpoint, Source()
     _refuse_factor(checkpoint)
     modules, others = _modules(checkpoint)
     for key in others:
@@ -91,21 +91,8 @@ def open_symlora(files: SourceFiles) -> Source:
         else:
             side = checkpoint[parts["Q"]].shape[0]
             changes[f"{module}.weight"] = Change(partial(_rows, checkpoint, parts), (side, side))
-    there = BaseTensors({name: name for name in changes})
-    if base is not None:
-        called = {f"{module}.weight": [module, *parts.values()] for module, parts in modules.items()}
-        shapes = {name: change.shape for name, change in changes.items()}
-        there = find_tensors(shapes, base, lambda name: files.may_lack(name, *called[name]))
-    taken: set[str] = set()
-    for name in [name for name in changes if name not in there.converted]:
-        result.add(name, _item(name, changes[name], there, base, taken))
-    if base is not None:
-        elsewhere = {name: change for name, change in changes.items() if name in there.converted}
-        add_converted(elsewhere, there.converted, base, result)
-    for name in changes.keys() & result.skipped.keys():
-        module, change = name.removesuffix(".weight"), changes[name]
-        lost = result.skipped[name].called(module, *modules[module].values(), there.found.get(name))
-        result.skipped[name] = lost.of_change(change.rows, change.shape)
+    called = {f"{module}.weight": [module, *parts.values()] for module, parts in modules.items()}
+    add_changes(files, changes, called, result)
     return result
 
 
@@ -141,24 +128,6 @@ def _fits(checkpoint: Checkpoint, parts: Mapping[str, str]) -> Skipped | None:
         return None
     why = f"Q of shape {list(q.shape)} and Lambda of {list(values.shape)} are not [n, r] and [r]"
     return Skipped(SkipReason.PARTS, why)
-
-
-def _item(name: str, change: Change, there: BaseTensors, base: Checkpoint | None, taken: set[str]) -> Item | Skipped:
-    """The dense delta of one module, or the reason to skip it."""
-    if base is None:
-        return Item(name, change.shape, "unspecified", change.rows)
-    if name not in there.found:
-        return there.lacking[name]
-    found = there.found[name]
-    slot = base[found]
-    if slot.shape != change.shape:
-        why = f"it changes a square weight of shape {list(change.shape)}, the base's {found!r} has {list(slot.shape)}"
-        return Skipped(SkipReason.PARTS, f"{why}; give the base that it was trained on")
-    if found in taken or name in there.tied:
-        return Skipped(SkipReason.CONFLICT, f"other layers change {found!r}, too")
-    taken.add(found)
-    bits = partial(base.bits, found)
-    return not_addable(found, slot) or Item(found, change.shape, slot.dtype.name, change.rows, base_bits=bits)
 
 
 @no_remarks

@@ -232,6 +232,15 @@ def symlora(rng: Random) -> Tree:
     return {"source/x.safetensors": Weights(tensors)}
 
 
+def rigsa(rng: Random) -> Tree:
+    """A gate and a change for each weight."""
+    tensors: dict[str, Made] = {}
+    for name in UP:
+        word = rng.choice(("gate", "alpha"))
+        tensors |= {f"{name}.{rng.choice(('delta', 'weight'))}": f32(rng, 16, 8), f"{name}.{word}": f32(rng, 1)}
+    return {"source/x.safetensors": Weights(tensors)}
+
+
 def dora(rng: Random) -> Tree:
     """PEFT's lengths."""
     return adapter(factors(rng, UP[0]) | {f"{UP[0]}.lora_magnitude_vector": f32(rng, 16)}, use_dora=True)
@@ -302,8 +311,12 @@ KINDS: dict[str, tuple[Make, bool, Make]] = {
         *((torchtune, True), (nemo, True), (gguf, True), (gguf_q8, True), (mlx, True), (scipy, False)),
         *((torch_sparse, False), (pickled, False), (shd, False), (sparse_values, False), (on_base, True)),
         *((tucker, True), (dora, True), (biased, True), (flux, True), (flux_dora, True), (resized, True)),
-        *((nemo_archive, True), (symlora, False)),
+        *((nemo_archive, True), (symlora, False), (rigsa, False)),
     )
 }
 #: Options of `convert` that a kind needs.
-OPTIONS: dict[str, dict[str, Any]] = {"nemo": {"alpha": 4.0}, "resized": {"whole": "*embed*"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nemo": {"alpha": 4.0},
+    "rigsa": {"kind": "rigsa"},
+    "resized": {"whole": "*embed*"},
+}

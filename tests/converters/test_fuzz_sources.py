@@ -15,7 +15,7 @@ from tests.source_files import Raw, Special, Strange
 from tests.strange_wires import whole_wire
 from tests.whole_sources import KINDS, whole
 
-COUNT = 40 if BRIEF else 200
+COUNT = 50 if BRIEF else 200
 
 
 @pytest.mark.slow
