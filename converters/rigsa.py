@@ -29,7 +29,7 @@ _WEIGHT = ".weight"
     "rigsa",
     "A RIGSA: a number MODULE.gate or MODULE.alpha beside each change; read by --kind rigsa only.",
     lambda files: False,
-    order=18,
+    order=25,
 )
 def open_rigsa(files: SourceFiles) -> Source:
     """The products of all gates and their changes."""
