@@ -66,8 +66,11 @@ class NumpyDecoder(Decoder):
                 raise FormatError("bad_value", "a value is not finite")
         return positions, values.view("<u4") if record.adds else values
 
-    def runs(self, record: Record, spans: Sequence[tuple[int, int]]) -> list[tuple[int, Positions]]:
-        self.check(record)
+    def runs(
+        self, record: Record, spans: Sequence[tuple[int, int]], checked: bool = False
+    ) -> list[tuple[int, Positions]]:
+        if not checked:
+            self.check(record)
         data, codec = self.section(record, record.index, checked=True), INDEX_CODECS.by_id[record.index_codec]
         return [codec.decode_between(data, record.nnz, record.shape, *span) for span in spans]
 

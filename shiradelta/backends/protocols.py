@@ -33,10 +33,12 @@ class Decoder(Protocol):
     def between(self, record: Record, start: int, stop: int) -> tuple[Positions, Array]:
         """Positions in [start, stop) and their bits; reads only the blocks that hold them, and no checksums."""
 
-    def runs(self, record: Record, spans: Sequence[tuple[int, int]]) -> list[tuple[int, Positions]]:
+    def runs(
+        self, record: Record, spans: Sequence[tuple[int, int]], checked: bool = False
+    ) -> list[tuple[int, Positions]]:
         """(rank of the first, positions) of the nonzeros in several spans of positions, (start, stop).
 
-        All of the tensor is checked before.
+        All of the tensor is checked before, unless it has been.
         """
 
     def bits_from(self, record: Record, rank: int, count: int) -> Array:

@@ -13,6 +13,7 @@ from shiradelta.hotswap.outside import Watch
 from shiradelta.hotswap.prepare import Preparation
 from shiradelta.hotswap.protocol import LiveBackend, Part
 from shiradelta.hotswap.ranks import Ranks
+from shiradelta.hotswap.sections import check_together
 from shiradelta.hotswap.shares import Share, Shares, add, check_whole, share_of, together
 from shiradelta.hotswap.transcode import Change, InPieces
 from shiradelta.models.compatibility import Remedies
@@ -59,6 +60,7 @@ def fit_of(
 
     Raises:
         BaseMismatchError: it does not fit, or another process has loaded another file.
+        FormatError: a section that processes have read together is damaged.
         TargetError: a tensor was moved or replaced, or another process refuses.
     """
     known = _checkable(adapter.held, adapter.parts) if check else set()
@@ -74,12 +76,13 @@ def fit_of(
 
     found = ranks.agree(what, own)
     names = adapter.report.matched
-    every = ranks.gather((adapter.digest, sorted(names), adapter.nonzeros, found))
+    every = ranks.gather((adapter.digest, sorted(names), adapter.nonzeros, found, adapter.readings))
     if any(other[:2] != every[0][:2] for other in every):
         raise BaseMismatchError(f"{adapter.label}: another rank has loaded another file; give all ranks the same one")
-    check_whole(adapter.label, together(nonzeros for _, _, nonzeros, _ in every), adapter.records)
+    check_together(adapter.label, [readings for *_, readings in every], adapter.records)
+    check_whole(adapter.label, together(nonzeros for _, _, nonzeros, *_ in every), adapter.records)
     fit = None
-    if check and (compared := together(found for *_, found in every)):
+    if check and (compared := together(found for *_, found, _ in every)):
         fit = _check_base(adapter.label, compared, adapter.records, bool(levels))
     targets = {name: preparation.targets[other] for name, other in names.items()}
     forms = {name: {target, *target.forms.values()} for name, target in targets.items()}

@@ -10,6 +10,7 @@ from shiradelta.format.record import Record
 from shiradelta.hotswap.layers import Held, Patch
 from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.hotswap.reports import LoadReport
+from shiradelta.hotswap.sections import Reading
 from shiradelta.hotswap.shares import Shares
 from shiradelta.hotswap.transcode import InPieces
 from shiradelta.models.live import Target
@@ -30,6 +31,7 @@ class Loaded:
         nonzeros: how many there are in each share that this process has of them.
         report: what `load` found.
         label: the file, for messages.
+        readings: what this process has read of tensors that several processes share.
         beneath: the levels that the delta fits on top of; empty if it fits the base only.
         is_successor: whether it fits on top of these levels only, and not the base.
     """
@@ -41,6 +43,7 @@ class Loaded:
     nonzeros: Shares[int]
     report: LoadReport
     label: str
+    readings: Mapping[str, Reading]
     beneath: tuple[Strengths, ...] = ()
     is_successor: bool = False
 

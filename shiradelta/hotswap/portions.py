@@ -46,14 +46,19 @@ class _SharedRun(NamedTuple):
     shift: int
 
 
-def portions_of(tensor: StoredTensor, leaves: Sequence[tuple[Target, tuple[View, ...]]]) -> list[Portion]:
-    """The nonzeros in each of a tensor's pieces of memory."""
+def portions_of(
+    tensor: StoredTensor, leaves: Sequence[tuple[Target, tuple[View, ...]]], is_partly_read: bool = False
+) -> list[Portion]:
+    """The nonzeros in each of a tensor's pieces of memory.
+
+    What was read of a tensor in part is checked with what other processes have read (`shiradelta.hotswap.sections`).
+    """
     record = tensor.record
     # A part of another section is decoded from all of it, which is done once, in windows.
     has_runs = record.index_codec == IndexId.RICE and not (record.index.zstd or record.values.zstd)
     here = {number: views for number, (_, views) in enumerate(leaves) if not show_nothing(views)}
     runs = {number: run for number, views in here.items() if has_runs and (run := _run(views)) is not None}
-    found = dict(zip(runs, _cut_out(tensor, list(runs.values())), strict=True))
+    found = dict(zip(runs, _cut_out(tensor, list(runs.values()), is_partly_read), strict=True))
     others = {number: (views, views[0].stored.span) for number, views in here.items() if number not in runs}
     parts: list[list[tuple[Positions, Array]]] = [[] for _ in leaves]
     if others:
@@ -77,11 +82,11 @@ def _run(views: Sequence[View]) -> _SharedRun | None:
     return None if shift is None else _SharedRun(*views[0].stored.span, shift)
 
 
-def _cut_out(tensor: StoredTensor, runs: Sequence[_SharedRun]) -> list[Portion]:
+def _cut_out(tensor: StoredTensor, runs: Sequence[_SharedRun], is_partly_read: bool) -> list[Portion]:
     """The nonzeros in runs of a tensor with a RICE section; neither section is compressed."""
     if not runs or not tensor.nnz:
         return [_portion(np.zeros(0, np.int64), tensor.bits()) for _ in runs]
-    found = tensor.runs([(run.start, run.stop) for run in runs])
+    found = tensor.runs([(run.start, run.stop) for run in runs], checked=is_partly_read)
     record = tensor.record
     index, values = tensor.section(record.index, checked=True), tensor.section(record.values, checked=True)
     portions = []

@@ -12,7 +12,7 @@ import numpy as np
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
 from shiradelta.errors import FormatError
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.record import Section
+from shiradelta.format.record import Record, Section
 from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.matching import Names, check_target, match, only_these
@@ -20,12 +20,15 @@ from shiradelta.hotswap.on_base import plain_bytes
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.reading import PartlyRead, read_whole
 from shiradelta.hotswap.reports import LoadReport
+from shiradelta.hotswap.sections import can_be_shared, read_shared
 from shiradelta.hotswap.shares import Share
 from shiradelta.hotswap.transcode import InPieces, take_apart
 from shiradelta.io.reader import Delta, Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
 from shiradelta.models.compatibility import check_tied
 from shiradelta.models.live import Target
+from shiradelta.models.memory import is_sharded
+from shiradelta.models.sharded import Rows, rows_of
 from shiradelta.models.views import show_nothing
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import local_with_signature
@@ -63,7 +66,7 @@ class Preparation:
         label = "delta"
         try:
             # A signature is of the whole file.
-            if key is None and isinstance(source, (str, os.PathLike)) and self._lacks_tensors():
+            if key is None and isinstance(source, (str, os.PathLike)) and self._has_parts_only():
                 label = os.fspath(source)
                 partly = PartlyRead(source)
                 data = partly.data
@@ -76,9 +79,9 @@ class Preparation:
                 explain_refusal(error, Path(source))
             raise
 
-    def _lacks_tensors(self) -> bool:
-        """Whether there are tensors of which this process has nothing, as other processes have them."""
-        return any(_is_elsewhere(target) for target in self.targets.values())
+    def _has_parts_only(self) -> bool:
+        """Whether other processes have tensors, or rows of some, so that this one need not read all of a file."""
+        return any(_is_elsewhere(target) or _rows(target) is not None for target in self.targets.values())
 
     def _prepare(
         self,
@@ -99,9 +102,12 @@ class Preparation:
         delta = open_delta(data, choice, limit=limit)
         every, unmatched = match(delta, self.targets, self.names, label, skip)
         matched = only_these(label, every, only)
+        targets = {own: self.targets[other].in_form(delta[own].shape) for own, other in matched.items()}
+        shared = {} if delta.needs_base or delta.packed else _shared(delta, targets)
         if partly is not None and not delta.packed:
-            here = (own for own in matched if not _is_elsewhere(self.targets[matched[own]].in_form(delta[own].shape)))
+            here = (own for own in targets if own not in shared and not _is_elsewhere(targets[own]))
             partly.read(delta[own].record for own in (delta if delta.needs_base else here))
+        readings = read_shared(shared, data, partly.read_spans if partly is not None else lambda spans: None)
         if delta.needs_base:
             _, data = read_whole(plain_bytes(label, delta, every, self.targets, allow_dtype), self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
@@ -123,7 +129,7 @@ class Preparation:
         nonzeros: dict[str, Mapping[Share, int]] = {tensor.record.name: {(): tensor.nnz} for tensor, _, _ in whole}
         files: list[tuple[Bytes, Sequence[Fit]]] = [(data, whole)]
         if parts:
-            transcoded = take_apart(label, parts, fits, choice, self.devices.buffer)
+            transcoded = take_apart(label, parts, fits, choice, self.devices.buffer, readings)
             nonzeros.update(transcoded.nonzeros)
             files = [(transcoded.data, transcoded.fits)]
             if whole:
@@ -140,12 +146,24 @@ class Preparation:
             transcoded=len(parts),
         )
         pieces = [InPieces(tensor.record, target, dtype) for tensor, target, dtype in parts]
-        return Loaded(bytes.fromhex(delta.digest), held, pieces, records, nonzeros, report, label)
+        return Loaded(bytes.fromhex(delta.digest), held, pieces, records, nonzeros, report, label, readings)
 
 
 def _is_elsewhere(target: Target) -> bool:
     """Whether this process has no element of a tensor."""
     return all(show_nothing(views) for _, views in target.leaves())
+
+
+def _rows(target: Target) -> Rows | None:
+    """The rows of a tensor that this process has, where it is a DTensor of which each process has some."""
+    is_whole = target.refusal is None and target.extent is not None and is_sharded(target.holder)
+    return rows_of(target.holder, [view for _, view in target.parts]) if is_whole else None
+
+
+def _shared(delta: Delta, targets: Mapping[str, Target]) -> dict[str, tuple[Record, Rows]]:
+    """The tensors that processes read together: the same ones in all processes that have rows of them."""
+    every = {own: _rows(target) for own, target in targets.items() if can_be_shared(delta[own].record)}
+    return {own: (delta[own].record, rows) for own, rows in every.items() if rows is not None}
 
 
 def _alone(

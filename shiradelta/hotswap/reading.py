@@ -80,10 +80,10 @@ class PartlyRead:
             status = os.fstat(stream.fileno())
         self._same = _identity(status)
         self.data: Bytes = np.zeros(status.st_size, np.uint8)
-        self._read([(0, min(registry.HEADER_SIZE, self.data.size))])
+        self.read_spans([(0, min(registry.HEADER_SIZE, self.data.size))])
         header = read_header(self.data)
         end = self.data.size if header.packed else container.tables_end(header)
-        self._read([(registry.HEADER_SIZE, min(end, self.data.size))])
+        self.read_spans([(registry.HEADER_SIZE, min(end, self.data.size))])
 
     def read(self, records: Iterable[Record]) -> None:
         """Reads the sections of some tensors.
@@ -91,9 +91,10 @@ class PartlyRead:
         Raises:
             ShiraDeltaError: the file cannot be read, or is another one by now.
         """
-        self._read([(record.index.offset, record.values.end) for record in records])
+        self.read_spans((record.index.offset, record.values.end) for record in records)
 
-    def _read(self, spans: Iterable[tuple[int, int]]) -> None:
+    def read_spans(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Reads bytes from a start to an end, as `read`."""
         with explained(self._path):
             _fill(self.label, self._path, self.data, _joined(spans), self._same)
 

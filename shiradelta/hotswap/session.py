@@ -261,7 +261,7 @@ class HotSwap(SelfTested):
             if check:
                 self._ranks.agree(what, lambda: self._weights.others.check(targets_of([adapter])))
             report = replace(adapter.report, unchecked=unchecked, seconds=perf_counter() - began)
-            adapter = replace(adapter, report=report)
+            adapter = replace(adapter, report=report, readings={})  # they were checked
             if fit is not None and fit.fits_present:
                 adapter = adapter.on((level.adapters for level in levels), fit.is_successor)
             adapters = {**self._adapters, name: adapter}

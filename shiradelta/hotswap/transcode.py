@@ -7,7 +7,7 @@ delta is loaded, it is encoded anew in the memory order of each weight, so that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,6 +71,7 @@ def take_apart(
     others: Mapping[Target, tuple[StoredTensor, str]],
     backend: str,
     buffer: Callable[[int], Bytes],
+    partly: Container[str],
 ) -> Transcoded:
     """Encodes deltas of tensors that are in parts anew, one for each weight that has elements of them.
 
@@ -80,6 +81,7 @@ def take_apart(
         others: all deltas of the file.
         backend: the backend that decodes the result.
         buffer: allocates the memory for the result.
+        partly: names of tensors of which only what is needed was read.
 
     Raises:
         BaseMismatchError: an element would be changed twice.
@@ -87,7 +89,7 @@ def take_apart(
     fits = list(fits)
     groups = _apart(fits)
     known = choose(backend, (IndexId.RICE,), ())
-    made = map_in_threads(lambda group: _encoded(label, group, others, known), groups)
+    made = map_in_threads(lambda group: _encoded(label, group, others, known, partly), groups)
     pieces = [piece for some, _ in made for piece in some]
     nonzeros: dict[str, dict[Share, int]] = {tensor.record.name: {} for tensor, _, _ in fits}
     for _, found in made:
@@ -159,7 +161,11 @@ class _Piece:
 
 
 def _encoded(
-    label: str, fits: Sequence[Fit], others: Mapping[Target, tuple[StoredTensor, str]], backend: Backend
+    label: str,
+    fits: Sequence[Fit],
+    others: Mapping[Target, tuple[StoredTensor, str]],
+    backend: Backend,
+    partly: Container[str],
 ) -> tuple[list[_Piece], dict[str, dict[Share, int]]]:
     """Encodes deltas of tensors that share weights, one for each weight and operation.
 
@@ -173,7 +179,8 @@ def _encoded(
     for tensor, target, dtype in fits:
         leaves = list(target.leaves())
         nonzeros[tensor.record.name] = shares = {}
-        for (weight, views), portion in zip(leaves, portions_of(tensor, leaves), strict=True):
+        portions_here = portions_of(tensor, leaves, tensor.record.name in partly)
+        for (weight, views), portion in zip(leaves, portions_here, strict=True):
             if weight in others:
                 other = others[weight][0].record.name
                 raise _changed_twice(label, tensor, weight, f"as tensor {other!r} does")

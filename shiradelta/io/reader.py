@@ -145,10 +145,10 @@ class StoredTensor(TensorDelta):
         most = min(self.nnz, stop - start) * 16 + self.record.unpacked_size
         return self._within(min(most, self.record.decoded_size)).between(self.record, start, stop)
 
-    def runs(self, spans: Sequence[tuple[int, int]]) -> list[tuple[int, Positions]]:
+    def runs(self, spans: Sequence[tuple[int, int]], checked: bool = False) -> list[tuple[int, Positions]]:
         """(rank of the first, positions) of the nonzeros in several spans of positions, (start, stop).
 
-        All of the tensor is checked before.
+        All of the tensor is checked before, unless it has been: then only the blocks that hold the spans are.
 
         Raises:
             FormatError: it is damaged.
@@ -157,7 +157,7 @@ class StoredTensor(TensorDelta):
         if not self.nnz:
             return [(0, np.zeros(0, np.int64)) for _ in spans]
         most = sum(min(self.nnz, stop - start) for start, stop in spans) * 16 + self.record.unpacked_size
-        return self._within(min(most, self.record.decoded_size)).runs(self.record, spans)
+        return self._within(min(most, self.record.decoded_size)).runs(self.record, spans, checked)
 
     def bits_from(self, rank: int, count: int) -> Array:
         """What `bits` gives of the nonzeros from a rank on, of a tensor that has been checked."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -37,6 +37,44 @@ def refusal_of_placements(tensor: Any) -> Refusal | None:
     except _OtherSizeError as error:
         return Refusal(RefusalKind.DISTRIBUTED, str(error), "apply the delta before the model is distributed")
     return None
+
+
+class Rows(NamedTuple):
+    """A run of a tensor's elements: the rows that this process has.
+
+    Attributes:
+        start: position of the first element.
+        stop: the one behind the last; not larger where this process has none.
+        number: of this run among those of all processes, in the order of the positions.
+        members: how many runs there are; copies of one count once.
+    """
+
+    start: int
+    stop: int
+    number: int
+    members: int
+
+
+def rows_of(tensor: Any, views: Sequence[View]) -> Rows | None:
+    """The rows of a DTensor that this process has, where each process has a run of them; None where that is not so.
+
+    Args:
+        tensor: the DTensor.
+        views: what `Spread` finds of it.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    number, members = 0, 1
+    for at, size, placement in zip(
+        tensor.device_mesh.get_coordinate(), tensor.device_mesh.shape, tensor.placements, strict=True
+    ):
+        if type(placement) is Shard and placement.dim == 0:
+            number, members = number * size + at, members * size
+        elif type(placement) is not Replicate:
+            return None
+    if members == 1:
+        return None
+    return Rows(*(views[0].stored.span if views else (0, 0)), number, members)
 
 
 class _OtherSizeError(Exception):

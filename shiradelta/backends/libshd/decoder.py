@@ -274,12 +274,18 @@ class NativeDecoder(Decoder):
         loaded = self._loaded(record) or LoadedTensor(self, record, _CHECK_SIZES)
         return loaded.between(start, stop)
 
-    def runs(self, record: Record, spans: Sequence[tuple[int, int]]) -> list[tuple[int, Positions]]:
-        loaded = self.load(record)
+    def runs(
+        self, record: Record, spans: Sequence[tuple[int, int]], checked: bool = False
+    ) -> list[tuple[int, Positions]]:
+        loaded = self._trusted(record) if checked else self.load(record)
         return [loaded.run(start, stop) for start, stop in spans]
 
     def bits_from(self, record: Record, rank: int, count: int) -> Array:
-        return (self._loaded(record) or LoadedTensor(self, record, _CHECK_SIZES)).bits(rank, count)
+        return self._trusted(record).bits(rank, count)
+
+    def _trusted(self, record: Record) -> LoadedTensor:
+        """A tensor that has been checked."""
+        return self._loaded(record) or LoadedTensor(self, record, _CHECK_SIZES)
 
     def check(self, record: Record) -> None:
         """Checks a tensor as loading does, but in one call if nothing needs memory."""

@@ -125,6 +125,10 @@ class ValueCodec(ABC):
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:
         """Values of the nonzeros with ranks from start to stop - 1: float32 if the codec adds, else unsigned bits."""
 
+    def spans(self, nnz: int, size: int, start: int, stop: int) -> list[tuple[int, int]] | None:
+        """Where a section has the bytes that `decode` reads; None if a part cannot be decoded without the others."""
+        return None
+
     @abstractmethod
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         """Checks the whole section, which `decode` trusts: parameters or values, padding, slack."""

@@ -42,6 +42,9 @@ class Bits(TorchDecoder):
     def cut(self, data: Bytes, size: int, start: int, stop: int) -> bytes:
         return with_slack(part(data, start * size, stop - start, f"<u{size}"))
 
+    def spans(self, nnz: int, size: int, start: int, stop: int) -> list[tuple[int, int]]:
+        return [(start * size, stop * size)]
+
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         check_zero(data, nnz * size)
 

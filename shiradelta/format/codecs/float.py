@@ -40,6 +40,9 @@ class Float(TorchDecoder, TorchRounder):
     def cut(self, data: Bytes, size: int, start: int, stop: int) -> bytes:
         return with_slack(part(data, start * self.dtype.size, stop - start, self.dtype.bits))
 
+    def spans(self, nnz: int, size: int, start: int, stop: int) -> list[tuple[int, int]]:
+        return [(start * self.dtype.size, stop * self.dtype.size)]
+
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         if not all(np.all(np.isfinite(self.decode(data, nnz, size, start, stop))) for start, stop in ranges(nnz)):
             raise FormatError("bad_value", "a value is not finite")

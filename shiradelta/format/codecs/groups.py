@@ -45,6 +45,11 @@ def parameters_of(data: Bytes, count: int, start: int, stop: int) -> Float32:
     return of_groups.repeat(GROUP, axis=1)[:, start - first * GROUP : stop - first * GROUP]
 
 
+def parameters_span(count: int, start: int, stop: int) -> tuple[int, int]:
+    """Where a section has what `parameters_of` reads."""
+    return 2 * count * (start // GROUP), 2 * count * group_count(stop)
+
+
 def parameter(values: Float32) -> tuple[Array, Float32]:
     """Rounds to bf16: (bits, the same as float32 in a column)."""
     bits = bfloat16_bits(values)

@@ -23,6 +23,7 @@ from shiradelta.format.codecs.groups import (
     parameter,
     parameter_torch,
     parameters_of,
+    parameters_span,
 )
 from shiradelta.format.registry import ValueId
 
@@ -68,6 +69,10 @@ class Int4(TorchDecoder, TorchRounder):
         nibbles = nibbles[start % 2 : start % 2 + stop - start]
         magnitude: Float32 = lo + step * (nibbles & 7).astype(np.float32)
         return np.where(nibbles & 8, -magnitude, magnitude)
+
+    def spans(self, nnz: int, size: int, start: int, stop: int) -> list[tuple[int, int]]:
+        codes = self.codes_at(nnz)
+        return [parameters_span(2, start, stop), (codes + start // 2, codes + -(-stop // 2))]
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         groups = group_count(nnz)

@@ -19,6 +19,7 @@ from shiradelta.format.codecs.groups import (
     parameter,
     parameter_torch,
     parameters_of,
+    parameters_span,
 )
 from shiradelta.format.registry import ValueId
 
@@ -55,6 +56,10 @@ class Int8(TorchDecoder, TorchRounder):
         codes = part(data, self.codes_at(nnz) + start, stop - start, "i1")
         values: Array = scale * codes.astype(np.float32)
         return values
+
+    def spans(self, nnz: int, size: int, start: int, stop: int) -> list[tuple[int, int]]:
+        codes = self.codes_at(nnz)
+        return [parameters_span(1, start, stop), (codes + start, codes + stop)]
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         groups = group_count(nnz)

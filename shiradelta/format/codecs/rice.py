@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -122,6 +123,78 @@ def _directory(
     return np.stack([((edges - rank) << k) + low_before + rank, rank], axis=1)
 
 
+def _checked_directory(directory: Array, numel: int) -> tuple[Positions, Positions]:
+    """(bases, ranks) of all blocks.  Raises FormatError where bases do not increase."""
+    base, rank = directory.T
+    if not base.size or base[0] or rank[0] or np.any(base[1:] < base[:-1]) or base[-1] >= numel:
+        raise FormatError("bad_directory", "bases do not increase from 0 to below the number of elements")
+    return base.astype(np.int64), rank.astype(np.int64)
+
+
+def _find_blocks(base: Positions, start: int, stop: int) -> tuple[int, int]:
+    """(first, last + 1) of the blocks that can hold positions in [start, stop)."""
+    first = max(int(np.searchsorted(base, start, side="right")) - 1, 0)
+    return first, max(int(np.searchsorted(base, stop, side="left")), first + 1)
+
+
+class Blocks(NamedTuple):
+    """A run of blocks, from start to stop - 1, of all `blocks` in the section."""
+
+    start: int
+    stop: int
+    blocks: int
+
+
+class FoundBlocks(NamedTuple):
+    """Blocks that can hold a range of positions.
+
+    Attributes:
+        blocks: which.
+        ranks: (the first nonzero's, that behind the last's).
+        spans: where the section has what they are decoded from, beside its head and directory.
+    """
+
+    blocks: Blocks
+    ranks: tuple[int, int]
+    spans: list[tuple[int, int]]
+
+
+def blocks_between(
+    data: Bytes, nnz: int, numel: int, start: int, stop: int, read: Callable[[int], None]
+) -> FoundBlocks:
+    """Finds the blocks that `decode_between` decodes, in a section of which only the head is there.
+
+    Args:
+        data: the section.
+        nnz: number of nonzeros.
+        numel: elements of the tensor.
+        start: the first position.
+        stop: the one behind the last.
+        read: makes the section's bytes before an offset be there.
+
+    Raises:
+        FormatError: head or directory are wrong.
+    """
+    k, unary_bits = registry.RICE_HEAD.unpack_from(data.data)
+    if k <= registry.MAX_RICE_K and section_size(nnz, numel, k, unary_bits) == data.size:
+        read(registry.RICE_HEAD.size + -(-unary_bits // BLOCK) * 2 * registry.word_size(numel))
+    parts = RiceParts.of(data, nnz, numel)
+    base, rank = _checked_directory(parts.directory, numel)
+    if start >= stop:
+        return FoundBlocks(Blocks(0, 0, base.size), (0, 0), [])
+    first, last = _find_blocks(base, start, stop)
+    ranks = int(rank[first]), int(rank[last]) if last < rank.size else nnz
+    if not 0 <= ranks[0] <= ranks[1] <= nnz:
+        raise FormatError("bad_directory", f"rank of block {first} or {last}")
+    low = parts.end - parts.unary.size - 4 * parts.low.size
+    unary = parts.end - parts.unary.size
+    spans = [
+        (low + ranks[0] * k // 8, low + -(-ranks[1] * k // 8)),
+        (unary + first * BLOCK // 8, min(unary + last * BLOCK // 8, parts.end)),
+    ]
+    return FoundBlocks(Blocks(first, last, base.size), ranks, spans)
+
+
 class Rice(IndexCodec):
     """The index codec RICE."""
 
@@ -201,12 +274,8 @@ class Rice(IndexCodec):
         """Decodes only the blocks that can hold the range."""
         numel = math.prod(shape)
         parts = RiceParts.of(data, nnz, numel)
-        base, rank = parts.directory.T
-        if not base.size or base[0] or rank[0] or np.any(base[1:] < base[:-1]) or base[-1] >= numel:
-            raise FormatError("bad_directory", "bases do not increase from 0 to below the number of elements")
-        base = base.astype(np.int64)
-        first = max(int(np.searchsorted(base, start, side="right")) - 1, 0)
-        last = max(int(np.searchsorted(base, stop, side="left")), first + 1)
+        base, rank = _checked_directory(parts.directory, numel)
+        first, last = _find_blocks(base, start, stop)
         begin = first * BLOCK
         ones = find_ones(parts.unary[begin // 8 : last * BLOCK // 8])
         rank0 = int(rank[first])
@@ -219,5 +288,11 @@ class Rice(IndexCodec):
         low_sum = np.cumsum(parts.low_bits(rank0, end))
         positions: Positions = base[first] + ((ones - count) << parts.k) + low_sum + count
         check_positions(positions, numel)
+        # Entries behind the first one have to follow from it, also that of the next block.
+        before = _Before(rank0, int(base[first]) - rank0 - ((begin - rank0) << parts.k))
+        edge = min(last * BLOCK + 1, parts.unary_bits)
+        expected = _directory(ones + begin, low_sum + before.low_sum, parts.k, begin, edge, before)
+        if not np.array_equal(parts.directory[first : first + len(expected)], expected):
+            raise FormatError("bad_directory", f"base or rank of a block from {first} to {last}")
         skip, stop_at = np.searchsorted(positions, [start, stop])
         return rank0 + int(skip), positions[skip:stop_at]

@@ -19,6 +19,7 @@ from shiradelta.format.codecs.groups import (
     parameter,
     parameter_torch,
     parameters_of,
+    parameters_span,
 )
 from shiradelta.format.codecs.packing import pack_bitmap
 from shiradelta.format.registry import ValueId
@@ -54,6 +55,10 @@ class Sign(TorchDecoder, TorchRounder):
         packed = part(data, self.codes_at(nnz) + start // 8, -(-stop // 8) - start // 8, "u1")
         minus = np.unpackbits(packed, bitorder="little")[start % 8 : start % 8 + stop - start]
         return np.where(minus, -lo, lo)
+
+    def spans(self, nnz: int, size: int, start: int, stop: int) -> list[tuple[int, int]]:
+        codes = self.codes_at(nnz)
+        return [parameters_span(1, start, stop), (codes + start // 8, codes + -(-stop // 8))]
 
     def check(self, data: Bytes, nnz: int, size: int) -> None:
         groups = group_count(nnz)
