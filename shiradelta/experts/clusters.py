@@ -7,6 +7,7 @@ import numpy as np
 from shiradelta.errors import ArgumentError
 from shiradelta.format.arithmetic import Array, Float32
 from shiradelta.util.optional import importing
+from shiradelta.util.text import count
 
 #: Radius of BIRCH's subclusters to begin with: features of length 1 that have nothing in common are at 1.41.
 _THRESHOLD = 0.5
@@ -44,9 +45,10 @@ def birch(features: Float32, clusters: int) -> Array:
         if len(tree.subcluster_centers_) >= wanted:
             break
     if len(tree.subcluster_centers_) < clusters:
+        found = count(len(tree.subcluster_centers_), "cluster")
         raise ArgumentError(
-            f"{len(features)} examples fall into {len(tree.subcluster_centers_)} clusters, not {clusters}; ask for"
-            " fewer experts, or give more examples"
+            f"{count(len(features), 'example')} fall into {found}, not {clusters}; ask for fewer experts, or give more"
+            " examples"
         )
     tree.set_params(n_clusters=clusters).partial_fit()
     return by_size(tree.predict(features))

@@ -27,6 +27,7 @@ from shiradelta.train.pruning import Pruner
 from shiradelta.train.tuned import SUFFIX, TunedWeight, compact, holders, scales_name
 from shiradelta.util.arguments import PATH, TEXT, checked
 from shiradelta.util.deprecated import warn_renamed
+from shiradelta.util.text import count
 from shiradelta.util.version import made_by
 
 
@@ -166,7 +167,7 @@ class Tuner:
 
     def __repr__(self) -> str:
         share = self.nnz / max(self.numel, 1)
-        return f"<Tuner of {self.nnz:,} of {self.numel:,} weights ({share:.3g}) in {len(self._tuned)} tensors>"
+        return f"<Tuner of {self.nnz:,} of {self.numel:,} weights ({share:.3g}) in {count(len(self._tuned), 'tensor')}>"
 
     # ---------------------------------------------------------------------------------------- weights
 

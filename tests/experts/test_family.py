@@ -326,7 +326,7 @@ def test_examples_are_clustered_by_task(tmp_path: Path):
         model(), EXAMPLES, loss, tmp_path / "f", prompt_loss=prompt_loss, experts=2, settings=SETTINGS, dims=256
     )
     assert family.examples == (40, 20)
-    with pytest.raises(ArgumentError, match="ask for fewer experts"):
+    with pytest.raises(ArgumentError, match="20 examples fall into 1 cluster, not 3; ask for fewer experts"):
         experts.train_family(
             model(), EXAMPLES[:1] * 20, loss, tmp_path / "g", experts=3, settings=SETTINGS, dims=256
         )  # fmt: skip

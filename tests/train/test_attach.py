@@ -476,6 +476,8 @@ def test_one_tuner_at_a_time():
         with pytest.raises(DeltaError, match="nothing was trained"):
             tuner.save("nowhere.shd")
         assert "192" in repr(tuner) or f"{tuner.nnz:,}" in repr(tuner)
+    with train.attach(nn.Sequential(nn.Linear(8, 8))) as tuner:
+        assert repr(tuner).endswith("in 1 tensor>")
     with pytest.raises(DeltaError, match="detached"):
         tuner.write()
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
