@@ -112,10 +112,10 @@ class SpreadNonzeros:
         """
         bits = own.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[own.element_size()])
         numbers = self.wrap(self.chosen + 1).full_tensor()  # 0 where it is padded
-        every = self.wrap(bits).full_tensor()
+        every = self.wrap(bits.long()).full_tensor()  # neither gloo nor NCCL has 16-bit integers
         there = numbers > 0
         found = torch.empty(self.count, dtype=bits.dtype, device=bits.device)
-        found[numbers[there] - 1] = every[there]
+        found[numbers[there] - 1] = every[there].to(bits.dtype)
         return found.view(own.dtype)
 
     def whole_positions(self) -> Tensor:

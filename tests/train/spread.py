@@ -130,6 +130,30 @@ def one_layer(rank: int, kind: str, folder: Path, mask: Any) -> dict[str, Any]:
     return exactly(model, whole, folder / "spread.shd", mask)
 
 
+def in_half(model: nn.Sequential, whole: nn.Sequential, path: Path) -> dict[str, Any]:
+    """Trains a layer of 16-bit weights, and goes on from values that are the same everywhere; what it has then."""
+    tuner = train.attach(model, 0.3, targets=r"0\..*", seed=3)
+    inputs, wanted = (one.to(whole[0].weight.dtype) if one.is_floating_point() else one for one in batch(whole))
+    steps(model, inputs, wanted, torch.optim.SGD(tuner.parameters(), lr=2**-4))
+    state = tuner.state_dict()
+    state |= {name: torch.arange(len(one)) / 8 for name, one in state.items() if name.endswith("values")}
+    tuner.load_state_dict(state)
+    tuner.save(path, "f32", {"created_by": "this test"})
+    return {name: one.view(torch.int16).numpy().copy() for name, one in tuner.base.items()} | {
+        f"{name}: now": full(one).view(torch.int16).numpy().copy()
+        for name, one in model.named_parameters()
+        if one.dtype == whole[0].weight.dtype
+    }
+
+
+def layer_in_half(rank: int, kind: str, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = layer(kind).to(dtype)
+    model = parallelize_module(copy.deepcopy(whole), mesh, {"0": LAYERS[kind][1]()})
+    assert isinstance(model, nn.Sequential)
+    return in_half(model, whole, folder / "spread.shd")
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     return Net()

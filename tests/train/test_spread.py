@@ -44,6 +44,16 @@ def test_other_masks(mask: Any, tmp_path: Path):
         assert all(np.array_equal(found[name], one) for name, one in expected.items())
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("columns", torch.bfloat16), ("rows", torch.float16)])
+def test_weights_of_16_bits(kind: str, dtype: torch.dtype, tmp_path: Path):
+    whole = spread.layer(kind).to(dtype)
+    expected = spread.in_half(copy.deepcopy(whole), whole, tmp_path / "one.shd")
+    for found in ranks.run(spread.layer_in_half, 2, tmp_path, kind, tmp_path, dtype):
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[name], one) for name, one in expected.items())
+    assert (tmp_path / "spread.shd").read_bytes() == (tmp_path / "one.shd").read_bytes()
+
+
 def close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
     return found.keys() == expected.keys() and all(
         np.allclose(found[name], one, rtol=1e-5, atol=1e-6) for name, one in expected.items()
