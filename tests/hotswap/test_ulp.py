@@ -10,7 +10,7 @@ import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.errors import BaseMismatchError, DeltaError
 from shiradelta.format import arithmetic
-from tests.swapping import BACKENDS_IN_TIME, adapter, bits, formula, random_delta, weights
+from tests.swapping import BACKENDS_IN_TIME, DEVICE, adapter, bits, formula, random_delta, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -53,7 +53,7 @@ def test_a_step_goes_on_and_off(backend: str, dtype: str, contiguous: bool):
 @pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e5m2])
 def test_elements_of_other_kinds(backend: str, dtype: torch.dtype):
-    weight = (torch.arange(60).view(6, 10) % 50 + 60).to(dtype)
+    weight = (torch.arange(60).view(6, 10) % 50 + 60).to(dtype).to(DEVICE)
     before, name = bits(weight), str(dtype).removeprefix("torch.")
     delta = sd.TensorDelta((6, 10), [0, 7, 59], [3, -5, 1], name, "ulp", base_bits=before[[0, 7, 59]])
     swap = HotSwap({"w": weight}, backend=backend)
