@@ -10,7 +10,8 @@ import shiradelta as sd
 from shiradelta import HotSwap
 from shiradelta.errors import BaseMismatchError, DeltaError
 from shiradelta.format import arithmetic
-from tests.swapping import BACKENDS_IN_TIME, DEVICE, adapter, bits, formula, random_delta, weights
+from shiradelta.hotswap.choose import LIVE_BACKENDS
+from tests.swapping import BACKENDS_IN_TIME, DEVICE, adapter, bits, formula, random_delta, weights, why_not
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -121,3 +122,38 @@ def test_leaving_the_range_leaves_all_weights_as_they_were(backend: str):
         swap.switch("a")
     assert swap.active == {}
     assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.skipif(why_not(LIVE_BACKENDS["triton"]) is not None, reason="Triton does not run here")
+def test_a_launch_that_fails_after_one_that_refuses_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch):
+    """The first kernel says that a shift leaves the range, and nobody gets to ask it."""
+    from shiradelta.hotswap.triton.backend import TritonBackend
+    from shiradelta.hotswap.triton.kernels import apply_kernel
+
+    tensors = {dtype: weights(SHAPE, dtype, special=False) for dtype in ("bfloat16", "float16")}  # a launch for each
+    before = {dtype: bits(tensor) for dtype, tensor in tensors.items()}
+    steps = {name: {dtype: shifts(seed, dtype=dtype) for dtype in before} for seed, name in enumerate(("one", "two"))}
+    up = {dtype: int(np.flatnonzero(some < 0x8000)[0]) for dtype, some in before.items()}
+    steps["bad"] = {dtype: sd.TensorDelta(SHAPE, [at], [0x7FFF], dtype, "ulp") for dtype, at in up.items()}
+    swap = HotSwap(tensors, backend="triton")
+    for name, step in steps.items():
+        swap.load(name, adapter(step))
+    swap.switch("one")
+    launch, launched = TritonBackend._launch, []
+
+    def failing(self: TritonBackend, kernel: object, *arguments: object, **kind: object) -> None:
+        launched.append(kernel)
+        if launched.count(apply_kernel) == 2:
+            monkeypatch.undo()
+            raise MemoryError
+        launch(self, kernel, *arguments, **kind)
+
+    monkeypatch.setattr(TritonBackend, "_launch", failing)
+    with pytest.raises(MemoryError):
+        swap.switch("bad")
+    for name in "one", "two":
+        for dtype, tensor in tensors.items():
+            assert np.array_equal(bits(tensor), moved(before[dtype], dtype, steps[name][dtype]))
+        swap.switch("two")
+    swap.revert()
+    assert all(np.array_equal(bits(tensor), before[dtype]) for dtype, tensor in tensors.items())

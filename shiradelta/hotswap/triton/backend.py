@@ -104,13 +104,15 @@ class TritonBackend(TorchBackend):
         if filled and plan.plain:
             self.restore(before)
             filled = False
+        shifts = any(x.kind.order != elements.NO_ORDER.value for x in plan.alone)
+        if shifts:
+            self._refused.zero_()  # a switch may have failed before it was asked
         for x in plan.alone:
             new = after[x.layer]
             onto = new.held.data.table, x.entries, new.room.data_ptr(), float(np.float32(new.strength)), self._refused
             self._launch(kernels.apply_kernel, x, *onto, FILLED=filled, **x.kind.put())
             new.filled[x.patches] = True
-        if any(x.kind.order != elements.NO_ORDER.value for x in plan.alone) and self._refused.item():
-            self._refused.zero_()
+        if shifts and self._refused.item():
             raise arithmetic.out_of_range("an element")
         if plan.sums or plan.overlaps:
             self._add_up(plan, after, filled)
