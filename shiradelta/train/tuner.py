@@ -325,7 +325,7 @@ class Tuner:
         """Restores a state; the parameters stay the objects that an optimizer knows.
 
         Raises:
-            DeltaError: the state is that of other weights.
+            DeltaError: the state is that of other weights, or is damaged.
         """
         self._check_attached()
         tuner_state.restore(self._tuned, self._pruner, state)

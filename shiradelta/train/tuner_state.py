@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -60,11 +61,30 @@ def restore(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapp
     for name, one in tuned.items():
         scales = None if one.scaling is None else state[f"{name}.{one.scaling.name}"]
         one.load(name, state[f"{name}.positions"], state[f"{name}.values"], state.get(f"{name}.kept"), scales)
-        rows = state.get(name + DRAWS, torch.zeros(0, 2, dtype=torch.int64)).cpu().numpy().view(np.uint64)
-        draws = [Draw(*row) for row in rows.tolist()]
-        one.draws = {view.name: draw for view, draw in zip(one.views, draws, strict=False) if draw.cells}
+        one.draws = _draws_in(state, name, one)
     if pruner is not None:
         pruner.step = int(state[_STEP])
+
+
+def _draws_in(state: Mapping[str, Tensor], name: str, one: TunedWeight) -> dict[str, Draw]:
+    """The draws that the positions of a weight are of, by the names of the views' tensors."""
+    rows = state.get(name + DRAWS, torch.zeros(0, 2, dtype=torch.int64)).cpu().numpy().view(np.uint64)
+    draws = [Draw(*row) for row in rows.tolist()]
+    return {view.name: draw for view, draw in zip(one.views, draws, strict=False) if draw.cells}
+
+
+def _check_draws(state: Mapping[str, Tensor], name: str, one: TunedWeight) -> None:
+    """Compares the draws with the positions: a file could not be written later, when training is done."""
+    draws, positions = _draws_in(state, name, one), state[name + POSITIONS].long().cpu().numpy()
+    for view in one.views:
+        if view.name not in draws:
+            continue
+        if not view.is_whole:
+            raise DeltaError(f"the state of {name!r} has a draw of tensor {view.name!r}, which lies there in part only")
+        try:
+            draws[view.name].cells_of(view.from_weight(positions)[1], math.prod(view.shape))
+        except DeltaError as error:
+            raise DeltaError(f"the state of {name!r} is damaged: {error}") from None
 
 
 def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapping[str, Tensor]) -> None:
@@ -89,5 +109,6 @@ def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mappi
             sound = sound and state[f"{name}.{one.scaling.name}"].shape == one.scales.shape
         if not sound:
             raise DeltaError(f"the state of {name!r} does not fit a weight of {one.numel} elements")
+        _check_draws(state, name, one)
     if pruner is not None and (state[_STEP].numel() != 1 or state[_STEP].is_floating_point()):
         raise DeltaError(f"the state's {_STEP!r} is not a number of steps; take a state that Tuner.state_dict gave")

@@ -151,6 +151,27 @@ def test_draws_that_do_not_fit_are_refused(draws: torch.Tensor):
         tuner.load_state_dict({**state, key: draws})
 
 
+@pytest.mark.parametrize("row", [[0, 1], [7, 103], [-1, -1], [0, -1], [5, 1 << 40]])
+def test_draws_of_other_positions_are_refused_before_training_and_not_when_it_is_saved(row: list[int], tmp_path: Path):
+    tuner = train.attach(llama(), 0.1, "rand", TARGETS)
+    fill(tuner)
+    state = tuner.state_dict()
+    last = [key for key in state if key.endswith(".draws")][-1]
+    with pytest.raises(DeltaError, match=r"of '.*' is damaged: position \d+ or one after it is not of"):
+        tuner.load_state_dict({**state, last: torch.tensor([row])})
+    tuner.save(tmp_path / "as_before.shd")
+    assert set(codecs(tmp_path / "as_before.shd").values()) == {"SEEDED"}
+
+
+def test_a_draw_of_a_tensor_that_a_weight_has_in_part_is_refused():
+    model = made(nomic)
+    tuner = train.attach(model, 0.05, "rand", targets=[name for name, one in model.named_parameters() if one.dim() > 1])
+    name, views = next((name, some) for name, some in tuner.views.items() if not all(view.is_whole for view in some))
+    state = {**tuner.state_dict(), f"{name}.draws": torch.ones(len(views), 2, dtype=torch.int64)}
+    with pytest.raises(DeltaError, match="which lies there in part only"):
+        tuner.load_state_dict(state)
+
+
 def test_a_copied_model_and_a_second_training_know_the_draw(tmp_path: Path):
     model = llama()
     tuner = train.attach(model, 0.1, "rand", TARGETS)
