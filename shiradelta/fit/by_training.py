@@ -85,12 +85,11 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
             solve(job, subject, nonzeros)
             if settings.mask is None and steps >= PRUNE_STEPS and result.base:
                 left = trainer(steps).distance(subject.held_out) / result.base
-                if left > LEFT:
-                    settings.log(
-                        f"least squares leave {left:.0%} of the distance, so training starts from the largest changes"
-                    )
+                if not left <= LEFT:  # NaN, too
+                    much = "give NaN" if math.isnan(left) else f"leave {left:.0%} of the distance"
+                    settings.log(f"least squares {much}, so training starts from the largest changes")
                     mask = MASKS["prune"]
-                    select(mask, mask.begin)
+                    select(mask, begin := mask.begin)
     training = trainer(steps)
     if resumed is not None:
         training.load(resumed)
@@ -127,16 +126,17 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
 def _identity(job: FitJob, subject: Subject) -> object:
     """The settings and inputs that the run's result depends on; only a run with the same ones is resumed.
 
-    As in 0.1, whose interrupted runs are resumed as well: in its order, with the mask by its old name.
+    As in 0.1, whose interrupted runs are resumed as well: in its order, with the mask by its old name.  Where no mask
+    is asked for, the run chooses one, so it is another run than those that ask for either.
     """
-    fit, tuned, mask = job.fit, subject.fitted, job.fit.mask or MASK
+    fit, tuned, mask = job.fit, subject.fitted, job.fit.mask
     targets = zip(tuned.targets, tuned.energy, strict=True)
     masks_of_0_1 = {new: old for old, new in RENAMED_MASKS.items()}
     return [
         *(str(job.base.resolve()), str(job.source.resolve()), job.codec, job.whole_model),
         *([target.name, target.count, f"{energy:.4g}"] for target, energy in targets),
-        *(masks_of_0_1.get(mask, mask), fit.steps, fit.batch, subject.micro),
-        *(fit.relative_lr or MASKS.find(mask).relative_lr, fit.tokens, fit.text_share, fit.seed),
+        *(mask and masks_of_0_1.get(mask, mask), fit.steps, fit.batch, subject.micro),
+        *(fit.relative_lr or MASKS.find(mask or MASK).relative_lr, fit.tokens, fit.text_share, fit.seed),
         *([fit.prompt_share] if fit.prompt_share else []),  # 0.1 had none
         *([f"{fit.generate} generated"] if fit.generate else []),
         *([str(job.old.root.resolve())] if job.old is not None else []),

@@ -10,8 +10,12 @@ import pytest
 import torch
 
 import shiradelta
+from shiradelta.errors import DivergedError
 from shiradelta.fit import by_training
+from shiradelta.fit.fitted import FitJob
 from shiradelta.fit.refit.least_squares import refit as least_squares
+from shiradelta.fit.refit.whole import solve
+from shiradelta.fit.subject import Subject
 from shiradelta.fit.training import FitTrainer
 from shiradelta.models.loading import load_tokenizer
 from shiradelta.nonzeros.vector import Nonzeros
@@ -80,6 +84,34 @@ def test_where_least_squares_leave_much_it_starts_from_the_largest_changes(
     fit(encoder, tmp_path / "a.shd", mask=asked, **settings)
     assert any("going on from step 26" in line for line in said)
     assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "wanted.shd").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [None, "refit"])
+def test_where_least_squares_give_nan_it_starts_from_the_largest_changes(
+    encoder: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str | None,
+):
+    """But not where they are asked for."""
+
+    def spoilt(job: FitJob, subject: Subject, nonzeros: Nonzeros) -> list[int]:
+        left = solve(job, subject, nonzeros)
+        nonzeros.values[3] = torch.nan
+        return left
+
+    monkeypatch.setattr(by_training, "PRUNE_STEPS", 40)
+    monkeypatch.setattr(by_training, "REFIT_STEPS", 1)
+    monkeypatch.setattr(by_training, "solve", spoilt)
+    said: list[str] = []
+    if asked is not None:
+        with pytest.raises(DivergedError):
+            fit(encoder, tmp_path / "a.shd", mask=asked, relative_lr=None)
+        return
+    found = fit(encoder, tmp_path / "a.shd", relative_lr=None, log=said.append).fit
+    assert said[0] == "least squares give NaN, so training starts from the largest changes"
+    assert found.fitted < found.topk
 
 
 class Changed:
