@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
@@ -17,6 +17,9 @@ from shiradelta.util.text import brief
 ResultT = TypeVar("ResultT")
 
 _DONE, _UNDONE = "done", "undone"
+
+#: What a session of which a process is lost can still do.
+_REVERT = "only revert() works now, in each process for itself: start the processes again"
 
 #: Seconds that gloo can wait: it counts milliseconds, and sums of nanoseconds.
 _SHORTEST, _LONGEST = 0.001, 1e8
@@ -98,14 +101,15 @@ class Together(Ranks):
     Args:
         ranks: their ranks in the default group.
         timeout: seconds to wait for a process.
+        remedy: what to do when one is lost.
     """
 
     alone = False
 
-    def __init__(self, ranks: Sequence[int], timeout: float) -> None:
+    def __init__(self, ranks: Sequence[int], timeout: float, remedy: str = _REVERT) -> None:
         import torch.distributed as dist
 
-        self.lost = False
+        self.lost, self._remedy = False, remedy
         self._dist, self._timeout, self.members = dist, timeout, list(ranks)
         self._own = dist.get_rank()
         try:
@@ -202,10 +206,23 @@ class Together(Ranks):
 
     def _lost_error(self, why: Exception | None = None) -> TargetError:
         reason = f" ({brief(str(why), 80)})" if why is not None else ""
-        return TargetError(
-            f"a rank has ended, or did not answer within {self._timeout:g} s{reason}; only revert() works now, in each"
-            " process for itself: start the processes again"
-        )
+        return TargetError(f"a rank has ended, or did not answer within {self._timeout:g} s{reason}; {self._remedy}")
+
+
+@contextmanager
+def agreed(ranks: Ranks, what: str) -> Iterator[None]:
+    """A context whose work all processes do: an error in one of them is an error in all; as `Ranks.agree`."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+
+    def say() -> None:
+        if error is not None:
+            raise error
+
+    ranks.agree(what, say)
 
 
 #: (ranks, timeout) -> a gloo group.  All sessions of a process share it, and it stays: the names of groups depend on

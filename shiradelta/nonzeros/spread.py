@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shiradelta.errors import ArgumentError
 from shiradelta.models.memory import is_sharded
 from shiradelta.models.sharded import Spread
 
@@ -20,7 +19,6 @@ class SpreadNonzeros:
     norms over all processes, work on them as on any sharded parameter.
 
     Args:
-        name: the weight's name, for messages.
         weight: a DTensor.
         positions: of all nonzeros in the whole weight, increasing; the same in all processes.
 
@@ -29,12 +27,9 @@ class SpreadNonzeros:
         chosen: their indices among all nonzeros.
         count: number of all nonzeros.
         numel: number of elements of the whole weight.
-
-    Raises:
-        ArgumentError: other processes have another mask.
     """
 
-    def __init__(self, name: str, weight: Any, positions: Tensor) -> None:
+    def __init__(self, weight: Any, positions: Tensor) -> None:
         from torch.distributed.tensor import Replicate, Shard
 
         self.mesh, self.placements, self.numel = weight.device_mesh, tuple(weight.placements), weight.numel()
@@ -48,12 +43,9 @@ class SpreadNonzeros:
         self.chosen = torch.from_numpy(chosen[order]).to(positions.device)
         self._in_whole = positions[self.chosen]
         self.count = positions.numel()
-        mixed = positions * torch.arange(1, 2 * self.count, 2, device=positions.device)  # wraps
-        known = torch.stack([torch.tensor(self.size, device=positions.device), positions.sum(), mixed.sum()])
-        every = self._dtensor(known[None], [Shard(0)] * len(self.placements)).full_tensor()
-        if bool((every[:, 1:] != known[1:]).any()):
-            raise ArgumentError(f"tensor {name!r} has another mask in another process; give all processes the same one")
-        self._length = max(int(every[:, 0].max()), 1)  # torch has no gradients of parts without elements
+        sizes = torch.tensor([self.size], device=positions.device)
+        every = self._dtensor(sizes, [Shard(0)] * len(self.placements)).full_tensor()
+        self._length = max(int(every.max()), 1)  # torch has no gradients of parts without elements
         self._version: int | None = None
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import ArgumentError, DeltaError, TargetError
 from shiradelta.format.draw import Draw
+from shiradelta.hotswap.ranks import agreed
 from shiradelta.models.saved import stored_views
 from shiradelta.nonzeros.gate import Gate
 from shiradelta.nonzeros.magnitude import RowMagnitudes
@@ -20,6 +21,7 @@ from shiradelta.nonzeros.pruning import PRUNE_FROM
 from shiradelta.select.shares import check_scope, exact_count_for, parse_sparsity
 from shiradelta.train.adapters import read_adapter
 from shiradelta.train.choose import Choice
+from shiradelta.train.crew import check_same, crew_of
 from shiradelta.train.given import OwnMask, WeightNames, avoided, own_mask
 from shiradelta.train.gradients import Loss, own_loss
 from shiradelta.train.masks import Ticket, find_mask
@@ -131,62 +133,67 @@ def attach(
         raise ArgumentError("a pattern N:M holds in every row, so scope='model' has no effect; give a share")
     if start is not None and avoid:
         raise ArgumentError("an adapter to start from has its own mask, so avoid has no effect; give one of both")
-    weights = find_weights(model, targets)
-    if prune_steps or prune_from != PRUNE_FROM:
-        check_pruning(prune_steps, prune_from, mask if start is None else None, pattern)
-        if scope == "tensor":
-            for name, weight in weights.items():
-                exact_count_for(share, weight.numel(), name)
-    check_weights(model, weights)
-    chosen_by = find_mask(mask, pattern, scope == "model") if isinstance(mask, str) and start is None else None
-    check_spread(
-        weights,
-        {
-            "magnitude=True": magnitude,
-            "prune_steps=": bool(prune_steps),
-            "a pattern N:M": pattern is not None,
-            f"mask={mask!r}": chosen_by is not None and (chosen_by.gives != "positions" or chosen_by.needs_gradients),
-        },
-    )
-    scaling: MakeScaling | None = magnitudes_of(model, weights) if magnitude else None
-    in_checkpoint = stored_views(model, weights)
-    names = WeightNames(weights, in_checkpoint)
-    others = avoided(avoid, names)
-    tickets: Mapping[str, Ticket] = {}
-    draws: dict[str, Draw] = {}
-    started = {} if start is None else read_adapter(start, weights, names, draws)
-    if started:
-        positions = {name: where.to(weights[name].device) for name, (where, _) in started.items()}
-    elif isinstance(mask, str):
-        row = chosen_by or find_mask(mask, pattern, scope == "model")
-        choice = Choice(
-            model=model,
-            weights=weights,
-            views=in_checkpoint,
-            share=min(1.0, share * prune_from) if prune_steps else share,
-            pattern=pattern,
-            whole_model=scope == "model",
-            avoid=others,
-            seed=seed,
-            batches=list(calibration) if row.needs_gradients else [],
-            loss=loss,
-            progress=progress or (lambda what, done, total: None),
-            all_needed=targets not in (None, ALL_LINEAR),  # encoders have poolers that not every task uses
+    crew = crew_of(model.parameters())
+    with agreed(crew, "attach()"):
+        weights = find_weights(model, targets)
+        if prune_steps or prune_from != PRUNE_FROM:
+            check_pruning(prune_steps, prune_from, mask if start is None else None, pattern)
+            if scope == "tensor":
+                for name, weight in weights.items():
+                    exact_count_for(share, weight.numel(), name)
+        check_weights(model, weights)
+        chosen_by = find_mask(mask, pattern, scope == "model") if isinstance(mask, str) and start is None else None
+        check_spread(
+            weights,
+            {
+                "magnitude=True": magnitude,
+                "prune_steps=": bool(prune_steps),
+                "a pattern N:M": pattern is not None,
+                f"mask={mask!r}": chosen_by is not None
+                and (chosen_by.gives != "positions" or chosen_by.needs_gradients),
+            },
         )
-        if row.search is not None:
-            if magnitude:
-                raise ArgumentError(f"mask {mask!r} trains values behind a gate instead; leave magnitude out")
-            tickets = row.search(choice)
-            positions = {name: ticket.positions for name, ticket in tickets.items()}
-            scaling = gates_of(weights)
+        scaling: MakeScaling | None = magnitudes_of(model, weights) if magnitude else None
+        in_checkpoint = stored_views(model, weights)
+        names = WeightNames(weights, in_checkpoint)
+        others = avoided(avoid, names)
+        tickets: Mapping[str, Ticket] = {}
+        draws: dict[str, Draw] = {}
+        started = {} if start is None else read_adapter(start, weights, names, draws)
+        if started:
+            positions = {name: where.to(weights[name].device) for name, (where, _) in started.items()}
+        elif isinstance(mask, str):
+            row = chosen_by or find_mask(mask, pattern, scope == "model")
+            choice = Choice(
+                model=model,
+                weights=weights,
+                views=in_checkpoint,
+                share=min(1.0, share * prune_from) if prune_steps else share,
+                pattern=pattern,
+                whole_model=scope == "model",
+                avoid=others,
+                seed=seed,
+                batches=list(calibration) if row.needs_gradients else [],
+                loss=loss,
+                progress=progress or (lambda what, done, total: None),
+                all_needed=targets not in (None, ALL_LINEAR),  # encoders have poolers that not every task uses
+            )
+            if row.search is not None:
+                if magnitude:
+                    raise ArgumentError(f"mask {mask!r} trains values behind a gate instead; leave magnitude out")
+                tickets = row.search(choice)
+                positions = {name: ticket.positions for name, ticket in tickets.items()}
+                scaling = gates_of(weights)
+            else:
+                positions, draws = choice.by_name(mask)
         else:
-            positions, draws = choice.by_name(mask)
-    else:
-        positions = own_mask(mask, weights, others)
-    # In the model's order, whatever the mask's: gradients are clipped by sums in this order.
-    positions = {name: positions[name] for name in weights if name in positions and positions[name].numel()}
-    if not positions:
-        raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
+            positions = own_mask(mask, weights, others)
+        # In the model's order, whatever the mask's: gradients are clipped by sums in this order.
+        positions = {name: positions[name] for name in weights if name in positions and positions[name].numel()}
+        if not positions:
+            raise DeltaError("the mask leaves no element of any target; give a larger sparsity, or avoid less")
+    given = {name: (numbers,) for name, (_, numbers) in started.items()}
+    check_same(crew, {name: (where.long(), *given.get(name, ())) for name, where in positions.items()})
     label = Path(start).name if start is not None else mask if isinstance(mask, str) else "own"
     about = {"mask": label, "seed": str(seed)} | ({"magnitude": "rows"} if magnitude else {})
     tuner = Tuner(model, {name: weights[name] for name in positions}, positions, in_checkpoint, about, scaling, draws)
@@ -219,21 +226,24 @@ def reattach(model: nn.Module, state: Mapping[str, Tensor], mask: str = "own") -
     """
     if any(map(is_patched, model.modules())):
         raise TargetError("the model, or a part of it, has a tuner already; detach() it first")
-    names = {name.removesuffix(POSITIONS) for name in state if name.endswith(POSITIONS)}
-    kinds = {name.rpartition(".")[2] for name in state} - {"positions", "values", "draws"}
-    if not names or len(kinds) > 1 or not kinds <= {Gate.name, RowMagnitudes.name}:
-        raise ArgumentError(
-            "the state is none of Tuner.state_dict, or is of a run that prunes; for such a run attach with prune_steps,"
-            " and give the state to Tuner.load_state_dict"
-        )
-    weights = {name: weight for name, weight in model.named_parameters() if name in names}
-    for name in sorted(names):
-        if name not in weights or not are_positions(state[name + POSITIONS], weights[name].numel()):
-            raise ArgumentError(f"the state's {name!r} does not fit the model; give the model that was trained")
-    check_weights(model, weights)
-    check_spread(weights, {f"the state's {kind}": True for kind in kinds})
-    scaling = gates_of(weights) if Gate.name in kinds else magnitudes_of(model, weights) if kinds else None
-    positions = {name: state[name + POSITIONS].to(weight.device) for name, weight in weights.items()}
+    crew = crew_of(model.parameters())
+    with agreed(crew, "reattach()"):
+        names = {name.removesuffix(POSITIONS) for name in state if name.endswith(POSITIONS)}
+        kinds = {name.rpartition(".")[2] for name in state} - {"positions", "values", "draws"}
+        if not names or len(kinds) > 1 or not kinds <= {Gate.name, RowMagnitudes.name}:
+            raise ArgumentError(
+                "the state is none of Tuner.state_dict, or is of a run that prunes; for such a run attach with"
+                " prune_steps, and give the state to Tuner.load_state_dict"
+            )
+        weights = {name: weight for name, weight in model.named_parameters() if name in names}
+        for name in sorted(names):
+            if name not in weights or not are_positions(state[name + POSITIONS], weights[name].numel()):
+                raise ArgumentError(f"the state's {name!r} does not fit the model; give the model that was trained")
+        check_weights(model, weights)
+        check_spread(weights, {f"the state's {kind}": True for kind in kinds})
+        scaling = gates_of(weights) if Gate.name in kinds else magnitudes_of(model, weights) if kinds else None
+        positions = {name: state[name + POSITIONS].to(weight.device) for name, weight in weights.items()}
+    check_same(crew, {name: (tensor,) for name, tensor in state.items()})
     tuner = Tuner(model, weights, positions, stored_views(model, weights), {"mask": mask}, scaling)
     try:
         tuner.load_state_dict(state)

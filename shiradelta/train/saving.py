@@ -17,6 +17,7 @@ from shiradelta.exports.layouts import find_layout
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.draw import Draw
+from shiradelta.hotswap.ranks import Ranks
 from shiradelta.io.writer import weighing, writing
 from shiradelta.train.tuned import TunedWeight
 from shiradelta.util.arrays import join_sorted
@@ -80,7 +81,12 @@ def save(
 
 
 def export(
-    folder: str | os.PathLike[str], model: nn.Module, tuned: Mapping[str, TunedWeight], layout: str, base: str
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    tuned: Mapping[str, TunedWeight],
+    layout: str,
+    base: str,
+    crew: Ranks,
 ) -> dict[str, TensorDelta]:
     """Writes the trained nonzeros in an export layout; returns them, zeros included, by the model's names.
 
@@ -99,7 +105,8 @@ def export(
         values = one.changes()
         numbers = one.gathered(values[one.kept.to(values.device)]).cpu().numpy()
         found[name] = TensorDelta(shape, one.positions.cpu().numpy(), numbers, "unspecified")
-    write(folder, found, base)
+    is_writer = crew.alone or _is_first_process()
+    crew.agree("export()", lambda: write(folder, found, base) if is_writer else None)
     return found
 
 

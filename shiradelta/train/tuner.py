@@ -23,6 +23,7 @@ from shiradelta.nonzeros.scaling import Scaling
 from shiradelta.nonzeros.spread import SpreadNonzeros
 from shiradelta.nonzeros.weight import WeightNonzeros, flat
 from shiradelta.train import saving, tuner_state
+from shiradelta.train.crew import crew_of
 from shiradelta.train.pruning import Pruner
 from shiradelta.train.tuned import SUFFIX, TunedWeight, compact, holders, scales_name
 from shiradelta.util.arguments import PATH, TEXT, checked
@@ -56,7 +57,7 @@ class Tuner:
         self._tuned: dict[str, TunedWeight] = {}
         values, scales = {}, {}
         for name, weight in weights.items():  # allocate everything before the model is changed
-            spread = SpreadNonzeros(name, weight, positions[name]) if is_sharded(weight) else None
+            spread = SpreadNonzeros(weight, positions[name]) if is_sharded(weight) else None
             where = positions[name] if spread is None else spread.positions
             nonzeros = WeightNonzeros(
                 own_part(weight), weight.dtype, compact(where, weight), flat(weight)[where], spread
@@ -252,7 +253,8 @@ class Tuner:
     ) -> float:
         """Writes a `.shd` file, with fingerprints of the base, by which `shiradelta apply` and `HotSwap` check it.
 
-        Where parameters are sharded or spread all processes have to call it; the first one writes.
+        Where parameters are sharded or spread all processes have to call it.  The first one writes; the file is there
+        when they return, and if it cannot be written, all say so.
 
         Args:
             path: the file; it is written atomically.
@@ -275,7 +277,8 @@ class Tuner:
             "sparsity": f"{self.nnz / self.numel:.6g}",
             **(metadata or {}),
         }
-        return saving.save(path, found, values, about)
+        crew = crew_of(self.parameters())
+        return crew.agree("save()", lambda: saving.save(path, found, values, about))
 
     @checked(folder=PATH, layout=TEXT, base=TEXT)
     def export(self, folder: str | os.PathLike[str], layout: str = "peft-shira", base: str = "") -> None:
@@ -295,7 +298,7 @@ class Tuner:
 
     def _export(self, folder: str | os.PathLike[str], layout: str, base: str) -> dict[str, TensorDelta]:
         self._check_attached()
-        return saving.export(folder, self.model, self._tuned, layout, base)
+        return saving.export(folder, self.model, self._tuned, layout, base, crew_of(self.parameters()))
 
     def save_peft(self, folder: str | os.PathLike[str], base: str = "") -> int:
         """Writes a PEFT SHiRA adapter, for `PeftModel.from_pretrained`; returns its `r`.
@@ -325,10 +328,10 @@ class Tuner:
         """Restores a state; the parameters stay the objects that an optimizer knows.
 
         Raises:
-            DeltaError: the state is that of other weights, or is damaged.
+            DeltaError: the state is that of other weights, is damaged, or is another one than in another process.
         """
         self._check_attached()
-        tuner_state.restore(self._tuned, self._pruner, state)
+        tuner_state.restore(self._tuned, self._pruner, state, crew_of(self.parameters()))
         self.write()
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from shiradelta.errors import DeltaError
 from shiradelta.format.draw import Draw
+from shiradelta.hotswap.ranks import Ranks, agreed
+from shiradelta.train.crew import check_same
 from shiradelta.train.pruning import Pruner
 from shiradelta.train.tuned import TunedWeight, whole
 
@@ -49,15 +51,19 @@ def state_of(tuned: Mapping[str, TunedWeight], pruner: Pruner | None) -> dict[st
     return state
 
 
-def restore(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapping[str, Tensor]) -> None:
-    """Restores a state of `state_of`; changes nothing if it does not fit.
+def restore(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapping[str, Tensor], crew: Ranks) -> None:
+    """Restores a state of `state_of`, in all processes; changes nothing if it does not fit.
 
     Raises:
         DeltaError: the state is that of other weights, or does not fit them.
+        ArgumentError: another process has another state.
+        TargetError: another process refuses its state.
     """
     if _STEP_OF_0_1 in state:
         state = {_STEP if name == _STEP_OF_0_1 else name: tensor for name, tensor in state.items()}
-    _check(tuned, pruner, state)
+    with agreed(crew, "load_state_dict()"):
+        _check(tuned, pruner, state)
+    check_same(crew, {name: (tensor,) for name, tensor in state.items()})
     for name, one in tuned.items():
         scales = None if one.scaling is None else state[f"{name}.{one.scaling.name}"]
         one.load(name, state[f"{name}.positions"], state[f"{name}.values"], state.get(f"{name}.kept"), scales)

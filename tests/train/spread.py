@@ -274,6 +274,38 @@ def refusals(rank: int) -> list[str]:
     return said
 
 
+def one_process_refuses(rank: int, folder: Path) -> list[str]:
+    """What all say where one of two processes has other weights, another start, or cannot go on."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model = split(net(), mesh)
+    both = ["up.weight", "down.weight"]
+    masks: list[dict[str, Any]] = [{"up.weight": [1, 2]}, {"down.weight": [1, 2]}]
+    said = [
+        refusal_of(train.attach, model, 0.3, masks[rank], both),
+        refusal_of(train.attach, model, 0.3, masks[0] | masks[rank], both),
+        refusal_of(train.attach, model, 0.3, {"norm.weight": [rank]}, ["norm.weight"]),  # whole in each process
+    ]
+    tuner = train.attach(model, 0.3, "rand", both)
+    state = {name: torch.ones(len(one)) if "values" in name else one for name, one in tuner.state_dict().items()}
+    tuner.load_state_dict(state)
+    tuner.save(folder / "sound.shd")
+    content = (folder / "sound.shd").read_bytes()  # the first process has written it, without a barrier
+    said.append(refusal_of(tuner.save, folder / ("nowhere" if rank == 0 else ".") / "a.shd"))
+    said.append(refusal_of(tuner.export, folder / "sound.shd" / "here" if rank == 0 else folder))
+    assert not list(folder.glob("adapter*"))
+    other = state | {"up.weight.values": state["up.weight.values"] + rank}
+    short = state | ({"up.weight.values": torch.ones(1)} if rank == 1 else {})
+    said += [refusal_of(tuner.load_state_dict, one) for one in (other, short)]
+    assert all(torch.equal(one, state[name]) for name, one in tuner.state_dict().items())
+    tuner.detach()
+    said += [refusal_of(train.reattach, model, one) for one in (other, {} if rank == 1 else state)]
+    own = folder / f"{rank}.shd"
+    own.write_bytes(content[:-1] + bytes([content[-1] ^ rank]))  # one is damaged
+    said.append(refusal_of(train.attach, model, 0.3, targets=both, start=own))
+    assert not hasattr(model, "_shiradelta")
+    return said
+
+
 def lean(rank: int, folder: Path, gathers: bool) -> int:
     """A weight of 67 MB of which each process has a half: what training and saving take beside it at most."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))

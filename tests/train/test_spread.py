@@ -90,6 +90,23 @@ def test_what_is_refused(tmp_path: Path):
         assert said[8].startswith("TargetError: parameter 'weight' is in a layer with values that are trained")
 
 
+def test_what_one_process_refuses_all_refuse(tmp_path: Path):
+    one, two = ranks.run(spread.one_process_refuses, 2, tmp_path, tmp_path)
+    for said in (one, two):
+        for number, name in [(0, "down.weight"), (1, "down.weight"), (2, "norm.weight"), (5, "up.weight.values")]:
+            assert said[number].startswith(f"ArgumentError: tensor '{name}' has another mask in another process, or")
+        assert said[7] == said[5]
+    by_first, by_second = [(3, "save"), (4, "export")], [(6, "load_state_dict"), (8, "reattach"), (9, "attach")]
+    for said, other, rank, calls in [(two, one, 0, by_first), (one, two, 1, by_second)]:
+        for number, call in calls:
+            refusal = f"TargetError: rank {rank} refuses {call}(), so that no rank changes: "
+            assert said[number].startswith(refusal + other[number][:50])
+    assert "cannot be written" in one[3]
+    assert two[6].startswith("DeltaError: the state of 'up.weight' does not fit")
+    assert two[8].startswith("ArgumentError: the state is none of Tuner.state_dict")
+    assert two[9].startswith("FormatError")
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of memory")
 def test_no_process_makes_a_whole_tensor(tmp_path: Path):
     for most in ranks.run(spread.lean, 2, tmp_path, tmp_path, False):
