@@ -186,6 +186,6 @@ def _delta_of(item: Item, selection: Selection, base: Array | None, is_fitted: b
     if item.replaces:
         assert item.tuned is not None
         values, op = item.tuned()[at], "set"
-    draw = item.draw if not is_fitted and np.all(values) else None
+    draw = item.draw if item.draw is not None and not is_fitted and np.all(values) else None
     make = TensorDelta if is_fitted else TensorDelta.trusted
     return make(item.shape, at, values, item.dtype, op, None if base is None else base[at], draw=draw)

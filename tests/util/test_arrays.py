@@ -48,6 +48,18 @@ def test_runs_are_joined_or_the_lowest_repeated_position_is_named(runs: list[lis
     assert values.tolist() == [next(100 * i + p for i, run in enumerate(runs) if p in run) for p in positions.tolist()]
 
 
+def test_a_run_alone_is_what_it_was_unless_it_is_in_no_order():
+    """Which costs `train` a tenth of the time of saving many small tensors."""
+    values = np.array([7, 8, 9])
+    positions, joined = join_sorted([(np.array([2, 5, 6]), values)])
+    assert positions.tolist() == [2, 5, 6]
+    assert joined is values
+    positions, joined = join_sorted([(np.array([5, 6, 2]), values)])  # of adapters in PEFT's layout
+    assert (positions.tolist(), joined.tolist()) == ([2, 5, 6], [9, 7, 8])
+    with pytest.raises(RepeatedPositionError):
+        join_sorted([(np.array([2, 2, 6]), values)])
+
+
 @pytest.mark.parametrize("xp", [np, torch])
 @given(RUNS, RUNS)
 def test_values_are_overlaid(xp, positions: list[int], other: list[int]):
