@@ -104,14 +104,16 @@ class Distribution:
             return
         devices = devices_for(targets.values(), self._backend)
         preparation = Preparation(targets, None, self._backend, devices)
-        adapter = ranks.agree(_WHAT, lambda: preparation.read(_SAVED, _as_file(saved), None, False, (), None, None))
-        adapter = replace(adapter, label=_SAVED)
         again = Watch(now)
         try:
+            adapter = ranks.agree(_WHAT, lambda: preparation.read(_SAVED, _as_file(saved), None, False, (), None, None))
+            adapter = replace(adapter, label=_SAVED)
             fit_of(preparation, ranks, again, _WHAT, adapter, True, [])
         except BaseMismatchError as error:
+            reason = str(error).partition(";")[0]  # what helps with files does not help here
             raise TargetError(
-                f"the weights were changed since the model was distributed, or are others in another process ({error})"
+                f"the weights were changed since the model was distributed, or are others in another process"
+                f" ({reason}); load the model's weights again"
             ) from None
         again.follow(targets_of([adapter]))
         weights = PatchedWeights(devices, again, ranks)

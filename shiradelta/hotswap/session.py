@@ -408,6 +408,8 @@ class HotSwap(SelfTested):
         """
         with self._lock:
             self._weights.settle()
+            if not strengths_of(adapters, strength):  # `switch` would end a session whose model was distributed
+                self._ranks.agree("applied()", self._watch.check)
             go_back = partial(self._go_back, self._weights.active, self._devices.streams(stream))
             try:
                 yield self.switch(adapters, strength, stream)

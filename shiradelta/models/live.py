@@ -125,6 +125,11 @@ class Target:
 
     def moved_error(self) -> TargetError:
         """The error for a tensor that is no longer there."""
+        if any(is_sharded(thing) and thing is not self.holder for thing in self.now()):
+            return TargetError(
+                f"tensor {self.name!r} was replaced by a DTensor since HotSwap looked at the model; if adapters are"
+                " active, call revert() in all processes, and then make a new HotSwap"
+            )
         return TargetError(
             f"tensor {self.name!r} was moved or replaced, or its memory given back, since HotSwap looked at the model;"
             " revert before moving a model, and make a new HotSwap after it"

@@ -83,7 +83,7 @@ def distributed(rank: int, how: Callable[[Net], None], backend: str) -> None:
     assert any(hasattr(one, "full_tensor") for one in model.parameters())
     assert all(np.array_equal(now, target[name]) for name, now in whole(model).items())
     refused = refusal_of(swap.switch, "one")
-    assert "was moved or replaced" in refused
+    assert "was replaced by a DTensor since" in refused
     report = swap.revert()
     assert (report.active, swap.active, swap.nbytes > 0) == ({}, {}, True)
     assert all(np.array_equal(now, base[name]) for name, now in whole(model).items())
@@ -193,6 +193,49 @@ def test_what_is_refused_changes_nothing(tmp_path: Path):
         assert gathered.startswith("TargetError: tensor 'down.weight' is a copy that FSDP2 has gathered")
         assert gathered.endswith("call reshard() first")
         assert changed.startswith("TargetError: the weights were changed since the model was distributed")
+
+
+def other_calls(rank: int) -> list[str]:
+    model = net()
+    swap, base = with_adapters(model)
+    by_fsdp(model)
+    target = whole(model)
+    x = torch.ones(2, model.up.in_features, dtype=torch.bfloat16)
+    calls = [
+        swap.changed,
+        swap.rebase,
+        lambda: swap.load("new", delta(0, "add", net().state_dict())),
+        lambda: swap.selftest(lambda: model.up(x)),
+        swap.applied(None).__enter__,
+    ]
+    said = [refusal_of(call) for call in calls]
+    assert swap.active == {"one": 0.5, "two": -1.0, "set": 1.0}
+    assert all(np.array_equal(now, target[name]) for name, now in whole(model).items())
+    swap.revert()
+    assert all(np.array_equal(now, base[name]) for name, now in whole(model).items())
+    return said
+
+
+def test_other_calls_change_nothing_and_name_revert(tmp_path: Path):
+    """`selftest` looks at the base, for which it took the adapters out for good."""
+    for every in run(other_calls, 2, tmp_path):
+        assert len(every) == 5
+        for said in every:
+            assert "was replaced by a DTensor since HotSwap looked at the model; if adapters are active, call" in said
+
+
+def cast(rank: int) -> str:
+    model = net()
+    swap, _ = with_adapters(model)
+    model.float()
+    by_fsdp(model)
+    return refusal_of(swap.revert)
+
+
+def test_weights_that_were_cast(tmp_path: Path):
+    for said in run(cast, 2, tmp_path):
+        assert said.startswith("TargetError: the weights were changed since the model was distributed, or are")
+        assert said.endswith("; load the model's weights again")
 
 
 def others(rank: int) -> list[str]:
