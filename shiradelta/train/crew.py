@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from shiradelta.errors import ArgumentError
@@ -46,5 +47,5 @@ def check_same(crew: Ranks, start: Mapping[str, Iterable[Tensor]]) -> None:
 def _digest(tensors: Iterable[Tensor]) -> bytes:
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.digest()
