@@ -12,12 +12,12 @@ import torch
 
 from shiradelta.errors import DivergedError
 from shiradelta.fit.choices import MASKS, RENAMED_MASKS, FitMask
-from shiradelta.fit.fitted import FitJob, Fitted
+from shiradelta.fit.fitted import DISTANCE, FitJob, Fitted
 from shiradelta.fit.refit.whole import fit as refit
 from shiradelta.fit.refit.whole import solve
 from shiradelta.fit.state import FitState, load_state, save_state
 from shiradelta.fit.subject import Subject
-from shiradelta.fit.training import FitTrainer, TrainingPlan
+from shiradelta.fit.training import LOSS, FitTrainer, TrainingPlan
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.nonzeros.vector import Nonzeros
 
@@ -29,6 +29,10 @@ REFIT_STEPS = 100
 #: The mask where none is asked for.  Where it leaves more than this share of the base's distance, and there are so many
 #: steps at least, training comes farther from the largest changes ("prune"), as on small models.
 MASK, LEFT, PRUNE_STEPS = "refit", 0.25, 300
+WORSE = (
+    "training from the largest changes was no better than least squares, which are the result; give more examples, or"
+    " --fit-mask refit"
+)
 
 
 def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> None:
@@ -70,6 +74,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
 
     seconds = _seconds_per_step(trainer(1), subject)
     steps = settings.steps or (resumed.steps if resumed else _default_steps(subject, seconds))
+    refitted = 0.0
     if mask.solves:
         if settings.steps is None and resumed is None and subject.device.type == "cpu" and steps * seconds > CPU_MOST:
             settings.log(
@@ -84,13 +89,15 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
         if resumed is None:
             solve(job, subject, nonzeros)
             if settings.mask is None and steps >= PRUNE_STEPS and result.base:
-                left = trainer(steps).distance(subject.held_out) / result.base
-                if not left <= LEFT:  # NaN, too
-                    much = "give NaN" if math.isnan(left) else f"leave {left:.0%} of the distance"
-                    settings.log(f"least squares {much}, so training starts from the largest changes")
+                refitted = trainer(steps).measured(subject.held_out)[DISTANCE]
+                if not refitted <= LEFT * result.base:  # NaN, too
+                    found = f"leave {refitted / result.base:.0%} of the distance"
+                    found = "give NaN" if math.isnan(refitted) else found
+                    settings.log(f"least squares {found}, so training starts from the largest changes")
                     mask = MASKS["prune"]
                     select(mask, begin := mask.begin)
     training = trainer(steps)
+    training.state.refitted = refitted
     if resumed is not None:
         training.load(resumed)
         settings.log(f"going on from step {resumed.step} of {steps}, found in {path}")
@@ -119,6 +126,18 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     except DivergedError as error:
         save_state(unfinished, training.state)
         raise DivergedError(f"{error}; the last good state is in {path}") from None
+    chosen = settings.mask is None and not mask.solves
+    if chosen and not training.measured(subject.held_out)[DISTANCE] <= training.state.refitted:
+        # The choice was wrong: least squares of the final number may be better than what training made of others.
+        trained = nonzeros.positions, nonzeros.counts, nonzeros.values
+        mask = MASKS[MASK]
+        select(mask, begin := 1)
+        solve(job, subject, nonzeros)
+        if trainer(steps).measured(subject.held_out)[LOSS] < training.state.best:
+            result.warnings.append(WORSE)
+        else:
+            nonzeros.reset(*trained)
+            training.write()
     unfinished.remove()
     result.history, result.steps = training.state.history, training.state.step
 

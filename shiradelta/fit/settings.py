@@ -26,7 +26,8 @@ class Fit:
         method: "train" uses gradients; "refit" solves least squares layer by layer, from forward passes alone.
         mask: which weights change, for "train".  "refit" starts with what the method "refit" gives for twice the
             nonzeros, and prunes the least important while it trains; "prune" starts with the largest changes; None
-            takes "refit", but "prune" for 300 steps or more where least squares leave over a quarter of the distance;
+            takes "refit", but "prune" for 300 steps or more where least squares leave over a quarter of the distance,
+            and least squares where "prune" ends worse;
             "magnitude", "activation" (change times the RMS of its input) and "gradient" (change times RMS gradient)
             keep one mask from the start.
         steps: optimizer steps; None takes 1,000 on a GPU, and as many as fit into ten minutes on a CPU.

@@ -13,7 +13,7 @@ from shiradelta.errors import SourceError
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 
 _TENSORS = ("positions", "values", "mean", "square", "best_values")
-_PLAIN = ("steps", "step", "counts", "mask", "failures", "waited", "history", "best")
+_PLAIN = ("steps", "step", "counts", "mask", "failures", "waited", "history", "best", "refitted")
 
 
 @dataclass
@@ -32,6 +32,7 @@ class FitState:
         history: (step, distance).
         best: least loss on the texts held out.
         best_values: the values with that loss.
+        refitted: the distance that least squares left, where it was measured to choose a mask; 0 if not.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class FitState:
     history: list[tuple[int, float]] = field(default_factory=list)
     best: float = math.inf
     best_values: Tensor | None = None
+    refitted: float = 0.0
 
     def copy(self) -> FitState:
         """A copy whose tensors and lists nothing else writes to."""

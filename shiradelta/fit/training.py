@@ -29,6 +29,8 @@ from shiradelta.nonzeros.vector import Nonzeros
 #: Share of the steps after which the forward pass uses rounded values; gradients pass straight through.
 ROUND_FROM = 0.75
 EPSILON = 1e-10
+#: The key of the loss beside `DISTANCE`.
+LOSS = "loss"
 EVALUATIONS = 20
 #: Training stops after this many evaluations with less gain than this, counted once values are rounded.
 PATIENCE, LEAST_GAIN = 4, 1e-3
@@ -159,11 +161,10 @@ class FitTrainer:
             self._nonzeros.values = state.values = state.best_values
         self.write()
 
-    def distance(self, held_out: HeldOut) -> float:
-        """From the fine-tune now, on texts held out."""
-        with self._nonzeros.attached(self._model):
-            self.write()
-            return held_out.mean(self._compare)[DISTANCE]
+    def measured(self, held_out: HeldOut) -> dict[str, float]:
+        """`DISTANCE` from the fine-tune and `LOSS` now, on texts held out."""
+        self.write()
+        return held_out.mean(self._compare)
 
     def step(self, batch: list[int]) -> Tensor:
         """Does one optimizer step, within `Nonzeros.attached`; returns the loss before it."""
@@ -183,10 +184,8 @@ class FitTrainer:
         return step >= ROUND_FROM * self._plan.steps or (step == 0 and self._plan.keeps_start)
 
     def _evaluate(self, held_out: HeldOut) -> None:
-        self.write()
-        state = self.state
-        measured = held_out.mean(self._compare)
-        distance, loss = measured["distance"], measured["loss"]
+        state, measured = self.state, self.measured(held_out)
+        distance, loss = measured[DISTANCE], measured[LOSS]
         state.history.append((state.step, distance))
         if not self._rounding:
             return
@@ -197,7 +196,7 @@ class FitTrainer:
 
     def _compare(self, part: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         distance = self._behaviour.distance(part, student, teacher)  # first: the loss may change the teacher's outputs
-        return {DISTANCE: distance, "loss": float(self._loss(student, teacher, part, 1.0))}
+        return {DISTANCE: distance, LOSS: float(self._loss(student, teacher, part, 1.0))}
 
     def _loss(self, student: Outputs, teacher: Outputs, part: Sequence[int], settled: float) -> Tensor:
         target = self._behaviour.target(teacher, part)

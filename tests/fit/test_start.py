@@ -74,8 +74,9 @@ def test_where_least_squares_leave_much_it_starts_from_the_largest_changes(
     monkeypatch.setattr(by_training, "REFIT_STEPS", 1)
     said: list[str] = []
     settings = {"relative_lr": None, "log": said.append}
-    fit(encoder, tmp_path / "wanted.shd", mask=starts, **settings)
-    assert not any("largest changes" in line for line in said)
+    fit(encoder, tmp_path / "wanted.shd", mask=asked, **settings)
+    assert any("largest changes" in line for line in said) is (starts != "refit")
+    said.clear()
     with monkeypatch.context() as patched:
         patched.setattr(FitTrainer, "_evaluate", stopping(FitTrainer._evaluate, 27))
         with pytest.raises(KeyboardInterrupt):
@@ -109,9 +110,30 @@ def test_where_least_squares_give_nan_it_starts_from_the_largest_changes(
         with pytest.raises(DivergedError):
             fit(encoder, tmp_path / "a.shd", mask=asked, relative_lr=None)
         return
-    found = fit(encoder, tmp_path / "a.shd", relative_lr=None, log=said.append).fit
+    fit(encoder, tmp_path / "a.shd", relative_lr=None, log=said.append)
     assert said[0] == "least squares give NaN, so training starts from the largest changes"
-    assert found.fitted < found.topk
+    fit(encoder, tmp_path / "b.shd", relative_lr=None, mask="prune")
+    assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "b.shd").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [None, "prune"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_where_the_largest_changes_end_worse_least_squares_are_the_result(
+    encoder: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str | None,
+    scope: str,
+):
+    """But not where the largest changes are asked for."""
+    monkeypatch.setattr(by_training, "PRUNE_STEPS", 40)
+    monkeypatch.setattr(by_training, "REFIT_STEPS", 1)
+    monkeypatch.setattr(by_training, "LEFT", 0.0)
+    alone = fit(encoder, tmp_path / "a.shd", method="refit", scope=scope).fit
+    found = fit(encoder, tmp_path / "b.shd", mask=asked, relative_lr=3.0, scope=scope).fit
+    assert (by_training.WORSE in found.warnings) is (asked is None)
+    assert (found.fitted == pytest.approx(alone.fitted)) is (asked is None)
 
 
 class Changed:
