@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import shiradelta
-from shiradelta.errors import SourceError
+from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.fit import divergence, teacher
+from shiradelta.fit.custom_behaviour import CustomBehaviour
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models import loading
@@ -263,3 +265,22 @@ def test_hidden_states_guide_and_the_output_counts_in_the_end(
         astray = [*(rows + 1 for rows in tuned[:-1]), tuned[-1]]
         assert float(found.loss([0, 1], astray, tuned)) > 0
         assert (float(found.loss([0, 1], astray, tuned, found.weight(1))) == 0) is (last == 1)
+
+
+@pytest.mark.parametrize("given", [None, [], 3.0, ["logits"], {"logits": torch.ones(2)}])
+def test_a_forward_that_gives_no_tensors_is_refused(given: Any):
+    found = CustomBehaviour([1, 2], lambda model, examples: given, None)
+    with pytest.raises(ArgumentError, match=f"^forward gave {type(given).__name__}; let it return a tensor"):
+        found.outputs(nn.Identity(), [0])
+
+
+@pytest.mark.parametrize(("given", "what"), [(0.5, "float"), (None, "NoneType"), (torch.ones(3), r"shape \[3\]")])
+def test_a_loss_that_gives_no_single_number_is_refused(given: Any, what: str):
+    found = CustomBehaviour([1, 2], lambda model, examples: torch.ones(1), lambda student, teacher: given)
+    with pytest.raises(ArgumentError, match=f"^loss gave {what}; let it return a tensor with one number"):
+        found.differences([0], [torch.ones(1)], [torch.ones(1)])
+
+
+def test_a_loss_may_have_dimensions():
+    found = CustomBehaviour([1], lambda model, examples: torch.ones(1), lambda student, teacher: torch.ones(1, 1))
+    assert found.differences([0], [torch.ones(1)], [torch.ones(1)])[0].shape == ()
