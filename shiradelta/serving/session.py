@@ -19,6 +19,8 @@ import torch
 from shiradelta.errors import ArgumentError, BaseMismatchError, ShiraDeltaError, TargetError
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs.bits import bits_dtype
+from shiradelta.hotswap.levels import planned
+from shiradelta.hotswap.loaded import check_loaded
 from shiradelta.hotswap.session import HotSwap
 from shiradelta.io.reader import Source, open_delta
 from shiradelta.models.checkpoint import open_checkpoint
@@ -150,6 +152,7 @@ class ServedWeights:
                 self._load(name, source)
                 loaded.append(name)
             if request.rebase:
+                self._check_after_rebase(left, fused)
                 swap.switch(swap.active)  # refused if something else has written the weights
                 swap.rebase(check=False)  # those that were loaded now are for what is on the weights
                 for name in fused:
@@ -164,6 +167,16 @@ class ServedWeights:
         for name in unwanted:
             if name not in fused:
                 swap.unload(name)
+
+    def _check_after_rebase(self, wanted: Mapping[str, float], fused: Sequence[str]) -> None:
+        """Checks what is to be active on the new base: the old one cannot be had again.
+
+        Raises:
+            DeltaError: an adapter will not be loaded, or they cannot be active together.
+        """
+        left = {name: one.on((), False) for name, one in self.swap._adapters.items() if name not in fused}
+        check_loaded(wanted, left)
+        planned(wanted, left)
 
     def _load(self, name: str, source: Source) -> None:
         try:

@@ -173,11 +173,14 @@ def test_the_extension_of_the_worker(vllm: Any, folder: Path):
         ({"unload": ["a"]}, ArgumentError),
         ({"unload": ["z"]}, ArgumentError),
         ({"load": {"a": "b.shd"}}, ArgumentError),
+        ({"rebase": True, "active": {"a": 1.0}}, ArgumentError),
+        ({"rebase": True, "load": {"b": "b.shd"}, "active": {"b": float("nan")}}, ShiraDeltaError),
+        ({"rebase": True, "load": {"b": "b.shd", "c": "b.shd"}, "active": {"b": 1, "c": 1}}, ArgumentError),
     ],
 )
 def test_a_request_that_fails_changes_nothing(request_: dict[str, Any], error: type[Exception], folder: Path):
     made = model()
-    served = ServedWeights(made, folder)
+    base, served = state(made), ServedWeights(made, folder)
     served.do(SwapRequest(load={"a": str(folder / "a.shd")}, active={"a": 1.0}))
     (folder / "strange.shd").write_bytes(delta(["q.weight"]))  # of which this rank has a half
     before, about = state(made), served.about()
@@ -185,6 +188,8 @@ def test_a_request_that_fails_changes_nothing(request_: dict[str, Any], error: t
     with pytest.raises(error):
         served.do(SwapRequest(**request_))
     assert (state(made), served.about()) == (before, about)
+    served.do(SwapRequest(active={}))
+    assert state(made) == base
 
 
 def test_layers_that_were_repacked_are_refused_before_anything_is_written(folder: Path):
