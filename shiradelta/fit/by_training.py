@@ -126,7 +126,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     except DivergedError as error:
         save_state(unfinished, training.state)
         raise DivergedError(f"{error}; the last good state is in {path}") from None
-    chosen = settings.mask is None and not mask.solves
+    result.mask, chosen = mask.name, settings.mask is None and not mask.solves
     if chosen and not training.measured(subject.held_out)[DISTANCE] <= training.state.refitted:
         # The choice was wrong: least squares of the final number may be better than what training made of others.
         trained = nonzeros.positions, nonzeros.counts, nonzeros.values
@@ -134,6 +134,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
         select(mask, begin := 1)
         solve(job, subject, nonzeros)
         if trainer(steps).measured(subject.held_out)[LOSS] < training.state.best:
+            result.mask = mask.name
             result.warnings.append(WORSE)
         else:
             nonzeros.reset(*trained)

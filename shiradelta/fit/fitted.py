@@ -113,6 +113,7 @@ class Fitted:
         old_delta: distance of the new base with the old delta as it was; None without a new base.
         apart: measure -> what `HeldOut.apart` and `HeldOut.added` tell; empty without a new base.
         steps: optimizer steps.
+        mask: the mask of `Fit.mask` that the result comes from; empty where nothing was trained.
         seconds: time that the fit took.
         text_share: share of the target that was the text's next token.
         gain: losses on the held-out texts, and how much of the fine-tune's gain is kept; None if that is unknown.
@@ -140,6 +141,7 @@ class Fitted:
     history: list[tuple[int, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     trials: list[tuple[float, float, float]] = field(default_factory=list)
+    mask: str = ""
 
     def note(self, state: str, measures: Mapping[str, float]) -> None:
         """Records measures of a state, "base", "topk", "old_delta" or "fitted", as `Behaviour.compare` names them."""
@@ -177,5 +179,6 @@ class Fitted:
             "fit_texts": str(self.texts),
             **({"fit_generated": str(self.generated)} if self.generated else {}),
             "fit_steps": str(self.steps),
+            **({"fit_mask": self.mask} if self.mask else {}),
             **({"fit_text_share": f"{self.text_share:.3g}"} if self.text_share else {}),
         }

@@ -66,6 +66,7 @@ _SHOWN = {
     "fit_texts": "texts fitted on",
     "fit_generated": "texts fitted on that the fine-tune generated",
     "fit_steps": "steps of the fit",
+    "fit_mask": "mask of the fit",
     "mask": "mask",
     "examples": "examples trained on",
     "steps": "steps of training",

@@ -28,6 +28,8 @@ def test_training_that_does_not_help_leaves_least_squares(encoder: tuple[Path, P
     alone = fit(encoder, tmp_path / "a.shd", method="refit")
     trained = fit(encoder, tmp_path / "b.shd", steps=2, relative_lr=1e4)
     assert trained.fit.steps == 2
+    assert trained.fit.metadata["fit_mask"] == "refit"
+    assert "fit_mask" not in alone.fit.metadata
     assert trained.fit.fitted == pytest.approx(alone.fit.fitted)
     with shiradelta.open_delta(tmp_path / "a.shd") as one, shiradelta.open_delta(tmp_path / "b.shd") as other:
         for name, tensor in one.items():
@@ -51,6 +53,7 @@ def test_a_slow_processor_is_left_at_least_squares(
     said: list[str] = []
     report = fit(encoder, tmp_path / "a.shd", steps=None, log=said.append)
     assert report.fit.steps == 0
+    assert report.fit.as_dict()["mask"] == ""
     assert any("--fit-steps" in line and "trains them all the same" in line for line in said)
     assert report.fit.fitted < report.fit.topk
 
@@ -112,7 +115,8 @@ def test_where_least_squares_give_nan_it_starts_from_the_largest_changes(
         return
     fit(encoder, tmp_path / "a.shd", relative_lr=None, log=said.append)
     assert said[0] == "least squares give NaN, so training starts from the largest changes"
-    fit(encoder, tmp_path / "b.shd", relative_lr=None, mask="prune")
+    asked_for = fit(encoder, tmp_path / "b.shd", relative_lr=None, mask="prune").fit
+    assert asked_for.metadata["fit_mask"] == "prune"
     assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "b.shd").read_bytes()
 
 
@@ -133,6 +137,7 @@ def test_where_the_largest_changes_end_worse_least_squares_are_the_result(
     alone = fit(encoder, tmp_path / "a.shd", method="refit", scope=scope).fit
     found = fit(encoder, tmp_path / "b.shd", mask=asked, relative_lr=3.0, scope=scope).fit
     assert (by_training.WORSE in found.warnings) is (asked is None)
+    assert found.mask == (asked or "refit")
     assert (found.fitted == pytest.approx(alone.fitted)) is (asked is None)
 
 
