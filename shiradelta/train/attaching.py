@@ -115,11 +115,11 @@ def attach(
         progress: called with (what, done, total).
 
     Raises:
-        ArgumentError: targets match nothing, the mask does not fit, or the sparsity leaves a weight without an element;
-            or magnitudes are asked for a weight without rows.
+        ArgumentError: targets match nothing, the mask does not fit, or is not that of another process; the sparsity
+            leaves a weight without an element; or magnitudes are asked for a weight without rows.
         DeltaError: there are no calibration batches.
         TargetError: a weight cannot be trained in place: it is quantised, on meta, or sharded by FSDP2; or it is spread
-            over processes, and what is asked for needs whole weights.
+            over processes, and what is asked for needs whole weights; or another process refuses, or has ended.
         SourceError: the adapter to start from does not fit.
         ShiraDeltaError: gradients are not finite.
     """
@@ -220,9 +220,10 @@ def reattach(model: nn.Module, state: Mapping[str, Tensor], mask: str = "own") -
         mask: what the metadata of files call the mask.
 
     Raises:
-        ArgumentError: the state is none, is amid pruning, or is that of another model.
+        ArgumentError: the state is none, is amid pruning, is that of another model, or is another one than in another
+            process.
         DeltaError: its tensors do not fit the model's.
-        TargetError: a weight cannot be trained in place.
+        TargetError: a weight cannot be trained in place, or another process refuses, or has ended.
     """
     if any(map(is_patched, model.modules())):
         raise TargetError("the model, or a part of it, has a tuner already; detach() it first")

@@ -267,7 +267,7 @@ class Tuner:
 
         Raises:
             DeltaError: nothing is trained yet, training gave NaN or infinity, or the model was cast.
-            TargetError: the file cannot be written.
+            TargetError: the file cannot be written, also by another process.
         """
         found = self.deltas()
         about = {
