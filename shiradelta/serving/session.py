@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,15 @@ class SwapRequest:
         for name in self.load:
             if name in self.data:
                 raise ArgumentError(f"adapter {name!r} is in load and in data; give one file of each name")
+
+
+def known_fields(request: Any, *more: str) -> dict[str, Any]:
+    """The fields of a request, where it has no others than a `SwapRequest` and these.  Raises ArgumentError."""
+    known = [*(one.name for one in fields(SwapRequest)), *more]
+    if not isinstance(request, dict) or (unknown := sorted(request.keys() - set(known), key=str)):
+        what = f"fields {', '.join(map(str, unknown))}" if isinstance(request, dict) else type(request).__name__
+        raise ArgumentError(f"a request has {what}, which is not known; it is an object of {', '.join(known)}")
+    return request
 
 
 class ServedWeights:

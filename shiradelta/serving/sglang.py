@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shiradelta.errors import ArgumentError
-from shiradelta.serving.session import ServedWeights, SwapRequest, served, synchronize
+from shiradelta.serving.session import ServedWeights, SwapRequest, known_fields, served, synchronize
 
 #: What `load_format=` and `--custom-weight-loader` call the function.
 LOADER = "shiradelta.serving.sglang.swap"
@@ -98,11 +98,7 @@ def _object(text: bytes) -> dict[str, Any]:
         found = json.loads(text)
     except ValueError as error:
         raise ArgumentError(f"tensor {REQUEST!r} is no JSON ({error}); send what request_tensors gives") from None
-    known = [*(field.name for field in fields(SwapRequest)), "checkpoint"]
-    if not isinstance(found, dict) or (unknown := sorted(found.keys() - set(known))):
-        what = f"fields {', '.join(unknown)}" if isinstance(found, dict) else type(found).__name__
-        raise ArgumentError(f"a request has {what}, which is not known; it is an object of {', '.join(known)}")
-    return found
+    return known_fields(found, "checkpoint")
 
 
 def _check_free(name: str, others: Mapping[str, object]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from shiradelta.errors import ArgumentError, TargetError
 from shiradelta.serving.plugin import UNPACKED
-from shiradelta.serving.session import ServedWeights, SwapRequest, served, synchronize
+from shiradelta.serving.session import ServedWeights, SwapRequest, known_fields, served, synchronize
 
 try:
     from vllm.distributed.weight_transfer.base import (
@@ -92,7 +92,7 @@ class SwapExtension:
 
     def shd_update(self, request: dict[str, Any]) -> dict[str, Any]:
         """Does what a `SwapRequest`, given as a dict, says.  Returns `shd_info`."""
-        found = self._initialised().do(SwapRequest(**request))
+        found = self._initialised().do(SwapRequest(**known_fields(request)))
         synchronize(self.device)  # type: ignore[attr-defined]
         return found
 

@@ -156,6 +156,9 @@ def test_the_extension_of_the_worker(vllm: Any, folder: Path):
     told = worker.shd_update(request)
     assert told == worker.shd_info() == json.loads(json.dumps(told))
     assert told["adapters"]["a"]["strength"] == 0.5
+    for wrong, what in [({"actve": {}}, "fields actve"), (["active"], "list")]:
+        with pytest.raises(ArgumentError, match=f"a request has {what}, which is not known; it is an object of load,"):
+            worker.shd_update(wrong)
     worker.shd_update({"active": {}})
     assert state(worker.model) == base
 
