@@ -43,7 +43,12 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 POSITIONS = ArgumentKind("an array of whole numbers, or None", lambda value: value is None or ARRAY.holds(value))
-DRAW = ArgumentKind("a Draw", lambda value: isinstance(value, Draw))
+DRAW = ArgumentKind(
+    "a Draw of a seed from 0 to 2^64 - 1 and a number of cells",
+    lambda value: (
+        isinstance(value, Draw) and WHOLE.holds(value.seed) and WHOLE.holds(value.cells) and 0 <= value.seed < 1 << 64
+    ),
+)
 VALUES = ArgumentKind("an array of numbers; None for op='drop'", lambda value: value is None or ARRAY.holds(value))
 
 

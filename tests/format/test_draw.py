@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shiradelta as sd
-from shiradelta.errors import DeltaError, FormatError
+from shiradelta.errors import ArgumentError, DeltaError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.codecs import SEEDED
 from shiradelta.format.draw import Draw, common_draw
@@ -103,6 +103,12 @@ def test_a_wrong_draw_is_refused_and_nothing_is_written(tmp_path: Path, draw: Dr
     with pytest.raises(DeltaError, match=r"tensor 'w': position \d+ or one after it is not of"):
         drawn_delta(tmp_path, Draw(11, 300).positions(5000), draw)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("draw", [Draw(-1, 300), Draw(1 << 64, 300), Draw(1.5, 300), Draw(11, 300.0), Draw("a", 300)])  # type: ignore[arg-type]
+def test_what_is_no_seed_or_no_number_of_cells_is_refused_as_an_argument(tmp_path: Path, draw: Draw):
+    with pytest.raises(ArgumentError, match=r"draw is Draw\(.*\); give a Draw of a seed"):
+        drawn_delta(tmp_path, Draw(11, 300).positions(5000), draw)
 
 
 def test_one_position_beside_the_draw_is_refused(tmp_path: Path):
