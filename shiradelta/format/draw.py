@@ -34,7 +34,8 @@ class Draw:
 
     def is_possible(self, numel: int) -> bool:
         """Whether the format allows the draw in a tensor of `numel` elements; otherwise numbers could overflow."""
-        return 1 <= self.cells <= min(numel, registry.MAX_CELLS) and -(-numel // self.cells) <= registry.MAX_CELL
+        fits = 1 <= self.cells <= min(numel, registry.MAX_CELLS) and -(-numel // self.cells) <= registry.MAX_CELL
+        return fits and 0 <= self.seed < 1 << 64
 
     def at(self, cells: Positions, numel: int) -> Positions:
         """int64, the positions drawn in the given cells of a tensor of `numel` elements, for which it is possible."""

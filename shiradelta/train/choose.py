@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as _Convolution
 
-from shiradelta.errors import ArgumentError
+from shiradelta.errors import ArgumentError, DeltaError
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.draw import Draw
 from shiradelta.models.views import View
@@ -21,6 +21,7 @@ from shiradelta.select.largest_torch import largest, largest_of_groups
 from shiradelta.select.shares import count_for, exact_count_for
 from shiradelta.train.gradients import Loss, sums
 from shiradelta.train.masks import Chosen, Mask, MaskInput, find_mask
+from shiradelta.train.tuned import check_draws
 from shiradelta.util.progress import Progress
 
 
@@ -82,10 +83,14 @@ class Choice:
         if mask.positions is not None and self.pattern is None:
             for weight_name, given in self._inputs(mask):
                 found = mask.positions(given)
-                if isinstance(found, Chosen):
-                    draws |= found.draws
-                    found = found.positions
+                of_draws = found.draws if isinstance(found, Chosen) else {}
+                found = found.positions if isinstance(found, Chosen) else found
                 chosen[weight_name] = _checked_positions(mask, given, weight_name, found)
+                try:
+                    check_draws(of_draws, given.views, chosen[weight_name].cpu().numpy())
+                except DeltaError as error:
+                    raise ArgumentError(f"mask {mask.name!r} names a wrong draw: {error}; mend its function") from None
+                draws |= of_draws
             return chosen, draws
         counts = self._counts(mask) if self.whole_model else {}
         for weight_name, scores in self._scores(mask):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import DeltaError
+from shiradelta.format.arithmetic import Positions
 from shiradelta.format.draw import Draw
 from shiradelta.models.views import View
 from shiradelta.nonzeros.scaling import Scaling
@@ -203,3 +204,22 @@ def shard(whole: Tensor, like: Tensor) -> Tensor:
 
     assert isinstance(like, DTensor)
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+def check_draws(draws: Mapping[str, Draw], views: Sequence[View], positions: Positions) -> None:
+    """Compares draws with the positions of a weight: a file could not be written later, when training is done.
+
+    Args:
+        draws: by the names of the views' tensors.
+        views: the checkpoint's views of the weight.
+        positions: in the weight, increasing.
+
+    Raises:
+        DeltaError: a position is not of its draw, or a draw is that of a tensor that lies in the weight in part only.
+    """
+    for view in views:
+        if view.name not in draws:
+            continue
+        if not view.is_whole:
+            raise DeltaError(f"there is a draw of tensor {view.name!r}, which lies in the weight in part only")
+        draws[view.name].cells_of(view.from_weight(positions)[1], math.prod(view.shape))

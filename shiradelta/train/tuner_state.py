@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +13,7 @@ from shiradelta.format.draw import Draw
 from shiradelta.hotswap.ranks import Ranks, agreed
 from shiradelta.train.crew import check_same
 from shiradelta.train.pruning import Pruner
-from shiradelta.train.tuned import TunedWeight, whole
+from shiradelta.train.tuned import TunedWeight, check_draws, whole
 
 #: Ends the key of a weight's positions.
 POSITIONS = ".positions"
@@ -79,20 +78,6 @@ def _draws_in(state: Mapping[str, Tensor], name: str, one: TunedWeight) -> dict[
     return {view.name: draw for view, draw in zip(one.views, draws, strict=False) if draw.cells}
 
 
-def _check_draws(state: Mapping[str, Tensor], name: str, one: TunedWeight) -> None:
-    """Compares the draws with the positions: a file could not be written later, when training is done."""
-    draws, positions = _draws_in(state, name, one), state[name + POSITIONS].long().cpu().numpy()
-    for view in one.views:
-        if view.name not in draws:
-            continue
-        if not view.is_whole:
-            raise DeltaError(f"the state of {name!r} has a draw of tensor {view.name!r}, which lies there in part only")
-        try:
-            draws[view.name].cells_of(view.from_weight(positions)[1], math.prod(view.shape))
-        except DeltaError as error:
-            raise DeltaError(f"the state of {name!r} is damaged: {error}") from None
-
-
 def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mapping[str, Tensor]) -> None:
     if (_STEP in state) is (pruner is None):
         raise DeltaError("the state is that of a run that prunes, and this one does not, or the other way round")
@@ -115,6 +100,9 @@ def _check(tuned: Mapping[str, TunedWeight], pruner: Pruner | None, state: Mappi
             sound = sound and state[f"{name}.{one.scaling.name}"].shape == one.scales.shape
         if not sound:
             raise DeltaError(f"the state of {name!r} does not fit a weight of {one.numel} elements")
-        _check_draws(state, name, one)
+        try:
+            check_draws(_draws_in(state, name, one), one.views, positions.long().cpu().numpy())
+        except DeltaError as error:
+            raise DeltaError(f"the state of {name!r} is damaged: {error}") from None
     if pruner is not None and (state[_STEP].numel() != 1 or state[_STEP].is_floating_point()):
         raise DeltaError(f"the state's {_STEP!r} is not a number of steps; take a state that Tuner.state_dict gave")

@@ -168,7 +168,7 @@ def test_a_draw_of_a_tensor_that_a_weight_has_in_part_is_refused():
     tuner = train.attach(model, 0.05, "rand", targets=[name for name, one in model.named_parameters() if one.dim() > 1])
     name, views = next((name, some) for name, some in tuner.views.items() if not all(view.is_whole for view in some))
     state = {**tuner.state_dict(), f"{name}.draws": torch.ones(len(views), 2, dtype=torch.int64)}
-    with pytest.raises(DeltaError, match="which lies there in part only"):
+    with pytest.raises(DeltaError, match="lies in the weight in part only"):
         tuner.load_state_dict(state)
 
 

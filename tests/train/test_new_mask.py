@@ -18,7 +18,8 @@ import shiradelta
 from shiradelta import train
 from shiradelta.cli import main
 from shiradelta.errors import ArgumentError
-from shiradelta.train.masks import MASKS, MaskInput, mask
+from shiradelta.format.draw import Draw
+from shiradelta.train.masks import MASKS, Chosen, MaskInput, mask
 from tests.train.test_attach import BATCH, llama
 
 HOW_TO = (Path(__file__).parents[2] / "docs" / "extend" / "mask.md").read_text(encoding="utf-8")
@@ -168,3 +169,13 @@ def test_training_without_torch_ends_in_one_error():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "training needs torch" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("draw", [Draw(1, 100), Draw(0, 99), Draw(-1, 100), Draw(0, 0)])
+def test_a_wrong_draw_of_a_mask_is_refused_before_training(draw: Draw):
+    @mask("drawn", "from a seed", gives="positions")
+    def drawn(given: MaskInput) -> Chosen:
+        return Chosen(Draw(0, 100).positions(given.weight.numel()), {given.views[0].name: draw})
+
+    with pytest.raises(ArgumentError, match=r"'drawn' names a wrong draw: position \d+ .*; mend its function"):
+        attach("drawn")
