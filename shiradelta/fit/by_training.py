@@ -20,6 +20,7 @@ from shiradelta.fit.subject import Subject
 from shiradelta.fit.training import LOSS, FitTrainer, TrainingPlan
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.util.memory import gpu_peak
 
 #: Steps on a GPU.  A CPU takes as many as fit into this many seconds, but not fewer than the least; where even these
 #: take more than the most, least squares are all.
@@ -105,8 +106,8 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     made = f" and {result.generated:,} generated ones" if result.generated else ""
     settings.log(
         f"fitting on {result.texts:,} texts{made}: {left} steps of {settings.batch} texts on {subject.device},"
-        f" about {_duration(1.1 * left * seconds)} at the pace of the first two; if it is interrupted, the same command"
-        " goes on"
+        f" about {_duration(1.1 * left * seconds)} at the pace of the first two{gpu_peak(subject.device)}; if it is"
+        " interrupted, the same command goes on"
     )
 
     def save(reached: FitState) -> None:

@@ -28,7 +28,7 @@ from shiradelta.train.subject import TrainingSubject
 from shiradelta.train.tuner import Tuner
 from shiradelta.util.deprecated import renamed_arguments, renamed_names
 from shiradelta.util.files import check_target
-from shiradelta.util.memory import advising_on_memory
+from shiradelta.util.memory import advising_on_memory, gpu_peak
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
 
@@ -123,6 +123,7 @@ class _Run:
             self.log(f"going on from step {step} of {settings.steps}, found in {self.unfinished.path}")
         self.relative_lr = settings.relative_lr or self._find_lr(tuner, resumed)
         what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}"
+        what += gpu_peak(self.device)
         self.log(f"{what}; pruned to a share of {settings.sparsity}" if settings.pruning[0] else what)
         self._train(tuner, optimizer, step, before)
         about = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from shiradelta.errors import ShiraDeltaError
 
@@ -31,3 +32,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def gpu_peak(device: Any) -> str:
+    """What a GPU has held at most since the process began, as the end of a sentence; nothing on other devices."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return ""
+    return f", in {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of its memory so far"
