@@ -45,59 +45,29 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     settings = job.fit
     path = Path(settings.state) if settings.state is not None else job.out.with_name(job.out.name + ".fit")
     unfinished = UnfinishedRun(path, _identity(job, subject))
-    tuned = subject.fitted
-    counts = [min(target.count, changed) for target, changed in zip(tuned.targets, tuned.changed, strict=True)]
-
-    def select(mask: FitMask, begin: float) -> None:
-        """Takes the most important changes, `begin` times as many as are kept."""
-        number, whole = (_begin(job, subject, counts, begin), False) if begin > 1 else (counts, job.whole_model)
-        positions, values = subject.select(mask, number, whole)
-        nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], values)
-
     resumed = load_state(unfinished, settings.log)
-    mask = MASKS.find((resumed.mask if resumed else "") or settings.mask or MASK)
-    select(mask, begin := mask.begin)
-    units = [(energy / max(count, 1)) ** 0.5 for energy, count in zip(tuned.energy, counts, strict=True)]
-
-    def trainer(steps: int) -> FitTrainer:
-        plan = TrainingPlan(
-            steps=steps,
-            micro=subject.micro,
-            relative_lr=settings.relative_lr or mask.relative_lr,
-            quantiser=partial(tuned.quantiser_of, codec=job.codec),
-            counts=counts,
-            units=units,
-            whole_model=job.whole_model,
-            keeps_start=mask.solves and begin == 1,
-            mask=mask.name,
-        )
-        return FitTrainer(subject.model, nonzeros, subject.behaviour, subject.teacher, plan)
-
-    seconds = _seconds_per_step(trainer(1), subject)
+    start = _TrainingStart(
+        job, subject, nonzeros, MASKS.find((resumed.mask if resumed else "") or settings.mask or MASK)
+    )
+    seconds = _seconds_per_step(start.trainer(1), subject)
     steps = settings.steps or (resumed.steps if resumed else _default_steps(subject, seconds))
     refitted = 0.0
-    if mask.solves:
+    if start.mask.solves:
         if settings.steps is None and resumed is None and subject.device.type == "cpu" and steps * seconds > CPU_MOST:
             settings.log(
                 f"{steps} steps on {subject.device} would take {_duration(steps * seconds)}, so values are those of"
                 f" least squares, as by --fit-method refit; --fit-steps {steps} trains them all the same"
             )
-            select(mask, 1)
+            start.take(start.mask, 1)
             refit(job, subject, nonzeros, result)
             return
         if steps < REFIT_STEPS:
-            select(mask, begin := 1)
+            start.take(start.mask, 1)
         if resumed is None:
             solve(job, subject, nonzeros)
             if settings.mask is None and steps >= PRUNE_STEPS and result.base:
-                refitted = trainer(steps).measured(subject.held_out)[DISTANCE]
-                if not refitted <= LEFT * result.base:  # NaN, too
-                    found = f"leave {refitted / result.base:.0%} of the distance"
-                    found = "give NaN" if math.isnan(refitted) else found
-                    settings.log(f"least squares {found}, so training starts from the largest changes")
-                    mask = MASKS["prune"]
-                    select(mask, begin := mask.begin)
-    training = trainer(steps)
+                refitted = start.leave_least_squares(result.base, steps)
+    training = start.trainer(steps)
     training.state.refitted = refitted
     if resumed is not None:
         training.load(resumed)
@@ -109,6 +79,103 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
         f" about {_duration(1.1 * left * seconds)} at the pace of the first two{gpu_peak(subject.device)}; if it is"
         " interrupted, the same command goes on"
     )
+    _train(training, job, subject, unfinished)
+    result.mask = start.mask.name
+    if settings.mask is None and not start.mask.solves and start.return_to_least_squares(training):
+        result.mask = MASK
+        result.warnings.append(WORSE)
+    unfinished.remove()
+    result.history, result.steps = training.state.history, training.state.step
+
+
+class _TrainingStart:
+    """What training starts from.
+
+    Args:
+        job: the fit.
+        subject: its model and texts.
+        nonzeros: get the mask and the values.
+        mask: the mask to start from.
+
+    Attributes:
+        mask: the mask that it starts from now.
+    """
+
+    def __init__(self, job: FitJob, subject: Subject, nonzeros: Nonzeros, mask: FitMask) -> None:
+        self._job, self._subject, self._nonzeros = job, subject, nonzeros
+        tuned = subject.fitted
+        self._counts = [
+            min(target.count, changed) for target, changed in zip(tuned.targets, tuned.changed, strict=True)
+        ]
+        pairs = zip(tuned.energy, self._counts, strict=True)
+        self._units = [(energy / max(count, 1)) ** 0.5 for energy, count in pairs]
+        self.take(mask, mask.begin)
+
+    def take(self, mask: FitMask, begin: float) -> None:
+        """Takes a mask's most important changes, `begin` times as many as are kept."""
+        self.mask, self._begin = mask, begin
+        number, whole = self._counts, self._job.whole_model
+        if begin > 1:
+            number, whole = _begin(self._job, self._subject, self._counts, begin), False
+        positions, values = self._subject.select(mask, number, whole)
+        self._nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], values)
+
+    def trainer(self, steps: int) -> FitTrainer:
+        """One that trains from here."""
+        plan = TrainingPlan(
+            steps=steps,
+            micro=self._subject.micro,
+            relative_lr=self._job.fit.relative_lr or self.mask.relative_lr,
+            quantiser=partial(self._subject.fitted.quantiser_of, codec=self._job.codec),
+            counts=self._counts,
+            units=self._units,
+            whole_model=self._job.whole_model,
+            keeps_start=self.mask.solves and self._begin == 1,
+            mask=self.mask.name,
+        )
+        subject = self._subject
+        return FitTrainer(subject.model, self._nonzeros, subject.behaviour, subject.teacher, plan)
+
+    def leave_least_squares(self, base: float, steps: int) -> float:
+        """Starts from the largest changes instead of what least squares gave, where that leaves much.
+
+        Args:
+            base: the base's distance.
+            steps: those of the run.
+
+        Returns:
+            The distance that least squares leave.
+        """
+        refitted = self.trainer(steps).measured(self._subject.held_out)[DISTANCE]
+        if not refitted <= LEFT * base:  # NaN, too
+            found = "give NaN" if math.isnan(refitted) else f"leave {refitted / base:.0%} of the distance"
+            self._job.fit.log(f"least squares {found}, so training starts from the largest changes")
+            prune = MASKS["prune"]
+            self.take(prune, prune.begin)
+        return refitted
+
+    def return_to_least_squares(self, training: FitTrainer) -> bool:
+        """Takes least squares of the final number where training made no better of the largest changes.
+
+        Returns:
+            Whether it did; otherwise all is as training left it.
+        """
+        held_out, state = self._subject.held_out, training.state
+        if training.measured(held_out)[DISTANCE] <= state.refitted:
+            return False
+        trained = self._nonzeros.positions, self._nonzeros.counts, self._nonzeros.values
+        self.take(MASKS[MASK], 1)
+        solve(self._job, self._subject, self._nonzeros)
+        if self.trainer(state.steps).measured(held_out)[LOSS] < state.best:
+            return True
+        self._nonzeros.reset(*trained)
+        training.write()
+        return False
+
+
+def _train(training: FitTrainer, job: FitJob, subject: Subject, unfinished: UnfinishedRun) -> None:
+    """Runs to the end, and keeps the state where that is not reached."""
+    settings, path = job.fit, unfinished.path
 
     def save(reached: FitState) -> None:
         if unfinished.is_due():
@@ -120,28 +187,14 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     except KeyboardInterrupt:
         if training.good.step:
             save_state(unfinished, training.good)
-            settings.log(f"the same command goes on from step {training.good.step} of {steps}, which is kept in {path}")
+            step, steps = training.good.step, training.good.steps
+            settings.log(f"the same command goes on from step {step} of {steps}, which is kept in {path}")
         else:
             settings.log("no state was saved yet, so the same command begins anew")
         raise
     except DivergedError as error:
         save_state(unfinished, training.state)
         raise DivergedError(f"{error}; the last good state is in {path}") from None
-    result.mask, chosen = mask.name, settings.mask is None and not mask.solves
-    if chosen and not training.measured(subject.held_out)[DISTANCE] <= training.state.refitted:
-        # The choice was wrong: least squares of the final number may be better than what training made of others.
-        trained = nonzeros.positions, nonzeros.counts, nonzeros.values
-        mask = MASKS[MASK]
-        select(mask, begin := 1)
-        solve(job, subject, nonzeros)
-        if trainer(steps).measured(subject.held_out)[LOSS] < training.state.best:
-            result.mask = mask.name
-            result.warnings.append(WORSE)
-        else:
-            nonzeros.reset(*trained)
-            training.write()
-    unfinished.remove()
-    result.history, result.steps = training.state.history, training.state.step
 
 
 def _identity(job: FitJob, subject: Subject) -> object:
