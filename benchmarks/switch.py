@@ -185,9 +185,7 @@ def compare(stage: Stage) -> None:
 
 def lossless(stage: Stage) -> None:
     """The next checkpoint of a training run, 1 % changed, by each backend of the device."""
-    weights = stage.weights()
-    copies = [torch.empty_like(weight) for weight in weights]
-    copy = stage.row("lossless", "copy of the weights", 1, stage.seconds(lambda: torch._foreach_copy_(copies, weights)))
+    copy = _copy(stage, "lossless", stage.layers)
     data = for_all_layers(one_layer(stage, 0.01, 0, shifts=True), stage.layers)
     rows = [["", "apply", "revert"]]
     for backend in ("triton", "torch") if stage.device == "cuda" else ("libshd", "numpy"):
@@ -199,6 +197,14 @@ def lossless(stage: Stage) -> None:
         rows.append([backend, *(f"{seconds / copy:.3f} x" for seconds in found)])
         swap.revert()
     print_table(f"a lossless step of 1 %, against a copy of the weights, on {where(stage.device)}", rows)
+
+
+def _copy(stage: Stage, experiment: str, layers: int) -> float:
+    """A plain copy of the weights of some layers."""
+    weights = [parameter.data for parameter in stage.model[:layers].parameters()]
+    copies = [torch.empty_like(weight) for weight in weights]
+    seconds = stage.seconds(lambda: torch._foreach_copy_(copies, weights))
+    return stage.row(experiment, "copy of the weights", 1, seconds)
 
 
 def _copies(stage: Stage) -> tuple[float, float]:
@@ -321,9 +327,7 @@ def _apply(stage: Stage, swap: Any, wanted: dict[str, float]) -> float:
 
 def densities(stage: Stage, percents: list[float], layers: int) -> None:
     """Cost against density, beside a copy of the same weights."""
-    weights = [parameter.data for parameter in stage.model[:layers].parameters()]
-    copies = [torch.empty_like(weight) for weight in weights]
-    stage.row("density", "copy of the weights", 1, stage.seconds(lambda: torch._foreach_copy_(copies, weights)))
+    _copy(stage, "density", layers)
     for percent in percents:
         swap = _loaded(stage, layers, adapters(stage, 1, percent / 100, layers))
         stage.row("density", "HotSwap apply", percent, _apply(stage, swap, {"0": 1.0}))
