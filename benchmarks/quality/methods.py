@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -93,13 +94,20 @@ def convert(fitting: str | None, case: Case, sparsity: float) -> Made:
 
 
 def extract(case: Case, sparsity: float) -> Made:
-    """What tools extract from a full fine-tune: a LoRA by truncated SVDs, in about the bytes of the `.shd`."""
+    """What tools extract from a fine-tune: a LoRA by truncated SVDs, in about the bytes of the `.shd`."""
     topk = case.file("topk", sparsity)
     shiradelta.convert(case.tuned, topk, sparsity, case.task.base)
     base = case.task.load()
-    tuned = load_file(case.tuned / "model.safetensors", str(DEVICE))
-    size = extract_lora(base, tuned, case.task, topk.stat().st_size)
+    size = extract_lora(base, _tuned_weights(case), case.task, topk.stat().st_size)
     return Made(size, case.task.score(base))
+
+
+def _tuned_weights(case: Case) -> Mapping[str, Tensor]:
+    if case.source == "full":
+        return load_file(case.tuned / "model.safetensors", str(DEVICE))
+    lora: Any = load_tuned(case.task, case.source, case.tuned)
+    merged: nn.Module = lora.float().merge_and_unload()  # in bfloat16 a small change would be rounded away
+    return merged.state_dict()
 
 
 def train_directly(case: Case, sparsity: float) -> Made:
@@ -120,6 +128,7 @@ METHODS: dict[str, dict[str, Callable[[Case, float], Made]]] = {
         "fitted": partial(convert, "train"),
         "top-k": partial(convert, None),
         "refit": partial(convert, "refit"),
+        "SVD": extract,
     },
     "full": {
         "fitted": partial(convert, "train"),
