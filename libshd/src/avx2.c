@@ -55,49 +55,82 @@ AVX2 static inline __m256i prefix_sum(__m256i v, __m256i *carry) {
 }
 
 /* Eight fields of k bits are k bytes. So all groups of eight start at the same bit of a byte, and one shuffle serves
- * all. It brings the four bytes that hold field j to lane j. A shift and a mask do the rest.
- *
- * The offset is (t << k) + sum - i (2^k - 1). The part that depends on i alone goes into the carry of the sum. */
+ * all. It brings the four bytes that hold field j to lane j. A shift and a mask do the rest. */
+typedef struct fields {
+    __m256i to_lanes;
+    __m256i down;
+    __m256i masks;
+    uint32_t upper; /* fields 4 to 7 are loaded from this byte on */
+} fields;
+
+/* The groups of fields of k bits that start at bit `phase` of a byte. */
+AVX2 static inline fields locate_fields(uint32_t phase, uint32_t k) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const uint32_t upper = (phase + 4 * k) / 8;
+    __m256i bit = _mm256_add_epi32(_mm256_mullo_epi32(lane, _mm256_set1_epi32((int)k)), _mm256_set1_epi32((int)phase));
+    bit = _mm256_sub_epi32(bit, _mm256_and_si256(_mm256_cmpgt_epi32(lane, _mm256_set1_epi32(3)),
+                                                 _mm256_set1_epi32((int)(8 * upper))));
+    const __m256i byte = _mm256_mullo_epi32(_mm256_srli_epi32(bit, 3), _mm256_set1_epi32(0x01010101));
+    const fields f = {_mm256_add_epi32(byte, _mm256_set1_epi32(0x03020100)),
+                      _mm256_and_si256(bit, _mm256_set1_epi32(7)), _mm256_set1_epi32((1 << k) - 1), upper};
+    return f;
+}
+
+/* How many of `count` fields of k bits can be taken in groups: loads must not reach beyond `low_size` bytes. */
+static inline uint32_t in_groups(const fields *f, uint32_t count, uint32_t k, uint64_t low_size) {
+    const uint64_t room = low_size >= f->upper + 16 ? (low_size - f->upper - 16) / k + 1 : 0;
+    return 8 * (uint32_t)shdi_min(count / 8, room);
+}
+
+AVX2 static inline __m256i take_fields(const uint8_t *low, const fields *f) {
+    __m256i bytes = _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)low)),
+        _mm_loadu_si128((const __m128i *)(const void *)(low + f->upper)), 1);
+    return _mm256_and_si256(_mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, f->to_lanes), f->down), f->masks);
+}
+
+AVX2 static uint64_t count_ones(const uint8_t *bitmap, uint64_t bits) {
+    uint64_t ones = 0, bit = 0;
+    for (; bit + 64 <= bits; bit += 64) {
+        ones += (uint64_t)__builtin_popcountll(shdi_load64(bitmap + bit / 8));
+    }
+    return ones + shdi_scalar_count_ones(bitmap + bit / 8, bits - bit);
+}
+
+AVX2 static uint32_t sum_fields(const uint8_t *low, uint64_t low_size, uint64_t low_bit, uint32_t k, uint32_t count) {
+    const fields f = locate_fields((uint32_t)low_bit, k);
+    const uint32_t grouped = in_groups(&f, count, k, low_size);
+    __m256i sums = _mm256_setzero_si256();
+    for (uint32_t i = 0; i < grouped; i += 8, low += k) {
+        sums = _mm256_add_epi32(sums, take_fields(low, &f));
+    }
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_srli_si128(four, 8));
+    const uint32_t sum = (uint32_t)_mm_cvtsi128_si32(_mm_add_epi32(two, _mm_srli_si128(two, 4)));
+    return sum + shdi_scalar_sum_fields(low, low_size, low_bit, k, count - grouped);
+}
+
+/* The offset is (t << k) + sum - i (2^k - 1). The part that depends on i alone goes into the carry of the sum. */
 AVX2 static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
                                   uint64_t low_bit) {
     if (k == 0) {
         return 0; /* the offset is (t - i) + i */
     }
     const uint32_t mask = (1u << k) - 1;
-    const uint32_t phase = (uint32_t)low_bit;
-    const uint32_t upper = (phase + 4 * k) / 8; /* fields 4 to 7 are loaded from here */
-    uint8_t shuffle[32];
-    uint32_t shift[8], start[8];
-    for (uint32_t j = 0; j < 8; j++) {
-        uint32_t bit = phase + j * k - (j < 4 ? 0 : 8 * upper);
-        start[j] = 0u - j * mask;
-        shift[j] = bit % 8;
-        for (uint32_t b = 0; b < 4; b++) {
-            shuffle[4 * j + b] = (uint8_t)(bit / 8 + b);
-        }
-    }
-    const __m256i to_lanes = _mm256_loadu_si256((const __m256i *)(const void *)shuffle);
-    const __m256i down = _mm256_loadu_si256((const __m256i *)(const void *)shift);
-    const __m256i masks = _mm256_set1_epi32((int)mask);
+    const fields f = locate_fields((uint32_t)low_bit, k);
     const __m256i step = _mm256_set1_epi32((int)(8 * mask));
     const __m128i up = _mm_cvtsi32_si128((int)k);
-    __m256i carry = _mm256_loadu_si256((const __m256i *)(const void *)start);
-    /* Loads must not reach beyond the section. */
-    const uint64_t room = low_size >= upper + 16 ? (low_size - upper - 16) / k + 1 : 0;
-    const uint32_t grouped = 8 * (uint32_t)shdi_min(count / 8, room);
+    __m256i carry = _mm256_mullo_epi32(_mm256_setr_epi32(0, -1, -2, -3, -4, -5, -6, -7), f.masks);
+    const uint32_t grouped = in_groups(&f, count, k, low_size);
     uint32_t i = 0;
     for (; i < grouped; i += 8, low += k) {
-        __m256i bytes = _mm256_inserti128_si256(
-            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)low)),
-            _mm_loadu_si128((const __m128i *)(const void *)(low + upper)), 1);
-        __m256i r = _mm256_and_si256(_mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, to_lanes), down), masks);
-        __m256i sums = prefix_sum(r, &carry);
+        __m256i sums = prefix_sum(take_fields(low, &f), &carry);
         carry = _mm256_sub_epi32(carry, step);
         __m256i bits = _mm256_sll_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(t + i)), up);
         _mm256_storeu_si256((__m256i *)(void *)(t + i), _mm256_add_epi32(bits, sums));
     }
     uint32_t sum = (uint32_t)_mm256_cvtsi256_si32(carry) + i * mask;
-    for (uint64_t bit = phase; i < count; i++, bit += k) {
+    for (uint64_t bit = low_bit; i < count; i++, bit += k) {
         sum += (uint32_t)(shdi_load64(low + bit / 8) >> (bit % 8)) & mask;
         t[i] = ((t[i] - i) << k) + sum + i;
     }
@@ -313,6 +346,8 @@ const shdi_kernels shdi_avx2 = {
     .name = "avx2",
     .ones = ones,
     .rice_offsets = rice_offsets,
+    .count_ones = count_ones,
+    .sum_fields = sum_fields,
     .widen = widen,
     .scale_i8 = scale_i8,
     .look_up_i4 = look_up_i4,

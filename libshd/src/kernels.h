@@ -19,6 +19,13 @@ typedef struct shdi_kernels {
     uint64_t (*rice_offsets)(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
                              uint64_t low_bit);
 
+    /* The number of ones among bits [0, bits) of a bitmap. Reads whole 64-bit words of it. */
+    uint64_t (*count_ones)(const uint8_t *bitmap, uint64_t bits);
+
+    /* The sum of the `count` fields of k bits from bit `low_bit` of `low` on; 0 < k <= SHDI_NARROW_K, count <=
+     * SHDI_BLOCK. `low_size` bytes may be read, at least 8 more than the fields need. */
+    uint32_t (*sum_fields)(const uint8_t *low, uint64_t low_size, uint64_t low_bit, uint32_t k, uint32_t count);
+
     /* positions[i] = base + offset[i] */
     void (*widen)(const uint32_t *offset, uint32_t count, uint64_t base, int64_t *positions);
 

@@ -56,6 +56,27 @@ static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint
     return (uint32_t)(carry - mask + count * mask);
 }
 
+uint64_t shdi_scalar_count_ones(const uint8_t *bitmap, uint64_t bits) {
+    uint64_t ones = 0, bit = 0;
+    for (; bit + 64 <= bits; bit += 64) {
+        ones += shdi_ones(shdi_load64(bitmap + bit / 8));
+    }
+    if (bit < bits) {
+        ones += shdi_ones(shdi_load64(bitmap + bit / 8) << (64 - (bits - bit)));
+    }
+    return ones;
+}
+
+uint32_t shdi_scalar_sum_fields(const uint8_t *low, uint64_t low_size, uint64_t low_bit, uint32_t k, uint32_t count) {
+    const uint32_t mask = (1u << k) - 1;
+    uint32_t sum = 0;
+    (void)low_size;
+    for (uint32_t i = 0; i < count; i++, low_bit += k) {
+        sum += (uint32_t)(shdi_load64(low + low_bit / 8) >> (low_bit % 8)) & mask;
+    }
+    return sum;
+}
+
 void shdi_scalar_widen(const uint32_t *offset, uint32_t count, uint64_t base, int64_t *positions) {
     uint32_t i = 0;
     for (; i + 4 <= count; i += 4) {
@@ -134,6 +155,8 @@ const shdi_kernels shdi_scalar = {
     .name = "scalar",
     .ones = ones,
     .rice_offsets = rice_offsets,
+    .count_ones = shdi_scalar_count_ones,
+    .sum_fields = shdi_scalar_sum_fields,
     .widen = shdi_scalar_widen,
     .scale_i8 = shdi_scalar_scale_i8,
     .look_up_i4 = shdi_scalar_look_up_i4,

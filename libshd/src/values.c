@@ -121,11 +121,13 @@ shdi_fault shdi_values_decode(const shd_delta *delta, uint64_t rank, uint64_t co
     return shdi_ok();
 }
 
-static shdi_fault check_floats(const shd_delta *delta) {
+static shdi_fault check_floats(const shd_delta *delta, const codec_row *codec, const uint8_t *elements) {
     const uint64_t nnz = delta->tensor.nnz;
     for (uint64_t rank = 0; rank < nnz; rank += SHDI_GROUP) {
         float values[SHDI_GROUP];
-        shdi_fault fault = shdi_values_decode(delta, rank, shdi_min(nnz - rank, SHDI_GROUP), values);
+        /* Where a group has parameters, these alone can be wrong, so none of its values is decoded. */
+        const uint64_t count = codec->parameter_bytes != 0 ? 0 : shdi_min(nnz - rank, SHDI_GROUP);
+        shdi_fault fault = codec->decode(delta, elements, rank, count, values);
         if (fault.code != SHD_OK) {
             return fault;
         }
@@ -150,7 +152,7 @@ shdi_fault shdi_values_check(const shd_delta *delta) {
     }
     const uint64_t elements = elements_offset(codec, tensor->nnz);
     const uint64_t end_bit = 8 * elements + tensor->nnz * element_bits(codec, tensor->dtype);
-    shdi_fault fault = codec->decode == NULL ? shdi_ok() : check_floats(delta);
+    shdi_fault fault = codec->decode == NULL ? shdi_ok() : check_floats(delta, codec, delta->values + elements);
     if (fault.code == SHD_OK) {
         fault = shdi_check_zeros(delta->values, 8 * parameters_size(codec, tensor->nnz), elements);
     }

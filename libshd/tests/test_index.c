@@ -60,10 +60,13 @@ static void check_positions(bytes f, const int64_t *expected, uint64_t count, in
 }
 
 static void check_code(bytes f, int expected) {
+    static const int checks[] = {SHD_CHECK_ALL, SHD_CHECK_ALL | SHD_SCALAR};
     shd_file file;
     shd_delta delta;
-    int code = shd_open(&file, f.data, f.size, NULL);
-    CHECK_CODE(code != SHD_OK ? code : shd_load(&file, 0, SHD_CHECK_ALL, NULL, 0, &delta, NULL), expected);
+    for (int i = 0; i < 2; i++) {
+        int code = shd_open(&file, f.data, f.size, NULL);
+        CHECK_CODE(code != SHD_OK ? code : shd_load(&file, 0, checks[i], NULL, 0, &delta, NULL), expected);
+    }
 }
 
 /* FORMAT.md, section 9.1 */
@@ -230,6 +233,50 @@ static void test_rice_clusters(void) {
     check_positions(f, positions, COUNT, SHD_SCALAR);
     give(index.data);
     give(f.data);
+}
+
+/* The code of a RICE section with `changed` in the place of one byte. */
+static void check_changed_byte(bytes index, uint64_t offset, uint8_t changed, uint64_t numel, uint64_t count,
+                               int expected) {
+    const uint8_t before = index.data[offset];
+    index.data[offset] = changed;
+    bytes f = file_of_index(SHD_INDEX_RICE, index, 2, numel, 1, count);
+    check_code(f, expected);
+    give(f.data);
+    index.data[offset] = before;
+}
+
+static void test_rice_damaged_blocks(void) {
+    enum { NUMEL = 60000, CAPACITY = 10000 };
+    static int64_t positions[CAPACITY];
+    random_state r = {5};
+    const uint64_t count = random_positions(&r, NUMEL, 0.1, positions, CAPACITY);
+    bytes index = encode_positions(positions, count, NUMEL);
+    const uint64_t k = index.data[0], unary_bits = index.data[8] | (uint64_t)index.data[9] << 8;
+    const uint64_t blocks = (unary_bits + 2047) / 2048, low = 16 + 8 * blocks;
+    const uint64_t unary = low + 4 * ((count * k + 31) / 32);
+    CHECK(blocks > 4 && k > 1 && index.data[10] == 0);
+    for (uint64_t word = 16; word < low; word += 4) { /* the directory */
+        check_changed_byte(index, word, index.data[word] ^ 1, NUMEL, count, SHD_BAD_DIRECTORY);
+    }
+    for (uint64_t byte = low; byte < low + 100; byte++) { /* low bits of the first block: its positions move */
+        check_changed_byte(index, byte, index.data[byte] ^ 0x10, NUMEL, count, SHD_BAD_DIRECTORY);
+    }
+    for (uint64_t byte = unary; byte < unary + 100; byte++) { /* a one more, or less */
+        check_changed_byte(index, byte, index.data[byte] ^ 0x10, NUMEL, count, SHD_BAD_INDEX);
+    }
+    for (uint64_t end = unary + 256; end < unary + 256 * (blocks - 1); end += 256) { /* a one over a block's end */
+        if (index.data[end - 1] >> 7 != (index.data[end] & 1)) {
+            index.data[end - 1] ^= 0x80;
+            check_changed_byte(index, end, index.data[end] ^ 1, NUMEL, count, SHD_BAD_DIRECTORY);
+            index.data[end - 1] ^= 0x80;
+        }
+    }
+    const uint64_t last = (uint64_t)positions[count - 1];
+    check_changed_byte(index, 0, (uint8_t)k, last + 1, count, SHD_OK);
+    check_changed_byte(index, 0, (uint8_t)k, last, count, SHD_POSITION_RANGE);
+    check_changed_byte(index, 0, (uint8_t)k, last / 2, count, SHD_POSITION_RANGE);
+    give(index.data);
 }
 
 static void test_raw(void) {
@@ -453,6 +500,7 @@ void test_index(void) {
     test_seeded();
     test_rice();
     test_rice_clusters();
+    test_rice_damaged_blocks();
     test_raw();
     test_bitmap();
     test_all();
