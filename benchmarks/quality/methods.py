@@ -104,7 +104,8 @@ def extract(case: Case, sparsity: float) -> Made:
 
 def _tuned_weights(case: Case) -> Mapping[str, Tensor]:
     if case.source == "full":
-        return load_file(case.tuned / "model.safetensors", str(DEVICE))
+        stored: Mapping[str, Tensor] = load_file(case.tuned / "model.safetensors", str(DEVICE))
+        return stored
     lora: Any = load_tuned(case.task, case.source, case.tuned)
     merged: nn.Module = lora.float().merge_and_unload()  # in bfloat16 a small change would be rounded away
     return merged.state_dict()
