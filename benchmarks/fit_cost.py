@@ -22,6 +22,7 @@ from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.fit.training import FitTrainer, TrainingPlan
+from shiradelta.fit.tuned_weights import Rounding
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.text.read import of_texts
 from shiradelta.train.targets import find_weights
@@ -123,7 +124,7 @@ class Case:
             steps=100,
             micro=len(self.batch),
             relative_lr=0.01,
-            quantiser=lambda nonzeros: Quantiser("int4", nonzeros.counts, nonzeros.values.device),
+            quantiser=_rounding,
             counts=nonzeros.counts,
             units=units,
             whole_model=False,
@@ -152,6 +153,11 @@ class Case:
             optimizer.zero_grad()
 
         yield step
+
+
+def _rounding(nonzeros: Nonzeros) -> Rounding:
+    quantiser = Quantiser("int4", nonzeros.counts, nonzeros.values[0].device)
+    return lambda vectors: list(map(quantiser, vectors))
 
 
 def peak(step: Callable[[], None], before: int) -> float:

@@ -8,8 +8,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from shiradelta.errors import DivergedError
 from shiradelta.fit.choices import MASKS, RENAMED_MASKS, FitMask
 from shiradelta.fit.fitted import DISTANCE, FitJob, Fitted
@@ -118,7 +116,7 @@ class _TrainingStart:
         if begin > 1:
             number, whole = _begin(self._job, self._subject, self._counts, begin), False
         positions, values = self._subject.select(mask, number, whole)
-        self._nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], values)
+        self._nonzeros.reset(positions, values)
 
     def trainer(self, steps: int) -> FitTrainer:
         """One that trains from here."""
@@ -163,7 +161,8 @@ class _TrainingStart:
         held_out, state = self._subject.held_out, training.state
         if training.measured(held_out)[DISTANCE] <= state.refitted:
             return False
-        trained = self._nonzeros.positions, self._nonzeros.counts, self._nonzeros.values
+        own = self._nonzeros
+        trained = own.by_tensor(own.positions), own.by_tensor(own.values)
         self.take(MASKS[MASK], 1)
         solve(self._job, self._subject, self._nonzeros)
         if self.trainer(state.steps).measured(held_out)[LOSS] < state.best:

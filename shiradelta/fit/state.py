@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shiradelta.errors import SourceError
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 
-_TENSORS = ("positions", "values", "mean", "square", "best_values")
+_VECTORS = ("positions", "values", "mean", "square", "best_values")
 _PLAIN = ("steps", "step", "counts", "mask", "failures", "waited", "history", "best", "refitted")
 
 
@@ -24,8 +25,8 @@ class FitState:
         steps: optimizer steps of the whole run.
         step: optimizer steps done.
         counts: nonzeros by tensor.
-        positions, values: the vectors of `Nonzeros`.
-        mean, square: Adam's running means of the gradient and of its square.
+        positions, values: the vectors of `Nonzeros`; one of each as read from disk.
+        mean, square: Adam's running means of the gradient and of its square, by vector.
         mask: the name of the mask that training started from; empty for that of the settings.
         failures: how often training gave NaN.
         waited: evaluations without a gain.
@@ -38,27 +39,33 @@ class FitState:
     steps: int
     step: int
     counts: list[int]
-    positions: Tensor
-    values: Tensor
-    mean: Tensor
-    square: Tensor
+    positions: list[Tensor]
+    values: list[Tensor]
+    mean: list[Tensor]
+    square: list[Tensor]
     mask: str = ""
     failures: int = 0
     waited: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
     best: float = math.inf
-    best_values: Tensor | None = None
+    best_values: list[Tensor] | None = None
     refitted: float = 0.0
 
     def copy(self) -> FitState:
         """A copy whose tensors and lists nothing else writes to."""
-        tensors = {name: tensor.clone() for name in _TENSORS if (tensor := getattr(self, name)) is not None}
-        return replace(self, counts=list(self.counts), history=list(self.history), **tensors)
+        copied = replace(self, counts=list(self.counts), history=list(self.history))
+        for name, vectors in self.vectors().items():
+            setattr(copied, name, [own.clone() for own in vectors])
+        return copied
+
+    def vectors(self) -> dict[str, list[Tensor]]:
+        """The vectors by the name of their attribute, without those that there are not yet."""
+        return {name: found for name in _VECTORS if (found := getattr(self, name)) is not None}
 
 
 def save_state(run: UnfinishedRun, state: FitState) -> None:
     """Writes a state to disk."""
-    tensors = {name: tensor.cpu() for name in _TENSORS if (tensor := getattr(state, name)) is not None}
+    tensors = {name: torch.cat([own.cpu() for own in found]) for name, found in state.vectors().items()}
     run.save(tensors, {name: getattr(state, name) for name in _PLAIN})
 
 
@@ -73,7 +80,7 @@ def load_state(run: UnfinishedRun, log: Callable[[str], None]) -> FitState | Non
         return None
     tensors, plain = found
     try:
-        fields: dict[str, Any] = {**plain, **tensors}
+        fields: dict[str, Any] = {**plain, **{name: [tensor] for name, tensor in tensors.items()}}
         fields["history"] = [(int(step), float(distance)) for step, distance in fields["history"]]
         return FitState(**fields)
     except (KeyError, ValueError, TypeError) as error:

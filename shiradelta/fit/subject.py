@@ -122,18 +122,20 @@ class Subject:
                 f" {lost / energy:.0%} of the change, which a fit would not see: convert without fitting"
             )
 
-    def select(self, mask: FitMask, counts: Sequence[int], whole_model: bool = False) -> tuple[list[Tensor], Tensor]:
-        """(positions by target, the fine-tune's values there) of the most important weights.
+    def select(
+        self, mask: FitMask, counts: Sequence[int], whole_model: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(positions by target, the fine-tune's values there by target) of the most important weights.
 
         Args:
             mask: the mask, which defines importance.
             counts: number of weights of each target.
             whole_model: rank the weights of all targets together.
         """
-        importance = mask.importance(self)
+        importance, fitted = mask.importance(self), self.fitted
 
         def scores(index: int) -> Tensor:
-            magnitude = dense(self.fitted.targets[index], self.device).abs()
+            magnitude = dense(fitted.targets[index], fitted.weights[index].device).abs()
             found: Tensor = importance(index, magnitude)
             # Elements that the fine-tune left come last: the file may hold no tensor for them.
             return found.masked_fill(magnitude == 0, -1)
@@ -141,10 +143,10 @@ class Subject:
         if whole_model and not mask.by_magnitude:  # counts are distributed by magnitude already
             positions = largest_of_all([scores(index) for index in range(len(counts))], sum(counts))
         else:
-            pairs = zip(counts, self.fitted.changed, strict=True)
+            pairs = zip(counts, fitted.changed, strict=True)
             positions = [largest(scores(i), min(count, changed)) for i, (count, changed) in enumerate(pairs)]
-        pairs_of = zip(self.fitted.targets, positions, strict=True)
-        return positions, torch.cat([dense(target, self.device)[at] for target, at in pairs_of])
+        pairs_of = zip(fitted.targets, positions, strict=True)
+        return positions, [dense(target, at.device)[at] for target, at in pairs_of]
 
     def measure_old(self, result: Fitted) -> None:
         """Measures the old base and the old delta, if there are such, while the model is the new base."""

@@ -18,9 +18,9 @@ from shiradelta.errors import DivergedError
 from shiradelta.fit.behaviour import Behaviour, Outputs
 from shiradelta.fit.fitted import DISTANCE
 from shiradelta.fit.measures import HeldOut
-from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.state import FitState
 from shiradelta.fit.teacher import Teacher
+from shiradelta.fit.tuned_weights import Rounding
 from shiradelta.nonzeros.adam import adam_
 from shiradelta.nonzeros.pruning import PRUNE_UNTIL, PruningSchedule, importance, is_due
 from shiradelta.nonzeros.schedule import cycle
@@ -57,7 +57,7 @@ class TrainingPlan:
     steps: int
     micro: int
     relative_lr: float
-    quantiser: Callable[[Nonzeros], Quantiser]
+    quantiser: Callable[[Nonzeros], Rounding]
     counts: Sequence[int]
     units: Sequence[float]
     whole_model: bool
@@ -79,15 +79,14 @@ class FitTrainer:
         self._model, self._nonzeros, self._behaviour, self._teacher = model, nonzeros, behaviour, teacher
         self._plan = plan
         self._begin = nonzeros.counts
-        zero = torch.zeros_like(nonzeros.values)
         self.state = FitState(
             steps=plan.steps,
             step=0,
             counts=nonzeros.counts,
             positions=nonzeros.positions,
             values=nonzeros.values,
-            mean=zero,
-            square=zero.clone(),
+            mean=list(map(torch.zeros_like, nonzeros.values)),
+            square=list(map(torch.zeros_like, nonzeros.values)),
             mask=plan.mask,
         )
         self.good = self.state
@@ -96,11 +95,12 @@ class FitTrainer:
     def load(self, state: FitState) -> None:
         """Resumes from a state."""
         self.state = state = state.copy()
-        device = self._nonzeros.values.device
-        state.mean, state.square = state.mean.to(device), state.square.to(device)
+        nonzeros = self._nonzeros
+        found = (torch.cat([own.cpu() for own in vectors]) for vectors in (state.positions, state.values))
+        nonzeros.reset(*(torch.split(vector, state.counts) for vector in found))
+        state.mean, state.square = nonzeros.by_vector(state.mean), nonzeros.by_vector(state.square)
         if state.best_values is not None:
-            state.best_values = state.best_values.to(device)
-        self._nonzeros.reset(state.positions, state.counts, state.values)
+            state.best_values = nonzeros.by_vector(state.best_values)
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -192,7 +192,7 @@ class FitTrainer:
         gained = loss < state.best * (1 - LEAST_GAIN)
         state.waited = 0 if gained else state.waited + 1
         if loss < state.best:
-            state.best, state.best_values = loss, state.values.clone()
+            state.best, state.best_values = loss, [values.clone() for values in state.values]
 
     def _compare(self, part: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         distance = self._behaviour.distance(part, student, teacher)  # first: the loss may change the teacher's outputs
@@ -204,9 +204,10 @@ class FitTrainer:
 
     def _gradient(self, batch: list[int]) -> Tensor:
         """Puts the gradient of a batch into `Nonzeros.grad`; returns the loss, NaN if the gradient is not finite."""
-        self._nonzeros.grad.zero_()
+        for grad in self._nonzeros.grads:
+            grad.zero_()
         self.write()
-        total = torch.zeros((), device=self._nonzeros.grad.device)
+        total = torch.zeros((), device=self._nonzeros.grads[0].device)
         settled = min(1.0, self.state.step / (PRUNE_UNTIL * self._plan.steps))
         for part in _parts(batch, self._plan.micro):
             teacher = self._teacher.outputs(part)
@@ -214,8 +215,10 @@ class FitTrainer:
             loss = self._loss(student, teacher, part, settled) * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
             self._nonzeros.collect()
-            total += loss.detach()
-        return torch.where(self._nonzeros.grad.isfinite().all(), total, math.nan)
+            total += loss.detach().to(total.device)
+        for grad in self._nonzeros.grads:
+            total = torch.where(grad.isfinite().all().to(total.device), total, math.nan)
+        return total
 
     def time_one(self, batch: list[int]) -> float:
         """Measures the seconds that a step takes, without changing anything."""
@@ -228,20 +231,23 @@ class FitTrainer:
         """One step of Adam."""
         state = self.state
         lr = self._plan.relative_lr * cycle(state.step, self._plan.steps) / 2**state.failures
-        moments = state.mean, state.square
-        adam_(state.values, self._nonzeros.grad, *moments, state.step + 1, lr, self._units, EPSILON)
+        vectors = zip(state.values, self._nonzeros.grads, state.mean, state.square, self._units, strict=True)
+        for values, grad, mean, square, units in vectors:
+            adam_(values, grad, mean, square, state.step + 1, lr, units, EPSILON)
 
     def _prune(self) -> None:
         """Prunes the least important nonzeros if it is due."""
         state, plan = self.state, self._plan
         until = plan.steps * PRUNE_UNTIL
-        if len(state.values) <= sum(plan.counts) or not is_due(state.step, until):
+        if sum(state.counts) <= sum(plan.counts) or not is_due(state.step, until):
             return
         schedule = PruningSchedule(until, self._begin, plan.counts, plan.whole_model)
-        scores = torch.split(importance(state.values, state.square), state.counts)
-        kept = torch.cat(schedule.kept(state.step, scores))
-        self._nonzeros.keep(kept)
-        state.mean, state.square = state.mean[kept], state.square[kept]
+        nonzeros = self._nonzeros
+        scores = nonzeros.by_tensor([importance(*own) for own in zip(state.values, state.square, strict=True)])
+        kept = nonzeros.joined(schedule.kept(state.step, scores))
+        nonzeros.keep(kept)
+        state.mean = [own[where] for own, where in zip(state.mean, kept, strict=True)]
+        state.square = [own[where] for own, where in zip(state.square, kept, strict=True)]
         self._lay_out()
 
     def _back_off(self, good: FitState) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shiradelta.errors import SourceError
 from shiradelta.fit.fitted import FitTarget
 from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.stored import LoadedWeights, Piece, group, joined
@@ -15,9 +16,12 @@ from shiradelta.format.arithmetic import Positions
 from shiradelta.format.delta import TensorDelta
 from shiradelta.models.dtypes import torch_dtype
 from shiradelta.models.views import View
-from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.nonzeros.vector import Nonzeros, same_device
 from shiradelta.select.largest_torch import largest
 from shiradelta.select.topk import Selection
+
+#: Rounds the values of `Nonzeros`, vector by vector, as a reader of the file will see them.
+Rounding = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class TunedWeights:
@@ -92,32 +96,49 @@ class TunedWeights:
     def topk(self) -> Nonzeros:
         """The fine-tune's largest changes, `count` of each target."""
         nonzeros = Nonzeros(self.weights, [torch_dtype(target.dtype) for target in self.targets], self._positions)
-        nonzeros.values = torch.cat(self._values)
+        nonzeros.values = nonzeros.joined(self._values)
         return nonzeros
 
     def selections(self, nonzeros: Nonzeros) -> dict[str, Selection]:
         """The nonzeros by names in the files, as they go into the file."""
-        values = nonzeros.values.cpu().numpy()
+        values = torch.cat([own.cpu() for own in nonzeros.values]).numpy()
         return {
             name: Selection(positions, values[indices], self._energy_of[name])
             for name, (indices, positions) in self._in_file(_by_index(nonzeros)).items()
         }
 
-    def quantiser(self, positions: Mapping[int, Tensor], codec: str) -> Quantiser:
+    def quantiser(self, positions: Mapping[int, Tensor], codec: str) -> Rounding:
         """Rounds values of some weights as a reader of the file will see them.
 
         Args:
-            positions: index of a weight -> positions of its nonzeros; their values lie one after the other.
+            positions: index of a weight -> positions of its nonzeros; their values lie one after the other, in one
+                vector for each device, as in `Nonzeros`.
             codec: the value codec.
+
+        Raises:
+            SourceError: a tensor of the files is on several devices, so that no vector has all of its values.
         """
-        device = self.weights[0].device
+        rounders: list[Quantiser] = []
+        where: dict[str, int] = {}
+        indices = list(positions)
+        for run in same_device([self.weights[index] for index in indices]):
+            own = {index: positions[index] for index in indices[run]}
+            for name in {piece.target.name for index in own for piece in self._pieces[index]}:
+                if where.setdefault(name, len(rounders)) != len(rounders):
+                    raise SourceError(f"the model has parts of {name!r} on several devices; fit it on one")
+            rounders.append(self._quantiser(own, codec))
+        return lambda vectors: [rounded(values) for rounded, values in zip(rounders, vectors, strict=True)]
+
+    def _quantiser(self, positions: Mapping[int, Tensor], codec: str) -> Quantiser:
+        """Rounds values of some weights on one device, which lie one after the other."""
+        device = self.weights[next(iter(positions))].device
         if all(len(self._pieces[index]) == 1 and self._pieces[index][0].view.is_same for index in positions):
             return Quantiser(codec, [at.numel() for at in positions.values()], device)
         indices = [found for found, _ in self._in_file(positions).values()]
         order = torch.from_numpy(np.concatenate(indices)).to(device)
         return Quantiser(codec, [found.size for found in indices], device, order)
 
-    def quantiser_of(self, nonzeros: Nonzeros, codec: str) -> Quantiser:
+    def quantiser_of(self, nonzeros: Nonzeros, codec: str) -> Rounding:
         """The same for all weights."""
         return self.quantiser(_by_index(nonzeros), codec)
 
@@ -148,7 +169,7 @@ def weights_after(targets: Sequence[FitTarget], weights: LoadedWeights) -> dict[
 
 
 def _by_index(nonzeros: Nonzeros) -> dict[int, Tensor]:
-    return dict(enumerate(nonzeros.positions[part.span] for part in nonzeros.parts))
+    return dict(enumerate(nonzeros.by_tensor(nonzeros.positions)))
 
 
 def dense(target: FitTarget, device: torch.device) -> Tensor:

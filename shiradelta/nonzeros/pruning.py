@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from shiradelta.select.largest_torch import largest_mask
+from shiradelta.select.largest_torch import largest_mask, largest_masks
 
 #: Training starts with this many times the nonzeros that are kept.  More would cost memory, and leave the mask less
 #: time to settle.
@@ -53,8 +52,7 @@ class PruningSchedule:
         left = max(0.0, 1 - step / self.until) ** 3
         if self.whole_model:
             first, last = sum(self.begin), sum(self.end)
-            mask = largest_mask(torch.cat(list(scores)), last + round((first - last) * left))
-            return list(torch.split(mask, [len(score) for score in scores]))
+            return largest_masks(scores, last + round((first - last) * left))
         ends = zip(scores, self.begin, self.end, strict=True)
         return [largest_mask(score, last + round((first - last) * left)) for score, first, last in ends]
 

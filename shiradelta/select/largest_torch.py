@@ -17,10 +17,23 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
 def largest_of_all(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Positions, increasing, of the k largest of all tensors together, one tensor of positions each."""
-    chosen = largest(torch.cat(list(scores)), k)
+    chosen = largest(_joined(scores), k)
     edges = torch.tensor([0, *(score.numel() for score in scores)], device=chosen.device).cumsum(0)
     cuts = torch.searchsorted(chosen, edges).tolist()
-    return [chosen[a:b] - edges[i] for i, (a, b) in enumerate(pairwise(cuts))]
+    return [(chosen[a:b] - edges[i]).to(scores[i].device) for i, (a, b) in enumerate(pairwise(cuts))]
+
+
+def largest_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Bool, one tensor each: true at the k largest of all tensors together."""
+    mask = largest_mask(_joined(scores), k)
+    found = zip(torch.split(mask, [len(score) for score in scores]), scores, strict=True)
+    return [own.to(score.device) for own, score in found]
+
+
+def _joined(scores: Sequence[Tensor]) -> Tensor:
+    """All scores in one tensor, on the CPU if they are on several devices, none of which has to have the room."""
+    one = len({score.device for score in scores}) == 1
+    return torch.cat([score if one else score.cpu() for score in scores])
 
 
 def largest_mask(scores: Tensor, k: int) -> Tensor:

@@ -209,7 +209,7 @@ def test_a_result_that_is_worse_is_said_first(
 
     def ruin(self: FitTrainer, *others: Any) -> None:
         torch.manual_seed(0)
-        self._nonzeros.values = 100 * torch.randn_like(self._nonzeros.values)
+        self._nonzeros.values = [100 * torch.randn_like(values) for values in self._nonzeros.values]
         self.write()
 
     monkeypatch.setattr(FitTrainer, "run", ruin)

@@ -102,7 +102,7 @@ def test_where_least_squares_give_nan_it_starts_from_the_largest_changes(
 
     def spoilt(job: FitJob, subject: Subject, nonzeros: Nonzeros) -> list[int]:
         left = solve(job, subject, nonzeros)
-        nonzeros.values[3] = torch.nan
+        nonzeros.values[0][3] = torch.nan
         return left
 
     monkeypatch.setattr(by_training, "PRUNE_STEPS", 40)
@@ -174,7 +174,7 @@ def test_statistics_count_by_weight(weight: float, same: bool):
             [[0]],
             lambda part: counts,
         )
-        found.append(nonzeros.values.clone())
+        found.append(nonzeros.values[0].clone())
         rows[-1] *= 50
     assert torch.allclose(*found, atol=1e-4) is same
 

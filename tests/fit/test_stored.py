@@ -187,7 +187,7 @@ def test_a_weight_of_which_the_file_has_a_part_is_changed_there_only():
     fitted = TunedWeights()
     fitted.add("all", weight, [expert("b", [0, 5, 1, 2], 1, 3), expert("a", [3, 0, 0, -4], 0, 3)])
     nonzeros = fitted.topk()
-    assert nonzeros.positions.tolist() == [0, 3, 5, 7], "the largest of each, as without a fit"
+    assert nonzeros.positions[0].tolist() == [0, 3, 5, 7], "the largest of each, as without a fit"
     assert fitted.tuned[weight].tolist() == [[3, 0, 0, -4], [0, 5, 1, 2], [0, 0, 0, 0]]
     assert weight not in fitted.covered
     found = fitted.selections(nonzeros)

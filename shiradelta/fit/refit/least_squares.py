@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from shiradelta.fit.tuned_weights import TunedWeights
+from shiradelta.fit.tuned_weights import Rounding, TunedWeights
 from shiradelta.models.layers import is_conv1d
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.largest_torch import largest
@@ -40,7 +40,7 @@ def refit(
     forward: Callable[[Sequence[int]], object],
     teacher: Callable[[], AbstractContextManager[None]],
     nonzeros: Nonzeros,
-    quantiser: Callable[[Mapping[int, Tensor]], Callable[[Tensor], Tensor]],
+    quantiser: Callable[[Mapping[int, Tensor]], Rounding],
     parts: Sequence[Sequence[int]],
     weights: Callable[[Sequence[int]], Tensor | None] = lambda part: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -61,8 +61,7 @@ def refit(
     Returns:
         Indices of the tensors that keep theirs.
     """
-    positions = [nonzeros.positions[part.span] for part in nonzeros.parts]
-    values = [nonzeros.values[part.span] for part in nonzeros.parts]
+    positions, values = nonzeros.by_tensor(nonzeros.positions), nonzeros.by_tensor(nonzeros.values)
     index_of = {id(part.parameter): index for index, part in enumerate(nonzeros.parts)}
 
     def write(indices: Sequence[int]) -> None:
@@ -70,7 +69,8 @@ def refit(
             here = {index: positions[index] for index in indices}
             parts_of = [nonzeros.parts[index] for index in indices]
             some = Nonzeros([p.parameter for p in parts_of], [p.stored for p in parts_of], list(here.values()))
-            some.write(quantiser(here)(torch.cat([values[index] for index in indices])))
+            some.values = some.joined([values[index] for index in indices])
+            some.write(quantiser(here)(some.values))
             done.append(some)
 
     nonzeros.write(None)
@@ -97,7 +97,7 @@ def refit(
         write(indices)
     for some in done:
         some.write(None)
-    nonzeros.reset(torch.cat(positions), [p.numel() for p in positions], torch.cat(values))
+    nonzeros.reset(positions, values)
     return left
 
 

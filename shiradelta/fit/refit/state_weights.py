@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from shiradelta.fit.quantise import Quantiser
 from shiradelta.fit.rounding import write_rounded
 from shiradelta.fit.stored import Piece
 from shiradelta.fit.teacher import exchanged
-from shiradelta.fit.tuned_weights import TunedWeights
+from shiradelta.fit.tuned_weights import Rounding, TunedWeights
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.select.topk import Selection
 
@@ -48,7 +47,7 @@ class StateWeights:
         """The student's nonzeros: top-k until they are refitted.  None if nothing is fitted."""
         return self._nonzeros.get("fitted")
 
-    def quantiser(self, positions: Mapping[int, Tensor]) -> Quantiser:
+    def quantiser(self, positions: Mapping[int, Tensor]) -> Rounding:
         """Rounds values of some weights, by their index, as a reader will see them."""
         return self.weights.quantiser(positions, self._codec)
 
