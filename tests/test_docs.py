@@ -25,6 +25,7 @@ from shiradelta.errors import ArgumentError
 from shiradelta.exports import EXPORTS
 from shiradelta.format.codecs import INDEX_CODECS
 from shiradelta.util.registry import Registry
+from tests import seq2seq
 from tests.conftest import write_lora, write_model
 from tests.hub import TOKEN, Hub
 from tests.signing.conftest import write_keys
@@ -136,6 +137,9 @@ def test_the_examples_of_fits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     chats = [{"messages": [{"role": role, "content": one[key]} for role, key in roles.items()]} for one in answers]
     for name, rows in {"texts": [{"text": text} for text in texts()], "answers": answers, "chats": chats}.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folder, name in zip(seq2seq.write_pair("bart", Path("made")), ("bart", "bart-tuned"), strict=True):
+        folder.rename(name)
+    Path("pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in seq2seq.examples()))
     page = (EXTEND.parent / "fit.md").read_text()
     shell, (python,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python"))
     for line in "".join(shell).splitlines():

@@ -21,7 +21,7 @@ from shiradelta.experts.family import BASE, ExpertFamily
 from shiradelta.experts.features import DIMS
 from shiradelta.experts.live import TOGETHER
 from shiradelta.experts.routing import ExpertRouter
-from shiradelta.experts.texts import prompt_loss
+from shiradelta.experts.texts import check_predicts_prompts, prompt_loss
 from shiradelta.experts.training import FamilyTraining
 from shiradelta.experts.unfinished import UnfinishedFamily
 from shiradelta.format import registry
@@ -138,6 +138,7 @@ def run_family(
                 f"{examples_file}: {' and '.join(kind.keys)} have no prompt to route by; give {COMPLETION.shape} or"
                 f" {TEXT.shape}"
             )
+        check_predicts_prompts(subject.model)
         check_numbers(len(subject.train), experts, dims, expert_steps=expert_steps)
         state = UnfinishedFamily(kept, subject.identity, log)
         training = FamilyTraining(

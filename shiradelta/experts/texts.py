@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 from shiradelta.text.examples import Predicted, training_examples
+from shiradelta.text.inputs import is_seq2seq
 from shiradelta.text.read import of_texts, read_list
 from shiradelta.text.tokenised import TokenisedExamples
 from shiradelta.train.gradients import Loss
@@ -50,6 +51,7 @@ def prompt_loss(tokenizer: Any, tokens: int = TOKENS) -> Loss:
     """
 
     def loss(model: nn.Module, prompts: Sequence[Any]) -> Tensor:
+        check_predicts_prompts(model)
         texts = [_prompt(one) for one in prompts]
         found = TokenisedExamples(of_texts(texts), tokenizer, model, tokens)
         for text, length in zip(texts, found.lengths, strict=True):
@@ -61,6 +63,15 @@ def prompt_loss(tokenizer: Any, tokens: int = TOKENS) -> Loss:
         return Predicted(found).loss(model, range(len(texts)))
 
     return loss
+
+
+def check_predicts_prompts(model: nn.Module) -> None:
+    """Raises SourceError for an encoder-decoder, whose prompts have no loss to be routed by."""
+    if is_seq2seq(model):
+        raise SourceError(
+            f"{type(model).__name__} is an encoder-decoder, which predicts no prompts, so that none can be routed;"
+            " give a causal language model"
+        )
 
 
 def _prompt(example: Any) -> str:

@@ -75,8 +75,16 @@ class Behaviour(ABC):
         left = torch.stack([term / scale for term, scale in terms if scale > 0])
         return last * left[-1] + (1 - last) * left.mean()
 
-    def token_weights(self, indices: Sequence[int]) -> Tensor | None:
-        """How much each token of a batch counts in a layer's statistics, padding and all [n]; None if all alike."""
+    def token_weights(self, indices: Sequence[int], rows: int) -> Tensor | None:
+        """How much each row that a layer gets of a batch counts in its statistics, padding and all [rows].
+
+        Args:
+            indices: the examples of the batch.
+            rows: rows that the layer gets.
+
+        Returns:
+            The weights; None if all rows count alike, as where a layer gets some of the tokens only.
+        """
         return None
 
     @abstractmethod

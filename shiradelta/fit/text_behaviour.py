@@ -16,9 +16,11 @@ from shiradelta.fit.divergence import blend, divergence, divergence_of_labels, l
 from shiradelta.fit.generate import generate
 from shiradelta.fit.losses import AGREEMENT, ANSWERS, LABELS, LIKELIHOOD, PARTNERS, ExampleLoss
 from shiradelta.models.sentence import modules_not_run
+from shiradelta.text.inputs import generates, is_seq2seq, moved
 from shiradelta.text.pooling import pool
 from shiradelta.text.read import ExampleSet
-from shiradelta.text.tokenised import TokenisedExamples
+from shiradelta.text.rows import TokenRows
+from shiradelta.text.tokenise import tokenise
 from shiradelta.util.text import brief
 
 COSINE = "cosine of embeddings"
@@ -50,6 +52,8 @@ LEAST_WEIGHT = 0.1
 class TextBehaviour(Behaviour):
     """Models of transformers: hidden states of all layers, and logits, or else the embedding of the text.
 
+    An encoder-decoder's hidden states are those of both; its logits predict the completion.
+
     Matching hidden states and logits at once costs accuracy at low density.  So where the model's use is known (it has
     logits, or its folder describes the embedding), the weight of the hidden states is annealed to zero.
 
@@ -67,7 +71,7 @@ class TextBehaviour(Behaviour):
         prompt_share: weight of a prompt's token in losses and measures, where one that the model is to say has 1.
 
     Raises:
-        SourceError: the examples are of a kind that the model cannot use, or `TokenisedExamples` refuses them.
+        SourceError: the examples are of a kind that the model cannot use, or `tokenise` refuses them.
     """
 
     def __init__(
@@ -81,33 +85,27 @@ class TextBehaviour(Behaviour):
         prompt_share: float = 0.0,
     ) -> None:
         super().__init__()
-        #: Whether it is a language model: a row of logits predicts the token that follows its own.
-        self.predicts = bool(getattr(model, "can_generate", lambda: False)())
-        if not examples.kind.is_text and examples.kind.predicts is not self.predicts:
+        #: Whether it is a language model: a row of logits predicts a token.
+        self.predicts = generates(model)
+        suits = examples.kind.is_text or examples.kind.predicts is self.predicts
+        if not suits and not is_seq2seq(model):  # which says itself what it needs
             raise SourceError(
                 f"{type(model).__name__} {'predicts the next token' if self.predicts else 'predicts no next token'}, so"
                 f' {" and ".join(examples.kind.keys)} are no examples for it; give {{"text": ...}}'
             )
         self._tokenizer = tokenizer
-        self._examples = TokenisedExamples(examples, tokenizer, model, tokens, prompt_share)
-        self._lay_out()
+        self._inputs = tokenise(examples, tokenizer, model, tokens, prompt_share)
+        self.lengths = self._inputs.lengths
         config: Any = model.config
         # A classifier on a causal model looks for the last token by its config's padding token.
-        config.pad_token_id = self._examples.pad
+        config.pad_token_id = self._inputs.pad
         multi = getattr(config, "problem_type", None) == "multi_label_classification"
         self._logits = OutputKind.LABELS if multi else OutputKind.LOGITS
         self._output = OutputKind.EMBEDDING
-        self._per_token: list[bool] = []
+        #: The rows of each output; None where it has one for each text.
+        self._rows: list[TokenRows | None] = []
         self._device = next(model.parameters()).device
         self._pooling, self.text_share = pooling, text_share
-
-    def _lay_out(self) -> None:
-        found = self._examples
-        self._table, self.lengths = found.table, found.lengths
-        self._row_weights = found.row_weights()
-        counts = torch.ones(len(found.table.ids)) if self._row_weights is None else self._row_weights
-        #: Index of each token among those that count.
-        self._rank = (counts > 0).cumsum(0) - 1
 
     def generate(
         self,
@@ -118,7 +116,7 @@ class TextBehaviour(Behaviour):
         seed: int,
         progress: Callable[[int, int], None],
     ) -> None:
-        """Adds texts that a model generates from prompts of some examples; arguments are those of `generate.generate`.
+        """Adds texts that a model generates from prompts of some examples; arguments are those of `generate`.
 
         Raises:
             SourceError: the model is no language model, or there is nothing to begin a text with.
@@ -127,8 +125,9 @@ class TextBehaviour(Behaviour):
             raise SourceError(
                 f"{type(model).__name__} is no language model and generates no texts; leave out --fit-generate"
             )
-        self._examples.extend(generate(model, self._tokenizer, self._examples, indices, number, batch, seed, progress))
-        self._lay_out()
+        made = generate(model, self._tokenizer, self._inputs, indices, number, batch, seed, progress)
+        self._inputs.extend(made)
+        self.lengths = self._inputs.lengths
 
     @property
     def measure(self) -> str:
@@ -136,22 +135,24 @@ class TextBehaviour(Behaviour):
 
     def outputs(self, model: nn.Module, indices: Sequence[int]) -> Outputs:
         """Rows of the tokens that count, without padding; a classifier's logits and embeddings have one per text."""
-        # Made on the CPU, where nothing waits for it; each transfer and each mask used as an index on a GPU would.
-        ids, there = self._table.padded(self._examples.texts(indices), self._examples.pad)
-        kept = self._counted(indices)[1].flatten().nonzero()[:, 0]
-        ids, mask, kept = (t.to(self._device, non_blocking=True) for t in (ids, there.long(), kept))
-        result = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        rows = [hidden.flatten(0, 1)[kept] for hidden in result.hidden_states[1:]]
-        self._per_token = [True] * len(rows)
+        given = moved(self._inputs.arguments(indices), model)
+        result = model(**given, output_hidden_states=True)
+        layers = self._inputs.hidden_states(result)
+        kept = {rows: self._moved(rows.kept(indices)) for rows in dict.fromkeys(rows for _, rows in layers)}
+        outputs = [hidden.flatten(0, 1)[kept[rows]] for hidden, rows in layers]
         logits = getattr(result, "logits", None)
+        of_tokens = logits is not None and logits.dim() == 3
+        self._rows = [*(rows for _, rows in layers), self._inputs.rows if of_tokens else None]
         if logits is None:
             self._output = OutputKind.EMBEDDING
-            rows.append(pool(result.hidden_states[-1], mask, self._pooling, model))
+            outputs.append(pool(layers[-1][0], given["attention_mask"], self._pooling, model))
         else:
             self._output = self._logits
-            rows.append(logits.flatten(0, 1)[kept] if logits.dim() == 3 else logits)
-        self._per_token.append(logits is not None and logits.dim() == 3)
-        return rows
+            outputs.append(logits.flatten(0, 1)[kept[self._inputs.rows]] if of_tokens else logits)
+        return outputs
+
+    def _moved(self, found: Tensor) -> Tensor:
+        return found.to(self._device, non_blocking=True)
 
     def check(self, model: nn.Module, base: Path) -> None:
         """Raises SourceError if texts alone do not run the model, or it gives no hidden states."""
@@ -180,26 +181,14 @@ class TextBehaviour(Behaviour):
         found = sum(gained) / len(gained) / self._scales[-1] if gained and self._scales[-1] > 0 else 0.0
         self.text_share *= min(1.0, max(0.0, found))
 
-    def _counted(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(slots of a padded batch, which of them count), as `TokenTable.slots`."""
-        slots, there = self._table.slots(self._examples.texts(indices))
-        if self._row_weights is not None:
-            there = there & (self._row_weights[torch.where(there, slots, 0)] > 0)
-        return slots, there
+    def _weights(self, rows: TokenRows | None, indices: Sequence[int]) -> Tensor | None:
+        """How much each row of an output counts; None if all count alike."""
+        weights = None if rows is None else rows.weights(indices)
+        return None if weights is None else self._moved(weights)
 
-    def _weights(self, indices: Sequence[int]) -> Tensor | None:
-        """How much each row counts; None if all count alike."""
-        if self._row_weights is None:
-            return None
-        slots, kept = self._counted(indices)
-        return self._row_weights[slots[kept]].to(self._device, non_blocking=True)
-
-    def token_weights(self, indices: Sequence[int]) -> Tensor:
-        slots, there = self._table.slots(self._examples.texts(indices))
-        counts = there.float()
-        if self._row_weights is not None:
-            counts *= LEAST_WEIGHT + (1 - LEAST_WEIGHT) * self._row_weights[torch.where(there, slots, 0)]
-        return counts.flatten().to(self._device, non_blocking=True)
+    def token_weights(self, indices: Sequence[int], rows: int) -> Tensor | None:
+        found = (one.shares(indices, LEAST_WEIGHT) for one in self._inputs.layer_rows)
+        return next((self._moved(shares) for shares in found if len(shares) == rows), None)
 
     def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
         """The teacher's outputs, with a share of the probability moved to the next token."""
@@ -216,41 +205,44 @@ class TextBehaviour(Behaviour):
 
     def lost(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
         """The likelihood of the texts that a language model lost against the fine-tune, in nats per token."""
-        tokens, there = self._following(indices)
-        if (weights := self._weights(indices)) is not None:
-            there = there * weights
+        tokens, there = self._predicted(indices)
         theirs, own = (log_likelihoods(outputs[-1], tokens) for outputs in (teacher, student))
         return float(((theirs - own) * there).sum() / there.sum().clamp(min=1e-9))
 
     def _following(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(next token, 1) for each row of the logits; (any token, 0) at the end of a text."""
-        slots, kept = self._counted(indices)
-        last = slots + 1 == self._table.ends(self._examples.texts(indices))[:, None]
-        follows = ~last[kept]
-        tokens = self._table.ids[slots[kept] + follows]
-        return tokens.to(self._device, non_blocking=True), follows.float().to(self._device, non_blocking=True)
+        """(the token that follows, 1) for each row of the logits; (any token, 0) at the end of a text."""
+        tokens, there = self._inputs.rows.following(indices)
+        return self._moved(tokens), self._moved(there)
+
+    def _predicted(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(the token that follows, how much it counts) for each row of the logits."""
+        tokens, there = self._following(indices)
+        weights = self._weights(self._inputs.rows, indices)
+        return tokens, there if weights is None else there * weights
 
     def differences(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> list[Tensor]:
         """Squared errors of hidden states and embeddings, KL divergence of logits; means over rows."""
-        pairs = list(zip(student, teacher, strict=True))
-        logits = [] if self._output is OutputKind.EMBEDDING else [pairs.pop()]
-        weights = self._weights(indices)
-        terms = [weighted_mean((s.float() - t.float()).square().sum(1), weights) for s, t in pairs]
-        return terms + [self._divergence(s, t, weights) for s, t in logits]
+        own = self._rows[-len(student) :]  # of the output alone, where that is all
+        weights = {rows: self._weights(rows, indices) for rows in dict.fromkeys(own)}
+        found = [(s, t, weights[rows]) for s, t, rows in zip(student, teacher, own, strict=True)]
+        logits = [] if self._output is OutputKind.EMBEDDING else [found.pop()]
+        terms = [weighted_mean((s.float() - t.float()).square().sum(1), counts) for s, t, counts in found]
+        return terms + [self._divergence(*one) for one in logits]
 
     def distance(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
         """KL divergence of the logits, or relative error of the last hidden states."""
         if self._output is OutputKind.EMBEDDING:
             return _relative_error(student[-2], teacher[-2], None)
-        return float(self._divergence(student[-1], teacher[-1], self._weights(indices)))
+        return float(self._divergence(student[-1], teacher[-1], self._weights(self._rows[-1], indices)))
 
     def compare(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         found = super().compare(indices, student, teacher)
-        s, t, weights = student[-1], teacher[-1], self._weights(indices)
+        s, t, weights = student[-1], teacher[-1], self._weights(self._rows[-1], indices)
         if self._output is OutputKind.EMBEDDING:
             found[COSINE] = float(nn.functional.cosine_similarity(s.float(), t.float()).mean())
         else:
-            found[HIDDEN_ERROR] = _relative_error(student[-2], teacher[-2], weights)
+            of_hidden = self._weights(self._rows[-2], indices)
+            found[HIDDEN_ERROR] = _relative_error(student[-2], teacher[-2], of_hidden)
             if self._output is OutputKind.LABELS:
                 found[EQUAL_ANSWERS] = float(((s > 0) == (t > 0)).float().mean())
             elif s.shape[-1] > 1:  # a single output is a regression's
@@ -265,8 +257,8 @@ class TextBehaviour(Behaviour):
         if self.predicts:
             return LIKELIHOOD
         if self._output is OutputKind.EMBEDDING:
-            return AGREEMENT if self._examples.sides == 1 else PARTNERS
-        if self._per_token[-1]:
+            return AGREEMENT if self._inputs.sides == 1 else PARTNERS
+        if self._rows[-1] is not None:
             return None
         return LABELS if self._output is OutputKind.LABELS else ANSWERS
 
@@ -274,11 +266,9 @@ class TextBehaviour(Behaviour):
         """Nats and tokens; or the embeddings, or answers, of an example's texts."""
         last = outputs[-1]
         if not self.predicts:
-            return torch.cat(last.float().chunk(self._examples.sides), dim=1).cpu()
-        tokens, there = self._following(indices)
-        if (weights := self._weights(indices)) is not None:
-            there = there * weights
-        counts = self._counted(indices)[1].sum(1).to(last.device)
+            return torch.cat(last.float().chunk(self._inputs.sides), dim=1).cpu()
+        tokens, there = self._predicted(indices)
+        counts = self._inputs.rows.counts(indices).to(last.device)
         example = torch.arange(len(indices), device=last.device).repeat_interleave(counts)
         rows = torch.stack([-log_likelihoods(last, tokens) * there, there], dim=1)
         return torch.zeros(len(indices), 2, device=last.device).index_add_(0, example, rows).cpu()
@@ -288,11 +278,10 @@ class TextBehaviour(Behaviour):
         return divergence_of_labels(student, teacher).mean() if labels else divergence(student, teacher, weights)
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        slots, kept = self._counted(indices)
-        texts = torch.tensor(self._examples.texts(indices))
-        of_tokens = self._rank[slots[kept]].to(self._device, non_blocking=True), int(self._rank[-1]) + 1
-        of_texts = texts.to(self._device, non_blocking=True), len(self._table.lengths)
-        return [of_tokens if per_token else of_texts for per_token in self._per_token]
+        of_output = self._inputs.rows
+        texts = self._moved(torch.tensor(of_output.texts(indices))), len(of_output.table.lengths)
+        ranks = {rows: self._moved(rows.ranks(indices)) for rows in dict.fromkeys(self._rows) if rows is not None}
+        return [texts if rows is None else (ranks[rows], rows.number) for rows in self._rows]
 
 
 def _relative_error(student: Tensor, teacher: Tensor, weights: Tensor | None) -> float:

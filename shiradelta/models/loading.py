@@ -89,8 +89,6 @@ def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:
         )
     with _loading(config_folder):
         parsed = transformers.AutoConfig.from_pretrained(config_folder, **_LOCAL)
-    if getattr(parsed, "is_encoder_decoder", False):
-        raise SourceError(f"{folder}: an encoder-decoder has two inputs; {_FROM_PYTHON}")
     return loader, parsed
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
+from shiradelta.text.inputs import ModelInputs, moved
 from shiradelta.text.pooling import pool
 from shiradelta.text.read import ExampleSet
-from shiradelta.text.tokenised import TokenisedExamples
+from shiradelta.text.tokenise import tokenise
 
 #: Temperature of the contrastive loss, as in sentence-transformers' models.
 TEMPERATURE = 0.05
@@ -22,25 +23,20 @@ class Examples(ABC):
     """Examples of one kind, tokenised, with a loss.
 
     Args:
-        tokenised: the examples.
+        inputs: the examples, tokenised.
         pooling: how token vectors become an embedding, where embeddings are compared (`find_pooling`).
 
     Attributes:
         lengths: tokens by example; examples of similar length share a batch.
     """
 
-    def __init__(self, tokenised: TokenisedExamples, pooling: str | None = None) -> None:
-        self._tokenised, self._pooling = tokenised, pooling
-        self.lengths = tokenised.lengths
+    def __init__(self, inputs: ModelInputs, pooling: str | None = None) -> None:
+        self._inputs, self._pooling = inputs, pooling
+        self.lengths = inputs.lengths
 
     @abstractmethod
     def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         """Mean loss over some examples."""
-
-    def _batch(self, model: nn.Module, indices: Sequence[int]) -> dict[str, Tensor]:
-        device = next(model.parameters()).device
-        ids, there = self._tokenised.table.padded(self._tokenised.texts(indices), self._tokenised.pad)
-        return {"input_ids": ids.to(device), "attention_mask": there.long().to(device)}
 
 
 class Predicted(Examples):
@@ -48,20 +44,15 @@ class Predicted(Examples):
 
     def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         """Cross entropy, averaged over the tokens that count, by their weights."""
-        batch = self._batch(model, indices)
-        logits = model(**batch).logits
-        weights = self._weights(indices)[:, 1:].to(logits.device)
-        kept = weights > 0
-        entropy = nn.functional.cross_entropy(
-            logits[:, :-1][kept].float(), batch["input_ids"][:, 1:][kept], reduction="none"
-        )
-        return (entropy * weights[kept]).sum() / weights.sum()
-
-    def _weights(self, indices: Sequence[int]) -> Tensor:
-        """How much each token of a padded batch counts, on the CPU; padding does not."""
-        slots, there = self._tokenised.table.slots(indices)
-        weights = self._tokenised.weights
-        return there.float() if weights is None else torch.where(there, weights[torch.where(there, slots, 0)], 0)
+        logits = model(**moved(self._inputs.arguments(indices), model)).logits
+        rows = self._inputs.rows
+        tokens, there = rows.following(indices)
+        weights = rows.weights(indices)
+        counts = there if weights is None else there * weights
+        some = counts > 0
+        kept, tokens, counts = (found[some].to(logits.device) for found in (rows.kept(indices), tokens, counts))
+        entropy = nn.functional.cross_entropy(logits.flatten(0, 1)[kept].float(), tokens, reduction="none")
+        return (entropy * counts).sum() / counts.sum()
 
 
 class Pairs(Examples):
@@ -69,7 +60,7 @@ class Pairs(Examples):
 
     def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         """Cross entropy of the cosines over a temperature of 0.05, both ways (multiple negatives ranking)."""
-        batch = self._batch(model, indices)
+        batch = moved(self._inputs.arguments(indices), model)
         hidden = getattr(model(**batch), "last_hidden_state", None)
         if hidden is None:
             raise SourceError("the model gives no last_hidden_state, which pairs train; give an encoder, or texts")
@@ -88,9 +79,6 @@ def training_examples(
     pooling: str | None = None,
     prompt_share: float = 0.0,
 ) -> Examples:
-    """Tokenises examples to train on; arguments and errors are those of `TokenisedExamples` and `Examples`."""
-    found = TokenisedExamples(examples, tokenizer, model, tokens, prompt_share, ends=examples.kind.predicts)
-    if not examples.kind.predicts:
-        return Pairs(found, pooling)
-    found.check_predicted()
-    return Predicted(found)
+    """Tokenises examples to train on; arguments and errors are those of `tokenise` and `Examples`."""
+    found = tokenise(examples, tokenizer, model, tokens, prompt_share, trains=examples.kind.predicts)
+    return Predicted(found) if examples.kind.predicts else Pairs(found, pooling)

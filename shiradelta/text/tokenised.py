@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
 from shiradelta.text.conversation import rendered
+from shiradelta.text.inputs import ModelInputs
 from shiradelta.text.kinds import COMPLETION, MESSAGES
 from shiradelta.text.read import ExampleSet
+from shiradelta.text.rows import TokenRows
 from shiradelta.text.tokens import TokenTable, check_vocabulary, padding_token, token_limit
 
 #: Token ids of a text, and whether the model is to say each of them.
 _Said = tuple[list[int], list[bool]]
 
 
-class TokenisedExamples:
-    """Examples of one kind as token ids.
+class TokenisedExamples(ModelInputs):
+    """Examples of one kind as token ids, for a model that reads one text: a language model or an encoder.
 
     Args:
         examples: the examples.
@@ -27,15 +29,13 @@ class TokenisedExamples:
         model: sets limits on tokens.
         tokens: longer texts are cut.
         prompt_share: weight of a prompt's token, where one that the model is to say has 1.
-        ends: whether the end of a text by itself is a token, too; completions and conversations always end.
+        trains: whether texts are trained on: their end is a token, too, and something has to follow another token.
+            Completions and conversations always end.
 
     Attributes:
         table: the token ids; a pair is two texts, one after the other.
-        sides: texts of an example.
         lengths: tokens by example: of a pair, those of its longer text.
         weights: float32 [tokens]: how much each token of the table counts; None if all count alike.
-        pad: the token to pad with.
-        limit: the longest text in tokens.
 
     Raises:
         SourceError: the tokenizer does not belong to the model, it has no chat template and the examples need one, a
@@ -49,7 +49,7 @@ class TokenisedExamples:
         model: nn.Module,
         tokens: int,
         prompt_share: float = 0.0,
-        ends: bool = False,
+        trains: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self.limit = token_limit(tokens, tokenizer, model)
@@ -63,21 +63,34 @@ class TokenisedExamples:
             ids = self._said(self._completions(examples.rows), prompt_share)
         else:
             ids = self._ids([text for row in examples.rows for text in row])
-            ids = [self._ended(one) for one in ids] if ends else ids
+            ids = [self._ended(one) for one in ids] if trains else ids
         if not all(ids):
             raise SourceError("a text has no tokens; leave it out")
         check_vocabulary(max(map(max, ids)), model)
         self._lay_out(ids)
+        if trains:
+            self._check_predicted()
 
     def _lay_out(self, ids: Sequence[Sequence[int]]) -> None:
         self.table = TokenTable(ids)
         self.lengths = [max(own) for own in zip(*[iter(self.table.lengths)] * self.sides, strict=True)]
+        self.rows = TokenRows.of_next(self.table, self.weights, self.sides)
+
+    def arguments(self, indices: Sequence[int]) -> dict[str, Any]:
+        ids, there = self.table.padded(self.rows.texts(indices), self.pad)
+        return {"input_ids": ids, "attention_mask": there.long()}
+
+    def hidden_states(self, result: Any) -> list[tuple[Tensor, TokenRows]]:
+        layers = getattr(result, "hidden_states", None)
+        if layers is not None:
+            return [(hidden, self.rows) for hidden in layers[1:]]
+        # A classifier of an encoder-decoder's: its decoder reads the same text.
+        both = (*result.encoder_hidden_states[1:], *result.decoder_hidden_states[1:])
+        return [(hidden, self.rows) for hidden in both]
 
     def row(self, index: int) -> tuple[list[int], int]:
         """(token ids of an example that is one text, how many of these are before the first that a model is to say)."""
-        end = int(self.table.ends([index])[0])
-        ids = self.table.ids[end - self.table.lengths[index] : end].tolist()
-        return ids, self._prompts[index] if self._prompts else 0
+        return self.table.row(index), self._prompts[index] if self._prompts else 0
 
     def extend(self, rows: Sequence[tuple[Sequence[int], int]]) -> None:
         """Adds examples, each (token ids of a text, how many of these are its prompt), after the others."""
@@ -88,33 +101,18 @@ class TokenisedExamples:
             self._prompts += [prompt for _, prompt in rows]
         self._lay_out([*(self.row(index)[0] for index in range(len(self.lengths))), *(ids for ids, _ in rows)])
 
-    def texts(self, indices: Sequence[int]) -> list[int]:
-        """The texts of some examples, by their number in the table; of pairs, first the anchors."""
-        return [self.sides * index + side for side in range(self.sides) for index in indices]
-
-    def row_weights(self) -> Tensor | None:
-        """float32 [tokens]: how much the prediction at each token counts, which is of the token after it.
-
-        At a text's last token nothing is predicted.  None if all count alike.
-        """
-        if self.weights is None:
-            return None
-        shifted = torch.cat([self.weights[1:], self.weights.new_zeros(1)])
-        shifted[self.table.ends(range(len(self.table.lengths))) - 1] = 0
-        return shifted
-
-    def check_predicted(self) -> None:
+    def _check_predicted(self) -> None:
         """Raises SourceError if an example is so short that no token of it follows another."""
         for number, length in enumerate(self.lengths, 1):
             if length < 2:
-                raise _nothing_to_predict(number, self.limit)
+                raise nothing_to_predict(number, self.limit)
 
     def _said(self, found: Sequence[_Said], prompt_share: float) -> list[list[int]]:
         """The ids of texts, cut; sets the weights.  The first token has nothing before it to predict it from."""
         cut = [(ids[: self.limit], said[: self.limit]) for ids, said in found]
         for number, (_, said) in enumerate(cut, 1):
             if not any(said[1:]):
-                raise _nothing_to_predict(number, self.limit)
+                raise nothing_to_predict(number, self.limit)
         self._prompts = [said.index(True) for _, said in cut]
         if prompt_share < 1:
             self.weights = torch.tensor([1.0 if one else prompt_share for _, said in cut for one in said])
@@ -155,7 +153,8 @@ class TokenisedExamples:
         return ids if end is None or len(ids) >= self.limit or ids[-1:] == [end] else [*ids, end]
 
 
-def _nothing_to_predict(number: int, limit: int) -> SourceError:
+def nothing_to_predict(number: int, limit: int) -> SourceError:
+    """The error of an example that is cut so short that nothing in it is predicted."""
     return SourceError(
         f"example {number} has nothing to predict within {limit} tokens; leave it out, or give a larger --tokens"
         " (--fit-tokens of convert)"

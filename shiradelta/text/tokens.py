@@ -25,21 +25,38 @@ class TokenTable:
         self._lengths = torch.tensor(self.lengths, dtype=torch.int64)
         self._starts = self._lengths.cumsum(0) - self._lengths
 
-    def slots(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(index into `ids` of each token of a padded batch [texts, tokens], which of them are not padding)."""
+    def row(self, index: int) -> list[int]:
+        """The token ids of one text."""
+        start = int(self._starts[index])
+        found: list[int] = self.ids[start : start + self.lengths[index]].tolist()
+        return found
+
+    def slots(self, indices: Sequence[int], width: int = 0) -> tuple[Tensor, Tensor]:
+        """(index into `ids` of each token of a padded batch [texts, tokens], which of them are not padding).
+
+        Args:
+            indices: the texts.
+            width: tokens to pad to, if that is more than the longest text has.
+        """
         texts = list(indices)  # a tuple would index dimensions
         lengths, starts = self._lengths[texts], self._starts[texts]
-        offsets = torch.arange(int(lengths.max()))
+        offsets = torch.arange(max(width, int(lengths.max())))
         return starts[:, None] + offsets, offsets < lengths[:, None]
 
     def ends(self, indices: Sequence[int]) -> Tensor:
         """Index into `ids` just after each text's last token."""
         return (self._starts + self._lengths)[list(indices)]
 
-    def padded(self, indices: Sequence[int], pad: int) -> tuple[Tensor, Tensor]:
-        """(token ids [texts, tokens], which of them are not padding) of a batch, on the CPU."""
-        slots, there = self.slots(indices)
+    def padded(self, indices: Sequence[int], pad: int, width: int = 0) -> tuple[Tensor, Tensor]:
+        """(token ids [texts, tokens], which of them are not padding) of a batch, on the CPU; width as of `slots`."""
+        slots, there = self.slots(indices, width)
         return torch.where(there, self.ids[torch.where(there, slots, 0)], pad), there
+
+
+#: Keys of a configuration that say how many positions there are: of a model, of an encoder, of a decoder.
+_POSITIONS = ("max_position_embeddings",)
+_OF_ENCODER = ("max_encoder_position_embeddings", *_POSITIONS)
+_OF_DECODER = ("max_decoder_position_embeddings", "max_target_positions", *_POSITIONS)
 
 
 def token_limit(tokens: int, tokenizer: Any, model: nn.Module) -> int:
@@ -48,19 +65,30 @@ def token_limit(tokens: int, tokenizer: Any, model: nn.Module) -> int:
     return min(limit, position_limit(model) or limit)
 
 
+def side_limits(tokens: int, tokenizer: Any, model: nn.Module) -> tuple[int, int]:
+    """As `token_limit`, of an encoder-decoder: (that of texts for its encoder, that of texts for its decoder)."""
+    limit = min(tokens, int(tokenizer.model_max_length))
+    return min(limit, _positions(model, _OF_ENCODER) or limit), min(limit, _positions(model, _OF_DECODER) or limit)
+
+
 def position_limit(model: nn.Module) -> int | None:
     """Number of tokens that a model has positions for; None if its configuration does not say.
 
     RoBERTa and its kin number positions from `padding_idx + 1`, so that many of their positions are never used.
     """
-    config: Any = model.config
-    count = getattr(config, "max_position_embeddings", None)
-    if not count or count < 0:
+    count = _positions(model, _POSITIONS)
+    if count is None:
         return None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(count) - int(module.padding_idx) - 1
-    return int(count)
+            return count - int(module.padding_idx) - 1
+    return count
+
+
+def _positions(model: nn.Module, keys: Sequence[str]) -> int | None:
+    """The number under the first of some keys that the configuration has."""
+    found = (getattr(model.config, key, None) for key in keys)
+    return next((int(count) for count in found if isinstance(count, int) and count > 0), None)
 
 
 def check_vocabulary(largest: int, model: nn.Module) -> None:

@@ -164,7 +164,7 @@ def test_padding_is_what_the_model_takes_for_it(tmp_path: Path):
     """A decoder's classifier looks for the last token before its padding, whatever the tokenizer pads with."""
     model = build("classifier").eval()
     model.config.pad_token_id = 63
-    assert behaviour(model, tmp_path)._examples.pad == 63
+    assert behaviour(model, tmp_path)._inputs.pad == 63
 
 
 def test_labels_that_can_all_hold_have_their_own_divergence():

@@ -172,7 +172,7 @@ def test_statistics_count_by_weight(weight: float, same: bool):
             nonzeros,
             lambda of: lambda v: v,
             [[0]],
-            lambda part: counts,
+            lambda part, rows: counts,
         )
         found.append(nonzeros.values[0].clone())
         rows[-1] *= 50
@@ -195,5 +195,6 @@ def test_weights_of_tokens(encoder: tuple[Path, Path]):  # noqa: F811
     behaviour = TextBehaviour(load_tokenizer(encoder[0], encoder[1]), read_list(texts), model, 64)
     short, long = behaviour.lengths
     assert short < long
-    weights = behaviour.token_weights([0, 1])
+    weights = behaviour.token_weights([0, 1], 2 * long)
+    assert weights is not None
     assert weights.tolist() == [1.0] * short + [0.0] * (long - short) + [1.0] * long

@@ -42,7 +42,7 @@ def refit(
     nonzeros: Nonzeros,
     quantiser: Callable[[Mapping[int, Tensor]], Rounding],
     parts: Sequence[Sequence[int]],
-    weights: Callable[[Sequence[int]], Tensor | None] = lambda part: None,
+    weights: Callable[[Sequence[int], int], Tensor | None] = lambda part, rows: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[int]:
     """Gives linear layers a new mask and new values; other tensors keep theirs.
@@ -55,7 +55,7 @@ def refit(
         quantiser: takes the positions of some tensors, by index; what it returns rounds their values as a reader will
             see them, so that later layers compensate.
         parts: examples of each forward pass.
-        weights: how much each token of a part counts, in the order in which layers get them; None if all count alike.
+        weights: (a part, rows that a layer gets of it) -> how much each row counts; None if all count alike.
         progress: called with (layers done, number of layers).
 
     Returns:
@@ -173,7 +173,7 @@ def _moments(
     teacher: Callable[[], AbstractContextManager[None]],
     group: list[nn.Module],
     parts: Sequence[Sequence[int]],
-    weights: Callable[[Sequence[int]], Tensor | None],
+    weights: Callable[[Sequence[int], int], Tensor | None],
 ) -> tuple[Tensor, list[Tensor]] | None:
     """(X'X of a group's common input, X'(Y - X W') of each layer); None if no part calls all layers of the group."""
     sums: list[Tensor] = []
@@ -184,9 +184,8 @@ def _moments(
         if tuned is None or own is None or tuned[0].shape != own[0].shape:  # experts that this part is not routed to
             continue
         (_, expected), (x, found) = tuned, own
-        counts = weights(part)
-        # Layers that get some of the tokens, as experts do, count all of them.
-        counted = x if counts is None or len(counts) != len(x) else x * counts[:, None].to(x)
+        counts = weights(part, len(x))
+        counted = x if counts is None else x * counts[:, None].to(x)
         terms = [counted.T @ x, *(counted.T @ (e - f) for e, f in zip(expected, found, strict=True))]
         sums = [total + term for total, term in zip(sums, terms, strict=True)] if sums else terms
     return (sums[0], sums[1:]) if sums else None

@@ -46,6 +46,8 @@ class Skeleton:
         loader, config = loading.model_class(base, source)
         if head := head_of(folder_of(base)):
             raise CannotStreamError(f"its embedding goes through {head[0].path}")
+        if getattr(config, "is_encoder_decoder", False):
+            raise CannotStreamError("it has an encoder and a decoder")
         with _without_weights(dtype):
             model: nn.Module = loader(config)
         model.tie_weights()  # type: ignore[operator]
