@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,11 +127,11 @@ def for_all_layers(data: bytes, layers: int) -> bytes:
     for name, record in named:
         placed = []
         for section in (record.index, record.values):
-            placed.append(replace(section, offset=cursor))
+            placed.append(section.at(cursor))
             stored = data[section.offset : section.offset + section.stored]
             payload.append(container.pad_section(stored))
             cursor = registry.align(cursor + section.stored, registry.SECTION_ALIGNMENT)
-        records.append(replace(record, name=name.decode(), index=placed[0], values=placed[1]))
+        records.append(record._replace(name=name.decode(), index=placed[0], values=placed[1]))
     return container.build(records, {}, parsed.digest, cursor) + b"".join(payload)
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shiradelta.errors import ArgumentError, FormatError
@@ -64,9 +64,9 @@ def tables_end(header: Header) -> int:
     return _tables(header)[-1].end
 
 
-def check_padding(data: Bytes, start: int, end: int) -> None:
+def _check_padding(data: memoryview, start: int, end: int) -> None:
     """Checks that bytes between sections are zero."""
-    if start < end and data[start:end].tobytes().strip(b"\0"):
+    if start < end and bytes(data[start:end]).strip(b"\0"):
         raise FormatError("padding_not_zero", "between sections", offset=start)
 
 
@@ -92,10 +92,10 @@ def parse(data: Bytes, most: int | None = None) -> Container:
     for section in sections:
         if crc32(data[section.offset : section.offset + section.stored]) != section.crc:
             raise FormatError("section_checksum", offset=section.offset)
-        check_padding(data, section.offset + section.stored, section.end)
+        _check_padding(data.data, section.offset + section.stored, section.end)
     table, names, metadata, extension = (data[s.offset : s.offset + s.stored] for s in sections)
     pairs = parse_metadata(metadata.tobytes(), sections[2].offset)
-    records = _parse_table(data, table, names, cursor, bool(header.incompatible & Incompatible.ZSTD))
+    records = _parse_table(data.data, table, names, cursor, bool(header.incompatible & Incompatible.ZSTD))
     sizes = {
         "header": registry.HEADER_SIZE,
         "table": table.size + names.size,
@@ -136,33 +136,33 @@ def build_metadata(pairs: Mapping[str, str]) -> bytes:
     return b"".join(registry.METADATA_PAIR.pack(len(k), len(v)) + k + v for k, v in encoded)
 
 
-def _parse_table(data: Bytes, table: Bytes, names: Bytes, cursor: int, zstd: bool) -> tuple[Record, ...]:
+def _parse_table(data: memoryview, table: Bytes, names: Bytes, cursor: int, zstd: bool) -> tuple[Record, ...]:
     records: list[Record] = []
+    every_name = names.tobytes()
     name_end, before = 0, b""
-    for at in range(0, table.size, registry.RECORD_SIZE):
-        fields = registry.RECORD.unpack_from(table.data, at)
-        name_offset, name_size = fields[:2]
-        raw = names[name_offset : name_offset + name_size].tobytes()
+    for number, (name_offset, name_size, *fields) in enumerate(registry.RECORD.iter_unpack(table.data)):
+        at = registry.HEADER_SIZE + number * registry.RECORD_SIZE
+        raw = every_name[name_offset : name_offset + name_size]
         try:
             if name_offset != name_end or name_offset + name_size > names.size:
-                raise FormatError("name_layout", f"name of record {at // registry.RECORD_SIZE}")
+                raise FormatError("name_layout", f"name of record {number}")
             name = _parse_name(raw, before)
         except FormatError as error:
-            error.offset = registry.HEADER_SIZE + at
+            error.offset = at
             raise
         try:
-            record = _parse_record(name, fields[2:], data, cursor, zstd)
+            record = _parse_record(name, fields, data, cursor, zstd)
         except FormatError as error:
             error.tensor = name
             if error.offset is None:
-                error.offset = registry.HEADER_SIZE + at
+                error.offset = at
             raise
         records.append(record)
         name_end, before, cursor = name_end + name_size, raw, record.values.end
     if name_end != names.size:
         raise FormatError("name_layout", f"{names.size - name_end} bytes behind the last name")
-    if cursor != data.size:
-        raise FormatError("section_layout", f"sections end at {cursor} of {data.size} bytes")
+    if cursor != data.nbytes:
+        raise FormatError("section_layout", f"sections end at {cursor} of {data.nbytes} bytes")
     return tuple(records)
 
 
@@ -188,7 +188,7 @@ def _parse_name(raw: bytes, before: bytes) -> str:
     return name
 
 
-def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, zstd: bool) -> Record:
+def _parse_record(name: str, fields: Sequence[int], data: memoryview, cursor: int, zstd: bool) -> Record:
     (
         rank,
         dtype_id,
@@ -223,8 +223,9 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
     if value_id and value_id not in VALUE_CODECS.by_id:
         raise FormatError("unknown_value_codec", f"id {value_id}")
     shape = _parse_shape(rank, dims)
-    if nnz > math.prod(shape):
-        raise FormatError("bad_count", f"{nnz} nonzeros, {math.prod(shape)} elements")
+    numel = math.prod(shape)
+    if nnz > numel:
+        raise FormatError("bad_count", f"{nnz} nonzeros, {numel} elements")
     record = Record(
         name=name,
         shape=shape,
@@ -241,16 +242,11 @@ def _parse_record(name: str, fields: tuple[int, ...], data: Bytes, cursor: int, 
     problem = combination_problem(record)
     if problem:
         raise FormatError("bad_combination", problem)
-    for value, kept in (
-        (base_fingerprint, record.base_fingerprint),
-        (result_fingerprint, record.result_fingerprint),
-    ):
-        if value and kept is None:
-            raise FormatError("reserved_not_zero", "a fingerprint without its flag")
-    if record.nnz:
-        index_ok = INDEX_CODECS.by_id[record.index_codec].size_is_possible(index_decoded, nnz, record.numel)
-        values = VALUE_CODECS.by_id[record.value_codec]
-        values_ok = values.size_is_possible(values_decoded, nnz, record.element_size)
+    if (base_fingerprint and not flag_bits & _BASE) or (result_fingerprint and not flag_bits & _RESULT):
+        raise FormatError("reserved_not_zero", "a fingerprint without its flag")
+    if nnz:
+        index_ok = INDEX_CODECS.by_id[index_id].size_is_possible(index_decoded, nnz, numel)
+        values_ok = VALUE_CODECS.by_id[value_id].size_is_possible(values_decoded, nnz, dtype.size)
     else:
         index_ok, values_ok = index_decoded == 0, values_decoded == 0
     _check_section(record.index, cursor, data, zstd, index_ok)
@@ -263,13 +259,13 @@ def _parse_shape(rank: int, dims: list[int]) -> tuple[int, ...]:
     if rank > registry.MAX_RANK or any(dims[rank:]):
         raise FormatError("bad_shape", f"rank {rank}")
     # Python's integers do not overflow; with a zero among the dims the product is 0 whatever the others are.
-    if any(size > registry.MAX_NUMEL for size in shape) or math.prod(shape) > registry.MAX_NUMEL:
+    if max(dims) > registry.MAX_NUMEL or math.prod(shape) > registry.MAX_NUMEL:
         raise FormatError("bad_shape", f"{list(shape)}")
     return shape
 
 
-def _check_section(section: Section, cursor: int, data: Bytes, zstd: bool, size_ok: bool) -> None:
-    if section.offset != cursor or section.end > data.size:
+def _check_section(section: Section, cursor: int, data: memoryview, zstd: bool, size_ok: bool) -> None:
+    if section.offset != cursor or section.end > data.nbytes:
         raise FormatError("section_layout", f"a section of {section.stored} bytes at {section.offset}")
     if not section.zstd and section.decoded != section.stored:
         raise FormatError("section_layout", "stored and decoded size differ", offset=section.offset)
@@ -281,7 +277,7 @@ def _check_section(section: Section, cursor: int, data: Bytes, zstd: bool, size_
         raise FormatError("zstd_ratio", f"{section.decoded} from {section.stored} bytes", offset=section.offset)
     if not size_ok:
         raise FormatError("bad_size", f"{section.decoded} bytes", offset=section.offset)
-    check_padding(data, section.offset + section.stored, section.end)
+    _check_padding(data, section.offset + section.stored, section.end)
 
 
 def front(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
+from typing import NamedTuple
 
 from shiradelta.format import registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
-from shiradelta.format.codecs.base import ValueCodec
-from shiradelta.format.operations import Operation
+from shiradelta.format.codecs.base import IndexCodec, ValueCodec
+from shiradelta.format.operations import OPERATIONS, Operation
 from shiradelta.format.registry import IndexId, ValueId
 
+_ALIGNMENT = registry.SECTION_ALIGNMENT
 
-@dataclass(frozen=True)
-class Section:
+
+class Section(NamedTuple):
     """Offset, sizes in bytes and checksum of a section."""
 
     offset: int
@@ -30,11 +31,10 @@ class Section:
     @property
     def end(self) -> int:
         """Offset of the next section."""
-        return registry.align(self.offset + self.stored, registry.SECTION_ALIGNMENT)
+        return -(-(self.offset + self.stored) // _ALIGNMENT) * _ALIGNMENT
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One tensor's row of the table."""
 
     name: str
@@ -46,10 +46,10 @@ class Record:
     nnz: int
     base_fingerprint: int | None
     result_fingerprint: int | None
-    index: Section
+    index: Section  # type: ignore[assignment]  # tuples have a method of this name, which nobody calls
     values: Section
 
-    @cached_property
+    @property
     def numel(self) -> int:
         """Elements of the tensor."""
         return math.prod(self.shape)
@@ -62,7 +62,7 @@ class Record:
     @property
     def may_need_base(self) -> bool:
         """Whether the codecs that need the base's elements are defined for this dtype."""
-        return registry.ORDERED.get(self.dtype.name) is registry.Order.SIGN_AND_MAGNITUDE
+        return _may_need_base(self.dtype)
 
     @property
     def needs_base(self) -> bool:
@@ -78,7 +78,8 @@ class Record:
     @property
     def unpacked_size(self) -> int:
         """Bytes of the sections that are stored as zstd, when they are decompressed."""
-        return sum(section.decoded for section in (self.index, self.values) if section.zstd)
+        index, values = self.index, self.values
+        return (index.decoded if index.zstd else 0) + (values.decoded if values.zstd else 0)
 
     @property
     def decoded_size(self) -> int:
@@ -104,35 +105,57 @@ class Record:
         return VALUE_CODECS.by_id[self.value_codec].name if self.value_codec else ValueId.NONE.name
 
 
-def _holds(codec: ValueCodec, operation: Operation) -> bool:
-    """Whether a codec holds what an operation lists."""
-    return (codec.adds, codec.shifts) == (operation.adds, operation.shifts)
-
-
 def combination_problem(record: Record) -> str | None:
     """Which fields of a record contradict each other (FORMAT.md, 3.1); None if none do."""
-    empty = record.nnz == 0
-    whole = record.nnz == record.numel
-    unspecified = record.dtype is registry.UNSPECIFIED
-    if (record.index_codec == IndexId.NONE) != empty or (record.value_codec == ValueId.NONE) != empty:
-        return f"{record.nnz} nonzeros in {record.index_codec_name} and {record.value_codec_name}"
-    if record.index_codec == IndexId.ALL and not whole:
-        return "ALL without all elements"
-    operation = record.operation
-    fits = (
-        record.dtype.name in operation.dtypes
-        and (empty or _holds(VALUE_CODECS.by_id[record.value_codec], operation))
-        and (empty or operation.in_result)
-        and (not operation.creates or (whole and (empty or record.index_codec == IndexId.ALL)))
+    return _problem(
+        record.operation.id,
+        record.dtype.id,
+        INDEX_CODECS.by_id.get(record.index_codec),
+        VALUE_CODECS.by_id.get(record.value_codec),
+        record.nnz == 0,
+        record.nnz == record.numel,
+        record.base_fingerprint is not None,
+        record.result_fingerprint is not None,
     )
-    fits &= record.may_need_base or not record.needs_base
+
+
+@lru_cache(maxsize=256)  # a file has few kinds of tensors
+def _problem(
+    operation_id: int,
+    dtype_id: int,
+    index: IndexCodec | None,
+    values: ValueCodec | None,
+    empty: bool,
+    whole: bool,
+    has_base: bool,
+    has_result: bool,
+) -> str | None:
+    """`combination_problem` of all tensors of a kind; an id without a codec is NONE's."""
+    operation, dtype = OPERATIONS.by_id[operation_id], registry.DTYPE_OF_ID[dtype_id]
+    index_name = IndexId.NONE.name if index is None else index.name
+    codecs = f"{index_name} and {ValueId.NONE.name if values is None else values.name}"
+    if (index is None) != empty or (values is None) != empty:
+        return f"{'no' if empty else 'some'} nonzeros in {codecs}"
+    if index_name == IndexId.ALL.name and not whole:
+        return "ALL without all elements"
+    fits = (
+        dtype.name in operation.dtypes
+        and (values is None or (values.adds, values.shifts) == (operation.adds, operation.shifts))
+        and (empty or operation.in_result)
+        and (not operation.creates or (whole and (empty or index_name == IndexId.ALL.name)))
+    )
+    fits &= _may_need_base(dtype) or not any(codec is not None and codec.needs_base for codec in (index, values))
     if not fits:
-        codecs = f"{record.index_codec_name} and {record.value_codec_name}"
-        return f"{operation.title} of {record.dtype.name} with {codecs}"
+        return f"{operation.title} of {dtype.name} with {codecs}"
+    unspecified = dtype is registry.UNSPECIFIED
     for present, never in (
-        (record.base_fingerprint, unspecified or not operation.in_base),
-        (record.result_fingerprint, unspecified or not operation.in_result),
+        (has_base, unspecified or not operation.in_base),
+        (has_result, unspecified or not operation.in_result),
     ):
-        if present is not None and never:
-            return f"a fingerprint on {operation.title} of {record.dtype.name}"
+        if present and never:
+            return f"a fingerprint on {operation.title} of {dtype.name}"
     return None
+
+
+def _may_need_base(dtype: registry.DType) -> bool:
+    return registry.ORDERED.get(dtype.name) is registry.Order.SIGN_AND_MAGNITUDE

@@ -241,7 +241,7 @@ def _write(
             if progress:
                 progress(name, number, len(delta))
             tensor, sections = other_form(stored)
-            record = replace(stored.record, index_codec=sections.index_codec, value_codec=sections.value_codec)
+            record = stored.record._replace(index_codec=sections.index_codec, value_codec=sections.value_codec)
             if not packed:
                 record = _with_result(record, tensor)
             compress = zstd and (stored.record.index.zstd or stored.record.values.zstd)
@@ -272,7 +272,7 @@ def _with_result(record: Record, tensor: TensorDelta) -> Record:
     if fingerprint(positions, base) != record.base_fingerprint:
         return record  # not the base: whoever applies the delta compares it, and says so
     result = arithmetic.result(tensor.operation, tensor.bits(), base, tensor.dtype, 1)
-    return replace(record, result_fingerprint=fingerprint(positions, result))
+    return record._replace(result_fingerprint=fingerprint(positions, result))
 
 
 def _check_digest(writer: DeltaWriter, delta: Delta) -> None:

@@ -273,7 +273,8 @@ class Delta(Mapping[str, StoredTensor]):
     @property
     def needs_base(self) -> bool:
         """Whether positions or values of a tensor can only be read with the base; see `shiradelta.recode`."""
-        return any(record.needs_base for record in self._records.values())
+        kinds = {(record.index_codec, record.value_codec): record for record in self._records.values()}
+        return any(record.needs_base for record in kinds.values())
 
     def to_torch_sparse(self) -> dict[str, Tensor]:
         """Name -> the tensor's delta as a torch.sparse COO tensor, float32; see `TensorDelta.to_torch_sparse`.

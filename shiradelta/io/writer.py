@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, cast
 
@@ -170,14 +169,14 @@ class DeltaWriter:
             self._values_lead(record.value_codec, sections[1], record.nnz),
         )
         index, values = (self._store(*each, level) for each in zip(sections, leads, strict=True))
-        self._records[record.name] = replace(record, index=index, values=values)
+        self._records[record.name] = record._replace(index=index, values=values)
         self._digests[record.name] = digest
 
     def drop_results(self, which: Callable[[Record], bool]) -> None:
         """Leaves out the fingerprints of the results of some of the tensors added so far."""
         for name, record in self._records.items():
             if which(record):
-                self._records[name] = replace(record, result_fingerprint=None)
+                self._records[name] = record._replace(result_fingerprint=None)
 
     def _store_in_parts(self, parts: Iterable[bytes]) -> Section:
         """Appends a section to the spool, part by part."""
@@ -235,7 +234,7 @@ class DeltaWriter:
             index = record.index.at(cursor)
             values = record.values.at(index.end)
             cursor = values.end
-            records.append(replace(record, index=index, values=values))
+            records.append(record._replace(index=index, values=values))
         digest = self.digest
         header, parts = container.front(records, self.metadata, bytes.fromhex(digest), cursor)
         if self._may_pack:

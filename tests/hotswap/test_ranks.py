@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ def test_no_rank_takes_its_part_for_the_base(tmp_path: Path):
         stored = delta["up.weight"]
         section = FROM_BASE.encode_on(at, stored.shape, bits(tensor).reshape(-1))
         assert section is not None
-        record = replace(stored.record, index_codec=FROM_BASE.id)
+        record = stored.record._replace(index_codec=FROM_BASE.id)
         writer.add_sections(record, tensor_digest(stored), section, stored.section(record.values).tobytes())
     for said in run(part_of_base, 2, tmp_path, on_base.getvalue()):
         assert "a part of it only" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +204,8 @@ def sealed(path: Path, content: bytes) -> bytes:
     with sd.open_delta(path) as delta:
         records = [tensor.record for tensor in delta.values()]
         index = delta["w"].record.index
-        right = replace(index, crc=crc32(content[index.offset : index.offset + index.stored]))
-        changed = [replace(one, index=right) if one.name == "w" else one for one in records]
+        right = index._replace(crc=crc32(content[index.offset : index.offset + index.stored]))
+        changed = [one._replace(index=right) if one.name == "w" else one for one in records]
         front = container.build(changed, delta.metadata, bytes.fromhex(delta.digest), len(content))
     return front + content[len(front) :]
 
