@@ -85,8 +85,9 @@ def fit_of(
     if check and (compared := together(found for *_, found, _ in every)):
         fit = _check_base(adapter.label, compared, adapter.records, bool(levels))
     targets = {name: preparation.targets[other] for name, other in names.items()}
-    forms = {name: {target, *target.forms.values()} for name, target in targets.items()}
-    return tuple(name for name, some in forms.items() if known.isdisjoint(some)), fit
+    return tuple(
+        name for name, one in targets.items() if one not in known and known.isdisjoint(one.forms.values())
+    ), fit
 
 
 def _checkable(held: Mapping[LiveBackend, Held], parts: Sequence[InPieces]) -> set[Target]:

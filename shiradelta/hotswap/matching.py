@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, TargetError
 from shiradelta.hotswap.layers import Held, Patch
 from shiradelta.hotswap.protocol import LiveBackend
-from shiradelta.io.reader import Delta, StoredTensor
+from shiradelta.io.reader import StoredTensor
 from shiradelta.models.compatibility import TensorSpec, check_fit, remedy_of
 from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array
@@ -42,12 +42,16 @@ def only_these(label: str, matched: Mapping[str, str], only: Iterable[str] | Non
 
 
 def match(
-    delta: Delta, targets: Mapping[str, Target], names: Names | None, label: str, skip: Sequence[str]
+    delta: Mapping[str, StoredTensor],
+    targets: Mapping[str, Target],
+    names: Names | None,
+    label: str,
+    skip: Sequence[str],
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Finds a delta's tensors in a model.
 
     Args:
-        delta: the file.
+        delta: the file's tensors.
         targets: the model's tensors by name.
         names: the file's names -> the model's, where they differ.
         label: the file, for messages.
@@ -196,7 +200,6 @@ def check_target(where: str, tensor: StoredTensor, target: Target, allow_dtype: 
     # NumPy has no bfloat16: a uint16 array stands for it where the delta says so, as everywhere in the package.
     stands_for_bfloat16 = is_array(target.tensor) and (target.dtype, tensor.dtype) == ("uint16", "bfloat16")
     dtype = "bfloat16" if stands_for_bfloat16 else target.dtype
-    stored = next((leaf for leaf, _ in target.leaves()), target)
     check_fit(
         where,
         tensor,
@@ -204,7 +207,7 @@ def check_target(where: str, tensor: StoredTensor, target: Target, allow_dtype: 
         "the model",
         allow_dtype=allow_dtype,
         option="allow_dtype=True",
-        shown=str(stored.tensor.dtype) if dtype == "?" else "",
+        shown=str(next((leaf for leaf, _ in target.leaves()), target).tensor.dtype) if dtype == "?" else "",
     )
     return dtype
 

@@ -13,7 +13,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain
-from operator import attrgetter, is_, is_not, methodcaller
+from operator import attrgetter, is_not, methodcaller
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -22,7 +22,7 @@ import numpy as np
 from shiradelta.errors import TargetError
 from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array, is_sharded, own_part
-from shiradelta.models.places import Place, Places
+from shiradelta.models.places import Places, Things
 
 #: What to do if nothing is known of the weights.
 RELOAD = "load the model's weights again, then call rebase()"
@@ -86,28 +86,13 @@ class _Readings:
         self._known = self._read(self._sources)
 
 
-class _InPlace:
-    """Things that a model has in places of it; each place counts once."""
-
-    def __init__(self, found: Iterable[tuple[Place, Any]]) -> None:
-        distinct = {(id(place.things), place.name): (place, thing) for place, thing in found}
-        self._mappings = [place.things for place, _ in distinct.values()]
-        self._names = [place.name for place, _ in distinct.values()]
-        self._things = [thing for _, thing in distinct.values()]
-        self._get: Any = dict.get if all(isinstance(one, dict) for one in self._mappings) else Mapping.get
-
-    def are_there(self) -> bool:
-        """Whether all are still there."""
-        return all(map(is_, map(self._get, self._mappings, self._names), self._things))
-
-
 class Watch:
     """The tensors that a session's adapters change, as the session last wrote or checked them."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._places = model, Places(model)
         self._things: dict[Target, list[Any]] = {}  # what the model has in each tensor's places
-        self._tensors, self._modules = _InPlace(()), _InPlace(())
+        self._tensors, self._modules = Things(()), Things(())
         self._counting: list[Any] = []
         self._addresses: list[int] = []
         self._versions, self._samples = _Readings(_versions), _Readings(_sampled)
@@ -130,7 +115,7 @@ class Watch:
         self._parts.follow({target: own_part(tensor) for target, tensor in counted.items() if is_sharded(tensor)})
         self._samples.follow({target: _sampler(target) for target in sampled})
         pairs = (zip(target.places, things, strict=False) for target, things in self._things.items())
-        self._tensors = _InPlace(chain.from_iterable(pairs))
+        self._tensors = Things(chain.from_iterable(pairs))
         self._follow_modules()
         self._counting = [own_part(tensor) for tensor in objects.values()]
         self._addresses = [target.address for target in objects]
@@ -139,11 +124,13 @@ class Watch:
 
     def _follow_modules(self) -> None:
         places = chain.from_iterable(target.places for target in self._things)
-        self._modules = _InPlace(self._places.above(places))
+        self._modules = Things(self._places.above(places))
 
     def _has(self, now: Places, target: Target) -> bool:
         """Whether the model has a tensor everywhere that it had it, through as many modules."""
-        return target.is_there() and all(now.ways(place) >= self._places.ways(place) for place in target.places)
+        if not target.is_there():
+            return False
+        return now is self._places or all(now.ways(place) >= self._places.ways(place) for place in target.places)
 
     def check_model(self, targets: Iterable[Target]) -> None:
         """Checks that the model has the tensors everywhere that it had them when the session was made.
@@ -151,7 +138,7 @@ class Watch:
         Raises:
             TargetError: a tensor, or a module that it is in, was moved or replaced.
         """
-        now = Places(self._model)
+        now = self._places if self._places.has_same_modules() else Places(self._model)
         for target in targets:
             if not self._has(now, target):
                 raise target.moved_error()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ class Preparation:
         label = "delta"
         try:
             # A signature is of the whole file.
-            if key is None and isinstance(source, (str, os.PathLike)) and self._has_parts_only():
+            if key is None and isinstance(source, (str, os.PathLike)) and self._has_parts_only:
                 label = os.fspath(source)
                 partly = PartlyRead(source)
                 data = partly.data
@@ -79,6 +80,7 @@ class Preparation:
                 explain_refusal(error, Path(source))
             raise
 
+    @cached_property
     def _has_parts_only(self) -> bool:
         """Whether other processes have tensors, or rows of some, so that this one need not read all of a file."""
         return any(_is_elsewhere(target) or _rows(target) is not None for target in self.targets.values())
@@ -100,26 +102,25 @@ class Preparation:
         """
         choice = self.backend if self.backend in FILE_BACKENDS else AUTO
         delta = open_delta(data, choice, limit=limit)
-        every, unmatched = match(delta, self.targets, self.names, label, skip)
+        tensors = dict(delta)
+        every, unmatched = match(tensors, self.targets, self.names, label, skip)
         matched = only_these(label, every, only)
-        targets = {own: self.targets[other].in_form(delta[own].shape) for own, other in matched.items()}
-        shared = {} if delta.needs_base or delta.packed else _shared(delta, targets)
+        targets = {own: self.targets[other].in_form(tensors[own].shape) for own, other in matched.items()}
+        shared = {} if delta.needs_base or delta.packed else _shared(tensors, targets)
         if partly is not None and not delta.packed:
             here = (own for own in targets if own not in shared and not _is_elsewhere(targets[own]))
-            partly.read(delta[own].record for own in (delta if delta.needs_base else here))
+            partly.read(tensors[own].record for own in (tensors if delta.needs_base else here))
         readings = read_shared(shared, data, partly.read_spans if partly is not None else lambda spans: None)
-        if delta.needs_base:
-            _, data = read_whole(plain_bytes(label, delta, every, self.targets, allow_dtype), self.devices.buffer)
+        plain = plain_bytes(label, delta, every, self.targets, allow_dtype) if delta.needs_base else delta.unpacked
+        if plain is not None:
+            _, data = read_whole(plain, self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
-        elif delta.unpacked is not None:
-            _, data = read_whole(delta.unpacked, self.devices.buffer)
-            delta = open_delta(data, choice, limit=limit)
-        wanted = delta if only is None else matched
-        delta.check_memory("all of it", sum(delta[own].record.unpacked_size for own in wanted))
+            tensors = dict(delta)
+        wanted = tensors if only is None else matched
+        delta.check_memory("all of it", sum(tensors[own].record.unpacked_size for own in wanted))
         fits: dict[Target, tuple[StoredTensor, str]] = {}
-        for own, other in matched.items():
-            tensor = delta[own]
-            target = self.targets[other].in_form(tensor.shape)
+        for own, target in targets.items():
+            tensor = tensors[own]
             where = f"{label}: tensor {own!r}"
             dtype = check_target(where, tensor, target, allow_dtype)
             first, _ = fits.setdefault(target, (tensor, dtype))
@@ -160,10 +161,14 @@ def _rows(target: Target) -> Rows | None:
     return rows_of(target.holder, [view for _, view in target.parts]) if is_whole else None
 
 
-def _shared(delta: Delta, targets: Mapping[str, Target]) -> dict[str, tuple[Record, Rows]]:
+def _shared(tensors: Mapping[str, StoredTensor], targets: Mapping[str, Target]) -> dict[str, tuple[Record, Rows]]:
     """The tensors that processes read together: the same ones in all processes that have rows of them."""
-    every = {own: _rows(target) for own, target in targets.items() if can_be_shared(delta[own].record)}
-    return {own: (delta[own].record, rows) for own, rows in every.items() if rows is not None}
+    found: dict[str, tuple[Record, Rows]] = {}
+    for own, target in targets.items():
+        rows = _rows(target)
+        if rows is not None and can_be_shared(tensors[own].record):
+            found[own] = tensors[own].record, rows
+    return found
 
 
 def _alone(

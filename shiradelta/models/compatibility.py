@@ -98,6 +98,8 @@ def check_fit(
         BaseMismatchError: the delta cannot be applied.
     """
     adds, found = tensor.operation.adds, misfit(tensor, target)
+    if found is None:
+        return
     has = f"{where} has elements of {shown or target.dtype} in {model}"
     if found is Misfit.SHAPE:
         raise BaseMismatchError(

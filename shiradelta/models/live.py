@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class Target:
         still = self.refusal is not None or is_array(self.tensor)
         object.__setattr__(self, "address", 0 if still else own_part(self.holder).data_ptr())
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
         return tuple(self.tensor.shape) if self.extent is None else self.extent
@@ -92,9 +93,9 @@ class Target:
         """The tensor's shape; None for one that a layer computes or packs."""
         return None if self.extent is None and self.tensor is _NOTHING else self.shape
 
-    @property
+    @cached_property
     def memory(self) -> Span:
-        """The range that its elements span."""
+        """The range that its elements span, as `address` is: when it was asked for first."""
         return span_of(self.tensor)
 
     def leaves(self, above: tuple[View, ...] = ()) -> Iterator[tuple[Target, tuple[View, ...]]]:
