@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4_096)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--mask", help="as --fit-mask of shiradelta")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--micro", type=int, default=8)
     options = parser.parse_args()
@@ -63,7 +64,7 @@ def main() -> None:
     texts = ["".join(f"<{draw.randrange(2, VOCABULARY)}>" for _ in range(TOKENS)) for _ in range(TEXTS)]
     said: list[str] = []
     settings = {"steps": options.steps, "batch": options.batch, "micro": options.micro, "held_out": HELD_OUT}
-    fit = Fit(texts, mask="magnitude", log=said.append, **settings)
+    fit = Fit(texts, mask=options.mask, log=said.append, **settings)
     start = time.monotonic()
     report = shiradelta.convert(lora, options.folder / "fitted.shd", 0.01, base, fit=fit)
     rows = [

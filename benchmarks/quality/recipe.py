@@ -27,10 +27,11 @@ import shiradelta
 from benchmarks.table import print_table
 from shiradelta.fit import Fit, behaviour, by_training
 from shiradelta.fit import training as train
+from shiradelta.fit.choices import MASKS, FitMask
 
 from .methods import TASKS, applied, load_tuned, prepare, tune
 
-#: What is varied: settings of `Fit`, or a module's constant.
+#: What is varied: settings of `Fit`, a mask that is measured only, or a module's constant.
 VARIANTS: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "mask by magnitude": {"mask": "magnitude"},
@@ -38,6 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mask by pruning the largest": {"mask": "prune"},
     "mask by least squares": {"mask": "refit"},
     **{f"the same, a rate of {rate}": {"mask": "refit", "relative_lr": rate} for rate in (0.06, 0.1, 0.2)},
+    **{
+        f"least squares of {begin} times, a rate of {rate}": {
+            "mask": FitMask(f"refit of {begin}", "", begin=begin, solves=True, relative_lr=rate)
+        }
+        for begin, rate in ((5, 0.03), (5, 0.1), (5, 0.3), (10, 0.3))
+    },
     "mask fixed at 40 %": {"train.PRUNE_UNTIL": 0.4},
     "mask fixed at 75 %": {"train.PRUNE_UNTIL": 0.75},
     "400 steps": {"steps": 400},
@@ -52,8 +59,11 @@ FIELDS = ("task", "source", "seed", "variant", "kept", "second_kept", "divergenc
 
 @contextmanager
 def varied(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Within, constants have other values; gives the rest of the settings."""
+    """Within, constants have other values, and a mask has a name; gives the rest of the settings."""
     constants = {name: value for name, value in settings.items() if "." in name}
+    own = settings.get("mask")
+    if isinstance(own, FitMask):
+        settings = {**settings, "mask": MASKS.add(own).name}
     patches = [mock.patch.object(MODULES[n.split(".")[0]], n.split(".")[1], v) for n, v in constants.items()]
     for patch in patches:
         patch.start()
@@ -62,6 +72,8 @@ def varied(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     finally:
         for patch in patches:
             patch.stop()
+        if isinstance(own, FitMask):
+            MASKS.remove(own.name)
 
 
 def measure(
