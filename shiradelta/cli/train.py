@@ -69,8 +69,8 @@ def train(
     """Train a sparse adapter for the model in the folder MODEL: a share of its weights changes.
 
     An example is {"text": ...} for a causal language model, {"prompt": ..., "completion": ...} or {"messages": [...]}
-    for a model that answers, encoder-decoders too, or {"anchor": ..., "positive": ...} for an encoder whose embeddings
-    of the two should match.
+    for a model that answers, encoder-decoders too, {"audio": "FILE.wav", "text": ...} for Whisper, or {"anchor": ...,
+    "positive": ...} for an encoder whose embeddings of the two should match.
 
     The same command resumes an interrupted run.
     """

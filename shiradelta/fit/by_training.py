@@ -214,7 +214,7 @@ def _identity(job: FitJob, subject: Subject) -> object:
         *([f"{fit.generate} generated"] if fit.generate else []),
         *([str(job.old.root.resolve())] if job.old is not None else []),
         subject.texts.train[:1],
-        [str(text) for text in subject.texts.every],
+        subject.texts.identity,
     ]
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from shiradelta.errors import SourceError
 from shiradelta.fit.settings import Fit
 from shiradelta.fit.text_behaviour import TextBehaviour
+from shiradelta.models.processors import load_processor
 from shiradelta.text.batches import batches, split
 from shiradelta.text.read import ExampleSet, check_number, read_file, read_list
 from shiradelta.util.progress import Progress
@@ -39,6 +41,16 @@ class FitTexts:
         self.every: list[Any] = [*fit.texts] if self._examples is None else self._examples.plain  # type: ignore[misc]
         check_number(len(self.every), "the texts to fit on")
         self.train, self.held_out = split(len(self.every), fit.held_out, fit.seed)
+
+    @property
+    def identity(self) -> list[str]:
+        """What tells the examples from others: as in 0.1, each as a text; of sounds, what they hold."""
+        media = self._examples is not None and self._examples.kind.media
+        return [str(one) for one in (self._examples.identity if media and self._examples else self.every)]
+
+    def processor(self, *folders: Path) -> Any:
+        """What makes a model's inputs of the examples; arguments and errors are those of `load_processor`."""
+        return load_processor("" if self._examples is None else self._examples.kind.media, *folders)
 
     def behaviour(self, tokenizer: Any, model: nn.Module, pooling: str | None) -> TextBehaviour:
         """The behaviour of transformers' models on the examples.

@@ -93,8 +93,8 @@ class Subject:
             raise SourceError("a model that is not one of transformers needs Fit(forward=...), which gives its outputs")
         if fit.forward is not None:
             return CustomBehaviour(self.texts.every, fit.forward, fit.loss)
-        tokenizer, pooling = loading.load_tokenizer(base, source), find_pooling(base, source)
-        behaviour = self.texts.behaviour(tokenizer, self.model, pooling)
+        processor, pooling = self.texts.processor(base, source), find_pooling(base, source)
+        behaviour = self.texts.behaviour(processor, self.model, pooling)
         behaviour.check(self.model, base)
         return behaviour
 

@@ -62,8 +62,8 @@ class TextBehaviour(Behaviour):
     differ from the fine-tune's training data; it is zero where the fine-tune predicts them no better than the base.
 
     Args:
-        tokenizer: the model's.
-        examples: texts, or for language models completions and conversations, or for encoders pairs.
+        tokenizer: the model's; or its processor, where examples have more than texts.
+        examples: texts, or for language models completions and conversations, or for encoders pairs, or sounds.
         model: sets limits on tokens; its configuration says what its logits are.
         tokens: longer texts are cut.
         pooling: how token vectors become an embedding; None if unknown.

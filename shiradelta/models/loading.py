@@ -133,6 +133,21 @@ def load_tokenizer(*folders: Path) -> Any:
     raise SourceError(f"{tried[0]}: has no tokenizer, which is needed to read texts; copy its tokenizer.json there")
 
 
+def from_folder(auto: str, folder: Path) -> Any:
+    """What an Auto class of transformers loads from a folder.
+
+    Args:
+        auto: the class, such as "AutoFeatureExtractor".
+        folder: the folder.
+
+    Raises:
+        SourceError: it cannot be loaded.
+        MissingDependencyError: transformers is not installed.
+    """
+    with _loading(folder):
+        return getattr(_transformers(), auto).from_pretrained(folder, **_LOCAL)
+
+
 def _config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     config = read_json(path) if path.exists() else None

@@ -37,9 +37,9 @@ class ModelInputs(ABC):
     def hidden_states(self, result: Any) -> list[tuple[Tensor, TokenRows]]:
         """The hidden states of all layers [texts, tokens, size], each with its rows; the output's layers come last."""
 
-    @abstractmethod
     def extend(self, rows: Sequence[Any]) -> None:
-        """Adds examples that `shiradelta.fit.generate` has made, after the others."""
+        """Adds examples that `shiradelta.fit.generate` has made, after the others, if it makes such examples."""
+        raise NotImplementedError
 
     @property
     def layer_rows(self) -> Sequence[TokenRows]:
@@ -63,6 +63,11 @@ def moved(arguments: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 def generates(model: nn.Module) -> bool:
     """Whether a model's logits predict tokens of a text."""
     return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def hears(model: nn.Module) -> bool:
+    """Whether a model's encoder gets features of sound."""
+    return getattr(model, "main_input_name", "") == "input_features"
 
 
 def is_seq2seq(model: nn.Module) -> bool:

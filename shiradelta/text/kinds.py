@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import ArgumentError, SourceError
+from shiradelta.text import sound
 from shiradelta.util.registry import Registry
 
 #: Who says what the model is to say, in a conversation.
@@ -24,6 +26,9 @@ class ExampleKind:
         sample: a value of a key, in messages.
         check: (value, where, key) -> None; it raises SourceError for a value that cannot be used.
         is_blank: whether a value holds nothing to read.
+        media: what it has beside texts: "sound"; empty for nothing.
+        placed: (value, folder that paths of files start from or None, where, key) -> the value to use.
+        known: (value, key) -> what tells the value from others, in types that JSON can hold.
     """
 
     name: str
@@ -32,6 +37,9 @@ class ExampleKind:
     check: Callable[[Any, str, str], None]
     is_blank: Callable[[Any], bool]
     sample: str = '"..."'
+    media: str = ""
+    placed: Callable[[Any, Path | None, str, str], Any] = lambda value, folder, where, key: value
+    known: Callable[[Any, str], Any] = lambda value, key: value
 
     @property
     def is_text(self) -> bool:
@@ -43,8 +51,13 @@ class ExampleKind:
         """An example of the object, for messages."""
         return "{" + ", ".join(f'"{key}": {self.sample}' for key in self.keys) + "}"
 
-    def row(self, found: Mapping[str, Any], where: str) -> list[Any]:
+    def row(self, found: Mapping[str, Any], where: str, folder: Path | None = None) -> list[Any]:
         """The values of an example, one for each key.
+
+        Args:
+            found: the example.
+            where: the same, for messages.
+            folder: the folder that paths of files start from; None leaves them as they are.
 
         Raises:
             SourceError: a key is missing, or a value cannot be used.
@@ -53,7 +66,7 @@ class ExampleKind:
             if key not in found:
                 raise SourceError(f"{where}: lacks the key {key!r}; every example needs the form {self.shape}")
             self.check(found[key], where, key)
-        return [found[key] for key in self.keys]
+        return [self.placed(found[key], folder, where, key) for key in self.keys]
 
 
 def check_prompt_share(share: float) -> None:
@@ -82,6 +95,13 @@ def _check_messages(value: Any, where: str, key: str) -> None:
         raise SourceError(f"{where}: the {ASSISTANT} says nothing in {key!r}; leave the example out")
 
 
+def _check_speech(value: Any, where: str, key: str) -> None:
+    if key == "audio":
+        sound.check_sound(value, where)
+    else:
+        _check_text(value, where, key)
+
+
 def _is_blank_text(text: Any) -> bool:
     return not text.strip()
 
@@ -102,4 +122,16 @@ COMPLETION = ExampleKind("completion", ("prompt", "completion"), True, _check_te
 #: Two texts whose embeddings match.
 PAIRS = ExampleKind("pairs", ("anchor", "positive"), False, _check_text, _is_blank_text)
 
-KINDS: Registry[ExampleKind] = Registry("kind of example", [TEXT, COMPLETION, MESSAGES, PAIRS])
+#: A sound, and what is said in it, which counts.
+SPEECH = ExampleKind(
+    "speech",
+    ("audio", "text"),
+    True,
+    _check_speech,
+    lambda value: isinstance(value, str) and _is_blank_text(value),
+    media="sound",
+    placed=lambda value, folder, where, key: sound.placed(value, folder, where) if key == "audio" else value,
+    known=lambda value, key: sound.digest_of(value) if key == "audio" else value,
+)
+
+KINDS: Registry[ExampleKind] = Registry("kind of example", [TEXT, COMPLETION, MESSAGES, PAIRS, SPEECH])

@@ -36,6 +36,11 @@ class ExampleSet:
             return [row[0] for row in self.rows]
         return [dict(zip(self.kind.keys, row, strict=True)) for row in self.rows]
 
+    @property
+    def identity(self) -> list[list[Any]]:
+        """What tells the examples from others, in types that JSON can hold."""
+        return [[self.kind.known(*pair) for pair in zip(row, self.kind.keys, strict=True)] for row in self.rows]
+
 
 def of_texts(texts: Sequence[str]) -> ExampleSet:
     """Texts by themselves."""
@@ -66,7 +71,8 @@ def read_file(
     kinds = list(kinds)
     shapes = f'{{"{column}": ...}}' if column else " or ".join(one.shape for one in kinds)
     records = dataset_rows(file) if is_dataset(file) else json_lines(file, shapes)
-    kind, rows, blank = _of_one_kind(records, kinds, column, shapes, skipped is not None)
+    folder = file if file.is_dir() else file.parent
+    kind, rows, blank = _of_one_kind(records, kinds, column, shapes, skipped is not None, folder)
     if skipped is not None and blank:
         skipped(blank)
     check_number(len(rows), os.fspath(path), least)
@@ -111,6 +117,7 @@ def _of_one_kind(
     column: str | None,
     shapes: str,
     skip: bool,
+    folder: Path | None = None,
 ) -> tuple[ExampleKind | None, list[list[Any]], int]:
     """(kind, rows, number of blank examples that were skipped)."""
     kind: ExampleKind | None = None
@@ -124,7 +131,7 @@ def _of_one_kind(
         if kind is None:
             keys = ", ".join(map(str, list(found)[:3]))
             raise SourceError(f"{where}: is no example, its keys are {keys or 'none'}; write {shapes}")
-        row = kind.row(found, where)
+        row = kind.row(found, where, folder)
         if skip and all(map(kind.is_blank, row)):
             blank += 1
             continue
@@ -138,7 +145,9 @@ def _of_one_kind(
 def _kind_of(found: Mapping[str, Any], kinds: Iterable[ExampleKind], column: str | None) -> ExampleKind | None:
     """The kind of an example, or of a column of it."""
     if column is None:
-        return next((one for one in kinds if found.keys() >= set(one.keys)), None)
+        # Those that have more than texts first: a sound has a text as well.
+        ordered = sorted(kinds, key=lambda one: not one.media)
+        return next((one for one in ordered if found.keys() >= set(one.keys)), None)
     if column not in found:
         return None
     wanted = MESSAGES if isinstance(found[column], list) else TEXT

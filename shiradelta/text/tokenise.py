@@ -1,4 +1,4 @@
-"""Chooses how examples become the inputs of a model: as one text, or as one for its encoder and one for its decoder."""
+"""Chooses how examples become the inputs of a model: as one text, or as something for each of its two sides."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from shiradelta.text.inputs import ModelInputs, is_seq2seq
+from shiradelta.errors import SourceError
+from shiradelta.text.inputs import ModelInputs, hears, is_seq2seq
+from shiradelta.text.kinds import SPEECH
 from shiradelta.text.read import ExampleSet
 from shiradelta.text.seq2seq import Seq2SeqExamples
+from shiradelta.text.speech import SpeechExamples
 from shiradelta.text.tokenised import TokenisedExamples
 
 
@@ -20,7 +23,23 @@ def tokenise(
     prompt_share: float = 0.0,
     trains: bool = False,
 ) -> ModelInputs:
-    """Tokenises examples for a model; arguments and errors are those of `TokenisedExamples` and `Seq2SeqExamples`."""
+    """Tokenises examples for a model.
+
+    Args:
+        examples: the examples.
+        tokenizer: the model's; or its processor, where examples have more than texts (`load_processor`).
+        model: the model.
+        tokens: longer texts are cut.
+        prompt_share: weight of a prompt's token, where one that the model is to say has 1.
+        trains: as of `TokenisedExamples`.
+
+    Raises:
+        SourceError: the model takes no examples of this kind, or the class of its inputs refuses them.
+    """
+    if examples.kind is SPEECH:
+        return SpeechExamples(examples, tokenizer, model, tokens, prompt_share)
+    if hears(model):
+        raise SourceError(f"{type(model).__name__} hears sound; give {SPEECH.shape}")
     if is_seq2seq(model):
         return Seq2SeqExamples(examples, tokenizer, model, tokens, prompt_share)
     return TokenisedExamples(examples, tokenizer, model, tokens, prompt_share, trains)

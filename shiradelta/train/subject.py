@@ -18,6 +18,7 @@ from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
 from shiradelta.models.library import match_names
+from shiradelta.models.processors import load_processor
 from shiradelta.models.sentence import modules_not_run
 from shiradelta.text.batches import by_length, mean_over, split
 from shiradelta.text.examples import training_examples
@@ -42,7 +43,7 @@ class TrainingSubject:
         checkpoint: its weights on disk.
         device: where the model is.
         model: in evaluation mode.
-        tokenizer: the model's.
+        tokenizer: the model's; or its processor, where examples have more than texts.
         given: the examples.
         examples: the same, tokenised.
         train, held_out: indices of the examples to train on, and to measure on.
@@ -59,7 +60,7 @@ class TrainingSubject:
         self.given = read_file(examples_file)
         kind = self.given.kind
         loader, _ = loading.model_class(folder, folder)
-        self.tokenizer: Any = loading.load_tokenizer(folder)
+        self.tokenizer: Any = load_processor(kind.media, folder)
         if kind.predicts and not loader.can_generate():
             raise SourceError(
                 f"{folder}: {loader.__name__} does not predict the next token, which {' and '.join(kind.keys)}"
@@ -84,7 +85,7 @@ class TrainingSubject:
     @property
     def identity(self) -> list[Any]:
         """What the result of a run depends on, in types that JSON can hold."""
-        return [str(self.folder.resolve()), self.given.rows, self.settings.as_of_0_1()]
+        return [str(self.folder.resolve()), self.given.identity, self.settings.as_of_0_1()]
 
     def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
         """Mean loss over some examples."""

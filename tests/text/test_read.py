@@ -32,13 +32,13 @@ def test_a_file_may_begin_with_a_byte_order_mark(kind: ExampleKind, tmp_path: Pa
     line = json.dumps(example(kind), ensure_ascii=False) + "\n"
     for mark in (b"", b"\xef\xbb\xbf"):
         path.write_bytes(mark + line.encode() * LEAST)
-        assert read_file(path) == ExampleSet(kind, [list(example(kind).values())] * LEAST)
+        assert read_file(path) == ExampleSet(kind, [kind.row(example(kind), "", tmp_path)] * LEAST)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 def test_a_list_has_what_a_file_has(kind: ExampleKind):
     found = read_list([example(kind)] * LEAST)
-    assert found == ExampleSet(kind, [list(example(kind).values())] * LEAST)
+    assert found == ExampleSet(kind, [kind.row(example(kind), "")] * LEAST)
     assert found.plain == [example(kind) if kind is not TEXT else "text ä"] * LEAST
     assert read_list(["a"] * LEAST) == ExampleSet(TEXT, [["a"]] * LEAST)
     assert read_list([*range(LEAST)]) is None

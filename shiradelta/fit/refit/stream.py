@@ -47,14 +47,14 @@ class _Stream:
     def __init__(self, job: FitJob, hidden: HiddenStates) -> None:
         self._fit, self._codec, self._hidden, self._progress = job.fit, job.codec, hidden, job.progress
         texts = FitTexts(job.fit)
-        tokenizer = loading.load_tokenizer(job.base, job.source)
+        processor = texts.processor(job.base, job.source)
         self._device = loading.pick_device(job.fit.device)
         dtype = loading.pick_dtype(self._device, (target.dtype for target in job.targets))
         self._skeleton = Skeleton(job.base, job.source, dict(job.exact), self._device, dtype)
         self._model, self._blocks = self._skeleton.model, self._skeleton.blocks
         rest = self._skeleton.fill(self._skeleton.of_rest())
         pooling = find_pooling(job.base, job.source)
-        self._behaviour = texts.behaviour(tokenizer, self._model, pooling)
+        self._behaviour = texts.behaviour(processor, self._model, pooling)
         self._evidence = Evidence(self._behaviour)
 
         self._pieces, self._tied = self._skeleton.pieces(job.targets)

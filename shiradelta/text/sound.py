@@ -1,0 +1,150 @@
+"""Sound: samples of WAV files and of arrays, at the rate that a model hears."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shiradelta.errors import SourceError
+from shiradelta.format.arithmetic import Float32
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """Samples of one channel.
+
+    Attributes:
+        samples: float32 [n], from -1 to 1.
+        rate: samples a second.
+    """
+
+    samples: Float32
+    rate: int
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the samples."""
+        return hashlib.sha256(self.samples.tobytes()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Sound({len(self.samples)} samples at {self.rate} Hz, {self.digest})"
+
+    def at_rate(self, rate: int) -> Float32:
+        """The samples at another rate, float32 [n]."""
+        if rate == self.rate:
+            return self.samples
+        from scipy.signal import resample_poly
+
+        common = math.gcd(rate, self.rate)
+        found: Float32 = resample_poly(self.samples, rate // common, self.rate // common).astype(np.float32)
+        return found
+
+
+def check_sound(value: Any, where: str) -> None:
+    """Raises SourceError for a value that is neither a path nor samples with their rate."""
+    if isinstance(value, str | Sound):
+        return
+    if not isinstance(value, Mapping) or not ({"array", "sampling_rate"} <= value.keys() or value.get("bytes")):
+        raise SourceError(
+            f"{where}: its audio is no sound; give the path of a WAV file, or"
+            ' {"array": samples, "sampling_rate": ...}'
+        )
+
+
+def placed(value: Any, folder: Path | None, where: str) -> str | Sound:
+    """A path from a folder on, or samples.
+
+    Args:
+        value: as `check_sound` takes it.
+        folder: the folder that paths start from; None leaves them as they are.
+        where: the example, for messages.
+
+    Raises:
+        SourceError: the array or the bytes are no sound.
+    """
+    if isinstance(value, str):
+        return value if folder is None else str(folder / value)
+    if isinstance(value, Sound):
+        return value
+    if "array" in value:
+        return _of_array(value["array"], value["sampling_rate"], where)
+    return _of_wav(io.BytesIO(value["bytes"]), f"{where}: its audio")
+
+
+def digest_of(value: str | Sound) -> str:
+    """SHA-256 of a file, or of samples.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    if isinstance(value, Sound):
+        return value.digest
+    try:
+        with open(value, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(value, error) from None
+
+
+def open_sound(value: str | Sound) -> Sound:
+    """The samples of a WAV file, channels averaged; or those given.
+
+    Raises:
+        SourceError: the file is missing, or no WAV file.
+    """
+    return value if isinstance(value, Sound) else _of_wav(value, value)
+
+
+def _of_array(array: Any, rate: Any, where: str) -> Sound:
+    samples = np.asarray(array)
+    if samples.ndim != 1 or not len(samples) or not np.issubdtype(samples.dtype, np.number):
+        raise SourceError(
+            f"{where}: its audio is an array of {samples.dtype} {list(samples.shape)}; give samples of one channel [n]"
+        )
+    if not isinstance(rate, int | np.integer) or rate < 1:
+        raise SourceError(f"{where}: its audio has a sampling rate of {rate!r}; give samples a second, such as 16000")
+    return Sound(_scaled(samples), int(rate))
+
+
+def _of_wav(file: str | io.BytesIO, where: str) -> Sound:
+    from scipy.io import wavfile
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks that hold no samples
+            rate, samples = wavfile.read(file)
+    except OSError as error:
+        raise _unreadable(where, error) from None
+    except (ValueError, EOFError, IndexError, KeyError, ZeroDivisionError) as error:
+        raise SourceError(
+            f"{where}: is no WAV file that can be read ({error}); convert it, as ffmpeg -i FILE FILE.wav does"
+        ) from None
+    if not len(samples):
+        raise SourceError(f"{where}: has no samples; leave the example out")
+    scaled = _scaled(samples)
+    return Sound(scaled if scaled.ndim == 1 else scaled.mean(1), int(rate))
+
+
+def _unreadable(where: str, error: OSError) -> SourceError:
+    return SourceError(f"{where}: cannot be read ({error.strerror}); check the path")
+
+
+def _scaled(samples: Any) -> Float32:
+    """Samples from -1 to 1; whole numbers are scaled by the range of their type."""
+    found: Float32
+    if samples.dtype == np.uint8:  # as WAV has 8 bits: the middle is 128
+        found = (samples.astype(np.float32) - 128) / 128
+    elif np.issubdtype(samples.dtype, np.signedinteger):
+        found = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+    else:
+        found = samples.astype(np.float32)
+    return found
