@@ -326,6 +326,10 @@ SHD_API uint64_t shd_decoded_size(const shd_tensor *tensor);
 SHD_API int shd_load(const shd_file *file, uint32_t number, int check, void *scratch, uint64_t scratch_size,
                      shd_delta *delta, shd_status *status);
 
+/* Checks `count` tensors of these numbers completely, as loading with SHD_CHECK_ALL does, and keeps nothing: one call for
+ * those that need no scratch buffer; others are SHD_BUFFER_TOO_SMALL. The status of the first that is refused. */
+SHD_API int shd_check(const shd_file *file, const uint32_t *numbers, uint32_t count, shd_status *status);
+
 /* Loads and checks every tensor, then the content digest: the full check of a file. `scratch` must do for the
  * tensor that needs most. */
 SHD_API int shd_verify(const shd_file *file, void *scratch, uint64_t scratch_size, shd_status *status);

@@ -279,6 +279,7 @@ unsafe extern "C" {
     pub fn shd_scratch_size(file: *const shd_file, tensor: *const shd_tensor) -> u64;
     pub fn shd_decoded_size(tensor: *const shd_tensor) -> u64;
     pub fn shd_load(file: *const shd_file, number: u32, check: c_int, scratch: *mut c_void, scratch_size: u64, delta: *mut shd_delta, status: *mut shd_status) -> c_int;
+    pub fn shd_check(file: *const shd_file, numbers: *const u32, count: u32, status: *mut shd_status) -> c_int;
     pub fn shd_verify(file: *const shd_file, scratch: *mut c_void, scratch_size: u64, status: *mut shd_status) -> c_int;
     pub fn shd_block_rank(delta: *const shd_delta, block: u64) -> u64;
     pub fn shd_find_blocks(delta: *const shd_delta, first_position: u64, end_position: u64, first_block: *mut u64, last_block: *mut u64) -> c_int;

@@ -104,3 +104,17 @@ SHDI_ONCE int shd_load(const shd_file *file, uint32_t number, int check, void *s
     }
     return shdi_fail(status, SHD_OK, number, 0);
 }
+
+SHDI_ONCE int shd_check(const shd_file *file, const uint32_t *numbers, uint32_t count, shd_status *status) {
+    if (file == NULL || (numbers == NULL && count != 0)) {
+        return shdi_fail(status, SHD_INVALID_ARGUMENT, SHD_NO_TENSOR, 0);
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        shd_delta delta;
+        int code = shd_load(file, numbers[i], SHD_CHECK_ALL, NULL, 0, &delta, status);
+        if (code != SHD_OK) {
+            return code;
+        }
+    }
+    return shdi_fail(status, SHD_OK, SHD_NO_TENSOR, 0);
+}

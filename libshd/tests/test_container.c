@@ -46,6 +46,26 @@ static void test_open_and_find(void) {
     give(f.data);
 }
 
+static void test_check(void) {
+    static const uint32_t numbers[] = {2, 0, 1, 3};
+    bytes f = three_tensors();
+    shd_file file;
+    shd_status status;
+    shd_tensor tensor;
+    CHECK_CODE(shd_open(&file, f.data, f.size, NULL), SHD_OK);
+    CHECK_CODE(shd_check(&file, numbers, 3, &status), SHD_OK);
+    CHECK(status.code == SHD_OK && status.tensor == SHD_NO_TENSOR);
+    CHECK_CODE(shd_check(&file, numbers, 4, NULL), SHD_INVALID_ARGUMENT);
+    CHECK_CODE(shd_check(&file, NULL, 0, NULL), SHD_OK);
+    CHECK_CODE(shd_check(NULL, numbers, 3, NULL), SHD_INVALID_ARGUMENT);
+    CHECK_CODE(shd_tensor_at(&file, 1, &tensor, NULL), SHD_OK);
+    f.data[tensor.values.offset] ^= 1;
+    CHECK_CODE(shd_check(&file, numbers, 2, NULL), SHD_OK);
+    CHECK_CODE(shd_check(&file, numbers, 3, &status), SHD_SECTION_CHECKSUM);
+    CHECK(status.tensor == 1 && status.offset == tensor.values.offset);
+    give(f.data);
+}
+
 static void test_metadata(void) {
     bytes f = three_tensors();
     shd_file file;
@@ -279,6 +299,7 @@ void test_container(void) {
     test_tables();
     test_crc();
     test_open_and_find();
+    test_check();
     test_metadata();
     test_refusals();
     test_callback();

@@ -199,6 +199,23 @@ def test_a_damaged_section_has_reason_tensor_offset_and_file(tmp_path: Path):
         assert caught.value.offset is not None
 
 
+@pytest.mark.parametrize("name", FILE_BACKENDS)
+def test_several_tensors_are_checked_at_once(tmp_path: Path, name: str):
+    tensor = TensorDelta((8,), np.array([3]), np.ones(1, np.float32))
+    noise = TensorDelta((4096,), np.arange(0, 4096, 2), np.ones(2048, np.float32))
+    shiradelta.save_delta(tmp_path / "d.shd", {"a": tensor, "b": noise, "c": tensor}, zstd=True)
+    data = bytearray((tmp_path / "d.shd").read_bytes())
+    with shiradelta.open_delta(bytes(data), backend=name) as delta:
+        records = [one.record for one in delta.values()]
+        assert records[1].values.zstd, "one needs memory"
+        delta["a"].decoder.check_many(records)
+    data[records[2].values.offset] ^= 1
+    with shiradelta.open_delta(bytes(data), backend=name) as delta, pytest.raises(FormatError) as raised:
+        delta["a"].decoder.check_many(records)
+    assert (raised.value.reason, raised.value.tensor) == ("section_checksum", "c")
+    assert raised.value.offset == records[2].values.offset
+
+
 def test_a_file_that_the_library_refuses_is_a_format_error():
     with pytest.raises(FormatError) as caught:
         NativeDecoder(np.zeros(200, np.uint8), "d.shd", ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import byref, c_double, c_uint64, c_void_p
 from typing import Any
 
@@ -192,6 +192,7 @@ class NativeDecoder(Decoder):
     def __init__(self, data: Bytes, file: str | None, records: tuple[Record, ...]) -> None:
         self._data, self._name = data, file
         self._reference = NumpyDecoder(data, file, records)
+        self._records = records
         self.numbers = {record.name: number for number, record in enumerate(records)}
         self._last = threading.local()  # `loaded`: the tensor that a thread has loaded last
         self._failures = threading.local()  # of a callback, until the call that it failed in has ended
@@ -221,6 +222,8 @@ class NativeDecoder(Decoder):
             raise out_of_range(f"tensor {name!r}")
         if code >= _FIRST_MISUSE:
             raise AssertionError(f"{function.__name__}: {reason}")
+        if name is None and status.tensor < len(self._records):
+            name = self._records[status.tensor].name
         raise FormatError(reason, offset=status.offset, tensor=name, file=self._name)
 
     def _decompress(self, _: Any, source: int, source_size: int, result: int, size: int) -> int:
@@ -288,12 +291,18 @@ class NativeDecoder(Decoder):
         return self._loaded(record) or LoadedTensor(self, record, _CHECK_SIZES)
 
     def check(self, record: Record) -> None:
-        """Checks a tensor as loading does, but in one call if nothing needs memory."""
-        if _needs_scratch(record):
-            LoadedTensor(self, record)
-        else:
-            delta = ctypes.create_string_buffer(library().shd_struct_size(DELTA))
-            self.call(library().shd_load, record, self.file, self.numbers[record.name], _CHECK_ALL, None, 0, delta)
+        self.check_many([record])
+
+    def check_many(self, records: Iterable[Record]) -> None:
+        """Checks tensors as loading does; all that need no memory in one call."""
+        numbers = []
+        for record in records:
+            if _needs_scratch(record):
+                LoadedTensor(self, record)
+            else:
+                numbers.append(self.numbers[record.name])
+        wanted = np.array(numbers, np.uint32)
+        self._check(library().shd_check, None, self.file, address(wanted), wanted.size)
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         """Decodes and applies in one pass, on several threads."""

@@ -128,6 +128,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "shd_tensor_at": (c_int, (_p, c_uint32, _p, POINTER(Status))),
     "shd_scratch_size": (c_uint64, (_p, _p)),
     "shd_load": (c_int, (_p, c_uint32, c_int, _p, c_uint64, _p, POINTER(Status))),
+    "shd_check": (c_int, (_p, _p, c_uint32, POINTER(Status))),
     "shd_block_rank": (c_uint64, (_p, c_uint64)),
     "shd_find_blocks": (c_int, (_p, c_uint64, c_uint64, POINTER(c_uint64), POINTER(c_uint64))),
     "shd_positions": (c_int, (_p, c_uint64, c_uint64, _p, c_uint64, POINTER(c_uint64), POINTER(Status))),
