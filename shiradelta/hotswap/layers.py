@@ -18,7 +18,7 @@ from shiradelta.models.live import Target
 Array = Any
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # frozen, it would take twice as long to make
 class Patch:
     """One delta's change of one tensor, compressed, in the memory where the tensor is.
 
@@ -137,7 +137,8 @@ def stacks_of(layers: Sequence[Layer]) -> dict[Target, Stack]:
     """The patches on each tensor in the order in which they take effect, of layers in the order of their digests."""
     stacks = patches_on(layers)
     for stack in stacks.values():
-        stack.sort(key=lambda item: item.patch.record.adds)  # stable
+        if len(stack) > 1:
+            stack.sort(key=lambda item: item.patch.record.adds)  # stable
     return stacks
 
 

@@ -28,24 +28,33 @@ from shiradelta.format.zstd import unzstd
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.hotswap.protocol import Fit
-from shiradelta.io.reader import StoredTensor
+from shiradelta.io.reader import StoredTensor, check_all, shares_of
 from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array
-from shiradelta.util.threads import map_in_threads
+from shiradelta.util.threads import THREADS, map_in_threads, meanwhile
 
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # frozen, it would take twice as long to make
 class Sections:
-    """A patch's sections on the device, decompressed, with the index in RICE; uint8.
+    """A patch's sections on the device, decompressed, with the index in RICE.
 
-    `codec` is the codec of `values`; it differs from the file's if the device cannot decode that.  `low`, `unary` and
-    `codes` are the byte offsets of these parts in the index and in the values.
+    Attributes:
+        buffer: uint8, with the sections of all patches of a delta.
+        index_span: where the index is in the buffer.
+        values_span: where the values are.
+        codec: that of the values; it differs from the file's if the device cannot decode that.
+        k: RICE's.
+        unary_bits: RICE's.
+        low: the offset of the low bits in the index.
+        unary: the offset of the unary part in the index.
+        codes: the offset of the codes in the values.
     """
 
-    index: Tensor
-    values: Tensor
+    buffer: Tensor
+    index_span: slice
+    values_span: slice
     codec: TorchDecoder
     k: int
     unary_bits: int
@@ -54,12 +63,26 @@ class Sections:
     codes: int
 
     @classmethod
-    def of(cls, index: Tensor, values: Tensor, head: bytes, record: Record, codec: TorchDecoder) -> Sections:
-        """Takes a patch's sections, the first bytes of its index, and the codec of its values."""
-        k, unary_bits = registry.RICE_HEAD.unpack(head) if head else (0, 0)
+    def of(
+        cls, buffer: Tensor, index: _Part, values: _Part, starts: Sequence[int], record: Record, codec: TorchDecoder
+    ) -> Sections:
+        """Takes the sections of a patch, where they start in the buffer, and the codec of the values."""
+        at, values_at = starts
+        k, unary_bits = registry.RICE_HEAD.unpack_from(index.source.data, index.start) if index.size else (0, 0)
         low = registry.RICE_HEAD.size + -(-unary_bits // registry.BLOCK_BITS) * 2 * registry.word_size(record.numel)
         unary = low + 4 * field_words(record.nnz, k)
-        return cls(index, values, codec, k, unary_bits, low, unary, codec.codes_at(record.nnz))
+        spans = slice(at, at + index.size), slice(values_at, values_at + values.size)
+        return cls(buffer, *spans, codec, k, unary_bits, low, unary, codec.codes_at(record.nnz))
+
+    @property
+    def index(self) -> Tensor:
+        """uint8."""
+        return self.buffer[self.index_span]
+
+    @property
+    def values(self) -> Tensor:
+        """uint8."""
+        return self.buffer[self.values_span]
 
     @property
     def blocks(self) -> int:
@@ -87,27 +110,26 @@ class TorchBackend(Elementwise):
         return empty
 
     def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
-        """Copies all sections into one buffer on the device, aligned as in a file."""
+        """Copies all sections into one buffer on the device, aligned as in a file; checks them meanwhile."""
         fits = [(source, *fit) for source, tensors in files for fit in tensors]
-        codecs = [self._resident(tensor.record) for _, tensor, _, _ in fits]
-        pairs = map_in_threads(
-            lambda fit: (_index(*fit[0][:2]), _values(*fit[0][:2], fit[1])), list(zip(fits, codecs, strict=True))
-        )
-        parts = [part for pair in pairs for part in pair]
+        codecs = self._resident([tensor.record for _, tensor, _, _ in fits])
+        pairs = _sections([(source, tensor) for source, tensor, _, _ in fits], codecs)
         try:
-            buffer, starts = self._upload(parts)
-            map_in_threads(lambda fit: fit[1].check(), fits)  # while the copy runs
+            buffer, starts = self._upload([part for pair in pairs for part in pair])
+            with meanwhile(check_all, shares_of([tensor for _, tensor, _, _ in fits], THREADS)):
+                patches = []
+                for i, ((_, tensor, target, dtype), pair, codec) in enumerate(zip(fits, pairs, codecs, strict=True)):
+                    sections = Sections.of(buffer, *pair, starts[2 * i : 2 * i + 2], tensor.record, codec)
+                    patches.append(Patch(target, tensor.record, dtype, sections))
+                held = Held(patches, buffer.numel())
+                self.arrange(held)
+            return held
         finally:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # the sources may be freed now
-        patches = []
-        for i, ((_, tensor, target, dtype), codec) in enumerate(zip(fits, codecs, strict=True)):
-            (index, values), (a, b) = parts[2 * i : 2 * i + 2], starts[2 * i : 2 * i + 2]
-            head = index.content[: registry.RICE_HEAD.size].tobytes()
-            on_device = buffer[a : a + index.size], buffer[b : b + values.size]
-            sections = Sections.of(*on_device, head, tensor.record, codec)
-            patches.append(Patch(target, tensor.record, dtype, sections))
-        return Held(patches, buffer.numel())
+
+    def arrange(self, held: Held) -> None:
+        """Makes `held.data`, while the sections are checked: no work that reads them may be queued here."""
 
     def _upload(self, parts: Sequence[_Part]) -> tuple[Tensor, list[int]]:
         """(a buffer on the device, the offset of each part in it).  Neighbours in a file take one copy.
@@ -116,19 +138,19 @@ class TorchBackend(Elementwise):
         """
         copies: list[tuple[int, _Part]] = []
         starts: list[int] = []
-        cursor = 0
+        source, first, stop, at = _NOTHING, 0, 0, 0  # the copy that the part before belongs to, and where it goes
         for part in parts:
-            start, before = copies[-1] if copies else (0, None)
-            if before is not None and before.is_followed_by(part):
-                starts.append(start + part.start - before.start)
-                copies[-1] = start, before._replace(stop=part.stop)
-            else:
-                starts.append(registry.align(cursor, registry.SECTION_ALIGNMENT))
-                copies.append((starts[-1], part))
-            cursor = starts[-1] + part.size
-        buffer = torch.empty(cursor, dtype=torch.uint8, device=self.device)
+            if part.source is not source or part.start != registry.align(stop, registry.SECTION_ALIGNMENT):
+                copies.append((at, _Part(source, first, stop)))
+                at = registry.align(at + stop - first, registry.SECTION_ALIGNMENT)
+                source, first = part.source, part.start
+            starts.append(at + part.start - first)
+            stop = part.stop
+        copies.append((at, _Part(source, first, stop)))
+        buffer = torch.empty(at + stop - first, dtype=torch.uint8, device=self.device)
         for start, part in copies:
-            buffer[start : start + part.size].copy_(torch.from_numpy(part.content), non_blocking=True)
+            if part.size:
+                buffer[start : start + part.size].copy_(torch.from_numpy(part.content), non_blocking=True)
         return buffer, starts
 
     def room(self, size: int) -> Tensor:
@@ -166,7 +188,7 @@ class TorchBackend(Elementwise):
             current = torch.cuda.current_stream(self.device)
             for layer in layers:
                 layer.room.record_stream(current)
-                layer.held.patches[0].data.index.record_stream(current)  # the buffer that all are in
+                layer.held.patches[0].data.buffer.record_stream(current)
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         super().replace(before, after)
@@ -178,12 +200,17 @@ class TorchBackend(Elementwise):
         """Whether the device decodes this codec; values in other codecs are decoded when a file is loaded."""
         return True
 
-    def _resident(self, record: Record) -> TorchDecoder:
-        """The codec of a tensor's values on the device."""
-        own = VALUE_CODECS.by_id[record.value_codec] if record.nnz else None
+    def _resident(self, records: Sequence[Record]) -> list[TorchDecoder]:
+        """The codecs of tensors' values on the device."""
+        kinds = {(record.value_codec, record.adds) for record in records}
+        found = {(own, adds): self._resident_codec(VALUE_CODECS.by_id.get(own), adds) for own, adds in kinds}
+        return [found[record.value_codec, record.adds] for record in records]
+
+    def _resident_codec(self, own: ValueCodec | None, adds: bool) -> TorchDecoder:
+        """The codec of values on the device that a file has in another; None for no values."""
         if isinstance(own, TorchDecoder) and self.decodes(own):
             return own
-        return F32 if record.adds else BITS
+        return F32 if adds else BITS
 
     def positions(self, patch: Patch) -> Tensor:
         """Decodes all blocks at once, as `codecs.rice` does."""
@@ -304,9 +331,25 @@ class _Part(NamedTuple):
         """The bytes."""
         return self.source[self.start : self.stop]
 
-    def is_followed_by(self, other: _Part) -> bool:
-        """Whether another section is the next one in the same file."""
-        return other.source is self.source and other.start == registry.align(self.stop, registry.SECTION_ALIGNMENT)
+
+_NOTHING: Bytes = np.zeros(0, np.uint8)
+
+
+def _sections(
+    tensors: Sequence[tuple[Bytes, StoredTensor]], codecs: Sequence[TorchDecoder]
+) -> list[tuple[_Part, _Part]]:
+    """(index, values) of each tensor as the device holds them: where the file has them so, or new bytes."""
+    found: list[tuple[_Part, _Part] | None] = []
+    for (source, tensor), codec in zip(tensors, codecs, strict=True):
+        record = tensor.record
+        (at, size, *_), (values_at, values_size, *_) = index, values = record.index, record.values
+        as_stored = (record.index_codec, record.value_codec) == (IndexId.RICE, codec.id)
+        as_stored &= not (index.zstd or values.zstd)
+        pair = _Part(source, at, at + size), _Part(source, values_at, values_at + values_size)
+        found.append(pair if as_stored or not record.nnz else None)
+    new = [(*tensors[i], codecs[i]) for i, pair in enumerate(found) if pair is None]
+    made = iter(map_in_threads(lambda one: (_index(one[0], one[1]), _values(*one)), new))
+    return [pair or next(made) for pair in found]
 
 
 def _index(source: Bytes, tensor: StoredTensor) -> _Part:
@@ -315,13 +358,13 @@ def _index(source: Bytes, tensor: StoredTensor) -> _Part:
     if record.index_codec == IndexId.RICE:
         return _stored(source, record.index)
     rice = choose(AUTO).index_codecs[IndexId.RICE]
-    return _Part.of(rice.encode(tensor.positions(), record.shape) if record.nnz else b"")
+    return _Part.of(rice.encode(tensor.positions(), record.shape))
 
 
 def _values(source: Bytes, tensor: StoredTensor, codec: ValueCodec) -> _Part:
     """A tensor's values in a codec: in the file, or new bytes."""
     record = tensor.record
-    if codec.id == record.value_codec or not record.nnz:
+    if codec.id == record.value_codec:
         return _stored(source, record.values)
     return _Part.of(codec.encode(tensor.values() if codec.adds else tensor.bits()))
 

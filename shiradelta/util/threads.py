@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar
@@ -56,6 +57,25 @@ def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], thread
 
     done = uninterrupted(*(partial(do, items[i::count]) for i in range(count)))
     return [done[i % count][i // count] for i in range(len(items))]
+
+
+@contextmanager
+def meanwhile(work: Callable[[Item], object], items: Sequence[Item]) -> Iterator[None]:
+    """Does `work(item)` for each item, on a thread of its own, while the block runs; the block's end waits for all.
+
+    An exception of the block is raised before that of a work.
+    """
+    jobs = [Job(partial(work, item)) for item in items]
+    for job in jobs:
+        job.start()
+    try:
+        yield
+    finally:
+        for job in jobs:
+            with job.ended:
+                pass
+    for job in jobs:
+        job.result()
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 2) -> Iterator[Result]:

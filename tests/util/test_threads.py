@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 import pytest
 
-from shiradelta.util.threads import ahead, in_ranges, map_in_threads, share_processors
+from shiradelta.util.threads import ahead, in_ranges, map_in_threads, meanwhile, share_processors
 
 
 @pytest.mark.parametrize("said", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
@@ -76,3 +77,32 @@ def test_only_a_few_results_are_made_ahead():
     next(results)
     results.close()
     assert len(made) <= 4
+
+
+def test_work_is_done_while_a_block_runs():
+    begun, let_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work(_: int) -> None:
+        begun.set()
+        assert let_on.wait(60)
+        ended.set()
+
+    with meanwhile(work, [0]):
+        assert begun.wait(60)
+        let_on.set()
+    assert ended.is_set()
+
+
+def test_a_block_ends_with_its_own_exception_or_that_of_a_work():
+    done: list[int] = []
+
+    def work(item: int) -> None:
+        if item == 1:
+            raise ValueError(f"item {item}")
+        done.append(item)
+
+    with pytest.raises(ValueError, match="item 1"), meanwhile(work, range(4)):
+        pass
+    with pytest.raises(KeyError), meanwhile(work, range(4)):
+        raise KeyError
+    assert sorted(done) == [0, 0, 2, 2, 3, 3], "all works have ended"

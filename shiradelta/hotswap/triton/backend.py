@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from shiradelta.format import arithmetic
-from shiradelta.format.codecs.base import Bytes, TorchDecoder
+from shiradelta.format.codecs.base import TorchDecoder
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, only_strengths_differ
-from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.hotswap.triton import elements, kernels
 from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, Shared, new_plan, prepare
@@ -50,11 +49,9 @@ class TritonBackend(TorchBackend):
         self._compiled: dict[tuple[object, ...], Any] = {}
         self._refused = torch.zeros(1, dtype=torch.int32, device=self.device)
 
-    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
-        held = super().hold(files)
+    def arrange(self, held: Held) -> None:
         held.data = prepare(held, self._there)
         self._compile(held)
-        return held
 
     def decodes(self, codec: TorchDecoder) -> bool:
         return codec.id in elements.CODECS

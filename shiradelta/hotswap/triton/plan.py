@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from shiradelta.format import registry
+from shiradelta.format.codecs.base import TorchDecoder
 from shiradelta.hotswap.layers import Held, Layer, Patch, stacks_of
 from shiradelta.hotswap.torch import Sections
 from shiradelta.hotswap.triton import elements, kernels, positions
@@ -128,8 +130,7 @@ There = Callable[[NDArray[Any]], torch.Tensor]
 
 def prepare(held: Held, there: There) -> Prepared:
     """Makes the tables of a delta, which do not depend on other deltas."""
-    rows = [_row(patch, held.span(number).start) for number, patch in enumerate(held.patches)]
-    table = np.array(rows, np.int64).reshape(len(rows), len(positions.COLUMNS))
+    table = _rows(held)
     return Prepared(table, there(table), [_kind(patch) for patch in held.patches], int(table[:, _NNZ].sum()))
 
 
@@ -149,8 +150,8 @@ def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = 
     meeting: list[tuple[Kind, tuple[Stack, Shared]]] = []
     for patches in stacks_of(layers).values():
         stack = [(numbers[id(layer)], number) for layer, number in patches]
-        kinds = {layers[layer].held.data.kinds[number] for layer, number in stack}
-        kind = kinds.pop() if len(kinds) == 1 else None
+        kinds = [layer.held.data.kinds[number] for layer, number in patches]
+        kind = kinds[0] if len(kinds) == 1 or len(set(kinds)) == 1 else None
         if kind is None or (len(stack) > 1 and kind.codec == elements.BITS.value):
             plain.append(stack)
         elif len(stack) > 1 and (not overlaps or tuple(stack) not in overlaps):
@@ -230,34 +231,44 @@ def _is_searchable(kind: Kind, stack: Stack, layers: Sequence[Layer]) -> bool:
 
 
 def _kind(patch: Patch) -> Kind | None:
-    tensor = patch.target.tensor
-    if is_array(tensor) or (patch.record.nnz and not tensor.is_contiguous()):
+    tensor, record = patch.target.tensor, patch.record
+    if is_array(tensor) or (record.nnz and not tensor.is_contiguous()):
         return None
-    size = registry.DTYPE_OF_NAME[patch.dtype].size
-    big = patch.record.numel >= _BIG
-    order = int(registry.ORDERED[patch.dtype]) if patch.record.operation.shifts else elements.NO_ORDER.value
-    return Kind(int(patch.data.codec.id), patch.dtype, size, registry.word_size(patch.record.numel), big, order)
+    return _kind_of(patch.data.codec, patch.dtype, record.operation.shifts, record.numel)
 
 
-def _row(patch: Patch, room: int) -> tuple[int, ...]:
-    """A row of the kernels' table."""
-    sections: Sections = patch.data
-    index, values = sections.index.data_ptr(), sections.values.data_ptr()
-    columns = {
+@lru_cache(maxsize=256)  # tensors have few codecs, dtypes and sizes
+def _kind_of(codec: TorchDecoder, dtype: str, shifts: bool, numel: int) -> Kind:
+    order = int(registry.ORDERED[dtype]) if shifts else elements.NO_ORDER.value
+    size = registry.DTYPE_OF_NAME[dtype].size
+    return Kind(int(codec.id), dtype, size, registry.word_size(numel), numel >= _BIG, order)
+
+
+def _rows(held: Held) -> NDArray[np.int64]:
+    """The kernels' table, int64 [patches, columns]."""
+    patches = held.patches
+    every: list[Sections] = [patch.data for patch in patches]
+    start = every[0].buffer.data_ptr() if every else 0  # all are in one buffer
+    index = np.array([one.index_span.start for one in every], np.int64) + start
+    values = np.array([one.values_span.start for one in every], np.int64) + start
+    tensors = (patch.target.tensor for patch in patches)
+    columns: dict[str, Any] = {
         "directory": index + registry.RICE_HEAD.size,
-        "low": index + sections.low,
-        "unary": index + sections.unary,
-        "values": values + sections.codes,
+        "low": index + np.array([one.low for one in every], np.int64),
+        "unary": index + np.array([one.unary for one in every], np.int64),
+        "values": values + np.array([one.codes for one in every], np.int64),
         "parameters": values,
-        "weight": 0 if is_array(patch.target.tensor) else patch.target.tensor.data_ptr(),
-        "k": sections.k,
-        "unary_bits": sections.unary_bits,
-        "nnz": patch.record.nnz,
-        "numel": patch.record.numel,
-        "room": room,
+        "weight": [0 if is_array(tensor) else tensor.data_ptr() for tensor in tensors],
+        "k": [one.k for one in every],
+        "unary_bits": [one.unary_bits for one in every],
+        "nnz": [patch.record.nnz for patch in patches],
+        "numel": [patch.record.numel for patch in patches],
+        "room": [held.span(number).start for number in range(len(patches))],
         "layer": 0,
     }
-    return tuple(columns[name] for name in positions.COLUMNS)
+    return np.column_stack([np.broadcast_to(columns[name], len(patches)) for name in positions.COLUMNS]).astype(
+        np.int64
+    )
 
 
 def _entries(columns: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
