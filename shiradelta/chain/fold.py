@@ -23,8 +23,9 @@ from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.draw import common_draw
-from shiradelta.io.context import lacks_result, restored
+from shiradelta.io.context import lacks_result
 from shiradelta.io.reader import Delta, StoredTensor
+from shiradelta.io.restored import restored
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint, bits_of
 from shiradelta.models.safetensors import Slot

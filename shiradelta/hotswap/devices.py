@@ -11,6 +11,7 @@ from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.layers import Held, Layer
 from shiradelta.hotswap.matching import check_sets
 from shiradelta.hotswap.protocol import Fit, LiveBackend
+from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
 
 #: Layers on the weights, for each backend: of one level in the order of the adapters' digests.
@@ -37,6 +38,10 @@ class Devices:
     def buffer(self, size: int) -> Bytes:
         """Memory to read a file into."""
         return next(iter(self._backends.values())).buffer(size)
+
+    def all_elements(self, target: Target) -> Elements:
+        """All elements of a tensor, for a delta that is read with them only."""
+        return self._backends[target.device].all_elements(target)
 
     def hold(self, files: Iterable[tuple[Bytes, Sequence[Fit]]]) -> dict[LiveBackend, Held]:
         """`hold` of each backend, of what fits its device."""

@@ -14,8 +14,9 @@ from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.layers import Held, Layer, Patch, patches_on
 from shiradelta.hotswap.protocol import Fit, Part
 from shiradelta.io.reader import StoredTensor
+from shiradelta.io.restored import Elements, InMemory
 from shiradelta.models.live import Target
-from shiradelta.models.memory import is_array
+from shiradelta.models.memory import flat_bits, is_array
 from shiradelta.util.arrays import merge_sorted
 from shiradelta.util.threads import map_in_threads
 
@@ -28,6 +29,9 @@ class NumpyBackend(Elementwise):
 
     def buffer(self, size: int) -> Bytes:
         return np.empty(size, np.uint8)
+
+    def all_elements(self, target: Target) -> Elements:
+        return InMemory(host_bits(target))
 
     def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
         """Keeps the files' bytes, compressed."""
@@ -116,3 +120,11 @@ def _indexed(target: Target, positions: Positions) -> tuple[Array, Positions | t
     if array.flags.c_contiguous:
         return array.reshape(-1), positions
     return array, np.unravel_index(positions, array.shape)
+
+
+def host_bits(target: Target) -> Array:
+    """All elements' bits, flat, in the host's memory; a copy only where they are elsewhere, or not row by row."""
+    if not is_array(target.tensor):
+        return flat_bits(target.tensor)
+    array: Array = np.ascontiguousarray(target.tensor)
+    return array.reshape(-1).view(f"<u{array.itemsize}")

@@ -10,19 +10,26 @@ import numpy as np
 from shiradelta.errors import REMEDIES, FormatError
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.record import Record
+from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.matching import check_target
+from shiradelta.hotswap.numpy import host_bits
 from shiradelta.hotswap.transcode import stored_positions
 from shiradelta.io.context import write_plain
 from shiradelta.io.reader import Delta
+from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
-from shiradelta.models.memory import flat_bits, is_array
 from shiradelta.models.views import View
 from shiradelta.util.arrays import ranges
 from shiradelta.util.files import temporary_errors
 
 
 def plain_bytes(
-    label: str, delta: Delta, matched: Mapping[str, str], targets: Mapping[str, Target], allow_dtype: bool
+    label: str,
+    delta: Delta,
+    matched: Mapping[str, str],
+    targets: Mapping[str, Target],
+    devices: Devices,
+    allow_dtype: bool,
 ) -> bytes:
     """A file that does the same as a delta and needs no base to be read.
 
@@ -31,6 +38,7 @@ def plain_bytes(
         delta: the delta.
         matched: the file's names -> the model's.
         targets: the model's tensors by name.
+        devices: where they are.
         allow_dtype: take values that were made against another dtype; they cannot be read with the weights then.
 
     Raises:
@@ -39,7 +47,7 @@ def plain_bytes(
         BaseMismatchError: a tensor does not fit.
     """
 
-    def base(record: Record) -> Array:
+    def base(record: Record) -> Array | Elements:
         if record.name not in matched:
             raise FormatError("base_needed", "the model does not have it", tensor=record.name, file=label)
         target = targets[matched[record.name]].in_form(record.shape)
@@ -47,7 +55,7 @@ def plain_bytes(
         if dtype != record.dtype.name:
             raise FormatError("wrong_base", f"the model has it as {dtype}", tensor=record.name, file=label)
         if target.extent is None:
-            return _bits(target)
+            return devices.all_elements(target)
         bits = np.zeros(record.numel, record.dtype.bits)
         if sum(_take_over(bits, leaf, views) for leaf, views in target.leaves()) < record.numel:
             raise FormatError("base_needed", "this process has a part of it only", tensor=record.name, file=label)
@@ -67,17 +75,9 @@ def plain_bytes(
 
 def _take_over(bits: Array, leaf: Target, views: tuple[View, ...]) -> int:
     """Copies the elements that a piece of memory has; returns how many they are."""
-    own, taken = _bits(leaf), 0
+    own, taken = host_bits(leaf), 0
     for start, stop in ranges(own.size):
         chosen, stored = stored_positions(np.arange(start, stop), views)
         bits[stored] = own[start:stop][chosen]
         taken += stored.size
     return taken
-
-
-def _bits(target: Target) -> Array:
-    """All elements' bits, flat, in NumPy."""
-    if not is_array(target.tensor):
-        return flat_bits(target.tensor)
-    array: Array = np.ascontiguousarray(target.tensor)
-    return array.reshape(-1).view(f"<u{array.itemsize}")

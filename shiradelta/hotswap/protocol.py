@@ -15,6 +15,7 @@ from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.layers import Array, Held, Layer, Patch, Stack
 from shiradelta.io.reader import StoredTensor
+from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
 from shiradelta.models.views import View
 
@@ -65,6 +66,9 @@ class LiveBackend(Protocol):
 
     def buffer(self, size: int) -> Bytes:
         """Host memory to read a file into."""
+
+    def all_elements(self, target: Target) -> Elements:
+        """All elements of a tensor, row by row, for a delta that is read with them only."""
 
     def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
         """Checks deltas completely and copies them, compressed, to where the targets are.

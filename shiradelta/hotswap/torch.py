@@ -26,9 +26,11 @@ from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import ORDERED, IndexId, Order
 from shiradelta.format.zstd import unzstd
 from shiradelta.hotswap.elementwise import Elementwise
+from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
 from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.io.reader import StoredTensor, check_all, shares_of
+from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array
 from shiradelta.util.threads import THREADS, map_in_threads, meanwhile
@@ -95,6 +97,7 @@ class TorchBackend(Elementwise):
 
     name = "torch"
     xp = torch
+    from_base = TorchFromBase()
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -108,6 +111,10 @@ class TorchBackend(Elementwise):
         pinned = self.device.type == "cuda"
         empty: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).numpy()
         return empty
+
+    def all_elements(self, target: Target) -> Elements:
+        tensor = target.tensor
+        return ElementsThere(self.from_base, torch.from_numpy(tensor) if is_array(tensor) else tensor)
 
     def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
         """Copies all sections into one buffer on the device, aligned as in a file; checks them meanwhile."""

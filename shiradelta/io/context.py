@@ -20,23 +20,20 @@ from shiradelta.errors import FormatError
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import (
-    FROM_BASE,
     INDEX_CODECS,
     SEEDED,
     ULP,
-    ULP_FROM_BASE,
     VALUE_CODECS,
 )
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.codecs.from_base import FromBase
 from shiradelta.format.codecs.smallest import smallest_section
-from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.digest import tensor_digest
 from shiradelta.format.record import Record
 from shiradelta.format.registry import IndexId
 from shiradelta.format.zstd import FAST, compressed
 from shiradelta.io.reader import Delta, StoredTensor, parse_delta
+from shiradelta.io.restored import Elements, codecs_on_base, restored
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.util.files import temporary_errors
 from shiradelta.util.mapping import map_file
@@ -46,6 +43,8 @@ from shiradelta.util.progress import Progress
 CONTEXTS = ("none", "base")
 #: All elements' bits, flat, of the base of a file's tensor.  Raises FormatError ("wrong_base") where there is none.
 Base = Callable[[Record], Array]
+#: The same, or where the elements are, if NumPy does not see them.
+AnyBase = Callable[[Record], Array | Elements]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class WrittenForm(NamedTuple):
 
 def write_plain(
     delta: Delta,
-    base: Base,
+    base: AnyBase,
     output: IO[bytes],
     progress: Progress | None = None,
     *,
@@ -140,7 +139,7 @@ def write_on_base(
         at = elements[positions]
         if record.base_fingerprint not in (None, choose().fingerprint(positions, at)):
             raise FormatError("wrong_base", tensor=record.name)
-        index_codec, value_codec = _codecs()
+        index_codec, value_codec = codecs_on_base()
         drawn = record.index_codec == SEEDED.id  # stays, so that the way back finds it
         index = None if drawn else index_codec.encode_on(positions, stored.shape, elements)
         if index is not None:
@@ -169,59 +168,10 @@ def plain_delta(delta: Delta, base: Base, progress: Progress | None = None, *, p
     return parse_delta(np.frombuffer(mapped, np.uint8), delta.file, mapped=mapped, limit=delta.limit)
 
 
-def _codecs() -> tuple[FromBase, UlpFromBase]:
-    """Those of the fastest backend."""
-    backend = choose(index_ids=(FROM_BASE.id,), value_ids=(ULP_FROM_BASE.id,))
-    index, values = backend.index_codecs[FROM_BASE.id], backend.value_codecs[ULP_FROM_BASE.id]
-    assert isinstance(index, FromBase)
-    assert isinstance(values, UlpFromBase)
-    return index, values
-
-
 def _as_stored(stored: StoredTensor) -> _Sections:
     record = stored.record
     index, values = (stored.section(each).tobytes() for each in (record.index, record.values))
     return _Sections(record.index_codec, index, record.value_codec, values)
-
-
-def restored(stored: StoredTensor, base: Array) -> TensorDelta:
-    """What a tensor that is read with its base only does.
-
-    Args:
-        stored: the tensor.
-        base: all elements' bits of its base, flat.
-
-    Raises:
-        FormatError: it is damaged, or was made for another base; most others are noticed here.
-    """
-    record, (index_codec, value_codec) = stored.record, _codecs()
-    stored.check_memory(record.decoded_size)
-    section = record.index
-    try:
-        # Readers go through all of it without looking at its size again.
-        if (base.size, base.itemsize) != (record.numel, record.element_size):
-            raise FormatError("wrong_base", f"{base.size} elements of {base.itemsize} bytes")
-        data, nnz, size = stored.section(section), record.nnz, record.element_size
-        if record.index_codec == index_codec.id:
-            stored.check_memory(record.decoded_size + index_codec.room(data, record.numel))
-            positions = index_codec.decode_on(data, nnz, record.shape, base)
-        else:  # a decoder of files may refuse all of a tensor of which one section needs the base
-            positions = INDEX_CODECS.by_id[record.index_codec].decode(data, nnz, record.shape)
-        at, section = base[positions], record.values
-        data = stored.section(section)
-        if record.value_codec == value_codec.id:
-            bits = value_codec.decode_on(data, nnz, size, at)
-        else:
-            codec = VALUE_CODECS.by_id[record.value_codec]
-            codec.check(data, nnz, size)
-            bits = codec.decode(data, nnz, size, 0, nnz)
-    except FormatError as error:
-        error.tensor, error.file = record.name, stored.file
-        error.offset = section.offset if error.offset is None else error.offset
-        raise
-    dtype, operation = record.dtype.name, record.operation.name
-    known = record.base_fingerprint
-    return TensorDelta.trusted(record.shape, positions, bits, dtype, operation, at, known, stored.draw)
 
 
 def _write(

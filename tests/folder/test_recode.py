@@ -28,7 +28,8 @@ from shiradelta.format.codecs.base import SLACK
 from shiradelta.format.codecs.from_base import HEAD, FromBase
 from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.record import Record, Section
-from shiradelta.io.context import _codecs, plain_delta, restored
+from shiradelta.io.context import plain_delta
+from shiradelta.io.restored import codecs_on_base, restored
 from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import open_checkpoint
 from tests.swapping import bits
@@ -271,8 +272,8 @@ def test_no_more_is_read_than_the_base_has(made: Path):
 def test_tiles_are_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool):
     """A section of 40 bytes may have a tile for each element; who keeps a number of each refuses before that."""
     if not native:
-        monkeypatch.setattr("shiradelta.io.context._codecs", lambda: (FROM_BASE, ULP_FROM_BASE))
-    elif type(_codecs()[0]) is FromBase:
+        monkeypatch.setattr("shiradelta.io.restored.codecs_on_base", lambda: (FROM_BASE, ULP_FROM_BASE))
+    elif type(codecs_on_base()[0]) is FromBase:
         pytest.skip("libshd is not here")
     numel, empty = 1 << 17, Section(0, 0, 0, 0)
     dtype, codecs = registry.DTYPE_OF_NAME["float16"], (FROM_BASE.id, BITS.id)

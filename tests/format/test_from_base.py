@@ -1,4 +1,4 @@
-"""FROM_BASE and ULP_FROM_BASE: NumPy and decoder.py read and refuse the same sections (FORMAT.md, 4.7 and 5.2)."""
+"""FROM_BASE and ULP_FROM_BASE (FORMAT.md, 4.7 and 5.2): all readers take and refuse the same sections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.codecs import FROM_BASE, ULP_FROM_BASE
+from shiradelta.format.codecs.from_base import FromBase
 from shiradelta.format.codecs.from_base_classes import choose
+from shiradelta.hotswap.from_base import TorchFromBase
 from tests.reference import WITH_BASE, base_of, by_decoder, decoder, make_vectors, records_of
 
 Shape = tuple[int, ...]
@@ -86,9 +88,24 @@ def listed_by_decoder(section: bytes, nnz: int, base: np.ndarray) -> list[int] |
         return str(refused.reason)
 
 
-def listed_by_numpy(section: bytes, nnz: int, shape: Shape, base: np.ndarray) -> list[int] | str:
+class TorchInSmallChunks(TorchFromBase):
+    """As for a tensor of millions."""
+
+    chunk = 64
+
+
+def listed_by_codecs(section: bytes, nnz: int, shape: Shape, base: np.ndarray) -> list[int] | str:
+    """What NumPy finds, or its reason; torch finds the same, in however many chunks."""
+    found, *others = (
+        listed_by(codec, section, nnz, shape, base) for codec in (FROM_BASE, TorchFromBase(), TorchInSmallChunks())
+    )
+    assert all(other == found for other in others)
+    return found
+
+
+def listed_by(codec: FromBase, section: bytes, nnz: int, shape: Shape, base: np.ndarray) -> list[int] | str:
     try:
-        found = FROM_BASE.decode_on(as_bytes(section), nnz, shape, base)
+        found = codec.decode_on(as_bytes(section), nnz, shape, base)
     except FormatError as error:
         return error.reason
     assert found.dtype == np.int64
@@ -126,7 +143,7 @@ def test_positions_come_back(data, shape, size):
     section = FROM_BASE.encode_on(positions, shape, base)
     assert section is not None
     assert FROM_BASE.size_is_possible(len(section), positions.size, base.size)
-    assert listed_by_numpy(section, positions.size, shape, base) == positions.tolist()
+    assert listed_by_codecs(section, positions.size, shape, base) == positions.tolist()
     assert listed_by_decoder(section, positions.size, base) == positions.tolist()
 
 
@@ -161,7 +178,7 @@ def test_classes_of_lines_and_elements_and_what_is_turned_are_chosen():
     assert grid.column_bits > 0
     assert np.any(grid.groups >= registry.TURNED)
     section = FROM_BASE.encode_in(positions, grid, flat)
-    assert listed_by_numpy(section, positions.size, base.shape, flat) == positions.tolist()
+    assert listed_by_codecs(section, positions.size, base.shape, flat) == positions.tolist()
     assert listed_by_decoder(section, positions.size, flat) == positions.tolist()
 
 
@@ -181,7 +198,7 @@ def test_a_tile_over_the_limit_is_refused():
     base = np.zeros(math.prod(SOME), np.uint8)
     section = bytearray(FROM_BASE.encode_on(np.array([5]), SOME, base) or b"")
     section[4:8] = (1025).to_bytes(4, "little")
-    assert listed_by_numpy(bytes(section), 1, SOME, base) == listed_by_decoder(bytes(section), 1, base) == "bad_index"
+    assert listed_by_codecs(bytes(section), 1, SOME, base) == listed_by_decoder(bytes(section), 1, base) == "bad_index"
 
 
 def test_a_row_over_the_limit_is_not_written():
@@ -205,7 +222,7 @@ def test_any_classes_are_read(seed, size):
     positions = np.flatnonzero(listed).tolist()
     dtype = {1: "float8_e5m2", 2: "bfloat16", 4: "float32", 8: "float64"}[size]
     section = make_vectors.from_base(positions, base.tolist(), matrix, None, dtype).section
-    assert listed_by_numpy(section, len(positions), (rows, columns), base) == positions
+    assert listed_by_codecs(section, len(positions), (rows, columns), base) == positions
     assert listed_by_decoder(section, len(positions), base) == positions
 
 
@@ -237,7 +254,7 @@ def test_readers_agree_on_damaged_positions(data, shape, size):
     for _ in range(EXAMPLES):
         damaged = mutated(data, section)
         if FROM_BASE.size_is_possible(len(damaged), positions.size, base.size):
-            found = listed_by_numpy(damaged, positions.size, shape, base)
+            found = listed_by_codecs(damaged, positions.size, shape, base)
             assert found == listed_by_decoder(damaged, positions.size, base)
             assert isinstance(found, str) or (len(found) == positions.size and found == sorted({*found}))
 
@@ -259,7 +276,7 @@ def test_readers_agree_on_another_base(data, shape, size):
     positions = data.draw(positions_in(shape, base))
     section = FROM_BASE.encode_on(positions, shape, base)
     assert section is not None
-    found = listed_by_numpy(section, positions.size, shape, other)
+    found = listed_by_codecs(section, positions.size, shape, other)
     assert found == listed_by_decoder(section, positions.size, other)
     assert found == "wrong_base" or len(found) == positions.size
     shifts = data.draw(shifts_of(base.size, size))
@@ -282,7 +299,7 @@ def test_readers_agree_on_damaged_vectors(data):
         for _ in range(EXAMPLES):
             damaged = mutated(data, section)
             if FROM_BASE.size_is_possible(len(damaged), record.nnz, record.numel):
-                found = listed_by_numpy(damaged, record.nnz, record.tensor.shape, elements)
+                found = listed_by_codecs(damaged, record.nnz, record.tensor.shape, elements)
                 assert found == listed_by_decoder(damaged, record.nnz, elements)
     if record.tensor.value_codec == "ULP_FROM_BASE" and not record.values.zstd and record.nnz < 1000:
         section, at = raw[record.values.offset :][: record.values.stored], elements[: record.nnz]

@@ -49,7 +49,7 @@ class FromBase(IndexCodec):
         raise FormatError("base_needed")
 
     def lead(self, data: Bytes, nnz: int, numel: int) -> int:
-        return data.size - _parts(data, numel)[1].low.nbytes
+        return data.size - grid_and_gaps(data, numel)[1].low.nbytes
 
     def room(self, data: Bytes, numel: int) -> int:
         """Bytes of memory that `decode_on` takes for tiles; a section of 40 bytes may have one for each element."""
@@ -98,7 +98,7 @@ class FromBase(IndexCodec):
         Raises:
             FormatError: the section is damaged, or was made for another base.
         """
-        grid, gaps = _parts(data, math.prod(shape))
+        grid, gaps = grid_and_gaps(data, math.prod(shape))
         size, count, found = grid.tile_rows * grid.columns, grid.numbers.size, []
         # Low tiles are read together: a small section may well have a tile for each element.
         step = max(registry.MAX_BASE_TILE // max(size, count), 1)
@@ -123,13 +123,27 @@ class FromBase(IndexCodec):
             is_nonzero = (grid.numbers >= registry.TURNED)[of_element]
             is_nonzero[chosen[at]] ^= True
             found.append(np.flatnonzero(is_nonzero) + first * size)
-        if not gaps.unused_bits_are_zero():
-            raise FormatError("padding_not_zero", "unused bits of a part")
-        check_zero(gaps.unary, gaps.end)
         positions = np.concatenate(found)
-        if positions.size != nnz:
-            raise FormatError("wrong_base", f"{positions.size} nonzeros of {nnz}")
+        check_end(gaps, positions.size, nnz)
         return positions
+
+
+def check_end(gaps: Gaps, found: int, nnz: int) -> None:
+    """Checks what can be told when all tiles have been read.
+
+    Args:
+        gaps: of the section.
+        found: how many nonzeros its tiles have.
+        nnz: how many there should be.
+
+    Raises:
+        FormatError: padding is not zero, or the section was made for another base.
+    """
+    if not gaps.unused_bits_are_zero():
+        raise FormatError("padding_not_zero", "unused bits of a part")
+    check_zero(gaps.unary, gaps.end)
+    if found != nnz:
+        raise FormatError("wrong_base", f"{found} nonzeros of {nnz}")
 
 
 def _with_equal_widths(section: bytes, grid: BaseGrid) -> bytes:
@@ -143,8 +157,8 @@ def _with_equal_widths(section: bytes, grid: BaseGrid) -> bytes:
     return result.tobytes()
 
 
-def _parts(data: Bytes, numel: int) -> tuple[BaseGrid, Gaps]:
-    """Raises FormatError where the parts contradict each other or the size."""
+def grid_and_gaps(data: Bytes, numel: int) -> tuple[BaseGrid, Gaps]:
+    """A section taken apart.  Raises FormatError where the parts contradict each other or the size."""
     row_bits, column_bits, classes, reserved, tile_rows, columns, all_unary = HEAD.unpack_from(data.data)
     if (
         max(row_bits, column_bits) > registry.MAX_CLASS_BITS

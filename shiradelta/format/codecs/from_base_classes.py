@@ -46,8 +46,8 @@ class BaseGrid(Lines):
         return np.unique(self.groups)
 
     @cached_property
-    def _group_of(self) -> Small:
-        """[row classes, column classes, keys]."""
+    def group_of(self) -> Small:
+        """uint8 [row classes, column classes, keys]: the group of elements of a key."""
         found: Small = np.searchsorted(self.numbers, self.groups).astype(np.uint8)[:, :, _classes_of(self.thresholds)]
         return found
 
@@ -56,10 +56,10 @@ class BaseGrid(Lines):
         first = tile * self.tile_rows
         keys = keys_of(base).reshape(-1, self.columns)
         if self.row_bits == self.column_bits == 0:
-            found: Small = self._group_of[0, 0][keys]
+            found: Small = self.group_of[0, 0][keys]
         else:
             rows = self.row_class[first : first + keys.shape[0], None]
-            found = self._group_of[rows, self.column_class, keys]
+            found = self.group_of[rows, self.column_class, keys]
         return found.reshape(-1)
 
 

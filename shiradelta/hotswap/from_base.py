@@ -1,0 +1,280 @@
+"""FROM_BASE in torch operations, on the device that has the base's elements: they do not leave it (FORMAT.md, 4.7)."""
+
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from shiradelta.errors import FormatError
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.format.codecs.base_classes import KEYS
+from shiradelta.format.codecs.bits import bits_dtype
+from shiradelta.format.codecs.from_base import FromBase, check_end, grid_and_gaps
+from shiradelta.format.codecs.from_base_classes import BaseGrid
+from shiradelta.format.codecs.tiles import Gaps
+from shiradelta.io.restored import Elements, Located
+
+Tensor = torch.Tensor
+#: Elements whose groups are looked at together, in whole tiles.  Each takes about `_ELEMENT_ROOM` bytes meanwhile.
+_CHUNK, _ELEMENT_ROOM = 1 << 22, 48
+#: Bytes for each byte of a section, whose unary bits become numbers of 8 bytes.
+_SECTION_ROOM = 80
+
+
+class Chunk(NamedTuple):
+    """Some consecutive tiles.
+
+    Attributes:
+        rows: the class of each row; int32, like all of these.
+        columns: the class of each column.
+        size: elements of a tile; the last one may have fewer.
+        base: the bits of their elements, flat, as torch's integers.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    size: int
+    base: Tensor
+
+
+class GroupTable(NamedTuple):
+    """The group of each element, as a table on the device.
+
+    Attributes:
+        groups: uint8 [row classes, column classes, keys], flat.
+        turned: bool, of each group.
+        column_classes: how many there are.
+        has_lines: whether there are several classes of rows or columns.
+    """
+
+    groups: Tensor
+    turned: Tensor
+    column_classes: int
+    has_lines: bool
+
+    @classmethod
+    def of(cls, grid: BaseGrid, device: torch.device) -> GroupTable:
+        """Copies the table of a grid to a device."""
+        groups = torch.from_numpy(grid.group_of.reshape(-1)).to(device)
+        turned = torch.from_numpy(grid.numbers >= registry.TURNED).to(device)
+        return cls(groups, turned, 1 << grid.column_bits, grid.row_bits + grid.column_bits > 0)
+
+
+class InGroups(Protocol):
+    """The elements of a chunk by tile, then by group, then by position.
+
+    Attributes:
+        stops: int64 [tiles * groups], where each group of each tile ends in that order.
+    """
+
+    stops: Tensor
+
+    def nonzeros(self, listed: Tensor) -> Tensor:
+        """int64, increasing: the nonzeros' positions in the chunk, given what is listed, as numbers in that order."""
+
+
+class Sorted(InGroups):
+    """`InGroups` by sorting, in plain torch operations."""
+
+    def __init__(self, chunk: Chunk, table: GroupTable) -> None:
+        keys, columns = keys_of(chunk.base), chunk.columns.numel()
+        if table.has_lines:
+            of_lines = chunk.rows[:, None] * table.column_classes + chunk.columns
+            keys += (of_lines * KEYS).view(-1)
+        self._group, count = table.groups[keys], table.turned.numel()
+        self._turned = table.turned
+        del keys
+        tiles = -(-chunk.base.numel() // chunk.size)
+        dtype = torch.uint8 if tiles * count <= 256 else torch.int32  # bytes sort fastest
+        of_row = torch.arange(chunk.rows.numel(), device=chunk.base.device) // (chunk.size // columns) * count
+        cell = self._group.view(-1, columns).to(dtype) + of_row.to(dtype)[:, None]
+        cells, self._order = cell.view(-1).sort(stable=True)
+        every = torch.arange(tiles * count, device=cells.device).to(dtype)
+        self.stops = torch.searchsorted(cells, every, right=True)
+
+    def nonzeros(self, listed: Tensor) -> Tensor:
+        found = self._turned[self._group.int()]
+        at = self._order[listed]
+        found[at] = ~found[at]
+        return found.nonzero().view(-1)
+
+
+def keys_of(bits: Tensor) -> Tensor:
+    """int32: the keys of elements (FORMAT.md, 4.7), given their bits in torch's integers."""
+    width = 8 * bits.element_size()
+    return ((bits >> max(width - 16, 0)) & ((1 << min(width - 1, 15)) - 1)).int()
+
+
+class TorchFromBase(FromBase):
+    """The index codec FROM_BASE in torch operations.
+
+    Attributes:
+        chunk: the elements that are looked at together, about.
+    """
+
+    chunk = _CHUNK
+
+    def in_groups(self, chunk: Chunk, table: GroupTable) -> InGroups:
+        """The elements of a chunk in the order in which groups have them."""
+        return Sorted(chunk, table)
+
+    def room(self, data: Bytes, numel: int) -> int:
+        return super().room(data, numel) + _ELEMENT_ROOM * min(numel, self.chunk) + _SECTION_ROOM * data.size
+
+    def decode_on(self, data: Bytes, nnz: int, shape: tuple[int, ...], base: Array) -> Positions:
+        signed = base.view(f"<i{base.itemsize}") if base.itemsize > 1 else base
+        bits = torch.from_numpy(np.require(signed, requirements="W"))  # torch warns of read-only arrays
+        return self.decode_there(data, nnz, shape, bits).numpy().astype(np.int64, copy=False)
+
+    def decode_there(self, data: Bytes, nnz: int, shape: tuple[int, ...], base: Tensor) -> Tensor:
+        """int32 [nnz], int64 where numel takes it, on the device of the base.
+
+        Args:
+            data: the section.
+            nnz: how many nonzeros there are.
+            shape: the tensor's.
+            base: all elements' bits, flat, in the integers of `bits_dtype`.
+
+        Raises:
+            FormatError: the section is damaged, or was made for another base.
+        """
+        numel = math.prod(shape)
+        grid, gaps = grid_and_gaps(data, numel)
+        device, count, size = base.device, grid.numbers.size, grid.tile_rows * grid.columns
+        table, bits = GroupTable.of(grid, device), _Bits.of(gaps, device)
+        rows, columns = (
+            torch.from_numpy(each.astype(np.int32)).to(device) for each in (grid.row_class, grid.column_class)
+        )
+        result = torch.empty(nnz, dtype=torch.int32 if numel <= 1 << 31 else torch.int64, device=device)
+        step, total = max(self.chunk // max(size, count), 1), 0
+        for first in range(0, grid.tiles, step):
+            last = min(first + step, grid.tiles)
+            sound, ones = bits.sound(first, last)
+            if sound > first:
+                of_rows = rows[first * grid.tile_rows : sound * grid.tile_rows]
+                chunk = Chunk(of_rows, columns, size, base[first * size : sound * size])
+                elements = self.in_groups(chunk, table)
+                listed = _numbers(bits.orders(first, sound, ones, count), elements.stops)
+                if listed is None:
+                    raise FormatError("wrong_base", f"one of tiles {first} to {sound - 1} lists more than there is")
+                positions = elements.nonzeros(listed)
+                end = total + positions.numel()
+                if end <= nnz:  # later tiles may still say what is wrong with the section
+                    result[total:end] = positions + first * size
+                total = end
+            if sound < last:
+                raise FormatError("bad_index", f"unary bits of tile {sound}")
+        check_end(gaps, total, nnz)
+        return result
+
+
+class _Orders(NamedTuple):
+    """What some tiles list: tile * groups + group of each element, and its number in the group, from 0."""
+
+    cell: Tensor
+    order: Tensor
+
+
+def _numbers(orders: _Orders, stops: Tensor) -> Tensor | None:
+    """The numbers of what is listed in the order of `InGroups`; None where a group has fewer elements."""
+    starts = torch.cat((stops.new_zeros(1), stops[:-1]))
+    listed = starts[orders.cell] + orders.order
+    return None if bool((listed >= stops[orders.cell]).any()) else listed
+
+
+class _Bits(NamedTuple):
+    """Low and unary of a section on the device; the rest of `Gaps` is small and stays with NumPy."""
+
+    gaps: Gaps
+    low: Tensor  # int32
+    unary: Tensor  # uint8
+
+    @classmethod
+    def of(cls, gaps: Gaps, device: torch.device) -> _Bits:
+        """Copies both to a device."""
+        low = torch.from_numpy(gaps.low.view("<i4").copy()).to(device)
+        return cls(gaps, low, torch.from_numpy(gaps.unary.copy()).to(device))
+
+    def sound(self, first: int, last: int) -> tuple[int, Tensor]:
+        """As `Gaps.sound`, but that ones count from the first unary bit of these tiles."""
+        starts = self.gaps.unary_starts[first : last + 1]
+        begin, end = int(starts[0]), int(starts[-1])
+        eight = torch.arange(8, dtype=torch.uint8, device=self.unary.device)
+        bits = ((self.unary[begin // 8 : -(-end // 8), None] >> eight) & 1).view(-1)
+        ones = bits[begin % 8 : begin % 8 + end - begin].nonzero().view(-1)
+        edges = self._there(np.stack((starts - begin, self.gaps.ranks[first : last + 1])))
+        of_tile = torch.searchsorted(ones, edges[0])
+        whole = of_tile.diff() == edges[1].diff()
+        # The last unary bit of a tile is a one; a tile without ones must not have bits.
+        last_ones = torch.cat((ones, ones.new_tensor([-1])))[torch.where(of_tile.diff() > 0, of_tile[1:] - 1, -1)]
+        whole &= (last_ones == edges[0, 1:] - 1) | (edges[0].diff() == 0)
+        if bool(whole.all()):
+            return last, ones
+        stop = first + int((~whole).nonzero()[0])
+        return stop, ones[: int(of_tile[stop - first])]
+
+    def orders(self, first: int, last: int, ones: Tensor, groups: int) -> _Orders:
+        """As `Gaps.orders`, given the number of all groups."""
+        gaps = self.gaps
+        counts, tiles = gaps.counts[first:last].reshape(-1), np.arange(last - first)
+        firsts = np.cumsum(counts) - counts
+        ks = np.tile(gaps.ks, tiles.size)
+        cells = (tiles[:, None] * groups + gaps.groups).reshape(-1)
+        lows = int(gaps.low_starts[first]) + np.cumsum(counts * ks) - counts * ks
+        small = self._there(np.stack((counts, firsts, ks, cells, lows)))
+        which = torch.repeat_interleave(small[0], output_size=ones.numel())
+        _, begins, k, cell, low_at = small[:, which]
+        at = low_at + (torch.arange(ones.numel(), device=ones.device) - begins) * k
+        word = at >> 5
+        pair = (self.low[word].long() & 0xFFFFFFFF) | (self.low[word + 1].long() << 32)
+        low = (pair >> (at & 31)) & ((1 << k) - 1)
+        # The last unary bit before a tile is a one, so its first gap needs no care.
+        zeros = ones.diff(prepend=ones.new_tensor([-1])) - 1
+        # No gap is larger than a tile; what a damaged one says must not overflow the sums.
+        steps = ((zeros << k) + low).clamp(max=gaps.largest) + 1
+        sums = torch.cat((steps.new_zeros(1), steps.cumsum(0)))
+        return _Orders(cell, sums[1:] - 1 - sums[begins])
+
+    def _there(self, numbers: Positions) -> Tensor:
+        return torch.from_numpy(numbers).to(self.unary.device)
+
+
+class ElementsThere(Elements):
+    """All elements of a base, on the device that has them.
+
+    Args:
+        codec: decodes there.
+        tensor: the base; its memory is taken as it is if it is contiguous.
+    """
+
+    def __init__(self, codec: TorchFromBase, tensor: Tensor) -> None:
+        self._codec, self._bits = codec, tensor.reshape(-1).view(bits_dtype(tensor.element_size()))
+
+    @property
+    def size(self) -> int:
+        return self._bits.numel()
+
+    @property
+    def itemsize(self) -> int:
+        return self._bits.element_size()
+
+    def room(self, data: Bytes) -> int:
+        return self._codec.room(data, self.size)
+
+    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Located:
+        positions = self._codec.decode_there(data, nnz, shape, self._bits)
+        at = self._taken(positions)
+        return Located(positions.cpu().numpy().astype(np.int64, copy=False), at)
+
+    def at(self, positions: Positions) -> Array:
+        return self._taken(torch.from_numpy(positions).to(self._bits.device))
+
+    def _taken(self, positions: Tensor) -> Array:
+        found: Array = self._bits[positions].cpu().numpy()
+        return found.view(f"<u{self.itemsize}")
