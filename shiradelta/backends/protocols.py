@@ -67,6 +67,8 @@ class Backend:
         value_codecs: the same for values.
         fingerprint: of elements' bits at positions (FORMAT.md, 6.3).
         at_least: indices of |x| >= threshold > 0.
+        accepts: makes all checks that opening a file does, of bytes; None if the backend leaves them to
+            `shiradelta.format.container`.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Backend:
     value_codecs: Mapping[int, ValueCodec]
     fingerprint: Callable[[Positions, Array], int]
     at_least: Callable[[Float32, float], Positions]
+    accepts: Callable[[Bytes], bool] | None = None
 
     def unknown_codec(self, index_ids: Iterable[int], value_ids: Iterable[int]) -> str | None:
         """Names a codec of these ids that the backend does not know; None if it knows all of them."""

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from shiradelta.errors import ArgumentError, FormatError
@@ -70,12 +71,14 @@ def _check_padding(data: memoryview, start: int, end: int) -> None:
         raise FormatError("padding_not_zero", "between sections", offset=start)
 
 
-def parse(data: Bytes, most: int | None = None) -> Container:
+def parse(data: Bytes, most: int | None = None, accepts: Callable[[Bytes], bool] | None = None) -> Container:
     """Reads a whole file and checks everything but the payload.
 
     Args:
         data: the file's bytes.
         most: the most bytes of memory that a packed file may take.
+        accepts: makes the same checks faster; the bytes must not change from then on.  What it accepts is not checked
+            again here; what it refuses is, to say what is wrong.
 
     Raises:
         FormatError: in the order and with the reasons of FORMAT.md.
@@ -86,16 +89,15 @@ def parse(data: Bytes, most: int | None = None) -> Container:
         data, packed_size = unpack(data, header, most), data.size
         header = read_header(data)
     sections = _tables(header)
-    cursor = sections[-1].end
-    if cursor > header.file_size:
-        raise FormatError("section_layout", f"the table and its like end at {cursor} of {header.file_size} bytes")
-    for section in sections:
-        if crc32(data[section.offset : section.offset + section.stored]) != section.crc:
-            raise FormatError("section_checksum", offset=section.offset)
-        _check_padding(data.data, section.offset + section.stored, section.end)
+    accepted = accepts is not None and accepts(data)
+    if not accepted:
+        _check_tables(data, header, sections)
     table, names, metadata, extension = (data[s.offset : s.offset + s.stored] for s in sections)
     pairs = parse_metadata(metadata.tobytes(), sections[2].offset)
-    records = _parse_table(data.data, table, names, cursor, bool(header.incompatible & Incompatible.ZSTD))
+    records = _known_records(table, names) if accepted else None
+    if records is None:
+        zstd = bool(header.incompatible & Incompatible.ZSTD)
+        records = _parse_table(data.data, table, names, sections[-1].end, zstd)
     sizes = {
         "header": registry.HEADER_SIZE,
         "table": table.size + names.size,
@@ -105,6 +107,17 @@ def parse(data: Bytes, most: int | None = None) -> Container:
         "file": header.file_size if packed_size is None else packed_size,
     }
     return Container(records, pairs, header.digest, data, header.minor, sizes, packed_size is not None)
+
+
+def _check_tables(data: Bytes, header: Header, sections: Sequence[Section]) -> None:
+    """Checks the places and checksums of the sections of the whole file."""
+    end = sections[-1].end
+    if end > header.file_size:
+        raise FormatError("section_layout", f"the table and its like end at {end} of {header.file_size} bytes")
+    for section in sections:
+        if crc32(data[section.offset : section.offset + section.stored]) != section.crc:
+            raise FormatError("section_checksum", offset=section.offset)
+        _check_padding(data.data, section.offset + section.stored, section.end)
 
 
 def parse_metadata(data: bytes, offset: int) -> dict[str, str]:
@@ -166,6 +179,40 @@ def _parse_table(data: memoryview, table: Bytes, names: Bytes, cursor: int, zstd
     return tuple(records)
 
 
+def _known_records(table: Bytes, names: Bytes) -> tuple[Record, ...] | None:
+    """The records of a table that has been checked; None if it has an id that is unknown here."""
+    every = names.tobytes()
+    with suppress(KeyError):
+        return tuple(
+            _record_of(every[offset : offset + size].decode(), fields)
+            for offset, size, *fields in registry.RECORD.iter_unpack(table.data)
+        )
+    return None
+
+
+def _record_of(name: str, fields: Sequence[int]) -> Record:
+    """A record, unchecked.  Raises KeyError for an unknown id."""
+    rank, dtype, op, index_codec, value_codec, flags, _, nnz, base, result = fields[:10]
+    index_at, index_stored, index_size, values_at, values_stored, values_size, index_crc, values_crc = fields[10:18]
+    if index_codec:
+        INDEX_CODECS.by_id[index_codec]
+    if value_codec:
+        VALUE_CODECS.by_id[value_codec]
+    return Record(
+        name,
+        tuple(fields[18 : 18 + rank]),
+        registry.DTYPE_OF_ID[dtype],
+        OPERATIONS.by_id[op],
+        index_codec,
+        value_codec,
+        nnz,
+        base if flags & _BASE else None,
+        result if flags & _RESULT else None,
+        Section(index_at, index_stored, index_size, index_crc, bool(flags & _INDEX_ZSTD)),
+        Section(values_at, values_stored, values_size, values_crc, bool(flags & _VALUES_ZSTD)),
+    )
+
+
 def check_name(raw: bytes) -> str:
     """Decodes a tensor's name, and checks that the format allows it."""
     if not 0 < len(raw) <= registry.MAX_NAME_SIZE:
@@ -189,79 +236,48 @@ def _parse_name(raw: bytes, before: bytes) -> str:
 
 
 def _parse_record(name: str, fields: Sequence[int], data: memoryview, cursor: int, zstd: bool) -> Record:
-    (
-        rank,
-        dtype_id,
-        op_id,
-        index_id,
-        value_id,
-        flag_bits,
-        reserved,
-        nnz,
-        base_fingerprint,
-        result_fingerprint,
-        index_offset,
-        index_stored,
-        index_decoded,
-        values_offset,
-        values_stored,
-        values_decoded,
-        index_crc,
-        values_crc,
-        *dims,
-    ) = fields
+    rank, dtype_id, op_id, index_id, value_id, flag_bits, reserved, nnz, base_fingerprint, result_fingerprint = fields[
+        :10
+    ]
     if reserved or flag_bits & ~_FLAGS:
         raise FormatError("reserved_not_zero", "in a record")
-    dtype = registry.DTYPE_OF_ID.get(dtype_id)
-    if dtype is None:
+    if dtype_id not in registry.DTYPE_OF_ID:
         raise FormatError("unknown_dtype", f"id {dtype_id}")
-    operation = OPERATIONS.by_id.get(op_id)
-    if operation is None:
+    if op_id not in OPERATIONS.by_id:
         raise FormatError("unknown_op", f"id {op_id}")
     if index_id and index_id not in INDEX_CODECS.by_id:
         raise FormatError("unknown_index_codec", f"id {index_id}")
     if value_id and value_id not in VALUE_CODECS.by_id:
         raise FormatError("unknown_value_codec", f"id {value_id}")
-    shape = _parse_shape(rank, dims)
-    numel = math.prod(shape)
+    numel = _check_shape(rank, fields[18:])
     if nnz > numel:
         raise FormatError("bad_count", f"{nnz} nonzeros, {numel} elements")
-    record = Record(
-        name=name,
-        shape=shape,
-        dtype=dtype,
-        operation=operation,
-        index_codec=index_id,
-        value_codec=value_id,
-        nnz=nnz,
-        base_fingerprint=base_fingerprint if flag_bits & _BASE else None,
-        result_fingerprint=result_fingerprint if flag_bits & _RESULT else None,
-        index=Section(index_offset, index_stored, index_decoded, index_crc, bool(flag_bits & _INDEX_ZSTD)),
-        values=Section(values_offset, values_stored, values_decoded, values_crc, bool(flag_bits & _VALUES_ZSTD)),
-    )
+    record = _record_of(name, fields)
     problem = combination_problem(record)
     if problem:
         raise FormatError("bad_combination", problem)
     if (base_fingerprint and not flag_bits & _BASE) or (result_fingerprint and not flag_bits & _RESULT):
         raise FormatError("reserved_not_zero", "a fingerprint without its flag")
     if nnz:
-        index_ok = INDEX_CODECS.by_id[index_id].size_is_possible(index_decoded, nnz, numel)
-        values_ok = VALUE_CODECS.by_id[value_id].size_is_possible(values_decoded, nnz, dtype.size)
+        index_ok = INDEX_CODECS.by_id[index_id].size_is_possible(record.index.decoded, nnz, numel)
+        values_ok = VALUE_CODECS.by_id[value_id].size_is_possible(record.values.decoded, nnz, record.element_size)
     else:
-        index_ok, values_ok = index_decoded == 0, values_decoded == 0
+        index_ok, values_ok = record.index.decoded == 0, record.values.decoded == 0
     _check_section(record.index, cursor, data, zstd, index_ok)
     _check_section(record.values, record.index.end, data, zstd, values_ok)
     return record
 
 
-def _parse_shape(rank: int, dims: list[int]) -> tuple[int, ...]:
-    shape = tuple(dims[:rank])
+def _check_shape(rank: int, dims: Sequence[int]) -> int:
+    """Checks a shape; returns the number of elements."""
+    shape = dims[:rank]
     if rank > registry.MAX_RANK or any(dims[rank:]):
         raise FormatError("bad_shape", f"rank {rank}")
     # Python's integers do not overflow; with a zero among the dims the product is 0 whatever the others are.
-    if max(dims) > registry.MAX_NUMEL or math.prod(shape) > registry.MAX_NUMEL:
+    numel = math.prod(shape)
+    if max(dims) > registry.MAX_NUMEL or numel > registry.MAX_NUMEL:
         raise FormatError("bad_shape", f"{list(shape)}")
-    return shape
+    return numel
 
 
 def _check_section(section: Section, cursor: int, data: memoryview, zstd: bool, size_ok: bool) -> None:

@@ -387,7 +387,8 @@ def parse_delta(
             f"limit {limit} is less than a byte; give a positive number of bytes, or None for the default"
         )
     try:
-        parsed = container.parse(data, allowed)
+        # A mapped file may change after it was checked.
+        parsed = container.parse(data, allowed, choose(backend).accepts if mapped is None else None)
         chosen = choose(backend, parsed.index_codecs, parsed.value_codecs)
         return Delta(parsed, file, mapped, chosen, allowed)
     except LimitError as error:

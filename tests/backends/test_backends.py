@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from shiradelta.backends.libshd.backend import backend
 from shiradelta.backends.libshd.decoder import NativeDecoder, apply_sum
 from shiradelta.backends.numpy import NUMPY, NumpyDecoder, at_least
 from shiradelta.errors import ArgumentError, FormatError, ShiraDeltaError
+from shiradelta.format import container, registry
 from shiradelta.format.arithmetic import Positions, add, fingerprint, scaled
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, VALUE_OPTIONS
 from shiradelta.format.record import Record
@@ -197,6 +199,29 @@ def test_a_damaged_section_has_reason_tensor_offset_and_file(tmp_path: Path):
         assert caught.value.tensor == "w"
         assert caught.value.file == str(tmp_path / "d.shd")
         assert caught.value.offset is not None
+
+
+def test_tables_that_the_library_accepts_are_read_as_the_reference_reads_them():
+    for path in sorted(VALID.glob("*.shd")):
+        data = np.fromfile(path, np.uint8)
+        slow, fast = container.parse(data), container.parse(data, None, LIBSHD.accepts)
+        assert LIBSHD.accepts is not None
+        assert LIBSHD.accepts(slow.data), path
+        assert replace(fast, data=None) == replace(slow, data=None), path
+        assert same_bits(fast.data, slow.data)
+
+
+@pytest.mark.parametrize(
+    ("offset", "reason"),
+    [(7, "unknown_dtype"), (8, "unknown_op"), (9, "unknown_index_codec"), (10, "unknown_value_codec")],
+)
+def test_an_id_that_only_another_library_knows_is_refused(tmp_path: Path, offset: int, reason: str):
+    shiradelta.save_delta(tmp_path / "d.shd", {"w": TensorDelta((64,), [3, 9], [1.0, 2.0])})
+    data = np.fromfile(tmp_path / "d.shd", np.uint8)
+    data[registry.HEADER_SIZE + offset] = 255
+    with pytest.raises(FormatError) as caught:
+        container.parse(data, None, lambda data: True)
+    assert (caught.value.reason, caught.value.tensor) == (reason, "w")
 
 
 @pytest.mark.parametrize("name", FILE_BACKENDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from shiradelta.backends.libshd.decoder import NativeDecoder
+from shiradelta.backends.libshd.decoder import NativeDecoder, accepts
 from shiradelta.backends.libshd.encoder import NativeRice, NativeTiled, NativeValues, at_least, fingerprint
 from shiradelta.backends.libshd.from_base import NativeFromBase, NativeUlpFromBase
 from shiradelta.backends.libshd.library import knows_index_codec, knows_value_codec, library
@@ -35,4 +35,5 @@ def backend() -> Backend:
         },
         fingerprint,
         at_least,
+        accepts,
     )

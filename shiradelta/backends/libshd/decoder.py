@@ -186,6 +186,11 @@ def apply_sum(
     in_threads(work, -(-weight.size // _STRIDE), sum(tensor.record.nnz for tensor in tensors))
 
 
+def accepts(data: Bytes) -> bool:
+    """Whether the library opens a file."""
+    return bool(library().shd_open(address(new_struct(FILE)), address(data), data.size, byref(Status())) == 0)
+
+
 class NativeDecoder(Decoder):
     """Decodes with libshd.  Holds the file's bytes for as long as the library may read them."""
 
