@@ -154,7 +154,11 @@ def _of_torchrun() -> Any:
     is_flag=True,
     help="Exit with 0 even if the fit is worse than the base or than top-k.",
 )
-@click.option("--device", help="Where to fit.  [default: a GPU, if there is one]")
+@click.option(
+    "--device",
+    help="Where to fit; several, such as cuda:0,cuda:1, share out the model's layers.  [default: a GPU, if there is"
+    " one; all GPUs where the weights do not fit into one]",
+)
 @click.option("--plot", metavar="FILE", help="Plot where the changes lie, and the fit, to this PNG.")
 @options.as_json
 def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: bool, **arguments: Any) -> None:

@@ -52,7 +52,11 @@ from shiradelta.util.text import count, size
 @options.prompt_share
 @options.values("int4")
 @click.option("--accept-worse", is_flag=True, help="Write the file even if the model is worse than its base with it.")
-@click.option("--device", help="Where to train.  [default: a GPU, if there is one]")
+@click.option(
+    "--device",
+    help="Where to train; several, such as cuda:0,cuda:1, share out the model's layers.  [default: a GPU, if there is"
+    " one; all GPUs where the weights do not fit into one]",
+)
 @click.option("--plot", help="Draw the losses to this PNG.")
 @options.as_json
 def train(

@@ -22,6 +22,7 @@ from shiradelta.io.download import local_model
 from shiradelta.models import loading
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import open_checkpoint
+from shiradelta.models.placement import pick_device
 from shiradelta.train.gradients import Loss
 from shiradelta.train.subject import stored_dtype
 from shiradelta.util.files import check_target
@@ -78,7 +79,7 @@ def open_live(folder: Path, tokens: int, device: str | None) -> LiveModel:
     folder = local_model(folder)
     refuse_several(folder)
     dtype = stored_dtype(open_checkpoint(folder))
-    where = loading.pick_device(device)
+    where = pick_device(device)
     of_prompts = prompt_loss(loading.load_tokenizer(folder), tokens)
     # As in training: activations in float16 may overflow.
     casting: Any = torch.autocast(where.type, torch.bfloat16) if dtype == torch.float16 else nullcontext()
@@ -87,7 +88,7 @@ def open_live(folder: Path, tokens: int, device: str | None) -> LiveModel:
         with casting:
             return of_prompts(model, prompts)
 
-    return LiveModel(folder, loading.load_model(folder, folder, where, dtype).eval(), loss)
+    return LiveModel(folder, loading.load_model(folder, folder, [where], dtype).eval(), loss)
 
 
 def check_average(family: ExpertFamily, out: str | os.PathLike[str]) -> None:

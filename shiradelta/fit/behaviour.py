@@ -40,7 +40,7 @@ class Behaviour(ABC):
 
     @abstractmethod
     def outputs(self, model: nn.Module, indices: Sequence[int]) -> Outputs:
-        """A model's outputs on some examples."""
+        """A model's outputs on some examples, each on the device that made it."""
 
     @abstractmethod
     def differences(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> list[Tensor]:
@@ -55,7 +55,7 @@ class Behaviour(ABC):
         Raises:
             SourceError: the fine-tune gives no finite outputs, or behaves like its base.
         """
-        found = [torch.stack(self.differences(*batch)) for batch in batches]
+        found = [_together(self.differences(*batch)) for batch in batches]
         self._scales = torch.stack(found).mean(0).tolist()
         check_scales(self._scales)
 
@@ -72,7 +72,7 @@ class Behaviour(ABC):
         if last == 1 and self._scales[-1] > 0:
             return self.differences(indices, student[-1:], target[-1:])[0] / self._scales[-1]
         terms = zip(self.differences(indices, student, target), self._scales, strict=True)
-        left = torch.stack([term / scale for term, scale in terms if scale > 0])
+        left = _together([term / scale for term, scale in terms if scale > 0])
         return last * left[-1] + (1 - last) * left.mean()
 
     def token_weights(self, indices: Sequence[int], rows: int) -> Tensor | None:
@@ -110,6 +110,11 @@ class Behaviour(ABC):
         None if that is unknown, so that outputs cannot be cached.
         """
         return None
+
+
+def _together(terms: Sequence[Tensor]) -> Tensor:
+    """Scalars from any devices in one tensor, on the last one's device, which has the output."""
+    return torch.stack([term.to(terms[-1].device) for term in terms])
 
 
 def check_scales(scales: Sequence[float]) -> None:

@@ -16,6 +16,7 @@ from shiradelta.fit.refit.whole import solve
 from shiradelta.fit.state import FitState, load_state, save_state
 from shiradelta.fit.subject import Subject
 from shiradelta.fit.training import LOSS, FitTrainer, TrainingPlan
+from shiradelta.models.placement import named
 from shiradelta.nonzeros.unfinished import UnfinishedRun
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.util.memory import gpu_peak
@@ -53,8 +54,8 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     if start.mask.solves:
         if settings.steps is None and resumed is None and subject.device.type == "cpu" and steps * seconds > CPU_MOST:
             settings.log(
-                f"{steps} steps on {subject.device} would take {_duration(steps * seconds)}, so values are those of"
-                f" least squares, as by --fit-method refit; --fit-steps {steps} trains them all the same"
+                f"{steps} steps on {named(subject.devices)} would take {_duration(steps * seconds)}, so values are"
+                f" those of least squares, as by --fit-method refit; --fit-steps {steps} trains them all the same"
             )
             start.take(start.mask, 1)
             refit(job, subject, nonzeros, result)
@@ -73,8 +74,8 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     left = steps - training.state.step
     made = f" and {result.generated:,} generated ones" if result.generated else ""
     settings.log(
-        f"fitting on {result.texts:,} texts{made}: {left} steps of {settings.batch} texts on {subject.device},"
-        f" about {_duration(1.1 * left * seconds)} at the pace of the first two{gpu_peak(subject.device)}; if it is"
+        f"fitting on {result.texts:,} texts{made}: {left} steps of {settings.batch} texts on {named(subject.devices)},"
+        f" about {_duration(1.1 * left * seconds)} at the pace of the first two{gpu_peak(subject.devices)}; if it is"
         " interrupted, the same command goes on"
     )
     _train(training, job, subject, unfinished)

@@ -10,7 +10,19 @@ from typing import Any
 from shiradelta.errors import ArgumentError
 from shiradelta.fit.choices import MASKS, METHODS, RENAMED_MASKS
 from shiradelta.text.kinds import check_prompt_share
-from shiradelta.util.arguments import ANY, CALL, NUMBER, PATH, TEXT, WHOLE, ArgumentKind, check_least, checked, is_path
+from shiradelta.util.arguments import (
+    ANY,
+    CALL,
+    NUMBER,
+    PATH,
+    TEXT,
+    TEXTS,
+    WHOLE,
+    ArgumentKind,
+    check_least,
+    checked,
+    is_path,
+)
 from shiradelta.util.deprecated import renamed_arguments, warn_renamed
 
 
@@ -44,7 +56,8 @@ class Fit:
             a completion's, or an assistant's.  0 leaves prompts out, 1 makes no difference.
         held_out: texts kept from fitting, on which distances are measured; at most a fifth of all.
         seed: of the order of the texts, and of generated ones.
-        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        device: "cpu", "cuda", "cuda:1", ...; several, such as "cuda:0,cuda:1" or a list of names, share out the layers
+            of the model.  None takes a GPU if there is one, and all GPUs where the weights do not fit into one.
         state: where the state of an interrupted run is kept; None puts it beside the output.
         model: the base as a torch module, where transformers cannot load it by itself.
         forward: forward(model, examples) -> tensor or tensors, instead of tokenizer and hidden states.
@@ -69,7 +82,7 @@ class Fit:
     prompt_share: float = 0.0
     held_out: int = 256
     seed: int = 0
-    device: str | None = None
+    device: str | Sequence[str] | None = None
     state: str | os.PathLike[str] | None = None
     model: Any = None
     forward: Callable[[Any, Sequence[Any]], Any] | None = None
@@ -120,6 +133,6 @@ _TEXTS = ArgumentKind(
 _COUNTS = dict.fromkeys(("steps", "batch", "micro", "tokens", "held_out", "generate"), WHOLE)
 _FUNCTIONS = dict.fromkeys(("forward", "loss", "log"), CALL)
 _NUMBERS = dict.fromkeys(("relative_lr", "text_share", "prompt_share"), NUMBER)
-_OTHERS = {"texts": _TEXTS, "mask": TEXT, "device": TEXT, "state": PATH}
+_OTHERS = {"texts": _TEXTS, "mask": TEXT, "device": TEXTS, "state": PATH}
 _checked = checked(**_OTHERS, **_NUMBERS, **_COUNTS, **_FUNCTIONS, model=ANY)(Fit.__init__)
 Fit.__init__ = renamed_arguments(rate="relative_lr", say="log")(_checked)  # type: ignore[method-assign]

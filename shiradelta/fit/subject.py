@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiradelta.errors import SourceError
 from shiradelta.fit.behaviour import Behaviour
@@ -18,13 +18,14 @@ from shiradelta.fit.fit_texts import FitTexts
 from shiradelta.fit.fitted import FitJob, FitTarget, Fitted
 from shiradelta.fit.gain import OLD_DELTA
 from shiradelta.fit.measures import HeldOut
+from shiradelta.fit.model import model_of
 from shiradelta.fit.rounding import write_rounded
 from shiradelta.fit.stored import LoadedWeights, group, make_contiguous
 from shiradelta.fit.teacher import Teacher, exchanged
 from shiradelta.fit.text_behaviour import TextBehaviour, not_run
 from shiradelta.fit.tuned_weights import TunedWeights, dense, exact_homes, weights_after, write_exact
 from shiradelta.io.recognise import UNCHANGED
-from shiradelta.models import loading
+from shiradelta.models.placement import main_device
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.largest_torch import largest, largest_of_all
@@ -39,7 +40,8 @@ class Subject:
 
     Attributes:
         model: the base.
-        device: the model's device.
+        devices: where the model is.
+        device: the one that decides about precision and pace.
         texts: the texts to fit and to measure on.
         behaviour: the outputs that are reproduced.
         fitted: the tensors to fit.
@@ -55,14 +57,9 @@ class Subject:
     def __init__(self, job: FitJob) -> None:
         fit = self._fit = job.fit
         self.texts = FitTexts(fit)
-        self.device = loading.pick_device(fit.device)
         self.micro = fit.per_pass
-        if fit.model is not None:
-            self.model: nn.Module = fit.model.to(self.device)
-        else:
-            dtype = loading.pick_dtype(self.device, (target.dtype for target in job.targets))
-            self.model = loading.load_model(job.base, job.source, self.device, dtype)
-        self.model.eval().requires_grad_(False)
+        self.model, self.devices = model_of(job)
+        self.device = main_device(self.devices)
         make_contiguous(self.model)
         self.behaviour = self._behaviour(job.base, job.source)
         weights = LoadedWeights(self.model)

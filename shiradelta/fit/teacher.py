@@ -33,7 +33,7 @@ class Teacher:
         if self._kept is not None and bool(self._known[indices].all()):
             rows = self._behaviour.rows(indices)
             assert rows is not None
-            return [kept[at] for kept, (at, _) in zip(self._kept, rows, strict=True)]
+            return [kept[at] for kept, at in zip(self._kept, _beside(self._kept, rows), strict=True)]
         with self.in_place(), torch.no_grad():
             outputs = self._behaviour.outputs(self._model, indices)
         self._keep(outputs, indices)
@@ -49,7 +49,7 @@ class Teacher:
             if sum(output.nbytes // max(len(output), 1) * total for output, (_, total) in pairs) > CACHE_BYTES:
                 return
             self._kept = [output.new_empty(size) for output, size in zip(outputs, sizes, strict=True)]
-        for kept, output, (at, _) in zip(self._kept, outputs, rows, strict=True):
+        for kept, output, at in zip(self._kept, outputs, _beside(self._kept, rows), strict=True):
             kept[at] = output
         self._known[indices] = True
 
@@ -58,6 +58,16 @@ class Teacher:
         """Within the block, the model has the fine-tune's weights."""
         with exchanged(self._tuned):
             yield
+
+
+def _beside(outputs: Outputs, rows: Sequence[tuple[Tensor, int]]) -> Iterator[Tensor]:
+    """The indices that `Behaviour.rows` gives, on the devices of the outputs; each is moved once."""
+    moved: dict[tuple[int, torch.device], Tensor] = {}
+    for output, (at, _) in zip(outputs, rows, strict=True):
+        key = id(at), output.device
+        if key not in moved:
+            moved[key] = at.to(output.device, non_blocking=True)
+        yield moved[key]
 
 
 @contextmanager

@@ -104,7 +104,6 @@ class TextBehaviour(Behaviour):
         self._output = OutputKind.EMBEDDING
         #: The rows of each output; None where it has one for each text.
         self._rows: list[TokenRows | None] = []
-        self._device = next(model.parameters()).device
         self._pooling, self.text_share = pooling, text_share
 
     def generate(
@@ -138,21 +137,19 @@ class TextBehaviour(Behaviour):
         given = moved(self._inputs.arguments(indices), model)
         result = model(**given, output_hidden_states=True)
         layers = self._inputs.hidden_states(result)
-        kept = {rows: self._moved(rows.kept(indices)) for rows in dict.fromkeys(rows for _, rows in layers)}
-        outputs = [hidden.flatten(0, 1)[kept[rows]] for hidden, rows in layers]
-        logits = getattr(result, "logits", None)
+        logits: Any = getattr(result, "logits", None)
         of_tokens = logits is not None and logits.dim() == 3
+        every: list[tuple[Tensor, TokenRows | None]] = [*layers, *([(logits, self._inputs.rows)] if of_tokens else [])]
+        kept = _beside(every, lambda rows: rows.kept(indices))
+        outputs = [found.flatten(0, 1)[at] for (found, _), at in zip(every, kept, strict=True)]
         self._rows = [*(rows for _, rows in layers), self._inputs.rows if of_tokens else None]
+        self._output = OutputKind.EMBEDDING if logits is None else self._logits
         if logits is None:
-            self._output = OutputKind.EMBEDDING
-            outputs.append(pool(layers[-1][0], given["attention_mask"], self._pooling, model))
-        else:
-            self._output = self._logits
-            outputs.append(logits.flatten(0, 1)[kept[self._inputs.rows]] if of_tokens else logits)
+            last = layers[-1][0]
+            outputs.append(pool(last, given["attention_mask"].to(last.device), self._pooling, model))
+        elif not of_tokens:
+            outputs.append(logits)
         return outputs
-
-    def _moved(self, found: Tensor) -> Tensor:
-        return found.to(self._device, non_blocking=True)
 
     def check(self, model: nn.Module, base: Path) -> None:
         """Raises SourceError if texts alone do not run the model, or it gives no hidden states."""
@@ -181,19 +178,18 @@ class TextBehaviour(Behaviour):
         found = sum(gained) / len(gained) / self._scales[-1] if gained and self._scales[-1] > 0 else 0.0
         self.text_share *= min(1.0, max(0.0, found))
 
-    def _weights(self, rows: TokenRows | None, indices: Sequence[int]) -> Tensor | None:
-        """How much each row of an output counts; None if all count alike."""
-        weights = None if rows is None else rows.weights(indices)
-        return None if weights is None else self._moved(weights)
+    def _weights(self, number: int, output: Tensor, indices: Sequence[int]) -> Tensor | None:
+        """How much each row of an output counts, the one of that number; None if all count alike."""
+        return _beside([(output, self._rows[number])], lambda rows: rows.weights(indices))[0]
 
     def token_weights(self, indices: Sequence[int], rows: int) -> Tensor | None:
         found = (one.shares(indices, LEAST_WEIGHT) for one in self._inputs.layer_rows)
-        return next((self._moved(shares) for shares in found if len(shares) == rows), None)
+        return next((shares for shares in found if len(shares) == rows), None)
 
     def target(self, teacher: Outputs, indices: Sequence[int]) -> Outputs:
         """The teacher's outputs, with a share of the probability moved to the next token."""
         if self.predicts and self.text_share > 0:
-            tokens, there = self._following(indices)
+            tokens, there = self._following(indices, teacher[-1].device)
             blend(teacher[-1], tokens, self.text_share * there)
         return teacher
 
@@ -205,26 +201,26 @@ class TextBehaviour(Behaviour):
 
     def lost(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
         """The likelihood of the texts that a language model lost against the fine-tune, in nats per token."""
-        tokens, there = self._predicted(indices)
+        tokens, there = self._predicted(indices, student[-1])
         theirs, own = (log_likelihoods(outputs[-1], tokens) for outputs in (teacher, student))
         return float(((theirs - own) * there).sum() / there.sum().clamp(min=1e-9))
 
-    def _following(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(the token that follows, 1) for each row of the logits; (any token, 0) at the end of a text."""
+    def _following(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(the token that follows, 1) for each row of the logits; (any token, 0) at the end of a text; on a device."""
         tokens, there = self._inputs.rows.following(indices)
-        return self._moved(tokens), self._moved(there)
+        return tokens.to(device, non_blocking=True), there.to(device, non_blocking=True)
 
-    def _predicted(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _predicted(self, indices: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
         """(the token that follows, how much it counts) for each row of the logits."""
-        tokens, there = self._following(indices)
-        weights = self._weights(self._inputs.rows, indices)
+        tokens, there = self._following(indices, logits.device)
+        weights = self._weights(-1, logits, indices)
         return tokens, there if weights is None else there * weights
 
     def differences(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> list[Tensor]:
         """Squared errors of hidden states and embeddings, KL divergence of logits; means over rows."""
-        own = self._rows[-len(student) :]  # of the output alone, where that is all
-        weights = {rows: self._weights(rows, indices) for rows in dict.fromkeys(own)}
-        found = [(s, t, weights[rows]) for s, t, rows in zip(student, teacher, own, strict=True)]
+        own = zip(student, self._rows[-len(student) :], strict=True)  # of the output alone, where that is all
+        weights = _beside(list(own), lambda rows: rows.weights(indices))
+        found = list(zip(student, teacher, weights, strict=True))
         logits = [] if self._output is OutputKind.EMBEDDING else [found.pop()]
         terms = [weighted_mean((s.float() - t.float()).square().sum(1), counts) for s, t, counts in found]
         return terms + [self._divergence(*one) for one in logits]
@@ -233,15 +229,15 @@ class TextBehaviour(Behaviour):
         """KL divergence of the logits, or relative error of the last hidden states."""
         if self._output is OutputKind.EMBEDDING:
             return _relative_error(student[-2], teacher[-2], None)
-        return float(self._divergence(student[-1], teacher[-1], self._weights(self._rows[-1], indices)))
+        return float(self._divergence(student[-1], teacher[-1], self._weights(-1, student[-1], indices)))
 
     def compare(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         found = super().compare(indices, student, teacher)
-        s, t, weights = student[-1], teacher[-1], self._weights(self._rows[-1], indices)
+        s, t, weights = student[-1], teacher[-1], self._weights(-1, student[-1], indices)
         if self._output is OutputKind.EMBEDDING:
             found[COSINE] = float(nn.functional.cosine_similarity(s.float(), t.float()).mean())
         else:
-            of_hidden = self._weights(self._rows[-2], indices)
+            of_hidden = self._weights(-2, student[-2], indices)
             found[HIDDEN_ERROR] = _relative_error(student[-2], teacher[-2], of_hidden)
             if self._output is OutputKind.LABELS:
                 found[EQUAL_ANSWERS] = float(((s > 0) == (t > 0)).float().mean())
@@ -267,7 +263,7 @@ class TextBehaviour(Behaviour):
         last = outputs[-1]
         if not self.predicts:
             return torch.cat(last.float().chunk(self._inputs.sides), dim=1).cpu()
-        tokens, there = self._predicted(indices)
+        tokens, there = self._predicted(indices, last)
         counts = self._inputs.rows.counts(indices).to(last.device)
         example = torch.arange(len(indices), device=last.device).repeat_interleave(counts)
         rows = torch.stack([-log_likelihoods(last, tokens) * there, there], dim=1)
@@ -279,9 +275,26 @@ class TextBehaviour(Behaviour):
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         of_output = self._inputs.rows
-        texts = self._moved(torch.tensor(of_output.texts(indices))), len(of_output.table.lengths)
-        ranks = {rows: self._moved(rows.ranks(indices)) for rows in dict.fromkeys(self._rows) if rows is not None}
+        texts = torch.tensor(of_output.texts(indices)), len(of_output.table.lengths)
+        ranks = {rows: rows.ranks(indices) for rows in dict.fromkeys(self._rows) if rows is not None}
         return [texts if rows is None else (ranks[rows], rows.number) for rows in self._rows]
+
+
+def _beside(
+    outputs: Sequence[tuple[Tensor, TokenRows | None]], of: Callable[[TokenRows], Tensor | None]
+) -> list[Tensor | None]:
+    """What is asked of the rows of outputs, on the device of each output.
+
+    Args:
+        outputs: with their rows; None for outputs that have no rows of tokens.
+        of: what is asked, on the CPU, where nothing waits for it; each transfer of a GPU's would.
+    """
+    found: dict[tuple[TokenRows | None, torch.device], Tensor | None] = {}
+    for output, rows in outputs:
+        if (rows, output.device) not in found:
+            made = None if rows is None else of(rows)
+            found[rows, output.device] = None if made is None else made.to(output.device, non_blocking=True)
+    return [found[rows, output.device] for output, rows in outputs]
 
 
 def _relative_error(student: Tensor, teacher: Tensor, weights: Tensor | None) -> float:

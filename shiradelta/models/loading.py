@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shiradelta.errors import ArgumentError, SourceError
+from shiradelta.errors import SourceError
 from shiradelta.models.embedder import with_head
+from shiradelta.models.placement import place
 from shiradelta.models.sentence import encoder_folder
 from shiradelta.util.json_files import read_json
 from shiradelta.util.optional import importing
@@ -24,27 +25,13 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _FROM_PYTHON = "the commands do not run it: from Python, Fit(model=, forward=) fits any module, and attach trains it"
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or the best available one.
-
-    Raises:
-        ArgumentError: the device cannot be used.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device {name!r} cannot be used ({error}); take cpu") from None
-
-
 def pick_dtype(device: torch.device, stored: Iterable[str]) -> torch.dtype:
     """The dtype to compute in: bfloat16 on a GPU if all weights to fit are stored in it, else float32."""
     halves = device.type == "cuda" and all(dtype == "bfloat16" for dtype in stored)
     return torch.bfloat16 if halves else torch.float32
 
 
-def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_model(base: Path, tuned: Path, devices: Sequence[torch.device], dtype: torch.dtype) -> nn.Module:
     """Loads the base's weights into the fine-tune's class, which may have another head than the base.
 
     Of a sentence-transformers model, the modules after the pooling are loaded, too (`Embedder`).
@@ -52,18 +39,19 @@ def load_model(base: Path, tuned: Path, device: torch.device, dtype: torch.dtype
     Args:
         base: the base model's folder, or its weights' file.
         tuned: the fine-tune's folder or file; its config is used if it names an architecture.
-        device: where the weights go.
+        devices: where the weights go, as `place` moves them.  Those whose dtype stays are mapped from the files until
+            then, so that the model need not fit into the CPU's memory.
         dtype: the weights' dtype in memory.
 
     Raises:
-        SourceError: transformers cannot load the model, or the vocabularies differ.
+        SourceError: transformers cannot load the model, the vocabularies differ, or the model cannot be spread.
         MissingDependencyError: transformers is not installed.
     """
     loader, config = model_class(base, tuned)
     folder = encoder_folder(base)
     with _loading(folder):
         model: nn.Module = loader.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True, **_LOCAL)
-    return with_head(model, base, tuned).to(device, dtype)
+    return place(with_head(model, base, tuned).to(dtype), devices)
 
 
 def model_class(base: Path, tuned: Path) -> tuple[Any, Any]:

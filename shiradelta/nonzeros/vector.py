@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from shiradelta.nonzeros.patched import NonzerosOf, patch, unpatch
 from shiradelta.nonzeros.weight import CHUNK, WeightNonzeros, flat
 
+#: Bytes of memory that a nonzero takes while a fit trains it: 8 of the position, 4 each of base, value, gradient, two
+#: moments and unit, 8 to group values for the codec, 24 of the state to resume from, and what a step makes in between.
+BYTES = 80
+
 
 def same_device(weights: Sequence[Tensor]) -> list[slice]:
     """The longest runs of consecutive weights that are on one device."""
@@ -152,9 +156,7 @@ class Nonzeros:
     """All nonzeros of a model.
 
     Consecutive tensors on one device share a vector; there is one where the whole model is on one device.  Everything
-    about a nonzero is on the device of its weight, because one GPU may not hold it for a large model.  While a fit
-    trains, it is some 80 bytes: 8 of the position, 4 each of base, value, gradient, two moments and unit, 8 to group
-    values for the codec, 24 of the state to resume from, and what a step makes in between.
+    about a nonzero is on the device of its weight, because one GPU may not hold it for a large model.
 
     Args:
         parameters: the tensors.

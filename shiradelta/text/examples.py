@@ -64,7 +64,8 @@ class Pairs(Examples):
         hidden = getattr(model(**batch), "last_hidden_state", None)
         if hidden is None:
             raise SourceError("the model gives no last_hidden_state, which pairs train; give an encoder, or texts")
-        one, other = pool(hidden.float(), batch["attention_mask"], self._pooling, model).chunk(2)
+        mask = batch["attention_mask"].to(hidden.device)
+        one, other = pool(hidden.float(), mask, self._pooling, model).chunk(2)
         similarity = one @ other.T / TEMPERATURE
         target = torch.arange(len(similarity), device=similarity.device)
         entropy = nn.functional.cross_entropy

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shiradelta.errors import DivergedError
 from shiradelta.format import registry
+from shiradelta.models.placement import named
 from shiradelta.models.provenance import base_names
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.unfinished import UnfinishedRun
@@ -55,7 +56,8 @@ def run(
         examples_file: JSON Lines, or a data set of Hugging Face (`shiradelta.text.read`).
         out: the file to write.  The state of an interrupted run is kept beside it, as `OUT.train`.
         settings: the settings of the run.
-        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        device: "cpu", "cuda", "cuda:1", ...; several, such as "cuda:0,cuda:1", share out the layers of the model.  None
+            takes a GPU if there is one, and all GPUs where the weights do not fit into one.
         plot: a PNG of the losses to write.
         log: called with lines for the user.
         progress: called with (what, done, total).
@@ -101,14 +103,14 @@ class _Run:
         self.settings, self.out, self.log, self.progress = settings, out, log, progress
         self.subject = subject = TrainingSubject(folder, examples_file, settings, device)
         self.model, self.examples, self.checkpoint = subject.model, subject.examples, subject.checkpoint
-        self.device, self.train, self.held_out = subject.device, subject.train, subject.held_out
+        self.train, self.held_out = subject.train, subject.held_out
         self.unfinished = UnfinishedRun(out.with_name(out.name + ".train"), subject.identity)
         self.history: History = []
         self.best: BestState | None = None
 
     def go(self, plot: Path | None, accept_worse: bool) -> TrainReport:
         start = time.monotonic()
-        settings = self.settings
+        settings, subject = self.settings, self.subject
         resumed = load_run(self.unfinished, self.log)
         self.history = [] if resumed is None else resumed.history
         before = self.history[0][2] if self.history else self._measure()
@@ -122,8 +124,8 @@ class _Run:
             step, self.best = resumed.step, resumed.best
             self.log(f"going on from step {step} of {settings.steps}, found in {self.unfinished.path}")
         self.relative_lr = settings.relative_lr or self._find_lr(tuner, resumed)
-        what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {self.device}"
-        what += gpu_peak(self.device)
+        where = f"{named(subject.devices)}{gpu_peak(subject.devices)}"
+        what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {where}"
         self.log(f"{what}; pruned to a share of {settings.sparsity}" if settings.pruning[0] else what)
         self._train(tuner, optimizer, step, before)
         about = {

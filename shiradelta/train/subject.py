@@ -18,8 +18,10 @@ from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.dtypes import TORCH_DTYPES
 from shiradelta.models.library import match_names
+from shiradelta.models.placement import main_device, pick_devices
 from shiradelta.models.processors import load_processor
 from shiradelta.models.sentence import modules_not_run
+from shiradelta.select.shares import parse_sparsity
 from shiradelta.text.batches import by_length, mean_over, split
 from shiradelta.text.examples import training_examples
 from shiradelta.text.pooling import find_pooling
@@ -27,6 +29,10 @@ from shiradelta.text.read import read_file
 from shiradelta.train.recipe import HELD_OUT
 from shiradelta.train.settings import TrainSettings
 from shiradelta.train.tuner import Tuner
+
+#: Bytes that a nonzero takes: 4 each of its value, its gradient and two moments, 8 of its position, 4 of its base, and
+#: what a step makes in between.
+BYTES = 40
 
 
 class TrainingSubject:
@@ -36,12 +42,12 @@ class TrainingSubject:
         model_folder: a folder that transformers loads, or a name on the Hub.
         examples_file: JSON Lines, or a data set of Hugging Face (`shiradelta.text.read`).
         settings: of the run.
-        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        device: "cpu", "cuda", "cuda:0,cuda:1", ..., as `pick_devices` takes it.
 
     Attributes:
         folder: the model's.
         checkpoint: its weights on disk.
-        device: where the model is.
+        devices: where the model is.
         model: in evaluation mode.
         tokenizer: the model's; or its processor, where examples have more than texts.
         given: the examples.
@@ -71,16 +77,23 @@ class TrainingSubject:
                 f"{folder}: {' and '.join(kind.keys)} train the embedding, and its {', '.join(left_out)} would not be"
                 " run; train the SentenceTransformer in a loop of your own (shiradelta.train.attach)"
             )
-        self.device = loading.pick_device(device)
         dtype = stored_dtype(self.checkpoint)
+        self.devices = pick_devices(device, lambda where: self._need(dtype))
         # Activations in float16 may overflow, so products are made in bfloat16; the weights stay float16.
         mixed = dtype == torch.float16
-        self.casting: Any = torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
-        self.model: nn.Module = loading.load_model(folder, folder, self.device, dtype).eval()
+        main = main_device(self.devices)
+        self.casting: Any = torch.autocast(main.type, torch.bfloat16) if mixed else nullcontext()
+        self.model: nn.Module = loading.load_model(folder, folder, self.devices, dtype).eval()
         self.examples = training_examples(
             self.given, self.tokenizer, self.model, settings.tokens, find_pooling(folder), settings.prompt_share
         )
         self.train, self.held_out = split(len(self.given.rows), HELD_OUT, settings.seed)
+
+    def _need(self, dtype: torch.dtype) -> float:
+        """Bytes that training takes beside activations and gradients: the weights and the nonzeros."""
+        numel = sum(slot.numel for slot in self.checkpoint.values())
+        share, _ = parse_sparsity(self.settings.sparsity)
+        return numel * (dtype.itemsize + share * self.settings.pruning[1] * BYTES)
 
     @property
     def identity(self) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,10 +34,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
-def gpu_peak(device: Any) -> str:
-    """What a GPU has held at most since the process began, as the end of a sentence; nothing on other devices."""
+def gpu_peak(devices: Sequence[Any]) -> str:
+    """What GPUs have held at most since the process began, as the end of a sentence; nothing of other devices."""
     import torch
 
-    if torch.device(device).type != "cuda":
+    gpus = [device for device in map(torch.device, devices) if device.type == "cuda"]
+    if not gpus:
         return ""
-    return f", in {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of its memory so far"
+    held = [f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f}" for device in gpus]
+    return f", in {', '.join(held)} GB of {'its memory' if len(held) == 1 else 'theirs'} so far"

@@ -203,7 +203,7 @@ def test_a_token_gets_its_share_of_the_probability(monkeypatch: pytest.MonkeyPat
 def test_a_row_is_followed_by_the_next_token_of_its_own_text(tmp_path: Path):
     found = behaviour(build("causal").eval(), tmp_path)
     ids = loading.load_tokenizer(tmp_path)(texts(), truncation=True, max_length=16)["input_ids"]
-    tokens, there = found._following([5, 0, 9])
+    tokens, there = found._following([5, 0, 9], torch.device("cpu"))
     rows = iter(zip(tokens.tolist(), there.tolist(), strict=True))
     for index in (5, 0, 9):
         for following in ids[index][1:]:
@@ -219,7 +219,7 @@ def test_texts_count_as_far_as_the_fine_tune_knows_them(tmp_path: Path):
     other = build("causal").eval()
     optimizer = torch.optim.Adam(other.parameters(), 1e-2)
     indices = list(range(12))
-    tokens, there = found._following(indices)
+    tokens, there = found._following(indices, torch.device("cpu"))
     before = found.outputs(other, indices)[-1].detach()
     for _ in range(5):
         logits = found.outputs(other, indices)[-1]

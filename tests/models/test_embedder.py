@@ -75,7 +75,7 @@ def texts(count: int = 60) -> list[str]:
 @pytest.mark.parametrize("home", ["", "0_Transformer"])
 def test_an_embedding_is_that_of_sentence_transformers(tmp_path: Path, home: str):
     base = folder(tmp_path / "base", home=home)
-    model = loading.load_model(base, base, CPU, torch.float32).eval()
+    model = loading.load_model(base, base, [CPU], torch.float32).eval()
     assert isinstance(model, Embedder)
     names = {"0.auto_model.encoder.layer.0.output.dense.weight", "2.linear.weight", "3.norm.bias"}
     assert names <= set(dict(model.named_parameters()))
@@ -95,7 +95,7 @@ def test_an_embedding_is_that_of_sentence_transformers(tmp_path: Path, home: str
 def test_activations_and_residuals_are_those_of_the_settings(tmp_path: Path, activation: str):
     settings = {**DENSE, "activation_function": f"torch.nn.modules.activation.{activation}", "use_residual": True}
     base = folder(tmp_path / "base", dense=settings)
-    model: Any = loading.load_model(base, base, CPU, torch.float32)
+    model: Any = loading.load_model(base, base, [CPU], torch.float32)
     pooled = torch.randn(3, 32)
     weights = load_file(base / "2_Dense" / "model.safetensors")
     linear = nn.functional.linear(pooled, weights["linear.weight"], weights["linear.bias"])
@@ -116,7 +116,7 @@ def test_settings_that_are_unknown_are_not_run(tmp_path: Path, change: dict[str,
     base = folder(tmp_path / "base", dense={**DENSE, **change})
     assert head_of(base) == []
     assert modules_not_run(base) == ["2_Dense", "3_LayerNorm"]
-    assert isinstance(loading.load_model(base, base, CPU, torch.float32), BertModel)
+    assert isinstance(loading.load_model(base, base, [CPU], torch.float32), BertModel)
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_other_modules_in_the_fine_tune_are_refused(tmp_path: Path):
     tuned = tune(base, tmp_path / "tuned")
     (tuned / "2_Dense" / "config.json").write_text(json.dumps({**DENSE, "activation_function": "torch.nn.ReLU"}))
     with pytest.raises(SourceError, match="its modules after the pooling are not those of"):
-        loading.load_model(base, tuned, CPU, torch.float32)
+        loading.load_model(base, tuned, [CPU], torch.float32)
 
 
 def test_pairs_train_the_dense_layer(tmp_path: Path):

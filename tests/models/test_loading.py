@@ -44,7 +44,7 @@ def test_a_models_own_code_is_never_run_whatever_the_user_answers(folder: Path):
     with pytest.raises(sd.SourceError, match="contains custom code"):
         load_tokenizer(folder)
     with pytest.raises(sd.SourceError, match="contains custom code"):
-        load_model(folder, folder, torch.device("cpu"), torch.float32)
+        load_model(folder, folder, [torch.device("cpu")], torch.float32)
     assert not (folder.parent / "ran").exists()
 
 
@@ -56,4 +56,4 @@ def test_pickled_weights_are_not_read(tmp_path: Path):
     config.save_pretrained(tmp_path)
     torch.save(transformers.BertModel(config).state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(sd.SourceError, match="safetensors"):
-        load_model(tmp_path, tmp_path, torch.device("cpu"), torch.float32)
+        load_model(tmp_path, tmp_path, [torch.device("cpu")], torch.float32)

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +348,13 @@ def test_pairs_are_pooled_as_the_folder_says(folders: Path):
     )
     expected = (entropy(alike, labels) + entropy(alike.T, labels)) / 2
     torch.testing.assert_close(pairs.loss(model, [0, 1]), expected)
+
+
+def test_layers_on_several_devices_are_trained_as_on_one(folders: Path, tmp_path: Path):
+    texts, told, found = write(tmp_path / "data.jsonl", "text"), [], []
+    settings = replace(SETTINGS, steps=6, mask="grad")
+    for device in ("cpu", "cpu,cpu"):
+        found.append(run(folders / "causal", texts, tmp_path / f"{device}.shd", settings, device, log=told.append))
+    assert found[0].history == found[1].history
+    assert (tmp_path / "cpu.shd").read_bytes() == (tmp_path / "cpu,cpu.shd").read_bytes()
+    assert "examples, cpu and cpu; pruned" in told[-1]

@@ -31,5 +31,6 @@ def test_other_errors_stay():
 
 def test_what_a_gpu_held_is_said_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {torch.device("cuda:1"): 38_900_000_000}.__getitem__)
-    assert gpu_peak(torch.device("cuda:1")) == ", in 38.9 GB of its memory so far"
-    assert gpu_peak("cpu") == ""
+    assert gpu_peak([torch.device("cuda:1")]) == ", in 38.9 GB of its memory so far"
+    assert gpu_peak(["cuda:1", "cpu", "cuda:1"]) == ", in 38.9, 38.9 GB of theirs so far"
+    assert gpu_peak(["cpu"]) == ""

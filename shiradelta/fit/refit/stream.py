@@ -27,6 +27,7 @@ from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
 from shiradelta.fit.refit.state_weights import STATES, STUDENTS, StateWeights
 from shiradelta.fit.text_behaviour import not_run
 from shiradelta.models import loading
+from shiradelta.models.placement import pick_devices
 from shiradelta.select.topk import Selection
 from shiradelta.text.batches import by_length, mean_over
 from shiradelta.text.pooling import find_pooling
@@ -48,7 +49,7 @@ class _Stream:
         self._fit, self._codec, self._hidden, self._progress = job.fit, job.codec, hidden, job.progress
         texts = FitTexts(job.fit)
         processor = texts.processor(job.base, job.source)
-        self._device = loading.pick_device(job.fit.device)
+        self._device = pick_devices(job.fit.device, lambda device: 0)[0]
         dtype = loading.pick_dtype(self._device, (target.dtype for target in job.targets))
         self._skeleton = Skeleton(job.base, job.source, dict(job.exact), self._device, dtype)
         self._model, self._blocks = self._skeleton.model, self._skeleton.blocks
