@@ -114,8 +114,8 @@ def one_layer(stage: Stage, density: float, seed: int, values: str = "int8", shi
         return path.read_bytes()
 
 
-def for_all_layers(data: bytes, layers: int) -> bytes:
-    """The same sections under the names of every layer."""
+def for_all_layers(data: bytes, layers: int, digest: bytes | None = None) -> bytes:
+    """The same sections under the names of every layer; readers compare the digest only with what needs its base."""
     parsed = container.parse(np.frombuffer(data, np.uint8))
     named = sorted(
         (f"{layer}.{record.name.removeprefix('0.')}".encode(), record)
@@ -132,7 +132,7 @@ def for_all_layers(data: bytes, layers: int) -> bytes:
             payload.append(container.pad_section(stored))
             cursor = registry.align(cursor + section.stored, registry.SECTION_ALIGNMENT)
         records.append(record._replace(name=name.decode(), index=placed[0], values=placed[1]))
-    return container.build(records, {}, parsed.digest, cursor) + b"".join(payload)
+    return container.build(records, {}, digest or parsed.digest, cursor) + b"".join(payload)
 
 
 def adapters(stage: Stage, count: int, density: float, layers: int) -> list[bytes]:
