@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from shiradelta.backends.libshd.backend import backend
 from shiradelta.backends.libshd.decoder import NativeDecoder, apply_sum
 from shiradelta.backends.numpy import NUMPY, NumpyDecoder, at_least
 from shiradelta.errors import ArgumentError, FormatError, ShiraDeltaError
-from shiradelta.format import container, registry
+from shiradelta.format import container, header, registry
 from shiradelta.format.arithmetic import Positions, add, fingerprint, scaled
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, VALUE_OPTIONS
 from shiradelta.format.record import Record
@@ -222,6 +223,14 @@ def test_an_id_that_only_another_library_knows_is_refused(tmp_path: Path, offset
     with pytest.raises(FormatError) as caught:
         container.parse(data, None, lambda data: True)
     assert (caught.value.reason, caught.value.tensor) == (reason, "w")
+
+
+@pytest.mark.parametrize("size", [0, 100, 1 << 15, 100_001])
+@pytest.mark.parametrize("kind", [bytes, np.array])
+def test_checksums_are_zlibs(size: int, kind: Callable[[np.ndarray], np.ndarray | bytes]):
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    assert header.crc32(kind(data)) == zlib.crc32(data.data)
+    assert header.crc32(kind(data), 12345) == zlib.crc32(data.data, 12345)
 
 
 @pytest.mark.parametrize("name", FILE_BACKENDS)

@@ -20,6 +20,7 @@ import numpy as np
 import shiradelta
 from shiradelta.errors import MissingDependencyError, ShiraDeltaError
 from shiradelta.format.arithmetic import Array
+from shiradelta.format.header import use_crc32
 from shiradelta.format.registry import DTYPE_OF_NAME
 from shiradelta.util import threads
 from shiradelta.util.threads import THREADS
@@ -123,6 +124,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "shd_simd": (c_char_p, ()),
     "shd_struct_size": (c_size_t, (c_int,)),
     "shd_error_name": (c_char_p, (c_int,)),
+    "shd_crc32": (c_uint32, (c_uint32, _p, c_size_t)),
     "shd_open": (c_int, (_p, _p, c_uint64, POINTER(Status))),
     "shd_set_zstd": (None, (_p, ZSTD_CALLBACK, _p)),
     "shd_tensor_at": (c_int, (_p, c_uint32, _p, POINTER(Status))),
@@ -208,7 +210,13 @@ def library() -> ctypes.CDLL:
     for which, struct in _MIRRORED.items():
         if loaded.shd_struct_size(which) != ctypes.sizeof(struct):
             raise ShiraDeltaError(f"{path}: its structs have other sizes; install shiradelta again")
+    use_crc32(_crc32)
     return loaded
+
+
+def _crc32(data: Array | bytes, before: int) -> int:
+    array = np.frombuffer(data, np.uint8)
+    return int(library().shd_crc32(before, address(array), array.size))
 
 
 def describe_system() -> dict[str, str]:
