@@ -273,8 +273,10 @@ def _rows(held: Held) -> NDArray[np.int64]:
 
 def _entries(columns: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
     """int32 [sum of counts, columns + 1]: each row of `columns`, repeated with 0, 1, ..., its count - 1."""
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.column_stack([np.repeat(columns, counts, axis=0), within]).astype(np.int32)
+    found = np.empty((counts.sum(), columns.shape[1] + 1), np.int32)
+    found[:, :-1] = np.repeat(columns, counts, axis=0)
+    found[:, -1] = np.arange(len(found)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return found
 
 
 def _groups(pairs: Iterable[tuple[Key, Item]]) -> list[tuple[Key, list[Item]]]:
