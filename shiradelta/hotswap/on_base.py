@@ -21,6 +21,7 @@ from shiradelta.models.live import Target
 from shiradelta.models.views import View
 from shiradelta.util.arrays import ranges
 from shiradelta.util.files import temporary_errors
+from shiradelta.util.threads import THREADS
 
 
 def plain_bytes(
@@ -64,7 +65,7 @@ def plain_bytes(
     output = io.BytesIO()
     try:
         with temporary_errors():
-            write_plain(delta, base, output, passing=True)
+            write_plain(delta, base, output, passing=True, threads=THREADS)
     except FormatError as error:
         error.file = error.file or label
         if error.reason == "wrong_base":

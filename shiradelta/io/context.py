@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -33,11 +34,12 @@ from shiradelta.format.record import Record
 from shiradelta.format.registry import IndexId
 from shiradelta.format.zstd import FAST, compressed
 from shiradelta.io.reader import Delta, StoredTensor, parse_delta
-from shiradelta.io.restored import Elements, codecs_on_base, restored
+from shiradelta.io.restored import Elements, Located, codecs_on_base, locating, with_values
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.util.files import temporary_errors
 from shiradelta.util.mapping import map_file
 from shiradelta.util.progress import Progress
+from shiradelta.util.threads import ahead
 
 #: What is taken for known where a file is read.
 CONTEXTS = ("none", "base")
@@ -72,6 +74,10 @@ def _taken(section: Bytes, lead: int) -> int:
     return section.size - lead + (lead if frame is None else len(frame))
 
 
+#: What is left to do for a tensor, on any thread: (what it does, its sections in the other form).
+_Work = Callable[[], tuple[TensorDelta, _Sections]]
+
+
 class WrittenForm(NamedTuple):
     """What a file became: read with its base only, or packed."""
 
@@ -88,6 +94,7 @@ def write_plain(
     scratch: Path | None = None,
     zstd: bool = False,
     passing: bool = False,
+    threads: int = 1,
 ) -> None:
     """Writes a file that does the same and needs no base to be read.
 
@@ -99,6 +106,7 @@ def write_plain(
         scratch: the folder of a nameless file for what is too large for memory; None for the system's.
         zstd: compress the sections of tensors that have compressed ones, where that helps.
         passing: the file is read once and thrown away, so no time is spent on making it smaller.
+        threads: tensors that are in memory at a time, each on a thread of its own, as far as the file's limit allows.
 
     Raises:
         FormatError: the file is damaged, or was made for another base.
@@ -106,20 +114,24 @@ def write_plain(
     backend = choose(index_ids=INDEX_CODECS.by_id)
     codecs = {id: codec for id, codec in backend.index_codecs.items() if not (passing and id == IndexId.TILED)}
 
-    def plain(stored: StoredTensor) -> tuple[TensorDelta, _Sections]:
-        kept = _as_stored(stored)
-        if not stored.record.needs_base:
-            lacks = delta.needs_base and lacks_result(stored.record)
-            return restored(stored, base(stored.record)) if lacks else stored, kept
-        tensor = restored(stored, base(stored.record))
-        positions = tensor.positions()
-        codec, index = smallest_section(positions, tensor.shape, codecs, tensor.draw)
+    def plain(stored: StoredTensor) -> _Work:
+        if stored.record.needs_base:
+            return partial(encoded, stored, locating(stored, base(stored.record)))
+        if delta.needs_base and lacks_result(stored.record):
+            find = locating(stored, base(stored.record))
+            return lambda: (with_values(stored, find()), _as_stored(stored))
+        return lambda: (stored, _as_stored(stored))
+
+    def encoded(stored: StoredTensor, find: Callable[[], Located]) -> tuple[TensorDelta, _Sections]:
+        tensor, kept = with_values(stored, find()), _as_stored(stored)
+        codec, index = smallest_section(tensor.positions(), tensor.shape, codecs, tensor.draw)
         kept = replace(kept, index_codec=codec, index=index)
         if tensor.operation.shifts:
             kept = replace(kept, value_codec=ULP.id, values=ULP.encode(tensor.bits()))
         return tensor, kept
 
-    _write(delta, plain, output, progress, scratch, zstd)
+    largest = max((stored.record.decoded_size for stored in delta.values()), default=1)
+    _write(delta, plain, output, progress, scratch, zstd, threads=min(threads, delta.limit // max(largest, 1)))
 
 
 def write_on_base(
@@ -152,7 +164,7 @@ def write_on_base(
 
     if delta.needs_base:
         raise FormatError("base_needed", file=delta.file)
-    return _write(delta, on_base, output, progress, scratch, zstd=True, packed=True)
+    return _write(delta, lambda stored: partial(on_base, stored), output, progress, scratch, zstd=True, packed=True)
 
 
 def plain_delta(delta: Delta, base: Base, progress: Progress | None = None, *, passing: bool = True) -> Delta:
@@ -176,26 +188,35 @@ def _as_stored(stored: StoredTensor) -> _Sections:
 
 def _write(
     delta: Delta,
-    other_form: Callable[[StoredTensor], tuple[TensorDelta, _Sections]],
+    other_form: Callable[[StoredTensor], _Work],
     output: IO[bytes],
     progress: Progress | None,
     scratch: Path | None,
     zstd: bool,
     packed: bool = False,
+    threads: int = 1,
 ) -> WrittenForm:
     """Writes the other form of every tensor, and compares the digests."""
     needs_base = False
-    with writing_to(output, "f32", scratch=scratch, packed=packed) as writer:
-        writer.metadata.update(delta.metadata)
+
+    def begun() -> Iterator[tuple[StoredTensor, _Work]]:
         for number, (name, stored) in enumerate(delta.items()):
             if progress:
                 progress(name, number, len(delta))
-            tensor, sections = other_form(stored)
-            record = stored.record._replace(index_codec=sections.index_codec, value_codec=sections.value_codec)
-            if not packed:
-                record = _with_result(record, tensor)
+            yield stored, other_form(stored)
+
+    def finished(each: tuple[StoredTensor, _Work]) -> tuple[StoredTensor, Record, bytes, _Sections]:
+        stored, work = each
+        tensor, sections = work()
+        record = stored.record._replace(index_codec=sections.index_codec, value_codec=sections.value_codec)
+        return stored, record if packed else _with_result(record, tensor), tensor_digest(tensor), sections
+
+    every = map(finished, begun()) if threads < 2 else ahead(finished, begun(), threads - 1)
+    with writing_to(output, "f32", scratch=scratch, packed=packed) as writer:
+        writer.metadata.update(delta.metadata)
+        for stored, record, digest, sections in every:
             compress = zstd and (stored.record.index.zstd or stored.record.values.zstd)
-            writer.add_sections(record, tensor_digest(tensor), sections.index, sections.values, compress=compress)
+            writer.add_sections(record, digest, sections.index, sections.values, compress=compress)
             needs_base |= record.needs_base
         if packed and needs_base:
             writer.drop_results(_follows)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from shiradelta.backends.choose import choose
@@ -20,7 +21,14 @@ from shiradelta.io.reader import StoredTensor
 
 
 class Elements(ABC):
-    """All elements of a tensor's base, flat, wherever they are: positions are decoded there."""
+    """All elements of a tensor's base, flat, wherever they are: positions are decoded there.
+
+    Attributes:
+        any_thread: whether any thread may decode; otherwise only the one that asked for the elements, whose work on
+            their device is in order.
+    """
+
+    any_thread = False
 
     @property
     @abstractmethod
@@ -63,6 +71,8 @@ class InMemory(Elements):
     Args:
         bits: of all of them, flat.
     """
+
+    any_thread = True
 
     def __init__(self, bits: Array) -> None:
         self._bits = bits
@@ -107,6 +117,15 @@ def restored(stored: StoredTensor, base: Array | Elements) -> TensorDelta:
         LimitError: it takes too much memory.
     """
     return with_values(stored, located(stored, base))
+
+
+def locating(stored: StoredTensor, base: Array | Elements) -> Callable[[], Located]:
+    """`located` for any thread to call: what only this one may do is done."""
+    elements = base if isinstance(base, Elements) else InMemory(base)
+    if elements.any_thread:
+        return partial(located, stored, elements)
+    found = located(stored, elements)
+    return lambda: found
 
 
 def located(stored: StoredTensor, base: Array | Elements) -> Located:
