@@ -273,9 +273,9 @@ def _rows(held: Held) -> NDArray[np.int64]:
 
 def _entries(columns: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
     """int32 [sum of counts, columns + 1]: each row of `columns`, repeated with 0, 1, ..., its count - 1."""
-    found = np.empty((counts.sum(), columns.shape[1] + 1), np.int32)
-    found[:, :-1] = np.repeat(columns, counts, axis=0)
-    found[:, -1] = np.arange(len(found)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.cumsum(counts) - counts
+    found = np.repeat(np.column_stack([columns, -starts]).astype(np.int32), counts, axis=0)
+    found[:, -1] += np.arange(len(found), dtype=np.int32)
     return found
 
 
