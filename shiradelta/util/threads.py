@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import TypeVar
 
 from shiradelta.util.interrupts import Job, uninterrupted
@@ -63,11 +64,20 @@ def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], thread
 def meanwhile(work: Callable[[Item], object], items: Sequence[Item]) -> Iterator[None]:
     """Does `work(item)` for each item, on a thread of its own, while the block runs; the block's end waits for all.
 
-    An exception of the block is raised before that of a work.
+    The block runs once all have begun: a block that is Python would keep them from it, by the interpreter's lock, for
+    milliseconds.  An exception of the block is raised before that of a work.
     """
-    jobs = [Job(partial(work, item)) for item in items]
+    begun: SimpleQueue[None] = SimpleQueue()
+
+    def begin(item: Item) -> None:
+        begun.put(None)
+        work(item)
+
+    jobs = [Job(partial(begin, item)) for item in items]
     for job in jobs:
         job.start()
+    for _ in jobs:
+        begun.get()
     try:
         yield
     finally:

@@ -106,3 +106,11 @@ def test_a_block_ends_with_its_own_exception_or_that_of_a_work():
     with pytest.raises(KeyError), meanwhile(work, range(4)):
         raise KeyError
     assert sorted(done) == [0, 0, 2, 2, 3, 3], "all works have ended"
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_work_comes_first_where_no_thread_can_be_had():
+    done: list[int] = []
+    with meanwhile(done.append, range(3)):
+        done.append(3)
+    assert done == [0, 1, 2, 3]
