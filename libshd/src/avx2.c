@@ -1,14 +1,11 @@
 /* The AVX2 kernels. The library chooses them at run time. Each computes what its namesake in scalar.c does, bit for
  * bit. */
+#include "avx2.h"
 #include "bytes.h"
 #include "floats.h"
 #include "scalar.h"
 
 #if SHDI_AVX2
-
-#include <immintrin.h>
-
-#define AVX2 __attribute__((target("avx2,bmi,popcnt")))
 
 #include "ones_table.h"
 
@@ -42,16 +39,26 @@ AVX2 static uint32_t ones(const uint8_t *bitmap, uint32_t bits, uint32_t *index)
     return (uint32_t)(to - index);
 }
 
+AVX2 static inline uint32_t zero_words(const uint8_t *words) {
+    const __m256i four = _mm256_loadu_si256((const __m256i *)(const void *)words);
+    return (uint32_t)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(four, _mm256_setzero_si256())));
+}
+
+AVX2 static uint32_t words(const uint8_t *bitmap, uint32_t count, uint32_t *index) {
+    uint32_t *to = index;
+    for (uint32_t i = 0; i < count; i += 8, bitmap += 64) {
+        const uint32_t zeros = zero_words(bitmap) | zero_words(bitmap + 32) << 4;
+        to += ones_in_byte(~zeros, 0, _mm256_set1_epi32((int)i), to);
+    }
+    return (uint32_t)(to - index);
+}
+
 /* The sum of the lanes up to and with each, on top of *carry. Adds the sum of all to every lane of *carry. */
 AVX2 static inline __m256i prefix_sum(__m256i v, __m256i *carry) {
-    v = _mm256_add_epi32(v, _mm256_slli_si256(v, 4));
-    v = _mm256_add_epi32(v, _mm256_slli_si256(v, 8)); /* within each half */
-    __m256i totals = _mm256_shuffle_epi32(v, 0xFF);   /* of each half */
-    __m256i low_to_high = _mm256_permute2x128_si256(totals, totals, 0x08);
-    __m256i swapped = _mm256_permute2x128_si256(totals, totals, 0x01);
-    v = _mm256_add_epi32(_mm256_add_epi32(v, low_to_high), *carry);
-    *carry = _mm256_add_epi32(*carry, _mm256_add_epi32(totals, swapped));
-    return v;
+    v = shdi_sums(v);
+    const __m256i sums = _mm256_add_epi32(v, *carry);
+    *carry = _mm256_add_epi32(*carry, _mm256_permutevar8x32_epi32(v, _mm256_set1_epi32(7)));
+    return sums;
 }
 
 /* Eight fields of k bits are k bytes. So all groups of eight start at the same bit of a byte, and one shuffle serves
@@ -76,10 +83,9 @@ AVX2 static inline fields locate_fields(uint32_t phase, uint32_t k) {
     return f;
 }
 
-/* How many of `count` fields of k bits can be taken in groups: loads must not reach beyond `low_size` bytes. */
-static inline uint32_t in_groups(const fields *f, uint32_t count, uint32_t k, uint64_t low_size) {
-    const uint64_t room = low_size >= f->upper + 16 ? (low_size - f->upper - 16) / k + 1 : 0;
-    return 8 * (uint32_t)shdi_min(count / 8, room);
+/* How many groups of fields of k bits can be taken: loads must not reach beyond `low_size` bytes. */
+static inline uint64_t groups_in(const fields *f, uint32_t k, uint64_t low_size) {
+    return low_size >= f->upper + 16 ? (low_size - f->upper - 16) / (k + (k == 0)) + 1 : 0;
 }
 
 AVX2 static inline __m256i take_fields(const uint8_t *low, const fields *f) {
@@ -99,7 +105,7 @@ AVX2 static uint64_t count_ones(const uint8_t *bitmap, uint64_t bits) {
 
 AVX2 static uint32_t sum_fields(const uint8_t *low, uint64_t low_size, uint64_t low_bit, uint32_t k, uint32_t count) {
     const fields f = locate_fields((uint32_t)low_bit, k);
-    const uint32_t grouped = in_groups(&f, count, k, low_size);
+    const uint32_t grouped = 8 * (uint32_t)shdi_min(count / 8, groups_in(&f, k, low_size));
     __m256i sums = _mm256_setzero_si256();
     for (uint32_t i = 0; i < grouped; i += 8, low += k) {
         sums = _mm256_add_epi32(sums, take_fields(low, &f));
@@ -110,29 +116,34 @@ AVX2 static uint32_t sum_fields(const uint8_t *low, uint64_t low_size, uint64_t 
     return sum + shdi_scalar_sum_fields(low, low_size, low_bit, k, count - grouped);
 }
 
-/* The offset is (t << k) + sum - i (2^k - 1). The part that depends on i alone goes into the carry of the sum. */
-AVX2 static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
-                                  uint64_t low_bit) {
-    if (k == 0) {
-        return 0; /* the offset is (t - i) + i */
-    }
+/* The offset is (t << k) + base + sum - i (2^k - 1). The part that depends on i alone goes into the carry of the sum. */
+AVX2 static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, uint32_t base, const uint8_t *low,
+                                  uint64_t low_size, uint64_t low_bit) {
     const uint32_t mask = (1u << k) - 1;
     const fields f = locate_fields((uint32_t)low_bit, k);
-    const __m256i step = _mm256_set1_epi32((int)(8 * mask));
-    const __m128i up = _mm_cvtsi32_si128((int)k);
-    __m256i carry = _mm256_mullo_epi32(_mm256_setr_epi32(0, -1, -2, -3, -4, -5, -6, -7), f.masks);
-    const uint32_t grouped = in_groups(&f, count, k, low_size);
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i step = _mm256_slli_epi32(f.masks, 3), up = _mm256_set1_epi32((int)k);
+    __m256i carry = _mm256_sub_epi32(_mm256_set1_epi32((int)base), _mm256_mullo_epi32(lanes, f.masks));
+    const uint64_t groups = groups_in(&f, k, low_size);
+    const uint32_t grouped = 8 * (uint32_t)shdi_min(count / 8, groups);
     uint32_t i = 0;
     for (; i < grouped; i += 8, low += k) {
-        __m256i sums = prefix_sum(take_fields(low, &f), &carry);
+        const __m256i sums = prefix_sum(take_fields(low, &f), &carry);
         carry = _mm256_sub_epi32(carry, step);
-        __m256i bits = _mm256_sll_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(t + i)), up);
+        __m256i bits = _mm256_sllv_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(t + i)), up);
         _mm256_storeu_si256((__m256i *)(void *)(t + i), _mm256_add_epi32(bits, sums));
     }
-    uint32_t sum = (uint32_t)_mm256_cvtsi256_si32(carry) + i * mask;
-    for (uint64_t bit = low_bit; i < count; i++, bit += k) {
-        sum += (uint32_t)(shdi_load64(low + bit / 8) >> (bit % 8)) & mask;
-        t[i] = ((t[i] - i) << k) + sum + i;
+    if (i < count && i / 8 < groups) { /* and these are fewer than eight */
+        const __m256i valid = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(count - i)), lanes);
+        const __m256i sums = prefix_sum(_mm256_and_si256(take_fields(low, &f), valid), &carry);
+        const __m256i bits = _mm256_sllv_epi32(_mm256_maskload_epi32((const int *)(const void *)(t + i), valid), up);
+        _mm256_maskstore_epi32((int *)(void *)(t + i), valid, _mm256_add_epi32(bits, sums));
+        count = i;
+    }
+    uint32_t sum = (uint32_t)_mm256_cvtsi256_si32(carry) - base + i * mask;
+    for (uint64_t bit_of = low_bit; i < count; i++, bit_of += k) {
+        sum += (uint32_t)(shdi_load64(low + bit_of / 8) >> (bit_of % 8)) & mask;
+        t[i] = base + ((t[i] - i) << k) + sum + i;
     }
     return sum;
 }
@@ -348,6 +359,11 @@ const shdi_kernels shdi_avx2 = {
     .rice_offsets = rice_offsets,
     .count_ones = count_ones,
     .sum_fields = sum_fields,
+    .lines = shdi_avx2_lines,
+    .words = words,
+    .take_ones = shdi_avx2_take_ones,
+    .rice_gaps = shdi_avx2_rice_gaps,
+    .drawn = shdi_avx2_drawn,
     .widen = widen,
     .scale_i8 = scale_i8,
     .look_up_i4 = look_up_i4,

@@ -77,9 +77,13 @@ static inline uint32_t shdi_ones(uint64_t v) {
 }
 
 /* FORMAT.md, section 6.3. */
+#define SHDI_MIX_POSITION UINT64_C(0x9E3779B97F4A7C15)
+#define SHDI_MIX_BITS UINT64_C(0xD1B54A32D192ED03)
+#define SHDI_MIX_AGAIN UINT64_C(0xD6E8FEB86659FD93)
+
 static inline uint64_t shdi_mix(uint64_t position, uint64_t bits) {
-    uint64_t x = position * UINT64_C(0x9E3779B97F4A7C15) + (bits + 1) * UINT64_C(0xD1B54A32D192ED03);
-    x = (x ^ x >> 32) * UINT64_C(0xD6E8FEB86659FD93);
+    uint64_t x = position * SHDI_MIX_POSITION + (bits + 1) * SHDI_MIX_BITS;
+    x = (x ^ x >> 32) * SHDI_MIX_AGAIN;
     return x ^ x >> 32;
 }
 

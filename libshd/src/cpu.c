@@ -21,7 +21,8 @@ __attribute__((constructor(101), cold)) static void look(void) {
     }
     __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
     const uint32_t both = 6; /* the lower and the upper halves of the registers */
-    if ((saved & both) == both && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2) != 0 && (b & bit_BMI) != 0) {
+    const uint32_t wanted = bit_AVX2 | bit_BMI | bit_BMI2;
+    if ((saved & both) == both && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & wanted) == wanted) {
         shdi_cpu |= SHDI_HAS_AVX2;
     }
 }

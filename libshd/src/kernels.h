@@ -6,6 +6,28 @@
 
 SHDI_BEGIN
 
+struct shdi_rice_writer;
+struct shdi_draw;
+
+/* The elements in some rows and some columns of a tile (FORMAT.md, 4.6), one row after the other. */
+typedef struct shdi_cell {
+    uint32_t start;      /* the order of the first */
+    uint32_t last;       /* that of the last, less start */
+    uint32_t rows;       /* where the rows start among the tile's */
+    uint32_t columns;    /* and where the columns start */
+    uint32_t width;      /* how many columns there are */
+    uint32_t reciprocal; /* 2^shift / width + 1 */
+    uint32_t shift;      /* 31 or 35, so that 32 bits hold it, and that a quotient of up to 2^17 / width is exact */
+} shdi_cell;
+
+static inline uint32_t shdi_cell_shift(uint32_t width) { return width < 16 ? 31 : 35; }
+static inline uint32_t shdi_cell_reciprocal(uint32_t width) {
+    return (uint32_t)((UINT64_C(1) << shdi_cell_shift(width)) / width + 1);
+}
+
+/* So many orders follow those that are given to a kernel. */
+#define SHDI_MORE_ORDERS 31u
+
 typedef struct shdi_kernels {
     const char *name;
 
@@ -13,11 +35,34 @@ typedef struct shdi_kernels {
      * Reads whole 64-bit words of the bitmap. May write up to 8 entries too many. */
     uint32_t (*ones)(const uint8_t *bitmap, uint32_t bits, uint32_t *index);
 
-    /* Turns indices t of unary ones into offsets ((t - i) << k) + (r[0] + ... + r[i]) + i, in place, where r[i] is
-     * the k bits from bit `low_bit` + i * k of `low` on. Returns the sum of all r. k <= SHDI_NARROW_K. `low_size`
-     * bytes may be read, at least 8 more than r needs. */
-    uint64_t (*rice_offsets)(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
-                             uint64_t low_bit);
+    /* Turns indices t of unary ones into offsets base + ((t - i) << k) + (r[0] + ... + r[i]) + i, modulo 2^32 and in
+     * place, where r[i] is the k bits from bit `low_bit` + i * k of `low` on. Returns the sum of all r. k <=
+     * SHDI_NARROW_K. `low_size` bytes may be read, at least 8 more than r needs. */
+    uint64_t (*rice_offsets)(uint32_t *t, uint32_t count, uint32_t k, uint32_t base, const uint8_t *low,
+                             uint64_t low_size, uint64_t low_bit);
+
+    /* Finds the lines of orders, which increase: row[i] and column[i] are numbers among those that cells count. *at is
+     * the cell of the order before or an earlier one, and becomes that of the last. order[count] up to order[count +
+     * SHDI_MORE_ORDERS - 1] are INT32_MAX. May write up to 8 lines too many. */
+    void (*lines)(const uint32_t *order, uint32_t count, const shdi_cell **at, uint32_t *row, uint32_t *column);
+
+    /* Writes the indices of the 64-bit words of a bitmap that are not 0, and returns their number. `count`, how many
+     * words there are, is a multiple of 8. May write up to 8 entries too many. */
+    uint32_t (*words)(const uint8_t *bitmap, uint32_t count, uint32_t *index);
+
+    /* Clears the 64-bit words index[*at] up to index[count - 1] of a bitmap, none of which is 0, and writes the indices
+     * of the bits that were ones. Stops behind SHDI_BLOCK - 64 ones, and moves *at. Returns how many ones there were.
+     * May write up to 3 entries too many. */
+    uint32_t (*take_ones)(uint8_t *bitmap, const uint32_t *index, uint32_t *at, uint32_t count, uint32_t *one);
+
+    /* Appends the gaps between offset[i - 1] and offset[i] to a RICE, from i = 0 on, and returns how many. Stops where
+     * fewer than 8 are left or where one of the next 8 ends in a block that is not begun. offset[-1] is that of the last
+     * one there is. Leaves `position` alone. k <= SHDI_PACKED_K, and at most 7 low bits wait. */
+    uint32_t (*rice_gaps)(struct shdi_rice_writer *w, const uint32_t *offset, uint32_t count);
+
+    /* Makes what is drawn in each cell, less `base` and modulo 2^32, of the cells' numbers, in place. May write up to 7
+     * too many. */
+    void (*drawn)(const struct shdi_draw *draw, uint32_t base, uint32_t *number, uint32_t count);
 
     /* The number of ones among bits [0, bits) of a bitmap. Reads whole 64-bit words of it. */
     uint64_t (*count_ones)(const uint8_t *bitmap, uint64_t bits);
@@ -56,6 +101,9 @@ typedef struct shdi_kernels {
 
 /* Up to this k a block's offsets fit 32 bits: 4,096 * 2^19 + 2,048 < 2^32. */
 #define SHDI_NARROW_K 19u
+
+/* Up to this k the low bits of four nonzeros are packed at a time. */
+#define SHDI_PACKED_K 14u
 
 /* Room for the indices of a block, and for what a kernel writes too many. */
 #define SHDI_BLOCK_ROOM (SHDI_BLOCK + 16)

@@ -66,21 +66,18 @@ static inline uint32x4_t take_fields(const uint8_t *low, const fields *f, uint32
 }
 
 /* As in avx2.c, eight fields are k bytes, and the offset is (t << k) + carry. */
-static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
-                             uint64_t low_bit) {
+static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, uint32_t base, const uint8_t *low,
+                             uint64_t low_size, uint64_t low_bit) {
     const uint32_t mask = (1u << k) - 1;
     const uint32_t phase = (uint32_t)low_bit, upper = (phase + 4 * k) / 8;
-    const uint32_t start[4] = {0, 0u - mask, 0u - 2 * mask, 0u - 3 * mask};
+    const uint32_t start[4] = {base, base - mask, base - 2 * mask, base - 3 * mask};
     const fields lower_four = locate_fields(phase, k), upper_four = locate_fields(phase + 4 * k - 8 * upper, k);
     const uint32x4_t masks = vdupq_n_u32(mask), step = vdupq_n_u32(4 * mask);
     const int32x4_t up = vdupq_n_s32((int32_t)k);
     uint32x4_t carry = vld1q_u32(start);
     uint32_t i = 0;
-    if (k == 0) {
-        return 0;
-    }
     /* Loads must not reach beyond the section. */
-    const uint64_t room = low_size >= upper + 16 ? (low_size - upper - 16) / k + 1 : 0;
+    const uint64_t room = low_size >= upper + 16 ? (low_size - upper - 16) / (k + (k == 0)) + 1 : 0;
     const uint32_t grouped = 8 * (uint32_t)shdi_min(count / 8, room);
     for (; i < grouped; i += 8, low += k) {
         uint32x4_t first = prefix_sum(take_fields(low, &lower_four, masks), &carry);
@@ -90,10 +87,10 @@ static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint
         vst1q_u32(t + i, vaddq_u32(vshlq_u32(vld1q_u32(t + i), up), first));
         vst1q_u32(t + i + 4, vaddq_u32(vshlq_u32(vld1q_u32(t + i + 4), up), second));
     }
-    uint32_t sum = vgetq_lane_u32(carry, 0) + i * mask;
+    uint32_t sum = vgetq_lane_u32(carry, 0) - base + i * mask;
     for (uint64_t bit = phase; i < count; i++, bit += k) {
         sum += (uint32_t)(shdi_load64(low + bit / 8) >> (bit % 8)) & mask;
-        t[i] = ((t[i] - i) << k) + sum + i;
+        t[i] = base + ((t[i] - i) << k) + sum + i;
     }
     return sum;
 }
@@ -104,6 +101,11 @@ const shdi_kernels shdi_neon = {
     .rice_offsets = rice_offsets,
     .count_ones = shdi_scalar_count_ones,
     .sum_fields = shdi_scalar_sum_fields,
+    .lines = shdi_scalar_lines,
+    .words = shdi_scalar_words,
+    .take_ones = shdi_scalar_take_ones,
+    .rice_gaps = shdi_scalar_rice_gaps,
+    .drawn = shdi_scalar_drawn,
     .widen = shdi_scalar_widen,
     .scale_i8 = shdi_scalar_scale_i8,
     .look_up_i4 = shdi_scalar_look_up_i4,

@@ -65,7 +65,7 @@ static shdi_fault decode_narrow(const shd_delta *delta, uint64_t block, entry at
     }
     const uint64_t low_bit = at.rank * delta->k;
     const uint64_t low = delta->low_offset + low_bit / 8;
-    const uint64_t low_sum = kernels->rice_offsets(piece->offset, ones, delta->k, delta->index + low,
+    const uint64_t low_sum = kernels->rice_offsets(piece->offset, ones, delta->k, 0, delta->index + low,
                                                    delta->tensor.index.decoded - low, low_bit % 8);
     /* Offsets increase, so the check of the last one is enough. */
     if (ones != 0 && (at.base >= numel || piece->offset[ones - 1] >= numel - at.base)) {

@@ -4,6 +4,8 @@
 
 #include "bytes.h"
 
+struct shdi_kernels;
+
 /* Packs the low bits into 32-bit words. */
 typedef struct shdi_packer {
     uint8_t *next;
@@ -20,6 +22,16 @@ static inline void shdi_pack(shdi_packer *p, uint64_t value, uint32_t bits) {
         p->bits >>= 32;
         p->count -= 32;
     }
+}
+
+/* Packs up to 56 bits, where up to 7 are left. Writes 8 bytes. */
+static inline void shdi_pack_bytes(shdi_packer *p, uint64_t value, uint32_t bits) {
+    p->bits |= value << p->count;
+    shdi_store64(p->next, p->bits);
+    p->count += bits;
+    p->next += p->count / 8;
+    p->bits >>= p->count & 56;
+    p->count &= 7;
 }
 
 /* Writes the bits that fill no whole word. */
@@ -70,8 +82,9 @@ static inline void shdi_rice_write(shdi_rice_writer *w, uint64_t position) {
 SHDI_BEGIN
 
 /* Writes positions base + offset[i], which increase and are not below w->position. Faster than one by one, but the low bits
- * have to be followed by 8 bytes that it may write. */
-void shdi_rice_write_run(shdi_rice_writer *w, uint64_t base, const uint32_t *offset, uint32_t count);
+ * and the unary ones have to be followed by 8 bytes that it may write, which are zeros behind the unary ones. */
+void shdi_rice_write_run(shdi_rice_writer *w, const struct shdi_kernels *kernels, uint64_t base, const uint32_t *offset,
+                         uint32_t count);
 
 SHDI_END
 

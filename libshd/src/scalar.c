@@ -1,6 +1,8 @@
 /* The scalar kernels. They define the results. */
 #include "bytes.h"
+#include "draw.h"
 #include "floats.h"
+#include "rice_writer.h"
 #include "scalar.h"
 
 /* The loop takes four ones at a time, beyond the last of a word. So it has fewer branches, and they are easier to
@@ -30,11 +32,11 @@ static uint32_t ones(const uint8_t *bitmap, uint32_t bits, uint32_t *index) {
     return count;
 }
 
-/* The offset is (t << k) + carry, where carry is r[0] + ... + r[i] - i (2^k - 1). */
-static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint8_t *low, uint64_t low_size,
-                             uint64_t low_bit) {
+/* The offset is (t << k) + carry, where carry is base + r[0] + ... + r[i] - i (2^k - 1). */
+static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, uint32_t base, const uint8_t *low,
+                             uint64_t low_size, uint64_t low_bit) {
     const uint32_t mask = (1u << k) - 1;
-    uint32_t carry = mask, i = 0;
+    uint32_t carry = base + mask, i = 0;
     (void)low_size;
     if (4 * k <= 64 - 7) { /* four fields in one load */
         for (; i + 4 <= count; i += 4, low_bit += 4 * k) {
@@ -53,7 +55,93 @@ static uint64_t rice_offsets(uint32_t *t, uint32_t count, uint32_t k, const uint
         carry += ((uint32_t)(shdi_load64(low + low_bit / 8) >> (low_bit % 8)) & mask) - mask;
         t[i] = (t[i] << k) + carry;
     }
-    return (uint32_t)(carry - mask + count * mask);
+    return (uint32_t)(carry - base - mask + count * mask);
+}
+
+void shdi_scalar_lines(const uint32_t *order, uint32_t count, const shdi_cell **at, uint32_t *row, uint32_t *column) {
+    const shdi_cell *c = *at;
+    for (uint32_t i = 0;; c++) {
+        const shdi_cell in = *c;
+        for (; i < count && order[i] - in.start <= in.last; i++) {
+            const uint32_t place = order[i] - in.start, below = (uint32_t)((uint64_t)place * in.reciprocal >> in.shift);
+            row[i] = in.rows + below;
+            column[i] = in.columns + place - below * in.width;
+        }
+        if (i == count) {
+            break;
+        }
+    }
+    *at = c;
+}
+
+uint32_t shdi_scalar_words(const uint8_t *bitmap, uint32_t count, uint32_t *index) {
+    uint32_t found = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        index[found] = i;
+        found += shdi_load64(bitmap + 8 * i) != 0;
+    }
+    return found;
+}
+
+uint32_t shdi_scalar_take_ones(uint8_t *bitmap, const uint32_t *index, uint32_t *at, uint32_t count, uint32_t *one) {
+    const uint64_t top = UINT64_C(1) << 63; /* so there is always a one */
+    uint32_t ones = 0, i = *at;
+    for (; i < count && ones <= SHDI_BLOCK - 64; i++) {
+        const uint32_t start = 64 * index[i];
+        uint64_t word = shdi_load64(bitmap + start / 8);
+        shdi_store64(bitmap + start / 8, 0);
+        const uint32_t in_word = shdi_ones(word);
+        for (uint32_t *to = one + ones, *end = to + in_word; to < end; to += 4) {
+            for (uint32_t j = 0; j < 4; j++) {
+                uint32_t place = start + shdi_lowest_one(word | top);
+                SHDI_PIN(place);
+                to[j] = place;
+                word &= word - 1;
+            }
+        }
+        ones += in_word;
+    }
+    *at = i;
+    return ones;
+}
+
+/* Four at a time. */
+uint32_t shdi_scalar_rice_gaps(shdi_rice_writer *w, const uint32_t *offset, uint32_t count) {
+    const uint64_t limit = w->block * SHDI_BLOCK;
+    const uint32_t k = w->k, mask = (1u << k) - 1;
+    uint8_t *const unary = w->unary;
+    shdi_packer low = w->low;
+    uint64_t last = w->bit - 1, word = shdi_load64(unary + last / 64 * 8);
+    uint32_t i = 0;
+    for (; count - i >= 4; i += 4) {
+        uint32_t gap[4];
+        uint64_t one[4], packed = 0;
+        for (uint32_t j = 0; j < 4; j++) {
+            gap[j] = offset[i + j] - (offset + i)[(int)j - 1] - 1;
+            one[j] = (j == 0 ? last : one[j - 1]) + 1 + (gap[j] >> k);
+        }
+        if (one[3] >= limit) {
+            break;
+        }
+        for (uint32_t j = 0; j < 4; j++) {
+            word = (one[j] / 64 == last / 64 ? word : 0) | UINT64_C(1) << (one[j] % 64);
+            last = one[j];
+            shdi_store64(unary + last / 64 * 8, word);
+            packed |= (uint64_t)(gap[j] & mask) << (j * k);
+        }
+        shdi_pack_bytes(&low, packed, 4 * k);
+    }
+    w->low = low;
+    w->bit = last + 1;
+    w->rank += i;
+    return i;
+}
+
+void shdi_scalar_drawn(const shdi_draw *draw, uint32_t base, uint32_t *number, uint32_t count) {
+    const shdi_draw d = *draw;
+    for (uint32_t i = 0; i < count; i++) {
+        number[i] = (uint32_t)shdi_drawn(&d, number[i]) - base;
+    }
 }
 
 uint64_t shdi_scalar_count_ones(const uint8_t *bitmap, uint64_t bits) {
@@ -157,6 +245,11 @@ const shdi_kernels shdi_scalar = {
     .rice_offsets = rice_offsets,
     .count_ones = shdi_scalar_count_ones,
     .sum_fields = shdi_scalar_sum_fields,
+    .lines = shdi_scalar_lines,
+    .words = shdi_scalar_words,
+    .take_ones = shdi_scalar_take_ones,
+    .rice_gaps = shdi_scalar_rice_gaps,
+    .drawn = shdi_scalar_drawn,
     .widen = shdi_scalar_widen,
     .scale_i8 = shdi_scalar_scale_i8,
     .look_up_i4 = shdi_scalar_look_up_i4,

@@ -1,91 +1,100 @@
 /* SEEDED (FORMAT.md, section 4.8): positions that a seed gives, one in each cell, or in those that a list tells. */
 #include "seeded.h"
-#include "bytes.h"
+#include "draw.h"
 #include "index.h"
 #include "section.h"
 
 #define HEAD 16u
 
-/* The cells of a tensor. */
-typedef struct cells {
-    uint64_t seed;
-    uint64_t count;
-    uint64_t size;     /* of a small one */
-    uint64_t rest;     /* how many are larger by one */
-    uint64_t fraction; /* rest / count, times 2^32 and rounded down */
-} cells;
-
 /* What is to be written. */
 typedef struct output {
-    cells cells;
+    shdi_draw draw;
     shdi_rice_writer *writer;
+    const shdi_kernels *kernels;
     uint64_t left; /* how many nonzeros are to come */
     uint64_t next; /* the cell after the last one that is done */
     uint32_t count;
-    uint32_t number[SHDI_BLOCK]; /* of cells whose positions come next */
+    uint32_t number[SHDI_BLOCK_ROOM]; /* of cells whose positions come next */
 } output;
 
-/* The position of cell i. */
-static inline uint64_t position_of(const cells *c, uint64_t i) {
-    uint64_t larger = i * c->fraction >> 32; /* of the cells before it; or one too few, since i is below 2^32 */
-    uint64_t place = i * c->rest - larger * c->count;
-    const uint64_t one = place >= c->count;
-    larger += one;
-    place -= one ? c->count : 0;
-    const uint64_t size = c->size + (place >= c->count - c->rest);
-    return i * c->size + larger + ((shdi_mix(i, c->seed) >> 32) * size >> 32);
-}
-
-/* Writes the positions of the cells that wait. Returns 0 if they are too many. */
-SHDI_OFTEN static int write_positions(output *o) {
-    const cells c = o->cells;
-    const uint32_t count = o->count;
+/* Makes positions of numbers of cells, in place and one by one, and writes them. */
+SHDI_ONCE static void write_far(output *o, uint32_t count) {
     uint64_t base = 0;
     uint32_t start = 0;
-    o->count = 0;
-    if (count > o->left) {
-        return 0;
-    }
-    o->left -= count;
     for (uint32_t i = 0; i < count; i++) {
-        const uint64_t position = position_of(&c, o->number[i]);
+        const uint64_t position = shdi_drawn(&o->draw, o->number[i]);
         if (i == start) {
             base = position;
         } else if (position - base > UINT32_MAX) {
-            shdi_rice_write_run(o->writer, base, o->number + start, i - start);
+            shdi_rice_write_run(o->writer, o->kernels, base, o->number + start, i - start);
             base = position;
             start = i;
         }
         o->number[i] = (uint32_t)(position - base);
     }
-    shdi_rice_write_run(o->writer, base, o->number + start, count - start);
+    shdi_rice_write_run(o->writer, o->kernels, base, o->number + start, count - start);
+}
+
+/* Writes the positions of the cells that wait. Returns 0 if they are too many. */
+SHDI_OFTEN static int write_positions(output *o) {
+    const uint32_t count = o->count;
+    o->count = 0;
+    if (count > o->left || count == 0) {
+        return count == 0;
+    }
+    o->left -= count;
+    const uint64_t first = shdi_drawn(&o->draw, o->number[0]), last = shdi_drawn(&o->draw, o->number[count - 1]);
+    if (last - first > UINT32_MAX) {
+        write_far(o, count);
+        return 1;
+    }
+    o->kernels->drawn(&o->draw, (uint32_t)first, o->number, count);
+    shdi_rice_write_run(o->writer, o->kernels, first, o->number, count);
     return 1;
 }
 
 /* Lets the cells up to `end` wait. Returns 0 if there are too many. */
-static int add_up_to(output *o, uint64_t end) {
-    for (; o->next < end; o->next++) {
+SHDI_OFTEN static int add_up_to(output *o, uint64_t end) {
+    while (o->next < end) {
         if (o->count == SHDI_BLOCK && !write_positions(o)) {
             return 0;
         }
-        o->number[o->count++] = (uint32_t)o->next;
+        const uint32_t n = (uint32_t)shdi_min(end - o->next, SHDI_BLOCK - o->count), first = (uint32_t)o->next;
+        uint32_t *const to = o->number + o->count;
+        uint32_t four[4] = {first, first + 1, first + 2, first + 3};
+        for (uint32_t i = 0; i < n; i += 4) { /* up to 3 too many */
+            memcpy(to + i, four, sizeof four);
+            for (uint32_t j = 0; j < 4; j++) {
+                four[j] += 4;
+            }
+        }
+        o->count += n;
+        o->next += n;
     }
     return 1;
 }
 
 /* Takes cells from the list: their positions are written, or those of the others. Returns 0 if the file has changed. */
 SHDI_OFTEN static int take_listed(output *o, const shdi_piece *piece, int others) {
+    const uint64_t base = piece->base;
+    if (piece->count == 0 || base + piece->offset[0] < o->next) {
+        return piece->count == 0;
+    }
+    if (!others) {
+        for (uint32_t i = 0; i < piece->count; i++) {
+            o->number[i] = (uint32_t)base + piece->offset[i];
+        }
+        o->count = piece->count;
+        o->next = base + piece->offset[piece->count - 1] + 1;
+        return write_positions(o);
+    }
     for (uint32_t i = 0; i < piece->count; i++) {
-        const uint64_t cell = piece->base + piece->offset[i];
-        if (cell < o->next || (others && !add_up_to(o, cell))) {
+        if (!add_up_to(o, base + piece->offset[i])) {
             return 0;
         }
-        o->next = cell + 1;
-        if (!others) {
-            o->number[o->count++] = (uint32_t)cell;
-        }
+        o->next = base + piece->offset[i] + 1;
     }
-    return others || write_positions(o);
+    return 1;
 }
 
 /* Decodes the list, a RICE of the tensor's cells. */
@@ -118,8 +127,9 @@ SHDI_ONCE shdi_fault shdi_seeded_decode(const shd_delta *delta, int check_all, s
     }
     const uint64_t rest = numel % count;
     output o;
-    o.cells = (cells){shdi_load64(delta->index), count, numel / count, rest, (rest << 32) / count};
+    o.draw = (shdi_draw){shdi_load64(delta->index), count, numel / count, rest, (rest << 32) / count};
     o.writer = writer;
+    o.kernels = shdi_kernels_of(delta);
     o.left = nnz;
     o.next = o.count = 0;
     const int others = 2 * nnz > count;

@@ -150,37 +150,19 @@ typedef struct classes {
     uint32_t first[SHDI_MAX_CLASSES + 1];
 } classes;
 
-/* The elements of a tile in rows of one class and columns of one class. */
-typedef struct cell {
-    const uint32_t *columns;
-    uint64_t reciprocal; /* of their number, times 2^35 */
-    uint32_t width;      /* their number, which is not 0 */
-    uint32_t row_class;
-} cell;
-
-/* A walk over the ones among a tile's unary bits: over those in SHDI_BLOCK bits at a time, which are in work. */
-typedef struct ones {
-    const uint8_t *bitmap;
-    uint64_t end;   /* of the tile's bits */
-    uint64_t next;  /* the first bit behind those in work */
-    uint64_t start; /* the bit that index 0 means */
-    uint32_t at;    /* the next one of those in work */
-    uint32_t count; /* of those in work */
-    uint32_t index[SHDI_BLOCK_ROOM];
-} ones;
-
 /* What decoding works on; pointers are to the caller's memory. */
 typedef struct work {
     const shdi_kernels *kernels;
-    uint8_t *bitmap;  /* of a tile's elements, zeros between tiles */
-    uint8_t *touched; /* a byte for each 64 of them: 1 if one is set */
+    uint8_t *bitmap; /* of a tile's elements, zeros between tiles */
     classes columns;
     classes rows; /* of a tile, from 0 */
-    cell cells[SHDI_MAX_CLASSES * SHDI_MAX_CLASSES]; /* by k, then as their elements stand in the order */
+    shdi_cell all_cells[SHDI_MAX_CLASSES * SHDI_MAX_CLASSES]; /* by k, then in the order; their rows tell the class */
     uint32_t first_cell[SHDI_MAX_KS + 1];
-    ones ones;
-    uint8_t summary[SHDI_MAX_TILE / 512]; /* a bit for each byte of `touched` */
-    uint32_t words[SHDI_BLOCK_ROOM];      /* whose bits are set */
+    shdi_cell cells[SHDI_MAX_CLASSES * SHDI_MAX_CLASSES]; /* those that the tile has, whose orders go on over all k */
+    uint32_t first_order[SHDI_MAX_KS + 1];
+    uint32_t order[SHDI_BLOCK_ROOM + SHDI_MORE_ORDERS];
+    uint32_t row[SHDI_BLOCK_ROOM]; /* of orders, and column */
+    uint32_t column[SHDI_BLOCK_ROOM];
 } work;
 
 /* Sorts `count` lines from `start` on. */
@@ -215,13 +197,32 @@ SHDI_ONCE static shdi_fault list_cells(const parts *p, work *w) {
                 const uint32_t b = shdi_lowest_one(bits), first = w->columns.first[b];
                 const uint32_t width = w->columns.first[b + 1] - first;
                 if (width != 0) {
-                    w->cells[listed++] = (cell){w->columns.lines + first, (UINT64_C(1) << 35) / width + 1, width, a};
+                    w->all_cells[listed++] = (shdi_cell){.rows = a, .columns = first, .width = width,
+                        .reciprocal = shdi_cell_reciprocal(width), .shift = shdi_cell_shift(width)};
                 }
             }
         }
     }
     w->first_cell[p->ks] = listed;
     return fault;
+}
+
+/* Lists the cells that the tile has. */
+static void list_cells_of_tile(const parts *p, work *w) {
+    const uint32_t *const first_row = w->rows.first;
+    shdi_cell *to = w->cells;
+    uint32_t order = 0;
+    for (uint32_t i = 0; i < p->ks; i++) {
+        w->first_order[i] = order;
+        for (uint32_t j = w->first_cell[i]; j < w->first_cell[i + 1]; j++) {
+            const shdi_cell c = w->all_cells[j];
+            const uint32_t first = first_row[c.rows], size = (first_row[c.rows + 1] - first) * c.width;
+            *to = (shdi_cell){order, size - 1, first, c.columns, c.width, c.reciprocal, c.shift};
+            to += size != 0;
+            order += size;
+        }
+    }
+    w->first_order[p->ks] = order;
 }
 
 /* The number of ones of a tile, and whether its last bit is one of them. */
@@ -234,56 +235,9 @@ static int has_ones(const uint8_t *bitmap, uint64_t first, uint64_t end, uint64_
     return ones == count && (first == end || bitmap[(end - 1) / 8] >> ((end - 1) % 8) & 1);
 }
 
-/* How many ones are in work and not yet taken; finds the next if there are none. 0 at the end of the tile. */
-static uint32_t find_ones(ones *o, const shdi_kernels *kernels) {
-    while (o->at == o->count && o->next < o->end) {
-        const uint32_t before = o->next % 8; /* bits of its byte */
-        o->start = o->next - before;
-        const uint32_t bits = (uint32_t)shdi_min(o->end - o->start, SHDI_BLOCK);
-        o->next = o->start + bits;
-        o->count = kernels->ones(o->bitmap + o->start / 8, bits, o->index);
-        o->at = 0;
-        while (o->at < o->count && o->index[o->at] < before) {
-            o->at++;
-        }
-    }
-    return o->count - o->at;
-}
-
-/* Sets the bits of the elements of one k that have these orders, which increase and are below SHDI_MAX_TILE; `base` is
- * to be added to each, modulo 2^32. *at is the cell of the order before, *first the order of its first element, and
- * they become those of the last. Returns 0 if the tile has no such element. */
-static int set_bits(work *w, const uint32_t *order, uint32_t count, uint32_t base, const cell **at, uint32_t *first,
-                    const cell *end) {
-    uint8_t *const bitmap = w->bitmap, *const touched = w->touched;
-    const uint32_t *const stop = order + count;
-    const cell *c = *at;
-    uint32_t start = *first;
-    for (; c != end; c++) {
-        const uint32_t *const rows = w->rows.lines + w->rows.first[c->row_class], *const columns = c->columns;
-        const uint32_t width = c->width, from = start - base;
-        const uint32_t size = (w->rows.first[c->row_class + 1] - w->rows.first[c->row_class]) * width;
-        const uint64_t reciprocal = c->reciprocal;
-        while (*order - from < size) {
-            /* Exact, since both numbers are at most 2^17. */
-            const uint32_t place = *order - from, row = (uint32_t)(place * reciprocal >> 35);
-            const uint32_t element = rows[row] + columns[place - row * width];
-            bitmap[element / 8] |= (uint8_t)(1u << (element % 8)); /* most often not the byte of the element before */
-            touched[element / 64] = 1;
-            if (++order == stop) {
-                *at = c;
-                *first = start;
-                return 1;
-            }
-        }
-        start += size;
-    }
-    return 0;
-}
-
 /* Makes orders of indices of ones, in place, where k is over SHDI_NARROW_K: `bit` is the index after the one before,
- * and `next` the order after the one before. Returns 0 if an order is not below SHDI_MAX_TILE. */
-SHDI_ONCE static int find_orders(uint32_t *index, uint32_t count, uint64_t bit, uint64_t next, uint32_t k,
+ * and `next` the order after the one before. Returns 0 if an order is not below `end`. */
+SHDI_ONCE static int find_orders(uint32_t *index, uint32_t count, uint64_t bit, uint64_t next, uint64_t end, uint32_t k,
                                  const uint8_t *low, uint64_t low_bit) {
     const uint32_t mask = (uint32_t)((UINT64_C(1) << k) - 1);
     for (uint32_t i = 0; i < count; i++, low_bit += k) {
@@ -291,7 +245,7 @@ SHDI_ONCE static int find_orders(uint32_t *index, uint32_t count, uint64_t bit, 
         bit += zeros + 1;
         next += (zeros << k) + ((uint32_t)(shdi_load64(low + low_bit / 8) >> (low_bit % 8)) & mask);
         SHDI_PIN(next);
-        if (next >= SHDI_MAX_TILE) {
+        if (next >= end) {
             return 0;
         }
         index[i] = (uint32_t)next++;
@@ -300,88 +254,124 @@ SHDI_ONCE static int find_orders(uint32_t *index, uint32_t count, uint64_t bit, 
 }
 
 /* SIMD kernels are worth their start from this many nonzeros on. */
-#define FEW 24u
+#define FEW 8u
 
-/* Sets the bits of `count` nonzeros of one k in a tile. *bit is where their unary bits start, and becomes where these
- * end. `low_size` bytes may be read from `low` on. Returns 0 if they are not all in it. */
-static int decode_k(const parts *p, work *w, uint32_t number, uint64_t count, uint64_t *bit, const uint8_t *low,
-                    uint64_t low_size, uint64_t low_bit) {
-    const uint32_t k = p->k[number];
-    const cell *at = w->cells + w->first_cell[number], *const end = w->cells + w->first_cell[number + 1];
-    uint32_t first = 0;
-    uint64_t next = 0; /* the order after the last */
-    while (count != 0) {
-        const uint32_t n = (uint32_t)shdi_min(find_ones(&w->ones, w->kernels), count);
-        if (n == 0) { /* the file has changed */
+/* A walk over a tile's nonzeros, in the order of its unary bits. */
+typedef struct walk {
+    const uint64_t *counts; /* how many nonzeros each k has */
+    uint64_t rest;          /* how many are to come, */
+    uint64_t left;          /* how many of them have this k, */
+    uint32_t number;        /* the k of the next, */
+    uint64_t next;          /* and the order after the one before, which goes on over all k */
+    uint64_t bit;           /* the unary bit after the one before */
+    const uint8_t *low;
+    uint64_t low_size; /* the bytes that may be read from there on */
+    uint64_t low_bit;  /* of the next one */
+} walk;
+
+/* Makes orders of `n` indices of ones, which count from bit `start` on and are of one k. */
+static int take_orders(const parts *p, const work *w, walk *at, uint32_t *order, uint32_t n, uint64_t start) {
+    const uint32_t k = p->k[at->number];
+    const uint64_t end = w->first_order[at->number + 1];
+    const uint64_t place = at->bit - start; /* below 0, modulo 2^64, if zeros came before */
+    const uint8_t *low = at->low + at->low_bit / 8;
+    const uint32_t last = order[n - 1];
+    at->bit = start + last + 1;
+    if (k > SHDI_NARROW_K) {
+        if (!find_orders(order, n, place, at->next, end, k, at->low, at->low_bit)) {
             return 0;
         }
-        uint32_t *const order = w->ones.index + w->ones.at;
-        const uint64_t place = *bit - w->ones.start; /* below 0, modulo 2^64, if zeros came before */
-        *bit = w->ones.start + order[n - 1] + 1;
-        uint64_t base = 0;
-        if (k > SHDI_NARROW_K) {
-            if (!find_orders(order, n, place, next, k, low, low_bit)) {
+        at->next = order[n - 1] + UINT64_C(1);
+    } else {
+        const shdi_kernels *kernels = n < FEW ? &shdi_scalar : w->kernels;
+        const uint64_t base = at->next - (place << k);
+        const uint64_t sum = kernels->rice_offsets(order, n, k, (uint32_t)base, low,
+                                                   at->low_size - at->low_bit / 8, at->low_bit % 8);
+        at->next = base + ((uint64_t)(last - (n - 1)) << k) + sum + n;
+    }
+    at->low_bit += n * (uint64_t)k;
+    at->left -= n;
+    at->rest -= n;
+    return at->next <= end; /* orders increase, so the check of the last one is enough */
+}
+
+/* Makes orders of indices of ones, which count from bit `start` on. Returns 0 if the tile has no such elements. */
+static int take_all_orders(const parts *p, const work *w, walk *at, uint32_t *order, uint32_t count, uint64_t start) {
+    while (count != 0) {
+        while (at->left == 0) {
+            if (++at->number == p->ks) { /* the file has changed */
                 return 0;
             }
-        } else {
-            const shdi_kernels *kernels = n < FEW ? &shdi_scalar : w->kernels;
-            base = next - (place << k);
-            kernels->rice_offsets(order, n, k, low + low_bit / 8, low_size - low_bit / 8, low_bit % 8);
+            at->left = at->counts[at->number];
+            at->next = w->first_order[at->number];
         }
-        next = base + order[n - 1] + 1;
-        /* Orders increase, so the check of the last one is enough. */
-        if (next > SHDI_MAX_TILE || !set_bits(w, order, n, (uint32_t)base, &at, &first, end)) {
+        const uint32_t n = (uint32_t)shdi_min(count, at->left);
+        if (!take_orders(p, w, at, order, n, start)) {
             return 0;
         }
-        w->ones.at += n;
-        low_bit += n * (uint64_t)k;
+        order += n;
         count -= n;
     }
     return 1;
+}
+
+/* Sets the bits of elements whose lines are known. */
+static void set_elements(const work *w, uint32_t count) {
+    const uint32_t *const rows = w->rows.lines, *const columns = w->columns.lines;
+    uint8_t *const bitmap = w->bitmap;
+    for (uint32_t i = 0; i < count; i++) {
+        const uint32_t element = rows[w->row[i]] + columns[w->column[i]];
+        bitmap[element / 8] |= (uint8_t)(1u << (element % 8)); /* most often not the byte of the element before */
+    }
+}
+
+/* Sets the bits of a tile's nonzeros, whose unary bits end before `end`. Returns 0 if they are not all in it. */
+static int set_bits(const parts *p, work *w, walk *at, const uint8_t *unary, uint64_t end) {
+    const shdi_cell *cell = w->cells;
+    for (uint64_t bit = at->bit, start, bits; bit < end; bit = start + bits) {
+        const uint32_t before = bit % 8; /* bits of its byte */
+        start = bit - before;
+        bits = shdi_min(end - start, SHDI_BLOCK);
+        const uint32_t ones = w->kernels->ones(unary + start / 8, (uint32_t)bits, w->order);
+        uint32_t first = 0;
+        while (first < ones && w->order[first] < before) {
+            first++;
+        }
+        if (first == ones) {
+            continue;
+        }
+        uint32_t *const order = w->order + first;
+        if (!take_all_orders(p, w, at, order, ones - first, start)) {
+            return 0;
+        }
+        for (uint32_t i = 0; i < SHDI_MORE_ORDERS; i++) {
+            w->order[ones + i] = INT32_MAX;
+        }
+        w->kernels->lines(order, ones - first, &cell, w->row, w->column);
+        set_elements(w, ones - first);
+    }
+    return at->rest == 0;
 }
 
 /* ---- Decoding tiles ---- */
 
 /* Writes the positions of the bits that are set among `elements`, from `base` on, and clears them. */
 static void write_bits(work *w, uint64_t base, uint32_t elements, shdi_rice_writer *writer) {
-    const uint64_t top = UINT64_C(1) << 63; /* so there is always a one */
-    const uint32_t size = (uint32_t)shdi_ceil_div(elements, 512);
-    uint8_t *const summary = w->summary, *const bitmap = w->bitmap, *const touched = w->touched;
-    for (uint32_t i = 0; i < size; i++) {
-        const uint64_t eight = shdi_load64(touched + 8 * i);
-        shdi_store64(touched + 8 * i, 0);
-        summary[i] = (uint8_t)(eight * UINT64_C(0x0102040810204080) >> 56);
-    }
-    uint32_t *const words = w->words, *const offset = w->ones.index;
-    uint32_t ones = 0; /* how many offsets are to be written */
-    const uint32_t count = w->kernels->ones(summary, 8 * size, words);
-    for (uint32_t i = 0; i < count; i++) {
-        const uint32_t start = 64 * words[i];
-        uint64_t word = shdi_load64(bitmap + 8 * words[i]);
-        shdi_store64(bitmap + 8 * words[i], 0);
-        const uint32_t in_word = shdi_ones(word);
-        for (uint32_t *to = offset + ones, *end = to + in_word; to < end; to += 4) {
-            for (uint32_t j = 0; j < 4; j++) {
-                to[j] = start + shdi_lowest_one(word | top);
-                word &= word - 1;
-            }
-        }
-        ones += in_word;
-        if (ones > SHDI_BLOCK - 64 || i + 1 == count) {
-            shdi_rice_write_run(writer, base, offset, ones);
-            ones = 0;
-        }
+    uint32_t *const words = w->row, *const offset = w->order;
+    const uint32_t count = w->kernels->words(w->bitmap, 8 * (uint32_t)shdi_ceil_div(elements, 512), words);
+    for (uint32_t i = 0; i < count;) {
+        const uint32_t ones = w->kernels->take_ones(w->bitmap, words, &i, count, offset);
+        shdi_rice_write_run(writer, w->kernels, base, offset, ones);
     }
 }
 
 SHDI_OFTEN static shdi_fault decode_tiles(const shd_delta *delta, const parts *p, work *w, shdi_rice_writer *writer) {
-    const uint8_t *low = delta->index + p->low, *unary = delta->index + p->unary;
-    const uint64_t low_size = delta->tensor.index.decoded - p->low;
-    uint64_t low_bit = 0, unary_bit = 0;
-    for (uint64_t tile = 0; tile < p->tiles; tile++) {
+    const uint8_t *unary = delta->index + p->unary;
+    walk at = {.low = delta->index + p->low, .low_size = delta->tensor.index.decoded - p->low};
+    for (uint64_t tile = 0, unary_bit = 0; tile < p->tiles; tile++) {
         const uint64_t row = tile * p->tile_rows;
         const uint32_t rows = (uint32_t)shdi_min(p->rows - row, p->tile_rows);
-        uint64_t size = shdi_field(&p->sizes, tile), count = 0, low_end = low_bit, n[SHDI_MAX_KS];
+        uint64_t size = shdi_field(&p->sizes, tile), count = 0, low_end = at.low_bit, n[SHDI_MAX_KS];
         SHDI_PIN(size);
         for (uint32_t i = 0; i < p->ks; i++) {
             uint64_t of_k = shdi_field(&p->counts[i], tile);
@@ -401,15 +391,15 @@ SHDI_OFTEN static shdi_fault decode_tiles(const shd_delta *delta, const parts *p
         if (fault.code != SHD_OK) {
             return fault;
         }
-        w->ones.end = unary_bit + size;
-        w->ones.next = unary_bit;
-        w->ones.at = w->ones.count = 0;
-        uint64_t bit = unary_bit;
-        for (uint32_t i = 0; i < p->ks; i++) {
-            if (!decode_k(p, w, i, n[i], &bit, low, low_size, low_bit)) {
-                return shdi_fault_at(SHD_POSITION_RANGE, p->unary + unary_bit / 8);
-            }
-            low_bit += n[i] * p->k[i];
+        list_cells_of_tile(p, w);
+        at.counts = n;
+        at.number = 0;
+        at.left = n[0];
+        at.rest = count;
+        at.next = 0;
+        at.bit = unary_bit;
+        if (!set_bits(p, w, &at, unary, unary_bit + size)) {
+            return shdi_fault_at(SHD_POSITION_RANGE, p->unary + unary_bit / 8);
         }
         write_bits(w, row * p->columns, rows * (uint32_t)p->columns, writer);
         unary_bit += size;
@@ -434,7 +424,7 @@ static uint64_t most_lines(const shd_tensor *tensor) {
 SHDI_ONCE static room room_of(const shd_tensor *tensor, uint64_t rice) {
     room r;
     r.bitmap = shdi_align64(rice);
-    r.lines = r.bitmap + SHDI_MAX_TILE / 8 + SHDI_MAX_TILE / 64;
+    r.lines = r.bitmap + SHDI_MAX_TILE / 8;
     r.size = r.lines + 2 * 4 * most_lines(tensor);
     return r;
 }
@@ -453,12 +443,10 @@ SHDI_ONCE shdi_fault shdi_tiled_decode(const shd_delta *delta, int check_padding
     work w;
     w.kernels = shdi_kernels_of(delta);
     w.bitmap = memory + r.bitmap;
-    w.touched = w.bitmap + SHDI_MAX_TILE / 8;
     w.columns.lines = (uint32_t *)(void *)(memory + r.lines);
     w.columns.step = 1;
     w.rows.lines = w.columns.lines + most_lines(&delta->tensor);
     w.rows.step = (uint32_t)p.columns;
-    w.ones.bitmap = delta->index + p.unary;
     fault = list_cells(&p, &w);
     if (fault.code == SHD_OK) {
         fault = decode_tiles(delta, &p, &w, writer);

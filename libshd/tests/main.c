@@ -15,6 +15,7 @@ void test_apply(void);
 void test_sum(void);
 void test_encode(void);
 void test_from_base(void);
+void test_kernels(void);
 void test_hostile(void);
 
 #ifdef WRAP_MALLOC
@@ -51,6 +52,7 @@ int main(void) {
     test_sum();
     test_encode();
     test_from_base();
+    test_kernels();
     test_hostile();
 #ifdef WRAP_MALLOC
     CHECK(allocations == 0);
