@@ -133,7 +133,9 @@ class _TrainingStart:
             mask=self.mask.name,
         )
         subject = self._subject
-        return FitTrainer(subject.model, self._nonzeros, subject.behaviour, subject.teacher, plan)
+        return FitTrainer(
+            subject.model, self._nonzeros, subject.behaviour, subject.teacher, plan, subject.recomputation
+        )
 
     def leave_least_squares(self, base: float, steps: int) -> float:
         """Starts from the largest changes instead of what least squares gave, where that leaves much.

@@ -76,8 +76,17 @@ def _advice(fit: Fit) -> str:
     """Which settings reduce the memory that a step takes."""
     return (
         f" with {fit.per_pass} texts per forward pass: --fit-micro {max(1, fit.per_pass // 2)} halves what they take"
-        f" and changes little; --fit-tokens {max(1, fit.tokens // 2)} cuts texts"
+        f" and changes little; --fit-tokens {max(1, fit.tokens // 2)} cuts texts{_more_gpus(fit)}"
     )
+
+
+def _more_gpus(fit: Fit) -> str:
+    """That there are more GPUs, if only one is asked for; one that no name is given of may be enough."""
+    count = torch.cuda.device_count()
+    named = [] if fit.device is None else fit.device.split(",") if isinstance(fit.device, str) else fit.device
+    if count < 2 or len(named) > 1 or fit.model is not None:
+        return ""
+    return f"; --device {','.join(f'cuda:{index}' for index in range(count))} shares out the layers"
 
 
 @contextmanager

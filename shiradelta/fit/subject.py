@@ -26,6 +26,7 @@ from shiradelta.fit.text_behaviour import TextBehaviour, not_run
 from shiradelta.fit.tuned_weights import TunedWeights, dense, exact_homes, weights_after, write_exact
 from shiradelta.io.recognise import UNCHANGED
 from shiradelta.models.placement import main_device
+from shiradelta.models.recomputation import Recomputation
 from shiradelta.nonzeros.vector import Nonzeros
 from shiradelta.nonzeros.weight import flat
 from shiradelta.select.largest_torch import largest, largest_of_all
@@ -42,6 +43,7 @@ class Subject:
         model: the base.
         devices: where the model is.
         device: the one that decides about precision and pace.
+        recomputation: makes room for steps that run out of memory.
         texts: the texts to fit and to measure on.
         behaviour: the outputs that are reproduced.
         fitted: the tensors to fit.
@@ -60,6 +62,7 @@ class Subject:
         self.micro = fit.per_pass
         self.model, self.devices = model_of(job)
         self.device = main_device(self.devices)
+        self.recomputation = Recomputation(self.model, fit.log)
         make_contiguous(self.model)
         self.behaviour = self._behaviour(job.base, job.source)
         weights = LoadedWeights(self.model)

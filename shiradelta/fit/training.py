@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from shiradelta.fit.measures import HeldOut
 from shiradelta.fit.state import FitState
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.tuned_weights import Rounding
+from shiradelta.models.recomputation import Recomputation
 from shiradelta.nonzeros.adam import adam_
 from shiradelta.nonzeros.pruning import PRUNE_UNTIL, PruningSchedule, importance, is_due
 from shiradelta.nonzeros.schedule import cycle
@@ -68,16 +70,30 @@ class TrainingPlan:
 class FitTrainer:
     """One run of training.
 
+    Args:
+        model: the student.
+        nonzeros: what is trained.
+        behaviour: what is compared.
+        teacher: the fine-tune.
+        plan: the plan of the run.
+        recomputation: makes room where a step runs out of memory; None lets it.
+
     Attributes:
         state: the current state.
         good: the state at the last evaluation, from which an interrupted run resumes.
     """
 
     def __init__(
-        self, model: nn.Module, nonzeros: Nonzeros, behaviour: Behaviour, teacher: Teacher, plan: TrainingPlan
+        self,
+        model: nn.Module,
+        nonzeros: Nonzeros,
+        behaviour: Behaviour,
+        teacher: Teacher,
+        plan: TrainingPlan,
+        recomputation: Recomputation | None = None,
     ) -> None:
         self._model, self._nonzeros, self._behaviour, self._teacher = model, nonzeros, behaviour, teacher
-        self._plan = plan
+        self._plan, self._recomputation = plan, recomputation
         self._begin = nonzeros.counts
         self.state = FitState(
             steps=plan.steps,
@@ -203,9 +219,12 @@ class FitTrainer:
         return self._behaviour.loss(part, student, target, self._behaviour.weight(settled))
 
     def _gradient(self, batch: list[int]) -> Tensor:
-        """Puts the gradient of a batch into `Nonzeros.grad`; returns the loss, NaN if the gradient is not finite."""
-        for grad in self._nonzeros.grads:
-            grad.zero_()
+        """Puts the gradient of a batch into `Nonzeros.grads`; returns the loss, NaN if the gradient is not finite."""
+        passes = partial(self._passes, batch)
+        return passes() if self._recomputation is None else self._recomputation.run(passes)
+
+    def _passes(self, batch: list[int]) -> Tensor:
+        self._nonzeros.zero_grad()
         self.write()
         total = torch.zeros((), device=self._nonzeros.grads[0].device)
         settled = min(1.0, self.state.step / (PRUNE_UNTIL * self._plan.steps))

@@ -104,9 +104,14 @@ def place(model: nn.Module, devices: Sequence[torch.device]) -> nn.Module:
     return model
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model, in order: what is in its lists of several modules, but not in lists within these."""
+    return [unit.modules[0] for unit in _parts(model)[1] if unit.is_layer]
+
+
 def layers_by_device(model: nn.Module) -> str:
     """How many layers each device has, in words: "16 on cuda:0, 16 on cuda:1"."""
-    first = (next(unit.modules[0].parameters(), None) for unit in _parts(model)[1] if unit.is_layer)
+    first = (next(layer.parameters(), None) for layer in layers_of(model))
     where = [parameter.device for parameter in first if parameter is not None]
     return ", ".join(f"{where.count(device)} on {device}" for device in dict.fromkeys(where))
 

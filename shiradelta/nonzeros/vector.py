@@ -243,6 +243,13 @@ class Nonzeros:
         for vector, own in zip(self.vectors, kept, strict=True):
             vector.keep(own)
 
+    def zero_grad(self) -> None:
+        """Sets `grads` to zero, and drops what a backward pass that was broken off has left at the weights."""
+        for vector in self.vectors:
+            vector.grad.zero_()
+            for part in vector.parts:
+                part.parameter.grad = None
+
     def collect(self) -> None:
         """Adds the gradients that a backward pass left at biases and norms.
 

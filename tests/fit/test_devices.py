@@ -223,3 +223,29 @@ def test_an_encoder_decoder_on_two_devices_is_fitted_as_on_one(kind: str, method
         several = fit_seq2seq(folders, tmp_path / "several.shd", method=method, model=model, device=None)
     assert several.topk == pytest.approx(one.topk, rel=1e-3)
     assert several.fitted == pytest.approx(one.fitted, rel=0.05)
+
+
+@pytest.mark.parametrize("pair", ["causal"], indirect=True)
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_a_fit_that_runs_out_of_memory_goes_on_with_less(
+    pair: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    devices: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """In the middle of a backward pass, when some of the gradients are there."""
+    lines: list[str] = []
+    one = fit(pair, tmp_path / "one.shd", **FEW, **PRUNE, device="cpu")
+    gather, gathered = vector.DeviceVector.gather, []
+
+    def spy(self: Any, index: int, parameter: Any) -> None:
+        gather(self, index, parameter)
+        gathered.append(index)
+        if len(gathered) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(vector.DeviceVector, "gather", spy)
+    again = fit(pair, tmp_path / "again.shd", **FEW, **PRUNE, device=devices, log=lines.append)
+    assert [line for line in lines if line.startswith("memory ran out, so layers keep their inputs only")]
+    assert one.fit.history == again.fit.history
+    assert (tmp_path / "one.shd").read_bytes() == (tmp_path / "again.shd").read_bytes()
