@@ -12,17 +12,16 @@ import torch
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs import FROM_BASE
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.codecs.base_classes import KEYS
 from shiradelta.format.codecs.bits import bits_dtype
-from shiradelta.format.codecs.from_base import FromBase, check_end, grid_and_gaps
+from shiradelta.format.codecs.from_base import check_end, grid_and_gaps
 from shiradelta.format.codecs.from_base_classes import BaseGrid
 from shiradelta.format.codecs.tiles import Gaps
 from shiradelta.io.restored import Elements, Located
 
 Tensor = torch.Tensor
-#: Elements whose groups are looked at together, in whole tiles.  Each takes about `_ELEMENT_ROOM` bytes meanwhile.
-_CHUNK, _ELEMENT_ROOM = 1 << 22, 48
 #: Bytes for each byte of a section, whose unary bits become numbers of 8 bytes.
 _SECTION_ROOM = 80
 
@@ -111,29 +110,26 @@ def keys_of(bits: Tensor) -> Tensor:
     return ((bits >> max(width - 16, 0)) & ((1 << min(width - 1, 15)) - 1)).int()
 
 
-class TorchFromBase(FromBase):
-    """The index codec FROM_BASE in torch operations.
+class TorchFromBase:
+    """Reads the index codec FROM_BASE in torch operations.
 
     Attributes:
-        chunk: the elements that are looked at together, about.
+        chunk: elements that are looked at together, about, in whole tiles.
+        element_room: bytes that each of them takes meanwhile, about.
     """
 
-    chunk = _CHUNK
+    chunk, element_room = 1 << 22, 48
 
     def in_groups(self, chunk: Chunk, table: GroupTable) -> InGroups:
         """The elements of a chunk in the order in which groups have them."""
         return Sorted(chunk, table)
 
     def room(self, data: Bytes, numel: int) -> int:
-        return super().room(data, numel) + _ELEMENT_ROOM * min(numel, self.chunk) + _SECTION_ROOM * data.size
+        """Bytes of memory that `decode` takes beside its result."""
+        return FROM_BASE.room(data, numel) + self.element_room * min(numel, self.chunk) + _SECTION_ROOM * data.size
 
-    def decode_on(self, data: Bytes, nnz: int, shape: tuple[int, ...], base: Array) -> Positions:
-        signed = base.view(f"<i{base.itemsize}") if base.itemsize > 1 else base
-        bits = torch.from_numpy(np.require(signed, requirements="W"))  # torch warns of read-only arrays
-        return self.decode_there(data, nnz, shape, bits).numpy().astype(np.int64, copy=False)
-
-    def decode_there(self, data: Bytes, nnz: int, shape: tuple[int, ...], base: Tensor) -> Tensor:
-        """int32 [nnz], int64 where numel takes it, on the device of the base.
+    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...], base: Tensor) -> Tensor:
+        """The positions: int32 [nnz], int64 where numel takes it, on the device of the base.
 
         Args:
             data: the section.
@@ -152,7 +148,8 @@ class TorchFromBase(FromBase):
             torch.from_numpy(each.astype(np.int32)).to(device) for each in (grid.row_class, grid.column_class)
         )
         result = torch.empty(nnz, dtype=torch.int32 if numel <= 1 << 31 else torch.int64, device=device)
-        step, total = max(self.chunk // max(size, count), 1), 0
+        # A low tile takes room for its groups, too.
+        step, total = max(self.chunk // max(size, 16 * count), 1), 0
         for first in range(0, grid.tiles, step):
             last = min(first + step, grid.tiles)
             sound, ones = bits.sound(first, last)
@@ -268,7 +265,7 @@ class ElementsThere(Elements):
         return self._codec.room(data, self.size)
 
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Located:
-        positions = self._codec.decode_there(data, nnz, shape, self._bits)
+        positions = self._codec.decode(data, nnz, shape, self._bits)
         at = self._taken(positions)
         return Located(positions.cpu().numpy().astype(np.int64, copy=False), at)
 

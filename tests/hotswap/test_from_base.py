@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,11 +12,20 @@ import torch
 
 import shiradelta as sd
 from shiradelta.errors import FormatError, LimitError
+from shiradelta.format.codecs import FROM_BASE
+from shiradelta.format.codecs.from_base_classes import BaseGrid
+from shiradelta.hotswap.choose import LIVE_BACKENDS
+from shiradelta.hotswap.from_base import TorchFromBase
 from shiradelta.io.context import write_on_base
-from tests.swapping import BACKENDS, DEVICE, adapter, bits
+from tests.swapping import BACKENDS, DEVICE, adapter, bits, why_not
 
+CODECS = [pytest.param(TorchFromBase(), id="torch")]
+if why_not(LIVE_BACKENDS["triton"]) is None:
+    from shiradelta.hotswap.triton.from_base import TritonFromBase
+
+    CODECS.append(pytest.param(TritonFromBase(), id="triton"))
 Weights = dict[str, torch.Tensor]
-SHAPES = {"square": (160, 96), "tall": (3000, 50), "flat": (20_000,)}
+SHAPES = {"square": (160, 96), "tall": (900, 50), "flat": (5000,)}
 
 
 def weights_of(dtype: torch.dtype, form: Callable[[torch.Tensor], torch.Tensor]) -> Weights:
@@ -87,3 +97,35 @@ def test_memory_is_within_the_limit(backend: str):
     _, on_base = step(model, "ulp")
     with pytest.raises(LimitError, match="takes"):
         sd.HotSwap(model, backend=backend).load("step", on_base, limit=10_000)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("codec", CODECS)
+def test_sections_are_read_and_refused_as_by_numpy(codec: TorchFromBase, size: int):
+    """Several tiles of several blocks, with all kinds of classes, and damaged ones."""
+    rng, seen, shape = np.random.default_rng(size), set(), (9, 700)
+    for widths in (0, 0), (2, 3):
+        base = rng.integers(0, 256, math.prod(shape) * size, np.uint8).view(f"<u{size}")
+        there = torch.from_numpy(base.view(f"<i{size}" if size > 1 else base.dtype)).to(DEVICE)
+        cells = rng.choice(np.array([2, 3, 5, 0x82, 4], np.uint8), (1 << widths[0], 1 << widths[1], 6))
+        cuts = np.sort(rng.integers(0, 1 << min(8 * size - 1, 15), 5)).astype(np.uint16)
+        lines = [rng.integers(0, 1 << width, count, np.uint8) for width, count in zip(widths, shape, strict=True)]
+        grid = BaseGrid(shape[1], 4, lines[0], widths[0], lines[1], widths[1], cuts, cells)
+        positions = np.flatnonzero(rng.random(base.size) < 0.1)
+        section = np.frombuffer(FROM_BASE.encode_in(positions, grid, base), np.uint8)
+        assert codec.decode(section, positions.size, shape, there).tolist() == positions.tolist()
+        for number in range(16):
+            damaged, nnz = section.copy(), positions.size - (number == 0)
+            damaged[rng.integers(rng.choice([64, damaged.size]))] ^= number and 1 << rng.integers(8)
+            right = said(lambda: FROM_BASE.decode_on(damaged, nnz, shape, base))  # noqa: B023
+            assert said(lambda: codec.decode(damaged, nnz, shape, there)) == right  # noqa: B023
+            seen.add(right if isinstance(right, str) else "")
+    assert seen >= {"bad_index", "wrong_base"}
+
+
+def said(decode: Callable[[], np.ndarray | torch.Tensor]) -> list[int] | str:
+    """What a decoder finds, or its reason."""
+    try:
+        return decode().tolist()
+    except FormatError as error:
+        return error.reason

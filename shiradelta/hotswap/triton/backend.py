@@ -19,6 +19,7 @@ from shiradelta.format.codecs.base import TorchDecoder
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, only_strengths_differ
 from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.hotswap.triton import elements, kernels
+from shiradelta.hotswap.triton.from_base import TritonFromBase
 from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, Shared, new_plan, prepare
 
 #: Warps per program of 2,048 lanes.  This is the fastest of 4 to 32; fewer registers, cache hints and programmatic
@@ -40,6 +41,7 @@ class TritonBackend(TorchBackend):
     """A CUDA or ROCm device (or, in Triton's interpreter, the CPU)."""
 
     name = "triton"
+    from_base = TritonFromBase()
 
     def __init__(self, device: str) -> None:
         super().__init__(device)
