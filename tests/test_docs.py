@@ -25,7 +25,7 @@ from shiradelta.errors import ArgumentError
 from shiradelta.exports import EXPORTS
 from shiradelta.format.codecs import INDEX_CODECS
 from shiradelta.util.registry import Registry
-from tests import seq2seq, speech
+from tests import pictures, seq2seq, speech
 from tests.conftest import write_lora, write_model
 from tests.hub import TOKEN, Hub
 from tests.signing.conftest import write_keys
@@ -142,6 +142,9 @@ def test_the_examples_of_fits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     speech.write_pair(Path("hearing"))[2].rename("heard.jsonl")
     for folder, name in (("base", "whisper"), ("tuned", "whisper-tuned"), ("data/clips", "clips")):
         Path("hearing", folder).rename(name)
+    pictures.write_pair("clip", Path("seeing"))[2].rename("seen.jsonl")
+    for folder, name in (("base", "clip"), ("tuned", "clip-tuned"), ("data/shots", "shots")):
+        Path("seeing", folder).rename(name)
     Path("pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in seq2seq.examples()))
     page = (EXTEND.parent / "fit.md").read_text()
     shell, (python,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python"))

@@ -283,7 +283,7 @@ max_memory = click.option(
 #: What files of examples may be, in the help.
 EXAMPLES = (
     "JSON Lines, a Parquet file, or the folder of a data set, with text, prompt and completion, messages, anchor and"
-    " positive, or audio and text; FILE:COLUMN takes one column"
+    " positive, audio and text, or image and texts; FILE:COLUMN takes one column"
 )
 
 prompt_share = click.option(

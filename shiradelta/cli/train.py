@@ -73,8 +73,10 @@ def train(
     """Train a sparse adapter for the model in the folder MODEL: a share of its weights changes.
 
     An example is {"text": ...} for a causal language model, {"prompt": ..., "completion": ...} or {"messages": [...]}
-    for a model that answers, encoder-decoders too, {"audio": "FILE.wav", "text": ...} for Whisper, or {"anchor": ...,
-    "positive": ...} for an encoder whose embeddings of the two should match.
+    for a model that answers, encoder-decoders too, {"audio": "FILE.wav", "text": ...} for Whisper,
+    {"image": "FILE.png", "prompt": ..., "completion": ...} for a vision-language model, or {"anchor": ...,
+    "positive": ...} for an encoder, {"image": "FILE.png", "text": ...} for CLIP, whose embeddings of the two should
+    match.
 
     The same command resumes an interrupted run.
     """

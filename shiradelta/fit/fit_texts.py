@@ -43,14 +43,19 @@ class FitTexts:
         self.train, self.held_out = split(len(self.every), fit.held_out, fit.seed)
 
     @property
+    def media(self) -> str:
+        """What the examples have beside texts (`ExampleKind.media`)."""
+        return "" if self._examples is None else self._examples.kind.media
+
+    @property
     def identity(self) -> list[str]:
-        """What tells the examples from others: as in 0.1, each as a text; of sounds, what they hold."""
-        media = self._examples is not None and self._examples.kind.media
-        return [str(one) for one in (self._examples.identity if media and self._examples else self.every)]
+        """What tells the examples from others: as in 0.1, each as a text; of files, what they hold."""
+        held = self._examples.identity if self._examples is not None and self.media else self.every
+        return [str(one) for one in held]
 
     def processor(self, *folders: Path) -> Any:
         """What makes a model's inputs of the examples; arguments and errors are those of `load_processor`."""
-        return load_processor("" if self._examples is None else self._examples.kind.media, *folders)
+        return load_processor(self.media, *folders)
 
     def behaviour(self, tokenizer: Any, model: nn.Module, pooling: str | None) -> TextBehaviour:
         """The behaviour of transformers' models on the examples.

@@ -33,7 +33,8 @@ class Fit:
     Attributes:
         texts: a file of examples, or a sequence of them.  A file is JSON Lines, or a data set of Hugging Face; its
             examples have `text`; `prompt` and `completion`; `messages`; or, for encoders, `anchor` and `positive`.
-            An encoder-decoder takes `prompt` and `completion`, or `messages`; Whisper `audio` and `text`.
+            An encoder-decoder takes `prompt` and `completion`, or `messages`; Whisper `audio` and `text`; a
+            vision-language model `image`, `prompt` and `completion`; CLIP `image` and `text`.
             FILE:COLUMN takes one column.  A sequence has strings, or mappings with these keys (anything, if `forward`
             is given).
         method: "train" uses gradients; "refit" solves least squares layer by layer, from forward passes alone.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ def not_run(*folders: Path) -> list[str]:
 class OutputKind(Enum):
     """The kind of a model's last output; the value names the measure of its distance."""
 
-    EMBEDDING = HIDDEN_ERROR
+    EMBEDDING = HIDDEN_ERROR  # pooled from the last hidden states
+    OWN_EMBEDDING = "relative error of the embeddings"  # that the model itself gives
     LOGITS = "KL divergence of the output, nats"
     LABELS = "KL divergence of the labels, nats"  # logits of independent labels, of which any number may apply
 
@@ -101,7 +102,7 @@ class TextBehaviour(Behaviour):
         config.pad_token_id = self._inputs.pad
         multi = getattr(config, "problem_type", None) == "multi_label_classification"
         self._logits = OutputKind.LABELS if multi else OutputKind.LOGITS
-        self._output = OutputKind.EMBEDDING
+        self._output = self._embedding = OutputKind.OWN_EMBEDDING if self._inputs.embeds else OutputKind.EMBEDDING
         #: The rows of each output; None where it has one for each text.
         self._rows: list[TokenRows | None] = []
         self._pooling, self.text_share = pooling, text_share
@@ -143,13 +144,18 @@ class TextBehaviour(Behaviour):
         kept = _beside(every, lambda rows: rows.kept(indices))
         outputs = [found.flatten(0, 1)[at] for (found, _), at in zip(every, kept, strict=True)]
         self._rows = [*(rows for _, rows in layers), self._inputs.rows if of_tokens else None]
-        self._output = OutputKind.EMBEDDING if logits is None else self._logits
+        self._output = self._embedding if logits is None else self._logits
         if logits is None:
-            last = layers[-1][0]
-            outputs.append(pool(last, given["attention_mask"].to(last.device), self._pooling, model))
+            outputs.append(self._embeddings(result, layers[-1][0], given, model))
         elif not of_tokens:
             outputs.append(logits)
         return outputs
+
+    def _embeddings(self, result: Any, last: Tensor, given: Mapping[str, Any], model: nn.Module) -> Tensor:
+        """Unit vectors: the model's own, or those pooled from the last hidden states."""
+        if self._inputs.embeds:
+            return nn.functional.normalize(self._inputs.embeddings(result).float(), dim=-1)
+        return pool(last, given["attention_mask"].to(last.device), self._pooling, model)
 
     def check(self, model: nn.Module, base: Path) -> None:
         """Raises SourceError if texts alone do not run the model, or it gives no hidden states."""
@@ -221,20 +227,21 @@ class TextBehaviour(Behaviour):
         own = zip(student, self._rows[-len(student) :], strict=True)  # of the output alone, where that is all
         weights = _beside(list(own), lambda rows: rows.weights(indices))
         found = list(zip(student, teacher, weights, strict=True))
-        logits = [] if self._output is OutputKind.EMBEDDING else [found.pop()]
+        logits = [] if self._output is self._embedding else [found.pop()]
         terms = [weighted_mean((s.float() - t.float()).square().sum(1), counts) for s, t, counts in found]
         return terms + [self._divergence(*one) for one in logits]
 
     def distance(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> float:
-        """KL divergence of the logits, or relative error of the last hidden states."""
-        if self._output is OutputKind.EMBEDDING:
-            return _relative_error(student[-2], teacher[-2], None)
+        """KL divergence of the logits, or relative error of the last hidden states, or of embeddings of the model."""
+        if self._output is self._embedding:
+            which = -1 if self._inputs.embeds else -2
+            return _relative_error(student[which], teacher[which], None)
         return float(self._divergence(student[-1], teacher[-1], self._weights(-1, student[-1], indices)))
 
     def compare(self, indices: Sequence[int], student: Outputs, teacher: Outputs) -> dict[str, float]:
         found = super().compare(indices, student, teacher)
         s, t, weights = student[-1], teacher[-1], self._weights(-1, student[-1], indices)
-        if self._output is OutputKind.EMBEDDING:
+        if self._output is self._embedding:
             found[COSINE] = float(nn.functional.cosine_similarity(s.float(), t.float()).mean())
         else:
             of_hidden = self._weights(-2, student[-2], indices)
@@ -252,7 +259,7 @@ class TextBehaviour(Behaviour):
         """The examples' own where they tell it, or else how far they are from the fine-tune's; None by token."""
         if self.predicts:
             return LIKELIHOOD
-        if self._output is OutputKind.EMBEDDING:
+        if self._output is self._embedding:
             return AGREEMENT if self._inputs.sides == 1 else PARTNERS
         if self._rows[-1] is not None:
             return None
@@ -274,8 +281,9 @@ class TextBehaviour(Behaviour):
         return divergence_of_labels(student, teacher).mean() if labels else divergence(student, teacher, weights)
 
     def rows(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        of_output = self._inputs.rows
-        texts = torch.tensor(of_output.texts(indices)), len(of_output.table.lengths)
+        sides = self._inputs.sides
+        numbers = [sides * index + side for side in range(sides) for index in indices]
+        texts = torch.tensor(numbers), sides * len(self.lengths)
         ranks = {rows: rows.ranks(indices) for rows in dict.fromkeys(self._rows) if rows is not None}
         return [texts if rows is None else (ranks[rows], rows.number) for rows in self._rows]
 

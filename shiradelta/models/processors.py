@@ -1,4 +1,4 @@
-"""What makes a model's inputs of sounds, beside its tokenizer, from folders only."""
+"""What makes a model's inputs of sounds and pictures, beside its tokenizer, from folders only."""
 
 from __future__ import annotations
 
@@ -38,29 +38,32 @@ class ProcessorKind:
     load: Callable[..., Any]
 
 
-def load_feature_extractor(*folders: Path) -> Any:
-    """The first feature extractor in the folders.
+def _first(auto: str, folders: tuple[Path, ...]) -> Any:
+    """What an Auto class loads from the first folder that has a preprocessor.
 
     Raises:
-        SourceError: there is none, or it cannot be loaded.
-        MissingDependencyError: transformers is not installed.
+        SourceError: none has, or it cannot be loaded.
     """
     for folder in folders:
         if any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
-            return from_folder("AutoFeatureExtractor", folder)
+            return from_folder(auto, folder)
     raise SourceError(
-        f"{folders[0]}: has no preprocessor_config.json, which says what the model hears of a sound; copy it there"
+        f"{folders[0]}: has no preprocessor_config.json, which says what the model gets of a sound or a picture; copy"
+        " it there"
     )
+
+
+def _speech(*folders: Path) -> SpeechProcessor:
+    return SpeechProcessor(load_tokenizer(*folders), _first("AutoFeatureExtractor", folders))
+
+
+def _pictures(*folders: Path) -> Any:
+    return _first("AutoProcessor", folders)
 
 
 PROCESSORS: Registry[ProcessorKind] = Registry(
     "processor",
-    [
-        ProcessorKind("", load_tokenizer),
-        ProcessorKind(
-            "sound", lambda *folders: SpeechProcessor(load_tokenizer(*folders), load_feature_extractor(*folders))
-        ),
-    ],
+    [ProcessorKind("", load_tokenizer), ProcessorKind("sound", _speech), ProcessorKind("picture", _pictures)],
 )
 
 

@@ -72,6 +72,15 @@ class Pairs(Examples):
         return (entropy(similarity, target) + entropy(similarity.T, target)) / 2
 
 
+class Captioned(Examples):
+    """Pictures and their captions: within a batch, each has to find its partner."""
+
+    def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
+        """The model's own loss, as of CLIP or SigLIP."""
+        found: Tensor = model(**moved(self._inputs.arguments(indices), model), return_loss=True).loss
+        return found
+
+
 def training_examples(
     examples: ExampleSet,
     tokenizer: Any,
@@ -82,4 +91,6 @@ def training_examples(
 ) -> Examples:
     """Tokenises examples to train on; arguments and errors are those of `tokenise` and `Examples`."""
     found = tokenise(examples, tokenizer, model, tokens, prompt_share, trains=examples.kind.predicts)
-    return Predicted(found) if examples.kind.predicts else Pairs(found, pooling)
+    if examples.kind.predicts:
+        return Predicted(found)
+    return Captioned(found) if found.embeds else Pairs(found, pooling)

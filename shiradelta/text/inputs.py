@@ -18,7 +18,8 @@ class ModelInputs(ABC):
     Attributes:
         lengths: tokens by example; examples of similar length share a batch.
         rows: the rows of the model's output, which say what is predicted.
-        sides: texts of an example whose embeddings are compared.
+        sides: texts of an example whose embeddings are compared, or pictures and texts.
+        embeds: whether the model itself gives the embeddings.
         pad: the token to pad with.
         limit: the longest text in tokens.
     """
@@ -26,6 +27,7 @@ class ModelInputs(ABC):
     lengths: list[int]
     rows: TokenRows
     sides: int = 1
+    embeds: bool = False
     pad: int
     limit: int
 
@@ -36,6 +38,10 @@ class ModelInputs(ABC):
     @abstractmethod
     def hidden_states(self, result: Any) -> list[tuple[Tensor, TokenRows]]:
         """The hidden states of all layers [texts, tokens, size], each with its rows; the output's layers come last."""
+
+    def embeddings(self, result: Any) -> Tensor:
+        """The embeddings that the model gives of a batch [sides x examples, size], side after side, if it `embeds`."""
+        raise NotImplementedError
 
     def extend(self, rows: Sequence[Any]) -> None:
         """Adds examples that `shiradelta.fit.generate` has made, after the others, if it makes such examples."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import ArgumentError, SourceError
-from shiradelta.text import sound
+from shiradelta.text import pictures, sound
 from shiradelta.util.registry import Registry
 
 #: Who says what the model is to say, in a conversation.
@@ -26,7 +26,7 @@ class ExampleKind:
         sample: a value of a key, in messages.
         check: (value, where, key) -> None; it raises SourceError for a value that cannot be used.
         is_blank: whether a value holds nothing to read.
-        media: what it has beside texts: "sound"; empty for nothing.
+        media: what it has beside texts: "sound" or "picture"; empty for nothing.
         placed: (value, folder that paths of files start from or None, where, key) -> the value to use.
         known: (value, key) -> what tells the value from others, in types that JSON can hold.
     """
@@ -122,6 +122,27 @@ COMPLETION = ExampleKind("completion", ("prompt", "completion"), True, _check_te
 #: Two texts whose embeddings match.
 PAIRS = ExampleKind("pairs", ("anchor", "positive"), False, _check_text, _is_blank_text)
 
+
+def _check_pictured(value: Any, where: str, key: str) -> None:
+    if key == "image":
+        pictures.check_picture(value, where)
+    else:
+        _check_text(value, where, key)
+
+
+def _pictured(name: str, keys: tuple[str, ...], predicts: bool) -> ExampleKind:
+    return ExampleKind(
+        name,
+        keys,
+        predicts,
+        _check_pictured,
+        lambda value: isinstance(value, str) and _is_blank_text(value),
+        media="picture",
+        placed=lambda value, folder, where, key: pictures.placed(value, folder, where) if key == "image" else value,
+        known=lambda value, key: pictures.digest_of(value) if key == "image" else value,
+    )
+
+
 #: A sound, and what is said in it, which counts.
 SPEECH = ExampleKind(
     "speech",
@@ -134,4 +155,9 @@ SPEECH = ExampleKind(
     known=lambda value, key: sound.digest_of(value) if key == "audio" else value,
 )
 
-KINDS: Registry[ExampleKind] = Registry("kind of example", [TEXT, COMPLETION, MESSAGES, PAIRS, SPEECH])
+#: A picture with a prompt, and what the model is to say next, which counts.
+ANSWER = _pictured("answer", ("image", "prompt", "completion"), True)
+#: A picture and a text whose embeddings match.
+CAPTION = _pictured("caption", ("image", "text"), False)
+
+KINDS: Registry[ExampleKind] = Registry("kind of example", [TEXT, COMPLETION, MESSAGES, PAIRS, SPEECH, ANSWER, CAPTION])

@@ -46,19 +46,22 @@ class TokenRows:
         self.number = int(self._rank[-1]) + 1
 
     @classmethod
-    def of_next(cls, table: TokenTable, weights: Tensor | None = None, sides: int = 1) -> TokenRows:
+    def of_next(
+        cls, table: TokenTable, weights: Tensor | None = None, sides: int = 1, unlike: TokenTable | None = None
+    ) -> TokenRows:
         """Rows that predict the token after their own; the last row of a text predicts nothing.
 
         Args:
             table: the texts.
             weights: float32 [tokens of the table]: how much each token counts as one that is predicted.
             sides: texts of an example.
+            unlike: texts of the same examples that batches are never padded as far as.
         """
         last = table.ends(range(len(table.lengths))) - 1
         predicts = torch.ones(len(table.ids))
         predicts[last] = 0
         shifted = None if weights is None else torch.cat([weights[1:], weights.new_zeros(1)]) * predicts
-        return cls(table, torch.cat([table.ids[1:], table.ids[:1]]), predicts, shifted, sides)
+        return cls(table, torch.cat([table.ids[1:], table.ids[:1]]), predicts, shifted, sides, unlike)
 
     @classmethod
     def of_labels(cls, table: TokenTable, weights: Tensor | None = None, unlike: TokenTable | None = None) -> TokenRows:
@@ -122,3 +125,24 @@ class TokenRows:
         if self._weights is not None:
             counts *= least + (1 - least) * self._weights[torch.where(there, slots, 0)]
         return counts.flatten()
+
+
+class WindowRows(TokenRows):
+    """Rows of an encoder that always gets a window of the same length, whose beginning counts.
+
+    Args:
+        filled: rows that count of each example.
+        window: rows of the window.
+    """
+
+    def __init__(self, filled: Sequence[int], window: int) -> None:
+        table = TokenTable([[0] * count for count in filled])
+        super().__init__(table, table.ids, torch.zeros(len(table.ids)))
+        self._window = window
+
+    def width(self, indices: Sequence[int]) -> int:
+        return self._window
+
+    def shares(self, indices: Sequence[int], least: float) -> Tensor:
+        """As of any rows; silence after the sound is read, too, so it counts the least."""
+        return super().shares(indices, least).clamp(min=least)

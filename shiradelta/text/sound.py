@@ -86,13 +86,20 @@ def digest_of(value: str | Sound) -> str:
     Raises:
         SourceError: the file cannot be read.
     """
-    if isinstance(value, Sound):
-        return value.digest
+    return value.digest if isinstance(value, Sound) else file_digest(value)
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
     try:
-        with open(value, "rb") as file:
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise _unreadable(value, error) from None
+        raise unreadable(path, error) from None
 
 
 def open_sound(value: str | Sound) -> Sound:
@@ -123,7 +130,7 @@ def _of_wav(file: str | io.BytesIO, where: str) -> Sound:
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks that hold no samples
             rate, samples = wavfile.read(file)
     except OSError as error:
-        raise _unreadable(where, error) from None
+        raise unreadable(where, error) from None
     except (ValueError, EOFError, IndexError, KeyError, ZeroDivisionError) as error:
         raise SourceError(
             f"{where}: is no WAV file that can be read ({error}); convert it, as ffmpeg -i FILE FILE.wav does"
@@ -134,7 +141,8 @@ def _of_wav(file: str | io.BytesIO, where: str) -> Sound:
     return Sound(scaled if scaled.ndim == 1 else scaled.mean(1), int(rate))
 
 
-def _unreadable(where: str, error: OSError) -> SourceError:
+def unreadable(where: str, error: OSError) -> SourceError:
+    """The error of a file of an example that cannot be read."""
     return SourceError(f"{where}: cannot be read ({error.strerror}); check the path")
 
 

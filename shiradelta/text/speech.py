@@ -12,9 +12,9 @@ from shiradelta.errors import SourceError
 from shiradelta.text.inputs import ModelInputs, hears
 from shiradelta.text.labels import Labels
 from shiradelta.text.read import ExampleSet
-from shiradelta.text.rows import TokenRows
+from shiradelta.text.rows import TokenRows, WindowRows
 from shiradelta.text.sound import Sound, open_sound
-from shiradelta.text.tokens import TokenTable, check_vocabulary, side_limits
+from shiradelta.text.tokens import check_vocabulary, side_limits
 
 #: Features that are kept in memory, in bytes; those of further examples are computed again in each pass.
 KEPT = 2 << 30
@@ -102,24 +102,3 @@ class SpeechExamples(ModelInputs):
     @property
     def layer_rows(self) -> Sequence[TokenRows]:
         return [self.rows, self._window]
-
-
-class WindowRows(TokenRows):
-    """Rows of an encoder that always gets a window of the same length, whose beginning counts.
-
-    Args:
-        filled: rows that count of each example.
-        window: rows of the window.
-    """
-
-    def __init__(self, filled: Sequence[int], window: int) -> None:
-        table = TokenTable([[0] * count for count in filled])
-        super().__init__(table, table.ids, torch.zeros(len(table.ids)))
-        self._window = window
-
-    def width(self, indices: Sequence[int]) -> int:
-        return self._window
-
-    def shares(self, indices: Sequence[int], least: float) -> Tensor:
-        """As of any rows; silence after the sound is read, too, so it counts the least."""
-        return super().shares(indices, least).clamp(min=least)

@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 
 from shiradelta.errors import SourceError
+from shiradelta.text.captions import Captions
 from shiradelta.text.inputs import ModelInputs, hears, is_seq2seq
-from shiradelta.text.kinds import SPEECH
+from shiradelta.text.kinds import ANSWER, CAPTION, SPEECH
 from shiradelta.text.read import ExampleSet
 from shiradelta.text.seq2seq import Seq2SeqExamples
+from shiradelta.text.sight import PictureExamples
 from shiradelta.text.speech import SpeechExamples
 from shiradelta.text.tokenised import TokenisedExamples
 
@@ -38,6 +40,10 @@ def tokenise(
     """
     if examples.kind is SPEECH:
         return SpeechExamples(examples, tokenizer, model, tokens, prompt_share)
+    if examples.kind is ANSWER:
+        return PictureExamples(examples, tokenizer, model, prompt_share)
+    if examples.kind is CAPTION:
+        return Captions(examples, tokenizer, model, tokens)
     if hears(model):
         raise SourceError(f"{type(model).__name__} hears sound; give {SPEECH.shape}")
     if is_seq2seq(model):

@@ -21,10 +21,13 @@ EXTRAS = {
     "yaml": "recipe",
 }
 
+#: Package -> the name under which it is installed, if that is another.
+_INSTALLED_AS = {"PIL": "pillow"}
+
 
 def missing(package: str, purpose: str) -> MissingDependencyError:
     """The error for a package that is not installed; `purpose` is what needs it, such as "a plot"."""
-    install = f"'shiradelta[{EXTRAS[package]}]'" if package in EXTRAS else package
+    install = f"'shiradelta[{EXTRAS[package]}]'" if package in EXTRAS else _INSTALLED_AS.get(package, package)
     return MissingDependencyError(
         f"{purpose} needs {package}, which is not installed; pip install {install}", name=package
     )

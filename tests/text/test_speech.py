@@ -195,5 +195,7 @@ def test_the_folder_says_what_is_heard(tmp_path: Path):
     found = load_processor("sound", tmp_path / "model")
     assert found.feature_extractor.sampling_rate == RATE
     (tmp_path / "model" / "preprocessor_config.json").unlink()
-    with pytest.raises(SourceError, match=r"has no preprocessor_config\.json, which says what the model hears"):
+    with pytest.raises(
+        SourceError, match=r"has no preprocessor_config\.json, which says what the model gets of a sound"
+    ):
         load_processor("sound", tmp_path / "model")

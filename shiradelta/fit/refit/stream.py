@@ -48,6 +48,8 @@ class _Stream:
     def __init__(self, job: FitJob, hidden: HiddenStates) -> None:
         self._fit, self._codec, self._hidden, self._progress = job.fit, job.codec, hidden, job.progress
         texts = FitTexts(job.fit)
+        if texts.media:
+            raise CannotStreamError(f"its examples have a {texts.media} each")
         processor = texts.processor(job.base, job.source)
         self._device = pick_devices(job.fit.device, lambda device: 0)[0]
         dtype = loading.pick_dtype(self._device, (target.dtype for target in job.targets))

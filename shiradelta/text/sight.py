@@ -1,0 +1,142 @@
+"""Pictures with prompts, and what a vision-language model is to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiradelta.errors import SourceError
+from shiradelta.text.inputs import ModelInputs, generates, is_seq2seq
+from shiradelta.text.kinds import ASSISTANT
+from shiradelta.text.pictures import open_picture
+from shiradelta.text.read import ExampleSet
+from shiradelta.text.rows import TokenRows
+from shiradelta.text.tokens import TokenTable, check_vocabulary, position_limit
+from shiradelta.util.text import brief
+
+#: What processors raise for texts and pictures that they do not take.
+_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class PictureExamples(ModelInputs):
+    """Pictures, prompts and completions, of which the folder's processor makes a model's inputs, batch by batch.
+
+    The picture is where the prompt has the processor's mark of one; without a mark, the chat template places it.
+
+    Args:
+        examples: pictures with prompts and completions.
+        processor: the model's.
+        model: a vision-language model whose decoder reads picture and prompt.
+        prompt_share: weight of a prompt's token, where one of the completion has 1; those of a picture have 0.
+
+    Raises:
+        SourceError: the model sees nothing or predicts nothing, a picture cannot be read, the processor does not take
+            an example, or an example is longer than the model's positions.
+        MissingDependencyError: Pillow is not installed.
+    """
+
+    def __init__(self, examples: ExampleSet, processor: Any, model: nn.Module, prompt_share: float = 0.0) -> None:
+        name = type(model).__name__
+        if not generates(model) or is_seq2seq(model) or not hasattr(processor, "image_processor"):
+            raise SourceError(
+                f"{name} answers no prompts about pictures in one text, so image, prompt and completion are no examples"
+                " for it; from Python, Fit takes model and forward, and attach takes any module"
+            )
+        self._processor, self._name = processor, name
+        processor.tokenizer.padding_side = "right"
+        self._end = _end(processor.tokenizer)
+        self._pictures = [picture for picture, _, _ in examples.rows]
+        texts = [self._texts(row[1], row[2], f"example {number}") for number, row in enumerate(examples.rows, 1)]
+        self._texts_of = [whole for _, whole in texts]
+        begin = processor.tokenizer.bos_token
+        #: Whether the tokenizer writes special tokens, which templates may have written.
+        self._marks = begin is None or not all(whole.startswith(begin) for whole in self._texts_of)
+        ids, weights = [], list[float]()
+        marks = {
+            getattr(processor, "image_token_id", None),
+            getattr(getattr(model, "config", None), "image_token_id", None),
+        }
+        for index, (before, whole) in enumerate(texts):
+            own, said = self._tokens(index, before, whole)
+            ids.append(own)
+            weights += [0.0 if token in marks else 1.0 if at >= said else prompt_share for at, token in enumerate(own)]
+        check_vocabulary(max(map(max, ids)), model)
+        self._check_length(max(map(len, ids)), model)
+        table = TokenTable(ids)
+        self.rows, self.lengths = TokenRows.of_next(table, torch.tensor(weights)), table.lengths
+        self.pad, self.limit = int(processor.tokenizer.pad_token_id or 0), max(table.lengths)
+
+    def _texts(self, prompt: str, completion: str, where: str) -> tuple[str, str]:
+        """(the text up to the completion, the whole text) with the mark of a picture."""
+        processor = self._processor
+        mark = getattr(processor, "image_token", None)
+        if getattr(processor, "chat_template", None) is None or (mark is not None and mark in prompt):
+            return prompt, prompt + completion + self._end
+        asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        said = {"role": ASSISTANT, "content": [{"type": "text", "text": completion}]}
+        try:
+            before = processor.apply_chat_template([asked], add_generation_prompt=True, tokenize=False)
+            whole = processor.apply_chat_template([asked, said], tokenize=False)
+        except _ERRORS as error:
+            raise SourceError(f"{where}: the chat template does not take it ({brief(str(error), 160)})") from None
+        if not whole.startswith(before):
+            raise SourceError(
+                f"{where}: the chat template begins an answer otherwise than it asks for it; write the mark of a"
+                " picture into the prompt"
+            )
+        return before, whole.rstrip()
+
+    def _tokens(self, index: int, before: str, whole: str) -> tuple[list[int], int]:
+        """(token ids of an example, how many of these are before the completion)."""
+        picture, where = open_picture(self._pictures[index]), f"example {index + 1}"
+        prompt, every = (self._made([text], [picture], where)["input_ids"][0].tolist() for text in (before, whole))
+        if prompt[-1:] == [self._processor.tokenizer.eos_token_id]:
+            prompt = prompt[:-1]
+        if every[: len(prompt)] != prompt or len(every) == len(prompt):
+            raise SourceError(
+                f"{where}: prompt and completion share a token, or the processor writes between them; let the"
+                " completion begin with a space"
+            )
+        return every, len(prompt)
+
+    def _made(self, texts: Sequence[str], pictures: Sequence[Any], where: str) -> dict[str, Any]:
+        """What the processor makes of a batch.
+
+        Raises:
+            SourceError: it does not take it.
+        """
+        try:
+            images = [[picture] for picture in pictures]
+            options = {"padding": True, "return_tensors": "pt", "add_special_tokens": self._marks}
+            return dict(self._processor(text=[*texts], images=images, **options))
+        except _ERRORS as error:
+            raise SourceError(f"{where}: the processor does not take it ({brief(str(error), 160)})") from error
+
+    def _check_length(self, longest: int, model: Any) -> None:
+        config = model.config.get_text_config()
+        limit = position_limit(model) or getattr(config, "max_position_embeddings", None)
+        if limit and longest > limit:
+            raise SourceError(
+                f"an example has {longest} tokens with its picture, more than the {limit} positions of {self._name};"
+                " leave it out"
+            )
+
+    def arguments(self, indices: Sequence[int]) -> dict[str, Any]:
+        pictures = [open_picture(self._pictures[index]) for index in indices]
+        found = self._made([self._texts_of[index] for index in indices], pictures, "a batch")
+        ids, there = self.rows.table.padded(indices, self.pad)
+        if found["input_ids"].shape != ids.shape or not torch.equal(found["input_ids"][there], ids[there]):
+            raise SourceError(f"the processor of {self._name} makes other tokens of a batch than of each example")
+        return found
+
+    def hidden_states(self, result: Any) -> list[tuple[Tensor, TokenRows]]:
+        return [(hidden, self.rows) for hidden in result.hidden_states[1:]]
+
+
+def _end(tokenizer: Any) -> str:
+    """What ends a text: empty where the tokenizer itself writes it."""
+    end = tokenizer.eos_token
+    return "" if end is None or tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] else str(end)
