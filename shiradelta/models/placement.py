@@ -159,7 +159,7 @@ def _plan(model: nn.Module, devices: Sequence[torch.device]) -> tuple[list[nn.Mo
     holders, units = _parts(model)
     if not any(unit.is_layer for unit in units):
         raise SourceError(f"{type(model).__name__} has no list of layers to spread over devices; name one device")
-    where = _shared_out([unit.nbytes for unit in units], [_free(device) for device in devices])
+    where = _shared_out([unit.nbytes for unit in units], _room(devices))
     where[0] = 0
     where[-1] = len(devices) - 1
     homes: list[tuple[nn.Module, int]] = []
@@ -188,9 +188,16 @@ def _shared_out(sizes: Sequence[int], room: Sequence[float]) -> list[int]:
     return [min(last, sum(middle > end for end in ends)) for middle in middles]
 
 
+def _room(devices: Sequence[torch.device]) -> list[float]:
+    """What share of a model each device is to have: a GPU by its free memory, another device as much as a GPU."""
+    free = {device: _free(device) for device in devices if device.type == "cuda"}
+    other = sum(free.values()) / len(free) if free else 1.0
+    return [free.get(device, other) for device in devices]
+
+
 def _free(device: torch.device) -> float:
-    """Bytes that are free on a GPU; of other devices, an equal share each."""
-    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 1e11
+    """Bytes that are free on a GPU."""
+    return float(torch.cuda.mem_get_info(device)[0])
 
 
 def _move_inputs(

@@ -584,8 +584,13 @@ def test_out_of_memory_says_what_to_halve(encoder: tuple[Path, Path], tmp_path: 
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr("shiradelta.fit.training.FitTrainer._gradient", full)
-    with pytest.raises(ShiraDeltaError, match="--fit-micro 8 halves"):
+    with pytest.raises(ShiraDeltaError, match=r"--fit-micro 8 halves.* cuts texts$"):
         fit(encoder, tmp_path / "a.shd")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ShiraDeltaError, match=r"--device cuda:0,cuda:1 shares out the layers$"):
+        fit(encoder, tmp_path / "a.shd")
+    with pytest.raises(ShiraDeltaError, match=r" cuts texts$"):
+        fit(encoder, tmp_path / "a.shd", device="cpu,cpu")
 
 
 @pytest.mark.slow

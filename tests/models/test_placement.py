@@ -50,9 +50,15 @@ def test_a_head_that_is_tied_stays_with_the_embedding():
 
 @pytest.mark.parametrize(("free", "layers"), [([1, 1], [3, 3]), ([2, 1], [4, 2]), ([1, 2], [2, 4]), ([1, 9], [1, 5])])
 def test_each_device_has_layers_by_its_memory(free: list[int], layers: list[int], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(placement, "_free", dict(zip([CPU, META], map(float, free), strict=True)).__getitem__)
+    monkeypatch.setattr(placement, "_room", lambda devices: free)
     model = place(llama(vocab_size=8), [CPU, META])
     assert [list(where(model).values())[:6].count(device) for device in ("cpu", "meta")] == layers
+
+
+def test_a_cpu_has_as_much_as_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    assert placement._room([CPU, META]) == [1, 1]
+    monkeypatch.setattr(placement, "_free", dict(zip(GPUS, (40.0, 80.0, 60.0), strict=True)).__getitem__)
+    assert placement._room([*GPUS[:2], CPU]) == [40, 80, 60]
 
 
 def test_parameters_and_buffers_of_what_holds_the_layers_go_to_the_first_device():
