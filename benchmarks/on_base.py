@@ -24,7 +24,6 @@ from benchmarks.switch import Stage, for_all_layers, versions, where
 from benchmarks.table import print_table
 from shiradelta.backends.choose import choose
 from shiradelta.format.codecs import ULP
-from shiradelta.format.codecs.smallest import smallest_section
 from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.registry import IndexId
 from shiradelta.hotswap.devices import devices_for
@@ -97,9 +96,9 @@ class Parts:
         found = list(zip(self._stored, places, strict=True))
         tensors, seconds = self._timed(lambda: [with_values(*each) for each in found])
         clock("shifts", len(found), seconds)
-        codecs = {id: codec for id, codec in choose().index_codecs.items() if id != IndexId.TILED}
+        rice = choose().index_codecs[IndexId.RICE]
         for part, work in {
-            "positions as RICE": lambda one: smallest_section(one.positions(), one.shape, codecs),
+            "positions as RICE": lambda one: rice.encode(one.positions(), one.shape),
             "shifts as ULP": lambda one: ULP.encode(one.bits()),
             "digest": tensor_digest,
         }.items():

@@ -9,6 +9,7 @@ import numpy as np
 
 from shiradelta.errors import REMEDIES, FormatError
 from shiradelta.format.arithmetic import Array
+from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record
 from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.matching import check_target
@@ -31,7 +32,7 @@ def plain_bytes(
     targets: Mapping[str, Target],
     devices: Devices,
     allow_dtype: bool,
-) -> bytes:
+) -> Bytes:
     """A file that does the same as a delta and needs no base to be read.
 
     Args:
@@ -71,7 +72,7 @@ def plain_bytes(
         if error.reason == "wrong_base":
             error.remedy = f"take out the adapters that it was not made with, or {REMEDIES['base_needed']}"
         raise
-    return output.getvalue()
+    return np.frombuffer(output.getbuffer(), np.uint8)
 
 
 def _take_over(bits: Array, leaf: Target, views: tuple[View, ...]) -> int:

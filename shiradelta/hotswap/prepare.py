@@ -111,7 +111,7 @@ class Preparation:
             here = (own for own in targets if own not in shared and not _is_elsewhere(targets[own]))
             partly.read(tensors[own].record for own in (tensors if delta.needs_base else here))
         readings = read_shared(shared, data, partly.read_spans if partly is not None else lambda spans: None)
-        plain: bytes | Bytes | None = delta.unpacked
+        plain = delta.unpacked
         if delta.needs_base:
             plain = plain_bytes(label, delta, every, self.targets, self.devices, allow_dtype)
         if plain is not None:

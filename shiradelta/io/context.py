@@ -112,7 +112,7 @@ def write_plain(
         FormatError: the file is damaged, or was made for another base.
     """
     backend = choose(index_ids=INDEX_CODECS.by_id)
-    codecs = {id: codec for id, codec in backend.index_codecs.items() if not (passing and id == IndexId.TILED)}
+    codecs = {id: codec for id, codec in backend.index_codecs.items() if not passing or id == IndexId.RICE}
 
     def plain(stored: StoredTensor) -> _Work:
         if stored.record.needs_base:

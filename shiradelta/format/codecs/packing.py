@@ -19,6 +19,12 @@ def pack_bitmap(ones: Positions, bits: int) -> bytes:
     return np.packbits(flags, bitorder="little").tobytes()
 
 
+def pack_flags(flags: npt.NDArray[np.bool_]) -> bytes:
+    """A bitmap of flags in whole u32 words."""
+    packed = np.packbits(flags, bitorder="little").tobytes()
+    return packed + bytes(-len(packed) % 4)
+
+
 def has_unused_bits(bitmap: Bytes, bits: int) -> bool:
     """Whether a bitmap of `bits` bits in whole u32 words has a bit above its last one."""
     return bits % 32 > 0 and int.from_bytes(bitmap[-4:].tobytes(), "little") >> bits % 32 > 0

@@ -21,7 +21,7 @@ from shiradelta.format.codecs.groups import (
     parameters_of,
     parameters_span,
 )
-from shiradelta.format.codecs.packing import pack_bitmap
+from shiradelta.format.codecs.packing import pack_flags
 from shiradelta.format.registry import ValueId
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Sign(TorchDecoder, TorchRounder):
         total = np.add.accumulate(grouped(np.abs(values), 0).astype(np.float64), axis=1)[:, -1]
         bits, lo = parameter((total / counts).astype(np.float32))
         check_fit(lo, largest=lo)
-        signs = pack_bitmap(np.flatnonzero(np.signbit(values)), values.size)
+        signs = pack_flags(np.signbit(values))
         return padded(bits.astype("<u2").tobytes()) + signs + SLACK
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:

@@ -15,7 +15,7 @@ from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, ValueCodec, check_zero, part, small_lead
-from shiradelta.format.codecs.packing import has_unused_bits, pack_bitmap
+from shiradelta.format.codecs.packing import has_unused_bits, pack_flags
 from shiradelta.format.codecs.rice import best_k
 from shiradelta.format.codecs.ulp_stream import (
     MOST_J,
@@ -126,7 +126,7 @@ class Ulp(ValueCodec):
             (
                 registry.ULP_HEAD.pack(listing.k, listing.j, bits, listed),
                 directory[:-1].astype(f"<u{registry.word_size(max(bits, listed))}").tobytes(),
-                pack_bitmap(np.flatnonzero(shifts < 0), values.size),
+                pack_flags(shifts < 0),
                 stream,
                 SLACK,
             )

@@ -16,7 +16,7 @@ from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import SLACK, Bytes, ValueCodec, check_zero, padded, part
 from shiradelta.format.codecs.base_classes import KEYS, Keys, round_step, thresholds
 from shiradelta.format.codecs.from_base_classes import keys_of
-from shiradelta.format.codecs.packing import has_unused_bits, pack_bitmap
+from shiradelta.format.codecs.packing import has_unused_bits, pack_flags
 from shiradelta.format.codecs.rice import best_k
 from shiradelta.format.codecs.tiles import PartsReader, Small, fields
 from shiradelta.format.codecs.ulp_stream import (
@@ -206,7 +206,7 @@ class UlpFromBase(ValueCodec):
                 padded(np.stack((k, j), axis=1).astype(np.uint8).tobytes()),
                 *(fields(column, width) for column in counts.T),
                 (np.cumsum(sizes) - sizes).astype(f"<u{registry.word_size(bits)}").tobytes(),
-                pack_bitmap(np.flatnonzero(signed < 0), nnz),
+                pack_flags(signed < 0),
                 stream,
                 SLACK,
             )
