@@ -52,9 +52,13 @@ def _own(model: nn.Module, device: str | Sequence[str] | None) -> tuple[nn.Modul
 
 
 def _need(job: FitJob, dtype: torch.dtype) -> float:
-    """Bytes that a fit takes beside activations and gradients: two models' weights, and the nonzeros."""
+    """Bytes that a fit takes at most beside activations and gradients: for the base, other models, and nonzeros.
+
+    Which tensors other models have as the base has them is not known yet.
+    """
     weights = sum(slot.numel for slot in open_checkpoint(job.base).values())
-    tuned = sum(math.prod(target.shape) for target in job.targets)
+    others = job.targets if job.old is None else (*job.old.tuned, *job.old.base)
+    tuned = sum(math.prod(target.shape) for target in others)
     kept = sum(target.count for target in job.targets)
     begin = MASKS.find(job.fit.mask or "prune").begin if METHODS.find(job.fit.method).trains else 1
     return (weights + tuned) * dtype.itemsize + begin * kept * BYTES

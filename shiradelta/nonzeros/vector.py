@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from shiradelta.nonzeros.patched import NonzerosOf, patch, unpatch
 from shiradelta.nonzeros.weight import CHUNK, WeightNonzeros, flat
 
-#: Bytes of memory that a nonzero takes while a fit trains it: 8 of the position, 4 each of base, value, gradient, two
-#: moments and unit, 8 to group values for the codec, 24 of the state to resume from, and what a step makes in between.
-BYTES = 80
+#: Bytes of memory that a nonzero takes at most while a fit trains it: 8 of the position, 4 each of base, value,
+#: gradient, two moments and unit, 8 to group values for the codec, 28 of the best values and of the state to resume
+#: from, and what rounding or the next such state takes in between.
+BYTES = 90
 
 
 def same_device(weights: Sequence[Tensor]) -> list[slice]:
