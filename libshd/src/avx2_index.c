@@ -60,7 +60,7 @@ AVX2 void shdi_avx2_lines(const uint32_t *order, uint32_t count, const shdi_cell
     *at = c;
 }
 
-/* Three at a time, of which there most often are enough; what is no one gives what the next word overwrites. */
+/* Four at a time, which most often are enough; where there is no one is written what the next word overwrites. */
 AVX2 uint32_t shdi_avx2_take_ones(uint8_t *bitmap, const uint32_t *index, uint32_t *at, uint32_t count, uint32_t *one) {
     uint32_t *to = one;
     uint32_t i = *at;
@@ -70,13 +70,13 @@ AVX2 uint32_t shdi_avx2_take_ones(uint8_t *bitmap, const uint32_t *index, uint32
         shdi_store64(bitmap + start / 8, 0);
         uint32_t *const end = to + (uint32_t)__builtin_popcountll(word);
         do {
-            for (uint32_t j = 0; j < 3; j++) {
+            for (uint32_t j = 0; j < 4; j++) {
                 uint32_t place = start + (uint32_t)_tzcnt_u64(word);
                 SHDI_PIN(place); /* stores of each are faster than a vector of them */
                 to[j] = place;
                 word = _blsr_u64(word);
             }
-            to += 3;
+            to += 4;
         } while (to < end);
         to = end;
     }
