@@ -16,7 +16,7 @@ from shiradelta.format.codecs import FROM_BASE
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.codecs.base_classes import KEYS
 from shiradelta.format.codecs.bits import bits_dtype
-from shiradelta.format.codecs.from_base import check_end, grid_and_gaps
+from shiradelta.format.codecs.from_base import HEAD, check_end, grid_and_gaps
 from shiradelta.format.codecs.from_base_classes import BaseGrid
 from shiradelta.format.codecs.tiles import Gaps
 from shiradelta.io.restored import Elements, Located
@@ -125,10 +125,15 @@ class TorchFromBase:
         return Sorted(chunk, table)
 
     def room(self, data: Bytes, numel: int) -> int:
-        """Bytes of memory that `decode` takes beside its result."""
-        return FROM_BASE.room(data, numel) + self.element_room * min(numel, self.chunk) + _SECTION_ROOM * data.size
+        """The fewest bytes of memory that `decode` takes beside its result: those of one tile."""
+        *_, tile_rows, columns, _ = HEAD.unpack_from(data.data)
+        return self._fixed(data, numel) + self.element_room * min(numel, tile_rows * columns)
 
-    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...], base: Tensor) -> Tensor:
+    @staticmethod
+    def _fixed(data: Bytes, numel: int) -> int:
+        return FROM_BASE.room(data, numel) + _SECTION_ROOM * data.size
+
+    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...], base: Tensor, room: int | None = None) -> Tensor:
         """The positions: int32 [nnz], int64 where numel takes it, on the device of the base.
 
         Args:
@@ -136,6 +141,7 @@ class TorchFromBase:
             nnz: how many nonzeros there are.
             shape: the tensor's.
             base: all elements' bits, flat, in the integers of `bits_dtype`.
+            room: bytes of memory that it may take beside its result; None for as many as make it fast.
 
         Raises:
             FormatError: the section is damaged, or was made for another base.
@@ -148,8 +154,9 @@ class TorchFromBase:
             torch.from_numpy(each.astype(np.int32)).to(device) for each in (grid.row_class, grid.column_class)
         )
         result = torch.empty(nnz, dtype=torch.int32 if numel <= 1 << 31 else torch.int64, device=device)
+        most = self.chunk if room is None else min(self.chunk, (room - self._fixed(data, numel)) // self.element_room)
         # A low tile takes room for its groups, too.
-        step, total = max(self.chunk // max(size, 16 * count), 1), 0
+        step, total = max(most // max(size, 16 * count), 1), 0
         for first in range(0, grid.tiles, step):
             last = min(first + step, grid.tiles)
             sound, ones = bits.sound(first, last)
@@ -264,8 +271,8 @@ class ElementsThere(Elements):
     def room(self, data: Bytes) -> int:
         return self._codec.room(data, self.size)
 
-    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Located:
-        positions = self._codec.decode(data, nnz, shape, self._bits)
+    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...], room: int) -> Located:
+        positions = self._codec.decode(data, nnz, shape, self._bits, room)
         at = self._taken(positions)
         return Located(positions.cpu().numpy().astype(np.int64, copy=False), at)
 

@@ -80,6 +80,11 @@ class StoredTensor(TensorDelta):
         """The decoder of the file.  Raises LimitError if decompressed sections alone take more than the limit."""
         return self._within(self.record.unpacked_size)
 
+    @property
+    def limit(self) -> int:
+        """The most memory, in bytes, that decoding it may take."""
+        return self._delta.limit
+
     def check_memory(self, size: int) -> None:
         """Checks that `size` bytes are within the limit of the open file.  Raises LimitError."""
         self._delta.check_memory(f"tensor {self.record.name!r}", size)

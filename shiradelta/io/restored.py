@@ -42,11 +42,18 @@ class Elements(ABC):
 
     @abstractmethod
     def room(self, data: Bytes) -> int:
-        """Bytes of memory that `decode` takes beside its result."""
+        """The fewest bytes of memory that `decode` takes beside its result."""
 
     @abstractmethod
-    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Located:
-        """The nonzeros of a FROM_BASE section; it is read and refused as by `FromBase.decode_on`."""
+    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...], room: int) -> Located:
+        """The nonzeros of a FROM_BASE section; it is read and refused as by `FromBase.decode_on`.
+
+        Args:
+            data: the section.
+            nnz: how many there are.
+            shape: the tensor's.
+            room: bytes of memory that it may take beside its result.
+        """
 
     @abstractmethod
     def at(self, positions: Positions) -> Array:
@@ -88,7 +95,7 @@ class InMemory(Elements):
     def room(self, data: Bytes) -> int:
         return codecs_on_base()[0].room(data, self.size)
 
-    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...]) -> Located:
+    def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...], room: int) -> Located:
         positions = codecs_on_base()[0].decode_on(data, nnz, shape, self._bits)
         return Located(positions, self.at(positions))
 
@@ -139,7 +146,7 @@ def located(stored: StoredTensor, base: Array | Elements) -> Located:
         data = stored.section(record.index)
         if record.index_codec == FROM_BASE.id:
             stored.check_memory(record.decoded_size + base.room(data))
-            return base.decode(data, record.nnz, record.shape)
+            return base.decode(data, record.nnz, record.shape, stored.limit - record.decoded_size)
         # A decoder of files may refuse all of a tensor of which one section needs the base.
         positions = INDEX_CODECS.by_id[record.index_codec].decode(data, record.nnz, record.shape)
         return Located(positions, base.at(positions))

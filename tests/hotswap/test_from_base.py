@@ -113,7 +113,8 @@ def test_sections_are_read_and_refused_as_by_numpy(codec: TorchFromBase, size: i
         grid = BaseGrid(shape[1], 4, lines[0], widths[0], lines[1], widths[1], cuts, cells)
         positions = np.flatnonzero(rng.random(base.size) < 0.1)
         section = np.frombuffer(FROM_BASE.encode_in(positions, grid, base), np.uint8)
-        assert codec.decode(section, positions.size, shape, there).tolist() == positions.tolist()
+        for room in None, codec.room(section, base.size):
+            assert codec.decode(section, positions.size, shape, there, room).tolist() == positions.tolist()
         for number in range(16):
             damaged, nnz = section.copy(), positions.size - (number == 0)
             damaged[rng.integers(rng.choice([64, damaged.size]))] ^= number and 1 << rng.integers(8)
