@@ -94,7 +94,7 @@ class TextBehaviour(Behaviour):
                 f"{type(model).__name__} {'predicts the next token' if self.predicts else 'predicts no next token'}, so"
                 f' {" and ".join(examples.kind.keys)} are no examples for it; give {{"text": ...}}'
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._kind = tokenizer, examples.kind
         self._inputs = tokenise(examples, tokenizer, model, tokens, prompt_share)
         self.lengths = self._inputs.lengths
         config: Any = model.config
@@ -158,7 +158,7 @@ class TextBehaviour(Behaviour):
         return pool(last, given["attention_mask"].to(last.device), self._pooling, model)
 
     def check(self, model: nn.Module, base: Path) -> None:
-        """Raises SourceError if texts alone do not run the model, or it gives no hidden states."""
+        """Raises SourceError if examples of this kind do not run the model, or it gives no hidden states."""
         try:
             with torch.no_grad():
                 self.outputs(model, [min(range(len(self.lengths)), key=self.lengths.__getitem__)])
@@ -166,8 +166,9 @@ class TextBehaviour(Behaviour):
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {brief(str(error), 160)}"
+            what = "texts alone" if self._kind.is_text else " and ".join(self._kind.keys)
             raise SourceError(
-                f"{base}: texts alone do not run {type(model).__name__} ({why}); give model and forward from Python"
+                f"{base}: {what} do not run {type(model).__name__} ({why}); give model and forward from Python"
             ) from error
 
     def calibrate(self, batches: Iterable[tuple[Sequence[int], Outputs, Outputs]]) -> None:

@@ -54,7 +54,9 @@ def _first(auto: str, folders: tuple[Path, ...]) -> Any:
 
 
 def _speech(*folders: Path) -> SpeechProcessor:
-    return SpeechProcessor(load_tokenizer(*folders), _first("AutoFeatureExtractor", folders))
+    # A fine-tune of one language has a tokenizer that writes its mark, which the base's does not; it is named last.
+    own = [folder for folder in reversed(folders) if folder.is_dir()]
+    return SpeechProcessor(load_tokenizer(*own, *folders), _first("AutoFeatureExtractor", folders))
 
 
 def _pictures(*folders: Path) -> Any:

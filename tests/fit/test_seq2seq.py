@@ -12,7 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import BartForConditionalGeneration, BartForSequenceClassification, GenerationConfig
+from transformers import (
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    GenerationConfig,
+    PegasusXConfig,
+    PegasusXForConditionalGeneration,
+)
 
 import shiradelta
 from shiradelta.cli import main
@@ -222,6 +228,23 @@ def test_a_classifier_reads_texts(bart: tuple[Path, Path], tmp_path: Path):
     found = fit((tmp_path / "base", tmp_path / "tuned"), tmp_path / "a.shd", texts=texts, method="refit")
     assert found.fitted < found.topk < found.base
     assert found.gain.measure == "divergence from the fine-tune's answer"
+
+
+def test_a_model_with_other_hidden_states_is_refused(bart: tuple[Path, Path], tmp_path: Path):
+    """PEGASUS-X gives them in pairs."""
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16, "vocab_size": 64}
+    marks = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 1}
+    model = PegasusXForConditionalGeneration(
+        PegasusXConfig(**sizes, **heads, **marks, block_size=4, num_global_tokens=2)
+    )
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.weight += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    shutil.copy(bart[0] / "tokenizer.json", tmp_path / "base")
+    with pytest.raises(SourceError, match="prompt and completion do not run PegasusXForConditionalGeneration"):
+        fit((tmp_path / "base", tmp_path / "tuned"), tmp_path / "a.shd")
 
 
 def test_a_model_without_a_head_is_refused(bart: tuple[Path, Path], tmp_path: Path):

@@ -194,6 +194,10 @@ def test_the_folder_says_what_is_heard(tmp_path: Path):
     write_model(tmp_path / "model")
     found = load_processor("sound", tmp_path / "model")
     assert found.feature_extractor.sampling_rate == RATE
+    (tmp_path / "tuned").mkdir()
+    assert load_processor("sound", tmp_path / "model", tmp_path / "tuned").tokenizer("w1")["input_ids"] == [2, 5, 1]
+    write_tokenizer("t5", tmp_path / "tuned")  # as the language's mark, which the fine-tune's writes
+    assert load_processor("sound", tmp_path / "model", tmp_path / "tuned").tokenizer("w1")["input_ids"] == [5, 1]
     (tmp_path / "model" / "preprocessor_config.json").unlink()
     with pytest.raises(
         SourceError, match=r"has no preprocessor_config\.json, which says what the model gets of a sound"
