@@ -227,7 +227,7 @@ def _lora(case: Case, name: str, **targets: Any) -> None:
 def _fit(case: Case, method: str) -> Path:
     """Fits on texts from the folder, or on examples with the loaded model, and applies the result."""
     torch.manual_seed(4)
-    given: dict[str, Any] = {"texts": zoo.texts(EXAMPLES)}
+    given: dict[str, Any] = {"texts": (zoo.answers if case.architecture.answers else zoo.texts)(EXAMPLES)}
     if not case.architecture.texts:
         with suppress(sd.ShiraDeltaError):  # a model that texts are not enough for is refused by name
             case.convert(
@@ -236,6 +236,8 @@ def _fit(case: Case, method: str) -> Path:
         given["texts"] = [case.architecture.inputs() for _ in range(EXAMPLES)]
         given["model"] = case.load(case.base)
         given["forward"] = _outputs
+    if method == "train":  # least squares, by which it starts otherwise, may change weights in a way of their own
+        given["mask"] = "magnitude"
     given |= {"steps": STEPS, "relative_lr": RATE, "batch": 4, "held_out": 4, "tokens": zoo.LENGTH}
     settings = Fit(method=method, device="cpu", **given)
     return case.apply(case.convert(case.tuned, method, FIT_DENSITY, settings))

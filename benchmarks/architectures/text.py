@@ -38,7 +38,8 @@ def _both(name: str, model: str, *usual: str, **options: Any) -> None:
     def inputs() -> Inputs:
         return {"input_ids": tokens(), "decoder_input_ids": tokens()}
 
-    add(Architecture(name, "text", transformer(model, **options), inputs, usual=usual or ("q_proj", "v_proj")))
+    layers = usual or ("q_proj", "v_proj")
+    add(Architecture(name, "text", transformer(model, **options), inputs, usual=layers, texts=True, answers=True))
 
 
 HEADS = {**TEXT, **SPECIAL}
@@ -53,7 +54,15 @@ BART = {
     "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64,
 }
-T5: dict[str, Any] = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY}
+T5: dict[str, Any] = {
+    "d_model": 32,
+    "d_ff": 64,
+    "d_kv": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": VOCABULARY,
+    "decoder_start_token_id": 0,
+}
 
 _text("llama", "LlamaForCausalLM", **DECODER)
 _text("llama-tied", "LlamaForCausalLM", **DECODER, tie_word_embeddings=True)

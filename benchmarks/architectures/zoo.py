@@ -41,6 +41,7 @@ class Architecture:
         unwrapped: linear layers that PEFT refuses, as ends of their names.
         experts: stacked weights of experts, as ends of parameters' names.
         texts: the model is fitted from its folder on texts; otherwise it is given to the fit with a forward function.
+        answers: these texts are prompts with completions.
         needs: packages that have to be importable.
         save: writes a model into a folder.
         load: reads a folder into a model; `like` is a model of the same architecture.
@@ -55,6 +56,7 @@ class Architecture:
     unwrapped: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     texts: bool = False
+    answers: bool = False
     needs: tuple[str, ...] = ("transformers",)
     save: Callable[[Any, Path], None] = field(default=lambda model, folder: _save_pretrained(model, folder))
     load: Callable[[Path, Any], Any] = field(default=lambda folder, like: _from_pretrained(folder, like))
@@ -139,6 +141,11 @@ def write_tokenizer(folder: Path) -> None:
 def texts(count: int) -> list[str]:
     """Texts of letters that the tokenizer knows."""
     return ["".join(ascii_letters[i] for i in torch.randint(len(ascii_letters), (LENGTH,))) for _ in range(count)]
+
+
+def answers(count: int) -> list[dict[str, str]]:
+    """Prompts and completions of letters that the tokenizer knows."""
+    return [{"prompt": one, "completion": other} for one, other in zip(texts(count), texts(count), strict=True)]
 
 
 def _save_pretrained(model: Any, folder: Path) -> None:
