@@ -101,15 +101,30 @@ AVX2 static inline __m256i upper_halves(products p) {
     return _mm256_blend_epi32(_mm256_srli_epi64(p.even, 32), p.odd, 0xAA);
 }
 
+/* What shdi_mix() adds and multiplies by, in each lane. */
+typedef struct mixer {
+    __m256i start;
+    __m256i first;
+    __m256i second;
+} mixer;
+
+AVX2 static inline mixer mixer_of(uint64_t seed) {
+    uint64_t first = SHDI_MIX_POSITION, second = SHDI_MIX_AGAIN;
+    SHDI_PIN(first); /* so that no vectors of constants take up room */
+    SHDI_PIN(second);
+    return (mixer){_mm256_set1_epi64x((int64_t)((seed + 1) * SHDI_MIX_BITS)), _mm256_set1_epi64x((int64_t)first),
+                   _mm256_set1_epi64x((int64_t)second)};
+}
+
 /* The upper half of shdi_mix(), for four numbers in the lower halves of lanes; it is the upper half of each. */
-AVX2 static inline __m256i mix(__m256i number, __m256i start) {
-    const __m256i a = _mm256_set1_epi64x((int64_t)SHDI_MIX_POSITION), b = _mm256_set1_epi64x((int64_t)SHDI_MIX_AGAIN);
-    __m256i upper = _mm256_mul_epu32(number, _mm256_srli_epi64(a, 32));
-    __m256i x = _mm256_add_epi64(_mm256_add_epi64(_mm256_mul_epu32(number, a), start), _mm256_slli_epi64(upper, 32));
+AVX2 static inline __m256i mix(__m256i number, const mixer *m) {
+    __m256i upper = _mm256_mul_epu32(number, _mm256_srli_epi64(m->first, 32));
+    __m256i x = _mm256_add_epi64(_mm256_add_epi64(_mm256_mul_epu32(number, m->first), m->start),
+                                 _mm256_slli_epi64(upper, 32));
     x = _mm256_xor_si256(x, _mm256_srli_epi64(x, 32));
-    upper = _mm256_mul_epu32(x, _mm256_srli_epi64(b, 32));
-    upper = _mm256_add_epi64(upper, _mm256_mul_epu32(_mm256_srli_epi64(x, 32), b));
-    return _mm256_add_epi64(_mm256_mul_epu32(x, b), _mm256_slli_epi64(upper, 32));
+    upper = _mm256_mul_epu32(x, _mm256_srli_epi64(m->second, 32));
+    upper = _mm256_add_epi64(upper, _mm256_mul_epu32(_mm256_srli_epi64(x, 32), m->second));
+    return _mm256_add_epi64(_mm256_mul_epu32(x, m->second), _mm256_slli_epi64(upper, 32));
 }
 
 AVX2 void shdi_avx2_drawn(const shdi_draw *draw, uint32_t base, uint32_t *number, uint32_t count) {
@@ -117,7 +132,7 @@ AVX2 void shdi_avx2_drawn(const shdi_draw *draw, uint32_t base, uint32_t *number
         shdi_scalar_drawn(draw, base, number, count);
         return;
     }
-    const __m256i start = _mm256_set1_epi64x((int64_t)((draw->seed + 1) * SHDI_MIX_BITS));
+    const mixer m = mixer_of(draw->seed);
     const __m256i cells = _mm256_set1_epi32((int)draw->cells), rest = _mm256_set1_epi32((int)draw->rest);
     const __m256i least = _mm256_set1_epi32((int)draw->size), fraction = _mm256_set1_epi32((int)draw->fraction);
     const __m256i small = _mm256_sub_epi32(cells, rest), from = _mm256_set1_epi32((int)base);
@@ -129,7 +144,7 @@ AVX2 void shdi_avx2_drawn(const shdi_draw *draw, uint32_t base, uint32_t *number
         larger = _mm256_sub_epi32(larger, one);
         place = _mm256_sub_epi32(place, _mm256_and_si256(one, cells));
         const __m256i size = _mm256_sub_epi32(least, _mm256_cmpeq_epi32(_mm256_max_epu32(place, small), place));
-        const products drawn = {mix(n, start), mix(_mm256_srli_epi64(n, 32), start)};
+        const products drawn = {mix(n, &m), mix(_mm256_srli_epi64(n, 32), &m)};
         const __m256i begin = _mm256_add_epi32(_mm256_mullo_epi32(n, least), larger);
         const __m256i within = upper_halves(multiply(upper_halves(drawn), size));
         _mm256_storeu_si256((__m256i *)(void *)(number + i), _mm256_sub_epi32(_mm256_add_epi32(begin, within), from));
