@@ -16,7 +16,8 @@ from shiradelta.util.optional import importing
 def check_picture(value: Any, where: str) -> None:
     """Raises SourceError for a value that is neither a path nor an image of Pillow."""
     stored = isinstance(value, Mapping) and value.get("bytes")
-    if not isinstance(value, str) and not stored and not _is_image(value):
+    path = isinstance(value, str) and value.strip()
+    if not path and not stored and not _is_image(value):
         raise SourceError(f"{where}: its image is no picture; give the path of a file, or an image of Pillow")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ import numpy as np
 
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32
+
+#: What scipy says of a file that is cut; but not where its header leaves the length open, as ffmpeg's does in a pipe.
+_CUT = rf"Reached EOF prematurely(?!.* expected {0xFFFFFFFF + 8} )"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +55,7 @@ class Sound:
 
 def check_sound(value: Any, where: str) -> None:
     """Raises SourceError for a value that is neither a path nor samples with their rate."""
-    if isinstance(value, str | Sound):
+    if isinstance(value, Sound) or (isinstance(value, str) and value.strip()):
         return
     if not isinstance(value, Mapping) or not ({"array", "sampling_rate"} <= value.keys() or value.get("bytes")):
         raise SourceError(
@@ -106,7 +110,7 @@ def open_sound(value: str | Sound) -> Sound:
     """The samples of a WAV file, channels averaged; or those given.
 
     Raises:
-        SourceError: the file is missing, or no WAV file.
+        SourceError: the file is missing, is no WAV file, is cut, or has samples that are no numbers.
     """
     return value if isinstance(value, Sound) else _of_wav(value, value)
 
@@ -119,7 +123,7 @@ def _of_array(array: Any, rate: Any, where: str) -> Sound:
         )
     if not isinstance(rate, int | np.integer) or rate < 1:
         raise SourceError(f"{where}: its audio has a sampling rate of {rate!r}; give samples a second, such as 16000")
-    return Sound(_scaled(samples), int(rate))
+    return Sound(_finite(_scaled(samples), f"{where}: its audio"), int(rate))
 
 
 def _of_wav(file: str | io.BytesIO, where: str) -> Sound:
@@ -128,17 +132,30 @@ def _of_wav(file: str | io.BytesIO, where: str) -> Sound:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks that hold no samples
+            warnings.filterwarnings("error", _CUT, wavfile.WavFileWarning)
             rate, samples = wavfile.read(file)
     except OSError as error:
         raise unreadable(where, error) from None
-    except (ValueError, EOFError, IndexError, KeyError, ZeroDivisionError) as error:
+    except wavfile.WavFileWarning:
+        raise SourceError(
+            f"{where}: ends before its last sample; copy the file again, or leave the example out"
+        ) from None
+    except (ValueError, EOFError, IndexError, KeyError, ZeroDivisionError, struct.error) as error:
         raise SourceError(
             f"{where}: is no WAV file that can be read ({error}); convert it, as ffmpeg -i FILE FILE.wav does"
         ) from None
     if not len(samples):
         raise SourceError(f"{where}: has no samples; leave the example out")
+    if rate < 1:
+        raise SourceError(f"{where}: says that it has {rate} samples a second; convert it again")
     scaled = _scaled(samples)
-    return Sound(scaled if scaled.ndim == 1 else scaled.mean(1), int(rate))
+    return Sound(_finite(scaled if scaled.ndim == 1 else scaled.mean(1), where), int(rate))
+
+
+def _finite(samples: Float32, where: str) -> Float32:
+    if not np.isfinite(samples).all():
+        raise SourceError(f"{where}: has samples that are NaN or infinite; leave the example out")
+    return samples
 
 
 def unreadable(where: str, error: OSError) -> SourceError:

@@ -68,12 +68,12 @@ class SpeechExamples(ModelInputs):
         Raises:
             SourceError: the sound cannot be read, or is longer than the window.
         """
-        found, extractor = open_sound(self._sounds[number - 1]).at_rate(self._extractor.sampling_rate), self._extractor
+        given, extractor = self._sounds[number - 1], self._extractor
+        found = open_sound(given).at_rate(extractor.sampling_rate)
         if len(found) > extractor.n_samples:
             seconds, window = (n / extractor.sampling_rate for n in (len(found), extractor.n_samples))
-            raise SourceError(
-                f"example {number} has {seconds:.1f} seconds of sound, of which the model hears {window:g}; cut it"
-            )
+            where = f"{given}: has" if isinstance(given, str) else f"example {number} has"
+            raise SourceError(f"{where} {seconds:.6g} seconds of sound, of which the model hears {window:g}; cut it")
         return found
 
     def _frames(self, number: int, frames: int) -> int:

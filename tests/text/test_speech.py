@@ -147,7 +147,8 @@ def test_what_tells_sounds_from_others_is_what_they_hold(tmp_path: Path):
         ({"array": np.zeros(0), "sampling_rate": RATE}, "give samples of one channel"),
         ({"array": np.zeros(5), "sampling_rate": 0}, "a sampling rate of 0; give samples a second"),
         ({"bytes": b"ID3 not a wav"}, "its audio: is no WAV file that can be read .*convert it"),
-        (" ", "the text of 'audio' is blank"),
+        ({"array": np.array([0, np.nan]), "sampling_rate": RATE}, "its audio: has samples that are NaN"),
+        (" ", "example 1: its audio is no sound; give the path"),
     ],
 )
 def test_what_is_no_sound_is_refused_when_it_is_read(audio: Any, message: str):
@@ -161,9 +162,12 @@ def test_what_is_no_sound_is_refused_when_it_is_read(audio: Any, message: str):
         (b"OggS and more that is no wav", "a.wav: is no WAV file that can be read"),
         (b"", "a.wav: is no WAV file"),
         (wav(np.zeros(0, np.int16)), "a.wav: has no samples"),
-        (wav(sound(1, 0.2))[:60], "a.wav"),
+        (wav(sound(1, 0.2))[:30], "a.wav: is no WAV file that can be read"),
+        (wav(sound(1, 0.2))[:-1000], "a.wav: ends before its last sample; copy the file again"),
+        (wav(np.full(100, np.nan, np.float32)), "a.wav: has samples that are NaN or infinite; leave the example out"),
+        (wav(sound(1, 0.2), 0), "a.wav: says that it has 0 samples a second; convert it again"),
         (None, "a.wav: cannot be read .No such file"),
-        (wav(np.zeros(RATE + 1, np.int16)), "example 1 has 1.0 seconds of sound, of which the model hears 1; cut it"),
+        (wav(np.zeros(RATE + 1, np.int16)), "a.wav: has 1.0+6 seconds of sound, of which the model hears 1; cut it"),
     ],
 )
 def test_a_file_that_cannot_be_heard_is_refused(
@@ -173,6 +177,14 @@ def test_a_file_that_cannot_be_heard_is_refused(
         (tmp_path / "a.wav").write_bytes(held)
     with pytest.raises(SourceError, match=message):
         tokenise(ExampleSet(SPEECH, [[str(tmp_path / "a.wav"), "w1"]]), processor, build(), 16)
+
+
+def test_a_header_that_leaves_the_length_open_is_no_cut(tmp_path: Path):
+    """As `ffmpeg -f wav -` writes it."""
+    whole = wav(sound(1, 0.2))
+    at = whole.index(b"data") + 4
+    (tmp_path / "a.wav").write_bytes(whole[:4] + b"\xff" * 4 + whole[8:at] + b"\xff" * 4 + whole[at + 4 :])
+    np.testing.assert_array_equal(open_sound(str(tmp_path / "a.wav")).samples, sound(1, 0.2))
 
 
 def test_examples_have_to_suit_the_model(processor: SpeechProcessor, tmp_path: Path):
