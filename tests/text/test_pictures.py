@@ -181,7 +181,7 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (3, "example 1: its image is no picture; give the path of a file, or an image of Pillow"),
         ({"path": "a.png"}, "is no picture"),
         ({"bytes": b"no picture"}, "its image: is no picture that Pillow reads"),
-        (" ", "the text of 'image' is blank"),
+        (" ", "example 1: its image is no picture; give the path"),
     ],
 )
 def test_what_is_no_picture_is_refused_when_it_is_read(image: Any, message: str):
