@@ -29,7 +29,7 @@ def digest(old: Path | None = None, **settings: Any) -> str:
         old=None if old is None else Fields(root=old),
     )
     targets = [Fields(name="a.weight", count=12), Fields(name="b.weight", count=3)]
-    texts = Fields(train=[5, 2], every=fit.texts)
+    texts = Fields(train=[5, 2], identity=fit.texts)
     subject: Any = Fields(fitted=Fields(targets=targets, energy=[2.5, 0.125]), micro=fit.per_pass, texts=texts)
     return hashlib.sha256(json.dumps(_identity(job, subject)).encode()).hexdigest()
 
