@@ -119,7 +119,9 @@ class TokenisedExamples(ModelInputs):
         return [ids for ids, _ in cut]
 
     def _completions(self, rows: Sequence[Sequence[str]]) -> list[_Said]:
-        prompts = [self._open(ids) for ids in self._ids([prompt for prompt, _ in rows])]
+        # One token more than fits, so that a prompt that is too long leaves no room for the completion.
+        longest = {"max_length": self.limit + 1}
+        prompts = [self._open(ids) for ids in self._ids([prompt for prompt, _ in rows], **longest)]
         completions = self._ids([completion for _, completion in rows], add_special_tokens=False)
         pairs = [
             (prompt, self._ended([*prompt, *completion]))
@@ -140,8 +142,8 @@ class TokenisedExamples(ModelInputs):
         return found["input_ids"], said
 
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
-        cut = {"truncation": True, "max_length": self.limit}
-        found: list[list[int]] = self._tokenizer(list(texts), **cut, **options)["input_ids"]
+        cut = {"truncation": True, "max_length": self.limit, **options}
+        found: list[list[int]] = self._tokenizer(list(texts), **cut)["input_ids"]
         return found
 
     def _open(self, ids: list[int]) -> list[int]:

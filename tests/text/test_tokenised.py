@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -63,6 +64,19 @@ def test_completions_end_as_texts_do(tokenizer: Any, model: nn.Module):
     found = TokenisedExamples(PROMPTED, tokenizer, model, 6)
     assert said(found, tokenizer) == ["w4", "w5", "w0", "w7", "w8", "w9", "w10", "w0"]
     assert found.lengths == [6, 6]
+
+
+def test_a_completion_never_follows_a_prompt_that_is_cut(tokenizer: Any, model: nn.Module):
+    """Where the tokenizer ends every text, as Llama's may."""
+    tokenizer.eos_token = "w0"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A w0", special_tokens=[("w0", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("w1")["input_ids"][1:] == [tokenizer.eos_token_id]
+    found = TokenisedExamples(PROMPTED, tokenizer, model, 4)
+    assert said(found, tokenizer) == ["w4", "w7", "w8", "w9"]
+    with pytest.raises(SourceError, match="example 1 has nothing to predict within 3 tokens"):
+        TokenisedExamples(PROMPTED, tokenizer, model, 3)
 
 
 def test_what_cannot_be_predicted_is_refused(tokenizer: Any, model: nn.Module):
