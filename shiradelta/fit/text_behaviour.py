@@ -17,6 +17,7 @@ from shiradelta.fit.generate import generate
 from shiradelta.fit.losses import AGREEMENT, ANSWERS, LABELS, LIKELIHOOD, PARTNERS, ExampleLoss
 from shiradelta.models.sentence import modules_not_run
 from shiradelta.text.inputs import generates, is_seq2seq, moved
+from shiradelta.text.kinds import TEXT
 from shiradelta.text.pooling import pool
 from shiradelta.text.read import ExampleSet
 from shiradelta.text.rows import TokenRows
@@ -88,11 +89,12 @@ class TextBehaviour(Behaviour):
         super().__init__()
         #: Whether it is a language model: a row of logits predicts a token.
         self.predicts = generates(model)
-        suits = examples.kind.is_text or examples.kind.predicts is self.predicts
-        if not suits and not is_seq2seq(model):  # which says itself what it needs
+        kind = examples.kind
+        suits = kind.is_text or kind.predicts is self.predicts
+        if not suits and not kind.media and not is_seq2seq(model):  # `tokenise` says what these need
             raise SourceError(
                 f"{type(model).__name__} {'predicts the next token' if self.predicts else 'predicts no next token'}, so"
-                f' {" and ".join(examples.kind.keys)} are no examples for it; give {{"text": ...}}'
+                f" examples with {' and '.join(kind.keys)} do not suit it; give {TEXT.shape}"
             )
         self._tokenizer, self._kind = tokenizer, examples.kind
         self._inputs = tokenise(examples, tokenizer, model, tokens, prompt_share)

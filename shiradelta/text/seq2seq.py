@@ -41,8 +41,8 @@ class Seq2SeqExamples(ModelInputs):
         kind, name = examples.kind, type(model).__name__
         if kind is not COMPLETION and kind.check is not MESSAGES.check:
             raise SourceError(
-                f"{name} reads one text and writes another, so {' and '.join(kind.keys)} are no examples for it; give"
-                f" {COMPLETION.shape}"
+                f"{name} reads one text and writes another, so examples with {' and '.join(kind.keys)} do not"
+                f" suit it; give {COMPLETION.shape}"
             )
         if prompt_share:
             raise SourceError(f"{name} predicts no token of a prompt; leave the prompt share out")

@@ -64,7 +64,7 @@ class PictureExamples(ModelInputs):
             ids.append(own)
             weights += [0.0 if token in marks else 1.0 if at >= said else prompt_share for at, token in enumerate(own)]
         check_vocabulary(max(map(max, ids)), model)
-        self._check_length(max(map(len, ids)), model)
+        self._check_length(ids, model)
         table = TokenTable(ids)
         self.rows, self.lengths = TokenRows.of_next(table, torch.tensor(weights)), table.lengths
         self.pad, self.limit = int(processor.tokenizer.pad_token_id or 0), max(table.lengths)
@@ -113,15 +113,19 @@ class PictureExamples(ModelInputs):
             options = {"padding": True, "return_tensors": "pt", "add_special_tokens": self._marks}
             return dict(self._processor(text=[*texts], images=images, **options))
         except _ERRORS as error:
-            raise SourceError(f"{where}: the processor does not take it ({brief(str(error), 160)})") from error
-
-    def _check_length(self, longest: int, model: Any) -> None:
-        config = model.config.get_text_config()
-        limit = position_limit(model) or getattr(config, "max_position_embeddings", None)
-        if limit and longest > limit:
+            mark = getattr(self._processor, "image_token", None)
             raise SourceError(
-                f"an example has {longest} tokens with its picture, more than the {limit} positions of {self._name};"
-                " leave it out"
+                f"{where}: the processor does not take it ({brief(str(error), 160)}); a prompt has one mark of its"
+                f" picture{f', {mark}' if mark else ''}, and a completion has none"
+            ) from error
+
+    def _check_length(self, ids: Sequence[Sequence[int]], model: nn.Module) -> None:
+        longest = max(range(len(ids)), key=lambda index: len(ids[index]))
+        limit = position_limit(model)
+        if limit and len(ids[longest]) > limit:
+            raise SourceError(
+                f"example {longest + 1} has {len(ids[longest])} tokens with its picture, more than the {limit}"
+                f" positions of {self._name}; leave it out"
             )
 
     def arguments(self, indices: Sequence[int]) -> dict[str, Any]:

@@ -86,8 +86,10 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def _positions(model: nn.Module, keys: Sequence[str]) -> int | None:
-    """The number under the first of some keys that the configuration has."""
-    found = (getattr(model.config, key, None) for key in keys)
+    """The number under the first of some keys that the configuration has, or that of the text within it."""
+    config: Any = model.config
+    parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    found = (getattr(part, key, None) for part in parts for key in keys)
     return next((int(count) for count in found if isinstance(count, int) and count > 0), None)
 
 
@@ -115,8 +117,8 @@ def vocabulary(model: nn.Module) -> int:
         return int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
         raise SourceError(
-            f"{type(model).__name__} has no token embeddings of its own, so texts alone do not run it; from Python, Fit"
-            " takes model and forward, and attach takes any module"
+            f"{type(model).__name__} has no token embeddings of its own, so texts alone do not run it: CLIP and its"
+            " kin take image and text; from Python, Fit takes model and forward, and attach takes any module"
         ) from None
 
 

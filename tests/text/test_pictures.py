@@ -16,7 +16,7 @@ from shiradelta.fit.text_behaviour import LEAST_WEIGHT, TextBehaviour
 from shiradelta.text.examples import training_examples
 from shiradelta.text.kinds import ANSWER, CAPTION
 from shiradelta.text.pictures import open_picture
-from shiradelta.text.read import ExampleSet, read_file, read_list
+from shiradelta.text.read import ExampleSet, of_texts, read_file, read_list
 from shiradelta.text.tokenise import tokenise
 from tests.fit.test_fit import build as build_other
 from tests.pictures import build, picture, processor, write_examples
@@ -192,13 +192,19 @@ def test_what_is_no_picture_is_refused_when_it_is_read(image: Any, message: str)
 def test_examples_have_to_suit_the_model(tmp_path: Path):
     made = processor("llava", tmp_path)
     for model in (build_other("causal"), build_other("encoder"), build("llava")):
-        with pytest.raises(SourceError, match=r"so image and text are no examples for it|predicts the next token, so"):
+        with pytest.raises(SourceError, match=r"so image and text are no examples for it; a model that answers takes"):
             TextBehaviour(made, CAPTIONS, model, 16)
     for model in (build("clip"), build_other("encoder"), build_seq2seq("t5")):
         with pytest.raises(SourceError, match=r"image, prompt and completion are no examples|image and prompt and"):
             TextBehaviour(made, ANSWERS, model, 16)
-    with pytest.raises(SourceError, match="example 1: the processor does not take it"):
+    with pytest.raises(
+        SourceError,
+        match=r"example 1: the processor does not take it .*; a prompt has one mark of its picture, <image>",
+    ):
         TextBehaviour(made, ExampleSet(ANSWER, [[picture(0), "<image> <image> w1", " w2"]]), build("llava"), 16)
     long = ExampleSet(ANSWER, [[picture(0), "<image> w1", " w2" * 80]])
-    with pytest.raises(SourceError, match="an example has 87 tokens with its picture, more than the 64 positions"):
+    with pytest.raises(SourceError, match=r"example 1 has 87 tokens with its picture, more than the 64 positions"):
         TextBehaviour(made, long, build("llava"), 16)
+    with pytest.raises(SourceError, match=r"CLIPModel has no token embeddings .*CLIP and its kin take image and text"):
+        TextBehaviour(made.tokenizer, of_texts(["w1 w2"]), build("clip"), 16)
+    assert TextBehaviour(made.tokenizer, of_texts(["w1 " * 100]), build("llava"), 512).lengths == [64]

@@ -142,9 +142,9 @@ def test_the_last_turn_of_a_conversation_is_predicted(tmp_path: Path):
         (
             of_texts(["w1 w2"]),
             0,
-            "reads one text and writes another, so text are no examples for it; give .*completion",
+            "reads one text and writes another, so examples with text do not suit it; give .*completion",
         ),
-        (ExampleSet(PAIRS, [["w1", "w2"]]), 0, "so anchor and positive are no examples"),
+        (ExampleSet(PAIRS, [["w1", "w2"]]), 0, "so examples with anchor and positive do not suit it"),
         (ROWS, 0.5, "T5ForConditionalGeneration predicts no token of a prompt; leave the prompt share out"),
     ],
 )

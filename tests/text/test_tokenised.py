@@ -168,9 +168,13 @@ def test_a_pair_is_two_texts(tokenizer: Any):
 
 
 def test_examples_have_to_suit_the_model(tokenizer: Any, model: nn.Module):
-    with pytest.raises(SourceError, match="LlamaForCausalLM predicts the next token, so anchor and positive are no"):
+    with pytest.raises(
+        SourceError, match="LlamaForCausalLM predicts the next token, so examples with anchor and positive do not suit"
+    ):
         TextBehaviour(tokenizer, ExampleSet(PAIRS, [["w1", "w2"]]), model, 16)
-    with pytest.raises(SourceError, match="BertModel predicts no next token, so prompt and completion are no"):
+    with pytest.raises(
+        SourceError, match="BertModel predicts no next token, so examples with prompt and completion do not"
+    ):
         TextBehaviour(tokenizer, PROMPTED, build("encoder"), 16)
 
 
