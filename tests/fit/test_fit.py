@@ -593,6 +593,12 @@ def test_out_of_memory_says_what_to_halve(encoder: tuple[Path, Path], tmp_path: 
         fit(encoder, tmp_path / "a.shd", device="cpu,cpu")
 
 
+def test_a_step_has_no_more_texts_than_there_are(encoder: tuple[Path, Path], tmp_path: Path):
+    said: list[str] = []
+    fit(encoder, tmp_path / "a.shd", steps=2, batch=1000, log=said.append)
+    assert any(line.startswith("fitting on 96 texts: 2 steps of 96 texts on cpu") for line in said)
+
+
 @pytest.mark.slow
 def test_a_cpu_takes_fewer_steps_by_itself(encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
