@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import SourceError
-from shiradelta.text.sound import file_digest, unreadable
+from shiradelta.text.files import file_digest, path_from, unreadable
 from shiradelta.util.optional import importing
 
 
@@ -30,11 +30,11 @@ def placed(value: Any, folder: Path | None, where: str) -> Any:
         where: the example, for messages.
 
     Raises:
-        SourceError: the bytes are no picture.
+        SourceError: the path is a web address, or the bytes are no picture.
         MissingDependencyError: Pillow, which reads them, is not installed.
     """
     if isinstance(value, str):
-        return value if folder is None else str(folder / value)
+        return path_from(value, folder, where)
     return value if _is_image(value) else _opened(io.BytesIO(value["bytes"]), f"{where}: its image")
 
 

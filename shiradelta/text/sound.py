@@ -17,6 +17,7 @@ import numpy as np
 
 from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Float32
+from shiradelta.text.files import file_digest, path_from, unreadable
 
 #: What scipy says of a file that is cut; but not where its header leaves the length open, as ffmpeg's does in a pipe.
 _CUT = rf"Reached EOF prematurely(?!.* expected {0xFFFFFFFF + 8} )"
@@ -73,10 +74,10 @@ def placed(value: Any, folder: Path | None, where: str) -> str | Sound:
         where: the example, for messages.
 
     Raises:
-        SourceError: the array or the bytes are no sound.
+        SourceError: the path is a web address, or the array or the bytes are no sound.
     """
     if isinstance(value, str):
-        return value if folder is None else str(folder / value)
+        return path_from(value, folder, where)
     if isinstance(value, Sound):
         return value
     if "array" in value:
@@ -91,19 +92,6 @@ def digest_of(value: str | Sound) -> str:
         SourceError: the file cannot be read.
     """
     return value.digest if isinstance(value, Sound) else file_digest(value)
-
-
-def file_digest(path: str) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        SourceError: the file cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise unreadable(path, error) from None
 
 
 def open_sound(value: str | Sound) -> Sound:
@@ -156,11 +144,6 @@ def _finite(samples: Float32, where: str) -> Float32:
     if not np.isfinite(samples).all():
         raise SourceError(f"{where}: has samples that are NaN or infinite; leave the example out")
     return samples
-
-
-def unreadable(where: str, error: OSError) -> SourceError:
-    """The error of a file of an example that cannot be read."""
-    return SourceError(f"{where}: cannot be read ({error.strerror}); check the path")
 
 
 def _scaled(samples: Any) -> Float32:

@@ -179,6 +179,7 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ("image", "message"),
     [
         (3, "example 1: its image is no picture; give the path of a file, or an image of Pillow"),
+        ("s3://x/a.png", "example 1: s3://x/a.png is a web address, and nothing is downloaded; give the path"),
         ({"path": "a.png"}, "is no picture"),
         ({"bytes": b"no picture"}, "its image: is no picture that Pillow reads"),
         (" ", "example 1: its image is no picture; give the path"),

@@ -149,6 +149,7 @@ def test_what_tells_sounds_from_others_is_what_they_hold(tmp_path: Path):
         ({"bytes": b"ID3 not a wav"}, "its audio: is no WAV file that can be read .*convert it"),
         ({"array": np.array([0, np.nan]), "sampling_rate": RATE}, "its audio: has samples that are NaN"),
         (" ", "example 1: its audio is no sound; give the path"),
+        ("https://x.org/a.wav", "example 1: https://x.org/a.wav is a web address, and nothing is downloaded"),
     ],
 )
 def test_what_is_no_sound_is_refused_when_it_is_read(audio: Any, message: str):
