@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import SourceError
-from shiradelta.text.inputs import ModelInputs, generates, is_seq2seq
+from shiradelta.text.inputs import ModelInputs, generates, is_seq2seq, moved
 from shiradelta.text.kinds import ASSISTANT
 from shiradelta.text.pictures import open_picture
 from shiradelta.text.read import ExampleSet
@@ -17,6 +17,8 @@ from shiradelta.text.rows import TokenRows
 from shiradelta.text.tokens import TokenTable, check_vocabulary, position_limit
 from shiradelta.util.text import brief
 
+#: How far what a token changes before it may be from nothing, by rounding, as a share of what it changes itself.
+SEEN = 0.01
 #: What processors raise for texts and pictures that they do not take.
 _ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -33,8 +35,8 @@ class PictureExamples(ModelInputs):
         prompt_share: weight of a prompt's token, where one of the completion has 1; those of a picture have 0.
 
     Raises:
-        SourceError: the model sees nothing or predicts nothing, a picture cannot be read, the processor does not take
-            an example, or an example is longer than the model's positions.
+        SourceError: the model sees nothing or predicts nothing, it reads a completion before it predicts it, a picture
+            cannot be read, the processor does not take an example, or an example is longer than the model's positions.
         MissingDependencyError: Pillow is not installed.
     """
 
@@ -59,6 +61,7 @@ class PictureExamples(ModelInputs):
             getattr(processor, "image_token_id", None),
             getattr(getattr(model, "config", None), "image_token_id", None),
         }
+        self._check_order(model, marks)
         for index, (before, whole) in enumerate(texts):
             own, said = self._tokens(index, before, whole)
             ids.append(own)
@@ -118,6 +121,26 @@ class PictureExamples(ModelInputs):
                 f"{where}: the processor does not take it ({brief(str(error), 160)}); a prompt has one mark of its"
                 f" picture{f', {mark}' if mark else ''}, and a completion has none"
             ) from error
+
+    def _check_order(self, model: nn.Module, marks: Collection[int | None]) -> None:
+        """Raises SourceError if tokens change what the model makes of those before them, as in PaliGemma's prompts."""
+        given = moved(self._made(self._texts_of[:1], [open_picture(self._pictures[0])], "example 1"), model)
+        last = int(given["input_ids"][0, -1])
+        other = next((token for token in given["input_ids"][0].tolist() if token not in {last, *marks}), None)
+        changed = given["input_ids"].clone()
+        changed[0, -1] = last if other is None else other
+        try:
+            with torch.no_grad():
+                one, two = (model(**{**given, "input_ids": ids}).logits[0] for ids in (given["input_ids"], changed))
+        except _ERRORS:
+            return  # what runs it next says more
+        apart = (one.float() - two.float()).norm(dim=-1)
+        if apart[:-1].max() > SEEN * apart[-1]:
+            raise SourceError(
+                f"{self._name} reads all tokens of a text before it predicts any, completions too, so image, prompt and"
+                " completion are no examples for it; from Python, Fit takes model and forward, and attach takes any"
+                " module"
+            )
 
     def _check_length(self, ids: Sequence[Sequence[int]], model: nn.Module) -> None:
         longest = max(range(len(ids)), key=lambda index: len(ids[index]))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from shiradelta.errors import MissingDependencyError, SourceError
 from shiradelta.fit.text_behaviour import LEAST_WEIGHT, TextBehaviour
@@ -19,7 +20,7 @@ from shiradelta.text.pictures import open_picture
 from shiradelta.text.read import ExampleSet, of_texts, read_file, read_list
 from shiradelta.text.tokenise import tokenise
 from tests.fit.test_fit import build as build_other
-from tests.pictures import build, picture, processor, write_examples
+from tests.pictures import PATCHES, build, image_processor, picture, processor, write_examples
 from tests.seq2seq import build as build_seq2seq
 
 CAPTIONS = ExampleSet(CAPTION, [[picture(n), " ".join(["w1"] * (n + 1))] for n in range(4)])
@@ -57,6 +58,24 @@ def test_the_loss_of_captions_is_the_models_own(kind: str, tmp_path: Path):
         given = made(text=texts, images=images, **padding, return_tensors="pt")
         expected = model(**given, return_loss=True).loss
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of the processor
+def test_a_model_that_reads_a_completion_before_it_predicts_it_is_refused(tmp_path: Path):
+    """PaliGemma's mask lets each token of a text see all others."""
+    tokenizer = processor("llava", tmp_path).tokenizer
+    images = image_processor()
+    images.image_seq_length = PATCHES
+    made = PaliGemmaProcessor(images, tokenizer)  # with 1024 tokens of places
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "model_type": "gemma", "vocab_size": 1200, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {**sizes, "model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 32}
+    config = PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=made.image_token_id, projection_dim=32, hidden_size=32
+    )
+    torch.manual_seed(0)
+    with pytest.raises(SourceError, match="reads all tokens of a text before it predicts any, completions too"):
+        TextBehaviour(made, ANSWERS, PaliGemmaForConditionalGeneration(config).eval(), 16)
 
 
 @pytest.mark.parametrize(("kind", "examples"), [("clip", CAPTIONS), ("llava", ANSWERS)])
