@@ -71,9 +71,7 @@ def _check_padding(data: memoryview, start: int, end: int) -> None:
         raise FormatError("padding_not_zero", "between sections", offset=start)
 
 
-def parse(
-    data: Bytes, most: int | None = None, accepts: Callable[[Bytes], bool] | None = None, whole: bool = True
-) -> Container:
+def parse(data: Bytes, most: int | None = None, accepts: Callable[[Bytes], bool] | None = None) -> Container:
     """Reads a whole file and checks everything but the payload.
 
     Args:
@@ -81,8 +79,6 @@ def parse(
         most: the most bytes of memory that a packed file may take.
         accepts: makes the same checks faster; the bytes must not change from then on.  What it accepts is not checked
             again here; what it refuses is, to say what is wrong.
-        whole: whether all bytes are there.  Otherwise what comes before the tensors' sections is, and all of a packed
-            file; `check_paddings` makes the other checks when they are.
 
     Raises:
         FormatError: in the order and with the reasons of FORMAT.md.
@@ -93,8 +89,7 @@ def parse(
         data, packed_size = unpack(data, header, most), data.size
         header = read_header(data)
     sections = _tables(header)
-    whole = whole or packed_size is not None
-    accepted = whole and accepts is not None and accepts(data)
+    accepted = accepts is not None and accepts(data)
     if not accepted:
         _check_tables(data, header, sections)
     table, names, metadata, extension = (data[s.offset : s.offset + s.stored] for s in sections)
@@ -102,7 +97,7 @@ def parse(
     records = _known_records(table, names) if accepted else None
     if records is None:
         zstd = bool(header.incompatible & Incompatible.ZSTD)
-        records = _parse_table(data.data, whole, table, names, sections[-1].end, zstd)
+        records = _parse_table(data.data, table, names, sections[-1].end, zstd)
     sizes = {
         "header": registry.HEADER_SIZE,
         "table": table.size + names.size,
@@ -154,20 +149,7 @@ def build_metadata(pairs: Mapping[str, str]) -> bytes:
     return b"".join(registry.METADATA_PAIR.pack(len(k), len(v)) + k + v for k, v in encoded)
 
 
-def check_paddings(data: Bytes, records: Iterable[Record]) -> None:
-    """Checks what `parse` leaves out without `whole`: the bytes behind the tensors' sections.  Raises FormatError."""
-    for record in records:
-        for section in (record.index, record.values):
-            try:
-                _check_padding(data.data, section.offset + section.stored, section.end)
-            except FormatError as error:
-                error.tensor = record.name
-                raise
-
-
-def _parse_table(
-    data: memoryview, whole: bool, table: Bytes, names: Bytes, cursor: int, zstd: bool
-) -> tuple[Record, ...]:
+def _parse_table(data: memoryview, table: Bytes, names: Bytes, cursor: int, zstd: bool) -> tuple[Record, ...]:
     records: list[Record] = []
     every_name = names.tobytes()
     name_end, before = 0, b""
@@ -182,7 +164,7 @@ def _parse_table(
             error.offset = at
             raise
         try:
-            record = _parse_record(name, fields, data, whole, cursor, zstd)
+            record = _parse_record(name, fields, data, cursor, zstd)
         except FormatError as error:
             error.tensor = name
             if error.offset is None:
@@ -253,7 +235,7 @@ def _parse_name(raw: bytes, before: bytes) -> str:
     return name
 
 
-def _parse_record(name: str, fields: Sequence[int], data: memoryview, whole: bool, cursor: int, zstd: bool) -> Record:
+def _parse_record(name: str, fields: Sequence[int], data: memoryview, cursor: int, zstd: bool) -> Record:
     rank, dtype_id, op_id, index_id, value_id, flag_bits, reserved, nnz, base_fingerprint, result_fingerprint = fields[
         :10
     ]
@@ -281,10 +263,8 @@ def _parse_record(name: str, fields: Sequence[int], data: memoryview, whole: boo
         values_ok = VALUE_CODECS.by_id[value_id].size_is_possible(record.values.decoded, nnz, record.element_size)
     else:
         index_ok, values_ok = record.index.decoded == 0, record.values.decoded == 0
-    for section, start, size_ok in ((record.index, cursor, index_ok), (record.values, record.index.end, values_ok)):
-        _check_section(section, start, data.nbytes, zstd, size_ok)
-        if whole:
-            _check_padding(data, section.offset + section.stored, section.end)
+    _check_section(record.index, cursor, data, zstd, index_ok)
+    _check_section(record.values, record.index.end, data, zstd, values_ok)
     return record
 
 
@@ -300,8 +280,8 @@ def _check_shape(rank: int, dims: Sequence[int]) -> int:
     return numel
 
 
-def _check_section(section: Section, cursor: int, size: int, zstd: bool, size_ok: bool) -> None:
-    if section.offset != cursor or section.end > size:
+def _check_section(section: Section, cursor: int, data: memoryview, zstd: bool, size_ok: bool) -> None:
+    if section.offset != cursor or section.end > data.nbytes:
         raise FormatError("section_layout", f"a section of {section.stored} bytes at {section.offset}")
     if not section.zstd and section.decoded != section.stored:
         raise FormatError("section_layout", "stored and decoded size differ", offset=section.offset)
@@ -313,6 +293,7 @@ def _check_section(section: Section, cursor: int, size: int, zstd: bool, size_ok
         raise FormatError("zstd_ratio", f"{section.decoded} from {section.stored} bytes", offset=section.offset)
     if not size_ok:
         raise FormatError("bad_size", f"{section.decoded} bytes", offset=section.offset)
+    _check_padding(data, section.offset + section.stored, section.end)
 
 
 def front(

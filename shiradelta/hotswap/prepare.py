@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
-from shiradelta.errors import FormatError, ShiraDeltaError
+from shiradelta.errors import FormatError
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record, Section
 from shiradelta.hotswap.devices import Devices
@@ -20,12 +19,12 @@ from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.matching import Names, check_target, match, only_these
 from shiradelta.hotswap.on_base import plain_bytes
 from shiradelta.hotswap.protocol import Fit
-from shiradelta.hotswap.reading import PartlyRead, read_whole, reading
+from shiradelta.hotswap.reading import PartlyRead, read_whole
 from shiradelta.hotswap.reports import LoadReport
 from shiradelta.hotswap.sections import can_be_shared, read_shared
 from shiradelta.hotswap.shares import Share
 from shiradelta.hotswap.transcode import InPieces, take_apart
-from shiradelta.io.reader import Delta, Source, StoredTensor, complete, open_delta, parse_delta
+from shiradelta.io.reader import Delta, Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
 from shiradelta.models.compatibility import check_tied
 from shiradelta.models.live import Target
@@ -34,28 +33,6 @@ from shiradelta.models.sharded import Rows, rows_of
 from shiradelta.models.views import show_nothing
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import local_with_signature
-
-
-class Fitting(NamedTuple):
-    """How a file fits a model.
-
-    Attributes:
-        tensors: the file's tensors.
-        every: the file's names -> the model's.
-        unmatched: names of the file that are left out.
-        matched: those of `every` that are to be loaded.
-        wanted: the file's names of these, and of those that are left out because they do not fit.
-        targets: the file's name of each of these -> the model's tensor.
-        dtypes: the file's name of each -> the dtype of the elements in memory.
-    """
-
-    tensors: Mapping[str, StoredTensor]
-    every: Mapping[str, str]
-    unmatched: tuple[str, ...]
-    matched: Mapping[str, str]
-    wanted: Collection[str]
-    targets: Mapping[str, Target]
-    dtypes: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -86,22 +63,17 @@ class Preparation:
     ) -> Loaded:
         """Reads an adapter and prepares it; arguments and errors are those of `HotSwap.load`."""
         source = local_with_signature(source, key)
-        label = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "delta"
-        fit = partial(self._fit, label, allow_dtype, skip, only)
         partly: PartlyRead | None = None
+        label = "delta"
         try:
             # A signature is of the whole file.
-            if key is not None or not isinstance(source, (str, os.PathLike)):
-                _, data = read_whole(source, self.devices.buffer, key)
-                delta = open_delta(data, self._file_backend, limit=limit)
-                fitting = fit(delta)
-            elif self._has_parts_only:
+            if key is None and isinstance(source, (str, os.PathLike)) and self._has_parts_only:
+                label = os.fspath(source)
                 partly = PartlyRead(source)
-                data, delta = partly.data, open_delta(partly.data, self._file_backend, limit=limit)
-                fitting = fit(delta)
+                data = partly.data
             else:
-                data, delta, fitting = self._fit_while_reading(source, fit, limit)
-            return self._prepare(name, label, data, delta, fitting, partly, allow_dtype, limit)
+                label, data = read_whole(source, self.devices.buffer, key)
+            return self._prepare(name, label, data, partly, allow_dtype, skip, only, limit)
         except FormatError as error:
             error.file = error.file or label
             if isinstance(source, (str, os.PathLike)):
@@ -113,57 +85,27 @@ class Preparation:
         """Whether other processes have tensors, or rows of some, so that this one need not read all of a file."""
         return any(_is_elsewhere(target) or _rows(target) is not None for target in self.targets.values())
 
-    @property
-    def _file_backend(self) -> str:
-        return self.backend if self.backend in FILE_BACKENDS else AUTO
-
-    def _fit_while_reading(
-        self, source: str | os.PathLike[str], fit: Callable[[Delta], Fitting], limit: int | str | None
-    ) -> tuple[Bytes, Delta, Fitting]:
-        """(the file in memory, its delta, how it fits)."""
-        data: Bytes | None = None
-        try:
-            with reading(source, self.devices.buffer) as data:
-                delta = parse_delta(data, None, self._file_backend, limit=limit, whole=False)
-                fitting = fit(delta)
-            complete(delta)
-        except ShiraDeltaError:
-            if data is not None:  # what is wrong with all of the file comes first
-                open_delta(data, self._file_backend, limit=limit)
-            raise
-        return data, delta, fitting
-
-    def _fit(
-        self, label: str, allow_dtype: bool, skip: Sequence[str], only: Sequence[str] | None, delta: Delta
-    ) -> Fitting:
-        """Checks that a file fits the model, as far as its table tells."""
-        tensors = dict(delta)
-        every, unmatched = match(tensors, self.targets, self.names, label, skip)
-        matched = only_these(label, every, only)
-        targets = {own: self.targets[other].in_form(tensors[own].shape) for own, other in matched.items()}
-        dtypes = {
-            own: check_target(f"{label}: tensor {own!r}", tensors[own], target, allow_dtype)
-            for own, target in targets.items()
-        }
-        return Fitting(tensors, every, unmatched, matched, tensors if only is None else matched, targets, dtypes)
-
     def _prepare(
         self,
         name: str,
         label: str,
         data: Bytes,
-        delta: Delta,
-        fitting: Fitting,
         partly: PartlyRead | None,
         allow_dtype: bool,
+        skip: Sequence[str],
+        only: Sequence[str] | None,
         limit: int | str | None,
     ) -> Loaded:
-        """Copies a file, compressed, to where the tensors are.
+        """Checks that a file fits the model, and copies it, compressed, to where the tensors are.
 
         The sections of a file that is partly read are read here, as soon as it is known which are of use.
         """
-        choice = self._file_backend
-        tensors, every, unmatched, matched, wanted, targets, dtypes = fitting
+        choice = self.backend if self.backend in FILE_BACKENDS else AUTO
+        delta = open_delta(data, choice, limit=limit)
+        tensors = dict(delta)
+        every, unmatched = match(tensors, self.targets, self.names, label, skip)
+        matched = only_these(label, every, only)
+        targets = {own: self.targets[other].in_form(tensors[own].shape) for own, other in matched.items()}
         shared = {} if delta.needs_base or delta.packed else _shared(tensors, targets)
         if partly is not None and not delta.packed:
             here = (own for own in targets if own not in shared and not _is_elsewhere(targets[own]))
@@ -176,12 +118,15 @@ class Preparation:
             _, data = read_whole(plain, self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
             tensors = dict(delta)
+        wanted = tensors if only is None else matched
         delta.check_memory("all of it", sum(tensors[own].record.unpacked_size for own in wanted))
         fits: dict[Target, tuple[StoredTensor, str]] = {}
         for own, target in targets.items():
             tensor = tensors[own]
-            first, _ = fits.setdefault(target, (tensor, dtypes[own]))
-            check_tied(f"{label}: tensor {own!r}", first, tensor, "untie the model before loading")
+            where = f"{label}: tensor {own!r}"
+            dtype = check_target(where, tensor, target, allow_dtype)
+            first, _ = fits.setdefault(target, (tensor, dtype))
+            check_tied(where, first, tensor, "untie the model before loading")
         whole = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is None]
         parts = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is not None]
         nonzeros: dict[str, Mapping[Share, int]] = {tensor.record.name: {(): tensor.nnz} for tensor, _, _ in whole}

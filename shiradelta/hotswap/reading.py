@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -19,11 +17,10 @@ from shiradelta.io.reader import Source, bytes_of, explained
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import check_signed
 from shiradelta.util.regular_file import open_regular
-from shiradelta.util.threads import THREADS, map_in_threads, meanwhile
+from shiradelta.util.threads import THREADS, map_in_threads
 
 #: The fewest bytes that a thread reads.
 _CHUNK = 4 << 20
-_CUT = "{}: was cut short while it was read; try again"
 
 
 def read_whole(source: Source, buffer: Callable[[int], Bytes], key: Keys | None = None) -> tuple[str, Bytes]:
@@ -62,40 +59,6 @@ def _read(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Bytes]:
     return label, data
 
 
-@contextmanager
-def reading(source: str | os.PathLike[str], buffer: Callable[[int], Bytes]) -> Iterator[Bytes]:
-    """Copies a file as `read_whole` does, while a block runs; gives the memory.
-
-    When the block begins, what comes before the tensors' sections is there, and all of a packed file; at its end all
-    is.  An exception of the block is raised before what keeps the file from being read.
-
-    Raises:
-        FormatError: the header is refused.
-    """
-    label, path = os.fspath(source), Path(source)
-    with explained(path):
-        stream = open_regular(path)
-    with stream:
-        data = buffer(os.fstat(stream.fileno()).st_size)
-
-        def read(piece: tuple[int, int]) -> None:
-            with explained(path):
-                if _read_at(stream, path, data, *piece) < piece[1] - piece[0]:
-                    raise ShiraDeltaError(_CUT.format(label))
-
-        read((0, min(registry.HEADER_SIZE, data.size)))
-        end = _front_end(data)
-        read((registry.HEADER_SIZE, end))
-        with meanwhile(read, _pieces(data.size, [(end, data.size)])):
-            yield data
-
-
-def _front_end(data: Bytes) -> int:
-    """Where what comes before the tensors' sections ends, or a packed file, by its header.  Raises FormatError."""
-    header = read_header(data)
-    return min(data.size, data.size if header.packed else container.tables_end(header))
-
-
 class PartlyRead:
     """A file of which some tensors are read only, into memory that nobody else can change.
 
@@ -118,7 +81,9 @@ class PartlyRead:
         self._same = _identity(status)
         self.data: Bytes = np.zeros(status.st_size, np.uint8)
         self.read_spans([(0, min(registry.HEADER_SIZE, self.data.size))])
-        self.read_spans([(registry.HEADER_SIZE, _front_end(self.data))])
+        header = read_header(self.data)
+        end = self.data.size if header.packed else container.tables_end(header)
+        self.read_spans([(registry.HEADER_SIZE, min(end, self.data.size))])
 
     def read(self, records: Iterable[Record]) -> None:
         """Reads the sections of some tensors.
@@ -154,7 +119,8 @@ def _fill(
     label: str, path: Path, data: Bytes, spans: Iterable[tuple[int, int]], same: tuple[int, int, int, int] | None = None
 ) -> None:
     """Reads spans of a file to their places in `data`; `same` is the identity that the file has to have."""
-    pieces = _pieces(data.size, spans)
+    chunk = max(_CHUNK, -(-data.size // THREADS))
+    pieces = [(at, min(at + chunk, end)) for start, end in spans for at in range(start, end, chunk)]
 
     def read(piece: tuple[int, int]) -> int:
         start, end = piece
@@ -165,26 +131,4 @@ def _fill(
             return stream.readinto(data[start:end].data) or 0
 
     if sum(map_in_threads(read, pieces)) != sum(end - start for start, end in pieces):
-        raise ShiraDeltaError(_CUT.format(label))
-
-
-def _pieces(size: int, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans of so many bytes of a file in pieces, of which threads read about one each."""
-    chunk = max(_CHUNK, -(-size // THREADS))
-    return [(at, min(at + chunk, end)) for start, end in spans for at in range(start, end, chunk)]
-
-
-def _read_at(stream: BinaryIO, path: Path, data: Bytes, start: int, end: int) -> int:
-    """Reads bytes from start to end - 1 of an open file to their places in `data`; returns how many there were.
-
-    One call of the system reads all of them, where it has one: a thread that asks for the interpreter's lock in between
-    may wait for it for milliseconds.
-    """
-    if not hasattr(os, "preadv"):
-        with open(path, "rb", buffering=0) as own:
-            own.seek(start)
-            return own.readinto(data[start:end].data) or 0
-    at = start
-    while at < end and (count := os.preadv(stream.fileno(), [data[at:end].data], at)):
-        at += count
-    return at - start
+        raise ShiraDeltaError(f"{label}: was cut short while it was read; try again")

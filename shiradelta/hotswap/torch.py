@@ -29,8 +29,7 @@ from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
 from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.hotswap.protocol import Fit
-from shiradelta.io.checks import check_all, shares_of
-from shiradelta.io.reader import StoredTensor
+from shiradelta.io.reader import StoredTensor, check_all, shares_of
 from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array

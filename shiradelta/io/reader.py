@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -192,9 +192,7 @@ class Delta(Mapping[str, StoredTensor]):
         backend: Backend,
         limit: int,
     ) -> None:
-        self._backend = backend
-        self._data: Bytes | None = container.data
-        self._decoder: Decoder | None = None  # until `_start`
+        self._decoder: Decoder | None = backend.decoder(container.data, file, container.records)
         self._mapped = mapped
         self._records = {record.name: record for record in container.records}
         self.file = file
@@ -241,17 +239,12 @@ class Delta(Mapping[str, StoredTensor]):
 
     def close(self) -> None:
         """Closes the file.  Decoded arrays stay valid."""
-        self._decoder = self._unpacked = self._data = None
+        self._decoder = self._unpacked = None
         if self._mapped is not None:
             # If a view of BITS values is still in use, the map lives as long as the view.
             with suppress(BufferError):
                 self._mapped.close()
             self._mapped = None
-
-    def _start(self) -> None:
-        """Makes the decoder.  Raises FormatError."""
-        assert self._data is not None, "it was closed before"
-        self._decoder = self._backend.decoder(self._data, self.file, tuple(self._records.values()))
 
     @property
     def decoder(self) -> Decoder:
@@ -322,6 +315,22 @@ class Delta(Mapping[str, StoredTensor]):
                 tensor.check()
 
 
+def check_all(tensors: Iterable[StoredTensor]) -> None:
+    """`StoredTensor.check` of several tensors, in as few calls as their decoders need."""
+    groups: dict[int, tuple[Decoder, list[Record]]] = {}
+    for tensor in tensors:
+        decoder = tensor.decoder
+        groups.setdefault(id(decoder), (decoder, []))[1].append(tensor.record)
+    for decoder, records in groups.values():
+        decoder.check_many(records)
+
+
+def shares_of(tensors: Iterable[StoredTensor], count: int) -> list[list[StoredTensor]]:
+    """Tensors in at most `count` shares, of about as many nonzeros each."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.record.nnz, reverse=True)
+    return [ordered[number::count] for number in range(min(count, len(ordered)))]
+
+
 #: An argument that is a delta.
 DELTA = ArgumentKind("a path or an open delta", lambda value: isinstance(value, Delta) or is_path(value))
 
@@ -375,13 +384,8 @@ def parse_delta(
     mapped: mmap.mmap | None = None,
     *,
     limit: int | str | None = None,
-    whole: bool = True,
 ) -> Delta:
-    """`open_delta` of bytes that came from `file`.
-
-    Without `whole` only what comes before the tensors' sections has to be there, and all of a packed file; the delta
-    has no decoder before `complete`.
-    """
+    """`open_delta` of bytes that came from `file`."""
     allowed = default_limit(data.size) if limit is None else text.parse_size(limit)
     if not allowed:
         raise ArgumentError(
@@ -389,12 +393,9 @@ def parse_delta(
         )
     try:
         # A mapped file may change after it was checked.
-        parsed = container.parse(data, allowed, choose(backend).accepts if mapped is None else None, whole)
+        parsed = container.parse(data, allowed, choose(backend).accepts if mapped is None else None)
         chosen = choose(backend, parsed.index_codecs, parsed.value_codecs)
-        delta = Delta(parsed, file, mapped, chosen, allowed)
-        if whole:
-            delta._start()
-        return delta
+        return Delta(parsed, file, mapped, chosen, allowed)
     except LimitError as error:
         raise LimitError(f"{file or 'delta'}: {error}") from None
     except FormatError as error:
@@ -404,13 +405,6 @@ def parse_delta(
 
             explain_refusal(error, Path(file))
         raise
-
-
-def complete(delta: Delta) -> None:
-    """Goes on with a delta that was opened without `whole`: all bytes are there now.  Raises FormatError."""
-    delta._start()
-    if delta._backend.accepts is None and delta._data is not None:
-        container.check_paddings(delta._data, delta._records.values())
 
 
 def bytes_of(source: Source) -> Bytes:
