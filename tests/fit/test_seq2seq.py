@@ -255,5 +255,7 @@ def test_a_model_without_a_head_is_refused(bart: tuple[Path, Path], tmp_path: Pa
     with torch.no_grad():
         model.model.decoder.layers[0].fc1.weight += 0.1
     model.model.save_pretrained(tmp_path / "tuned")
-    with pytest.raises(SourceError, match="BartModel predicts no next token, so prompt and completion are no examples"):
+    with pytest.raises(
+        SourceError, match="BartModel predicts no next token, so examples with prompt and completion do not suit it"
+    ):
         fit((tmp_path / "base", tmp_path / "tuned"), tmp_path / "a.shd")
