@@ -106,7 +106,15 @@ def place(model: nn.Module, devices: Sequence[torch.device]) -> nn.Module:
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers of a model, in order: what is in its lists of several modules, but not in lists within these."""
-    return [unit.modules[0] for unit in _parts(model)[1] if unit.is_layer]
+    return [layer for layers in layer_lists(model) for layer in layers]
+
+
+def layer_lists(model: nn.Module) -> list[list[nn.Module]]:
+    """The same, list by list."""
+    found: list[list[nn.Module]] = []
+    for child in model.children():
+        found += [list(child.children())] if _is_list(child) else layer_lists(child)
+    return found
 
 
 def layers_by_device(model: nn.Module) -> str:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import chain
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from shiradelta.fit.refit.replay import Replay, watching
 from shiradelta.fit.tuned_weights import Rounding, TunedWeights
 from shiradelta.models.layers import is_conv1d
 from shiradelta.nonzeros.vector import Nonzeros
@@ -44,6 +46,7 @@ def refit(
     parts: Sequence[Sequence[int]],
     weights: Callable[[Sequence[int], int], Tensor | None] = lambda part, rows: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    model: nn.Module | None = None,
 ) -> list[int]:
     """Gives linear layers a new mask and new values; other tensors keep theirs.
 
@@ -57,6 +60,8 @@ def refit(
         parts: examples of each forward pass.
         weights: (a part, rows that a layer gets of it) -> how much each row counts; None if all count alike.
         progress: called with (layers done, number of layers).
+        model: what `forward` runs, once and with nothing but the examples to depend on; passes go through its layers a
+            few times each then (`Replay`).  None if that is unknown.
 
     Returns:
         Indices of the tensors that keep theirs.
@@ -74,7 +79,10 @@ def refit(
             done.append(some)
 
     nonzeros.write(None)
-    groups = _groups([module for module in linears if id(module.weight) in index_of], lambda: forward(parts[0]))
+    chains: list[Sequence[nn.Module]] = []
+    with nullcontext() if model is None else watching(model, chains):
+        groups = _groups([module for module in linears if id(module.weight) in index_of], lambda: forward(parts[0]))
+    replay = Replay(chains, passes=2 * len(parts))
     linear = {index_of[id(module.weight)] for group in groups for module in group}
     left = [index for index in index_of.values() if index not in linear]
     done: list[Nonzeros] = []
@@ -82,7 +90,8 @@ def refit(
     for number, group in enumerate(groups):
         progress(number, len(groups))
         indices = [index_of[id(module.weight)] for module in group]
-        moments = _moments(forward, teacher, group, parts, weights)
+        replay.go_on(group, chain.from_iterable(groups[number + 1 :]))
+        moments = _moments(partial(replay.run, forward), teacher, group, parts, weights)
         if moments is None or not moments[0].any():  # no example reaches it, or only zeros do: it keeps its values
             write(indices)
             left += indices
@@ -169,7 +178,7 @@ def _is_linear(module: nn.Module, x: Tensor, output: object) -> bool:
 
 
 def _moments(
-    forward: Callable[[Sequence[int]], object],
+    run: Callable[[str, Sequence[int]], object],
     teacher: Callable[[], AbstractContextManager[None]],
     group: list[nn.Module],
     parts: Sequence[Sequence[int]],
@@ -179,8 +188,8 @@ def _moments(
     sums: list[Tensor] = []
     for part in parts:
         with teacher():
-            tuned = _outputs(forward, group, part)
-        own = _outputs(forward, group, part)
+            tuned = _outputs(partial(run, "teacher"), group, part)
+        own = _outputs(partial(run, "student"), group, part)
         if tuned is None or own is None or tuned[0].shape != own[0].shape:  # experts that this part is not routed to
             continue
         (_, expected), (x, found) = tuned, own

@@ -33,4 +33,5 @@ def solve(job: FitJob, subject: Subject, nonzeros: Nonzeros) -> list[int]:
         subject.calibration,
         subject.behaviour.token_weights,
         partial(job.progress, "least squares by layer"),
+        subject.model if job.fit.forward is None else None,
     )
