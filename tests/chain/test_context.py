@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,8 +88,8 @@ def test_a_step_whose_fingerprint_lies_is_found(
     ):
         for name, stored in small.items():
             assert stored.result_fingerprint is None  # it follows from the base
-            record = replace(stored.record, result_fingerprint=plain[name].result_fingerprint)
-            record = replace(record, **{field: getattr(record, field) ^ 1})
+            record = stored.record._replace(result_fingerprint=plain[name].result_fingerprint)
+            record = record._replace(**{field: getattr(record, field) ^ 1})
             sections = (stored.section(each).tobytes() for each in (record.index, record.values))
             writer.add_sections(record, tensor_digest(plain[name]), *sections)
     made = Chain.create(tmp_path / "chain", versions[0])
