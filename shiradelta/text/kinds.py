@@ -95,13 +95,6 @@ def _check_messages(value: Any, where: str, key: str) -> None:
         raise SourceError(f"{where}: the {ASSISTANT} says nothing in {key!r}; leave the example out")
 
 
-def _check_speech(value: Any, where: str, key: str) -> None:
-    if key == "audio":
-        sound.check_sound(value, where)
-    else:
-        _check_text(value, where, key)
-
-
 def _is_blank_text(text: Any) -> bool:
     return not text.strip()
 
@@ -123,41 +116,26 @@ COMPLETION = ExampleKind("completion", ("prompt", "completion"), True, _check_te
 PAIRS = ExampleKind("pairs", ("anchor", "positive"), False, _check_text, _is_blank_text)
 
 
-def _check_pictured(value: Any, where: str, key: str) -> None:
-    if key == "image":
-        pictures.check_picture(value, where)
-    else:
-        _check_text(value, where, key)
-
-
-def _pictured(name: str, keys: tuple[str, ...], predicts: bool) -> ExampleKind:
+def _with_media(media: str, module: Any, name: str, keys: tuple[str, ...], predicts: bool) -> ExampleKind:
+    """A kind whose first key has a sound or a picture, of which a module knows; its other keys have texts."""
+    first = keys[0]
     return ExampleKind(
         name,
         keys,
         predicts,
-        _check_pictured,
+        lambda value, where, key: module.check(value, where) if key == first else _check_text(value, where, key),
         lambda value: isinstance(value, str) and _is_blank_text(value),
-        media="picture",
-        placed=lambda value, folder, where, key: pictures.placed(value, folder, where) if key == "image" else value,
-        known=lambda value, key: pictures.digest_of(value) if key == "image" else value,
+        media=media,
+        placed=lambda value, folder, where, key: module.placed(value, folder, where) if key == first else value,
+        known=lambda value, key: module.digest_of(value) if key == first else value,
     )
 
 
 #: A sound, and what is said in it, which counts.
-SPEECH = ExampleKind(
-    "speech",
-    ("audio", "text"),
-    True,
-    _check_speech,
-    lambda value: isinstance(value, str) and _is_blank_text(value),
-    media="sound",
-    placed=lambda value, folder, where, key: sound.placed(value, folder, where) if key == "audio" else value,
-    known=lambda value, key: sound.digest_of(value) if key == "audio" else value,
-)
-
+SPEECH = _with_media("sound", sound, "speech", ("audio", "text"), True)
 #: A picture with a prompt, and what the model is to say next, which counts.
-ANSWER = _pictured("answer", ("image", "prompt", "completion"), True)
+ANSWER = _with_media("picture", pictures, "answer", ("image", "prompt", "completion"), True)
 #: A picture and a text whose embeddings match.
-CAPTION = _pictured("caption", ("image", "text"), False)
+CAPTION = _with_media("picture", pictures, "caption", ("image", "text"), False)
 
 KINDS: Registry[ExampleKind] = Registry("kind of example", [TEXT, COMPLETION, MESSAGES, PAIRS, SPEECH, ANSWER, CAPTION])

@@ -13,7 +13,7 @@ from shiradelta.text.files import file_digest, path_from, unreadable
 from shiradelta.util.optional import importing
 
 
-def check_picture(value: Any, where: str) -> None:
+def check(value: Any, where: str) -> None:
     """Raises SourceError for a value that is neither a path nor an image of Pillow."""
     stored = isinstance(value, Mapping) and value.get("bytes")
     path = isinstance(value, str) and value.strip()
@@ -25,7 +25,7 @@ def placed(value: Any, folder: Path | None, where: str) -> Any:
     """A path from a folder on, or an image.
 
     Args:
-        value: as `check_picture` takes it.
+        value: as `check` takes it.
         folder: the folder that paths start from; None leaves them as they are.
         where: the example, for messages.
 

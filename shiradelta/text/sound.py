@@ -54,7 +54,7 @@ class Sound:
         return found
 
 
-def check_sound(value: Any, where: str) -> None:
+def check(value: Any, where: str) -> None:
     """Raises SourceError for a value that is neither a path nor samples with their rate."""
     if isinstance(value, Sound) or (isinstance(value, str) and value.strip()):
         return
@@ -69,7 +69,7 @@ def placed(value: Any, folder: Path | None, where: str) -> str | Sound:
     """A path from a folder on, or samples.
 
     Args:
-        value: as `check_sound` takes it.
+        value: as `check` takes it.
         folder: the folder that paths start from; None leaves them as they are.
         where: the example, for messages.
 
