@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,9 +63,8 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
     draw = random.Random(0)
     texts = ["".join(f"<{draw.randrange(2, VOCABULARY)}>" for _ in range(TOKENS)) for _ in range(TEXTS)]
-    said: list[str] = []
     settings = {"steps": options.steps, "batch": options.batch, "micro": options.micro, "held_out": HELD_OUT}
-    fit = Fit(texts, mask=options.mask, log=said.append, **settings)
+    fit = Fit(texts, mask=options.mask, log=partial(print, flush=True), **settings)
     start = time.monotonic()
     report = shiradelta.convert(lora, options.folder / "fitted.shd", 0.01, base, fit=fit)
     rows = [
@@ -73,7 +73,6 @@ def main() -> None:
     ]
     if DEVICE == "cuda":
         rows.append(["peak memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"])
-    print(*said, sep="\n")
     print_table(f"{options.steps} steps of {options.batch} texts of {TOKENS} tokens on {DEVICE}", [["", ""], *rows])
 
 
