@@ -29,8 +29,8 @@ DAMPING = 0.1
 CANDIDATES, ROUNDS = 5.0, 4
 #: Relative error within which two ways to compute a linear layer agree in bfloat16.
 ALIKE = 0.02
-#: Elements of the small systems that are solved together.
-_SOLVED = 1 << 20
+#: Elements of the small systems that are solved together: those that fit a core's cache, or that keep a GPU busy.
+_SOLVED, _SOLVED_ON_GPU = 1 << 20, 1 << 26
 
 
 class Enough(Exception):  # noqa: N818
@@ -259,9 +259,10 @@ def _restricted(inputs: Tensor, cross: Tensor, positions: Tensor) -> tuple[Tenso
     values, costs = torch.zeros_like(positions, dtype=inputs.dtype), torch.zeros_like(positions, dtype=inputs.dtype)
     # Rows of similar count are solved together, so that there is little padding.
     order = counts.argsort()[int((counts == 0).sum()) :]
+    most = _SOLVED if positions.device.type == "cpu" else _SOLVED_ON_GPU
     while len(order):
         width = int(counts[order[-1]])
-        batch = order[-max(1, _SOLVED // (width * width)) :]
+        batch = order[-max(1, most // (width * width)) :]
         order = order[: len(order) - len(batch)]
         slot = torch.arange(width, device=positions.device)
         there = slot < counts[batch][:, None]
@@ -269,8 +270,10 @@ def _restricted(inputs: Tensor, cross: Tensor, positions: Tensor) -> tuple[Tenso
         columns = column[at]
         system = inputs[columns[:, :, None], columns[:, None, :]] * (there[:, :, None] & there[:, None, :])
         system += torch.diag_embed((~there).to(system.dtype))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
-        solution = (inverse @ (cross[columns, batch[:, None]] * there).unsqueeze(2)).squeeze(2)
-        cost = solution.square() / inverse.diagonal(dim1=1, dim2=2)
+        # The inverse of a root instead of `cholesky_inverse`, which takes one system at a time on a GPU.
+        one = torch.eye(width).to(system).expand_as(system)
+        root = torch.linalg.solve_triangular(torch.linalg.cholesky(system), one, upper=False)
+        solution = (root.mT @ (root @ (cross[columns, batch[:, None]] * there).unsqueeze(2))).squeeze(2)
+        cost = solution.square() / root.square().sum(1)  # by the diagonal of the inverse
         values[at[there]], costs[at[there]] = solution[there], cost[there]
     return values, costs
