@@ -43,6 +43,10 @@ class Devices:
         """All elements of a tensor, for a delta that is read with them only."""
         return self._backends[target.device].all_elements(target)
 
+    def reads_on_base(self, target: Target) -> bool:
+        """Whether `hold` takes a delta of this tensor that is read with its base only."""
+        return target.extent is None and self._backends[target.device].reads_on_base
+
     def hold(self, files: Iterable[tuple[Bytes, Sequence[Fit]]]) -> dict[LiveBackend, Held]:
         """`hold` of each backend, of what fits its device."""
         groups: dict[LiveBackend, list[tuple[Bytes, list[Fit]]]] = {}

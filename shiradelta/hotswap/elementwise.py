@@ -24,6 +24,7 @@ class Elementwise(LiveBackend, ABC):
     """A `LiveBackend` that works tensor by tensor: it decodes, reads, adds and writes."""
 
     name: str
+    reads_on_base = False
     #: The array library: numpy or torch.
     xp: Any
 

@@ -15,7 +15,6 @@ from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs import FROM_BASE
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.codecs.base_classes import KEYS
-from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.format.codecs.from_base import HEAD, check_end, grid_and_gaps
 from shiradelta.format.codecs.from_base_classes import BaseGrid
 from shiradelta.format.codecs.tiles import Gaps
@@ -254,11 +253,11 @@ class ElementsThere(Elements):
 
     Args:
         codec: decodes there.
-        tensor: the base; its memory is taken as it is if it is contiguous.
+        bits: of all of them, flat, as torch's integers.
     """
 
-    def __init__(self, codec: TorchFromBase, tensor: Tensor) -> None:
-        self._codec, self._bits = codec, tensor.reshape(-1).view(bits_dtype(tensor.element_size()))
+    def __init__(self, codec: TorchFromBase, bits: Tensor) -> None:
+        self._codec, self._bits = codec, bits
 
     @property
     def size(self) -> int:

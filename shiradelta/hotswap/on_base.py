@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -16,13 +17,58 @@ from shiradelta.hotswap.matching import check_target
 from shiradelta.hotswap.numpy import host_bits
 from shiradelta.hotswap.transcode import stored_positions
 from shiradelta.io.context import write_plain
-from shiradelta.io.reader import Delta
+from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
+from shiradelta.models.memory import is_array
 from shiradelta.models.views import View
 from shiradelta.util.arrays import ranges
 from shiradelta.util.files import temporary_errors
 from shiradelta.util.threads import THREADS
+
+
+@contextmanager
+def explained(label: str) -> Iterator[None]:
+    """Refusals in it name the file, and say what to do if the weights are not its base."""
+    try:
+        yield
+    except FormatError as error:
+        error.file = error.file or label
+        if error.reason == "wrong_base":
+            error.remedy = f"take out the adapters that it was not made with, or {REMEDIES['base_needed']}"
+        raise
+
+
+def are_read_there(
+    tensors: Mapping[str, StoredTensor],
+    matched: Mapping[str, str],
+    targets: Mapping[str, Target],
+    devices: Devices,
+) -> bool:
+    """Whether backends can decode all of a file that is read with its base only, where the weights are.
+
+    Its digest is not computed then: the base's fingerprints tell whether the weights are the right ones.
+
+    Args:
+        tensors: the file.
+        matched: the file's names -> the model's.
+        targets: the model's tensors by name.
+        devices: where they are.
+    """
+
+    def is_read_there(name: str, record: Record) -> bool:
+        if not record.needs_base:
+            return True
+        if name not in matched or record.base_fingerprint is None:
+            return False
+        target = targets[matched[name]].in_form(record.shape)
+        if target.refusal is not None or not devices.reads_on_base(target):
+            return False
+        stands_for_bfloat16 = is_array(target.tensor) and (target.dtype, record.dtype.name) == ("uint16", "bfloat16")
+        return (target.shape, target.dtype) == (record.shape, record.dtype.name) or stands_for_bfloat16
+
+    is_untied = len({*matched.values()}) == len(matched)
+    return is_untied and all(is_read_there(name, tensor.record) for name, tensor in tensors.items())
 
 
 def plain_bytes(
@@ -64,14 +110,8 @@ def plain_bytes(
         return bits
 
     output = io.BytesIO()
-    try:
-        with temporary_errors():
-            write_plain(delta, base, output, passing=True, threads=THREADS)
-    except FormatError as error:
-        error.file = error.file or label
-        if error.reason == "wrong_base":
-            error.remedy = f"take out the adapters that it was not made with, or {REMEDIES['base_needed']}"
-        raise
+    with explained(label), temporary_errors():
+        write_plain(delta, base, output, passing=True, threads=THREADS)
     return np.frombuffer(output.getbuffer(), np.uint8)
 
 

@@ -17,7 +17,7 @@ from shiradelta.format.record import Record, Section
 from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.matching import Names, check_target, match, only_these
-from shiradelta.hotswap.on_base import plain_bytes
+from shiradelta.hotswap.on_base import are_read_there, explained, plain_bytes
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.reading import PartlyRead, read_whole
 from shiradelta.hotswap.reports import LoadReport
@@ -112,7 +112,7 @@ class Preparation:
             partly.read(tensors[own].record for own in (tensors if delta.needs_base else here))
         readings = read_shared(shared, data, partly.read_spans if partly is not None else lambda spans: None)
         plain = delta.unpacked
-        if delta.needs_base:
+        if delta.needs_base and not are_read_there(tensors, every, self.targets, self.devices):
             plain = plain_bytes(label, delta, every, self.targets, self.devices, allow_dtype)
         if plain is not None:
             _, data = read_whole(plain, self.devices.buffer)
@@ -137,7 +137,8 @@ class Preparation:
             files = [(transcoded.data, transcoded.fits)]
             if whole:
                 files.append(_alone(data, whole, delta, choice, limit))
-        held = self.devices.hold(files)
+        with explained(label):
+            held = self.devices.hold(files)
         records = {tensor.record.name: tensor.record for tensor, _ in fits.values()}
         report = LoadReport(
             name,

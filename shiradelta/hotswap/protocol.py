@@ -60,9 +60,15 @@ class LiveBackend(Protocol):
 
     Layers are given in the order of their deltas' digests.  Where several levels are given, the topmost comes first:
     the last layer that saved an element has the base's.
+
+    Attributes:
+        name: what a user calls it.
+        reads_on_base: whether `hold` takes deltas that are read with their base only, of targets that are whole.  It
+            decodes them with the weights that are there, and refuses them if these have another fingerprint.
     """
 
     name: str
+    reads_on_base: bool
 
     def buffer(self, size: int) -> Bytes:
         """Host memory to read a file into."""
@@ -77,7 +83,8 @@ class LiveBackend(Protocol):
             files: (a file in memory from `buffer`, which nobody changes; deltas in it).
 
         Raises:
-            FormatError: a section is damaged.
+            FormatError: a section is damaged, or the weights are not the base that it is read with.
+            LimitError: a delta that is read with its base takes too much memory.
         """
 
     def room(self, size: int) -> Array:

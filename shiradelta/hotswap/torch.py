@@ -10,30 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
-from shiradelta.backends.choose import AUTO, choose
-from shiradelta.errors import DeltaError
+from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.codecs import BITS, F32, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, TorchDecoder, ValueCodec
 from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.format.codecs.packing import field_words
-from shiradelta.format.record import Record, Section
-from shiradelta.format.registry import ORDERED, IndexId, Order
-from shiradelta.format.zstd import unzstd
+from shiradelta.format.record import Record
+from shiradelta.format.registry import ORDERED, Order
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
 from shiradelta.hotswap.layers import Held, Layer, Patch
+from shiradelta.hotswap.on_device import resident_on_base
 from shiradelta.hotswap.protocol import Fit
+from shiradelta.hotswap.resident import NOTHING, Resident, SectionPart, residents
 from shiradelta.io.reader import StoredTensor, check_all, shares_of
 from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array
-from shiradelta.util.threads import THREADS, map_in_threads, meanwhile
+from shiradelta.util.threads import THREADS, meanwhile
 
 Tensor = torch.Tensor
 
@@ -65,12 +64,10 @@ class Sections:
     codes: int
 
     @classmethod
-    def of(
-        cls, buffer: Tensor, index: _Part, values: _Part, starts: Sequence[int], record: Record, codec: TorchDecoder
-    ) -> Sections:
+    def of(cls, buffer: Tensor, kept: Resident, starts: Sequence[int], record: Record, codec: TorchDecoder) -> Sections:
         """Takes the sections of a patch, where they start in the buffer, and the codec of the values."""
         at, values_at = starts
-        k, unary_bits = registry.RICE_HEAD.unpack_from(index.source.data, index.start) if index.size else (0, 0)
+        index, values, k, unary_bits = kept
         low = registry.RICE_HEAD.size + -(-unary_bits // registry.BLOCK_BITS) * 2 * registry.word_size(record.numel)
         unary = low + 4 * field_words(record.nnz, k)
         spans = slice(at, at + index.size), slice(values_at, values_at + values.size)
@@ -98,6 +95,7 @@ class TorchBackend(Elementwise):
     name = "torch"
     xp = torch
     from_base = TorchFromBase()
+    reads_on_base = True
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -113,23 +111,25 @@ class TorchBackend(Elementwise):
         return empty
 
     def all_elements(self, target: Target) -> Elements:
-        tensor = target.tensor
-        return ElementsThere(self.from_base, torch.from_numpy(tensor) if is_array(tensor) else tensor)
+        return ElementsThere(self.from_base, flat(target))
 
     def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
         """Copies all sections into one buffer on the device, aligned as in a file; checks them meanwhile."""
         fits = [(source, *fit) for source, tensors in files for fit in tensors]
         codecs = self._resident([tensor.record for _, tensor, _, _ in fits])
-        pairs = _sections([(source, tensor) for source, tensor, _, _ in fits], codecs)
+        others = [tensor for _, tensor, _, _ in fits if not tensor.record.needs_base]
         try:
-            buffer, starts = self._upload([part for pair in pairs for part in pair])
-            with meanwhile(check_all, shares_of([tensor for _, tensor, _, _ in fits], THREADS)):
+            every = self._residents(fits, codecs)
+            buffer, starts = self._upload([part for kept in every for part in (kept.positions, kept.values)])
+            with meanwhile(check_all, shares_of(others, THREADS)):
                 patches = []
-                for i, ((_, tensor, target, dtype), pair, codec) in enumerate(zip(fits, pairs, codecs, strict=True)):
-                    sections = Sections.of(buffer, *pair, starts[2 * i : 2 * i + 2], tensor.record, codec)
+                for i, ((_, tensor, target, dtype), kept, codec) in enumerate(zip(fits, every, codecs, strict=True)):
+                    sections = Sections.of(buffer, kept, starts[2 * i : 2 * i + 2], tensor.record, codec)
                     patches.append(Patch(target, tensor.record, dtype, sections))
                 held = Held(patches, buffer.numel())
                 self.arrange(held)
+            if len(others) < len(fits):
+                self._check_base(held)
             return held
         finally:
             if self.device.type == "cuda":
@@ -138,26 +138,66 @@ class TorchBackend(Elementwise):
     def arrange(self, held: Held) -> None:
         """Makes `held.data`, while the sections are checked: no work that reads them may be queued here."""
 
-    def _upload(self, parts: Sequence[_Part]) -> tuple[Tensor, list[int]]:
+    def _residents(
+        self, fits: Sequence[tuple[Bytes, StoredTensor, Target, str]], codecs: Sequence[TorchDecoder]
+    ) -> list[Resident]:
+        """The sections of tensors as the device keeps them: in the file, new bytes, or made on the device."""
+        pairs = list(zip(fits, codecs, strict=True))
+        on_base = [(*fit[:3], codec) for fit, codec in pairs if fit[1].record.needs_base]
+        with self.ordered(self.stream(None), reads=True):
+            made = iter(self.read_on_base(on_base))
+        given = [(source, tensor, codec) for (source, tensor, *_), codec in pairs if not tensor.record.needs_base]
+        others = iter(residents(given))
+        return [next(made if tensor.record.needs_base else others) for _, tensor, _, _ in fits]
+
+    def read_on_base(self, tensors: Sequence[tuple[Bytes, StoredTensor, Target, TorchDecoder]]) -> list[Resident]:
+        """Decodes tensors that are read with their base only, and encodes them anew, on the device.
+
+        Args:
+            tensors: (the file, the tensor, its base, the codec of the values on the device).
+
+        Raises:
+            FormatError: a section is damaged, or was made for another base.
+            LimitError: a tensor takes too much memory.
+        """
+        return [
+            resident_on_base(source, tensor, flat(target), self.from_base, codec)
+            for source, tensor, target, codec in tensors
+        ]
+
+    def _check_base(self, held: Held) -> None:
+        """Compares fingerprints of what is read with its base only: they tell that positions are right.
+
+        Raises:
+            FormatError: the weights are not the ones that a tensor was made for.
+        """
+        with self.ordered(self.stream(None), reads=True):
+            found = self.fingerprints(held, [])
+        for patch, fingerprint in zip(held.patches, found, strict=True):
+            if patch.record.needs_base and fingerprint != patch.record.base_fingerprint:
+                raise FormatError("wrong_base", tensor=patch.record.name)
+
+    def _upload(self, parts: Sequence[SectionPart]) -> tuple[Tensor, list[int]]:
         """(a buffer on the device, the offset of each part in it).  Neighbours in a file take one copy.
 
         Keep the parts alive until the copy has finished.
         """
-        copies: list[tuple[int, _Part]] = []
+        copies: list[tuple[int, SectionPart]] = []
         starts: list[int] = []
-        source, first, stop, at = _NOTHING, 0, 0, 0  # the copy that the part before belongs to, and where it goes
+        source: Bytes | Tensor = NOTHING
+        first, stop, at = 0, 0, 0  # the copy that the part before belongs to, and where it goes
         for part in parts:
             if part.source is not source or part.start != registry.align(stop, registry.SECTION_ALIGNMENT):
-                copies.append((at, _Part(source, first, stop)))
+                copies.append((at, SectionPart(source, first, stop)))
                 at = registry.align(at + stop - first, registry.SECTION_ALIGNMENT)
                 source, first = part.source, part.start
             starts.append(at + part.start - first)
             stop = part.stop
-        copies.append((at, _Part(source, first, stop)))
+        copies.append((at, SectionPart(source, first, stop)))
         buffer = torch.empty(at + stop - first, dtype=torch.uint8, device=self.device)
         for start, part in copies:
             if part.size:
-                buffer[start : start + part.size].copy_(torch.from_numpy(part.content), non_blocking=True)
+                buffer[start : start + part.size].copy_(part.content, non_blocking=True)
         return buffer, starts
 
     def room(self, size: int) -> Tensor:
@@ -316,72 +356,6 @@ class TorchBackend(Elementwise):
             return int(x.sum()) % (1 << 64)
 
 
-class _Part(NamedTuple):
-    """A section in memory: bytes from start to stop - 1 of a file, or of an array of its own."""
-
-    source: Bytes
-    start: int
-    stop: int
-
-    @classmethod
-    def of(cls, content: bytes) -> _Part:
-        """New bytes."""
-        return cls(np.frombuffer(bytearray(content), np.uint8), 0, len(content))
-
-    @property
-    def size(self) -> int:
-        """Number of bytes."""
-        return self.stop - self.start
-
-    @property
-    def content(self) -> Bytes:
-        """The bytes."""
-        return self.source[self.start : self.stop]
-
-
-_NOTHING: Bytes = np.zeros(0, np.uint8)
-
-
-def _sections(
-    tensors: Sequence[tuple[Bytes, StoredTensor]], codecs: Sequence[TorchDecoder]
-) -> list[tuple[_Part, _Part]]:
-    """(index, values) of each tensor as the device holds them: where the file has them so, or new bytes."""
-    found: list[tuple[_Part, _Part] | None] = []
-    for (source, tensor), codec in zip(tensors, codecs, strict=True):
-        record = tensor.record
-        (at, size, *_), (values_at, values_size, *_) = index, values = record.index, record.values
-        as_stored = (record.index_codec, record.value_codec) == (IndexId.RICE, codec.id)
-        as_stored &= not (index.zstd or values.zstd)
-        pair = _Part(source, at, at + size), _Part(source, values_at, values_at + values_size)
-        found.append(pair if as_stored or not record.nnz else None)
-    new = [(*tensors[i], codecs[i]) for i, pair in enumerate(found) if pair is None]
-    made = iter(map_in_threads(lambda one: (_index(one[0], one[1]), _values(*one)), new))
-    return [pair or next(made) for pair in found]
-
-
-def _index(source: Bytes, tensor: StoredTensor) -> _Part:
-    """A tensor's positions as RICE: in the file, or new bytes."""
-    record = tensor.record
-    if record.index_codec == IndexId.RICE:
-        return _stored(source, record.index)
-    rice = choose(AUTO).index_codecs[IndexId.RICE]
-    return _Part.of(rice.encode(tensor.positions(), record.shape))
-
-
-def _values(source: Bytes, tensor: StoredTensor, codec: ValueCodec) -> _Part:
-    """A tensor's values in a codec: in the file, or new bytes."""
-    record = tensor.record
-    if codec.id == record.value_codec:
-        return _stored(source, record.values)
-    return _Part.of(codec.encode(tensor.values() if codec.adds else tensor.bits()))
-
-
-def _stored(source: Bytes, section: Section) -> _Part:
-    """A section, decompressed: in the file, or new bytes."""
-    where = _Part(source, section.offset, section.offset + section.stored)
-    return _Part.of(unzstd(where.content, section.decoded)) if section.zstd else where
-
-
 def _bfloat16_bits(values: Tensor) -> Tensor:
     """Rounds by integer arithmetic, as the reference does."""
     whole = values.view(torch.int32)
@@ -400,10 +374,20 @@ def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >> 63 else constant
 
 
+def flat(target: Target) -> Tensor:
+    """All elements of a tensor as integers, row by row: its memory as it is if it is contiguous."""
+    return _bits(target).reshape(-1)
+
+
+def _bits(target: Target) -> Tensor:
+    """The tensor's elements as integers that share its memory."""
+    tensor = torch.from_numpy(target.tensor) if is_array(target.tensor) else target.tensor
+    return tensor.view(bits_dtype(tensor.element_size()))
+
+
 def _elements(target: Target, positions: Tensor) -> tuple[Tensor, Any]:
     """The tensor's elements as integers that share its memory, and an index of the positions into them."""
-    tensor = torch.from_numpy(target.tensor) if is_array(target.tensor) else target.tensor
-    elements = tensor.view(bits_dtype(tensor.element_size()))
+    elements = _bits(target)
     if elements.is_contiguous():
         return elements.view(-1), positions
     return elements, torch.unravel_index(positions, elements.shape)

@@ -139,7 +139,7 @@ def located(stored: StoredTensor, base: Array | Elements) -> Located:
     """The first half of `restored`, which works where the base is."""
     record, base = stored.record, base if isinstance(base, Elements) else InMemory(base)
     stored.check_memory(record.decoded_size)
-    with _named(stored, record.index):
+    with named(stored, record.index):
         # Readers go through all of it without looking at its size again.
         if (base.size, base.itemsize) != (record.numel, record.element_size):
             raise FormatError("wrong_base", f"{base.size} elements of {base.itemsize} bytes")
@@ -155,7 +155,7 @@ def located(stored: StoredTensor, base: Array | Elements) -> Located:
 def with_values(stored: StoredTensor, found: Located) -> TensorDelta:
     """The second half of `restored`, which needs the base's elements at the positions only."""
     record = stored.record
-    with _named(stored, record.values):
+    with named(stored, record.values):
         data, nnz, size = stored.section(record.values), record.nnz, record.element_size
         if record.value_codec == ULP_FROM_BASE.id:
             bits = codecs_on_base()[1].decode_on(data, nnz, size, found.at)
@@ -168,7 +168,7 @@ def with_values(stored: StoredTensor, found: Located) -> TensorDelta:
 
 
 @contextmanager
-def _named(stored: StoredTensor, section: Section) -> Iterator[None]:
+def named(stored: StoredTensor, section: Section) -> Iterator[None]:
     """Errors in it say which section they are about."""
     try:
         yield

@@ -1,0 +1,105 @@
+"""Tensors that are read with their base only, decoded and encoded anew on the device that has the base.
+
+Positions become RICE and shifts BITS, as kernels read them, without a detour through the host.  What tells that they
+are right is the sections' checksums, and the base's fingerprint, which whoever keeps the result compares.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from shiradelta.errors import FormatError
+from shiradelta.format.arithmetic import Array
+from shiradelta.format.codecs import BITS, FROM_BASE, INDEX_CODECS, ULP_FROM_BASE, VALUE_CODECS
+from shiradelta.format.codecs.base import Bytes, TorchDecoder
+from shiradelta.format.codecs.ulp_from_base import ClassedParts
+from shiradelta.format.registry import IndexId
+from shiradelta.hotswap.from_base import TorchFromBase
+from shiradelta.hotswap.resident import Resident, SectionPart, stored
+from shiradelta.hotswap.rice_there import encode_there
+from shiradelta.hotswap.shifts_there import SortedClasses, decode_there
+from shiradelta.io.reader import StoredTensor
+from shiradelta.io.restored import codecs_on_base, named
+
+Tensor = torch.Tensor
+
+
+def resident_on_base(
+    source: Bytes, tensor: StoredTensor, base: Tensor, codec: TorchFromBase, values_codec: TorchDecoder
+) -> Resident:
+    """The sections of a tensor as the device keeps them.
+
+    Args:
+        source: the file.
+        tensor: the tensor.
+        base: all elements' bits, flat, in the integers of `bits_dtype`.
+        codec: decodes positions there.
+        values_codec: that of the values on the device.
+
+    Raises:
+        FormatError: a section is damaged, or was made for another base.
+        LimitError: the tensor takes too much memory.
+    """
+    record = tensor.record
+    with named(tensor, record.index):
+        positions = _positions(tensor, base, codec)
+    with named(tensor, record.values):
+        if record.value_codec == ULP_FROM_BASE.id:
+            values = SectionPart.there(bits_section(_shifts(tensor, base[positions])))
+        else:
+            values = _checked_values(source, tensor, values_codec)
+    if record.index_codec == IndexId.RICE:
+        return Resident.of(stored(source, record.index), values)
+    (rice,) = encode_there(positions, [record.nnz], [record.numel])
+    return Resident(SectionPart.there(rice.section), values, rice.k, rice.unary_bits)
+
+
+def bits_section(values: Tensor) -> Tensor:
+    """uint8: a section of the value codec BITS with these elements."""
+    size = values.element_size()
+    section = torch.zeros(BITS.size(values.numel(), size), dtype=torch.uint8, device=values.device)
+    section[: values.numel() * size] = values.view(torch.uint8)
+    return section
+
+
+def _positions(tensor: StoredTensor, base: Tensor, codec: TorchFromBase) -> Tensor:
+    """Those of all nonzeros, on the device of the base."""
+    record = tensor.record
+    tensor.check_memory(record.decoded_size)
+    # Readers go through all of it without looking at its size again.
+    if (base.numel(), base.element_size()) != (record.numel, record.element_size):
+        raise FormatError("wrong_base", f"{base.numel()} elements of {base.element_size()} bytes")
+    data = tensor.section(record.index)
+    if record.index_codec == FROM_BASE.id:
+        tensor.check_memory(record.decoded_size + codec.room(data, record.numel))
+        return codec.decode(data, record.nnz, record.shape, base, tensor.limit - record.decoded_size)
+    # A decoder of files may refuse all of a tensor of which one section needs the base.
+    found = INDEX_CODECS.by_id[record.index_codec].decode(data, record.nnz, record.shape)
+    return torch.from_numpy(found).to(base.device)
+
+
+def _checked_values(source: Bytes, tensor: StoredTensor, codec: TorchDecoder) -> SectionPart:
+    """Those that need no base, in a codec that the device decodes: in the file, or new bytes."""
+    record = tensor.record
+    own, data = VALUE_CODECS.by_id[record.value_codec], tensor.section(record.values)
+    own.check(data, record.nnz, record.element_size)
+    if own.id == codec.id:
+        return stored(source, record.values)
+    return SectionPart.of(codec.encode(own.decode(data, record.nnz, record.element_size, 0, record.nnz)))
+
+
+def _shifts(tensor: StoredTensor, at: Tensor) -> Tensor:
+    """Those of all nonzeros, given the base's elements there."""
+    record = tensor.record
+    data, nnz, size = tensor.section(record.values), record.nnz, record.element_size
+    parts = ClassedParts.of(data, nnz)
+    streams, signs = (torch.from_numpy(each.copy()).to(at.device) for each in (parts.stream, parts.signs))
+    found = decode_there([parts], [nnz], streams, signs, SortedClasses([parts], [nnz], at), at)
+    if found.sound:
+        parts.check_padding(nnz)
+        return found.shifts
+    # It says what is wrong, and reads shifts of more bits than are read there.
+    elements: Array = at.cpu().numpy()
+    bits = codecs_on_base()[1].decode_on(data, nnz, size, elements.view(f"<u{size}"))
+    return torch.from_numpy(bits.view(f"<i{size}" if size > 1 else np.uint8).copy()).to(at.device)

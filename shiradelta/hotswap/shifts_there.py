@@ -1,0 +1,209 @@
+"""ULP_FROM_BASE in torch operations, on the device that has the base's elements (FORMAT.md, 5.2).
+
+Several tensors are decoded at once, one after the other, and all checks are made on the device: what is wrong is not
+told, only that something is.  A reader that has to say more decodes again, by `UlpFromBase`.
+"""
+
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Array, Positions
+from shiradelta.format.codecs.base_classes import KEYS
+from shiradelta.format.codecs.ulp_from_base import ClassedParts
+from shiradelta.hotswap.bits_there import fields_at, ones_of
+from shiradelta.hotswap.from_base import keys_of
+
+Tensor = torch.Tensor
+BLOCK = registry.ULP_BLOCK
+#: The widest field of a magnitude that is read here; wider ones, of the largest float64 shifts, are the host's.
+_MOST_WIDTH = 62
+
+
+class InClasses(Protocol):
+    """The shifts of some blocks by block, then by class, then by rank.
+
+    Attributes:
+        stops: int64 [blocks' classes], where each class of each block ends in that order.
+    """
+
+    stops: Tensor
+
+    def placed(self, listed: Tensor, magnitudes: Tensor) -> Tensor:
+        """Int64, of each shift by rank: the given one where it is listed, by its number in that order; otherwise 1."""
+
+
+class SortedClasses(InClasses):
+    """`InClasses` by sorting, in plain torch operations.
+
+    Args:
+        tensors: their sections, taken apart.
+        counts: nonzeros of each tensor.
+        at: the base's elements there, as torch's integers, one tensor after the other.
+    """
+
+    def __init__(self, tensors: Sequence[ClassedParts], counts: Sequence[int], at: Tensor) -> None:
+        cells, first, done = [], 0, 0
+        for parts, count in zip(tensors, counts, strict=True):
+            classes = torch.from_numpy(classes_of_keys(parts)).to(at.device)[keys_of(at[done : done + count])]
+            block = torch.arange(count, device=at.device, dtype=torch.int32) // BLOCK
+            cells.append(classes + (block * parts.k.size + first))
+            first, done = first + parts.counts.size, done + count
+        ordered, self._order = torch.cat(cells).sort(stable=True)
+        self.stops = torch.searchsorted(ordered, torch.arange(first, device=at.device, dtype=torch.int32), right=True)
+
+    def placed(self, listed: Tensor, magnitudes: Tensor) -> Tensor:
+        result = torch.ones_like(self._order)
+        result[self._order[listed]] = magnitudes
+        return result
+
+
+def classes_of_keys(parts: ClassedParts) -> Array:
+    """uint8 [keys]: the class of elements of a key."""
+    return np.searchsorted(parts.thresholds, np.arange(KEYS), side="right").astype(np.uint8)
+
+
+class ShiftsThere(NamedTuple):
+    """Shifts on a device.
+
+    Attributes:
+        shifts: signed integers of the elements' size, of torch's kinds, one tensor after the other.
+        sound: bool, a tensor: whether the sections fit these elements.
+    """
+
+    shifts: Tensor
+    sound: Tensor
+
+
+def decode_there(
+    tensors: Sequence[ClassedParts],
+    counts: Sequence[int],
+    streams: Tensor,
+    signs: Tensor,
+    in_classes: InClasses,
+    like: Tensor,
+) -> ShiftsThere:
+    """The shifts of some tensors' nonzeros.  Padding is not looked at.
+
+    Args:
+        tensors: their sections, taken apart.
+        counts: nonzeros of each tensor.
+        streams: uint8 on the device, all streams, one after the other, and slack behind the last.
+        signs: uint8 on the device, all signs.
+        in_classes: of the base's elements there.
+        like: a tensor of the dtype of the shifts.
+    """
+    size, device = like.element_size(), like.device
+    magnitudes, sound = _magnitudes(_Lists.of(tensors), streams, in_classes, (1 << (8 * size - 1)) - 1)
+    eight = torch.arange(8, dtype=torch.uint8, device=device)
+    minus = ((signs[:, None] >> eight) & 1).view(-1)
+    if len(counts) > 1:  # leave out what fills up words
+        bits = [32 * -(-count // 32) for count in counts]
+        both = zip(minus.split(bits), counts, strict=True)
+        minus = torch.cat([some[:count] for some, count in both])
+    else:
+        minus = minus[: counts[0]]
+    return ShiftsThere(torch.where(minus > 0, -magnitudes, magnitudes).to(like.dtype), sound)
+
+
+class _Lists(NamedTuple):
+    """What blocks list, all int64 on the host; blocks and classes of blocks that list nothing are left out.
+
+    Attributes:
+        begins: the first bit of each block's stream.
+        ends: the bit behind it.
+        counts: how many shifts each block lists.
+        low: bits of the low parts of each block's gaps.
+        cells: [5, cells], of each class of a block: its number among all, that of the block, k, j, and how many shifts
+            are listed.
+        sound: whether no block without a list has bits.
+    """
+
+    begins: Positions
+    ends: Positions
+    counts: Positions
+    low: Positions
+    cells: Positions
+    sound: bool
+
+    @classmethod
+    def of(cls, tensors: Sequence[ClassedParts]) -> _Lists:
+        """Those of several tensors, whose streams follow each other in whole words."""
+        firsts = np.cumsum([0, *(8 * parts.end for parts in tensors)])
+        pairs = list(zip(tensors, firsts.tolist(), strict=False))
+        begins, ends = (
+            np.concatenate([parts.starts[some] + first for parts, first in pairs])
+            for some in (slice(None, -1), slice(1, None))
+        )
+        counts = np.concatenate([parts.counts.sum(1) for parts in tensors])
+        low = np.concatenate([parts.counts @ parts.k for parts in tensors])
+        lists = counts > 0
+        number = np.cumsum(lists) - 1
+        blocks = np.repeat(number, np.concatenate([np.full(parts.counts.shape[0], parts.k.size) for parts in tensors]))
+        ks, js = (
+            np.concatenate([np.tile(getattr(parts, name), parts.counts.shape[0]) for parts in tensors]) for name in "kj"
+        )
+        listed = np.concatenate([parts.counts.reshape(-1) for parts in tensors])
+        cells = np.stack((np.arange(listed.size), blocks, ks, js, listed))[:, listed > 0]
+        sound = bool(np.all(begins[~lists] == ends[~lists]))
+        return cls(begins[lists], ends[lists], counts[lists], low[lists], cells, sound)
+
+
+def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, most: int) -> tuple[Tensor, Tensor]:
+    """(int64, those of all shifts; whether all is right)."""
+    device, total = streams.device, int(lists.counts.sum())
+    good = [torch.tensor(lists.sound, device=device)]
+    if not total:
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        return in_classes.placed(none, none), good[0]
+    _, of_block, ks, _, listed = lists.cells
+    # Of each class of a block: its first listed shift, and where its low bits are in those of the block.
+    before = np.cumsum(listed) - listed
+    low = np.cumsum(listed * ks) - listed * ks
+    low -= (np.cumsum(lists.low) - lists.low)[of_block]
+    small = torch.from_numpy(np.concatenate((lists.cells, [before, low]))).to(device)
+    firsts = np.cumsum(lists.counts) - lists.counts
+    blocks = torch.from_numpy(np.stack((lists.begins, lists.ends, lists.counts, lists.low, firsts))).to(device)
+    of_cell = torch.repeat_interleave(small[4], output_size=total)
+    cell, block, k, j, _, first, low_at = small[:, of_cell]
+    number = torch.arange(total, device=device)
+    within = number - first
+    ones = ones_of(streams)
+
+    def unary(begins: Tensor) -> tuple[Tensor, Tensor]:
+        """(the zeros before each of the ones of blocks from there on, the bit behind the last one of each block)."""
+        slots = torch.searchsorted(ones, begins)[block] + number - blocks[4][block]
+        found = ones[slots.clamp(max=max(ones.numel() - 1, 0))] if ones.numel() else torch.zeros_like(slots)
+        good.append(((slots < ones.numel()) & (found < blocks[1][block])).all())
+        previous = torch.cat((found.new_tensor([-1]), found[:-1]))
+        previous[blocks[4]] = begins - 1
+        return found - previous - 1, found[blocks[4] + blocks[2] - 1] + 1
+
+    quotients, low_begins = unary(blocks[0])
+    zeros, field_begins = unary(low_begins + blocks[3])
+    widths = zeros + j
+    good.append((widths <= _MOST_WIDTH).all())
+    widths = widths.clamp(min=0, max=_MOST_WIDTH)
+    stops = widths.cumsum(0)
+    before_block = torch.cat((stops.new_zeros(1), stops))[blocks[4]]
+    good.append((field_begins + stops[blocks[4] + blocks[2] - 1] - before_block == blocks[1]).all())
+    at = field_begins[block] + stops - widths - before_block[block]
+    wide = fields_at(streams, at, widths.clamp(max=31)) | (
+        fields_at(streams, at + 31, (widths - 31).clamp(min=0)) << 31
+    )
+    beyond = wide + (1 << widths) - (1 << j)
+    good.append(((beyond >= 0) & (beyond <= most - 2)).all())
+    gaps = (quotients.clamp(min=0, max=BLOCK) << k) + fields_at(streams, low_begins[block] + low_at + within * k, k)
+    sums = torch.cat((gaps.new_zeros(1), (gaps + 1).cumsum(0)))
+    order = sums[1:] - 1 - sums[first]
+    starts = torch.cat((in_classes.stops.new_zeros(1), in_classes.stops[:-1]))
+    placed = starts[cell] + order
+    good.append((placed < in_classes.stops[cell]).all())
+    placed = torch.minimum(placed, (in_classes.stops[-1:] - 1).clamp(min=0))
+    return in_classes.placed(placed, beyond + 2), torch.stack(good).all()

@@ -1,0 +1,237 @@
+"""Files that are read with their base only, decoded and encoded anew where the weights are, without the plain form."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import shiradelta as sd
+from shiradelta.backends.choose import choose
+from shiradelta.errors import FormatError
+from shiradelta.format.codecs import ULP_FROM_BASE
+from shiradelta.format.codecs.rice import Rice
+from shiradelta.format.codecs.ulp_from_base import ClassedParts
+from shiradelta.hotswap import on_base
+from shiradelta.hotswap.choose import LIVE_BACKENDS
+from shiradelta.hotswap.rice_there import encode_there
+from shiradelta.hotswap.shifts_there import SortedClasses, decode_there
+from tests.fuzz import is_packed, layout, with_header_crc
+from tests.hotswap.test_from_base import in_strides, step, weights_of
+from tests.reference import WITH_BASE, base_of, records_of
+from tests.swapping import DEVICE, bits, why_not
+
+THERE = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(why_not(LIVE_BACKENDS[name])), reason="not here"))
+    for name in ("torch", "triton")
+]
+REFUSED = json.loads((WITH_BASE / "reasons.json").read_text(encoding="utf-8"))
+FLAGS, FINGERPRINT, TABLE_CRC, HAS_BASE = 11, 24, 64, 1
+
+
+@pytest.fixture(autouse=True)
+def no_plain_form(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """No test makes the plain form, but those that say so."""
+    if "by_digest" not in request.node.name:
+        monkeypatch.setattr(on_base, "write_plain", None)
+
+
+def there(values: np.ndarray) -> torch.Tensor:
+    size = values.itemsize
+    return torch.from_numpy(values.view(f"<i{size}" if size > 1 else "u1").copy()).to(DEVICE)
+
+
+def positions_of(rng: np.random.Generator, numel: int, share: float) -> np.ndarray:
+    found = np.flatnonzero(rng.random(numel) < share)
+    return found if found.size else np.array([numel - 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rice_sections_are_valid_and_hold_the_positions(dtype: torch.dtype):
+    rng, rice = np.random.default_rng(0), Rice()
+    cases = [(numel, positions_of(rng, numel, share)) for numel in (1, 31, 70_000) for share in (0, 0.003, 0.6, 1)]
+    if dtype == torch.int64:
+        cases += [(numel, np.unique(rng.integers(0, numel, 5000))) for numel in (1 << 31, (1 << 32) - 1, 1 << 33)]
+        cases.append((1 << 33, np.array([(1 << 33) - 1])))
+    alone = [encode_there(there(at).to(dtype), [at.size], [numel])[0] for numel, at in cases]
+    together = encode_there(
+        torch.cat([there(at).to(dtype) for _, at in cases]), [at.size for _, at in cases], [numel for numel, _ in cases]
+    )
+    for (numel, at), *both in zip(cases, alone, together, strict=True):
+        for made in both:
+            section = made.section.cpu().numpy()
+            assert rice.decode(section, at.size, (numel,)).tolist() == at.tolist()
+            assert section.size <= 1.1 * len(rice.encode(at, (numel,))) + 16
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_shifts_are_read_and_refused_as_by_numpy(size: int):
+    """Several blocks, alone and together, and damaged ones: whatever is not read there is not sound."""
+    rng, bases, sections, shifts = np.random.default_rng(size), [], [], []
+    for count in 1, 100, 8192, 20_000:
+        base = rng.integers(0, 256, count * size, np.uint8).view(f"<u{size}")
+        large = rng.integers(1, min(1 << (8 * size - 1), 1 << 40), count) >> rng.integers(0, 40, count)
+        magnitudes = np.where(rng.random(count) < (0 if count == 100 else 0.2), np.maximum(large, 1), 1)
+        shifts.append((magnitudes * rng.choice([-1, 1], count)).astype(f"<i{size}"))
+        sections.append(np.frombuffer(ULP_FROM_BASE.encode_on(shifts[-1].view(f"<u{size}"), base), np.uint8))
+        bases.append(base)
+
+    def decoded(sections: list[np.ndarray], bases: list[np.ndarray]) -> list[int] | None:
+        counts = [base.size for base in bases]
+        parts = [ClassedParts.of(section, count) for section, count in zip(sections, counts, strict=True)]
+        at = there(np.concatenate(bases))
+        streams = there(np.concatenate([*(one.stream[: one.end] for one in parts), np.zeros(8, np.uint8)]))
+        signs = there(np.concatenate([one.signs for one in parts]))
+        found = decode_there(parts, counts, streams, signs, SortedClasses(parts, counts, at), at)
+        return found.shifts.cpu().numpy().view(f"<i{size}").tolist() if found.sound else None
+
+    for one in zip(sections, bases, shifts, strict=True):
+        assert decoded([one[0]], [one[1]]) == one[2].tolist()
+    assert decoded(sections, bases) == np.concatenate(shifts).tolist()
+    refused, parts = 0, ClassedParts.of(sections[3], 20_000)
+    for _ in range(40):
+        damaged = sections[3].copy()
+        some = 200 if rng.random() < 0.5 else parts.stream.size
+        damaged[rng.integers(some) if some == 200 else -rng.integers(1, some)] ^= 1 << rng.integers(8)
+        try:
+            right = ULP_FROM_BASE.decode_on(damaged, 20_000, size, bases[3]).view(f"<i{size}").tolist()
+        except FormatError as error:
+            right = error.reason
+        try:
+            found = decoded([damaged], [bases[3]])
+        except FormatError as error:
+            found = error.reason
+        assert found == right or found is None or right == "padding_not_zero"
+        refused += isinstance(right, str) and right != "padding_not_zero"
+    assert refused > 5
+
+
+@pytest.mark.parametrize("backend", THERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn, torch.float64])
+@pytest.mark.parametrize("op", ["ulp", "set"])
+@pytest.mark.parametrize("form", [torch.clone, in_strides])
+def test_the_same_bits_as_the_plain_form(backend: str, dtype: torch.dtype, op: str, form):
+    model = weights_of(dtype, form)
+    plain, small = step(model, op)
+    before = {name: bits(tensor) for name, tensor in model.items()}
+    swap, found = sd.HotSwap(model, backend=backend), []
+    for name, data in ("plain", plain), ("small", small):
+        swap.load(name, data)
+        swap.switch(name)
+        found.append({name: bits(tensor) for name, tensor in model.items()})
+        swap.revert()
+        assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in model.items())
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in model)
+
+
+@pytest.mark.parametrize("backend", THERE)
+@pytest.mark.parametrize("check", [True, False])
+def test_other_weights_are_refused_before_anything_is_written(backend: str, check: bool):
+    model = weights_of(torch.bfloat16, torch.clone)
+    _, small = step(model, "ulp")
+    changed = [("flat", model["flat"].clone())]
+    model["flat"][model["flat"].float().abs().argmin()] = 3.0
+    swap = sd.HotSwap(model, backend=backend)
+    before = {name: bits(tensor) for name, tensor in model.items()}
+    with pytest.raises(FormatError, match="take out the adapters") as caught:
+        swap.load("step", small, check=check)
+    assert (caught.value.reason, caught.value.tensor, caught.value.file) == ("wrong_base", "flat", "delta")
+    assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in model.items())
+    for name, right in changed:
+        model[name].copy_(right)
+    swap = sd.HotSwap(model, backend=backend)
+    swap.load("step", small, check=check)
+
+
+@pytest.mark.parametrize("backend", THERE)
+def test_only_the_named_tensors_are_read(backend: str):
+    model = weights_of(torch.bfloat16, torch.clone)
+    plain, small = step(model, "ulp")
+    model["flat"][:] = 3.0
+    found = []
+    for data in plain, small:
+        swap = sd.HotSwap(model, backend=backend)
+        swap.load("step", data, only=["tall"])
+        swap.switch("step")
+        found.append(bits(model["tall"]))
+        swap.revert()
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("backend", THERE)
+@pytest.mark.parametrize("which", [0, 1])
+def test_damaged_sections_are_refused(backend: str, which: int):
+    model = weights_of(torch.bfloat16, torch.clone)
+    _, small = step(model, "ulp")
+    with sd.open_delta(small) as delta:
+        data = bytearray(small if delta.unpacked is None else delta.unpacked.tobytes())
+        record = delta["square"].record
+    section = (record.index, record.values)[which]
+    data[section.offset + section.stored // 2] ^= 4
+    with pytest.raises(FormatError) as caught:
+        sd.HotSwap(model, backend=backend).load("step", bytes(data))
+    assert (caught.value.reason, caught.value.tensor) == ("section_checksum", "square")
+    assert caught.value.offset == section.offset
+
+
+def with_fingerprints(data: bytes, right: dict[str, int] | None) -> bytes:
+    """A file whose nonzeros have base fingerprints: the given ones, or one that is wrong for sure; None for none."""
+    found, changed = layout(data), bytearray(data)
+    assert found is not None
+    for at, record in zip(found.records, records_of(data), strict=True):
+        if record.nnz:
+            known = None if right is None else right.get(record.tensor.name, 12345)
+            changed[at + FLAGS] = changed[at + FLAGS] & ~HAS_BASE | (HAS_BASE if known is not None else 0)
+            changed[at + FINGERPRINT : at + FINGERPRINT + 8] = struct.pack("<Q", known or 0)
+    table = changed[slice(*found.table)]
+    changed[TABLE_CRC : TABLE_CRC + 4] = struct.pack("<I", zlib.crc32(table))
+    return with_header_crc(changed)
+
+
+@pytest.mark.parametrize("backend", THERE)
+def test_by_digest_where_a_tensor_has_no_fingerprint(backend: str):
+    model = weights_of(torch.bfloat16, torch.clone)
+    _, small = step(model, "ulp")
+    with sd.open_delta(small) as delta:
+        data = with_fingerprints(small if delta.unpacked is None else delta.unpacked.tobytes(), None)
+    sd.HotSwap(model, backend=backend).load("step", data)
+    model["flat"][model["flat"].float().abs().argmin()] = 3.0
+    with pytest.raises(FormatError, match="another base"):
+        sd.HotSwap(model, backend=backend).load("step", data)
+
+
+def model_of(data: bytes, elements: bytes) -> dict[str, torch.Tensor]:
+    """The base of a vector, on the device."""
+    model = {}
+    for record, own in zip(records_of(data), base_of(data, elements).values(), strict=True):
+        dtype = record.tensor.dtype
+        dtype = getattr(torch, f"{dtype}fn" if dtype.endswith("e4m3") else dtype)
+        flat = torch.frombuffer(bytearray(own), dtype=dtype) if own else torch.zeros(0, dtype=dtype)
+        model[record.tensor.name] = flat.reshape(record.tensor.shape).to(DEVICE)
+    return model
+
+
+@pytest.mark.parametrize("backend", THERE)
+def test_vectors_are_read_and_refused_alike(backend: str):
+    """Files of the corpus, with a fingerprint of the base in each record."""
+    wrong, files = {}, [path for path in sorted(WITH_BASE.glob("*.shd")) if not is_packed(path.read_bytes())]
+    assert len(files) > 130
+    for path in files:
+        data, right = path.read_bytes(), {}
+        model = model_of(data, path.with_suffix(".base").read_bytes())
+        if path.stem not in REFUSED:
+            for tensor in json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["tensors"]:
+                positions = np.array(tensor["positions"], np.int64)
+                right[tensor["name"]] = choose().fingerprint(positions, bits(model[tensor["name"]])[positions])
+        try:
+            sd.HotSwap(model, backend=backend).load("vector", with_fingerprints(data, right))
+            found = None
+        except FormatError as error:
+            found = error.reason
+        if found != REFUSED.get(path.stem):
+            wrong[path.stem] = found
+    assert wrong == {}
