@@ -13,7 +13,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain
-from operator import attrgetter, is_not, methodcaller
+from operator import attrgetter, is_not, itemgetter, methodcaller
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -43,6 +43,8 @@ _TENSORS = 16
 #: (device, first byte, byte after the last, tensor).
 _Span = tuple[str, int, int, Target]
 _ADDRESS, _VERSION = methodcaller("data_ptr"), attrgetter("_version")
+#: What spans are sorted by.
+_PLACE = itemgetter(slice(3))
 
 #: Guards what sessions know of each other.
 _registry = threading.Lock()
@@ -92,7 +94,7 @@ class Watch:
     def __init__(self, model: Any) -> None:
         self._model, self._places = model, Places(model)
         self._things: dict[Target, list[Any]] = {}  # what the model has in each tensor's places
-        self._tensors, self._modules = Things(()), Things(())
+        self._tensors = self._modules = Things((), (), ())
         self._counting: list[Any] = []
         self._addresses: list[int] = []
         self._versions, self._samples = _Readings(_versions), _Readings(_sampled)
@@ -105,26 +107,28 @@ class Watch:
     def follow(self, targets: Iterable[Target]) -> None:
         """Watches these tensors, and no others.  What is known of those that were watched before stays."""
         every = dict.fromkeys(targets)
+        if every.keys() == self._things.keys():
+            return
         self._things = {target: self._things.get(target) or target.now() for target in every}
         objects = {target: things[0] for target, things in self._things.items() if not is_array(target.tensor)}
         counted = {target: tensor for target, tensor in objects.items() if not tensor.is_inference()}
-        on_cpu = [target for target in counted if target.device == "cpu"]
-        few = set(on_cpu[:: -(-len(on_cpu) // _TENSORS)] if on_cpu else [])
-        sampled = [target for target in every if target in few or (target.device == "cpu" and target not in counted)]
+        on_cpu = [target for target in every if target.device == "cpu"]
+        counted_there = [target for target in on_cpu if target in counted]
+        few = set(counted_there[:: -(-len(counted_there) // _TENSORS)] if counted_there else [])
+        sampled = [target for target in on_cpu if target in few or target not in counted]
         self._versions.follow(counted)
         self._parts.follow({target: own_part(tensor) for target, tensor in counted.items() if is_sharded(tensor)})
         self._samples.follow({target: _sampler(target) for target in sampled})
-        pairs = (zip(target.places, things, strict=False) for target, things in self._things.items())
-        self._tensors = Things(chain.from_iterable(pairs))
-        self._follow_modules()
+        self._follow_places()
         self._counting = [own_part(tensor) for tensor in objects.values()]
         self._addresses = [target.address for target in objects]
-        self._spans = sorted(((*target.memory, target) for target in every), key=lambda span: span[:3])
+        self._spans = sorted([(*target.memory, target) for target in every], key=_PLACE)
         self._foreign.intersection_update(every)
 
-    def _follow_modules(self) -> None:
-        places = chain.from_iterable(target.places for target in self._things)
-        self._modules = Things(self._places.above(places))
+    def _follow_places(self) -> None:
+        places = list(chain.from_iterable([target.places for target in self._things]))
+        things = list(chain.from_iterable([things for target, things in self._things.items() if target.places]))
+        self._tensors, self._modules = Things.distinct(places, things), self._places.above(places)
 
     def _has(self, now: Places, target: Target) -> bool:
         """Whether the model has a tensor everywhere that it had it, through as many modules."""
@@ -176,7 +180,7 @@ class Watch:
         if not all(self._has(now, target) for target in self._things):
             return False
         self._places = now
-        self._follow_modules()
+        self._modules = self._places.above(chain.from_iterable(target.places for target in self._things))
         return True
 
     def _error(self) -> TargetError:

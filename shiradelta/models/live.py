@@ -122,7 +122,7 @@ class Target:
 
     def now(self) -> list[Any]:
         """What the model has in the tensor's places now."""
-        return [place.now() for place in self.places] or [self.holder]
+        return [things.get(name) for things, name in self.places] or [self.holder]
 
     def moved_error(self) -> TargetError:
         """The error for a tensor that is no longer there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter, is_
@@ -21,20 +21,31 @@ class Place(NamedTuple):
     things: Mapping[str, Any]
     name: str
 
-    def now(self) -> Any:
-        """What is there now; None for nothing."""
-        return self.things.get(self.name)
-
 
 class Things:
-    """Things that a model has in places of it; each place counts once."""
+    """Things that a model has in places of it.
 
-    def __init__(self, found: Iterable[tuple[Place, Any]]) -> None:
-        distinct = {(id(place.things), place.name): (place, thing) for place, thing in found}
-        self._mappings = [place.things for place, _ in distinct.values()]
-        self._names = [place.name for place, _ in distinct.values()]
-        self._things = [thing for _, thing in distinct.values()]
-        self._get: Any = dict.get if all(isinstance(one, dict) for one in self._mappings) else Mapping.get
+    Args:
+        mappings: what each of them is in.
+        names: its name there.
+        things: the thing itself.
+    """
+
+    def __init__(self, mappings: Sequence[Mapping[str, Any]], names: Sequence[str], things: Sequence[Any]) -> None:
+        self._mappings, self._names, self._things = mappings, names, things
+        self._get: Any = dict.get if all(issubclass(kind, dict) for kind in set(map(type, mappings))) else Mapping.get
+
+    @classmethod
+    def distinct(cls, places: Sequence[Place], things: Sequence[Any]) -> Things:
+        """What is in each of these places, of which each counts once."""
+        every = cls([place.things for place in places], [place.name for place in places], things)
+        last = dict(zip(zip(map(id, every._mappings), every._names, strict=True), range(len(places)), strict=True))
+        return every if len(last) == len(places) else every.some(list(last.values()))
+
+    def some(self, numbers: Sequence[int]) -> Things:
+        """Those of some numbers."""
+        columns = self._mappings, self._names, self._things
+        return Things(*(list(map(column.__getitem__, numbers)) for column in columns))
 
     def are_there(self) -> bool:
         """Whether all are still there."""
@@ -75,7 +86,21 @@ class Places:
 
     @cached_property
     def _placed(self) -> Things:
-        return Things((place, module) for module in self._modules for place in self.of(module))
+        """All modules, each in every place of it."""
+        pairs = [(place, module) for module in self._modules for place in self.of(module)]
+        places = [place for place, _ in pairs]
+        return Things([place.things for place in places], [place.name for place in places], [one for _, one in pairs])
+
+    @cached_property
+    def _steps(self) -> dict[int, tuple[range, list[int]]]:
+        """Id of a module -> (its numbers in `_placed`, ids of the modules that it is in)."""
+        found, start = {}, 0
+        for module in self._modules:
+            places = self.of(module)
+            owners = [self._owners[id(place.things)] for place in places]
+            found[id(module)] = range(start, start + len(places)), [id(one) for one in owners if one is not None]
+            start += len(places)
+        return found
 
     def has_same_modules(self) -> bool:
         """Whether the model still has all modules that it had, each wherever it was."""
@@ -98,16 +123,15 @@ class Places:
             self._ways[mapping] = int(is_root) + sum(self.ways(above) for above in self.of(owner))
         return self._ways[mapping]
 
-    def above(self, places: Iterable[Place]) -> Iterator[tuple[Place, Any]]:
-        """The modules that these places are in, up to the model, each with every place of it."""
-        seen: set[int] = set()
-        todo = list(places)
+    def above(self, places: Iterable[Place]) -> Things:
+        """The modules that these places are in, up to the model, each in every place of it."""
+        found: set[int] = set()
+        todo = {id(self._owners.get(mapping)) for mapping in {id(things) for things, _ in places}} - {id(None)}
         while todo:
-            owner = self._owners.get(id(todo.pop().things))
-            if owner is not None and id(owner) not in seen:
-                seen.add(id(owner))
-                todo += self.of(owner)
-                yield from ((place, owner) for place in self.of(owner))
+            found |= todo
+            todo = set(chain.from_iterable([self._steps[owner][1] for owner in todo])) - found
+        numbers = list(chain.from_iterable([self._steps[owner][0] for owner in found]))
+        return self._placed.some(numbers)
 
 
 #: What a module has its parameters, buffers and modules in.
