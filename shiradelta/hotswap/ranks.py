@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 from shiradelta.errors import ArgumentError, TargetError
+from shiradelta.hotswap.groups import forget_group, group_of
 from shiradelta.models.live import Target, elsewhere
 from shiradelta.models.sharded import ranks_of
 from shiradelta.util.text import brief
@@ -113,7 +113,7 @@ class Together(Ranks):
         self._dist, self._timeout, self.members = dist, timeout, list(ranks)
         self._own = dist.get_rank()
         try:
-            self._group = _group_of(tuple(ranks), timeout)
+            self._group = group_of(tuple(ranks), timeout)
         except RuntimeError as error:
             raise self._lost_error(error) from None
         self._store = dist.distributed_c10d._get_default_store()
@@ -199,7 +199,7 @@ class Together(Ranks):
             exchange()
         except BaseException as error:  # Ctrl-C, too, may leave the others in the middle of it
             self.lost = True
-            _groups.pop((tuple(self.members), self._timeout), None)
+            forget_group(tuple(self.members), self._timeout)
             if isinstance(error, RuntimeError | ValueError):
                 raise self._lost_error(error) from None
             raise
@@ -223,23 +223,6 @@ def agreed(ranks: Ranks, what: str) -> Iterator[None]:
             raise error
 
     ranks.agree(what, say)
-
-
-#: (ranks, timeout) -> a gloo group.  All sessions of a process share it, and it stays: the names of groups depend on
-#: those that exist, and would differ between processes that forget a session at different times.
-_groups: dict[tuple[tuple[int, ...], float], Any] = {}
-
-
-def _group_of(ranks: tuple[int, ...], timeout: float) -> Any:
-    """A gloo group of these ranks of the default group."""
-    import torch.distributed as dist
-
-    key = ranks, timeout
-    with suppress(KeyError, ValueError):
-        dist.get_rank(_groups[key])  # a ValueError if it belonged to an earlier default group
-        return _groups[key]
-    _groups[key] = dist.new_group(list(ranks), timedelta(seconds=timeout), "gloo", use_local_synchronization=True)
-    return _groups[key]
 
 
 def ranks_for(targets: Mapping[str, Target], group: Any, timeout: float) -> Ranks:

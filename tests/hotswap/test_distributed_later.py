@@ -64,11 +64,11 @@ def by_both(model: Net) -> None:
     fsdp.fully_shard(model, mesh=both["dp"])
 
 
-def with_adapters(model: Any, backend: str = "auto") -> tuple[HotSwap, dict[str, np.ndarray]]:
+def with_adapters(model: Any, backend: str = "auto", timeout: float = 30) -> tuple[HotSwap, dict[str, np.ndarray]]:
     """A session with three adapters on a model, which change some elements twice; and the base's bits."""
     state = net().state_dict()
     base = {name: bits(one) for name, one in state.items()}
-    swap = HotSwap(model, backend=backend, timeout=30)
+    swap = HotSwap(model, backend=backend, timeout=timeout)
     for number, (name, op) in enumerate(DELTAS.items()):
         swap.load(name, delta(number, op, state))
     swap.switch({"one": 0.5, "two": -1.0, "set": 1.0})
@@ -268,7 +268,7 @@ def test_where_one_process_refuses_none_changes(tmp_path: Path):
 def killed(rank: int, seed: int) -> None:
     base = {name: bits(own(one)) for name, one in spread("fsdp").state_dict().items()}
     model = net()
-    swap, _ = with_adapters(model)
+    swap, _ = with_adapters(model, timeout=1)
     fsdp.fully_shard(model, mesh=mesh("dp"))
     target = {name: bits(own(one)) for name, one in model.state_dict().items()}
     if rank == 1:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shiradelta import HotSwap
 from shiradelta.errors import ShiraDeltaError, TargetError
 from shiradelta.format.codecs import FROM_BASE
 from shiradelta.format.digest import tensor_digest
+from shiradelta.hotswap import groups
 from shiradelta.io.writer import writing_to
 from tests import BRIEF
 from tests.hotswap.ranks_at_random import LAYOUTS, at_random, delta, net, spread, whole
@@ -193,6 +195,61 @@ def late(rank: int, data: bytes) -> None:
 
 def test_a_rank_that_does_not_answer(tmp_path: Path):
     run(late, 2, tmp_path, delta(1))
+
+
+def patient(rank: int, data: bytes) -> None:
+    """Connecting and the first votes: one rank is late for each by more than connecting may take by itself."""
+    model = spread("tp")
+    groups._LEAST_TO_CONNECT = 0.1
+    time.sleep(2 * rank)  # gloo waits a second longer than it is told
+    swap = HotSwap(model, timeout=3)
+    time.sleep(1 - rank)
+    swap.load("a", data)
+    swap.switch("a")
+
+
+def test_a_rank_that_is_late(tmp_path: Path):
+    run(patient, 2, tmp_path, delta(1))
+
+
+class Deadly(dist.Store):
+    """The store of a rank that is killed when it has told there where it listens for others to connect."""
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__()
+        self._store = store
+
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(key, value)
+        if not key.startswith("shiradelta/"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wait(self, *arguments: Any) -> None:
+        self._store.wait(*arguments)
+
+    def has_extended_api(self) -> bool:
+        return False
+
+
+def connecting(rank: int) -> float:
+    model = spread("tp")
+    groups._LEAST_TO_CONNECT = 0.1
+    stores = dist.distributed_c10d._world.pg_map
+    default = dist.distributed_c10d._get_default_group()
+    if rank == 1:
+        backend, store = stores[default]
+        stores[default] = backend, Deadly(store)
+    dist.barrier()
+    start = time.monotonic()
+    assert "a rank has ended, or did not answer within 2 s" in refusal_of(HotSwap, model, timeout=2)
+    return time.monotonic() - start
+
+
+def test_a_rank_that_is_killed_while_others_connect(tmp_path: Path):
+    """gloo's own patience is five timeouts, in the ranks to which the killed one was to connect."""
+    took = run(connecting, 4, tmp_path)
+    assert isinstance(took.pop(1), Ended)
+    assert max(took) < 7
 
 
 def example(rank: int, folder: Path) -> None:
