@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
@@ -42,26 +43,33 @@ class Chunk(NamedTuple):
 
 
 class GroupTable(NamedTuple):
-    """The group of each element, as a table on the device.
+    """The group of each element, as tables on the device.
 
     Attributes:
-        groups: uint8 [row classes, column classes, keys], flat.
-        turned: bool, of each group.
+        classes: uint8 [keys], the class of elements of a key.
+        cells: uint8 [row classes, column classes, classes], flat: the groups.
+        class_count: classes of elements.
         column_classes: how many there are.
+        turned: bool, of each group.
         has_lines: whether there are several classes of rows or columns.
     """
 
-    groups: Tensor
-    turned: Tensor
+    classes: Tensor
+    cells: Tensor
+    class_count: int
     column_classes: int
+    turned: Tensor
     has_lines: bool
 
     @classmethod
     def of(cls, grid: BaseGrid, device: torch.device) -> GroupTable:
-        """Copies the table of a grid to a device."""
-        groups = torch.from_numpy(grid.group_of.reshape(-1)).to(device)
-        turned = torch.from_numpy(grid.numbers >= registry.TURNED).to(device)
-        return cls(groups, turned, 1 << grid.column_bits, grid.row_bits + grid.column_bits > 0)
+        """Copies the tables of a grid to a device."""
+        cells = np.searchsorted(grid.numbers, grid.groups).astype(np.uint8).reshape(-1)
+        classes, cells_there, turned = (
+            torch.from_numpy(each).to(device) for each in (grid.class_of, cells, grid.numbers >= registry.TURNED)
+        )
+        count, has_lines = grid.thresholds.size + 1, grid.row_bits + grid.column_bits > 0
+        return cls(classes, cells_there, count, 1 << grid.column_bits, turned, has_lines)
 
 
 class InGroups(Protocol):
@@ -81,13 +89,13 @@ class Sorted(InGroups):
     """`InGroups` by sorting, in plain torch operations."""
 
     def __init__(self, chunk: Chunk, table: GroupTable) -> None:
-        keys, columns = keys_of(chunk.base), chunk.columns.numel()
+        columns, count = chunk.columns.numel(), table.turned.numel()
+        cells = table.classes[keys_of(chunk.base)]
         if table.has_lines:
             of_lines = chunk.rows[:, None] * table.column_classes + chunk.columns
-            keys += (of_lines * KEYS).view(-1)
-        self._group, count = table.groups[keys], table.turned.numel()
-        self._turned = table.turned
-        del keys
+            cells = cells + (of_lines * table.class_count).view(-1)
+        self._group, self._turned = table.cells[cells.int()], table.turned
+        del cells
         tiles = -(-chunk.base.numel() // chunk.size)
         dtype = torch.uint8 if tiles * count <= 256 else torch.int32  # bytes sort fastest
         of_row = torch.arange(chunk.rows.numel(), device=chunk.base.device) // (chunk.size // columns) * count
@@ -107,6 +115,13 @@ def keys_of(bits: Tensor) -> Tensor:
     """int32: the keys of elements (FORMAT.md, 4.7), given their bits in torch's integers."""
     width = 8 * bits.element_size()
     return ((bits >> max(width - 16, 0)) & ((1 << min(width - 1, 15)) - 1)).int()
+
+
+def classes_there(thresholds: NDArray[np.int32], device: torch.device) -> Tensor:
+    """uint8 [tensors, keys], on a device: how many thresholds of each tensor are at most each key."""
+    keys = torch.arange(KEYS, dtype=torch.int32, device=device).expand(thresholds.shape[0], KEYS).contiguous()
+    found = torch.searchsorted(torch.from_numpy(thresholds).to(device), keys, right=True, out_int32=True)
+    return found.to(torch.uint8)
 
 
 class TorchFromBase:

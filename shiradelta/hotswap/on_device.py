@@ -13,9 +13,10 @@ from shiradelta.errors import FormatError
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import BITS, FROM_BASE, INDEX_CODECS, ULP_FROM_BASE, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
-from shiradelta.format.codecs.ulp_from_base import ClassedParts
 from shiradelta.format.registry import IndexId
 from shiradelta.hotswap.from_base import TorchFromBase
+from shiradelta.hotswap.heads import ClassedSections
+from shiradelta.hotswap.pool import Pool
 from shiradelta.hotswap.resident import Resident, SectionPart, stored
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import SortedClasses, decode_there
@@ -48,7 +49,7 @@ def resident_on_base(
         if record.value_codec == ULP_FROM_BASE.id:
             values = SectionPart.there(bits_section(_shifts(tensor, base[positions])))
         else:
-            values = _checked_values(source, tensor, values_codec)
+            values = checked_values(source, tensor, values_codec)
     if record.index_codec == IndexId.RICE:
         return Resident.of(stored(source, record.index), values)
     (rice,) = encode_there(positions, [record.nnz], [record.numel])
@@ -79,7 +80,7 @@ def _positions(tensor: StoredTensor, base: Tensor, codec: TorchFromBase) -> Tens
     return torch.from_numpy(found).to(base.device)
 
 
-def _checked_values(source: Bytes, tensor: StoredTensor, codec: TorchDecoder) -> SectionPart:
+def checked_values(source: Bytes, tensor: StoredTensor, codec: TorchDecoder) -> SectionPart:
     """Those that need no base, in a codec that the device decodes: in the file, or new bytes."""
     record = tensor.record
     own, data = VALUE_CODECS.by_id[record.value_codec], tensor.section(record.values)
@@ -93,12 +94,17 @@ def _shifts(tensor: StoredTensor, at: Tensor) -> Tensor:
     """Those of all nonzeros, given the base's elements there."""
     record = tensor.record
     data, nnz, size = tensor.section(record.values), record.nnz, record.element_size
-    parts = ClassedParts.of(data, nnz)
-    streams, signs = (torch.from_numpy(each.copy()).to(at.device) for each in (parts.stream, parts.signs))
-    found = decode_there([parts], [nnz], streams, signs, SortedClasses([parts], [nnz], at), at)
-    if found.sound:
-        parts.check_padding(nnz)
-        return found.shifts
+    pool, starts = Pool.of([data])
+    sections = ClassedSections.of(pool, starts, np.array([data.size]), np.array([nnz]))
+    if sections is not None:
+        there = torch.from_numpy(data.copy()).to(at.device)
+        signs, stream = (
+            there[int(sections.signs_at[0]) : int(sections.stream_at[0])],
+            there[int(sections.stream_at[0]) :],
+        )
+        found = decode_there(sections, stream, signs, SortedClasses(sections, at), at)
+        if found.sound:
+            return found.shifts
     # It says what is wrong, and reads shifts of more bits than are read there.
     elements: Array = at.cpu().numpy()
     bits = codecs_on_base()[1].decode_on(data, nnz, size, elements.view(f"<u{size}"))

@@ -7,18 +7,17 @@ told, only that something is.  A reader that has to say more decodes again, by `
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from shiradelta.format import registry
-from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs.base_classes import KEYS
-from shiradelta.format.codecs.ulp_from_base import ClassedParts
-from shiradelta.hotswap.bits_there import fields_at, ones_of
-from shiradelta.hotswap.from_base import keys_of
+from shiradelta.format.arithmetic import Positions
+from shiradelta.hotswap.bits_there import bits_of, fields_at, ones_of
+from shiradelta.hotswap.from_base import classes_there, keys_of
+from shiradelta.hotswap.heads import ClassedSections
+from shiradelta.hotswap.pool import exclusive, within, words_of
 
 Tensor = torch.Tensor
 BLOCK = registry.ULP_BLOCK
@@ -43,18 +42,18 @@ class SortedClasses(InClasses):
     """`InClasses` by sorting, in plain torch operations.
 
     Args:
-        tensors: their sections, taken apart.
-        counts: nonzeros of each tensor.
+        sections: of some tensors.
         at: the base's elements there, as torch's integers, one tensor after the other.
     """
 
-    def __init__(self, tensors: Sequence[ClassedParts], counts: Sequence[int], at: Tensor) -> None:
-        cells, first, done = [], 0, 0
-        for parts, count in zip(tensors, counts, strict=True):
-            classes = torch.from_numpy(classes_of_keys(parts)).to(at.device)[keys_of(at[done : done + count])]
-            block = torch.arange(count, device=at.device, dtype=torch.int32) // BLOCK
-            cells.append(classes + (block * parts.k.size + first))
-            first, done = first + parts.counts.size, done + count
+    def __init__(self, sections: ClassedSections, at: Tensor) -> None:
+        tables = classes_there(sections.thresholds, at.device)
+        cells, first = [], 0
+        counts, classes = sections.counts.tolist(), sections.classes.tolist()
+        for table, some, count in zip(tables, at.split(counts), classes, strict=True):
+            block = torch.arange(some.numel(), device=at.device, dtype=torch.int32) // BLOCK
+            cells.append(table[keys_of(some)] + (block * count + first))
+            first += -(-some.numel() // BLOCK) * count
         ordered, self._order = torch.cat(cells).sort(stable=True)
         self.stops = torch.searchsorted(ordered, torch.arange(first, device=at.device, dtype=torch.int32), right=True)
 
@@ -62,11 +61,6 @@ class SortedClasses(InClasses):
         result = torch.ones_like(self._order)
         result[self._order[listed]] = magnitudes
         return result
-
-
-def classes_of_keys(parts: ClassedParts) -> Array:
-    """uint8 [keys]: the class of elements of a key."""
-    return np.searchsorted(parts.thresholds, np.arange(KEYS), side="right").astype(np.uint8)
 
 
 class ShiftsThere(NamedTuple):
@@ -82,33 +76,25 @@ class ShiftsThere(NamedTuple):
 
 
 def decode_there(
-    tensors: Sequence[ClassedParts],
-    counts: Sequence[int],
-    streams: Tensor,
-    signs: Tensor,
-    in_classes: InClasses,
-    like: Tensor,
+    sections: ClassedSections, streams: Tensor, signs: Tensor, in_classes: InClasses, like: Tensor
 ) -> ShiftsThere:
-    """The shifts of some tensors' nonzeros.  Padding is not looked at.
+    """The shifts of some tensors' nonzeros.
 
     Args:
-        tensors: their sections, taken apart.
-        counts: nonzeros of each tensor.
+        sections: of these tensors.
         streams: uint8 on the device, all streams, one after the other, and slack behind the last.
         signs: uint8 on the device, all signs.
         in_classes: of the base's elements there.
         like: a tensor of the dtype of the shifts.
     """
-    size, device = like.element_size(), like.device
-    magnitudes, sound = _magnitudes(_Lists.of(tensors), streams, in_classes, (1 << (8 * size - 1)) - 1)
-    eight = torch.arange(8, dtype=torch.uint8, device=device)
-    minus = ((signs[:, None] >> eight) & 1).view(-1)
-    if len(counts) > 1:  # leave out what fills up words
-        bits = [32 * -(-count // 32) for count in counts]
-        both = zip(minus.split(bits), counts, strict=True)
-        minus = torch.cat([some[:count] for some, count in both])
+    size = like.element_size()
+    magnitudes, sound = _magnitudes(_Lists.of(sections), streams, in_classes, (1 << (8 * size - 1)) - 1)
+    minus = bits_of(signs)
+    if sections.counts.size > 1:  # leave out what fills up words
+        parts = minus.split((8 * words_of(sections.counts)).tolist())
+        minus = torch.cat([part[:count] for part, count in zip(parts, sections.counts.tolist(), strict=True)])
     else:
-        minus = minus[: counts[0]]
+        minus = minus[: int(sections.counts[0])]
     return ShiftsThere(torch.where(minus > 0, -magnitudes, magnitudes).to(like.dtype), sound)
 
 
@@ -133,26 +119,20 @@ class _Lists(NamedTuple):
     sound: bool
 
     @classmethod
-    def of(cls, tensors: Sequence[ClassedParts]) -> _Lists:
+    def of(cls, sections: ClassedSections) -> _Lists:
         """Those of several tensors, whose streams follow each other in whole words."""
-        firsts = np.cumsum([0, *(8 * parts.end for parts in tensors)])
-        pairs = list(zip(tensors, firsts.tolist(), strict=False))
-        begins, ends = (
-            np.concatenate([parts.starts[some] + first for parts, first in pairs])
-            for some in (slice(None, -1), slice(1, None))
-        )
-        counts = np.concatenate([parts.counts.sum(1) for parts in tensors])
-        low = np.concatenate([parts.counts @ parts.k for parts in tensors])
+        tensor = np.repeat(np.arange(sections.blocks.size), sections.blocks)
+        classes = sections.classes[tensor]
+        block, number = np.repeat(np.arange(tensor.size), classes), within(classes)
+        ks, js = (each[exclusive(sections.classes)[tensor[block]] + number] for each in (sections.ks, sections.js))
+        firsts = exclusive(classes)
+        counts, low = (np.add.reduceat(each, firsts) for each in (sections.listed, sections.listed * ks))
         lists = counts > 0
-        number = np.cumsum(lists) - 1
-        blocks = np.repeat(number, np.concatenate([np.full(parts.counts.shape[0], parts.k.size) for parts in tensors]))
-        ks, js = (
-            np.concatenate([np.tile(getattr(parts, name), parts.counts.shape[0]) for parts in tensors]) for name in "kj"
-        )
-        listed = np.concatenate([parts.counts.reshape(-1) for parts in tensors])
-        cells = np.stack((np.arange(listed.size), blocks, ks, js, listed))[:, listed > 0]
+        at = (8 * exclusive(sections.stream_size))[tensor]
+        begins, ends = sections.begins + at, sections.ends + at
+        cells = np.stack((np.arange(block.size), (np.cumsum(lists) - 1)[block], ks, js, sections.listed))
         sound = bool(np.all(begins[~lists] == ends[~lists]))
-        return cls(begins[lists], ends[lists], counts[lists], low[lists], cells, sound)
+        return cls(begins[lists], ends[lists], counts[lists], low[lists], cells[:, sections.listed > 0], sound)
 
 
 def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, most: int) -> tuple[Tensor, Tensor]:

@@ -45,10 +45,15 @@ class BaseGrid(Lines):
         """The different bytes of `groups`, increasing; a group is an index of them."""
         return np.unique(self.groups)
 
+    @property
+    def class_of(self) -> Small:
+        """uint8 [keys]: the class of elements of a key."""
+        return _classes_of(self.thresholds)
+
     @cached_property
     def group_of(self) -> Small:
         """uint8 [row classes, column classes, keys]: the group of elements of a key."""
-        found: Small = np.searchsorted(self.numbers, self.groups).astype(np.uint8)[:, :, _classes_of(self.thresholds)]
+        found: Small = np.searchsorted(self.numbers, self.groups).astype(np.uint8)[:, :, self.class_of]
         return found
 
     def groups_of(self, tile: int, base: Array) -> Small:

@@ -61,33 +61,21 @@ class _Order:
 
 
 @dataclass(frozen=True)
-class ClassedParts:
-    """A section taken apart; sizes are checked.
-
-    Attributes:
-        thresholds: where classes begin, but for the first.
-        k: int64, of each class.
-        j: int64, of each class.
-        starts: [blocks + 1], the first bit of each block, and the one behind the last.
-        counts: [blocks, classes], how many shifts are listed.
-        signs: a bitmap.
-        stream: with the slack.
-        end: where the slack starts in `stream`.
-        padding_is_zero: of everything before signs.
-    """
+class _ClassedParts:
+    """A section taken apart; sizes are checked."""
 
     thresholds: Keys
-    k: Positions
+    k: Positions  # of each class
     j: Positions
-    starts: Positions
-    counts: Positions
+    starts: Positions  # [blocks + 1], the first bit of each
+    counts: Positions  # [blocks, classes], how many shifts are listed
     signs: Bytes
-    stream: Bytes
-    end: int
+    stream: Bytes  # with the slack
+    end: int  # where the slack starts
     padding_is_zero: bool
 
     @classmethod
-    def of(cls, data: Bytes, nnz: int) -> ClassedParts:
+    def of(cls, data: Bytes, nnz: int) -> _ClassedParts:
         """Raises FormatError where the parts contradict each other or the size."""
         classes, width, bits = HEAD.unpack_from(data.data)
         if not 0 < classes <= registry.MAX_BASE_CLASSES or width > _MOST_COUNT or data[2:8].any():
@@ -121,13 +109,6 @@ class ClassedParts:
             end - stream,
             taken.padding_is_zero,
         )
-
-    def check_padding(self, nnz: int) -> None:
-        """Raises FormatError where padding, unused bits or slack are not zero."""
-        unused = has_unused_bits(self.signs, nnz) or has_unused_bits(self.stream[: self.end], int(self.starts[-1]))
-        if unused or not self.padding_is_zero:
-            raise FormatError("padding_not_zero", "unused bits of a part")
-        check_zero(self.stream, self.end)
 
     def magnitudes(self, keys: Keys, most: int) -> Positions:
         """int64, of all shifts.
@@ -190,7 +171,7 @@ class UlpFromBase(ValueCodec):
         raise FormatError("base_needed")
 
     def lead(self, data: Bytes, nnz: int) -> int:
-        parts = ClassedParts.of(data, nnz)
+        parts = _ClassedParts.of(data, nnz)
         return data.size - parts.signs.size - parts.stream.size
 
     def encode_on(self, shifts: Array, base: Array) -> bytes:
@@ -237,10 +218,16 @@ class UlpFromBase(ValueCodec):
         Raises:
             FormatError: the section is damaged, or was made for another base.
         """
-        parts = ClassedParts.of(data, nnz)
+        parts = _ClassedParts.of(data, nnz)
         found = parts.magnitudes(keys_of(base), (1 << (8 * size - 1)) - 1)
         minus: Small = np.unpackbits(parts.signs, bitorder="little")
-        parts.check_padding(nnz)
+        if (
+            not parts.padding_is_zero
+            or minus[nnz:].any()
+            or has_unused_bits(parts.stream[: parts.end], int(parts.starts[-1]))
+        ):
+            raise FormatError("padding_not_zero", "unused bits of a part")
+        check_zero(parts.stream, parts.end)
         return np.where(minus[:nnz], -found, found).astype(f"<i{size}").view(f"<u{size}")
 
 

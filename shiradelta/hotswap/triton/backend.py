@@ -15,12 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from shiradelta.format import arithmetic
-from shiradelta.format.codecs.base import TorchDecoder
+from shiradelta.format.codecs.base import Bytes, TorchDecoder
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, only_strengths_differ
-from shiradelta.hotswap.torch import TorchBackend
+from shiradelta.hotswap.resident import Resident
+from shiradelta.hotswap.torch import TorchBackend, flat
 from shiradelta.hotswap.triton import elements, kernels
+from shiradelta.hotswap.triton.batches import ToRead, residents_together
 from shiradelta.hotswap.triton.from_base import TritonFromBase
 from shiradelta.hotswap.triton.plan import REGION, Launch, Overlaps, Plan, Shared, new_plan, prepare
+from shiradelta.io.reader import StoredTensor
+from shiradelta.models.live import Target
 
 #: Warps per program of 2,048 lanes.  This is the fastest of 4 to 32; fewer registers, cache hints and programmatic
 #: dependent launches gained nothing (H100).
@@ -57,6 +61,11 @@ class TritonBackend(TorchBackend):
 
     def decodes(self, codec: TorchDecoder) -> bool:
         return codec.id in elements.CODECS
+
+    def read_on_base(self, tensors: Sequence[tuple[Bytes, StoredTensor, Target, TorchDecoder]]) -> list[Resident]:
+        given = [ToRead(source, tensor, flat(target), codec) for source, tensor, target, codec in tensors]
+        found = residents_together(given, self.from_base, self._upload) if given else []
+        return super().read_on_base(tensors) if found is None else found
 
     def _compile(self, held: Held) -> None:
         """Compiles the switch kernels now, not during the first switch.

@@ -1,0 +1,158 @@
+"""Which tensors of a file that is read with its base are decoded together, and their checksums meanwhile."""
+
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from shiradelta.errors import FormatError
+from shiradelta.format.codecs import FROM_BASE, ULP_FROM_BASE
+from shiradelta.format.codecs.base import Bytes, TorchDecoder
+from shiradelta.hotswap.from_base import TorchFromBase
+from shiradelta.hotswap.on_device import checked_values, resident_on_base
+from shiradelta.hotswap.resident import Resident, SectionPart, stored
+from shiradelta.hotswap.triton.on_base import TensorOnBase, resident_batch
+from shiradelta.io.reader import StoredTensor
+from shiradelta.util.threads import THREADS, meanwhile
+
+Tensor = torch.Tensor
+#: Bytes of memory that a nonzero and an element take meanwhile, about; and the most of a batch.
+_NONZERO_ROOM, _ELEMENT_ROOM, _ROOM = 160, 1, 2 << 30
+#: The most elements of a batch, so that their numbers take 31 bits.
+_ELEMENTS = 1 << 30
+
+
+class ToRead(NamedTuple):
+    """A tensor that is read with its base only.
+
+    Attributes:
+        source: the file.
+        tensor: the tensor.
+        base: all elements' bits, flat, in torch's integers.
+        codec: that of the values on the device.
+    """
+
+    source: Bytes
+    tensor: StoredTensor
+    base: Tensor
+    codec: TorchDecoder
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether it is read together with others: its base tells its positions, and it has not too many elements."""
+        record = self.tensor.record
+        given = self.base.numel(), self.base.element_size()
+        known = given == (record.numel, record.element_size)
+        return known and record.index_codec == FROM_BASE.id and record.numel <= _ELEMENTS and self.room <= self.limit
+
+    @property
+    def room(self) -> int:
+        """Bytes of memory that it takes in a batch, about."""
+        record = self.tensor.record
+        return _NONZERO_ROOM * record.nnz + _ELEMENT_ROOM * record.numel + record.unpacked_size
+
+    @property
+    def limit(self) -> int:
+        """The most that it may take."""
+        return self.tensor.limit
+
+
+#: Copies sections into one buffer on the device: (the buffer, where each of them starts).
+Upload = Callable[[Sequence[SectionPart]], tuple[Tensor, list[int]]]
+
+
+def residents_together(tensors: Sequence[ToRead], codec: TorchFromBase, upload: Upload) -> list[Resident] | None:
+    """The sections of tensors as the device keeps them; None if one of them is damaged, or has another base.
+
+    `resident_on_base` tells which, and reads those that are not alike.
+
+    Raises:
+        FormatError: one that is not alike is damaged, or its values are.
+        LimitError: it takes too much memory.
+    """
+    alike = [number for number, each in enumerate(tensors) if each.is_alike]
+    made = _batches([tensors[number] for number in alike], upload)
+    if made is None:
+        return None
+    found = dict(zip(alike, made, strict=True))
+    result = []
+    for number, each in enumerate(tensors):
+        source, tensor, base, values_codec = each
+        own = found.get(number)
+        if own is None:
+            own = resident_on_base(source, tensor, base, codec, values_codec)
+        elif tensor.record.value_codec != ULP_FROM_BASE.id:
+            own = own._replace(values=checked_values(source, tensor, values_codec))
+        result.append(own)
+    return result
+
+
+def _batches(tensors: Sequence[ToRead], upload: Upload) -> list[Resident] | None:
+    """The residents of tensors that are alike, but for values that need no base."""
+    damaged: list[FormatError] = []
+
+    def check(some: Sequence[ToRead]) -> None:
+        for each in some:
+            record = each.tensor.record
+            try:
+                each.tensor.section(record.index)
+                if record.value_codec == ULP_FROM_BASE.id:
+                    each.tensor.section(record.values)
+            except FormatError as error:
+                damaged.append(error)
+
+    found: dict[int, Resident] = {}
+    try:
+        given, buffer = uploaded(tensors, upload)
+        with meanwhile(check, [tensors[number::THREADS] for number in range(min(THREADS, len(tensors)))]):
+            for batch in _cut(tensors):
+                made = resident_batch([given[number] for number in batch], buffer)
+                if made is None:
+                    return None
+                found.update(zip(batch, made, strict=True))
+        if damaged:
+            return None
+    except (FormatError, torch.OutOfMemoryError):
+        return None
+    return [found[number] for number in range(len(tensors))]
+
+
+def uploaded(tensors: Sequence[ToRead], upload: Upload) -> tuple[list[TensorOnBase], Tensor]:
+    """(what is read with their bases, the buffer that has its sections)."""
+    parts = []
+    for source, tensor, *_ in tensors:
+        record = tensor.record
+        parts.append(stored(source, record.index))
+        is_read = record.value_codec == ULP_FROM_BASE.id
+        parts.append(stored(source, record.values) if is_read else SectionPart(source, 0, 0))
+    buffer, starts = upload(parts)
+    contents: list[Bytes] = [np.asarray(part.source)[part.start : part.stop] for part in parts]
+    given = []
+    for number, (_, tensor, base, _) in enumerate(tensors):
+        record, (index, values) = tensor.record, contents[2 * number : 2 * number + 2]
+        at, values_at = starts[2 * number : 2 * number + 2]
+        shifts = values if record.value_codec == ULP_FROM_BASE.id else None
+        given.append(TensorOnBase(record.nnz, record.numel, base, index, at, shifts, values_at))
+    return given, buffer
+
+
+def _cut(tensors: Sequence[ToRead]) -> Iterator[list[int]]:
+    """Their numbers in batches of elements of one size, within the limits of memory."""
+    for size in sorted({each.base.element_size() for each in tensors}):
+        batch: list[int] = []
+        room = elements = 0
+        for number, each in enumerate(tensors):
+            if each.base.element_size() != size:
+                continue
+            too_many = elements + each.base.numel() > _ELEMENTS or room + each.room > min(_ROOM, each.limit)
+            if batch and too_many:
+                yield batch
+                batch, room, elements = [], 0, 0
+            batch.append(number)
+            room, elements = room + each.room, elements + each.base.numel()
+        if batch:
+            yield batch

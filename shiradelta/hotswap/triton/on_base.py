@@ -1,0 +1,294 @@
+"""Many tensors that are read with their base only, decoded and encoded anew in one set of launches.
+
+The host looks at heads, sizes of tiles and counts, of all tensors in one go; the device does the rest.  Where anything
+is wrong, or unusual, nothing is made: the slow way then says what it is.
+"""
+
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from shiradelta.format import registry
+from shiradelta.format.arithmetic import Positions
+from shiradelta.format.codecs import BITS
+from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.bits_there import ones_of
+from shiradelta.hotswap.from_base import classes_there
+from shiradelta.hotswap.heads import ClassedSections, TiledSections
+from shiradelta.hotswap.pool import Pool, exclusive, within, words_of
+from shiradelta.hotswap.resident import Resident, SectionPart
+from shiradelta.hotswap.rice_there import encode_there
+from shiradelta.hotswap.shifts_there import decode_there
+from shiradelta.hotswap.triton.from_base import BLOCK, Counted, Tiles
+
+Tensor = torch.Tensor
+
+
+class TensorOnBase(NamedTuple):
+    """A tensor whose positions only its base tells.
+
+    Attributes:
+        nnz: nonzeros, at least one.
+        numel: elements.
+        base: all of them, flat, as torch's integers.
+        positions: the section of FROM_BASE.
+        positions_at: where it is in the device's buffer, a multiple of 4.
+        shifts: the section of ULP_FROM_BASE; None if values need no base.
+        shifts_at: where it is in the buffer.
+    """
+
+    nnz: int
+    numel: int
+    base: Tensor
+    positions: Bytes
+    positions_at: int
+    shifts: Bytes | None
+    shifts_at: int
+
+
+def resident_batch(tensors: Sequence[TensorOnBase], buffer: Tensor) -> list[Resident] | None:
+    """The sections of some tensors as the device keeps them; values are left empty that need no base.
+
+    Args:
+        tensors: with elements of one size, and fewer than 2^31 of them.
+        buffer: uint8 on their device, their sections.
+    """
+    heads = SectionHeads.of(tensors)
+    if heads is None:
+        return None
+    good: list[Tensor] = []
+    found = nonzeros(tensors, heads.positions, buffer, good)
+    if found is None:
+        return None
+    positions, at = found
+    chosen = [tensor for tensor in tensors if tensor.shifts is not None]
+    if heads.shifts is None:
+        shifts = None
+    else:
+        if len(chosen) < len(tensors):
+            parts = zip(tensors, at.split([tensor.nnz for tensor in tensors]), strict=True)
+            at = torch.cat([part for tensor, part in parts if tensor.shifts is not None])
+        shifts = shifts_of(chosen, heads.shifts, buffer, at, good)
+    if not torch.stack(good).all():  # what is not sound could be written anywhere
+        return None
+    made = iter([] if shifts is None else sections_of_bits(shifts, [tensor.nnz for tensor in chosen]))
+    rice = encode_there(positions, [tensor.nnz for tensor in tensors], [tensor.numel for tensor in tensors])
+    none = SectionPart(buffer, 0, 0)
+    return [
+        Resident(SectionPart.there(one.section), none if tensor.shifts is None else next(made), one.k, one.unary_bits)
+        for one, tensor in zip(rice, tensors, strict=True)
+    ]
+
+
+class SectionHeads(NamedTuple):
+    """What the host knows of the sections."""
+
+    positions: TiledSections
+    shifts: ClassedSections | None
+
+    @classmethod
+    def of(cls, tensors: Sequence[TensorOnBase]) -> SectionHeads | None:
+        """Takes the heads of all sections apart; None where one is wrong or unusual."""
+        every = [tensor.positions for tensor in tensors]
+        numels = np.array([tensor.numel for tensor in tensors])
+        positions = TiledSections.of(*Pool.of(every), _sizes(every), numels)
+        chosen = [(tensor.shifts, tensor.nnz) for tensor in tensors if tensor.shifts is not None]
+        if positions is None or not chosen:
+            return None if positions is None else cls(positions, None)
+        some = [section for section, _ in chosen]
+        counts = np.array([nnz for _, nnz in chosen])
+        shifts = ClassedSections.of(*Pool.of(some), _sizes(some), counts)
+        return None if shifts is None else cls(positions, shifts)
+
+
+def _sizes(sections: Sequence[Bytes]) -> Positions:
+    return np.array([section.size for section in sections], np.int64)
+
+
+def nonzeros(
+    tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor, good: list[Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """(positions, elements there), of one tensor after the other."""
+    device = buffer.device
+    ones = _ones(tensors, heads, buffer)
+    if ones.numel() != int(heads.listed.sum()):
+        return None
+    kept, tiles = _tiles(tensors, heads, buffer)
+    counted = Counted(tiles)
+    listed = _listed(
+        heads, [tensor.positions_at for tensor in tensors], buffer, ones, counted.stops, tiles.elements, good
+    )
+    if listed is None:
+        return None
+    total = sum(tensor.nnz for tensor in tensors)
+    wide = max(tensor.numel for tensor in tensors) > 1 << 31
+    positions, at, ends = counted.collect(*counted.find(listed), total, wide)
+    programs = np.add.reduceat(-(-_tile_sizes(tensors, heads) // BLOCK), exclusive(heads.tiles))
+    right = np.cumsum([tensor.nnz for tensor in tensors])
+    both = torch.from_numpy(np.stack((np.cumsum(programs) - 1, right))).to(device)
+    good.append((ends[both[0]] == both[1]).all())
+    del kept
+    return positions, at
+
+
+def _ones(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor) -> Tensor:
+    """The unary bits that are set, of all tensors' words, one after the other."""
+    starts = np.array([tensor.positions_at for tensor in tensors]) + heads.unary_at
+    return ones_of(_joined(buffer, starts, starts + words_of(heads.unary_total)))
+
+
+def _tile_sizes(tensors: Sequence[TensorOnBase], heads: TiledSections) -> Positions:
+    numel, size = (
+        np.repeat(each, heads.tiles) for each in ([t.numel for t in tensors], heads.tile_rows * heads.columns)
+    )
+    return np.minimum(numel - within(heads.tiles) * size, size)
+
+
+def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor) -> tuple[object, Tiles]:
+    """(what has to be kept meanwhile, the table of all tiles)."""
+    device, size = buffer.device, tensors[0].base.element_size()
+    has_lines = bool(np.any(heads.row_bits + heads.column_bits))
+    cells_at, groups_at = exclusive(heads.cell_counts), exclusive(heads.groups)
+    classes = classes_there(heads.thresholds, device)
+    cells, turned, starts = (
+        torch.from_numpy(each).to(device) for each in (heads.cells, heads.turned.view(np.uint8), cells_at)
+    )
+    if not has_lines:  # the cells are those of classes of elements
+        classes = cells[starts[:, None] + classes]
+    small = classes, cells, turned
+    tensor, tile = np.repeat(np.arange(len(tensors)), heads.tiles), within(heads.tiles)
+    whole = heads.tile_rows * heads.columns
+    sections = np.array([one.positions_at for one in tensors]) + buffer.data_ptr()
+    of_tensors = {
+        "groups": heads.groups,
+        "classes": small[0].data_ptr() + np.arange(len(tensors)) * classes.shape[1],
+        "cells": small[1].data_ptr() + cells_at,
+        "class_count": heads.classes,
+        "column_classes": 1 << heads.column_bits,
+        "columns": heads.columns,
+        "row_fields": sections + heads.row_at,
+        "row_width": heads.row_bits,
+        "column_fields": sections + heads.column_at,
+        "column_width": heads.column_bits,
+        "turned": small[2].data_ptr() + groups_at,
+    }
+    columns = {name: values[tensor] for name, values in of_tensors.items()}
+    addresses = np.array([one.base.data_ptr() for one in tensors])
+    columns["base"] = addresses[tensor] + tile * whole[tensor] * size
+    columns["size"] = _tile_sizes(tensors, heads)
+    columns["position"] = tile * whole[tensor]
+    columns["row"] = tile * heads.tile_rows[tensor]
+    return small, Tiles.of(columns, size, has_lines, device)
+
+
+def _listed(
+    heads: TiledSections,
+    sections: Sequence[int],
+    buffer: Tensor,
+    ones: Tensor,
+    stops: Tensor,
+    elements: int,
+    good: list[Tensor],
+) -> Tensor | None:
+    """Int64: the numbers of what is listed in the order of tiles, then groups, then elements.
+
+    Args:
+        heads: of the sections.
+        sections: where they are in the buffer.
+        buffer: the sections.
+        ones: the unary bits that are set, as many as there are listed elements.
+        stops: where each group of each tile ends in that order.
+        elements: how many there are.
+        good: to add what is checked there.
+    """
+    device = buffer.device
+    tensor = np.repeat(np.arange(heads.tiles.size), heads.tiles)
+    groups = heads.groups[tensor]
+    tile, group = np.repeat(np.arange(tensor.size), groups), within(groups)
+    k = heads.ks[exclusive(heads.groups)[tensor[tile]] + group]
+    # Tiles: their first unary bits and their first ones.
+    before = exclusive(heads.unary_bits)
+    before -= before[exclusive(heads.tiles)][tensor]
+    begins = before + (8 * exclusive(words_of(heads.unary_total)))[tensor]
+    of_tile = np.add.reduceat(heads.listed, exclusive(groups))
+    if np.any((of_tile == 0) & (heads.unary_bits > 0)):
+        return None
+    if not ones.numel():
+        return ones
+    lists = of_tile > 0
+    firsts = exclusive(of_tile)
+    lasts = firsts + of_tile - 1
+    edges = np.stack((begins, begins + heads.unary_bits - 1, firsts, lasts))[:, lists]
+    begin, last_bit, first, last = torch.from_numpy(edges).to(device)
+    good.append(((ones[first] >= begin) & (ones[last] == last_bit)).all())
+    # Cells: the bit of the first low field, less what its rank adds; ranks; and their number.
+    low = exclusive(heads.listed * k)
+    low -= low[exclusive(heads.tiles * heads.groups)][tensor[tile]]
+    low += (8 * (np.array(sections) + heads.low_at))[tensor[tile]]
+    rank = exclusive(heads.listed)
+    cells = np.stack((heads.listed, np.arange(k.size), k, low - rank * k, rank))[:, heads.listed > 0]
+    counts, cell, ks, lows, ranks = torch.from_numpy(cells).to(device)
+    which = torch.repeat_interleave(counts, output_size=ones.numel())
+    number = torch.arange(ones.numel(), device=device)
+    of_k = ks[which]
+    at = lows[which] + number * of_k
+    words = buffer.view(torch.int32)
+    word = at >> 5
+    pair = (words[word].long() & 0xFFFFFFFF) | (words[word + 1].long() << 32)
+    fields = (pair >> (at & 31)) & ((1 << of_k) - 1)
+    del at, word, pair
+    previous = torch.cat((ones.new_tensor([-1]), ones[:-1]))
+    previous[first] = begin - 1
+    # No gap is larger than a tile; what a damaged one says must not overflow the sums.
+    zeros = (ones - previous - 1).clamp(min=0, max=registry.MAX_BASE_TILE)
+    steps = ((zeros << of_k) + fields).clamp(max=registry.MAX_BASE_TILE) + 1
+    sums = torch.cat((steps.new_zeros(1), steps.cumsum(0)))
+    starts = torch.cat((stops.new_zeros(1), stops))[cell]
+    listed = sums[1:] + (starts - 1 - sums[ranks])[which]
+    # They increase in each cell.
+    good.append((listed[ranks + counts - 1] < stops[cell]).all())
+    return listed.clamp(max=elements - 1)
+
+
+def shifts_of(
+    tensors: Sequence[TensorOnBase], heads: ClassedSections, buffer: Tensor, at: Tensor, good: list[Tensor]
+) -> Tensor:
+    """Those of all nonzeros, given the base's elements there."""
+    device, size = buffer.device, at.element_size()
+    starts = np.array([tensor.shifts_at for tensor in tensors])
+    signs_at, stream_at = (starts + each for each in (heads.signs_at, heads.stream_at))
+    slack = torch.zeros(registry.SLACK, dtype=torch.uint8, device=device)
+    signs = _joined(buffer, signs_at, stream_at)
+    streams = torch.cat((_joined(buffer, stream_at, stream_at + heads.stream_size), slack))
+    classes = classes_there(heads.thresholds, device)
+    tensor, block = np.repeat(np.arange(len(tensors)), heads.blocks), within(heads.blocks)
+    columns = {
+        "base": at.data_ptr() + (exclusive(heads.counts)[tensor] + block * registry.ULP_BLOCK) * size,
+        "size": np.minimum(heads.counts[tensor] - block * registry.ULP_BLOCK, registry.ULP_BLOCK),
+        "groups": heads.classes[tensor],
+        "classes": classes.data_ptr() + tensor * classes.shape[1],
+    }
+    found = decode_there(heads, streams, signs, Counted(Tiles.of(columns, size, False, device)), at)
+    good.append(found.sound)
+    return found.shifts
+
+
+def _joined(buffer: Tensor, starts: Positions, stops: Positions) -> Tensor:
+    """Parts of the buffer, one after the other."""
+    return torch.cat([buffer[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)])
+
+
+def sections_of_bits(shifts: Tensor, counts: Sequence[int]) -> list[SectionPart]:
+    """The shifts of some tensors as sections of BITS."""
+    size = shifts.element_size()
+    sizes = [BITS.size(count, size) for count in counts]
+    whole = torch.zeros(sum(sizes), dtype=torch.uint8, device=shifts.device)
+    starts = exclusive(np.array(sizes)).tolist()
+    for start, some in zip(starts, shifts.split(list(counts)), strict=True):
+        whole[start : start + some.numel() * size] = some.view(torch.uint8)
+    return [SectionPart(whole, start, start + own) for start, own in zip(starts, sizes, strict=True)]
