@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from shiradelta.models.forward import forward_replaced
 from shiradelta.models.placement import layers_of
 from shiradelta.util.memory import is_out_of_memory
 
@@ -57,22 +58,14 @@ class Recomputation:
     @contextmanager
     def _replaced(self) -> Iterator[None]:
         """Within the block, layers compute their activations again, and models fill no caches, which would be twice."""
-        layers = layers_of(self._model)
-        own = [layer.__dict__.get("forward") for layer in layers]  # hooks of accelerate's are such
         every: Iterator[Any] = (getattr(module, "config", None) for module in self._model.modules())
         caches = {id(config): (config, config.use_cache) for config in every if hasattr(config, "use_cache")}
-        for layer in layers:
-            layer.forward = partial(_again, layer.forward)
         for config, _ in caches.values():
             config.use_cache = False
         try:
-            yield
+            with forward_replaced(layers_of(self._model), lambda _, forward: partial(_again, forward)):
+                yield
         finally:
-            for layer, before in zip(layers, own, strict=True):
-                if before is None:
-                    del layer.forward
-                else:
-                    layer.forward = before
             for config, before in caches.values():
                 config.use_cache = before
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shiradelta.models.forward import forward_replaced
 from shiradelta.models.placement import layer_lists
 
 #: Outputs are kept if those of all passes take at most this many bytes; otherwise every pass runs all layers.
@@ -54,22 +55,9 @@ class Replay:
     def run(self, forward: Callable[[Sequence[int]], object], whose: str, part: Sequence[int]) -> object:
         """Runs a pass, which an exception may end early."""
         self._now = whose, tuple(part)
-        with self._replaced():
-            return forward(part)
-
-    @contextmanager
-    def _replaced(self) -> Iterator[None]:
         done = self._chain[: self._done] if self._passes else ()
-        own = [vars(layer).get("forward") for layer in done]  # such as accelerate's
-        for number, layer in enumerate(done):
-            layer.forward = partial(self._call, number, layer.forward)
-        try:
-            yield
-        finally:
-            for layer, before in zip(done, own, strict=True):
-                del layer.forward
-                if before is not None:
-                    layer.forward = before
+        with forward_replaced(done, lambda number, own: partial(self._call, number, own)):
+            return forward(part)
 
     def _call(self, number: int, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         last, output = self._kept.get(self._now, (-1, None))

@@ -27,6 +27,7 @@ from shiradelta.fit.refit.skeleton import CannotStreamError, Skeleton
 from shiradelta.fit.refit.state_weights import STATES, STUDENTS, StateWeights
 from shiradelta.fit.text_behaviour import not_run
 from shiradelta.models import loading
+from shiradelta.models.forward import forward_replaced
 from shiradelta.models.placement import pick_devices
 from shiradelta.select.topk import Selection
 from shiradelta.text.batches import by_length, mean_over
@@ -273,13 +274,8 @@ class _Stream:
             result = forward(index, *arguments, **keywords)
             return (result,) if self._tuple else result
 
-        for index, block in enumerate(self._blocks):
-            block.forward = partial(called, index)
-        try:
+        with forward_replaced(self._blocks, lambda index, _: partial(called, index)):
             yield
-        finally:
-            for block in self._blocks:
-                del block.forward
 
 
 #: Types whose values tell all about them.
