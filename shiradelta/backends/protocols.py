@@ -47,10 +47,14 @@ class Decoder(Protocol):
     def check(self, record: Record) -> None:
         """Checks everything that `positions` and `bits` check, without keeping it; safe in several threads."""
 
-    def check_many(self, records: Iterable[Record]) -> None:
-        """`check` of several tensors, in as few steps as the decoder can."""
-        for record in records:
-            self.check(record)
+    def check_of(self, records: Sequence[Record]) -> Callable[[], None]:
+        """A function that checks several tensors as `check` does, in as few steps as the decoder can."""
+
+        def check() -> None:
+            for record in records:
+                self.check(record)
+
+        return check
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         """Applies a tensor's delta to all its elements' bits, flat and writable.  Dtypes are known to fit."""

@@ -67,8 +67,7 @@ class Record(NamedTuple):
     @property
     def needs_base(self) -> bool:
         """Whether only the base's elements tell positions or values."""
-        codecs = INDEX_CODECS.by_id.get(self.index_codec), VALUE_CODECS.by_id.get(self.value_codec)
-        return any(codec is not None and codec.needs_base for codec in codecs)
+        return _needs_base(self.index_codec, self.value_codec)
 
     @property
     def element_size(self) -> int:
@@ -155,6 +154,12 @@ def _problem(
         if present and never:
             return f"a fingerprint on {operation.title} of {dtype.name}"
     return None
+
+
+@lru_cache(maxsize=256)
+def _needs_base(index_codec: int, value_codec: int) -> bool:
+    codecs = INDEX_CODECS.by_id.get(index_codec), VALUE_CODECS.by_id.get(value_codec)
+    return any(codec is not None and codec.needs_base for codec in codecs)
 
 
 def _may_need_base(dtype: registry.DType) -> bool:

@@ -67,10 +67,11 @@ class Resident(NamedTuple):
     @classmethod
     def of(cls, positions: SectionPart, values: SectionPart) -> Resident:
         """Reads the head of positions that are in the host's memory; a patch without nonzeros has none."""
-        if not positions.size:
+        source, start, stop = positions
+        if start == stop:
             return cls(positions, values, 0, 0)
-        assert isinstance(positions.source, np.ndarray)
-        return cls(positions, values, *registry.RICE_HEAD.unpack_from(positions.source.data, positions.start))
+        assert isinstance(source, np.ndarray)
+        return cls(positions, values, *registry.RICE_HEAD.unpack_from(source.data, start))
 
 
 def residents(tensors: Sequence[tuple[Bytes, StoredTensor, TorchDecoder]]) -> list[Resident]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from operator import call
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.record import Record
 from shiradelta.format.registry import ORDERED, Order
+from shiradelta.hotswap.checks import checks_of
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
 from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.hotswap.on_device import resident_on_base
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.resident import NOTHING, Resident, SectionPart, residents
-from shiradelta.io.reader import StoredTensor, check_all, shares_of
+from shiradelta.io.reader import StoredTensor
 from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array
@@ -114,14 +116,14 @@ class TorchBackend(Elementwise):
         return ElementsThere(self.from_base, flat(target))
 
     def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
-        """Copies all sections into one buffer on the device, aligned as in a file; checks them meanwhile."""
+        """Copies all sections into one buffer on the device, aligned as in a file; other threads check them."""
         fits = [(source, *fit) for source, tensors in files for fit in tensors]
         codecs = self._resident([tensor.record for _, tensor, _, _ in fits])
         others = [tensor for _, tensor, _, _ in fits if not tensor.record.needs_base]
         try:
-            every = self._residents(fits, codecs)
-            buffer, starts = self._upload([part for kept in every for part in (kept.positions, kept.values)])
-            with meanwhile(check_all, shares_of(others, THREADS)):
+            with meanwhile(call, checks_of(others, THREADS)):
+                every = self._residents(fits, codecs)
+                buffer, starts = self._upload([part for kept in every for part in (kept.positions, kept.values)])
                 patches = []
                 for i, ((_, tensor, target, dtype), kept, codec) in enumerate(zip(fits, every, codecs, strict=True)):
                     sections = Sections.of(buffer, kept, starts[2 * i : 2 * i + 2], tensor.record, codec)
@@ -142,13 +144,15 @@ class TorchBackend(Elementwise):
         self, fits: Sequence[tuple[Bytes, StoredTensor, Target, str]], codecs: Sequence[TorchDecoder]
     ) -> list[Resident]:
         """The sections of tensors as the device keeps them: in the file, new bytes, or made on the device."""
-        pairs = list(zip(fits, codecs, strict=True))
-        on_base = [(*fit[:3], codec) for fit, codec in pairs if fit[1].record.needs_base]
+        every = [(source, tensor, codec) for (source, tensor, _, _), codec in zip(fits, codecs, strict=True)]
+        on_base = [i for i, (_, tensor, _) in enumerate(every) if tensor.record.needs_base]
+        if not on_base:
+            return residents(every)
         with self.ordered(self.stream(None), reads=True):
-            made = iter(self.read_on_base(on_base))
-        given = [(source, tensor, codec) for (source, tensor, *_), codec in pairs if not tensor.record.needs_base]
-        others = iter(residents(given))
-        return [next(made if tensor.record.needs_base else others) for _, tensor, _, _ in fits]
+            made = self.read_on_base([(*fits[i][:3], codecs[i]) for i in on_base])
+        there = dict(zip(on_base, made, strict=True))
+        others = iter(residents([one for i, one in enumerate(every) if i not in there]))
+        return [there[i] if i in there else next(others) for i in range(len(every))]
 
     def read_on_base(self, tensors: Sequence[tuple[Bytes, StoredTensor, Target, TorchDecoder]]) -> list[Resident]:
         """Decodes tensors that are read with their base only, and encodes them anew, on the device.

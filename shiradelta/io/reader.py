@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -87,7 +87,8 @@ class StoredTensor(TensorDelta):
 
     def check_memory(self, size: int) -> None:
         """Checks that `size` bytes are within the limit of the open file.  Raises LimitError."""
-        self._delta.check_memory(f"tensor {self.record.name!r}", size)
+        if size > self._delta.limit:
+            self._delta.check_memory(f"tensor {self.record.name!r}", size)
 
     def _within(self, size: int) -> Decoder:
         """The decoder, once `size` bytes are known to be within the limit.  Raises LimitError."""
@@ -313,22 +314,6 @@ class Delta(Mapping[str, StoredTensor]):
                 tensor.section(tensor.record.values)
             else:
                 tensor.check()
-
-
-def check_all(tensors: Iterable[StoredTensor]) -> None:
-    """`StoredTensor.check` of several tensors, in as few calls as their decoders need."""
-    groups: dict[int, tuple[Decoder, list[Record]]] = {}
-    for tensor in tensors:
-        decoder = tensor.decoder
-        groups.setdefault(id(decoder), (decoder, []))[1].append(tensor.record)
-    for decoder, records in groups.values():
-        decoder.check_many(records)
-
-
-def shares_of(tensors: Iterable[StoredTensor], count: int) -> list[list[StoredTensor]]:
-    """Tensors in at most `count` shares, of about as many nonzeros each."""
-    ordered = sorted(tensors, key=lambda tensor: tensor.record.nnz, reverse=True)
-    return [ordered[number::count] for number in range(min(count, len(ordered)))]
 
 
 #: An argument that is a delta.

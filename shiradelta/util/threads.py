@@ -6,12 +6,12 @@ NumPy, libshd, zlib and file reads release the interpreter's lock, so threads of
 from __future__ import annotations
 
 import os
+from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from queue import SimpleQueue
 from typing import TypeVar
 
 from shiradelta.util.interrupts import Job, uninterrupted
@@ -67,18 +67,22 @@ def meanwhile(work: Callable[[Item], object], items: Sequence[Item]) -> Iterator
     The block runs once all have begun: a block that is Python would keep them from it, by the interpreter's lock, for
     milliseconds.  An exception of the block is raised before that of a work.
     """
-    begun: SimpleQueue[None] = SimpleQueue()
+    all_begun, begun = allocate_lock(), iter(range(len(items)))
 
     def begin(item: Item) -> None:
-        begun.put(None)
+        # Only the last one wakes the block, which would take the interpreter's lock from the others each time.
+        if next(begun) == len(items) - 1:
+            all_begun.release()
         work(item)
 
     jobs = [Job(partial(begin, item)) for item in items]
+    if jobs:
+        all_begun.acquire()
     for job in jobs:
         job.start()
-    for _ in jobs:
-        begun.get()
     try:
+        with all_begun:
+            pass
         yield
     finally:
         for job in jobs:

@@ -242,10 +242,10 @@ def test_several_tensors_are_checked_at_once(tmp_path: Path, name: str):
     with shiradelta.open_delta(bytes(data), backend=name) as delta:
         records = [one.record for one in delta.values()]
         assert records[1].values.zstd, "one needs memory"
-        delta["a"].decoder.check_many(records)
+        delta["a"].decoder.check_of(records)()
     data[records[2].values.offset] ^= 1
     with shiradelta.open_delta(bytes(data), backend=name) as delta, pytest.raises(FormatError) as raised:
-        delta["a"].decoder.check_many(records)
+        delta["a"].decoder.check_of(records)()
     assert (raised.value.reason, raised.value.tensor) == ("section_checksum", "c")
     assert raised.value.offset == records[2].values.offset
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import byref, c_double, c_uint64, c_void_p
 from typing import Any
 
@@ -296,18 +296,20 @@ class NativeDecoder(Decoder):
         return self._loaded(record) or LoadedTensor(self, record, _CHECK_SIZES)
 
     def check(self, record: Record) -> None:
-        self.check_many([record])
+        self.check_of([record])()
 
-    def check_many(self, records: Iterable[Record]) -> None:
-        """Checks tensors as loading does; all that need no memory in one call."""
-        numbers = []
-        for record in records:
-            if _needs_scratch(record):
+    def check_of(self, records: Sequence[Record]) -> Callable[[], None]:
+        """Checks tensors as loading does; all that need no memory in one call of the library."""
+        loading = [record for record in records if _needs_scratch(record)]
+        others = [self.numbers[record.name] for record in records if not _needs_scratch(record)]
+        numbers = np.array(others, np.uint32)
+
+        def check() -> None:
+            for record in loading:
                 LoadedTensor(self, record)
-            else:
-                numbers.append(self.numbers[record.name])
-        wanted = np.array(numbers, np.uint32)
-        self._check(library().shd_check, None, self.file, address(wanted), wanted.size)
+            self._check(library().shd_check, None, self.file, address(numbers), numbers.size)
+
+        return check
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         """Decodes and applies in one pass, on several threads."""
