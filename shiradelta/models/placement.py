@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shiradelta.errors import ArgumentError, SourceError
+from shiradelta.util.text import brief
 
 #: Share of a GPU's free memory that what is known beforehand may take; the rest is for activations and gradients.
 ROOM = 0.75
@@ -30,9 +31,27 @@ def pick_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device {name!r} cannot be used ({error}); take cpu") from None
+        device = torch.device(name)
+    except RuntimeError:  # its message lists all that torch has names for
+        raise ArgumentError(f"{name!r} is no device; take {_available()}", argument="device") from None
+    if device.type == "meta":
+        raise ArgumentError(f"'{device}' computes nothing; take {_available()}", argument="device")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = brief(str(error).partition("\n")[0].partition(". ")[0], 80)
+        raise ArgumentError(
+            f"'{device}' cannot be used here ({reason}); take {_available()}", argument="device"
+        ) from None
+
+
+def _available() -> str:
+    """The devices that are there, in words: "cpu, cuda:0 or cuda:1"."""
+    there = torch.accelerator.is_available()
+    other = torch.accelerator.current_accelerator() if there else None
+    count = torch.accelerator.device_count() if there else 0
+    *most, last = ["cpu", *(f"{other}:{index}" for index in range(count))]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def pick_devices(names: str | Sequence[str] | None, need: Callable[[torch.device], float]) -> list[torch.device]:
@@ -46,14 +65,14 @@ def pick_devices(names: str | Sequence[str] | None, need: Callable[[torch.device
     Raises:
         ArgumentError: a device cannot be used, or a GPU is named twice.
     """
-    given = [] if names is None else names.split(",") if isinstance(names, str) else list(names)
+    given = [name.strip() for name in (names.split(",") if isinstance(names, str) else names or ())]
     if len(given) > 1:
-        devices = [pick_device(name.strip()) for name in given]
+        devices = list(map(pick_device, given))
         gpus = [device for device in devices if device.type != "cpu"]
         if len(set(gpus)) < len(gpus):
-            raise ArgumentError(f"device {','.join(given)!r} names a GPU twice; name each once")
+            raise ArgumentError(f"{','.join(given)!r} names a GPU twice; name each once", argument="device")
         return devices
-    name = given[0].strip() if given else None
+    name = given[0] if given else None
     first = pick_device(name)
     every = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if first.type == "cuda" else []
     if name in (None, "cuda") and len(every) > 1 and need(first) > ROOM * _free(first):

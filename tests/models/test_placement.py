@@ -123,10 +123,30 @@ def test_what_cannot_be_spread_is_refused():
 def test_devices_that_are_named_are_taken():
     assert pick_devices("cpu, cpu", lambda device: 0) == pick_devices(["cpu", "cpu"], lambda device: 0) == [CPU, CPU]
     assert pick_devices("cpu", lambda device: 1e18) == pick_devices(["cpu"], lambda device: 1e18) == [CPU]
-    with pytest.raises(ArgumentError, match="device 'meta,cpu,meta' names a GPU twice"):
-        pick_devices("meta,cpu,meta", lambda device: 0)
-    with pytest.raises(ArgumentError, match="device 'cuda:77' cannot be used"):
-        pick_devices("cpu,cuda:77", lambda device: 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpu", "'gpu' is no device"),
+        ("cpu,", "'' is no device"),
+        ("cuda:one", "'cuda:one' is no device"),
+        ("cpu,cuda:77", r"'cuda:77' cannot be used here \(.{,90}\)"),
+        ("privateuseone", r"'privateuseone' cannot be used here \(No module .{,80}\)"),
+        ("meta", "'meta' computes nothing"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, message: str):
+    with pytest.raises(ArgumentError, match=f"^device {message}; take cpu[^;]*$"):
+        pick_devices(name, lambda device: 0)
+
+
+def test_what_is_there_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(ArgumentError, match=r"^device 'gpu' is no device; take cpu, cuda:0 or cuda:1$"):
+        pick_devices("gpu", lambda device: 0)
 
 
 @pytest.mark.parametrize(
@@ -150,5 +170,7 @@ def test_a_model_that_fits_takes_one_gpu_and_another_all(
     monkeypatch.setattr(placement, "_free", lambda device: 100.0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert pick_devices(name, lambda device: need) == expected
+    with pytest.raises(ArgumentError, match=r"^device 'cuda:1,cpu,cuda:1' names a GPU twice"):
+        pick_devices("cuda:1, cpu,cuda:1", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pick_devices(None, lambda device: need) == GPUS[:1]
