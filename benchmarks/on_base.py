@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import io
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,12 +27,15 @@ from shiradelta.backends.choose import choose
 from shiradelta.format.codecs import ULP
 from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.registry import IndexId
-from shiradelta.hotswap.devices import devices_for
+from shiradelta.hotswap import on_device
 from shiradelta.hotswap.numpy import NumpyBackend
+from shiradelta.hotswap.torch import TorchBackend
+from shiradelta.hotswap.triton import batches
+from shiradelta.hotswap.triton import on_base as together
 from shiradelta.io.context import write_on_base
 from shiradelta.io.reader import Delta
-from shiradelta.io.restored import Elements, Located, located, with_values
-from shiradelta.models.live import live_tensors
+from shiradelta.io.restored import located, with_values
+from shiradelta.models.live import Target, live_tensors
 from shiradelta.models.memory import flat_bits
 
 DENSITY = 0.01
@@ -67,53 +71,65 @@ def file_on_base(stage: Stage) -> bytes:
     return for_all_layers(data, stage.layers, content_digest(sorted(every)))
 
 
-class Parts:
-    """The parts of a load, one after the other, of some of a file's tensors.
+#: What a load does on a device, by parts, for each backend: (where a function is, its name, what it does).
+PARTS: dict[str, list[tuple[object, str, str]]] = {
+    "triton": [
+        (batches, "uploaded", "sections, copied there"),
+        (together.SectionHeads, "of", "heads of sections"),
+        (together, "nonzeros", "positions, elements there"),
+        (together, "shifts_of", "shifts"),
+        (together, "encode_there", "positions as RICE"),
+        (together, "sections_of_bits", "shifts as BITS"),
+        (TorchBackend, "check_base", "fingerprints"),
+    ],
+    "torch": [
+        (on_device, "positions_of", "positions"),
+        (on_device, "shifts_of", "shifts"),
+        (on_device, "encode_there", "positions as RICE"),
+        (TorchBackend, "check_base", "fingerprints"),
+    ],
+}
 
-    Args:
-        stage: the clock.
-        delta: the file.
-        names: of the tensors.
-        elements: all elements of a tensor's base.
-    """
 
-    def __init__(self, stage: Stage, delta: Delta, names: Sequence[str], elements: Callable[[str], Elements]) -> None:
-        self._stage, self._stored = stage, [delta[name] for name in names]
-        self._elements = [partial(elements, name) for name in names]
+@contextmanager
+def clocks(stage: Stage, parts: Sequence[tuple[object, str, str]]) -> Iterator[dict[str, float]]:
+    """Adds up the seconds of all calls of some functions, the device's work included."""
+    seconds: dict[str, float] = {}
+    with ExitStack() as stack:
+        for where_, name, what in parts:
+            function = getattr(where_, name)
 
-    def positions(self, what: str) -> list[Located]:
-        """Notes the times of what needs all weights."""
-        elements, seconds = self._timed(lambda: [each() for each in self._elements])
-        self._stage.row(what, "weights, copied if need be", len(elements), seconds)
-        pairs = list(zip(self._stored, elements, strict=True))
-        places, seconds = self._timed(lambda: [located(*pair) for pair in pairs])
-        self._stage.row(what, "positions, elements there", len(elements), seconds)
-        return places
+            def timed(*given: Any, _function: Any = function, _what: str = what, **named: Any) -> Any:
+                found: list[Any] = []
+                taken = stage.once(lambda: found.append(_function(*given, **named)))
+                seconds[_what] = seconds.get(_what, 0.0) + taken
+                return found[0]
 
-    def run(self, what: str) -> None:
-        """Notes the times of all parts."""
-        places, clock = self.positions(what), partial(self._stage.row, what)
-        found = list(zip(self._stored, places, strict=True))
-        tensors, seconds = self._timed(lambda: [with_values(*each) for each in found])
-        clock("shifts", len(found), seconds)
-        rice = choose().index_codecs[IndexId.RICE]
-        for part, work in {
-            "positions as RICE": lambda one: rice.encode(one.positions(), one.shape),
-            "shifts as ULP": lambda one: ULP.encode(one.bits()),
-            "digest": tensor_digest,
-        }.items():
-            _, seconds = self._timed(partial(self._each, work, tensors))
-            clock(part, len(found), seconds)
+            is_bound = hasattr(function, "__self__")
+            stack.enter_context(mock.patch.object(where_, name, staticmethod(timed) if is_bound else timed))
+        yield seconds
 
-    @staticmethod
-    def _each(work: Callable[[sd.TensorDelta], object], tensors: Sequence[sd.TensorDelta]) -> None:
-        for tensor in tensors:
-            work(tensor)
 
-    def _timed(self, work: Callable[[], Result]) -> tuple[Result, float]:
-        found: list[Result] = []
-        seconds = self._stage.once(lambda: found.append(work()))
-        return found[0], seconds
+def in_host(stage: Stage, delta: Delta, names: Sequence[str], targets: Mapping[str, Target]) -> None:
+    """Notes the parts of a load by the plain form, of some of a file's tensors, on one thread."""
+    what, host, stored = f"host, {len(names)} tensors", NumpyBackend(), [delta[name] for name in names]
+    rice = choose().index_codecs[IndexId.RICE]
+    elements = noted(stage, what, "weights, copied", lambda: [host.all_elements(targets[name]) for name in names])
+    pairs = list(zip(stored, elements, strict=True))
+    places = noted(stage, what, "positions, elements there", lambda: [located(*pair) for pair in pairs])
+    both = list(zip(stored, places, strict=True))
+    tensors = noted(stage, what, "shifts", lambda: [with_values(*each) for each in both])
+    noted(stage, what, "positions as RICE", lambda: [rice.encode(one.positions(), one.shape) for one in tensors])
+    noted(stage, what, "shifts as ULP", lambda: [ULP.encode(one.bits()) for one in tensors])
+    noted(stage, what, "digest", lambda: [tensor_digest(one) for one in tensors])
+
+
+def noted(stage: Stage, experiment: str, what: str, work: Callable[[], Sequence[Result]]) -> Sequence[Result]:
+    """Notes the time of some work, and returns what it gives."""
+    found: list[Sequence[Result]] = []
+    seconds = stage.once(lambda: found.append(work()))
+    stage.row(experiment, what, len(found[0]), seconds)
+    return found[0]
 
 
 def copied(stage: Stage) -> float:
@@ -137,21 +153,24 @@ def main() -> None:
     print(f"{where(options.device)}; {versions()}")
     data = file_on_base(stage)
     targets = live_tensors(stage.model)
-    backend = "auto" if options.device == "cuda" else "torch"
-    devices, host = devices_for(targets.values(), backend), NumpyBackend()
+    backend = "triton" if options.device == "cuda" else "torch"
     copy = copied(stage)
     with sd.open_delta(data) as delta:
         print(
             f"{delta.nnz / 1e6:.1f} M nonzeros in {len(data) / 1e6:.1f} MB, {8 * len(data) / delta.nnz:.2f} bits each"
         )
-        there = Parts(stage, delta, list(delta), lambda name: devices.all_elements(targets[name]))
-        there.positions("there, first time")
-        there.run("there")
         few = [name for name in delta if int(name.split(".")[0]) < options.of_host]
-        Parts(stage, delta, few, lambda name: host.all_elements(targets[name])).run(f"host, {options.of_host} layers")
+        in_host(stage, delta, few, targets)
     swap = sd.HotSwap(stage.model, backend=backend)
-    for number in range(options.repeats):
-        stage.row("load", "HotSwap.load", number, stage.once(lambda: swap.load("step", data)))
+    for number in range(options.repeats + 1):
+        parts = PARTS[backend] if number == options.repeats else []
+        with clocks(stage, parts) as of_parts:
+            whole = stage.once(lambda: swap.load("step", data))
+        stage.row("load", "HotSwap.load, by parts" if parts else "HotSwap.load", number, whole)
+        for what, taken in of_parts.items():
+            stage.row("there", what, number, taken)
+        if parts:
+            stage.row("there", "the rest", number, whole - sum(of_parts.values()))
         swap.switch("step")
         swap.revert()
         swap.unload("step")

@@ -1,10 +1,21 @@
-"""Bitmaps and fields of bits on a device, in torch operations."""
+"""Arrays that are sent to a device, and bitmaps and fields of bits there, in torch operations."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 
 Tensor = torch.Tensor
+
+
+def sent(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Copies an array to a device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def bits_of(bitmap: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from shiradelta.format.codecs.base_classes import KEYS
 from shiradelta.format.codecs.from_base import HEAD, check_end, grid_and_gaps
 from shiradelta.format.codecs.from_base_classes import BaseGrid
 from shiradelta.format.codecs.tiles import Gaps
+from shiradelta.hotswap.bits_there import sent
 from shiradelta.io.restored import Elements, Located
 
 Tensor = torch.Tensor
@@ -120,7 +121,7 @@ def keys_of(bits: Tensor) -> Tensor:
 def classes_there(thresholds: NDArray[np.int32], device: torch.device) -> Tensor:
     """uint8 [tensors, keys], on a device: how many thresholds of each tensor are at most each key."""
     keys = torch.arange(KEYS, dtype=torch.int32, device=device).expand(thresholds.shape[0], KEYS).contiguous()
-    found = torch.searchsorted(torch.from_numpy(thresholds).to(device), keys, right=True, out_int32=True)
+    found = torch.searchsorted(sent(thresholds, device), keys, right=True, out_int32=True)
     return found.to(torch.uint8)
 
 

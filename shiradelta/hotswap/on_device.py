@@ -44,10 +44,10 @@ def resident_on_base(
     """
     record = tensor.record
     with named(tensor, record.index):
-        positions = _positions(tensor, base, codec)
+        positions = positions_of(tensor, base, codec)
     with named(tensor, record.values):
         if record.value_codec == ULP_FROM_BASE.id:
-            values = SectionPart.there(bits_section(_shifts(tensor, base[positions])))
+            values = SectionPart.there(bits_section(shifts_of(tensor, base[positions])))
         else:
             values = checked_values(source, tensor, values_codec)
     if record.index_codec == IndexId.RICE:
@@ -64,7 +64,7 @@ def bits_section(values: Tensor) -> Tensor:
     return section
 
 
-def _positions(tensor: StoredTensor, base: Tensor, codec: TorchFromBase) -> Tensor:
+def positions_of(tensor: StoredTensor, base: Tensor, codec: TorchFromBase) -> Tensor:
     """Those of all nonzeros, on the device of the base."""
     record = tensor.record
     tensor.check_memory(record.decoded_size)
@@ -90,7 +90,7 @@ def checked_values(source: Bytes, tensor: StoredTensor, codec: TorchDecoder) -> 
     return SectionPart.of(codec.encode(own.decode(data, record.nnz, record.element_size, 0, record.nnz)))
 
 
-def _shifts(tensor: StoredTensor, at: Tensor) -> Tensor:
+def shifts_of(tensor: StoredTensor, at: Tensor) -> Tensor:
     """Those of all nonzeros, given the base's elements there."""
     record = tensor.record
     data, nnz, size = tensor.section(record.values), record.nnz, record.element_size

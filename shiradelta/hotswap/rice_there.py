@@ -16,6 +16,7 @@ import torch
 from shiradelta.format import registry
 from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.codecs.rice import section_size
+from shiradelta.hotswap.bits_there import sent
 
 Tensor = torch.Tensor
 
@@ -61,23 +62,23 @@ def encode_there(positions: Tensor, counts: Sequence[int], numels: Sequence[int]
         """A number of each tensor for all of its positions."""
         if not several:
             return numbers[0]
-        each = torch.tensor([numbers, counts], device=device)
+        each = sent(np.array([numbers, counts]), device)
         return torch.repeat_interleave(each[0].to(dtype), each[1], output_size=starts[-1])
 
-    firsts = torch.tensor(starts[:-1], device=device)
-    gaps = positions.diff(prepend=positions.new_tensor([-1])) - 1
+    firsts, stops = sent(np.array([starts[:-1], starts[1:]]), device)
+    gaps = positions.diff(prepend=positions.new_full((1,), -1)) - 1
     gaps[firsts] = positions[firsts]
     k = spread(ks, positions.dtype)
     # Behind each one: the bits up to it, counted from the first tensor's first bit.
     ends = ((gaps >> k) + 1).cumsum(0)
-    lasts = ends[torch.tensor(starts[1:], device=device) - 1].tolist()
+    lasts = ends[stops - 1].tolist()
     unary = [last - before for last, before in zip(lasts, [0, *lasts], strict=False)]
 
     places = _RicePlaces.of(counts, numels, ks, unary)
     words = torch.zeros(places.words, dtype=torch.int32, device=device)
     heads = np.array([(k, 0, bits & 0xFFFFFFFF, bits >> 32) for k, bits in zip(ks, unary, strict=True)], np.uint32)
     at = np.array(places.sections)[:, None] + np.arange(4)
-    words[torch.from_numpy(at).to(device)] = torch.from_numpy(heads.view(np.int32)).to(device)
+    words[sent(at, device)] = sent(heads.view(np.int32), device)
     _put_directories(words, places, positions, ends, starts, [0, *lasts], ks, unary)
 
     if any(ks):
@@ -156,7 +157,7 @@ def _put_directories(
     size = (low - sections - head) // blocks[tensor] // 2  # words of a number
     at = sections + head + 2 * size * number
     rows = np.stack((number * registry.BLOCK_BITS, bits_before, start, k, at, size))
-    edge, bits_before_, start_, k_, at_, size_ = torch.from_numpy(rows).to(words.device)
+    edge, bits_before_, start_, k_, at_, size_ = sent(rows, words.device)
     rank = torch.searchsorted(ends, bits_before_ + edge, right=True) - start_
     some = rank > 0
     last = (start_ + rank - 1).clamp(min=0)

@@ -14,7 +14,7 @@ import torch
 
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
-from shiradelta.hotswap.bits_there import bits_of, fields_at, ones_of
+from shiradelta.hotswap.bits_there import bits_of, fields_at, ones_of, sent
 from shiradelta.hotswap.from_base import classes_there, keys_of
 from shiradelta.hotswap.heads import ClassedSections
 from shiradelta.hotswap.pool import exclusive, within, words_of
@@ -35,7 +35,7 @@ class InClasses(Protocol):
     stops: Tensor
 
     def placed(self, listed: Tensor, magnitudes: Tensor) -> Tensor:
-        """Int64, of each shift by rank: the given one where it is listed, by its number in that order; otherwise 1."""
+        """Of each shift by rank: the given one where it is listed, by its number in that order; otherwise 1."""
 
 
 class SortedClasses(InClasses):
@@ -58,7 +58,7 @@ class SortedClasses(InClasses):
         self.stops = torch.searchsorted(ordered, torch.arange(first, device=at.device, dtype=torch.int32), right=True)
 
     def placed(self, listed: Tensor, magnitudes: Tensor) -> Tensor:
-        result = torch.ones_like(self._order)
+        result = torch.ones_like(self._order, dtype=magnitudes.dtype)
         result[self._order[listed]] = magnitudes
         return result
 
@@ -87,15 +87,15 @@ def decode_there(
         in_classes: of the base's elements there.
         like: a tensor of the dtype of the shifts.
     """
-    size = like.element_size()
-    magnitudes, sound = _magnitudes(_Lists.of(sections), streams, in_classes, (1 << (8 * size - 1)) - 1)
+    magnitudes, sound = _magnitudes(_Lists.of(sections), streams, in_classes, like.dtype)
     minus = bits_of(signs)
     if sections.counts.size > 1:  # leave out what fills up words
         parts = minus.split((8 * words_of(sections.counts)).tolist())
         minus = torch.cat([part[:count] for part, count in zip(parts, sections.counts.tolist(), strict=True)])
     else:
         minus = minus[: int(sections.counts[0])]
-    return ShiftsThere(torch.where(minus > 0, -magnitudes, magnitudes).to(like.dtype), sound)
+    # 1 and 0 become 1 and -1; integers wrap where they have no sign.
+    return ShiftsThere(magnitudes * (1 - 2 * minus.to(like.dtype)), sound)
 
 
 class _Lists(NamedTuple):
@@ -135,21 +135,21 @@ class _Lists(NamedTuple):
         return cls(begins[lists], ends[lists], counts[lists], low[lists], cells[:, sections.listed > 0], sound)
 
 
-def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, most: int) -> tuple[Tensor, Tensor]:
-    """(int64, those of all shifts; whether all is right)."""
-    device, total = streams.device, int(lists.counts.sum())
-    good = [torch.tensor(lists.sound, device=device)]
+def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(those of all shifts, in integers of the elements' size; whether all is right)."""
+    device, total, most = streams.device, int(lists.counts.sum()), (1 << (8 * dtype.itemsize - 1)) - 1
+    good = [sent(np.array(lists.sound), device)]
     if not total:
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        return in_classes.placed(none, none), good[0]
+        return in_classes.placed(none, none.to(dtype)), good[0]
     _, of_block, ks, _, listed = lists.cells
     # Of each class of a block: its first listed shift, and where its low bits are in those of the block.
     before = np.cumsum(listed) - listed
     low = np.cumsum(listed * ks) - listed * ks
     low -= (np.cumsum(lists.low) - lists.low)[of_block]
-    small = torch.from_numpy(np.concatenate((lists.cells, [before, low]))).to(device)
+    small = sent(np.concatenate((lists.cells, [before, low])), device)
     firsts = np.cumsum(lists.counts) - lists.counts
-    blocks = torch.from_numpy(np.stack((lists.begins, lists.ends, lists.counts, lists.low, firsts))).to(device)
+    blocks = sent(np.stack((lists.begins, lists.ends, lists.counts, lists.low, firsts)), device)
     of_cell = torch.repeat_interleave(small[4], output_size=total)
     cell, block, k, j, _, first, low_at = small[:, of_cell]
     number = torch.arange(total, device=device)
@@ -161,7 +161,7 @@ def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, most: int
         slots = torch.searchsorted(ones, begins)[block] + number - blocks[4][block]
         found = ones[slots.clamp(max=max(ones.numel() - 1, 0))] if ones.numel() else torch.zeros_like(slots)
         good.append(((slots < ones.numel()) & (found < blocks[1][block])).all())
-        previous = torch.cat((found.new_tensor([-1]), found[:-1]))
+        previous = torch.cat((found.new_full((1,), -1), found[:-1]))
         previous[blocks[4]] = begins - 1
         return found - previous - 1, found[blocks[4] + blocks[2] - 1] + 1
 
@@ -186,4 +186,4 @@ def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, most: int
     placed = starts[cell] + order
     good.append((placed < in_classes.stops[cell]).all())
     placed = torch.minimum(placed, (in_classes.stops[-1:] - 1).clamp(min=0))
-    return in_classes.placed(placed, beyond + 2), torch.stack(good).all()
+    return in_classes.placed(placed, (beyond + 2).to(dtype)), torch.stack(good).all()

@@ -131,7 +131,7 @@ class TorchBackend(Elementwise):
                 held = Held(patches, buffer.numel())
                 self.arrange(held)
             if len(others) < len(fits):
-                self._check_base(held)
+                self.check_base(held)
             return held
         finally:
             if self.device.type == "cuda":
@@ -169,7 +169,7 @@ class TorchBackend(Elementwise):
             for source, tensor, target, codec in tensors
         ]
 
-    def _check_base(self, held: Held) -> None:
+    def check_base(self, held: Held) -> None:
         """Compares fingerprints of what is read with its base only: they tell that positions are right.
 
         Raises:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from shiradelta.format import arithmetic
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
+from shiradelta.hotswap.bits_there import sent
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, only_strengths_differ
 from shiradelta.hotswap.resident import Resident
 from shiradelta.hotswap.torch import TorchBackend, flat
@@ -241,8 +242,5 @@ class TritonBackend(TorchBackend):
         return found
 
     def _there(self, array: NDArray[Any]) -> torch.Tensor:
-        """Copies an array to the device, without waiting for it."""
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        """`sent` to this device."""
+        return sent(array, self.device)

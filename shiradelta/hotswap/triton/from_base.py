@@ -20,15 +20,18 @@ import triton
 import triton.language as tl
 
 from shiradelta.format.codecs.bits import bits_dtype
+from shiradelta.hotswap.bits_there import sent
 from shiradelta.hotswap.from_base import Chunk, GroupTable, InGroups, TorchFromBase
 from shiradelta.hotswap.pool import exclusive, within
 from shiradelta.hotswap.triton.elements import pointer
 from shiradelta.hotswap.triton.positions import INT32, UINT8
 
 Tensor = torch.Tensor
-#: Elements of a program, which counts four groups in 16 bits each of a 64-bit number.
+#: Elements of a program, and of a row, which a thread has: the counts of 16 groups in it take 4 bits each.
 BLOCK = 1024
-_BITS, _MASK, _EACH = tl.constexpr(16), tl.constexpr(0xFFFF), tl.constexpr(4)
+ROW = tl.constexpr(8)
+#: Words of bits of a program that goes through nonzeros.
+_WORDS = 1024
 
 #: The columns of a tile's row, all int64.
 COLUMNS = (
@@ -81,8 +84,9 @@ def _block(tiles, tile_of, BLOCK: tl.constexpr):
     """(row of its tile, its number in the tile, its elements' numbers in the tile, which of them there are)."""
     row = tiles + tl.load(tile_of + tl.program_id(0)).to(tl.int64) * _WIDTH
     block = tl.program_id(0) - tl.load(row + _PROGRAM).to(tl.int32)
-    within = block * BLOCK + tl.arange(0, BLOCK)
-    return row, block, within, within < tl.load(row + _SIZE)
+    lanes = tl.arange(0, BLOCK // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
+    within = block * BLOCK + lanes
+    return row, block, within, within < tl.load(row + _SIZE).to(tl.int32)
 
 
 @triton.jit
@@ -122,9 +126,17 @@ def _group(row, within, inside, SIZE: tl.constexpr, LINES: tl.constexpr):
 
 @triton.jit
 def _ones(group, inside, first):
-    """A one in the place of each element's group, if that is among the four from `first` on."""
-    one = tl.full(group.shape, 1, tl.int64) << ((group % _EACH) * _BITS).to(tl.int64)
-    return tl.where(inside & (group // _EACH == first // _EACH), one, 0)
+    """A one in the place of each element's group, if that is among the 16 from `first` on."""
+    at = group - first
+    one = tl.full(group.shape, 1, tl.int64) << (4 * (at & 15)).to(tl.int64)
+    return tl.where(inside & (at >= 0) & (at < 16), one, 0)
+
+
+@triton.jit
+def _apart(rows, number):
+    """Four counts of each row, of 4 bits, in 16 bits each; number counts such fours."""
+    some = rows >> (16 * number)
+    return (some & 0xF) | ((some & 0xF0) << 12) | ((some & 0xF00) << 24) | ((some & 0xF000) << 36)
 
 
 @triton.jit
@@ -134,21 +146,31 @@ def count_kernel(tiles, tile_of, counts, SIZE: tl.constexpr, LINES: tl.constexpr
     group = _group(row, within, inside, SIZE, LINES)
     count, blocks = tl.load(row + _GROUPS).to(tl.int32), tl.load(row + _BLOCKS)
     out = counts + tl.load(row + _COUNTS) + block
-    for first in range(0, count, _EACH):
-        sums = tl.sum(_ones(group, inside, first), 0)
-        for each in tl.static_range(_EACH):
-            found = ((sums >> (each * _BITS)) & _MASK).to(tl.int32)
-            tl.store(out + (first + each) * blocks, found, mask=first + each < count)
+    for first in range(0, count, 16):
+        rows = tl.sum(_ones(group, inside, first), 1)
+        for four in tl.static_range(4):
+            if first + 4 * four < count:
+                sums = tl.sum(_apart(rows, four), 0)
+                for each in tl.static_range(4):
+                    number = first + 4 * four + each
+                    tl.store(out + number * blocks, ((sums >> (16 * each)) & 0xFFFF).to(tl.int32), mask=number < count)
 
 
 @triton.jit
 def _number(row, block, group, inside, starts):
     """The number of each element in the order; `starts` is what is before each of the counts."""
-    rank = tl.full(group.shape, 0, tl.int32)
-    for first in range(0, tl.load(row + _GROUPS).to(tl.int32), _EACH):
+    rank, count = tl.full(group.shape, 0, tl.int32), tl.load(row + _GROUPS).to(tl.int32)
+    for first in range(0, count, 16):
         ones = _ones(group, inside, first)
-        sums = tl.cumsum(ones, 0) >> ((group % _EACH) * _BITS).to(tl.int64)
-        rank = tl.where(ones != 0, (sums & _MASK).to(tl.int32), rank)
+        at = group - first
+        rows, in_row = tl.sum(ones, 1), tl.cumsum(ones, 1)
+        own = ((in_row >> (4 * (at & 15)).to(tl.int64)) & 15).to(tl.int32)
+        for four in tl.static_range(4):
+            if first + 4 * four < count:
+                some = _apart(rows, four)
+                above = (tl.cumsum(some, 0) - some)[:, None]
+                here = own + ((above >> (16 * (at & 3)).to(tl.int64)) & 0xFFFF).to(tl.int32)
+                rank = tl.where((ones != 0) & ((at >> 2) == four), here, rank)
     before = starts + tl.load(row + _COUNTS) + group * tl.load(row + _BLOCKS) + block
     return tl.load(before, mask=inside, other=0) + rank - 1
 
@@ -166,32 +188,66 @@ def mark_kernel(listed, count, marks, BLOCK: tl.constexpr):
 def find_kernel(
     tiles, tile_of, starts, marks, found, counts, SIZE: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Says in a bit for each element whether it is a nonzero, and counts them: int32 [programs]."""
+    """Says in a bit for each element whether it is a nonzero, in uint8 [programs, rows], and counts them in int32."""
     row, block, within, inside = _block(tiles, tile_of, BLOCK)
     group = _group(row, within, inside, SIZE, LINES)
     number = _number(row, block, group, inside, starts)
     mark = (tl.load(marks + (number >> 5), mask=inside, other=0) >> (number & 31)) & 1
     turned = tl.load(tl.load(row + _TURNED).to(UINT8) + group, mask=inside, other=0).to(tl.int32)
     bit = tl.where(inside, mark ^ turned, 0)
-    tl.store(counts + tl.program_id(0), tl.sum(bit, 0))
-    # No two lanes of a word have the same bit, so that their sum puts them together.
-    bits = tl.reshape(bit << (within & 31), [BLOCK // 32, 32])
-    words = tl.program_id(0).to(tl.int64) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
-    tl.store(found + words, tl.sum(bits, 1))
+    rows = tl.sum(bit, 1)
+    tl.store(counts + tl.program_id(0), tl.sum(rows, 0))
+    # No two lanes of a row have the same bit, so that their sum puts them together.
+    at = tl.program_id(0).to(tl.int64) * (BLOCK // ROW) + tl.arange(0, BLOCK // ROW)
+    tl.store(found + at, tl.sum(bit << (within & (ROW - 1)), 1).to(tl.uint8))
 
 
-@triton.jit(do_not_specialize=["most"])
-def collect_kernel(tiles, tile_of, found, starts, most, positions, at, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes position and element of each nonzero, up to the `most`-th; `starts` is how many are before a program."""
-    row, block, within, inside = _block(tiles, tile_of, BLOCK)
-    lane = tl.arange(0, BLOCK)
-    word = tl.load(found + tl.program_id(0).to(tl.int64) * (BLOCK // 32) + (lane >> 5))
-    bit = (word >> (lane & 31)) & 1
-    rank = tl.load(starts + tl.program_id(0)) + tl.cumsum(bit, 0) - 1
-    there = inside & (bit == 1) & (rank < most)
-    position = tl.load(row + _POSITION) + within
-    tl.store(positions + rank, position.to(positions.dtype.element_ty), mask=there)
-    tl.store(at + rank, _element(row, within, there, SIZE), mask=there)
+@triton.jit
+def _bit_count(word):
+    """How many bits of int32 are set."""
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["words", "most"])
+def collect_kernel(
+    tiles,
+    tile_of,
+    found,
+    words,
+    starts,
+    most,
+    positions,
+    at,
+    SIZE: tl.constexpr,
+    OF_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes position and element of each nonzero, up to the `most`-th.
+
+    `found` has the bits of all blocks, in int32 words, and `starts` tells how many are before each block.  A program
+    goes through BLOCK words, of several tiles perhaps.
+    """
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    word = tl.load(found + number, mask=number < words, other=0)
+    block = number // (OF_BLOCK // 32)
+    row = tiles + tl.load(tile_of + block, mask=word != 0, other=0).to(tl.int64) * _WIDTH
+    within = (block - tl.load(row + _PROGRAM, mask=word != 0, other=0)) * OF_BLOCK + number % (OF_BLOCK // 32) * 32
+    base = tl.load(row + _BASE, mask=word != 0, other=0)
+    position = tl.load(row + _POSITION, mask=word != 0, other=0)
+    counts = _bit_count(word)
+    rank = tl.load(starts + tl.program_id(0) * (BLOCK // (OF_BLOCK // 32))) + tl.cumsum(counts, 0) - counts
+    while tl.max(counts, 0) > 0:
+        bit = _bit_count((word & -word) - 1)
+        there = (counts > 0) & (rank < most)
+        tl.store(positions + rank, (position + within + bit).to(positions.dtype.element_ty), mask=there)
+        tl.store(at + rank, tl.load(pointer(base, SIZE) + within + bit, mask=there, other=0), mask=there)
+        word = word & (word - 1)
+        rank += 1
+        counts -= 1
 
 
 @triton.jit
@@ -243,28 +299,27 @@ class Tiles(NamedTuple):
         rows = np.stack([np.broadcast_to(every.get(name, 0), sizes.shape) for name in COLUMNS], axis=1)
         tile = np.repeat(np.arange(sizes.size), groups)
         lasts = made["counts"][tile] + (within(groups) + 1) * blocks[tile] - 1
-        each = torch.from_numpy(np.stack((np.arange(sizes.size), blocks))).to(device)
+        each = sent(np.stack((np.arange(sizes.size), blocks)), device)
         return cls(
-            torch.from_numpy(rows.astype(np.int64)).to(device),
+            sent(rows.astype(np.int64), device),
             torch.repeat_interleave(each[0].int(), each[1], output_size=int(blocks.sum())),
-            torch.from_numpy(lasts).to(device),
+            sent(lasts, device),
             int(sizes.sum()),
             int((groups * blocks).sum()),
             size,
             has_lines,
         )
 
-    def run(self, kernel, *arguments, **kind) -> None:
+    def run(self, kernel, *arguments) -> None:
         """Runs a program for each block."""
-        launch(
-            kernel, self.tile_of.numel(), self.rows.device, self.rows, self.tile_of, *arguments, SIZE=self.size, **kind
-        )
+        kind = {"SIZE": self.size, "LINES": self.has_lines}
+        launch(kernel, self.tile_of.numel(), self.rows.device, self.rows, self.tile_of, *arguments, **kind)
 
 
 def launch(kernel, programs: int, device: torch.device, *arguments, **kind) -> None:
     """Runs a kernel on a device, which need not be the current one."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](*arguments, **kind, BLOCK=BLOCK)
+        kernel[(programs,)](*arguments, **{"BLOCK": BLOCK, **kind})
 
 
 class Counted:
@@ -277,7 +332,7 @@ class Counted:
     def __init__(self, tiles: Tiles) -> None:
         self._tiles, device = tiles, tiles.rows.device
         counts = torch.empty(tiles.counts, dtype=torch.int32, device=device)
-        tiles.run(count_kernel, counts, LINES=tiles.has_lines)
+        tiles.run(count_kernel, counts)
         ends = counts.cumsum(0, dtype=torch.int32)
         self._starts = ends - counts
         self.stops = ends[tiles.lasts].long()
@@ -289,10 +344,10 @@ class Counted:
         if listed.numel():
             launch(mark_kernel, -(-listed.numel() // BLOCK), device, listed, listed.numel(), marks)
         programs = tiles.tile_of.numel()
-        found = torch.empty(programs * (BLOCK // 32), dtype=torch.int32, device=device)
+        found = torch.empty(programs * (BLOCK // 8), dtype=torch.uint8, device=device)
         counts = torch.empty(programs, dtype=torch.int32, device=device)
-        tiles.run(find_kernel, self._starts, marks, found, counts, LINES=tiles.has_lines)
-        return found, counts
+        tiles.run(find_kernel, self._starts, marks, found, counts)
+        return found.view(torch.int32), counts
 
     def collect(self, found: Tensor, counts: Tensor, most: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(positions in the tensors, int64 if `wide`, else int32; elements there; how many are up to each block).
@@ -307,15 +362,18 @@ class Counted:
         ends = counts.cumsum(0)
         positions = torch.zeros(most, dtype=torch.int64 if wide else torch.int32, device=device)
         at = torch.zeros(most, dtype=bits_dtype(self._tiles.size), device=device)
-        self._tiles.run(collect_kernel, found, ends - counts, most, positions, at)
+        tiles, words = (self._tiles.rows, self._tiles.tile_of), found.numel()
+        given = *tiles, found, words, ends - counts, most, positions, at
+        kind = {"SIZE": self._tiles.size, "OF_BLOCK": BLOCK, "BLOCK": _WORDS}
+        launch(collect_kernel, -(-words // _WORDS), device, *given, **kind)
         return positions, at, ends
 
     def placed(self, listed: Tensor, values: Tensor) -> Tensor:
-        """Int64 [elements]: the values of listed ones, given by their numbers in the order; 1 for the others."""
-        in_order = torch.ones(self._tiles.elements, dtype=torch.int64, device=listed.device)
+        """[elements]: the values of listed ones, given by their numbers in the order; 1 for the others."""
+        in_order = torch.ones(self._tiles.elements, dtype=values.dtype, device=listed.device)
         in_order[listed] = values
         placed = torch.empty_like(in_order)
-        self._tiles.run(place_kernel, self._starts, in_order, placed, LINES=self._tiles.has_lines)
+        self._tiles.run(place_kernel, self._starts, in_order, placed)
         return placed
 
 

@@ -17,7 +17,7 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs import BITS
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.hotswap.bits_there import ones_of
+from shiradelta.hotswap.bits_there import ones_of, sent
 from shiradelta.hotswap.from_base import classes_there
 from shiradelta.hotswap.heads import ClassedSections, TiledSections
 from shiradelta.hotswap.pool import Pool, exclusive, within, words_of
@@ -130,7 +130,7 @@ def nonzeros(
     positions, at, ends = counted.collect(*counted.find(listed), total, wide)
     programs = np.add.reduceat(-(-_tile_sizes(tensors, heads) // BLOCK), exclusive(heads.tiles))
     right = np.cumsum([tensor.nnz for tensor in tensors])
-    both = torch.from_numpy(np.stack((np.cumsum(programs) - 1, right))).to(device)
+    both = sent(np.stack((np.cumsum(programs) - 1, right)), device)
     good.append((ends[both[0]] == both[1]).all())
     del kept
     return positions, at
@@ -155,9 +155,7 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
     has_lines = bool(np.any(heads.row_bits + heads.column_bits))
     cells_at, groups_at = exclusive(heads.cell_counts), exclusive(heads.groups)
     classes = classes_there(heads.thresholds, device)
-    cells, turned, starts = (
-        torch.from_numpy(each).to(device) for each in (heads.cells, heads.turned.view(np.uint8), cells_at)
-    )
+    cells, turned, starts = (sent(each, device) for each in (heads.cells, heads.turned.view(np.uint8), cells_at))
     if not has_lines:  # the cells are those of classes of elements
         classes = cells[starts[:, None] + classes]
     small = classes, cells, turned
@@ -224,7 +222,7 @@ def _listed(
     firsts = exclusive(of_tile)
     lasts = firsts + of_tile - 1
     edges = np.stack((begins, begins + heads.unary_bits - 1, firsts, lasts))[:, lists]
-    begin, last_bit, first, last = torch.from_numpy(edges).to(device)
+    begin, last_bit, first, last = sent(edges, device)
     good.append(((ones[first] >= begin) & (ones[last] == last_bit)).all())
     # Cells: the bit of the first low field, less what its rank adds; ranks; and their number.
     low = exclusive(heads.listed * k)
@@ -232,7 +230,7 @@ def _listed(
     low += (8 * (np.array(sections) + heads.low_at))[tensor[tile]]
     rank = exclusive(heads.listed)
     cells = np.stack((heads.listed, np.arange(k.size), k, low - rank * k, rank))[:, heads.listed > 0]
-    counts, cell, ks, lows, ranks = torch.from_numpy(cells).to(device)
+    counts, cell, ks, lows, ranks = sent(cells, device)
     which = torch.repeat_interleave(counts, output_size=ones.numel())
     number = torch.arange(ones.numel(), device=device)
     of_k = ks[which]
@@ -242,7 +240,7 @@ def _listed(
     pair = (words[word].long() & 0xFFFFFFFF) | (words[word + 1].long() << 32)
     fields = (pair >> (at & 31)) & ((1 << of_k) - 1)
     del at, word, pair
-    previous = torch.cat((ones.new_tensor([-1]), ones[:-1]))
+    previous = torch.cat((ones.new_full((1,), -1), ones[:-1]))
     previous[first] = begin - 1
     # No gap is larger than a tile; what a damaged one says must not overflow the sums.
     zeros = (ones - previous - 1).clamp(min=0, max=registry.MAX_BASE_TILE)
