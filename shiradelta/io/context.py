@@ -39,8 +39,10 @@ from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.util.files import temporary_errors
 from shiradelta.util.mapping import map_file
 from shiradelta.util.progress import Progress
-from shiradelta.util.threads import ahead
+from shiradelta.util.threads import THREADS, ahead
 
+#: Bytes that encoding a tensor with its base takes for each of its decoded ones, about.
+_ENCODED = 6
 #: What is taken for known where a file is read.
 CONTEXTS = ("none", "base")
 #: All elements' bits, flat, of the base of a file's tensor.  Raises FormatError ("wrong_base") where there is none.
@@ -130,8 +132,7 @@ def write_plain(
             kept = replace(kept, value_codec=ULP.id, values=ULP.encode(tensor.bits()))
         return tensor, kept
 
-    largest = max((stored.record.decoded_size for stored in delta.values()), default=1)
-    _write(delta, plain, output, progress, scratch, zstd, threads=min(threads, delta.limit // max(largest, 1)))
+    _write(delta, plain, output, progress, scratch, zstd, threads=min(threads, _threads(delta, 1)))
 
 
 def write_on_base(
@@ -140,14 +141,17 @@ def write_on_base(
     """Writes a file that does the same, on its way to where the base is: packed, and read with its base only.
 
     Each where it makes the file smaller.  Sections of tensors that have compressed ones are compressed, too.  Args
-    and errors are those of `write_plain`.
+    and errors are those of `write_plain`; tensors are encoded on all threads that the file's limit has memory for.
     """
 
-    def on_base(stored: StoredTensor) -> tuple[TensorDelta, _Sections]:
-        kept, record = _as_stored(stored), stored.record
+    def small(stored: StoredTensor) -> _Work:
+        record = stored.record
         if not record.nnz or stored.operation.creates or not record.may_need_base:
-            return stored, kept
-        elements, positions = base(record), stored.positions()
+            return lambda: (stored, _as_stored(stored))
+        return partial(on_base, stored, base(record))
+
+    def on_base(stored: StoredTensor, elements: Array) -> tuple[TensorDelta, _Sections]:
+        kept, record, positions = _as_stored(stored), stored.record, stored.positions()
         at = elements[positions]
         if record.base_fingerprint not in (None, choose().fingerprint(positions, at)):
             raise FormatError("wrong_base", tensor=record.name)
@@ -164,7 +168,8 @@ def write_on_base(
 
     if delta.needs_base:
         raise FormatError("base_needed", file=delta.file)
-    return _write(delta, lambda stored: partial(on_base, stored), output, progress, scratch, zstd=True, packed=True)
+    threads = _threads(delta, _ENCODED)
+    return _write(delta, small, output, progress, scratch, zstd=True, packed=True, threads=threads)
 
 
 def plain_delta(delta: Delta, base: Base, progress: Progress | None = None, *, passing: bool = True) -> Delta:
@@ -178,6 +183,12 @@ def plain_delta(delta: Delta, base: Base, progress: Progress | None = None, *, p
         stream.flush()
         mapped = map_file(stream.fileno(), delta.file or "delta", os.fstat(stream.fileno()).st_size)
     return parse_delta(np.frombuffer(mapped, np.uint8), delta.file, mapped=mapped, limit=delta.limit)
+
+
+def _threads(delta: Delta, size: int) -> int:
+    """How many threads may work where each takes `size` times as much memory as the largest tensor decoded."""
+    largest = max((stored.record.decoded_size for stored in delta.values()), default=0)
+    return max(1, min(THREADS, delta.limit // max(size * largest, 1)))
 
 
 def _as_stored(stored: StoredTensor) -> _Sections:
