@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from shiradelta.errors import FormatError
 from shiradelta.folder.comparison import PastBits
 from shiradelta.folder.recode import base_of
@@ -16,6 +14,7 @@ from shiradelta.io.context import plain_delta, write_on_base
 from shiradelta.io.reader import Delta
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.util.arrays import different
 from shiradelta.util.progress import Progress
 
 
@@ -46,7 +45,7 @@ def changed(name: str, before: Checkpoint, after: Checkpoint) -> TensorDelta | N
         return TensorDelta(
             new.shape, None, result, new.dtype.name, "replace", base_fingerprint=PastBits(old).fingerprint()
         )
-    at = np.flatnonzero(bits != result)
+    at = different(bits, result)
     if not at.size:
         return None
     return TensorDelta.trusted(old.shape, at, result[at], old.dtype.name, "set", bits[at])
@@ -62,7 +61,8 @@ def shifted(step: TensorDelta) -> TensorDelta:
         return step
     bits = shifts.view(step.base_bits.dtype)
     # Where a file takes as much for either, shifts are smaller once it is packed.
-    if _room(ULP.encoded_size(bits)) > _room(BITS.size(step.nnz, bits.itemsize)):
+    other = _room(BITS.size(step.nnz, bits.itemsize))
+    if _room(ULP.encoded_size(bits, enough=other)) > other:
         return step
     positions = None if step.all_positions else step.positions()
     return TensorDelta.trusted(step.shape, positions, bits, step.dtype, "ulp", step.base_bits, draw=step.draw)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from shiradelta.errors import ArgumentError, DeltaError
 from shiradelta.format.operations import Operation
 from shiradelta.format.registry import ORDERED, Order
+from shiradelta.util.arrays import ranges
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -142,11 +143,16 @@ def shift(bits: Array, dtype: str, shifts: Array) -> Array:
 
 def shifts_between(old: Array, new: Array, dtype: str) -> Array | None:
     """The shifts, signed, that make the bits `old` the bits `new`; None where one does not fit the elements' size."""
-    start, end = ordered(old, dtype), ordered(new, dtype)
-    with np.errstate(over="ignore"):
-        by: Array = end - start
-    overflow = np.any(((end ^ start) & (end ^ by)) < 0)
-    return None if overflow or np.any(by == np.iinfo(by.dtype).min) else by
+    by: Array = np.empty(old.shape, f"<i{old.itemsize}")
+    least = np.iinfo(by.dtype).min
+    for first, last in ranges(old.size):
+        start, end = ordered(old[first:last], dtype), ordered(new[first:last], dtype)
+        some = by[first:last]
+        with np.errstate(over="ignore"):
+            np.subtract(end, start, out=some)
+        if np.any(((end ^ start) & (end ^ some)) < 0) or np.any(some == least):
+            return None
+    return by
 
 
 def result(operation: Operation, payload: Array, old: Array, dtype: str, strength: float) -> Array:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
-from shiradelta.format.codecs import INDEX_CODECS, SEEDED, VALUE_CODECS, packing, rice, struct
+from shiradelta.format.codecs import INDEX_CODECS, SEEDED, VALUE_CODECS, packing, rice, struct, tiled_classes
 from shiradelta.format.codecs.base import ValueCodec
 from shiradelta.format.codecs.smallest import smallest_section
 from shiradelta.format.draw import Draw
@@ -261,6 +261,27 @@ def test_tiled_is_chosen_where_densities_differ_by_enough():
     assert smallest_section(np.flatnonzero(listed[:10]), (10, 600))[0] == IndexId.RICE
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.002, 0.01, 0.1])
+@pytest.mark.parametrize("sides", ["rows", "columns", "both"])
+def test_grids_that_pay_are_not_passed_over_unseen(sides, density, spread):
+    rng, shape = np.random.default_rng(0), (600, 700)
+    share = np.full(shape, density)
+    if sides != "columns":
+        share *= np.exp(rng.normal(0, spread, (600, 1)))
+    if sides != "rows":
+        share *= np.exp(rng.normal(0, spread, 700))
+    positions = np.flatnonzero(rng.random(shape) < share)
+    grid = tiled_classes.choose(positions, shape)
+    assert grid is not None
+    assert tiled_classes.lines_differ(positions, shape) >= grid[1]
+
+
+def test_positions_that_are_independent_are_passed_over():
+    positions = np.flatnonzero(np.random.default_rng(0).random(1 << 20) < 0.05)
+    assert not tiled_classes.lines_differ(positions, (1024, 1024))
+
+
 def test_tiled_takes_the_rows_of_the_last_dimension_where_they_differ():
     rng = np.random.default_rng(0)
     share = np.exp(rng.normal(0, 1.5, (8, 64, 1))) * np.exp(rng.normal(0, 1, (1, 1, 64)))
@@ -432,6 +453,15 @@ def test_entries_are_those_of_the_rule(data):
     for removed in data.draw(st.sampled_from([[], [0], [positions.size // 2]])):
         positions = np.delete(positions, removed) if positions.size > 1 else positions
     assert struct.find_entries(positions, shape) == entries_by_the_rule(positions, shape)
+
+
+def test_whole_rows_are_found_across_windows():
+    few = np.array([0, 5, WINDOW // 1000, WINDOW // 1000 + 1, 300])
+    listed = np.zeros((400, 1000), np.bool_)
+    listed[few] = True
+    listed[399, 1:] = True
+    assert struct.find_entries(np.flatnonzero(listed[:399]), (399, 1000)) == struct.runs(struct.ROW, few)
+    assert struct.find_entries(np.flatnonzero(listed), (400, 1000)) is None
 
 
 @pytest.mark.parametrize("missing", [0, 15, 29])

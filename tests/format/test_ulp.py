@@ -106,7 +106,8 @@ def test_blocks_decode_by_themselves(size, count):
     shifts = shifts_of(rng, count, size)
     section = np.frombuffer(ULP.encode(shifts), np.uint8)
     ULP.check(section, count, size)
-    assert ULP.encoded_size(shifts) == section.size
+    assert ULP.encoded_size(shifts) == ULP.encoded_size(shifts, enough=section.size - 1) == section.size
+    assert section.size <= ULP.encoded_size(shifts, enough=1 << 40) < 1 << 40
     for start, stop in ((0, count), (count // 3, count // 2), (count - 1, count)):
         assert np.array_equal(ULP.decode(section, count, size, start, stop), shifts[start:stop])
 

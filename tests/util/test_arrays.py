@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shiradelta.util.arrays import (
+    WINDOW,
     RepeatedPositionError,
+    different,
     join_sorted,
     merge_sorted,
     order_of,
@@ -68,6 +70,16 @@ def test_values_are_overlaid(xp, positions: list[int], other: list[int]):
     arrays = (array(one, dtype=xp.int64) for one in (values, positions, other, other_values))
     found = overlay_values(xp, *arrays)
     assert found.tolist() == [100 + p if p in other else -p for p in positions]
+
+
+@pytest.mark.parametrize("size", [0, 1, WINDOW, 2 * WINDOW + 3])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint64])
+def test_different_elements_are_found_in_all_windows(size, dtype):
+    rng = np.random.default_rng(size)
+    one = rng.integers(0, 2, size).astype(dtype)
+    other = np.where(rng.random(size) < 0.01, 1 - one, one).astype(dtype)
+    assert np.array_equal(different(one, other), np.flatnonzero(one != other))
+    assert different(one, one).dtype == np.int64
 
 
 def test_sums_of_squares_are_finite_and_precise():

@@ -29,6 +29,7 @@ from shiradelta.errors import SourceError
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.registry import DTYPE_OF_NAME
 from shiradelta.models.safetensors import Slot, Unwritten, header_of
+from shiradelta.util.arrays import different
 from shiradelta.util.optional import importing
 from shiradelta.util.plain_pickle import read_plain, write_plain
 from shiradelta.util.registry import Registry
@@ -330,7 +331,7 @@ def arc_v3(slot: Slot, old: Array, new: Array) -> bytes:
 
 def _payloads(slot: Slot, old: Array, new: Array) -> list[dict[str, Any]]:
     """The payloads, one for each way to store positions."""
-    dtype, at = slot.dtype.name, np.flatnonzero(old != new)
+    dtype, at = slot.dtype.name, different(old, new)
     about = {"version": _VERSION, "shape": slot.shape, "dtype": f"torch.{dtype}", "checksum": checksum(new)}
     if not at.size:
         return [{**about, "strategy": "none"}]

@@ -45,6 +45,7 @@ from shiradelta.chain.wires.registry import WIRES, Wire
 from shiradelta.errors import ArgumentError, DeltaError
 from shiradelta.format.arithmetic import Array
 from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.util.arrays import different
 from shiradelta.util.files import os_errors
 from shiradelta.util.json_files import read_json
 from shiradelta.util.optional import importing
@@ -232,7 +233,7 @@ def _write(
     changed: dict[str, tuple[Array, Array]] = {}
     end = 0
     for name, old, new in changes:
-        at, slot = np.flatnonzero(old != new), base[name]
+        at, slot = different(old, new), base[name]
         if not at.size:
             continue
         if slot.dtype.name not in _VALUES:

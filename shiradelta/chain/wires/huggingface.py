@@ -27,6 +27,7 @@ from shiradelta.format.arithmetic import Array
 from shiradelta.format.registry import DTYPE_OF_NAME
 from shiradelta.models.checkpoint import Checkpoint, bits_of
 from shiradelta.models.safetensors import Slot, Unwritten, read_shard, write_tensors
+from shiradelta.util.arrays import different
 from shiradelta.util.files import os_errors
 from shiradelta.util.registry import Registry
 
@@ -146,7 +147,7 @@ def _write(folder: Path, base: Checkpoint, changes: Iterable[Change], encoding: 
     row = ENCODINGS.find(encoding)
     names, tensors, changed = [], [], 0
     for name, old, new in changes:
-        at, slot = np.flatnonzero(old != new), base[name]
+        at, slot = different(old, new), base[name]
         if not at.size:
             continue
         if old.size >= _MOST_ELEMENTS:

@@ -40,6 +40,7 @@ from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.format.arithmetic import Array
 from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.pickles import loaded
+from shiradelta.util.arrays import different
 from shiradelta.util.files import os_errors
 from shiradelta.util.json_files import read_json
 from shiradelta.util.optional import importing
@@ -161,7 +162,7 @@ def _write(folder: Path, base: Checkpoint, changes: Iterable[Change], encoding: 
     items: list[dict[str, Any]] = []
     end = 0
     for name, old, new in changes:
-        at, slot = np.flatnonzero(old != new), base[name]
+        at, slot = different(old, new), base[name]
         if not at.size:
             continue
         group = groups.setdefault(old.itemsize, [])

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from shiradelta.chain.difference import shifted
 from shiradelta.chain.fold import check_base
 from shiradelta.chain.wires.checks import Change
@@ -21,6 +19,7 @@ from shiradelta.io.reader import open_delta
 from shiradelta.io.writer import writing
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.util.arguments import ANY, PATH, TEXT, checked
+from shiradelta.util.arrays import different
 from shiradelta.util.registry import Registry
 
 Path_ = str | os.PathLike[str]
@@ -66,7 +65,7 @@ def read_wire(name: str, source: Path_, base: Path_, out: Path_) -> int:
     wire, checkpoint, changed = WIRES.find(name), open_checkpoint(local_model(base)), 0
     with writing(out) as writer:
         for tensor, old, new in wire.read(Path(source), checkpoint):
-            at = np.flatnonzero(old != new)
+            at = different(old, new)
             slot, changed = checkpoint[tensor], changed + at.size
             if at.size:
                 step = TensorDelta.trusted(slot.shape, at, new[at], slot.dtype.name, "set", old[at])

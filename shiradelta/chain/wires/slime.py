@@ -28,6 +28,7 @@ from shiradelta.format.arithmetic import Array
 from shiradelta.format.registry import DTYPE_OF_NAME
 from shiradelta.models.checkpoint import Checkpoint, bits_of, shards_of
 from shiradelta.models.safetensors import Slot, Unwritten, read_shard, write_tensors
+from shiradelta.util.arrays import different
 from shiradelta.util.files import os_errors
 from shiradelta.util.json_files import read_json
 from shiradelta.util.optional import importing
@@ -101,7 +102,7 @@ def _from_xor(old: Array, difference: Array) -> Array:
 
 
 def _to_overwrite(old: Array, new: Array) -> Array:
-    at = np.flatnonzero(old != new)
+    at = different(old, new)
     if old.size > 1 << 32:
         raise SourceError("a tensor of more than 4 GiB has positions that overwrite cannot hold; take xor")
     head = np.frombuffer(struct.pack("<I", at.size), np.uint8)

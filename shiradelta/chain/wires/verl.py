@@ -42,6 +42,7 @@ from shiradelta.format.arithmetic import Array, to_float32
 from shiradelta.format.registry import DTYPE_OF_NAME
 from shiradelta.models.checkpoint import Checkpoint, bits_of
 from shiradelta.models.safetensors import Slot, Unwritten, read_shard, write_tensors
+from shiradelta.util.arrays import different
 from shiradelta.util.files import os_errors
 
 _SPEC, _POSITIONS, _VALUES = "__delta_spec__", "__positions__", "__values__"
@@ -180,7 +181,7 @@ def _write(folder: Path, base: Checkpoint, changes: Iterable[Change]) -> None:
     """Writes one flush for each dtype, and one more for what has to be whole."""
     flushes: dict[tuple[str, str], list[FlushedPart]] = {}
     for name, old, new in changes:
-        slot, at = base[name], np.flatnonzero(old != new)
+        slot, at = base[name], different(old, new)
         dtype, where = slot.dtype.name, f"tensor {name!r}"
         if not at.size:
             continue

@@ -35,6 +35,7 @@ from shiradelta.errors import DeltaError, SourceError
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.registry import DTYPE_OF_NAME
 from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.util.arrays import different
 from shiradelta.util.files import os_errors
 from shiradelta.util.json_files import read_json
 
@@ -81,7 +82,7 @@ def _write(folder: Path, base: Checkpoint, changes: Iterable[Change]) -> None:
     info: dict[str, list[object]] = {key: [] for key in _KEYS}
     blobs: list[bytes] = []
     for name, old, new in changes:
-        at, slot = np.flatnonzero(old != new), base[name]
+        at, slot = different(old, new), base[name]
         if not at.size:
             continue
         dtype, values = slot.dtype.name, new[at]

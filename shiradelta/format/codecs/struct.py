@@ -158,12 +158,12 @@ def _count_on(candidates: Positions, lines: Positions) -> Positions:
 
 def _whole_rows(positions: Positions, columns: int) -> Positions:
     """Rows of which every element is listed: runs of consecutive positions that start a row."""
-    if positions.size < columns:
-        return np.zeros(0, np.int64)
-    starts = np.flatnonzero(positions[columns - 1 :] - positions[: positions.size - columns + 1] == columns - 1)
-    first = positions[starts]
-    rows: Positions = first[first % columns == 0] // columns
-    return rows
+    found = []
+    for start, stop in ranges(max(positions.size - columns + 1, 0)):
+        ends = positions[start + columns - 1 : stop + columns - 1]
+        first = positions[start:stop][ends - positions[start:stop] == columns - 1]
+        found.append(first[first % columns == 0] // columns)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def _columns_of(positions: Positions, row: int, columns: int) -> Positions:

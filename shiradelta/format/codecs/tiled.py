@@ -14,7 +14,7 @@ from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes, IndexCodec, between, check_zero, padded
-from shiradelta.format.codecs.tiled_classes import Grid, choose, pays_for_lines
+from shiradelta.format.codecs.tiled_classes import Grid, choose, lines_differ, pays_for_lines
 from shiradelta.format.codecs.tiles import Gaps, PartsReader, Small, fields, tiles_are_possible, widths_and_gaps
 from shiradelta.format.registry import IndexId
 from shiradelta.util.arrays import WINDOW
@@ -166,6 +166,8 @@ class Tiled(IndexCodec):
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
         """None also where it would save too little to be worth a slower decoder."""
         if math.prod(shape) < registry.BLOCK_BITS or not pays_for_lines(positions.size, shape):
+            return None
+        if not lines_differ(positions, shape):
             return None
         chosen = self._choose(positions, shape)
         return self.size_in(positions, chosen[0]) if chosen and chosen[1] else None

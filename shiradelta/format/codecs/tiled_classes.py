@@ -13,6 +13,7 @@ from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.tiles import Lines, Small
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.entropy import entropy
+from shiradelta.util.arrays import WINDOW, ranges
 
 Floats = npt.NDArray[np.float64]
 
@@ -55,6 +56,34 @@ def pays_for_lines(nnz: int, shape: tuple[int, ...]) -> bool:
     return lines < nnz * entropy(nnz, numel)
 
 
+def lines_differ(positions: Positions, shape: tuple[int, ...]) -> bool:
+    """Whether densities of rows and columns differ by so much that classes of them can pay.
+
+    No classes of rows save more than the density of each row would, nor do those of columns; and each line takes a bit.
+    """
+    numel, nnz = math.prod(shape), positions.size
+    least, alike = _LEAST_SAVING * nnz * entropy(nnz, numel), _bits(nnz, numel)
+    for columns in widths_of(shape, registry.MAX_TILE):
+        in_rows, in_columns = _in_lines(positions, numel, columns)
+        of_rows, of_columns = np.full(in_rows.size, columns), np.full(columns, in_rows.size)
+        saved = 2 * alike - bits_of(in_rows, of_rows).sum() - bits_of(in_columns, of_columns).sum()
+        if saved >= least + in_rows.size + columns:
+            return True
+    return False
+
+
+def _in_lines(positions: Positions, numel: int, columns: int) -> tuple[Positions, Positions]:
+    """How many positions each row and each column has."""
+    # Positions increase: this is faster than dividing each of them.
+    edges = np.searchsorted(positions, np.arange(0, numel + 1, columns))
+    in_rows, in_columns = np.diff(edges), np.zeros(columns, np.int64)
+    step = max(1, in_rows.size * max(WINDOW, columns) // max(positions.size, 1))
+    for first, last in ranges(in_rows.size, step):
+        starts = np.repeat(np.arange(first, last) * columns, in_rows[first:last])
+        in_columns += np.bincount(positions[edges[first] : edges[last]] - starts, minlength=columns)
+    return in_rows, in_columns
+
+
 def widths_of(shape: tuple[int, ...], largest: int) -> list[int]:
     """Elements of a row, of the matrices that are tried: a row has to fit in a tile, of `largest` elements at most."""
     widths = {matrix_shape(shape)[1], shape[-1] if shape else 1}
@@ -64,12 +93,10 @@ def widths_of(shape: tuple[int, ...], largest: int) -> list[int]:
 def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid]:
     """(about how many bits it takes, the best grid of so many columns)."""
     rows, most = numel // columns, registry.MAX_CLASS_BITS
-    # Positions increase: this is faster than dividing each of them.
-    in_rows = np.diff(np.searchsorted(positions, np.arange(rows + 1) * columns))
+    in_rows, in_columns = _in_lines(positions, numel, columns)
     row = np.repeat(np.arange(rows), in_rows)
     column = positions - row * columns
-    of_rows = nested_classes(in_rows, columns, most)
-    of_columns = nested_classes(np.bincount(column, minlength=columns), rows, most)
+    of_rows, of_columns = nested_classes(in_rows, columns, most), nested_classes(in_columns, rows, most)
     cell = (of_rows[most][row].astype(np.int64) << most) + of_columns[most][column]
     finest = np.bincount(cell, minlength=1 << 2 * most).reshape(1 << most, 1 << most)
     tile_rows = max(1, min(registry.MAX_TILE // columns, rows))

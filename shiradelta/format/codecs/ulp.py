@@ -7,9 +7,11 @@ except through prefix sums.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import registry
@@ -28,7 +30,7 @@ from shiradelta.format.codecs.ulp_stream import (
     write_listed,
 )
 from shiradelta.format.registry import ValueId
-from shiradelta.util.arrays import ranges
+from shiradelta.util.arrays import WINDOW, ranges
 
 BLOCK = registry.ULP_BLOCK
 
@@ -132,8 +134,14 @@ class Ulp(ValueCodec):
             )
         )
 
-    def encoded_size(self, values: Array) -> int:
-        """Bytes of the section of these values, without making it."""
+    def encoded_size(self, values: Array, enough: int = 0) -> int:
+        """Bytes of the section of these values, without making it; or a bound of them that is `enough` at most."""
+        size, nnz = values.itemsize, values.size
+        # A gap takes 14 bits at most with the largest k, and a magnitude two for each of its own with j = 0.
+        beyond = sum(int(np.count_nonzero(some)) for some in _beyond_1(_signed(values)))
+        most = self.size(nnz, size) + 8 * -(-nnz // BLOCK) + 4 * -(-(14 + 16 * size) * beyond // 32)
+        if most <= enough:
+            return most
         listing = _Listing.of(_signed(values), values.itemsize)
         bits, listed = listing.bits, listing.listed.gaps.size
         least = self.size(values.size, values.itemsize) - 8 * listing.counts.size
@@ -165,6 +173,11 @@ def _signed(values: Array) -> Array:
     return values.view(f"<i{values.itemsize}")
 
 
+def _beyond_1(shifts: Array) -> Iterator[npt.NDArray[np.bool_]]:
+    """Whether each of the signed shifts is another one than 1 and -1, in windows that stay in a core's cache."""
+    return (np.abs(shifts[start:stop]) != 1 for start, stop in ranges(shifts.size))
+
+
 @dataclass(frozen=True)
 class _Listing:
     """The shifts to list, and how."""
@@ -181,14 +194,18 @@ class _Listing:
         Raises:
             DeltaError: a shift does not fit.
         """
-        ranks = np.flatnonzero((shifts != 1) & (shifts != -1))
+        found = [np.flatnonzero(some) + number * WINDOW for number, some in enumerate(_beyond_1(shifts))]
+        ranks = np.concatenate(found) if found else np.zeros(0, np.int64)
         magnitudes, most = np.abs(shifts[ranks].astype(np.int64)), (1 << (8 * size - 1)) - 1
         # The magnitude of the smallest 64-bit integer is itself.
         if np.any(magnitudes < 1) or np.any(magnitudes > most):
             raise DeltaError(f"a shift is 0, or beyond {most}: it does not fit the codec")
         beyond = magnitudes.astype(np.uint64) - np.uint64(2)
-        gaps = ranks - np.maximum(np.append(-1, ranks[:-1])[: ranks.size], ranks // BLOCK * BLOCK - 1) - 1
-        counts = np.bincount(ranks // BLOCK, minlength=-(-shifts.size // BLOCK))
+        starts = np.arange(0, shifts.size, BLOCK)
+        firsts = np.searchsorted(ranks, starts)
+        counts = np.diff(firsts, append=ranks.size)
+        gaps, some = np.diff(ranks, prepend=-1) - 1, counts > 0
+        gaps[firsts[some]] = ranks[firsts[some]] - starts[some]
         return cls(Listed(gaps, beyond), counts, best_k(gaps), best_j(beyond, 8 * size - 2))
 
     @property
