@@ -79,7 +79,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
         f" about {_duration(1.1 * left * seconds)} at the pace of the first two{gpu_peak(subject.devices)}; if it is"
         " interrupted, the same command goes on"
     )
-    _train(training, job, subject, unfinished)
+    _train(training, job, subject, unfinished, solved=start.mask.solves or refitted > 0)
     result.mask = start.mask.name
     if settings.mask is None and not start.mask.solves and start.return_to_least_squares(training):
         result.mask = MASK
@@ -176,8 +176,8 @@ class _TrainingStart:
         return False
 
 
-def _train(training: FitTrainer, job: FitJob, subject: Subject, unfinished: UnfinishedRun) -> None:
-    """Runs to the end, and keeps the state where that is not reached."""
+def _train(training: FitTrainer, job: FitJob, subject: Subject, unfinished: UnfinishedRun, solved: bool) -> None:
+    """Runs to the end, and keeps the state where that is not reached: before the first step, only what was `solved`."""
     settings, path = job.fit, unfinished.path
 
     def save(reached: FitState) -> None:
@@ -187,13 +187,14 @@ def _train(training: FitTrainer, job: FitJob, subject: Subject, unfinished: Unfi
     try:
         batches = subject.texts.batches(subject.behaviour.lengths)
         training.run(batches, subject.held_out, job.progress, save)
-    except KeyboardInterrupt:
-        if training.good.step:
-            save_state(unfinished, training.good)
-            step, steps = training.good.step, training.good.steps
-            settings.log(f"the same command goes on from step {step} of {steps}, which is kept in {path}")
+    except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
+        state = training.resumable()
+        if state.step or solved:
+            save_state(unfinished, state)
+            where = f"step {state.step} of {state.steps}" if state.step else "what least squares gave"
+            settings.log(f"the same command goes on from {where}, which is kept in {path}")
         else:
-            settings.log("no state was saved yet, so the same command begins anew")
+            settings.log("no step was done yet, so the same command begins anew")
         raise
     except DivergedError as error:
         save_state(unfinished, training.state)

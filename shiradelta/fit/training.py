@@ -27,6 +27,7 @@ from shiradelta.nonzeros.adam import adam_
 from shiradelta.nonzeros.pruning import PRUNE_UNTIL, PruningSchedule, importance, is_due
 from shiradelta.nonzeros.schedule import cycle
 from shiradelta.nonzeros.vector import Nonzeros
+from shiradelta.util.interrupts import interrupts_held_back
 
 #: Share of the steps after which the forward pass uses rounded values; gradients pass straight through.
 ROUND_FROM = 0.75
@@ -80,7 +81,7 @@ class FitTrainer:
 
     Attributes:
         state: the current state.
-        good: the state at the last evaluation, from which an interrupted run resumes.
+        good: the state at the last evaluation, to which training goes back where it gives NaN.
     """
 
     def __init__(
@@ -152,7 +153,8 @@ class FitTrainer:
         losses: list[Tensor] = []
         with self._nonzeros.attached(self._model):
             while True:
-                self._prune()
+                with interrupts_held_back():
+                    self._prune()
                 state = self.state
                 end = state.step >= plan.steps
                 if end or (state.step % every == 0 and state.step not in (step for step, _ in state.history[-1:])):
@@ -172,10 +174,15 @@ class FitTrainer:
                     save(self.good)
                 progress(text, state.step, plan.steps)
                 losses.append(self.step(next(batches)))
-        state = self.state
-        if state.best_values is not None:
-            self._nonzeros.values = state.values = state.best_values
+        if self.state.best_values is not None:
+            self._nonzeros.values = self.state.best_values
         self.write()
+
+    def resumable(self) -> FitState:
+        """The state from which an interrupted run goes on: after the last step, or `good` where that gave NaN."""
+        state = self.state
+        vectors = [*state.values, *state.mean, *state.square]
+        return state if all(bool(own.isfinite().all()) for own in vectors) else self.good
 
     def measured(self, held_out: HeldOut) -> dict[str, float]:
         """`DISTANCE` from the fine-tune and `LOSS` now, on texts held out."""
@@ -185,8 +192,9 @@ class FitTrainer:
     def step(self, batch: list[int]) -> Tensor:
         """Does one optimizer step, within `Nonzeros.attached`; returns the loss before it."""
         loss = self._gradient(batch)
-        self._update()
-        self.state.step += 1
+        with interrupts_held_back():
+            self._update()
+            self.state.step += 1
         return loss
 
     def write(self) -> None:
@@ -200,8 +208,13 @@ class FitTrainer:
         return step >= ROUND_FROM * self._plan.steps or (step == 0 and self._plan.keeps_start)
 
     def _evaluate(self, held_out: HeldOut) -> None:
-        state, measured = self.state, self.measured(held_out)
-        distance, loss = measured[DISTANCE], measured[LOSS]
+        measured = self.measured(held_out)
+        with interrupts_held_back():
+            self._note(measured[DISTANCE], measured[LOSS])
+
+    def _note(self, distance: float, loss: float) -> None:
+        """Keeps what was measured, and the values if they are the best."""
+        state = self.state
         state.history.append((state.step, distance))
         if not self._rounding:
             return

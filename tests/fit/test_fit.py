@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -317,32 +318,90 @@ def test_a_state_of_another_fine_tune_is_not_taken_up(
         patched.setattr(train.FitTrainer, "_evaluate", stopping(train.FitTrainer._evaluate, 30))
         with pytest.raises(KeyboardInterrupt):
             fit((encoder[0], tuned), tmp_path / "a.shd", log=said.append)
-    assert said[-1] == f"the same command goes on from step 28 of 40, which is kept in {tmp_path / 'a.shd.fit'}"
+    assert said[-1] == f"the same command goes on from step 30 of 40, which is kept in {tmp_path / 'a.shd.fit'}"
     weights = load_file(tuned / "model.safetensors")
     save_file({name: 2 * weight for name, weight in weights.items()}, tuned / "model.safetensors", {"format": "pt"})
     fit((encoder[0], tuned), tmp_path / "a.shd", log=said.append)
     assert not any("going on" in line for line in said)
 
 
+#: In the middle of a step: of the tenth, not after a number of them.
+SIGINT_AT = -10
+
+
 @pytest.mark.slow
-def test_what_is_interrupted_before_anything_is_kept_says_so(
+@pytest.mark.parametrize(
+    ("settings", "step", "where"),
+    [
+        ({"mask": "prune"}, 0, "no step was done yet, so the same command begins anew"),
+        ({"mask": "prune"}, 1, "goes on from step 1 of 40"),
+        ({"mask": "prune", "scope": "model"}, 17, "goes on from step 17 of 40"),
+        ({"mask": "prune"}, SIGINT_AT, "goes on from step 10 of 40"),
+        ({"mask": "refit"}, 0, "goes on from what least squares gave"),
+        ({"mask": "refit", "scope": "model"}, 39, "goes on from step 39 of 40"),
+    ],
+)
+def test_no_step_is_lost_where_a_run_is_interrupted(
+    encoder: tuple[Path, Path],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    step: int,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """By Ctrl-C; or by SIGTERM, which raises SystemExit."""
+    said: list[str] = []
+    error = SystemExit if step == 1 else KeyboardInterrupt
+    with monkeypatch.context() as patched:
+        if step == SIGINT_AT:
+            patched.setattr(train, "adam_", with_a_signal(train.adam_))
+        else:
+            patched.setattr(train.FitTrainer, "_passes", stopping(train.FitTrainer._passes, step, error))
+        with pytest.raises(error):
+            fit(encoder, tmp_path / "a.shd", log=said.append, **settings)
+    assert where in said[-1]
+    assert [path.name for path in tmp_path.iterdir()] == (["a.shd.fit"] if "goes on" in where else [])
+    fit(encoder, tmp_path / "a.shd", log=said.append, **settings)
+    assert any("going on from step" in line for line in said) == ("goes on" in where)
+    fit(encoder, tmp_path / "whole.shd", **settings)
+    assert (tmp_path / "a.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
+
+
+def test_a_state_after_a_step_that_gave_nan_is_not_kept(
     encoder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    said: list[str] = []
-    monkeypatch.setattr(train.FitTrainer, "_evaluate", stopping(train.FitTrainer._evaluate, 1))
+    said, update = list[str](), train.FitTrainer._update
+
+    def spoilt(self: train.FitTrainer) -> None:
+        update(self)
+        if self.state.step == 2:
+            self.state.values[0][3] = math.nan
+
+    monkeypatch.setattr(train.FitTrainer, "_update", spoilt)
+    monkeypatch.setattr(train.FitTrainer, "_passes", stopping(train.FitTrainer._passes, 3))
     with pytest.raises(KeyboardInterrupt):
-        fit(encoder, tmp_path / "a.shd", log=said.append, **FEW)
-    assert said[-1].endswith("the same command begins anew")
-    assert not list(tmp_path.iterdir())
+        fit(encoder, tmp_path / "a.shd", log=said.append, mask="prune", **FEW)
+    assert "goes on from step 2 of 40" in said[-1]
 
 
-def stopping(evaluate: Any, step: int) -> Any:
-    """`FitTrainer._evaluate`, interrupted from a step on."""
+def with_a_signal(adam: Any) -> Any:
+    """`adam_`, which Ctrl-C reaches in step `-SIGINT_AT`, before it has changed anything."""
 
-    def stopped(self: train.FitTrainer, held_out: Any) -> None:
-        if self.state.step >= step:
-            raise KeyboardInterrupt
-        evaluate(self, held_out)
+    def interrupted(*given: Any) -> None:
+        if given[4] == -SIGINT_AT:
+            signal.raise_signal(signal.SIGINT)
+        adam(*given)
+
+    return interrupted
+
+
+def stopping(method: Any, step: int, error: type[BaseException] = KeyboardInterrupt) -> Any:
+    """A method of `FitTrainer`, interrupted from a step on."""
+
+    def stopped(self: train.FitTrainer, *given: Any) -> Any:
+        if self.state.step >= step and self.good is not self.state:  # which is so while steps are timed
+            raise error
+        return method(self, *given)
 
     return stopped
 
