@@ -30,7 +30,6 @@ from shiradelta.format.registry import IndexId
 from shiradelta.hotswap import on_device
 from shiradelta.hotswap.numpy import NumpyBackend
 from shiradelta.hotswap.torch import TorchBackend
-from shiradelta.hotswap.triton import batches
 from shiradelta.hotswap.triton import on_base as together
 from shiradelta.io.context import write_on_base
 from shiradelta.io.reader import Delta
@@ -74,12 +73,11 @@ def file_on_base(stage: Stage) -> bytes:
 #: What a load does on a device, by parts, for each backend: (where a function is, its name, what it does).
 PARTS: dict[str, list[tuple[object, str, str]]] = {
     "triton": [
-        (batches, "uploaded", "sections, copied there"),
         (together.SectionHeads, "of", "heads of sections"),
         (together, "nonzeros", "positions, elements there"),
         (together, "shifts_of", "shifts"),
         (together, "encode_there", "positions as RICE"),
-        (together, "sections_of_bits", "shifts as BITS"),
+        (TorchBackend, "_upload", "copies to the device, and there"),
         (TorchBackend, "check_base", "fingerprints"),
     ],
     "torch": [

@@ -52,8 +52,8 @@ def resident_on_base(
             values = checked_values(source, tensor, values_codec)
     if record.index_codec == IndexId.RICE:
         return Resident.of(stored(source, record.index), values)
-    (rice,) = encode_there(positions, [record.nnz], [record.numel])
-    return Resident(SectionPart.there(rice.section), values, rice.k, rice.unary_bits)
+    (rice,) = encode_there(positions, [record.nnz], [record.numel], [0])
+    return Resident(SectionPart(rice.whole, rice.start, rice.stop), values, rice.k, rice.unary_bits)
 
 
 def bits_section(values: Tensor) -> Tensor:

@@ -22,15 +22,21 @@ Tensor = torch.Tensor
 
 
 class RiceThere(NamedTuple):
-    """A section on a device.
+    """A section on a device, and room behind it.
 
     Attributes:
-        section: uint8.
+        whole: uint8, with the sections of all tensors.
+        start: where this one starts, a multiple of 64.
+        stop: where it ends.
+        room: where the room behind it starts, the next multiple of 64.
         k: that of its head.
         unary_bits: that of its head.
     """
 
-    section: Tensor
+    whole: Tensor
+    start: int
+    stop: int
+    room: int
     k: int
     unary_bits: int
 
@@ -46,13 +52,16 @@ def likely_k(nnz: int, numel: int) -> int:
     return int(np.argmin(bits))
 
 
-def encode_there(positions: Tensor, counts: Sequence[int], numels: Sequence[int]) -> list[RiceThere]:
+def encode_there(
+    positions: Tensor, counts: Sequence[int], numels: Sequence[int], rooms: Sequence[int]
+) -> list[RiceThere]:
     """The sections of some tensors' positions.
 
     Args:
         positions: int32 or int64, increasing in each tensor, one tensor after the other.
         counts: how many each of them has, at least one.
         numels: elements of each tensor.
+        rooms: bytes to leave behind each section, which are zero.
     """
     device, several = positions.device, len(counts) > 1
     starts = [*accumulate(counts, initial=0)]
@@ -74,7 +83,7 @@ def encode_there(positions: Tensor, counts: Sequence[int], numels: Sequence[int]
     lasts = ends[stops - 1].tolist()
     unary = [last - before for last, before in zip(lasts, [0, *lasts], strict=False)]
 
-    places = _RicePlaces.of(counts, numels, ks, unary)
+    places = _RicePlaces.of(counts, numels, ks, unary, rooms)
     words = torch.zeros(places.words, dtype=torch.int32, device=device)
     heads = np.array([(k, 0, bits & 0xFFFFFFFF, bits >> 32) for k, bits in zip(ks, unary, strict=True)], np.uint32)
     at = np.array(places.sections)[:, None] + np.arange(4)
@@ -95,7 +104,7 @@ def encode_there(positions: Tensor, counts: Sequence[int], numels: Sequence[int]
     words.scatter_add_(0, bit >> 5, torch.ones_like(bit, dtype=torch.int32) << (bit & 31).to(torch.int32))
     whole = words.view(torch.uint8)
     return [
-        RiceThere(whole[4 * word : 4 * word + size], k, bits)
+        RiceThere(whole, 4 * word, 4 * word + size, 4 * word + aligned(size), k, bits)
         for word, size, k, bits in zip(places.sections, places.sizes, ks, unary, strict=True)
     ]
 
@@ -111,17 +120,27 @@ class _RicePlaces(NamedTuple):
 
     @classmethod
     def of(
-        cls, counts: Sequence[int], numels: Sequence[int], ks: Sequence[int], unary_bits: Sequence[int]
+        cls,
+        counts: Sequence[int],
+        numels: Sequence[int],
+        ks: Sequence[int],
+        unary_bits: Sequence[int],
+        rooms: Sequence[int],
     ) -> _RicePlaces:
         sizes = [section_size(*each) for each in zip(counts, numels, ks, unary_bits, strict=True)]
-        aligned = (registry.align(size, registry.SECTION_ALIGNMENT) // 4 for size in sizes)
-        *sections, words = accumulate(aligned, initial=0)
+        both = ((aligned(size) + aligned(room)) // 4 for size, room in zip(sizes, rooms, strict=True))
+        *sections, words = accumulate(both, initial=0)
         unary = [
             section + (size - registry.SLACK) // 4 - -(-bits // 32)
             for section, size, bits in zip(sections, sizes, unary_bits, strict=True)
         ]
         low = [at - field_words(count, k) for at, count, k in zip(unary, counts, ks, strict=True)]
         return cls(sections, low, unary, sizes, words)
+
+
+def aligned(size: int) -> int:
+    """A size up to where the next section starts."""
+    return registry.align(size, registry.SECTION_ALIGNMENT)
 
 
 def _put_directories(

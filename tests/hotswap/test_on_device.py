@@ -63,13 +63,16 @@ def test_rice_sections_are_valid_and_hold_the_positions(dtype: torch.dtype):
     if dtype == torch.int64:
         cases += [(numel, np.unique(rng.integers(0, numel, 5000))) for numel in (1 << 31, (1 << 32) - 1, 1 << 33)]
         cases.append((1 << 33, np.array([(1 << 33) - 1])))
-    alone = [encode_there(there(at).to(dtype), [at.size], [numel])[0] for numel, at in cases]
+    alone = [encode_there(there(at).to(dtype), [at.size], [numel], [0])[0] for numel, at in cases]
     together = encode_there(
-        torch.cat([there(at).to(dtype) for _, at in cases]), [at.size for _, at in cases], [numel for numel, _ in cases]
+        torch.cat([there(at).to(dtype) for _, at in cases]),
+        [at.size for _, at in cases],
+        [numel for numel, _ in cases],
+        [100] * len(cases),
     )
     for (numel, at), *both in zip(cases, alone, together, strict=True):
         for made in both:
-            section = made.section.cpu().numpy()
+            section = made.whole[made.start : made.stop].cpu().numpy()
             assert rice.decode(section, at.size, (numel,)).tolist() == at.tolist()
             assert section.size <= 1.1 * len(rice.encode(at, (numel,))) + 16
 

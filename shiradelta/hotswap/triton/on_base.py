@@ -76,12 +76,22 @@ def resident_batch(tensors: Sequence[TensorOnBase], buffer: Tensor) -> list[Resi
         shifts = shifts_of(chosen, heads.shifts, buffer, at, good)
     if not torch.stack(good).all():  # what is not sound could be written anywhere
         return None
-    made = iter([] if shifts is None else sections_of_bits(shifts, [tensor.nnz for tensor in chosen]))
-    rice = encode_there(positions, [tensor.nnz for tensor in tensors], [tensor.numel for tensor in tensors])
-    none = SectionPart(buffer, 0, 0)
+    counts, numels = [tensor.nnz for tensor in tensors], [tensor.numel for tensor in tensors]
+    sizes = [0 if tensor.shifts is None else BITS.size(tensor.nnz, at.element_size()) for tensor in tensors]
+    rice = encode_there(positions, counts, numels, sizes)
+    if shifts is not None:
+        taken = [at.element_size() * tensor.nnz for tensor in chosen]
+        rooms = [one for one, size in zip(rice, sizes, strict=True) if size]
+        for one, part in zip(rooms, shifts.view(torch.uint8).split(taken), strict=True):
+            one.whole[one.room : one.room + part.numel()] = part
     return [
-        Resident(SectionPart.there(one.section), none if tensor.shifts is None else next(made), one.k, one.unary_bits)
-        for one, tensor in zip(rice, tensors, strict=True)
+        Resident(
+            SectionPart(one.whole, one.start, one.stop),
+            SectionPart(one.whole, one.room, one.room + size),
+            one.k,
+            one.unary_bits,
+        )
+        for one, size in zip(rice, sizes, strict=True)
     ]
 
 
@@ -279,14 +289,3 @@ def shifts_of(
 def _joined(buffer: Tensor, starts: Positions, stops: Positions) -> Tensor:
     """Parts of the buffer, one after the other."""
     return torch.cat([buffer[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)])
-
-
-def sections_of_bits(shifts: Tensor, counts: Sequence[int]) -> list[SectionPart]:
-    """The shifts of some tensors as sections of BITS."""
-    size = shifts.element_size()
-    sizes = [BITS.size(count, size) for count in counts]
-    whole = torch.zeros(sum(sizes), dtype=torch.uint8, device=shifts.device)
-    starts = exclusive(np.array(sizes)).tolist()
-    for start, some in zip(starts, shifts.split(list(counts)), strict=True):
-        whole[start : start + some.numel() * size] = some.view(torch.uint8)
-    return [SectionPart(whole, start, start + own) for start, own in zip(starts, sizes, strict=True)]
