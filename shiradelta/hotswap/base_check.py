@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shiradelta.errors import BaseMismatchError
 from shiradelta.format.record import Record
-from shiradelta.hotswap.layers import Held, Layer, patches_on
+from shiradelta.hotswap.layers import Held, Layer, Patch, patches_on
 from shiradelta.hotswap.levels import Level, layers_of
 from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.outside import Watch
@@ -17,7 +17,6 @@ from shiradelta.hotswap.sections import check_together
 from shiradelta.hotswap.shares import Share, Shares, add, check_whole, share_of, together
 from shiradelta.hotswap.transcode import Change, InPieces
 from shiradelta.models.compatibility import Remedies
-from shiradelta.models.live import Target
 from shiradelta.models.stacking import StackFit, StackWords
 from shiradelta.models.views import View
 
@@ -31,6 +30,8 @@ _WORDS = StackWords(
     "leave the strength at 1",
 )
 
+#: Patches by number, for each backend.
+Checkable = Mapping[LiveBackend, Mapping[int, Patch]]
 #: Fingerprints of the base, and of what is there now.
 Fingerprints = Shares[tuple[int, int]]
 
@@ -43,6 +44,7 @@ def fit_of(
     adapter: Loaded,
     check: bool,
     levels: Sequence[Level],
+    beside: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[str, ...], StackFit | None]:
     """Checks that all of an adapter is in memory, and compares its fingerprints with the base beneath the levels.
 
@@ -54,6 +56,7 @@ def fit_of(
         adapter: the adapter.
         check: compare fingerprints.
         levels: what is on the weights.
+        beside: is called while devices compute fingerprints, once it is known that all of the adapter is in memory.
 
     Returns:
         Names of tensors that were not compared; what the adapter fits, if any were.
@@ -63,16 +66,22 @@ def fit_of(
         FormatError: a section that processes have read together is damaged.
         TargetError: a tensor was moved or replaced, or another process refuses.
     """
-    known = _checkable(adapter.held, adapter.parts) if check else set()
+    checkable = _checkable(adapter.held) if check else {}
+    parts = [part for part in adapter.parts if check and _is_checkable(part.record, part.dtype)]
+    known = {patch.target for some in checkable.values() for patch in some.values()} | {part.target for part in parts}
+
+    def check_model() -> None:
+        watch.check_model(target for held in adapter.held.values() for target in held.targets)
+        beside()
 
     def own() -> Fingerprints:
         for held in adapter.held.values():
             held.check_memory()
-        watch.check_model(target for held in adapter.held.values() for target in held.targets)
         if not known:
+            check_model()
             return {}
         with preparation.devices.ordered(reads=True):
-            return _fingerprints(adapter.held, adapter.parts, layers_of(levels))
+            return _fingerprints(adapter.held, checkable, parts, layers_of(levels), check_model)
 
     found = ranks.agree(what, own)
     names = adapter.report.matched
@@ -90,39 +99,48 @@ def fit_of(
     ), fit
 
 
-def _checkable(held: Mapping[LiveBackend, Held], parts: Sequence[InPieces]) -> set[Target]:
-    """The tensors whose fingerprint can be compared; arguments are those of `_fingerprints`."""
-    patches = {
-        patch.target for one in held.values() for patch in one.patches if _is_checkable(patch.record, patch.dtype)
+def _checkable(held: Mapping[LiveBackend, Held]) -> Checkable:
+    """The patches whose fingerprint can be compared."""
+    every = {
+        backend: {i: patch for i, patch in enumerate(one.patches) if _is_checkable(patch.record, patch.dtype)}
+        for backend, one in held.items()
     }
-    return patches | {target for record, target, dtype in parts if _is_checkable(record, dtype)}
+    return {backend: patches for backend, patches in every.items() if patches}
 
 
 def _fingerprints(
-    held: Mapping[LiveBackend, Held], parts: Sequence[InPieces], layers: Mapping[LiveBackend, Sequence[Layer]]
+    held: Mapping[LiveBackend, Held],
+    checkable: Checkable,
+    parts: Sequence[InPieces],
+    layers: Mapping[LiveBackend, Sequence[Layer]],
+    beside: Callable[[], None],
 ) -> Fingerprints:
     """Fingerprints of the elements that a file changes, where it has some to compare.
 
     Args:
         held: the file's deltas.
-        parts: its deltas of tensors that are in parts; `held` has them for each weight.
+        checkable: those that have a fingerprint.
+        parts: its deltas of tensors that are in parts and have one; `held` has them for each weight.
         layers: what is on the weights now, the topmost level first.
+        beside: is called while devices compute the first of them.
     """
     found: dict[str, dict[Share, tuple[int, int]]] = {}
-    for backend, one in held.items():
-        mine = [(i, patch.record) for i, patch in enumerate(one.patches) if _is_checkable(patch.record, patch.dtype)]
-        if mine:
-            below = layers.get(backend, [])
-            base = backend.fingerprints(one, below)
-            present = backend.fingerprints(one, []) if below else base
-            for number, record in mine:
-                found[record.name] = {(): (base[number], present[number])}
+    queued = {}
+    for backend in checkable:
+        below = layers.get(backend, [])
+        base = backend.fingerprints(held[backend], below)
+        queued[backend] = base, backend.fingerprints(held[backend], []) if below else None
+    beside()
+    for backend, (base, present) in queued.items():
+        of_base = base()
+        of_present = of_base if present is None else present()
+        for number, patch in checkable[backend].items():
+            found[patch.record.name] = {(): (of_base[number], of_present[number])}
     shown: dict[Change, list[tuple[Record, tuple[View, ...]]]] = {}
-    for record, target, dtype in parts:
-        if _is_checkable(record, dtype):
-            found.setdefault(record.name, {})
-            for weight, views in target.leaves():
-                shown.setdefault((weight, record.operation.name), []).append((record, views))
+    for record, target, _ in parts:
+        found.setdefault(record.name, {})
+        for weight, views in target.leaves():
+            shown.setdefault((weight, record.operation.name), []).append((record, views))
     for backend, one in held.items():
         stacks = patches_on(layers.get(backend, []))
         here = [(patch, shown.get((patch.target, patch.record.operation.name), [])) for patch in one.patches]

@@ -6,7 +6,7 @@ A backend that fuses these operations overrides `apply`, `replace` and `restore`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -81,10 +81,10 @@ class Elementwise(LiveBackend, ABC):
         layer, number = item
         return layer.room[layer.held.span(number)].view(self.bits_type(item.patch.dtype))
 
-    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> Callable[[], list[int]]:
         """Fingerprints of the base at each patch's positions, one patch after the other."""
         stacks = patches_on(below)
-        return [self._fingerprint_of(patch, stacks.get(patch.target, [])) for patch in held.patches]
+        return lambda: [self._fingerprint_of(patch, stacks.get(patch.target, [])) for patch in held.patches]
 
     def part_fingerprints(self, parts: Sequence[Part]) -> list[list[tuple[int, int]]]:
         """Fingerprints of (the base, what is there now), one part after the other."""

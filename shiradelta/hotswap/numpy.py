@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,14 @@ class NumpyBackend(Elementwise):
             tensor.check()
         return held_as_stored([Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in fits])
 
-    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> Callable[[], list[int]]:
         """Fingerprints of the base at each patch's positions, on several threads."""
         stacks = patches_on(below)
-        return map_in_threads(lambda patch: self._fingerprint_of(patch, stacks.get(patch.target, [])), held.patches)
+
+        def one(patch: Patch) -> int:
+            return self._fingerprint_of(patch, stacks.get(patch.target, []))
+
+        return lambda: map_in_threads(one, held.patches)
 
     def part_fingerprints(self, parts: Sequence[Part]) -> list[list[tuple[int, int]]]:
         """Fingerprints of (the base, what is there now), on several threads."""

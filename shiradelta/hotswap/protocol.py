@@ -6,7 +6,7 @@ on their elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -90,8 +90,11 @@ class LiveBackend(Protocol):
     def room(self, size: int) -> Array:
         """Bytes to save elements in."""
 
-    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
-        """Fingerprints of the base at each patch's positions; `below` is what is on the targets now, in levels."""
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> Callable[[], list[int]]:
+        """Fingerprints of the base at each patch's positions; `below` is what is on the targets now, in levels.
+
+        What it returns waits for them: a device may compute them until then.
+        """
 
     def part_fingerprints(self, parts: Sequence[Part]) -> list[list[tuple[int, int]]]:
         """Fingerprints of (the base, what is there now) at the positions of patches that views show.

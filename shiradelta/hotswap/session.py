@@ -257,17 +257,25 @@ class HotSwap(SelfTested):
                 self._watch.check()
 
             self._ranks.agree(what, check_model)
-            unchecked, fit = self._fit(what, adapter, check, levels)
-            if check:
-                self._ranks.agree(what, lambda: self._weights.others.check(targets_of([adapter])))
-            report = replace(adapter.report, unchecked=unchecked, seconds=perf_counter() - began)
-            adapter = replace(adapter, report=report, readings={})  # they were checked
-            if fit is not None and fit.fits_present:
-                adapter = adapter.on((level.adapters for level in levels), fit.is_successor)
-            adapters = {**self._adapters, name: adapter}
-            self._watch.follow(targets_of(adapters.values()))
-            self._adapters = adapters
+            with self._followed(adapter) as follow:
+                unchecked, fit = self._fit(what, adapter, check, levels, follow)
+                if check:
+                    self._ranks.agree(what, lambda: self._weights.others.check(targets_of([adapter])))
+                report = replace(adapter.report, unchecked=unchecked, seconds=perf_counter() - began)
+                adapter = replace(adapter, report=report, readings={})  # they were checked
+                if fit is not None and fit.fits_present:
+                    adapter = adapter.on((level.adapters for level in levels), fit.is_successor)
+                self._adapters = {**self._adapters, name: adapter}
             return adapter.report
+
+    @contextmanager
+    def _followed(self, adapter: Loaded) -> Iterator[Callable[[], None]]:
+        """A function that watches the tensors of an adapter, too; only those of loaded ones are if the block raises."""
+        try:
+            yield lambda: self._watch.follow(targets_of([*self._adapters.values(), adapter]))
+        except BaseException:
+            self._watch.follow(targets_of(self._adapters.values()))
+            raise
 
     def load_async(self, name: str, source: Source, **options: Any) -> Future[LoadReport]:
         """Calls `load` in a thread; the future has its report, or raises its error.

@@ -176,7 +176,7 @@ class TorchBackend(Elementwise):
             FormatError: the weights are not the ones that a tensor was made for.
         """
         with self.ordered(self.stream(None), reads=True):
-            found = self.fingerprints(held, [])
+            found = self.fingerprints(held, [])()
         for patch, fingerprint in zip(held.patches, found, strict=True):
             if patch.record.needs_base and fingerprint != patch.record.base_fingerprint:
                 raise FormatError("wrong_base", tensor=patch.record.name)

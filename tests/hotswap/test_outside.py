@@ -580,6 +580,18 @@ def test_a_new_session_takes_no_patched_weights_for_the_base(kind: str, deleted:
     second.switch("a")
 
 
+def test_what_a_failed_load_would_have_changed_may_be_written():
+    model = {"weight": torch.zeros(SHAPE), "other": torch.zeros(SHAPE)}
+    swap = HotSwap(model)
+    swap.load("a", delta())
+    wrong = adapter({"other": random_delta(SHAPE, 60, 2, "float32", base=np.ones(SHAPE, np.float32))})
+    with pytest.raises(BaseMismatchError, match="not the one that the delta was made against"):
+        swap.load("wrong", wrong)
+    model["other"] += 1
+    swap.load("right", wrong)
+    swap.switch({"a": 1.0, "right": 1.0})
+
+
 def test_weights_that_are_loaded_again_are_a_base():
     model = {"weight": torch.zeros(SHAPE)}
     first, second = HotSwap(model), HotSwap(model)

@@ -6,7 +6,7 @@ codec, are done by plain torch operations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -78,7 +78,7 @@ class TritonBackend(TorchBackend):
             self._run(kernels.apply_kernel, x, *onto, 1.0, self._refused, most=0, FILLED=False, **x.kind.put())
             self._run(kernels.restore_kernel, x, *onto, most=0, **x.kind.elements())
 
-    def fingerprints(self, held: Held, below: Sequence[Layer]) -> list[int]:
+    def fingerprints(self, held: Held, below: Sequence[Layer]) -> Callable[[], list[int]]:
         """Uses a kernel if no delta is on the tensors yet."""
         if below:
             return super().fingerprints(held, below)
@@ -86,11 +86,15 @@ class TritonBackend(TorchBackend):
         plan = self._plan([Layer(held, 1, None)])
         for x in plan.alone:
             self._run(kernels.fingerprint_kernel, x, held.data.table, x.entries, sums, **x.kind.elements())
-        found = [value % (1 << 64) for value in sums.tolist()]
-        for stack in plan.plain:
-            for _, number in stack:
-                found[number] = self._fingerprint_of(held.patches[number], [])
-        return found
+
+        def read() -> list[int]:
+            found = [value % (1 << 64) for value in sums.tolist()]
+            for stack in plan.plain:
+                for _, number in stack:
+                    found[number] = self._fingerprint_of(held.patches[number], [])
+            return found
+
+        return read
 
     # ------------------------------------------------------------------------------------- switching
 
