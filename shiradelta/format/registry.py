@@ -197,4 +197,4 @@ def align(size: int, unit: int) -> int:
 
 def word_size(numel: int) -> int:
     """Bytes of a position in directories and RAW sections (section 3.2, W)."""
-    return 4 if numel <= 0xFFFF_FFFF else 8
+    return 4 + 4 * (numel > 0xFFFF_FFFF)

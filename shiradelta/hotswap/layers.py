@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,8 @@ from shiradelta.format import registry
 from shiradelta.format.record import Record
 from shiradelta.models.live import Target
 
+#: Saved elements of each patch begin at a multiple of so many bytes.
+_ALIGNMENT = 8
 #: An array of the backend's kind.
 Array = Any
 
@@ -44,6 +45,7 @@ class Held:
         nbytes: memory that the patches take.
         data: the backend's data about all patches together.
         room: bytes needed to save the elements that the patches change.
+        starts: where each patch's elements begin there, int64 [patches].
         empty: for each patch, whether it changes nothing.
         counted: tensors of the model whose versions autograd counts.
     """
@@ -51,11 +53,11 @@ class Held:
     def __init__(self, patches: Sequence[Patch], nbytes: int, data: Any = None) -> None:
         self.patches, self.nbytes, self.data = tuple(patches), nbytes, data
         sizes = [patch.record.nnz * registry.DTYPE_OF_NAME[patch.dtype].size for patch in patches]
-        starts = list(accumulate((registry.align(size, 8) for size in sizes), initial=0))
-        self._spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
-        self.room = starts[-1]
-        self.empty = np.array([size == 0 for size in sizes], np.bool_)
-        self.targets = frozenset(patch.target for patch in patches if patch.record.nnz)
+        self._sizes = np.array(sizes, np.int64)
+        room = -(-self._sizes // _ALIGNMENT) * _ALIGNMENT
+        self.starts, self.room = np.cumsum(room) - room, int(room.sum())
+        self.empty = self._sizes == 0
+        self.targets = frozenset([patch.target for patch in patches if patch.record.nnz])
         self._there = [patch.target for patch in patches if patch.target.address]
         self.counted = [target.holder for target in self._there if not target.holder.is_inference()]
         self._tensors = [target.tensor for target in self._there]
@@ -63,7 +65,8 @@ class Held:
 
     def span(self, number: int) -> slice:
         """The bytes of a layer's room that belong to a patch."""
-        return self._spans[number]
+        start = int(self.starts[number])
+        return slice(start, start + int(self._sizes[number]))
 
     def has_same_tensors(self, other: Held) -> bool:
         """Whether both change the same tensors of the model, as deltas of one kind mostly do."""

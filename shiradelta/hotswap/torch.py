@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from operator import call
 from typing import Any
 
@@ -20,7 +19,6 @@ from shiradelta.format import arithmetic, registry
 from shiradelta.format.codecs import BITS, F32, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, TorchDecoder, ValueCodec
 from shiradelta.format.codecs.bits import bits_dtype
-from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.record import Record
 from shiradelta.format.registry import ORDERED, Order
 from shiradelta.hotswap.checks import checks_of
@@ -29,7 +27,7 @@ from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
 from shiradelta.hotswap.layers import Held, Layer, Patch
 from shiradelta.hotswap.on_device import resident_on_base
 from shiradelta.hotswap.protocol import Fit
-from shiradelta.hotswap.resident import NOTHING, Resident, SectionPart, residents
+from shiradelta.hotswap.resident import NOTHING, Resident, SectionPart, Sections, residents, sections_of
 from shiradelta.io.reader import StoredTensor
 from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
@@ -37,58 +35,6 @@ from shiradelta.models.memory import is_array
 from shiradelta.util.threads import THREADS, meanwhile
 
 Tensor = torch.Tensor
-
-
-@dataclass(eq=False, slots=True)  # frozen, it would take twice as long to make
-class Sections:
-    """A patch's sections on the device, decompressed, with the index in RICE.
-
-    Attributes:
-        buffer: uint8, with the sections of all patches of a delta.
-        index_span: where the index is in the buffer.
-        values_span: where the values are.
-        codec: that of the values; it differs from the file's if the device cannot decode that.
-        k: RICE's.
-        unary_bits: RICE's.
-        low: the offset of the low bits in the index.
-        unary: the offset of the unary part in the index.
-        codes: the offset of the codes in the values.
-    """
-
-    buffer: Tensor
-    index_span: slice
-    values_span: slice
-    codec: TorchDecoder
-    k: int
-    unary_bits: int
-    low: int
-    unary: int
-    codes: int
-
-    @classmethod
-    def of(cls, buffer: Tensor, kept: Resident, starts: Sequence[int], record: Record, codec: TorchDecoder) -> Sections:
-        """Takes the sections of a patch, where they start in the buffer, and the codec of the values."""
-        at, values_at = starts
-        index, values, k, unary_bits = kept
-        low = registry.RICE_HEAD.size + -(-unary_bits // registry.BLOCK_BITS) * 2 * registry.word_size(record.numel)
-        unary = low + 4 * field_words(record.nnz, k)
-        spans = slice(at, at + index.size), slice(values_at, values_at + values.size)
-        return cls(buffer, *spans, codec, k, unary_bits, low, unary, codec.codes_at(record.nnz))
-
-    @property
-    def index(self) -> Tensor:
-        """uint8."""
-        return self.buffer[self.index_span]
-
-    @property
-    def values(self) -> Tensor:
-        """uint8."""
-        return self.buffer[self.values_span]
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks in the index."""
-        return -(-self.unary_bits // registry.BLOCK_BITS)
 
 
 class TorchBackend(Elementwise):
@@ -118,17 +64,16 @@ class TorchBackend(Elementwise):
     def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
         """Copies all sections into one buffer on the device, aligned as in a file; other threads check them."""
         fits = [(source, *fit) for source, tensors in files for fit in tensors]
-        codecs = self._resident([tensor.record for _, tensor, _, _ in fits])
+        records = [tensor.record for _, tensor, _, _ in fits]
+        codecs = self._resident(records)
         others = [tensor for _, tensor, _, _ in fits if not tensor.record.needs_base]
         try:
             with meanwhile(call, checks_of(others, THREADS)):
                 every = self._residents(fits, codecs)
                 buffer, starts = self._upload([part for kept in every for part in (kept.positions, kept.values)])
-                patches = []
-                for i, ((_, tensor, target, dtype), kept, codec) in enumerate(zip(fits, every, codecs, strict=True)):
-                    sections = Sections.of(buffer, kept, starts[2 * i : 2 * i + 2], tensor.record, codec)
-                    patches.append(Patch(target, tensor.record, dtype, sections))
-                held = Held(patches, buffer.numel())
+                sections = sections_of(buffer, every, starts, records, codecs)
+                targets, dtypes = [target for _, _, target, _ in fits], [dtype for *_, dtype in fits]
+                held = Held(list(map(Patch, targets, records, dtypes, sections)), buffer.numel())
                 self.arrange(held)
             if len(others) < len(fits):
                 self.check_base(held)
@@ -269,14 +214,15 @@ class TorchBackend(Elementwise):
         nnz, k = patch.record.nnz, sections.k
         if not nnz:
             return torch.zeros(0, dtype=torch.int64, device=self.device)
-        unary = sections.index[sections.unary : sections.unary + -(-sections.unary_bits // 8)]
+        index = sections.index_bytes
+        unary = index[sections.unary : sections.unary + -(-sections.unary_bits // 8)]
         eight = torch.arange(8, dtype=torch.uint8, device=self.device)
         ones = ((unary[:, None] >> eight) & 1).view(-1).nonzero().view(-1)[:nnz]
         rank = torch.arange(nnz, device=self.device)
         positions = ((ones - rank) << k) + rank
         if k:
             # A field may cross into the next word, so two are read; the slack follows the last one.
-            words = sections.index[sections.low : sections.unary + 8].view(torch.int32)
+            words = index[sections.low : sections.unary + 8].view(torch.int32)
             at = rank * k
             word = at >> 5
             pair = (words[word].to(torch.int64) & 0xFFFFFFFF) | (words[word + 1].to(torch.int64) << 32)
@@ -286,7 +232,7 @@ class TorchBackend(Elementwise):
     def payload(self, patch: Patch) -> Tensor:
         sections: Sections = patch.data
         if patch.record.nnz:
-            return sections.codec.decode_torch(sections.values, patch.record.nnz, patch.record.element_size)
+            return sections.codec.decode_torch(sections.values_bytes, patch.record.nnz, patch.record.element_size)
         return torch.zeros(
             0, dtype=torch.float32 if patch.record.adds else self.bits_type(patch.dtype), device=self.device
         )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from shiradelta.format import registry
 from shiradelta.format.codecs.base import TorchDecoder
 from shiradelta.hotswap.layers import Held, Layer, Patch, stacks_of
-from shiradelta.hotswap.torch import Sections
+from shiradelta.hotswap.resident import Sections
 from shiradelta.hotswap.triton import elements, kernels, positions
 from shiradelta.models.memory import is_array
 
@@ -143,15 +143,16 @@ def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = 
         overlaps: those of the `searchable` stacks of an earlier plan of these layers that take little memory; None if
             they were not searched for.
     """
-    numbers = {id(layer): number for number, layer in enumerate(layers)}
+    kinds_of = [layer.held.data.kinds for layer in layers]
     alone: list[tuple[tuple[Kind, int], int]] = []
     sums: list[tuple[Kind, Stack]] = []
     plain: list[Stack] = []
     meeting: list[tuple[Kind, tuple[Stack, Shared]]] = []
-    for patches in stacks_of(layers).values():
-        stack = [(numbers[id(layer)], number) for layer, number in patches]
-        kinds = [layer.held.data.kinds[number] for layer, number in patches]
-        kind = kinds[0] if len(kinds) == 1 or len(set(kinds)) == 1 else None
+    for stack in _stacks(layers):
+        layer, number = stack[0]
+        kind = kinds_of[layer][number]
+        if len(stack) > 1 and any(kinds_of[layer][number] != kind for layer, number in stack):
+            kind = None
         if kind is None or (len(stack) > 1 and kind.codec == elements.BITS.value):
             plain.append(stack)
         elif len(stack) > 1 and (not overlaps or tuple(stack) not in overlaps):
@@ -173,6 +174,15 @@ def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = 
         plain,
         searchable,
     )
+
+
+def _stacks(layers: Sequence[Layer]) -> list[Stack]:
+    """The patches on each tensor that layers change."""
+    changing = np.flatnonzero(~layers[0].held.empty)
+    if len(layers) == 1 and len(layers[0].held.targets) == changing.size:  # one patch on each
+        return [[(0, number)] for number in changing.tolist()]
+    numbers = {id(layer): number for number, layer in enumerate(layers)}
+    return [[(numbers[id(layer)], number) for layer, number in stack] for stack in stacks_of(layers).values()]
 
 
 class _Launches:
@@ -249,21 +259,21 @@ def _rows(held: Held) -> NDArray[np.int64]:
     patches = held.patches
     every: list[Sections] = [patch.data for patch in patches]
     start = every[0].buffer.data_ptr() if every else 0  # all are in one buffer
-    index = np.array([one.index_span.start for one in every], np.int64) + start
-    values = np.array([one.values_span.start for one in every], np.int64) + start
+    own = dict(zip(Sections._fields[2:], np.array([one[2:] for one in every], np.int64).reshape(-1, 9).T, strict=True))
+    index, values = start + own["index_at"], start + own["values_at"]
     tensors = (patch.target.tensor for patch in patches)
     columns: dict[str, Any] = {
         "directory": index + registry.RICE_HEAD.size,
-        "low": index + np.array([one.low for one in every], np.int64),
-        "unary": index + np.array([one.unary for one in every], np.int64),
-        "values": values + np.array([one.codes for one in every], np.int64),
+        "low": index + own["low"],
+        "unary": index + own["unary"],
+        "values": values + own["codes"],
         "parameters": values,
         "weight": [0 if is_array(tensor) else tensor.data_ptr() for tensor in tensors],
-        "k": [one.k for one in every],
-        "unary_bits": [one.unary_bits for one in every],
+        "k": own["k"],
+        "unary_bits": own["unary_bits"],
         "nnz": [patch.record.nnz for patch in patches],
         "numel": [patch.record.numel for patch in patches],
-        "room": [held.span(number).start for number in range(len(patches))],
+        "room": held.starts,
         "layer": 0,
     }
     return np.column_stack([np.broadcast_to(columns[name], len(patches)) for name in positions.COLUMNS]).astype(
