@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.lossless import folders
 from benchmarks.lossless.peers import fireworks, peers
 from benchmarks.lossless.steps import DENSITIES, RATES, STEPS, State, floor, independent, language_steps, steps
-from benchmarks.lossless.ways import ON_BASE, PLAIN, Way, compared, others, own, sections, write_both
+from benchmarks.lossless.ways import ON_BASE, PLAIN, Way, compared, others, own, sections, whole, write_both
 from benchmarks.table import commit, machine, print_table
 
 #: Tensors above this many elements, of which the sections are compared with the entropy.
@@ -36,6 +36,7 @@ Row = dict[str, Any]
 def ways(base: State, tuned: State, folder: Path, *, all_of_them: bool) -> Iterator[Way | str]:
     """Each way, or why a peer is not there; without all of them, those that are compared in time."""
     yield from own(base, folder)
+    yield whole(tuned)
     if all_of_them:
         yield from others(base, tuned, folder)
     yield from (peers if all_of_them else fireworks)(base, tuned, folder)

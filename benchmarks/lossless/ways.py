@@ -101,7 +101,7 @@ def ours(base: State, folder: Path, name: str, **options: Any) -> Way:
 
 def patched(base: State, file: Path) -> State:
     """Copies of the base's weights with a file's delta on them."""
-    state = {name: tensor.clone() for name, tensor in base.items()}
+    state = _copies(base)
     with ExitStack() as stack:
         delta = stack.enter_context(sd.open_delta(file))
         if delta.needs_base:
@@ -109,6 +109,16 @@ def patched(base: State, file: Path) -> State:
         for name, tensor in delta.items():
             tensor.patch(bits(state[name]), "bfloat16")
     return state
+
+
+def whole(tuned: State) -> Way:
+    """The weights themselves.  What their copy takes to decode is in what every way takes, which gives new tensors."""
+    size = sum(tensor.nbytes for tensor in tuned.values())
+    return Way("all weights", lambda: tuned, lambda state: size, _copies)
+
+
+def _copies(state: State) -> State:
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def of_floats(base: State, tuned: State, folder: Path) -> Way:
