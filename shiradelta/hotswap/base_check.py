@@ -169,7 +169,8 @@ def _check_base(label: str, found: Fingerprints, records: Mapping[str, Record], 
     """
     fit = StackFit(label, _WORDS, stacked)
     for name, shares in found.items():
-        base, present = (sum(sums) % (1 << 64) for sums in zip(*shares.values(), strict=True))
+        pairs = list(shares.values())
+        base, present = pairs[0] if len(pairs) == 1 else (sum(sums) % (1 << 64) for sums in zip(*pairs, strict=True))
         fit.check(name, records[name], base, present)
     return fit
 

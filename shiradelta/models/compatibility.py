@@ -56,6 +56,8 @@ def difference(one: TensorDelta | Slot, other: TensorDelta | Slot | TensorSpec |
 
 def misfit(tensor: TensorDelta, target: TensorSpec) -> Misfit | None:
     """Why a delta cannot be applied to a tensor; None if it can."""
+    if target == (tensor.shape, tensor.dtype) and target.dtype in ADDABLE:  # nearly all are; the rest takes longer
+        return None
     if tensor.operation.replaces:
         return None
     found = difference(tensor, target)
@@ -97,9 +99,10 @@ def check_fit(
     Raises:
         BaseMismatchError: the delta cannot be applied.
     """
-    adds, found = tensor.operation.adds, misfit(tensor, target)
+    found = misfit(tensor, target)
     if found is None:
         return
+    adds = tensor.operation.adds
     has = f"{where} has elements of {shown or target.dtype} in {model}"
     if found is Misfit.SHAPE:
         raise BaseMismatchError(

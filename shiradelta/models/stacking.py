@@ -65,10 +65,11 @@ class StackFit:
             DeltaError: it is a successor, and its strength is not 1.
         """
         wanted, result, words = delta.base_fingerprint, delta.result_fingerprint, self._words
+        if wanted is None or (base == wanted and not self._stacked):
+            return
         where = f"{self._label}: tensor {name!r}"
         if not self._stacked:
             check_fingerprint(where, base, wanted, result, words.remedies)
-        if not self._stacked or wanted is None:
             return
         if base != wanted:
             self._misses_base = self._misses_base or name
