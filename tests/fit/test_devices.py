@@ -104,6 +104,8 @@ def test_a_spread_model_is_fitted_as_one_on_one_device(
 
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+#: Operations on the second device take a multiple of the time.
+SHORT = {"steps": 10}
 
 
 def loaded(folder: Path) -> nn.Module:
@@ -142,10 +144,10 @@ def test_a_model_on_two_devices_is_fitted_as_on_one(
     settings: dict[str, Any],
 ):
     """An operation on tensors of both devices is an error here, as with two GPUs."""
-    one = fit(pair, tmp_path / "one.shd", **FEW, **settings, model=loaded(pair[0]), device="cpu")
+    one = fit(pair, tmp_path / "one.shd", **FEW, **SHORT, **settings, model=loaded(pair[0]), device="cpu")
     with on_two_devices(pair[0]) as model:
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        several = fit(pair, tmp_path / "several.shd", **FEW, **settings, model=model, device=None)
+        several = fit(pair, tmp_path / "several.shd", **FEW, **SHORT, **settings, model=model, device=None)
         assert {weight.device.type for weight in model.parameters()} == {"cpu", "meta"}
         assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert several.fit.base == pytest.approx(one.fit.base, rel=1e-4)
@@ -217,10 +219,11 @@ def test_devices_of_a_users_own_model(encoder: tuple[Path, Path], tmp_path: Path
 @pytest.mark.parametrize("method", ["train", "refit"])
 def test_an_encoder_decoder_on_two_devices_is_fitted_as_on_one(kind: str, method: str, tmp_path: Path):
     folders = seq2seq.write_pair(kind, tmp_path)
-    one = fit_seq2seq(folders, tmp_path / "one.shd", method=method, model=loaded(folders[0]))
+    settings = {"method": method, "texts": seq2seq.examples(40), "batch": 8, "held_out": 8, "steps": 8}
+    one = fit_seq2seq(folders, tmp_path / "one.shd", **settings, model=loaded(folders[0]))
     with on_two_devices(folders[0]) as model:
         assert {weight.device for weight in model.parameters()} == {CPU, META}
-        several = fit_seq2seq(folders, tmp_path / "several.shd", method=method, model=model, device=None)
+        several = fit_seq2seq(folders, tmp_path / "several.shd", **settings, model=model, device=None)
     assert several.topk == pytest.approx(one.topk, rel=1e-3)
     assert several.fitted == pytest.approx(one.fitted, rel=0.05)
 
