@@ -24,6 +24,8 @@ from shiradelta.format.registry import Flag, Incompatible, IndexId, ValueId
 _BASE, _RESULT = int(Flag.BASE_FINGERPRINT), int(Flag.RESULT_FINGERPRINT)
 _INDEX_ZSTD, _VALUES_ZSTD = int(Flag.INDEX_ZSTD), int(Flag.VALUES_ZSTD)
 _FLAGS = sum(map(int, Flag))
+#: Makes a NamedTuple from all of its fields in half the time.
+_new = tuple.__new__
 _CONTROL = bytes([*range(0x20), 0x7F])
 
 
@@ -198,7 +200,9 @@ def _record_of(name: str, fields: Sequence[int]) -> Record:
         INDEX_CODECS.by_id[index_codec]
     if value_codec:
         VALUE_CODECS.by_id[value_codec]
-    return Record(
+    index = _new(Section, (index_at, index_stored, index_size, index_crc, flags & _INDEX_ZSTD != 0))
+    values = _new(Section, (values_at, values_stored, values_size, values_crc, flags & _VALUES_ZSTD != 0))
+    every = (
         name,
         tuple(fields[18 : 18 + rank]),
         registry.DTYPE_OF_ID[dtype],
@@ -208,9 +212,10 @@ def _record_of(name: str, fields: Sequence[int]) -> Record:
         nnz,
         base if flags & _BASE else None,
         result if flags & _RESULT else None,
-        Section(index_at, index_stored, index_size, index_crc, bool(flags & _INDEX_ZSTD)),
-        Section(values_at, values_stored, values_size, values_crc, bool(flags & _VALUES_ZSTD)),
+        index,
+        values,
     )
+    return _new(Record, every)
 
 
 def check_name(raw: bytes) -> str:
