@@ -22,12 +22,12 @@ def checks_of(tensors: Iterable[StoredTensor], count: int) -> list[Callable[[], 
         LimitError: the decompressed sections of a tensor take more than the limit.
     """
     checks: list[list[Callable[[], None]]] = [[] for _ in range(count)]
-    groups: dict[int, list[tuple[Decoder, Record]]] = {}
+    groups: dict[int, tuple[Decoder, list[Record]]] = {}
     for tensor in tensors:
         decoder = tensor.decoder
-        groups.setdefault(id(decoder), []).append((decoder, tensor.record))
-    for group in groups.values():
-        (decoder, _), ordered = group[0], sorted([record for _, record in group], key=_NONZEROS, reverse=True)
+        groups.setdefault(id(decoder), (decoder, []))[1].append(tensor.record)
+    for decoder, records in groups.values():
+        ordered = sorted(records, key=_NONZEROS, reverse=True)
         for number in range(min(count, len(ordered))):
             checks[number].append(decoder.check_of(ordered[number::count]))
     return [some[0] if len(some) == 1 else partial(_call_all, some) for some in checks if some]

@@ -46,14 +46,16 @@ class Held:
         data: the backend's data about all patches together.
         room: bytes needed to save the elements that the patches change.
         starts: where each patch's elements begin there, int64 [patches].
+        nonzeros: of each patch, int64 [patches].
         empty: for each patch, whether it changes nothing.
         counted: tensors of the model whose versions autograd counts.
     """
 
     def __init__(self, patches: Sequence[Patch], nbytes: int, data: Any = None) -> None:
         self.patches, self.nbytes, self.data = tuple(patches), nbytes, data
-        sizes = [patch.record.nnz * registry.DTYPE_OF_NAME[patch.dtype].size for patch in patches]
-        self._sizes = np.array(sizes, np.int64)
+        self.nonzeros = np.array([patch.record.nnz for patch in patches], np.int64)
+        sizes = {dtype: registry.DTYPE_OF_NAME[dtype].size for dtype in {patch.dtype for patch in patches}}
+        self._sizes = self.nonzeros * np.array([sizes[patch.dtype] for patch in patches], np.int64)
         room = -(-self._sizes // _ALIGNMENT) * _ALIGNMENT
         self.starts, self.room = np.cumsum(room) - room, int(room.sum())
         self.empty = self._sizes == 0

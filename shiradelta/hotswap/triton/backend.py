@@ -75,8 +75,13 @@ class TritonBackend(TorchBackend):
         """
         for x in self._plan([Layer(held, 1, None)]).alone:
             onto = held.data.table, x.entries, _ALIGNED
-            self._run(kernels.apply_kernel, x, *onto, 1.0, self._refused, most=0, FILLED=False, **x.kind.put())
-            self._run(kernels.restore_kernel, x, *onto, most=0, **x.kind.elements())
+            self._compile_for(kernels.apply_kernel, x, *onto, 1.0, self._refused, FILLED=False, **x.kind.put())
+            self._compile_for(kernels.restore_kernel, x, *onto, **x.kind.elements())
+
+    def _compile_for(self, kernel: Any, launch: Launch, *arguments: Any, **kind: Any) -> None:
+        """Compiles a kernel as `_launch` needs it, unless it has launched such a one."""
+        if (kernel.fn.__name__, *kind.values()) not in self._compiled:
+            self._run(kernel, launch, *arguments, most=0, **kind)
 
     def fingerprints(self, held: Held, below: Sequence[Layer]) -> Callable[[], list[int]]:
         """Uses a kernel if no delta is on the tensors yet."""
@@ -85,7 +90,7 @@ class TritonBackend(TorchBackend):
         sums = torch.zeros(len(held.patches), dtype=torch.int64, device=self.device)
         plan = self._plan([Layer(held, 1, None)])
         for x in plan.alone:
-            self._run(kernels.fingerprint_kernel, x, held.data.table, x.entries, sums, **x.kind.elements())
+            self._launch(kernels.fingerprint_kernel, x, held.data.table, x.entries, sums, **x.kind.elements())
 
         def read() -> list[int]:
             found = [value % (1 << 64) for value in sums.tolist()]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
+from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -271,14 +272,15 @@ def _rows(held: Held) -> NDArray[np.int64]:
         "weight": [0 if is_array(tensor) else tensor.data_ptr() for tensor in tensors],
         "k": own["k"],
         "unary_bits": own["unary_bits"],
-        "nnz": [patch.record.nnz for patch in patches],
-        "numel": [patch.record.numel for patch in patches],
+        "nnz": held.nonzeros,
+        "numel": [prod(patch.record.shape) for patch in patches],
         "room": held.starts,
         "layer": 0,
     }
-    return np.column_stack([np.broadcast_to(columns[name], len(patches)) for name in positions.COLUMNS]).astype(
-        np.int64
-    )
+    table = np.empty((len(patches), len(positions.COLUMNS)), np.int64)
+    for number, name in enumerate(positions.COLUMNS):
+        table[:, number] = columns[name]
+    return table
 
 
 def _entries(columns: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int32]:
