@@ -66,13 +66,14 @@ def match(
         ArgumentError: a pattern matches no tensor that would be refused without it.
     """
     mapped = {name: other for name in delta if (other := _mapped(names, name)) is not None}
-    wanted = {other: delta[name].shape for name, other in mapped.items() if not delta[name].operation.restructures}
+    restructured = {name for name, tensor in delta.items() if tensor.operation.restructures}
+    wanted = {other: delta[name].shape for name, other in mapped.items() if name not in restructured}
     searched = _find(wanted, targets, {other: name for name, other in mapped.items()}, skip)
     found = searched.names
     matched: dict[str, str] = {}
     refused: list[str] = []
     for name, other in mapped.items():
-        if other not in found or delta[name].operation.restructures:
+        if other not in found or name in restructured:
             refused.append(name)
         else:
             matched[name] = found[other]
@@ -116,6 +117,8 @@ def _find(wanted: Named, targets: Mapping[str, Target], own: Mapping[str, str], 
         own: a wanted name -> the file's name of the tensor.
         skip: glob patterns of the file's names that may be left out.
     """
+    if wanted.keys() <= targets.keys():  # exact names come first; the rest looks at all of the model
+        return Found({name: name for name in wanted})
     have = {name: target.known_shape for name, target in targets.items()}
     same = {name: id(target) for name, target in targets.items()}
 
