@@ -8,12 +8,14 @@ import torch
 from numpy.typing import NDArray
 
 Tensor = torch.Tensor
+#: Bytes that CUDA takes over before a copy returns, whatever memory they are in; pinning takes longer than that.
+_STAGED = 1 << 16
 
 
 def sent(array: NDArray[Any], device: torch.device) -> Tensor:
     """Copies an array to a device, without waiting for it."""
     tensor = torch.from_numpy(array)
-    if device.type == "cuda":
+    if device.type == "cuda" and array.nbytes > _STAGED:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from shiradelta.format import registry
+from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.codecs.rice import section_size
 from shiradelta.hotswap.bits_there import sent
+from shiradelta.hotswap.pool import exclusive
 
 Tensor = torch.Tensor
 
@@ -41,19 +43,75 @@ class RiceThere(NamedTuple):
     unary_bits: int
 
 
-def likely_k(nnz: int, numel: int) -> int:
-    """The k that is best for so many positions if they are independent: no pass over them is needed to know it.
+def likely_ks(counts: Positions, numels: Positions) -> Positions:
+    """The k that is best for so many positions of each tensor if they are independent: no pass over them tells it.
 
     Together, zeros are at most numel / 2^k, whatever the positions are.
     """
     ks = np.arange(registry.MAX_RICE_K + 1)
-    odds = min(nnz / numel, 1 - 2.0**-40)
-    bits = ks - 1 / np.expm1(np.log1p(-odds) * 2.0**ks)
-    return int(np.argmin(bits))
+    odds = np.minimum(counts / numels, 1 - 2.0**-40)[:, None]
+    found: Positions = np.argmin(ks - 1 / np.expm1(np.log1p(-odds) * 2.0**ks), axis=1)
+    return found
+
+
+class TorchRice:
+    """Encodes the positions of some tensors in torch operations, which many nonzeros need many passes for.
+
+    Args:
+        positions: int32 or int64, increasing in each tensor, one tensor after the other.
+        counts: how many each of them has, at least one.
+        ks: of each tensor.
+    """
+
+    def __init__(self, positions: Tensor, counts: Sequence[int], ks: Sequence[int]) -> None:
+        self.positions = positions
+        self._counts, self._ks, self._starts = counts, ks, exclusive(np.array(counts)).tolist()
+
+    def _spread(self, numbers: Sequence[int], dtype: torch.dtype) -> Tensor | int:
+        """A number of each tensor for all of its positions."""
+        if len(numbers) == 1:
+            return numbers[0]
+        each = sent(np.array([numbers, self._counts]), self.positions.device)
+        return torch.repeat_interleave(each[0].to(dtype), each[1], output_size=self.positions.numel())
+
+    def _gaps(self) -> Tensor:
+        gaps = self.positions.diff(prepend=self.positions.new_full((1,), -1)) - 1
+        firsts = sent(np.array(self._starts), gaps.device)
+        gaps[firsts] = self.positions[firsts]
+        return gaps
+
+    def ends(self) -> Tensor:
+        """Int64, of each position: the unary bits up to its one, with those of all tensors before."""
+        return ((self._gaps() >> self._spread(self._ks, self.positions.dtype)) + 1).cumsum(0)
+
+    def put(self, words: Tensor, places: RicePlaces, ends: Tensor, before: Sequence[int]) -> None:
+        """Writes low fields and unary bits.
+
+        Args:
+            words: int32, all sections; zero there.
+            places: where their parts are.
+            ends: what `ends` gave.
+            before: unary bits before each tensor.
+        """
+        if any(self._ks):
+            k = self._spread(self._ks, self.positions.dtype)
+            low = [32 * word - start * k for word, start, k in zip(places.low, self._starts, self._ks, strict=True)]
+            at = torch.arange(ends.numel(), device=words.device) * k + self._spread(low, torch.int64)
+            fields = (self._gaps() & ((1 << k) - 1)).long() << (at & 31)
+            # Fields do not overlap, so that sums put them together; the slack follows the last one.
+            words.scatter_add_(0, at >> 5, fields.to(torch.int32))
+            words.scatter_add_(0, (at >> 5) + 1, (fields >> 32).to(torch.int32))
+        unary = [32 * word - some - 1 for word, some in zip(places.unary, before, strict=True)]
+        bit = ends + self._spread(unary, torch.int64)
+        words.scatter_add_(0, bit >> 5, torch.ones_like(bit, dtype=torch.int32) << (bit & 31).to(torch.int32))
 
 
 def encode_there(
-    positions: Tensor, counts: Sequence[int], numels: Sequence[int], rooms: Sequence[int]
+    positions: Tensor,
+    counts: Sequence[int],
+    numels: Sequence[int],
+    rooms: Sequence[int],
+    encoder: type[TorchRice] = TorchRice,
 ) -> list[RiceThere]:
     """The sections of some tensors' positions.
 
@@ -62,46 +120,23 @@ def encode_there(
         counts: how many each of them has, at least one.
         numels: elements of each tensor.
         rooms: bytes to leave behind each section, which are zero.
+        encoder: does what goes through all positions.
     """
-    device, several = positions.device, len(counts) > 1
-    starts = [*accumulate(counts, initial=0)]
-    ks = [likely_k(count, numel) for count, numel in zip(counts, numels, strict=True)]
-
-    def spread(numbers: Sequence[int], dtype: torch.dtype) -> Tensor | int:
-        """A number of each tensor for all of its positions."""
-        if not several:
-            return numbers[0]
-        each = sent(np.array([numbers, counts]), device)
-        return torch.repeat_interleave(each[0].to(dtype), each[1], output_size=starts[-1])
-
-    firsts, stops = sent(np.array([starts[:-1], starts[1:]]), device)
-    gaps = positions.diff(prepend=positions.new_full((1,), -1)) - 1
-    gaps[firsts] = positions[firsts]
-    k = spread(ks, positions.dtype)
-    # Behind each one: the bits up to it, counted from the first tensor's first bit.
-    ends = ((gaps >> k) + 1).cumsum(0)
-    lasts = ends[stops - 1].tolist()
-    unary = [last - before for last, before in zip(lasts, [0, *lasts], strict=False)]
-
-    places = _RicePlaces.of(counts, numels, ks, unary, rooms)
+    device = positions.device
+    ks = likely_ks(np.array(counts), np.array(numels)).tolist()
+    work = encoder(positions, counts, ks)
+    ends = work.ends()
+    stops = np.cumsum(counts)
+    lasts = ends[sent(stops - 1, device)].tolist()
+    before = [0, *lasts[:-1]]
+    unary = [last - some for last, some in zip(lasts, before, strict=True)]
+    places = RicePlaces.of(counts, numels, ks, unary, rooms)
     words = torch.zeros(places.words, dtype=torch.int32, device=device)
     heads = np.array([(k, 0, bits & 0xFFFFFFFF, bits >> 32) for k, bits in zip(ks, unary, strict=True)], np.uint32)
     at = np.array(places.sections)[:, None] + np.arange(4)
     words[sent(at, device)] = sent(heads.view(np.int32), device)
-    _put_directories(words, places, positions, ends, starts, [0, *lasts], ks, unary)
-
-    if any(ks):
-        rank = torch.arange(starts[-1], device=device)
-        to_low = [32 * word - start * k for word, start, k in zip(places.low, starts, ks, strict=False)]
-        low_at = rank * k + spread(to_low, torch.int64)
-        low = (gaps & ((1 << k) - 1)).long() << (low_at & 31)
-        # Fields do not overlap, so that sums put them together; the slack follows the last one.
-        words.scatter_add_(0, low_at >> 5, low.to(torch.int32))
-        words.scatter_add_(0, (low_at >> 5) + 1, (low >> 32).to(torch.int32))
-        del rank, low_at, low
-    to_unary = [32 * word - before - 1 for word, before in zip(places.unary, [0, *lasts], strict=False)]
-    bit = ends + spread(to_unary, torch.int64)
-    words.scatter_add_(0, bit >> 5, torch.ones_like(bit, dtype=torch.int32) << (bit & 31).to(torch.int32))
+    _put_directories(words, places, positions, ends, (stops - counts).tolist(), before, ks, unary)
+    work.put(words, places, ends, before)
     whole = words.view(torch.uint8)
     return [
         RiceThere(whole, 4 * word, 4 * word + size, 4 * word + aligned(size), k, bits)
@@ -109,7 +144,7 @@ def encode_there(
     ]
 
 
-class _RicePlaces(NamedTuple):
+class RicePlaces(NamedTuple):
     """Where sections and their parts are in one array of words: the words' numbers."""
 
     sections: list[int]
@@ -126,7 +161,7 @@ class _RicePlaces(NamedTuple):
         ks: Sequence[int],
         unary_bits: Sequence[int],
         rooms: Sequence[int],
-    ) -> _RicePlaces:
+    ) -> RicePlaces:
         sizes = [section_size(*each) for each in zip(counts, numels, ks, unary_bits, strict=True)]
         both = ((aligned(size) + aligned(room)) // 4 for size, room in zip(sizes, rooms, strict=True))
         *sections, words = accumulate(both, initial=0)
@@ -145,7 +180,7 @@ def aligned(size: int) -> int:
 
 def _put_directories(
     words: Tensor,
-    places: _RicePlaces,
+    places: RicePlaces,
     positions: Tensor,
     ends: Tensor,
     starts: Sequence[int],
@@ -169,8 +204,7 @@ def _put_directories(
     tensor = np.repeat(np.arange(blocks.size), blocks)
     number = np.arange(tensor.size) - np.repeat(np.cumsum(blocks) - blocks, blocks)
     low, sections, start, bits_before, k = (
-        np.array(each)[tensor]
-        for each in (places.low, places.sections, starts[: blocks.size], before[: blocks.size], ks)
+        np.array(each)[tensor] for each in (places.low, places.sections, starts, before, ks)
     )
     head = registry.RICE_HEAD.size // 4
     size = (low - sections - head) // blocks[tensor] // 2  # words of a number

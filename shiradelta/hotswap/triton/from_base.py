@@ -337,12 +337,20 @@ class Counted:
         self._starts = ends - counts
         self.stops = ends[tiles.lasts].long()
 
-    def find(self, listed: Tensor) -> tuple[Tensor, Tensor]:
-        """The nonzeros: (a bit for each element of each block, in int32 words; int32, how many each block has)."""
-        tiles, device = self._tiles, self._starts.device
-        marks = torch.zeros(tiles.elements // 32 + 1, dtype=torch.int32, device=device)
+    def no_marks(self) -> Tensor:
+        """int32, a bit for each element in the order, none of them set."""
+        return torch.zeros(self._tiles.elements // 32 + 1, dtype=torch.int32, device=self._starts.device)
+
+    def marks(self, listed: Tensor) -> Tensor:
+        """`no_marks` with the bits of these numbers set."""
+        marks = self.no_marks()
         if listed.numel():
-            launch(mark_kernel, -(-listed.numel() // BLOCK), device, listed, listed.numel(), marks)
+            launch(mark_kernel, -(-listed.numel() // BLOCK), marks.device, listed, listed.numel(), marks)
+        return marks
+
+    def find(self, marks: Tensor) -> tuple[Tensor, Tensor]:
+        """The nonzeros, given what is listed: (a bit for each element of each block, int32; int32, how many it has)."""
+        tiles, device = self._tiles, self._starts.device
         programs = tiles.tile_of.numel()
         found = torch.empty(programs * (BLOCK // 8), dtype=torch.uint8, device=device)
         counts = torch.empty(programs, dtype=torch.int32, device=device)
@@ -407,7 +415,7 @@ class CountedChunk(InGroups):
         self.stops = self._counted.stops
 
     def nonzeros(self, listed: Tensor) -> Tensor:
-        found, counts = self._counted.find(listed)
+        found, counts = self._counted.find(self._counted.marks(listed))
         positions, _, _ = self._counted.collect(found, counts, int(counts.sum()), True)
         return positions
 

@@ -25,6 +25,8 @@ from shiradelta.hotswap.resident import Resident, SectionPart
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import decode_there
 from shiradelta.hotswap.triton.from_base import BLOCK, Counted, Tiles
+from shiradelta.hotswap.triton.listed import mark
+from shiradelta.hotswap.triton.rice import TritonRice
 
 Tensor = torch.Tensor
 
@@ -78,7 +80,7 @@ def resident_batch(tensors: Sequence[TensorOnBase], buffer: Tensor) -> list[Resi
         return None
     counts, numels = [tensor.nnz for tensor in tensors], [tensor.numel for tensor in tensors]
     sizes = [0 if tensor.shifts is None else BITS.size(tensor.nnz, at.element_size()) for tensor in tensors]
-    rice = encode_there(positions, counts, numels, sizes)
+    rice = encode_there(positions, counts, numels, sizes, TritonRice)
     if shifts is not None:
         taken = [at.element_size() * tensor.nnz for tensor in chosen]
         rooms = [one for one, size in zip(rice, sizes, strict=True) if size]
@@ -124,31 +126,34 @@ def nonzeros(
     tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor, good: list[Tensor]
 ) -> tuple[Tensor, Tensor] | None:
     """(positions, elements there), of one tensor after the other."""
-    device = buffer.device
-    ones = _ones(tensors, heads, buffer)
-    if ones.numel() != int(heads.listed.sum()):
-        return None
-    kept, tiles = _tiles(tensors, heads, buffer)
-    counted = Counted(tiles)
-    listed = _listed(
-        heads, [tensor.positions_at for tensor in tensors], buffer, ones, counted.stops, tiles.elements, good
-    )
+    device, sections = buffer.device, np.array([tensor.positions_at for tensor in tensors])
+    listed = _Listed.of(heads, sections)
     if listed is None:
         return None
+    small, tiles = _tiles(tensors, heads, buffer)
+    counted = Counted(tiles)
+    ones = _ones(sections, heads, buffer)
+    if ones.numel() != int(heads.listed.sum()):
+        return None
+    marks = counted.no_marks()
+    if ones.numel():
+        begin, last_bit, first, last = sent(listed.tiles, device)
+        good.append(((ones[first] >= begin) & (ones[last] == last_bit)).all())
+        good.append(mark(listed.cells, buffer, ones, counted.stops, marks)[0] == 0)
     total = sum(tensor.nnz for tensor in tensors)
     wide = max(tensor.numel for tensor in tensors) > 1 << 31
-    positions, at, ends = counted.collect(*counted.find(listed), total, wide)
+    positions, at, ends = counted.collect(*counted.find(marks), total, wide)
     programs = np.add.reduceat(-(-_tile_sizes(tensors, heads) // BLOCK), exclusive(heads.tiles))
     right = np.cumsum([tensor.nnz for tensor in tensors])
     both = sent(np.stack((np.cumsum(programs) - 1, right)), device)
     good.append((ends[both[0]] == both[1]).all())
-    del kept
+    del small
     return positions, at
 
 
-def _ones(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor) -> Tensor:
+def _ones(sections: Positions, heads: TiledSections, buffer: Tensor) -> Tensor:
     """The unary bits that are set, of all tensors' words, one after the other."""
-    starts = np.array([tensor.positions_at for tensor in tensors]) + heads.unary_at
+    starts = sections + heads.unary_at
     return ones_of(_joined(buffer, starts, starts + words_of(heads.unary_total)))
 
 
@@ -194,73 +199,46 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
     return small, Tiles.of(columns, size, has_lines, device)
 
 
-def _listed(
-    heads: TiledSections,
-    sections: Sequence[int],
-    buffer: Tensor,
-    ones: Tensor,
-    stops: Tensor,
-    elements: int,
-    good: list[Tensor],
-) -> Tensor | None:
-    """Int64: the numbers of what is listed in the order of tiles, then groups, then elements.
+class _Listed(NamedTuple):
+    """What tiles list, as the host knows it; all int64.
 
-    Args:
-        heads: of the sections.
-        sections: where they are in the buffer.
-        buffer: the sections.
-        ones: the unary bits that are set, as many as there are listed elements.
-        stops: where each group of each tile ends in that order.
-        elements: how many there are.
-        good: to add what is checked there.
+    Attributes:
+        tiles: [4, tiles that list something]: the first and the last unary bit, the numbers of the first and the last
+            listed element.
+        cells: columns of cells that list something; see `listed.COLUMNS`.
     """
-    device = buffer.device
-    tensor = np.repeat(np.arange(heads.tiles.size), heads.tiles)
-    groups = heads.groups[tensor]
-    tile, group = np.repeat(np.arange(tensor.size), groups), within(groups)
-    k = heads.ks[exclusive(heads.groups)[tensor[tile]] + group]
-    # Tiles: their first unary bits and their first ones.
-    before = exclusive(heads.unary_bits)
-    before -= before[exclusive(heads.tiles)][tensor]
-    begins = before + (8 * exclusive(words_of(heads.unary_total)))[tensor]
-    of_tile = np.add.reduceat(heads.listed, exclusive(groups))
-    if np.any((of_tile == 0) & (heads.unary_bits > 0)):
-        return None
-    if not ones.numel():
-        return ones
-    lists = of_tile > 0
-    firsts = exclusive(of_tile)
-    lasts = firsts + of_tile - 1
-    edges = np.stack((begins, begins + heads.unary_bits - 1, firsts, lasts))[:, lists]
-    begin, last_bit, first, last = sent(edges, device)
-    good.append(((ones[first] >= begin) & (ones[last] == last_bit)).all())
-    # Cells: the bit of the first low field, less what its rank adds; ranks; and their number.
-    low = exclusive(heads.listed * k)
-    low -= low[exclusive(heads.tiles * heads.groups)][tensor[tile]]
-    low += (8 * (np.array(sections) + heads.low_at))[tensor[tile]]
-    rank = exclusive(heads.listed)
-    cells = np.stack((heads.listed, np.arange(k.size), k, low - rank * k, rank))[:, heads.listed > 0]
-    counts, cell, ks, lows, ranks = sent(cells, device)
-    which = torch.repeat_interleave(counts, output_size=ones.numel())
-    number = torch.arange(ones.numel(), device=device)
-    of_k = ks[which]
-    at = lows[which] + number * of_k
-    words = buffer.view(torch.int32)
-    word = at >> 5
-    pair = (words[word].long() & 0xFFFFFFFF) | (words[word + 1].long() << 32)
-    fields = (pair >> (at & 31)) & ((1 << of_k) - 1)
-    del at, word, pair
-    previous = torch.cat((ones.new_full((1,), -1), ones[:-1]))
-    previous[first] = begin - 1
-    # No gap is larger than a tile; what a damaged one says must not overflow the sums.
-    zeros = (ones - previous - 1).clamp(min=0, max=registry.MAX_BASE_TILE)
-    steps = ((zeros << of_k) + fields).clamp(max=registry.MAX_BASE_TILE) + 1
-    sums = torch.cat((steps.new_zeros(1), steps.cumsum(0)))
-    starts = torch.cat((stops.new_zeros(1), stops))[cell]
-    listed = sums[1:] + (starts - 1 - sums[ranks])[which]
-    # They increase in each cell.
-    good.append((listed[ranks + counts - 1] < stops[cell]).all())
-    return listed.clamp(max=elements - 1)
+
+    tiles: Positions
+    cells: dict[str, Positions]
+
+    @classmethod
+    def of(cls, heads: TiledSections, sections: Positions) -> _Listed | None:
+        """That of all tensors, given where their sections are; None where a tile has unary bits and lists nothing."""
+        tensor = np.repeat(np.arange(heads.tiles.size), heads.tiles)
+        groups = heads.groups[tensor]
+        tile, group = np.repeat(np.arange(tensor.size), groups), within(groups)
+        before = exclusive(heads.unary_bits)
+        before -= before[exclusive(heads.tiles)][tensor]
+        begins = before + (8 * exclusive(words_of(heads.unary_total)))[tensor]
+        counts = np.add.reduceat(heads.listed, exclusive(groups))
+        if np.any((counts == 0) & (heads.unary_bits > 0)):
+            return None
+        firsts = exclusive(counts)
+        tiles = np.stack((begins, begins + heads.unary_bits - 1, firsts, firsts + counts - 1))[:, counts > 0]
+        k, own = heads.ks[exclusive(heads.groups)[tensor[tile]] + group], tensor[tile]
+        low = exclusive(heads.listed * k)
+        low += (8 * (sections + heads.low_at) - low[exclusive(heads.tiles * heads.groups)])[own]
+        columns = {
+            "first": exclusive(heads.listed),
+            "count": heads.listed,
+            "k": k,
+            "low": low,
+            "tile_first": firsts[tile],
+            "tile_begin": begins[tile],
+            "number": np.arange(k.size),
+        }
+        some = heads.listed > 0
+        return cls(tiles, {name: column[some] for name, column in columns.items()})
 
 
 def shifts_of(

@@ -1,0 +1,100 @@
+"""What tiles list, from gaps to marks, by kernels: a program for each 1,024 listed elements of a cell (FORMAT.md, 4.7).
+
+A cell is a group of a tile.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from shiradelta.format import registry
+from shiradelta.hotswap.bits_there import sent
+from shiradelta.hotswap.pool import exclusive
+from shiradelta.hotswap.triton.from_base import BLOCK, launch
+from shiradelta.hotswap.triton.positions import INT32
+
+Tensor = torch.Tensor
+#: The columns of a cell's row, all int64.
+COLUMNS = ("first", "count", "program", "k", "low", "tile_first", "tile_begin", "number")
+_FIRST = tl.constexpr(0)  # number of its first listed element
+_COUNT = tl.constexpr(1)
+_PROGRAM = tl.constexpr(2)  # number of the program of its first elements
+_K = tl.constexpr(3)
+_LOW = tl.constexpr(4)  # bit of its first low field in the buffer
+_TILE_FIRST = tl.constexpr(5)  # number of the tile's first listed element
+_TILE_BEGIN = tl.constexpr(6)  # the tile's first unary bit
+_NUMBER = tl.constexpr(7)  # its own among all cells
+_WIDTH = tl.constexpr(len(COLUMNS))
+_LARGEST = tl.constexpr(registry.MAX_BASE_TILE)
+
+
+@triton.jit
+def _elements(table, cell_of, BLOCK: tl.constexpr):
+    """(the row of a cell, numbers of listed elements, which of them there are)."""
+    row = table + tl.load(cell_of + tl.program_id(0)).to(tl.int64) * _WIDTH
+    within = (tl.program_id(0) - tl.load(row + _PROGRAM)) * BLOCK + tl.arange(0, BLOCK)
+    return row, tl.load(row + _FIRST) + within, within < tl.load(row + _COUNT)
+
+
+@triton.jit
+def step_kernel(table, cell_of, buffer, ones, steps, BLOCK: tl.constexpr):
+    """By how many elements of the group each listed one is behind the one before: int32.
+
+    No gap is larger than a tile; what a damaged one says must not overflow the sums.
+    """
+    row, number, inside = _elements(table, cell_of, BLOCK)
+    one = tl.load(ones + number, mask=inside, other=0)
+    is_first = number == tl.load(row + _TILE_FIRST)
+    before = tl.load(ones + number - 1, mask=inside & (number > 0), other=-1)
+    zeros = one - tl.where(is_first, tl.load(row + _TILE_BEGIN) - 1, before) - 1
+    zeros = tl.minimum(tl.maximum(zeros, 0), _LARGEST)
+    k = tl.load(row + _K)
+    at = tl.load(row + _LOW) + (number - tl.load(row + _FIRST)) * k
+    word = buffer.to(INT32) + (at >> 5)
+    low = tl.load(word, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+    high = tl.load(word + 1, mask=inside & ((at & 31) + k > 32), other=0).to(tl.int64)
+    field = ((low | (high << 32)) >> (at & 31)) & ((tl.full([1], 1, tl.int64) << k) - 1)
+    step = tl.minimum((zeros << k) + field, _LARGEST) + 1
+    tl.store(steps + number, step.to(tl.int32), mask=inside)
+
+
+@triton.jit
+def listed_kernel(table, cell_of, sums, stops, marks, beyond, BLOCK: tl.constexpr):
+    """Sets the mark of each listed element in the order of tiles; `beyond` is set where a group has fewer elements."""
+    row, number, inside = _elements(table, cell_of, BLOCK)
+    first, cell = tl.load(row + _FIRST), tl.load(row + _NUMBER)
+    before = tl.load(sums + first - 1, mask=first > 0, other=0)
+    start = tl.load(stops + cell - 1, mask=cell > 0, other=0)
+    at = tl.load(sums + number, mask=inside, other=0) - before - 1 + start
+    fits = at < tl.load(stops + cell)
+    tl.store(beyond + (number - number), 1, mask=inside & (fits == 0))
+    one = (tl.full(at.shape, 1, tl.int64) << (at & 31)).to(tl.int32)
+    tl.atomic_or(marks + (at >> 5), one, mask=inside & fits)
+
+
+def mark(cells: dict[str, np.ndarray], buffer: Tensor, ones: Tensor, stops: Tensor, marks: Tensor) -> Tensor:
+    """Marks what is listed; int32 [1], not zero where there is no such element.
+
+    Args:
+        cells: columns of cells that list something, but for programs.
+        buffer: uint8, the sections.
+        ones: int64, the unary bits that are set.
+        stops: int64, of all cells, where they end in the order.
+        marks: int32, a bit for each element in the order; zero.
+    """
+    device, programs = buffer.device, -(-cells["count"] // BLOCK)
+    every = {**cells, "program": exclusive(programs)}
+    table = sent(np.stack([every[name] for name in COLUMNS], axis=1), device)
+    each = sent(np.stack((np.arange(programs.size), programs)), device)
+    count = int(programs.sum())
+    cell_of = torch.repeat_interleave(each[0].int(), each[1], output_size=count)
+    steps = torch.empty(ones.numel(), dtype=torch.int32, device=device)
+    launch(step_kernel, count, device, table, cell_of, buffer, ones, steps)
+    beyond = torch.zeros(1, dtype=torch.int32, device=device)
+    launch(listed_kernel, count, device, table, cell_of, steps.cumsum(0), stops, marks, beyond)
+    return beyond
