@@ -17,13 +17,15 @@ from shiradelta.hotswap.on_device import checked_values, resident_on_base
 from shiradelta.hotswap.resident import Resident, SectionPart, stored
 from shiradelta.hotswap.triton.on_base import TensorOnBase, resident_batch
 from shiradelta.io.reader import StoredTensor
-from shiradelta.util.threads import THREADS, meanwhile
+from shiradelta.util.threads import meanwhile
 
 Tensor = torch.Tensor
 #: Bytes of memory that a nonzero and an element take meanwhile, about; and the most of a batch.
-_NONZERO_ROOM, _ELEMENT_ROOM, _ROOM = 160, 1, 2 << 30
+_NONZERO_ROOM, _ELEMENT_ROOM, _ROOM = 80, 0.5, 2 << 30
 #: The most elements of a batch, so that their numbers take 31 bits.
-_ELEMENTS = 1 << 30
+_ELEMENTS = (1 << 31) - 1
+#: Threads that look at checksums meanwhile: more would keep the one that decodes from the interpreter's lock.
+_CHECKERS = 4
 
 
 class ToRead(NamedTuple):
@@ -53,7 +55,7 @@ class ToRead(NamedTuple):
     def room(self) -> int:
         """Bytes of memory that it takes in a batch, about."""
         record = self.tensor.record
-        return _NONZERO_ROOM * record.nnz + _ELEMENT_ROOM * record.numel + record.unpacked_size
+        return _NONZERO_ROOM * record.nnz + int(_ELEMENT_ROOM * record.numel) + record.unpacked_size
 
     @property
     def limit(self) -> int:
@@ -108,7 +110,7 @@ def _batches(tensors: Sequence[ToRead], upload: Upload) -> list[Resident] | None
     found: dict[int, Resident] = {}
     try:
         given, buffer = uploaded(tensors, upload)
-        with meanwhile(check, [tensors[number::THREADS] for number in range(min(THREADS, len(tensors)))]):
+        with meanwhile(check, [tensors[number::_CHECKERS] for number in range(min(_CHECKERS, len(tensors)))]):
             for batch in _cut(tensors):
                 made = resident_batch([given[number] for number in batch], buffer)
                 if made is None:

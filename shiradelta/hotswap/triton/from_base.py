@@ -30,6 +30,8 @@ Tensor = torch.Tensor
 #: Elements of a program, and of a row, which a thread has: the counts of 16 groups in it take 4 bits each.
 BLOCK = 1024
 ROW = tl.constexpr(8)
+#: Elements and bytes of which sizes and addresses of tiles mostly are multiples; a kernel for these is faster.
+_ALIGNMENT = tl.constexpr(16)
 #: Words of bits of a program that goes through nonzeros.
 _WORDS = 1024
 
@@ -80,13 +82,15 @@ _WIDTH = tl.constexpr(len(COLUMNS))
 
 
 @triton.jit
-def _block(tiles, tile_of, BLOCK: tl.constexpr):
+def _block(tiles, tile_of, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """(row of its tile, its number in the tile, its elements' numbers in the tile, which of them there are)."""
     row = tiles + tl.load(tile_of + tl.program_id(0)).to(tl.int64) * _WIDTH
     block = tl.program_id(0) - tl.load(row + _PROGRAM).to(tl.int32)
     lanes = tl.arange(0, BLOCK // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
-    within = block * BLOCK + lanes
-    return row, block, within, within < tl.load(row + _SIZE).to(tl.int32)
+    within, size = block * BLOCK + lanes, tl.load(row + _SIZE).to(tl.int32)
+    if ALIGNED:  # so that a thread has the elements of a row
+        size = tl.multiple_of(size, _ALIGNMENT)
+    return row, block, within, within < size
 
 
 @triton.jit
@@ -101,17 +105,20 @@ def _field(row, fields, width, number, inside):
 
 
 @triton.jit
-def _element(row, within, inside, SIZE: tl.constexpr):
+def _element(row, within, inside, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
     """The bits of elements."""
-    return tl.load(pointer(tl.load(row + _BASE), SIZE) + within, mask=inside, other=0)
+    base = pointer(tl.load(row + _BASE), SIZE)
+    if ALIGNED:
+        base = tl.multiple_of(base, _ALIGNMENT)
+    return tl.load(base + within, mask=inside, other=0)
 
 
 @triton.jit
-def _group(row, within, inside, SIZE: tl.constexpr, LINES: tl.constexpr):
+def _group(row, within, inside, SIZE: tl.constexpr, LINES: tl.constexpr, ALIGNED: tl.constexpr):
     """The group of each element."""
     shift: tl.constexpr = 8 * SIZE - 16 if SIZE > 2 else 0
     keys: tl.constexpr = 0x7FFF if SIZE > 1 else 0x7F
-    key = (_element(row, within, inside, SIZE) >> shift).to(tl.int32) & keys
+    key = (_element(row, within, inside, SIZE, ALIGNED) >> shift).to(tl.int32) & keys
     group = tl.load(tl.load(row + _CLASSES).to(UINT8) + key, mask=inside, other=0).to(tl.int32)
     if LINES:
         columns = tl.load(row + _COLUMNS).to(tl.int32)
@@ -140,10 +147,12 @@ def _apart(rows, number):
 
 
 @triton.jit
-def count_kernel(tiles, tile_of, counts, SIZE: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):
+def count_kernel(
+    tiles, tile_of, counts, SIZE: tl.constexpr, LINES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Counts elements: int32, of each tile [groups, blocks]."""
-    row, block, within, inside = _block(tiles, tile_of, BLOCK)
-    group = _group(row, within, inside, SIZE, LINES)
+    row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
+    group = _group(row, within, inside, SIZE, LINES, ALIGNED)
     count, blocks = tl.load(row + _GROUPS).to(tl.int32), tl.load(row + _BLOCKS)
     out = counts + tl.load(row + _COUNTS) + block
     for first in range(0, count, 16):
@@ -164,14 +173,15 @@ def _number(row, block, group, inside, starts):
         ones = _ones(group, inside, first)
         at = group - first
         rows, in_row = tl.sum(ones, 1), tl.cumsum(ones, 1)
-        own = ((in_row >> (4 * (at & 15)).to(tl.int64)) & 15).to(tl.int32)
+        above = tl.full(group.shape, 0, tl.int64)
         for four in tl.static_range(4):
             if first + 4 * four < count:
                 some = _apart(rows, four)
-                above = (tl.cumsum(some, 0) - some)[:, None]
-                here = own + ((above >> (16 * (at & 3)).to(tl.int64)) & 0xFFFF).to(tl.int32)
-                rank = tl.where((ones != 0) & ((at >> 2) == four), here, rank)
-    before = starts + tl.load(row + _COUNTS) + group * tl.load(row + _BLOCKS) + block
+                above = tl.where((at >> 2) == four, (tl.cumsum(some, 0) - some)[:, None], above)
+        own = (in_row >> (4 * (at & 15)).to(tl.int64)) & 15
+        here = own + ((above >> (16 * (at & 3)).to(tl.int64)) & 0xFFFF)
+        rank = tl.where(ones != 0, here.to(tl.int32), rank)
+    before = starts + tl.load(row + _COUNTS) + (group * tl.load(row + _BLOCKS).to(tl.int32) + block)
     return tl.load(before, mask=inside, other=0) + rank - 1
 
 
@@ -186,15 +196,26 @@ def mark_kernel(listed, count, marks, BLOCK: tl.constexpr):
 
 @triton.jit
 def find_kernel(
-    tiles, tile_of, starts, marks, found, counts, SIZE: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr
+    tiles,
+    tile_of,
+    starts,
+    marks,
+    found,
+    counts,
+    TURNED: tl.constexpr,
+    SIZE: tl.constexpr,
+    LINES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Says in a bit for each element whether it is a nonzero, in uint8 [programs, rows], and counts them in int32."""
-    row, block, within, inside = _block(tiles, tile_of, BLOCK)
-    group = _group(row, within, inside, SIZE, LINES)
+    row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
+    group = _group(row, within, inside, SIZE, LINES, ALIGNED)
     number = _number(row, block, group, inside, starts)
     mark = (tl.load(marks + (number >> 5), mask=inside, other=0) >> (number & 31)) & 1
-    turned = tl.load(tl.load(row + _TURNED).to(UINT8) + group, mask=inside, other=0).to(tl.int32)
-    bit = tl.where(inside, mark ^ turned, 0)
+    if TURNED:
+        mark ^= tl.load(tl.load(row + _TURNED).to(UINT8) + group, mask=inside, other=0).to(tl.int32)
+    bit = tl.where(inside, mark, 0)
     rows = tl.sum(bit, 1)
     tl.store(counts + tl.program_id(0), tl.sum(rows, 0))
     # No two lanes of a row have the same bit, so that their sum puts them together.
@@ -251,10 +272,20 @@ def collect_kernel(
 
 
 @triton.jit
-def place_kernel(tiles, tile_of, starts, values, placed, SIZE: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):
+def place_kernel(
+    tiles,
+    tile_of,
+    starts,
+    values,
+    placed,
+    SIZE: tl.constexpr,
+    LINES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Brings values in the order to the places of their elements."""
-    row, block, within, inside = _block(tiles, tile_of, BLOCK)
-    group = _group(row, within, inside, SIZE, LINES)
+    row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
+    group = _group(row, within, inside, SIZE, LINES, ALIGNED)
     number = _number(row, block, group, inside, starts)
     value = tl.load(values + number, mask=inside, other=0)
     tl.store(placed + tl.load(row + _START) + within, value, mask=inside)
@@ -271,6 +302,8 @@ class Tiles(NamedTuple):
         counts: how many there are.
         size: bytes of an element.
         has_lines: whether a tile has classes of rows or columns.
+        has_turned: whether what a tile lists of a group may be no nonzeros.
+        is_aligned: whether sizes and addresses of all tiles are multiples of 16.
     """
 
     rows: Tensor
@@ -280,16 +313,27 @@ class Tiles(NamedTuple):
     counts: int
     size: int
     has_lines: bool
+    has_turned: bool
+    is_aligned: bool
 
     @classmethod
-    def of(cls, columns: Mapping[str, np.ndarray | int], size: int, has_lines: bool, device: torch.device) -> Tiles:
+    def of(
+        cls,
+        columns: Mapping[str, np.ndarray | int],
+        size: int,
+        device: torch.device,
+        *,
+        has_lines: bool = False,
+        has_turned: bool = False,
+    ) -> Tiles:
         """Makes the columns about programs, counts and the order, which follow from sizes and groups.
 
         Args:
             columns: the others; a number is that of all tiles, and one that is missing is 0.
             size: bytes of an element.
-            has_lines: whether a tile has classes of rows or columns.
             device: where to.
+            has_lines: whether a tile has classes of rows or columns.
+            has_turned: whether what a tile lists of a group may be no nonzeros.
         """
         sizes = np.asarray(columns["size"], np.int64)
         groups, blocks = np.broadcast_to(columns["groups"], sizes.shape), -(-sizes // BLOCK)
@@ -308,11 +352,13 @@ class Tiles(NamedTuple):
             int((groups * blocks).sum()),
             size,
             has_lines,
+            has_turned,
+            not np.any((sizes | columns["base"]) % _ALIGNMENT.value),
         )
 
     def run(self, kernel, *arguments) -> None:
         """Runs a program for each block."""
-        kind = {"SIZE": self.size, "LINES": self.has_lines}
+        kind = {"SIZE": self.size, "LINES": self.has_lines, "ALIGNED": self.is_aligned}
         launch(kernel, self.tile_of.numel(), self.rows.device, self.rows, self.tile_of, *arguments, **kind)
 
 
@@ -354,7 +400,7 @@ class Counted:
         programs = tiles.tile_of.numel()
         found = torch.empty(programs * (BLOCK // 8), dtype=torch.uint8, device=device)
         counts = torch.empty(programs, dtype=torch.int32, device=device)
-        tiles.run(find_kernel, self._starts, marks, found, counts)
+        tiles.run(find_kernel, self._starts, marks, found, counts, self._tiles.has_turned)
         return found.view(torch.int32), counts
 
     def collect(self, found: Tensor, counts: Tensor, most: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -411,7 +457,9 @@ class CountedChunk(InGroups):
             "column_width": 32,
             "turned": turned_,
         }
-        self._counted = Counted(Tiles.of(columns, base.element_size(), table.has_lines, base.device))
+        self._counted = Counted(
+            Tiles.of(columns, base.element_size(), base.device, has_lines=table.has_lines, has_turned=True)
+        )
         self.stops = self._counted.stops
 
     def nonzeros(self, listed: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
     columns["size"] = _tile_sizes(tensors, heads)
     columns["position"] = tile * whole[tensor]
     columns["row"] = tile * heads.tile_rows[tensor]
-    return small, Tiles.of(columns, size, has_lines, device)
+    return small, Tiles.of(columns, size, device, has_lines=has_lines, has_turned=bool(heads.turned.any()))
 
 
 class _Listed(NamedTuple):
@@ -259,7 +259,7 @@ def shifts_of(
         "groups": heads.classes[tensor],
         "classes": classes.data_ptr() + tensor * classes.shape[1],
     }
-    found = decode_there(heads, streams, signs, Counted(Tiles.of(columns, size, False, device)), at)
+    found = decode_there(heads, streams, signs, Counted(Tiles.of(columns, size, device)), at)
     good.append(found.sound)
     return found.shifts
 
