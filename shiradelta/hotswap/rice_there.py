@@ -162,6 +162,7 @@ class RicePlaces(NamedTuple):
         unary_bits: Sequence[int],
         rooms: Sequence[int],
     ) -> RicePlaces:
+        """Those of sections one after the other, each with its room behind it; arguments as in `encode_there`."""
         sizes = [section_size(*each) for each in zip(counts, numels, ks, unary_bits, strict=True)]
         both = ((aligned(size) + aligned(room)) // 4 for size, room in zip(sizes, rooms, strict=True))
         *sections, words = accumulate(both, initial=0)

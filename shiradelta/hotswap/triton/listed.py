@@ -15,7 +15,8 @@ import triton.language as tl
 from shiradelta.format import registry
 from shiradelta.hotswap.bits_there import sent
 from shiradelta.hotswap.pool import exclusive
-from shiradelta.hotswap.triton.from_base import BLOCK, launch
+from shiradelta.hotswap.triton.counted import launch
+from shiradelta.hotswap.triton.groups import BLOCK
 from shiradelta.hotswap.triton.positions import INT32
 
 Tensor = torch.Tensor

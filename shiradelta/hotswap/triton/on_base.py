@@ -24,7 +24,8 @@ from shiradelta.hotswap.pool import Pool, exclusive, within, words_of
 from shiradelta.hotswap.resident import Resident, SectionPart
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import decode_there
-from shiradelta.hotswap.triton.from_base import BLOCK, Counted, Tiles
+from shiradelta.hotswap.triton.counted import Counted, Tiles
+from shiradelta.hotswap.triton.groups import BLOCK
 from shiradelta.hotswap.triton.listed import mark
 from shiradelta.hotswap.triton.rice import TritonRice
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from shiradelta.hotswap.bits_there import sent
 from shiradelta.hotswap.pool import exclusive
 from shiradelta.hotswap.rice_there import RicePlaces, TorchRice
-from shiradelta.hotswap.triton.from_base import BLOCK, launch
+from shiradelta.hotswap.triton.counted import launch
+from shiradelta.hotswap.triton.groups import BLOCK
 
 Tensor = torch.Tensor
 #: The columns of a tensor's row, all int64.
