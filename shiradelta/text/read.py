@@ -100,7 +100,8 @@ def read_list(examples: Sequence[Any]) -> ExampleSet | None:
 def check_number(count: int, where: str, least: int = LEAST) -> None:
     """Raises SourceError if there are too few examples."""
     if count < least:
-        raise SourceError(f"{where}: {count} examples are too few; give {least}, better some thousands")
+        found = "1 example is" if count == 1 else f"{count} examples are"
+        raise SourceError(f"{where}: {found} too few; give {least}, better some thousands")
 
 
 def _split_column(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
