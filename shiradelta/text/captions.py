@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shiradelta.errors import SourceError
 from shiradelta.text.inputs import ModelInputs, moved
 from shiradelta.text.pictures import open_picture
+from shiradelta.text.processed import KeptExamples
 from shiradelta.text.read import ExampleSet
 from shiradelta.text.rows import TokenRows, WindowRows
 from shiradelta.text.tokens import TokenTable, check_vocabulary, position_limit
@@ -46,6 +47,7 @@ class Captions(ModelInputs):
                 " the texts alone"
             )
         self._processor, self._pictures = processor, [picture for picture, _ in examples.rows]
+        self._seen_of = KeptExamples(self._pixels)
         tokenizer: Any = processor.tokenizer
         reads_padding = encoder.config.model_type.removesuffix("_text_model") in _READ_PADDING
         limit = min(tokens, int(tokenizer.model_max_length))
@@ -72,7 +74,7 @@ class Captions(ModelInputs):
         for picture in self._pictures[1:]:
             open_picture(picture)
         with torch.no_grad():
-            seen = model.vision_model(**moved(self._pixels([0]), model)).last_hidden_state
+            seen = model.vision_model(**moved(self._seen_of.one(0), model)).last_hidden_state
         return int(seen.shape[1])
 
     def _pixels(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class Captions(ModelInputs):
 
     def arguments(self, indices: Sequence[int]) -> dict[str, Any]:
         ids, there = self.rows.table.padded(indices, self.pad, self.rows.width(indices))
-        return {"input_ids": ids, "attention_mask": there.long(), **self._pixels(indices)}
+        return {"input_ids": ids, "attention_mask": there.long(), **self._seen_of.batch(indices)}
 
     def hidden_states(self, result: Any) -> list[tuple[Tensor, TokenRows]]:
         seen, read = (result[f"{side}_model_output"].hidden_states[1:] for side in ("vision", "text"))

@@ -12,6 +12,7 @@ from shiradelta.errors import SourceError
 from shiradelta.text.inputs import ModelInputs, generates, is_seq2seq, moved
 from shiradelta.text.kinds import ASSISTANT
 from shiradelta.text.pictures import open_picture
+from shiradelta.text.processed import KeptExamples
 from shiradelta.text.read import ExampleSet
 from shiradelta.text.rows import TokenRows
 from shiradelta.text.tokens import TokenTable, check_vocabulary, position_limit
@@ -56,6 +57,8 @@ class PictureExamples(ModelInputs):
         begin = processor.tokenizer.bos_token
         #: Whether the tokenizer writes special tokens, which templates may have written.
         self._marks = begin is None or not all(whole.startswith(begin) for whole in self._texts_of)
+        self.pad = int(processor.tokenizer.pad_token_id or 0)
+        self._made_of = KeptExamples(self._make, self.pad)
         ids, weights = [], list[float]()
         marks = {
             getattr(processor, "image_token_id", None),
@@ -70,7 +73,7 @@ class PictureExamples(ModelInputs):
         self._check_length(ids, model)
         table = TokenTable(ids)
         self.rows, self.lengths = TokenRows.of_next(table, torch.tensor(weights)), table.lengths
-        self.pad, self.limit = int(processor.tokenizer.pad_token_id or 0), max(table.lengths)
+        self.limit = max(table.lengths)
 
     def _texts(self, prompt: str, completion: str, where: str) -> tuple[str, str]:
         """(the text up to the completion, the whole text) with the mark of a picture."""
@@ -94,8 +97,9 @@ class PictureExamples(ModelInputs):
 
     def _tokens(self, index: int, before: str, whole: str) -> tuple[list[int], int]:
         """(token ids of an example, how many of these are before the completion)."""
-        picture, where = open_picture(self._pictures[index]), f"example {index + 1}"
-        prompt, every = (self._made([text], [picture], where)["input_ids"][0].tolist() for text in (before, whole))
+        where = f"example {index + 1}"
+        prompt = self._made([before], [open_picture(self._pictures[index])], where)["input_ids"][0].tolist()
+        every = self._made_of.one(index)["input_ids"][0].tolist()
         if prompt[-1:] == [self._processor.tokenizer.eos_token_id]:
             prompt = prompt[:-1]
         if every[: len(prompt)] != prompt or len(every) == len(prompt):
@@ -104,6 +108,12 @@ class PictureExamples(ModelInputs):
                 " completion begin with a space"
             )
         return every, len(prompt)
+
+    def _make(self, indices: Sequence[int]) -> dict[str, Any]:
+        """What the processor makes of examples."""
+        where = f"example {indices[0] + 1}" if len(indices) == 1 else "a batch"
+        pictures = [open_picture(self._pictures[index]) for index in indices]
+        return self._made([self._texts_of[index] for index in indices], pictures, where)
 
     def _made(self, texts: Sequence[str], pictures: Sequence[Any], where: str) -> dict[str, Any]:
         """What the processor makes of a batch.
@@ -124,7 +134,7 @@ class PictureExamples(ModelInputs):
 
     def _check_order(self, model: nn.Module, marks: Collection[int | None]) -> None:
         """Raises SourceError if tokens change what the model makes of those before them, as in PaliGemma's prompts."""
-        given = moved(self._made(self._texts_of[:1], [open_picture(self._pictures[0])], "example 1"), model)
+        given = moved(self._made_of.one(0), model)
         last = int(given["input_ids"][0, -1])
         other = next((token for token in given["input_ids"][0].tolist() if token not in {last, *marks}), None)
         changed = given["input_ids"].clone()
@@ -152,8 +162,7 @@ class PictureExamples(ModelInputs):
             )
 
     def arguments(self, indices: Sequence[int]) -> dict[str, Any]:
-        pictures = [open_picture(self._pictures[index]) for index in indices]
-        found = self._made([self._texts_of[index] for index in indices], pictures, "a batch")
+        found = self._made_of.batch(indices)
         ids, there = self.rows.table.padded(indices, self.pad)
         if found["input_ids"].shape != ids.shape or not torch.equal(found["input_ids"][there], ids[there]):
             raise SourceError(f"the processor of {self._name} makes other tokens of a batch than of each example")
