@@ -25,9 +25,10 @@ from shiradelta.hotswap.pool import Pool
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import SortedClasses, decode_there
 from shiradelta.hotswap.torch import TorchBackend
+from shiradelta.io.context import write_plain
 from shiradelta.io.writer import writing_to
-from tests.fuzz import is_packed, layout, with_header_crc
-from tests.hotswap.test_from_base import in_strides, step, weights_of
+from tests.fuzz import is_packed, layout, number, with_header_crc
+from tests.hotswap.test_from_base import Weights, in_strides, step, weights_of
 from tests.reference import WITH_BASE, base_of, records_of
 from tests.swapping import DEVICE, adapter, bits, why_not
 
@@ -271,13 +272,8 @@ def in_small_tiles(tensors: dict[str, sd.TensorDelta], base: dict[str, np.ndarra
     return output.getvalue()
 
 
-@pytest.mark.skipif(bool(why_not(LIVE_BACKENDS["triton"])), reason="not here")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2, torch.float64])
-@pytest.mark.parametrize("most", [1 << 30, 10_000])
-def test_many_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, most: int):
-    """Tensors of one element, of many tiles, with classes of rows, dense ones, and one without nonzeros."""
-    from shiradelta.hotswap.triton import batches
-
+def many_tensors(dtype: torch.dtype) -> tuple[Weights, dict[str, sd.TensorDelta]]:
+    """A model and a step: one element, many tiles, classes of rows, dense ones, and one without nonzeros."""
     rng, model, tensors = np.random.default_rng(0), {}, {}
     torch.manual_seed(0)
     for name, shape in SHAPES.items():
@@ -289,6 +285,49 @@ def test_many_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch, dtype: 
         shifts = rng.choice([-3, -1, 1, 2], positions.size)
         known = str(dtype).removeprefix("torch.")
         tensors[name] = sd.TensorDelta(shape, positions, shifts, known, "ulp", there[positions])
+    return model, tensors
+
+
+def refusal(model: Weights, backend: str, data: bytes) -> tuple[str, str | None]:
+    """(reason, tensor) of a file; a digest names no tensor."""
+    with pytest.raises(FormatError) as caught:
+        sd.HotSwap(model, backend=backend).load("step", data)
+    return caught.value.reason, caught.value.tensor if caught.value.reason != "wrong_base" else None
+
+
+@pytest.mark.parametrize("backend", THERE)
+def test_damaged_positions_are_refused_as_by_numpy(monkeypatch: pytest.MonkeyPatch, backend: str):
+    """Checksums are right, so that decoders see what is wrong, or the fingerprint does."""
+    model, tensors = many_tensors(torch.bfloat16)
+    host = {name: tensor.cpu() for name, tensor in model.items()}
+    data = in_small_tiles(tensors, {name: bits(tensor) for name, tensor in model.items()})
+    with sd.open_delta(data) as delta:
+        section = delta["rows"].record.index
+    where = layout(data)
+    assert where is not None
+    at = next(at for at in where.records if number(data, at + 40, 8) == section.offset)
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(12):
+        damaged = bytearray(data)
+        damaged[section.offset + rng.integers(rng.choice([60, section.stored]))] ^= 1 << rng.integers(8)
+        crc = zlib.crc32(damaged[section.offset : section.offset + section.stored])
+        damaged[at + 88 : at + 92] = struct.pack("<I", crc)
+        damaged[TABLE_CRC : TABLE_CRC + 4] = struct.pack("<I", zlib.crc32(damaged[slice(*where.table)]))
+        monkeypatch.setattr(on_base, "write_plain", write_plain)
+        right = refusal(host, "numpy", with_header_crc(damaged))
+        monkeypatch.setattr(on_base, "write_plain", None)
+        assert refusal(model, backend, with_header_crc(damaged)) == right
+        seen.add(right)
+    assert len(seen) > 2
+
+
+@pytest.mark.skipif(bool(why_not(LIVE_BACKENDS["triton"])), reason="not here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2, torch.float64])
+@pytest.mark.parametrize("most", [1 << 30, 10_000])
+def test_many_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, most: int):
+    from shiradelta.hotswap.triton import batches
+
+    model, tensors = many_tensors(dtype)
     before = {name: bits(tensor) for name, tensor in model.items()}
     on_base = in_small_tiles(tensors, before)
     monkeypatch.setattr(batches, "_ELEMENTS", most)
