@@ -22,6 +22,8 @@ from shiradelta.util.threads import map_in_threads
 
 NOTHING: Bytes = np.zeros(0, np.uint8)
 _RICE = int(IndexId.RICE)
+#: Makes a NamedTuple from all of its fields in half the time.
+_new = tuple.__new__
 
 
 class SectionPart(NamedTuple):
@@ -75,7 +77,7 @@ class Resident(NamedTuple):
         if start == stop:
             return cls(positions, values, 0, 0)
         assert isinstance(source, np.ndarray)
-        return cls(positions, values, *registry.RICE_HEAD.unpack_from(source.data, start))
+        return _new(cls, (positions, values, *registry.RICE_HEAD.unpack_from(source.data, start)))
 
 
 class Sections(NamedTuple):
@@ -156,7 +158,7 @@ def _where(source: Bytes, record: Record, codec: TorchDecoder) -> tuple[SectionP
     as_stored = record.index_codec == _RICE and record.value_codec == codec.id and not (zstd or values_zstd)
     if not as_stored and record.nnz:
         return None
-    return SectionPart(source, at, at + size), SectionPart(source, values_at, values_at + values_size)
+    return _new(SectionPart, (source, at, at + size)), _new(SectionPart, (source, values_at, values_at + values_size))
 
 
 def _index(source: Bytes, tensor: StoredTensor) -> SectionPart:

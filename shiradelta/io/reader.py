@@ -78,7 +78,8 @@ class StoredTensor(TensorDelta):
     @property
     def decoder(self) -> Decoder:
         """The decoder of the file.  Raises LimitError if decompressed sections alone take more than the limit."""
-        return self._within(self.record.unpacked_size)
+        size = self.record.unpacked_size
+        return self._within(size) if size else self._delta.decoder
 
     @property
     def limit(self) -> int:
