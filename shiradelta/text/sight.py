@@ -50,30 +50,38 @@ class PictureExamples(ModelInputs):
             )
         self._processor, self._name = processor, name
         processor.tokenizer.padding_side = "right"
-        self._end = _end(processor.tokenizer)
+        end, self._adds_end = processor.tokenizer.eos_token, _adds_end(processor.tokenizer)
+        self._end = "" if end is None or self._adds_end else str(end)
         self._pictures = [picture for picture, _, _ in examples.rows]
         texts = [self._texts(row[1], row[2], f"example {number}") for number, row in enumerate(examples.rows, 1)]
-        self._texts_of = [whole for _, whole in texts]
+        self._prompts, self._texts_of = [before for before, _ in texts], [whole for _, whole in texts]
         begin = processor.tokenizer.bos_token
         #: Whether the tokenizer writes special tokens, which templates may have written.
         self._marks = begin is None or not all(whole.startswith(begin) for whole in self._texts_of)
         self.pad = int(processor.tokenizer.pad_token_id or 0)
         self._made_of = KeptExamples(self._make, self.pad)
         ids, weights = [], list[float]()
+        #: Tokens before the completions, where some of these are tokenised by themselves.
+        self._before: list[int] = []
         marks = {
             getattr(processor, "image_token_id", None),
             getattr(getattr(model, "config", None), "image_token_id", None),
         }
         self._check_order(model, marks)
-        for index, (before, whole) in enumerate(texts):
-            own, said = self._tokens(index, before, whole)
+        before, is_apart = list[int](), False
+        for index in range(len(texts)):
+            own, said, apart = self._tokens(index)
             ids.append(own)
+            before.append(said)
+            is_apart |= apart
             weights += [0.0 if token in marks else 1.0 if at >= said else prompt_share for at, token in enumerate(own)]
         check_vocabulary(max(map(max, ids)), model)
         self._check_length(ids, model)
         table = TokenTable(ids)
         self.rows, self.lengths = TokenRows.of_next(table, torch.tensor(weights)), table.lengths
         self.limit = max(table.lengths)
+        if is_apart:
+            self._before, self._made_of = before, KeptExamples(self._make, self.pad)
 
     def _texts(self, prompt: str, completion: str, where: str) -> tuple[str, str]:
         """(the text up to the completion, the whole text) with the mark of a picture."""
@@ -95,25 +103,35 @@ class PictureExamples(ModelInputs):
             )
         return before, whole.rstrip()
 
-    def _tokens(self, index: int, before: str, whole: str) -> tuple[list[int], int]:
-        """(token ids of an example, how many of these are before the completion)."""
-        where = f"example {index + 1}"
-        prompt = self._made([before], [open_picture(self._pictures[index])], where)["input_ids"][0].tolist()
-        every = self._made_of.one(index)["input_ids"][0].tolist()
-        if prompt[-1:] == [self._processor.tokenizer.eos_token_id]:
+    def _tokens(self, index: int) -> tuple[list[int], int, bool]:
+        """(token ids of an example, how many of these are before the completion, whether that has its own tokens)."""
+        before, whole, tokenizer = self._prompts[index], self._texts_of[index], self._processor.tokenizer
+        picture = open_picture(self._pictures[index])
+        prompt = self._made([before], [picture], f"example {index + 1}")["input_ids"][0].tolist()
+        if prompt[-1:] == [tokenizer.eos_token_id]:
             prompt = prompt[:-1]
-        if every[: len(prompt)] != prompt or len(every) == len(prompt):
-            raise SourceError(
-                f"{where}: prompt and completion share a token, or the processor writes between them; let the"
-                " completion begin with a space"
-            )
-        return every, len(prompt)
+        every = self._made_of.one(index)["input_ids"][0].tolist()
+        if every[: len(prompt)] == prompt and len(every) > len(prompt):
+            return every, len(prompt), False
+        # Here a model that answers has other tokens before it than the whole text has.
+        said = tokenizer(whole.removeprefix(before), add_special_tokens=False)["input_ids"]
+        return [*prompt, *said, *([tokenizer.eos_token_id] if self._adds_end else [])], len(prompt), True
 
     def _make(self, indices: Sequence[int]) -> dict[str, Any]:
         """What the processor makes of examples."""
         where = f"example {indices[0] + 1}" if len(indices) == 1 else "a batch"
         pictures = [open_picture(self._pictures[index]) for index in indices]
-        return self._made([self._texts_of[index] for index in indices], pictures, where)
+        if not self._before:
+            return self._made([self._texts_of[index] for index in indices], pictures, where)
+        found = self._made([self._prompts[index] for index in indices], pictures, where)
+        shape, (ids, there) = found["input_ids"].shape, self.rows.table.padded(indices, self.pad)
+        for name, value in found.items():
+            if isinstance(value, Tensor) and value.shape == shape:  # such as what is a picture's
+                found[name] = value.new_zeros(ids.shape)
+                for row, index in enumerate(indices):
+                    number = self._before[index]
+                    found[name][row, :number] = value[row, :number]
+        return {**found, "input_ids": ids, "attention_mask": there.long()}
 
     def _made(self, texts: Sequence[str], pictures: Sequence[Any], where: str) -> dict[str, Any]:
         """What the processor makes of a batch.
@@ -172,7 +190,7 @@ class PictureExamples(ModelInputs):
         return [(hidden, self.rows) for hidden in result.hidden_states[1:]]
 
 
-def _end(tokenizer: Any) -> str:
-    """What ends a text: empty where the tokenizer itself writes it."""
-    end = tokenizer.eos_token
-    return "" if end is None or tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] else str(end)
+def _adds_end(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself ends a text."""
+    end = tokenizer.eos_token_id
+    return end is not None and tokenizer("a")["input_ids"][-1:] == [end]

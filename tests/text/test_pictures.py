@@ -126,6 +126,31 @@ def test_completions_count_and_pictures_do_not(share: float, tmp_path: Path):
     assert shares[5:9].tolist() == [1.0] * 4
 
 
+def test_completions_that_share_a_token_with_the_prompt_have_their_own(tmp_path: Path):
+    """As TRL tokenises them; of these texts together the tokenizer makes "w1w5", which it does not know."""
+    model, made = build("llava"), processor("llava", tmp_path)
+    said = ["w5", " w5 w6", "w7 w8 w9"]
+    rows = [[picture(n), f"<image> w{n} w1"[: 11 - 3 * (n % 2)], text] for n, text in enumerate(said)]
+    examples = ExampleSet(ANSWER, rows)
+    found = tokenise(examples, made, model, 16)
+    expected = [
+        [*prompt.replace("<image>", "<image> " * PATCHES).split(), *text.split(), "</s>"] for _, prompt, text in rows
+    ]
+    for indices in ([0, 1, 2], [2, 0], [1], [0, 1, 2], [2, 1]):
+        given = found.arguments(indices)
+        for row, index in enumerate(indices):
+            there = given["attention_mask"][row].bool()
+            words = made.tokenizer.convert_ids_to_tokens(given["input_ids"][row, there])
+            assert words == ["<s>", *expected[index]]
+            assert [words[int(at) + 1] for at in found.rows.kept([index])] == [*said[index].split(), "</s>"]
+        pixels = made(text=["<image>"] * len(indices), images=[[rows[i][0]] for i in indices], return_tensors="pt")
+        assert torch.equal(given["pixel_values"], pixels["pixel_values"])
+    with torch.no_grad():
+        alone = training_examples(examples, made, model, 16).loss(model, [0])
+        apart = training_examples(ExampleSet(ANSWER, [[*rows[0][:2], " w5"]]), made, model, 16).loss(model, [0])
+    torch.testing.assert_close(alone, apart)
+
+
 def test_the_chat_template_places_the_picture(tmp_path: Path):
     model, made = build("llava"), processor("llava", tmp_path)
     made.chat_template = TEMPLATE
