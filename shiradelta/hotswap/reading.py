@@ -17,7 +17,7 @@ from shiradelta.io.reader import Source, bytes_of, explained
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import check_signed
 from shiradelta.util.regular_file import open_regular
-from shiradelta.util.threads import THREADS, map_in_threads
+from shiradelta.util.threads import THREADS, in_ranges, map_in_threads
 
 #: The fewest bytes that a thread reads.
 _CHUNK = 4 << 20
@@ -49,7 +49,11 @@ def _read(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Bytes]:
     if not isinstance(source, (str, os.PathLike)):
         content = bytes_of(source)
         data = buffer(content.size)
-        data[:] = content
+
+        def copy(first: int, last: int) -> None:
+            data[first:last] = content[first:last]
+
+        in_ranges(copy, content.size, min(THREADS, content.size // _CHUNK))
         return "delta", data
     label, path = os.fspath(source), Path(source)
     with explained(path):
