@@ -45,7 +45,7 @@ def _draw_steps(axes: Any, fit: Fitted) -> None:
         axes.locator_params(axis="x", integer=True)
     else:
         axes.set_xticks([])
-    title = f"distance from the fine-tune, {count(fit.held_out, 'text')} held out"
+    title = f"distance from the fine-tune, {count(fit.held_out, 'example')} held out"
     axes.set(xlabel="step" if fit.history else "closed form", ylabel=fit.measure, ylim=(0, None))
     title_and_legend(axes, title)
 

@@ -210,7 +210,7 @@ class ConversionReport:
         else:
             closer = f", {1 - fit.fitted / fit.base:.0%} of the way" if fit.base and fit.fitted < fit.base else ""
         made = f" and {fit.generated:,} generated" if fit.generated else ""
-        return f"fitted on {text.count(fit.texts, 'text')}{made} in {fit.seconds:.0f} s{closer}"
+        return f"fitted on {text.count(fit.texts, 'example')}{made} in {fit.seconds:.0f} s{closer}"
 
     @property
     def rows(self) -> list[list[str]]:
@@ -232,7 +232,7 @@ class ConversionReport:
             return []
         found = {fit.measure: {state: getattr(fit, state) for state in self._states}, **fit.further}
         return [
-            [f"against the fine-tune, {text.count(fit.held_out, 'text')} held out", *self._states.values()],
+            [f"against the fine-tune, {text.count(fit.held_out, 'example')} held out", *self._states.values()],
             *([name, *(f"{values[state]:.4g}" for state in self._states)] for name, values in found.items()),
         ]
 
@@ -255,7 +255,7 @@ class ConversionReport:
             "fitted": "fitted adds to the new",
         }
         return [
-            [f"two models apart, {text.count(fit.held_out, 'text')} held out", *heads.values()],
+            [f"two models apart, {text.count(fit.held_out, 'example')} held out", *heads.values()],
             *([name, *(f"{values[what]:.4g}" for what in heads)] for name, values in fit.apart.items()),
         ]
 
@@ -304,7 +304,7 @@ class ConversionReport:
         names = {"base": "its base", "topk": "plain top-k", "old_delta": "the old delta as it was"}
         against = " and ".join(f"{names[state]} ({found[state]:.4g})" for state in than)
         return (
-            f"the result ({found['fitted']:.4g}) is worse than {against} by {measure}: give more texts, of the"
+            f"the result ({found['fitted']:.4g}) is worse than {against} by {measure}: give more examples, of the"
             " kind that the model will see, more steps, or a larger sparsity"
         )
 
@@ -316,12 +316,12 @@ class ConversionReport:
         elif fit is not None and fit.fitted > fit.topk:
             self.warnings.append(
                 f"fitting made it less like the fine-tune than top-k ({fit.measure}: {fit.fitted:.3g} against"
-                f" {fit.topk:.3g}), though not worse by its loss; give more texts, or more steps"
+                f" {fit.topk:.3g}), though not worse by its loss; give more examples, or more steps"
             )
         if fit is not None and fit.gain is not None and fit.gain.kept is None:
             self.warnings.append(f"{fit.gain.nothing}, so no share of it is told; give examples of its own task")
         if fit is not None and self.worse is None and fit.texts < FEW_TEXTS:
-            self.warnings.append(f"fitted on {text.count(fit.texts, 'text')} only; some thousands come closer")
+            self.warnings.append(f"fitted on {text.count(fit.texts, 'example')} only; some thousands come closer")
         kept = self.energy_kept
         if self.fit is None and kept is not None and kept < LITTLE:
             self.warnings.append(

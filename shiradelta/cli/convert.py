@@ -124,8 +124,8 @@ def _of_torchrun() -> Any:
     help="Which weights change; without it refit, or prune where that would leave much",
 )
 @click.option("--fit-steps", type=int, help="Training steps.  [default: 1,000; on a CPU what ten minutes hold]")
-@click.option("--fit-batch", default=128, show_default=True, help="Texts per step.")
-@click.option("--fit-micro", type=int, help="Texts per forward pass; fewer take less memory.")
+@click.option("--fit-batch", default=128, show_default=True, help="Examples per step.")
+@click.option("--fit-micro", type=int, help="Examples per forward pass; fewer take less memory.")
 @click.option(
     "--fit-relative-lr",
     type=float,

@@ -120,6 +120,6 @@ def _together(terms: Sequence[Tensor]) -> Tensor:
 def check_scales(scales: Sequence[float]) -> None:
     """Raises SourceError if the base's differences from the fine-tune are not finite, or all zero."""
     if not all(map(math.isfinite, scales)):
-        raise SourceError("the fine-tune gives NaN or infinity on these texts; check it, or fit in float32")
+        raise SourceError("the fine-tune gives NaN or infinity on these examples; check it, or fit in float32")
     if not any(scale > 0 for scale in scales):
-        raise SourceError("the fine-tune behaves like its base on these texts; give texts of its own task")
+        raise SourceError("the fine-tune behaves like its base on these examples; give examples of its own task")

@@ -75,7 +75,7 @@ def fit(job: FitJob, subject: Subject, nonzeros: Nonzeros, result: Fitted) -> No
     size = min(settings.batch, len(subject.texts.train))
     made = f" and {result.generated:,} generated ones" if result.generated else ""
     settings.log(
-        f"fitting on {result.texts:,} texts{made}: {left} steps of {size} texts on {named(subject.devices)},"
+        f"fitting on {result.texts:,} examples{made}: {left} steps of {size} on {named(subject.devices)},"
         f" about {_duration(1.1 * left * seconds)} at the pace of the first two{gpu_peak(subject.devices)}; if it is"
         " interrupted, the same command goes on"
     )

@@ -39,7 +39,7 @@ class FitTexts:
         self._fit = fit
         self._examples = _read(fit)
         self.every: list[Any] = [*fit.texts] if self._examples is None else self._examples.plain  # type: ignore[misc]
-        check_number(len(self.every), "the texts to fit on")
+        check_number(len(self.every), "the examples to fit on")
         self.train, self.held_out = split(len(self.every), fit.held_out, fit.seed)
 
     @property
@@ -65,7 +65,7 @@ class FitTexts:
         """
         fit = self._fit
         if self._examples is None:
-            raise SourceError("the texts to fit on have to be strings, or objects as in a file; others need `forward`")
+            raise SourceError("examples have to be strings, or objects as in a file; others need `forward`")
         return TextBehaviour(tokenizer, self._examples, model, fit.tokens, pooling, fit.text_share, fit.prompt_share)
 
     def generate(self, behaviour: TextBehaviour, model: nn.Module, progress: Progress) -> None:

@@ -170,7 +170,7 @@ class Fitted:
             "distance_base": f"{self.base:.6g}",
             "distance_topk": f"{self.topk:.6g}",
             **({} if self.old_delta is None else {"distance_old_delta": f"{self.old_delta:.6g}"}),
-            "distance_measure": f"{self.measure}, {self.held_out} texts held out",
+            "distance_measure": f"{self.measure}, {self.held_out} examples held out",
             **{
                 name: ", ".join(f"{value:.4g} {of}" for of, value in values.items())
                 for name, values in self.further.items()

@@ -75,7 +75,7 @@ def _fit_whole(job: FitJob) -> Fitted:
 def _advice(fit: Fit) -> str:
     """Which settings reduce the memory that a step takes."""
     return (
-        f" with {fit.per_pass} texts per forward pass: --fit-micro {max(1, fit.per_pass // 2)} halves what they take"
+        f" with {fit.per_pass} examples per forward pass: --fit-micro {max(1, fit.per_pass // 2)} halves what they take"
         f" and changes little; --fit-tokens {max(1, fit.tokens // 2)} cuts texts{_more_gpus(fit)}"
     )
 

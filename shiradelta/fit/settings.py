@@ -45,8 +45,8 @@ class Fit:
             "magnitude", "activation" (change times the RMS of its input) and "gradient" (change times RMS gradient)
             keep one mask from the start.
         steps: optimizer steps; None takes 1,000 on a GPU, and as many as fit into ten minutes on a CPU.
-        batch: texts per step.
-        micro: texts per forward pass; a step sums the gradients of several.  None takes `batch`.
+        batch: examples per step.
+        micro: examples per forward pass; a step sums the gradients of several.  None takes `batch`.
         relative_lr: largest learning rate, relative to the size that a tensor's nonzeros would need to carry the
             energy of the fine-tune's whole change; None takes the mask's own.
         tokens: longer texts are cut.
@@ -112,7 +112,7 @@ class Fit:
 
     @property
     def per_pass(self) -> int:
-        """Texts per forward pass."""
+        """Examples per forward pass."""
         return self.micro or self.batch
 
     @property

@@ -100,7 +100,7 @@ def test_a_spread_model_is_fitted_as_one_on_one_device(
     assert one.fit.history == several.fit.history
     assert (tmp_path / "one.shd").read_bytes() == (tmp_path / "several.shd").read_bytes()
     assert "layers of the model: 2 on cpu" in lines
-    assert " texts on cpu and cpu, about " in lines[-1]
+    assert " on cpu and cpu, about " in lines[-1]
 
 
 CPU, META = torch.device("cpu"), torch.device("meta")

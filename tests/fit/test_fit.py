@@ -530,8 +530,8 @@ def test_from_the_command_line(encoder: tuple[Path, Path], jsonl: Path, tmp_path
     options = ["--fit-steps", "10", "--fit-batch", "16", "--accept-worse", "--plot", tmp_path / "fit.png"]
     result = CliRunner().invoke(main, [str(a) for a in arguments + options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "10 steps of 16 texts on" in result.stderr
-    assert "against the fine-tune, 24 texts held out" in result.stdout
+    assert "10 steps of 16 on" in result.stderr
+    assert "against the fine-tune, 24 examples held out" in result.stdout
     assert "relative error of hidden states" in result.stdout
     assert "cosine of embeddings" in result.stdout
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
@@ -655,7 +655,7 @@ def test_out_of_memory_says_what_to_halve(encoder: tuple[Path, Path], tmp_path: 
 def test_a_step_has_no_more_texts_than_there_are(encoder: tuple[Path, Path], tmp_path: Path):
     said: list[str] = []
     fit(encoder, tmp_path / "a.shd", steps=2, batch=1000, log=said.append)
-    assert any(line.startswith("fitting on 96 texts: 2 steps of 96 texts on cpu") for line in said)
+    assert any(line.startswith("fitting on 96 examples: 2 steps of 96 on cpu") for line in said)
 
 
 @pytest.mark.slow
@@ -664,5 +664,5 @@ def test_a_cpu_takes_fewer_steps_by_itself(encoder: tuple[Path, Path], tmp_path:
     monkeypatch.setattr(by_training, "CPU_SECONDS", 0)
     report = fit(encoder, tmp_path / "a.shd", steps=None, log=said.append)
     assert report.fit.steps <= by_training.CPU_LEAST
-    assert f"{by_training.CPU_LEAST} steps of 16 texts on cpu, about" in said[0]
+    assert f"{by_training.CPU_LEAST} steps of 16 on cpu, about" in said[0]
     assert math.isfinite(report.fit.fitted)

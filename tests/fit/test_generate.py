@@ -130,7 +130,7 @@ def test_from_the_command_line(tuned: tuple[Path, Path], tmp_path: Path):
     result = CliRunner().invoke(main, [*words, str(tmp_path / "a.shd"), "--fit-method", "refit", "--fit-batch", "8"])
     assert result.exit_code == 0, result.output
     assert "the model is loaded as a whole, for it generates texts" in result.stderr
-    assert "fitted on 32 texts and 32 generated in" in result.stdout
+    assert "fitted on 32 examples and 32 generated in" in result.stdout
     assert "fit_generated: 32" in CliRunner().invoke(main, ["info", str(tmp_path / "a.shd")]).stdout
 
 

@@ -130,7 +130,7 @@ def left_out_warnings(names: Sequence[str]) -> list[str]:
         return []
     some = "1 weight keeps its" if len(names) == 1 else f"{len(names)} weights keep their"
     return [
-        f"{some} largest changes, because least squares refits plain linear layers that the texts reach, not stacked"
+        f"{some} largest changes, because least squares refits plain linear layers that the examples reach, not stacked"
         f" experts, convolutions and the like, such as {names[0]!r}; method 'train' fits them"
     ]
 
