@@ -13,6 +13,8 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     PreTrainedTokenizerFast,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -22,7 +24,7 @@ PAD, END, BEGIN = "<pad>", "</s>", "<s>"
 _SPECIAL = [PAD, END, BEGIN, "<unk>"]
 #: BART as it is published: it starts with the end, and its texts have marks at both ends.
 _TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "vocab_size": 64}
-_MARKS = {"t5": f"$A {END}", "bart": f"{BEGIN} $A {END}"}
+_MARKS = {"t5": f"$A {END}", "switch": f"$A {END}", "bart": f"{BEGIN} $A {END}"}
 
 
 def build(kind: str) -> nn.Module:
@@ -30,6 +32,11 @@ def build(kind: str) -> nn.Module:
     if kind == "t5":
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
         return T5ForConditionalGeneration(T5Config(**_TOKENS, **sizes, decoder_start_token_id=0, dropout_rate=0)).eval()
+    if kind == "switch":
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+        sparse = {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+        experts = SwitchTransformersConfig(**_TOKENS, **sizes, **sparse, decoder_start_token_id=0, dropout_rate=0)
+        return SwitchTransformersForConditionalGeneration(experts).eval()
     layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in _BART.items()}
     config = BartConfig(
         **_TOKENS,

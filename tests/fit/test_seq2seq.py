@@ -205,6 +205,14 @@ def test_a_cut_example_stays_cut_beside_added_ones(bart: tuple[Path, Path]):
 
 
 @pytest.mark.slow
+def test_a_model_with_experts_answers(tmp_path: Path):
+    pair = write_pair("switch", tmp_path)
+    found = fit(pair, tmp_path / "a.shd", method="refit", generate=16, texts=examples(40), held_out=8, batch=16)
+    assert (found.texts, found.generated) == (32, 16)
+    assert found.fitted < found.topk < found.base
+
+
+@pytest.mark.slow
 def test_generated_answers_are_fitted_on(bart: tuple[Path, Path], tmp_path: Path):
     found = fit(bart, tmp_path / "a.shd", method="refit", generate=32, batch=32)
     assert (found.texts, found.generated) == (96, 32)
