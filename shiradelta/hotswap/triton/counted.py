@@ -42,7 +42,6 @@ class Tiles(NamedTuple):
         size: bytes of an element.
         has_lines: whether a tile has classes of rows or columns.
         has_turned: whether what a tile lists of a group may be no nonzeros.
-        has_few: whether no tile has more than 16 groups.
         is_aligned: whether sizes and addresses of all tiles are multiples of 16.
     """
 
@@ -54,7 +53,6 @@ class Tiles(NamedTuple):
     size: int
     has_lines: bool
     has_turned: bool
-    has_few: bool
     is_aligned: bool
 
     @classmethod
@@ -94,13 +92,12 @@ class Tiles(NamedTuple):
             size,
             has_lines,
             has_turned,
-            bool(groups.max() <= 16),
             not np.any((sizes | columns["base"]) % ALIGNMENT.value),
         )
 
     def run(self, kernel, *arguments) -> None:
         """Runs a program for each block."""
-        kind = {"SIZE": self.size, "LINES": self.has_lines, "FEW": self.has_few, "ALIGNED": self.is_aligned}
+        kind = {"SIZE": self.size, "LINES": self.has_lines, "ALIGNED": self.is_aligned}
         launch(kernel, self.tile_of.numel(), self.rows.device, self.rows, self.tile_of, *arguments, **kind)
 
 

@@ -119,12 +119,11 @@ def _group(row, within, inside, SIZE: tl.constexpr, LINES: tl.constexpr, ALIGNED
 
 
 @triton.jit
-def _ones(group, inside, first, FEW: tl.constexpr):
-    """A one in the place of each element's group, if that is among the 16 from `first` on; FEW: there are no others."""
+def _ones(group, inside, first):
+    """A one in the place of each element's group, if that is among the 16 from `first` on."""
     at = group - first
-    if not FEW:
-        inside = inside & (at >= 0) & (at < 16)
-    return tl.where(inside, tl.full(group.shape, 1, tl.int64) << (4 * (at & 15)).to(tl.int64), 0)
+    one = tl.full(group.shape, 1, tl.int64) << (4 * (at & 15)).to(tl.int64)
+    return tl.where(inside & (at >= 0) & (at < 16), one, 0)
 
 
 @triton.jit
@@ -136,14 +135,7 @@ def _apart(rows, number):
 
 @triton.jit
 def count_kernel(
-    tiles,
-    tile_of,
-    counts,
-    SIZE: tl.constexpr,
-    LINES: tl.constexpr,
-    FEW: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    tiles, tile_of, counts, SIZE: tl.constexpr, LINES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Counts elements: int32, of each tile [groups, blocks]."""
     row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
@@ -151,7 +143,7 @@ def count_kernel(
     count, blocks = tl.load(row + _GROUPS).to(tl.int32), tl.load(row + _BLOCKS)
     out = counts + tl.load(row + _COUNTS) + block
     for first in range(0, count, 16):
-        rows = tl.sum(_ones(group, inside, first, FEW), 1)
+        rows = tl.sum(_ones(group, inside, first), 1)
         for four in tl.static_range(4):
             if first + 4 * four < count:
                 sums = tl.sum(_apart(rows, four), 0)
@@ -161,11 +153,11 @@ def count_kernel(
 
 
 @triton.jit
-def _number(row, block, group, inside, starts, FEW: tl.constexpr):
+def _number(row, block, group, inside, starts):
     """The number of each element in the order; `starts` is what is before each of the counts."""
     rank, count = tl.full(group.shape, 0, tl.int32), tl.load(row + _GROUPS).to(tl.int32)
     for first in range(0, count, 16):
-        ones = _ones(group, inside, first, FEW)
+        ones = _ones(group, inside, first)
         at = group - first
         rows, in_row = tl.sum(ones, 1), tl.cumsum(ones, 1)
         above = tl.full(group.shape, 0, tl.int64)
@@ -175,7 +167,7 @@ def _number(row, block, group, inside, starts, FEW: tl.constexpr):
                 above = tl.where((at >> 2) == four, (tl.cumsum(some, 0) - some)[:, None], above)
         own = (in_row >> (4 * (at & 15)).to(tl.int64)) & 15
         here = own + ((above >> (16 * (at & 3)).to(tl.int64)) & 0xFFFF)
-        rank = here.to(tl.int32) if FEW else tl.where(ones != 0, here.to(tl.int32), rank)
+        rank = tl.where(ones != 0, here.to(tl.int32), rank)
     before = starts + tl.load(row + _COUNTS) + (group * tl.load(row + _BLOCKS).to(tl.int32) + block)
     return tl.load(before, mask=inside, other=0) + rank - 1
 
@@ -200,14 +192,13 @@ def find_kernel(
     TURNED: tl.constexpr,
     SIZE: tl.constexpr,
     LINES: tl.constexpr,
-    FEW: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Says in a bit for each element whether it is a nonzero, in uint8 [programs, rows], and counts them in int32."""
     row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
     group = _group(row, within, inside, SIZE, LINES, ALIGNED)
-    number = _number(row, block, group, inside, starts, FEW)
+    number = _number(row, block, group, inside, starts)
     mark = (tl.load(marks + (number >> 5), mask=inside, other=0) >> (number & 31)) & 1
     if TURNED:
         mark ^= tl.load(tl.load(row + _TURNED).to(UINT8) + group, mask=inside, other=0).to(tl.int32)
@@ -276,13 +267,12 @@ def place_kernel(
     placed,
     SIZE: tl.constexpr,
     LINES: tl.constexpr,
-    FEW: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Brings values in the order to the places of their elements."""
     row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
     group = _group(row, within, inside, SIZE, LINES, ALIGNED)
-    number = _number(row, block, group, inside, starts, FEW)
+    number = _number(row, block, group, inside, starts)
     value = tl.load(values + number, mask=inside, other=0)
     tl.store(placed + tl.load(row + _START) + within, value, mask=inside)
