@@ -52,7 +52,7 @@ class TokenisedExamples(ModelInputs):
         trains: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
-        self.limit = token_limit(tokens, tokenizer, model)
+        self._asked, self.limit = tokens, token_limit(tokens, tokenizer, model)
         self.pad = padding_token(tokenizer, model)
         self.sides = 1 if examples.kind.predicts else len(examples.kind.keys)
         self.weights: Tensor | None = None
@@ -105,14 +105,14 @@ class TokenisedExamples(ModelInputs):
         """Raises SourceError if an example is so short that no token of it follows another."""
         for number, length in enumerate(self.lengths, 1):
             if length < 2:
-                raise nothing_to_predict(number, self.limit)
+                raise nothing_to_predict(number, self.limit, self._asked)
 
     def _said(self, found: Sequence[_Said], prompt_share: float) -> list[list[int]]:
         """The ids of texts, cut; sets the weights.  The first token has nothing before it to predict it from."""
         cut = [(ids[: self.limit], said[: self.limit]) for ids, said in found]
         for number, (_, said) in enumerate(cut, 1):
             if not any(said[1:]):
-                raise nothing_to_predict(number, self.limit)
+                raise nothing_to_predict(number, self.limit, self._asked)
         self._prompts = [said.index(True) for _, said in cut]
         if prompt_share < 1:
             self.weights = torch.tensor([1.0 if one else prompt_share for _, said in cut for one in said])
@@ -155,9 +155,9 @@ class TokenisedExamples(ModelInputs):
         return ids if end is None or len(ids) >= self.limit or ids[-1:] == [end] else [*ids, end]
 
 
-def nothing_to_predict(number: int, limit: int) -> SourceError:
-    """The error of an example that is cut so short that nothing in it is predicted."""
-    return SourceError(
-        f"example {number} has nothing to predict within {limit} tokens; leave it out, or give a larger --tokens"
-        " (--fit-tokens of convert)"
-    )
+def nothing_to_predict(number: int, limit: int, asked: int) -> SourceError:
+    """The error of an example that is cut so short that nothing in it is predicted, at less than was asked perhaps."""
+    more = "give a larger --tokens (--fit-tokens of convert)"
+    if limit < asked:
+        more = "shorten its prompt: the model or its tokenizer takes no more"
+    return SourceError(f"example {number} has nothing to predict within {limit} tokens; leave it out, or {more}")

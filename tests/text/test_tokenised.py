@@ -80,8 +80,11 @@ def test_a_completion_never_follows_a_prompt_that_is_cut(tokenizer: Any, model: 
 
 
 def test_what_cannot_be_predicted_is_refused(tokenizer: Any, model: nn.Module):
-    with pytest.raises(SourceError, match="example 1 has nothing to predict within 3 tokens"):
+    with pytest.raises(SourceError, match=r"example 1 has nothing to predict within 3 tokens; .* a larger --tokens"):
         TokenisedExamples(PROMPTED, tokenizer, model, 3)
+    tokenizer.model_max_length = 3  # more tokens would not help
+    with pytest.raises(SourceError, match=r"nothing to predict within 3 tokens; .*shorten its prompt: the model or"):
+        TokenisedExamples(PROMPTED, tokenizer, model, 64)
     tokenizer.chat_template = None
     with pytest.raises(SourceError, match="the tokenizer has no chat template"):
         TokenisedExamples(TALKS, tokenizer, model, 64)
