@@ -189,9 +189,10 @@ def convert(
     if fit is not None and as_patterns(whole):
         raise ArgumentError("a model with a tensor of another shape cannot be fitted; leave out whole (--whole) or fit")
     if from_base is not None and (fit is None or base is None):
+        needed = {"--base MODEL (base=)": base, "--fit TEXTS (fit=)": fit}
+        missing = " and ".join(name for name, given in needed.items() if given is None)
         raise ArgumentError(
-            f"a delta goes over from the old base {from_base} to a new one by a fit only; give --base MODEL and --fit"
-            " TEXTS (base=, fit=), too"
+            f"a delta goes over from the old base {from_base} to a new one by a fit only; give {missing}, too"
         )
     for model in (base, from_base):
         if model is not None:

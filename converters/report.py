@@ -192,7 +192,8 @@ class ConversionReport:
     @property
     def summary(self) -> str:
         """How much of the fine-tune is kept, in a line."""
-        return f"{self._kept}; {self.exactness}"
+        worse = "" if self.worse is None else "; worse than the base or top-k, see above"
+        return f"{self._kept}{worse}; {self.exactness}"
 
     @property
     def _kept(self) -> str:

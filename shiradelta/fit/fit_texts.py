@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from shiradelta.errors import SourceError
 from shiradelta.fit.settings import Fit
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models.processors import load_processor
-from shiradelta.text.batches import batches, split
+from shiradelta.text.batches import batches, by_length, split
 from shiradelta.text.read import ExampleSet, check_number, read_file, read_list
 from shiradelta.util.progress import Progress
 
@@ -85,9 +85,10 @@ class FitTexts:
 
     def calibration(self, lengths: Sequence[int]) -> list[list[int]]:
         """The texts of a few batches, by forward pass.  None of them is held out."""
-        size = self._fit.per_pass
-        number = max(1, min(CALIBRATION * self._fit.batch, len(self.train)) // size)
-        return list(islice(batches(self.train, lengths, size, self._fit.seed), number))
+        count = min(CALIBRATION * self._fit.batch, len(self.train))
+        passes = -(-count // self._fit.per_pass)
+        taken = random.Random(self._fit.seed).sample(self.train, count)
+        return by_length(taken, lengths, -(-count // passes))
 
 
 def _read(fit: Fit) -> ExampleSet | None:

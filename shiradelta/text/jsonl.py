@@ -29,6 +29,10 @@ def json_lines(path: Path, shapes: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     where = f"{path}, line {number}"
                     yield where, _parsed(line, where, shapes)
+    except IsADirectoryError:
+        raise SourceError(
+            f"{path}: is a folder with neither Parquet files nor what save_to_disk writes; give a file or a data set"
+        ) from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError:

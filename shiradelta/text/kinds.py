@@ -42,6 +42,11 @@ class ExampleKind:
     known: Callable[[Any, str], Any] = lambda value, key: value
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether some of what a model reads is given, so that it need not predict it."""
+        return "prompt" in self.keys or self.check is _check_messages
+
+    @property
     def is_text(self) -> bool:
         """Whether an example is one text and nothing else."""
         return len(self.keys) == 1 and self.check is _check_text

@@ -42,6 +42,9 @@ def tokenise(
         return SpeechExamples(examples, tokenizer, model, tokens, prompt_share)
     if examples.kind is ANSWER:
         return PictureExamples(examples, tokenizer, model, prompt_share)
+    if prompt_share and not examples.kind.has_prompts:
+        keys = " and ".join(examples.kind.keys)
+        raise SourceError(f"examples with {keys} have no prompts; leave the prompt share out")
     if examples.kind is CAPTION:
         return Captions(examples, tokenizer, model, tokens)
     if hears(model):

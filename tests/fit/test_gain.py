@@ -219,6 +219,7 @@ def test_a_result_that_is_worse_is_said_first(
     words = [str(word) for word in arguments + options]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1
+    assert "; worse than the base or top-k, see above" in " ".join(result.stdout.split())
     first = next(line for line in result.stderr.splitlines() if ": " in line and not line.startswith("fitting"))
     assert first.startswith("worse: the result (")
     assert "is worse than plain top-k" in first

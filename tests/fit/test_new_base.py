@@ -233,8 +233,9 @@ def test_what_does_not_go_over_is_refused(bases: tuple[Path, Path, Path], tmp_pa
     old, new, style = bases
     with pytest.raises(BaseMismatchError, match="give the base that it was made for"):
         moved((new, old, style), tmp_path / "out.shd")
-    for given in ({"base": new}, {"fit": Fit(EXAMPLES)}):
-        with pytest.raises(ArgumentError, match="by a fit only; give --base MODEL and --fit TEXTS"):
+    base, fit = (f"--{what} \\({what.split()[0]}=\\)" for what in ("base MODEL", "fit TEXTS"))
+    for given, missing in (({"base": new}, fit), ({"fit": Fit(EXAMPLES)}, base), ({}, f"{base} and {fit}")):
+        with pytest.raises(ArgumentError, match=f"by a fit only; give {missing}, too"):
             shiradelta.convert(style, tmp_path / "out.shd", from_base=old, **given)
     with pytest.raises(ArgumentError, match="so from base cannot be chosen"):
         shiradelta.convert(new, tmp_path / "out.shd", base=old, lossless=True, from_base=old)

@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM
 
 import shiradelta
 from shiradelta.errors import ArgumentError, SourceError
-from shiradelta.fit import divergence, teacher
+from shiradelta.fit import Fit, divergence, teacher
 from shiradelta.fit.custom_behaviour import CustomBehaviour
+from shiradelta.fit.fit_texts import FitTexts
 from shiradelta.fit.teacher import Teacher
 from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models import loading
@@ -284,3 +285,14 @@ def test_a_loss_that_gives_no_single_number_is_refused(given: Any, what: str):
 def test_a_loss_may_have_dimensions():
     found = CustomBehaviour([1], lambda model, examples: torch.ones(1), lambda student, teacher: torch.ones(1, 1))
     assert found.differences([0], [torch.ones(1)], [torch.ones(1)])[0].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "micro"), [(300, 128, None), (100, 128, None), (90, 16, None), (2_000, 32, 8)]
+)
+def test_least_squares_take_as_many_examples_as_eight_batches_have(count: int, batch: int, micro: int | None):
+    settings = Fit([f"w{number % 60}" for number in range(count)], batch=batch, micro=micro)
+    found = FitTexts(settings)
+    sizes = [len(part) for part in found.calibration([1] * count)]
+    assert sum(sizes) == min(8 * batch, len(found.train))
+    assert max(sizes) <= settings.per_pass

@@ -143,6 +143,9 @@ def test_data_sets_are_read_by_their_own_package(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "datasets", stand_in(None, read))
     assert read_file(files[0]).kind is read_file(folder).kind is COMPLETION
     assert read == ["test-0.parquet", "train-0.parquet", "train-1.parquet"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="is a folder with neither Parquet files nor what save_to_disk writes"):
+        read_file(tmp_path / "empty")
     for file in files[1:]:
         file.rename(file.with_stem(file.stem.replace("train", "valid")))
     with pytest.raises(SourceError, match="has the splits test, valid and none called train"):

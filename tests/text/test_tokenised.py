@@ -16,7 +16,7 @@ from shiradelta.fit.text_behaviour import TextBehaviour
 from shiradelta.models.loading import load_tokenizer
 from shiradelta.text.conversation import rendered
 from shiradelta.text.examples import training_examples
-from shiradelta.text.kinds import COMPLETION, MESSAGES, PAIRS
+from shiradelta.text.kinds import COMPLETION, MESSAGES, PAIRS, TEXT
 from shiradelta.text.read import ExampleSet
 from shiradelta.text.tokenised import TokenisedExamples
 from tests.fit.test_fit import build, write_tokenizer
@@ -155,6 +155,11 @@ def test_fits_count_prompts_by_their_share(share: float, tokenizer: Any, model: 
     assert measured["share of equal answers"] == pytest.approx(mean(equal), rel=1e-4)
     assert measured["likelihood lost on the texts, nats"] == pytest.approx(mean(lost), rel=1e-4)
     assert len(student[-1]) == int((weight > 0).sum())
+
+
+def test_what_has_no_prompts_has_no_share_of_them(tokenizer: Any, model: nn.Module):
+    with pytest.raises(SourceError, match="examples with text have no prompts; leave the prompt share out"):
+        TextBehaviour(tokenizer, ExampleSet(TEXT, [["w1 w2"]]), model, 16, prompt_share=0.5)
 
 
 def test_a_pair_is_two_texts(tokenizer: Any):
