@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -106,7 +107,9 @@ class Distribution:
         preparation = Preparation(targets, None, self._backend, devices)
         again = Watch(now)
         try:
-            adapter = ranks.agree(_WHAT, lambda: preparation.read(_SAVED, _as_file(saved), None, False, (), None, None))
+            adapter = ranks.agree(
+                _WHAT, lambda: preparation.read(_SAVED, _as_file(saved), None, False, (), None, None, nullcontext())
+            )
             adapter = replace(adapter, label=_SAVED)
             fit_of(preparation, ranks, again, _WHAT, adapter, True, [])
         except BaseMismatchError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,12 @@ class Preparation:
         skip: Sequence[str],
         only: Sequence[str] | None,
         limit: int | str | None,
+        lock: AbstractContextManager[object],
     ) -> Loaded:
-        """Reads an adapter and prepares it; arguments and errors are those of `HotSwap.load`."""
+        """Reads an adapter and prepares it; arguments and errors are those of `HotSwap.load`.
+
+        Where the weights are read for that, nobody who holds the lock writes them meanwhile.
+        """
         source = local_with_signature(source, key)
         partly: PartlyRead | None = None
         label = "delta"
@@ -73,7 +78,9 @@ class Preparation:
                 data = partly.data
             else:
                 label, data = read_whole(source, self.devices.buffer, key)
-            return self._prepare(name, label, data, partly, allow_dtype, skip, only, limit)
+            with ExitStack() as locked:
+                need_weights = partial(locked.enter_context, lock)
+                return self._prepare(name, label, data, partly, allow_dtype, skip, only, limit, need_weights)
         except FormatError as error:
             error.file = error.file or label
             if isinstance(source, (str, os.PathLike)):
@@ -95,6 +102,7 @@ class Preparation:
         skip: Sequence[str],
         only: Sequence[str] | None,
         limit: int | str | None,
+        need_weights: Callable[[], object],
     ) -> Loaded:
         """Checks that a file fits the model, and copies it, compressed, to where the tensors are.
 
@@ -112,6 +120,8 @@ class Preparation:
             partly.read(tensors[own].record for own in (tensors if delta.needs_base else here))
         readings = read_shared(shared, data, partly.read_spans if partly is not None else lambda spans: None)
         plain = delta.unpacked
+        if delta.needs_base:
+            need_weights()
         if delta.needs_base and not are_read_there(tensors, every, self.targets, self.devices):
             plain = plain_bytes(label, delta, every, self.targets, self.devices, allow_dtype)
         if plain is not None:

@@ -243,7 +243,8 @@ class HotSwap(SelfTested):
 
             def read() -> Loaded:
                 self._free_name(name)
-                return self._preparation.read(name, source, key, allow_dtype, as_patterns(skip), only, limit)
+                patterns = as_patterns(skip)
+                return self._preparation.read(name, source, key, allow_dtype, patterns, only, limit, self._lock)
 
             adapter = self._ranks.agree(what, read)
             stack.enter_context(self._lock)

@@ -159,6 +159,19 @@ def test_other_weights_are_refused_before_anything_is_written(backend: str, chec
 
 
 @pytest.mark.parametrize("backend", THERE)
+def test_the_weights_are_not_read_while_others_are_on_them(backend: str):
+    model = weights_of(torch.bfloat16, torch.clone)
+    plain, small = step(model, "ulp")
+    swap = sd.HotSwap(model, backend=backend)
+    swap.load("other", plain)
+    with swap.applied("other"):
+        loading = swap.load_async("step", small)
+        with pytest.raises(TimeoutError):
+            loading.result(0.3)
+    assert loading.result().nonzeros == swap.loaded["other"].nonzeros
+
+
+@pytest.mark.parametrize("backend", THERE)
 def test_only_the_named_tensors_are_read(backend: str):
     model = weights_of(torch.bfloat16, torch.clone)
     plain, small = step(model, "ulp")
