@@ -196,5 +196,5 @@ def align(size: int, unit: int) -> int:
 
 
 def word_size(numel: int) -> int:
-    """Bytes of a position in directories and RAW sections (section 3.2, W)."""
+    """Bytes of a position in directories and RAW sections (section 3.2, W); of each of an array of sizes, too."""
     return 4 + 4 * (numel > 0xFFFF_FFFF)

@@ -31,13 +31,13 @@ def ones_of(bitmap: Tensor) -> Tensor:
     return bits_of(bitmap).nonzero().view(-1)
 
 
-def fields_at(data: Tensor, at: Tensor, widths: Tensor) -> Tensor:
-    """int64, fields of up to 32 bits.
+def fields_at(data: Tensor, at: Tensor, widths: Tensor | int) -> Tensor:
+    """int64, fields of up to 32 bits, which may cross into the next word.
 
     Args:
-        data: uint8, whole words of 4 bytes.
+        data: whole words of 4 bytes, at least two.
         at: int64, the first bit of each field; those beyond `data` are taken from its last two words.
-        widths: int64, of each field.
+        widths: int64, of each field, or of all.
     """
     words = data.view(torch.int32)
     word = (at >> 5).clamp(min=0, max=words.numel() - 2)

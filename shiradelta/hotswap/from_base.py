@@ -19,7 +19,7 @@ from shiradelta.format.codecs.base_classes import KEYS
 from shiradelta.format.codecs.from_base import HEAD, check_end, grid_and_gaps
 from shiradelta.format.codecs.from_base_classes import BaseGrid
 from shiradelta.format.codecs.tiles import Gaps
-from shiradelta.hotswap.bits_there import sent
+from shiradelta.hotswap.bits_there import bits_of, fields_at, sent
 from shiradelta.io.restored import Elements, Located
 
 Tensor = torch.Tensor
@@ -224,8 +224,7 @@ class _Bits(NamedTuple):
         """As `Gaps.sound`, but that ones count from the first unary bit of these tiles."""
         starts = self.gaps.unary_starts[first : last + 1]
         begin, end = int(starts[0]), int(starts[-1])
-        eight = torch.arange(8, dtype=torch.uint8, device=self.unary.device)
-        bits = ((self.unary[begin // 8 : -(-end // 8), None] >> eight) & 1).view(-1)
+        bits = bits_of(self.unary[begin // 8 : -(-end // 8)])
         ones = bits[begin % 8 : begin % 8 + end - begin].nonzero().view(-1)
         edges = self._there(np.stack((starts - begin, self.gaps.ranks[first : last + 1])))
         of_tile = torch.searchsorted(ones, edges[0])
@@ -250,9 +249,7 @@ class _Bits(NamedTuple):
         which = torch.repeat_interleave(small[0], output_size=ones.numel())
         _, begins, k, cell, low_at = small[:, which]
         at = low_at + (torch.arange(ones.numel(), device=ones.device) - begins) * k
-        word = at >> 5
-        pair = (self.low[word].long() & 0xFFFFFFFF) | (self.low[word + 1].long() << 32)
-        low = (pair >> (at & 31)) & ((1 << k) - 1)
+        low = fields_at(self.low, at, k)
         # The last unary bit before a tile is a one, so its first gap needs no care.
         zeros = ones.diff(prepend=ones.new_tensor([-1])) - 1
         # No gap is larger than a tile; what a damaged one says must not overflow the sums.
@@ -286,8 +283,12 @@ class ElementsThere(Elements):
     def room(self, data: Bytes) -> int:
         return self._codec.room(data, self.size)
 
+    def positions(self, data: Bytes, nnz: int, shape: tuple[int, ...], room: int) -> Tensor:
+        """Those that `decode` gives, where the elements are; arguments are the same."""
+        return self._codec.decode(data, nnz, shape, self._bits, room)
+
     def decode(self, data: Bytes, nnz: int, shape: tuple[int, ...], room: int) -> Located:
-        positions = self._codec.decode(data, nnz, shape, self._bits, room)
+        positions = self.positions(data, nnz, shape, room)
         at = self._taken(positions)
         return Located(positions.cpu().numpy().astype(np.int64, copy=False), at)
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.ulp_stream import MOST_J, MOST_K
-from shiradelta.hotswap.pool import Pool, exclusive, padded, within, words_of
+from shiradelta.hotswap.pool import Pool, padded, words_of
+from shiradelta.util.arrays import exclusive, within
 
 #: Beyond some tiles, they have at least so many elements on the whole, so that what is made of each takes little.
 _FEW, _TILE = 64, 1 << 16

@@ -28,7 +28,7 @@ from shiradelta.util.threads import THREADS
 
 
 @contextmanager
-def explained(label: str) -> Iterator[None]:
+def naming_file(label: str) -> Iterator[None]:
     """Refusals in it name the file, and say what to do if the weights are not its base."""
     try:
         yield
@@ -110,7 +110,7 @@ def plain_bytes(
         return bits
 
     output = io.BytesIO()
-    with explained(label), temporary_errors():
+    with naming_file(label), temporary_errors():
         write_plain(delta, base, output, passing=True, threads=THREADS)
     return np.frombuffer(output.getbuffer(), np.uint8)
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from shiradelta.errors import FormatError
 from shiradelta.format.arithmetic import Array
-from shiradelta.format.codecs import BITS, FROM_BASE, INDEX_CODECS, ULP_FROM_BASE, VALUE_CODECS
+from shiradelta.format.codecs import BITS, ULP_FROM_BASE, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
 from shiradelta.format.registry import IndexId
-from shiradelta.hotswap.from_base import TorchFromBase
+from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
 from shiradelta.hotswap.heads import ClassedSections
 from shiradelta.hotswap.pool import Pool
 from shiradelta.hotswap.resident import Resident, SectionPart, stored
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import SortedClasses, decode_there
 from shiradelta.io.reader import StoredTensor
-from shiradelta.io.restored import codecs_on_base, named
+from shiradelta.io.restored import codecs_on_base, named, positions_on
 
 Tensor = torch.Tensor
 
@@ -66,18 +65,9 @@ def bits_section(values: Tensor) -> Tensor:
 
 def positions_of(tensor: StoredTensor, base: Tensor, codec: TorchFromBase) -> Tensor:
     """Those of all nonzeros, on the device of the base."""
-    record = tensor.record
-    tensor.check_memory(record.decoded_size)
-    # Readers go through all of it without looking at its size again.
-    if (base.numel(), base.element_size()) != (record.numel, record.element_size):
-        raise FormatError("wrong_base", f"{base.numel()} elements of {base.element_size()} bytes")
-    data = tensor.section(record.index)
-    if record.index_codec == FROM_BASE.id:
-        tensor.check_memory(record.decoded_size + codec.room(data, record.numel))
-        return codec.decode(data, record.nnz, record.shape, base, tensor.limit - record.decoded_size)
-    # A decoder of files may refuse all of a tensor of which one section needs the base.
-    found = INDEX_CODECS.by_id[record.index_codec].decode(data, record.nnz, record.shape)
-    return torch.from_numpy(found).to(base.device)
+    elements = ElementsThere(codec, base)
+    found = positions_on(tensor, elements, elements.positions)
+    return found if isinstance(found, Tensor) else torch.from_numpy(found).to(base.device)
 
 
 def checked_values(source: Bytes, tensor: StoredTensor, codec: TorchDecoder) -> SectionPart:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.util.arrays import exclusive, within
 
 
 class Pool:
@@ -66,17 +67,6 @@ class Pool:
         widths = np.maximum(stops - starts, 0)
         first = np.minimum(widths, 32)
         return not (self.fields(starts, first).any() or self.fields(starts + 32, widths - first).any())
-
-
-def within(counts: Positions) -> Positions:
-    """0, 1, ..., its count - 1, of each count."""
-    return np.arange(int(counts.sum())) - np.repeat(exclusive(counts), counts)
-
-
-def exclusive(counts: Positions) -> Positions:
-    """The sum of the counts before each."""
-    found: Positions = np.cumsum(counts) - counts
-    return found
 
 
 def words_of(bits: Positions) -> Positions:

@@ -18,7 +18,7 @@ from shiradelta.format.record import Record, Section
 from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.matching import Names, check_target, match, only_these
-from shiradelta.hotswap.on_base import are_read_there, explained, plain_bytes
+from shiradelta.hotswap.on_base import are_read_there, naming_file, plain_bytes
 from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.reading import PartlyRead, read_whole
 from shiradelta.hotswap.reports import LoadReport
@@ -147,7 +147,7 @@ class Preparation:
             files = [(transcoded.data, transcoded.fits)]
             if whole:
                 files.append(_alone(data, whole, delta, choice, limit))
-        with explained(label):
+        with naming_file(label):
             held = self.devices.hold(files)
         records = {tensor.record.name: tensor.record for tensor, _ in fits.values()}
         report = LoadReport(

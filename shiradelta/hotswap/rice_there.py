@@ -18,7 +18,7 @@ from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.codecs.rice import section_size
 from shiradelta.hotswap.bits_there import sent
-from shiradelta.hotswap.pool import exclusive
+from shiradelta.util.arrays import exclusive, within
 
 Tensor = torch.Tensor
 
@@ -203,7 +203,7 @@ def _put_directories(
     """
     blocks = -(-np.array(unary) // registry.BLOCK_BITS)
     tensor = np.repeat(np.arange(blocks.size), blocks)
-    number = np.arange(tensor.size) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    number = within(blocks)
     low, sections, start, bits_before, k = (
         np.array(each)[tensor] for each in (places.low, places.sections, starts, before, ks)
     )

@@ -17,7 +17,8 @@ from shiradelta.format.arithmetic import Positions
 from shiradelta.hotswap.bits_there import bits_of, fields_at, ones_of, sent
 from shiradelta.hotswap.from_base import classes_there, keys_of
 from shiradelta.hotswap.heads import ClassedSections
-from shiradelta.hotswap.pool import exclusive, within, words_of
+from shiradelta.hotswap.pool import words_of
+from shiradelta.util.arrays import exclusive, within
 
 Tensor = torch.Tensor
 BLOCK = registry.ULP_BLOCK
@@ -144,12 +145,10 @@ def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, dtype: to
         return in_classes.placed(none, none.to(dtype)), good[0]
     _, of_block, ks, _, listed = lists.cells
     # Of each class of a block: its first listed shift, and where its low bits are in those of the block.
-    before = np.cumsum(listed) - listed
-    low = np.cumsum(listed * ks) - listed * ks
-    low -= (np.cumsum(lists.low) - lists.low)[of_block]
+    before = exclusive(listed)
+    low = exclusive(listed * ks) - exclusive(lists.low)[of_block]
     small = sent(np.concatenate((lists.cells, [before, low])), device)
-    firsts = np.cumsum(lists.counts) - lists.counts
-    blocks = sent(np.stack((lists.begins, lists.ends, lists.counts, lists.low, firsts)), device)
+    blocks = sent(np.stack((lists.begins, lists.ends, lists.counts, lists.low, exclusive(lists.counts))), device)
     of_cell = torch.repeat_interleave(small[4], output_size=total)
     cell, block, k, j, _, first, low_at = small[:, of_cell]
     number = torch.arange(total, device=device)

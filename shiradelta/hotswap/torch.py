@@ -21,6 +21,7 @@ from shiradelta.format.codecs.base import Bytes, TorchDecoder, ValueCodec
 from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.format.record import Record
 from shiradelta.format.registry import ORDERED, Order
+from shiradelta.hotswap.bits_there import fields_at, ones_of
 from shiradelta.hotswap.checks import checks_of
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
@@ -216,17 +217,13 @@ class TorchBackend(Elementwise):
             return torch.zeros(0, dtype=torch.int64, device=self.device)
         index = sections.index_bytes
         unary = index[sections.unary : sections.unary + -(-sections.unary_bits // 8)]
-        eight = torch.arange(8, dtype=torch.uint8, device=self.device)
-        ones = ((unary[:, None] >> eight) & 1).view(-1).nonzero().view(-1)[:nnz]
+        ones = ones_of(unary)[:nnz]
         rank = torch.arange(nnz, device=self.device)
         positions = ((ones - rank) << k) + rank
         if k:
-            # A field may cross into the next word, so two are read; the slack follows the last one.
-            words = index[sections.low : sections.unary + 8].view(torch.int32)
-            at = rank * k
-            word = at >> 5
-            pair = (words[word].to(torch.int64) & 0xFFFFFFFF) | (words[word + 1].to(torch.int64) << 32)
-            positions += ((pair >> (at & 31)) & ((1 << k) - 1)).cumsum(0)
+            # The last field's next word is unary bits or slack.
+            fields = fields_at(index[sections.low : sections.unary + 8], rank * k, k)
+            positions += fields.cumsum(0)
         return positions
 
     def payload(self, patch: Patch) -> Tensor:

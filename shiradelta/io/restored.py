@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from shiradelta.backends.choose import choose
 from shiradelta.errors import FormatError
@@ -18,6 +18,8 @@ from shiradelta.format.codecs.ulp_from_base import UlpFromBase
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.record import Section
 from shiradelta.io.reader import StoredTensor
+
+Decoded = TypeVar("Decoded")
 
 
 class Elements(ABC):
@@ -137,19 +139,30 @@ def locating(stored: StoredTensor, base: Array | Elements) -> Callable[[], Locat
 
 def located(stored: StoredTensor, base: Array | Elements) -> Located:
     """The first half of `restored`, which works where the base is."""
-    record, base = stored.record, base if isinstance(base, Elements) else InMemory(base)
+    elements = base if isinstance(base, Elements) else InMemory(base)
+    with named(stored, stored.record.index):
+        found = positions_on(stored, elements, elements.decode)
+    return found if isinstance(found, Located) else Located(found, elements.at(found))
+
+
+def positions_on(stored: StoredTensor, base: Elements, decode: Callable[..., Decoded]) -> Decoded | Positions:
+    """The positions of a tensor: what `decode` gives, called as `Elements.decode`, or as they are without the base.
+
+    Raises:
+        FormatError: the section is damaged, or the base has another size.
+        LimitError: it takes too much memory.
+    """
+    record = stored.record
     stored.check_memory(record.decoded_size)
-    with named(stored, record.index):
-        # Readers go through all of it without looking at its size again.
-        if (base.size, base.itemsize) != (record.numel, record.element_size):
-            raise FormatError("wrong_base", f"{base.size} elements of {base.itemsize} bytes")
-        data = stored.section(record.index)
-        if record.index_codec == FROM_BASE.id:
-            stored.check_memory(record.decoded_size + base.room(data))
-            return base.decode(data, record.nnz, record.shape, stored.limit - record.decoded_size)
-        # A decoder of files may refuse all of a tensor of which one section needs the base.
-        positions = INDEX_CODECS.by_id[record.index_codec].decode(data, record.nnz, record.shape)
-        return Located(positions, base.at(positions))
+    # Readers go through all of it without looking at its size again.
+    if (base.size, base.itemsize) != (record.numel, record.element_size):
+        raise FormatError("wrong_base", f"{base.size} elements of {base.itemsize} bytes")
+    data = stored.section(record.index)
+    if record.index_codec == FROM_BASE.id:
+        stored.check_memory(record.decoded_size + base.room(data))
+        return decode(data, record.nnz, record.shape, stored.limit - record.decoded_size)
+    # A decoder of files may refuse all of a tensor of which one section needs the base.
+    return INDEX_CODECS.by_id[record.index_codec].decode(data, record.nnz, record.shape)
 
 
 def with_values(stored: StoredTensor, found: Located) -> TensorDelta:

@@ -18,6 +18,17 @@ def ranges(count: int, step: int = WINDOW) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, count)
 
 
+def exclusive(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sum of the counts before each."""
+    found: NDArray[np.int64] = np.cumsum(counts) - counts
+    return found
+
+
+def within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, ..., its count - 1, of each count."""
+    return np.arange(int(counts.sum())) - np.repeat(exclusive(counts), counts)
+
+
 def different(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.int64]:
     """Where two arrays of one size differ, increasing."""
     # In windows that stay in a core's cache: memory that was not touched before takes longer than the comparison.

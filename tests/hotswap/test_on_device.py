@@ -28,7 +28,7 @@ from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.io.context import write_plain
 from shiradelta.io.writer import writing_to
 from tests.fuzz import is_packed, layout, number, with_header_crc
-from tests.hotswap.test_from_base import Weights, in_strides, step, weights_of
+from tests.hotswap.test_from_base import Weights, check_same, in_strides, step, weights_of
 from tests.reference import WITH_BASE, base_of, records_of
 from tests.swapping import DEVICE, adapter, bits, why_not
 
@@ -128,15 +128,7 @@ def test_shifts_are_read_and_refused_as_by_numpy(size: int):
 def test_the_same_bits_as_the_plain_form(backend: str, dtype: torch.dtype, op: str, form):
     model = weights_of(dtype, form)
     plain, small = step(model, op)
-    before = {name: bits(tensor) for name, tensor in model.items()}
-    swap, found = sd.HotSwap(model, backend=backend), []
-    for name, data in ("plain", plain), ("small", small):
-        swap.load(name, data)
-        swap.switch(name)
-        found.append({name: bits(tensor) for name, tensor in model.items()})
-        swap.revert()
-        assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in model.items())
-    assert all(np.array_equal(found[0][name], found[1][name]) for name in model)
+    check_same(sd.HotSwap(model, backend=backend), model, plain, small)
 
 
 @pytest.mark.parametrize("backend", THERE)
@@ -345,11 +337,4 @@ def test_many_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch, dtype: 
     on_base = in_small_tiles(tensors, before)
     monkeypatch.setattr(batches, "_ELEMENTS", most)
     monkeypatch.setattr(TorchBackend, "read_on_base", None)  # what reads them one by one
-    swap, found = sd.HotSwap(model, backend="triton"), []
-    for name, data in ("plain", adapter(tensors)), ("small", on_base):
-        swap.load(name, data)
-        swap.switch(name)
-        found.append({name: bits(tensor) for name, tensor in model.items()})
-        swap.revert()
-        assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in model.items())
-    assert all(np.array_equal(found[0][name], found[1][name]) for name in model)
+    check_same(sd.HotSwap(model, backend="triton"), model, adapter(tensors), on_base)

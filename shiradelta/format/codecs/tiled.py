@@ -165,9 +165,8 @@ class Tiled(IndexCodec):
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
         """None also where it would save too little to be worth a slower decoder."""
-        if math.prod(shape) < registry.BLOCK_BITS or not pays_for_lines(positions.size, shape):
-            return None
-        if not lines_differ(positions, shape):
+        can_pay = math.prod(shape) >= registry.BLOCK_BITS and pays_for_lines(positions.size, shape)
+        if not can_pay or not lines_differ(positions, shape):
             return None
         chosen = self._choose(positions, shape)
         return self.size_in(positions, chosen[0]) if chosen and chosen[1] else None

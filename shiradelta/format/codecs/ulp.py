@@ -142,9 +142,9 @@ class Ulp(ValueCodec):
         most = self.size(nnz, size) + 8 * -(-nnz // BLOCK) + 4 * -(-(14 + 16 * size) * beyond // 32)
         if most <= enough:
             return most
-        listing = _Listing.of(_signed(values), values.itemsize)
+        listing = _Listing.of(_signed(values), size)
         bits, listed = listing.bits, listing.listed.gaps.size
-        least = self.size(values.size, values.itemsize) - 8 * listing.counts.size
+        least = self.size(nnz, size) - 8 * listing.counts.size
         return least + 2 * registry.word_size(max(bits, listed)) * listing.counts.size + 4 * -(-bits // 32)
 
     def decode(self, data: Bytes, nnz: int, size: int, start: int, stop: int) -> Array:

@@ -11,7 +11,7 @@ from shiradelta.errors import FormatError
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.codecs.packing import find_ones, put_fields
-from shiradelta.util.arrays import ranges
+from shiradelta.util.arrays import exclusive, ranges, within
 
 #: The largest k, with which a gap has no unary part; the largest j; the most bits of a magnitude's field.
 MOST_K, MOST_J, MOST_WIDTH = 13, 62, 63
@@ -45,12 +45,12 @@ class BlockRuns(NamedTuple):
     @property
     def starts(self) -> Positions:
         """Where runs start."""
-        return np.cumsum(self.counts) - self.counts
+        return exclusive(self.counts)
 
     @property
     def within(self) -> Positions:
         """0, 1, ... in each run."""
-        return np.arange(self.counts.sum()) - self.spread(self.starts)
+        return within(self.counts)
 
 
 class Listed(NamedTuple):

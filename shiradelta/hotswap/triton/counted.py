@@ -13,7 +13,6 @@ import torch
 
 from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.hotswap.bits_there import sent
-from shiradelta.hotswap.pool import exclusive, within
 from shiradelta.hotswap.triton.groups import (
     ALIGNMENT,
     BLOCK,
@@ -24,6 +23,7 @@ from shiradelta.hotswap.triton.groups import (
     mark_kernel,
     place_kernel,
 )
+from shiradelta.util.arrays import exclusive, within
 
 Tensor = torch.Tensor
 #: Words of bits of a program that goes through nonzeros.
@@ -82,10 +82,9 @@ class Tiles(NamedTuple):
         rows = np.stack([np.broadcast_to(every.get(name, 0), sizes.shape) for name in COLUMNS], axis=1)
         tile = np.repeat(np.arange(sizes.size), groups)
         lasts = made["counts"][tile] + (within(groups) + 1) * blocks[tile] - 1
-        each = sent(np.stack((np.arange(sizes.size), blocks)), device)
         return cls(
             sent(rows.astype(np.int64), device),
-            torch.repeat_interleave(each[0].int(), each[1], output_size=int(blocks.sum())),
+            owners(blocks, device),
             sent(lasts, device),
             int(sizes.sum()),
             int((groups * blocks).sum()),
@@ -99,6 +98,12 @@ class Tiles(NamedTuple):
         """Runs a program for each block."""
         kind = {"SIZE": self.size, "LINES": self.has_lines, "ALIGNED": self.is_aligned}
         launch(kernel, self.tile_of.numel(), self.rows.device, self.rows, self.tile_of, *arguments, **kind)
+
+
+def owners(programs: np.ndarray, device: torch.device) -> Tensor:
+    """int32, of each program of a launch, the number of what it works for, given how many programs each has."""
+    each = sent(np.stack((np.arange(programs.size), programs)), device)
+    return torch.repeat_interleave(each[0].int(), each[1], output_size=int(programs.sum()))
 
 
 def launch(kernel, programs: int, device: torch.device, *arguments, **kind) -> None:

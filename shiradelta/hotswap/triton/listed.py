@@ -14,10 +14,10 @@ import triton.language as tl
 
 from shiradelta.format import registry
 from shiradelta.hotswap.bits_there import sent
-from shiradelta.hotswap.pool import exclusive
-from shiradelta.hotswap.triton.counted import launch
+from shiradelta.hotswap.triton.counted import launch, owners
 from shiradelta.hotswap.triton.groups import BLOCK
 from shiradelta.hotswap.triton.positions import INT32
+from shiradelta.util.arrays import exclusive
 
 Tensor = torch.Tensor
 #: The columns of a cell's row, all int64.
@@ -91,9 +91,8 @@ def mark(cells: dict[str, np.ndarray], buffer: Tensor, ones: Tensor, stops: Tens
     device, programs = buffer.device, -(-cells["count"] // BLOCK)
     every = {**cells, "program": exclusive(programs)}
     table = sent(np.stack([every[name] for name in COLUMNS], axis=1), device)
-    each = sent(np.stack((np.arange(programs.size), programs)), device)
-    count = int(programs.sum())
-    cell_of = torch.repeat_interleave(each[0].int(), each[1], output_size=count)
+    cell_of = owners(programs, device)
+    count = cell_of.numel()
     steps = torch.empty(ones.numel(), dtype=torch.int32, device=device)
     launch(step_kernel, count, device, table, cell_of, buffer, ones, steps)
     beyond = torch.zeros(1, dtype=torch.int32, device=device)

@@ -20,7 +20,7 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.bits_there import ones_of, sent
 from shiradelta.hotswap.from_base import classes_there
 from shiradelta.hotswap.heads import ClassedSections, TiledSections
-from shiradelta.hotswap.pool import Pool, exclusive, within, words_of
+from shiradelta.hotswap.pool import Pool, words_of
 from shiradelta.hotswap.resident import Resident, SectionPart
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import decode_there
@@ -28,6 +28,7 @@ from shiradelta.hotswap.triton.counted import Counted, Tiles
 from shiradelta.hotswap.triton.groups import BLOCK
 from shiradelta.hotswap.triton.listed import mark
 from shiradelta.hotswap.triton.rice import TritonRice
+from shiradelta.util.arrays import exclusive, within
 
 Tensor = torch.Tensor
 

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from shiradelta.hotswap.bits_there import sent
-from shiradelta.hotswap.pool import exclusive
 from shiradelta.hotswap.rice_there import RicePlaces, TorchRice
-from shiradelta.hotswap.triton.counted import launch
+from shiradelta.hotswap.triton.counted import launch, owners
 from shiradelta.hotswap.triton.groups import BLOCK
+from shiradelta.util.arrays import exclusive
 
 Tensor = torch.Tensor
 #: The columns of a tensor's row, all int64.
@@ -67,15 +67,15 @@ class TritonRice(TorchRice):
         super().__init__(positions, counts, ks)
         sizes = np.array(counts)
         programs = -(-sizes // BLOCK)
-        self._programs = int(programs.sum())
-        each = sent(np.stack((np.arange(sizes.size), programs)), positions.device)
-        self._tensor_of = torch.repeat_interleave(each[0].int(), each[1], output_size=self._programs)
+        self._tensor_of = owners(programs, positions.device)
         starts = exclusive(sizes)
         self._rows = np.stack((starts, starts + sizes, exclusive(programs), np.array(ks)))
 
     def _run(self, kernel, rows, *arguments) -> None:
         table = sent(np.ascontiguousarray(np.concatenate(rows).T), self.positions.device)
-        launch(kernel, self._programs, self.positions.device, table, self._tensor_of, self.positions, *arguments)
+        launch(
+            kernel, self._tensor_of.numel(), self.positions.device, table, self._tensor_of, self.positions, *arguments
+        )
 
     def ends(self) -> Tensor:
         lengths = torch.empty(self.positions.numel(), dtype=torch.int32, device=self.positions.device)
