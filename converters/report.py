@@ -219,7 +219,7 @@ class ConversionReport:
         known = any(t.inexact is not None for t in self.tensors)
         rows = [["tensor", "op", "shape", "nonzeros", "density", "energy kept", *(["inexact"] if known else [])]]
         for t in self.tensors:
-            density = text.percent(t.nnz / t.numel)
+            density = text.percent(t.nnz / max(t.numel, 1))
             kept = "-" if self.fit else f"{t.energy_kept:.1%}"
             inexact = ["-" if t.inexact is None else f"{t.inexact:,}"] if known else []
             rows.append([t.name, t.op, text.shape(t.shape), f"{t.nnz:,}", density, kept, *inexact])

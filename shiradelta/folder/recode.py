@@ -10,6 +10,7 @@ from pathlib import Path
 from shiradelta.errors import ArgumentError, FormatError
 from shiradelta.folder.comparison import Past
 from shiradelta.folder.journal import Journal
+from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.record import Record
 from shiradelta.io.context import CONTEXTS, Base, WrittenForm, plain_delta, write_on_base, write_plain
@@ -19,7 +20,7 @@ from shiradelta.io.recognise import Wanted
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.library import match_names
 from shiradelta.util.arguments import PATH, checked
-from shiradelta.util.files import replacing
+from shiradelta.util.files import check_target, replacing
 from shiradelta.util.progress import Progress
 
 Path_ = str | os.PathLike[str]
@@ -81,10 +82,11 @@ def recode(
         FormatError: the file is damaged, or was made for another base.
         LimitError: a tensor takes more memory than `limit` allows.
         SourceError: there is no such model.
-        TargetError: the file cannot be written.
+        TargetError: the file cannot be written, or `out` is a file of another kind.
     """
     if context not in (None, *CONTEXTS):
         raise ArgumentError(f"context is {context!r}, which is none of {', '.join(CONTEXTS)}")
+    check_target(Path(out), registry.MAGIC, "a .shd file")
     checkpoint = open_checkpoint(Path(local_model(base)), Wanted.BASE)
     with ExitStack() as stack:
         delta = source if isinstance(source, Delta) else stack.enter_context(open_delta(source, limit=limit))

@@ -107,7 +107,8 @@ def write_plain(
         progress: called with (tensor, done, total).
         scratch: the folder of a nameless file for what is too large for memory; None for the system's.
         zstd: compress the sections of tensors that have compressed ones, where that helps.
-        passing: the file is read once and thrown away, so no time is spent on making it smaller.
+        passing: the file is read once and thrown away, so no time is spent on making it smaller, and who reads it
+            compares the base.
         threads: tensors that are in memory at a time, each on a thread of its own, as far as the file's limit allows.
 
     Raises:
@@ -132,7 +133,8 @@ def write_plain(
             kept = replace(kept, value_codec=ULP.id, values=ULP.encode(tensor.bits()))
         return tensor, kept
 
-    _write(delta, plain, output, progress, scratch, zstd, threads=min(threads, _threads(delta, 1)))
+    threads = min(threads, _threads(delta, 1))
+    _write(delta, plain, output, progress, scratch, zstd, threads=threads, passing=passing)
 
 
 def write_on_base(
@@ -154,7 +156,7 @@ def write_on_base(
         kept, record, positions = _as_stored(stored), stored.record, stored.positions()
         at = elements[positions]
         if record.base_fingerprint not in (None, choose().fingerprint(positions, at)):
-            raise FormatError("wrong_base", tensor=record.name)
+            raise FormatError("wrong_base", tensor=record.name, file=stored.file)
         index_codec, value_codec = codecs_on_base()
         drawn = record.index_codec == SEEDED.id  # stays, so that the way back finds it
         index = None if drawn else index_codec.encode_on(positions, stored.shape, elements)
@@ -206,6 +208,7 @@ def _write(
     zstd: bool,
     packed: bool = False,
     threads: int = 1,
+    passing: bool = False,
 ) -> WrittenForm:
     """Writes the other form of every tensor, and compares the digests."""
     needs_base = False
@@ -220,7 +223,9 @@ def _write(
         stored, work = each
         tensor, sections = work()
         record = stored.record._replace(index_codec=sections.index_codec, value_codec=sections.value_codec)
-        return stored, record if packed else _with_result(record, tensor), tensor_digest(tensor), sections
+        if not packed:
+            record = _with_result(record, tensor, passing, delta.file)
+        return stored, record, tensor_digest(tensor), sections
 
     every = map(finished, begun()) if threads < 2 else ahead(finished, begun(), threads - 1)
     with writing_to(output, "f32", scratch=scratch, packed=packed) as writer:
@@ -245,14 +250,20 @@ def lacks_result(record: Record) -> bool:
     return record.result_fingerprint is None and _follows(record)
 
 
-def _with_result(record: Record, tensor: TensorDelta) -> Record:
-    """A record with the fingerprint of the result, which a file that is read with its base only leaves out."""
+def _with_result(record: Record, tensor: TensorDelta, passing: bool, file: str | None) -> Record:
+    """A record with the fingerprint of the result, which a file that is read with its base only leaves out.
+
+    Raises:
+        FormatError: the tensor is not the base's, though it decoded, and whoever reads the file may not notice.
+    """
     base = tensor.base_bits
     if base is None or not lacks_result(record):
         return record
     positions, fingerprint = tensor.positions(), choose().fingerprint
     if fingerprint(positions, base) != record.base_fingerprint:
-        return record  # not the base: whoever applies the delta compares it, and says so
+        if passing:
+            return record
+        raise FormatError("wrong_base", tensor=record.name, file=file)
     result = arithmetic.result(tensor.operation, tensor.bits(), base, tensor.dtype, 1)
     return record._replace(result_fingerprint=fingerprint(positions, result))
 

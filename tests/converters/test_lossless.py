@@ -103,6 +103,18 @@ def test_a_folder_becomes_the_next_bit_for_bit_and_goes_back(folders, tmp_path: 
     assert same(read(base), before)
 
 
+def test_an_empty_tensor_that_is_new_has_a_row_in_the_table(tmp_path: Path):
+    base = write_model(tmp_path / "base", {"w": torch.ones(3), "none": torch.zeros(0, 4)})
+    tuned = write_model(tmp_path / "tuned", {"w": torch.ones(3) * 2, "none": torch.zeros(4, 0), "new": torch.zeros(0)})
+    report = sd.convert(tuned, tmp_path / "x.shd", base=base, lossless=True)
+    assert [row[:5] for row in report.rows[1:3]] == [
+        ["new", "new", "0", "0", "0%"],
+        ["none", "replace", "4x0", "0", "0%"],
+    ]
+    sd.apply(base, tmp_path / "x.shd")
+    assert same(read(base), read(tuned))
+
+
 @pytest.mark.parametrize(
     ("change", "op", "whole"),
     [

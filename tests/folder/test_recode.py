@@ -202,6 +202,34 @@ def test_another_base_is_refused_and_nothing_is_written(made: Path, tmp_path: Pa
     assert not (tmp_path / "out.shd").exists()
 
 
+def test_a_base_that_no_section_looks_at_is_compared_too(tmp_path: Path):
+    """A tensor that its base would not make smaller decodes with any base: the fingerprint tells that it is another."""
+    torch.manual_seed(0)
+    base = {"big": (torch.randn(160, 96) * 0.02).bfloat16(), "few": torch.ones(300).bfloat16()}
+    tuned = {"big": trained(0, {"big": base["big"]})["big"], "few": base["few"].clone()}
+    tuned["few"][7] = 2
+    folders = [folder_of(tmp_path / "base", base), folder_of(tmp_path / "tuned", tuned)]
+    other = folder_of(tmp_path / "other", base | {"few": torch.full((300,), 3.0).bfloat16()})
+    small, plain = tmp_path / "small.shd", tmp_path / "plain.shd"
+    sd.convert(folders[1], small, base=folders[0], lossless=True, context="base")
+    with sd.open_delta(small) as delta:
+        assert [tensor.record.needs_base for tensor in delta.values()] == [True, False]
+    for source in small, plain:  # one way, and the other
+        with pytest.raises(FormatError, match=rf"{source.name}, tensor 'few'.*wrong_base"):
+            sd.recode(source, tmp_path / "out.shd", other)
+        assert not (tmp_path / "out.shd").exists()
+        sd.recode(small, plain, folders[0])
+
+
+def test_a_file_of_another_kind_is_not_replaced(made: Path, tmp_path: Path):
+    model = folder_of(tmp_path / "model", load_file(made / "0" / "model.safetensors"))
+    before = weights(model)
+    for source in ("1.shd", "small1.shd"):
+        with pytest.raises(TargetError, match="is not replaced"):
+            sd.recode(made / source, model / "model.safetensors", model)
+    assert weights(model) == before
+
+
 def test_one_element_that_differs_is_noticed(made: Path, tmp_path: Path):
     """Whatever is read of the wrong base, no file comes of it."""
     refused = 0
