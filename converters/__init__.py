@@ -12,9 +12,10 @@ from shiradelta.select.topk import Rows, row_shape
 
 from . import layouts  # noqa: F401  registers them
 from .item import Item, Skipped, SkipReason, Source
-from .pipeline import convert, default_output
+from .pipeline import convert
 from .report import ConversionReport
 from .sources import SOURCES, SourceFiles, SourceLayout, kinds, open_source, source
+from .target import default_output
 
 __all__ = [
     "SOURCES",

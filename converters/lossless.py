@@ -13,24 +13,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from shiradelta.chain.difference import changed, shifted
-from shiradelta.errors import SourceError, TargetError
+from shiradelta.errors import ArgumentError, SourceError, TargetError
 from shiradelta.folder.recode import base_of
 from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs import BITS, ULP
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.context import plain_delta, write_on_base
+from shiradelta.io.download import local_model
 from shiradelta.io.encoded import Encoded
 from shiradelta.io.reader import Delta, parse_delta
 from shiradelta.io.recognise import UNCHANGED, Wanted
 from shiradelta.io.writer import DeltaWriter, writing_to
+from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
-from shiradelta.models.provenance import named
+from shiradelta.models.held import HeldCheckpoint
+from shiradelta.models.provenance import base_names, named
 from shiradelta.util.arrays import ranges
 from shiradelta.util.files import replacing
 from shiradelta.util.progress import Progress
@@ -38,11 +41,74 @@ from shiradelta.util.threads import ahead
 from shiradelta.util.version import made_by
 
 from .report import ConversionReport, TensorReport
+from .target import check_delta_target, target_of
 
 #: Elements compared at a time; they stay in a core's cache.
 _BLOCK = 1 << 17
 #: No limit on what decoding a tensor takes: the file is our own, and its tensors are in memory here anyway.
 _UNLIMITED = 1 << 62
+
+#: What tensors in memory are called.
+_SOURCE = "source"
+#: A model's path, or its tensors by name.
+Model = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def convert_lossless(
+    source: Model,
+    out: str | os.PathLike[str] | None,
+    base: Model | None,
+    choices: Mapping[str, object],
+    zstd: bool,
+    backend: str,
+    metadata: Mapping[str, str] | None,
+    context: str,
+    progress: Progress | None,
+) -> ConversionReport:
+    """`convert` with `lossless`, whose arguments these are; `choices` are those for a selection, None if not given.
+
+    Raises:
+        ArgumentError: such an argument is given, or a file's name is needed.
+    """
+    if given := [name.replace("_", " ") for name, value in choices.items() if value is not None]:
+        raise ArgumentError(f"lossless keeps everything as it is, so {', '.join(given)} cannot be chosen; leave it out")
+    found, before = _located(source), None if base is None else _located(base)
+    if isinstance(found, Path):
+        target = target_of(found, out)
+    elif out is None:
+        raise ArgumentError("tensors in memory have no name for the file to write; give out=FILE")
+    else:
+        check_delta_target(target := Path(out))
+    if before is None:
+        where = found if isinstance(found, Path) else _SOURCE
+        raise SourceError(f"{where}: lossless needs the checkpoint before it; give --base MODEL")
+    pairs = base_names(before) if isinstance(before, Path) else {}
+    if isinstance(found, Path):
+        pairs = named(found, before if isinstance(before, Path) else None)
+    return Lossless(
+        source=_opened(found, _SOURCE, Wanted.SOURCE),
+        base=_opened(before, "base", Wanted.BASE),
+        target=target,
+        pairs=pairs,
+        zstd=zstd,
+        backend=backend,
+        metadata=metadata or {},
+        context=context,
+        progress=progress or (lambda what, done, total: None),
+    ).write()
+
+
+def _located(model: Model) -> Path | Mapping[str, Any]:
+    """A model with the path of what is on the Hub."""
+    return model if isinstance(model, Mapping) else local_model(model, pickles=True)
+
+
+def _opened(model: Path | Mapping[str, Any], called: str, wanted: Wanted) -> Checkpoint:
+    """A model's tensors, whatever their bits stand for."""
+    if isinstance(model, Mapping):
+        return HeldCheckpoint(called, model)
+    refuse_several(model)
+    return open_checkpoint(model, wanted, packed=True)
 
 
 @dataclass(frozen=True)
@@ -52,6 +118,7 @@ class Lossless:
     Attributes:
         source, base: the next checkpoint and the one before it.
         target: the file to write.
+        pairs: what the file says of the two.
         zstd: compress sections where that helps.
         backend: a name of `shiradelta.backends.choose.FILE_BACKENDS`, or "auto".
         metadata: further pairs for the file.
@@ -59,9 +126,10 @@ class Lossless:
         progress: called with (what, done, total).
     """
 
-    source: Path
-    base: Path
+    source: Checkpoint
+    base: Checkpoint
     target: Path
+    pairs: Mapping[str, str]
     zstd: bool
     backend: str
     metadata: Mapping[str, str]
@@ -75,9 +143,9 @@ class Lossless:
             SourceError: nothing differs, or the two have no tensor in common.
             TargetError: the file cannot be written, or does not give the source.
         """
-        source, base = open_checkpoint(self.source, Wanted.SOURCE), open_checkpoint(self.base, Wanted.BASE)
+        source, base = self.source, self.base
         names = _names(source, base)
-        report = ConversionReport(os.fspath(self.source), os.fspath(self.target), 0.0, "lossless", lossless=True)
+        report = ConversionReport(os.fspath(source.root), os.fspath(self.target), 0.0, "lossless", lossless=True)
         scratch = self.target.absolute().parent
         with replacing(self.target) as output, ExitStack() as stack:
             plain = output
@@ -94,13 +162,13 @@ class Lossless:
                         about = name, record.operation.name, record.shape, record.nnz, record.numel
                         report.tensors.append(TensorReport(*about, energy=0.0, lost=0.0, inexact=0))
                 if not report.tensors:
-                    raise SourceError(f"{self.source}: {UNCHANGED}")
+                    raise SourceError(f"{source.root}: {UNCHANGED}")
                 writer.metadata.update(
                     {
                         "created_by": made_by(),
                         "method": "lossless",
                         "exactness": "exact",
-                        **named(self.source, self.base),
+                        **self.pairs,
                         **self.metadata,
                     }
                 )

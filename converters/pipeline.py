@@ -5,67 +5,36 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from shiradelta.errors import ArgumentError, SourceError
 from shiradelta.fit import Fit
-from shiradelta.format import registry
 from shiradelta.io.context import CONTEXTS
 from shiradelta.io.download import local_model
-from shiradelta.io.hub import origin_of
-from shiradelta.io.recognise import Wanted, explain
+from shiradelta.io.recognise import Wanted
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import open_checkpoint
 from shiradelta.models.provenance import named, renewed
 from shiradelta.select.counts import Counts
 from shiradelta.select.shares import check_share
-from shiradelta.util.arguments import ANY, ArgumentKind, as_patterns, checked
-from shiradelta.util.files import check_target
+from shiradelta.util.arguments import ANY, MODEL, ArgumentKind, as_patterns, checked
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
 from shiradelta.util.text import parse_size
 
 from .aim_kept import find_kept
 from .conversion import Conversion
-from .lossless import Lossless
+from .lossless import convert_lossless
 from .plot import draw
 from .report import ConversionReport
-from .shd import refuse_itself
 from .sources import AUTO, open_source
+from .target import target_of
 from .together import Crew
 from .whole import check_whole, store_whole
 
 DEFAULT_SPARSITY = 0.01
 #: The largest alpha of a LoRA; those of published ones end at some thousands.
 _MOST_ALPHA = 1e6
-_MISSING = "no such file or folder; check the path"
-
-
-def default_output(source: str | os.PathLike[str]) -> Path:
-    """The file that a conversion writes by default: beside the source, under its name.
-
-    Of a source in the Hub's cache it is in the current folder, with the name of the repository or of the file.
-    """
-    path = Path(source)
-    if (origin := origin_of(path)) is not None:
-        name = Path(origin.name).stem if path.is_file() else origin.name
-        return Path(name + registry.SUFFIX)
-    if path.is_file():
-        return path.with_suffix(registry.SUFFIX)
-    path = path.resolve() if path.name in ("", "..") else path
-    return path.with_name(path.name + registry.SUFFIX)
-
-
-def _check_named(source: Path, named_after: bool) -> None:
-    """Refuses a source before anything is said of the file to write.
-
-    Raises:
-        SourceError: it is not there, or is called like a `.shd` file and the file to write is named after it.
-    """
-    if not source.exists() or (named_after and default_output(source) == source):
-        message = explain(source, Wanted.SOURCE)
-        raise SourceError(message or f"{source}: {'is called .shd; rename it' if source.exists() else _MISSING}")
 
 
 def _is_fit(value: object) -> bool:
@@ -74,12 +43,12 @@ def _is_fit(value: object) -> bool:
     return isinstance(value, Fit)
 
 
-@checked(fit=ArgumentKind("a shiradelta.fit.Fit", _is_fit), group=ANY)
+@checked(fit=ArgumentKind("a shiradelta.fit.Fit", _is_fit), group=ANY, source=MODEL, base=MODEL)
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Mapping[str, Any],
     out: str | os.PathLike[str] | None = None,
     sparsity: float | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     values: str = "int4",
     *,
     target_size: str | int | None = None,
@@ -106,7 +75,8 @@ def convert(
     Args:
         source: a LoRA (a file, or PEFT's folder), a fine-tuned model's folder or file, a file of dense or sparse
             diffs, or a `.shd` file (with `out`); or one of these on the Hub, as `user/repo[@revision][/file]`.  Files
-            are safetensors, or tensors that `torch.save` wrote.
+            are safetensors, or tensors that `torch.save` wrote.  With `lossless` and `out` also tensors by name, such
+            as a state dictionary, on any device.
         out: the file to write; by default `source`'s name with `.shd`, beside it.
         sparsity: the share of weights that change, above 0 and up to 1; 0.01 by default.
         target_size: the file's largest size instead, in bytes or such as "2MB": as many weights as fit.  The size of a
@@ -116,7 +86,7 @@ def convert(
         target_kept: the share of the fine-tune's gain to keep on held-out examples instead, such as 0.95: as few
             weights as keep it, to a tenth.  Only with `fit`; every trial is a fit, and the report has them.
         base: the base model's folder or file, here or on the Hub.  A full fine-tune needs it; every delta gets
-            fingerprints from it.
+            fingerprints from it.  With `lossless` also tensors by name.
         values: how added values are stored, "int4" for example; `shiradelta convert --help` lists the choices.
         scope: "tensor" keeps the share in every tensor, "model" in all of them together, so that a fit may move
             nonzeros between tensors.
@@ -155,13 +125,6 @@ def convert(
     if not crew.alone and (lossless or fit is not None):
         what = "lossless (--lossless)" if lossless else "fit (--fit)"
         raise ArgumentError(f"{what} is for one process; start it without torchrun, and give no group=")
-    source = local_model(source, pickles=True)
-    base = None if base is None else local_model(base, pickles=True)
-    from_base = None if from_base is None else local_model(from_base, pickles=True)
-    _check_named(source, out is None)
-    target = default_output(source) if out is None else Path(out)
-    check_target(target, registry.MAGIC, "a .shd file")
-    refuse_itself(source, target)
     if plot is not None:
         check_plot(plot)
     if context not in CONTEXTS or (context != "none" and not lossless):
@@ -172,14 +135,15 @@ def convert(
             "sparsity": sparsity, "target_size": target_size, "target_error": target_error, "target_kept": target_kept,
             "values": None if values == "int4" else values, "scope": None if scope == "tensor" else scope,
             "kind": None if kind == AUTO else kind, "alpha": alpha, "skip": skip or None, "fit": fit, "plot": plot,
-            "from_base": from_base,
+            "from_base": from_base, "whole": whole or None,
         }  # fmt: skip
-        _check_lossless(source, base, choices)
-        assert base is not None
-        nothing: Progress = lambda what, done, total: None  # noqa: E731
-        return Lossless(
-            Path(source), Path(base), target, zstd, backend, metadata or {}, context, progress or nothing
-        ).write()
+        return convert_lossless(source, out, base, choices, zstd, backend, metadata, context, progress)
+    if isinstance(source, Mapping) or isinstance(base, Mapping):
+        raise ArgumentError("tensors in memory are for lossless=True only; save them as safetensors, and give a path")
+    source = local_model(source, pickles=True)
+    base = None if base is None else local_model(base, pickles=True)
+    from_base = None if from_base is None else local_model(from_base, pickles=True)
+    target = target_of(source, out)
     share = _check_arguments(sparsity, target_size, target_error, target_kept, fit)
     if alpha is not None and not 0 < abs(alpha) <= _MOST_ALPHA:
         why = (
@@ -257,22 +221,6 @@ def convert(
     if plot is not None and crew.first:
         draw(plot, report)
     return report
-
-
-def _check_lossless(source: Path, base: Path | None, choices: Mapping[str, object]) -> None:
-    """Refuses what goes with a selection only.
-
-    Raises:
-        ArgumentError: such an argument is given.
-        SourceError: there is no base.
-    """
-    given = [name.replace("_", " ") for name, value in choices.items() if value is not None]
-    if given:
-        raise ArgumentError(f"lossless keeps everything as it is, so {', '.join(given)} cannot be chosen; leave it out")
-    if base is None:
-        raise SourceError(f"{source}: lossless needs the checkpoint before it; give --base MODEL")
-    for path in (source, base):
-        refuse_several(path)
 
 
 def _check_arguments(

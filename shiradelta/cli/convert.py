@@ -47,6 +47,12 @@ def _of_torchrun() -> Any:
     return dist.group.WORLD
 
 
+#: Options of what changes are kept, and how; --lossless keeps all.
+_CHOICES = (
+    "sparsity", "target_", "values", "scope", "kind", "alpha", "skip", "whole", "from_base", "texts", "fit_", "plot",
+)  # fmt: skip
+
+
 @command(
     to_stdout=True,
     extra="give the base model as --base MODEL, and the file to write as -o FILE",
@@ -178,8 +184,10 @@ def convert(as_json: bool, texts: str | None, device: str | None, accept_worse: 
         given := options.given("fit_mask", "fit_steps", "fit_relative_lr", "fit_text_share")
     ):
         raise click.UsageError(f"{given} is only for training; leave it out, or --fit-method {settings['method']}.")
-    if arguments["lossless"] and (given := options.given("values")):
+    if arguments["lossless"] and (given := options.given(*_CHOICES)):
         raise click.UsageError(f"{given} is for a choice of changes; --lossless keeps all as they are.")
+    if arguments["lossless"] and arguments["base"] is None:
+        raise click.UsageError("--lossless compares with the checkpoint before SOURCE; give --base MODEL.")
     fit = texts and Fit(texts, **settings, device=device, log=lambda line: echo_lines(line, err=True))
     if not arguments["lossless"] and options.given("context"):
         raise click.UsageError("--context is for --lossless; `shiradelta recode` makes other files smaller.")

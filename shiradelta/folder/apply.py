@@ -26,7 +26,7 @@ from shiradelta.folder.recode import plain_on
 from shiradelta.folder.recovery import give_up, recover
 from shiradelta.folder.state import Applied, FolderState, check_names
 from shiradelta.folder.verification import existing
-from shiradelta.folder.weights import WeightFiles, check_writable, relative_files
+from shiradelta.folder.weights import WeightFiles, check_writable, checkpoint_for, relative_files
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.delta import TensorDelta
@@ -35,7 +35,7 @@ from shiradelta.io.download import local_model
 from shiradelta.io.hub import hub_path, origin_of
 from shiradelta.io.reader import DELTA, Delta, open_delta
 from shiradelta.io.writer import DeltaWriter, writing_to
-from shiradelta.models.checkpoint import Checkpoint, open_checkpoint, other_weight_files
+from shiradelta.models.checkpoint import Checkpoint, other_weight_files
 from shiradelta.models.compatibility import Remedies
 from shiradelta.models.stacking import StackFit, StackWords
 from shiradelta.signing.keys import Keys
@@ -135,6 +135,7 @@ def apply(
             )
         if out is None:
             return _apply_in_place(root, opened, strength, check, allow_dtype, lock, progress)
+        checkpoint_for(root, opened)  # refused before anything is copied
         with copied(root, Path(out)) as copy:
             report = _apply_in_place(copy, opened, strength, check, allow_dtype, lock, progress)
         return replace(report, folder=os.fspath(out))
@@ -188,7 +189,7 @@ def _apply_in_place(
         delta.verify()  # the digest that it carries tells deltas apart
     with os_errors(root, "cannot be read"):
         if not os.path.lexists(root / FOLDER):
-            _check_writable(root)
+            _check_writable(root, delta)
     with os_errors(root, "cannot be read"), locked(root, lock=lock) as journal:
         recover(journal)
         if expected not in (None, journal.state.current):
@@ -196,8 +197,8 @@ def _apply_in_place(
         for applied in journal.state.applied:
             if applied.digest == delta.digest:
                 raise TargetError(f"{root}: {applied.file} is applied already; revert it first")
-        with WeightFiles(journal.folder, _check_writable(root)) as files, ExitStack() as stack:
-            checkpoint = open_checkpoint(root)
+        with WeightFiles(journal.folder, _check_writable(root, delta)) as files, ExitStack() as stack:
+            checkpoint = checkpoint_for(root, delta)
             files.check()
             if delta.needs_base:
                 delta = stack.enter_context(plain_on(journal, checkpoint, delta, progress))
@@ -239,9 +240,9 @@ def _apply_in_place(
         )
 
 
-def _check_writable(root: Path) -> list[str]:
+def _check_writable(root: Path, delta: Delta) -> list[str]:
     """The weight files of a folder, which can be written in place and recorded."""
-    checkpoint = open_checkpoint(root)
+    checkpoint = checkpoint_for(root, delta)
     every = model_files(checkpoint)
     with os_errors(root), Directory(root) as folder:
         check_writable(folder, every)

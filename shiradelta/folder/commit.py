@@ -61,7 +61,7 @@ def make_base(root: Path, label: str | None = None, *, forget: bool = False, loc
     Raises:
         TargetError: as `commit`.
     """
-    checkpoint = open_checkpoint(root)
+    checkpoint = open_checkpoint(root, packed=True)
     check_names(root, model_files(checkpoint))
     with os_errors(root, "cannot be read"), locked(root, lock=lock) as journal:
         applied = journal.state.applied

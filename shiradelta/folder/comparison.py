@@ -194,7 +194,7 @@ def _is_result(tensor: TensorDelta, dtype: str, strength: float, before: PastBit
 def unlike_base(journal: Journal) -> str | None:
     """What differs from the base's files, once all deltas are taken out, by their recorded digests; None if nothing."""
     wanted, applied = journal.state.base, journal.state.applied
-    files = set(model_files(open_checkpoint(journal.root)))
+    files = set(model_files(open_checkpoint(journal.root, packed=True)))
     if files != set(wanted) and not any(entry.replaced for entry in applied):
         return f"{min(files ^ set(wanted))} is missing, or is not one of the base's weight files"
     with ExitStack() as stack:

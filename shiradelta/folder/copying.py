@@ -29,7 +29,7 @@ def copied(root: Path, out: Path) -> Iterator[Path]:
     """
     if out.resolve().is_relative_to(root.resolve()) and not _is_taken(out):
         raise TargetError(f"{out}: lies inside {root}; give a folder outside it")
-    weights = set(relative_files(open_checkpoint(root)))
+    weights = set(relative_files(open_checkpoint(root, packed=True)))
     with new_folder(out, root) as copy:
         with reading(root), os_errors(out), Directory(root) as source, Directory(copy) as target:
             _copy(FollowedLinks(root, weights), source, target, "")

@@ -38,7 +38,7 @@ def lost_delta(journal: Journal) -> str | None:
     names = journal.unrecorded()
     if not names:
         return None
-    checkpoint = open_checkpoint(journal.root)
+    checkpoint = open_checkpoint(journal.root, packed=True)
     for name in names:
         holds = _is_undone if name.endswith(".shd") else _is_original
         if not holds(journal, checkpoint, name):

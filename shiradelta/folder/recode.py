@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shiradelta.errors import ArgumentError, FormatError
 from shiradelta.folder.comparison import Past
@@ -18,8 +20,9 @@ from shiradelta.io.download import local_model
 from shiradelta.io.reader import DELTA, Delta, open_delta
 from shiradelta.io.recognise import Wanted
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.held import HeldCheckpoint
 from shiradelta.models.library import match_names
-from shiradelta.util.arguments import PATH, checked
+from shiradelta.util.arguments import MODEL, PATH, checked
 from shiradelta.util.files import check_target, replacing
 from shiradelta.util.progress import Progress
 
@@ -53,11 +56,11 @@ class RecodeReport:
     digest: str
 
 
-@checked(source=DELTA, out=PATH, base=PATH)
+@checked(source=DELTA, out=PATH, base=MODEL)
 def recode(
     source: Delta | Path_,
     out: Path_,
-    base: Path_,
+    base: Path_ | Mapping[str, Any],
     *,
     context: str | None = None,
     progress: Progress | None = None,
@@ -72,7 +75,8 @@ def recode(
     Args:
         source: the `.shd` file, of either form.
         out: the file to write; it may be `source`.
-        base: the model that the delta was made for: a folder, a file, or `user/repo[@revision][/folder]` on the Hub.
+        base: the model that the delta was made for: a folder, a file, or `user/repo[@revision][/folder]` on the Hub;
+            or its tensors by name.
         context: "base" for the smaller form, "none" for the plain one; None for the one that the file does not have.
         progress: called with (tensor, done, total).
         limit: for a path, the most memory that decoding one tensor may take; see `open_delta`.
@@ -87,7 +91,10 @@ def recode(
     if context not in (None, *CONTEXTS):
         raise ArgumentError(f"context is {context!r}, which is none of {', '.join(CONTEXTS)}")
     check_target(Path(out), registry.MAGIC, "a .shd file")
-    checkpoint = open_checkpoint(Path(local_model(base)), Wanted.BASE)
+    if isinstance(base, Mapping):
+        checkpoint: Checkpoint = HeldCheckpoint("base", base)
+    else:
+        checkpoint = open_checkpoint(Path(local_model(base)), Wanted.BASE, packed=True)
     with ExitStack() as stack:
         delta = source if isinstance(source, Delta) else stack.enter_context(open_delta(source, limit=limit))
         there, scratch = base_of(delta, checkpoint), Path(out).absolute().parent

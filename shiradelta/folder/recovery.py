@@ -107,7 +107,7 @@ def _differ(
 
 def _at_rest(journal: Journal, entry: Applied) -> bool:
     """Whether fingerprints show that every tensor is wholly as before an action, or wholly as after it."""
-    checkpoint = open_checkpoint(journal.root)
+    checkpoint = open_checkpoint(journal.root, packed=True)
     with journal.open_undo(entry) as undo:
         for name, tensor in undo.items():
             check_same_tensor(journal.root, checkpoint.get(name), name, tensor)
@@ -128,7 +128,9 @@ def restore(journal: Journal, entry: Applied, plan: Restoration, progress: Progr
     if plan.originals and originals is not None:
         put_back(journal.folder, originals, plan.originals)
     in_place = [
-        file for file in entry.before or relative_files(open_checkpoint(journal.root)) if file not in entry.replaced
+        file
+        for file in entry.before or relative_files(open_checkpoint(journal.root, packed=True))
+        if file not in entry.replaced
     ]
     files = plan.patched if entry.before else in_place
     if not files:

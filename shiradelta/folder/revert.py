@@ -85,7 +85,7 @@ def revert_all(
 
 def _take_out(journal: Journal, top: Applied, force: bool, progress: Progress | None) -> None:
     root, before = journal.root, journal.state
-    checkpoint = open_checkpoint(root)
+    checkpoint = open_checkpoint(root, packed=True)
     check_writable(journal.folder, relative_files(checkpoint))
     if not force and (changed := first_difference(checkpoint, journal, [top])) is not None:
         raise TargetError(f"{root}: {changed}; --force puts the originals back all the same")

@@ -48,6 +48,6 @@ def sign(
 
     def elements(opened: Delta) -> Base:
         assert base is not None
-        return base_of(opened, open_checkpoint(Path(local_model(base)), Wanted.BASE))
+        return base_of(opened, open_checkpoint(Path(local_model(base)), Wanted.BASE, packed=True))
 
     return sign_read(delta, key, out, None if base is None else elements, passphrase, force)

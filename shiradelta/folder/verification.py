@@ -15,6 +15,7 @@ from shiradelta.folder.journal import Journal, reading
 from shiradelta.folder.lost import lost_delta
 from shiradelta.folder.recode import plain_on
 from shiradelta.folder.state import Applied
+from shiradelta.folder.weights import checkpoint_for
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import DELTA, Delta, StoredTensor, open_delta
 from shiradelta.io.recognise import Wanted, explain, is_patched
@@ -88,7 +89,7 @@ def verify(
             return _verify_interrupted(journal, journal.state.pending)
         if opened is not None and opened.needs_base:
             try:
-                opened = stack.enter_context(plain_on(journal, open_checkpoint(root), opened))
+                opened = stack.enter_context(plain_on(journal, checkpoint_for(root, opened), opened))
             except FormatError as error:
                 if error.reason != "wrong_base":
                     raise
@@ -102,7 +103,7 @@ def verify(
         if journal is not None and (lost := lost_delta(journal)) is not None:
             return VerifyReport("unknown", (), f"{lost}; give DELTA to compare with it")
         if recorded is None:
-            checkpoint = open_checkpoint(root)
+            checkpoint = open_checkpoint(root, packed=True)
             return VerifyReport(
                 "unknown",
                 (),
@@ -118,7 +119,7 @@ def verify(
 def _verify_applied(journal: Journal, delta: Delta | None, full: bool) -> VerifyReport:
     """`verify` of a folder with deltas on it."""
     applied = journal.state.applied
-    checkpoint = open_checkpoint(journal.root)
+    checkpoint = open_checkpoint(journal.root, packed=True)
     problem = first_difference(checkpoint, journal, applied)
     if problem is None and delta is not None:
         entry = next((each for each in applied if each.digest == delta.digest), None)
@@ -166,7 +167,7 @@ def _verify_interrupted(journal: Journal, pending: Applied) -> VerifyReport:
         state = "patched" if applied else "base"
         return VerifyReport(state, applied, f"the weights are as before it, but {how}", interrupted=True)
     with suppress(ShiraDeltaError):
-        if first_difference(open_checkpoint(journal.root), journal, (*applied, pending)) is None:
+        if first_difference(open_checkpoint(journal.root, packed=True), journal, (*applied, pending)) is None:
             done = f"{pending.file} at {pending.strength:g} is on it, but {how}"
             return VerifyReport("patched", (*applied, pending), done, interrupted=True)
     return VerifyReport("neither", applied, how, interrupted=True)
@@ -204,7 +205,7 @@ def _opened(delta: Delta | str | os.PathLike[str], limit: int | str | None) -> I
 def _verify_by_fingerprints(root: Path, delta: Delta) -> VerifyReport:
     """`verify` of a folder on which no delta is recorded."""
     label = delta.file or "delta"
-    unlike = _unlike(open_checkpoint(root), delta)
+    unlike = _unlike(checkpoint_for(root, delta), delta)
     for state, what in (("base", "base"), ("patched", "result")):
         if unlike[state] is None:
             return VerifyReport(state, (), f"exactly the {what} of {label}, at the weights that it changes")

@@ -12,8 +12,8 @@ import numpy as np
 
 from shiradelta.errors import TargetError
 from shiradelta.format.delta import TensorDelta
-from shiradelta.io.reader import StoredTensor
-from shiradelta.models.checkpoint import Checkpoint
+from shiradelta.io.reader import Delta, StoredTensor
+from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
 from shiradelta.models.compatibility import difference
 from shiradelta.models.safetensors import Slot, read_shard
 from shiradelta.util.directory import Directory
@@ -54,6 +54,15 @@ def _check_shared(path: Path, status: os.stat_result | None) -> None:
     if linked or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
         kind = "a link" if linked else "one of several hard links to the same data"
         raise TargetError(f"{path}: is {kind}, so other folders would change too; give --out FOLDER")
+
+
+def checkpoint_for(root: Path, delta: Delta) -> Checkpoint:
+    """A folder's weights.  They may be packed (GPTQ and others) where a delta adds nothing: it changes bits then.
+
+    Raises:
+        SourceError: they are packed, and the delta adds to weights; and as `open_checkpoint`.
+    """
+    return open_checkpoint(root, packed=not any(tensor.operation.adds for tensor in delta.values()))
 
 
 def slots_of(root: Path, files: Iterable[str]) -> dict[str, Slot]:

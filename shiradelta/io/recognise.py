@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -50,9 +50,15 @@ class Thing:
 THINGS: Registry[Thing] = Registry("thing")
 
 
-def explain(path: Path, wanted: Wanted) -> str | None:
-    """A message that says what a path is and what to do; None if nothing is known about it."""
-    thing = _recognise(path, wanted)
+def explain(path: Path, wanted: Wanted, *, packed: bool = False) -> str | None:
+    """A message that says what a path is and what to do; None if nothing is known about it.
+
+    Args:
+        path: the path.
+        wanted: what it should be.
+        packed: whether a quantised model will do.
+    """
+    thing = _recognise(path, wanted, (_is_quantised,) if packed else ())
     return None if thing is None else f"{_shown(path)}: {thing.what}; {_remedy(thing, wanted, path)}"
 
 
@@ -77,8 +83,9 @@ def is_patched(folder: Path) -> bool:
     return any((folder / ".shiradelta" / "undo").glob("*.shd"))
 
 
-def _recognise(path: Path, wanted: Wanted) -> Thing | None:
-    return next((thing for thing in THINGS.values() if wanted in thing.remedies and _holds(thing, path)), None)
+def _recognise(path: Path, wanted: Wanted, allowed: Container[Callable[[Path], bool]] = ()) -> Thing | None:
+    mistakes = (each for each in THINGS.values() if wanted in each.remedies and each.recognises not in allowed)
+    return next((thing for thing in mistakes if _holds(thing, path)), None)
 
 
 def _holds(thing: Thing, path: Path) -> bool:

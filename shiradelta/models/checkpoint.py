@@ -19,7 +19,7 @@ from shiradelta.errors import ShiraDeltaError, SourceError
 from shiradelta.format.arithmetic import Array
 from shiradelta.io.recognise import PICKLES, UNQUANTISED, Wanted, explain, is_patched, is_pickle
 from shiradelta.models.names import Shape
-from shiradelta.models.quantised import packed
+from shiradelta.models.quantised import packing
 from shiradelta.models.safetensors import Shard, Slot, read_shard
 from shiradelta.models.sentence import LIST, SentenceModule, modules_of
 from shiradelta.util.files import close_synced
@@ -281,24 +281,29 @@ def other_weight_files(checkpoint: Checkpoint) -> list[Path]:
     return [path for path in beside if path.suffix in (".safetensors", ".bin", ".pt", ".ckpt") and path not in used]
 
 
-def open_checkpoint(path: str | os.PathLike[str], wanted: Wanted = Wanted.WEIGHTS) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], wanted: Wanted = Wanted.WEIGHTS, *, packed: bool = False
+) -> Checkpoint:
     """Opens the checkpoint at a path.
 
     Args:
         path: the file or folder.
         wanted: what it has to be; only what `convert` reads may be pickles.
+        packed: whether only the stored bits count, so that they need not be weights (GPTQ and others).
 
     Raises:
         SourceError: there is none, it is damaged, or it is something else.
         ShiraDeltaError: the system refuses to read it.
         MissingDependencyError: it is a pickle, and torch is lacking or too old to read it.
     """
-    if (message := explain(Path(path), wanted)) is not None:
+    if (message := explain(Path(path), wanted, packed=packed)) is not None:
         raise SourceError(message)
     try:
         found = Checkpoint(Path(path), wanted)
     except OSError as error:
         raise ShiraDeltaError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    if (how := packed(found)) is not None and not is_patched(Path(path)):  # deltas on it may be reverted
+    if packed or is_patched(Path(path)):  # deltas on it may be reverted
+        return found
+    if (how := packing(found)) is not None:
         raise SourceError(f"{path}: tensor {how[0]!r} is packed ({how[1]}), so its bits are not weights; {UNQUANTISED}")
     return found

@@ -42,7 +42,7 @@ def weight_of(name: str, slots: Mapping[str, Slot]) -> str | None:
     return next((weight for weight in names if weight in slots and scale_of(weight, slots) == name), None)
 
 
-def packed(slots: Mapping[str, Slot]) -> tuple[str, str] | None:
+def packing(slots: Mapping[str, Slot]) -> tuple[str, str] | None:
     """(a tensor, its format) of a checkpoint that stores packed weights; None for any other."""
     for name, slot in slots.items():
         end = name.rpartition(".")[2]

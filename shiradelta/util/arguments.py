@@ -105,6 +105,7 @@ BOOL = ArgumentKind(
 )
 CALL = ArgumentKind("a function", callable)
 LIST = ArgumentKind("a list", _is_list)
+MODEL = ArgumentKind("a path, or tensors by name", lambda value: is_path(value) or isinstance(value, Mapping))
 NAMES = ArgumentKind(
     "a mapping of names to names, or a function", lambda value: isinstance(value, Mapping) or callable(value)
 )

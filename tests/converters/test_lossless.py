@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 import shiradelta as sd
+from shiradelta.cli import main
 from shiradelta.converters import lossless
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, SourceError, TargetError
 from shiradelta.fit import Fit
@@ -135,6 +137,94 @@ def test_a_tensor_is_the_smallest_of_what_there_is(change, op: str, whole: bool)
     assert (delta.op, delta.all_positions) == (op, whole)
 
 
+@pytest.mark.parametrize("context", ["none", "base"])
+def test_tensors_in_memory_give_the_file_of_the_folders(folders, tmp_path: Path, context: str):
+    base, tuned = folders
+    old, new = model(), after(model())
+    new["bf16"] = torch.nn.Parameter(new["bf16"].t().contiguous().t())  # as it is in a module, and in another order
+    files = [tmp_path / f"{number}.shd" for number in range(4)]
+    for file, source, before in zip(files, (tuned, new, new, tuned), (base, old, base, old), strict=True):
+        sd.convert(source, file, base=before, lossless=True, context=context)
+    digests = {sd.open_delta(file).digest for file in files}
+    assert len(digests) == 1
+    sd.recode(files[1], tmp_path / "plain.shd", old, context="none")
+    assert same(read(base), old)
+    sd.apply(base, tmp_path / "plain.shd")
+    assert same(read(base), new)
+
+
+def test_arrays_in_memory_need_no_torch(tmp_path: Path):
+    old = {"w": np.arange(12, dtype=np.float32).reshape(3, 4), "n": np.arange(3, dtype=np.int64)}
+    new = {"w": np.asfortranarray(old["w"] * np.float32(1.0000001)), "n": old["n"] + 1}
+    sd.convert(new, tmp_path / "x.shd", base=old, lossless=True)
+    live = {name: array.copy() for name, array in old.items()}
+    sd.load(live, tmp_path / "x.shd")
+    assert all(np.array_equal(live[name], new[name]) for name in new)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ({"w": torch.ones(3)}, "'w' is a dict, no tensor"),
+        (torch.ones(3, device="meta"), "'w' is sparse, without elements"),
+        (torch.ones(3).to_sparse(), "'w' is sparse, without elements"),
+        (torch.ones(3, dtype=torch.complex64).conj(), "or a view that torch computes"),
+        (torch.ones(3, dtype=torch.complex128), "has dtype torch.complex128"),
+        (np.array(["a"]), "has dtype <U1"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_named(tmp_path: Path, tensor: object, message: str):
+    for source, base, where in ((tensor, torch.ones(3), "source"), (torch.ones(3), tensor, "base")):
+        with pytest.raises(SourceError, match=f"^{where}: .*{message}"):
+            sd.convert({"w": source}, tmp_path / "x.shd", base={"w": base}, lossless=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_in_memory_are_for_lossless_and_need_a_name(tmp_path: Path):
+    tensors = {"w": torch.ones(3)}
+    with pytest.raises(ArgumentError, match="lossless=True"):
+        sd.convert(tensors, tmp_path / "x.shd", base=tensors)
+    with pytest.raises(ArgumentError, match="out=FILE"):
+        sd.convert(tensors, base=tensors, lossless=True)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["config", "names"])
+@pytest.mark.parametrize("context", ["none", "base"])
+def test_packed_weights_are_bits_like_all_others(tmp_path: Path, known: bool, context: str):
+    torch.manual_seed(0)
+    old = {
+        "l.qweight": torch.randint(-(2**31), 2**31, (64, 128), dtype=torch.int64).int(),
+        "l.scales": torch.rand(4, 128).half(),
+        "norm.weight": torch.rand(4096).bfloat16() * 0.01,
+    }
+    new = {name: step(tensor, 0.1) for name, tensor in old.items()}
+    base, tuned = write_model(tmp_path / "base", old), write_model(tmp_path / "tuned", new)
+    for folder in (base, tuned) if known else ():
+        (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    sd.convert(tuned, tmp_path / "x.shd", base=base, lossless=True, context=context)
+    sd.recode(tmp_path / "x.shd", tmp_path / "plain.shd", base, context="none")
+    sd.apply(base, tmp_path / "x.shd", out=tmp_path / "copy")
+    assert same(read(tmp_path / "copy"), new)
+    for file in ("x.shd", "plain.shd"):
+        assert sd.verify(base, tmp_path / file).state == "base"
+        sd.apply(base, tmp_path / file)
+        assert sd.verify(base, full=True).state == "patched"
+        assert same(read(base), new)
+        sd.revert(base)
+        assert sd.verify(base).state == "base"
+        assert same(read(base), old)
+    added = sd.TensorDelta((4096,), [3], [1.0], "bfloat16")
+    sd.save_delta(tmp_path / "add.shd", {"norm.weight": added}, values="f32")
+    for call in (
+        lambda: sd.apply(base, tmp_path / "add.shd"),
+        lambda: sd.apply(base, tmp_path / "add.shd", out=tmp_path / "other"),
+        lambda: sd.verify(base, tmp_path / "add.shd"),
+    ):
+        with pytest.raises(SourceError, match="unquantised"):
+            call()
+    assert same(read(base), old)
+
+
 def test_what_a_file_cannot_hold_is_refused(folders, tmp_path: Path):
     base, tuned = folders
     out = tmp_path / "x.shd"
@@ -168,6 +258,24 @@ def test_a_choice_of_what_is_kept_is_refused(folders, tmp_path: Path, choice):
     name = next(iter(choice)).replace("_", " ")
     with pytest.raises(ArgumentError, match=f"lossless keeps everything as it is, so {name} cannot be chosen"):
         sd.convert(tuned, tmp_path / "x.shd", base=base, lossless=True, **choice)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--sparsity 1%", "--target-size 1MB", "--target-error 0.1", "--target-kept 90%", "--values int4", "--kind full",
+        "--scope tensor", "--alpha 8", "--skip *", "--whole *", "--from-base model", "--fit x.jsonl", "--plot x.png",
+    ],
+)  # fmt: skip
+def test_options_of_a_choice_are_wrong_usage(given: str):
+    done = CliRunner().invoke(main, ["convert", "tuned", "--base", "model", "--lossless", *given.split()])
+    assert done.exit_code == 2
+    assert f"{given.split()[0]} is for a choice of changes" in done.stderr
+
+
+def test_no_base_is_wrong_usage():
+    done = CliRunner().invoke(main, ["convert", "tuned", "--lossless"])
+    assert (done.exit_code, "give --base MODEL" in done.stderr) == (2, True)
 
 
 def test_a_result_that_differs_is_not_put_in_place(folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
