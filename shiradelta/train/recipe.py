@@ -21,6 +21,7 @@ from shiradelta.train.run_state import RunState
 from shiradelta.train.settings import TrainSettings
 from shiradelta.train.targets import find_weights
 from shiradelta.train.tuner import Tuner
+from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.progress import Progress
 
 #: Number of batches over which gradients are summed for a mask.
@@ -131,9 +132,22 @@ def find_lr(
 
 
 def take_step(
-    tuner: Tuner, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], relative_lr: float, share: float
+    tuner: Tuner,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], Tensor],
+    relative_lr: float,
+    share: float,
+    count: Callable[[], None] = lambda: None,
 ) -> float:
     """Takes one step, at a share of the relative learning rate.
+
+    Args:
+        tuner: what is trained.
+        optimizer: its optimizer.
+        loss: computes the loss.
+        relative_lr: the learning rate, relative to each group's unit.
+        share: of it.
+        count: called once the step is taken; Ctrl-C comes before both or after both.
 
     Returns:
         The loss before it; NaN, and no step was taken, where the loss or its gradient is not finite.
@@ -147,5 +161,7 @@ def take_step(
     found = left.item()
     if not math.isfinite(found) or not torch.isfinite(norm):
         return math.nan
-    optimizer.step()
+    with interrupts_held_back():
+        optimizer.step()
+        count()
     return found

@@ -29,6 +29,7 @@ from shiradelta.train.subject import TrainingSubject
 from shiradelta.train.tuner import Tuner
 from shiradelta.util.deprecated import renamed_arguments, renamed_names
 from shiradelta.util.files import check_target
+from shiradelta.util.interrupts import interrupts_held_back
 from shiradelta.util.memory import advising_on_memory, gpu_peak
 from shiradelta.util.plots import check_plot
 from shiradelta.util.progress import Progress
@@ -107,6 +108,7 @@ class _Run:
         self.unfinished = UnfinishedRun(out.with_name(out.name + ".train"), subject.identity)
         self.history: History = []
         self.best: BestState | None = None
+        self.done = 0  # steps
 
     def go(self, plot: Path | None, accept_worse: bool) -> TrainReport:
         start = time.monotonic()
@@ -118,16 +120,15 @@ class _Run:
         if resumed is None and is_searched(settings.mask):
             save_run(self.unfinished, tuner, None, 0, [], None, None)
         optimizer = optimizer_of(tuner, self.units, settings.mask)
-        step = 0
         if resumed is not None:
             resumed.restore(tuner, optimizer, self.checkpoint.root, self.unfinished.path)
-            step, self.best = resumed.step, resumed.best
-            self.log(f"going on from step {step} of {settings.steps}, found in {self.unfinished.path}")
+            self.done, self.best = resumed.step, resumed.best
+            self.log(f"going on from step {self.done} of {settings.steps}, found in {self.unfinished.path}")
         self.relative_lr = settings.relative_lr or self._find_lr(tuner, resumed)
         where = f"{named(subject.devices)}{gpu_peak(subject.devices)}"
         what = f"training {tuner.nnz:,} of {tuner.numel:,} weights on {len(self.train):,} examples, {where}"
         self.log(f"{what}; pruned to a share of {settings.sparsity}" if settings.pruning[0] else what)
-        self._train(tuner, optimizer, step, before)
+        self._train(tuner, optimizer, before)
         about = {
             "mask": settings.mask,
             "seed": str(settings.seed),
@@ -217,39 +218,46 @@ class _Run:
         with swap.applied("file"):
             return self._measure()
 
-    def _train(self, tuner: Tuner, optimizer: torch.optim.Optimizer, first: int, before: float) -> None:
+    def _train(self, tuner: Tuner, optimizer: torch.optim.Optimizer, before: float) -> None:
         settings = self.settings
         stream = batches(self.train, self.examples.lengths, settings.batch, settings.seed)
         every = max(1, settings.steps // EVALUATIONS)
         mean = self.history[-1][1] if self.history else before
-        kept = first
+
+        def save() -> None:
+            save_run(self.unfinished, tuner, optimizer, self.done, self.history, self.best, self.relative_lr)
+
         try:
-            for step, indices in islice(enumerate(stream), first, settings.steps):
+            for step, indices in islice(enumerate(stream), self.done, settings.steps):
                 if step % every == 0 and (not self.history or self.history[-1][0] != step):
                     self._note(tuner, step, mean, self._measure() if step else before)
                 if self.unfinished.is_due():
-                    save_run(self.unfinished, tuner, optimizer, step, self.history, self.best, self.relative_lr)
-                    kept = step
+                    save()
                 mean = 0.9 * mean + 0.1 * self._step(tuner, optimizer, step, indices)
                 self.progress(f"loss {mean:.3f}", step + 1, settings.steps)
             if self.history[-1][0] != settings.steps:  # a run that ended worse than its base has all its steps
                 self._note(tuner, settings.steps, mean, self._measure())
-            save_run(self.unfinished, tuner, optimizer, settings.steps, self.history, self.best, self.relative_lr)
-        except KeyboardInterrupt:
-            if kept:
+            save()
+        except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
+            if self.done:
+                save()
                 where = self.unfinished.path
-                self.log(f"the same command goes on from step {kept} of {settings.steps}, kept in {where}")
+                self.log(f"the same command goes on from step {self.done} of {settings.steps}, kept in {where}")
             raise
 
     def _note(self, tuner: Tuner, step: int, mean: float, held_out: float) -> None:
         """Records a held-out loss, and the state if it is the best one with the final mask."""
-        self.history.append((step, mean, held_out))
-        if step > self.settings.pruning[0] and (self.best is None or held_out < self.best.loss):
-            self.best = BestState.of(tuner, held_out)
+        with interrupts_held_back():
+            self.history.append((step, mean, held_out))
+            if step > self.settings.pruning[0] and (self.best is None or held_out < self.best.loss):
+                self.best = BestState.of(tuner, held_out)
+
+    def _count(self) -> None:
+        self.done += 1
 
     def _step(self, tuner: Tuner, optimizer: torch.optim.Optimizer, step: int, indices: Sequence[int]) -> float:
         loss, share = partial(self._loss, self.model, indices), cycle(step, self.settings.steps)
-        found = take_step(tuner, optimizer, loss, self.relative_lr, share)
+        found = take_step(tuner, optimizer, loss, self.relative_lr, share, self._count)
         if math.isnan(found):
             smaller = f"{self.relative_lr / 4:.2g}"
             raise DivergedError(f"training gave NaN at step {step}; give a smaller --relative-lr, such as {smaller}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,45 @@ def test_an_interrupted_run_goes_on_exactly(
     assert any("going on from step 11" in line for line in told)
     assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
     assert [held for *_, held in report.history] == [held for *_, held in whole.history]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, SystemExit(143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("during", ["loss", "update", "measure"])
+def test_an_interrupt_keeps_all_steps(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str, ending: signal.Signals | SystemExit
+):
+    """Wherever it comes, though the last state was kept long ago."""
+    texts, told = write(tmp_path / "data.jsonl", "text"), list[str]()
+    settings = TrainSettings(**{**vars(SETTINGS), "steps": 12, "values": "f32"})
+    run(folders / "causal", texts, tmp_path / "whole.shd", settings, "cpu")
+    owner, name = {
+        "loss": (run_module._Run, "_loss"),
+        "update": (torch.optim.AdamW, "step"),
+        "measure": (run_module._Run, "_measure"),
+    }[during]
+    real, calls = getattr(owner, name), 0
+
+    @wraps(real)  # torch marks what its hooks are on
+    def stop(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            if isinstance(ending, SystemExit):
+                raise ending
+            signal.raise_signal(ending)
+        return real(self, *arguments)
+
+    if during == "update" and isinstance(ending, SystemExit):
+        pytest.skip("a handler's exception waits until the update is made")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", log=told.append)
+    done = 8 if during == "update" else 7
+    assert f"goes on from step {done} of 12" in told[-1]
+    run(folders / "causal", texts, tmp_path / "task.shd", settings, "cpu", log=told.append)
+    assert any(f"going on from step {done} of 12" in line for line in told)
+    assert (tmp_path / "task.shd").read_bytes() == (tmp_path / "whole.shd").read_bytes()
 
 
 def test_a_learning_rate_is_found_once(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
