@@ -16,6 +16,7 @@ from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.header import crc32
 from shiradelta.format.record import Record, Section
+from shiradelta.format.table import Table
 from shiradelta.format.zstd import unzstd
 from shiradelta.util.arrays import WINDOW, aligned, ranges
 
@@ -23,8 +24,8 @@ from shiradelta.util.arrays import WINDOW, aligned, ranges
 class NumpyDecoder(Decoder):
     """Decodes with the codecs' NumPy implementations."""
 
-    def __init__(self, data: Bytes, file: str | None, records: tuple[Record, ...]) -> None:
-        self._data, self._file = data, file
+    def __init__(self, data: Bytes, file: str | None, records: Table) -> None:
+        self._data, self._file, self.records = data, file, records
 
     def positions(self, record: Record) -> Positions:
         with self._context(record, record.index):

@@ -6,14 +6,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, IndexCodec, ValueCodec
 from shiradelta.format.record import Record, Section
+from shiradelta.format.table import Table
 
 
 class Decoder(Protocol):
-    """Decodes and applies the tensors of one open file, each section checked.  Raises FormatError."""
+    """Decodes and applies the tensors of one open file, each section checked.  Raises FormatError.
+
+    Attributes:
+        records: the file's table.
+    """
+
+    records: Sequence[Record]
 
     def positions(self, record: Record) -> Positions:
         """int64 [nnz], nnz > 0."""
@@ -47,12 +57,12 @@ class Decoder(Protocol):
     def check(self, record: Record) -> None:
         """Checks everything that `positions` and `bits` check, without keeping it; safe in several threads."""
 
-    def check_of(self, records: Sequence[Record]) -> Callable[[], None]:
-        """A function that checks several tensors as `check` does, in as few steps as the decoder can."""
+    def check_of(self, numbers: NDArray[np.int64]) -> Callable[[], None]:
+        """A function that checks tensors of these numbers as `check` does, in as few steps as the decoder can."""
 
         def check() -> None:
-            for record in records:
-                self.check(record)
+            for number in numbers.tolist():
+                self.check(self.records[number])
 
         return check
 
@@ -76,7 +86,7 @@ class Backend:
     """
 
     name: str
-    decoder: Callable[[Bytes, str | None, tuple[Record, ...]], Decoder]
+    decoder: Callable[[Bytes, str | None, Table], Decoder]
     index_codecs: Mapping[int, IndexCodec]
     value_codecs: Mapping[int, ValueCodec]
     fingerprint: Callable[[Positions, Array], int]

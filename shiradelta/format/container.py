@@ -18,14 +18,13 @@ from shiradelta.format.header import Header, crc32, read_header
 from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.packed import unpack
 from shiradelta.format.record import Record, Section, combination_problem
-from shiradelta.format.registry import Flag, Incompatible, IndexId, ValueId
+from shiradelta.format.registry import Flag, Incompatible
+from shiradelta.format.table import Table, record_of
 
 # Flags as plain integers: tests on an IntFlag take a fifth of the time that parsing a record does.
 _BASE, _RESULT = int(Flag.BASE_FINGERPRINT), int(Flag.RESULT_FINGERPRINT)
 _INDEX_ZSTD, _VALUES_ZSTD = int(Flag.INDEX_ZSTD), int(Flag.VALUES_ZSTD)
 _FLAGS = sum(map(int, Flag))
-#: Makes a NamedTuple from all of its fields in half the time.
-_new = tuple.__new__
 _CONTROL = bytes([*range(0x20), 0x7F])
 
 
@@ -33,23 +32,13 @@ _CONTROL = bytes([*range(0x20), 0x7F])
 class Container:
     """A file without its payload."""
 
-    records: tuple[Record, ...]
+    records: Table
     metadata: Mapping[str, str]
     digest: bytes
     data: Bytes  # the file, unpacked
     minor: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)  # part -> its bytes unpacked, but the file's own
     packed: bool = False
-
-    @property
-    def index_codecs(self) -> frozenset[int]:
-        """Ids of the index codecs in use."""
-        return frozenset(record.index_codec for record in self.records) - {IndexId.NONE}
-
-    @property
-    def value_codecs(self) -> frozenset[int]:
-        """Ids of the value codecs in use."""
-        return frozenset(record.value_codec for record in self.records) - {ValueId.NONE}
 
 
 def _tables(header: Header) -> list[Section]:
@@ -94,18 +83,22 @@ def parse(data: Bytes, most: int | None = None, accepts: Callable[[Bytes], bool]
     accepted = accepts is not None and accepts(data)
     if not accepted:
         _check_tables(data, header, sections)
-    table, names, metadata, extension = (data[s.offset : s.offset + s.stored] for s in sections)
-    pairs = parse_metadata(metadata.tobytes(), sections[2].offset)
-    records = _known_records(table, names) if accepted else None
+    # Copies: a file that is mapped may change after this.
+    table, names, metadata = (data[s.offset : s.offset + s.stored].tobytes() for s in sections[:3])
+    pairs = parse_metadata(metadata, sections[2].offset)
+    records = None
+    if accepted:
+        with suppress(KeyError):  # an id that only the other reader knows
+            records = Table(table, names)
     if records is None:
         zstd = bool(header.incompatible & Incompatible.ZSTD)
-        records = _parse_table(data.data, table, names, sections[-1].end, zstd)
+        records = Table(table, names, _checked_records(data.data, table, names, sections[-1].end, zstd))
     sizes = {
         "header": registry.HEADER_SIZE,
-        "table": table.size + names.size,
-        "metadata": metadata.size + extension.size,
-        "index": sum(r.index.stored for r in records),
-        "values": sum(r.values.stored for r in records),
+        "table": len(table) + len(names),
+        "metadata": len(metadata) + sections[3].stored,
+        "index": int(records.rows["index_stored"].sum()),
+        "values": int(records.rows["values_stored"].sum()),
         "file": header.file_size if packed_size is None else packed_size,
     }
     return Container(records, pairs, header.digest, data, header.minor, sizes, packed_size is not None)
@@ -151,22 +144,22 @@ def build_metadata(pairs: Mapping[str, str]) -> bytes:
     return b"".join(registry.METADATA_PAIR.pack(len(k), len(v)) + k + v for k, v in encoded)
 
 
-def _parse_table(data: memoryview, table: Bytes, names: Bytes, cursor: int, zstd: bool) -> tuple[Record, ...]:
+def _checked_records(data: memoryview, table: bytes, names: bytes, cursor: int, zstd: bool) -> list[Record]:
+    """The records of a table; `cursor` is where its first section begins."""
     records: list[Record] = []
-    every_name = names.tobytes()
     name_end, before = 0, b""
-    for number, (name_offset, name_size, *fields) in enumerate(registry.RECORD.iter_unpack(table.data)):
+    for number, (name_offset, name_size, *fields) in enumerate(registry.RECORD.iter_unpack(table)):
         at = registry.HEADER_SIZE + number * registry.RECORD_SIZE
-        raw = every_name[name_offset : name_offset + name_size]
+        raw = names[name_offset : name_offset + name_size]
         try:
-            if name_offset != name_end or name_offset + name_size > names.size:
+            if name_offset != name_end or name_offset + name_size > len(names):
                 raise FormatError("name_layout", f"name of record {number}")
             name = _parse_name(raw, before)
         except FormatError as error:
             error.offset = at
             raise
         try:
-            record = _parse_record(name, fields, data, cursor, zstd)
+            record = _checked_record(name, fields, data, cursor, zstd)
         except FormatError as error:
             error.tensor = name
             if error.offset is None:
@@ -174,48 +167,11 @@ def _parse_table(data: memoryview, table: Bytes, names: Bytes, cursor: int, zstd
             raise
         records.append(record)
         name_end, before, cursor = name_end + name_size, raw, record.values.end
-    if name_end != names.size:
-        raise FormatError("name_layout", f"{names.size - name_end} bytes behind the last name")
+    if name_end != len(names):
+        raise FormatError("name_layout", f"{len(names) - name_end} bytes behind the last name")
     if cursor != data.nbytes:
         raise FormatError("section_layout", f"sections end at {cursor} of {data.nbytes} bytes")
-    return tuple(records)
-
-
-def _known_records(table: Bytes, names: Bytes) -> tuple[Record, ...] | None:
-    """The records of a table that has been checked; None if it has an id that is unknown here."""
-    every = names.tobytes()
-    with suppress(KeyError):
-        return tuple(
-            _record_of(every[offset : offset + size].decode(), fields)
-            for offset, size, *fields in registry.RECORD.iter_unpack(table.data)
-        )
-    return None
-
-
-def _record_of(name: str, fields: Sequence[int]) -> Record:
-    """A record, unchecked.  Raises KeyError for an unknown id."""
-    rank, dtype, op, index_codec, value_codec, flags, _, nnz, base, result = fields[:10]
-    index_at, index_stored, index_size, values_at, values_stored, values_size, index_crc, values_crc = fields[10:18]
-    if index_codec:
-        INDEX_CODECS.by_id[index_codec]
-    if value_codec:
-        VALUE_CODECS.by_id[value_codec]
-    index = _new(Section, (index_at, index_stored, index_size, index_crc, flags & _INDEX_ZSTD != 0))
-    values = _new(Section, (values_at, values_stored, values_size, values_crc, flags & _VALUES_ZSTD != 0))
-    every = (
-        name,
-        tuple(fields[18 : 18 + rank]),
-        registry.DTYPE_OF_ID[dtype],
-        OPERATIONS.by_id[op],
-        index_codec,
-        value_codec,
-        nnz,
-        base if flags & _BASE else None,
-        result if flags & _RESULT else None,
-        index,
-        values,
-    )
-    return _new(Record, every)
+    return records
 
 
 def check_name(raw: bytes) -> str:
@@ -240,7 +196,7 @@ def _parse_name(raw: bytes, before: bytes) -> str:
     return name
 
 
-def _parse_record(name: str, fields: Sequence[int], data: memoryview, cursor: int, zstd: bool) -> Record:
+def _checked_record(name: str, fields: Sequence[int], data: memoryview, cursor: int, zstd: bool) -> Record:
     rank, dtype_id, op_id, index_id, value_id, flag_bits, reserved, nnz, base_fingerprint, result_fingerprint = fields[
         :10
     ]
@@ -257,7 +213,7 @@ def _parse_record(name: str, fields: Sequence[int], data: memoryview, cursor: in
     numel = _check_shape(rank, fields[18:])
     if nnz > numel:
         raise FormatError("bad_count", f"{nnz} nonzeros, {numel} elements")
-    record = _record_of(name, fields)
+    record = record_of(name, fields)
     problem = combination_problem(record)
     if problem:
         raise FormatError("bad_combination", problem)

@@ -67,7 +67,7 @@ class Record(NamedTuple):
     @property
     def needs_base(self) -> bool:
         """Whether only the base's elements tell positions or values."""
-        return _needs_base(self.index_codec, self.value_codec)
+        return needs_base(self.index_codec, self.value_codec)
 
     @property
     def element_size(self) -> int:
@@ -157,7 +157,8 @@ def _problem(
 
 
 @lru_cache(maxsize=256)
-def _needs_base(index_codec: int, value_codec: int) -> bool:
+def needs_base(index_codec: int, value_codec: int) -> bool:
+    """Whether only the base's elements tell what is in sections of these codecs."""
     codecs = INDEX_CODECS.by_id.get(index_codec), VALUE_CODECS.by_id.get(value_codec)
     return any(codec is not None and codec.needs_base for codec in codecs)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from shiradelta.errors import BaseMismatchError
 from shiradelta.format.record import Record
-from shiradelta.hotswap.layers import Held, Layer, Patch, patches_on
+from shiradelta.format.table import Table
+from shiradelta.hotswap.layers import Held, Layer, patches_on
 from shiradelta.hotswap.levels import Level, layers_of
 from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.outside import Watch
@@ -30,8 +33,8 @@ _WORDS = StackWords(
     "leave the strength at 1",
 )
 
-#: Patches by number, for each backend.
-Checkable = Mapping[LiveBackend, Mapping[int, Patch]]
+#: For each backend, the patches whose fingerprint can be compared: numbers -> the file's names of their tensors.
+Checkable = Mapping[LiveBackend, Mapping[int, str]]
 #: Fingerprints of the base, and of what is there now.
 Fingerprints = Shares[tuple[int, int]]
 
@@ -68,7 +71,8 @@ def fit_of(
     """
     checkable = _checkable(adapter.held) if check else {}
     parts = [part for part in adapter.parts if check and _is_checkable(part.record, part.dtype)]
-    known = {patch.target for some in checkable.values() for patch in some.values()} | {part.target for part in parts}
+    every = [(adapter.held[backend].every, some) for backend, some in checkable.items()]
+    known = frozenset(part.target for part in parts).union(*(targets.chosen(some) for targets, some in every))
 
     def check_model() -> None:
         watch.check_model(target for held in adapter.held.values() for target in held.targets)
@@ -85,14 +89,15 @@ def fit_of(
 
     found = ranks.agree(what, own)
     names = adapter.report.matched
-    every = ranks.gather((adapter.digest, sorted(names), adapter.nonzeros, found, adapter.readings))
-    if any(other[:2] != every[0][:2] for other in every):
+    nonzeros = adapter.nonzeros if ranks.alone else adapter.all_nonzeros()  # what is whole here has all of its own
+    known_there = ranks.gather((adapter.digest, sorted(names), nonzeros, found, adapter.readings))
+    if any(other[:2] != known_there[0][:2] for other in known_there):
         raise BaseMismatchError(f"{adapter.label}: another rank has loaded another file; give all ranks the same one")
-    check_together(adapter.label, [readings for *_, readings in every], adapter.records)
-    check_whole(adapter.label, together(nonzeros for _, _, nonzeros, *_ in every), adapter.records)
+    check_together(adapter.label, [readings for *_, readings in known_there], adapter.table)
+    check_whole(adapter.label, together([nonzeros for _, _, nonzeros, *_ in known_there]), adapter.table)
     fit = None
-    if check and (compared := together(found for *_, found, _ in every)):
-        fit = _check_base(adapter.label, compared, adapter.records, bool(levels))
+    if check and (compared := together([found for *_, found, _ in known_there])):
+        fit = _check_base(adapter.label, compared, adapter.table, bool(levels))
     targets = {name: preparation.targets[other] for name, other in names.items()}
     return tuple(
         name for name, one in targets.items() if one not in known and known.isdisjoint(one.forms.values())
@@ -101,10 +106,14 @@ def fit_of(
 
 def _checkable(held: Mapping[LiveBackend, Held]) -> Checkable:
     """The patches whose fingerprint can be compared."""
-    every = {
-        backend: {i: patch for i, patch in enumerate(one.patches) if _is_checkable(patch.record, patch.dtype)}
-        for backend, one in held.items()
-    }
+    every: dict[LiveBackend, dict[int, str]] = {}
+    for backend, one in held.items():
+        at = 0
+        for fits in one.fits:
+            names, chosen = fits.table.names, np.flatnonzero(fits.have_fingerprints)
+            rows = zip((chosen + at).tolist(), fits.numbers[chosen].tolist(), strict=True)
+            every.setdefault(backend, {}).update((number, names[row]) for number, row in rows)
+            at += len(fits)
     return {backend: patches for backend, patches in every.items() if patches}
 
 
@@ -134,14 +143,14 @@ def _fingerprints(
     for backend, (base, present) in queued.items():
         of_base = base()
         of_present = of_base if present is None else present()
-        for number, patch in checkable[backend].items():
-            found[patch.record.name] = {(): (of_base[number], of_present[number])}
+        for number, name in checkable[backend].items():
+            found[name] = {(): (of_base[number], of_present[number])}
     shown: dict[Change, list[tuple[Record, tuple[View, ...]]]] = {}
     for record, target, _ in parts:
         found.setdefault(record.name, {})
         for weight, views in target.leaves():
             shown.setdefault((weight, record.operation.name), []).append((record, views))
-    for backend, one in held.items():
+    for backend, one in held.items() if shown else ():
         stacks = patches_on(layers.get(backend, []))
         here = [(patch, shown.get((patch.target, patch.record.operation.name), [])) for patch in one.patches]
         here = [(patch, some) for patch, some in here if some]
@@ -152,13 +161,13 @@ def _fingerprints(
     return found
 
 
-def _check_base(label: str, found: Fingerprints, records: Mapping[str, Record], stacked: bool) -> StackFit:
+def _check_base(label: str, found: Fingerprints, table: Table, stacked: bool) -> StackFit:
     """Compares fingerprints with those in the file.
 
     Args:
         label: the file, for messages.
         found: the fingerprints of all its tensors that have some to compare.
-        records: the file's tensors.
+        table: the file's table.
         stacked: whether adapters are active.
 
     Returns:
@@ -168,10 +177,12 @@ def _check_base(label: str, found: Fingerprints, records: Mapping[str, Record], 
         BaseMismatchError: a tensor fits neither, or not all fit the same of the two.
     """
     fit = StackFit(label, _WORDS, stacked)
+    wanted = dict(zip(table.names, table.rows["base_fingerprint"].tolist(), strict=True))
     for name, shares in found.items():
         pairs = list(shares.values())
         base, present = pairs[0] if len(pairs) == 1 else (sum(sums) % (1 << 64) for sums in zip(*pairs, strict=True))
-        fit.check(name, records[name], base, present)
+        if stacked or base != wanted[name]:  # without adapters there is nothing else to tell
+            fit.check(name, table.named(name), base, present)
     return fit
 
 

@@ -1,35 +1,35 @@
-"""Checks of a file's tensors, in several threads."""
+"""Checks of files' tensors, in several threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from operator import attrgetter
 
-from shiradelta.backends.protocols import Decoder
-from shiradelta.format.record import Record
-from shiradelta.io.reader import StoredTensor
+import numpy as np
+from numpy.typing import NDArray
 
-_NONZEROS = attrgetter("nnz")
+from shiradelta.io.reader import Delta
 
 
-def checks_of(tensors: Iterable[StoredTensor], count: int) -> list[Callable[[], object]]:
-    """At most `count` functions that do `StoredTensor.check` of all these tensors together, of about as much work each.
+def checks_of(tensors: Iterable[tuple[Delta, NDArray[np.int64]]], count: int) -> list[Callable[[], object]]:
+    """At most `count` functions that check tensors together, as `StoredTensor.check` does, of about as much work each.
 
     What takes the interpreter is done before, so threads that call them wait for nobody.
+
+    Args:
+        tensors: files, each with numbers in its table.
+        count: the most functions.
 
     Raises:
         LimitError: the decompressed sections of a tensor take more than the limit.
     """
     checks: list[list[Callable[[], None]]] = [[] for _ in range(count)]
-    groups: dict[int, tuple[Decoder, list[Record]]] = {}
-    for tensor in tensors:
-        decoder = tensor.decoder
-        groups.setdefault(id(decoder), (decoder, []))[1].append(tensor.record)
-    for decoder, records in groups.values():
-        ordered = sorted(records, key=_NONZEROS, reverse=True)
-        for number in range(min(count, len(ordered))):
-            checks[number].append(decoder.check_of(ordered[number::count]))
+    for delta, numbers in tensors:
+        for number in numbers[delta.table.zstd[numbers]].tolist():
+            delta[delta.table.names[number]].check_memory(delta.table[number].unpacked_size)
+        ordered = numbers[np.argsort(-delta.table.nnz[numbers], kind="stable")]
+        for number in range(min(count, ordered.size)):
+            checks[number].append(delta.decoder.check_of(ordered[number::count]))
     return [some[0] if len(some) == 1 else partial(_call_all, some) for some in checks if some]
 
 

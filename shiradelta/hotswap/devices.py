@@ -8,9 +8,10 @@ from typing import Any
 
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.choose import new_backend
+from shiradelta.hotswap.fits import Fits
 from shiradelta.hotswap.layers import Held, Layer
 from shiradelta.hotswap.matching import check_sets
-from shiradelta.hotswap.protocol import Fit, LiveBackend
+from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
 
@@ -47,16 +48,15 @@ class Devices:
         """Whether `hold` takes a delta of this tensor that is read with its base only."""
         return target.extent is None and self._backends[target.device].reads_on_base
 
-    def hold(self, files: Iterable[tuple[Bytes, Sequence[Fit]]]) -> dict[LiveBackend, Held]:
+    def hold(self, files: Iterable[Fits]) -> dict[LiveBackend, Held]:
         """`hold` of each backend, of what fits its device."""
-        groups: dict[LiveBackend, list[tuple[Bytes, list[Fit]]]] = {}
-        for source, fits in files:
-            found: dict[LiveBackend, list[Fit]] = {}
-            for fit in fits:
-                found.setdefault(self._backends[fit[1].device], []).append(fit)
-            for backend, fitting in found.items():
-                groups.setdefault(backend, []).append((source, fitting))
-        return {backend: backend.hold(sources) for backend, sources in groups.items()}
+        groups: dict[LiveBackend, list[Fits]] = {}
+        for one in files:
+            devices = one.columns.targets.devices
+            for device in sorted(devices):
+                here = one if len(devices) == 1 else one.on(device)
+                groups.setdefault(self._backends[device], []).append(here)
+        return {backend: backend.hold(own) for backend, own in groups.items()}
 
     def streams(self, stream: Any) -> Streams:
         """The stream of each backend: the given one if it is its device's, or this thread's current one."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from itertools import chain, compress
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shiradelta.format import registry
+from shiradelta.format.operations import OPERATIONS, Operation
 from shiradelta.format.record import Record
+from shiradelta.hotswap.fits import FitColumns, Targets
 from shiradelta.models.live import Target
 
 #: Saved elements of each patch begin at a multiple of so many bytes.
@@ -39,10 +42,19 @@ class Patch:
 class Held:
     """One loaded delta, as a backend holds it.
 
-    Attributes:
-        patches: the patches, one per tensor, in the order of the file's names.
-        targets: the tensors that the patches change.
+    Args:
+        fits: the tensors of a file and of the model, one patch each, in the order of the file's names; of several
+            files, one after the other.
+        datas: what the backend decodes each patch from.
         nbytes: memory that the patches take.
+
+    Attributes:
+        fits: as it was given.
+        datas: as it was given.
+        patches: the patches, each made when it is asked for.
+        targets: the tensors that the patches change.
+        every: the tensor of each patch, also of those that change nothing.
+        nbytes: as it was given.
         data: the backend's data about all patches together.
         room: bytes needed to save the elements that the patches change.
         starts: where each patch's elements begin there, int64 [patches].
@@ -51,19 +63,32 @@ class Held:
         counted: tensors of the model whose versions autograd counts.
     """
 
-    def __init__(self, patches: Sequence[Patch], nbytes: int, data: Any = None) -> None:
-        self.patches, self.nbytes, self.data = tuple(patches), nbytes, data
-        self.nonzeros = np.array([patch.record.nnz for patch in patches], np.int64)
-        sizes = {dtype: registry.DTYPE_OF_NAME[dtype].size for dtype in {patch.dtype for patch in patches}}
-        self._sizes = self.nonzeros * np.array([sizes[patch.dtype] for patch in patches], np.int64)
+    def __init__(self, fits: Sequence[FitColumns], datas: Sequence[Any], nbytes: int) -> None:
+        self.fits, self.nbytes = fits, nbytes
+        self.datas: Any = datas
+        self.data: Any = None
+        self.patches = _Patches(fits, datas)
+        self.nonzeros = together([one.nonzeros for one in fits])
+        self._sizes = self.nonzeros * together([one.sizes for one in fits])
         room = -(-self._sizes // _ALIGNMENT) * _ALIGNMENT
         self.starts, self.room = np.cumsum(room) - room, int(room.sum())
         self.empty = self._sizes == 0
-        self.targets = frozenset([patch.target for patch in patches if patch.record.nnz])
-        self._there = [patch.target for patch in patches if patch.target.address]
-        self.counted = [target.holder for target in self._there if not target.holder.is_inference()]
-        self._tensors = [target.tensor for target in self._there]
+        every = changing = self.every
+        if self.empty.any():
+            changing = Targets(compress(every, ~self.empty))
+        self.targets, self.counted = changing.different, every.counted
+        self._there, self._tensors = every.there, every.moving
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+
+    @cached_property
+    def every(self) -> Targets:
+        return self.fits[0].targets if len(self.fits) == 1 else Targets(chain(*[one.targets for one in self.fits]))
+
+    @property
+    def operations(self) -> set[Operation]:
+        """What the patches do."""
+        ids = {own for one in self.fits for own in one.rows["operation"].tobytes()}  # a byte each
+        return {OPERATIONS.by_id[own] for own in ids}
 
     def span(self, number: int) -> slice:
         """The bytes of a layer's room that belong to a patch."""
@@ -95,6 +120,40 @@ class Held:
         for target in self._there:
             if not target.is_there():
                 raise target.moved_error()
+
+
+class _Patches(Sequence[Patch]):
+    """The patches of a delta: most work is on all of them, by columns."""
+
+    def __init__(self, fits: Sequence[FitColumns], datas: Sequence[Any]) -> None:
+        self._fits, self._datas = fits, datas
+        self._made: list[Patch | None] = [None] * len(datas)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    @overload
+    def __getitem__(self, number: int) -> Patch: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Patch]: ...
+    def __getitem__(self, number: int | slice) -> Patch | list[Patch]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        found = self._made[number]
+        if found is None:
+            at = number
+            for one in self._fits:
+                if at < len(one):
+                    break
+                at -= len(one)
+            found = Patch(one.targets[at], one.record(at), one.dtypes[at], self._datas[number])
+            self._made[number] = found
+        return found
+
+
+def together(columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Columns of several files, one after the other."""
+    return columns[0] if len(columns) == 1 else np.concatenate([*columns, np.zeros(0, np.int64)])
 
 
 class Layer:

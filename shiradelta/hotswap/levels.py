@@ -36,8 +36,7 @@ def planned(wanted: Strengths, adapters: Mapping[str, Loaded]) -> list[Strengths
             strength than 1 or with other adapters than those that it was made for.
     """
     for name, strength in wanted.items():
-        operations = (patch.record.operation for patch in adapters[name].patches())
-        check_strength(f"adapter {name!r}", strength, operations)
+        check_strength(f"adapter {name!r}", strength, adapters[name].operations)
     levels = _levels({name: float(strength) for name, strength in wanted.items()}, adapters)
     for level in levels:
         digests: dict[bytes, str] = {}

@@ -8,10 +8,9 @@ from typing import NamedTuple
 from shiradelta.backends.libshd.decoder import LoadedTensor, NativeDecoder, apply_sum
 from shiradelta.backends.libshd.encoder import fingerprint
 from shiradelta.format.arithmetic import Array, Positions
-from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.fits import Fits
 from shiradelta.hotswap.layers import Held, Layer, LayerPatch, Patch, Stack, only_strengths_differ, stacks_of
 from shiradelta.hotswap.numpy import NumpyBackend, elements, held_as_stored
-from shiradelta.hotswap.protocol import Fit
 from shiradelta.io.reader import StoredTensor
 from shiradelta.util.threads import map_in_threads
 
@@ -28,19 +27,19 @@ class NativeBackend(NumpyBackend):
 
     name = "libshd"
 
-    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
+    def hold(self, files: Sequence[Fits]) -> Held:
         """Loading a tensor checks all of it; the files' bytes stay, compressed."""
 
-        def load(fit: Fit) -> Patch:
-            tensor, target, dtype = fit
+        def load(tensor: StoredTensor) -> _Data:
             decoder, loaded = tensor.decoder, None
             if not isinstance(decoder, NativeDecoder):
                 tensor.check()
             elif tensor.nnz:
                 loaded = LoadedTensor(decoder, tensor.record)
-            return Patch(target, tensor.record, dtype, _Data(tensor, loaded))
+            return _Data(tensor, loaded)
 
-        return held_as_stored(map_in_threads(load, [fit for _, tensors in files for fit in tensors]))
+        tensors = [tensor for one in files for tensor, _, _ in one.fits()]
+        return held_as_stored(files, map_in_threads(load, tensors))
 
     def positions(self, patch: Patch) -> Positions:
         held: _Data = patch.data

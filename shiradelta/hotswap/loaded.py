@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shiradelta.errors import ArgumentError
-from shiradelta.format.record import Record
-from shiradelta.hotswap.layers import Held, Patch
+from shiradelta.format.operations import Operation
+from shiradelta.format.table import Table
+from shiradelta.hotswap.fits import FitColumns
+from shiradelta.hotswap.layers import Held
 from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.hotswap.reports import LoadReport
 from shiradelta.hotswap.sections import Reading
-from shiradelta.hotswap.shares import Shares
+from shiradelta.hotswap.shares import Share, Shares
 from shiradelta.hotswap.transcode import InPieces
 from shiradelta.models.live import Target
 
@@ -27,8 +29,9 @@ class Loaded:
         digest: of the file.
         held: the deltas, as the backends hold them.
         parts: the file's deltas of tensors that are in parts; `held` has them for each weight.
-        records: the file's tensors.
-        nonzeros: how many there are in each share that this process has of them.
+        table: the file's table.
+        whole: its tensors that are whole in this process.
+        nonzeros: how many there are in each share that this process has of the other ones.
         report: what `load` found.
         label: the file, for messages.
         readings: what this process has read of tensors that several processes share.
@@ -39,7 +42,8 @@ class Loaded:
     digest: bytes
     held: Mapping[LiveBackend, Held]
     parts: Sequence[InPieces]
-    records: Mapping[str, Record]
+    table: Table
+    whole: FitColumns
     nonzeros: Shares[int]
     report: LoadReport
     label: str
@@ -58,14 +62,24 @@ class Loaded:
         report = replace(self.report, beneath=together(beneath) if is_successor else {})
         return replace(self, beneath=beneath, is_successor=is_successor, report=report)
 
-    def patches(self) -> Iterator[Patch]:
-        """The patches on all devices."""
-        return (patch for held in self.held.values() for patch in held.patches)
+    @property
+    def operations(self) -> set[Operation]:
+        """What the deltas do."""
+        return set().union(*(held.operations for held in self.held.values()))
+
+    def all_nonzeros(self) -> Shares[int]:
+        """How many nonzeros there are in each share that this process has of the file's tensors."""
+        names, nonzeros = self.table.names, self.whole.nonzeros.tolist()
+        whole: dict[str, Mapping[Share, int]] = {
+            names[number]: {(): nnz} for number, nnz in zip(self.whole.numbers.tolist(), nonzeros, strict=True)
+        }
+        return {**whole, **self.nonzeros}
 
 
-def targets_of(adapters: Iterable[Loaded]) -> set[Target]:
+def targets_of(adapters: Iterable[Loaded]) -> frozenset[Target]:
     """The tensors that adapters change."""
-    return {patch.target for adapter in adapters for patch in adapter.patches()}
+    every = {held.every.different for adapter in adapters for held in adapter.held.values()}
+    return every.pop() if len(every) == 1 else frozenset().union(*every)
 
 
 def together(levels: Iterable[Strengths]) -> dict[str, float]:

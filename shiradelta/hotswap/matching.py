@@ -65,14 +65,14 @@ def match(
             tensor.
         ArgumentError: a pattern matches no tensor that would be refused without it.
     """
-    mapped = {name: other for name in delta if (other := _mapped(names, name)) is not None}
+    renamed = {name: other for name in delta if (other := mapped(names, name)) is not None}
     restructured = {name for name, tensor in delta.items() if tensor.operation.restructures}
-    wanted = {other: delta[name].shape for name, other in mapped.items() if name not in restructured}
-    searched = _find(wanted, targets, {other: name for name, other in mapped.items()}, skip)
+    wanted = {other: delta[name].shape for name, other in renamed.items() if name not in restructured}
+    searched = _find(wanted, targets, {other: name for name, other in renamed.items()}, skip)
     found = searched.names
     matched: dict[str, str] = {}
     refused: list[str] = []
-    for name, other in mapped.items():
+    for name, other in renamed.items():
         if other not in found or name in restructured:
             refused.append(name)
         else:
@@ -91,9 +91,9 @@ def match(
                 " does not allow; use shiradelta.apply on its folder and load that, or leave the tensor out with skip="
             )
     missing = [name for name in refused if name not in matched and name not in allowed]
-    unclear = [name for name in (missing if matched else mapped) if mapped[name] in searched.unclear]
+    unclear = [name for name in (missing if matched else renamed) if renamed[name] in searched.unclear]
     if unclear:
-        why = searched.unclear[mapped[unclear[0]]]
+        why = searched.unclear[renamed[unclear[0]]]
         raise BaseMismatchError(f"{label}: {why} of the model; map the names with HotSwap(model, names=...)")
     if missing or not matched:
         few = missing or list(delta)
@@ -129,7 +129,8 @@ def _find(wanted: Named, targets: Mapping[str, Target], own: Mapping[str, str], 
     return search_the_rest(wanted, search, lambda name: matches(skip, own[name]))
 
 
-def _mapped(names: Names | None, name: str) -> str | None:
+def mapped(names: Names | None, name: str) -> str | None:
+    """The model's name of a file's tensor; None to leave it out."""
     return names(name) if callable(names) else (names or {}).get(name, name)
 
 
@@ -148,6 +149,19 @@ def _allowed(label: str, refused: Sequence[str], skip: Sequence[str]) -> set[str
             )
         allowed |= matching
     return allowed
+
+
+class Apart:
+    """Tensors that share no memory, as far as was looked."""
+
+    def __init__(self) -> None:
+        self._known: frozenset[Target] = frozenset()
+
+    def check(self, label: str, targets: frozenset[Target]) -> None:
+        """`check_overlaps`, unless it is known of these tensors."""
+        if not targets <= self._known:
+            check_overlaps(label, targets)
+            self._known = targets
 
 
 def check_overlaps(label: str, targets: Iterable[Target]) -> None:

@@ -11,8 +11,9 @@ from shiradelta.format import arithmetic, registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.elementwise import Elementwise
+from shiradelta.hotswap.fits import Fits
 from shiradelta.hotswap.layers import Held, Layer, Patch, patches_on
-from shiradelta.hotswap.protocol import Fit, Part
+from shiradelta.hotswap.protocol import Part
 from shiradelta.io.reader import StoredTensor
 from shiradelta.io.restored import Elements, InMemory
 from shiradelta.models.live import Target
@@ -33,12 +34,12 @@ class NumpyBackend(Elementwise):
     def all_elements(self, target: Target) -> Elements:
         return InMemory(host_bits(target))
 
-    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
+    def hold(self, files: Sequence[Fits]) -> Held:
         """Keeps the files' bytes, compressed."""
-        fits = [fit for _, tensors in files for fit in tensors]
-        for tensor, _, _ in fits:
+        tensors = [tensor for one in files for tensor, _, _ in one.fits()]
+        for tensor in tensors:
             tensor.check()
-        return held_as_stored([Patch(target, tensor.record, dtype, tensor) for tensor, target, dtype in fits])
+        return held_as_stored(files, tensors)
 
     def fingerprints(self, held: Held, below: Sequence[Layer]) -> Callable[[], list[int]]:
         """Fingerprints of the base at each patch's positions, on several threads."""
@@ -101,9 +102,11 @@ class NumpyBackend(Elementwise):
         return arithmetic.fingerprint(positions, bits)
 
 
-def held_as_stored(patches: Sequence[Patch]) -> Held:
-    """Wraps patches whose sections stay as stored in the file."""
-    return Held(patches, sum(patch.record.index.stored + patch.record.values.stored for patch in patches))
+def held_as_stored(files: Sequence[Fits], datas: Sequence[Any]) -> Held:
+    """Wraps patches whose sections stay as stored in the files, with what they are decoded from."""
+    fits = [one.columns for one in files]
+    stored = sum(int(one.rows["index_stored"].sum() + one.rows["values_stored"].sum()) for one in fits)
+    return Held(fits, datas, stored)
 
 
 def elements(target: Target) -> Array:

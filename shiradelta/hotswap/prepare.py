@@ -5,25 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shiradelta.backends.choose import AUTO, FILE_BACKENDS
 from shiradelta.errors import FormatError
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.format.record import Record, Section
+from shiradelta.format.record import Record
 from shiradelta.hotswap.devices import Devices
+from shiradelta.hotswap.fits import Fit, FitColumns, Fits, Targets
 from shiradelta.hotswap.loaded import Loaded
-from shiradelta.hotswap.matching import Names, check_target, match, only_these
+from shiradelta.hotswap.matching import Names, check_target, mapped, match, only_these
 from shiradelta.hotswap.on_base import are_read_there, naming_file, plain_bytes
-from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.reading import PartlyRead, read_whole
 from shiradelta.hotswap.reports import LoadReport
 from shiradelta.hotswap.sections import can_be_shared, read_shared
-from shiradelta.hotswap.shares import Share
+from shiradelta.hotswap.shares import Shares
 from shiradelta.hotswap.transcode import InPieces, take_apart
 from shiradelta.io.reader import Delta, Source, StoredTensor, open_delta
 from shiradelta.io.recognise import explain_refusal
@@ -34,6 +36,27 @@ from shiradelta.models.sharded import Rows, rows_of
 from shiradelta.models.views import show_nothing
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import local_with_signature
+
+#: Number of kinds of files for which a session remembers what fits: those that it has seen last.
+_KNOWN = 4
+
+
+class Matched(NamedTuple):
+    """What a file's names and shapes are in a model.
+
+    Attributes:
+        every: the file's names -> the model's.
+        unmatched: the file's names that are left out, since the model does not have them.
+        matched: those of `every` that are to be loaded.
+        targets: the file's names of these -> the model's tensors.
+        checked: what `check_target` has allowed: numbers in the table, targets and their dtypes.
+    """
+
+    every: Mapping[str, str]
+    unmatched: tuple[str, ...]
+    matched: Mapping[str, str]
+    targets: Mapping[str, Target]
+    checked: dict[tuple[bytes, bool], tuple[NDArray[np.int64], Targets, Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,7 @@ class Preparation:
     names: Names | None
     backend: str
     devices: Devices
+    _known: dict[tuple[object, ...], Matched] = field(default_factory=dict)
 
     def read(
         self,
@@ -110,57 +134,78 @@ class Preparation:
         """
         choice = self.backend if self.backend in FILE_BACKENDS else AUTO
         delta = open_delta(data, choice, limit=limit)
-        tensors = dict(delta)
-        every, unmatched = match(tensors, self.targets, self.names, label, skip)
-        matched = only_these(label, every, only)
-        targets = {own: self.targets[other].in_form(tensors[own].shape) for own, other in matched.items()}
-        shared = {} if delta.needs_base or delta.packed else _shared(tensors, targets)
+        names = self._matched(label, delta, skip, only)
+        shared = {}
+        if self._has_parts_only and not (delta.needs_base or delta.packed):
+            shared = _shared(delta, names.targets)
         if partly is not None and not delta.packed:
-            here = (own for own in targets if own not in shared and not _is_elsewhere(targets[own]))
-            partly.read(tensors[own].record for own in (tensors if delta.needs_base else here))
+            here = (own for own, target in names.targets.items() if own not in shared and not _is_elsewhere(target))
+            partly.read(delta[own].record for own in (delta if delta.needs_base else here))
         readings = read_shared(shared, data, partly.read_spans if partly is not None else lambda spans: None)
         plain = delta.unpacked
         if delta.needs_base:
             need_weights()
-        if delta.needs_base and not are_read_there(tensors, every, self.targets, self.devices):
-            plain = plain_bytes(label, delta, every, self.targets, self.devices, allow_dtype)
+        if delta.needs_base and not are_read_there(delta, names.every, self.targets, self.devices):
+            plain = plain_bytes(label, delta, names.every, self.targets, self.devices, allow_dtype)
         if plain is not None:
             _, data = read_whole(plain, self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)
-            tensors = dict(delta)
-        wanted = tensors if only is None else matched
-        delta.check_memory("all of it", sum(tensors[own].record.unpacked_size for own in wanted))
-        fits: dict[Target, tuple[StoredTensor, str]] = {}
-        for own, target in targets.items():
-            tensor = tensors[own]
-            where = f"{label}: tensor {own!r}"
-            dtype = check_target(where, tensor, target, allow_dtype)
-            first, _ = fits.setdefault(target, (tensor, dtype))
-            check_tied(where, first, tensor, "untie the model before loading")
-        whole = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is None]
-        parts = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is not None]
-        nonzeros: dict[str, Mapping[Share, int]] = {tensor.record.name: {(): tensor.nnz} for tensor, _, _ in whole}
-        files: list[tuple[Bytes, Sequence[Fit]]] = [(data, whole)]
+        delta.check_memory("all of it", delta.table.unpacked_size(None if only is None else names.matched))
+        whole, parts = self._fits(label, delta, names, allow_dtype)
+        nonzeros: Shares[int] = {}
+        files = [Fits(data, delta, whole)]
         if parts:
-            transcoded = take_apart(label, parts, fits, choice, self.devices.buffer, readings)
-            nonzeros.update(transcoded.nonzeros)
-            files = [(transcoded.data, transcoded.fits)]
-            if whole:
-                files.append(_alone(data, whole, delta, choice, limit))
+            every = [*Fits(data, delta, whole).fits(), *parts]
+            others = {target: (tensor, dtype) for tensor, target, dtype in every}
+            transcoded = take_apart(label, parts, others, choice, self.devices.buffer, readings)
+            nonzeros = transcoded.nonzeros
+            files = [transcoded.fits, *(_alone(one, choice, limit) for one in files if len(whole))]
         with naming_file(label):
             held = self.devices.hold(files)
-        records = {tensor.record.name: tensor.record for tensor, _ in fits.values()}
         report = LoadReport(
             name,
-            matched,
-            unmatched,
+            names.matched,
+            names.unmatched,
             unchecked=(),
-            nonzeros=sum(record.nnz for record in records.values()),
+            nonzeros=int(whole.nonzeros.sum()) + sum(tensor.nnz for tensor, _, _ in parts),
             nbytes=sum(one.nbytes for one in held.values()),
             transcoded=len(parts),
         )
         pieces = [InPieces(tensor.record, target, dtype) for tensor, target, dtype in parts]
-        return Loaded(bytes.fromhex(delta.digest), held, pieces, records, nonzeros, report, label, readings)
+        return Loaded(bytes.fromhex(delta.digest), held, pieces, delta.table, whole, nonzeros, report, label, readings)
+
+    def _matched(self, label: str, delta: Delta, skip: Sequence[str], only: Sequence[str] | None) -> Matched:
+        """The model's tensors of a file's; made once for files whose tensors have the same names and shapes."""
+        renamed = None if self.names is None else tuple(mapped(self.names, name) for name in delta)
+        key = delta.table.target_key, renamed, tuple(skip), None if only is None else tuple(only)
+        if key not in self._known:
+            every, unmatched = match(delta, self.targets, self.names, label, skip)
+            chosen = only_these(label, every, only)
+            shapes = {own: delta[own].shape for own in chosen}
+            targets = {own: self.targets[other].in_form(shapes[own]) for own, other in chosen.items()}
+            if len(self._known) >= _KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[key] = Matched(every, unmatched, chosen, targets, {})
+        return self._known[key]
+
+    def _fits(self, label: str, delta: Delta, names: Matched, allow_dtype: bool) -> tuple[FitColumns, list[Fit]]:
+        """Checks tensors against the model's: (those of whole tensors, those of tensors in parts), one a target."""
+        key = delta.table.target_key, allow_dtype
+        if key in names.checked:
+            return FitColumns(delta.table, *names.checked[key]), []
+        fits: dict[Target, tuple[StoredTensor, str]] = {}
+        for own, target in names.targets.items():
+            tensor = delta[own]
+            where = f"{label}: tensor {own!r}"
+            dtype = check_target(where, tensor, target, allow_dtype)
+            first, _ = fits.setdefault(target, (tensor, dtype))
+            check_tied(where, first, tensor, "untie the model before loading")
+        parts = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is not None]
+        whole = [(tensor, target, dtype) for target, (tensor, dtype) in fits.items() if target.extent is None]
+        columns = FitColumns.of(delta, whole)
+        if not parts and len(fits) == len(names.targets):  # no other check depends on more than names and shapes
+            names.checked[key] = columns.numbers, columns.targets, columns.dtypes
+        return columns, parts
 
 
 def _is_elsewhere(target: Target) -> bool:
@@ -174,29 +219,26 @@ def _rows(target: Target) -> Rows | None:
     return rows_of(target.holder, [view for _, view in target.parts]) if is_whole else None
 
 
-def _shared(tensors: Mapping[str, StoredTensor], targets: Mapping[str, Target]) -> dict[str, tuple[Record, Rows]]:
+def _shared(delta: Delta, targets: Mapping[str, Target]) -> dict[str, tuple[Record, Rows]]:
     """The tensors that processes read together: the same ones in all processes that have rows of them."""
     found: dict[str, tuple[Record, Rows]] = {}
     for own, target in targets.items():
         rows = _rows(target)
-        if rows is not None and can_be_shared(tensors[own].record):
-            found[own] = tensors[own].record, rows
+        if rows is not None and can_be_shared(delta[own].record):
+            found[own] = delta[own].record, rows
     return found
 
 
-def _alone(
-    data: Bytes, fits: Sequence[Fit], delta: Delta, backend: str, limit: int | str | None
-) -> tuple[Bytes, list[Fit]]:
+def _alone(fits: Fits, backend: str, limit: int | str | None) -> Fits:
     """A file in which only the tables and these tensors take memory, so that the others' can be given back."""
+    data, delta, columns = fits
     kept = np.zeros(data.size, np.uint8)  # pages that nobody writes take none
-    starts = [section.offset for tensor in delta.values() for section in _sections(tensor) if section.stored]
+    starts = [section.offset for record in delta.table for section in (record.index, record.values) if section.stored]
     spans = [(0, min(starts, default=data.size))]
-    spans += [(section.offset, section.end) for tensor, _, _ in fits for section in _sections(tensor)]
+    for number in columns.numbers.tolist():
+        record = delta.table[number]
+        spans += [(section.offset, section.end) for section in (record.index, record.values)]
     for start, end in spans:
         kept[start:end] = data[start:end]
     same = open_delta(kept, backend, limit=limit)
-    return kept, [(same[tensor.record.name], target, dtype) for tensor, target, dtype in fits]
-
-
-def _sections(tensor: StoredTensor) -> tuple[Section, Section]:
-    return tensor.record.index, tensor.record.values
+    return Fits(kept, same, replace(columns, table=same.table))

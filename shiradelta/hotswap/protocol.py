@@ -13,14 +13,11 @@ from typing import Any, NamedTuple, Protocol
 from shiradelta.format.arithmetic import Array as Bits
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes
+from shiradelta.hotswap.fits import Fits
 from shiradelta.hotswap.layers import Array, Held, Layer, Patch, Stack
-from shiradelta.io.reader import StoredTensor
 from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
 from shiradelta.models.views import View
-
-#: A delta, the tensor that it changes, and the dtype of the tensor's elements.
-Fit = tuple[StoredTensor, Target, str]
 
 
 class Part(NamedTuple):
@@ -76,11 +73,11 @@ class LiveBackend(Protocol):
     def all_elements(self, target: Target) -> Elements:
         """All elements of a tensor, row by row, for a delta that is read with them only."""
 
-    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
+    def hold(self, files: Sequence[Fits]) -> Held:
         """Checks deltas completely and copies them, compressed, to where the targets are.
 
         Args:
-            files: (a file in memory from `buffer`, which nobody changes; deltas in it).
+            files: files in memory from `buffer`, with tensors to load.
 
         Raises:
             FormatError: a section is damaged, or the weights are not the base that it is read with.

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shiradelta.backends.choose import AUTO, choose
 from shiradelta.format import registry
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
-from shiradelta.format.codecs.packing import field_words
-from shiradelta.format.record import Record, Section
+from shiradelta.format.record import Section
 from shiradelta.format.registry import IndexId
 from shiradelta.format.zstd import unzstd
-from shiradelta.io.reader import StoredTensor
-from shiradelta.util.rows import rows_of
+from shiradelta.hotswap.fits import FitColumns
+from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.util.threads import map_in_threads
 
 NOTHING: Bytes = np.zeros(0, np.uint8)
 _RICE = int(IndexId.RICE)
-#: Makes a NamedTuple from all of its fields in half the time.
-_new = tuple.__new__
+#: `registry.RICE_HEAD` for NumPy.
+_HEAD = np.dtype([("k", "u1"), ("zero", "u1", (7,)), ("unary_bits", "<u8")])
+assert _HEAD.itemsize == registry.RICE_HEAD.size
 
 
 class SectionPart(NamedTuple):
@@ -77,88 +77,115 @@ class Resident(NamedTuple):
         if start == stop:
             return cls(positions, values, 0, 0)
         assert isinstance(source, np.ndarray)
-        return _new(cls, (positions, values, *registry.RICE_HEAD.unpack_from(source.data, start)))
+        return cls(positions, values, *registry.RICE_HEAD.unpack_from(source.data, start))
 
 
-class Sections(NamedTuple):
-    """A patch's sections on the device.
+class SectionParts(NamedTuple):
+    """Sections, as columns.
 
     Attributes:
-        buffer: uint8, with the sections of all patches of a delta.
-        codec: that of the values; it differs from the file's if the device cannot decode that.
-        index_at: where the index is in the buffer.
-        index_size: its bytes.
-        values_at: where the values are.
-        values_size: their bytes.
-        k: RICE's.
-        unary_bits: RICE's.
-        low: the offset of the low bits in the index.
-        unary: the offset of the unary part in the index.
-        codes: the offset of the codes in the values.
+        sources: what they are in.
+        which: the number of each one's source, int64 [n].
+        starts: the first byte of each there, int64 [n].
+        stops: the byte after its last, int64 [n].
     """
 
-    buffer: torch.Tensor
-    codec: TorchDecoder
-    index_at: int
-    index_size: int
-    values_at: int
-    values_size: int
-    k: int
-    unary_bits: int
-    low: int
-    unary: int
-    codes: int
+    sources: Sequence[Bytes | torch.Tensor]
+    which: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
 
-    @property
-    def index_bytes(self) -> torch.Tensor:
-        """uint8."""
-        return self.buffer[self.index_at : self.index_at + self.index_size]
+    @classmethod
+    def of(cls, parts: Sequence[SectionPart]) -> SectionParts:
+        """The columns of sections."""
+        sources = list({id(part.source): part.source for part in parts}.values())
+        number_of = {id(source): number for number, source in enumerate(sources)}
+        rows = [(number_of[id(source)], start, stop) for source, start, stop in parts]
+        return cls(sources, *np.array(rows, np.int64).reshape(-1, 3).T)
 
-    @property
-    def values_bytes(self) -> torch.Tensor:
-        """uint8."""
-        return self.buffer[self.values_at : self.values_at + self.values_size]
-
-
-def sections_of(
-    buffer: torch.Tensor,
-    every: Sequence[Resident],
-    starts: Sequence[int],
-    records: Sequence[Record],
-    codecs: Sequence[TorchDecoder],
-) -> list[Sections]:
-    """The sections of patches, given where their indices and values start in the buffer, by turns."""
-    rows = [
-        (index.stop - index.start, values.stop - values.start, k, unary_bits, record.nnz, prod(record.shape))
-        for (index, values, k, unary_bits), record in zip(every, records, strict=True)
-    ]
-    columns: Any = np.array(rows, np.int64).reshape(-1, 6).T  # functions of one number take a column
-    sizes, values_sizes, k, unary_bits, nnz, numel = columns
-    low = registry.RICE_HEAD.size + -(-unary_bits // registry.BLOCK_BITS) * 2 * registry.word_size(numel)
-    codes = np.zeros_like(nnz)
-    for codec in set(codecs):
-        own = np.array([one is codec for one in codecs], np.bool_)
-        codes[own] = codec.codes_at(nnz[own])
-    numbers = sizes, starts[1::2], values_sizes, k, unary_bits, low, low + 4 * field_words(nnz, k), codes
-    columns = [np.asarray(column).tolist() for column in (starts[::2], *numbers)]
-    return rows_of(Sections, [buffer] * len(every), codecs, *columns)
+    def joined(self, gap: int) -> tuple[list[SectionPart], NDArray[np.int64]]:
+        """(neighbours in one part, where they are padded to multiples of `gap`; the number of that of each)."""
+        before: Any = self.stops[:-1]  # functions of one number take a column
+        begins = np.ones(self.which.size, np.bool_)
+        begins[1:] = (self.which[1:] != self.which[:-1]) | (self.starts[1:] != registry.align(before, gap))
+        first = np.flatnonzero(begins)
+        last = np.append(first[1:], begins.size) - 1 if first.size else first
+        rows = self.which[first].tolist(), self.starts[first].tolist(), self.stops[last].tolist()
+        parts = [SectionPart(self.sources[which], start, stop) for which, start, stop in zip(*rows, strict=True)]
+        return parts, np.cumsum(begins) - 1
 
 
-def residents(tensors: Sequence[tuple[Bytes, StoredTensor, TorchDecoder]]) -> list[Resident]:
-    """The sections of (file, tensor, codec of the values on the device): where the file has them so, or new bytes."""
-    found = [_where(source, tensor.record, codec) for source, tensor, codec in tensors]
-    new = [one for one, pair in zip(tensors, found, strict=True) if pair is None]
-    made = iter(map_in_threads(lambda one: (_index(one[0], one[1]), _values(*one)), new))
-    return [Resident.of(*(pair or next(made))) for pair in found]
+class Residents(NamedTuple):
+    """The sections of patches, and what the heads of their indices say, as columns.
+
+    Attributes:
+        parts: the positions and the values of each patch, by turns [2 n].
+        k: RICE's, int64 [n].
+        unary_bits: RICE's, int64 [n].
+    """
+
+    parts: SectionParts
+    k: NDArray[np.int64]
+    unary_bits: NDArray[np.int64]
+
+    @classmethod
+    def stored(cls, source: Bytes, fits: FitColumns) -> Residents:
+        """Those that are in a file as the device keeps them."""
+        rows = fits.rows
+        names = ("index_at", "index_stored"), ("values_at", "values_stored")
+        starts = np.column_stack([rows[at] for at, _ in names]).astype(np.int64)
+        stops = starts + np.column_stack([rows[size] for _, size in names]).astype(np.int64)
+        parts = SectionParts([source], np.zeros(starts.size, np.int64), starts.reshape(-1), stops.reshape(-1))
+        heads = np.zeros(len(fits), _HEAD)
+        some = np.flatnonzero(rows["index_stored"])  # a patch without nonzeros has no head
+        heads.view(np.uint8).reshape(-1, _HEAD.itemsize)[some] = source[starts[some, :1] + np.arange(_HEAD.itemsize)]
+        # A section may turn out to be damaged: what is planned of it meanwhile must not take all memory.
+        unary_bits = np.minimum(heads["unary_bits"], 8 * rows["index_stored"])
+        return cls(parts, heads["k"].astype(np.int64), unary_bits.astype(np.int64))
+
+    @classmethod
+    def of(cls, every: Sequence[Resident]) -> Residents:
+        """The columns of these."""
+        heads = np.array([one[2:] for one in every], np.int64).reshape(-1, 2).T
+        return cls(SectionParts.of([part for one in every for part in one[:2]]), *heads)
+
+    @classmethod
+    def together(cls, every: Sequence[Residents], order: NDArray[np.int64]) -> Residents:
+        """Several, one after the other, and then in this order."""
+        if len(every) == 1:
+            return every[0]
+        before = np.cumsum([0, *(len(one.parts.sources) for one in every)]).tolist()
+        which = np.concatenate([one.parts.which + at for one, at in zip(every, before, strict=False)])
+        both = (2 * order[:, None] + [0, 1]).reshape(-1)
+        starts, stops = (np.concatenate([getattr(one.parts, name) for one in every]) for name in ("starts", "stops"))
+        sources = [source for one in every for source in one.parts.sources]
+        k, unary_bits = (np.concatenate([getattr(one, name) for one in every])[order] for name in ("k", "unary_bits"))
+        return cls(SectionParts(sources, which[both], starts[both], stops[both]), k, unary_bits)
 
 
-def _where(source: Bytes, record: Record, codec: TorchDecoder) -> tuple[SectionPart, SectionPart] | None:
-    """Where the file has a tensor's sections as the device keeps them; None where it does not."""
-    (at, size, _, _, zstd), (values_at, values_size, _, _, values_zstd) = record.index, record.values
-    as_stored = record.index_codec == _RICE and record.value_codec == codec.id and not (zstd or values_zstd)
-    if not as_stored and record.nnz:
-        return None
-    return _new(SectionPart, (source, at, at + size)), _new(SectionPart, (source, values_at, values_at + values_size))
+def residents(source: Bytes, delta: Delta, fits: FitColumns, codecs: Sequence[TorchDecoder]) -> Residents:
+    """The sections of tensors that need no base: where the file has them so, or new bytes.
+
+    Args:
+        source: the file.
+        delta: the same, open.
+        fits: the tensors.
+        codecs: those of each one's values on the device.
+    """
+    rows = fits.rows
+    ids = np.array([codec.id for codec in codecs], np.int64)
+    as_stored = (rows["index_codec"] == _RICE) & (rows["value_codec"] == ids) & ~fits.table.zstd[fits.numbers]
+    as_stored |= fits.nonzeros == 0
+    if as_stored.all():
+        return Residents.stored(source, fits)
+    kept, others = np.flatnonzero(as_stored), np.flatnonzero(~as_stored)
+    tensors = [(source, delta[delta.table.names[number]]) for number in fits.numbers[others].tolist()]
+    made = map_in_threads(
+        lambda one: Resident.of(_index(*one[0]), _values(*one[0], one[1])),
+        [(tensor, codecs[number]) for tensor, number in zip(tensors, others.tolist(), strict=True)],
+    )
+    every = [Residents.stored(source, fits.some(kept)), Residents.of(made)]
+    return Residents.together(every, np.argsort(np.concatenate([kept, others])))
 
 
 def _index(source: Bytes, tensor: StoredTensor) -> SectionPart:

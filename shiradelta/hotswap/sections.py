@@ -24,6 +24,7 @@ from shiradelta.format.codecs.rice import Blocks, blocks_between
 from shiradelta.format.header import crc32
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import RICE_HEAD, IndexId
+from shiradelta.format.table import Table
 from shiradelta.models.sharded import Rows
 from shiradelta.util.threads import map_in_threads
 
@@ -146,20 +147,20 @@ def _read_rows(record: Record, rows: Rows, data: Bytes, read: ReadSpans) -> Read
     return Reading(index.chunks(), values.chunks(), found.blocks)
 
 
-def check_together(label: str, every: Sequence[Mapping[str, Reading]], records: Mapping[str, Record]) -> None:
+def check_together(label: str, every: Sequence[Mapping[str, Reading]], table: Table) -> None:
     """Checks what all processes have read of the tensors that they share.
 
     Args:
         label: the file, for messages.
         every: the readings of each process, by tensor.
-        records: the file's tensors.
+        table: the file's table.
 
     Raises:
         FormatError: a section is damaged.
     """
     for name in dict.fromkeys(name for readings in every for name in readings):
         some = [readings[name] for readings in every if name in readings]
-        record = records[name]
+        record = table.named(name)
         for section, chunks in (
             (record.index, [one.positions for one in some]),
             (record.values, [one.values for one in some]),

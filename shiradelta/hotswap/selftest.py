@@ -208,8 +208,8 @@ def _tested(adapters: Iterable[Loaded]) -> Mapping[str, tuple[str, Shape]]:
     found: dict[str, tuple[str, Shape]] = {}
     for adapter in adapters:
         for stored, name in adapter.report.matched.items():
-            if adapter.records[stored].nnz:
-                found.setdefault(name, (stored, adapter.records[stored].shape))
+            if (record := adapter.table.named(stored)).nnz:
+                found.setdefault(name, (stored, record.shape))
     return found
 
 

@@ -17,7 +17,7 @@ from shiradelta.hotswap.devices import Streams, devices_for
 from shiradelta.hotswap.distributed import Distribution
 from shiradelta.hotswap.layers import different_tensors
 from shiradelta.hotswap.loaded import Loaded, Strengths, changed_strengths, check_loaded, targets_of, without
-from shiradelta.hotswap.matching import Names, check_overlaps
+from shiradelta.hotswap.matching import Apart, Names
 from shiradelta.hotswap.outside import NO_COPIES, Watch, survive_forks
 from shiradelta.hotswap.patched import PatchedWeights
 from shiradelta.hotswap.prepare import Preparation
@@ -104,6 +104,7 @@ class HotSwap(SelfTested):
         self._preparation = Preparation(self._targets, names, backend, self._devices)
         self._adapters: dict[str, Loaded] = {}
         self._lock = threading.RLock()  # of the thread that uses the session
+        self._apart = Apart()
         self._watch = Watch(model)
         self._fit = partial(fit_of, self._preparation, self._ranks, self._watch)
         self._weights = PatchedWeights(self._devices, self._watch, self._ranks)
@@ -254,7 +255,7 @@ class HotSwap(SelfTested):
             def check_model() -> None:
                 self._weights.check_usable()
                 self._free_name(name)
-                check_overlaps(adapter.label, targets_of([adapter, *self._adapters.values()]))
+                self._apart.check(adapter.label, targets_of([adapter, *self._adapters.values()]))
                 self._watch.check()
 
             self._ranks.agree(what, check_model)

@@ -6,11 +6,11 @@ of the same elements, which count once; others have no element in common.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from shiradelta.errors import BaseMismatchError
-from shiradelta.format.record import Record
+from shiradelta.format.table import Table
 from shiradelta.models.views import Box, View
 
 #: The boxes that choose a share's elements; none if it has all.
@@ -26,12 +26,14 @@ def share_of(views: Sequence[View]) -> Share:
     return boxes[:-1]  # wherever it has them
 
 
-def together(every: Iterable[Shares[KnownT]]) -> dict[str, dict[Share, KnownT]]:
+def together(every: Sequence[Shares[KnownT]]) -> Shares[KnownT]:
     """The shares of several processes.
 
     Raises:
         BaseMismatchError: what is known of two copies differs.
     """
+    if len(every) == 1:
+        return every[0]
     found: dict[str, dict[Share, KnownT]] = {}
     for shares in every:
         for name, known in shares.items():
@@ -52,19 +54,19 @@ def add(found: dict[Share, KnownT], name: str, share: Share, known: KnownT) -> N
         )
 
 
-def check_whole(label: str, nonzeros: Shares[int], records: Mapping[str, Record]) -> None:
+def check_whole(label: str, nonzeros: Shares[int], table: Table) -> None:
     """Checks that every nonzero has its place in memory.
 
     Args:
         label: the file, for messages.
         nonzeros: how many there are of each tensor, in all processes.
-        records: the file's tensors.
+        table: the file's table.
 
     Raises:
         BaseMismatchError: a nonzero has no place, or has one in shares that are not copies.
     """
     for name, shares in nonzeros.items():
-        wanted, found = records[name].nnz, sum(shares.values())
+        wanted, found = table.named(name).nnz, sum(shares.values())
         if found < wanted:
             raise BaseMismatchError(
                 f"{label}: tensor {name!r} changes {wanted - found:,} elements that are nowhere in memory; give"

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import accumulate
 from operator import call
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import arithmetic, registry
 from shiradelta.format.codecs import BITS, F32, VALUE_CODECS
 from shiradelta.format.codecs.base import Bytes, TorchDecoder, ValueCodec
 from shiradelta.format.codecs.bits import bits_dtype
-from shiradelta.format.record import Record
+from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.registry import ORDERED, Order
 from shiradelta.hotswap.bits_there import fields_at, ones_of
 from shiradelta.hotswap.checks import checks_of
 from shiradelta.hotswap.elementwise import Elementwise
+from shiradelta.hotswap.fits import FitColumns, Fits
 from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
-from shiradelta.hotswap.layers import Held, Layer, Patch
+from shiradelta.hotswap.layers import Held, Layer, Patch, together
 from shiradelta.hotswap.on_device import resident_on_base
-from shiradelta.hotswap.protocol import Fit
-from shiradelta.hotswap.resident import NOTHING, Resident, SectionPart, Sections, residents, sections_of
+from shiradelta.hotswap.resident import Resident, Residents, SectionParts, residents
+from shiradelta.hotswap.section_table import Sections, SectionTable
 from shiradelta.io.reader import StoredTensor
 from shiradelta.io.restored import Elements
 from shiradelta.models.live import Target
@@ -62,21 +66,19 @@ class TorchBackend(Elementwise):
     def all_elements(self, target: Target) -> Elements:
         return ElementsThere(self.from_base, flat(target))
 
-    def hold(self, files: Sequence[tuple[Bytes, Sequence[Fit]]]) -> Held:
+    def hold(self, files: Sequence[Fits]) -> Held:
         """Copies all sections into one buffer on the device, aligned as in a file; other threads check them."""
-        fits = [(source, *fit) for source, tensors in files for fit in tensors]
-        records = [tensor.record for _, tensor, _, _ in fits]
-        codecs = self._resident(records)
-        others = [tensor for _, tensor, _, _ in fits if not tensor.record.needs_base]
+        fits = [one.columns for one in files]
+        without_base = [(one.delta, one.columns.numbers[~one.columns.needs_base]) for one in files]
         try:
-            with meanwhile(call, checks_of(others, THREADS)):
-                every = self._residents(fits, codecs)
-                buffer, starts = self._upload([part for kept in every for part in (kept.positions, kept.values)])
-                sections = sections_of(buffer, every, starts, records, codecs)
-                targets, dtypes = [target for _, _, target, _ in fits], [dtype for *_, dtype in fits]
-                held = Held(list(map(Patch, targets, records, dtypes, sections)), buffer.numel())
+            with meanwhile(call, checks_of(without_base, THREADS)):
+                codecs = [codec for one in fits for codec in self._resident(one)]
+                every = self._residents(files, codecs)
+                buffer, starts = self._upload(every.parts)
+                nnz, numel = together([one.nonzeros for one in fits]), together([one.numel for one in fits])
+                held = Held(fits, SectionTable(buffer, every, starts, nnz, numel, codecs), buffer.numel())
                 self.arrange(held)
-            if len(others) < len(fits):
+            if any(one.needs_base.any() for one in fits):
                 self.check_base(held)
             return held
         finally:
@@ -86,19 +88,24 @@ class TorchBackend(Elementwise):
     def arrange(self, held: Held) -> None:
         """Makes `held.data`, while the sections are checked: no work that reads them may be queued here."""
 
-    def _residents(
-        self, fits: Sequence[tuple[Bytes, StoredTensor, Target, str]], codecs: Sequence[TorchDecoder]
-    ) -> list[Resident]:
+    def _residents(self, files: Sequence[Fits], codecs: Sequence[TorchDecoder]) -> Residents:
         """The sections of tensors as the device keeps them: in the file, new bytes, or made on the device."""
-        every = [(source, tensor, codec) for (source, tensor, _, _), codec in zip(fits, codecs, strict=True)]
-        on_base = [i for i, (_, tensor, _) in enumerate(every) if tensor.record.needs_base]
-        if not on_base:
-            return residents(every)
-        with self.ordered(self.stream(None), reads=True):
-            made = self.read_on_base([(*fits[i][:3], codecs[i]) for i in on_base])
-        there = dict(zip(on_base, made, strict=True))
-        others = iter(residents([one for i, one in enumerate(every) if i not in there]))
-        return [there[i] if i in there else next(others) for i in range(len(every))]
+        made, places, on_base, at = [], [], [], 0
+        for source, delta, fits in files:
+            own, needs_base = codecs[at : at + len(fits)], fits.needs_base
+            chosen = np.flatnonzero(~needs_base)
+            here = fits if chosen.size == len(fits) else fits.some(chosen)
+            made.append(residents(source, delta, here, [own[number] for number in chosen.tolist()]))
+            places += [chosen + at]
+            for number in np.flatnonzero(needs_base).tolist():
+                tensor = delta[delta.table.names[fits.numbers[number]]]
+                on_base.append((at + number, (source, tensor, fits.targets[number], own[number])))
+            at += len(fits)
+        if on_base:
+            with self.ordered(self.stream(None), reads=True):
+                made.append(Residents.of(self.read_on_base([given for _, given in on_base])))
+            places.append(np.array([number for number, _ in on_base]))
+        return Residents.together(made, np.argsort(np.concatenate(places)))
 
     def read_on_base(self, tensors: Sequence[tuple[Bytes, StoredTensor, Target, TorchDecoder]]) -> list[Resident]:
         """Decodes tensors that are read with their base only, and encodes them anew, on the device.
@@ -127,28 +134,19 @@ class TorchBackend(Elementwise):
             if patch.record.needs_base and fingerprint != patch.record.base_fingerprint:
                 raise FormatError("wrong_base", tensor=patch.record.name)
 
-    def _upload(self, parts: Sequence[SectionPart]) -> tuple[Tensor, list[int]]:
+    def _upload(self, parts: SectionParts) -> tuple[Tensor, NDArray[np.int64]]:
         """(a buffer on the device, the offset of each part in it).  Neighbours in a file take one copy.
 
         Keep the parts alive until the copy has finished.
         """
-        copies: list[tuple[int, SectionPart]] = []
-        starts: list[int] = []
-        source: Bytes | Tensor = NOTHING
-        first, stop, at = 0, 0, 0  # the copy that the part before belongs to, and where it goes
-        for part in parts:
-            if part.source is not source or part.start != registry.align(stop, registry.SECTION_ALIGNMENT):
-                copies.append((at, SectionPart(source, first, stop)))
-                at = registry.align(at + stop - first, registry.SECTION_ALIGNMENT)
-                source, first = part.source, part.start
-            starts.append(at + part.start - first)
-            stop = part.stop
-        copies.append((at, SectionPart(source, first, stop)))
-        buffer = torch.empty(at + stop - first, dtype=torch.uint8, device=self.device)
-        for start, part in copies:
+        copies, number_of = parts.joined(registry.SECTION_ALIGNMENT)
+        ends = [0, *accumulate(registry.align(part.size, registry.SECTION_ALIGNMENT) for part in copies)]
+        buffer = torch.empty(ends[-2] + copies[-1].size if copies else 0, dtype=torch.uint8, device=self.device)
+        for start, part in zip(ends, copies, strict=False):
             if part.size:
                 buffer[start : start + part.size].copy_(part.content, non_blocking=True)
-        return buffer, starts
+        moved = np.array([start - part.start for start, part in zip(ends, copies, strict=False)], np.int64)
+        return buffer, parts.starts + moved[number_of]
 
     def room(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -185,7 +183,7 @@ class TorchBackend(Elementwise):
             current = torch.cuda.current_stream(self.device)
             for layer in layers:
                 layer.room.record_stream(current)
-                layer.held.patches[0].data.buffer.record_stream(current)
+                layer.held.datas.buffer.record_stream(current)
 
     def replace(self, before: Sequence[Layer], after: Sequence[Layer]) -> None:
         super().replace(before, after)
@@ -197,11 +195,14 @@ class TorchBackend(Elementwise):
         """Whether the device decodes this codec; values in other codecs are decoded when a file is loaded."""
         return True
 
-    def _resident(self, records: Sequence[Record]) -> list[TorchDecoder]:
+    def _resident(self, fits: FitColumns) -> list[TorchDecoder]:
         """The codecs of tensors' values on the device."""
-        kinds = {(record.value_codec, record.adds) for record in records}
-        found = {(own, adds): self._resident_codec(VALUE_CODECS.by_id.get(own), adds) for own, adds in kinds}
-        return [found[record.value_codec, record.adds] for record in records]
+        kinds = list(zip(fits.rows["value_codec"].tobytes(), fits.rows["operation"].tobytes(), strict=True))
+        found = {
+            (own, done): self._resident_codec(VALUE_CODECS.by_id.get(own), OPERATIONS.by_id[done].adds)
+            for own, done in set(kinds)
+        }
+        return [found[kind] for kind in kinds]
 
     def _resident_codec(self, own: ValueCodec | None, adds: bool) -> TorchDecoder:
         """The codec of values on the device that a file has in another; None for no values."""

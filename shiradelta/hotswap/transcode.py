@@ -24,8 +24,8 @@ from shiradelta.format.header import crc32
 from shiradelta.format.operations import Operation
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import IndexId, ValueId
+from shiradelta.hotswap.fits import Fit, FitColumns, Fits, Targets
 from shiradelta.hotswap.portions import Portion, joined, portions_of
-from shiradelta.hotswap.protocol import Fit
 from shiradelta.hotswap.shares import Share, Shares, share_of
 from shiradelta.io.reader import StoredTensor, open_delta
 from shiradelta.models.live import Target
@@ -55,13 +55,11 @@ class Transcoded(NamedTuple):
     """Deltas in the order of the weights that have their elements.
 
     Attributes:
-        data: a file in memory.
-        fits: its deltas.
+        fits: a file in memory with all its deltas.
         nonzeros: how many there are in each share that this process has of the file's tensors.
     """
 
-    data: Bytes
-    fits: list[Fit]
+    fits: Fits
     nonzeros: Shares[int]
 
 
@@ -95,10 +93,9 @@ def take_apart(
     for _, found in made:
         nonzeros.update(found)
     data = _as_file(pieces, buffer)
-    deltas = open_delta(data, backend).values()
-    return Transcoded(
-        data, [(one, piece.weight, piece.dtype) for one, piece in zip(deltas, pieces, strict=True)], nonzeros
-    )
+    delta, targets = open_delta(data, backend), Targets(piece.weight for piece in pieces)
+    columns = FitColumns(delta.table, np.arange(len(delta)), targets, [piece.dtype for piece in pieces])
+    return Transcoded(Fits(data, delta, columns), nonzeros)
 
 
 def _apart(fits: Sequence[Fit]) -> list[list[Fit]]:

@@ -183,6 +183,7 @@ class Delta(Mapping[str, StoredTensor]):
         digest: the content digest, hexadecimal (FORMAT.md, section 7).
         file: the file's name, or None.
         limit: the most memory, in bytes or such as "500MB", that decoding one of its tensors may take.
+        table: the rows of all tensors; those of a packed file when it is unpacked.
         packed: whether the file is packed (FORMAT.md, 2.3), and was unpacked into memory.
     """
 
@@ -196,7 +197,7 @@ class Delta(Mapping[str, StoredTensor]):
     ) -> None:
         self._decoder: Decoder | None = backend.decoder(container.data, file, container.records)
         self._mapped = mapped
-        self._records = {record.name: record for record in container.records}
+        self.table = container.records
         self.file = file
         self.limit = limit
         self.metadata = dict(container.metadata)
@@ -207,13 +208,13 @@ class Delta(Mapping[str, StoredTensor]):
         self._unpacked = container.data if container.packed else None
 
     def __getitem__(self, name: str) -> StoredTensor:
-        return StoredTensor(self, self._records[name])
+        return StoredTensor(self, self.table.named(name))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
+        return iter(self.table.names)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.table)
 
     def __repr__(self) -> str:
         return f"<Delta {self._about}>"
@@ -223,8 +224,8 @@ class Delta(Mapping[str, StoredTensor]):
         from shiradelta.util.html import html_table
 
         rows = [
-            [name, record.operation.name, text.shape(record.shape), record.dtype.name, f"{record.nnz:,}"]
-            for name, record in self._records.items()
+            [record.name, record.operation.name, text.shape(record.shape), record.dtype.name, f"{record.nnz:,}"]
+            for record in self.table
         ]
         return html_table(self._about, [["tensor", "op", "shape", "dtype", "nonzeros"], *rows])
 
@@ -275,13 +276,12 @@ class Delta(Mapping[str, StoredTensor]):
     @property
     def nnz(self) -> int:
         """Nonzeros of all tensors."""
-        return sum(record.nnz for record in self._records.values())
+        return int(self.table.nnz.sum())
 
     @property
     def needs_base(self) -> bool:
         """Whether positions or values of a tensor can only be read with the base; see `shiradelta.recode`."""
-        kinds = {(record.index_codec, record.value_codec): record for record in self._records.values()}
-        return any(record.needs_base for record in kinds.values())
+        return bool(self.table.needs_base.any())
 
     def to_torch_sparse(self) -> dict[str, Tensor]:
         """Name -> the tensor's delta as a torch.sparse COO tensor, float32; see `TensorDelta.to_torch_sparse`.
@@ -380,7 +380,7 @@ def parse_delta(
     try:
         # A mapped file may change after it was checked.
         parsed = container.parse(data, allowed, choose(backend).accepts if mapped is None else None)
-        chosen = choose(backend, parsed.index_codecs, parsed.value_codecs)
+        chosen = choose(backend, parsed.records.index_codecs, parsed.records.value_codecs)
         return Delta(parsed, file, mapped, chosen, allowed)
     except LimitError as error:
         raise LimitError(f"{file or 'delta'}: {error}") from None

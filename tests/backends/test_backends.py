@@ -24,6 +24,7 @@ from shiradelta.format import container, header, registry
 from shiradelta.format.arithmetic import Positions, add, fingerprint, scaled
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS, VALUE_OPTIONS
 from shiradelta.format.record import Record
+from shiradelta.format.table import Table
 from shiradelta.util.arrays import WINDOW, distinct
 from tests.pairs import pairs
 from tests.reference import VALID
@@ -242,17 +243,17 @@ def test_several_tensors_are_checked_at_once(tmp_path: Path, name: str):
     with shiradelta.open_delta(bytes(data), backend=name) as delta:
         records = [one.record for one in delta.values()]
         assert records[1].values.zstd, "one needs memory"
-        delta["a"].decoder.check_of(records)()
+        delta.decoder.check_of(np.arange(3))()
     data[records[2].values.offset] ^= 1
     with shiradelta.open_delta(bytes(data), backend=name) as delta, pytest.raises(FormatError) as raised:
-        delta["a"].decoder.check_of(records)()
+        delta.decoder.check_of(np.arange(3))()
     assert (raised.value.reason, raised.value.tensor) == ("section_checksum", "c")
     assert raised.value.offset == records[2].values.offset
 
 
 def test_a_file_that_the_library_refuses_is_a_format_error():
     with pytest.raises(FormatError) as caught:
-        NativeDecoder(np.zeros(200, np.uint8), "d.shd", ())
+        NativeDecoder(np.zeros(200, np.uint8), "d.shd", Table(b"", b""))
     assert (caught.value.reason, caught.value.file) == ("bad_magic", "d.shd")
 
 

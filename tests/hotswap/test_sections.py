@@ -214,18 +214,18 @@ def test_blocks_that_nobody_decodes_are_noticed(tmp_path: Path):
     path = written(tmp_path / "a.shd")
     content = np.fromfile(path, np.uint8)
     with sd.open_delta(path) as delta:
-        records = {"w": delta["w"].record}
+        table, record = delta.table, delta["w"].record
 
     def readings(*bounds: tuple[int, int]) -> list[dict[str, Reading]]:
         rows = [Rows(start, stop, number, len(bounds)) for number, (start, stop) in enumerate(bounds)]
-        return [read_shared({"w": (records["w"], one)}, content, lambda spans: None) for one in rows]
+        return [read_shared({"w": (record, one)}, content, lambda spans: None) for one in rows]
 
-    half, numel = records["w"].numel // 2, records["w"].numel
-    check_together("a", readings((0, half), (half, numel)), records)
-    check_together("a", readings((half, numel), (0, 0), (0, half)), records)
+    half, numel = record.numel // 2, record.numel
+    check_together("a", readings((0, half), (half, numel)), table)
+    check_together("a", readings((half, numel), (0, 0), (0, half)), table)
     with pytest.raises(FormatError, match="bad_directory"):
-        check_together("a", readings((0, half - 100_000), (half, numel)), records)
+        check_together("a", readings((0, half - 100_000), (half, numel)), table)
     with pytest.raises(FormatError, match="bad_directory"):
-        check_together("a", readings((0, half), (half, numel - 100_000)), records)
+        check_together("a", readings((0, half), (half, numel - 100_000)), table)
     with pytest.raises(FormatError, match="section_checksum"):
-        check_together("a", readings((0, half), (half, numel))[:1], records)
+        check_together("a", readings((0, half), (half, numel))[:1], table)

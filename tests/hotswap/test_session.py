@@ -869,7 +869,41 @@ def test_damaged_files_are_refused(backend: str):
         with pytest.raises(FormatError, match="tensor 'w'") as caught:
             swap.load("bad", bytes(damaged))
         assert caught.value.reason == "section_checksum"
+    damaged = bytearray(data)
+    damaged[record.index.offset : record.index.offset + 16] = b"\xff" * 16  # how large all parts are
+    with pytest.raises(FormatError, match=r"tensor 'w'.*section_checksum"):
+        swap.load("bad", bytes(damaged))
     assert swap.loaded == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS_IN_TIME)
+def test_each_file_of_the_same_names_is_looked_at(backend: str):
+    """What a session remembers of one kind of file is not taken for files of others."""
+    shapes = {"a": (40, 30), "b": (30, 40)}
+    base = {name: weights(shape, "bfloat16") for name, shape in shapes.items()}
+
+    def made(seed: int, dtype: str = "bfloat16", **others: tuple[int, int]) -> bytes:
+        return adapter({n: random_delta(shape, 100, seed, dtype) for n, shape in {**shapes, **others}.items()})
+
+    swap = HotSwap(base, backend=backend)
+    for seed in range(2):
+        swap.load(f"good {seed}", made(seed))
+        with pytest.raises(BaseMismatchError, match=r"'b'.* shape"):
+            swap.load("bad", made(seed, b=(40, 30)))
+        with pytest.raises(BaseMismatchError, match="float16 base"):
+            swap.load("bad", made(seed, "float16"))
+        assert swap.load(f"cast {seed}", made(seed, "float16"), allow_dtype=True).matched == {"a": "a", "b": "b"}
+        with pytest.raises(BaseMismatchError, match="1 of 3 tensors not found"):
+            swap.load("bad", made(seed, c=(20, 20)))
+        assert swap.load(f"some {seed}", made(seed, c=(20, 20)), skip="c").unmatched == ("c",)
+        assert swap.load(f"one {seed}", made(seed), only=["b"]).matched == {"b": "b"}
+    for name in ("good 1", "one 1"):
+        swap.switch(name)
+        data = made(1)
+        for tensor, weight in base.items():
+            plain = weights(shapes[tensor], "bfloat16")
+            expected = formula(bits(plain), "bfloat16", [(data, 1.0)] * (name == "good 1" or tensor == "b"), tensor)
+            assert np.array_equal(bits(weight), expected), (name, tensor)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")

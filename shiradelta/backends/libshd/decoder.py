@@ -6,9 +6,11 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import byref, c_double, c_uint64, c_void_p
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shiradelta.backends.libshd.library import (
     DELTA,
@@ -30,6 +32,7 @@ from shiradelta.format.arithmetic import Array, Positions, out_of_range
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record, Section
 from shiradelta.format.registry import BLOCK_BITS, DTYPE_OF_NAME, IndexId
+from shiradelta.format.table import Table
 from shiradelta.format.zstd import has_zstd, unzstd
 from shiradelta.util.arrays import WINDOW, ranges
 
@@ -43,19 +46,14 @@ _NO_SCRATCH = np.empty(0, np.uint8)
 _RECODED = (IndexId.TILED, IndexId.SEEDED)
 
 
-def _needs_scratch(record: Record) -> bool:
-    """Whether the library decompresses or recodes a section of a file in memory when it loads a tensor."""
-    return record.index.zstd or record.values.zstd or record.index_codec in _RECODED
-
-
 class LoadedTensor:
     """A tensor's delta loaded by the library: `shd_delta` and the memory that it points to."""
 
     def __init__(self, decoder: NativeDecoder, record: Record, check: int = _CHECK_ALL) -> None:
         self._decoder, self.record = decoder, record
-        number = decoder.numbers[record.name]
+        number = decoder.records.numbers[record.name]
         self._scratch = _NO_SCRATCH
-        if _needs_scratch(record):
+        if decoder.needs_scratch[number]:
             tensor = new_struct(TENSOR)
             decoder.call(library().shd_tensor_at, record, decoder.file, number, address(tensor))
             self._scratch = np.empty(library().shd_scratch_size(decoder.file, address(tensor)), np.uint8)
@@ -194,18 +192,15 @@ def accepts(data: Bytes) -> bool:
 class NativeDecoder(Decoder):
     """Decodes with libshd.  Holds the file's bytes for as long as the library may read them."""
 
-    def __init__(self, data: Bytes, file: str | None, records: tuple[Record, ...]) -> None:
-        self._data, self._name = data, file
+    def __init__(self, data: Bytes, file: str | None, records: Table) -> None:
+        self._data, self._name, self.records = data, file, records
         self._reference = NumpyDecoder(data, file, records)
-        self._records = records
-        self.numbers = {record.name: number for number, record in enumerate(records)}
         self._last = threading.local()  # `loaded`: the tensor that a thread has loaded last
         self._failures = threading.local()  # of a callback, until the call that it failed in has ended
         self._struct = new_struct(FILE)
         self.file = address(self._struct)
         self._check(library().shd_open, None, self.file, address(data), data.size)
-        zstd = any(record.index.zstd or record.values.zstd for record in records)
-        if zstd and has_zstd():
+        if records.zstd.any() and has_zstd():
             self._zstd = ZSTD_CALLBACK(self._decompress)  # kept: the library calls it later
             library().shd_set_zstd(self.file, self._zstd, None)
 
@@ -227,8 +222,8 @@ class NativeDecoder(Decoder):
             raise out_of_range(f"tensor {name!r}")
         if code >= _FIRST_MISUSE:
             raise AssertionError(f"{function.__name__}: {reason}")
-        if name is None and status.tensor < len(self._records):
-            name = self._records[status.tensor].name
+        if name is None and status.tensor < len(self.records):
+            name = self.records.names[status.tensor]
         raise FormatError(reason, offset=status.offset, tensor=name, file=self._name)
 
     def _decompress(self, _: Any, source: int, source_size: int, result: int, size: int) -> int:
@@ -296,20 +291,27 @@ class NativeDecoder(Decoder):
         return self._loaded(record) or LoadedTensor(self, record, _CHECK_SIZES)
 
     def check(self, record: Record) -> None:
-        self.check_of([record])()
+        self.check_of(np.array([self.records.numbers[record.name]]))()
 
-    def check_of(self, records: Sequence[Record]) -> Callable[[], None]:
+    def check_of(self, numbers: NDArray[np.int64]) -> Callable[[], None]:
         """Checks tensors as loading does; all that need no memory in one call of the library."""
-        loading = [record for record in records if _needs_scratch(record)]
-        others = [self.numbers[record.name] for record in records if not _needs_scratch(record)]
-        numbers = np.array(others, np.uint32)
+        is_loaded = self.needs_scratch[numbers]
+        loading, others = numbers[is_loaded].tolist(), numbers[~is_loaded].astype(np.uint32)
 
         def check() -> None:
-            for record in loading:
-                LoadedTensor(self, record)
-            self._check(library().shd_check, None, self.file, address(numbers), numbers.size)
+            for number in loading:
+                LoadedTensor(self, self.records[number])
+            self._check(library().shd_check, None, self.file, address(others), others.size)
 
         return check
+
+    @cached_property
+    def needs_scratch(self) -> NDArray[np.bool_]:
+        """For each tensor, whether the library decompresses or recodes a section of it in memory when it loads it."""
+        found = self.records.zstd.copy()
+        for codec in self.records.index_codecs.intersection(_RECODED):
+            found |= self.records.rows["index_codec"] == codec
+        return found
 
     def patch(self, record: Record, weight: Array, dtype: str, strength: float) -> None:
         """Decodes and applies in one pass, on several threads."""

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shiradelta.errors import FormatError
 from shiradelta.format.codecs import FROM_BASE, ULP_FROM_BASE
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
 from shiradelta.hotswap.from_base import TorchFromBase
 from shiradelta.hotswap.on_device import checked_values, resident_on_base
-from shiradelta.hotswap.resident import Resident, SectionPart, stored
+from shiradelta.hotswap.resident import Resident, SectionPart, SectionParts, stored
 from shiradelta.hotswap.triton.on_base import TensorOnBase, resident_batch
 from shiradelta.io.reader import StoredTensor
 from shiradelta.util.threads import meanwhile
@@ -64,7 +65,7 @@ class ToRead(NamedTuple):
 
 
 #: Copies sections into one buffer on the device: (the buffer, where each of them starts).
-Upload = Callable[[Sequence[SectionPart]], tuple[Tensor, list[int]]]
+Upload = Callable[[SectionParts], tuple[Tensor, NDArray[np.int64]]]
 
 
 def residents_together(tensors: Sequence[ToRead], codec: TorchFromBase, upload: Upload) -> list[Resident] | None:
@@ -131,7 +132,8 @@ def uploaded(tensors: Sequence[ToRead], upload: Upload) -> tuple[list[TensorOnBa
         parts.append(stored(source, record.index))
         is_read = record.value_codec == ULP_FROM_BASE.id
         parts.append(stored(source, record.values) if is_read else SectionPart(source, 0, 0))
-    buffer, starts = upload(parts)
+    buffer, where = upload(SectionParts.of(parts))
+    starts = where.tolist()
     contents: list[Bytes] = [np.asarray(part.source)[part.start : part.stop] for part in parts]
     given = []
     for number, (_, tensor, base, _) in enumerate(tensors):

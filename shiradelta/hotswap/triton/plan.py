@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count
-from math import prod
+from itertools import chain, count
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from shiradelta.format import registry
 from shiradelta.format.codecs.base import TorchDecoder
-from shiradelta.hotswap.layers import Held, Layer, Patch, stacks_of
-from shiradelta.hotswap.resident import Sections
+from shiradelta.format.operations import OPERATIONS
+from shiradelta.hotswap.layers import Held, Layer, stacks_of, together
 from shiradelta.hotswap.triton import elements, kernels, positions
 from shiradelta.models.memory import is_array
 
@@ -132,7 +131,7 @@ There = Callable[[NDArray[Any]], torch.Tensor]
 def prepare(held: Held, there: There) -> Prepared:
     """Makes the tables of a delta, which do not depend on other deltas."""
     table = _rows(held)
-    return Prepared(table, there(table), [_kind(patch) for patch in held.patches], int(table[:, _NNZ].sum()))
+    return Prepared(table, there(table), _kinds(held, table), int(table[:, _NNZ].sum()))
 
 
 def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = None) -> Plan:
@@ -145,11 +144,14 @@ def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = 
             they were not searched for.
     """
     kinds_of = [layer.held.data.kinds for layer in layers]
-    alone: list[tuple[tuple[Kind, int], int]] = []
+    single, stacks = _stacks(layers)
+    alone: list[tuple[tuple[Kind, int], int]] = [
+        ((kind, 0), number) for number in single if (kind := kinds_of[0][number]) is not None
+    ]
+    plain: list[Stack] = [[(0, number)] for number in single if kinds_of[0][number] is None]
     sums: list[tuple[Kind, Stack]] = []
-    plain: list[Stack] = []
     meeting: list[tuple[Kind, tuple[Stack, Shared]]] = []
-    for stack in _stacks(layers):
+    for stack in stacks:
         layer, number = stack[0]
         kind = kinds_of[layer][number]
         if len(stack) > 1 and any(kinds_of[layer][number] != kind for layer, number in stack):
@@ -177,13 +179,13 @@ def new_plan(layers: Sequence[Layer], there: There, overlaps: Overlaps | None = 
     )
 
 
-def _stacks(layers: Sequence[Layer]) -> list[Stack]:
-    """The patches on each tensor that layers change."""
+def _stacks(layers: Sequence[Layer]) -> tuple[list[int], list[Stack]]:
+    """The patches on each tensor that layers change: numbers of one layer's, if no tensor has two; otherwise stacks."""
     changing = np.flatnonzero(~layers[0].held.empty)
-    if len(layers) == 1 and len(layers[0].held.targets) == changing.size:  # one patch on each
-        return [[(0, number)] for number in changing.tolist()]
+    if len(layers) == 1 and len(layers[0].held.targets) == changing.size:
+        return changing.tolist(), []
     numbers = {id(layer): number for number, layer in enumerate(layers)}
-    return [[(numbers[id(layer)], number) for layer, number in stack] for stack in stacks_of(layers).values()]
+    return [], [[(numbers[id(layer)], number) for layer, number in stack] for stack in stacks_of(layers).values()]
 
 
 class _Launches:
@@ -241,11 +243,17 @@ def _is_searchable(kind: Kind, stack: Stack, layers: Sequence[Layer]) -> bool:
     return not kind.big and most <= kernels.RANK.value + 1 and len(stack) <= kernels.LAST_NUMBER.value + 1
 
 
-def _kind(patch: Patch) -> Kind | None:
-    tensor, record = patch.target.tensor, patch.record
-    if is_array(tensor) or (record.nnz and not tensor.is_contiguous()):
-        return None
-    return _kind_of(patch.data.codec, patch.dtype, record.operation.shifts, record.numel)
+def _kinds(held: Held, table: NDArray[np.int64]) -> list[Kind | None]:
+    """The kind of each patch; None for one of a tensor that plain torch operations work on."""
+    numels, shifting = table[:, _NUMEL].tolist(), {own.id for own in OPERATIONS.values() if own.shifts}
+    shifts = [own in shifting for fits in held.fits for own in fits.rows["operation"].tobytes()]
+    dtypes = list(chain.from_iterable([fits.dtypes for fits in held.fits]))
+    found: list[Kind | None] = list(map(_kind_of, held.datas.codecs, dtypes, shifts, numels))
+    plain = ~held.every.are_plain
+    for number in np.flatnonzero(plain).tolist():
+        if is_array(held.every[number].tensor) or not held.empty[number]:
+            found[number] = None
+    return found
 
 
 @lru_cache(maxsize=256)  # tensors have few codecs, dtypes and sizes
@@ -257,27 +265,23 @@ def _kind_of(codec: TorchDecoder, dtype: str, shifts: bool, numel: int) -> Kind:
 
 def _rows(held: Held) -> NDArray[np.int64]:
     """The kernels' table, int64 [patches, columns]."""
-    patches = held.patches
-    every: list[Sections] = [patch.data for patch in patches]
-    start = every[0].buffer.data_ptr() if every else 0  # all are in one buffer
-    own = dict(zip(Sections._fields[2:], np.array([one[2:] for one in every], np.int64).reshape(-1, 9).T, strict=True))
+    own, start = held.datas.columns, held.datas.buffer.data_ptr()  # all are in one buffer
     index, values = start + own["index_at"], start + own["values_at"]
-    tensors = (patch.target.tensor for patch in patches)
     columns: dict[str, Any] = {
         "directory": index + registry.RICE_HEAD.size,
         "low": index + own["low"],
         "unary": index + own["unary"],
         "values": values + own["codes"],
         "parameters": values,
-        "weight": [0 if is_array(tensor) else tensor.data_ptr() for tensor in tensors],
+        "weight": held.every.addresses,
         "k": own["k"],
         "unary_bits": own["unary_bits"],
         "nnz": held.nonzeros,
-        "numel": [prod(patch.record.shape) for patch in patches],
+        "numel": together([fits.numel for fits in held.fits]),
         "room": held.starts,
         "layer": 0,
     }
-    table = np.empty((len(patches), len(positions.COLUMNS)), np.int64)
+    table = np.empty((len(held.patches), len(positions.COLUMNS)), np.int64)
     for number, name in enumerate(positions.COLUMNS):
         table[:, number] = columns[name]
     return table
