@@ -6,6 +6,7 @@ file in memory; time and memory are linear in the decoded size of the file (STRU
     python spec/decoder.py FILE [BASE.safetensors ...]
 
 prints the delta as JSON, or "refused: ..." on stderr. Only FROM_BASE and ULP_FROM_BASE look at the base.
+Files with zstd are read where the package zstandard is installed.
 """
 
 from __future__ import annotations
@@ -1187,14 +1188,29 @@ def read_safetensors(data: bytes) -> dict[str, bytes]:
     return {name: data[header_end + start : header_end + end] for name, (start, end) in places.items()}
 
 
+def installed_zstd() -> Zstd | None:
+    """That of the package zstandard; None where it is not installed."""
+    try:
+        import zstandard
+    except ImportError:
+        return None
+
+    def decompressed(stored: bytes, size: int) -> bytes:
+        if zstandard.frame_content_size(stored) != size:
+            raise ValueError("another size")
+        return zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
+
+    return decompressed
+
+
 def main(arguments: list[str]) -> int:
-    if not arguments:
+    if not arguments or any(argument.startswith("-") for argument in arguments):
         print("usage: python decoder.py FILE [BASE.safetensors ...]", file=sys.stderr)
         return 2
     file, *bases = (Path(argument).read_bytes() for argument in arguments)
     base = {name: elements for each in bases for name, elements in read_safetensors(each).items()}
     try:
-        delta = decode(file, base=base if bases else None)
+        delta = decode(file, installed_zstd(), base if bases else None)
     except Refused as refused:
         print(f"refused: {refused}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 
 from shiradelta.backends.protocols import Backend, Decoder
-from shiradelta.errors import FormatError
+from shiradelta.errors import DeltaError, FormatError
 from shiradelta.format import arithmetic
 from shiradelta.format.arithmetic import Array, Float32, Positions
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
@@ -95,7 +95,10 @@ class NumpyDecoder(Decoder):
         else:
             windows = list(windows)
         for positions, bits in windows:
-            weight[positions] = arithmetic.result(record.operation, bits, weight[positions], dtype, strength)
+            try:
+                weight[positions] = arithmetic.result(record.operation, bits, weight[positions], dtype, strength)
+            except DeltaError:
+                raise arithmetic.out_of_range(f"tensor {record.name!r}") from None
 
     @contextmanager
     def _context(self, record: Record, section: Section) -> Iterator[None]:

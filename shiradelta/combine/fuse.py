@@ -27,7 +27,7 @@ from shiradelta.combine.checks import (
 from shiradelta.combine.methods import METHODS, MergeMethod, drop_at_random
 from shiradelta.combine.overlay import Overlay, overlay
 from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError
-from shiradelta.format.arithmetic import Float32, Positions, scaled
+from shiradelta.format.arithmetic import Array, Float32, Positions, scaled
 from shiradelta.format.delta import TensorDelta
 from shiradelta.format.draw import common_draw
 from shiradelta.format.registry import MAGIC
@@ -64,7 +64,7 @@ class FuseReport:
         tensors: number of tensors in it.
         nnz: number of nonzeros in it.
         input_nnz: number of nonzeros in all inputs.
-        shared: number of elements that several inputs change.
+        shared: number of the file's nonzeros that several inputs list.
         conflicts: number of these that the inputs move in opposite directions.
     """
 
@@ -255,10 +255,13 @@ def _fuse_tensor(
             together = _overlaid(name, parts, without, window, options)
             own, fused = together.positions, _merged(name, together, options.method)
             met, opposed = together.meetings()
-            nonzeros, shared, conflicts = nonzeros + together.nonzeros, shared + met, conflicts + opposed
+            nonzeros += together.nonzeros
+        elif first.operation.shifts:
+            own, fused, met, opposed = _sum_of_shifts(name, [each for each in window if each is not None])
         else:
-            combined = _sum_of_shifts if first.operation.shifts else _union_of_sets
-            own, fused = combined(name, [each for each in window if each is not None])
+            own, fused = _union_of_sets(name, [each for each in window if each is not None])
+            met = opposed = 0
+        shared, conflicts = shared + met, conflicts + opposed
         positions[size : size + own.size], values[size : size + own.size] = own, fused
         size += own.size
     positions, values = positions[:size], values[:size]
@@ -340,23 +343,28 @@ def _union_of_sets(name: str, windows: Sequence[Window]) -> Window:
         ) from None
 
 
-def _sum_of_shifts(name: str, windows: Sequence[Window]) -> Window:
-    """(positions, bits) of the sums of shifts, without those that cancel out.
+def _sum_of_shifts(name: str, windows: Sequence[Window]) -> tuple[Positions, Array, int, int]:
+    """Sums of shifts, without those that cancel out.
+
+    Returns:
+        (positions, bits, how many of them are of several inputs, how many of these have opposite signs).
 
     Raises:
         DeltaError: a sum does not fit.
     """
-    union, indices, _ = merge_sorted([positions for positions, _ in windows])
+    merged = merge_sorted([positions for positions, _ in windows])
     bits_type = windows[0][1].dtype
-    sums = np.zeros(union.size, f"<i{bits_type.itemsize}")
-    for at, (_, bits) in zip(indices, windows, strict=True):
-        before, by = sums[at], bits.view(sums.dtype)
+    sums = np.zeros(merged.union.size, f"<i{bits_type.itemsize}")
+    shifts = [bits.view(sums.dtype) for _, bits in windows]
+    for at, by in zip(merged.indices, shifts, strict=True):
+        before = sums[at]
         with np.errstate(over="ignore"):
             sums[at] = before + by
         if np.any(((before ^ sums[at]) & (by ^ sums[at])) < 0) or np.any(sums[at] == np.iinfo(sums.dtype).min):
             raise DeltaError(f"tensor {name!r}: the sum of two shifts does not fit; apply the inputs one by one")
     kept = sums != 0
-    return union[kept], sums[kept].view(bits_type)
+    together = Overlay(merged.union, merged.shared() & kept, tuple(merged.indices), tuple(shifts), ())
+    return merged.union[kept], sums[kept].view(bits_type), *together.meetings()
 
 
 def _find_base(checkpoint: Checkpoint, found: str | None, name: str, spec: TensorSpec) -> str:

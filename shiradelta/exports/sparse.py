@@ -60,7 +60,7 @@ def write(
             raise DeltaError(
                 f"tensor {name!r} is {delta.op}, whose new elements follow from the base's; give --model MODEL (model=)"
             )
-    check_file(Path(path))
+    check_file(Path(path), model)
     found: dict[str, tuple[TensorDelta, str, Callable[[], Array]]] = {}
     if model is None:
         for name, delta in deltas.items():
@@ -102,7 +102,7 @@ def write_undo(
         TargetError: the file cannot be written.
     """
     _check_elements(deltas)
-    check_file(Path(path))
+    check_file(Path(path), model)
     it = based(deltas, model, progress)
     found: dict[str, tuple[TensorDelta, str, Callable[[], Array]]] = {}
     for edit in it.plan.edits:

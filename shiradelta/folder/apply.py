@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shiradelta.errors import ArgumentError, BaseMismatchError, TargetError
+from shiradelta.errors import ArgumentError, BaseMismatchError, DeltaError, TargetError
 from shiradelta.folder import restructure
 from shiradelta.folder.comparison import PastBits
 from shiradelta.folder.copying import copied
@@ -385,7 +385,7 @@ def _write_undo(
             if edit.tensor.operation.removes:
                 continue
             counts: list[int] = []
-            past = _replaced(edit, entry.strength, counts.append)
+            past = _replaced(edit, entry.strength, counts.append, f"{entry.file}: tensor {edit.name!r}")
             undo = writer.add_set(edit.name, edit.tensor, edit.slot.dtype, past)
             own_base = present is not None and present == edit.tensor.base_fingerprint and entry.strength == 1
             if own_base and edit.tensor.result_fingerprint not in (None, undo.base_fingerprint):
@@ -408,11 +408,16 @@ def _undos_of(name: str, undos: Iterable[tuple[Applied, Delta]]) -> list[TensorD
     return found
 
 
-def _replaced(edit: Edit, strength: float, count: Callable[[int], None]) -> Iterator[tuple[Positions, Array, Array]]:
+def _replaced(
+    edit: Edit, strength: float, count: Callable[[int], None], where: str
+) -> Iterator[tuple[Positions, Array, Array]]:
     """(positions, the elements there, what replaces them), in windows; counts the elements that change."""
     present = PastBits(edit.slot)
     for positions, bits in windows_of(edit.tensor):
         old = present.at(positions)
-        new = arithmetic.result(edit.tensor.operation, bits, old, edit.slot.dtype.name, strength)
+        try:
+            new = arithmetic.result(edit.tensor.operation, bits, old, edit.slot.dtype.name, strength)
+        except DeltaError:
+            raise arithmetic.out_of_range(where) from None
         count(int(np.count_nonzero(new != old)))
         yield positions, old, new

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from shiradelta.errors import DeltaError
+from shiradelta.format.arithmetic import out_of_range
 from shiradelta.hotswap.layers import Array, Held, Layer, LayerPatch, Patch, Stack, patches_on, stacks_of
 from shiradelta.hotswap.protocol import LiveBackend, Overwritten, Part
 from shiradelta.hotswap.transcode import stored_positions
@@ -186,8 +188,7 @@ class Elementwise(LiveBackend, ABC):
             payload = self.payload(item.patch)
             if not item.patch.record.adds:
                 bits = bits + 0  # a copy
-                shifts = item.patch.record.operation.shifts
-                bits[at] = self.shift(bits[at], item.patch.dtype, payload) if shifts else payload
+                bits[at] = self._shifted(bits[at], item, payload) if item.patch.record.operation.shifts else payload
                 continue
             contribution = self.scaled(payload, item.layer.strength)
             if total is None:
@@ -198,6 +199,12 @@ class Elementwise(LiveBackend, ABC):
         if total is None:
             return bits
         return self.xp.where(added, self.add(bits, stack[-1].patch.dtype, total), bits)
+
+    def _shifted(self, bits: Array, item: LayerPatch, shifts: Array) -> Array:
+        try:
+            return self.shift(bits, item.patch.dtype, shifts)
+        except DeltaError:
+            raise out_of_range(f"tensor {item.patch.record.name!r}") from None
 
 
 def _on_host(numbers: Array) -> Array:

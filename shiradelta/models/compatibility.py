@@ -144,9 +144,11 @@ def check_strength(where: str, strength: float, operations: Iterable[Operation],
         DeltaError: they do not, or the strength is not a finite float32.
     """
     arithmetic.alpha_of(strength)
-    names = ", ".join(sorted({operation.name for operation in operations if not operation.has_strength}))
+    names = sorted({operation.name for operation in operations if not operation.has_strength})
     if strength != 1 and names:
-        raise DeltaError(f"{where}: {names} has strength 1 only; {remedy}")
+        raise DeltaError(
+            f"{where}: {', '.join(names)} {'has' if len(names) == 1 else 'have'} strength 1 only; {remedy}"
+        )
 
 
 class Remedies(NamedTuple):

@@ -305,7 +305,7 @@ def test_another_base_is_refused_before_anything_is_written(folders, tmp_path: P
         with pytest.raises((BaseMismatchError, DeltaError), match=r"made against|range of its dtype"):
             sd.apply(base, tmp_path / "x.shd", check=check)
         assert same(read(base), tensors)
-    with pytest.raises(DeltaError, match="ulp has strength 1 only"):
+    with pytest.raises(DeltaError, match="drop, new, replace, ulp have strength 1 only"):
         sd.apply(base, tmp_path / "x.shd", strength=0.5)
 
 
@@ -322,6 +322,9 @@ def test_two_steps_fuse_into_one_without_a_base(tmp_path: Path):
     with sd.open_delta(tmp_path / "x.shd") as delta:
         assert delta["w"].op == "ulp"
         assert report.nnz == np.count_nonzero(bits(first["w"]) != bits(third["w"]))
+        listed = [sd.open_delta(tmp_path / f"{i}.shd")["w"] for i in (0, 1)]
+        both = np.intersect1d(*(tensor.positions() for tensor in listed))
+        assert report.shared == np.isin(both, delta["w"].positions()).sum()
     sd.apply(models[0], tmp_path / "x.shd")
     assert same(read(models[0]), third)
 

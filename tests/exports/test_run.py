@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tracemalloc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -190,6 +191,17 @@ def test_sparse_old_values_undo_new_ones(made: Path, tmp_path: Path):
     sd.convert(old, tmp_path / "undo.shd", base=tmp_path / "tuned")
     sd.apply(tmp_path / "tuned", tmp_path / "undo.shd", out=tmp_path / "base")
     assert contents(tmp_path / "base" / "model.safetensors") == contents(made / "bf16" / "model.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["sparse", "sparse-undo"])
+def test_the_model_that_is_read_is_not_replaced(made: Path, tmp_path: Path, layout: str):
+    shutil.copytree(made / "bf16", folder := tmp_path / "model")
+    before = contents(folder)
+    with pytest.raises(TargetError, match="of the model that is read"):
+        sd.export(made / "a.shd", layout, folder / "model.safetensors", model=folder)
+    assert contents(folder) == before
+    sd.export(made / "a.shd", layout, tmp_path / "x.safetensors", model=folder)
+    sd.export(made / "a.shd", layout, tmp_path / "x.safetensors", model=folder)  # its own file is replaced
 
 
 @pytest.mark.parametrize("base", [True, False])

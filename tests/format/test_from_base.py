@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shiradelta as sd
 from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.codecs import FROM_BASE, ULP_FROM_BASE
@@ -335,3 +337,14 @@ def test_the_decoder_takes_the_base_from_files(tmp_path, capsys):
     assert decoder.main([str(path)]) == 1
     assert capsys.readouterr().err.startswith("refused: base_needed")
     assert decoder.main([]) == 2
+
+
+def test_the_decoder_reads_zstd_where_it_is_installed(tmp_path, capsys, monkeypatch):
+    file = str(tmp_path / "x.shd")
+    sd.save_delta(file, {"w": sd.TensorDelta((4096,), None, np.arange(4096, dtype="f4"), "float32", "set")}, zstd=True)
+    assert decoder.main([file]) == 0
+    assert json.loads(capsys.readouterr().out)["digest"] == sd.open_delta(file).digest
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert decoder.main([file]) == 1
+    assert capsys.readouterr().err.startswith("refused: zstd_unavailable")
+    assert decoder.main(["--help"]) == 2

@@ -118,7 +118,8 @@ def test_leaving_the_range_leaves_all_weights_as_they_were(backend: str):
     with pytest.raises(BaseMismatchError, match="not the one that the delta was made against"):
         swap.load("a", data)
     swap.load("a", data, check=False)
-    with pytest.raises(DeltaError, match="would leave the range of its dtype"):
+    where = "an element" if backend == "triton" else "tensor 'w'"  # a kernel tells that one did, not which
+    with pytest.raises(DeltaError, match=f"{where} would leave the range of its dtype"):
         swap.switch("a")
     assert swap.active == {}
     assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in tensors.items())
