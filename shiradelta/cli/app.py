@@ -1,4 +1,4 @@
-"""The group of all commands.  An error ends in one line and exit code 1, wrong usage in exit code 2."""
+"""The group of all commands.  An error ends in one line and exit code 1, wrong usage and arguments in exit code 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from shiradelta.cli.output import discard, echo, is_verbose
-from shiradelta.errors import ShiraDeltaError, printable
+from shiradelta.errors import ArgumentError, ShiraDeltaError, printable
 from shiradelta.util.interrupts import terminations_raised
 from shiradelta.util.optional import failed_import
 
@@ -95,7 +95,8 @@ class _Commands(click.Group):
 
                 echo("".join(traceback.format_exception(error)), err=True)
             echo(_said(error, str(ctx.invoked_subcommand)), err=True)
-        return ctx.exit(1)
+            code = click.UsageError.exit_code if isinstance(error, ArgumentError) else 1
+        return ctx.exit(code)
 
 
 def _said(error: BaseException, command: str) -> str:

@@ -83,14 +83,10 @@ def test_json_is_json(folder: Path, arguments: tuple[str, ...], keys: set[str]):
         (("info", "model/config.json"), "it is not a shiradelta file"),
         (("convert", "nothing"), "no such file or folder"),
         (("convert", "tuned"), "--base"),
-        (("convert", "tuned", "--base", "model", "--sparsity", "0"), "sparsity 0.0 is not a share"),
-        (("convert", "tuned", "--base", "model", "--sparsity", "1.5"), "sparsity 1.5 is not a share"),
-        (("convert", "tuned", "--base", "model", "--alpha", "3"), "and tuned is of kind full; leave it out"),
         (("convert", "a.shd"), "is a .shd file, a delta and no model; give -o FILE (out=) to make another of it"),
         (("apply", "nothing", "a.shd"), "nothing: no such folder"),
         (("apply", "model/model.safetensors", "a.shd"), "give the folder"),
         (("apply", "model", "nothing.shd"), "nothing.shd: cannot be read"),
-        (("apply", "model", "a.shd", "--strength", "nan"), "strength nan"),
         (("apply", "model", "a.shd", "--out", "tuned"), "tuned: exists already"),
         (("apply", "model", "a.shd", "--out", "model/inside"), "outside"),
         (("apply", "tuned", "a.shd"), "--no-check"),
@@ -99,9 +95,26 @@ def test_json_is_json(folder: Path, arguments: tuple[str, ...], keys: set[str]):
     ],
 )
 def test_bad_input_is_one_plain_line(folder: Path, arguments: tuple[str, ...], message: str):
+    _refused(folder, arguments, message, code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("convert", "tuned", "--base", "model", "--sparsity", "0"), "sparsity 0.0 is not a share"),
+        (("convert", "tuned", "--base", "model", "--sparsity", "1.5"), "sparsity 1.5 is not a share"),
+        (("convert", "tuned", "--base", "model", "--alpha", "3"), "and tuned is of kind full; leave it out"),
+        (("apply", "model", "a.shd", "--strength", "nan"), "strength nan"),
+    ],
+)
+def test_a_wrong_argument_is_one_plain_line_and_wrong_usage(folder: Path, arguments: tuple[str, ...], message: str):
+    _refused(folder, arguments, message, code=2)
+
+
+def _refused(folder: Path, arguments: tuple[str, ...], message: str, code: int) -> None:
     before = contents(folder)
     result = run(*arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1

@@ -164,7 +164,8 @@ def test_recipes_that_are_not_understood_are_refused(text: str, said: str):
         read_recipe("merge.yml")
     assert said in str(caught.value)
     result = CliRunner().invoke(main, ["fuse", "--recipe", "merge.yml", "-o", "out.shd"])
-    assert (result.exit_code, result.output) == (1, f"error: {caught.value}\n")
+    code = 2 if isinstance(caught.value, ArgumentError) else 1
+    assert (result.exit_code, result.output) == (code, f"error: {caught.value}\n")
     assert not Path("out.shd").exists()
 
 

@@ -269,7 +269,7 @@ def test_command_line(files: dict[Path, float], tmp_path: Path):
     turned = [f"{file}:{strength}" for file, strength in zip(files, (1, -0.5, 2), strict=True)]
     for command in (["report"], ["fuse", "-o", str(tmp_path / "x.shd")]):
         result = CliRunner().invoke(main, [*command, turned[0], str(next(iter(files)))])
-        assert (result.exit_code, "given twice" in result.stderr) == (1, True)
+        assert (result.exit_code, "given twice" in result.stderr) == (2, True)
     data = json.loads(CliRunner().invoke(main, ["report", *turned, "--json"]).stdout)
     plain = report(files).interference
     assert data["deltas"][1]["strength"] == -0.5

@@ -208,5 +208,5 @@ def test_from_the_command_line(diff: Path, tmp_path: Path):
     assert out.stat().st_size <= 50_000
     assert "relative error 0." in result.stdout
     both = CliRunner().invoke(main, ["convert", str(diff), "--target-size", "50KB", "--sparsity", "0.1"])
-    assert both.exit_code == 1
+    assert both.exit_code == 2
     assert "exclude each other" in both.stderr

@@ -169,5 +169,5 @@ def test_commands_take_a_size(bomb: Path, size: str):
 @pytest.mark.parametrize("size", ["much", "5 XB", "-1", "0"])
 def test_sizes_that_are_none_are_refused(bomb: Path, size: str):
     done = CliRunner().invoke(main, ["info", str(bomb), f"--max-memory={size}"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "give a" in done.stderr

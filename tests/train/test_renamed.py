@@ -103,7 +103,7 @@ def test_a_state_of_0_1_on_disk_has_its_base_in_the_metadata(tmp_path: Path):
 def test_the_command_takes_its_old_options(tmp_path: Path):
     command = ["train", str(tmp_path), "--texts", "no.jsonl", "-o", str(tmp_path / "a.shd")]
     result = CliRunner().invoke(main, [*command, "--fall-from", "0.5", "--rate", "0.1"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "use --prune-from" in result.stderr
     assert "use --relative-lr" in result.stderr
     assert "pruning from 0.5 x" in result.stderr

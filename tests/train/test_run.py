@@ -277,7 +277,7 @@ def test_the_command(folders: Path, tmp_path: Path):
         assert delta.metadata["created_by"] == made_by("torch", "transformers")
         assert f"torch {torch.__version__}" in delta.metadata["created_by"]
     result = CliRunner().invoke(main, [*command, "--sparsity", "much"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "1:64" in result.output
 
 
