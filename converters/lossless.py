@@ -36,7 +36,7 @@ from shiradelta.models.held import HeldCheckpoint
 from shiradelta.models.provenance import base_names, named
 from shiradelta.util.arrays import ranges
 from shiradelta.util.files import replacing
-from shiradelta.util.progress import Progress
+from shiradelta.util.progress import Progress, part_of
 from shiradelta.util.threads import ahead
 from shiradelta.util.version import made_by
 
@@ -147,6 +147,8 @@ class Lossless:
         names = _names(source, base)
         report = ConversionReport(os.fspath(source.root), os.fspath(self.target), 0.0, "lossless", lossless=True)
         scratch = self.target.absolute().parent
+        parts = 3 if self.context == "base" else 2
+        comparing, encoding, verifying = (part_of(self.progress, part, parts) for part in (0, 1, parts - 1))
         with replacing(self.target) as output, ExitStack() as stack:
             plain = output
             if self.context == "base":
@@ -155,7 +157,7 @@ class Lossless:
             with writing_to(plain, "f32", self.zstd, self.backend, scratch, packed) as writer:
                 work = ahead(lambda name: _encoded(writer, name, _difference(source, base, name)), names)
                 for number, (name, tensor) in enumerate(zip(names, work, strict=True)):
-                    self.progress(name, number, len(names))
+                    comparing(name, number, len(names))
                     if tensor is not None:
                         record = tensor.record
                         writer.add_encoded(tensor, compress=2 * record.nnz > record.numel)
@@ -174,8 +176,8 @@ class Lossless:
                 )
             if plain is not output:
                 with self._opened(plain) as delta:
-                    write_on_base(delta, base_of(delta, base), output, self.progress, scratch=scratch)
-            self._verify(output, source, base)
+                    write_on_base(delta, base_of(delta, base), output, encoding, scratch=scratch)
+            self._verify(output, source, base, verifying)
         changed = sum(tensor.nnz for tensor in report.tensors if not tensor.operation.creates)
         report.sparsity = changed / max(sum(slot.numel for slot in base.values()), 1)
         report.file_bytes = self.target.stat().st_size
@@ -188,7 +190,7 @@ class Lossless:
         data = np.frombuffer(mapped, np.uint8)
         return parse_delta(data, os.fspath(self.target), self.backend, mapped, limit=_UNLIMITED)
 
-    def _verify(self, output: IO[bytes], source: Checkpoint, base: Checkpoint) -> None:
+    def _verify(self, output: IO[bytes], source: Checkpoint, base: Checkpoint, progress: Progress) -> None:
         """Reads the file and compares what it gives with the source, bit for bit."""
         with ExitStack() as stack:
             delta = stack.enter_context(self._opened(output))
@@ -199,7 +201,7 @@ class Lossless:
             largest = max((tensor.numel * tensor.record.element_size for tensor in delta.values()), default=0)
             room = np.empty(largest, np.uint8)
             for number, name in enumerate(delta):
-                self.progress("verifying", number, len(delta))
+                progress("verifying", number, len(delta))
                 if not _gives(delta, name, source, base, room):
                     raise TargetError(f"{self.target}: tensor {name!r} would not be the source's; report this")
 

@@ -181,7 +181,7 @@ class TorchFromBase:
                 elements = self.in_groups(chunk, table)
                 listed = _numbers(bits.orders(first, sound, ones, count), elements.stops)
                 if listed is None:
-                    raise FormatError("wrong_base", f"one of tiles {first} to {sound - 1} lists more than there is")
+                    raise FormatError("wrong_base", "a tile lists more elements than it has")
                 positions = elements.nonzeros(listed)
                 end = total + positions.numel()
                 if end <= nnz:  # later tiles may still say what is wrong with the section

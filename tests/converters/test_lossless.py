@@ -105,6 +105,22 @@ def test_a_folder_becomes_the_next_bit_for_bit_and_goes_back(folders, tmp_path: 
     assert same(read(base), before)
 
 
+@pytest.mark.parametrize("context", ["none", "base"])
+def test_progress_goes_forward(folders, tmp_path: Path, context: str):
+    base, tuned = folders
+    done: list[float] = []
+    sd.convert(
+        tuned,
+        tmp_path / "x.shd",
+        base=base,
+        lossless=True,
+        context=context,
+        progress=lambda what, number, total: done.append(number / total),
+    )
+    assert done == sorted(done)
+    assert (done[0], done[-1] > 0.8, max(done) < 1) == (0, True, True)
+
+
 def test_an_empty_tensor_that_is_new_has_a_row_in_the_table(tmp_path: Path):
     base = write_model(tmp_path / "base", {"w": torch.ones(3), "none": torch.zeros(0, 4)})
     tuned = write_model(tmp_path / "tuned", {"w": torch.ones(3) * 2, "none": torch.zeros(4, 0), "new": torch.zeros(0)})
