@@ -49,11 +49,11 @@ MODELS = {
 #: (step, what it is in `shiradelta`).
 _STEPS: Sequence[tuple[str, str]] = (
     ("load", "hotswap.session.HotSwap.load"),
-    ("  read the file", "hotswap.prepare.read_whole"),
+    ("  read its tables", "hotswap.prepare.PartlyRead"),
     ("  open it", "hotswap.prepare.open_delta"),
     ("  find the names", "hotswap.prepare.Preparation._matched"),
     ("  check the tensors", "hotswap.prepare.Preparation._fits"),
-    ("  copy to the device", "hotswap.devices.Devices.hold"),
+    ("  read it, copy it to the device", "hotswap.devices.Devices.hold"),
     ("    find the sections", "hotswap.torch.TorchBackend._residents"),
     ("    copy them", "hotswap.torch.TorchBackend._upload"),
     ("    the device's tables", "hotswap.torch.TorchBackend.arrange"),

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shiradelta.errors import ArgumentError, FormatError
 from shiradelta.format import registry
 from shiradelta.format.codecs import INDEX_CODECS, VALUE_CODECS
@@ -19,7 +22,7 @@ from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.packed import unpack
 from shiradelta.format.record import Record, Section, combination_problem
 from shiradelta.format.registry import Flag, Incompatible
-from shiradelta.format.table import Table, record_of
+from shiradelta.format.table import ROW, SECTIONS, Table, record_of
 
 # Flags as plain integers: tests on an IntFlag take a fifth of the time that parsing a record does.
 _BASE, _RESULT = int(Flag.BASE_FINGERPRINT), int(Flag.RESULT_FINGERPRINT)
@@ -54,6 +57,16 @@ def _tables(header: Header) -> list[Section]:
 def tables_end(header: Header) -> int:
     """Where the tensors' sections begin in a file that is not packed; beyond the file's end if it is damaged."""
     return _tables(header)[-1].end
+
+
+def between_sections(table: bytes, size: int) -> NDArray[np.int64]:
+    """Where a file of a size has bytes between sections, by a table that may be damaged."""
+    rows = np.frombuffer(table, ROW, len(table) // registry.RECORD_SIZE)
+    ends = np.concatenate([rows[at] + rows[stored] for at, stored in SECTIONS])
+    ends = ends[ends < size].astype(np.int64)
+    counts = np.minimum(-ends % registry.SECTION_ALIGNMENT, size - ends)
+    firsts = np.repeat(ends - np.cumsum(counts) + counts, counts)
+    return firsts + np.arange(firsts.size)
 
 
 def _check_padding(data: memoryview, start: int, end: int) -> None:

@@ -21,7 +21,7 @@ _INDEX_ZSTD, _VALUES_ZSTD = int(Flag.INDEX_ZSTD), int(Flag.VALUES_ZSTD)
 #: Makes a NamedTuple from all of its fields in half the time.
 _new = tuple.__new__
 #: `registry.RECORD` for NumPy.
-_ROW = np.dtype(
+ROW = np.dtype(
     [
         *[("name_offset", "<u4"), ("name_size", "<u2"), ("rank", "u1"), ("dtype", "u1"), ("operation", "u1")],
         *[("index_codec", "u1"), ("value_codec", "u1"), ("flags", "u1"), ("reserved", "<u4"), ("nnz", "<u8")],
@@ -31,7 +31,9 @@ _ROW = np.dtype(
         *[("index_crc", "<u4"), ("values_crc", "<u4"), ("dims", "<u8", (registry.MAX_RANK,))],
     ]
 )
-assert _ROW.itemsize == registry.RECORD_SIZE
+#: The columns that tell where the sections of a tensor are, and their bytes.
+SECTIONS = ("index_at", "index_stored"), ("values_at", "values_stored")
+assert ROW.itemsize == registry.RECORD_SIZE
 _AXES = np.arange(registry.MAX_RANK)
 
 
@@ -44,7 +46,7 @@ class Table(Sequence[Record]):
         records: the records, where they were made already.
 
     Attributes:
-        rows: the fields of all records, by the names of `_ROW`; a structured array [tensors].
+        rows: the fields of all records, by the names of `ROW`; a structured array [tensors].
 
     Raises:
         KeyError: a record has an id that is unknown here.
@@ -52,7 +54,7 @@ class Table(Sequence[Record]):
 
     def __init__(self, table: bytes, names: bytes, records: Sequence[Record] | None = None) -> None:
         self._table, self._names = table, names
-        self.rows: NDArray[Any] = np.frombuffer(self._table, _ROW)
+        self.rows: NDArray[Any] = np.frombuffer(self._table, ROW)
         self._made: list[Record | None] = [None] * self.rows.size if records is None else [*records]
         for ids, known in (
             (self._ids("dtype"), registry.DTYPE_OF_ID),

@@ -15,6 +15,7 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record
 from shiradelta.format.registry import Flag
 from shiradelta.format.table import Table
+from shiradelta.hotswap.reading import PartlyRead
 from shiradelta.io.reader import Delta, StoredTensor
 from shiradelta.models.live import Target
 from shiradelta.models.memory import is_array
@@ -143,11 +144,18 @@ class Fits(NamedTuple):
         source: the file, in memory that nobody changes.
         delta: the same, open.
         columns: its tensors, and the model's.
+        unread: reads its sections into this memory; None where they have been read.
     """
 
     source: Bytes
     delta: Delta
     columns: FitColumns
+    unread: PartlyRead | None = None
+
+    def read(self) -> None:
+        """Reads the sections of these tensors, if they have not been read; errors are those of `PartlyRead.read`."""
+        if self.unread is not None:
+            self.unread.read(map(self.delta.table.__getitem__, self.columns.numbers.tolist()))
 
     def on(self, device: str) -> Fits:
         """Those of tensors on a device."""

@@ -38,6 +38,8 @@ class NativeBackend(NumpyBackend):
                 loaded = LoadedTensor(decoder, tensor.record)
             return _Data(tensor, loaded)
 
+        for one in files:
+            one.read()
         tensors = [tensor for one in files for tensor, _, _ in one.fits()]
         return held_as_stored(files, map_in_threads(load, tensors))
 

@@ -36,6 +36,8 @@ class NumpyBackend(Elementwise):
 
     def hold(self, files: Sequence[Fits]) -> Held:
         """Keeps the files' bytes, compressed."""
+        for one in files:
+            one.read()
         tensors = [tensor for one in files for tensor, _, _ in one.fits()]
         for tensor in tensors:
             tensor.check()

@@ -50,6 +50,7 @@ class Matched(NamedTuple):
         matched: those of `every` that are to be loaded.
         targets: the file's names of these -> the model's tensors.
         checked: what `check_target` has allowed: numbers in the table, targets and their dtypes.
+        are_whole: whether each of these tensors of the model is in one piece, and has one of these names only.
     """
 
     every: Mapping[str, str]
@@ -57,6 +58,7 @@ class Matched(NamedTuple):
     matched: Mapping[str, str]
     targets: Mapping[str, Target]
     checked: dict[tuple[bytes, bool], tuple[NDArray[np.int64], Targets, Sequence[str]]]
+    are_whole: bool
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ class Preparation:
         label = "delta"
         try:
             # A signature is of the whole file.
-            if key is None and isinstance(source, (str, os.PathLike)) and self._has_parts_only:
+            if key is None and isinstance(source, (str, os.PathLike)):
                 label = os.fspath(source)
-                partly = PartlyRead(source)
+                partly = PartlyRead(source, _zeros if self._has_parts_only else self.devices.buffer)
                 data = partly.data
             else:
                 label, data = read_whole(source, self.devices.buffer, key)
@@ -130,7 +132,8 @@ class Preparation:
     ) -> Loaded:
         """Checks that a file fits the model, and copies it, compressed, to where the tensors are.
 
-        The sections of a file that is partly read are read here, as soon as it is known which are of use.
+        The sections of a file that is partly read are read as soon as it is known which are of use: by the backends, if
+        nothing else looks at them before.
         """
         choice = self.backend if self.backend in FILE_BACKENDS else AUTO
         delta = open_delta(data, choice, limit=limit)
@@ -138,7 +141,8 @@ class Preparation:
         shared = {}
         if self._has_parts_only and not (delta.needs_base or delta.packed):
             shared = _shared(delta, names.targets)
-        if partly is not None and not delta.packed:
+        unread = partly if names.are_whole and not (delta.packed or delta.needs_base or self._has_parts_only) else None
+        if partly is not None and unread is None and not delta.packed:
             here = (own for own, target in names.targets.items() if own not in shared and not _is_elsewhere(target))
             partly.read(delta[own].record for own in (delta if delta.needs_base else here))
         readings = read_shared(shared, data, partly.read_spans if partly is not None else lambda spans: None)
@@ -153,7 +157,7 @@ class Preparation:
         delta.check_memory("all of it", delta.table.unpacked_size(None if only is None else names.matched))
         whole, parts = self._fits(label, delta, names, allow_dtype)
         nonzeros: Shares[int] = {}
-        files = [Fits(data, delta, whole)]
+        files = [Fits(data, delta, whole, unread)]
         if parts:
             every = [*Fits(data, delta, whole).fits(), *parts]
             others = {target: (tensor, dtype) for tensor, target, dtype in every}
@@ -183,9 +187,11 @@ class Preparation:
             chosen = only_these(label, every, only)
             shapes = {own: delta[own].shape for own in chosen}
             targets = {own: self.targets[other].in_form(shapes[own]) for own, other in chosen.items()}
+            are_whole = all(target.extent is None for target in targets.values())
+            are_whole &= len(set(targets.values())) == len(targets)
             if len(self._known) >= _KNOWN:
                 del self._known[next(iter(self._known))]
-            self._known[key] = Matched(every, unmatched, chosen, targets, {})
+            self._known[key] = Matched(every, unmatched, chosen, targets, {}, are_whole)
         return self._known[key]
 
     def _fits(self, label: str, delta: Delta, names: Matched, allow_dtype: bool) -> tuple[FitColumns, list[Fit]]:
@@ -229,10 +235,15 @@ def _shared(delta: Delta, targets: Mapping[str, Target]) -> dict[str, tuple[Reco
     return found
 
 
+def _zeros(size: int) -> Bytes:
+    """Memory of which what nobody writes takes none."""
+    return np.zeros(size, np.uint8)
+
+
 def _alone(fits: Fits, backend: str, limit: int | str | None) -> Fits:
     """A file in which only the tables and these tensors take memory, so that the others' can be given back."""
-    data, delta, columns = fits
-    kept = np.zeros(data.size, np.uint8)  # pages that nobody writes take none
+    data, delta, columns, _ = fits
+    kept = _zeros(data.size)
     starts = [section.offset for record in delta.table for section in (record.index, record.values) if section.stored]
     spans = [(0, min(starts, default=data.size))]
     for number in columns.numbers.tolist():

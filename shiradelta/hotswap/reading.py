@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from shiradelta.backends.choose import choose
 from shiradelta.errors import ShiraDeltaError
 from shiradelta.format import container, registry
 from shiradelta.format.codecs.base import Bytes
@@ -64,10 +63,14 @@ def _read(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Bytes]:
 
 
 class PartlyRead:
-    """A file of which some tensors are read only, into memory that nobody else can change.
+    """A file that is read part by part, into memory that nobody else can change.
 
-    Its header and tables are read at once, and all of it where it is packed.  What is not read is zero, and takes no
-    memory.
+    Its header and tables are read at once, and all of it where it is packed.  Bytes between sections are zero until
+    they are read; a section is whatever was there.
+
+    Args:
+        source: the file.
+        buffer: allocates memory of a size.
 
     Attributes:
         label: a name for messages.
@@ -78,29 +81,51 @@ class PartlyRead:
         FormatError: its header is refused.
     """
 
-    def __init__(self, source: str | os.PathLike[str]) -> None:
+    def __init__(self, source: str | os.PathLike[str], buffer: Callable[[int], Bytes]) -> None:
         self.label, self._path = os.fspath(source), Path(source)
         with explained(self._path), open_regular(self._path) as stream:
             status = os.fstat(stream.fileno())
         self._same = _identity(status)
-        self.data: Bytes = np.zeros(status.st_size, np.uint8)
+        self.data: Bytes = buffer(status.st_size)
         self.read_spans([(0, min(registry.HEADER_SIZE, self.data.size))])
         header = read_header(self.data)
-        end = self.data.size if header.packed else container.tables_end(header)
-        self.read_spans([(registry.HEADER_SIZE, min(end, self.data.size))])
+        end = self.data.size if header.packed else min(container.tables_end(header), self.data.size)
+        self.read_spans([(registry.HEADER_SIZE, end)])
+        if not header.packed:
+            table = self.data[registry.HEADER_SIZE : end][: header.whole_sizes[0]]
+            between = container.between_sections(table.tobytes(), self.data.size)
+            self.data[between[self.data[between] != 0]] = 0  # memory that is zero is not taken before it is written
 
     def read(self, records: Iterable[Record]) -> None:
-        """Reads the sections of some tensors.
+        """Reads the sections of some tensors, and what is between them.
 
         Raises:
             ShiraDeltaError: the file cannot be read, or is another one by now.
+            FormatError: there is something between them.
         """
         self.read_spans((record.index.offset, record.values.end) for record in records)
+        self.check_between()
+
+    def check_between(self) -> None:
+        """Checks that bytes between sections are zero, as far as they have been read.  Raises FormatError."""
+        accepts = choose().accepts
+        if accepts is None or not accepts(self.data):
+            container.parse(self.data)
 
     def read_spans(self, spans: Iterable[tuple[int, int]]) -> None:
         """Reads bytes from a start to an end, as `read`."""
         with explained(self._path):
             _fill(self.label, self._path, self.data, _joined(spans), self._same)
+
+    def reading(self, spans: Iterable[tuple[int, int]]) -> Callable[[], None]:
+        """A function that does `read_spans`, all on the thread that calls it."""
+        joined = _joined(spans)
+
+        def read() -> None:
+            with explained(self._path):
+                _read_here(self.label, self._path, self.data, joined, self._same)
+
+        return read
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
@@ -125,14 +150,20 @@ def _fill(
     """Reads spans of a file to their places in `data`; `same` is the identity that the file has to have."""
     chunk = max(_CHUNK, -(-data.size // THREADS))
     pieces = [(at, min(at + chunk, end)) for start, end in spans for at in range(start, end, chunk)]
+    map_in_threads(lambda piece: _read_here(label, path, data, [piece], same), pieces)
 
-    def read(piece: tuple[int, int]) -> int:
-        start, end = piece
-        with open(path, "rb", buffering=0) as stream:
-            if same is not None and _identity(os.fstat(stream.fileno())) != same:
-                raise ShiraDeltaError(f"{label}: was replaced while it was read; try again")
+
+def _read_here(
+    label: str, path: Path, data: Bytes, spans: Sequence[tuple[int, int]], same: tuple[int, int, int, int] | None
+) -> None:
+    """`_fill` on this thread."""
+    with open(path, "rb", buffering=0) as stream:
+        if same is not None and _identity(os.fstat(stream.fileno())) != same:
+            raise ShiraDeltaError(f"{label}: was replaced while it was read; try again")
+        for start, end in spans:
             stream.seek(start)
-            return stream.readinto(data[start:end].data) or 0
-
-    if sum(map_in_threads(read, pieces)) != sum(end - start for start, end in pieces):
-        raise ShiraDeltaError(f"{label}: was cut short while it was read; try again")
+            while start < end:
+                count = stream.readinto(data[start:end].data)
+                if not count:
+                    raise ShiraDeltaError(f"{label}: was cut short while it was read; try again")
+                start += count

@@ -14,6 +14,7 @@ from shiradelta.format import registry
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
 from shiradelta.format.record import Section
 from shiradelta.format.registry import IndexId
+from shiradelta.format.table import SECTIONS
 from shiradelta.format.zstd import unzstd
 from shiradelta.hotswap.fits import FitColumns
 from shiradelta.io.reader import Delta, StoredTensor
@@ -132,9 +133,8 @@ class Residents(NamedTuple):
     def stored(cls, source: Bytes, fits: FitColumns) -> Residents:
         """Those that are in a file as the device keeps them."""
         rows = fits.rows
-        names = ("index_at", "index_stored"), ("values_at", "values_stored")
-        starts = np.column_stack([rows[at] for at, _ in names]).astype(np.int64)
-        stops = starts + np.column_stack([rows[size] for _, size in names]).astype(np.int64)
+        starts = np.column_stack([rows[at] for at, _ in SECTIONS]).astype(np.int64)
+        stops = starts + np.column_stack([rows[size] for _, size in SECTIONS]).astype(np.int64)
         parts = SectionParts([source], np.zeros(starts.size, np.int64), starts.reshape(-1), stops.reshape(-1))
         heads = np.zeros(len(fits), _HEAD)
         some = np.flatnonzero(rows["index_stored"])  # a patch without nonzeros has no head

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
-from operator import call
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.registry import ORDERED, Order
 from shiradelta.hotswap.bits_there import fields_at, ones_of
-from shiradelta.hotswap.checks import checks_of
+from shiradelta.hotswap.checks import pieces_of
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.fits import FitColumns, Fits
 from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
@@ -67,11 +67,12 @@ class TorchBackend(Elementwise):
         return ElementsThere(self.from_base, flat(target))
 
     def hold(self, files: Sequence[Fits]) -> Held:
-        """Copies all sections into one buffer on the device, aligned as in a file; other threads check them."""
+        """Copies all sections into one buffer on the device, aligned as in a file; threads read and check them."""
         fits = [one.columns for one in files]
-        without_base = [(one.delta, one.columns.numbers[~one.columns.needs_base]) for one in files]
         try:
-            with meanwhile(call, checks_of(without_base, THREADS)):
+            with meanwhile(methodcaller("check"), pieces_of(files, THREADS), methodcaller("read")):
+                for unread in [one.unread for one in files if one.unread is not None]:
+                    unread.check_between()
                 codecs = [codec for one in fits for codec in self._resident(one)]
                 every = self._residents(files, codecs)
                 buffer, starts = self._upload(every.parts)
@@ -91,7 +92,7 @@ class TorchBackend(Elementwise):
     def _residents(self, files: Sequence[Fits], codecs: Sequence[TorchDecoder]) -> Residents:
         """The sections of tensors as the device keeps them: in the file, new bytes, or made on the device."""
         made, places, on_base, at = [], [], [], 0
-        for source, delta, fits in files:
+        for source, delta, fits, _ in files:
             own, needs_base = codecs[at : at + len(fits)], fits.needs_base
             chosen = np.flatnonzero(~needs_base)
             here = fits if chosen.size == len(fits) else fits.some(chosen)

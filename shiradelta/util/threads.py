@@ -61,18 +61,28 @@ def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], thread
 
 
 @contextmanager
-def meanwhile(work: Callable[[Item], object], items: Sequence[Item]) -> Iterator[None]:
+def meanwhile(
+    work: Callable[[Item], object], items: Sequence[Item], first: Callable[[Item], object] = lambda item: None
+) -> Iterator[None]:
     """Does `work(item)` for each item, on a thread of its own, while the block runs; the block's end waits for all.
 
-    The block runs once all have begun: a block that is Python would keep them from it, by the interpreter's lock, for
-    milliseconds.  An exception of the block is raised before that of a work.
+    The block runs once `first(item)` has been done for all of them, on these threads, too, and not at all if it failed
+    for one.  So the block waits in any case until all have begun: a block that is Python would keep them from it, by
+    the interpreter's lock, for milliseconds.  An exception of the block is raised before that of a work.
     """
     all_begun, begun = allocate_lock(), iter(range(len(items)))
+    failed: list[Item] = []
 
     def begin(item: Item) -> None:
-        # Only the last one wakes the block, which would take the interpreter's lock from the others each time.
-        if next(begun) == len(items) - 1:
-            all_begun.release()
+        try:
+            first(item)
+        except BaseException:
+            failed.append(item)
+            raise
+        finally:
+            # Only the last one wakes the block, which would take the interpreter's lock from the others each time.
+            if next(begun) == len(items) - 1:
+                all_begun.release()
         work(item)
 
     jobs = [Job(partial(begin, item)) for item in items]
@@ -83,11 +93,14 @@ def meanwhile(work: Callable[[Item], object], items: Sequence[Item]) -> Iterator
     try:
         with all_begun:
             pass
-        yield
+        if not failed:
+            yield
     finally:
         for job in jobs:
             with job.ended:
                 pass
+        for job in jobs if failed else ():
+            job.result()
     for job in jobs:
         job.result()
 

@@ -108,6 +108,25 @@ def test_a_block_ends_with_its_own_exception_or_that_of_a_work():
     assert sorted(done) == [0, 0, 2, 2, 3, 3], "all works have ended"
 
 
+def test_what_comes_first_is_done_before_a_block():
+    done: list[str] = []
+    with meanwhile(lambda item: done.append("work"), range(3), lambda item: done.append("first")):
+        assert done.count("first") == 3
+    assert sorted(done) == ["first"] * 3 + ["work"] * 3
+
+
+def test_a_block_does_not_run_where_what_comes_first_failed():
+    done: list[int] = []
+
+    def first(item: int) -> None:
+        if item == 1:
+            raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 1"), meanwhile(done.append, range(3), first):
+        done.append(3)
+    assert sorted(done) == [0, 2]
+
+
 @pytest.mark.usefixtures("no_threads")
 def test_work_comes_first_where_no_thread_can_be_had():
     done: list[int] = []
