@@ -68,7 +68,7 @@ def _pieces(one: Fits, numbers: NDArray[np.int64], most: int) -> Iterator[ShareO
         spans = list(zip(low.tolist(), high.tolist(), strict=True))
         checks: list[Callable[[], None]] = [shared[i] for i in here.tolist() if i in shared]
         checks.append(check(numbers[here[first[here] == last[here]]]))
-        yield ShareOfFiles(one.unread.reading(spans) if one.unread is not None else _all([]), _all(checks))
+        yield ShareOfFiles(one.unread.filling(spans) if one.unread is not None else _all([]), _all(checks))
 
 
 class _Shared:

@@ -97,15 +97,16 @@ class Preparation:
         partly: PartlyRead | None = None
         label = "delta"
         try:
-            # A signature is of the whole file.
-            if key is None and isinstance(source, (str, os.PathLike)):
-                label = os.fspath(source)
-                partly = PartlyRead(source, _zeros if self._has_parts_only else self.devices.buffer)
-                data = partly.data
-            else:
-                label, data = read_whole(source, self.devices.buffer, key)
-            with ExitStack() as locked:
-                need_weights = partial(locked.enter_context, lock)
+            with ExitStack() as opened:
+                # A signature is of the whole file.
+                if key is None and isinstance(source, (str, os.PathLike)):
+                    label = os.fspath(source)
+                    buffer = _zeros if self._has_parts_only else self.devices.buffer
+                    partly = opened.enter_context(PartlyRead(source, buffer))
+                    data = partly.data
+                else:
+                    label, data = read_whole(source, self.devices.buffer, key)
+                need_weights = partial(opened.enter_context, lock)
                 return self._prepare(name, label, data, partly, allow_dtype, skip, only, limit, need_weights)
         except FormatError as error:
             error.file = error.file or label
@@ -145,7 +146,7 @@ class Preparation:
         if partly is not None and unread is None and not delta.packed:
             here = (own for own, target in names.targets.items() if own not in shared and not _is_elsewhere(target))
             partly.read(delta[own].record for own in (delta if delta.needs_base else here))
-        readings = read_shared(shared, data, partly.read_spans if partly is not None else lambda spans: None)
+        readings = read_shared(shared, data, partly.fill if partly is not None else lambda spans: None)
         plain = delta.unpacked
         if delta.needs_base:
             need_weights()

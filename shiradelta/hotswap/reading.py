@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Self
 
 from shiradelta.backends.choose import choose
 from shiradelta.errors import ShiraDeltaError
@@ -15,7 +16,7 @@ from shiradelta.format.record import Record
 from shiradelta.io.reader import Source, bytes_of, explained
 from shiradelta.signing.keys import Keys
 from shiradelta.signing.verify import check_signed
-from shiradelta.util.regular_file import open_regular
+from shiradelta.util.regular_file import open_regular, read_at
 from shiradelta.util.threads import THREADS, in_ranges, map_in_threads
 
 #: The fewest bytes that a thread reads.
@@ -54,16 +55,78 @@ def _read(source: Source, buffer: Callable[[int], Bytes]) -> tuple[str, Bytes]:
 
         in_ranges(copy, content.size, min(THREADS, content.size // _CHUNK))
         return "delta", data
-    label, path = os.fspath(source), Path(source)
-    with explained(path):
-        with open_regular(path) as stream:
-            data = buffer(os.fstat(stream.fileno()).st_size)
-        _fill(label, path, data, [(0, data.size)])
-    return label, data
+    with _OpenFile(source, buffer) as file:
+        file.fill([(0, file.data.size)])
+        return file.label, file.data
 
 
-class PartlyRead:
-    """A file that is read part by part, into memory that nobody else can change.
+class _OpenFile:
+    """An open file, and memory of its size that it is read into.
+
+    Raises:
+        ShiraDeltaError: there is no such file, or it cannot be read.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], buffer: Callable[[int], Bytes]) -> None:
+        self.label, self._path = os.fspath(source), Path(source)
+        with explained(self._path):
+            self._stream = open_regular(self._path)
+        self._same = self._state()
+        self.data = buffer(self._same[0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def _state(self) -> tuple[int, int]:
+        """What differs when the file has been written since: its size and the time of the last change."""
+        status = os.fstat(self._stream.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def fill(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Reads bytes from starts to ends, on several threads.
+
+        Raises:
+            ShiraDeltaError: the file cannot be read, or was changed meanwhile.
+        """
+        chunk = max(_CHUNK, -(-self.data.size // THREADS))
+        pieces = [(at, min(at + chunk, end)) for start, end in _joined(spans) for at in range(start, end, chunk)]
+        map_in_threads(self._read, pieces)
+        self.check_same()
+
+    def filling(self, spans: Iterable[tuple[int, int]]) -> Callable[[], None]:
+        """A function that does `fill` on the thread that calls it, but for `check_same`."""
+        joined = _joined(spans)
+
+        def fill() -> None:
+            for span in joined:
+                self._read(span)
+
+        return fill
+
+    def _read(self, span: tuple[int, int]) -> None:
+        """Makes few calls of the system: threads take the interpreter's lock from each other at each of them."""
+        (start, end), descriptor = span, self._stream.fileno()
+        with explained(self._path):
+            while start < end:
+                count = read_at(descriptor, self.data[start:end].data, start)
+                if not count:
+                    raise self._changed("cut short")
+                start += count
+
+    def check_same(self) -> None:
+        """Checks that nothing has written the file since it was opened.  Raises ShiraDeltaError."""
+        if self._state() != self._same:
+            raise self._changed("written")
+
+    def _changed(self, how: str) -> ShiraDeltaError:
+        return ShiraDeltaError(f"{self.label}: was {how} while it was read; try again")
+
+
+class PartlyRead(_OpenFile):
+    """An open file that is read part by part, into memory that nobody else can change.
 
     Its header and tables are read at once, and all of it where it is packed.  Bytes between sections are zero until
     they are read; a section is whatever was there.
@@ -82,55 +145,46 @@ class PartlyRead:
     """
 
     def __init__(self, source: str | os.PathLike[str], buffer: Callable[[int], Bytes]) -> None:
-        self.label, self._path = os.fspath(source), Path(source)
-        with explained(self._path), open_regular(self._path) as stream:
-            status = os.fstat(stream.fileno())
-        self._same = _identity(status)
-        self.data: Bytes = buffer(status.st_size)
-        self.read_spans([(0, min(registry.HEADER_SIZE, self.data.size))])
+        super().__init__(source, buffer)
+        try:
+            self._read_tables()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _read_tables(self) -> None:
+        self._read((0, min(registry.HEADER_SIZE, self.data.size)))
         header = read_header(self.data)
-        end = self.data.size if header.packed else min(container.tables_end(header), self.data.size)
-        self.read_spans([(registry.HEADER_SIZE, end)])
-        if not header.packed:
-            table = self.data[registry.HEADER_SIZE : end][: header.whole_sizes[0]]
-            between = container.between_sections(table.tobytes(), self.data.size)
-            self.data[between[self.data[between] != 0]] = 0  # memory that is zero is not taken before it is written
+        if header.packed:
+            self.fill([(registry.HEADER_SIZE, self.data.size)])
+            return
+        end = min(container.tables_end(header), self.data.size)
+        self._read((registry.HEADER_SIZE, end))
+        table = self.data[registry.HEADER_SIZE : end][: header.whole_sizes[0]]
+        between = container.between_sections(table.tobytes(), self.data.size)
+        self.data[between[self.data[between] != 0]] = 0  # memory that is zero is not taken before it is written
 
     def read(self, records: Iterable[Record]) -> None:
         """Reads the sections of some tensors, and what is between them.
 
         Raises:
-            ShiraDeltaError: the file cannot be read, or is another one by now.
+            ShiraDeltaError: the file cannot be read, or was changed meanwhile.
             FormatError: there is something between them.
         """
-        self.read_spans((record.index.offset, record.values.end) for record in records)
-        self.check_between()
+        self.fill((record.index.offset, record.values.end) for record in records)
+        self.check_read()
 
-    def check_between(self) -> None:
-        """Checks that bytes between sections are zero, as far as they have been read.  Raises FormatError."""
+    def check_read(self) -> None:
+        """Checks what has been read: that the file is the same, and that bytes between sections are zero.
+
+        Raises:
+            ShiraDeltaError: it was changed meanwhile.
+            FormatError: they are not.
+        """
+        self.check_same()
         accepts = choose().accepts
         if accepts is None or not accepts(self.data):
             container.parse(self.data)
-
-    def read_spans(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Reads bytes from a start to an end, as `read`."""
-        with explained(self._path):
-            _fill(self.label, self._path, self.data, _joined(spans), self._same)
-
-    def reading(self, spans: Iterable[tuple[int, int]]) -> Callable[[], None]:
-        """A function that does `read_spans`, all on the thread that calls it."""
-        joined = _joined(spans)
-
-        def read() -> None:
-            with explained(self._path):
-                _read_here(self.label, self._path, self.data, joined, self._same)
-
-        return read
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    """What differs when a file of the same name is another one, or has been written since."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -142,28 +196,3 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         elif start < end:
             found.append((start, end))
     return found
-
-
-def _fill(
-    label: str, path: Path, data: Bytes, spans: Iterable[tuple[int, int]], same: tuple[int, int, int, int] | None = None
-) -> None:
-    """Reads spans of a file to their places in `data`; `same` is the identity that the file has to have."""
-    chunk = max(_CHUNK, -(-data.size // THREADS))
-    pieces = [(at, min(at + chunk, end)) for start, end in spans for at in range(start, end, chunk)]
-    map_in_threads(lambda piece: _read_here(label, path, data, [piece], same), pieces)
-
-
-def _read_here(
-    label: str, path: Path, data: Bytes, spans: Sequence[tuple[int, int]], same: tuple[int, int, int, int] | None
-) -> None:
-    """`_fill` on this thread."""
-    with open(path, "rb", buffering=0) as stream:
-        if same is not None and _identity(os.fstat(stream.fileno())) != same:
-            raise ShiraDeltaError(f"{label}: was replaced while it was read; try again")
-        for start, end in spans:
-            stream.seek(start)
-            while start < end:
-                count = stream.readinto(data[start:end].data)
-                if not count:
-                    raise ShiraDeltaError(f"{label}: was cut short while it was read; try again")
-                start += count

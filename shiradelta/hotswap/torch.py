@@ -72,7 +72,7 @@ class TorchBackend(Elementwise):
         try:
             with meanwhile(methodcaller("check"), pieces_of(files, THREADS), methodcaller("read")):
                 for unread in [one.unread for one in files if one.unread is not None]:
-                    unread.check_between()
+                    unread.check_read()
                 codecs = [codec for one in fits for codec in self._resident(one)]
                 every = self._residents(files, codecs)
                 buffer, starts = self._upload(every.parts)

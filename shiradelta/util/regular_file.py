@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import BinaryIO
+
+#: Guards where open files are, on systems that cannot read at a place.
+_moving = threading.Lock()
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -31,6 +35,21 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_at(descriptor: int, room: memoryview, offset: int) -> int:
+    """Reads bytes of an open file into `room`; returns how many, 0 at its end.  Safe in several threads.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [room], offset)
+    with _moving:  # Windows
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        found = os.read(descriptor, len(room))
+    room[: len(found)] = found
+    return len(found)
 
 
 def read_small(path: Path, most: int) -> bytes | None:
