@@ -33,7 +33,7 @@ from shiradelta.format.digest import tensor_digest
 from shiradelta.format.record import Record
 from shiradelta.format.registry import IndexId
 from shiradelta.format.zstd import FAST, compressed
-from shiradelta.io.reader import Delta, StoredTensor, parse_delta
+from shiradelta.io.reader import Delta, StoredTensor, default_limit, parse_delta
 from shiradelta.io.restored import Elements, Located, codecs_on_base, locating, with_values
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.util.files import temporary_errors
@@ -190,7 +190,8 @@ def plain_delta(delta: Delta, base: Base, progress: Progress | None = None, *, p
 def _threads(delta: Delta, size: int) -> int:
     """How many threads may work where each takes `size` times as much memory as the largest tensor decoded."""
     largest = max((stored.record.decoded_size for stored in delta.values()), default=0)
-    return max(1, min(THREADS, delta.limit // max(size * largest, 1)))
+    room = min(delta.limit, default_limit(delta.sizes["file"]))  # a file of our own may have no limit
+    return max(1, min(THREADS, room // max(size * largest, 1)))
 
 
 def _as_stored(stored: StoredTensor) -> _Sections:

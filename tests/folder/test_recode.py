@@ -28,6 +28,7 @@ from shiradelta.format.codecs.base import SLACK
 from shiradelta.format.codecs.from_base import HEAD, FromBase
 from shiradelta.format.operations import OPERATIONS
 from shiradelta.format.record import Record, Section
+from shiradelta.io import context
 from shiradelta.io.context import plain_delta
 from shiradelta.io.restored import codecs_on_base, restored
 from shiradelta.io.writer import writing
@@ -312,6 +313,16 @@ def test_tiles_are_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refusal = pytest.raises(FormatError if native else LimitError)
     with sd.open_delta(tmp_path / "many.shd", limit="4MB") as delta, refusal:
         restored(delta["w"], np.zeros(numel, "<u2"))
+
+
+def test_a_file_without_a_limit_leaves_memory_to_others(made: Path, monkeypatch: pytest.MonkeyPatch):
+    """Threads are as many as the default limit has room for: a lossless conversion has none for its own file."""
+    monkeypatch.setattr(context, "THREADS", 16)
+    with sd.open_delta(made / "1.shd", limit=1 << 62) as delta:
+        largest = max(tensor.record.decoded_size for tensor in delta.values())
+        for threads in 1, 3, 16:
+            monkeypatch.setattr(context, "default_limit", lambda size, threads=threads: 6 * threads * largest)
+            assert context._threads(delta, 6) == threads
 
 
 def test_verify_tells_what_it_can_without_the_base(made: Path, tmp_path: Path):
