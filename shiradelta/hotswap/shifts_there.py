@@ -35,8 +35,14 @@ class InClasses(Protocol):
 
     stops: Tensor
 
-    def placed(self, listed: Tensor, magnitudes: Tensor) -> Tensor:
-        """Of each shift by rank: the given one where it is listed, by its number in that order; otherwise 1."""
+    def placed(self, cells: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        """Of each shift by rank: the given one where it is listed; otherwise 1.
+
+        Args:
+            cells: int32, the class of a block of each listed one, from 0 for all of them.
+            numbers: int64, its number in that order, within its class.
+            values: those that are given.
+        """
 
 
 class SortedClasses(InClasses):
@@ -58,9 +64,9 @@ class SortedClasses(InClasses):
         ordered, self._order = torch.cat(cells).sort(stable=True)
         self.stops = torch.searchsorted(ordered, torch.arange(first, device=at.device, dtype=torch.int32), right=True)
 
-    def placed(self, listed: Tensor, magnitudes: Tensor) -> Tensor:
-        result = torch.ones_like(self._order, dtype=magnitudes.dtype)
-        result[self._order[listed]] = magnitudes
+    def placed(self, cells: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        result = torch.ones_like(self._order, dtype=values.dtype)
+        result[self._order[numbers]] = values
         return result
 
 
@@ -142,7 +148,7 @@ def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, dtype: to
     good = [sent(np.array(lists.sound), device)]
     if not total:
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        return in_classes.placed(none, none.to(dtype)), good[0]
+        return in_classes.placed(none.int(), none, none.to(dtype)), good[0]
     _, of_block, ks, _, listed = lists.cells
     # Of each class of a block: its first listed shift, and where its low bits are in those of the block.
     before = exclusive(listed)
@@ -185,4 +191,4 @@ def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, dtype: to
     placed = starts[cell] + order
     good.append((placed < in_classes.stops[cell]).all())
     placed = torch.minimum(placed, (in_classes.stops[-1:] - 1).clamp(min=0))
-    return in_classes.placed(placed, (beyond + 2).to(dtype)), torch.stack(good).all()
+    return in_classes.placed(cell.int(), placed, (beyond + 2).to(dtype)), torch.stack(good).all()

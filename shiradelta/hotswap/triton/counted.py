@@ -13,21 +13,21 @@ import torch
 
 from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.hotswap.bits_there import sent
-from shiradelta.hotswap.triton.groups import (
+from shiradelta.hotswap.triton.ordered import (
     ALIGNMENT,
     BLOCK,
     COLUMNS,
+    PART,
     collect_kernel,
     count_kernel,
-    find_kernel,
-    mark_kernel,
-    place_kernel,
+    select_kernel,
+    turn_kernel,
 )
 from shiradelta.util.arrays import exclusive, within
 
 Tensor = torch.Tensor
-#: Words of bits of a program that goes through nonzeros.
-_WORDS = 1024
+#: Words of bits of a program that goes through nonzeros, and listed elements of one that selects them.
+_WORDS, _SELECTED = 1024, 32
 
 
 class Tiles(NamedTuple):
@@ -37,8 +37,11 @@ class Tiles(NamedTuple):
         rows: int64 [tiles, columns].
         tile_of: int32, the tile of each program.
         lasts: int64, the number of each cell's last count; a cell is a group of a tile.
+        tile_of_cell: int32.
         elements: how many there are.
         counts: how many there are.
+        parts: for how many blocks and 16 groups there are counts of parts.
+        most_blocks: of a tile.
         size: bytes of an element.
         has_lines: whether a tile has classes of rows or columns.
         has_turned: whether what a tile lists of a group may be no nonzeros.
@@ -48,8 +51,11 @@ class Tiles(NamedTuple):
     rows: Tensor
     tile_of: Tensor
     lasts: Tensor
+    tile_of_cell: Tensor
     elements: int
     counts: int
+    parts: int
+    most_blocks: int
     size: int
     has_lines: bool
     has_turned: bool
@@ -65,7 +71,7 @@ class Tiles(NamedTuple):
         has_lines: bool = False,
         has_turned: bool = False,
     ) -> Tiles:
-        """Makes the columns about programs, counts and the order, which follow from sizes and groups.
+        """Makes the columns about programs, counts and cells, which follow from sizes and groups.
 
         Args:
             columns: the others; a number is that of all tiles, and one that is missing is 0.
@@ -76,8 +82,9 @@ class Tiles(NamedTuple):
         """
         sizes = np.asarray(columns["size"], np.int64)
         groups, blocks = np.broadcast_to(columns["groups"], sizes.shape), -(-sizes // BLOCK)
-        made = {"blocks": blocks, "program": exclusive(blocks), "start": exclusive(sizes)}
-        made["counts"] = exclusive(groups * blocks)
+        counts, parts = groups * blocks, -(-groups // 16) * blocks
+        made = {"blocks": blocks, "program": exclusive(blocks), "start": exclusive(sizes), "cell": exclusive(groups)}
+        made |= {"counts": exclusive(counts), "parts": exclusive(parts)}
         every = {**columns, **made}
         rows = np.stack([np.broadcast_to(every.get(name, 0), sizes.shape) for name in COLUMNS], axis=1)
         tile = np.repeat(np.arange(sizes.size), groups)
@@ -86,8 +93,11 @@ class Tiles(NamedTuple):
             sent(rows.astype(np.int64), device),
             owners(blocks, device),
             sent(lasts, device),
+            sent(tile.astype(np.int32), device),
             int(sizes.sum()),
-            int((groups * blocks).sum()),
+            int(counts.sum()),
+            int(parts.sum()),
+            int(blocks.max(initial=0)),
             size,
             has_lines,
             has_turned,
@@ -96,7 +106,7 @@ class Tiles(NamedTuple):
 
     def run(self, kernel, *arguments) -> None:
         """Runs a program for each block."""
-        kind = {"SIZE": self.size, "LINES": self.has_lines, "ALIGNED": self.is_aligned}
+        kind = {"SIZE": self.size, "LINES": self.has_lines, "ALIGNED": int(self.is_aligned)}
         launch(kernel, self.tile_of.numel(), self.rows.device, self.rows, self.tile_of, *arguments, **kind)
 
 
@@ -122,37 +132,42 @@ class Counted:
     def __init__(self, tiles: Tiles) -> None:
         self._tiles, device = tiles, tiles.rows.device
         counts = torch.empty(tiles.counts, dtype=torch.int32, device=device)
-        tiles.run(count_kernel, counts)
-        ends = counts.cumsum(0, dtype=torch.int32)
-        self._starts = ends - counts
-        self.stops = ends[tiles.lasts].long()
+        self._parts = torch.empty(tiles.parts, 2 * BLOCK // PART, dtype=torch.int64, device=device)
+        tiles.run(count_kernel, counts, self._parts, PART)
+        self._ends = counts.cumsum(0, dtype=torch.int32)
+        self.stops = self._ends[tiles.lasts].long()
 
-    def no_marks(self) -> Tensor:
-        """int32, a bit for each element in the order, none of them set."""
-        return torch.zeros(self._tiles.elements // 32 + 1, dtype=torch.int32, device=self._starts.device)
+    def _select(self, cells: Tensor, numbers: Tensor, found: Tensor, values: Tensor | None) -> None:
+        """Runs the kernel that finds listed elements; see `select_kernel`."""
+        tiles, most = self._tiles, 1 << max(self._tiles.most_blocks.bit_length() - 1, 0)
+        given = tiles.rows, tiles.tile_of_cell, cells, numbers, cells.numel(), self._ends, most, self._parts, found
+        kind = {"SIZE": tiles.size, "LINES": tiles.has_lines, "ALIGNED": 2 * tiles.is_aligned}
+        kind |= {"VALUES": values is not None, "PART": PART, "OF_BLOCK": BLOCK, "BLOCK": _SELECTED}
+        programs = -(-cells.numel() // _SELECTED)
+        if programs:
+            launch(select_kernel, programs, found.device, *given, found if values is None else values, **kind)
 
-    def marks(self, listed: Tensor) -> Tensor:
-        """`no_marks` with the bits of these numbers set."""
-        marks = self.no_marks()
-        if listed.numel():
-            launch(mark_kernel, -(-listed.numel() // BLOCK), marks.device, listed, listed.numel(), marks)
-        return marks
+    def nonzeros(self, cells: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """(a bit for each element of each block, int32; int32, how many nonzeros each block has).
 
-    def find(self, marks: Tensor) -> tuple[Tensor, Tensor]:
-        """The nonzeros, given what is listed: (a bit for each element of each block, int32; int32, how many it has)."""
-        tiles, device = self._tiles, self._starts.device
+        Args:
+            cells: int32, of each listed element.
+            numbers: integers, its number in the order, within its cell.
+        """
+        tiles, device = self._tiles, self._ends.device
         programs = tiles.tile_of.numel()
-        found = torch.empty(programs * (BLOCK // 8), dtype=torch.uint8, device=device)
+        found = torch.zeros(programs * (BLOCK // 32), dtype=torch.int32, device=device)
+        self._select(cells, numbers, found, None)
         counts = torch.empty(programs, dtype=torch.int32, device=device)
-        tiles.run(find_kernel, self._starts, marks, found, counts, self._tiles.has_turned)
-        return found.view(torch.int32), counts
+        tiles.run(turn_kernel, found.view(torch.uint8), counts, tiles.has_turned)
+        return found, counts
 
     def collect(self, found: Tensor, counts: Tensor, most: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(positions in the tensors, int64 if `wide`, else int32; elements there; how many are up to each block).
 
         Args:
-            found: of `find`.
-            counts: of `find`.
+            found: of `nonzeros`.
+            counts: of `nonzeros`.
             most: how many there should be.
             wide: positions take 64 bits.
         """
@@ -166,10 +181,8 @@ class Counted:
         launch(collect_kernel, -(-words // _WORDS), device, *given, **kind)
         return positions, at, ends
 
-    def placed(self, listed: Tensor, values: Tensor) -> Tensor:
-        """[elements]: the values of listed ones, given by their numbers in the order; 1 for the others."""
-        in_order = torch.ones(self._tiles.elements, dtype=values.dtype, device=listed.device)
-        in_order[listed] = values
-        placed = torch.empty_like(in_order)
-        self._tiles.run(place_kernel, self._starts, in_order, placed)
+    def placed(self, cells: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+        """[elements]: the values of listed ones, given as for `nonzeros`; 1 for the others."""
+        placed = torch.ones(self._tiles.elements, dtype=values.dtype, device=values.device)
+        self._select(cells, numbers, placed, values)
         return placed

@@ -45,7 +45,8 @@ class CountedChunk(InGroups):
         self.stops = self._counted.stops
 
     def nonzeros(self, listed: Tensor) -> Tensor:
-        found, counts = self._counted.find(self._counted.marks(listed))
+        cells = torch.searchsorted(self.stops, listed, right=True, out_int32=True)
+        found, counts = self._counted.nonzeros(cells, listed)
         positions, _, _ = self._counted.collect(found, counts, int(counts.sum()), True)
         return positions
 

@@ -1,4 +1,4 @@
-"""What tiles list, from gaps to marks, by kernels: a program for each 1,024 listed elements of a cell (FORMAT.md, 4.7).
+"""What tiles list, from gaps to numbers in the order, by kernels: a program for each 1,024 listed elements of a cell (FORMAT.md, 4.7).
 
 A cell is a group of a tile.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from shiradelta.format import registry
 from shiradelta.hotswap.bits_there import sent
 from shiradelta.hotswap.triton.counted import launch, owners
-from shiradelta.hotswap.triton.groups import BLOCK
+from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.hotswap.triton.positions import INT32
 from shiradelta.util.arrays import exclusive
 
@@ -65,8 +65,11 @@ def step_kernel(table, cell_of, buffer, ones, steps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def listed_kernel(table, cell_of, sums, stops, marks, beyond, BLOCK: tl.constexpr):
-    """Sets the mark of each listed element in the order of tiles; `beyond` is set where a group has fewer elements."""
+def number_kernel(table, cell_of, sums, stops, cells, numbers, beyond, BLOCK: tl.constexpr):
+    """The cell of each listed element, and its number in the order of tiles, both int32.
+
+    `beyond` is set where a group has fewer elements; those are taken for its first.
+    """
     row, number, inside = _elements(table, cell_of, BLOCK)
     first, cell = tl.load(row + _FIRST), tl.load(row + _NUMBER)
     before = tl.load(sums + first - 1, mask=first > 0, other=0)
@@ -74,27 +77,30 @@ def listed_kernel(table, cell_of, sums, stops, marks, beyond, BLOCK: tl.constexp
     at = tl.load(sums + number, mask=inside, other=0) - before - 1 + start
     fits = at < tl.load(stops + cell)
     tl.store(beyond + (number - number), 1, mask=inside & (fits == 0))
-    one = (tl.full(at.shape, 1, tl.int64) << (at & 31)).to(tl.int32)
-    tl.atomic_or(marks + (at >> 5), one, mask=inside & fits)
+    tl.store(cells + number, (number - number + cell).to(tl.int32), mask=inside)
+    tl.store(numbers + number, tl.where(fits, at, start).to(tl.int32), mask=inside)
 
 
-def mark(cells: dict[str, np.ndarray], buffer: Tensor, ones: Tensor, stops: Tensor, marks: Tensor) -> Tensor:
-    """Marks what is listed; int32 [1], not zero where there is no such element.
+def listed(
+    cells: dict[str, np.ndarray], buffer: Tensor, ones: Tensor, stops: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the cell of each listed element, int32; its number in the order, int32; int32 [1], 0 if all of them are there).
 
     Args:
         cells: columns of cells that list something, but for programs.
         buffer: uint8, the sections.
         ones: int64, the unary bits that are set.
         stops: int64, of all cells, where they end in the order.
-        marks: int32, a bit for each element in the order; zero.
     """
     device, programs = buffer.device, -(-cells["count"] // BLOCK)
     every = {**cells, "program": exclusive(programs)}
     table = sent(np.stack([every[name] for name in COLUMNS], axis=1), device)
     cell_of = owners(programs, device)
     count = cell_of.numel()
-    steps = torch.empty(ones.numel(), dtype=torch.int32, device=device)
-    launch(step_kernel, count, device, table, cell_of, buffer, ones, steps)
+    steps, own = (torch.empty(ones.numel(), dtype=torch.int32, device=device) for _ in range(2))
     beyond = torch.zeros(1, dtype=torch.int32, device=device)
-    launch(listed_kernel, count, device, table, cell_of, steps.cumsum(0), stops, marks, beyond)
-    return beyond
+    if count:
+        launch(step_kernel, count, device, table, cell_of, buffer, ones, steps)
+        sums = steps.cumsum(0)
+        launch(number_kernel, count, device, table, cell_of, sums, stops, own, steps, beyond)
+    return own, steps, beyond

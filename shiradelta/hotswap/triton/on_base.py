@@ -25,8 +25,8 @@ from shiradelta.hotswap.resident import Resident, SectionPart
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import decode_there
 from shiradelta.hotswap.triton.counted import Counted, Tiles
-from shiradelta.hotswap.triton.groups import BLOCK
-from shiradelta.hotswap.triton.listed import mark
+from shiradelta.hotswap.triton.ordered import BLOCK
+from shiradelta.hotswap.triton.listed import listed
 from shiradelta.hotswap.triton.rice import TritonRice
 from shiradelta.util.arrays import exclusive, within
 
@@ -129,22 +129,22 @@ def nonzeros(
 ) -> tuple[Tensor, Tensor] | None:
     """(positions, elements there), of one tensor after the other."""
     device, sections = buffer.device, np.array([tensor.positions_at for tensor in tensors])
-    listed = _Listed.of(heads, sections)
-    if listed is None:
+    lists = _Listed.of(heads, sections)
+    if lists is None:
         return None
     small, tiles = _tiles(tensors, heads, buffer)
     counted = Counted(tiles)
     ones = _ones(sections, heads, buffer)
     if ones.numel() != int(heads.listed.sum()):
         return None
-    marks = counted.no_marks()
     if ones.numel():
-        begin, last_bit, first, last = sent(listed.tiles, device)
+        begin, last_bit, first, last = sent(lists.tiles, device)
         good.append(((ones[first] >= begin) & (ones[last] == last_bit)).all())
-        good.append(mark(listed.cells, buffer, ones, counted.stops, marks)[0] == 0)
+    cells, numbers, beyond = listed(lists.cells, buffer, ones, counted.stops)
+    good.append(beyond[0] == 0)
     total = sum(tensor.nnz for tensor in tensors)
     wide = max(tensor.numel for tensor in tensors) > 1 << 31
-    positions, at, ends = counted.collect(*counted.find(marks), total, wide)
+    positions, at, ends = counted.collect(*counted.nonzeros(cells, numbers), total, wide)
     programs = np.add.reduceat(-(-_tile_sizes(tensors, heads) // BLOCK), exclusive(heads.tiles))
     right = np.cumsum([tensor.nnz for tensor in tensors])
     both = sent(np.stack((np.cumsum(programs) - 1, right)), device)

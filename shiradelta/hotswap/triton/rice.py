@@ -12,7 +12,7 @@ import triton.language as tl
 from shiradelta.hotswap.bits_there import sent
 from shiradelta.hotswap.rice_there import RicePlaces, TorchRice
 from shiradelta.hotswap.triton.counted import launch, owners
-from shiradelta.hotswap.triton.groups import BLOCK
+from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.util.arrays import exclusive
 
 Tensor = torch.Tensor

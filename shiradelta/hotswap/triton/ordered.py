@@ -1,9 +1,9 @@
 """Kernels that go through all of the base's elements, of many tiles of many tensors in one launch (FORMAT.md, 4.7).
 
 Elements of a tile are in groups.  The *order* of a launch is by tile, then by group, then by position.  A kernel counts
-the elements of each group in each block, so that prefix sums tell where a block's elements are in that order.  What is
-listed is marked there, in a bit for each element.  Other kernels find the mark of each element, and the positions of
-those that are nonzeros.
+the elements of each group in each block, so that prefix sums tell where a block's elements are in that order, and in
+each part of a block.  Then the place of an element is found from its number in the order by two searches and a look at
+one part, so that what takes long is done for listed elements only.
 """
 
 # mypy: ignore-errors
@@ -19,6 +19,8 @@ from shiradelta.hotswap.triton.positions import INT32, UINT8
 #: Elements of a program, and of a row, which a thread has: the counts of 16 groups in it take 4 bits each.
 BLOCK = 1024
 ROW = tl.constexpr(8)
+#: Elements of a part of a block: counts of each group in it take 8 bits.
+PART = 64
 #: Elements and bytes of which sizes and addresses of tiles mostly are multiples; a kernel for these is faster.
 ALIGNMENT = tl.constexpr(16)
 
@@ -30,7 +32,9 @@ COLUMNS = (
     "blocks",  # how many it has
     "counts",  # number of its first count
     "groups",  # how many there are
-    "start",  # number of its first element in the order
+    "cell",  # number of its first cell: a cell is a group of a tile
+    "parts",  # number of the parts of its first block: 16 groups have them together
+    "start",  # number of its first element
     "position",  # of its first element, in the tensor
     "classes",  # address of the class of each key, uint8; without lines, of its group
     "cells",  # with lines: address of the group of each class of row, of column and of element
@@ -51,6 +55,8 @@ COLUMNS = (
     _BLOCKS,
     _COUNTS,
     _GROUPS,
+    _CELL,
+    _PARTS,
     _START,
     _POSITION,
     _CLASSES,
@@ -95,8 +101,10 @@ def _field(row, fields, width, number, inside):
 def _element(row, within, inside, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
     """The bits of elements."""
     base = pointer(tl.load(row + _BASE), SIZE)
-    if ALIGNED:
+    if ALIGNED == 1:
         base = tl.multiple_of(base, ALIGNMENT)
+    if ALIGNED == 2:  # a row for each line of elements
+        base = tl.multiple_of(base, (ALIGNMENT, ALIGNMENT))
     return tl.load(base + within, mask=inside, other=0)
 
 
@@ -127,66 +135,126 @@ def _ones(group, inside, first):
 
 
 @triton.jit
-def _apart(rows, number):
-    """Four counts of each row, of 4 bits, in 16 bits each; number counts such fours."""
-    some = rows >> (16 * number)
-    return (some & 0xF) | ((some & 0xF0) << 12) | ((some & 0xF00) << 24) | ((some & 0xF000) << 36)
+def _bytes(rows, PART: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts of PART elements, given those of rows in 4 bits each: of groups 0, 2, 4, ..., and 1, 3, 5, ..., in bytes."""
+    parts = tl.reshape(rows, (BLOCK // PART, PART // ROW))
+    return tl.sum(parts & 0x0F0F0F0F0F0F0F0F, 1), tl.sum((parts >> 4) & 0x0F0F0F0F0F0F0F0F, 1)
+
+
+@triton.jit
+def _total(parts, group):
+    """[16]: the sums of `_bytes`, for the group of each lane."""
+    low, high = tl.sum(parts & 0x00FF00FF00FF00FF, 0), tl.sum((parts >> 8) & 0x00FF00FF00FF00FF, 0)
+    return (tl.where((group & 2) != 0, high, low) >> (16 * (group >> 2)).to(tl.int64)) & 0xFFFF
 
 
 @triton.jit
 def count_kernel(
-    tiles, tile_of, counts, SIZE: tl.constexpr, LINES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    tiles,
+    tile_of,
+    counts,
+    parts,
+    PART: tl.constexpr,
+    SIZE: tl.constexpr,
+    LINES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Counts elements: int32, of each tile [groups, blocks]."""
+    """Counts elements: int32, of each tile [groups, blocks], and of parts of blocks, as `part_counts` reads them."""
     row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
     group = _group(row, within, inside, SIZE, LINES, ALIGNED)
     count, blocks = tl.load(row + _GROUPS).to(tl.int32), tl.load(row + _BLOCKS)
-    out = counts + tl.load(row + _COUNTS) + block
+    number, part = tl.arange(0, 16), tl.arange(0, BLOCK // PART)
     for first in range(0, count, 16):
-        rows = tl.sum(_ones(group, inside, first), 1)
-        for four in tl.static_range(4):
-            if first + 4 * four < count:
-                sums = tl.sum(_apart(rows, four), 0)
-                for each in tl.static_range(4):
-                    number = first + 4 * four + each
-                    tl.store(out + number * blocks, ((sums >> (16 * each)) & 0xFFFF).to(tl.int32), mask=number < count)
+        even, odd = _bytes(tl.sum(_ones(group, inside, first), 1), PART, BLOCK)
+        out = parts + (tl.load(row + _PARTS) + (first // 16) * blocks + block) * (2 * BLOCK // PART)
+        tl.store(out + part, even)
+        tl.store(out + BLOCK // PART + part, odd)
+        sums = tl.where((number & 1) != 0, _total(odd, number), _total(even, number)).to(tl.int32)
+        at = tl.load(row + _COUNTS) + (first + number) * blocks + block
+        tl.store(counts + at, sums, mask=first + number < count)
 
 
 @triton.jit
-def _number(row, block, group, inside, starts):
-    """The number of each element in the order; `starts` is what is before each of the counts."""
-    rank, count = tl.full(group.shape, 0, tl.int32), tl.load(row + _GROUPS).to(tl.int32)
-    for first in range(0, count, 16):
-        ones = _ones(group, inside, first)
-        at = group - first
-        rows, in_row = tl.sum(ones, 1), tl.cumsum(ones, 1)
-        above = tl.full(group.shape, 0, tl.int64)
-        for four in tl.static_range(4):
-            if first + 4 * four < count:
-                some = _apart(rows, four)
-                above = tl.where((at >> 2) == four, (tl.cumsum(some, 0) - some)[:, None], above)
-        own = (in_row >> (4 * (at & 15)).to(tl.int64)) & 15
-        here = own + ((above >> (16 * (at & 3)).to(tl.int64)) & 0xFFFF)
-        rank = tl.where(ones != 0, here.to(tl.int32), rank)
-    before = starts + tl.load(row + _COUNTS) + (group * tl.load(row + _BLOCKS).to(tl.int32) + block)
-    return tl.load(before, mask=inside, other=0) + rank - 1
+def _block_of(ends, first, blocks, number, inside, most):
+    """How many of some blocks end at a number or before it, and where the last of these does.
+
+    `ends` increases from `first` on, and what is before `first` is the start of all; `most` is a power of two.
+    """
+    found = first.to(tl.int32) * 0
+    step = most
+    while step > 0:
+        further = found + step
+        end = tl.load(ends + first + further - 1, mask=inside & (further < blocks), other=0x7FFFFFFF)
+        found = tl.where(end <= number, further, found)
+        step = step // 2
+    at = first + found
+    return found, tl.load(ends + at - 1, mask=inside & (at > 0), other=0)
 
 
-@triton.jit(do_not_specialize=["count"])
-def mark_kernel(listed, count, marks, BLOCK: tl.constexpr):
-    """Sets the bits of `marks` that are listed."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    number = tl.load(listed + at, mask=at < count, other=0)
-    one = (tl.full(number.shape, 1, tl.int64) << (number & 31).to(tl.int64)).to(tl.int32)
-    tl.atomic_or(marks + (number >> 5), one, mask=at < count)
+@triton.jit(do_not_specialize=["count", "most"])
+def select_kernel(
+    tiles,
+    tile_of_cell,
+    cells,
+    numbers,
+    count,
+    ends,
+    most,
+    parts,
+    found,
+    values,
+    VALUES: tl.constexpr,
+    PART: tl.constexpr,
+    SIZE: tl.constexpr,
+    LINES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    OF_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Finds the places of elements that are given by their cells and their numbers in the order.
+
+    A search among the ends of the group's counts tells the block, the counts of its parts tell the part, and that is
+    looked through.  Sets the bit of each element in int32 [programs of blocks, OF_BLOCK / 32]; with VALUES, brings
+    the value of each there instead, in [elements].
+    """
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    given = lane < count
+    cell = tl.load(cells + lane, mask=given, other=0)
+    number = tl.load(numbers + lane, mask=given, other=0)
+    row = tiles + tl.load(tile_of_cell + cell).to(tl.int64) * _WIDTH
+    group = cell - tl.load(row + _CELL).to(tl.int32)
+    blocks = tl.load(row + _BLOCKS).to(tl.int32)
+    block, before = _block_of(ends, tl.load(row + _COUNTS) + group * blocks, blocks, number, given, most)
+    rank = (number - before)[:, None]
+    # Bytes of the part's counts, and those of the parts before.
+    at = tl.load(row + _PARTS) + (group // 16) * blocks + block
+    lanes = tl.arange(0, OF_BLOCK // PART)[None, :]
+    out = parts + (at * 2 + (group & 1))[:, None] * (OF_BLOCK // PART) + lanes
+    some = (tl.load(out, mask=given[:, None], other=0) >> (8 * ((group & 15) >> 1))[:, None].to(tl.int64)).to(tl.int32)
+    some = some & 0xFF
+    sums = tl.cumsum(some, 1)
+    part = tl.sum((sums <= rank).to(tl.int32), 1)
+    rank -= tl.sum(tl.where(sums <= rank, some, 0), 1)[:, None]
+    start = block * OF_BLOCK + part * PART
+    within = start[:, None] + tl.arange(0, PART)[None, :]
+    inside = given[:, None] & (within < tl.load(row + _SIZE).to(tl.int32)[:, None])
+    own = inside & (_group(row[:, None], within, inside, SIZE, LINES, ALIGNED) == group[:, None])
+    place = tl.sum((tl.cumsum(own.to(tl.int32), 1) <= rank).to(tl.int32), 1)
+    there = given & (place < PART)
+    place += start
+    if VALUES:
+        value = tl.load(values + lane, mask=there, other=0)
+        tl.store(found + tl.load(row + _START) + place, value, mask=there)
+    else:
+        bit = (tl.load(row + _PROGRAM) + block) * OF_BLOCK + (place % OF_BLOCK)
+        tl.atomic_or(found + (bit >> 5), 1 << (place & 31), mask=there)
 
 
 @triton.jit
-def find_kernel(
+def turn_kernel(
     tiles,
     tile_of,
-    starts,
-    marks,
     found,
     counts,
     TURNED: tl.constexpr,
@@ -195,19 +263,17 @@ def find_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Says in a bit for each element whether it is a nonzero, in uint8 [programs, rows], and counts them in int32."""
-    row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
-    group = _group(row, within, inside, SIZE, LINES, ALIGNED)
-    number = _number(row, block, group, inside, starts)
-    mark = (tl.load(marks + (number >> 5), mask=inside, other=0) >> (number & 31)) & 1
-    if TURNED:
-        mark ^= tl.load(tl.load(row + _TURNED).to(UINT8) + group, mask=inside, other=0).to(tl.int32)
-    bit = tl.where(inside, mark, 0)
-    rows = tl.sum(bit, 1)
-    tl.store(counts + tl.program_id(0), tl.sum(rows, 0))
-    # No two lanes of a row have the same bit, so that their sum puts them together.
+    """Turns the bits of elements in turned groups, in uint8 [programs, rows], and counts what is set, in int32."""
     at = tl.program_id(0).to(tl.int64) * (BLOCK // ROW) + tl.arange(0, BLOCK // ROW)
-    tl.store(found + at, tl.sum(bit << (within & (ROW - 1)), 1).to(tl.uint8))
+    bits = tl.load(found + at).to(tl.int32)
+    if TURNED:
+        row, _, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
+        group = _group(row, within, inside, SIZE, LINES, ALIGNED)
+        turned = tl.load(tl.load(row + _TURNED).to(UINT8) + group, mask=inside, other=0).to(tl.int32)
+        # No two lanes of a row have the same bit, so that their sum puts them together.
+        bits ^= tl.sum(turned << (within & (ROW - 1)), 1)
+        tl.store(found + at, bits.to(tl.uint8))
+    tl.store(counts + tl.program_id(0), tl.sum(_bit_count(bits), 0))
 
 
 @triton.jit
@@ -256,23 +322,3 @@ def collect_kernel(
         word = word & (word - 1)
         rank += 1
         counts -= 1
-
-
-@triton.jit
-def place_kernel(
-    tiles,
-    tile_of,
-    starts,
-    values,
-    placed,
-    SIZE: tl.constexpr,
-    LINES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Brings values in the order to the places of their elements."""
-    row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
-    group = _group(row, within, inside, SIZE, LINES, ALIGNED)
-    number = _number(row, block, group, inside, starts)
-    value = tl.load(values + number, mask=inside, other=0)
-    tl.store(placed + tl.load(row + _START) + within, value, mask=inside)
