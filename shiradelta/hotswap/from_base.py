@@ -52,6 +52,7 @@ class GroupTable(NamedTuple):
         class_count: classes of elements.
         column_classes: how many there are.
         turned: bool, of each group.
+        thresholds: int32, of keys, on the host.
         has_lines: whether there are several classes of rows or columns.
     """
 
@@ -60,6 +61,7 @@ class GroupTable(NamedTuple):
     class_count: int
     column_classes: int
     turned: Tensor
+    thresholds: NDArray[np.int32]
     has_lines: bool
 
     @classmethod
@@ -69,8 +71,8 @@ class GroupTable(NamedTuple):
         classes, cells_there, turned = (
             torch.from_numpy(each).to(device) for each in (grid.class_of, cells, grid.numbers >= registry.TURNED)
         )
-        count, has_lines = grid.thresholds.size + 1, grid.row_bits + grid.column_bits > 0
-        return cls(classes, cells_there, count, 1 << grid.column_bits, turned, has_lines)
+        thresholds, has_lines = grid.thresholds.astype(np.int32), grid.row_bits + grid.column_bits > 0
+        return cls(classes, cells_there, thresholds.size + 1, 1 << grid.column_bits, turned, thresholds, has_lines)
 
 
 class InGroups(Protocol):

@@ -23,7 +23,7 @@ from shiradelta.hotswap.triton.ordered import (
     select_kernel,
     turn_kernel,
 )
-from shiradelta.util.arrays import exclusive, within
+from shiradelta.util.arrays import exclusive
 
 Tensor = torch.Tensor
 #: Words of bits of a program that goes through nonzeros, and listed elements of one that selects them.
@@ -43,6 +43,7 @@ class Tiles(NamedTuple):
         parts: for how many blocks and 16 groups there are counts of parts.
         most_blocks: of a tile.
         size: bytes of an element.
+        shift: that of all buckets.
         has_lines: whether a tile has classes of rows or columns.
         has_turned: whether what a tile lists of a group may be no nonzeros.
         is_aligned: whether sizes and addresses of all tiles are multiples of 16.
@@ -57,6 +58,7 @@ class Tiles(NamedTuple):
     parts: int
     most_blocks: int
     size: int
+    shift: int
     has_lines: bool
     has_turned: bool
     is_aligned: bool
@@ -66,6 +68,7 @@ class Tiles(NamedTuple):
         cls,
         columns: Mapping[str, np.ndarray | int],
         size: int,
+        shift: int,
         device: torch.device,
         *,
         has_lines: bool = False,
@@ -76,6 +79,7 @@ class Tiles(NamedTuple):
         Args:
             columns: the others; a number is that of all tiles, and one that is missing is 0.
             size: bytes of an element.
+            shift: that of all buckets.
             device: where to.
             has_lines: whether a tile has classes of rows or columns.
             has_turned: whether what a tile lists of a group may be no nonzeros.
@@ -87,18 +91,21 @@ class Tiles(NamedTuple):
         made |= {"counts": exclusive(counts), "parts": exclusive(parts)}
         every = {**columns, **made}
         rows = np.stack([np.broadcast_to(every.get(name, 0), sizes.shape) for name in COLUMNS], axis=1)
-        tile = np.repeat(np.arange(sizes.size), groups)
-        lasts = made["counts"][tile] + (within(groups) + 1) * blocks[tile] - 1
+        there = sent(rows.astype(np.int64), device)
+        tile_of_cell = owners(groups, device)
+        counts_at, of_tile, cell = (there[:, COLUMNS.index(name)] for name in ("counts", "blocks", "cell"))
+        within = torch.arange(tile_of_cell.numel(), device=device) - cell[tile_of_cell]
         return cls(
-            sent(rows.astype(np.int64), device),
+            there,
             owners(blocks, device),
-            sent(lasts, device),
-            sent(tile.astype(np.int32), device),
+            counts_at[tile_of_cell] + (within + 1) * of_tile[tile_of_cell] - 1,
+            tile_of_cell,
             int(sizes.sum()),
             int(counts.sum()),
             int(parts.sum()),
             int(blocks.max(initial=0)),
             size,
+            shift,
             has_lines,
             has_turned,
             not np.any((sizes | columns["base"]) % ALIGNMENT.value),
@@ -112,8 +119,9 @@ class Tiles(NamedTuple):
 
 def owners(programs: np.ndarray, device: torch.device) -> Tensor:
     """int32, of each program of a launch, the number of what it works for, given how many programs each has."""
-    each = sent(np.stack((np.arange(programs.size), programs)), device)
-    return torch.repeat_interleave(each[0].int(), each[1], output_size=int(programs.sum()))
+    ends = np.cumsum(programs)
+    every = torch.arange(int(ends[-1]) if ends.size else 0, device=device)
+    return torch.searchsorted(sent(ends, device), every, right=True, out_int32=True)
 
 
 def launch(kernel, programs: int, device: torch.device, *arguments, **kind) -> None:
@@ -133,14 +141,15 @@ class Counted:
         self._tiles, device = tiles, tiles.rows.device
         counts = torch.empty(tiles.counts, dtype=torch.int32, device=device)
         self._parts = torch.empty(tiles.parts, 2 * BLOCK // PART, dtype=torch.int64, device=device)
-        tiles.run(count_kernel, counts, self._parts, PART)
+        tiles.run(count_kernel, tiles.shift, counts, self._parts, PART)
         self._ends = counts.cumsum(0, dtype=torch.int32)
         self.stops = self._ends[tiles.lasts].long()
 
     def _select(self, cells: Tensor, numbers: Tensor, found: Tensor, values: Tensor | None) -> None:
         """Runs the kernel that finds listed elements; see `select_kernel`."""
         tiles, most = self._tiles, 1 << max(self._tiles.most_blocks.bit_length() - 1, 0)
-        given = tiles.rows, tiles.tile_of_cell, cells, numbers, cells.numel(), self._ends, most, self._parts, found
+        given = tiles.rows, tiles.tile_of_cell, tiles.shift, cells, numbers, cells.numel()
+        given += self._ends, most, self._parts, found
         kind = {"SIZE": tiles.size, "LINES": tiles.has_lines, "ALIGNED": 2 * tiles.is_aligned}
         kind |= {"VALUES": values is not None, "PART": PART, "OF_BLOCK": BLOCK, "BLOCK": _SELECTED}
         programs = -(-cells.numel() // _SELECTED)
@@ -159,7 +168,7 @@ class Counted:
         found = torch.zeros(programs * (BLOCK // 32), dtype=torch.int32, device=device)
         self._select(cells, numbers, found, None)
         counts = torch.empty(programs, dtype=torch.int32, device=device)
-        tiles.run(turn_kernel, found.view(torch.uint8), counts, tiles.has_turned)
+        tiles.run(turn_kernel, tiles.shift, found.view(torch.uint8), counts, tiles.has_turned)
         return found, counts
 
     def collect(self, found: Tensor, counts: Tensor, most: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from shiradelta.hotswap.from_base import Chunk, GroupTable, InGroups, TorchFromBase
+from shiradelta.hotswap.triton.buckets import Buckets
 from shiradelta.hotswap.triton.counted import Counted, Tiles
 
 Tensor = torch.Tensor
@@ -19,15 +20,17 @@ class CountedChunk(InGroups):
     def __init__(self, chunk: Chunk, table: GroupTable) -> None:
         base, size = chunk.base, chunk.size
         tiles = np.arange(-(-base.numel() // size))
-        classes = table.classes if table.has_lines else table.cells[table.classes.long()]
-        self._kept = base, classes, table.cells, table.turned.byte(), chunk.rows, chunk.columns
-        base_, classes_, cells_, turned_, rows_, columns_ = (each.data_ptr() for each in self._kept)
+        buckets = Buckets.of(table.thresholds[None], base.device)
+        given = buckets.below, buckets.above
+        packed = buckets.packed(*(given if table.has_lines else (table.cells[each.long()] for each in given)))
+        self._kept = base, packed, table.cells, table.turned.byte(), chunk.rows, chunk.columns
+        base_, buckets_, cells_, turned_, rows_, columns_ = (each.data_ptr() for each in self._kept)
         columns = {
             "base": base_ + tiles * size * base.element_size(),
             "size": np.minimum(base.numel() - tiles * size, size),
             "groups": table.turned.numel(),
             "position": tiles * size,
-            "classes": classes_,
+            "buckets": buckets_,
             "cells": cells_,
             "class_count": table.class_count,
             "column_classes": table.column_classes,
@@ -39,9 +42,8 @@ class CountedChunk(InGroups):
             "column_width": 32,
             "turned": turned_,
         }
-        self._counted = Counted(
-            Tiles.of(columns, base.element_size(), base.device, has_lines=table.has_lines, has_turned=True)
-        )
+        kind = {"has_lines": table.has_lines, "has_turned": True}
+        self._counted = Counted(Tiles.of(columns, base.element_size(), buckets.shift, base.device, **kind))
         self.stops = self._counted.stops
 
     def nonzeros(self, listed: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs import BITS
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.bits_there import ones_of, sent
-from shiradelta.hotswap.from_base import classes_there
 from shiradelta.hotswap.heads import ClassedSections, TiledSections
 from shiradelta.hotswap.pool import Pool, words_of
 from shiradelta.hotswap.resident import Resident, SectionPart
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import decode_there
+from shiradelta.hotswap.triton.buckets import Buckets
 from shiradelta.hotswap.triton.counted import Counted, Tiles
 from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.hotswap.triton.listed import listed
@@ -171,17 +171,19 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
     device, size = buffer.device, tensors[0].base.element_size()
     has_lines = bool(np.any(heads.row_bits + heads.column_bits))
     cells_at, groups_at = exclusive(heads.cell_counts), exclusive(heads.groups)
-    classes = classes_there(heads.thresholds, device)
+    buckets = Buckets.of(heads.thresholds, device)
     cells, turned, starts = (sent(each, device) for each in (heads.cells, heads.turned.view(np.uint8), cells_at))
+    both = buckets.below, buckets.above
     if not has_lines:  # the cells are those of classes of elements
-        classes = cells[starts[:, None] + classes]
-    small = classes, cells, turned
+        both = cells[starts[:, None] + buckets.below], cells[starts[:, None] + buckets.above]
+    packed = buckets.packed(*both)
+    small = packed, cells, turned
     tensor, tile = np.repeat(np.arange(len(tensors)), heads.tiles), within(heads.tiles)
     whole = heads.tile_rows * heads.columns
     sections = np.array([one.positions_at for one in tensors]) + buffer.data_ptr()
     of_tensors = {
         "groups": heads.groups,
-        "classes": small[0].data_ptr() + np.arange(len(tensors)) * classes.shape[1],
+        "buckets": packed.data_ptr() + np.arange(len(tensors)) * packed.shape[1] * packed.element_size(),
         "cells": small[1].data_ptr() + cells_at,
         "class_count": heads.classes,
         "column_classes": 1 << heads.column_bits,
@@ -198,7 +200,7 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
     columns["size"] = _tile_sizes(tensors, heads)
     columns["position"] = tile * whole[tensor]
     columns["row"] = tile * heads.tile_rows[tensor]
-    return small, Tiles.of(columns, size, device, has_lines=has_lines, has_turned=bool(heads.turned.any()))
+    return small, Tiles.of(columns, size, buckets.shift, device, has_lines=has_lines, has_turned=bool(heads.turned.any()))
 
 
 class _Listed(NamedTuple):
@@ -253,15 +255,17 @@ def shifts_of(
     slack = torch.zeros(registry.SLACK, dtype=torch.uint8, device=device)
     signs = _joined(buffer, signs_at, stream_at)
     streams = torch.cat((_joined(buffer, stream_at, stream_at + heads.stream_size), slack))
-    classes = classes_there(heads.thresholds, device)
+    buckets = Buckets.of(heads.thresholds, device)
+    packed = buckets.packed(buckets.below, buckets.above)
     tensor, block = np.repeat(np.arange(len(tensors)), heads.blocks), within(heads.blocks)
     columns = {
         "base": at.data_ptr() + (exclusive(heads.counts)[tensor] + block * registry.ULP_BLOCK) * size,
         "size": np.minimum(heads.counts[tensor] - block * registry.ULP_BLOCK, registry.ULP_BLOCK),
         "groups": heads.classes[tensor],
-        "classes": classes.data_ptr() + tensor * classes.shape[1],
+        "buckets": packed.data_ptr() + tensor * packed.shape[1] * packed.element_size(),
     }
-    found = decode_there(heads, streams, signs, Counted(Tiles.of(columns, size, device)), at)
+    counted = Counted(Tiles.of(columns, size, buckets.shift, device))
+    found = decode_there(heads, streams, signs, counted, at)
     good.append(found.sound)
     return found.shifts
 

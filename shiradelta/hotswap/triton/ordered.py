@@ -36,7 +36,7 @@ COLUMNS = (
     "parts",  # number of the parts of its first block: 16 groups have them together
     "start",  # number of its first element
     "position",  # of its first element, in the tensor
-    "classes",  # address of the class of each key, uint8; without lines, of its group
+    "buckets",  # address of the buckets of keys, which tell classes; without lines, groups
     "cells",  # with lines: address of the group of each class of row, of column and of element
     "class_count",
     "column_classes",
@@ -59,7 +59,7 @@ COLUMNS = (
     _PARTS,
     _START,
     _POSITION,
-    _CLASSES,
+    _BUCKETS,
     _CELLS,
     _CLASS_COUNT,
     _COLUMN_CLASSES,
@@ -109,12 +109,13 @@ def _element(row, within, inside, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _group(row, within, inside, SIZE: tl.constexpr, LINES: tl.constexpr, ALIGNED: tl.constexpr):
-    """The group of each element."""
-    shift: tl.constexpr = 8 * SIZE - 16 if SIZE > 2 else 0
+def _group(row, within, inside, shift, SIZE: tl.constexpr, LINES: tl.constexpr, ALIGNED: tl.constexpr):
+    """The group of each element; `shift` is that of `Buckets`."""
+    top: tl.constexpr = 8 * SIZE - 16 if SIZE > 2 else 0
     keys: tl.constexpr = 0x7FFF if SIZE > 1 else 0x7F
-    key = (_element(row, within, inside, SIZE, ALIGNED) >> shift).to(tl.int32) & keys
-    group = tl.load(tl.load(row + _CLASSES).to(UINT8) + key, mask=inside, other=0).to(tl.int32)
+    key = (_element(row, within, inside, SIZE, ALIGNED) >> top).to(tl.int32) & keys
+    bucket = tl.load(tl.load(row + _BUCKETS).to(INT32) + (key >> shift), mask=inside, other=0)
+    group = tl.where(key < (bucket >> 16), bucket, bucket >> 8) & 0xFF
     if LINES:
         columns = tl.load(row + _COLUMNS).to(tl.int32)
         line = tl.load(row + _ROW) + within // columns
@@ -148,10 +149,11 @@ def _total(parts, group):
     return (tl.where((group & 2) != 0, high, low) >> (16 * (group >> 2)).to(tl.int64)) & 0xFFFF
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def count_kernel(
     tiles,
     tile_of,
+    shift,
     counts,
     parts,
     PART: tl.constexpr,
@@ -162,7 +164,7 @@ def count_kernel(
 ):
     """Counts elements: int32, of each tile [groups, blocks], and of parts of blocks, as `part_counts` reads them."""
     row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
-    group = _group(row, within, inside, SIZE, LINES, ALIGNED)
+    group = _group(row, within, inside, shift, SIZE, LINES, ALIGNED)
     count, blocks = tl.load(row + _GROUPS).to(tl.int32), tl.load(row + _BLOCKS)
     number, part = tl.arange(0, 16), tl.arange(0, BLOCK // PART)
     for first in range(0, count, 16):
@@ -192,10 +194,11 @@ def _block_of(ends, first, blocks, number, inside, most):
     return found, tl.load(ends + at - 1, mask=inside & (at > 0), other=0)
 
 
-@triton.jit(do_not_specialize=["count", "most"])
+@triton.jit(do_not_specialize=["shift", "count", "most"])
 def select_kernel(
     tiles,
     tile_of_cell,
+    shift,
     cells,
     numbers,
     count,
@@ -239,7 +242,7 @@ def select_kernel(
     start = block * OF_BLOCK + part * PART
     within = start[:, None] + tl.arange(0, PART)[None, :]
     inside = given[:, None] & (within < tl.load(row + _SIZE).to(tl.int32)[:, None])
-    own = inside & (_group(row[:, None], within, inside, SIZE, LINES, ALIGNED) == group[:, None])
+    own = inside & (_group(row[:, None], within, inside, shift, SIZE, LINES, ALIGNED) == group[:, None])
     place = tl.sum((tl.cumsum(own.to(tl.int32), 1) <= rank).to(tl.int32), 1)
     there = given & (place < PART)
     place += start
@@ -251,10 +254,11 @@ def select_kernel(
         tl.atomic_or(found + (bit >> 5), 1 << (place & 31), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def turn_kernel(
     tiles,
     tile_of,
+    shift,
     found,
     counts,
     TURNED: tl.constexpr,
@@ -268,7 +272,7 @@ def turn_kernel(
     bits = tl.load(found + at).to(tl.int32)
     if TURNED:
         row, _, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
-        group = _group(row, within, inside, SIZE, LINES, ALIGNED)
+        group = _group(row, within, inside, shift, SIZE, LINES, ALIGNED)
         turned = tl.load(tl.load(row + _TURNED).to(UINT8) + group, mask=inside, other=0).to(tl.int32)
         # No two lanes of a row have the same bit, so that their sum puts them together.
         bits ^= tl.sum(turned << (within & (ROW - 1)), 1)
