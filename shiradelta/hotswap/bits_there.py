@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from shiradelta.format.arithmetic import Positions
 
 Tensor = torch.Tensor
 #: Bytes that CUDA takes over before a copy returns, whatever memory they are in; pinning takes longer than that.
@@ -18,6 +21,18 @@ def sent(array: NDArray[Any], device: torch.device) -> Tensor:
     if device.type == "cuda" and array.nbytes > _STAGED:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def owners(counts: Positions, device: torch.device) -> Tensor:
+    """int32: the number of what each thing belongs to, given how many things each has, in this order."""
+    ends = np.cumsum(counts)
+    every = torch.arange(int(ends[-1]) if ends.size else 0, device=device)
+    return torch.searchsorted(sent(ends, device), every, right=True, out_int32=True)
+
+
+def joined(data: Tensor, starts: Positions, stops: Positions) -> Tensor:
+    """Parts of an array, one after the other."""
+    return torch.cat([data[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)])
 
 
 def bits_of(bitmap: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Sections of FROM_BASE and ULP_FROM_BASE of many tensors, taken apart at once (FORMAT.md, 4.7 and 5.2).
+"""Heads of sections of FROM_BASE and ULP_FROM_BASE of many tensors, taken apart at once (FORMAT.md, 4.7 and 5.2).
 
+What sections say of each of their tiles and blocks is left to the device (`lists_there`).
 None is returned where anything is wrong, or so unusual that it is not read in this way.  The codecs tell which.
 """
 
@@ -40,8 +41,9 @@ class TiledSections(NamedTuple):
         turned: bool [all groups].
         row_at: [tensors], where classes of rows are.
         column_at: [tensors].
-        unary_bits: [all tiles].
-        listed: [all tiles' groups], by tile, then by group.
+        part_at: [all parts], of one tensor after the other: where the tiles' unary sizes are, then their counts of each
+            group.
+        part_width: [all parts], bits of a field.
         low_at: [tensors].
         unary_at: [tensors].
         unary_total: [tensors], all unary bits.
@@ -61,8 +63,8 @@ class TiledSections(NamedTuple):
     turned: npt.NDArray[np.bool_]
     row_at: Positions
     column_at: Positions
-    unary_bits: Positions
-    listed: Positions
+    part_at: Positions
+    part_width: Positions
     low_at: Positions
     unary_at: Positions
     unary_total: Positions
@@ -75,6 +77,7 @@ class TiledSections(NamedTuple):
         tile_rows = head[:, 4:8].copy().view("<u4")[:, 0].astype(np.int64)
         columns, unary_total = head[:, 8:].copy().view("<u8").T
         fits = (np.maximum(row_bits, column_bits) <= registry.MAX_CLASS_BITS) & (reserved == 0) & (tile_rows > 0)
+        fits &= sizes % 4 == 0
         fits &= (classes > 0) & (classes <= registry.MAX_BASE_CLASSES)
         fits &= (columns > 0) & (columns <= registry.MAX_BASE_TILE) & (unary_total <= 8 * sizes.astype(np.uint64))
         if not fits.all():
@@ -112,26 +115,13 @@ class TiledSections(NamedTuple):
         before = exclusive(words_of(bits))
         part_at = at[of_part] + before - before[exclusive(1 + groups)][of_part]
         sound &= _ends(pool, part_at, bits)
-        tile, part = within(tiles[of_part]), np.repeat(np.arange(of_part.size), tiles[of_part])
-        values = pool.fields(8 * part_at[part] + tile * widths[part], widths[part])
-        group = part - exclusive(1 + groups)[of_part[part]] - 1
-        unary_bits, own = values[group < 0], of_part[part]
-        listed = np.empty(values.size - unary_bits.size, np.int64)
-        counted = group >= 0
-        cell = exclusive(tiles * groups)[own] + tile * groups[own] + group
-        listed[cell[counted]] = values[counted]
-        ks = (kinds & (registry.TURNED - 1)).astype(np.int64)
-        of_cell = exclusive(groups)[own] + group
-        low = np.bincount(own[counted], values[counted] * ks[of_cell[counted]], starts.size).astype(np.int64)
         low_at = at + np.bincount(of_part, words_of(bits), starts.size).astype(np.int64)
-        unary_at = low_at + words_of(low)
-        end = unary_at + words_of(unary_total)
-        if not np.array_equal(end + registry.SLACK, starts + sizes):
-            return None
-        sound &= np.array_equal(np.bincount(own[~counted], unary_bits, starts.size), unary_total)
-        sound &= _ends(pool, low_at, low) and _ends(pool, unary_at, unary_total)
+        end = starts + sizes - registry.SLACK
+        unary_at = end - words_of(unary_total)
+        sound &= not np.any(unary_at < low_at) and _ends(pool, unary_at, unary_total)
         if not (sound and pool.are_zero(8 * end, 8 * end + _SLACK_BITS)):
             return None
+        ks = (kinds & (registry.TURNED - 1)).astype(np.int64)
         return cls(
             row_bits,
             column_bits,
@@ -147,8 +137,8 @@ class TiledSections(NamedTuple):
             kinds >= registry.TURNED,
             row_at - starts,
             column_at - starts,
-            unary_bits,
-            listed,
+            part_at - starts[of_part],
+            widths,
             low_at - starts,
             unary_at - starts,
             unary_total,
@@ -165,9 +155,10 @@ class ClassedSections(NamedTuple):
         thresholds: int32 [tensors, 15]; those that a tensor does not have are above all keys.
         ks: [all classes], of one tensor after the other.
         js: [all classes].
-        begins: [all blocks], the first bit of each in its tensor's stream.
-        ends: [all blocks], the bit behind it.
-        listed: [all blocks' classes], by block, then by class.
+        list_at: [all classes], where the blocks' counts of what is listed are.
+        list_width: [tensors], bits of a count.
+        directory_at: [tensors].
+        bits: [tensors], of the stream.
         signs_at: [tensors].
         stream_at: [tensors].
         stream_size: [tensors], bytes of whole words.
@@ -179,9 +170,10 @@ class ClassedSections(NamedTuple):
     thresholds: npt.NDArray[np.int32]
     ks: Positions
     js: Positions
-    begins: Positions
-    ends: Positions
-    listed: Positions
+    list_at: Positions
+    list_width: Positions
+    directory_at: Positions
+    bits: Positions
     signs_at: Positions
     stream_at: Positions
     stream_size: Positions
@@ -214,22 +206,11 @@ class ClassedSections(NamedTuple):
         of_part = np.repeat(np.arange(starts.size), classes)
         part_at = at[of_part] + within(classes) * part_size[of_part]
         sound &= _ends(pool, part_at, (blocks * width)[of_part])
-        block, part = within(blocks[of_part]), np.repeat(np.arange(of_part.size), blocks[of_part])
-        own = of_part[part]
-        values = pool.fields(8 * part_at[part] + block * width[own], width[own])
-        listed = np.empty_like(values)
-        listed[exclusive(blocks * classes)[own] + block * classes[own] + within(classes)[part]] = values
-        of_block = np.repeat(np.arange(starts.size), blocks)
-        begins = pool.fields(8 * (directory_at[of_block] + 4 * within(blocks)), np.full(of_block.size, 32))
-        firsts = exclusive(blocks)
-        ends = np.append(begins[1:], 0)
-        ends[firsts + blocks - 1] = bits
-        sound &= not (begins[firsts].any() or np.any(begins > ends))
         sound &= _ends(pool, signs_at, counts) and _ends(pool, stream_at, bits)
         if not (sound and pool.are_zero(8 * end, 8 * end + _SLACK_BITS)):
             return None
-        offsets = signs_at - starts, stream_at - starts, words_of(bits)
-        return cls(counts, blocks, classes, thresholds, ks, js, begins, ends, listed, *offsets)
+        offsets = directory_at - starts, bits, signs_at - starts, stream_at - starts, words_of(bits)
+        return cls(counts, blocks, classes, thresholds, ks, js, part_at - starts[of_part], width, *offsets)
 
 
 def _thresholds(pool: Pool, at: Positions, classes: Positions) -> tuple[npt.NDArray[np.int32], bool]:

@@ -88,11 +88,7 @@ def shifts_of(tensor: StoredTensor, at: Tensor) -> Tensor:
     sections = ClassedSections.of(pool, starts, np.array([data.size]), np.array([nnz]))
     if sections is not None:
         there = torch.from_numpy(data.copy()).to(at.device)
-        signs, stream = (
-            there[int(sections.signs_at[0]) : int(sections.stream_at[0])],
-            there[int(sections.stream_at[0]) :],
-        )
-        found = decode_there(sections, stream, signs, SortedClasses(sections, at), at)
+        found = decode_there(sections, there, np.zeros(1, np.int64), SortedClasses(sections, at), at)
         if found.sound:
             return found.shifts
     # It says what is wrong, and reads shifts of more bits than are read there.

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
-from shiradelta.hotswap.bits_there import bits_of, fields_at, ones_of, sent
+from shiradelta.hotswap.bits_there import bits_of, fields_at, joined, ones_of
 from shiradelta.hotswap.from_base import classes_there, keys_of
 from shiradelta.hotswap.heads import ClassedSections
+from shiradelta.hotswap.lists_there import BlockLists
 from shiradelta.hotswap.pool import words_of
-from shiradelta.util.arrays import exclusive, within
 
 Tensor = torch.Tensor
 BLOCK = registry.ULP_BLOCK
@@ -83,19 +82,22 @@ class ShiftsThere(NamedTuple):
 
 
 def decode_there(
-    sections: ClassedSections, streams: Tensor, signs: Tensor, in_classes: InClasses, like: Tensor
+    sections: ClassedSections, buffer: Tensor, starts: Positions, in_classes: InClasses, like: Tensor
 ) -> ShiftsThere:
     """The shifts of some tensors' nonzeros.
 
     Args:
-        sections: of these tensors.
-        streams: uint8 on the device, all streams, one after the other, and slack behind the last.
-        signs: uint8 on the device, all signs.
+        sections: their heads.
+        buffer: uint8 on the device, the sections.
+        starts: where each of them starts in it.
         in_classes: of the base's elements there.
         like: a tensor of the dtype of the shifts.
     """
-    magnitudes, sound = _magnitudes(_Lists.of(sections), streams, in_classes, like.dtype)
-    minus = bits_of(signs)
+    streams_at = starts + sections.stream_at
+    streams = joined(buffer, streams_at, streams_at + sections.stream_size)
+    streams = torch.cat((streams, streams.new_zeros(registry.SLACK)))
+    magnitudes, sound = _magnitudes(BlockLists.of(sections, buffer, starts), streams, in_classes, like.dtype)
+    minus = bits_of(joined(buffer, starts + sections.signs_at, streams_at))
     if sections.counts.size > 1:  # leave out what fills up words
         parts = minus.split((8 * words_of(sections.counts)).tolist())
         minus = torch.cat([part[:count] for part, count in zip(parts, sections.counts.tolist(), strict=True)])
@@ -105,87 +107,47 @@ def decode_there(
     return ShiftsThere(magnitudes * (1 - 2 * minus.to(like.dtype)), sound)
 
 
-class _Lists(NamedTuple):
-    """What blocks list, all int64 on the host; blocks and classes of blocks that list nothing are left out.
-
-    Attributes:
-        begins: the first bit of each block's stream.
-        ends: the bit behind it.
-        counts: how many shifts each block lists.
-        low: bits of the low parts of each block's gaps.
-        cells: [5, cells], of each class of a block: its number among all, that of the block, k, j, and how many shifts
-            are listed.
-        sound: whether no block without a list has bits.
-    """
-
-    begins: Positions
-    ends: Positions
-    counts: Positions
-    low: Positions
-    cells: Positions
-    sound: bool
-
-    @classmethod
-    def of(cls, sections: ClassedSections) -> _Lists:
-        """Those of several tensors, whose streams follow each other in whole words."""
-        tensor = np.repeat(np.arange(sections.blocks.size), sections.blocks)
-        classes = sections.classes[tensor]
-        block, number = np.repeat(np.arange(tensor.size), classes), within(classes)
-        ks, js = (each[exclusive(sections.classes)[tensor[block]] + number] for each in (sections.ks, sections.js))
-        firsts = exclusive(classes)
-        counts, low = (np.add.reduceat(each, firsts) for each in (sections.listed, sections.listed * ks))
-        lists = counts > 0
-        at = (8 * exclusive(sections.stream_size))[tensor]
-        begins, ends = sections.begins + at, sections.ends + at
-        cells = np.stack((np.arange(block.size), (np.cumsum(lists) - 1)[block], ks, js, sections.listed))
-        sound = bool(np.all(begins[~lists] == ends[~lists]))
-        return cls(begins[lists], ends[lists], counts[lists], low[lists], cells[:, sections.listed > 0], sound)
-
-
-def _magnitudes(lists: _Lists, streams: Tensor, in_classes: InClasses, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _magnitudes(lists: BlockLists, streams: Tensor, in_classes: InClasses, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(those of all shifts, in integers of the elements' size; whether all is right)."""
-    device, total, most = streams.device, int(lists.counts.sum()), (1 << (8 * dtype.itemsize - 1)) - 1
-    good = [sent(np.array(lists.sound), device)]
-    if not total:
+    device, most = streams.device, (1 << (8 * dtype.itemsize - 1)) - 1
+    stops, ones = lists.cell_counts.cumsum(0), ones_of(streams)
+    total = int(stops[-1])
+    if not total or ones.numel() < 2 * total:  # each has two unary codes
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        return in_classes.placed(none.int(), none, none.to(dtype)), good[0]
-    _, of_block, ks, _, listed = lists.cells
-    # Of each class of a block: its first listed shift, and where its low bits are in those of the block.
-    before = exclusive(listed)
-    low = exclusive(listed * ks) - exclusive(lists.low)[of_block]
-    small = sent(np.concatenate((lists.cells, [before, low])), device)
-    blocks = sent(np.stack((lists.begins, lists.ends, lists.counts, lists.low, exclusive(lists.counts))), device)
-    of_cell = torch.repeat_interleave(small[4], output_size=total)
-    cell, block, k, j, _, first, low_at = small[:, of_cell]
+        return in_classes.placed(none.int(), none, none.to(dtype)), lists.sound & (total == 0)
+    good, some = [lists.sound], lists.counts > 0
     number = torch.arange(total, device=device)
-    within = number - first
-    ones = ones_of(streams)
+    cell = torch.searchsorted(stops, number, right=True)
+    block = lists.block[cell]
+    block_lasts = (lists.firsts + lists.counts - 1).clamp(min=0)
 
     def unary(begins: Tensor) -> tuple[Tensor, Tensor]:
         """(the zeros before each of the ones of blocks from there on, the bit behind the last one of each block)."""
-        slots = torch.searchsorted(ones, begins)[block] + number - blocks[4][block]
-        found = ones[slots.clamp(max=max(ones.numel() - 1, 0))] if ones.numel() else torch.zeros_like(slots)
-        good.append(((slots < ones.numel()) & (found < blocks[1][block])).all())
+        slots = (torch.searchsorted(ones, begins) - lists.firsts)[block] + number
+        found = ones[slots.clamp(max=ones.numel() - 1)]
+        good.append(((slots < ones.numel()) & (found < lists.ends[block])).all())
         previous = torch.cat((found.new_full((1,), -1), found[:-1]))
-        previous[blocks[4]] = begins - 1
-        return found - previous - 1, found[blocks[4] + blocks[2] - 1] + 1
+        is_first = number == lists.firsts[block]
+        previous = torch.where(is_first, begins[block] - 1, previous)
+        return found - previous - 1, found[block_lasts] + 1
 
-    quotients, low_begins = unary(blocks[0])
-    zeros, field_begins = unary(low_begins + blocks[3])
-    widths = zeros + j
+    quotients, low_begins = unary(lists.begins)
+    zeros, field_begins = unary(low_begins + lists.low)
+    widths = zeros + lists.js[cell]
     good.append((widths <= _MOST_WIDTH).all())
     widths = widths.clamp(min=0, max=_MOST_WIDTH)
-    stops = widths.cumsum(0)
-    before_block = torch.cat((stops.new_zeros(1), stops))[blocks[4]]
-    good.append((field_begins + stops[blocks[4] + blocks[2] - 1] - before_block == blocks[1]).all())
-    at = field_begins[block] + stops - widths - before_block[block]
+    ends = widths.cumsum(0)
+    before = (ends - widths)[lists.firsts.clamp(max=total - 1)]
+    good.append(((field_begins + ends[block_lasts] - before == lists.ends) | ~some).all())
+    at = (field_begins - before)[block] + ends - widths
     wide = fields_at(streams, at, widths.clamp(max=31)) | (
         fields_at(streams, at + 31, (widths - 31).clamp(min=0)) << 31
     )
-    beyond = wide + (1 << widths) - (1 << j)
+    beyond = wide + (1 << widths) - (1 << lists.js[cell])
     good.append(((beyond >= 0) & (beyond <= most - 2)).all())
-    gaps = (quotients.clamp(min=0, max=BLOCK) << k) + fields_at(streams, low_begins[block] + low_at + within * k, k)
-    sums = torch.cat((gaps.new_zeros(1), (gaps + 1).cumsum(0)))
+    k, first = lists.ks[cell], lists.cell_firsts[cell]
+    low = fields_at(streams, (low_begins[block] + lists.lows[cell]) + (number - first) * k, k)
+    sums = torch.cat((number.new_zeros(1), ((quotients.clamp(min=0, max=BLOCK) << k) + low + 1).cumsum(0)))
     order = sums[1:] - 1 - sums[first]
     starts = torch.cat((in_classes.stops.new_zeros(1), in_classes.stops[:-1]))
     placed = starts[cell] + order

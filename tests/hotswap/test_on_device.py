@@ -27,6 +27,7 @@ from shiradelta.hotswap.shifts_there import SortedClasses, decode_there
 from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.io.context import write_plain
 from shiradelta.io.writer import writing_to
+from shiradelta.util.arrays import exclusive
 from tests.fuzz import is_packed, layout, number, with_header_crc
 from tests.hotswap.test_from_base import Weights, check_same, in_strides, step, weights_of
 from tests.reference import WITH_BASE, base_of, records_of
@@ -95,13 +96,9 @@ def test_shifts_are_read_and_refused_as_by_numpy(size: int):
         parts = ClassedSections.of(pool, starts, np.array([section.size for section in sections]), counts)
         if parts is None:
             return None
-        at, signs, streams = there(np.concatenate(bases)), [], []
-        for section, first, second in zip(sections, parts.signs_at, parts.stream_at, strict=True):
-            signs.append(section[first:second])
-            streams.append(section[second:-8])
-        streams.append(np.zeros(8, np.uint8))
-        where = [there(np.concatenate(each)) for each in (streams, signs)]
-        found = decode_there(parts, *where, SortedClasses(parts, at), at)
+        at, buffer = there(np.concatenate(bases)), there(np.concatenate(sections))
+        begins = exclusive(np.array([section.size for section in sections]))
+        found = decode_there(parts, buffer, begins, SortedClasses(parts, at), at)
         return found.shifts.cpu().numpy().view(f"<i{size}").tolist() if found.sound else None
 
     for one in zip(sections, bases, shifts, strict=True):

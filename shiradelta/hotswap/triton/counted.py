@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from shiradelta.format.codecs.bits import bits_dtype
-from shiradelta.hotswap.bits_there import sent
+from shiradelta.hotswap.bits_there import owners, sent
 from shiradelta.hotswap.triton.ordered import (
     ALIGNMENT,
     BLOCK,
@@ -115,13 +115,6 @@ class Tiles(NamedTuple):
         """Runs a program for each block."""
         kind = {"SIZE": self.size, "LINES": self.has_lines, "ALIGNED": int(self.is_aligned)}
         launch(kernel, self.tile_of.numel(), self.rows.device, self.rows, self.tile_of, *arguments, **kind)
-
-
-def owners(programs: np.ndarray, device: torch.device) -> Tensor:
-    """int32, of each program of a launch, the number of what it works for, given how many programs each has."""
-    ends = np.cumsum(programs)
-    every = torch.arange(int(ends[-1]) if ends.size else 0, device=device)
-    return torch.searchsorted(sent(ends, device), every, right=True, out_int32=True)
 
 
 def launch(kernel, programs: int, device: torch.device, *arguments, **kind) -> None:

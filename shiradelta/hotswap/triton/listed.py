@@ -1,27 +1,25 @@
-"""What tiles list, from gaps to numbers in the order, by kernels: a program for each 1,024 listed elements of a cell (FORMAT.md, 4.7).
+"""What tiles list, from gaps to numbers in the order: a program for each 1,024 listed elements of a cell.
 
-A cell is a group of a tile.
+A cell is a group of a tile (FORMAT.md, 4.7).
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from shiradelta.format import registry
-from shiradelta.hotswap.bits_there import sent
-from shiradelta.hotswap.triton.counted import launch, owners
+from shiradelta.hotswap.lists_there import TileLists
+from shiradelta.hotswap.triton.counted import launch
 from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.hotswap.triton.positions import INT32
-from shiradelta.util.arrays import exclusive
 
 Tensor = torch.Tensor
 #: The columns of a cell's row, all int64.
-COLUMNS = ("first", "count", "program", "k", "low", "tile_first", "tile_begin", "number")
+COLUMNS = ("first", "count", "program", "k", "low", "tile_first", "tile_begin")
 _FIRST = tl.constexpr(0)  # number of its first listed element
 _COUNT = tl.constexpr(1)
 _PROGRAM = tl.constexpr(2)  # number of the program of its first elements
@@ -29,7 +27,6 @@ _K = tl.constexpr(3)
 _LOW = tl.constexpr(4)  # bit of its first low field in the buffer
 _TILE_FIRST = tl.constexpr(5)  # number of the tile's first listed element
 _TILE_BEGIN = tl.constexpr(6)  # the tile's first unary bit
-_NUMBER = tl.constexpr(7)  # its own among all cells
 _WIDTH = tl.constexpr(len(COLUMNS))
 _LARGEST = tl.constexpr(registry.MAX_BASE_TILE)
 
@@ -71,7 +68,7 @@ def number_kernel(table, cell_of, sums, stops, cells, numbers, beyond, BLOCK: tl
     `beyond` is set where a group has fewer elements; those are taken for its first.
     """
     row, number, inside = _elements(table, cell_of, BLOCK)
-    first, cell = tl.load(row + _FIRST), tl.load(row + _NUMBER)
+    first, cell = tl.load(row + _FIRST), tl.load(cell_of + tl.program_id(0)).to(tl.int64)
     before = tl.load(sums + first - 1, mask=first > 0, other=0)
     start = tl.load(stops + cell - 1, mask=cell > 0, other=0)
     at = tl.load(sums + number, mask=inside, other=0) - before - 1 + start
@@ -81,26 +78,39 @@ def number_kernel(table, cell_of, sums, stops, cells, numbers, beyond, BLOCK: tl
     tl.store(numbers + number, tl.where(fits, at, start).to(tl.int32), mask=inside)
 
 
-def listed(
-    cells: dict[str, np.ndarray], buffer: Tensor, ones: Tensor, stops: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(the cell of each listed element, int32; its number in the order, int32; int32 [1], 0 if all of them are there).
+def listed(lists: TileLists, buffer: Tensor, ones: Tensor, stops: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(the cell of each listed element, int32; its number in the order, int32; bool: whether all of them are there).
+
+    None where there are not as many as the lists say.
 
     Args:
-        cells: columns of cells that list something, but for programs.
+        lists: those of the tiles.
         buffer: uint8, the sections.
         ones: int64, the unary bits that are set.
         stops: int64, of all cells, where they end in the order.
     """
-    device, programs = buffer.device, -(-cells["count"] // BLOCK)
-    every = {**cells, "program": exclusive(programs)}
-    table = sent(np.stack([every[name] for name in COLUMNS], axis=1), device)
-    cell_of = owners(programs, device)
-    count = cell_of.numel()
-    steps, own = (torch.empty(ones.numel(), dtype=torch.int32, device=device) for _ in range(2))
+    device, count = buffer.device, ones.numel()
+    own, steps = (torch.empty(count, dtype=torch.int32, device=device) for _ in range(2))
+    ends = (-(-lists.cell_counts // BLOCK)).cumsum(0)
+    total, programs = torch.stack((lists.cell_counts.sum(), ends[-1])).tolist()
+    if total != count:
+        return None
     beyond = torch.zeros(1, dtype=torch.int32, device=device)
-    if count:
-        launch(step_kernel, count, device, table, cell_of, buffer, ones, steps)
-        sums = steps.cumsum(0)
-        launch(number_kernel, count, device, table, cell_of, sums, stops, own, steps, beyond)
-    return own, steps, beyond
+    if not count:
+        return own, steps, beyond[0] == 0
+    first, last = (lists.firsts.clamp(max=count - 1), (lists.firsts + lists.counts - 1).clamp(min=0))
+    has_ends = (ones[first] >= lists.begins) & (ones[last] == lists.begins + lists.bits - 1)
+    columns = {
+        "first": lists.cell_firsts,
+        "count": lists.cell_counts,
+        "program": ends + -lists.cell_counts // BLOCK,
+        "k": lists.ks,
+        "low": lists.lows,
+        "tile_first": lists.firsts[lists.tile],
+        "tile_begin": lists.begins[lists.tile],
+    }
+    table = torch.stack([columns[name] for name in COLUMNS], dim=1)
+    cell_of = torch.searchsorted(ends, torch.arange(programs, device=device), right=True, out_int32=True)
+    launch(step_kernel, programs, device, table, cell_of, buffer, ones, steps)
+    launch(number_kernel, programs, device, table, cell_of, steps.cumsum(0), stops, own, steps, beyond)
+    return own, steps, (beyond[0] == 0) & (has_ends | (lists.counts == 0)).all()

@@ -17,16 +17,17 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs import BITS
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.hotswap.bits_there import ones_of, sent
+from shiradelta.hotswap.bits_there import joined, ones_of, sent
 from shiradelta.hotswap.heads import ClassedSections, TiledSections
+from shiradelta.hotswap.lists_there import TileLists
 from shiradelta.hotswap.pool import Pool, words_of
 from shiradelta.hotswap.resident import Resident, SectionPart
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import decode_there
 from shiradelta.hotswap.triton.buckets import Buckets
 from shiradelta.hotswap.triton.counted import Counted, Tiles
-from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.hotswap.triton.listed import listed
+from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.hotswap.triton.rice import TritonRice
 from shiradelta.util.arrays import exclusive, within
 
@@ -128,35 +129,25 @@ def nonzeros(
     tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor, good: list[Tensor]
 ) -> tuple[Tensor, Tensor] | None:
     """(positions, elements there), of one tensor after the other."""
-    device, sections = buffer.device, np.array([tensor.positions_at for tensor in tensors])
-    lists = _Listed.of(heads, sections)
-    if lists is None:
-        return None
+    sections = np.array([tensor.positions_at for tensor in tensors])
     small, tiles = _tiles(tensors, heads, buffer)
-    counted = Counted(tiles)
-    ones = _ones(sections, heads, buffer)
-    if ones.numel() != int(heads.listed.sum()):
+    counted, lists = Counted(tiles), TileLists.of(heads, buffer, sections)
+    unary_at = sections + heads.unary_at
+    ones = ones_of(joined(buffer, unary_at, unary_at + words_of(heads.unary_total)))
+    found = listed(lists, buffer, ones, counted.stops)
+    if found is None:
         return None
-    if ones.numel():
-        begin, last_bit, first, last = sent(lists.tiles, device)
-        good.append(((ones[first] >= begin) & (ones[last] == last_bit)).all())
-    cells, numbers, beyond = listed(lists.cells, buffer, ones, counted.stops)
-    good.append(beyond[0] == 0)
+    cells, numbers, sound = found
+    good += [lists.sound, sound]
     total = sum(tensor.nnz for tensor in tensors)
     wide = max(tensor.numel for tensor in tensors) > 1 << 31
     positions, at, ends = counted.collect(*counted.nonzeros(cells, numbers), total, wide)
     programs = np.add.reduceat(-(-_tile_sizes(tensors, heads) // BLOCK), exclusive(heads.tiles))
     right = np.cumsum([tensor.nnz for tensor in tensors])
-    both = sent(np.stack((np.cumsum(programs) - 1, right)), device)
+    both = sent(np.stack((np.cumsum(programs) - 1, right)), buffer.device)
     good.append((ends[both[0]] == both[1]).all())
     del small
     return positions, at
-
-
-def _ones(sections: Positions, heads: TiledSections, buffer: Tensor) -> Tensor:
-    """The unary bits that are set, of all tensors' words, one after the other."""
-    starts = sections + heads.unary_at
-    return ones_of(_joined(buffer, starts, starts + words_of(heads.unary_total)))
 
 
 def _tile_sizes(tensors: Sequence[TensorOnBase], heads: TiledSections) -> Positions:
@@ -200,49 +191,9 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
     columns["size"] = _tile_sizes(tensors, heads)
     columns["position"] = tile * whole[tensor]
     columns["row"] = tile * heads.tile_rows[tensor]
-    return small, Tiles.of(columns, size, buckets.shift, device, has_lines=has_lines, has_turned=bool(heads.turned.any()))
-
-
-class _Listed(NamedTuple):
-    """What tiles list, as the host knows it; all int64.
-
-    Attributes:
-        tiles: [4, tiles that list something]: the first and the last unary bit, the numbers of the first and the last
-            listed element.
-        cells: columns of cells that list something; see `listed.COLUMNS`.
-    """
-
-    tiles: Positions
-    cells: dict[str, Positions]
-
-    @classmethod
-    def of(cls, heads: TiledSections, sections: Positions) -> _Listed | None:
-        """That of all tensors, given where their sections are; None where a tile has unary bits and lists nothing."""
-        tensor = np.repeat(np.arange(heads.tiles.size), heads.tiles)
-        groups = heads.groups[tensor]
-        tile, group = np.repeat(np.arange(tensor.size), groups), within(groups)
-        before = exclusive(heads.unary_bits)
-        before -= before[exclusive(heads.tiles)][tensor]
-        begins = before + (8 * exclusive(words_of(heads.unary_total)))[tensor]
-        counts = np.add.reduceat(heads.listed, exclusive(groups))
-        if np.any((counts == 0) & (heads.unary_bits > 0)):
-            return None
-        firsts = exclusive(counts)
-        tiles = np.stack((begins, begins + heads.unary_bits - 1, firsts, firsts + counts - 1))[:, counts > 0]
-        k, own = heads.ks[exclusive(heads.groups)[tensor[tile]] + group], tensor[tile]
-        low = exclusive(heads.listed * k)
-        low += (8 * (sections + heads.low_at) - low[exclusive(heads.tiles * heads.groups)])[own]
-        columns = {
-            "first": exclusive(heads.listed),
-            "count": heads.listed,
-            "k": k,
-            "low": low,
-            "tile_first": firsts[tile],
-            "tile_begin": begins[tile],
-            "number": np.arange(k.size),
-        }
-        some = heads.listed > 0
-        return cls(tiles, {name: column[some] for name, column in columns.items()})
+    return small, Tiles.of(
+        columns, size, buckets.shift, device, has_lines=has_lines, has_turned=bool(heads.turned.any())
+    )
 
 
 def shifts_of(
@@ -250,11 +201,6 @@ def shifts_of(
 ) -> Tensor:
     """Those of all nonzeros, given the base's elements there."""
     device, size = buffer.device, at.element_size()
-    starts = np.array([tensor.shifts_at for tensor in tensors])
-    signs_at, stream_at = (starts + each for each in (heads.signs_at, heads.stream_at))
-    slack = torch.zeros(registry.SLACK, dtype=torch.uint8, device=device)
-    signs = _joined(buffer, signs_at, stream_at)
-    streams = torch.cat((_joined(buffer, stream_at, stream_at + heads.stream_size), slack))
     buckets = Buckets.of(heads.thresholds, device)
     packed = buckets.packed(buckets.below, buckets.above)
     tensor, block = np.repeat(np.arange(len(tensors)), heads.blocks), within(heads.blocks)
@@ -265,11 +211,7 @@ def shifts_of(
         "buckets": packed.data_ptr() + tensor * packed.shape[1] * packed.element_size(),
     }
     counted = Counted(Tiles.of(columns, size, buckets.shift, device))
-    found = decode_there(heads, streams, signs, counted, at)
+    starts = np.array([tensor.shifts_at for tensor in tensors])
+    found = decode_there(heads, buffer, starts, counted, at)
     good.append(found.sound)
     return found.shifts
-
-
-def _joined(buffer: Tensor, starts: Positions, stops: Positions) -> Tensor:
-    """Parts of the buffer, one after the other."""
-    return torch.cat([buffer[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)])

@@ -137,7 +137,7 @@ def _ones(group, inside, first):
 
 @triton.jit
 def _bytes(rows, PART: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts of PART elements, given those of rows in 4 bits each: of groups 0, 2, 4, ..., and 1, 3, 5, ..., in bytes."""
+    """Counts in parts, given those in rows in 4 bits each: of groups 0, 2, 4, ..., and of 1, 3, 5, ..., in bytes."""
     parts = tl.reshape(rows, (BLOCK // PART, PART // ROW))
     return tl.sum(parts & 0x0F0F0F0F0F0F0F0F, 1), tl.sum((parts >> 4) & 0x0F0F0F0F0F0F0F0F, 1)
 

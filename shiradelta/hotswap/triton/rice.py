@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from shiradelta.hotswap.bits_there import sent
+from shiradelta.hotswap.bits_there import owners, sent
 from shiradelta.hotswap.rice_there import RicePlaces, TorchRice
-from shiradelta.hotswap.triton.counted import launch, owners
+from shiradelta.hotswap.triton.counted import launch
 from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.util.arrays import exclusive
 
