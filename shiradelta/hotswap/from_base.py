@@ -79,13 +79,18 @@ class InGroups(Protocol):
     """The elements of a chunk by tile, then by group, then by position.
 
     Attributes:
-        stops: int64 [tiles * groups], where each group of each tile ends in that order.
+        sizes: integers [tiles * groups], how many elements each cell has: a group of a tile.
     """
 
-    stops: Tensor
+    sizes: Tensor
 
-    def nonzeros(self, listed: Tensor) -> Tensor:
-        """int64, increasing: the nonzeros' positions in the chunk, given what is listed, as numbers in that order."""
+    def nonzeros(self, cells: Tensor, ranks: Tensor) -> Tensor:
+        """int64, increasing: the nonzeros' positions in the chunk.
+
+        Args:
+            cells: int32, of each listed element, by tile, then by group.
+            ranks: int32, its number in its cell, by position, less than the cell's size.
+        """
 
 
 class Sorted(InGroups):
@@ -105,11 +110,12 @@ class Sorted(InGroups):
         cell = self._group.view(-1, columns).to(dtype) + of_row.to(dtype)[:, None]
         cells, self._order = cell.view(-1).sort(stable=True)
         every = torch.arange(tiles * count, device=cells.device).to(dtype)
-        self.stops = torch.searchsorted(cells, every, right=True)
+        stops = torch.searchsorted(cells, every, right=True)
+        self.sizes = torch.cat((stops[:1], stops.diff()))
 
-    def nonzeros(self, listed: Tensor) -> Tensor:
+    def nonzeros(self, cells: Tensor, ranks: Tensor) -> Tensor:
         found = self._turned[self._group.int()]
-        at = self._order[listed]
+        at = self._order[(self.sizes.cumsum(0) - self.sizes)[cells] + ranks]
         found[at] = ~found[at]
         return found.nonzero().view(-1)
 
@@ -181,10 +187,10 @@ class TorchFromBase:
                 of_rows = rows[first * grid.tile_rows : sound * grid.tile_rows]
                 chunk = Chunk(of_rows, columns, size, base[first * size : sound * size])
                 elements = self.in_groups(chunk, table)
-                listed = _numbers(bits.orders(first, sound, ones, count), elements.stops)
-                if listed is None:
+                cells, ranks = bits.ranks(first, sound, ones, count)
+                if bool((ranks >= elements.sizes[cells]).any()):
                     raise FormatError("wrong_base", "a tile lists more elements than it has")
-                positions = elements.nonzeros(listed)
+                positions = elements.nonzeros(cells.int(), ranks.int())
                 end = total + positions.numel()
                 if end <= nnz:  # later tiles may still say what is wrong with the section
                     result[total:end] = positions + first * size
@@ -193,20 +199,6 @@ class TorchFromBase:
                 raise FormatError("bad_index", f"unary bits of tile {sound}")
         check_end(gaps, total, nnz)
         return result
-
-
-class _Orders(NamedTuple):
-    """What some tiles list: tile * groups + group of each element, and its number in the group, from 0."""
-
-    cell: Tensor
-    order: Tensor
-
-
-def _numbers(orders: _Orders, stops: Tensor) -> Tensor | None:
-    """The numbers of what is listed in the order of `InGroups`; None where a group has fewer elements."""
-    starts = torch.cat((stops.new_zeros(1), stops[:-1]))
-    listed = starts[orders.cell] + orders.order
-    return None if bool((listed >= stops[orders.cell]).any()) else listed
 
 
 class _Bits(NamedTuple):
@@ -239,8 +231,8 @@ class _Bits(NamedTuple):
         stop = first + int((~whole).nonzero()[0])
         return stop, ones[: int(of_tile[stop - first])]
 
-    def orders(self, first: int, last: int, ones: Tensor, groups: int) -> _Orders:
-        """As `Gaps.orders`, given the number of all groups."""
+    def ranks(self, first: int, last: int, ones: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """(tile * groups + group of each listed element, its number in the group), given the number of all groups."""
         gaps = self.gaps
         counts, tiles = gaps.counts[first:last].reshape(-1), np.arange(last - first)
         firsts = np.cumsum(counts) - counts
@@ -257,7 +249,7 @@ class _Bits(NamedTuple):
         # No gap is larger than a tile; what a damaged one says must not overflow the sums.
         steps = ((zeros << k) + low).clamp(max=gaps.largest) + 1
         sums = torch.cat((steps.new_zeros(1), steps.cumsum(0)))
-        return _Orders(cell, sums[1:] - 1 - sums[begins])
+        return cell, sums[1:] - 1 - sums[begins]
 
     def _there(self, numbers: Positions) -> Tensor:
         return torch.from_numpy(numbers).to(self.unary.device)

@@ -29,17 +29,17 @@ class InClasses(Protocol):
     """The shifts of some blocks by block, then by class, then by rank.
 
     Attributes:
-        stops: int64 [blocks' classes], where each class of each block ends in that order.
+        sizes: integers [blocks' classes], how many shifts each class of each block has.
     """
 
-    stops: Tensor
+    sizes: Tensor
 
-    def placed(self, cells: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+    def placed(self, cells: Tensor, ranks: Tensor, values: Tensor) -> Tensor:
         """Of each shift by rank: the given one where it is listed; otherwise 1.
 
         Args:
             cells: int32, the class of a block of each listed one, from 0 for all of them.
-            numbers: int64, its number in that order, within its class.
+            ranks: int32, its number in that class of the block; where it is wrong, any of the result may be.
             values: those that are given.
         """
 
@@ -61,11 +61,13 @@ class SortedClasses(InClasses):
             cells.append(table[keys_of(some)] + (block * count + first))
             first += -(-some.numel() // BLOCK) * count
         ordered, self._order = torch.cat(cells).sort(stable=True)
-        self.stops = torch.searchsorted(ordered, torch.arange(first, device=at.device, dtype=torch.int32), right=True)
+        stops = torch.searchsorted(ordered, torch.arange(first, device=at.device, dtype=torch.int32), right=True)
+        self.sizes = torch.cat((stops[:1], stops.diff()))
 
-    def placed(self, cells: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+    def placed(self, cells: Tensor, ranks: Tensor, values: Tensor) -> Tensor:
         result = torch.ones_like(self._order, dtype=values.dtype)
-        result[self._order[numbers]] = values
+        number = (self.sizes.cumsum(0) - self.sizes)[cells] + ranks
+        result[self._order[number.clamp(max=self._order.numel() - 1)]] = values
         return result
 
 
@@ -114,7 +116,7 @@ def _magnitudes(lists: BlockLists, streams: Tensor, in_classes: InClasses, dtype
     total = int(stops[-1])
     if not total or ones.numel() < 2 * total:  # each has two unary codes
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        return in_classes.placed(none.int(), none, none.to(dtype)), lists.sound & (total == 0)
+        return in_classes.placed(none.int(), none.int(), none.to(dtype)), lists.sound & (total == 0)
     good, some = [lists.sound], lists.counts > 0
     number = torch.arange(total, device=device)
     cell = torch.searchsorted(stops, number, right=True)
@@ -148,9 +150,7 @@ def _magnitudes(lists: BlockLists, streams: Tensor, in_classes: InClasses, dtype
     k, first = lists.ks[cell], lists.cell_firsts[cell]
     low = fields_at(streams, (low_begins[block] + lists.lows[cell]) + (number - first) * k, k)
     sums = torch.cat((number.new_zeros(1), ((quotients.clamp(min=0, max=BLOCK) << k) + low + 1).cumsum(0)))
-    order = sums[1:] - 1 - sums[first]
-    starts = torch.cat((in_classes.stops.new_zeros(1), in_classes.stops[:-1]))
-    placed = starts[cell] + order
-    good.append((placed < in_classes.stops[cell]).all())
-    placed = torch.minimum(placed, (in_classes.stops[-1:] - 1).clamp(min=0))
-    return in_classes.placed(cell.int(), placed, (beyond + 2).to(dtype)), torch.stack(good).all()
+    ranks = sums[1:] - 1 - sums[first]
+    good.append((ranks < in_classes.sizes[cell]).all())
+    ranks = ranks.clamp(max=BLOCK - 1)
+    return in_classes.placed(cell.int(), ranks.int(), (beyond + 2).to(dtype)), torch.stack(good).all()

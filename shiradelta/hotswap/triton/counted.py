@@ -18,6 +18,8 @@ from shiradelta.hotswap.triton.ordered import (
     BLOCK,
     COLUMNS,
     PART,
+    STRIP,
+    TOGETHER,
     collect_kernel,
     count_kernel,
     select_kernel,
@@ -36,12 +38,12 @@ class Tiles(NamedTuple):
     Attributes:
         rows: int64 [tiles, columns].
         tile_of: int32, the tile of each program.
-        lasts: int64, the number of each cell's last count; a cell is a group of a tile.
+        lasts: int64, the number of each cell's last count.
         tile_of_cell: int32.
         elements: how many there are.
         counts: how many there are.
-        parts: for how many blocks and 16 groups there are counts of parts.
-        most_blocks: of a tile.
+        parts: for how many strips and eight groups of them there are counts of parts.
+        most_strips: of a tile.
         size: bytes of an element.
         shift: that of all buckets.
         has_lines: whether a tile has classes of rows or columns.
@@ -56,7 +58,7 @@ class Tiles(NamedTuple):
     elements: int
     counts: int
     parts: int
-    most_blocks: int
+    most_strips: int
     size: int
     shift: int
     has_lines: bool
@@ -85,25 +87,25 @@ class Tiles(NamedTuple):
             has_turned: whether what a tile lists of a group may be no nonzeros.
         """
         sizes = np.asarray(columns["size"], np.int64)
-        groups, blocks = np.broadcast_to(columns["groups"], sizes.shape), -(-sizes // BLOCK)
-        counts, parts = groups * blocks, -(-groups // 16) * blocks
-        made = {"blocks": blocks, "program": exclusive(blocks), "start": exclusive(sizes), "cell": exclusive(groups)}
+        groups, blocks, strips = np.broadcast_to(columns["groups"], sizes.shape), -(-sizes // BLOCK), -(-sizes // STRIP)
+        counts, parts = groups * strips, -(-groups // TOGETHER.value) * strips
+        made = {"strips": strips, "program": exclusive(blocks), "start": exclusive(sizes), "cell": exclusive(groups)}
         made |= {"counts": exclusive(counts), "parts": exclusive(parts)}
         every = {**columns, **made}
         rows = np.stack([np.broadcast_to(every.get(name, 0), sizes.shape) for name in COLUMNS], axis=1)
         there = sent(rows.astype(np.int64), device)
         tile_of_cell = owners(groups, device)
-        counts_at, of_tile, cell = (there[:, COLUMNS.index(name)] for name in ("counts", "blocks", "cell"))
+        counts_at, strips_of, cell = (there[:, COLUMNS.index(name)] for name in ("counts", "strips", "cell"))
         within = torch.arange(tile_of_cell.numel(), device=device) - cell[tile_of_cell]
         return cls(
             there,
             owners(blocks, device),
-            counts_at[tile_of_cell] + (within + 1) * of_tile[tile_of_cell] - 1,
+            counts_at[tile_of_cell] + (within + 1) * strips_of[tile_of_cell] - 1,
             tile_of_cell,
             int(sizes.sum()),
             int(counts.sum()),
             int(parts.sum()),
-            int(blocks.max(initial=0)),
+            int(strips.max(initial=0)),
             size,
             shift,
             has_lines,
@@ -127,39 +129,40 @@ class Counted:
     """The order of tiles' elements, by counting.
 
     Attributes:
-        stops: int64, of each cell, where it ends in the order.
+        sizes: int32, of each cell, how many elements it has.
     """
 
     def __init__(self, tiles: Tiles) -> None:
         self._tiles, device = tiles, tiles.rows.device
         counts = torch.empty(tiles.counts, dtype=torch.int32, device=device)
-        self._parts = torch.empty(tiles.parts, 2 * BLOCK // PART, dtype=torch.int64, device=device)
-        tiles.run(count_kernel, tiles.shift, counts, self._parts, PART)
-        self._ends = counts.cumsum(0, dtype=torch.int32)
-        self.stops = self._ends[tiles.lasts].long()
+        self._parts = torch.empty(tiles.parts, 2 * STRIP // PART, dtype=torch.int32, device=device)
+        tiles.run(count_kernel, tiles.shift, counts, self._parts, STRIP, PART)
+        self._ends = counts.cumsum(0, dtype=torch.int32)  # which wraps, and the kernel takes differences
+        stops = self._ends[tiles.lasts]
+        self.sizes = torch.cat((stops[:1], stops.diff()))
 
-    def _select(self, cells: Tensor, numbers: Tensor, found: Tensor, values: Tensor | None) -> None:
+    def _select(self, cells: Tensor, ranks: Tensor, found: Tensor, values: Tensor | None) -> None:
         """Runs the kernel that finds listed elements; see `select_kernel`."""
-        tiles, most = self._tiles, 1 << max(self._tiles.most_blocks.bit_length() - 1, 0)
-        given = tiles.rows, tiles.tile_of_cell, tiles.shift, cells, numbers, cells.numel()
+        tiles, most = self._tiles, 1 << max(self._tiles.most_strips.bit_length() - 1, 0)
+        given = tiles.rows, tiles.tile_of_cell, tiles.shift, cells, ranks, cells.numel()
         given += self._ends, most, self._parts, found
         kind = {"SIZE": tiles.size, "LINES": tiles.has_lines, "ALIGNED": 2 * tiles.is_aligned}
-        kind |= {"VALUES": values is not None, "PART": PART, "OF_BLOCK": BLOCK, "BLOCK": _SELECTED}
+        kind |= {"VALUES": values is not None, "STRIP": STRIP, "PART": PART, "OF_BLOCK": BLOCK, "BLOCK": _SELECTED}
         programs = -(-cells.numel() // _SELECTED)
         if programs:
             launch(select_kernel, programs, found.device, *given, found if values is None else values, **kind)
 
-    def nonzeros(self, cells: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def nonzeros(self, cells: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
         """(a bit for each element of each block, int32; int32, how many nonzeros each block has).
 
         Args:
             cells: int32, of each listed element.
-            numbers: integers, its number in the order, within its cell.
+            ranks: int32, its number in its cell.
         """
         tiles, device = self._tiles, self._ends.device
         programs = tiles.tile_of.numel()
         found = torch.zeros(programs * (BLOCK // 32), dtype=torch.int32, device=device)
-        self._select(cells, numbers, found, None)
+        self._select(cells, ranks, found, None)
         counts = torch.empty(programs, dtype=torch.int32, device=device)
         tiles.run(turn_kernel, tiles.shift, found.view(torch.uint8), counts, tiles.has_turned)
         return found, counts
@@ -183,8 +186,8 @@ class Counted:
         launch(collect_kernel, -(-words // _WORDS), device, *given, **kind)
         return positions, at, ends
 
-    def placed(self, cells: Tensor, numbers: Tensor, values: Tensor) -> Tensor:
+    def placed(self, cells: Tensor, ranks: Tensor, values: Tensor) -> Tensor:
         """[elements]: the values of listed ones, given as for `nonzeros`; 1 for the others."""
         placed = torch.ones(self._tiles.elements, dtype=values.dtype, device=values.device)
-        self._select(cells, numbers, placed, values)
+        self._select(cells, ranks, placed, values)
         return placed

@@ -44,11 +44,10 @@ class CountedChunk(InGroups):
         }
         kind = {"has_lines": table.has_lines, "has_turned": True}
         self._counted = Counted(Tiles.of(columns, base.element_size(), buckets.shift, base.device, **kind))
-        self.stops = self._counted.stops
+        self.sizes = self._counted.sizes
 
-    def nonzeros(self, listed: Tensor) -> Tensor:
-        cells = torch.searchsorted(self.stops, listed, right=True, out_int32=True)
-        found, counts = self._counted.nonzeros(cells, listed)
+    def nonzeros(self, cells: Tensor, ranks: Tensor) -> Tensor:
+        found, counts = self._counted.nonzeros(cells, ranks)
         positions, _, _ = self._counted.collect(found, counts, int(counts.sum()), True)
         return positions
 

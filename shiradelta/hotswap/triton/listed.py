@@ -1,4 +1,4 @@
-"""What tiles list, from gaps to numbers in the order: a program for each 1,024 listed elements of a cell.
+"""What tiles list, from gaps to numbers in cells: a program for each 1,024 listed elements of a cell.
 
 A cell is a group of a tile (FORMAT.md, 4.7).
 """
@@ -14,10 +14,11 @@ import triton.language as tl
 from shiradelta.format import registry
 from shiradelta.hotswap.lists_there import TileLists
 from shiradelta.hotswap.triton.counted import launch
-from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.hotswap.triton.positions import INT32
 
 Tensor = torch.Tensor
+#: Listed elements of a program.
+BLOCK = 1024
 #: The columns of a cell's row, all int64.
 COLUMNS = ("first", "count", "program", "k", "low", "tile_first", "tile_begin")
 _FIRST = tl.constexpr(0)  # number of its first listed element
@@ -62,24 +63,22 @@ def step_kernel(table, cell_of, buffer, ones, steps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def number_kernel(table, cell_of, sums, stops, cells, numbers, beyond, BLOCK: tl.constexpr):
-    """The cell of each listed element, and its number in the order of tiles, both int32.
+def rank_kernel(table, cell_of, sums, sizes, cells, ranks, beyond, BLOCK: tl.constexpr):
+    """The cell of each listed element, and its number in the cell, both int32.
 
-    `beyond` is set where a group has fewer elements; those are taken for its first.
+    `beyond` is set where a cell has fewer elements; those are taken for its first.
     """
     row, number, inside = _elements(table, cell_of, BLOCK)
-    first, cell = tl.load(row + _FIRST), tl.load(cell_of + tl.program_id(0)).to(tl.int64)
-    before = tl.load(sums + first - 1, mask=first > 0, other=0)
-    start = tl.load(stops + cell - 1, mask=cell > 0, other=0)
-    at = tl.load(sums + number, mask=inside, other=0) - before - 1 + start
-    fits = at < tl.load(stops + cell)
+    first, cell = tl.load(row + _FIRST), tl.load(cell_of + tl.program_id(0))
+    rank = tl.load(sums + number, mask=inside, other=0) - tl.load(sums + first - 1, mask=first > 0, other=0) - 1
+    fits = rank < tl.load(sizes + cell)
     tl.store(beyond + (number - number), 1, mask=inside & (fits == 0))
-    tl.store(cells + number, (number - number + cell).to(tl.int32), mask=inside)
-    tl.store(numbers + number, tl.where(fits, at, start).to(tl.int32), mask=inside)
+    tl.store(cells + number, (number - number).to(tl.int32) + cell, mask=inside)
+    tl.store(ranks + number, tl.where(fits, rank, 0).to(tl.int32), mask=inside)
 
 
-def listed(lists: TileLists, buffer: Tensor, ones: Tensor, stops: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(the cell of each listed element, int32; its number in the order, int32; bool: whether all of them are there).
+def listed(lists: TileLists, buffer: Tensor, ones: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(the cell of each listed element, int32; its number in the cell, int32; bool: whether all of them are there).
 
     None where there are not as many as the lists say.
 
@@ -87,7 +86,7 @@ def listed(lists: TileLists, buffer: Tensor, ones: Tensor, stops: Tensor) -> tup
         lists: those of the tiles.
         buffer: uint8, the sections.
         ones: int64, the unary bits that are set.
-        stops: int64, of all cells, where they end in the order.
+        sizes: int32, of all cells, how many elements they have.
     """
     device, count = buffer.device, ones.numel()
     own, steps = (torch.empty(count, dtype=torch.int32, device=device) for _ in range(2))
@@ -111,6 +110,6 @@ def listed(lists: TileLists, buffer: Tensor, ones: Tensor, stops: Tensor) -> tup
     }
     table = torch.stack([columns[name] for name in COLUMNS], dim=1)
     cell_of = torch.searchsorted(ends, torch.arange(programs, device=device), right=True, out_int32=True)
-    launch(step_kernel, programs, device, table, cell_of, buffer, ones, steps)
-    launch(number_kernel, programs, device, table, cell_of, steps.cumsum(0), stops, own, steps, beyond)
+    launch(step_kernel, programs, device, table, cell_of, buffer, ones, steps, BLOCK=BLOCK)
+    launch(rank_kernel, programs, device, table, cell_of, steps.cumsum(0), sizes, own, steps, beyond, BLOCK=BLOCK)
     return own, steps, (beyond[0] == 0) & (has_ends | (lists.counts == 0)).all()

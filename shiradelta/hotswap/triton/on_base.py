@@ -134,14 +134,14 @@ def nonzeros(
     counted, lists = Counted(tiles), TileLists.of(heads, buffer, sections)
     unary_at = sections + heads.unary_at
     ones = ones_of(joined(buffer, unary_at, unary_at + words_of(heads.unary_total)))
-    found = listed(lists, buffer, ones, counted.stops)
+    found = listed(lists, buffer, ones, counted.sizes)
     if found is None:
         return None
-    cells, numbers, sound = found
+    cells, ranks, sound = found
     good += [lists.sound, sound]
     total = sum(tensor.nnz for tensor in tensors)
     wide = max(tensor.numel for tensor in tensors) > 1 << 31
-    positions, at, ends = counted.collect(*counted.nonzeros(cells, numbers), total, wide)
+    positions, at, ends = counted.collect(*counted.nonzeros(cells, ranks), total, wide)
     programs = np.add.reduceat(-(-_tile_sizes(tensors, heads) // BLOCK), exclusive(heads.tiles))
     right = np.cumsum([tensor.nnz for tensor in tensors])
     both = sent(np.stack((np.cumsum(programs) - 1, right)), buffer.device)

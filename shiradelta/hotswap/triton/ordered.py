@@ -1,9 +1,9 @@
 """Kernels that go through all of the base's elements, of many tiles of many tensors in one launch (FORMAT.md, 4.7).
 
-Elements of a tile are in groups.  The *order* of a launch is by tile, then by group, then by position.  A kernel counts
-the elements of each group in each block, so that prefix sums tell where a block's elements are in that order, and in
-each part of a block.  Then the place of an element is found from its number in the order by two searches and a look at
-one part, so that what takes long is done for listed elements only.
+Elements of a tile are in groups, and a group of a tile is a cell.  The *order* of a launch is by cell, then by position.
+A kernel counts the elements of each group in each strip of a tile, and in parts of these.  The place of an element then
+follows from its number in its cell by two searches and a look at one part, so that what takes long is done for listed
+elements only.
 """
 
 # mypy: ignore-errors
@@ -16,11 +16,12 @@ import triton.language as tl
 from shiradelta.hotswap.triton.elements import pointer
 from shiradelta.hotswap.triton.positions import INT32, UINT8
 
-#: Elements of a program, and of a row, which a thread has: the counts of 16 groups in it take 4 bits each.
-BLOCK = 1024
+#: Elements of a program; of a strip, which counts are of; of a part of a strip, where counts take 8 bits; and of a row,
+#: which a thread has, where they take 4.
+BLOCK, STRIP, PART = 4096, 1024, 64
 ROW = tl.constexpr(8)
-#: Elements of a part of a block: counts of each group in it take 8 bits.
-PART = 64
+#: Groups that are counted together.
+TOGETHER = tl.constexpr(8)
 #: Elements and bytes of which sizes and addresses of tiles mostly are multiples; a kernel for these is faster.
 ALIGNMENT = tl.constexpr(16)
 
@@ -29,11 +30,11 @@ COLUMNS = (
     "base",  # address of its first element
     "size",  # elements
     "program",  # number of the program of its first block
-    "blocks",  # how many it has
+    "strips",  # how many it has
     "counts",  # number of its first count
     "groups",  # how many there are
     "cell",  # number of its first cell: a cell is a group of a tile
-    "parts",  # number of the parts of its first block: 16 groups have them together
+    "parts",  # number of the parts of its first strip
     "start",  # number of its first element
     "position",  # of its first element, in the tensor
     "buckets",  # address of the buckets of keys, which tell classes; without lines, groups
@@ -52,7 +53,7 @@ COLUMNS = (
     _BASE,
     _SIZE,
     _PROGRAM,
-    _BLOCKS,
+    _STRIPS,
     _COUNTS,
     _GROUPS,
     _CELL,
@@ -110,11 +111,11 @@ def _element(row, within, inside, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _group(row, within, inside, shift, SIZE: tl.constexpr, LINES: tl.constexpr, ALIGNED: tl.constexpr):
-    """The group of each element; `shift` is that of `Buckets`."""
+    """The group of each element, 255 where there is none; `shift` is that of `Buckets`."""
     top: tl.constexpr = 8 * SIZE - 16 if SIZE > 2 else 0
     keys: tl.constexpr = 0x7FFF if SIZE > 1 else 0x7F
     key = (_element(row, within, inside, SIZE, ALIGNED) >> top).to(tl.int32) & keys
-    bucket = tl.load(tl.load(row + _BUCKETS).to(INT32) + (key >> shift), mask=inside, other=0)
+    bucket = tl.load(tl.load(row + _BUCKETS).to(INT32) + (key >> shift), mask=inside, other=-1)
     group = tl.where(key < (bucket >> 16), bucket, bucket >> 8) & 0xFF
     if LINES:
         columns = tl.load(row + _COLUMNS).to(tl.int32)
@@ -123,30 +124,14 @@ def _group(row, within, inside, shift, SIZE: tl.constexpr, LINES: tl.constexpr, 
         of_column = _field(row, _COLUMN_FIELDS, _COLUMN_WIDTH, within % columns, inside)
         cell = of_row * tl.load(row + _COLUMN_CLASSES).to(tl.int32) + of_column
         cell = cell * tl.load(row + _CLASS_COUNT).to(tl.int32) + group
-        group = tl.load(tl.load(row + _CELLS).to(UINT8) + cell, mask=inside, other=0).to(tl.int32)
+        group = tl.load(tl.load(row + _CELLS).to(UINT8) + cell, mask=inside, other=255).to(tl.int32)
     return group
 
 
 @triton.jit
-def _ones(group, inside, first):
-    """A one in the place of each element's group, if that is among the 16 from `first` on."""
-    at = group - first
-    one = tl.full(group.shape, 1, tl.int64) << (4 * (at & 15)).to(tl.int64)
-    return tl.where(inside & (at >= 0) & (at < 16), one, 0)
-
-
-@triton.jit
-def _bytes(rows, PART: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts in parts, given those in rows in 4 bits each: of groups 0, 2, 4, ..., and of 1, 3, 5, ..., in bytes."""
-    parts = tl.reshape(rows, (BLOCK // PART, PART // ROW))
-    return tl.sum(parts & 0x0F0F0F0F0F0F0F0F, 1), tl.sum((parts >> 4) & 0x0F0F0F0F0F0F0F0F, 1)
-
-
-@triton.jit
-def _total(parts, group):
-    """[16]: the sums of `_bytes`, for the group of each lane."""
-    low, high = tl.sum(parts & 0x00FF00FF00FF00FF, 0), tl.sum((parts >> 8) & 0x00FF00FF00FF00FF, 0)
-    return (tl.where((group & 2) != 0, high, low) >> (16 * (group >> 2)).to(tl.int64)) & 0xFFFF
+def _sums(counts):
+    """[strips]: the counts of two groups, in 16 bits, given those of four in each part, in 8; and of the two others."""
+    return tl.sum(counts & 0x00FF00FF, 1), tl.sum((counts >> 8) & 0x00FF00FF, 1)
 
 
 @triton.jit(do_not_specialize=["shift"])
@@ -156,42 +141,60 @@ def count_kernel(
     shift,
     counts,
     parts,
+    STRIP: tl.constexpr,
     PART: tl.constexpr,
     SIZE: tl.constexpr,
     LINES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Counts elements: int32, of each tile [groups, blocks], and of parts of blocks, as `part_counts` reads them."""
+    """Counts elements: int32, of each tile [groups, strips], and int32 [strips of eight groups, 2, parts].
+
+    The latter are bytes: of groups 0, 2, 4 and 6 of eight, then of 1, 3, 5 and 7.
+    """
     row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
     group = _group(row, within, inside, shift, SIZE, LINES, ALIGNED)
-    count, blocks = tl.load(row + _GROUPS).to(tl.int32), tl.load(row + _BLOCKS)
-    number, part = tl.arange(0, 16), tl.arange(0, BLOCK // PART)
-    for first in range(0, count, 16):
-        even, odd = _bytes(tl.sum(_ones(group, inside, first), 1), PART, BLOCK)
-        out = parts + (tl.load(row + _PARTS) + (first // 16) * blocks + block) * (2 * BLOCK // PART)
-        tl.store(out + part, even)
-        tl.store(out + BLOCK // PART + part, odd)
-        sums = tl.where((number & 1) != 0, _total(odd, number), _total(even, number)).to(tl.int32)
-        at = tl.load(row + _COUNTS) + (first + number) * blocks + block
-        tl.store(counts + at, sums, mask=first + number < count)
+    count, strips = tl.load(row + _GROUPS).to(tl.int32), tl.load(row + _STRIPS).to(tl.int32)
+    of_strip: tl.constexpr = STRIP // PART
+    part, number = tl.arange(0, BLOCK // PART), tl.arange(0, TOGETHER)[None, :]
+    of_part = block * (BLOCK // STRIP) + part // of_strip
+    strip = block * (BLOCK // STRIP) + tl.arange(0, BLOCK // STRIP)[:, None]
+    for first in range(0, count, TOGETHER):
+        own = (group - first).to(tl.uint32)
+        rows = tl.sum(tl.where(own < TOGETHER, tl.full(group.shape, 1, tl.int32) << (4 * (own & 7)), 0), 1)
+        rows = tl.reshape(rows, (BLOCK // PART, PART // ROW))
+        even, odd = tl.sum(rows & 0x0F0F0F0F, 1), tl.sum((rows >> 4) & 0x0F0F0F0F, 1)
+        at = tl.load(row + _PARTS) + (first // TOGETHER) * strips + of_part
+        out = parts + at * (2 * of_strip) + part % of_strip
+        tl.store(out, even, mask=of_part < strips)
+        tl.store(out + of_strip, odd, mask=of_part < strips)
+        zero, two = _sums(tl.reshape(even, (BLOCK // STRIP, of_strip)))
+        one, three = _sums(tl.reshape(odd, (BLOCK // STRIP, of_strip)))
+        low = tl.where(number % 2 == 0, zero[:, None], one[:, None])
+        high = tl.where(number % 2 == 0, two[:, None], three[:, None])
+        sums = tl.where(number % 4 < 2, low, high) >> (16 * (number // 4))
+        at = tl.load(row + _COUNTS) + (first + number) * strips + strip
+        tl.store(counts + at, sums & 0xFFFF, mask=(first + number < count) & (strip < strips))
 
 
 @triton.jit
-def _block_of(ends, first, blocks, number, inside, most):
-    """How many of some blocks end at a number or before it, and where the last of these does.
+def _strip_of(ends, first, strips, rank, inside, most):
+    """(the strip of a group that has an element, what strips before it have), given the element's number in the group.
 
-    `ends` increases from `first` on, and what is before `first` is the start of all; `most` is a power of two.
+    `ends` are sums of counts up to each one, and `first` is the number of the group's first; what is before it counts
+    for nothing.  `most` is a power of two, more than half of all strips.
     """
-    found = first.to(tl.int32) * 0
+    start = tl.load(ends + first - 1, mask=inside & (first > 0), other=0)
+    found, before = rank * 0, rank * 0
     step = most
     while step > 0:
         further = found + step
-        end = tl.load(ends + first + further - 1, mask=inside & (further < blocks), other=0x7FFFFFFF)
-        found = tl.where(end <= number, further, found)
+        # Sums of more than 31 bits wrap, and differences of those of a tile do not.
+        end = tl.load(ends + first + further - 1, mask=inside & (further < strips), other=0) - start
+        behind = (further < strips) & (end <= rank)
+        found, before = tl.where(behind, further, found), tl.where(behind, end, before)
         step = step // 2
-    at = first + found
-    return found, tl.load(ends + at - 1, mask=inside & (at > 0), other=0)
+    return found, before
 
 
 @triton.jit(do_not_specialize=["shift", "count", "most"])
@@ -200,7 +203,7 @@ def select_kernel(
     tile_of_cell,
     shift,
     cells,
-    numbers,
+    ranks,
     count,
     ends,
     most,
@@ -208,6 +211,7 @@ def select_kernel(
     found,
     values,
     VALUES: tl.constexpr,
+    STRIP: tl.constexpr,
     PART: tl.constexpr,
     SIZE: tl.constexpr,
     LINES: tl.constexpr,
@@ -215,34 +219,32 @@ def select_kernel(
     OF_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Finds the places of elements that are given by their cells and their numbers in the order.
+    """Finds the places of elements that are given by their cells and their numbers in these.
 
-    A search among the ends of the group's counts tells the block, the counts of its parts tell the part, and that is
+    A search among the ends of the group's counts tells the strip, the counts of its parts tell the part, and that is
     looked through.  Sets the bit of each element in int32 [programs of blocks, OF_BLOCK / 32]; with VALUES, brings
     the value of each there instead, in [elements].
     """
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     given = lane < count
     cell = tl.load(cells + lane, mask=given, other=0)
-    number = tl.load(numbers + lane, mask=given, other=0)
+    rank = tl.load(ranks + lane, mask=given, other=0)
     row = tiles + tl.load(tile_of_cell + cell).to(tl.int64) * _WIDTH
     group = cell - tl.load(row + _CELL).to(tl.int32)
-    blocks = tl.load(row + _BLOCKS).to(tl.int32)
-    block, before = _block_of(ends, tl.load(row + _COUNTS) + group * blocks, blocks, number, given, most)
-    rank = (number - before)[:, None]
-    # Bytes of the part's counts, and those of the parts before.
-    at = tl.load(row + _PARTS) + (group // 16) * blocks + block
-    lanes = tl.arange(0, OF_BLOCK // PART)[None, :]
-    out = parts + (at * 2 + (group & 1))[:, None] * (OF_BLOCK // PART) + lanes
-    some = (tl.load(out, mask=given[:, None], other=0) >> (8 * ((group & 15) >> 1))[:, None].to(tl.int64)).to(tl.int32)
-    some = some & 0xFF
-    sums = tl.cumsum(some, 1)
+    strips = tl.load(row + _STRIPS).to(tl.int32)
+    strip, before = _strip_of(ends, tl.load(row + _COUNTS) + group * strips, strips, rank, given, most)
+    rank = (rank - before)[:, None]
+    at = tl.load(row + _PARTS) + (group // TOGETHER) * strips + strip
+    of_strip: tl.constexpr = STRIP // PART
+    of_part = parts + (2 * at + group % 2)[:, None] * of_strip + tl.arange(0, of_strip)[None, :]
+    counts = (tl.load(of_part, mask=given[:, None], other=0) >> (8 * (group % TOGETHER // 2))[:, None]) & 0xFF
+    sums = tl.cumsum(counts, 1)
     part = tl.sum((sums <= rank).to(tl.int32), 1)
-    rank -= tl.sum(tl.where(sums <= rank, some, 0), 1)[:, None]
-    start = block * OF_BLOCK + part * PART
+    rank -= tl.sum(tl.where(sums <= rank, counts, 0), 1)[:, None]
+    start = strip * STRIP + part * PART
     within = start[:, None] + tl.arange(0, PART)[None, :]
     inside = given[:, None] & (within < tl.load(row + _SIZE).to(tl.int32)[:, None])
-    own = inside & (_group(row[:, None], within, inside, shift, SIZE, LINES, ALIGNED) == group[:, None])
+    own = _group(row[:, None], within, inside, shift, SIZE, LINES, ALIGNED) == group[:, None]
     place = tl.sum((tl.cumsum(own.to(tl.int32), 1) <= rank).to(tl.int32), 1)
     there = given & (place < PART)
     place += start
@@ -250,8 +252,8 @@ def select_kernel(
         value = tl.load(values + lane, mask=there, other=0)
         tl.store(found + tl.load(row + _START) + place, value, mask=there)
     else:
-        bit = (tl.load(row + _PROGRAM) + block) * OF_BLOCK + (place % OF_BLOCK)
-        tl.atomic_or(found + (bit >> 5), 1 << (place & 31), mask=there)
+        word = tl.load(row + _PROGRAM) * (OF_BLOCK // 32) + (place >> 5)
+        tl.atomic_or(found + word, tl.full(place.shape, 1, tl.int32) << (place & 31), mask=there)
 
 
 @triton.jit(do_not_specialize=["shift"])

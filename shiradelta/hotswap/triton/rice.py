@@ -12,10 +12,11 @@ import triton.language as tl
 from shiradelta.hotswap.bits_there import owners, sent
 from shiradelta.hotswap.rice_there import RicePlaces, TorchRice
 from shiradelta.hotswap.triton.counted import launch
-from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.util.arrays import exclusive
 
 Tensor = torch.Tensor
+#: Nonzeros of a program.
+BLOCK = 1024
 #: The columns of a tensor's row, all int64.
 _START = tl.constexpr(0)  # its first nonzero
 _STOP = tl.constexpr(1)
@@ -74,7 +75,14 @@ class TritonRice(TorchRice):
     def _run(self, kernel, rows, *arguments) -> None:
         table = sent(np.ascontiguousarray(np.concatenate(rows).T), self.positions.device)
         launch(
-            kernel, self._tensor_of.numel(), self.positions.device, table, self._tensor_of, self.positions, *arguments
+            kernel,
+            self._tensor_of.numel(),
+            self.positions.device,
+            table,
+            self._tensor_of,
+            self.positions,
+            *arguments,
+            BLOCK=BLOCK,
         )
 
     def ends(self) -> Tensor:
