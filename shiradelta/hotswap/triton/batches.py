@@ -21,10 +21,9 @@ from shiradelta.io.reader import StoredTensor
 from shiradelta.util.threads import meanwhile
 
 Tensor = torch.Tensor
-#: Bytes of memory that a nonzero and an element take meanwhile, about; and the most of a batch.
-_NONZERO_ROOM, _ELEMENT_ROOM, _ROOM = 80, 0.5, 2 << 30
-#: The most elements of a batch, so that their numbers take 31 bits.
-_ELEMENTS = (1 << 31) - 1
+#: Bytes of memory that a nonzero and an element take meanwhile, about; the most of a batch, and its share of what is
+#: free on a device that has more.
+_NONZERO_ROOM, _ELEMENT_ROOM, _ROOM, _SHARE = 80, 0.5, 2 << 30, 0.25
 #: Threads that look at checksums meanwhile: more would keep the one that decodes from the interpreter's lock.
 _CHECKERS = 4
 
@@ -46,11 +45,11 @@ class ToRead(NamedTuple):
 
     @property
     def is_alike(self) -> bool:
-        """Whether it is read together with others: its base tells its positions, and it has not too many elements."""
+        """Whether it is read together with others: its base tells its positions."""
         record = self.tensor.record
         given = self.base.numel(), self.base.element_size()
         known = given == (record.numel, record.element_size)
-        return known and record.index_codec == FROM_BASE.id and record.numel <= _ELEMENTS and self.room <= self.limit
+        return known and record.index_codec == FROM_BASE.id and self.room <= self.limit
 
     @property
     def room(self) -> int:
@@ -146,17 +145,25 @@ def uploaded(tensors: Sequence[ToRead], upload: Upload) -> tuple[list[TensorOnBa
 
 def _cut(tensors: Sequence[ToRead]) -> Iterator[list[int]]:
     """Their numbers in batches of elements of one size, within the limits of memory."""
+    most = min([_room(each.base.device) for each in tensors[:1]] + [each.limit for each in tensors], default=0)
     for size in sorted({each.base.element_size() for each in tensors}):
         batch: list[int] = []
-        room = elements = 0
+        room = 0
         for number, each in enumerate(tensors):
             if each.base.element_size() != size:
                 continue
-            too_many = elements + each.base.numel() > _ELEMENTS or room + each.room > min(_ROOM, each.limit)
-            if batch and too_many:
+            if batch and room + each.room > most:
                 yield batch
-                batch, room, elements = [], 0, 0
+                batch, room = [], 0
             batch.append(number)
-            room, elements = room + each.room, elements + each.base.numel()
+            room += each.room
         if batch:
             yield batch
+
+
+def _room(device: torch.device) -> int:
+    """The most bytes of memory that a batch should take there."""
+    if device.type != "cuda":
+        return _ROOM
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(_ROOM, int(_SHARE * (torch.cuda.mem_get_info(device)[0] + kept)))

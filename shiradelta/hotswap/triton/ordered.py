@@ -1,9 +1,8 @@
 """Kernels that go through all of the base's elements, of many tiles of many tensors in one launch (FORMAT.md, 4.7).
 
-Elements of a tile are in groups, and a group of a tile is a cell.  The *order* of a launch is by cell, then by position.
-A kernel counts the elements of each group in each strip of a tile, and in parts of these.  The place of an element then
-follows from its number in its cell by two searches and a look at one part, so that what takes long is done for listed
-elements only.
+Elements of a tile are in groups, and a group of a tile is a cell.  A kernel counts the elements of each group in each
+strip of a tile, and in parts of these.  The place of an element then follows from its number in its cell, by position,
+by two searches and a look at one part, so that what takes long is done for listed elements only.
 """
 
 # mypy: ignore-errors
