@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from shiradelta.errors import FormatError
 from shiradelta.format.codecs import FROM_BASE, ULP_FROM_BASE
 from shiradelta.format.codecs.base import Bytes, TorchDecoder
+from shiradelta.format.header import crc32
+from shiradelta.format.record import Section
 from shiradelta.hotswap.from_base import TorchFromBase
 from shiradelta.hotswap.on_device import checked_values, resident_on_base
 from shiradelta.hotswap.resident import Resident, SectionPart, SectionParts, stored
@@ -50,6 +52,12 @@ class ToRead(NamedTuple):
         given = self.base.numel(), self.base.element_size()
         known = given == (record.numel, record.element_size)
         return known and record.index_codec == FROM_BASE.id and self.room <= self.limit
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """Those that are read on the device."""
+        record = self.tensor.record
+        return (record.index, record.values)[: 1 + (record.value_codec == ULP_FROM_BASE.id)]
 
     @property
     def room(self) -> int:
@@ -95,22 +103,18 @@ def residents_together(tensors: Sequence[ToRead], codec: TorchFromBase, upload: 
 
 def _batches(tensors: Sequence[ToRead], upload: Upload) -> list[Resident] | None:
     """The residents of tensors that are alike, but for values that need no base."""
-    damaged: list[FormatError] = []
+    sections = [(each.source, section) for each in tensors for section in each.sections]
+    damaged: list[Section] = []
 
-    def check(some: Sequence[ToRead]) -> None:
-        for each in some:
-            record = each.tensor.record
-            try:
-                each.tensor.section(record.index)
-                if record.value_codec == ULP_FROM_BASE.id:
-                    each.tensor.section(record.values)
-            except FormatError as error:
-                damaged.append(error)
+    def check(some: Sequence[tuple[Bytes, Section]]) -> None:
+        for source, section in some:
+            if crc32(source[section.offset : section.offset + section.stored]) != section.crc:
+                damaged.append(section)
 
     found: dict[int, Resident] = {}
     try:
         given, buffer = uploaded(tensors, upload)
-        with meanwhile(check, [tensors[number::_CHECKERS] for number in range(min(_CHECKERS, len(tensors)))]):
+        with meanwhile(check, [sections[number::_CHECKERS] for number in range(min(_CHECKERS, len(sections)))]):
             for batch in _cut(tensors):
                 made = resident_batch([given[number] for number in batch], buffer)
                 if made is None:

@@ -24,12 +24,14 @@ class Buckets(NamedTuple):
 
     Attributes:
         shift: a key's bucket is key >> shift.
+        has_cuts: whether a threshold cuts any bucket.
         below: the class of keys below the cut.
         above: that of the others.
         cut: the threshold.
     """
 
     shift: int
+    has_cuts: bool
     below: Tensor
     above: Tensor
     cut: Tensor
@@ -42,17 +44,17 @@ class Buckets(NamedTuple):
             thresholds: [tensors, any number], not decreasing; none are above all keys.
             device: where to.
         """
-        shift = _shift(thresholds)
-        there = sent(thresholds, device)
+        shift, there = _shift(thresholds), sent(thresholds, device)
+        has_cuts = bool(np.any(_cuts(thresholds, shift) & (thresholds < KEYS)))
         starts = torch.arange(0, KEYS, 1 << shift, dtype=torch.int32, device=device)
         starts = starts.expand(thresholds.shape[0], starts.numel()).contiguous()
         below, above = (
             torch.searchsorted(there, some, right=True, out_int32=True) for some in (starts, starts + (1 << shift) - 1)
         )
-        if not thresholds.shape[1]:
-            return cls(shift, below, above, torch.zeros_like(below))
+        if not has_cuts:
+            return cls(shift, False, below, above, torch.zeros_like(below))
         cut = there.gather(1, below.clamp(max=thresholds.shape[1] - 1).long())
-        return cls(shift, below, above, torch.where(above > below, cut, 0))
+        return cls(shift, True, below, above, torch.where(above > below, cut, 0))
 
     def packed(self, below: Tensor, above: Tensor) -> Tensor:
         """Int32 [tensors, buckets], as kernels read them: cut, group above, group below.
@@ -64,12 +66,29 @@ class Buckets(NamedTuple):
         return (self.cut << 16) | (above.int() << 8) | below.int()
 
 
+def ones_of_groups(groups: Tensor, most: int) -> Tensor:
+    """Int64 [tensors, 16 groups, buckets]: a one in the place of each bucket's group, of 4 bits.
+
+    Args:
+        groups: integers [tensors, buckets], the group of each bucket, less than `most`.
+        most: the most groups of a tensor.
+    """
+    sixteen = torch.arange(-(-most // 16), device=groups.device)[:, None]
+    own = groups.long()[:, None] - 16 * sixteen
+    return torch.where((own >= 0) & (own < 16), 1 << (4 * (own & 15)), 0)
+
+
+def _cuts(thresholds: NDArray[np.int32], shift: int) -> NDArray[np.bool_]:
+    """Which thresholds cut a bucket: one at its start does not."""
+    found: NDArray[np.bool_] = (thresholds & ((1 << shift) - 1)) != 0
+    return found
+
+
 def _shift(thresholds: NDArray[np.int32]) -> int:
     """The largest with which no bucket is cut twice."""
     first, second = thresholds[:, :-1], thresholds[:, 1:]
     is_pair = (first != second) & (second < KEYS)
     for shift in range(_MOST_SHIFT, 0, -1):
-        cuts = (first & ((1 << shift) - 1)) != 0  # a threshold at a bucket's start does not cut it
-        if not np.any(is_pair & cuts & (first >> shift == second >> shift)):
+        if not np.any(is_pair & _cuts(first, shift) & (first >> shift == second >> shift)):
             return shift
     return 0

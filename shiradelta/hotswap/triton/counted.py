@@ -47,6 +47,7 @@ class Tiles(NamedTuple):
         size: bytes of an element.
         shift: that of all buckets.
         has_lines: whether a tile has classes of rows or columns.
+        has_ones: whether tiles have ones of groups.
         has_turned: whether what a tile lists of a group may be no nonzeros.
         is_aligned: whether sizes and addresses of all tiles are multiples of 16.
     """
@@ -62,6 +63,7 @@ class Tiles(NamedTuple):
     size: int
     shift: int
     has_lines: bool
+    has_ones: bool
     has_turned: bool
     is_aligned: bool
 
@@ -109,13 +111,14 @@ class Tiles(NamedTuple):
             size,
             shift,
             has_lines,
+            "ones" in columns,
             has_turned,
             not np.any((sizes | columns["base"]) % ALIGNMENT.value),
         )
 
     def run(self, kernel, *arguments) -> None:
         """Runs a program for each block."""
-        kind = {"SIZE": self.size, "LINES": self.has_lines, "ALIGNED": int(self.is_aligned)}
+        kind = {"SIZE": self.size, "LINES": self.has_lines, "ONES": self.has_ones, "ALIGNED": int(self.is_aligned)}
         launch(kernel, self.tile_of.numel(), self.rows.device, self.rows, self.tile_of, *arguments, **kind)
 
 
@@ -146,8 +149,15 @@ class Counted:
         tiles, most = self._tiles, 1 << max(self._tiles.most_strips.bit_length() - 1, 0)
         given = tiles.rows, tiles.tile_of_cell, tiles.shift, cells, ranks, cells.numel()
         given += self._ends, most, self._parts, found
-        kind = {"SIZE": tiles.size, "LINES": tiles.has_lines, "ALIGNED": 2 * tiles.is_aligned}
-        kind |= {"VALUES": values is not None, "STRIP": STRIP, "PART": PART, "OF_BLOCK": BLOCK, "BLOCK": _SELECTED}
+        kind = {"SIZE": tiles.size, "LINES": tiles.has_lines, "ONES": tiles.has_ones}
+        kind |= {
+            "ALIGNED": 2 * tiles.is_aligned,
+            "VALUES": values is not None,
+            "STRIP": STRIP,
+            "PART": PART,
+            "OF_BLOCK": BLOCK,
+            "BLOCK": _SELECTED,
+        }
         programs = -(-cells.numel() // _SELECTED)
         if programs:
             launch(select_kernel, programs, found.device, *given, found if values is None else values, **kind)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from shiradelta.hotswap.from_base import Chunk, GroupTable, InGroups, TorchFromBase
-from shiradelta.hotswap.triton.buckets import Buckets
+from shiradelta.hotswap.triton.buckets import Buckets, ones_of_groups
 from shiradelta.hotswap.triton.counted import Counted, Tiles
 
 Tensor = torch.Tensor
@@ -23,8 +23,9 @@ class CountedChunk(InGroups):
         buckets = Buckets.of(table.thresholds[None], base.device)
         given = buckets.below, buckets.above
         packed = buckets.packed(*(given if table.has_lines else (table.cells[each.long()] for each in given)))
-        self._kept = base, packed, table.cells, table.turned.byte(), chunk.rows, chunk.columns
-        base_, buckets_, cells_, turned_, rows_, columns_ = (each.data_ptr() for each in self._kept)
+        ones = packed if table.has_lines or buckets.has_cuts else ones_of_groups(packed & 0xFF, table.turned.numel())
+        self._kept = base, packed, ones, table.cells, table.turned.byte(), chunk.rows, chunk.columns
+        base_, buckets_, ones_, cells_, turned_, rows_, columns_ = (each.data_ptr() for each in self._kept)
         columns = {
             "base": base_ + tiles * size * base.element_size(),
             "size": np.minimum(base.numel() - tiles * size, size),
@@ -42,6 +43,8 @@ class CountedChunk(InGroups):
             "column_width": 32,
             "turned": turned_,
         }
+        if ones is not packed:
+            columns["ones"] = ones_
         kind = {"has_lines": table.has_lines, "has_turned": True}
         self._counted = Counted(Tiles.of(columns, base.element_size(), buckets.shift, base.device, **kind))
         self.sizes = self._counted.sizes

@@ -24,7 +24,7 @@ from shiradelta.hotswap.pool import Pool, words_of
 from shiradelta.hotswap.resident import Resident, SectionPart
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import decode_there
-from shiradelta.hotswap.triton.buckets import Buckets
+from shiradelta.hotswap.triton.buckets import Buckets, ones_of_groups
 from shiradelta.hotswap.triton.counted import Counted, Tiles
 from shiradelta.hotswap.triton.listed import listed
 from shiradelta.hotswap.triton.ordered import BLOCK
@@ -168,14 +168,14 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
     if not has_lines:  # the cells are those of classes of elements
         both = cells[starts[:, None] + buckets.below], cells[starts[:, None] + buckets.above]
     packed = buckets.packed(*both)
-    small = packed, cells, turned
+    kept = [packed, cells, turned]
     tensor, tile = np.repeat(np.arange(len(tensors)), heads.tiles), within(heads.tiles)
     whole = heads.tile_rows * heads.columns
     sections = np.array([one.positions_at for one in tensors]) + buffer.data_ptr()
     of_tensors = {
         "groups": heads.groups,
-        "buckets": packed.data_ptr() + np.arange(len(tensors)) * packed.shape[1] * packed.element_size(),
-        "cells": small[1].data_ptr() + cells_at,
+        "buckets": _addresses(packed),
+        "cells": cells.data_ptr() + cells_at,
         "class_count": heads.classes,
         "column_classes": 1 << heads.column_bits,
         "columns": heads.columns,
@@ -183,17 +183,25 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
         "row_width": heads.row_bits,
         "column_fields": sections + heads.column_at,
         "column_width": heads.column_bits,
-        "turned": small[2].data_ptr() + groups_at,
+        "turned": turned.data_ptr() + groups_at,
     }
+    if not (has_lines or buckets.has_cuts):
+        of_tensors["ones"] = _addresses(ones := ones_of_groups(packed & 0xFF, int(heads.groups.max())))
+        kept.append(ones)
     columns = {name: values[tensor] for name, values in of_tensors.items()}
     addresses = np.array([one.base.data_ptr() for one in tensors])
     columns["base"] = addresses[tensor] + tile * whole[tensor] * size
     columns["size"] = _tile_sizes(tensors, heads)
     columns["position"] = tile * whole[tensor]
     columns["row"] = tile * heads.tile_rows[tensor]
-    return small, Tiles.of(
+    return kept, Tiles.of(
         columns, size, buckets.shift, device, has_lines=has_lines, has_turned=bool(heads.turned.any())
     )
+
+
+def _addresses(rows: Tensor) -> Positions:
+    """Where each row is."""
+    return rows.data_ptr() + np.arange(rows.shape[0]) * (rows.stride(0) * rows.element_size())
 
 
 def shifts_of(
@@ -208,8 +216,11 @@ def shifts_of(
         "base": at.data_ptr() + (exclusive(heads.counts)[tensor] + block * registry.ULP_BLOCK) * size,
         "size": np.minimum(heads.counts[tensor] - block * registry.ULP_BLOCK, registry.ULP_BLOCK),
         "groups": heads.classes[tensor],
-        "buckets": packed.data_ptr() + tensor * packed.shape[1] * packed.element_size(),
+        "buckets": _addresses(packed)[tensor],
     }
+    if not buckets.has_cuts:
+        ones = ones_of_groups(packed & 0xFF, int(heads.classes.max()))
+        columns["ones"] = _addresses(ones)[tensor]
     counted = Counted(Tiles.of(columns, size, buckets.shift, device))
     starts = np.array([tensor.shifts_at for tensor in tensors])
     found = decode_there(heads, buffer, starts, counted, at)

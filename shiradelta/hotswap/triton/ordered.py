@@ -12,17 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shiradelta.format.codecs.base_classes import KEYS
 from shiradelta.hotswap.triton.elements import pointer
-from shiradelta.hotswap.triton.positions import INT32, UINT8
+from shiradelta.hotswap.triton.positions import INT32, INT64, UINT8
 
 #: Elements of a program; of a strip, which counts are of; of a part of a strip, where counts take 8 bits; and of a row,
 #: which a thread has, where they take 4.
 BLOCK, STRIP, PART = 4096, 1024, 64
 ROW = tl.constexpr(8)
-#: Groups that are counted together.
+#: Groups whose counts of parts are together.
 TOGETHER = tl.constexpr(8)
 #: Elements and bytes of which sizes and addresses of tiles mostly are multiples; a kernel for these is faster.
 ALIGNMENT = tl.constexpr(16)
+_KEYS = tl.constexpr(KEYS)
 
 #: The columns of a tile's row, all int64.
 COLUMNS = (
@@ -37,6 +39,7 @@ COLUMNS = (
     "start",  # number of its first element
     "position",  # of its first element, in the tensor
     "buckets",  # address of the buckets of keys, which tell classes; without lines, groups
+    "ones",  # address of int64 [16 groups, buckets]: a one in the place of the group; 0 if there are lines or cuts
     "cells",  # with lines: address of the group of each class of row, of column and of element
     "class_count",
     "column_classes",
@@ -60,6 +63,7 @@ COLUMNS = (
     _START,
     _POSITION,
     _BUCKETS,
+    _ONES,
     _CELLS,
     _CLASS_COUNT,
     _COLUMN_CLASSES,
@@ -109,13 +113,21 @@ def _element(row, within, inside, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _group(row, within, inside, shift, SIZE: tl.constexpr, LINES: tl.constexpr, ALIGNED: tl.constexpr):
-    """The group of each element, 255 where there is none; `shift` is that of `Buckets`."""
+def _key(row, within, inside, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The key of each element."""
     top: tl.constexpr = 8 * SIZE - 16 if SIZE > 2 else 0
     keys: tl.constexpr = 0x7FFF if SIZE > 1 else 0x7F
-    key = (_element(row, within, inside, SIZE, ALIGNED) >> top).to(tl.int32) & keys
+    return (_element(row, within, inside, SIZE, ALIGNED) >> top).to(tl.int32) & keys
+
+
+@triton.jit
+def _group(
+    row, within, inside, shift, SIZE: tl.constexpr, LINES: tl.constexpr, ONES: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """The group of each element, 255 where there is none; `shift` is that of `Buckets`."""
+    key = _key(row, within, inside, SIZE, ALIGNED)
     bucket = tl.load(tl.load(row + _BUCKETS).to(INT32) + (key >> shift), mask=inside, other=-1)
-    group = tl.where(key < (bucket >> 16), bucket, bucket >> 8) & 0xFF
+    group = (bucket if ONES else tl.where(key < (bucket >> 16), bucket, bucket >> 8)) & 0xFF
     if LINES:
         columns = tl.load(row + _COLUMNS).to(tl.int32)
         line = tl.load(row + _ROW) + within // columns
@@ -144,6 +156,7 @@ def count_kernel(
     PART: tl.constexpr,
     SIZE: tl.constexpr,
     LINES: tl.constexpr,
+    ONES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -152,28 +165,40 @@ def count_kernel(
     The latter are bytes: of groups 0, 2, 4 and 6 of eight, then of 1, 3, 5 and 7.
     """
     row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
-    group = _group(row, within, inside, shift, SIZE, LINES, ALIGNED)
+    if ONES:
+        bucket = _key(row, within, inside, SIZE, ALIGNED) >> shift
+    else:
+        group = _group(row, within, inside, shift, SIZE, LINES, ONES, ALIGNED)
     count, strips = tl.load(row + _GROUPS).to(tl.int32), tl.load(row + _STRIPS).to(tl.int32)
     of_strip: tl.constexpr = STRIP // PART
     part, number = tl.arange(0, BLOCK // PART), tl.arange(0, TOGETHER)[None, :]
     of_part = block * (BLOCK // STRIP) + part // of_strip
     strip = block * (BLOCK // STRIP) + tl.arange(0, BLOCK // STRIP)[:, None]
-    for first in range(0, count, TOGETHER):
-        own = (group - first).to(tl.uint32)
-        rows = tl.sum(tl.where(own < TOGETHER, tl.full(group.shape, 1, tl.int32) << (4 * (own & 7)), 0), 1)
-        rows = tl.reshape(rows, (BLOCK // PART, PART // ROW))
-        even, odd = tl.sum(rows & 0x0F0F0F0F, 1), tl.sum((rows >> 4) & 0x0F0F0F0F, 1)
-        at = tl.load(row + _PARTS) + (first // TOGETHER) * strips + of_part
-        out = parts + at * (2 * of_strip) + part % of_strip
-        tl.store(out, even, mask=of_part < strips)
-        tl.store(out + of_strip, odd, mask=of_part < strips)
-        zero, two = _sums(tl.reshape(even, (BLOCK // STRIP, of_strip)))
-        one, three = _sums(tl.reshape(odd, (BLOCK // STRIP, of_strip)))
-        low = tl.where(number % 2 == 0, zero[:, None], one[:, None])
-        high = tl.where(number % 2 == 0, two[:, None], three[:, None])
-        sums = tl.where(number % 4 < 2, low, high) >> (16 * (number // 4))
-        at = tl.load(row + _COUNTS) + (first + number) * strips + strip
-        tl.store(counts + at, sums & 0xFFFF, mask=(first + number < count) & (strip < strips))
+    for sixteen in range((count + 15) // 16):
+        if ONES:
+            of_bucket = tl.load(row + _ONES).to(INT64) + sixteen * (_KEYS >> shift)
+            one = tl.load(of_bucket + bucket, mask=inside, other=0)
+        else:
+            own = group - 16 * sixteen
+            one = tl.full(group.shape, 1, tl.int64) << (4 * (own & 15)).to(tl.int64)
+            one = tl.where((own >= 0) & (own < 16), one, 0)
+        rows = tl.sum(one, 1)
+        for half in tl.static_range(2):
+            first = 16 * sixteen + TOGETHER * half
+            if first < count:
+                some = tl.reshape((rows >> (32 * half)).to(tl.int32), (BLOCK // PART, PART // ROW))
+                even, odd = tl.sum(some & 0x0F0F0F0F, 1), tl.sum((some >> 4) & 0x0F0F0F0F, 1)
+                at = tl.load(row + _PARTS) + (first // TOGETHER) * strips + of_part
+                out = parts + at * (2 * of_strip) + part % of_strip
+                tl.store(out, even, mask=of_part < strips)
+                tl.store(out + of_strip, odd, mask=of_part < strips)
+                zero, two = _sums(tl.reshape(even, (BLOCK // STRIP, of_strip)))
+                one_, three = _sums(tl.reshape(odd, (BLOCK // STRIP, of_strip)))
+                low = tl.where(number % 2 == 0, zero[:, None], one_[:, None])
+                high = tl.where(number % 2 == 0, two[:, None], three[:, None])
+                sums = tl.where(number % 4 < 2, low, high) >> (16 * (number // 4))
+                at = tl.load(row + _COUNTS) + (first + number) * strips + strip
+                tl.store(counts + at, sums & 0xFFFF, mask=(first + number < count) & (strip < strips))
 
 
 @triton.jit
@@ -214,6 +239,7 @@ def select_kernel(
     PART: tl.constexpr,
     SIZE: tl.constexpr,
     LINES: tl.constexpr,
+    ONES: tl.constexpr,
     ALIGNED: tl.constexpr,
     OF_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -243,7 +269,7 @@ def select_kernel(
     start = strip * STRIP + part * PART
     within = start[:, None] + tl.arange(0, PART)[None, :]
     inside = given[:, None] & (within < tl.load(row + _SIZE).to(tl.int32)[:, None])
-    own = _group(row[:, None], within, inside, shift, SIZE, LINES, ALIGNED) == group[:, None]
+    own = _group(row[:, None], within, inside, shift, SIZE, LINES, ONES, ALIGNED) == group[:, None]
     place = tl.sum((tl.cumsum(own.to(tl.int32), 1) <= rank).to(tl.int32), 1)
     there = given & (place < PART)
     place += start
@@ -265,6 +291,7 @@ def turn_kernel(
     TURNED: tl.constexpr,
     SIZE: tl.constexpr,
     LINES: tl.constexpr,
+    ONES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -273,7 +300,7 @@ def turn_kernel(
     bits = tl.load(found + at).to(tl.int32)
     if TURNED:
         row, _, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
-        group = _group(row, within, inside, shift, SIZE, LINES, ALIGNED)
+        group = _group(row, within, inside, shift, SIZE, LINES, ONES, ALIGNED)
         turned = tl.load(tl.load(row + _TURNED).to(UINT8) + group, mask=inside, other=0).to(tl.int32)
         # No two lanes of a row have the same bit, so that their sum puts them together.
         bits ^= tl.sum(turned << (within & (ROW - 1)), 1)
