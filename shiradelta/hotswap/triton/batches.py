@@ -149,7 +149,7 @@ def uploaded(tensors: Sequence[ToRead], upload: Upload) -> tuple[list[TensorOnBa
 
 def _cut(tensors: Sequence[ToRead]) -> Iterator[list[int]]:
     """Their numbers in batches of elements of one size, within the limits of memory."""
-    most = min([_room(each.base.device) for each in tensors[:1]] + [each.limit for each in tensors], default=0)
+    most = _room(tensors[0].base.device) if tensors else 0
     for size in sorted({each.base.element_size() for each in tensors}):
         batch: list[int] = []
         room = 0

@@ -16,9 +16,9 @@ from shiradelta.format.codecs.base_classes import KEYS
 from shiradelta.hotswap.triton.elements import pointer
 from shiradelta.hotswap.triton.positions import INT32, INT64, UINT8
 
-#: Elements of a program; of a strip, which counts are of; of a part of a strip, where counts take 8 bits; and of a row,
-#: which a thread has, where they take 4.
-BLOCK, STRIP, PART = 4096, 1024, 64
+#: Elements of a program; of a strip, which counts are of; of a part of a strip, which a thread counts, in 8 bits for a
+#: group; and of a row of a part, in 4 bits.
+BLOCK, STRIP, PART = 4096, 1024, 32
 ROW = tl.constexpr(8)
 #: Groups whose counts of parts are together.
 TOGETHER = tl.constexpr(8)
@@ -80,14 +80,12 @@ _WIDTH = tl.constexpr(len(COLUMNS))
 
 @triton.jit
 def _block(tiles, tile_of, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """(row of its tile, its number in the tile, its elements' numbers in the tile, which of them there are)."""
+    """(row of its tile, its number in the tile, the first of its elements in the tile, how many the tile has)."""
     row = tiles + tl.load(tile_of + tl.program_id(0)).to(tl.int64) * _WIDTH
-    block = tl.program_id(0) - tl.load(row + _PROGRAM).to(tl.int32)
-    lanes = tl.arange(0, BLOCK // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
-    within, size = block * BLOCK + lanes, tl.load(row + _SIZE).to(tl.int32)
+    block, size = tl.program_id(0) - tl.load(row + _PROGRAM).to(tl.int32), tl.load(row + _SIZE).to(tl.int32)
     if ALIGNED:  # so that a thread has the elements of a row
         size = tl.multiple_of(size, ALIGNMENT)
-    return row, block, within, within < size
+    return row, block, block * BLOCK, size
 
 
 @triton.jit
@@ -140,9 +138,34 @@ def _group(
 
 
 @triton.jit
-def _sums(counts):
-    """[strips]: the counts of two groups, in 16 bits, given those of four in each part, in 8; and of the two others."""
-    return tl.sum(counts & 0x00FF00FF, 1), tl.sum((counts >> 8) & 0x00FF00FF, 1)
+def _one(
+    row,
+    within,
+    inside,
+    shift,
+    sixteen,
+    SIZE: tl.constexpr,
+    LINES: tl.constexpr,
+    ONES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """A one in the place of each element's group, if that is among so many 16, in 4 bits."""
+    if ONES:
+        bucket = _key(row, within, inside, SIZE, ALIGNED) >> shift
+        ones = tl.load(row + _ONES).to(INT64) + sixteen * (_KEYS >> shift)
+        one = tl.load(ones + bucket, mask=inside, other=0)
+    else:
+        own = _group(row, within, inside, shift, SIZE, LINES, ONES, ALIGNED) - 16 * sixteen
+        one = tl.full(own.shape, 1, tl.int64) << (4 * (own & 15)).to(tl.int64)
+        one = tl.where((own >= 0) & (own < 16), one, 0)
+    return one
+
+
+@triton.jit
+def _pairs(counts, STRIPS: tl.constexpr, OF_STRIP: tl.constexpr):
+    """[strips]: the counts of groups 0 and 4, and 2 and 6, in 16 bits, given those of 0, 2, 4 and 6 of parts, in 8."""
+    parts = tl.reshape(counts, (STRIPS, OF_STRIP))
+    return tl.sum(parts & 0x00FF00FF, 1), tl.sum((parts >> 8) & 0x00FF00FF, 1)
 
 
 @triton.jit(do_not_specialize=["shift"])
@@ -164,37 +187,30 @@ def count_kernel(
 
     The latter are bytes: of groups 0, 2, 4 and 6 of eight, then of 1, 3, 5 and 7.
     """
-    row, block, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
-    if ONES:
-        bucket = _key(row, within, inside, SIZE, ALIGNED) >> shift
-    else:
-        group = _group(row, within, inside, shift, SIZE, LINES, ONES, ALIGNED)
+    row, block, start, size = _block(tiles, tile_of, ALIGNED, BLOCK)
     count, strips = tl.load(row + _GROUPS).to(tl.int32), tl.load(row + _STRIPS).to(tl.int32)
     of_strip: tl.constexpr = STRIP // PART
     part, number = tl.arange(0, BLOCK // PART), tl.arange(0, TOGETHER)[None, :]
     of_part = block * (BLOCK // STRIP) + part // of_strip
     strip = block * (BLOCK // STRIP) + tl.arange(0, BLOCK // STRIP)[:, None]
     for sixteen in range((count + 15) // 16):
-        if ONES:
-            of_bucket = tl.load(row + _ONES).to(INT64) + sixteen * (_KEYS >> shift)
-            one = tl.load(of_bucket + bucket, mask=inside, other=0)
-        else:
-            own = group - 16 * sixteen
-            one = tl.full(group.shape, 1, tl.int64) << (4 * (own & 15)).to(tl.int64)
-            one = tl.where((own >= 0) & (own < 16), one, 0)
-        rows = tl.sum(one, 1)
+        even, odd = tl.full((BLOCK // PART,), 0, tl.int64), tl.full((BLOCK // PART,), 0, tl.int64)
+        for each in tl.static_range(PART // ROW):
+            within = start + part[:, None] * PART + (each * ROW + tl.arange(0, ROW)[None, :])
+            rows = tl.sum(_one(row, within, within < size, shift, sixteen, SIZE, LINES, ONES, ALIGNED), 1)
+            even += rows & 0x0F0F0F0F0F0F0F0F
+            odd += (rows >> 4) & 0x0F0F0F0F0F0F0F0F
         for half in tl.static_range(2):
             first = 16 * sixteen + TOGETHER * half
             if first < count:
-                some = tl.reshape((rows >> (32 * half)).to(tl.int32), (BLOCK // PART, PART // ROW))
-                even, odd = tl.sum(some & 0x0F0F0F0F, 1), tl.sum((some >> 4) & 0x0F0F0F0F, 1)
                 at = tl.load(row + _PARTS) + (first // TOGETHER) * strips + of_part
                 out = parts + at * (2 * of_strip) + part % of_strip
-                tl.store(out, even, mask=of_part < strips)
-                tl.store(out + of_strip, odd, mask=of_part < strips)
-                zero, two = _sums(tl.reshape(even, (BLOCK // STRIP, of_strip)))
-                one_, three = _sums(tl.reshape(odd, (BLOCK // STRIP, of_strip)))
-                low = tl.where(number % 2 == 0, zero[:, None], one_[:, None])
+                even_, odd_ = (even >> (32 * half)).to(tl.int32), (odd >> (32 * half)).to(tl.int32)
+                tl.store(out, even_, mask=of_part < strips)
+                tl.store(out + of_strip, odd_, mask=of_part < strips)
+                zero, two = _pairs(even_, BLOCK // STRIP, of_strip)
+                one, three = _pairs(odd_, BLOCK // STRIP, of_strip)
+                low = tl.where(number % 2 == 0, zero[:, None], one[:, None])
                 high = tl.where(number % 2 == 0, two[:, None], three[:, None])
                 sums = tl.where(number % 4 < 2, low, high) >> (16 * (number // 4))
                 at = tl.load(row + _COUNTS) + (first + number) * strips + strip
@@ -299,7 +315,9 @@ def turn_kernel(
     at = tl.program_id(0).to(tl.int64) * (BLOCK // ROW) + tl.arange(0, BLOCK // ROW)
     bits = tl.load(found + at).to(tl.int32)
     if TURNED:
-        row, _, within, inside = _block(tiles, tile_of, ALIGNED, BLOCK)
+        row, _, start, size = _block(tiles, tile_of, ALIGNED, BLOCK)
+        within = start + tl.arange(0, BLOCK // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
+        inside = within < size
         group = _group(row, within, inside, shift, SIZE, LINES, ONES, ALIGNED)
         turned = tl.load(tl.load(row + _TURNED).to(UINT8) + group, mask=inside, other=0).to(tl.int32)
         # No two lanes of a row have the same bit, so that their sum puts them together.
