@@ -18,7 +18,7 @@ from shiradelta.hotswap.heads import ClassedSections
 from shiradelta.hotswap.pool import Pool
 from shiradelta.hotswap.resident import Resident, SectionPart, stored
 from shiradelta.hotswap.rice_there import encode_there
-from shiradelta.hotswap.shifts_there import SortedClasses, decode_there
+from shiradelta.hotswap.shifts_there import ShiftsThere, SortedClasses
 from shiradelta.io.reader import StoredTensor
 from shiradelta.io.restored import codecs_on_base, named, positions_on
 
@@ -88,9 +88,10 @@ def shifts_of(tensor: StoredTensor, at: Tensor) -> Tensor:
     sections = ClassedSections.of(pool, starts, np.array([data.size]), np.array([nnz]))
     if sections is not None:
         there = torch.from_numpy(data.copy()).to(at.device)
-        found = decode_there(sections, there, np.zeros(1, np.int64), SortedClasses(sections, at), at)
-        if found.sound:
-            return found.shifts
+        found = ShiftsThere.of(sections, there, np.zeros(1, np.int64))
+        shifts, sound = found.decode(SortedClasses(sections, at), at.dtype)
+        if sound:
+            return shifts
     # It says what is wrong, and reads shifts of more bits than are read there.
     elements: Array = at.cpu().numpy()
     bits = codecs_on_base()[1].decode_on(data, nnz, size, elements.view(f"<u{size}"))

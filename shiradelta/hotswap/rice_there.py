@@ -17,8 +17,8 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.packing import field_words
 from shiradelta.format.codecs.rice import section_size
-from shiradelta.hotswap.bits_there import sent
-from shiradelta.util.arrays import exclusive, within
+from shiradelta.hotswap.bits_there import owners, sent
+from shiradelta.util.arrays import exclusive
 
 Tensor = torch.Tensor
 
@@ -202,25 +202,23 @@ def _put_directories(
         unary: bits of each tensor.
     """
     blocks = -(-np.array(unary) // registry.BLOCK_BITS)
-    tensor = np.repeat(np.arange(blocks.size), blocks)
-    number = within(blocks)
-    low, sections, start, bits_before, k = (
-        np.array(each)[tensor] for each in (places.low, places.sections, starts, before, ks)
-    )
+    low, sections = np.array(places.low), np.array(places.sections)
     head = registry.RICE_HEAD.size // 4
-    size = (low - sections - head) // blocks[tensor] // 2  # words of a number
-    at = sections + head + 2 * size * number
-    rows = np.stack((number * registry.BLOCK_BITS, bits_before, start, k, at, size))
-    edge, bits_before_, start_, k_, at_, size_ = sent(rows, words.device)
-    rank = torch.searchsorted(ends, bits_before_ + edge, right=True) - start_
+    sizes = (low - sections - head) // blocks // 2  # words of a number
+    of_tensors = sent(np.stack((exclusive(blocks), before, starts, ks, sections + head, sizes)), words.device)
+    tensor = owners(blocks, words.device)
+    first, bits_before, start, k, at, size = of_tensors[:, tensor]
+    number = torch.arange(tensor.numel(), device=words.device) - first
+    edge, at = number * registry.BLOCK_BITS, at + 2 * size * number
+    rank = torch.searchsorted(ends, bits_before + edge, right=True) - start
     some = rank > 0
-    last = (start_ + rank - 1).clamp(min=0)
+    last = (start + rank - 1).clamp(min=0)
     position = torch.where(some, positions[last], -1)
-    bits = torch.where(some, ends[last] - bits_before_, 0)
-    base = position + 1 + ((edge - bits) << k_)
-    for place, numbers in (at_, base), (at_ + size_, rank):
+    bits = torch.where(some, ends[last] - bits_before, 0)
+    base = position + 1 + ((edge - bits) << k)
+    for place, numbers in (at, base), (at + size, rank):
         words[place] = numbers.to(torch.int32)
-    if int(size.max()) > 1:
-        wide = size_ > 1
-        for place, numbers in (at_, base), (at_ + size_, rank):
+    if int(sizes.max()) > 1:
+        wide = size > 1
+        for place, numbers in (at, base), (at + size, rank):
             words[place[wide] + 1] = (numbers[wide] >> 32).to(torch.int32)

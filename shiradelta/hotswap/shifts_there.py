@@ -7,7 +7,7 @@ told, only that something is.  A reader that has to say more decodes again, by `
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -71,86 +71,86 @@ class SortedClasses(InClasses):
         return result
 
 
-class ShiftsThere(NamedTuple):
-    """Shifts on a device.
-
-    Attributes:
-        shifts: signed integers of the elements' size, of torch's kinds, one tensor after the other.
-        sound: bool, a tensor: whether the sections fit these elements.
-    """
-
-    shifts: Tensor
-    sound: Tensor
-
-
-def decode_there(
-    sections: ClassedSections, buffer: Tensor, starts: Positions, in_classes: InClasses, like: Tensor
-) -> ShiftsThere:
-    """The shifts of some tensors' nonzeros.
+class ShiftsThere:
+    """The shifts of some tensors' nonzeros, one tensor after the other; `of` waits for the device, the rest does not.
 
     Args:
-        sections: their heads.
-        buffer: uint8 on the device, the sections.
-        starts: where each of them starts in it.
-        in_classes: of the base's elements there.
-        like: a tensor of the dtype of the shifts.
+        lists: those of the blocks.
+        streams: uint8, all streams in whole words, and slack.
+        ones: int64, the bits of them that are set.
+        total: how many shifts are listed.
+        minus: uint8, of each shift: whether it is negative.
     """
-    streams_at = starts + sections.stream_at
-    streams = joined(buffer, streams_at, streams_at + sections.stream_size)
-    streams = torch.cat((streams, streams.new_zeros(registry.SLACK)))
-    magnitudes, sound = _magnitudes(BlockLists.of(sections, buffer, starts), streams, in_classes, like.dtype)
-    minus = bits_of(joined(buffer, starts + sections.signs_at, streams_at))
-    if sections.counts.size > 1:  # leave out what fills up words
-        parts = minus.split((8 * words_of(sections.counts)).tolist())
-        minus = torch.cat([part[:count] for part, count in zip(parts, sections.counts.tolist(), strict=True)])
-    else:
-        minus = minus[: int(sections.counts[0])]
-    # 1 and 0 become 1 and -1; integers wrap where they have no sign.
-    return ShiftsThere(magnitudes * (1 - 2 * minus.to(like.dtype)), sound)
 
+    def __init__(self, lists: BlockLists, streams: Tensor, ones: Tensor, total: int, minus: Tensor) -> None:
+        self._lists, self._streams, self._ones, self._total, self._minus = lists, streams, ones, total, minus
 
-def _magnitudes(lists: BlockLists, streams: Tensor, in_classes: InClasses, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(those of all shifts, in integers of the elements' size; whether all is right)."""
-    device, most = streams.device, (1 << (8 * dtype.itemsize - 1)) - 1
-    stops, ones = lists.cell_counts.cumsum(0), ones_of(streams)
-    total = int(stops[-1])
-    if not total or ones.numel() < 2 * total:  # each has two unary codes
-        none = torch.zeros(0, dtype=torch.int64, device=device)
-        return in_classes.placed(none.int(), none.int(), none.to(dtype)), lists.sound & (total == 0)
-    good, some = [lists.sound], lists.counts > 0
-    number = torch.arange(total, device=device)
-    cell = torch.searchsorted(stops, number, right=True)
-    block = lists.block[cell]
-    block_lasts = (lists.firsts + lists.counts - 1).clamp(min=0)
+    @classmethod
+    def of(cls, sections: ClassedSections, buffer: Tensor, starts: Positions) -> ShiftsThere:
+        """Those of sections, given their heads, and where each of them starts in a buffer, uint8 on a device."""
+        streams_at = starts + sections.stream_at
+        streams = joined(buffer, streams_at, streams_at + sections.stream_size)
+        streams = torch.cat((streams, streams.new_zeros(registry.SLACK)))
+        minus = bits_of(joined(buffer, starts + sections.signs_at, streams_at))
+        counts = sections.counts.tolist()
+        parts = minus.split((8 * words_of(sections.counts)).tolist())  # they fill up words
+        minus = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        lists = BlockLists.of(sections, buffer, starts)
+        return cls(lists, streams, ones_of(streams), int(lists.cell_counts.sum()), minus)
 
-    def unary(begins: Tensor) -> tuple[Tensor, Tensor]:
-        """(the zeros before each of the ones of blocks from there on, the bit behind the last one of each block)."""
-        slots = (torch.searchsorted(ones, begins) - lists.firsts)[block] + number
-        found = ones[slots.clamp(max=ones.numel() - 1)]
-        good.append(((slots < ones.numel()) & (found < lists.ends[block])).all())
-        previous = torch.cat((found.new_full((1,), -1), found[:-1]))
-        is_first = number == lists.firsts[block]
-        previous = torch.where(is_first, begins[block] - 1, previous)
-        return found - previous - 1, found[block_lasts] + 1
+    def decode(self, in_classes: InClasses, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(the shifts, signed integers; bool, a tensor: whether the sections fit these elements).
 
-    quotients, low_begins = unary(lists.begins)
-    zeros, field_begins = unary(low_begins + lists.low)
-    widths = zeros + lists.js[cell]
-    good.append((widths <= _MOST_WIDTH).all())
-    widths = widths.clamp(min=0, max=_MOST_WIDTH)
-    ends = widths.cumsum(0)
-    before = (ends - widths)[lists.firsts.clamp(max=total - 1)]
-    good.append(((field_begins + ends[block_lasts] - before == lists.ends) | ~some).all())
-    at = (field_begins - before)[block] + ends - widths
-    wide = fields_at(streams, at, widths.clamp(max=31)) | (
-        fields_at(streams, at + 31, (widths - 31).clamp(min=0)) << 31
-    )
-    beyond = wide + (1 << widths) - (1 << lists.js[cell])
-    good.append(((beyond >= 0) & (beyond <= most - 2)).all())
-    k, first = lists.ks[cell], lists.cell_firsts[cell]
-    low = fields_at(streams, (low_begins[block] + lists.lows[cell]) + (number - first) * k, k)
-    sums = torch.cat((number.new_zeros(1), ((quotients.clamp(min=0, max=BLOCK) << k) + low + 1).cumsum(0)))
-    ranks = sums[1:] - 1 - sums[first]
-    good.append((ranks < in_classes.sizes[cell]).all())
-    ranks = ranks.clamp(max=BLOCK - 1)
-    return in_classes.placed(cell.int(), ranks.int(), (beyond + 2).to(dtype)), torch.stack(good).all()
+        Args:
+            in_classes: of the base's elements there.
+            dtype: torch's integers of the elements' size.
+        """
+        magnitudes, sound = self._magnitudes(in_classes, dtype)
+        # 1 and 0 become 1 and -1; integers wrap where they have no sign.
+        return magnitudes * (1 - 2 * self._minus.to(dtype)), sound
+
+    def _magnitudes(self, in_classes: InClasses, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Those of all shifts, and whether all is right."""
+        lists, streams, ones, total = self._lists, self._streams, self._ones, self._total
+        device, most = streams.device, (1 << (8 * dtype.itemsize - 1)) - 1
+        if not total or ones.numel() < 2 * total:  # each has two unary codes
+            none = torch.zeros(0, dtype=torch.int32, device=device)
+            return in_classes.placed(none, none, none.to(dtype)), lists.sound & (total == 0)
+        stops = lists.cell_counts.cumsum(0)
+        good, some = [lists.sound], lists.counts > 0
+        number = torch.arange(total, device=device)
+        cell = torch.searchsorted(stops, number, right=True)
+        block = lists.block[cell]
+        block_lasts = (lists.firsts + lists.counts - 1).clamp(min=0)
+
+        def unary(begins: Tensor) -> tuple[Tensor, Tensor]:
+            """(the zeros before each of the ones of blocks from there on, the bit behind the last of each block)."""
+            slots = (torch.searchsorted(ones, begins) - lists.firsts)[block] + number
+            found = ones[slots.clamp(max=ones.numel() - 1)]
+            good.append(((slots < ones.numel()) & (found < lists.ends[block])).all())
+            previous = torch.cat((found.new_full((1,), -1), found[:-1]))
+            is_first = number == lists.firsts[block]
+            previous = torch.where(is_first, begins[block] - 1, previous)
+            return found - previous - 1, found[block_lasts] + 1
+
+        quotients, low_begins = unary(lists.begins)
+        zeros, field_begins = unary(low_begins + lists.low)
+        widths = zeros + lists.js[cell]
+        good.append((widths <= _MOST_WIDTH).all())
+        widths = widths.clamp(min=0, max=_MOST_WIDTH)
+        ends = widths.cumsum(0)
+        before = (ends - widths)[lists.firsts.clamp(max=total - 1)]
+        good.append(((field_begins + ends[block_lasts] - before == lists.ends) | ~some).all())
+        at = (field_begins - before)[block] + ends - widths
+        wide = fields_at(streams, at, widths.clamp(max=31)) | (
+            fields_at(streams, at + 31, (widths - 31).clamp(min=0)) << 31
+        )
+        beyond = wide + (1 << widths) - (1 << lists.js[cell])
+        good.append(((beyond >= 0) & (beyond <= most - 2)).all())
+        k, first = lists.ks[cell], lists.cell_firsts[cell]
+        low = fields_at(streams, (low_begins[block] + lists.lows[cell]) + (number - first) * k, k)
+        sums = torch.cat((number.new_zeros(1), ((quotients.clamp(min=0, max=BLOCK) << k) + low + 1).cumsum(0)))
+        ranks = sums[1:] - 1 - sums[first]
+        good.append((ranks < in_classes.sizes[cell]).all())
+        ranks = ranks.clamp(max=BLOCK - 1)
+        return in_classes.placed(cell.int(), ranks.int(), (beyond + 2).to(dtype)), torch.stack(good).all()

@@ -23,7 +23,7 @@ from shiradelta.hotswap.choose import LIVE_BACKENDS
 from shiradelta.hotswap.heads import ClassedSections
 from shiradelta.hotswap.pool import Pool
 from shiradelta.hotswap.rice_there import encode_there
-from shiradelta.hotswap.shifts_there import SortedClasses, decode_there
+from shiradelta.hotswap.shifts_there import ShiftsThere, SortedClasses
 from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.io.context import write_plain
 from shiradelta.io.writer import writing_to
@@ -98,8 +98,8 @@ def test_shifts_are_read_and_refused_as_by_numpy(size: int):
             return None
         at, buffer = there(np.concatenate(bases)), there(np.concatenate(sections))
         begins = exclusive(np.array([section.size for section in sections]))
-        found = decode_there(parts, buffer, begins, SortedClasses(parts, at), at)
-        return found.shifts.cpu().numpy().view(f"<i{size}").tolist() if found.sound else None
+        found, sound = ShiftsThere.of(parts, buffer, begins).decode(SortedClasses(parts, at), at.dtype)
+        return found.cpu().numpy().view(f"<i{size}").tolist() if sound else None
 
     for one in zip(sections, bases, shifts, strict=True):
         assert decoded([one[0]], [one[1]]) == one[2].tolist()

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ class Tiles(NamedTuple):
         has_ones: whether tiles have ones of groups.
         has_turned: whether what a tile lists of a group may be no nonzeros.
         is_aligned: whether sizes and addresses of all tiles are multiples of 16.
+        kept: what the rows' addresses lead to.
     """
 
     rows: Tensor
@@ -66,6 +67,7 @@ class Tiles(NamedTuple):
     has_ones: bool
     has_turned: bool
     is_aligned: bool
+    kept: Sequence[Tensor]
 
     @classmethod
     def of(
@@ -73,7 +75,7 @@ class Tiles(NamedTuple):
         columns: Mapping[str, np.ndarray | int],
         size: int,
         shift: int,
-        device: torch.device,
+        kept: Sequence[Tensor],
         *,
         has_lines: bool = False,
         has_turned: bool = False,
@@ -84,11 +86,11 @@ class Tiles(NamedTuple):
             columns: the others; a number is that of all tiles, and one that is missing is 0.
             size: bytes of an element.
             shift: that of all buckets.
-            device: where to.
+            kept: what addresses in the columns lead to, on the device.
             has_lines: whether a tile has classes of rows or columns.
             has_turned: whether what a tile lists of a group may be no nonzeros.
         """
-        sizes = np.asarray(columns["size"], np.int64)
+        device, sizes = kept[0].device, np.asarray(columns["size"], np.int64)
         groups, blocks, strips = np.broadcast_to(columns["groups"], sizes.shape), -(-sizes // BLOCK), -(-sizes // STRIP)
         counts, parts = groups * strips, -(-groups // TOGETHER.value) * strips
         made = {"strips": strips, "program": exclusive(blocks), "start": exclusive(sizes), "cell": exclusive(groups)}
@@ -114,6 +116,7 @@ class Tiles(NamedTuple):
             "ones" in columns,
             has_turned,
             not np.any((sizes | columns["base"]) % ALIGNMENT.value),
+            kept,
         )
 
     def run(self, kernel, *arguments) -> None:

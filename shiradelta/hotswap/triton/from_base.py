@@ -24,8 +24,8 @@ class CountedChunk(InGroups):
         given = buckets.below, buckets.above
         packed = buckets.packed(*(given if table.has_lines else (table.cells[each.long()] for each in given)))
         ones = packed if table.has_lines or buckets.has_cuts else ones_of_groups(packed & 0xFF, table.turned.numel())
-        self._kept = base, packed, ones, table.cells, table.turned.byte(), chunk.rows, chunk.columns
-        base_, buckets_, ones_, cells_, turned_, rows_, columns_ = (each.data_ptr() for each in self._kept)
+        kept = base, packed, ones, table.cells, table.turned.byte(), chunk.rows, chunk.columns
+        base_, buckets_, ones_, cells_, turned_, rows_, columns_ = (each.data_ptr() for each in kept)
         columns = {
             "base": base_ + tiles * size * base.element_size(),
             "size": np.minimum(base.numel() - tiles * size, size),
@@ -46,7 +46,7 @@ class CountedChunk(InGroups):
         if ones is not packed:
             columns["ones"] = ones_
         kind = {"has_lines": table.has_lines, "has_turned": True}
-        self._counted = Counted(Tiles.of(columns, base.element_size(), buckets.shift, base.device, **kind))
+        self._counted = Counted(Tiles.of(columns, base.element_size(), buckets.shift, kept, **kind))
         self.sizes = self._counted.sizes
 
     def nonzeros(self, cells: Tensor, ranks: Tensor) -> Tensor:

@@ -12,7 +12,11 @@ import triton
 import triton.language as tl
 
 from shiradelta.format import registry
+from shiradelta.format.arithmetic import Positions
+from shiradelta.hotswap.bits_there import joined, ones_of
+from shiradelta.hotswap.heads import TiledSections
 from shiradelta.hotswap.lists_there import TileLists
+from shiradelta.hotswap.pool import words_of
 from shiradelta.hotswap.triton.counted import launch
 from shiradelta.hotswap.triton.positions import INT32
 
@@ -77,39 +81,64 @@ def rank_kernel(table, cell_of, sums, sizes, cells, ranks, beyond, BLOCK: tl.con
     tl.store(ranks + number, tl.where(fits, rank, 0).to(tl.int32), mask=inside)
 
 
-def listed(lists: TileLists, buffer: Tensor, ones: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(the cell of each listed element, int32; its number in the cell, int32; bool: whether all of them are there).
-
-    None where there are not as many as the lists say.
+class Listed:
+    """What tiles list, one element after the other; `of` waits for the device, and the rest does not.
 
     Args:
         lists: those of the tiles.
         buffer: uint8, the sections.
-        ones: int64, the unary bits that are set.
-        sizes: int32, of all cells, how many elements they have.
+        ones: int64, the unary bits of all sections that are set, as many as elements are listed.
+        programs: how many programs their cells have.
     """
-    device, count = buffer.device, ones.numel()
-    own, steps = (torch.empty(count, dtype=torch.int32, device=device) for _ in range(2))
-    ends = (-(-lists.cell_counts // BLOCK)).cumsum(0)
-    total, programs = torch.stack((lists.cell_counts.sum(), ends[-1])).tolist()
-    if total != count:
-        return None
-    beyond = torch.zeros(1, dtype=torch.int32, device=device)
-    if not count:
-        return own, steps, beyond[0] == 0
-    first, last = (lists.firsts.clamp(max=count - 1), (lists.firsts + lists.counts - 1).clamp(min=0))
-    has_ends = (ones[first] >= lists.begins) & (ones[last] == lists.begins + lists.bits - 1)
-    columns = {
-        "first": lists.cell_firsts,
-        "count": lists.cell_counts,
-        "program": ends + -lists.cell_counts // BLOCK,
-        "k": lists.ks,
-        "low": lists.lows,
-        "tile_first": lists.firsts[lists.tile],
-        "tile_begin": lists.begins[lists.tile],
-    }
-    table = torch.stack([columns[name] for name in COLUMNS], dim=1)
-    cell_of = torch.searchsorted(ends, torch.arange(programs, device=device), right=True, out_int32=True)
-    launch(step_kernel, programs, device, table, cell_of, buffer, ones, steps, BLOCK=BLOCK)
-    launch(rank_kernel, programs, device, table, cell_of, steps.cumsum(0), sizes, own, steps, beyond, BLOCK=BLOCK)
-    return own, steps, (beyond[0] == 0) & (has_ends | (lists.counts == 0)).all()
+
+    def __init__(self, lists: TileLists, buffer: Tensor, ones: Tensor, programs: int) -> None:
+        device, count = buffer.device, ones.numel()
+        self._steps = torch.empty(count, dtype=torch.int32, device=device)
+        self._programs, self._good = programs, [lists.sound]
+        if not count:
+            return
+        first, last = (lists.firsts.clamp(max=count - 1), (lists.firsts + lists.counts - 1).clamp(min=0))
+        has_ends = (ones[first] >= lists.begins) & (ones[last] == lists.begins + lists.bits - 1)
+        self._good.append((has_ends | (lists.counts == 0)).all())
+        ends = _programs(lists).cumsum(0)
+        columns = {
+            "first": lists.cell_firsts,
+            "count": lists.cell_counts,
+            "program": ends - _programs(lists),
+            "k": lists.ks,
+            "low": lists.lows,
+            "tile_first": lists.firsts[lists.tile],
+            "tile_begin": lists.begins[lists.tile],
+        }
+        table = torch.stack([columns[name] for name in COLUMNS], dim=1)
+        every = torch.arange(programs, device=device)
+        self._cells = table, torch.searchsorted(ends, every, right=True, out_int32=True)
+        self._run(step_kernel, buffer, ones, self._steps)
+
+    @classmethod
+    def of(cls, heads: TiledSections, buffer: Tensor, sections: Positions) -> Listed | None:
+        """That of sections that start there in a buffer; None where there is not as much as they say."""
+        lists, unary_at = TileLists.of(heads, buffer, sections), sections + heads.unary_at
+        ones = ones_of(joined(buffer, unary_at, unary_at + words_of(heads.unary_total)))
+        count, programs = torch.stack((lists.cell_counts.sum(), _programs(lists).sum())).tolist()
+        return cls(lists, buffer, ones, programs) if ones.numel() == count else None
+
+    def ranks(self, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(the cell of each listed element, int32; its number in the cell, int32; bool: whether all of them are there).
+
+        Args:
+            sizes: int32, of all cells, how many elements they have.
+        """
+        cells, ranks = torch.empty_like(self._steps), torch.empty_like(self._steps)
+        beyond = torch.zeros(1, dtype=torch.int32, device=sizes.device)
+        if cells.numel():
+            self._run(rank_kernel, self._steps.cumsum(0), sizes, cells, ranks, beyond)
+        return cells, ranks, torch.stack([*self._good, beyond[0] == 0]).all()
+
+    def _run(self, kernel, *arguments) -> None:
+        launch(kernel, self._programs, self._steps.device, *self._cells, *arguments, BLOCK=BLOCK)
+
+
+def _programs(lists: TileLists) -> Tensor:
+    """How many programs each cell has."""
+    return -(-lists.cell_counts // BLOCK)

@@ -17,16 +17,15 @@ from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs import BITS
 from shiradelta.format.codecs.base import Bytes
-from shiradelta.hotswap.bits_there import joined, ones_of, sent
+from shiradelta.hotswap.bits_there import sent
 from shiradelta.hotswap.heads import ClassedSections, TiledSections
-from shiradelta.hotswap.lists_there import TileLists
-from shiradelta.hotswap.pool import Pool, words_of
+from shiradelta.hotswap.pool import Pool
 from shiradelta.hotswap.resident import Resident, SectionPart
 from shiradelta.hotswap.rice_there import encode_there
-from shiradelta.hotswap.shifts_there import decode_there
+from shiradelta.hotswap.shifts_there import ShiftsThere
 from shiradelta.hotswap.triton.buckets import Buckets, ones_of_groups
 from shiradelta.hotswap.triton.counted import Counted, Tiles
-from shiradelta.hotswap.triton.listed import listed
+from shiradelta.hotswap.triton.listed import Listed
 from shiradelta.hotswap.triton.ordered import BLOCK
 from shiradelta.hotswap.triton.rice import TritonRice
 from shiradelta.util.arrays import exclusive, within
@@ -60,25 +59,26 @@ def resident_batch(tensors: Sequence[TensorOnBase], buffer: Tensor) -> list[Resi
     """The sections of some tensors as the device keeps them; values are left empty that need no base.
 
     Args:
-        tensors: with elements of one size, and fewer than 2^31 of them.
+        tensors: with elements of one size.
         buffer: uint8 on their device, their sections.
     """
     heads = SectionHeads.of(tensors)
     if heads is None:
         return None
-    good: list[Tensor] = []
-    found = nonzeros(tensors, heads.positions, buffer, good)
-    if found is None:
+    # First what waits for the device, since there is little to wait for.
+    listed = Listed.of(heads.positions, buffer, np.array([tensor.positions_at for tensor in tensors]))
+    if listed is None:
         return None
-    positions, at = found
     chosen = [tensor for tensor in tensors if tensor.shifts is not None]
-    if heads.shifts is None:
-        shifts = None
-    else:
+    known, shifts = heads.shifts, None
+    stored = known and ShiftsThere.of(known, buffer, np.array([tensor.shifts_at for tensor in chosen]))
+    positions, at, *good = nonzeros(tensors, heads.positions, listed, buffer)
+    if known is not None and stored is not None:
         if len(chosen) < len(tensors):
             parts = zip(tensors, at.split([tensor.nnz for tensor in tensors]), strict=True)
             at = torch.cat([part for tensor, part in parts if tensor.shifts is not None])
-        shifts = shifts_of(chosen, heads.shifts, buffer, at, good)
+        shifts, sound = stored.decode(in_classes(known, at), at.dtype)
+        good.append(sound)
     if not torch.stack(good).all():  # what is not sound could be written anywhere
         return None
     counts, numels = [tensor.nnz for tensor in tensors], [tensor.numel for tensor in tensors]
@@ -126,28 +126,18 @@ def _sizes(sections: Sequence[Bytes]) -> Positions:
 
 
 def nonzeros(
-    tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor, good: list[Tensor]
-) -> tuple[Tensor, Tensor] | None:
-    """(positions, elements there), of one tensor after the other."""
-    sections = np.array([tensor.positions_at for tensor in tensors])
-    small, tiles = _tiles(tensors, heads, buffer)
-    counted, lists = Counted(tiles), TileLists.of(heads, buffer, sections)
-    unary_at = sections + heads.unary_at
-    ones = ones_of(joined(buffer, unary_at, unary_at + words_of(heads.unary_total)))
-    found = listed(lists, buffer, ones, counted.sizes)
-    if found is None:
-        return None
-    cells, ranks, sound = found
-    good += [lists.sound, sound]
+    tensors: Sequence[TensorOnBase], heads: TiledSections, listed: Listed, buffer: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(positions, elements there, of one tensor after the other; whether lists are sound, and whether counts are)."""
+    counted = Counted(_tiles(tensors, heads, buffer))
+    cells, ranks, sound = listed.ranks(counted.sizes)
     total = sum(tensor.nnz for tensor in tensors)
     wide = max(tensor.numel for tensor in tensors) > 1 << 31
     positions, at, ends = counted.collect(*counted.nonzeros(cells, ranks), total, wide)
     programs = np.add.reduceat(-(-_tile_sizes(tensors, heads) // BLOCK), exclusive(heads.tiles))
     right = np.cumsum([tensor.nnz for tensor in tensors])
     both = sent(np.stack((np.cumsum(programs) - 1, right)), buffer.device)
-    good.append((ends[both[0]] == both[1]).all())
-    del small
-    return positions, at
+    return positions, at, sound, (ends[both[0]] == both[1]).all()
 
 
 def _tile_sizes(tensors: Sequence[TensorOnBase], heads: TiledSections) -> Positions:
@@ -157,8 +147,8 @@ def _tile_sizes(tensors: Sequence[TensorOnBase], heads: TiledSections) -> Positi
     return np.minimum(numel - within(heads.tiles) * size, size)
 
 
-def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor) -> tuple[object, Tiles]:
-    """(what has to be kept meanwhile, the table of all tiles)."""
+def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor) -> Tiles:
+    """The table of all tiles."""
     device, size = buffer.device, tensors[0].base.element_size()
     has_lines = bool(np.any(heads.row_bits + heads.column_bits))
     cells_at, groups_at = exclusive(heads.cell_counts), exclusive(heads.groups)
@@ -168,7 +158,7 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
     if not has_lines:  # the cells are those of classes of elements
         both = cells[starts[:, None] + buckets.below], cells[starts[:, None] + buckets.above]
     packed = buckets.packed(*both)
-    kept = [packed, cells, turned]
+    kept = [packed, cells, turned, buffer, *(one.base for one in tensors)]
     tensor, tile = np.repeat(np.arange(len(tensors)), heads.tiles), within(heads.tiles)
     whole = heads.tile_rows * heads.columns
     sections = np.array([one.positions_at for one in tensors]) + buffer.data_ptr()
@@ -186,17 +176,16 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
         "turned": turned.data_ptr() + groups_at,
     }
     if not (has_lines or buckets.has_cuts):
-        of_tensors["ones"] = _addresses(ones := ones_of_groups(packed & 0xFF, int(heads.groups.max())))
-        kept.append(ones)
+        kept.append(ones_of_groups(packed & 0xFF, int(heads.groups.max())))
+        of_tensors["ones"] = _addresses(kept[-1])
     columns = {name: values[tensor] for name, values in of_tensors.items()}
     addresses = np.array([one.base.data_ptr() for one in tensors])
     columns["base"] = addresses[tensor] + tile * whole[tensor] * size
     columns["size"] = _tile_sizes(tensors, heads)
     columns["position"] = tile * whole[tensor]
     columns["row"] = tile * heads.tile_rows[tensor]
-    return kept, Tiles.of(
-        columns, size, buckets.shift, device, has_lines=has_lines, has_turned=bool(heads.turned.any())
-    )
+    kind = {"has_lines": has_lines, "has_turned": bool(heads.turned.any())}
+    return Tiles.of(columns, size, buckets.shift, kept, **kind)
 
 
 def _addresses(rows: Tensor) -> Positions:
@@ -204,25 +193,20 @@ def _addresses(rows: Tensor) -> Positions:
     return rows.data_ptr() + np.arange(rows.shape[0]) * (rows.stride(0) * rows.element_size())
 
 
-def shifts_of(
-    tensors: Sequence[TensorOnBase], heads: ClassedSections, buffer: Tensor, at: Tensor, good: list[Tensor]
-) -> Tensor:
-    """Those of all nonzeros, given the base's elements there."""
-    device, size = buffer.device, at.element_size()
+def in_classes(heads: ClassedSections, at: Tensor) -> Counted:
+    """The base's elements there, of one tensor after the other."""
+    device, size = at.device, at.element_size()
     buckets = Buckets.of(heads.thresholds, device)
     packed = buckets.packed(buckets.below, buckets.above)
-    tensor, block = np.repeat(np.arange(len(tensors)), heads.blocks), within(heads.blocks)
+    tensor, block = np.repeat(np.arange(heads.blocks.size), heads.blocks), within(heads.blocks)
     columns = {
         "base": at.data_ptr() + (exclusive(heads.counts)[tensor] + block * registry.ULP_BLOCK) * size,
         "size": np.minimum(heads.counts[tensor] - block * registry.ULP_BLOCK, registry.ULP_BLOCK),
         "groups": heads.classes[tensor],
         "buckets": _addresses(packed)[tensor],
     }
+    kept = [packed, at]
     if not buckets.has_cuts:
-        ones = ones_of_groups(packed & 0xFF, int(heads.classes.max()))
-        columns["ones"] = _addresses(ones)[tensor]
-    counted = Counted(Tiles.of(columns, size, buckets.shift, device))
-    starts = np.array([tensor.shifts_at for tensor in tensors])
-    found = decode_there(heads, buffer, starts, counted, at)
-    good.append(found.sound)
-    return found.shifts
+        kept.append(ones_of_groups(packed & 0xFF, int(heads.classes.max())))
+        columns["ones"] = _addresses(kept[-1])[tensor]
+    return Counted(Tiles.of(columns, size, buckets.shift, kept))
