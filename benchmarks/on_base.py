@@ -29,8 +29,11 @@ from shiradelta.format.digest import content_digest, tensor_digest
 from shiradelta.format.registry import IndexId
 from shiradelta.hotswap import on_device
 from shiradelta.hotswap.numpy import NumpyBackend
+from shiradelta.hotswap.shifts_there import ShiftsThere
 from shiradelta.hotswap.torch import TorchBackend
 from shiradelta.hotswap.triton import on_base as together
+from shiradelta.hotswap.triton.counted import Counted
+from shiradelta.hotswap.triton.listed import ListedThere
 from shiradelta.io.context import write_on_base
 from shiradelta.io.reader import Delta
 from shiradelta.io.restored import located, with_values
@@ -74,8 +77,12 @@ def file_on_base(stage: Stage) -> bytes:
 PARTS: dict[str, list[tuple[object, str, str]]] = {
     "triton": [
         (together.SectionHeads, "of", "heads of sections"),
+        (together, "_tiles", "tables of tiles"),
+        (ListedThere, "of", "lists of tiles"),
+        (ShiftsThere, "of", "lists of shifts"),
+        (Counted, "__init__", "counts"),
         (together, "nonzeros", "positions, elements there"),
-        (together, "shifts_of", "shifts"),
+        (ShiftsThere, "decode", "shifts"),
         (together, "encode_there", "positions as RICE"),
         (TorchBackend, "_upload", "copies to the device, and there"),
         (TorchBackend, "check_base", "fingerprints"),

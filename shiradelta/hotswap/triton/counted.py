@@ -1,4 +1,4 @@
-"""Elements of tiles in the order of their groups: tables on the device, and what runs the kernels of `groups`."""
+"""Elements of tiles by their cells: tables on the device, and what runs the kernels of `ordered` and `nonzeros`."""
 
 # mypy: ignore-errors
 
@@ -13,18 +13,9 @@ import torch
 
 from shiradelta.format.codecs.bits import bits_dtype
 from shiradelta.hotswap.bits_there import owners, sent
-from shiradelta.hotswap.triton.ordered import (
-    ALIGNMENT,
-    BLOCK,
-    COLUMNS,
-    PART,
-    STRIP,
-    TOGETHER,
-    collect_kernel,
-    count_kernel,
-    select_kernel,
-    turn_kernel,
-)
+from shiradelta.hotswap.triton.classed import ALIGNMENT, BLOCK, COLUMNS, PART, STRIP, TOGETHER
+from shiradelta.hotswap.triton.nonzeros import collect_kernel, turn_kernel
+from shiradelta.hotswap.triton.ordered import count_kernel, select_kernel
 from shiradelta.util.arrays import exclusive
 
 Tensor = torch.Tensor

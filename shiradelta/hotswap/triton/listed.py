@@ -81,7 +81,7 @@ def rank_kernel(table, cell_of, sums, sizes, cells, ranks, beyond, BLOCK: tl.con
     tl.store(ranks + number, tl.where(fits, rank, 0).to(tl.int32), mask=inside)
 
 
-class Listed:
+class ListedThere:
     """What tiles list, one element after the other; `of` waits for the device, and the rest does not.
 
     Args:
@@ -116,7 +116,7 @@ class Listed:
         self._run(step_kernel, buffer, ones, self._steps)
 
     @classmethod
-    def of(cls, heads: TiledSections, buffer: Tensor, sections: Positions) -> Listed | None:
+    def of(cls, heads: TiledSections, buffer: Tensor, sections: Positions) -> ListedThere | None:
         """That of sections that start there in a buffer; None where there is not as much as they say."""
         lists, unary_at = TileLists.of(heads, buffer, sections), sections + heads.unary_at
         ones = ones_of(joined(buffer, unary_at, unary_at + words_of(heads.unary_total)))

@@ -24,9 +24,9 @@ from shiradelta.hotswap.resident import Resident, SectionPart
 from shiradelta.hotswap.rice_there import encode_there
 from shiradelta.hotswap.shifts_there import ShiftsThere
 from shiradelta.hotswap.triton.buckets import Buckets, ones_of_groups
+from shiradelta.hotswap.triton.classed import BLOCK
 from shiradelta.hotswap.triton.counted import Counted, Tiles
-from shiradelta.hotswap.triton.listed import Listed
-from shiradelta.hotswap.triton.ordered import BLOCK
+from shiradelta.hotswap.triton.listed import ListedThere
 from shiradelta.hotswap.triton.rice import TritonRice
 from shiradelta.util.arrays import exclusive, within
 
@@ -65,14 +65,15 @@ def resident_batch(tensors: Sequence[TensorOnBase], buffer: Tensor) -> list[Resi
     heads = SectionHeads.of(tensors)
     if heads is None:
         return None
-    # First what waits for the device, since there is little to wait for.
-    listed = Listed.of(heads.positions, buffer, np.array([tensor.positions_at for tensor in tensors]))
+    # Counting takes long on the device, and what waits for it after that has little to wait for.
+    counted = Counted(_tiles(tensors, heads.positions, buffer))
+    listed = ListedThere.of(heads.positions, buffer, np.array([tensor.positions_at for tensor in tensors]))
     if listed is None:
         return None
     chosen = [tensor for tensor in tensors if tensor.shifts is not None]
     known, shifts = heads.shifts, None
     stored = known and ShiftsThere.of(known, buffer, np.array([tensor.shifts_at for tensor in chosen]))
-    positions, at, *good = nonzeros(tensors, heads.positions, listed, buffer)
+    positions, at, *good = nonzeros(tensors, heads.positions, counted, listed)
     if known is not None and stored is not None:
         if len(chosen) < len(tensors):
             parts = zip(tensors, at.split([tensor.nnz for tensor in tensors]), strict=True)
@@ -126,17 +127,16 @@ def _sizes(sections: Sequence[Bytes]) -> Positions:
 
 
 def nonzeros(
-    tensors: Sequence[TensorOnBase], heads: TiledSections, listed: Listed, buffer: Tensor
+    tensors: Sequence[TensorOnBase], heads: TiledSections, counted: Counted, listed: ListedThere
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(positions, elements there, of one tensor after the other; whether lists are sound, and whether counts are)."""
-    counted = Counted(_tiles(tensors, heads, buffer))
     cells, ranks, sound = listed.ranks(counted.sizes)
     total = sum(tensor.nnz for tensor in tensors)
     wide = max(tensor.numel for tensor in tensors) > 1 << 31
     positions, at, ends = counted.collect(*counted.nonzeros(cells, ranks), total, wide)
     programs = np.add.reduceat(-(-_tile_sizes(tensors, heads) // BLOCK), exclusive(heads.tiles))
     right = np.cumsum([tensor.nnz for tensor in tensors])
-    both = sent(np.stack((np.cumsum(programs) - 1, right)), buffer.device)
+    both = sent(np.stack((np.cumsum(programs) - 1, right)), ends.device)
     return positions, at, sound, (ends[both[0]] == both[1]).all()
 
 
