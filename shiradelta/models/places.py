@@ -64,6 +64,7 @@ class Places:
         self._of: dict[int, list[Place]] = {}  # id of a tensor or module -> where it is
         self._ways: dict[int, int] = {}  # id of a mapping -> how many ways lead to it
         self._owners: dict[int, Any] = {}  # id of a mapping -> the module that has it; None for the model
+        self._above: dict[frozenset[int], Things] = {}  # ids of mappings -> the modules above, as was asked last
         self._modules: list[Any] = []
         self._mappings: list[Mapping[str, Any]] = []  # what each module has its things in, one after the other
         if isinstance(model, Mapping):
@@ -125,8 +126,14 @@ class Places:
 
     def above(self, places: Iterable[Place]) -> Things:
         """The modules that these places are in, up to the model, each in every place of it."""
+        mappings = frozenset([id(things) for things, _ in places])
+        if mappings not in self._above:  # adapters of one kind mostly have the same
+            self._above = {mappings: self._above_mappings(mappings)}
+        return self._above[mappings]
+
+    def _above_mappings(self, mappings: Iterable[int]) -> Things:
         found: set[int] = set()
-        todo = {id(self._owners.get(mapping)) for mapping in {id(things) for things, _ in places}} - {id(None)}
+        todo = {id(self._owners.get(mapping)) for mapping in mappings} - {id(None)}
         while todo:
             found |= todo
             todo = set(chain.from_iterable([self._steps[owner][1] for owner in todo])) - found
