@@ -14,7 +14,7 @@ from shiradelta.io.context import plain_delta, write_on_base
 from shiradelta.io.reader import Delta
 from shiradelta.io.writer import DeltaWriter
 from shiradelta.models.checkpoint import Checkpoint
-from shiradelta.util.arrays import different
+from shiradelta.util.arrays import all_different, different
 from shiradelta.util.progress import Progress
 
 
@@ -45,6 +45,8 @@ def changed(name: str, before: Checkpoint, after: Checkpoint) -> TensorDelta | N
         return TensorDelta(
             new.shape, None, result, new.dtype.name, "replace", base_fingerprint=PastBits(old).fingerprint()
         )
+    if bits.size and all_different(bits, result):
+        return TensorDelta.trusted(old.shape, None, result, old.dtype.name, "set", bits)
     at = different(bits, result)
     if not at.size:
         return None

@@ -153,13 +153,16 @@ def write_on_base(
         return partial(on_base, stored, base(record))
 
     def on_base(stored: StoredTensor, elements: Array) -> tuple[TensorDelta, _Sections]:
-        kept, record, positions = _as_stored(stored), stored.record, stored.positions()
-        at = elements[positions]
-        if record.base_fingerprint not in (None, choose().fingerprint(positions, at)):
+        kept, record, everything = _as_stored(stored), stored.record, stored.all_positions
+        positions = None if everything else stored.positions()
+        at = elements if positions is None else elements[positions]
+        if record.base_fingerprint not in (None, _fingerprint(stored, at)):
             raise FormatError("wrong_base", tensor=record.name, file=stored.file)
         index_codec, value_codec = codecs_on_base()
-        drawn = record.index_codec == SEEDED.id  # stays, so that the way back finds it
-        index = None if drawn else index_codec.encode_on(positions, stored.shape, elements)
+        # A draw stays, so that the way back finds it, and so do all positions, which take no bytes.
+        index = None
+        if positions is not None and record.index_codec != SEEDED.id:
+            index = index_codec.encode_on(positions, stored.shape, elements)
         if index is not None:
             other = replace(kept, index_codec=index_codec.id, index=index)
             kept = min(kept, other, key=lambda each: each.index_taken(record))
@@ -192,6 +195,15 @@ def _threads(delta: Delta, size: int) -> int:
     largest = max((stored.record.decoded_size for stored in delta.values()), default=0)
     room = min(delta.limit, default_limit(delta.sizes["file"]))  # a file of our own may have no limit
     return max(1, min(THREADS, room // max(size * largest, 1)))
+
+
+def _fingerprint(stored: StoredTensor, at: Array) -> int:
+    """The fingerprint of the base's elements at a tensor's positions, in little memory."""
+    found = start = 0
+    for positions in stored.position_windows():
+        found += choose().fingerprint(positions, at[start : start + positions.size])
+        start += positions.size
+    return found % (1 << 64)
 
 
 def _as_stored(stored: StoredTensor) -> _Sections:

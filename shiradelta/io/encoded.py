@@ -32,19 +32,17 @@ class Encoded:
         digest: of what it does.
         index: the positions' section; empty where there are none.
         values: the values' section.
-        stored: the tensor as a reader will see it, with quantised values.
     """
 
     record: Record
     digest: bytes
     index: bytes
     values: bytes
-    stored: TensorDelta
 
 
 def encoded(
     name: str, tensor: TensorDelta, codec: ValueCodec, backend: Backend, see: SeesResult | None = None
-) -> Encoded:
+) -> tuple[Encoded, TensorDelta]:
     """Chooses the codecs of a tensor, and encodes it.
 
     Args:
@@ -54,6 +52,9 @@ def encoded(
         backend: whose codecs encode.
         see: called with the elements that it changes, if the base's are known.
 
+    Returns:
+        (what a file has of it, the tensor as a reader will see it, with quantised values).
+
     Raises:
         DeltaError: values that do not fit the codec, or a tensor that a reader would refuse.
     """
@@ -61,13 +62,16 @@ def encoded(
     index_id, value_id = registry.IndexId.NONE.value, registry.ValueId.NONE.value
     index, values, stored = b"", b"", tensor
     if tensor.nnz:
-        positions = tensor.positions()
-        index_id, index = smallest_section(positions, tensor.shape, backend.index_codecs, tensor.draw)
+        positions = None  # all of them, which the codec ALL says in no bytes
+        index_id = registry.IndexId.ALL.value
+        if not tensor.all_positions:
+            positions = tensor.positions()
+            index_id, index = smallest_section(positions, tensor.shape, backend.index_codecs, tensor.draw)
         value_id = codec.id if operation.adds else (ULP if operation.shifts else BITS).id
         values, decoded = _values(tensor, backend.value_codecs[value_id])
         stored = TensorDelta.trusted(
             shape=tensor.shape,
-            positions=None if operation.creates else positions,
+            positions=positions,
             values=decoded,
             dtype=tensor.dtype,
             op=tensor.op,
@@ -91,7 +95,7 @@ def encoded(
     problem = combination_problem(record)
     if problem:
         raise DeltaError(problem)
-    return Encoded(record, tensor_digest(stored), index, values, stored)
+    return Encoded(record, tensor_digest(stored), index, values), stored
 
 
 def _values(tensor: TensorDelta, codec: ValueCodec) -> tuple[bytes, Array]:

@@ -68,16 +68,19 @@ class DeltaWriter:
             DeltaError: a name that is taken or not allowed, values that do not fit the codec, or a tensor that a reader
             would refuse.
         """
-        encoded = self.encode(name, tensor, see)
-        self.add_encoded(encoded, compress=compress)
-        return encoded.stored
+        made, stored = self._encoded(name, tensor, see)
+        self.add_encoded(made, compress=compress)
+        return stored
 
-    def encode(self, name: str, tensor: TensorDelta, see: SeesResult | None = None) -> Encoded:
-        """What `add` makes of one tensor; several threads may call it at a time.
+    def encode(self, name: str, tensor: TensorDelta) -> Encoded:
+        """What `add` makes of one tensor, in its sections' memory; several threads may call it at a time.
 
         Raises:
             DeltaError: as `add`, but for a name that is taken.
         """
+        return self._encoded(name, tensor, None)[0]
+
+    def _encoded(self, name: str, tensor: TensorDelta, see: SeesResult | None) -> tuple[Encoded, TensorDelta]:
         try:
             container.check_name(name.encode())
         except (FormatError, UnicodeEncodeError) as error:

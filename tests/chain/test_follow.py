@@ -285,7 +285,7 @@ def test_the_commands_follow(run: Run, monkeypatch: pytest.MonkeyPatch):
     assert "version 3 of chain" in command("status copy")
     assert json.loads(command("status copy --json"))["kept"] == 3
     assert "no version" in command("status model", 1)
-    assert "give one of the two" in command("follow chain copy --to 2 --every 1", 1)
+    assert "give one of the two" in command("follow chain copy --to 2 --every 1", 2)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -323,6 +324,23 @@ def test_another_base_is_refused_before_anything_is_written(folders, tmp_path: P
         assert same(read(base), tensors)
     with pytest.raises(DeltaError, match="drop, new, replace, ulp have strength 1 only"):
         sd.apply(base, tmp_path / "x.shd", strength=0.5)
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.02, 2), (0.3, 6), (1.0, 6)])
+def test_memory_is_some_times_a_tensor(tmp_path: Path, share: float, most: int):
+    """Positions take four times as much as elements in bfloat16, so they are not made where all elements change."""
+    old = np.zeros((2048, 1024), np.uint16)
+    new = old + (np.random.default_rng(0).random(old.shape) < share).astype(np.uint16)
+    states = [{"w": torch.from_numpy(each).view(torch.bfloat16)} for each in (old, new)]
+    folders = [write_model(tmp_path / str(number), state) for number, state in enumerate(states)]
+    sd.convert(folders[1], tmp_path / "first.shd", base=folders[0], lossless=True)  # imports what it needs
+    tracemalloc.start()
+    try:
+        sd.convert(folders[1], tmp_path / "x.shd", base=folders[0], lossless=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < most * old.nbytes
 
 
 def test_two_steps_fuse_into_one_without_a_base(tmp_path: Path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shiradelta.util.arrays import (
     WINDOW,
     RepeatedPositionError,
+    all_different,
     different,
     join_sorted,
     merge_sorted,
@@ -80,6 +81,8 @@ def test_different_elements_are_found_in_all_windows(size, dtype):
     other = np.where(rng.random(size) < 0.01, 1 - one, one).astype(dtype)
     assert np.array_equal(different(one, other), np.flatnonzero(one != other))
     assert different(one, one).dtype == np.int64
+    assert all_different(one, one + one.dtype.type(1))
+    assert all_different(one, other) == bool(np.all(one != other))
 
 
 def test_sums_of_squares_are_finite_and_precise():
