@@ -119,7 +119,7 @@ def in_host(stage: Stage, delta: Delta, names: Sequence[str], targets: Mapping[s
     """Notes the parts of a load by the plain form, of some of a file's tensors, on one thread."""
     what, host, stored = f"host, {len(names)} tensors", NumpyBackend(), [delta[name] for name in names]
     rice = choose().index_codecs[IndexId.RICE]
-    elements = noted(stage, what, "weights, copied", lambda: [host.all_elements(targets[name]) for name in names])
+    elements = noted(stage, what, "weights, copied", lambda: [host.all_elements(targets[name], []) for name in names])
     pairs = list(zip(stored, elements, strict=True))
     places = noted(stage, what, "positions, elements there", lambda: [located(*pair) for pair in pairs])
     both = list(zip(stored, places, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.choose import new_backend
 from shiradelta.hotswap.fits import Fits
-from shiradelta.hotswap.layers import Held, Layer
+from shiradelta.hotswap.layers import Held, Layer, Stack
 from shiradelta.hotswap.matching import check_sets
 from shiradelta.hotswap.protocol import LiveBackend
 from shiradelta.io.restored import Elements
@@ -40,9 +40,9 @@ class Devices:
         """Memory to read a file into."""
         return next(iter(self._backends.values())).buffer(size)
 
-    def all_elements(self, target: Target) -> Elements:
-        """All elements of a tensor, for a delta that is read with them only."""
-        return self._backends[target.device].all_elements(target)
+    def all_elements(self, target: Target, below: Stack) -> Elements:
+        """All elements of a tensor beneath a stack, for a delta that is read with them only."""
+        return self._backends[target.device].all_elements(target, below)
 
     def reads_on_base(self, target: Target) -> bool:
         """Whether `hold` takes a delta of this tensor that is read with its base only."""

@@ -109,6 +109,12 @@ class Elementwise(LiveBackend, ABC):
             bits = overlay_values(self.xp, bits, positions, self.positions(item.patch), self.saved(item))
         return bits
 
+    def lay_over(self, bits: Array, below: Stack) -> Array:
+        """Writes the base's bits into a copy of all that are there now, and returns it."""
+        for item in below:
+            bits[self.positions(item.patch)] = self.saved(item)
+        return bits
+
     def _fingerprint_of(self, patch: Patch, below: Stack) -> int:
         positions = self.positions(patch)
         return self.fingerprint(positions, self._beneath(self.read(patch.target, positions), positions, below))

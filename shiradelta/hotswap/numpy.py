@@ -12,7 +12,7 @@ from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.fits import Fits
-from shiradelta.hotswap.layers import Held, Layer, Patch, patches_on
+from shiradelta.hotswap.layers import Held, Layer, Patch, Stack, patches_on
 from shiradelta.hotswap.protocol import Part
 from shiradelta.io.reader import StoredTensor
 from shiradelta.io.restored import Elements, InMemory
@@ -31,8 +31,9 @@ class NumpyBackend(Elementwise):
     def buffer(self, size: int) -> Bytes:
         return np.empty(size, np.uint8)
 
-    def all_elements(self, target: Target) -> Elements:
-        return InMemory(host_bits(target))
+    def all_elements(self, target: Target, below: Stack) -> Elements:
+        bits = host_bits(target)
+        return InMemory(self.lay_over(bits.copy(), below) if below else bits)
 
     def hold(self, files: Sequence[Fits]) -> Held:
         """Keeps the files' bytes, compressed."""

@@ -13,6 +13,7 @@ from shiradelta.format.arithmetic import Array
 from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record
 from shiradelta.hotswap.devices import Devices
+from shiradelta.hotswap.layers import Stack
 from shiradelta.hotswap.matching import check_target
 from shiradelta.hotswap.numpy import host_bits
 from shiradelta.hotswap.transcode import stored_positions
@@ -78,6 +79,7 @@ def plain_bytes(
     targets: Mapping[str, Target],
     devices: Devices,
     allow_dtype: bool,
+    below: Mapping[Target, Stack],
 ) -> Bytes:
     """A file that does the same as a delta and needs no base to be read.
 
@@ -88,6 +90,7 @@ def plain_bytes(
         targets: the model's tensors by name.
         devices: where they are.
         allow_dtype: take values that were made against another dtype; they cannot be read with the weights then.
+        below: what is on each tensor, the topmost first, if the file is to be read with what is beneath.
 
     Raises:
         FormatError: the weights are not the ones that it was made for, or not all are here, or the file is damaged.
@@ -103,7 +106,7 @@ def plain_bytes(
         if dtype != record.dtype.name:
             raise FormatError("wrong_base", f"the model has it as {dtype}", tensor=record.name, file=label)
         if target.extent is None:
-            return devices.all_elements(target)
+            return devices.all_elements(target, below.get(target, []))
         bits = np.zeros(record.numel, record.dtype.bits)
         if sum(_take_over(bits, leaf, views) for leaf, views in target.leaves()) < record.numel:
             raise FormatError("base_needed", "this process has a part of it only", tensor=record.name, file=label)

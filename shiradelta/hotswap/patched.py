@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from shiradelta.errors import TargetError
 from shiradelta.hotswap.devices import Devices, Layers, Streams
-from shiradelta.hotswap.layers import different_tensors, increment_versions, targets_below
+from shiradelta.hotswap.layers import Stack, different_tensors, increment_versions, patches_on, targets_below
 from shiradelta.hotswap.levels import Level, different, exchange, layers_of, new_levels, planned, restore
 from shiradelta.hotswap.loaded import Loaded, Strengths, check_loaded, together
 from shiradelta.hotswap.others import Others, leave_behind
@@ -62,6 +62,11 @@ class PatchedWeights:
     def layers(self) -> Layers:
         """The layers of all levels, the topmost first."""
         return layers_of(self.levels)
+
+    @property
+    def stacks(self) -> dict[Target, Stack]:
+        """The patches on each tensor, the topmost first."""
+        return {target: stack for layers in self.layers.values() for target, stack in patches_on(layers).items()}
 
     @property
     def targets(self) -> frozenset[Target]:

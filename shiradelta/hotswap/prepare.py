@@ -19,6 +19,7 @@ from shiradelta.format.codecs.base import Bytes
 from shiradelta.format.record import Record
 from shiradelta.hotswap.devices import Devices
 from shiradelta.hotswap.fits import Fit, FitColumns, Fits, Targets
+from shiradelta.hotswap.layers import Stack
 from shiradelta.hotswap.loaded import Loaded
 from shiradelta.hotswap.matching import Names, check_target, mapped, match, only_these
 from shiradelta.hotswap.on_base import are_read_there, naming_file, plain_bytes
@@ -70,12 +71,14 @@ class Preparation:
         names: the file's names -> the model's, where they differ.
         backend: the backend that was chosen.
         devices: where the tensors are.
+        active: what is on each tensor, the topmost first.
     """
 
     targets: Mapping[str, Target]
     names: Names | None
     backend: str
     devices: Devices
+    active: Callable[[], Mapping[Target, Stack]] = dict
     _known: dict[tuple[object, ...], Matched] = field(default_factory=dict)
 
     def read(
@@ -107,7 +110,16 @@ class Preparation:
                 else:
                     label, data = read_whole(source, self.devices.buffer, key)
                 need_weights = partial(opened.enter_context, lock)
-                return self._prepare(name, label, data, partly, allow_dtype, skip, only, limit, need_weights)
+                prepare = partial(
+                    self._prepare, name, label, data, partly, allow_dtype, skip, only, limit, need_weights
+                )
+                try:
+                    return prepare({})
+                except FormatError as error:
+                    below = self.active()
+                    if error.reason != "wrong_base" or not below:
+                        raise
+                return prepare(below)  # the file was not made for what is there, so perhaps for what is beneath
         except FormatError as error:
             error.file = error.file or label
             if isinstance(source, (str, os.PathLike)):
@@ -130,8 +142,11 @@ class Preparation:
         only: Sequence[str] | None,
         limit: int | str | None,
         need_weights: Callable[[], object],
+        below: Mapping[Target, Stack],
     ) -> Loaded:
         """Checks that a file fits the model, and copies it, compressed, to where the tensors are.
+
+        A file that needs its base is read with what is beneath `below`.
 
         The sections of a file that is partly read are read as soon as it is known which are of use: by the backends, if
         nothing else looks at them before.
@@ -150,8 +165,8 @@ class Preparation:
         plain = delta.unpacked
         if delta.needs_base:
             need_weights()
-        if delta.needs_base and not are_read_there(delta, names.every, self.targets, self.devices):
-            plain = plain_bytes(label, delta, names.every, self.targets, self.devices, allow_dtype)
+        if delta.needs_base and (below or not are_read_there(delta, names.every, self.targets, self.devices)):
+            plain = plain_bytes(label, delta, names.every, self.targets, self.devices, allow_dtype, below)
         if plain is not None:
             _, data = read_whole(plain, self.devices.buffer)
             delta = open_delta(data, choice, limit=limit)

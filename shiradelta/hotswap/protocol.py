@@ -70,8 +70,13 @@ class LiveBackend(Protocol):
     def buffer(self, size: int) -> Bytes:
         """Host memory to read a file into."""
 
-    def all_elements(self, target: Target) -> Elements:
-        """All elements of a tensor, row by row, for a delta that is read with them only."""
+    def all_elements(self, target: Target, below: Stack) -> Elements:
+        """All elements of a tensor, row by row, for a delta that is read with them only.
+
+        Args:
+            target: the tensor.
+            below: what is on it, the topmost first; what they have saved takes the place of what is there.
+        """
 
     def hold(self, files: Sequence[Fits]) -> Held:
         """Checks deltas completely and copies them, compressed, to where the targets are.

@@ -101,7 +101,7 @@ class HotSwap(SelfTested):
         self._ranks = ranks_for(targets, group, timeout)
         self._targets = with_those_elsewhere(targets, self._ranks)
         self._devices = devices_for(self._targets.values(), backend)
-        self._preparation = Preparation(self._targets, names, backend, self._devices)
+        self._preparation = Preparation(self._targets, names, backend, self._devices, lambda: self._weights.stacks)
         self._adapters: dict[str, Loaded] = {}
         self._lock = threading.RLock()  # of the thread that uses the session
         self._apart = Apart()

@@ -29,7 +29,7 @@ from shiradelta.hotswap.checks import pieces_of
 from shiradelta.hotswap.elementwise import Elementwise
 from shiradelta.hotswap.fits import FitColumns, Fits
 from shiradelta.hotswap.from_base import ElementsThere, TorchFromBase
-from shiradelta.hotswap.layers import Held, Layer, Patch, together
+from shiradelta.hotswap.layers import Held, Layer, Patch, Stack, together
 from shiradelta.hotswap.on_device import resident_on_base
 from shiradelta.hotswap.resident import Resident, Residents, SectionParts, residents
 from shiradelta.hotswap.section_table import Sections, SectionTable
@@ -63,8 +63,9 @@ class TorchBackend(Elementwise):
         empty: Bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).numpy()
         return empty
 
-    def all_elements(self, target: Target) -> Elements:
-        return ElementsThere(self.from_base, flat(target))
+    def all_elements(self, target: Target, below: Stack) -> Elements:
+        bits = flat(target)
+        return ElementsThere(self.from_base, self.lay_over(bits.clone(), below) if below else bits)
 
     def hold(self, files: Sequence[Fits]) -> Held:
         """Copies all sections into one buffer on the device, aligned as in a file; threads read and check them."""

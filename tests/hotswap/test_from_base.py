@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,3 +138,49 @@ def said(decode: Callable[[], np.ndarray | torch.Tensor]) -> list[int] | str:
         return decode().tolist()
     except FormatError as error:
         return error.reason
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("from_disk", [True, False])
+def test_it_is_read_with_what_is_beneath_active_adapters(backend: str, from_disk: bool, tmp_path: Path):
+    """Two adapters that overlap are active, and the file was made for the base, or for what is there with them."""
+    model = weights_of(torch.bfloat16, torch.clone)
+    plain, on_base = step(model, "ulp")
+    rng, added = np.random.default_rng(5), []
+    for _ in range(2):
+        values = {name: np.arange(0, tensor.numel(), rng.integers(2, 5)) for name, tensor in model.items()}
+        added.append(
+            adapter(
+                {
+                    name: sd.TensorDelta(
+                        tuple(model[name].shape), at, rng.standard_normal(at.size).astype(np.float32), "bfloat16"
+                    )
+                    for name, at in values.items()
+                }
+            )
+        )
+    before = {name: bits(tensor) for name, tensor in model.items()}
+    swap = sd.HotSwap(model, backend=backend)
+    swap.load("plain", plain)
+    for number, data in enumerate(added):
+        swap.load(str(number), data)
+    swap.switch({"0": 1.0, "1": 0.5})
+    there = {name: bits(tensor) for name, tensor in model.items()}
+    source: Any = on_base
+    if from_disk:
+        source = tmp_path / "step.shd"
+        source.write_bytes(on_base)
+    swap.load("on base", source)
+    assert all(np.array_equal(bits(tensor), there[name]) for name, tensor in model.items())
+    found = []
+    for name in "plain", "on base":
+        swap.switch(name)
+        found.append({other: bits(tensor) for other, tensor in model.items()})
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in model)
+    swap.switch({"0": 1.0, "1": 0.5})
+    _, next_step = step(model, "ulp")
+    swap.load("next", next_step)
+    swap.revert()
+    assert all(np.array_equal(bits(tensor), before[name]) for name, tensor in model.items())
+    with pytest.raises(FormatError, match="take out the adapters"):
+        swap.load("neither", next_step)
