@@ -94,7 +94,7 @@ class Chain:
             TargetError: the store cannot be written or lies in the model's folder, or an anchor cannot hold a file of
                 the model.
         """
-        opened, checkpoint = open_store(store), open_checkpoint(local_model(model_dir))
+        opened, checkpoint = open_store(store), open_checkpoint(local_model(model_dir), packed=True)
         check_outside(opened, checkpoint.root)
         with opened.locked():
             if _read(opened) is not None:
@@ -177,7 +177,7 @@ class Chain:
         with self._changing() as manifest, ExitStack() as stack:
             if version is not None and version > manifest.head + 1:
                 raise ChainError("gap", os.fspath(delta), f"version {version} after {manifest.head}")
-            before = None if base is None else open_checkpoint(local_model(base))
+            before = None if base is None else open_checkpoint(local_model(base), packed=True)
             path, work = Path(delta), Path(stack.enter_context(tempfile.TemporaryDirectory()))
             if version is not None and version <= manifest.head:
                 check_new(path, manifest, version)
@@ -192,7 +192,7 @@ class Chain:
                     raise ChainError("no_fingerprint", str(path), "a folder is compared with the model before it")
                 path = work / "step.shd"
                 with writing(path) as writer:
-                    write_difference(writer, before, open_checkpoint(Path(delta)), progress)
+                    write_difference(writer, before, open_checkpoint(Path(delta), packed=True), progress)
             opened = stack.enter_context(open_delta(path))
             size, sha256 = digest_of_file(path)
             check_digest_new(opened, str(delta), manifest, version)
@@ -231,7 +231,7 @@ class Chain:
                 raise ChainError("not_published", self.store.name, f"version {number}, which is named nowhere any more")
             if any(anchor.version == number for anchor in manifest.anchors):
                 raise ChainError("duplicate", self.store.name, f"an anchor for version {number} is there")
-            checkpoint = open_checkpoint(local_model(model_dir))
+            checkpoint = open_checkpoint(local_model(model_dir), packed=True)
             check_state(checkpoint, wanted, f"version {number}")
             anchor, state = put_anchor(self.store, number, checkpoint)
             if state_digest(state) != wanted:
@@ -270,7 +270,7 @@ class Chain:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             path, checkpoint = work / "fold.shd", None
             if base is not None:
-                checkpoint = open_checkpoint(local_model(base))
+                checkpoint = open_checkpoint(local_model(base), packed=True)
             elif needs_base(opened) and cheapest(manifest, None, start) is not None:
                 checkpoint = self._versions(work).at(start)
             with writing(path, "f32") as writer:
@@ -388,7 +388,7 @@ class Chain:
         for anchor in manifest.anchors:
             with _collected(problems), tempfile.TemporaryDirectory() as folder:
                 write_anchor(self.store, anchor, Path(folder))
-                states[anchor.version] = state_of(open_checkpoint(folder))
+                states[anchor.version] = state_of(open_checkpoint(folder, packed=True))
         for step in manifest.steps:
             with _collected(problems), ExitStack() as steps:
                 delta = steps.enter_context(self.open_step(step))

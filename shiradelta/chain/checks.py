@@ -117,7 +117,7 @@ def check_new(path: Path, manifest: Manifest, version: int | None) -> None:
             check_digest_new(delta, os.fspath(path), manifest, version)
         return
     stop = manifest.head if version is None else version
-    is_same = manifest.states().get(stop) == state_digest(state_of(open_checkpoint(path)))
+    is_same = manifest.states().get(stop) == state_digest(state_of(open_checkpoint(path, packed=True)))
     if is_same or version is not None:
         raise _published(is_same, os.fspath(path), stop, manifest)
 

@@ -64,7 +64,7 @@ def write_anchor(store: Store, anchor: Anchor, folder: Path) -> None:
                 for each in above:
                     home = home.make_folder(each)
                 copy_contents(stream, home, name)
-    if state_digest(state_of(open_checkpoint(folder))) != anchor.state:
+    if state_digest(state_of(open_checkpoint(folder, packed=True))) != anchor.state:
         raise ChainError("wrong_bytes", f"{store.name}/{anchor.folder}", "it is another model")
 
 

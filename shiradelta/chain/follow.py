@@ -221,7 +221,7 @@ class FolderFollower(Follower):
 
     def _adopt(self) -> int:
         """Finds by its digest which version a folder is, and records it."""
-        found = state_digest(state_of(open_checkpoint(self.folder)))
+        found = state_digest(state_of(open_checkpoint(self.folder, packed=True)))
         versions = [version for version, state in self.chain.manifest.states().items() if state == found]
         if not versions:
             raise ChainError("not_on_chain", os.fspath(self.folder), "its digest is that of no version")

@@ -52,7 +52,7 @@ class Versions:
             commit(self._here)  # a later step may set the same again
             self._version = step.stop
         self._version = version
-        return open_checkpoint(self._here)
+        return open_checkpoint(self._here, packed=True)
 
     @property
     def _here(self) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 import shiradelta as sd
 from shiradelta.chain import Chain, FolderFollower
@@ -344,3 +345,29 @@ def test_the_specification_lists_every_reason():
     assert {code.strip("`"): what for code, what in rows.items()} == {
         code: what for code, (what, _) in CHAIN_REASONS.items()
     }
+
+
+def test_versions_of_packed_weights_are_followed_bit_for_bit(tmp_path: Path):
+    """They are bits like all others; the configuration says that they are packed, and so do their names."""
+    rng = np.random.default_rng(0)
+    state = {
+        "l.qweight": rng.integers(-(2**31), 2**31, (64, 32)).astype(np.int32),
+        "l.scales": rng.random((2, 32)).astype(np.float16),
+    }
+    for version in range(3):
+        (folder := tmp_path / str(version)).mkdir()
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+        state = {name: array.copy() for name, array in state.items()}
+        state["l.qweight"][version] ^= 0xF0
+        state["l.scales"][0, version] *= 2
+    chain = Chain.create(tmp_path / "chain", tmp_path / "0")
+    for version in 1, 2:
+        chain.publish(tmp_path / str(version), base=tmp_path / str(version - 1))
+    chain.fold(0, 2, base=tmp_path / "0")
+    assert chain.verify() == []
+    follower = FolderFollower(tmp_path / "chain", tmp_path / "copy")
+    for version in 0, 1, 2, 1:
+        follower.follow(version)
+        found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("copy", str(version)))
+        assert all(np.array_equal(found[name], array) for name, array in wanted.items())
