@@ -28,7 +28,7 @@ from shiradelta.io.context import plain_delta, write_on_base
 from shiradelta.io.download import local_model
 from shiradelta.io.encoded import Encoded
 from shiradelta.io.reader import Delta, parse_delta
-from shiradelta.io.recognise import UNCHANGED, Wanted
+from shiradelta.io.recognise import Wanted
 from shiradelta.io.writer import DeltaWriter, writing_to
 from shiradelta.models.candidates import refuse_several
 from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
@@ -164,7 +164,7 @@ class Lossless:
                         about = name, record.operation.name, record.shape, record.nnz, record.numel
                         report.tensors.append(TensorReport(*about, energy=0.0, lost=0.0, inexact=0))
                 if not report.tensors:
-                    raise SourceError(f"{source.root}: {UNCHANGED}")
+                    raise SourceError(f"{source.root}: nothing differs from {base.root}; give the next checkpoint")
                 writer.metadata.update(
                     {
                         "created_by": made_by(),
