@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from shiradelta.errors import DeltaError
 from shiradelta.folder.comparison import PastBits
 from shiradelta.folder.plan import FolderPlan, make_plan
+from shiradelta.folder.weights import checkpoint_for
 from shiradelta.format.delta import TensorDelta
 from shiradelta.io.download import local_model
 from shiradelta.io.reader import Delta
-from shiradelta.models.checkpoint import Checkpoint, open_checkpoint
+from shiradelta.models.checkpoint import Checkpoint
 from shiradelta.models.compatibility import Remedies, check_fingerprint
 from shiradelta.models.library import linear_weights, shared_tensors
 from shiradelta.util.progress import Progress
@@ -49,7 +50,7 @@ def based(deltas: Mapping[str, TensorDelta], model: str | os.PathLike[str], prog
     """
     if not isinstance(deltas, Delta):
         raise DeltaError("only a delta in a file is compared with a model; save it first, or export it without a model")
-    checkpoint = open_checkpoint(local_model(model))
+    checkpoint = checkpoint_for(local_model(model), deltas)
     plan = make_plan(checkpoint, deltas, 1.0, allow_dtype=False)
     for number, edit in enumerate(plan.edits):
         if progress:

@@ -230,9 +230,14 @@ def test_packed_weights_are_bits_like_all_others(tmp_path: Path, known: bool, co
         sd.revert(base)
         assert sd.verify(base).state == "base"
         assert same(read(base), old)
+    sd.export(tmp_path / "plain.shd", "sparse", tmp_path / "new.safetensors", model=base)
+    sparse = load_file(tmp_path / "new.safetensors")
+    for name, tensor in new.items():
+        assert torch.equal(sparse[f"{name}.values"], tensor.view(-1)[sparse[f"{name}.indices"].long()])
     added = sd.TensorDelta((4096,), [3], [1.0], "bfloat16")
     sd.save_delta(tmp_path / "add.shd", {"norm.weight": added}, values="f32")
     for call in (
+        lambda: sd.export(tmp_path / "add.shd", "sparse", tmp_path / "add.safetensors", model=base),
         lambda: sd.apply(base, tmp_path / "add.shd"),
         lambda: sd.apply(base, tmp_path / "add.shd", out=tmp_path / "other"),
         lambda: sd.verify(base, tmp_path / "add.shd"),
