@@ -21,7 +21,8 @@ class ShareOfFiles(NamedTuple):
 
     Attributes:
         read: reads it, where it has not been read.
-        check: checks the tensors in it, as `StoredTensor.check` does, once all pieces have been read.
+        check: checks the tensors in it, as `StoredTensor.check` does, when it has been read.  A tensor that is in
+            several is checked by the last of them.
     """
 
     read: Callable[[], None]
@@ -47,7 +48,7 @@ def pieces_of(files: Sequence[Fits], most: int) -> list[ShareOfFiles]:
 
 
 def _pieces(one: Fits, numbers: NDArray[np.int64], most: int) -> Iterator[ShareOfFiles]:
-    """Those of one file: each thread reads as many bytes, and checks the tensors that it has read the end of."""
+    """Those of one file: each thread reads as many bytes, whatever tensors they are of."""
     rows = one.delta.table.rows[numbers]
     starts = rows["index_at"].astype(np.int64)
     ends = registry.align((rows["values_at"] + rows["values_stored"]).astype(np.int64), registry.SECTION_ALIGNMENT)
