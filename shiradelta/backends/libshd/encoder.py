@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from ctypes import byref, c_uint64
 
 import numpy as np
@@ -38,11 +39,20 @@ class NativeRice(Rice):
 class NativeTiled(Tiled):
     """The TILED codec, encoding with the library."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._sized: tuple[weakref.ref[Positions], Grid, int] | None = None
+
     def size_in(self, positions: Positions, grid: Grid) -> int:
-        return self._encode(positions, grid, None)
+        size = self._encode(positions, grid, None)
+        if not positions.flags.writeable:  # otherwise they may be others the next time
+            self._sized = weakref.ref(positions), grid, size
+        return size
 
     def encode_in(self, positions: Positions, grid: Grid) -> bytes:
-        section = np.empty(self.size_in(positions, grid), np.uint8)
+        sized = self._sized
+        is_known = sized is not None and sized[0]() is positions and sized[1] is grid
+        section = np.empty(sized[2] if sized and is_known else self.size_in(positions, grid), np.uint8)
         self._encode(positions, grid, section)
         return section.tobytes()
 

@@ -13,9 +13,12 @@ import numpy as np
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Array, Positions
 from shiradelta.format.codecs.base_classes import KEYS, Keys, round_step, thresholds
-from shiradelta.format.codecs.tiled_classes import bits_of, low_bits, merging, nested_classes, widths_of
+from shiradelta.format.codecs.line_classes import Floats, bits_of
+from shiradelta.format.codecs.tiled_classes import low_bits, widths_of
 from shiradelta.format.codecs.tiles import Lines, Small
 
+#: Lines start in one class where their densities are within so much of each other: an eighth of an octave.
+_STEPS = 8
 #: The most bits of a class of a row or a column that are tried: what more would save, their tables take.
 _LINE_BITS = 2
 #: Classes of lines are tried where there are fewer of these than so many times the nonzeros.
@@ -156,7 +159,7 @@ def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Ba
     rates = np.bincount(classes, nonzeros, count) / np.maximum(np.bincount(classes, elements, count), 1)
     expected = [(each * rates).sum(1) for each in counts.of_lines(base, columns, cuts)]
     of_rows, of_columns = (
-        nested_classes(np.bincount(lines, minlength=each.size), each * (base.size / positions.size), most)
+        _nested_classes(np.bincount(lines, minlength=each.size), each * (base.size / positions.size), most)
         for lines, each in zip((row, column), expected, strict=True)
     )
     at = ((of_rows[most][row].astype(np.int64) << most) + of_columns[most][column]) * count
@@ -164,7 +167,7 @@ def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Ba
     listed = np.bincount(at + classes[keys], minlength=math.prod(shape_)).reshape(shape_)
     all_ = counts.joint(base, cuts, (of_rows[most], of_columns[most]), most)
     best: tuple[float, int, int, Positions, Positions] | None = None
-    merged_rows, merged_columns = merging(of_rows), merging(of_columns)
+    merged_rows, merged_columns = _merging(of_rows), _merging(of_columns)
     for row_bits in range(most + 1):
         for column_bits in range(most + 1):
             merged = [
@@ -186,6 +189,60 @@ def choose(positions: Positions, shape: tuple[int, ...], base: Array, counts: Ba
         column_bits,
         cuts,
         _groups(found, sizes),
+    )
+
+
+def _nested_classes(nonzeros: Positions, elements: Floats, most: int) -> dict[int, Small]:
+    """For each number of bits from 0 to `most`, the class of each line; classes merge into those of fewer bits.
+
+    Two neighbours in order of density become one where that costs the fewest bits, until few enough are left.
+
+    Args:
+        nonzeros: of each line.
+        elements: of each line.
+        most: bits of the finest classes.
+    """
+    among = np.maximum(elements, nonzeros)
+    density = (nonzeros + 1) / np.maximum(among / among.mean(), 2.0**-_STEPS)
+    _, group = np.unique(np.floor(np.log2(density) * _STEPS), return_inverse=True)
+    found, sizes = (np.bincount(group, weights=each).tolist() for each in (nonzeros, among))
+    apart = list(map(_bits, found, sizes))
+
+    def loss(first: int) -> float:
+        together = _bits(found[first] + found[first + 1], sizes[first] + sizes[first + 1])
+        return together - apart[first] - apart[first + 1]
+
+    starts, losses = list(range(len(found))), [loss(first) for first in range(len(found) - 1)]
+    result: dict[int, Small] = {}
+    for bits in range(most, -1, -1):
+        while len(found) > 1 << bits:
+            merged = losses.index(min(losses))
+            for each in found, sizes:
+                each[merged] += each.pop(merged + 1)
+            apart[merged : merged + 2] = [_bits(found[merged], sizes[merged])]
+            del starts[merged + 1], losses[merged]
+            for first in range(max(merged - 1, 0), min(merged + 1, len(losses))):
+                losses[first] = loss(first)
+        result[bits] = (np.searchsorted(starts, group, side="right") - 1).astype(np.uint8)
+    return result
+
+
+def _merging(classes: dict[int, Small]) -> dict[int, Positions]:
+    """For each number of bits, [classes of so many bits, finest classes]: 1 where the one holds the other."""
+    finest = max(classes)
+    result = {}
+    for bits, of_lines in classes.items():
+        holds = np.zeros((1 << bits, 1 << finest), np.int64)
+        holds[of_lines, classes[finest]] = 1
+        result[bits] = holds
+    return result
+
+
+def _bits(nonzeros: float, elements: float) -> float:
+    """`bits_of` two numbers."""
+    others = elements - nonzeros
+    return sum(
+        sign * count * math.log2(count) for sign, count in ((1, elements), (-1, nonzeros), (-1, others)) if count > 1
     )
 
 

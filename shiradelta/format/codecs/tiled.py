@@ -14,7 +14,14 @@ from shiradelta.errors import FormatError
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
 from shiradelta.format.codecs.base import Bytes, IndexCodec, between, check_zero, padded
-from shiradelta.format.codecs.tiled_classes import Grid, choose, lines_differ, pays_for_lines
+from shiradelta.format.codecs.tiled_classes import (
+    CountsInLines,
+    Grid,
+    choose,
+    counts_in_lines,
+    lines_differ,
+    pays_for_lines,
+)
 from shiradelta.format.codecs.tiles import Gaps, PartsReader, Small, fields, tiles_are_possible, widths_and_gaps
 from shiradelta.format.registry import IndexId
 from shiradelta.util.arrays import WINDOW
@@ -165,10 +172,12 @@ class Tiled(IndexCodec):
 
     def size(self, positions: Positions, shape: tuple[int, ...]) -> int | None:
         """None also where it would save too little to be worth a slower decoder."""
-        can_pay = math.prod(shape) >= registry.BLOCK_BITS and pays_for_lines(positions.size, shape)
-        if not can_pay or not lines_differ(positions, shape):
+        if math.prod(shape) < registry.BLOCK_BITS or not pays_for_lines(positions.size, shape):
             return None
-        chosen = self._choose(positions, shape)
+        counts = counts_in_lines(positions, shape)
+        if not lines_differ(counts, positions.size):
+            return None
+        chosen = self._choose(positions, shape, counts)
         return self.size_in(positions, chosen[0]) if chosen and chosen[1] else None
 
     def size_is_possible(self, size: int, nnz: int, numel: int) -> bool:
@@ -188,13 +197,15 @@ class Tiled(IndexCodec):
         """The section of these positions in this grid."""
         return _encode(positions, grid)
 
-    def _choose(self, positions: Positions, shape: tuple[int, ...]) -> tuple[Grid, bool] | None:
+    def _choose(
+        self, positions: Positions, shape: tuple[int, ...], counts: CountsInLines | None = None
+    ) -> tuple[Grid, bool] | None:
         """What `choose` says, which is asked once for the positions' size and their encoding."""
         if positions.flags.writeable:  # then they may be others the next time
-            return choose(positions, shape)
+            return choose(positions, shape, counts)
         known = self._last
         if known is None or known[0]() is not positions or known[1] != shape:
-            known = self._last = weakref.ref(positions), shape, choose(positions, shape)
+            known = self._last = weakref.ref(positions), shape, choose(positions, shape, counts)
         return known[2]
 
     def lead(self, data: Bytes, nnz: int, numel: int) -> int:

@@ -10,19 +10,20 @@ import numpy.typing as npt
 
 from shiradelta.format import registry
 from shiradelta.format.arithmetic import Positions
+from shiradelta.format.codecs.line_classes import Classes, ClassTable, bits_of, by_number, refined
 from shiradelta.format.codecs.tiles import Lines, Small
 from shiradelta.format.delta import matrix_shape
 from shiradelta.format.entropy import entropy
 from shiradelta.util.arrays import WINDOW, ranges
 
-Floats = npt.NDArray[np.float64]
-
-#: Lines start in one class where their numbers of nonzeros are within so much of each other: an eighth of an octave.
-_STEPS = 8
 #: About how many different k there are, and how many bits a tile takes for its number of nonzeros of each.
 _KS, _COUNT_BITS = 12, 9
 #: TILED takes longer to decode than other codecs, so by estimate it has to save this share of the bits of one density.
 _LEAST_SAVING = 1 / 32
+
+
+#: Nonzeros of each row and of each column of a tensor, by the number of columns that it is seen as.
+CountsInLines = dict[int, tuple[Positions, Positions]]
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,19 @@ class Grid(Lines):
     k: Small
 
 
-def choose(positions: Positions, shape: tuple[int, ...]) -> tuple[Grid, bool] | None:
-    """The grid that takes the fewest bits, and whether TILED pays with it; None where a row does not fit in a tile."""
+def choose(
+    positions: Positions, shape: tuple[int, ...], counts: CountsInLines | None = None
+) -> tuple[Grid, bool] | None:
+    """The grid that takes the fewest bits, and whether TILED pays with it; None where a row does not fit in a tile.
+
+    Args:
+        positions: increasing.
+        shape: the tensor's.
+        counts: what `counts_in_lines` says of them, if it has been asked.
+    """
     numel = math.prod(shape)
-    found = [_choose(positions, numel, width) for width in widths_of(shape, registry.MAX_TILE)]
+    counts = counts_in_lines(positions, shape) if counts is None else counts
+    found = [_choose(positions, *in_lines) for in_lines in counts.values()]
     if not found:
         return None
     bits, grid = min(found, key=lambda row: row[0])
@@ -56,18 +66,23 @@ def pays_for_lines(nnz: int, shape: tuple[int, ...]) -> bool:
     return lines < nnz * entropy(nnz, numel)
 
 
-def lines_differ(positions: Positions, shape: tuple[int, ...]) -> bool:
+def counts_in_lines(positions: Positions, shape: tuple[int, ...]) -> CountsInLines:
+    """Counts for each width of a row that TILED may take."""
+    numel = math.prod(shape)
+    return {width: _in_lines(positions, numel, width) for width in widths_of(shape, registry.MAX_TILE)}
+
+
+def lines_differ(counts: CountsInLines, nnz: int) -> bool:
     """Whether densities of rows and columns differ by so much that classes of them can pay.
 
-    No classes of rows save more than the density of each row would, nor do those of columns; and each line takes a bit.
+    No classes by density alone save more than the density of each row and of each column would; and each line takes a
+    bit.  Classes may save more where rows have their nonzeros in other columns, which is not looked for by itself.
     """
-    numel, nnz = math.prod(shape), positions.size
-    least, alike = _LEAST_SAVING * nnz * entropy(nnz, numel), _bits(nnz, numel)
-    for columns in widths_of(shape, registry.MAX_TILE):
-        in_rows, in_columns = _in_lines(positions, numel, columns)
+    for columns, (in_rows, in_columns) in counts.items():
+        alike = nnz * entropy(nnz, in_rows.size * columns)
         of_rows, of_columns = np.full(in_rows.size, columns), np.full(columns, in_rows.size)
         saved = 2 * alike - bits_of(in_rows, of_rows).sum() - bits_of(in_columns, of_columns).sum()
-        if saved >= least + in_rows.size + columns:
+        if saved >= _LEAST_SAVING * alike + in_rows.size + columns:
             return True
     return False
 
@@ -90,85 +105,35 @@ def widths_of(shape: tuple[int, ...], largest: int) -> list[int]:
     return sorted(width for width in widths if width <= largest)
 
 
-def _choose(positions: Positions, numel: int, columns: int) -> tuple[float, Grid]:
-    """(about how many bits it takes, the best grid of so many columns)."""
-    rows, most = numel // columns, registry.MAX_CLASS_BITS
-    in_rows, in_columns = _in_lines(positions, numel, columns)
+def _choose(positions: Positions, in_rows: Positions, in_columns: Positions) -> tuple[float, Grid]:
+    """(about how many bits it takes, the best grid), given the nonzeros of each row and of each column."""
+    rows, columns, most = in_rows.size, in_columns.size, registry.MAX_CLASS_BITS
     row = np.repeat(np.arange(rows), in_rows)
     column = positions - row * columns
-    of_rows, of_columns = nested_classes(in_rows, columns, most), nested_classes(in_columns, rows, most)
-    cell = (of_rows[most][row].astype(np.int64) << most) + of_columns[most][column]
-    finest = np.bincount(cell, minlength=1 << 2 * most).reshape(1 << most, 1 << most)
+    finest = refined(by_number(row, column, in_rows, in_columns, most), row, column)
     tile_rows = max(1, min(registry.MAX_TILE // columns, rows))
     counts = -(-rows // tile_rows) * _COUNT_BITS
-    best: tuple[float, int, int, Positions, Positions] | None = None
-    row_counts, column_counts = (
-        [np.bincount(classes[bits], minlength=1 << bits) for bits in range(most + 1)]
-        for classes in (of_rows, of_columns)
-    )
-    merged_rows, merged_columns = merging(of_rows), merging(of_columns)
-    for row_bits in range(1, most + 1):
-        of_row_class = merged_rows[row_bits] @ finest
-        for column_bits in range(1, most + 1):
-            nonzeros = of_row_class @ merged_columns[column_bits].T
-            elements = np.outer(row_counts[row_bits], column_counts[column_bits])
-            side = rows * row_bits + columns * column_bits + 8 * nonzeros.size + counts * min(nonzeros.size, _KS)
-            bits = float(bits_of(nonzeros, elements).sum()) + side
+    by_columns = finest.table.turned.mergers()
+    best: tuple[float, int, int, Positions, Positions, ClassTable] | None = None
+    for row_bits, into_rows in finest.table.mergers().items():
+        half = finest.table.merged(into_rows).turned
+        for column_bits, into_columns in by_columns.items():
+            table = half.merged(into_columns).turned
+            side = rows * row_bits + columns * column_bits + 8 * table.elements.size
+            bits = table.bits + side + counts * min(table.elements.size, _KS)
             if best is None or bits < best[0]:
-                best = bits, row_bits, column_bits, nonzeros, elements
+                best = bits, row_bits, column_bits, into_rows, into_columns, table
     assert best is not None
-    bits, row_bits, column_bits, *cells = best
-    grid = Grid(columns, tile_rows, of_rows[row_bits], row_bits, of_columns[column_bits], column_bits, low_bits(*cells))
-    return bits, grid
+    bits, row_bits, column_bits, into_rows, into_columns, table = best
+    found = Classes(into_rows[finest.rows], into_columns[finest.columns], table)
+    if min(row_bits, column_bits) < most:
+        found = refined(found, row, column)
+    row_class, column_class = (lines.astype(np.uint8) for lines in (found.rows, found.columns))
+    grid = Grid(columns, tile_rows, row_class, row_bits, column_class, column_bits, low_bits(*found.table))
+    return bits - table.bits + found.table.bits, grid
 
 
-def nested_classes(nonzeros: Positions, elements: float | Floats, most: int) -> dict[int, Small]:
-    """For each number of bits from 0 to `most`, the class of each line; classes merge into those of fewer bits.
-
-    Two neighbours in order of density become one where that costs the fewest bits, until few enough are left.
-
-    Args:
-        nonzeros: of each line.
-        elements: of each line.
-        most: bits of the finest classes.
-    """
-    among = np.maximum(np.full(nonzeros.size, elements, np.float64), nonzeros)
-    density = (nonzeros + 1) / np.maximum(among / among.mean(), 2.0**-_STEPS)
-    _, group = np.unique(np.floor(np.log2(density) * _STEPS), return_inverse=True)
-    found, sizes = (np.bincount(group, weights=each).tolist() for each in (nonzeros, among))
-    apart = list(map(_bits, found, sizes))
-
-    def loss(first: int) -> float:
-        together = _bits(found[first] + found[first + 1], sizes[first] + sizes[first + 1])
-        return together - apart[first] - apart[first + 1]
-
-    starts, losses = list(range(len(found))), [loss(first) for first in range(len(found) - 1)]
-    result: dict[int, Small] = {}
-    for bits in range(most, -1, -1):
-        while len(found) > 1 << bits:
-            merged = losses.index(min(losses))
-            for each in found, sizes:
-                each[merged] += each.pop(merged + 1)
-            apart[merged : merged + 2] = [_bits(found[merged], sizes[merged])]
-            del starts[merged + 1], losses[merged]
-            for first in range(max(merged - 1, 0), min(merged + 1, len(losses))):
-                losses[first] = loss(first)
-        result[bits] = (np.searchsorted(starts, group, side="right") - 1).astype(np.uint8)
-    return result
-
-
-def merging(classes: dict[int, Small]) -> dict[int, Positions]:
-    """For each number of bits, [classes of so many bits, finest classes]: 1 where the one holds the other."""
-    finest = max(classes)
-    result = {}
-    for bits, of_lines in classes.items():
-        holds = np.zeros((1 << bits, 1 << finest), np.int64)
-        holds[of_lines, classes[finest]] = 1
-        result[bits] = holds
-    return result
-
-
-def low_bits(nonzeros: Positions, elements: Positions) -> Small:
+def low_bits(nonzeros: npt.NDArray[np.number], elements: npt.NDArray[np.number]) -> Small:
     """The best k for gaps of this density, the largest where there are no nonzeros.
 
     Going from k to k + 1 saves bits while a gap reaches 2^k with a probability above 0.618 (Gallager and van Voorhis,
@@ -178,23 +143,3 @@ def low_bits(nonzeros: Positions, elements: Positions) -> Small:
     for bits in reversed(range(registry.MAX_RICE_K)):
         k[nonzeros * (2.0**bits * 2.0) >= (2.0 * elements - nonzeros) * 0.4812] = bits
     return k
-
-
-def bits_of(nonzeros: npt.NDArray[np.number], elements: npt.NDArray[np.number]) -> Floats:
-    """Bits of independent nonzeros: elements x H(density), elementwise."""
-    others = elements - nonzeros
-    bits = elements * _log2(elements) - nonzeros * _log2(nonzeros) - others * _log2(others)
-    return np.asarray(bits, np.float64)
-
-
-def _bits(nonzeros: float, elements: float) -> float:
-    """`bits_of` two numbers."""
-    others = elements - nonzeros
-    return sum(
-        sign * count * math.log2(count) for sign, count in ((1, elements), (-1, nonzeros), (-1, others)) if count > 1
-    )
-
-
-def _log2(counts: npt.NDArray[np.number]) -> Floats:
-    """0 for 0."""
-    return np.asarray(np.log2(np.maximum(counts, 1)), np.float64)
