@@ -107,30 +107,55 @@ def widths_of(shape: tuple[int, ...], largest: int) -> list[int]:
 
 def _choose(positions: Positions, in_rows: Positions, in_columns: Positions) -> tuple[float, Grid]:
     """(about how many bits it takes, the best grid), given the nonzeros of each row and of each column."""
-    rows, columns, most = in_rows.size, in_columns.size, registry.MAX_CLASS_BITS
-    row = np.repeat(np.arange(rows), in_rows)
+    columns, most = in_columns.size, registry.MAX_CLASS_BITS
+    row = np.repeat(np.arange(in_rows.size), in_rows)
     column = positions - row * columns
-    finest = refined(by_number(row, column, in_rows, in_columns, most), row, column)
-    tile_rows = max(1, min(registry.MAX_TILE // columns, rows))
-    counts = -(-rows // tile_rows) * _COUNT_BITS
-    by_columns = finest.table.turned.mergers()
-    best: tuple[float, int, int, Positions, Positions, ClassTable] | None = None
-    for row_bits, into_rows in finest.table.mergers().items():
-        half = finest.table.merged(into_rows).turned
-        for column_bits, into_columns in by_columns.items():
-            table = half.merged(into_columns).turned
-            side = rows * row_bits + columns * column_bits + 8 * table.elements.size
-            bits = table.bits + side + counts * min(table.elements.size, _KS)
-            if best is None or bits < best[0]:
-                best = bits, row_bits, column_bits, into_rows, into_columns, table
-    assert best is not None
-    bits, row_bits, column_bits, into_rows, into_columns, table = best
-    found = Classes(into_rows[finest.rows], into_columns[finest.columns], table)
-    if min(row_bits, column_bits) < most:
-        found = refined(found, row, column)
+    tile_rows = max(1, min(registry.MAX_TILE // columns, in_rows.size))
+    tiles = -(-in_rows.size // tile_rows)
+    simple = by_number(row, column, in_rows, in_columns, most)
+    better = _merged(refined(simple, row, column), tiles)
+    if min(better.table.nonzeros.shape) < 1 << most:
+        better = refined(better, row, column)
+    # Refined classes take fewer bits by their densities, and not always in whole k.
+    found = min(better, _merged(simple, tiles), key=lambda classes: _bits(classes, classes.table, tiles))
     row_class, column_class = (lines.astype(np.uint8) for lines in (found.rows, found.columns))
+    row_bits, column_bits = _class_bits(found.table)
     grid = Grid(columns, tile_rows, row_class, row_bits, column_class, column_bits, low_bits(*found.table))
-    return bits - table.bits + found.table.bits, grid
+    return _bits(found, found.table, tiles), grid
+
+
+def _merged(finest: Classes, tiles: int) -> Classes:
+    """Those of fewer classes, or as many, that take the fewest bits in so many tiles."""
+    by_columns = finest.table.turned.mergers()
+    best: tuple[float, Positions, Positions, ClassTable] | None = None
+    for into_rows in finest.table.mergers().values():
+        half = finest.table.merged(into_rows).turned
+        for into_columns in by_columns.values():
+            table = half.merged(into_columns).turned
+            bits = _bits(finest, table, tiles)
+            if best is None or bits < best[0]:
+                best = bits, into_rows, into_columns, table
+    assert best is not None
+    _, into_rows, into_columns, table = best
+    return Classes(into_rows[finest.rows], into_columns[finest.columns], table)
+
+
+def _bits(lines: Classes, table: ClassTable, tiles: int) -> float:
+    """About how many a section takes, given its lines, the table of their classes, and how many tiles there are."""
+    row_bits, column_bits = _class_bits(table)
+    side = lines.rows.size * row_bits + lines.columns.size * column_bits + 8 * table.elements.size
+    k = low_bits(*table).astype(np.float64)
+    # Of independent gaps, so many reach 2^k, and each time that one does takes a bit.
+    density = np.clip(table.nonzeros / np.maximum(table.elements, 1), 1e-12, 1 - 1e-12)
+    reach = np.exp(np.log1p(-density) * 2.0**k)
+    coded = (table.nonzeros * (k + 1 + reach / (1 - reach))).sum()
+    return float(coded) + side + tiles * _COUNT_BITS * min(table.elements.size, _KS)
+
+
+def _class_bits(table: ClassTable) -> tuple[int, int]:
+    """Bits of a class of rows, and of columns."""
+    row_classes, column_classes = table.nonzeros.shape
+    return row_classes.bit_length() - 1, column_classes.bit_length() - 1
 
 
 def low_bits(nonzeros: npt.NDArray[np.number], elements: npt.NDArray[np.number]) -> Small:
@@ -139,7 +164,7 @@ def low_bits(nonzeros: npt.NDArray[np.number], elements: npt.NDArray[np.number])
     Going from k to k + 1 saves bits while a gap reaches 2^k with a probability above 0.618 (Gallager and van Voorhis,
     1975), which is 2^k < 0.4812 / -ln(1 - density); here that logarithm is taken to second order.
     """
-    k = np.full(nonzeros.shape, registry.MAX_RICE_K, np.uint8)
-    for bits in reversed(range(registry.MAX_RICE_K)):
-        k[nonzeros * (2.0**bits * 2.0) >= (2.0 * elements - nonzeros) * 0.4812] = bits
-    return k
+    part, power = np.frexp((2.0 * elements - nonzeros) * 0.4812 / np.maximum(nonzeros, 1))
+    k = np.clip(power - (part == 0.5) - 1, 0, registry.MAX_RICE_K)
+    found = np.where((nonzeros > 0) | (elements == 0), k, registry.MAX_RICE_K)
+    return found.astype(np.uint8, order="C")  # a table may be the transpose of another
