@@ -247,6 +247,7 @@ def knows_value_codec(id: int) -> bool:
 
 def address(array: Array) -> int:
     """The address of an array's first element."""
+    assert array.flags.c_contiguous, "the library reads elements row by row"
     return array.ctypes.data
 
 
