@@ -111,7 +111,7 @@ class Sorted(InGroups):
         cells, self._order = cell.view(-1).sort(stable=True)
         every = torch.arange(tiles * count, device=cells.device).to(dtype)
         stops = torch.searchsorted(cells, every, right=True)
-        self.sizes = torch.cat((stops[:1], stops.diff()))
+        self.sizes = stops.diff(prepend=stops.new_zeros(1))
 
     def nonzeros(self, cells: Tensor, ranks: Tensor) -> Tensor:
         found = self._turned[self._group.int()]

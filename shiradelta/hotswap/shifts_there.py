@@ -62,7 +62,7 @@ class SortedClasses(InClasses):
             first += -(-some.numel() // BLOCK) * count
         ordered, self._order = torch.cat(cells).sort(stable=True)
         stops = torch.searchsorted(ordered, torch.arange(first, device=at.device, dtype=torch.int32), right=True)
-        self.sizes = torch.cat((stops[:1], stops.diff()))
+        self.sizes = stops.diff(prepend=stops.new_zeros(1))
 
     def placed(self, cells: Tensor, ranks: Tensor, values: Tensor) -> Tensor:
         result = torch.ones_like(self._order, dtype=values.dtype)

@@ -117,11 +117,12 @@ def _choose(positions: Positions, in_rows: Positions, in_columns: Positions) -> 
     if min(better.table.nonzeros.shape) < 1 << most:
         better = refined(better, row, column)
     # Refined classes take fewer bits by their densities, and not always in whole k.
-    found = min(better, _merged(simple, tiles), key=lambda classes: _bits(classes, classes.table, tiles))
+    every = [(_bits(each, each.table, tiles), each) for each in (better, _merged(simple, tiles))]
+    bits, found = min(every, key=lambda pair: pair[0])
     row_class, column_class = (lines.astype(np.uint8) for lines in (found.rows, found.columns))
     row_bits, column_bits = _class_bits(found.table)
     grid = Grid(columns, tile_rows, row_class, row_bits, column_class, column_bits, low_bits(*found.table))
-    return _bits(found, found.table, tiles), grid
+    return bits, grid
 
 
 def _merged(finest: Classes, tiles: int) -> Classes:

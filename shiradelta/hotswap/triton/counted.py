@@ -136,7 +136,7 @@ class Counted:
         tiles.run(count_kernel, tiles.shift, counts, self._parts, STRIP, PART)
         self._ends = counts.cumsum(0, dtype=torch.int32)  # which wraps, and the kernel takes differences
         stops = self._ends[tiles.lasts]
-        self.sizes = torch.cat((stops[:1], stops.diff()))
+        self.sizes = stops.diff(prepend=stops.new_zeros(1))
 
     def _select(self, cells: Tensor, ranks: Tensor, found: Tensor, values: Tensor | None) -> None:
         """Runs the kernel that finds listed elements; see `select_kernel`."""

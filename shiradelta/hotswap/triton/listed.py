@@ -88,10 +88,11 @@ class ListedThere:
         lists: those of the tiles.
         buffer: uint8, the sections.
         ones: int64, the unary bits of all sections that are set, as many as elements are listed.
-        programs: how many programs their cells have.
+        of_cells: how many programs each cell has.
+        programs: how many all of them have.
     """
 
-    def __init__(self, lists: TileLists, buffer: Tensor, ones: Tensor, programs: int) -> None:
+    def __init__(self, lists: TileLists, buffer: Tensor, ones: Tensor, of_cells: Tensor, programs: int) -> None:
         device, count = buffer.device, ones.numel()
         self._steps = torch.empty(count, dtype=torch.int32, device=device)
         self._programs, self._good = programs, [lists.sound]
@@ -100,11 +101,11 @@ class ListedThere:
         first, last = (lists.firsts.clamp(max=count - 1), (lists.firsts + lists.counts - 1).clamp(min=0))
         has_ends = (ones[first] >= lists.begins) & (ones[last] == lists.begins + lists.bits - 1)
         self._good.append((has_ends | (lists.counts == 0)).all())
-        ends = _programs(lists).cumsum(0)
+        ends = of_cells.cumsum(0)
         columns = {
             "first": lists.cell_firsts,
             "count": lists.cell_counts,
-            "program": ends - _programs(lists),
+            "program": ends - of_cells,
             "k": lists.ks,
             "low": lists.lows,
             "tile_first": lists.firsts[lists.tile],
@@ -120,8 +121,9 @@ class ListedThere:
         """That of sections that start there in a buffer; None where there is not as much as they say."""
         lists, unary_at = TileLists.of(heads, buffer, sections), sections + heads.unary_at
         ones = ones_of(joined(buffer, unary_at, unary_at + words_of(heads.unary_total)))
-        count, programs = torch.stack((lists.cell_counts.sum(), _programs(lists).sum())).tolist()
-        return cls(lists, buffer, ones, programs) if ones.numel() == count else None
+        of_cells = -(-lists.cell_counts // BLOCK)
+        count, programs = torch.stack((lists.cell_counts.sum(), of_cells.sum())).tolist()
+        return cls(lists, buffer, ones, of_cells, programs) if ones.numel() == count else None
 
     def ranks(self, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(the cell of each listed element, int32; its number in the cell, int32; bool: whether all of them are there).
@@ -137,8 +139,3 @@ class ListedThere:
 
     def _run(self, kernel, *arguments) -> None:
         launch(kernel, self._programs, self._steps.device, *self._cells, *arguments, BLOCK=BLOCK)
-
-
-def _programs(lists: TileLists) -> Tensor:
-    """How many programs each cell has."""
-    return -(-lists.cell_counts // BLOCK)

@@ -66,14 +66,16 @@ def resident_batch(tensors: Sequence[TensorOnBase], buffer: Tensor) -> list[Resi
     if heads is None:
         return None
     # Counting takes long on the device, and what waits for it after that has little to wait for.
-    counted = Counted(_tiles(tensors, heads.positions, buffer))
+    sizes = _tile_sizes(tensors, heads.positions)
+    counted = Counted(_tiles(tensors, heads.positions, sizes, buffer))
     listed = ListedThere.of(heads.positions, buffer, np.array([tensor.positions_at for tensor in tensors]))
     if listed is None:
         return None
     chosen = [tensor for tensor in tensors if tensor.shifts is not None]
     known, shifts = heads.shifts, None
     stored = known and ShiftsThere.of(known, buffer, np.array([tensor.shifts_at for tensor in chosen]))
-    positions, at, *good = nonzeros(tensors, heads.positions, counted, listed)
+    programs = np.add.reduceat(-(-sizes // BLOCK), exclusive(heads.positions.tiles))
+    positions, at, *good = nonzeros(tensors, programs, counted, listed)
     if known is not None and stored is not None:
         if len(chosen) < len(tensors):
             parts = zip(tensors, at.split([tensor.nnz for tensor in tensors]), strict=True)
@@ -83,11 +85,11 @@ def resident_batch(tensors: Sequence[TensorOnBase], buffer: Tensor) -> list[Resi
     if not torch.stack(good).all():  # what is not sound could be written anywhere
         return None
     counts, numels = [tensor.nnz for tensor in tensors], [tensor.numel for tensor in tensors]
-    sizes = [0 if tensor.shifts is None else BITS.size(tensor.nnz, at.element_size()) for tensor in tensors]
-    rice = encode_there(positions, counts, numels, sizes, TritonRice)
+    room = [0 if tensor.shifts is None else BITS.size(tensor.nnz, at.element_size()) for tensor in tensors]
+    rice = encode_there(positions, counts, numels, room, TritonRice)
     if shifts is not None:
         taken = [at.element_size() * tensor.nnz for tensor in chosen]
-        rooms = [one for one, size in zip(rice, sizes, strict=True) if size]
+        rooms = [one for one, size in zip(rice, room, strict=True) if size]
         for one, part in zip(rooms, shifts.view(torch.uint8).split(taken), strict=True):
             one.whole[one.room : one.room + part.numel()] = part
     return [
@@ -97,7 +99,7 @@ def resident_batch(tensors: Sequence[TensorOnBase], buffer: Tensor) -> list[Resi
             one.k,
             one.unary_bits,
         )
-        for one, size in zip(rice, sizes, strict=True)
+        for one, size in zip(rice, room, strict=True)
     ]
 
 
@@ -127,27 +129,30 @@ def _sizes(sections: Sequence[Bytes]) -> Positions:
 
 
 def nonzeros(
-    tensors: Sequence[TensorOnBase], heads: TiledSections, counted: Counted, listed: ListedThere
+    tensors: Sequence[TensorOnBase], programs: Positions, counted: Counted, listed: ListedThere
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(positions, elements there, of one tensor after the other; whether lists are sound, and whether counts are)."""
+    """(positions, elements there, of one tensor after the other; whether lists are sound, and whether counts are).
+
+    `programs` says how many blocks of elements each tensor has.
+    """
     cells, ranks, sound = listed.ranks(counted.sizes)
     total = sum(tensor.nnz for tensor in tensors)
     wide = max(tensor.numel for tensor in tensors) > 1 << 31
     positions, at, ends = counted.collect(*counted.nonzeros(cells, ranks), total, wide)
-    programs = np.add.reduceat(-(-_tile_sizes(tensors, heads) // BLOCK), exclusive(heads.tiles))
     right = np.cumsum([tensor.nnz for tensor in tensors])
     both = sent(np.stack((np.cumsum(programs) - 1, right)), ends.device)
     return positions, at, sound, (ends[both[0]] == both[1]).all()
 
 
 def _tile_sizes(tensors: Sequence[TensorOnBase], heads: TiledSections) -> Positions:
+    """Elements of each tile."""
     numel, size = (
         np.repeat(each, heads.tiles) for each in ([t.numel for t in tensors], heads.tile_rows * heads.columns)
     )
     return np.minimum(numel - within(heads.tiles) * size, size)
 
 
-def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor) -> Tiles:
+def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, sizes: Positions, buffer: Tensor) -> Tiles:
     """The table of all tiles."""
     device, size = buffer.device, tensors[0].base.element_size()
     has_lines = bool(np.any(heads.row_bits + heads.column_bits))
@@ -181,7 +186,7 @@ def _tiles(tensors: Sequence[TensorOnBase], heads: TiledSections, buffer: Tensor
     columns = {name: values[tensor] for name, values in of_tensors.items()}
     addresses = np.array([one.base.data_ptr() for one in tensors])
     columns["base"] = addresses[tensor] + tile * whole[tensor] * size
-    columns["size"] = _tile_sizes(tensors, heads)
+    columns["size"] = sizes
     columns["position"] = tile * whole[tensor]
     columns["row"] = tile * heads.tile_rows[tensor]
     kind = {"has_lines": has_lines, "has_turned": bool(heads.turned.any())}
